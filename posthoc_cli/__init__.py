@@ -1,8 +1,9 @@
 """Choose the length of a model's weight average after training.
 
-`PostHocEMA` tracks averages while a network trains. `Run` turns its snapshots into the average of any length, as the
-`ema` command does. `averages` holds other kinds of averages, `errors` everything that this package raises on purpose.
-Names are loaded on first use, so that importing the package is cheap.
+`PostHocEMA` tracks averages while a network trains. `Run` turns its snapshots into the average of
+any length, as the `ema` command does. `averages` holds other kinds of averages, `errors` everything
+that this package raises on purpose. Names are loaded on first use, so that importing the package is
+cheap.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ if TYPE_CHECKING:
     from posthoc_cli.tracker import PostHocEMA
 
 __all__ = [
-    "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
-    "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
-    "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
-    "synthesize",
+    "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError",
+    "PowerFunction", "Run", "Window", "averages", "disk_sources", "error_curve", "errors",
+    "export_file", "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct",
+    "sigma_rel_from_gamma", "sweep", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {
-    "Beta": "targets", "Between": "targets", "Decay": "targets", "Groups": "targets", "HalfLife": "targets",
-    "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
-    "PowerFunction": "profiles", "Run": "run", "disk_sources": "checkpoints.open_run",
-    "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
-    "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction",
-    "sigma_rel_from_gamma": "profiles", "synthesize": "synthesis.engine",
+    "Beta": "targets", "Between": "targets", "Decay": "targets", "Groups": "targets",
+    "HalfLife": "targets", "Mean": "targets", "Window": "targets", "PostHocEMA": "tracker",
+    "PostHocError": "errors", "PowerFunction": "profiles", "Run": "run",
+    "disk_sources": "checkpoints.open_run", "error_curve": "planning",
+    "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
+    "import_checkpoints": "checkpoints.import_run", "plan_synthesis": "synthesis.plan",
+    "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
+    "synthesize": "synthesis.engine",
 }  # fmt: skip
 """The module of each name that is no module itself."""
 

@@ -6,7 +6,8 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line, without a traceback on Ctrl-C, also during imports and at the end of the interpreter."""
+    """Run the command line, without a traceback on Ctrl-C, also during imports and at the end of
+    the interpreter."""
     try:
         from posthoc_cli.cli import main as run
 
@@ -15,7 +16,8 @@ def main() -> NoReturn:
         sys.stderr.write("ema: interrupted\n")
         sys.exit(130)
     finally:
-        # All work is done or undone. Libraries take a while to unload, and would print a traceback for each signal.
+        # All work is done or undone. Libraries take a while to unload, and would print a traceback
+        # for each signal.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 

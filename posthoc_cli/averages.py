@@ -1,7 +1,8 @@
 """The other averages, next to the post-hoc tracker, and recipes that train with an average.
 
-The averaged module of a bfloat16 model (8 significant bits) or a float16 model (11) is float32: an update by 2e-4 of a
-distance is less than half of a weight's last bit, so that an average rounded after every update never leaves its start.
+The averaged module of a bfloat16 model (8 significant bits) or a float16 model (11) is float32: an
+update by 2e-4 of a distance is less than half of a weight's last bit, so that an average rounded
+after every update never leaves its start.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.filling import load_weights
 from posthoc_cli.tracker.model import check_model, unwrapped
 
-__all__ = ["DifferentiableEMA", "EMAStats", "ExponentialMovingAverage", "HareAndTortoise", "ShadowModel", "SwitchEMA"]
+__all__ = [
+    "DifferentiableEMA",
+    "EMAStats",
+    "ExponentialMovingAverage",
+    "HareAndTortoise",
+    "ShadowModel",
+    "SwitchEMA",
+]
 
 SUSPICIOUS_MOMENTUM = 0.5
 
@@ -43,16 +51,17 @@ class ExponentialMovingAverage(torch.nn.Module):
 
         average <- (1 - momentum) average + momentum parameter
 
-    `forward` runs the averaged module, in which half-precision tensors are float32. The interface and the names in the
-    state dict are those of `mmengine.model.ExponentialMovingAverage` since mmengine 1.0, whose states load.
+    `forward` runs the averaged module, in which half-precision tensors are float32. The interface
+    and the names in the state dict are those of `mmengine.model.ExponentialMovingAverage` since
+    mmengine 1.0, whose states load.
 
     Arguments:
-        model: its weights are copied, but have no share in the average.
-        momentum: share of the new value, in (0, 1): 1 - decay.
-        interval: calls of `update_parameters` between two averagings, at least 1.
-        device: of the average; by default the model's.
-        update_buffers: average floating-point buffers of the state dict, too. All others are copied at every call.
-        warmup: limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget early weights sooner.
+        model: its weights are copied, but have no share in the average. momentum: share of the new
+        value, in (0, 1): 1 - decay. interval: calls of `update_parameters` between two averagings,
+        at least 1. device: of the average; by default the model's. update_buffers: average
+        floating-point buffers of the state dict, too. All others are copied at every call. warmup:
+        limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget early
+        weights sooner.
 
     Attributes:
         module: the averaged model; its parameters need no gradients.
@@ -63,16 +72,28 @@ class ExponentialMovingAverage(torch.nn.Module):
 
     @torch.inference_mode(False)
     def __init__(
-        self, model: torch.nn.Module, momentum: float = 0.0002, interval: int = 1,
-        device: torch.device | str | None = None, update_buffers: bool = False, warmup: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+        warmup: bool = False,
+    ) -> None:
         super().__init__()
         accepted = "lie in (0, 1); usual values are 0.0001 to 0.1"
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
         if self.momentum > SUSPICIOUS_MOMENTUM:
-            text = f"momentum {momentum:g}: is the share of the new value and usually small; for a decay of"
+            text = (
+                f"momentum {momentum:g}: is the share of the new value and usually small; "
+                f"for a decay of"
+            )
             warn(f"{text} {momentum:g} pass {1 - momentum:.4g}")
-        self.interval, self.update_buffers, self.warmup = check_count("interval", interval), update_buffers, warmup
+        self.interval, self.update_buffers, self.warmup = (
+            check_count("interval", interval),
+            update_buffers,
+            warmup,
+        )
         self.module = make_average(model).to(device)
         self.register_buffer("steps", torch.tensor(0, device=device))
 
@@ -86,22 +107,32 @@ class ExponentialMovingAverage(torch.nn.Module):
         steps = int(self.steps)
         parameters, buffers = paired(self.module, model)
         share = max(self.momentum, 9 / (10 + steps)) if self.warmup else self.momentum
-        averaged = [pair for pair in buffers if is_averaged(pair[0])] if self.update_buffers and steps else []
+        averaged = (
+            [pair for pair in buffers if is_averaged(pair[0])]
+            if self.update_buffers and steps
+            else []
+        )
         average_([pair for pair in buffers if not averaged or not is_averaged(pair[0])])
         if steps == 0:
             average_(parameters)
         elif steps % self.interval == 0:
             average_(parameters, share)
-            for average, source in averaged:  # equal elements stay: the mean of two infinities in a mask would be nan
+            # equal elements stay: the mean of two infinities in a mask would be nan
+            for average, source in averaged:
                 value = source.to(average)
-                average.copy_(torch.where(average == value, value, torch.lerp(average, value, share)))
+                average.copy_(
+                    torch.where(average == value, value, torch.lerp(average, value, share))
+                )
         self.steps += 1
 
 
 class WideBuffers(torch.nn.Module):
-    """A module whose own buffers move between devices, but keep their precision under `half()` and `bfloat16()`."""
+    """A module whose own buffers move between devices, but keep their precision under `half()` and
+    `bfloat16()`."""
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideBuffers:
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> WideBuffers:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, new in dict(self.named_buffers(recurse=False)).items():
@@ -113,23 +144,25 @@ class WideBuffers(torch.nn.Module):
 class ShadowModel(WideBuffers):
     """A model and its shadow: `forward` runs the model in train mode and the shadow in eval mode.
 
-    Call `update()` after every optimizer step. It averages all floating-point parameters with the formula of
-    `tf.train.ExponentialMovingAverage` and copies the buffers:
+    Call `update()` after every optimizer step. It averages all floating-point parameters with the
+    formula of `tf.train.ExponentialMovingAverage` and copies the buffers:
 
         shadow <- shadow - (1 - decay) (shadow - variable)
 
-    Both are submodules: they move, cast, save and load together. The shadow needs no gradients and is always in eval
-    mode. That of a half-precision model is float32, and so are the inputs that it takes.
+    Both are submodules: they move, cast, save and load together. The shadow needs no gradients and
+    is always in eval mode. That of a half-precision model is float32, and so are the inputs that it
+    takes.
 
     Arguments:
-        model: the model to train; held, not copied.
-        decay: share of the shadow that an update keeps, in [0, 1); in practice 0.99 to 0.9999.
-        num_updates: limits the decay to (1 + num_updates) / (10 + num_updates). A number is the count to start from,
-            usually 0, and part of the state. A tensor is the caller's own counter, such as the training step: read at
-            every update, never written to.
-        zero_debias: start the shadow at zero and divide by the sum of the weights given so far (Kingma and Ba, arXiv
-            1412.6980, section 3), which is TensorFlow's 1 - decay**updates for a constant decay: the model's initial
-            parameters have no share, and the first update copies the model.
+        model: the model to train; held, not copied. decay: share of the shadow that an update
+        keeps, in [0, 1); in practice 0.99 to 0.9999. num_updates: limits the decay to (1 +
+        num_updates) / (10 + num_updates). A number is the count to start from,
+            usually 0, and part of the state. A tensor is the caller's own counter, such as the
+            training step: read at every update, never written to.
+        zero_debias: start the shadow at zero and divide by the sum of the weights given so far
+            (Kingma and Ba, arXiv 1412.6980, section 3), which is TensorFlow's 1 - decay**updates
+            for a constant decay: the model's initial parameters have no share, and the first update
+            copies the model.
     """
 
     num_updates: torch.Tensor | None
@@ -137,9 +170,12 @@ class ShadowModel(WideBuffers):
 
     @torch.inference_mode(False)
     def __init__(
-        self, model: torch.nn.Module, decay: float, num_updates: int | torch.Tensor | None = None,
+        self,
+        model: torch.nn.Module,
+        decay: float,
+        num_updates: int | torch.Tensor | None = None,
         zero_debias: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.decay = check_decay(decay, "usual values are 0.99 to 0.9999")
         self.zero_debias = zero_debias
@@ -148,7 +184,9 @@ class ShadowModel(WideBuffers):
         if num_updates is None or isinstance(num_updates, torch.Tensor):
             self.num_updates = num_updates
         else:
-            self.register_buffer("num_updates", torch.tensor(check_count("num_updates", num_updates, 0)))
+            self.register_buffer(
+                "num_updates", torch.tensor(check_count("num_updates", num_updates, 0))
+            )
         if zero_debias:
             self.register_buffer("debias_mass", torch.tensor(0.0, dtype=torch.float32))
 
@@ -161,7 +199,10 @@ class ShadowModel(WideBuffers):
     def update(self) -> None:
         """Average the model's parameters into the shadow. In eval mode only warn."""
         if not self.training:
-            warn("update: the module is in eval mode, and the shadow stays; call train() before training")
+            warn(
+                "update: the module is in eval mode, and the shadow stays; call train() before "
+                "training"
+            )
             return
         parameters, buffers = paired(self.shadow, self.model)
         decay = self.decay
@@ -172,8 +213,8 @@ class ShadowModel(WideBuffers):
                 self.num_updates += 1
         share = 1 - decay
         if self.zero_debias:
-            # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1 - decay). With
-            # b = w u the debiased average u moves by share / w.
+            # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1
+            # - decay). With b = w u the debiased average u moves by share / w.
             self.debias_mass.fill_(decay * float(self.debias_mass) + share)
             share /= float(self.debias_mass)
         average_(parameters, share)
@@ -198,7 +239,8 @@ def check_decay(decay: float, examples: str) -> float:
 
 # --- pairs of tensors
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # a tensor of the average, and the model's tensor of the same name
+# a tensor of the average, and the model's tensor of the same name
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def make_average(model: torch.nn.Module) -> torch.nn.Module:
@@ -209,15 +251,24 @@ def make_average(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def paired(average: torch.nn.Module, model: torch.nn.Module) -> tuple[list[Pair], list[Pair]]:
-    """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if they differ."""
+    """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if
+    they differ."""
     found = []
     for kind in ("parameters", "buffers"):
-        own, others = (dict(getattr(module, f"named_{kind}")()) for module in (average, unwrapped(check_model(model))))
+        own, others = (
+            dict(getattr(module, f"named_{kind}")())
+            for module in (average, unwrapped(check_model(model)))
+        )
         for name in sorted(own.keys() ^ others.keys()):
-            raise ModelMismatchError("model", f"its {kind} are not the average's: only one of the two has {name!r}")
+            raise ModelMismatchError(
+                "model", f"its {kind} are not the average's: only one of the two has {name!r}"
+            )
         for name, tensor in own.items():
             if others[name].shape != tensor.shape:
-                reason = f"has the shape {list(others[name].shape)} in the model, {list(tensor.shape)} in the average"
+                reason = (
+                    f"has the shape {list(others[name].shape)} in the model, "
+                    f"{list(tensor.shape)} in the average"
+                )
                 raise ModelMismatchError(f"tensor {name!r}", reason)
         found.append([(tensor, others[name]) for name, tensor in own.items()])
     return found[0], found[1]
@@ -229,16 +280,22 @@ def is_averaged(tensor: torch.Tensor) -> bool:
 
 
 def is_narrow(dtype: torch.dtype) -> bool:
-    """Return whether averages in this dtype would stop moving: floating point of fewer than 32 bits."""
+    """Return whether averages in this dtype would stop moving: floating point of fewer than 32
+    bits."""
     return dtype.is_floating_point and torch.finfo(dtype).bits < 32
 
 
 def average_(pairs: list[Pair], share: float = 1.0) -> None:
-    """Set average + share (source - average); with a share of 1 copy, as tensors that are not `is_averaged` always."""
+    """Set average + share (source - average); with a share of 1 copy, as tensors that are not
+    `is_averaged` always."""
     if copied := [pair for pair in pairs if share == 1 or not is_averaged(pair[0])]:
         averages, sources = zip(*copied, strict=True)
         torch._foreach_copy_(averages, sources)
-    if averaged := [(average, source.to(average)) for average, source in pairs if share != 1 and is_averaged(average)]:
+    if averaged := [
+        (average, source.to(average))
+        for average, source in pairs
+        if share != 1 and is_averaged(average)
+    ]:
         averages, sources = zip(*averaged, strict=True)
         torch._foreach_lerp_(averages, sources, share)
 
@@ -251,23 +308,27 @@ Average = PostHocEMA | ExponentialMovingAverage | AveragedModel
 class SwitchEMA:
     """Training that continues from its own average: Switch EMA (arXiv 2402.09240).
 
-    The average takes in the model after every step. At the end of every epoch, or every `switch_every` steps, its
-    parameters and buffers are copied into the model, in place, and training continues from there. The optimizer keeps
-    its state. Use the average in the end.
+    The average takes in the model after every step. At the end of every epoch, or every
+    `switch_every` steps, its parameters and buffers are copied into the model, in place, and
+    training continues from there. The optimizer keeps its state. Use the average in the end.
 
     Arguments:
-        average: a tracker, or any module with `module` and `update_parameters`. With a tracker that is attached to the
-            optimizer, call only `switch`.
-        switch_every: calls of `update` between switches; None to call `switch` yourself. With a tracker a multiple of
-            its `update_every`, so that the average is up to date.
+        average: a tracker, or any module with `module` and `update_parameters`. With a tracker that
+            is attached to the optimizer, call only `switch`.
+        switch_every: calls of `update` between switches; None to call `switch` yourself. With a
+            tracker a multiple of its `update_every`, so that the average is up to date.
         sigma_rel: with a tracker, the target (such as a sigma_rel) to switch to.
     """
 
     _period = "switch_every"
 
-    def __init__(self, average: Average, switch_every: int | None = None, sigma_rel: Wanted | None = None) -> None:
+    def __init__(
+        self, average: Average, switch_every: int | None = None, sigma_rel: Wanted | None = None
+    ) -> None:
         if isinstance(average, PostHocEMA) != (sigma_rel is not None):
-            raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05, and only with one")
+            raise InvalidValueError(
+                "sigma_rel", "must be given with a PostHocEMA, such as 0.05, and only with one"
+            )
         interval = average.settings.schedule.update_every if isinstance(average, PostHocEMA) else 1
         if switch_every is not None and check_count(self._period, switch_every) % interval:
             reason = f"must be a multiple of the tracker's update_every {interval}"
@@ -278,12 +339,19 @@ class SwitchEMA:
     def update(self, model: torch.nn.Module) -> bool:
         """Average the model's weights; if it is due, copy the average into the model.
 
-        Returns whether the model now has the averaged weights; it keeps its own while a tracker has no average yet.
+        Returns whether the model now has the averaged weights; it keeps its own while a tracker has
+        no average yet.
         """
         average = self._average
-        average.update_(model) if isinstance(average, PostHocEMA) else average.update_parameters(model)
+        average.update_(model) if isinstance(average, PostHocEMA) else average.update_parameters(
+            model
+        )
         self.step += 1
-        if self._every is None or self.step % self._every or not getattr(average, "has_average", True):
+        if (
+            self._every is None
+            or self.step % self._every
+            or not getattr(average, "has_average", True)
+        ):
             return False
         self.switch(model)
         return True
@@ -309,10 +377,11 @@ class SwitchEMA:
 class HareAndTortoise(SwitchEMA):
     """A fast learner that is reset to its own slow average: Hare & Tortoise (arXiv 2406.02596).
 
-    The hare is the trained model; the tortoise is an average that takes in each of its steps. Every `reset_every` steps
-    the hare gets the tortoise's weights and buffers, and the optimizer's state is cleared, so that no momenta of the
-    old weights push the new ones. That keeps a network able to learn from changing data. Use the tortoise in the end.
-    The authors' has a decay of 0.999 a step for images, and a reset every 10 epochs.
+    The hare is the trained model; the tortoise is an average that takes in each of its steps. Every
+    `reset_every` steps the hare gets the tortoise's weights and buffers, and the optimizer's state
+    is cleared, so that no momenta of the old weights push the new ones. That keeps a network able
+    to learn from changing data. Use the tortoise in the end. The authors' has a decay of 0.999 a
+    step for images, and a reset every 10 epochs.
 
     Arguments and methods as in `SwitchEMA`, with `reset` for `switch`, and:
         optimizer: its state is cleared at a reset; None keeps the state.
@@ -321,9 +390,12 @@ class HareAndTortoise(SwitchEMA):
     _period = "reset_every"
 
     def __init__(
-        self, tortoise: Average, reset_every: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None, sigma_rel: Wanted | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        tortoise: Average,
+        reset_every: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        sigma_rel: Wanted | None = None,
+    ) -> None:
         super().__init__(tortoise, reset_every, sigma_rel)
         if isinstance(optimizer, torch.optim.Adagrad):
             reason = "Adagrad cannot make a cleared state again"
@@ -348,28 +420,35 @@ _LONGEST_QUIET_GRAPH = 99  # values that mode "full" holds without a warning
 class DifferentiableEMA(WideBuffers):
     """An exponential moving average of tensors with a graph, for a loss on running statistics.
 
-    The values x_i = f_i(w_i) are outputs of a graph, where w_i is what the leaf w (a parameter) held when x_i was
-    made. The average is a_1 = x_1 and
+    The values x_i = f_i(w_i) are outputs of a graph, where w_i is what the leaf w (a parameter)
+    held when x_i was made. The average is a_1 = x_1 and
 
-        a_t = decay a_{t-1} + (1 - decay) x_t = sum_i c_i x_i,    c_i = (1 - decay) decay**(t-i),   c_1 = decay**(t-1).
+        a_t = decay a_{t-1} + (1 - decay) x_t = sum_i c_i x_i,    c_i = (1 - decay) decay**(t-i),
+        c_1 = decay**(t-1).
 
     The modes differ in what `backward` on a_t adds to w.grad, where g is the gradient at a_t:
 
-    - "truncated": g^T (1 - decay) dx_t/dw, the newest value only, as batch statistics do. Constant memory.
-    - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Holds `window` graphs.
-    - "full": the same over all values, for checks. Graph and time grow without end; it warns from the 100th value on.
+    - "truncated": g^T (1 - decay) dx_t/dw, the newest value only, as batch statistics do. Constant
+    memory.
+    - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Holds `window`
+    graphs.
+    - "full": the same over all values, for checks. Graph and time grow without end; it warns from
+    the 100th value on.
     - "carried": the same over all values without a graph.
 
-    Kept graphs ("window", "full") serve more than one `backward`: call it with `retain_graph=True`. Optimizers change
-    leaves in place, so make the values under `with ema.recording():`, which keeps copies of the leaves.
+    Kept graphs ("window", "full") serve more than one `backward`: call it with `retain_graph=True`.
+    Optimizers change leaves in place, so make the values under `with ema.recording():`, which keeps
+    copies of the leaves.
 
-    "carried" averages the derivative, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw(w_t) with J_1 = dx_1/dw, and
-    `backward` adds g^T J_t. Pass the leaves with every value, `ema(x, leaves=[w])`; no other tensor gets a gradient. An
-    update takes a backward pass, and memory of the size of the leaves, for each element of the average.
+    "carried" averages the derivative, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw(w_t) with J_1
+    = dx_1/dw, and `backward` adds g^T J_t. Pass the leaves with every value, `ema(x, leaves=[w])`;
+    no other tensor gets a gradient. An update takes a backward pass, and memory of the size of the
+    leaves, for each element of the average.
 
-    Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
-    mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
-    number of updates; graphs and J start empty, with the average so far as a constant.
+    Detach a value that is built from an earlier result: it brings that graph along in every mode
+    but "carried". Eval mode returns the average without a graph and takes no value in. A state dict
+    and a copy hold the average and the number of updates; graphs and J start empty, with the
+    average so far as a constant.
 
     Arguments:
         shape, device, dtype: of the values; dtype is float32 or float64, also after `half()`.
@@ -390,22 +469,32 @@ class DifferentiableEMA(WideBuffers):
     _has_average: bool
 
     def __init__(
-        self, shape: int | Sequence[int], decay: float, mode: str = "truncated", window: int | None = None,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        shape: int | Sequence[int],
+        decay: float,
+        mode: str = "truncated",
+        window: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
-        check_word("dtype", dtype, (torch.float32, torch.float64))  # others never move at a decay of 0.9999
+        # others never move at a decay of 0.9999
+        check_word("dtype", dtype, (torch.float32, torch.float64))
         check_word("mode", mode, MODES)
         if (window is not None) != (mode == "window"):
-            raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' only")
+            raise InvalidValueError(
+                "window", "the number of values to keep, must be given in mode 'window' only"
+            )
         self.decay = check_decay(decay, "0.99 averages over about 100 values")
         self.mode, self._window = mode, None if window is None else check_count("window", window)
         self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
 
-    def forward(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(
+        self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Average a value and return the current average, with the graph that the mode defines.
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
@@ -414,12 +503,16 @@ class DifferentiableEMA(WideBuffers):
             raise InvalidValueError("value", f"is {found}; must be {own} as the average is")
         if not self.training:
             if not self._has_average:
-                raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
+                raise NotReadyError(
+                    "DifferentiableEMA", "no value was taken in yet, and eval mode takes none in"
+                )
             return self.average.clone()
         if self.mode == "carried":
             result = self._carried(value, leaves)
         elif leaves is not None:
-            raise InvalidValueError("leaves", "only mode 'carried' takes them; others follow the value's own graph")
+            raise InvalidValueError(
+                "leaves", "only mode 'carried' takes them; others follow the value's own graph"
+            )
         elif self.mode == "truncated":
             result = self._next(self.average if self._has_average else None, value)
         else:
@@ -431,10 +524,12 @@ class DifferentiableEMA(WideBuffers):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Make the graphs of values in this block so that they remain valid after the next optimizer step.
+        """Make the graphs of values in this block so that they remain valid after the next
+        optimizer step.
 
-        They keep copies of the tensors that autograd saves. In modes "truncated" and "carried", which keep no graph, it
-        does nothing. Of nested hooks on saved tensors torch calls only the innermost.
+        They keep copies of the tensors that autograd saves. In modes "truncated" and "carried",
+        which keep no graph, it does nothing. Of nested hooks on saved tensors torch calls only the
+        innermost.
         """
         hooks = saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda kept: kept)
         with hooks if self.mode in ("window", "full") else nullcontext():
@@ -450,14 +545,18 @@ class DifferentiableEMA(WideBuffers):
         return value.clone() if average is None else average * self.decay + value * (1 - self.decay)
 
     def _recomputed(self, value: torch.Tensor) -> torch.Tensor:
-        """Average the kept values with their graphs after `_before`, the average of all earlier ones without one."""
+        """Average the kept values with their graphs after `_before`, the average of all earlier
+        ones without one."""
         if not self._kept:
             self._before = self.average if self._has_average else None
         elif len(self._kept) == self._window:
             self._before = self._next(self._before, self._kept.popleft()).detach()
-        self._kept.append(value.clone())  # it may be a view of a parameter, which the optimizer changes
+        # it may be a view of a parameter, which the optimizer changes
+        self._kept.append(value.clone())
         if self.mode == "full" and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
+            text = (
+                f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
+            )
             warn(f"{text}; use 'window' or 'carried' for training, or call reset()")
         running = self._before
         for kept in self._kept:
@@ -466,23 +565,41 @@ class DifferentiableEMA(WideBuffers):
         return running
 
     def _carried(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None) -> torch.Tensor:
-        """Average the value, and J: for each leaf a tensor of the shape [elements of the average, *leaf]."""
+        """Average the value, and J: for each leaf a tensor of the shape [elements of the average,
+        *leaf]."""
         found = () if leaves is None or isinstance(leaves, torch.Tensor) else tuple(leaves)
-        good = {id(leaf) for leaf in found if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad}
+        good = {
+            id(leaf)
+            for leaf in found
+            if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad
+        }
         is_other = bool(self._leaves) and [*map(id, found)] != [*map(id, self._leaves)]
         if not found or len(good) < len(found) or is_other:
-            reason = "must be different leaves that require gradients, such as [w], and the same ones at every update"
-            raise InvalidValueError("leaves", f"{reason} in mode 'carried'", "call reset() to take others")
+            reason = (
+                "must be different leaves that require gradients, such as [w], and the "
+                "same ones at every update"
+            )
+            raise InvalidValueError(
+                "leaves", f"{reason} in mode 'carried'", "call reset() to take others"
+            )
         if not value.requires_grad:
-            raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
+            raise InvalidValueError(
+                "value", "has no graph to take the derivative from", "make it outside of no_grad"
+            )
 
         if not self._leaves:  # a module that is skipped at a later update is no mistake
             reached = torch.autograd.grad(value.sum(), found, retain_graph=True, allow_unused=True)
             for number in (number for number, gradient in enumerate(reached) if gradient is None):
-                text = f"the value does not depend on leaves[{number}] of the shape {list(found[number].shape)}"
+                text = (
+                    f"the value does not depend on leaves[{number}] of the shape "
+                    f"{list(found[number].shape)}"
+                )
                 warn(f"{text}: it gets no gradient; leave it out, or look for a detach()")
-        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(-1, *value.shape)
-        ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}  # the caller may use the graph
+        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(
+            -1, *value.shape
+        )
+        # the caller may use the graph
+        ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
         each = [torch.autograd.grad(value, found, row, **ways) for row in rows]
         average = self.average if self._has_average else None
         share = 1.0 if average is None else 1 - self.decay
@@ -494,7 +611,9 @@ class DifferentiableEMA(WideBuffers):
         self._leaves, result = found, self._next(average, value.detach())
         for leaf, jacobian in zip(found, self._jacobians, strict=True):
             # 0, with the derivative J with respect to the leaf.
-            nothing = torch.tensordot(jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim())
+            nothing = torch.tensordot(
+                jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim()
+            )
             result = result + nothing.view_as(result)
         return result
 
@@ -507,7 +626,8 @@ class DifferentiableEMA(WideBuffers):
 
     def _start_anew(self) -> None:
         self.__dict__.update(_no_graphs())
-        self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
+        # read here, since every read waits for an accelerator
+        self._has_average = int(self.num_updates) > 0
 
 
 def _no_graphs() -> dict[str, Any]:
@@ -524,21 +644,24 @@ _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
 class EMAStats(WideBuffers):
-    """Exponential moving averages of the means and covariances of `x` and `y`, compatible with symm-learning's class.
+    """Exponential moving averages of the means and covariances of `x` and `y`, compatible with
+    symm-learning's class.
 
     In train mode the first batch sets every statistic S = S_batch, and each later one updates
 
         S <- (1 - momentum) detach(S) + momentum S_batch,
 
-    so that a loss on `cov_xy` and the others is differentiable in the newest batch, and no graph grows.
+    so that a loss on `cov_xy` and the others is differentiable in the newest batch, and no graph
+    grows.
 
-    Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by max(n - 1, 1). The first
-    batch is centred with its own mean, later ones with the detached running mean: its lag counts as covariance, and
-    without lag the expected value is n / (n - 1) times the true one, as in symm-learning. With
-    `center_with_running_mean=False` every batch is centred with its own mean, which is unbiased (one row adds 0).
+    Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by max(n -
+    1, 1). The first batch is centred with its own mean, later ones with the detached running mean:
+    its lag counts as covariance, and without lag the expected value is n / (n - 1) times the true
+    one, as in symm-learning. With `center_with_running_mean=False` every batch is centred with its
+    own mean, which is unbiased (one row adds 0).
 
-    Statistics are float32, or float64 after `double()`, also for half-precision batches, under autocast and after
-    `half()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
+    Statistics are float32, or float64 after `double()`, also for half-precision batches, under
+    autocast and after `half()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
 
     Arguments:
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
@@ -546,11 +669,11 @@ class EMAStats(WideBuffers):
         eps: variance added where `correlation` divides; at least 0.
 
     Attributes:
-        num_features_x, num_features_y: dim_x and dim_y.
-        mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
-        cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before the first batch.
-        num_batches_tracked: batches so far, a tensor of int64.
-        The last six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
+        num_features_x, num_features_y: dim_x and dim_y. mean_x, mean_y: [dim_x], [dim_y]; 0 before
+        the first batch. cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1,
+        1 and 0 before the first batch. num_batches_tracked: batches so far, a tensor of int64. The
+        last six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`,
+        ...) loads too.
     """
 
     mean_x: torch.Tensor
@@ -561,9 +684,13 @@ class EMAStats(WideBuffers):
     num_batches_tracked: torch.Tensor
 
     def __init__(
-        self, dim_x: int, dim_y: int | None = None, momentum: float = 0.1, eps: float = 1e-6,
+        self,
+        dim_x: int,
+        dim_y: int | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-6,
         center_with_running_mean: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.num_features_x = check_count("dim_x", dim_x)
         self.num_features_y = self.num_features_x if dim_y is None else check_count("dim_y", dim_y)
@@ -573,36 +700,56 @@ class EMAStats(WideBuffers):
         self._y_may_be_x = dim_y is None
         default = torch.get_default_dtype()
         for name in (*_STATISTICS, "num_batches_tracked"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float32 if is_narrow(default) else default))
+            self.register_buffer(
+                name, torch.zeros((), dtype=torch.float32 if is_narrow(default) else default)
+            )
         self.reset()
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, y: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
         own = self.cov_xx.dtype
         for name, batch, dim in (("x", x, self.num_features_x), ("y", y, self.num_features_y)):
-            is_wide = not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits
+            is_wide = (
+                not batch.is_floating_point()
+                or torch.finfo(batch.dtype).bits > torch.finfo(own).bits
+            )
             if is_wide or batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
                 reason = (
-                    f"is {batch.dtype} of shape {list(batch.shape)}; must be floating-point, no wider than the {own} "
+                    f"is {batch.dtype} of shape {list(batch.shape)}; must be "
+                    f"floating-point, no wider than the {own} "
                 )
-                reason += f"of the statistics, and of shape [n, {dim}], n at least 1 and the same for x and y"
+                reason += (
+                    f"of the statistics, and of shape [n, {dim}], n at least 1 and the "
+                    f"same for x and y"
+                )
                 raise InvalidValueError(name, reason, "double() makes the statistics float64")
         if self.training:
             kind = x.device.type  # autocast would multiply the centred batch in half precision
-            with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            with (
+                torch.autocast(kind, enabled=False)
+                if torch.amp.is_autocast_available(kind)
+                else nullcontext()
+            ):
                 self._update(x.to(own), y.to(own))
         return x, y
 
     def correlation(self) -> torch.Tensor:
-        """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
+        """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps)
+        (var_y + eps)).
 
         A constant column has correlation 0. The result is differentiable like the statistics.
         """
         if int(self.num_batches_tracked) == 0:
-            raise NotReadyError("correlation", "no batch was tracked yet", "call the module in train mode first")
-        scale_x, scale_y = ((cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy))
+            raise NotReadyError(
+                "correlation", "no batch was tracked yet", "call the module in train mode first"
+            )
+        scale_x, scale_y = (
+            (cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy)
+        )
         return self.cov_xy * torch.outer(scale_x, scale_y)
 
     def reset(self) -> None:
@@ -613,7 +760,8 @@ class EMAStats(WideBuffers):
         self.num_batches_tracked = torch.tensor(0, device=like.device)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        first = self.num_batches_tracked == 0  # on the device: reading the number would wait for a GPU at every batch
+        # on the device: reading the number would wait for a GPU at every batch
+        first = self.num_batches_tracked == 0
         means = x.mean(dim=0), y.mean(dim=0)
         own = first if self.center_with_running_mean else torch.ones_like(first)
         x = x - torch.where(own, means[0], self.mean_x.detach())
@@ -625,7 +773,8 @@ class EMAStats(WideBuffers):
         self.num_batches_tracked = self.num_batches_tracked + 1
 
     def __getstate__(self) -> dict[str, Any]:
-        buffers = {name: value.detach() for name, value in self.named_buffers()}  # copies cannot hold a graph
+        # copies cannot hold a graph
+        buffers = {name: value.detach() for name, value in self.named_buffers()}
         return {**self.__dict__, "_buffers": buffers}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

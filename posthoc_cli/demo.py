@@ -1,11 +1,13 @@
-"""The demo from end to end: train, search the best length, make that average, draw. Printing is up to the caller.
+"""The demo from end to end: train, search the best length, make that average, draw. Printing is up
+to the caller.
 
-The training is that of a small diffusion model on made-up data, after Karras et al., arXiv 2206.00364, table 1: a
-network F with preconditioning is the denoiser
+The training is that of a small diffusion model on made-up data, after Karras et al., arXiv
+2206.00364, table 1: a network F with preconditioning is the denoiser
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
-trained on images with added noise of standard deviation `sigma`, which there is never the width of an average.
+trained on images with added noise of standard deviation `sigma`, which there is never the width of
+an average.
 """
 
 from __future__ import annotations
@@ -35,14 +37,15 @@ Say = Callable[[str], None]  # prints a line
 
 IMAGES, VALIDATION_IMAGES = 1400, 360
 
-SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))  # the lengths to measure: 0.025, 0.05, ..., 0.275
+# the lengths to measure: 0.025, 0.05, ..., 0.275
+SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 
 
 def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
-    `out` is a new or empty folder, `steps` a multiple of 100; `watch` opens a progress bar of the steps. Returns the
-    results as data for JSON.
+    `out` is a new or empty folder, `steps` a multiple of 100; `watch` opens a progress bar of the
+    steps. Returns the results as data for JSON.
     """
     started, threads = time.perf_counter(), torch.get_num_threads()
     if steps < 100 or steps % 100:
@@ -52,15 +55,24 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
     files.make_directory(out)
     snapshots, every = out / "snapshots", checkpoint_every(steps)
-    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook updates two averages")
-    say(f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to {snapshots}")
+    say(
+        f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook "
+        f"updates two averages"
+    )
+    say(
+        f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to "
+        f"{snapshots}"
+    )
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
         with watch("training", steps) as advance:
             model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
         lines = [run_command(say, "info", snapshots)]
         say("")
-        say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training never saw")
+        say(
+            f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training "
+            f"never saw"
+        )
         validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
 
         def loss(measured: Denoiser) -> float:
@@ -72,7 +84,9 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     swept.write(out / "sweep")
-    files.write_atomically(out / "loss.png", plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png"))
+    files.write_atomically(
+        out / "loss.png", plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png")
+    )
     width, best = f"{swept.found.best:.6g}", out / "best.safetensors"
     for words in (
         ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
@@ -86,7 +100,9 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         "steps": steps,
         "checkpoint_every": every,
         "raw": swept.raw,
-        "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in swept.trials if trial.x],
+        "averages": [
+            {"sigma_rel": trial.x, "loss": trial.value} for trial in swept.trials if trial.x
+        ],
         "best": found.best,
         "equal_within_noise": [found.low, found.high],
         "commands": lines,
@@ -96,7 +112,8 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
 
 
 def run_command(say: Say, *words: str | Path) -> str:
-    """Run `ema` in another process, print its output, and return the command line; a PostHocError if it fails."""
+    """Run `ema` in another process, print its output, and return the command line; a PostHocError
+    if it fails."""
     arguments = list(map(str, words))
     line = shlex.join(["ema", *arguments])
     say("")
@@ -110,7 +127,8 @@ def run_command(say: Say, *words: str | Path) -> str:
     return line
 
 
-# --- the model and its data --------------------------------------------------------------------------
+# --- the model and its data
+# --------------------------------------------------------------------------
 
 SIDE = 8
 PIXELS = SIDE * SIDE
@@ -126,18 +144,22 @@ class Images(NamedTuple):
 
 
 def make_waves(count: int, seed: int) -> Images:
-    """Return plane waves of random frequency and phase; the class is their direction, in steps of 18 degrees."""
+    """Return plane waves of random frequency and phase; the class is their direction, in steps of
+    18 degrees."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=random)
     direction = (math.pi * labels / CLASSES)[:, None, None]
     frequency = 2.4 + 3.5 * torch.rand(count, 1, 1, generator=random)
     phase = 2 * math.pi * torch.rand(count, 1, 1, generator=random)
     across = torch.linspace(-1, 1, SIDE)
-    waves = (frequency * (direction.cos() * across + direction.sin() * across[:, None]) + phase).sin()
+    waves = (
+        frequency * (direction.cos() * across + direction.sin() * across[:, None]) + phase
+    ).sin()
     return Images(waves.flatten(1), labels)
 
 
-LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2  # of the normal distribution of ln(sigma) in training and validation
+# of the normal distribution of ln(sigma) in training and validation
+LOG_NOISE_MEAN, LOG_NOISE_STD = (-0.8, 1.2)
 
 _FREQUENCIES = 16
 _VARIANCE = STANDARD_DEVIATION**2
@@ -157,8 +179,11 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.outward = nn.Linear(width, PIXELS)
 
-    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch, 64]."""
+    def forward(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] ->
+        [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
         condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
@@ -190,8 +215,11 @@ def make_denoiser(seed: int) -> Denoiser:
         return Denoiser()
 
 
-def losses(model: nn.Module, data: Images, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Return the weighted squared error of each image, shape [images]; for F = 0 its mean is about 1.
+def losses(
+    model: nn.Module, data: Images, sigma: torch.Tensor, noise: torch.Tensor
+) -> torch.Tensor:
+    """Return the weighted squared error of each image, shape [images]; for F = 0 its mean is about
+    1.
 
     `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
     """
@@ -209,7 +237,9 @@ class Validation:
 
     def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
         self._data = data
-        self._noise = torch.randn(draws, *data.images.shape, generator=torch.Generator().manual_seed(seed))
+        self._noise = torch.randn(
+            draws, *data.images.shape, generator=torch.Generator().manual_seed(seed)
+        )
         middles = (torch.arange(draws) + 0.5) / draws
         self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
 
@@ -225,37 +255,49 @@ def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
 
 
-# --- the training ------------------------------------------------------------------------------------
+# --- the training
+# ------------------------------------------------------------------------------------
 
 UPDATE_EVERY = 10
 SNAPSHOTS = 40  # kept a tracked profile; no more are taken if the number of steps allows that
 
 BATCH, LEARNING_RATE = 32, 8e-3
-"""The learning rate is high and falls late, so that the network circles around good weights, and their mean is better
-than any of them."""
+"""The learning rate is high and falls late, so that the network circles around good weights, and
+their mean is better than any of them."""
 
 
 def checkpoint_every(steps: int) -> int:
     """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
     updates = steps // UPDATE_EVERY
-    return UPDATE_EVERY * next(n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0)
+    return UPDATE_EVERY * next(
+        n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0
+    )
 
 
 def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:
-    """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called with done steps."""
+    """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called
+    with done steps."""
     model = make_denoiser(seed=0)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     every, random = checkpoint_every(steps), torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(
-        model, directory, update_every=UPDATE_EVERY, checkpoint_every=every, max_checkpoints=SNAPSHOTS
+        model,
+        directory,
+        update_every=UPDATE_EVERY,
+        checkpoint_every=every,
+        max_checkpoints=SNAPSHOTS,
     ) as ema:
         for step in range(1, steps + 1):
             # alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(max(step / (steps * 3 // 10), 1.0))
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(
+                max(step / (steps * 3 // 10), 1.0)
+            )
             chosen = torch.randint(len(data.images), (BATCH,), generator=random)
             sigma = random_noise_levels(BATCH, random)
             images = Images(data.images[chosen], data.labels[chosen])
-            loss = losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
+            loss = losses(
+                model, images, sigma, torch.randn(images.images.shape, generator=random)
+            ).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

@@ -1,4 +1,5 @@
-"""The dtypes of safetensors files with their names in torch and for users. The only such table; it imports no torch."""
+"""The dtypes of safetensors files with their names in torch and for users. The only such table; it
+imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ class Dtype:
     torch_name: str  # in torch and NumPy
     nbytes: int  # of an element
     mantissa_bits: int = 0  # stored ones; 0 for dtypes that are not real floating-point numbers
-    lowest_exponent: int = 0  # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
+    lowest_exponent: int = (
+        0  # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
+    )
 
 
 DTYPES = {
@@ -30,26 +33,34 @@ DTYPES = {
     "F8_E4M3": Dtype("float8_e4m3fn", 1, 3, -6),
     "F8_E5M2": Dtype("float8_e5m2", 1, 2, -14),
     "C64": Dtype("complex64", 8),
-    "I64": Dtype("int64", 8), "I32": Dtype("int32", 4), "I16": Dtype("int16", 2), "I8": Dtype("int8", 1),
-    "U64": Dtype("uint64", 8), "U32": Dtype("uint32", 4), "U16": Dtype("uint16", 2), "U8": Dtype("uint8", 1),
+    "I64": Dtype("int64", 8),
+    "I32": Dtype("int32", 4),
+    "I16": Dtype("int16", 2),
+    "I8": Dtype("int8", 1),
+    "U64": Dtype("uint64", 8),
+    "U32": Dtype("uint32", 4),
+    "U16": Dtype("uint16", 2),
+    "U8": Dtype("uint8", 1),
     "BOOL": Dtype("bool", 1),
-}  # fmt: skip
+}
 """The dtypes by their names in safetensors files."""
 
 ITEM_BYTES = {name: dtype.nbytes for name, dtype in DTYPES.items()}
 
 EPS = {name: 2.0**-dtype.mantissa_bits for name, dtype in DTYPES.items() if dtype.mantissa_bits}
-"""The distance from 1 to the next number. The model's and the stored dtype of an average are among these."""
+"""The distance from 1 to the next number. The model's and the stored dtype of an average are among
+these."""
 
 WORDS = {
-    "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16",
-    "bfloat16": "BF16", "bf16": "BF16",
+    "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16",
+    "fp16": "F16", "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
 """The words by which users name the dtypes of results."""
 
 
 def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str | None:
-    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and "keep"."""
+    """Return the safetensors name of a dtype given as a word or a torch dtype; None for None and
+    "keep"."""
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
     check_word(option, word, [*WORDS, "keep"])
     return WORDS.get(word)
@@ -59,10 +70,13 @@ _NAMES = {f"torch.{dtype.torch_name}": name for name, dtype in DTYPES.items()}
 
 
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
-    """Return the safetensors name of a dtype; raise InvalidValueError, naming the `tensor`, if it has none."""
+    """Return the safetensors name of a dtype; raise InvalidValueError, naming the `tensor`, if it
+    has none."""
     if str(dtype) not in _NAMES:
         where = f"tensor {tensor!r}" if tensor else "tensor"
-        raise InvalidValueError(where, f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can")
+        raise InvalidValueError(
+            where, f"dtype {dtype} cannot be stored; one of {', '.join(_NAMES)} can"
+        )
     return _NAMES[str(dtype)]
 
 

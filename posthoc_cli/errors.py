@@ -1,8 +1,9 @@
 """All errors that this package raises on purpose, with the exit codes of `ema`. A public module.
 
-Each error has the fields `subject` (the file, tensor, argument or method that is wrong), `value` (the value of an
-argument), `reason` (what is wrong and what would be accepted) and `hint` (what to do). The message joins them in one
-line. `shown` escapes and shortens names and values that were read from files.
+Each error has the fields `subject` (the file, tensor, argument or method that is wrong), `value`
+(the value of an argument), `reason` (what is wrong and what would be accepted) and `hint` (what to
+do). The message joins them in one line. `shown` escapes and shortens names and values that were
+read from files.
 
 On the command line a path that does not exist is wrong usage, exit code 2.
 """
@@ -27,7 +28,8 @@ _Error = TypeVar("_Error", bound="PostHocError")
 
 
 class PostHocError(Exception):
-    """The base class of all errors; `value` is empty if the subject is not an argument, `hint` may be."""
+    """The base class of all errors; `value` is empty if the subject is not an argument, `hint` may
+    be."""
 
     exit_code = 1
 
@@ -63,11 +65,13 @@ class FileFormatError(PostHocError):
 
 
 class VanishedError(FileFormatError):
-    """A file that was deleted or moved while it was in use, for example because a tracker thinned its snapshots."""
+    """A file that was deleted or moved while it was in use, for example because a tracker thinned
+    its snapshots."""
 
 
 class MismatchError(PostHocError, ValueError):
-    """Snapshots that differ in run, shapes, dtypes or names; a ValueError as in `pytorch-posthoc-ema`."""
+    """Snapshots that differ in run, shapes, dtypes or names; a ValueError as in
+    `pytorch-posthoc-ema`."""
 
 
 class ModelMismatchError(PostHocError):
@@ -101,9 +105,12 @@ class RankError(PostHocError):
 class _SystemError(PostHocError, OSError):
     """An error that carries the `errno` of the operating system's error."""
 
-    def __init__(self, subject: object, reason: str, hint: str = "", *, errno: int | None = None) -> None:
+    def __init__(
+        self, subject: object, reason: str, hint: str = "", *, errno: int | None = None
+    ) -> None:
         super().__init__(subject, reason, hint)
-        self.errno, self.strerror = errno, reason  # OSError would take them from its positional arguments
+        # OSError would take them from its positional arguments
+        self.errno, self.strerror = (errno, reason)
 
 
 class WriteError(_SystemError):
@@ -122,7 +129,8 @@ class NotReadyError(PostHocError, RuntimeError):
 
 
 def printable(text: str) -> str:
-    """Return `text` with characters that control a terminal escaped: control codes, line ends, changes of direction."""
+    """Return `text` with characters that control a terminal escaped: control codes, line ends,
+    changes of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -148,7 +156,8 @@ def brief(value: object) -> str:
 
 
 def percent(error: float | None) -> str:
-    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become bounds."""
+    """Return a relative error as text; tiny errors (rounding) and huge ones (weights near 0) become
+    bounds."""
     if error is None:
         return "unknown"
     if 0 < error < 1e-7:
@@ -159,15 +168,20 @@ def percent(error: float | None) -> str:
 
 
 def warn(message: str) -> None:
-    """Issue a RuntimeWarning that begins with the package's name and points to the line of the user's code."""
+    """Issue a RuntimeWarning that begins with the package's name and points to the line of the
+    user's code."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
+    while (
+        frame.f_back is not None
+        and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
+    ):
         frame, level = frame.f_back, level + 1
     warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
 
 
 class EachOnce(logging.Handler):
-    """A log handler that passes each distinct warning once to `show`, with the name of its level."""
+    """A log handler that passes each distinct warning once to `show`, with the name of its
+    level."""
 
     def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
@@ -180,7 +194,8 @@ class EachOnce(logging.Handler):
 
 
 def show_unhandled(_: str, text: str) -> None:
-    """Print a warning with the package's name if the program has set up no logging, as `logging.lastResort` does."""
+    """Print a warning with the package's name if the program has set up no logging, as
+    `logging.lastResort` does."""
     if not logging.getLogger().handlers:
         sys.stderr.write(f"posthoc_cli: {text}\n")
 
@@ -188,8 +203,11 @@ def show_unhandled(_: str, text: str) -> None:
 # --- checks of arguments: the errors say what would be accepted
 
 
-def check_number(name: str, value: object, accepts: Callable[[float], bool], accepted: str) -> float:
-    """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it, which refuses nan."""
+def check_number(
+    name: str, value: object, accepts: Callable[[float], bool], accepted: str
+) -> float:
+    """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it,
+    which refuses nan."""
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not accepts(number):
         raise InvalidValueError(name, f"must {accepted}", value=brief(value))
@@ -197,29 +215,42 @@ def check_number(name: str, value: object, accepts: Callable[[float], bool], acc
 
 
 def check_count(name: str, value: object, least: int = 1) -> int:
-    """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least `least`."""
+    """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
+    `least`."""
     try:
         count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         count = least - 1
     if count < least:
-        raise InvalidValueError(name, f"must be a whole number, at least {least}", value=brief(value))
+        raise InvalidValueError(
+            name, f"must be a whole number, at least {least}", value=brief(value)
+        )
     return count
 
 
 def check_alone(least: int = 0, **given: object) -> None:
-    """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False count as not given."""
+    """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False
+    count as not given."""
     if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
-        raise InvalidValueError(" and ".join(given), "give one of them" if least else "give at most one of them")
+        raise InvalidValueError(
+            " and ".join(given), "give one of them" if least else "give at most one of them"
+        )
 
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise InvalidValueError unless `value` is one of the accepted words."""
     if value not in (words := [*accepted]):
-        raise InvalidValueError(name, f"must be one of {', '.join(map(str, words))}", value=brief(value))
+        raise InvalidValueError(
+            name, f"must be one of {', '.join(map(str, words))}", value=brief(value)
+        )
 
 
 def check_max_error(max_error: float | None) -> None:
     """Raise an InvalidValueError unless `max_error` is None or lies in (0, 1)."""
     if max_error is not None:
-        check_number("max_error", max_error, lambda error: 0 < error < 1, "be a relative error in (0, 1), such as 0.01")
+        check_number(
+            "max_error",
+            max_error,
+            lambda error: 0 < error < 1,
+            "be a relative error in (0, 1), such as 0.01",
+        )

@@ -2,14 +2,15 @@
 
 All code that writes files (snapshots, outputs, plots, tables) uses `PendingFile`:
 
-1. the bytes are written to a temporary file in the destination directory, created with O_EXCL and the umask's mode;
+1. the bytes are written to a temporary file in the destination directory, created with O_EXCL and
+the umask's mode;
 2. the temporary file is fsynced;
 3. it is renamed to its final name atomically;
 4. the directory is fsynced.
 
-A name therefore never leads to a partial file, a reader that has the old file open keeps it, and a crash leaves at most
-a temporary file, whose name begins with `.ema-`. Each operation is a method of `files.system`, which a test can replace
-by one that fails or that ends the process.
+A name therefore never leads to a partial file, a reader that has the old file open keeps it, and a
+crash leaves at most a temporary file, whose name begins with `.ema-`. Each operation is a method of
+`files.system`, which a test can replace by one that fails or that ends the process.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class FileSystem:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end of the file."""
+        """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end
+        of the file."""
         return os.preadv(descriptor, [view], offset)
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> int:
@@ -63,12 +65,14 @@ class FileSystem:
         return os.pwrite(descriptor, view, offset)
 
     def fsync_directory(self, path: Path) -> None:
-        """Wait until the directory's entries are on the disk, where the file system supports that."""
+        """Wait until the directory's entries are on the disk, where the file system supports
+        that."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError as error:
-            # Some network file systems cannot sync a directory and answer EINVAL; their rename is synchronous.
+            # Some network file systems cannot sync a directory and answer EINVAL; their rename is
+            # synchronous.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -91,7 +95,8 @@ system = FileSystem()  # the file system in use; tests replace it to make operat
 # --- paths and URLs
 
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
-"""The beginning of a URL: one slash, since a Path drops the second; two letters or more, since one is a drive."""
+"""The beginning of a URL: one slash, since a Path drops the second; two letters or more, since one
+is a drive."""
 
 
 def is_url(path: str | Path) -> bool:
@@ -100,7 +105,8 @@ def is_url(path: str | Path) -> bool:
 
 
 def given_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or invalid one."""
+    """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or
+    invalid one."""
     is_empty = path == ""  # which `Path` would take for the working directory
     if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
         reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
@@ -109,7 +115,8 @@ def given_path(name: str, path: str | Path) -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path with a leading ~ replaced by the home directory, unchanged for an unknown user."""
+    """Return a path with a leading ~ replaced by the home directory, unchanged for an unknown
+    user."""
     path = as_path(path)
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
@@ -127,24 +134,31 @@ def local_path(name: str, path: str | Path) -> Path:
     """Return an argument as a path like `given_path`; raise InvalidValueError also for a URL."""
     local = given_path(name, path)
     if is_url(local):
-        raise InvalidValueError(name, "is a URL; must be a path on a file system of this machine", value=local)
+        raise InvalidValueError(
+            name, "is a URL; must be a path on a file system of this machine", value=local
+        )
     return local
 
 
 def check_writable(name: str, path: Path) -> None:
-    """Raise an InvalidValueError about the argument of that `name` for a URL that can only be read."""
+    """Raise an InvalidValueError about the argument of that `name` for a URL that can only be
+    read."""
     if is_url(path) and not str(path).startswith(("s3:", "gs:", "az:")):
-        raise InvalidValueError(name, "must be a path, or begin with s3://, gs:// or az://", value=path)
+        raise InvalidValueError(
+            name, "must be a path, or begin with s3://, gs:// or az://", value=path
+        )
 
 
 def check_parent(name: str, path: Path) -> None:
-    """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does not exist."""
+    """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does
+    not exist."""
     if not (is_url(path.parent) or path.parent.is_dir()):  # object stores have no folders
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
-    """Return the path of an output after checking its ending, that its folder exists, and that it may be written."""
+    """Return the path of an output after checking its ending, that its folder exists, and that it
+    may be written."""
     path = expanded(given_path("out", out))
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
@@ -155,7 +169,8 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
 
 
 def is_absent(path: Path) -> bool:
-    """Return whether a path no longer exists; False if that is unknown, as in a folder without permission."""
+    """Return whether a path no longer exists; False if that is unknown, as in a folder without
+    permission."""
     try:
         path.lstat()
     except OSError as error:
@@ -168,7 +183,8 @@ def is_absent(path: Path) -> bool:
 
 @contextmanager
 def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
-    """Turn an OSError of the block into a WriteError: `path` cannot be `refused`, which is "written" or "removed"."""
+    """Turn an OSError of the block into a WriteError: `path` cannot be `refused`, which is
+    "written" or "removed"."""
     try:
         yield
     except (WriteError, OutputExistsError, RemoteError):
@@ -176,7 +192,9 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
     except OSError as error:
         reason = error.strerror or str(error)
         left = "nothing partial is left" if refused == "written" else ""
-        raise WriteError(path, f"cannot be {refused}: {reason.lower()}", left, errno=error.errno) from error
+        raise WriteError(
+            path, f"cannot be {refused}: {reason.lower()}", left, errno=error.errno
+        ) from error
 
 
 def make_directory(path: Path) -> None:
@@ -187,11 +205,14 @@ def make_directory(path: Path) -> None:
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory as `make_directory` does; remove what is new if that or the block fails and leaves it empty."""
+    """Make a directory as `make_directory` does; remove what is new if that or the block fails and
+    leaves it empty."""
     made: list[Path] = []
     try:
         with reported_as_write_error(path):
-            missing = [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+            missing = (
+                [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+            )
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
                 system.make_directory(directory)
@@ -222,11 +243,13 @@ def _remove(path: Path) -> None:
 
 
 _unfinished: dict[Path, int] = {}
-"""Temporary files and folders, and directories created for new files, each with the id of the process that made it."""
+"""Temporary files and folders, and directories created for new files, each with the id of the
+process that made it."""
 
 
 def discard(paths: Collection[Path]) -> None:
-    """Remove temporary files and folders; those that the system refuses to remove are tried again at the exit."""
+    """Remove temporary files and folders; those that the system refuses to remove are tried again
+    at the exit."""
     for path in paths:
         _unfinished[path] = os.getpid()
     for path in paths:
@@ -237,9 +260,11 @@ def discard(paths: Collection[Path]) -> None:
 
 @atexit.register
 def remove_unfinished() -> None:
-    """Remove temporary files that were not discarded, and empty directories created for them, when the process ends.
+    """Remove temporary files that were not discarded, and empty directories created for them, when
+    the process ends.
 
-    A signal may arrive after a file was created and before the `with` statement that would remove it.
+    A signal may arrive after a file was created and before the `with` statement that would remove
+    it.
     """
     for path, process in reversed(list(_unfinished.items())):
         if process == os.getpid():  # not in a forked child
@@ -254,7 +279,8 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
-    """Remove temporary files and folders that have not changed for `still` seconds; log those that stay.
+    """Remove temporary files and folders that have not changed for `still` seconds; log those that
+    stay.
 
     Those are taken for the temporary files of processes that were killed.
     """
@@ -269,7 +295,11 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
         except FileNotFoundError:
             continue
         except OSError as error:
-            log.warning("%s: left by an interrupted write, and cannot be removed: %s", path, error.strerror or error)
+            log.warning(
+                "%s: left by an interrupted write, and cannot be removed: %s",
+                path,
+                error.strerror or error,
+            )
 
 
 # --- writing
@@ -283,7 +313,8 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 
 class _Pending:
-    """A file or folder with a temporary name, which readers ignore, until it is published or the `with` block ends.
+    """A file or folder with a temporary name, which readers ignore, until it is published or the
+    `with` block ends.
 
     For an object store it is in the system's folder for temporary files.
     """
@@ -322,8 +353,8 @@ _P = TypeVar("_P", bound=_Pending)
 class PendingFile(_Pending):
     """A file that is being written. `publish` gives it its name.
 
-    Raises WriteError if the system refuses, and OutputExistsError if `path` exists and may not be replaced: at the
-    start and, atomically, in `publish`.
+    Raises WriteError if the system refuses, and OutputExistsError if `path` exists and may not be
+    replaced: at the start and, atomically, in `publish`.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
@@ -332,7 +363,9 @@ class PendingFile(_Pending):
         with reported_as_write_error(path):
             is_file = path.is_file() or (path.is_symlink() and not path.is_dir())
             if not is_file and not is_url(path) and os.path.lexists(path):
-                raise OutputExistsError(path, "is a directory, pipe, socket or device", "choose another name")
+                raise OutputExistsError(
+                    path, "is a directory, pipe, socket or device", "choose another name"
+                )
             if is_file and not overwrite:  # replacing a link keeps the file that it names
                 raise _taken(path)
             _unfinished[self.temporary] = os.getpid()
@@ -346,7 +379,8 @@ class PendingFile(_Pending):
                 view, offset = view[written:], offset + written
 
     def publish(self) -> None:
-        """Make the content durable and give the file its name; remove a new name if a later step fails.
+        """Make the content durable and give the file its name; remove a new name if a later step
+        fails.
 
         A file for an object store is uploaded, and exists in the store when the upload is complete.
         """
@@ -393,8 +427,8 @@ class PendingFile(_Pending):
 class PendingFolder(_Pending):
     """A folder that is being written. `publish` gives it its name; in a store it replaces nothing.
 
-    Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files all have names of
-    the pattern `replaces`, which is replaced.
+    Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files
+    all have names of the pattern `replaces`, which is replaced.
     """
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
@@ -406,7 +440,8 @@ class PendingFolder(_Pending):
             system.make_directory(self.temporary)
 
     def _is_taken(self) -> bool:
-        """Return whether something is at `path`; raise OutputExistsError unless it may be replaced."""
+        """Return whether something is at `path`; raise OutputExistsError unless it may be
+        replaced."""
         path, in_store, problem = self.path, is_url(self.path), ""
         if not (path.exists() if in_store else os.path.lexists(path)):
             return False
@@ -418,21 +453,27 @@ class PendingFolder(_Pending):
             if self._replaces is None or entry.is_dir() or not self._replaces.fullmatch(entry.name):
                 problem = f"already exists, and holds {shown(entry.name)}"
         if problem:
-            hint = "name a new folder" + ", or `overwrite` to replace a model" * (not (self._replaces or in_store))
+            hint = "name a new folder" + ", or `overwrite` to replace a model" * (
+                not (self._replaces or in_store)
+            )
             raise OutputExistsError(path, problem, hint)
         return True
 
     def send(self) -> None:
-        """Upload the complete files to the store, those that lead to others last, and remove them here."""
+        """Upload the complete files to the store, those that lead to others last, and remove them
+        here."""
         complete = [file for file in self.temporary.rglob("*") if file.is_file()]
-        for file in sorted(complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)):
+        for file in sorted(
+            complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)
+        ):
             target = self.path / file.relative_to(self.temporary)
             self._upload(file, target, create=True)
             self._uploaded.append(target)
             system.unlink(file)
 
     def publish(self) -> None:
-        """Make the content durable and give the folder its name, or upload it; a failure leaves what was there."""
+        """Make the content durable and give the folder its name, or upload it; a failure leaves
+        what was there."""
         with reported_as_write_error(self.path):
             if is_url(self.path):
                 self.send()
@@ -446,7 +487,8 @@ class PendingFolder(_Pending):
                     finally:
                         system.close(descriptor)
                 system.fsync_directory(Path(base))
-            # A name that cleanups leave alone: a kill between the two renames must not cost the old model.
+            # A name that cleanups leave alone: a kill between the two renames must not cost the old
+            # model.
             aside = self.path.with_name(f".{self.path.name}.replaced-{secrets.token_hex(4)}")
             replaced = aside if self._is_taken() else None
             try:
@@ -465,4 +507,6 @@ class PendingFolder(_Pending):
 
 
 def _taken(path: Path) -> OutputExistsError:
-    return OutputExistsError(path, "already exists", "choose another name, or `overwrite` to replace it")
+    return OutputExistsError(
+        path, "already exists", "choose another name, or `overwrite` to replace it"
+    )

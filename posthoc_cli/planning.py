@@ -44,7 +44,8 @@ USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning
 
 
 def relative_rounding(dtype: str) -> float:
-    """Return the root mean square error of rounding to a dtype, relative to the values; for float16 1.9e-4."""
+    """Return the root mean square error of rounding to a dtype, relative to the values; for float16
+    1.9e-4."""
     return ROUNDING * EPS[WORDS[dtype]]
 
 
@@ -72,7 +73,8 @@ class Schedule:
         return min(self.taken, self.max_checkpoints or self.taken)
 
     def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
-        """Return the snapshots at the end, by time; `motion` is relative to the norm, by default even."""
+        """Return the snapshots at the end, by time; `motion` is relative to the norm, by default
+        even."""
         motion = motion or Motion.even(self.steps)
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         left: list[PowerFunction] = []
@@ -80,7 +82,9 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior, spared = assumed_prior(left, self.rounding, motion), spared_times(self.kept)
-                dropped = {*snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared)}
+                dropped = {
+                    *snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared)
+                }
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -99,24 +103,29 @@ def listed(sigma_rels: Sequence[float]) -> str:
 
 
 SPARED_TIMES = 5
-"""The newest times whose snapshots thinning spares while a training writes: it may be continued from them."""
+"""The newest times whose snapshots thinning spares while a training writes: it may be continued
+from them."""
 
 
 def spared_times(keep: int) -> int:
-    """Return how many of the newest snapshots of a profile thinning spares: at most a quarter of those it keeps."""
+    """Return how many of the newest snapshots of a profile thinning spares: at most a quarter of
+    those it keeps."""
     return max(1, min(SPARED_TIMES, keep // 4))
 
 
 def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
-    """Return the range for which thinning keeps snapshots: the tracked one, or the default for a single profile."""
+    """Return the range for which thinning keeps snapshots: the tracked one, or the default for a
+    single profile."""
     return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
 
 
 _SIMULATED = 8
-"""Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little difference."""
+"""Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little
+difference."""
 
 _TARGETS, _NORM = 12, 8
-"""Number of targets over the range, and the norm that combines their errors: near the worst one, but all count."""
+"""Number of targets over the range, and the norm that combines their errors: near the worst one,
+but all count."""
 
 
 @one_blas_thread()
@@ -127,11 +136,13 @@ def snapshots_to_drop(
     sigma_range: tuple[float, float] = USEFUL_RANGE,
     spared: int = 1,
 ) -> list[int]:
-    """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the order to drop.
+    """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the
+    order to drop.
 
-    Always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time of the last snapshot,
-    least; among equals (where nothing moved) the one whose neighbours are closest together. Then `exchanged` improves
-    the rest. The last `spared` snapshots of each profile stay. Of very many, those outside a `thinned_subset` go first.
+    Always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time
+    of the last snapshot, least; among equals (where nothing moved) the one whose neighbours are
+    closest together. Then `exchanged` improves the rest. The last `spared` snapshots of each
+    profile stay. Of very many, those outside a `thinned_subset` go first.
     """
     left, gammas = list(range(len(snapshots))), {p.gamma for p in snapshots}
     newest = {i for gamma in gammas for i in _by_time(snapshots, left, gamma)[-spared:]}
@@ -156,7 +167,8 @@ def removal_order(
     needed: Collection[int],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
-    """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each profile remain.
+    """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each
+    profile remain.
 
     `needed` snapshots stay.
     """
@@ -177,8 +189,9 @@ def removal_order(
 
 
 _MOST_EXCHANGED, _MOST_TRIED, _LEAST_GAIN = 16, 240, 0.99
-"""Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors from which on none is
-made. They pay if few snapshots are left: with 3 of 20 they halve the error at best, with 20 of 40 they gain nothing."""
+"""Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors
+from which on none is made. They pay if few snapshots are left: with 3 of 20 they halve the error at
+best, with 20 of 40 they gain nothing."""
 
 
 def exchanged(
@@ -189,9 +202,11 @@ def exchanged(
     needed: Collection[int],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[int]:
-    """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the same profile.
+    """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the
+    same profile.
 
-    Greedy drops do not always find the best set: a snapshot that was kept early may be of little use in the end.
+    Greedy drops do not always find the best set: a snapshot that was kept early may be of little
+    use in the end.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -203,7 +218,9 @@ def exchanged(
     for _ in range(_MOST_TRIED // max(len(order), 1)):
         trials = []
         for coming in order:
-            errors = _combined(losses.of([place[i] for i in (*kept, coming)]).squares_without_each())
+            errors = _combined(
+                losses.of([place[i] for i in (*kept, coming)]).squares_without_each()
+            )
             trials += [
                 (float(error), coming, leaving)
                 for error, leaving in zip(errors, kept, strict=False)
@@ -218,7 +235,9 @@ def exchanged(
     return order
 
 
-def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
+def _closest_together(
+    snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]
+) -> int:
     """Return the snapshot whose neighbours of the same profile are closest together."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
     for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
@@ -230,9 +249,12 @@ def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], e
 
 
 def losses_of(
-    snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
+    snapshots: Sequence[PowerFunction],
+    prior: Prior,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Losses:
-    """Return the errors of targets over the range, at the time of the last snapshot, as snapshots are lost."""
+    """Return the errors of targets over the range, at the time of the last snapshot, as snapshots
+    are lost."""
     t = max(p.t for p in snapshots)
     return Problem(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
 
@@ -240,7 +262,9 @@ def losses_of(
 def _combined(squares: FloatArray) -> FloatArray:
     """Return the 8-norm over targets of the roots of squared errors: shape [targets, n] to [n]."""
     scale = float(squares.max()) or 1.0
-    return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))
+    return np.asarray(
+        np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale)
+    )
 
 
 # --- error curves
@@ -260,7 +284,8 @@ class ErrorPoint:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for targets at `t`."""
+    """Relative L2 errors of the profile, and expected ones of the weights, against sigma_rel, for
+    targets at `t`."""
 
     label: str  # snapshots and assumption, for a legend
     t: float
@@ -272,7 +297,9 @@ class ErrorCurve:
     assumption: str = ""  # of the predicted errors; empty if the motion was measured
 
     def __repr__(self) -> str:
-        return f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
+        return (
+            f"ErrorCurve({self.label}: below 1 % for sigma_rel {self.ranges_text(0.01) or 'none'})"
+        )
 
     @property
     def worst(self) -> float:
@@ -283,12 +310,17 @@ class ErrorCurve:
         return float(np.median(self.predicted_error))
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
-        """Return the ranges of sigma_rel, of at least two points, where the predicted error is below `threshold`."""
+        """Return the ranges of sigma_rel, of at least two points, where the predicted error is
+        below `threshold`."""
         below = np.flatnonzero(self.predicted_error < threshold)
         if below.size == 0:
             return []
         runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
-        return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
+        return [
+            (float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]]))
+            for run in runs
+            if run.size > 1
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the curve as data for JSON, with None in place of infinite errors."""
@@ -313,11 +345,15 @@ class ErrorCurve:
         }
 
     def ranges_text(self, threshold: float) -> str:
-        """Return `ranges_below` as text, "0.051 to 0.278", rounded inwards to the fewest digits that leave some."""
+        """Return `ranges_below` as text, "0.051 to 0.278", rounded inwards to the fewest digits
+        that leave some."""
         texts = []
         for low, high in self.ranges_below(threshold):
             for digits in range(3, 9):
-                first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
+                first, last = (
+                    math.ceil(round(low * 10**digits, 9)),
+                    math.floor(round(high * 10**digits, 9)),
+                )
                 if first < last:
                     break
             texts.append(f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}")
@@ -341,41 +377,58 @@ def error_curve(
 ) -> ErrorCurve:
     """Return the reconstruction error over a range of sigma_rel, and of `others` by their titles.
 
-    Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used. `label` is their name
-    in a legend, and `prior` that of all of them. The `points` of the curve are evenly spaced in the logarithm; tracked
-    sigma_rels are added.
+    Targets are at `t`, by default the time of the last snapshot; snapshots after it are not used.
+    `label` is their name in a legend, and `prior` that of all of them. The `points` of the curve
+    are evenly spaced in the logarithm; tracked sigma_rels are added.
     """
     low, high = check_sigma_range(sigma_range)
     t, others = time_between(snapshots, t), others or {}
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
-    usable, assumption = [snapshots[index] for index in among], EVENLY if prior.source == ASSUMED else ""
-    tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)}))
+    usable, assumption = (
+        [snapshots[index] for index in among],
+        EVENLY if prior.source == ASSUMED else "",
+    )
+    tracked = tuple(
+        sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)})
+    )
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
     problem, n = Problem(usable, prior.of(among), t), grid.size
-    _, profile_error, predicted = problem.solve([*powers(grid, t), *others.values()], check_method(method))
+    _, profile_error, predicted = problem.solve(
+        [*powers(grid, t), *others.values()], check_method(method)
+    )
     # Weights of norm 0 are exact.
-    predicted, widths = np.nan_to_num(predicted, nan=0.0), (relative_width(each, t) for each in others.values())
-    further = tuple(map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist()))
+    predicted, widths = (
+        np.nan_to_num(predicted, nan=0.0),
+        (relative_width(each, t) for each in others.values()),
+    )
+    further = tuple(
+        map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist())
+    )
     label = f"{label}, if {assumption}" if assumption else label
-    return ErrorCurve(label, t, grid, profile_error[:n], predicted[:n], tracked, further, assumption)
+    return ErrorCurve(
+        label, t, grid, profile_error[:n], predicted[:n], tracked, further, assumption
+    )
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
-    """Return `t`, or the last snapshot's time for None; raise an InvalidValueError if no snapshots surround it."""
+    """Return `t`, or the last snapshot's time for None; raise an InvalidValueError if no snapshots
+    surround it."""
     times = [profile.t for profile in snapshots]
     return max(times) if t is None else check_within("t", t, times)
 
 
 def check_within(name: str, value: float, known: Collection[float]) -> float:
-    """Return a time or step; raise an InvalidValueError unless it lies between the least and the largest known one."""
+    """Return a time or step; raise an InvalidValueError unless it lies between the least and the
+    largest known one."""
     low, high = min(known), max(known)
     accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
-    """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two ascending numbers."""
+    """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two
+    ascending numbers."""
     with suppress(TypeError, ValueError):
         low, high = map(check_sigma_rel, sigma_range)
         if low < high:
@@ -393,19 +446,22 @@ NAMES = {
     "fine": (2, "float32", 20),
     "exact": (3, "float32", 20),
 }
-"""The named schedules, by rising size: tracked profiles, dtype, and snapshots kept of each profile."""
+"""The named schedules, by rising size: tracked profiles, dtype, and snapshots kept of each profile.
+"""
 
 _TAKEN = 2
-"""Snapshots taken, as a multiple of those kept. The worst error of these schedules of 400,000 steps is then at most 0.8
-of that of snapshots that are all kept."""
+"""Snapshots taken, as a multiple of those kept. The worst error of these schedules of 400,000 steps
+is then at most 0.8 of that of snapshots that are all kept."""
 
 _UPDATE_EVERY, _UPDATES_IN_WIDTH = 10, 10
-"""Upper limit of the steps between updates, and lower limit of the updates within the shortest average's width."""
+"""Upper limit of the steps between updates, and lower limit of the updates within the shortest
+average's width."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A named schedule, the dtype of its snapshots, their largest size on disk in bytes, and expected errors."""
+    """A named schedule, the dtype of its snapshots, their largest size on disk in bytes, and
+    expected errors."""
 
     name: str
     schedule: Schedule
@@ -415,10 +471,13 @@ class Proposal:
 
     @property
     def update_every(self) -> int:
-        """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
+        """Steps between updates: 10, or fewer where averages are short, and a divisor of
+        `checkpoint_every`."""
         width = float(self.errors.sigma_rels[0]) * self.schedule.steps
         most = max(1, min(_UPDATE_EVERY, int(width / _UPDATES_IN_WIDTH)))
-        return next(every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0)
+        return next(
+            every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0
+        )
 
     def call(self) -> str:
         schedule = self.schedule
@@ -456,8 +515,11 @@ class PlanReport:
 
     @property
     def within_disk(self) -> Proposal | None:
-        """The most exact schedule whose snapshots fit the disk; None if none fits, or without a disk."""
-        fitting = [each for each in self.proposals if self.disk is not None and each.nbytes <= self.disk]
+        """The most exact schedule whose snapshots fit the disk; None if none fits, or without a
+        disk."""
+        fitting = [
+            each for each in self.proposals if self.disk is not None and each.nbytes <= self.disk
+        ]
         return min(fitting, key=lambda each: each.errors.worst, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -478,32 +540,42 @@ def propose(
     motion: Motion | None = None,
     rounding: Mapping[str, float] | None = None,
 ) -> list[Proposal]:
-    """Return the schedules of `NAMES` for a training of so many steps, and averaged elements of the network.
+    """Return the schedules of `NAMES` for a training of so many steps, and averaged elements of the
+    network.
 
-    The ends of the range are tracked, of a single profile its geometric mean. `motion` is over (0, steps], relative to
-    the norm; None for even motion. `rounding` is the measured error of stored averages by dtype, in place of
-    `relative_rounding`.
+    The ends of the range are tracked, of a single profile its geometric mean. `motion` is over (0,
+    steps], relative to the norm; None for even motion. `rounding` is the measured error of stored
+    averages by dtype, in place of `relative_rounding`.
     """
     for name, count in (("steps", steps), ("params", params)):
-        check_number(name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15")
+        check_number(
+            name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15"
+        )
     low, high = check_sigma_range(sigma_range)
     middle, motion = float(f"{math.sqrt(low * high):.2g}"), motion or Motion.even(steps)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
         error = (rounding or {}).get(dtype, relative_rounding(dtype))
-        schedule = Schedule(tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error)
+        schedule = Schedule(
+            tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error
+        )
         snapshots = schedule.snapshots(motion)
         label = f"{name}: {schedule.kept} each in {dtype}"
-        errors = error_curve(label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81)
+        errors = error_curve(
+            label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81
+        )
         errors = replace(errors, label=label, assumption="")
         fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
-        proposals.append(Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors))
+        proposals.append(
+            Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors)
+        )
     return proposals
 
 
 def _round_interval(steps: int, times: int) -> int:
-    """Return a checkpoint_every for at most `times` snapshots, preferably a round number that divides `steps`."""
+    """Return a checkpoint_every for at most `times` snapshots, preferably a round number that
+    divides `steps`."""
     least = -(-steps // times)
     most = min(2 * least, steps)
     unit = int(10 ** max(len(str(least)) - 2, 0))
@@ -512,6 +584,10 @@ def _round_interval(steps: int, times: int) -> int:
 
     def cost(every: int) -> tuple[bool, int, float]:
         digits = len(str(every).rstrip("0"))
-        return steps % every > 0, round(100 * (steps % every) / steps), math.log(every / least) + 0.1 * digits
+        return (
+            steps % every > 0,
+            round(100 * (steps % every) / steps),
+            math.log(every / least) + 0.1 * digits,
+        )
 
     return min((every for every in candidates if least <= every <= most), key=cost)

@@ -1,7 +1,8 @@
 """Figures: arrays in, matplotlib figures out.
 
-They are readable in print, with colour blindness (Okabe and Ito's colours, each with a different line style) and on a
-dark page (the background is opaque white). pyplot is not used: a figure belongs to its caller and needs no display.
+They are readable in print, with colour blindness (Okabe and Ito's colours, each with a different
+line style) and on a dark page (the background is opaque white). pyplot is not used: a figure
+belongs to its caller and needs no display.
 """
 
 from __future__ import annotations
@@ -40,13 +41,18 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
 _LEAST_ERRORS, _MOST_ERROR = (1e-8, 1e-4), 2.0
-"""Bounds of the lower end of the error axis, and of the upper one; errors beyond the ends are drawn there."""
+"""Bounds of the lower end of the error axis, and of the upper one; errors beyond the ends are drawn
+there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
-"""Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is only in the legend."""
+"""Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is
+only in the legend."""
 _LONGEST_TEXT = 200
-_WIDTH, _HEIGHT, _LINE = 8.0, 4.4, 0.16  # inches of a figure without legend, and the height of a line of the legend
-_MARGIN = 0.1  # margin in inches, since the edges of the white background are visible on a dark page
+# inches of a figure without legend, and the height of a line of the legend
+_WIDTH, _HEIGHT, _LINE = (8.0, 4.4, 0.16)
+_MARGIN = (
+    0.1  # margin in inches, since the edges of the white background are visible on a dark page
+)
 
 
 class _Figure(Figure):
@@ -57,12 +63,13 @@ class _Figure(Figure):
 
 
 def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
-    """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for byte.
+    """Return a figure as the content of a `.png`, `.svg` or `.pdf` file, reproducible byte for
+    byte.
 
     Text in SVG is drawn as paths, so that it looks the same everywhere.
 
-    matplotlibrc files are ignored: one in the working directory may be another user's and enable LaTeX, which runs
-    programs.
+    matplotlibrc files are ignored: one in the working directory may be another user's and enable
+    LaTeX, which runs programs.
     """
     stream = io.BytesIO()
     with matplotlib.rc_context():
@@ -73,7 +80,8 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
 
 
 def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> Figure:
-    """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that of the profiles."""
+    """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that
+    of the profiles."""
     figure, axes = _figure()
     heights = [np.minimum(curve.predicted_error, _MOST_ERROR) for curve in curves]
     # The largest power of ten below nearly all of the curves.
@@ -83,40 +91,66 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
         _draw_curve(axes, curve, np.maximum(errors, least), index, alone=len(curves) == 1)
         for number, point in enumerate(curve.others):
             axes.plot(
-                max(point.sigma_rel, _LEAST_WIDTH), np.clip(point.predicted_error, least, _MOST_ERROR),
-                marker=MARKERS[(number + 1) % len(MARKERS)], color=COLOURS[index % len(COLOURS)], linestyle="none",
-                clip_on=False, zorder=6, label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
-            )  # fmt: skip
+                max(point.sigma_rel, _LEAST_WIDTH),
+                np.clip(point.predicted_error, least, _MOST_ERROR),
+                marker=MARKERS[(number + 1) % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                linestyle="none",
+                clip_on=False,
+                zorder=6,
+                label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
+            )
     for index, curve in enumerate(curves if profile_error else ()):
         label = None if index else "thin: relative L2 error of the profile"
         axes.plot(
-            curve.sigma_rels, curve.profile_error, alpha=0.55, linewidth=0.9, zorder=1.9, label=label, **_line(index)
+            curve.sigma_rels,
+            curve.profile_error,
+            alpha=0.55,
+            linewidth=0.9,
+            zorder=1.9,
+            label=label,
+            **_line(index),
         )
     axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
     axes.set(xscale="log", yscale="log", xlabel="sigma_rel (width, as a fraction of training)")
     axes.margins(x=0.01)  # for marks at the ends
-    drawn = np.concatenate([*heights, [point.predicted_error for curve in curves for point in curve.others]])
+    drawn = np.concatenate(
+        [*heights, [point.predicted_error for curve in curves for point in curve.others]]
+    )
     axes.set_ylim(least, np.clip(2 * drawn.max(), 2 * GOOD_ERROR, _MOST_ERROR))
     is_cut = drawn.min() < least
     axes.yaxis.set_major_formatter(
         lambda error, _: f"{'≤ ' if is_cut and error < 1.01 * least else ''}{100 * error:g} %"
     )
     axes.set_ylabel("expected relative L2 error of the weights")
-    title = "Predicted error of the weights" + (f": {_good_range(curves[0])}" if len(curves) == 1 else "")
+    title = "Predicted error of the weights" + (
+        f": {_good_range(curves[0])}" if len(curves) == 1 else ""
+    )
     return _finish(figure, axes.xaxis, title)
 
 
-def _draw_curve(axes: Axes, curve: ErrorCurve, heights: npt.NDArray[np.float64], index: int, alone: bool) -> None:
-    """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with small errors."""
+def _draw_curve(
+    axes: Axes, curve: ErrorCurve, heights: npt.NDArray[np.float64], index: int, alone: bool
+) -> None:
+    """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
+    small errors."""
     tracked = f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}" if curve.tracked else ""
-    label = f"{curve.label[: _LONGEST_TEXT // 2]}{tracked}" + ("" if alone else f"; {_good_range(curve)}")
+    label = f"{curve.label[: _LONGEST_TEXT // 2]}{tracked}" + (
+        "" if alone else f"; {_good_range(curve)}"
+    )
     axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     axes.plot(
-        marked, np.interp(marked, curve.sigma_rels, heights), marker=MARKERS[0], color=COLOURS[index % len(COLOURS)],
-        linestyle="none", clip_on=False, zorder=5,
-    )  # fmt: skip
-    for low, high in curve.ranges_below(GOOD_ERROR) if alone else ():  # those of several curves would overlap
+        marked,
+        np.interp(marked, curve.sigma_rels, heights),
+        marker=MARKERS[0],
+        color=COLOURS[index % len(COLOURS)],
+        linestyle="none",
+        clip_on=False,
+        zorder=5,
+    )
+    # those of several curves would overlap
+    for low, high in curve.ranges_below(GOOD_ERROR) if alone else ():
         axes.axvspan(low, high, color=COLOURS[index], alpha=0.10, linewidth=0)
 
 
@@ -126,7 +160,8 @@ def _good_range(curve: ErrorCurve) -> str:
 
 
 def sweep_figure(found: dict[str, Any]) -> Figure:
-    """Draw a metric against the length of the average, on a logarithmic axis, from `SweepReport.to_dict`.
+    """Draw a metric against the length of the average, on a logarithmic axis, from
+    `SweepReport.to_dict`.
 
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
@@ -135,35 +170,56 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     def place(value: Any) -> float:
         return 1 / (1 - float(value)) if kind == "beta" else float(value)
 
-    curve = [(place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]]
+    curve = [
+        (place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]
+    ]
     widths, means, errors = np.array(curve, float).T
     measured = [trial for trial in found["trials"] if trial["value"] is not None and trial["x"]]
-    points = [(place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"]) for trial in measured]
+    points = [
+        (place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
+        for trial in measured
+    ]
     lengths, values, noise = np.array(points, float).reshape(-1, 3).T
     flat, best = [*map(place, found["equal_within_noise"])], place(found["best"][kind])
     figure, axes = _figure()
     label = f"equal within the noise: {flat[0]:g} to {flat[1]:g}"
     axes.axvspan(*flat, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
-    axes.fill_between(widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0)
-    axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors")
+    axes.fill_between(
+        widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0
+    )
+    axes.plot(
+        widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors"
+    )
     axes.errorbar(
-        lengths, values, noise, color=COLOURS[4], marker="o", markersize=4, linestyle="none", capsize=3,
+        lengths,
+        values,
+        noise,
+        color=COLOURS[4],
+        marker="o",
+        markersize=4,
+        linestyle="none",
+        capsize=3,
         label="measured, bars: noise",
-    )  # fmt: skip
+    )
     axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
     low, high = float(np.min(values)), float(np.max(values))
     if raw is not None:
-        axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}")
+        axes.axhline(
+            raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}"
+        )
         if max(low - raw, raw - high) <= _FAR * (high - low):
             low, high = min(low, raw), max(high, raw)
     axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
-    axes.set(xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind))
+    axes.set(
+        xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
+    )
     axes.set_ylabel(_text(found["metric"]))
     return _finish(figure, axes.xaxis)
 
 
 def audit_figure(audit: dict[str, Any]) -> Figure:
-    """Draw the length of an average in each interval of the training, and the claimed length as a line.
+    """Draw the length of an average in each interval of the training, and the claimed length as a
+    line.
 
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
@@ -172,17 +228,33 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     figure, axes = _figure()
     drawn = [each for each in audit["intervals"] if each["found"]]
     lengths, begins, ends = ([each[key] for each in drawn] for key in ("found", "begin", "end"))
-    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval")
+    axes.hlines(
+        lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval"
+    )
     if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
-        band, label = (length / math.exp(sigma), length * math.exp(sigma)), f"found in all together: {length:,.4g}"
+        band, label = (
+            (length / math.exp(sigma), length * math.exp(sigma)),
+            f"found in all together: {length:,.4g}",
+        )
         axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
     if claimed is not None:
-        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"claimed: {claimed:,.4g}")
-    axes.set(xlabel="training time", ylabel="time constant (steps)" if audit["what"] == "decay" else "sigma_rel")
+        axes.axhline(
+            claimed,
+            color=COLOURS[1],
+            linestyle="--",
+            linewidth=1.6,
+            label=f"claimed: {claimed:,.4g}",
+        )
+    axes.set(
+        xlabel="training time",
+        ylabel="time constant (steps)" if audit["what"] == "decay" else "sigma_rel",
+    )
     if drawn or claimed is not None:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
-    return _finish(figure, axes.yaxis, title + f": {audit['verdict']}" * (audit["verdict"] != "found"))
+    return _finish(
+        figure, axes.yaxis, title + f": {audit['verdict']}" * (audit["verdict"] != "found")
+    )
 
 
 # --- parts of all figures
@@ -204,15 +276,20 @@ def _text(text: str, width: int = 62) -> str:
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
     """
     kept_together = printable(text[:_LONGEST_TEXT]).replace(" %", "\N{NO-BREAK SPACE}%")
-    return textwrap.fill(kept_together, width).replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
+    return (
+        textwrap.fill(kept_together, width).replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
+    )
 
 
 def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
-    """Set round ticks on the logarithmic axis `scaled`, the title, and a legend below, where it covers no curve."""
+    """Set round ticks on the logarithmic axis `scaled`, the title, and a legend below, where it
+    covers no curve."""
     axes = scaled.axes
     low, high = scaled.get_view_interval()
     scaled.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low > 0 else MaxNLocator(5))
-    scaled.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1000 else f"{value:,.0f}"))
+    scaled.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1000 else f"{value:,.0f}")
+    )
     scaled.set_minor_locator(NullLocator())
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -1,12 +1,14 @@
 """Averaging profiles: how much each moment of training counts in an average. NumPy only, float64.
 
-Training time `s` starts at 0 on the run's clock, in any unit. An average at time `t` is sum_k w_k theta_k over the
-weights of the network after each step. Its profile is its `tail`: tail(s) is the mass at times after s, 1 before the
-start and 0 from `t` on. The weights of step k have the mass tail(step k-1) - tail(step k). A tail is also what
-multiplies updates: sum_k w_k theta_k = theta_0 + sum_k tail(step k-1) (theta_k - theta_k-1).
+Training time `s` starts at 0 on the run's clock, in any unit. An average at time `t` is sum_k w_k
+theta_k over the weights of the network after each step. Its profile is its `tail`: tail(s) is the
+mass at times after s, 1 before the start and 0 from `t` on. The weights of step k have the mass
+tail(step k-1) - tail(step k). A tail is also what multiplies updates: sum_k w_k theta_k = theta_0 +
+sum_k tail(step k-1) (theta_k - theta_k-1).
 
-Below: the power function, which runs track; averages over known times, which other programs store; the clock of a run;
-and how updates are folded into tracked averages. `targets` has the profiles that a user may ask for.
+Below: the power function, which runs track; averages over known times, which other programs store;
+the clock of a run; and how updates are folded into tracked averages. `targets` has the profiles
+that a user may ask for.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ class Profile(Protocol):
     """The mass of an average, 1 in total, over times on the run's clock."""
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Return the mass at times after `s`, any shape: 1 before the start, 0 from the end on, never increasing."""
+        """Return the mass at times after `s`, any shape: 1 before the start, 0 from the end on,
+        never increasing."""
 
 
 class StoredProfile(Profile, Protocol):
-    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another profile with a time.
+    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another profile
+    with a time.
 
     A profile with mass at points has their times as `jumps`, in ascending order.
     """
@@ -57,12 +61,13 @@ class StoredProfile(Profile, Protocol):
 # gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887, the longest one.
 
 UNIFORM_SIGMA_REL, SHORTEST_SIGMA_REL = 12**-0.5, 1e-12
-"""sigma_rel of the uniform average, which is above every other, and the least one: shorter than one step of any
-training. Far below it the formulas overflow."""
+"""sigma_rel of the uniform average, which is above every other, and the least one: shorter than one
+step of any training. Far below it the formulas overflow."""
 
 
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
-    """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of range."""
+    """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of
+    range."""
     is_number = isinstance(sigma_rel, int | float)
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
@@ -71,12 +76,15 @@ def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     if not SHORTEST_SIGMA_REL <= value < UNIFORM_SIGMA_REL:
         must = "must lie" if is_number else "must be a number, and lie"
         reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
-        raise InvalidValueError(name, reason, value=f"{sigma_rel:g}" if is_number else brief(sigma_rel))
+        raise InvalidValueError(
+            name, reason, value=f"{sigma_rel:g}" if is_number else brief(sigma_rel)
+        )
     return value
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """Return the exponent of the profile with width `sigma_rel`, gamma + 1 to about 1e-15 relative."""
+    """Return the exponent of the profile with width `sigma_rel`, gamma + 1 to about 1e-15
+    relative."""
     return _gamma(check_sigma_rel(sigma_rel))
 
 
@@ -84,12 +92,14 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 def _gamma(sigma_rel: float) -> float:
     """Solve equation 123.
 
-    With x = gamma + 1 and T = sigma_rel**-2 it reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform average that
-    has two positive roots; the larger one is the solution. f is convex for x > 0, and x = 1 / sigma_rel lies right of
-    both roots, so that Newton's method from there decreases monotonically to the larger one.
+    With x = gamma + 1 and T = sigma_rel**-2 it reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the
+    uniform average that has two positive roots; the larger one is the solution. f is convex for x >
+    0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there decreases
+    monotonically to the larger one.
     """
     if sigma_rel < 1e-6:
-        # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
+        # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses
+        # digits.
         return 1 / sigma_rel - 3 - sigma_rel / 2
     inverse_square = 1 / (sigma_rel * sigma_rel)
     x = 1 / sigma_rel
@@ -105,22 +115,26 @@ def _gamma(sigma_rel: float) -> float:
 def sigma_rel_from_gamma(gamma: float) -> float:
     """Return the width of the profile with exponent `gamma` > 0, as a fraction of training time."""
     if not (gamma > 0 and math.isfinite(gamma)):
-        raise InvalidValueError("gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}")
+        raise InvalidValueError(
+            "gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}"
+        )
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
-    """Return 1 - beta, the share of the new value in an update at time `t`; at the first one `t_prev` is 0.
+    """Return 1 - beta, the share of the new value in an update at time `t`; at the first one
+    `t_prev` is 0.
 
-    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
-    updates gives each value the power function's mass on the interval before it.
+    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127).
+    A chain of such updates gives each value the power function's mass on the interval before it.
     """
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t)) if t_prev else 1.0
 
 
 @dataclass(frozen=True)
 class PowerFunction:
-    """The power-function profile of an average taken at time `t` > 0, with exponent `gamma` >= 0."""
+    """The power-function profile of an average taken at time `t` > 0, with exponent `gamma` >=
+    0."""
 
     gamma: float
     t: float
@@ -137,7 +151,11 @@ class PowerFunction:
         """Return the mass per unit of time at `s`; 0 outside (0, t]."""
         relative = np.asarray(s, dtype=np.float64) / self.t
         inside = (relative > 0) & (relative <= 1)
-        return np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0) * (self.gamma + 1) / self.t
+        return (
+            np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0)
+            * (self.gamma + 1)
+            / self.t
+        )
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
@@ -160,7 +178,8 @@ class Point:
 
     @property
     def t_first(self) -> float:
-        """The time at which averages begin: the first step on a step clock, not the first checkpoint."""
+        """The time at which averages begin: the first step on a step clock, not the first
+        checkpoint."""
         return min(1.0, self.t)
 
     @property
@@ -173,13 +192,17 @@ class Point:
 
 
 class Discrete:
-    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`, by default the last.
+    """An average over weights at known times, sum_k masses_k theta(times_k), taken at time `t`, by
+    default the last.
 
     `times` are ascending, above 0 and at most `t`; `masses` at least 0, and scaled to the sum 1.
     """
 
     def __init__(
-        self, times: Sequence[float] | FloatArray, masses: Sequence[float] | FloatArray, t: float = 0.0
+        self,
+        times: Sequence[float] | FloatArray,
+        masses: Sequence[float] | FloatArray,
+        t: float = 0.0,
     ) -> None:
         self.times, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
         self.jumps, self.masses, self.t = self.times, mass / mass.sum(), float(t or self.times[-1])
@@ -190,35 +213,44 @@ class Discrete:
         return float(self.times[0])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        return self._later[np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")]
+        return self._later[
+            np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")
+        ]
 
     @cached_property
     def _later(self) -> FloatArray:
-        """The mass from each of the times on, then 0; summed from the end, which keeps the digits of small tails."""
+        """The mass from each of the times on, then 0; summed from the end, which keeps the digits
+        of small tails."""
         later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
         later[0] = 1.0
         return later
 
 
 MOST_UPDATES = 20_000_000
-"""Limit of the updates of one average: far more than a training makes, and few enough for memory."""
+"""Limit of the updates of one average: far more than a training makes, and few enough for memory.
+"""
 
 MOST_TIMES = 16_384
-"""Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by < 1e-4 of training."""
+"""Limit of the times in a profile. Of more updates, neighbours are joined, which moves mass by <
+1e-4 of training."""
 
 
 def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> Discrete:
-    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the step clock.
+    """Return the profile that `ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 store, on the
+    step clock.
 
-    They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c + 1))**(gamma + 1), whatever
-    `every` is; at the first update, nothing. With every = 1 that is the power function of `gamma`, shifted by a step;
-    with more it is close to that of the exponent (gamma + 1) / every - 1, a longer average. `first` is the step of the
-    first update: 1, or `update_after_step` of the latter library.
+    They count calls from the first update, c = 1, 1 + every, ..., and keep (1 - 1 / (c +
+    1))**(gamma + 1), whatever `every` is; at the first update, nothing. With every = 1 that is the
+    power function of `gamma`, shifted by a step; with more it is close to that of the exponent
+    (gamma + 1) / every - 1, a longer average. `first` is the step of the first update: 1, or
+    `update_after_step` of the latter library.
 
     Raises:
         InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
     """
-    check_number("step", step, lambda _: step >= first, f"be at least {first}, that of the first update")
+    check_number(
+        "step", step, lambda _: step >= first, f"be at least {first}, that of the first update"
+    )
     count = (step - first) // every + 1
     _check_updates(count, step)
     logs = (gamma + 1) * np.log1p(-1 / (np.arange(1.0, count) * every + 2))
@@ -227,7 +259,8 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     masses, size = -np.diff(after), -(-count // MOST_TIMES)
     groups = np.arange(0, count, size)
     joined = np.add.reduceat(masses, groups)
-    # Each group lies at its mean time. Far before the end of a short average, masses are 0 in float64.
+    # Each group lies at its mean time. Far before the end of a short average, masses are 0 in
+    # float64.
     later = np.add.reduceat(masses * (np.arange(count) % size), groups)
     places = groups + np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
     return Discrete(np.asarray(first + every * places, dtype=np.float64), joined, step)
@@ -238,7 +271,9 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
 
 def _check_updates(count: int, step: int) -> None:
     if count > MOST_UPDATES:
-        raise InvalidValueError("step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}")
+        raise InvalidValueError(
+            "step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}"
+        )
 
 
 WARM_UPS = ("ratio", "power", "ramp-up")
@@ -248,20 +283,23 @@ POWER, RAMP_UP = 2 / 3, 0.05
 """The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
 
 _FINEST, _STEPS_FINEST = 128, 512
-"""Number of times of an ordinary EMA in each of its time constants, and in each doubling of the steps."""
+"""Number of times of an ordinary EMA in each of its time constants, and in each doubling of the
+steps."""
 
 _FORGOTTEN, _COPY = 30.0, -1e3
-"""Age in time constants from which on values are left out (mass below 1e-13), and the number used as log(0)."""
+"""Age in time constants from which on values are left out (mass below 1e-13), and the number used
+as log(0)."""
 
 
 @dataclass(frozen=True)
 class DecayRule:
     """The decay of each update of an ordinary EMA.
 
-    `warm_up` is the decay of the n-th update up to the limit `decay`: "" for none, "ratio" for (1 + n) / (10 + n),
-    "power" for 1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a half-life that is a share of the
-    training so far, or `POWER_FUNCTION` for (n / (n + 1))**power, which after one copy is equation 2 of
-    arXiv 2312.02696 with power = gamma + 1. The first update that is no copy has n = 1.
+    `warm_up` is the decay of the n-th update up to the limit `decay`: "" for none, "ratio" for (1 +
+    n) / (10 + n), "power" for 1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a
+    half-life that is a share of the training so far, or `POWER_FUNCTION` for (n / (n + 1))**power,
+    which after one copy is equation 2 of arXiv 2312.02696 with power = gamma + 1. The first update
+    that is no copy has n = 1.
     """
 
     decay: float  # the constant decay; with a warm-up, its upper limit
@@ -271,12 +309,19 @@ class DecayRule:
     inv_gamma: float = 1.0
     power: float = POWER
     least: float = 0.0  # lower limit of the decay
-    uncertainty: float = 0.0  # relative, of the time constant 1 / (1 - decay), if the decay was estimated
+    uncertainty: float = (
+        0.0  # relative, of the time constant 1 / (1 - decay), if the decay was estimated
+    )
     late: int = 0  # steps by which the first update may be later, if its step was estimated
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
-        check_number("ema_uncertainty", self.uncertainty, lambda part: 0 <= part <= 3, "be a fraction such as 0.03")
+        check_number(
+            "ema_uncertainty",
+            self.uncertainty,
+            lambda part: 0 <= part <= 3,
+            "be a fraction such as 0.03",
+        )
 
     def longer(self, factor: float) -> DecayRule:
         """Return the rule of an average that is longer by a factor at its end."""
@@ -296,7 +341,8 @@ class DecayRule:
         return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
 
     def at(self, updates: FloatArray) -> FloatArray:
-        """Return the share of the previous average that updates keep, by their numbers from 1: shape of `updates`."""
+        """Return the share of the previous average that updates keep, by their numbers from 1:
+        shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
         n = np.maximum(numbers - self.copies, 0.0)
         if self.warm_up == "ratio":
@@ -309,20 +355,27 @@ class DecayRule:
             kept = (n / (n + 1)) ** self.power
         else:
             kept = np.ones(n.size)
-        return np.where(numbers > self.copies, np.maximum(np.minimum(kept, self.decay), self.least), 0.0)
+        return np.where(
+            numbers > self.copies, np.maximum(np.minimum(kept, self.decay), self.least), 0.0
+        )
 
     def kept_logs(self, updates: int) -> FloatArray:
-        """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to `updates`."""
+        """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to
+        `updates`."""
         return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
 
     def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
-        """Return the profile of the average at a step of the training, after so many updates, one `every` steps.
+        """Return the profile of the average at a step of the training, after so many updates, one
+        `every` steps.
 
-        `first` is the step of the first update; 0 if updates are at the last multiples of `every`. The initial average
-        is the weights one interval before the first update, at the earliest at time 0.5.
+        `first` is the step of the first update; 0 if updates are at the last multiples of `every`.
+        The initial average is the weights one interval before the first update, at the earliest at
+        time 0.5.
         """
         _check_updates(updates, step)
-        return OrdinaryEMA(self, step, updates, every, first or step // every * every - (updates - 1) * every)
+        return OrdinaryEMA(
+            self, step, updates, every, first or step // every * every - (updates - 1) * every
+        )
 
 
 @lru_cache(maxsize=4)
@@ -335,20 +388,28 @@ def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
 class OrdinaryEMA(Discrete):
     """The profile of an ordinary EMA at a step, from the product of the decays of its updates.
 
-    `times`, at which a solver's intervals end, joins updates where that moves little mass, and leaves out negligible
-    ones. Tails are exact at any time, so that the common part of two successive averages cancels.
+    `times`, at which a solver's intervals end, joins updates where that moves little mass, and
+    leaves out negligible ones. Tails are exact at any time, so that the common part of two
+    successive averages cancels.
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
         self._rule, self._logs = decay, (logs := decay.kept_logs(updates))
         self._start = max(float(first - every), 0.5)
-        self.settings: dict[str, Any] = vars(decay) | {"updates": updates, "every": every, "first": first}
+        self.settings: dict[str, Any] = vars(decay) | {
+            "updates": updates,
+            "every": every,
+            "first": first,
+        }
         numbers = np.arange(1, updates + 1)
-        # Groups depend on an update's number alone, so that averages at different times have the same groups.
+        # Groups depend on an update's number alone, so that averages at different times have the
+        # same groups.
         level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
         size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
         place = np.floor((numbers - 1) / size) * size
-        is_end = np.append((np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool))
+        is_end = np.append(
+            (np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool)
+        )
         ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
         times = np.append(self._start, first + every * (ends - 1.0))
         masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
@@ -362,12 +423,18 @@ class OrdinaryEMA(Discrete):
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
-        """The averages with a longer time constant and a later start, by their uncertainties; itself for 0."""
+        """The averages with a longer time constant and a later start, by their uncertainties;
+        itself for 0."""
         rule = replace(self._rule, uncertainty=0.0, late=0)
-        step, counts = int(self.t), {name: self.settings[name] for name in ("updates", "every", "first")}
+        step, counts = (
+            int(self.t),
+            {name: self.settings[name] for name in ("updates", "every", "first")},
+        )
         late = min(self._rule.late // counts["every"], counts["updates"] - 1)
         return (
-            rule.longer(1 + self._rule.uncertainty).profile(step, **counts) if self._rule.uncertainty else self,
+            rule.longer(1 + self._rule.uncertainty).profile(step, **counts)
+            if self._rule.uncertainty
+            else self,
             replace(rule, copies=rule.copies + late).profile(step, **counts) if late > 0 else self,
         )
 
@@ -376,15 +443,19 @@ class OrdinaryEMA(Discrete):
 
 
 def mean_age(gamma: float, steps: int) -> float:
-    """Return the mean age, in steps, of the values in a power-function average updated at every step 1 .. `steps`.
+    """Return the mean age, in steps, of the values in a power-function average updated at every
+    step 1 .. `steps`.
 
-    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last 100,000 terms are
-    added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2) of the age.
+    With the discrete weights w it is sum_k w_k (T - k) = sum_{j=1}^{T-1} (j/T)**(gamma+1). The last
+    100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2)
+    of the age.
     """
     x, ages = gamma + 1, np.arange(1, min(steps, 100_001))
     age, before = float(np.sum(np.exp(x * np.log1p(-ages / steps)))), steps - 1 - len(ages)
     if before > 0:
-        age += math.exp(x * math.log1p((before - steps) / steps)) * (before / (x + 1) + 0.5 + x / (12 * before))
+        age += math.exp(x * math.log1p((before - steps) / steps)) * (
+            before / (x + 1) + 0.5 + x / (12 * before)
+        )
     return age
 
 
@@ -392,22 +463,31 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     """Return the width whose mean age is that of a classical decay, beta / (1 - beta)."""
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
-        reason = f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean age of the uniform average"
+        reason = (
+            f"after {steps:,} steps beta must lie in (0, {longest:.7g}), below the mean "
+            f"age of the uniform average"
+        )
         raise InvalidValueError("target", reason, value=f"beta:{beta!r}")
     from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = math.log(steps * (2 + max(0.0, -math.log(age))) * 2)
-    log_x = brentq(lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, largest, xtol=1e-15, rtol=1e-14)
+    log_x = brentq(
+        lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, largest, xtol=1e-15, rtol=1e-14
+    )
     return sigma_rel_from_gamma(math.expm1(log_x))
 
 
-def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[dict[str, float]]:
-    """Return the power functions with these widths, then those with the mean ages of these classical decays.
+def convert(
+    steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()
+) -> list[dict[str, float]]:
+    """Return the power functions with these widths, then those with the mean ages of these
+    classical decays.
 
-    Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation `std` of their
-    times in steps, and `beta`, the decay of the classical EMA with the same mean age after `steps` steps.
+    Each has `sigma_rel` and `gamma`, the mean age of the averaged values and the standard deviation
+    `std` of their times in steps, and `beta`, the decay of the classical EMA with the same mean age
+    after `steps` steps.
     """
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     pairs: list[tuple[float, float | None]] = [(sigma_rel, None) for sigma_rel in sigma_rels]
@@ -417,7 +497,9 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
         gamma = gamma_from_sigma_rel(sigma_rel)
         age, std = mean_age(gamma, steps), sigma_rel * steps
         beta = age / (1 + age) if beta is None else beta
-        rows.append({"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta})
+        rows.append(
+            {"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta}
+        )
     return rows
 
 
@@ -426,9 +508,11 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
 
 @dataclass(frozen=True)
 class Clock:
-    """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0 at time 0.
+    """A run's steps (calls of `update_`) over its training time, interpolated linearly from step 0
+    at time 0.
 
-    The known pairs are at least one, both ascending. After the last one, steps are as long as just before it.
+    The known pairs are at least one, both ascending. After the last one, steps are as long as just
+    before it.
     """
 
     steps: Sequence[float]
@@ -459,28 +543,31 @@ class Clock:
 
 
 def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
-    """Interpolate linearly between knots: constant before the first one, with the last slope after the last."""
+    """Interpolate linearly between knots: constant before the first one, with the last slope after
+    the last."""
     slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
     beyond = values[-1] + (x - knots[-1]) * slope
     return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
 
 
 MOST_KNOTS, TOLERANCE = 256, 0.5
-"""Limit of the pairs that a ClockRecorder keeps, the newest one included; and the largest error of a clock between its
-knots, in steps, until there are so many."""
+"""Limit of the pairs that a ClockRecorder keeps, the newest one included; and the largest error of
+a clock between its knots, in steps, until there are so many."""
 
 Knots = tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True, eq=False)
 class ClockRecorder:
-    """A clock, recorded call by call as knots: pairs of step and time, with a line between neighbours. Immutable.
+    """A clock, recorded call by call as knots: pairs of step and time, with a line between
+    neighbours. Immutable.
 
-    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every later pair within
-    the tolerance. The possible slopes form an interval, which each pair narrows, so that no pair is stored. When the
-    interval is empty, the previous pair becomes the next knot. At `MOST_KNOTS` knots the one nearest to the line
-    between its neighbours is dropped, and the tolerance grows to that distance, so that the rest of training is not
-    recorded more precisely than its past.
+    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every
+    later pair within the tolerance. The possible slopes form an interval, which each pair narrows,
+    so that no pair is stored. When the interval is empty, the previous pair becomes the next knot.
+    At `MOST_KNOTS` knots the one nearest to the line between its neighbours is dropped, and the
+    tolerance grows to that distance, so that the rest of training is not recorded more precisely
+    than its past.
 
     `step` and `t` are the newest pair; 0 before the first pair.
     """
@@ -496,8 +583,8 @@ class ClockRecorder:
     def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
         """Return a recorder that continues from the result of `knots_until`, at least one knot.
 
-        Of the possible slopes only the mean is known, so that the last pair becomes a knot unless later steps have
-        exactly that length.
+        Of the possible slopes only the mean is known, so that the last pair becomes a knot unless
+        later steps have exactly that length.
         """
         *earlier, (step, t) = knots
         kept, tolerance = _with_room(earlier, TOLERANCE)
@@ -507,7 +594,12 @@ class ClockRecorder:
 
     def add(self, step: int, t: float) -> ClockRecorder:
         """Return a recorder that also has the next pair, which must be above the last one."""
-        knots, lowest, highest, tolerance = self._knots, self._lowest, self._highest, self._tolerance
+        knots, lowest, highest, tolerance = (
+            self._knots,
+            self._lowest,
+            self._highest,
+            self._tolerance,
+        )
         begin, begin_t = knots[-1] if knots else (0, 0.0)
         if not lowest <= (step - begin) / (t - begin_t) <= highest:
             knots, tolerance = _with_room([*knots, (self.step, self.t)], tolerance)
@@ -517,23 +609,36 @@ class ClockRecorder:
         return ClockRecorder(step, t, knots, lowest, highest, tolerance)
 
     def knots_until(self, step: int, t: float) -> Knots:
-        """Return the knots up to an added pair, which becomes the last one; nothing for the step clock."""
+        """Return the knots up to an added pair, which becomes the last one; nothing for the step
+        clock."""
         knots = (*(knot for knot in self._knots if knot[0] < step), (step, t))
         return () if all(knot[0] == knot[1] for knot in knots) else knots
 
     def state(self) -> list[float]:
-        """Return tolerance, slopes, and each knot's step and time, from which `of_state` continues exactly."""
+        """Return tolerance, slopes, and each knot's step and time, from which `of_state` continues
+        exactly."""
         pairs = (*self._knots, (self.step, self.t))
-        return [self._tolerance, self._lowest, self._highest, *(number for pair in pairs for number in pair)]
+        return [
+            self._tolerance,
+            self._lowest,
+            self._highest,
+            *(number for pair in pairs for number in pair),
+        ]
 
     @classmethod
     def of_state(cls, state: Sequence[float]) -> ClockRecorder:
-        """Return the recorder with this `state`; raise an InvalidValueError if the value, from a file, is none."""
+        """Return the recorder with this `state`; raise an InvalidValueError if the value, from a
+        file, is none."""
         if not _is_state(state):
-            expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both ascending"
+            expected = (
+                f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its "
+                f"time, both ascending"
+            )
             raise InvalidValueError("clock", f"must be a list of {expected}")
         tolerance, lowest, highest = map(float, state[:3])
-        *earlier, (step, t) = ((int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True))
+        *earlier, (step, t) = (
+            (int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True)
+        )
         return cls(step, t, tuple(earlier), lowest, highest, tolerance)
 
 
@@ -542,7 +647,9 @@ def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots,
     while len(knots) >= MOST_KNOTS:
         changes = [
             abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
-            for (a, a_t), (step, t), (b, b_t) in zip([(0, 0.0), *knots], knots, knots[1:], strict=False)
+            for (a, a_t), (step, t), (b, b_t) in zip(
+                [(0, 0.0), *knots], knots, knots[1:], strict=False
+            )
         ]
         tolerance = max(tolerance, min(changes))
         del knots[changes.index(min(changes))]
@@ -564,25 +671,30 @@ def _is_state(state: object) -> bool:
 # --- folding updates into tracked averages
 
 WINDOW, LONGEST_OWN = 104, 1 / 8
-"""Limits of the updates in a mean, and of the time that a mean of one profile covers, relative to all of training so
-far. Longer means round the average less often, but lag further behind a steady drift (measured after 1,000,000 updates,
-with 256: noise 9.6e-7, drift 3.1e-6; with 104: 1.3e-6 and 1.4e-6)."""
+"""Limits of the updates in a mean, and of the time that a mean of one profile covers, relative to
+all of training so far. Longer means round the average less often, but lag further behind a steady
+drift (measured after 1,000,000 updates, with 256: noise 9.6e-7, drift 3.1e-6; with 104: 1.3e-6 and
+1.4e-6)."""
 
 LONGEST, UNEVEN = 1 / 1000, 1 / 60
-"""Limits of the time that a mean that profiles share may cover with more than two values, relative to all of training
-so far, and of the relative difference between the profiles in their weights within it."""
+"""Limits of the time that a mean that profiles share may cover with more than two values, relative
+to all of training so far, and of the relative difference between the profiles in their weights
+within it."""
 
 
 def _reach(gammas: Sequence[float]) -> float:
-    """Return the time that a mean of more than two values may cover for these profiles, relative to `t`."""
+    """Return the time that a mean of more than two values may cover for these profiles, relative to
+    `t`."""
     spread = max(gammas) - min(gammas)
     return min(LONGEST, UNEVEN / spread) if spread else LONGEST
 
 
 def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, shared: bool) -> bool:
-    """Return whether the means of the last `window` values, after `begin`, are folded into the averages at time `t`.
+    """Return whether the means of the last `window` values, after `begin`, are folded into the
+    averages at time `t`.
 
-    The first update is always folded. A mean that profiles share is exact for two values, however far they are apart.
+    The first update is always folded. A mean that profiles share is exact for two values, however
+    far they are apart.
     """
     if window >= WINDOW or t - begin >= LONGEST_OWN * t:
         return True
@@ -590,29 +702,35 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, sh
 
 
 def may_share_mean(window: int, begin: float, t: float) -> bool:
-    """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in (begin, t]."""
+    """Return whether all profiles may share a mean of `WINDOW` updates, each as long as these in
+    (begin, t]."""
     return (t - begin) * WINDOW <= LONGEST * t * window
 
 
 def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t: float) -> bool:
-    """Return whether, where profiles have their own means, the sketch's window after `begin` ends at `t`.
+    """Return whether, where profiles have their own means, the sketch's window after `begin` ends
+    at `t`.
 
-    `before` is the time of the last update. A window is as long as a shared mean; where that would contain two values,
-    each value has a window.
+    `before` is the time of the last update. A window is as long as a shared mean; where that would
+    contain two values, each value has a window.
     """
     return (t - begin) * (2 if begin == before else 1) > _reach(gammas) * t
 
 
 def roundings(gamma: float, updates: int) -> float:
-    """Return the number of independent roundings, each of the average's size, that remain in it after the updates.
+    """Return the number of independent roundings, each of the average's size, that remain in it
+    after the updates.
 
-    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding decays as k / n, which
-    leaves n / 3. If the mean covers most of the average, they decay as the average does, (s / t)^(gamma + 1), which
-    leaves `updates` / (2 gamma + 3). The average over many means reduces this by the sum of their squared masses
-    p(s) n dt, n dt integral p^2 ds = (gamma + 1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more;
-    `updates` / n / (2 gamma + 3) of these remain.
+    Reading the average rounds once. A mean of n updates is rounded at each; the k-th rounding
+    decays as k / n, which leaves n / 3. If the mean covers most of the average, they decay as the
+    average does, (s / t)^(gamma + 1), which leaves `updates` / (2 gamma + 3). The average over many
+    means reduces this by the sum of their squared masses p(s) n dt, n dt integral p^2 ds = (gamma +
+    1)^2 / (2 gamma + 1) n / `updates`. Each fold rounds once more; `updates` / n / (2 gamma + 3) of
+    these remain.
     """
     n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
     fading = 2 * gamma + 3
-    means = min(n / 3, updates / fading) * min(1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    means = min(n / 3, updates / fading) * min(
+        1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1)
+    )
     return 1 + means + updates / n / fading

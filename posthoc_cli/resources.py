@@ -1,4 +1,5 @@
-"""Sizes as users write them, the number of threads for this machine, and the progress of long jobs."""
+"""Sizes as users write them, the number of threads for this machine, and the progress of long
+jobs."""
 
 from __future__ import annotations
 
@@ -10,14 +11,17 @@ from decimal import Decimal, InvalidOperation
 
 from posthoc_cli.errors import InvalidValueError
 
-MAX_WORKERS = 16  # the largest number of threads: with more, the memory bus and Python's global lock are the limit
+# the largest number of threads: with more, the memory bus and Python's global lock are the limit
+MAX_WORKERS = 16
 
 
 def worker_count(wanted: int | None = None) -> int:
     """Return the number of threads to use: `wanted`, or this process's cores up to MAX_WORKERS."""
     if wanted is not None:
         return max(1, wanted)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(cores, MAX_WORKERS)
 
 
@@ -54,7 +58,8 @@ def size_text(nbytes: float) -> str:
 
 
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is invalid."""
+    """Return a number with one of `units` (upper-case names) as a Decimal; None if it is
+    invalid."""
     match = re.fullmatch(r"(-?[\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None or match[2].upper() not in units:
         return None
@@ -65,7 +70,8 @@ def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
 
 
 ProgressBar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""A function of a job's name, such as "verifying", and its total bytes; its context yields `advance(nbytes)`."""
+"""A function of a job's name, such as "verifying", and its total bytes; its context yields
+`advance(nbytes)`."""
 
 
 @contextmanager

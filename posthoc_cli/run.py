@@ -13,17 +13,49 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
-from posthoc_cli.checkpoints.open_run import describe_checkpoints, disk_sources, holds_checkpoints, is_glob
-from posthoc_cli.errors import DirectoryError, FileFormatError, PostHocError, VanishedError, check_count, percent
-from posthoc_cli.planning import EVENLY, USEFUL_RANGE, ErrorCurve, PlanReport, error_curve, propose, time_between
+from posthoc_cli.checkpoints.open_run import (
+    describe_checkpoints,
+    disk_sources,
+    holds_checkpoints,
+    is_glob,
+)
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    PostHocError,
+    VanishedError,
+    check_count,
+    percent,
+)
+from posthoc_cli.planning import (
+    EVENLY,
+    USEFUL_RANGE,
+    ErrorCurve,
+    PlanReport,
+    error_curve,
+    propose,
+    time_between,
+)
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, list_directory, read_directory
+from posthoc_cli.snapshots.directory import (
+    is_import,
+    is_snapshot_name,
+    list_directory,
+    read_directory,
+)
 from posthoc_cli.snapshots.outputs import describe
 from posthoc_cli.snapshots.prune import Pruning, plan_pruning
 from posthoc_cli.snapshots.prune import prune as prune_directory
 from posthoc_cli.snapshots.snapshot import Snapshot, file_bytes
-from posthoc_cli.snapshots.sources import Source, chosen_up_to, counted, run_clock, scaled_run, source_prior
+from posthoc_cli.snapshots.sources import (
+    Source,
+    chosen_up_to,
+    counted,
+    run_clock,
+    scaled_run,
+    source_prior,
+)
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
@@ -41,17 +73,24 @@ _T = TypeVar("_T")
 _Planned = TypeVar("_Planned")
 
 Wanted = float | str | Target | Profile
-"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with a function `tail`."""
+"""An average: a sigma_rel, a target such as Beta(0.9999), its text form, or an object with a
+function `tail`."""
 
 
 class Weights(OrderedDict[str, "torch.Tensor"]):
-    """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with `weights_only=True`.
+    """Averaged tensors by name. It pickles as a plain OrderedDict, so that a file of it loads with
+    `weights_only=True`.
 
-    It is its own context manager, since users of other libraries write `with ema.state_dict(...) as weights`.
+    It is its own context manager, since users of other libraries write `with ema.state_dict(...) as
+    weights`.
     """
 
-    predicted_error: float | None = None  # expected relative L2 distance from the true average; None if unknown
-    profile_error: float = 0.0  # relative L2 distance between the wanted profile and the one made from the snapshots
+    predicted_error: float | None = (
+        None  # expected relative L2 distance from the true average; None if unknown
+    )
+    profile_error: float = (
+        0.0  # relative L2 distance between the wanted profile and the one made from the snapshots
+    )
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
@@ -82,10 +121,11 @@ ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after 
 
 
 def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
-    """Return `use(make())`, and try again if snapshots of the plan are removed before they are opened.
+    """Return `use(make())`, and try again if snapshots of the plan are removed before they are
+    opened.
 
-    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable when they are
-    removed, and all are opened before they are used.
+    Readers take no lock, so a tracker may thin away snapshots of the plan. Open files stay readable
+    when they are removed, and all are opened before they are used.
 
     `use` must leave nothing behind when it raises an error.
     """
@@ -98,11 +138,13 @@ def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned],
 
 
 class Run:
-    """The snapshots of one run, or its checkpoints. Every call reads the headers anew; only averages read tensors.
+    """The snapshots of one run, or its checkpoints. Every call reads the headers anew; only
+    averages read tensors.
 
     Arguments:
-        directory: the directory of a tracker's snapshots, which need not exist yet; or a directory, a file or a glob
-            of checkpoints or averages of other programs; or the run that `import_checkpoints` made of them.
+        directory: the directory of a tracker's snapshots, which need not exist yet; or a directory,
+            a file or a glob of checkpoints or averages of other programs; or the run that
+            `import_checkpoints` made of them.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: the directory does not exist, or holds no snapshot.
@@ -119,7 +161,11 @@ class Run:
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
         widths, last = self.profiles, sources[-1]
-        what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
+        what = (
+            f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
+            if widths
+            else "checkpoints"
+        )
         return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
     # --- contents
@@ -137,7 +183,13 @@ class Run:
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return sorted({source.sigma_rel for source in self.sources if isinstance(source.profile, PowerFunction)})
+        return sorted(
+            {
+                source.sigma_rel
+                for source in self.sources
+                if isinstance(source.profile, PowerFunction)
+            }
+        )
 
     @property
     def t(self) -> float:
@@ -151,10 +203,14 @@ class Run:
 
     @property
     def tensors(self) -> dict[str, Entry]:
-        """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
+        """Dtype (its safetensors name) and shape of every tensor of an average, under all its
+        names."""
         newest = self.sources[-1]
         names = {name: name for name in newest.tensors} | newest.aliases
-        return {alias: Entry(newest.tensors[name].dtype, newest.entries[name].shape) for alias, name in names.items()}
+        return {
+            alias: Entry(newest.tensors[name].dtype, newest.entries[name].shape)
+            for alias, name in names.items()
+        }
 
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
@@ -171,7 +227,8 @@ class Run:
             return describe_checkpoints(place)
         except PostHocError:
             with suppress(PostHocError):
-                return describe(place)  # outputs, or models of other programs that are not checkpoints of one run
+                # outputs, or models of other programs that are not checkpoints of one run
+                return describe(place)
             raise
 
     # --- averages
@@ -186,7 +243,8 @@ class Run:
         max_error: float | None = None,
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
-        """Compute the coefficients and errors of averages. Arguments and errors are those of `plan_synthesis`."""
+        """Compute the coefficients and errors of averages. Arguments and errors are those of
+        `plan_synthesis`."""
         return plan_synthesis(self.sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
@@ -201,8 +259,8 @@ class Run:
     ) -> Weights:
         """Make one average in memory.
 
-        The tensors are made on `device`; the other arguments and errors are those of `plan_synthesis`, and a
-        NonFiniteError for a result that is not finite.
+        The tensors are made on `device`; the other arguments and errors are those of
+        `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, functools.partial(make_weights, device=device))
@@ -220,12 +278,13 @@ class Run:
         progress: ProgressBar = no_bar,
         **options: Any,
     ) -> SynthesisReport | None:
-        """Write averages to files, as `ema synthesize` does. Each file appears complete or not at all.
+        """Write averages to files, as `ema synthesize` does. Each file appears complete or not at
+        all.
 
         Arguments as in `plan_synthesis`, and:
-            out: a file, or a folder for a file per target; may be None in a dry run.
-            progress: opens a progress bar.
-            options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
+            out: a file, or a folder for a file per target; may be None in a dry run. progress:
+            opens a progress bar. options: the fields of `export.layouts.OutputOptions`: device,
+            layout, overwrite, dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
@@ -237,8 +296,12 @@ class Run:
         if asked.like is not None:
             like = ModelFolder.find(asked.like, self.tensors)
             dtype = like.dtype
-        plan = functools.partial(self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
-        use = functools.partial(write_synthesis, paths=paths, options=asked, like=like, progress=progress)
+        plan = functools.partial(
+            self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype
+        )
+        use = functools.partial(
+            write_synthesis, paths=paths, options=asked, like=like, progress=progress
+        )
         if not asked.distributed:
             return with_consistent_plan(plan, use)
         with all_ranks() as ranks:
@@ -256,10 +319,11 @@ class Run:
         method: str | None = None,
         others: Wanted | Sequence[Wanted] = (),
     ) -> ErrorCurve:
-        """Compute the reconstruction error against sigma_rel; see the function of this name for the arguments.
+        """Compute the reconstruction error against sigma_rel; see the function of this name for the
+        arguments.
 
-        If the run has more snapshots than a solve can take, those are used that a synthesis at `t` uses. A sample of
-        the tensors is read if headers have no measurements.
+        If the run has more snapshots than a solve can take, those are used that a synthesis at `t`
+        uses. A sample of the tensors is read if headers have no measurements.
         """
         sources = self.sources
         t = time_between([source.profile for source in sources], t)
@@ -275,7 +339,8 @@ class Run:
     # --- maintenance
 
     def check(self, progress: ProgressBar = no_bar) -> Verification:
-        """Verify every byte, and compare the snapshots with each other; outputs and parts are verified, too.
+        """Verify every byte, and compare the snapshots with each other; outputs and parts are
+        verified, too.
 
         Raises:
             DirectoryError: the directory holds no files with checksums.
@@ -288,14 +353,16 @@ class Run:
         except DirectoryError as error:
             if not holds_checkpoints(path):
                 raise
-            raise DirectoryError(path, "holds checkpoints of other programs, which have no checksums") from error
+            raise DirectoryError(
+                path, "holds checkpoints of other programs, which have no checksums"
+            ) from error
 
     def audit(self, claimed: float | None = None) -> list[Audit]:
         """Find the decay, or the sigma_rel, that the averages really have; see `checkpoints.audit`.
 
-        `claimed` is the decay that they should have, in (0, 1); by default that in the files or of an import. Returns
-        one audit for each average; `is_bad` if it contradicts the claim. An InvalidValueError if less than two times
-        have both an average and the weights.
+        `claimed` is the decay that they should have, in (0, 1); by default that in the files or of
+        an import. Returns one audit for each average; `is_bad` if it contradicts the claim. An
+        InvalidValueError if less than two times have both an average and the weights.
         """
         from posthoc_cli.checkpoints.audit import audit_sources
 
@@ -311,12 +378,12 @@ class Run:
         agree: Callable[[Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
     ) -> Pruning:
-        """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`, and:
+        """Delete the snapshots that matter least. Arguments and errors are those of `plan_pruning`,
+        and:
 
         Arguments:
-            dry_run: delete nothing.
-            agree: called with the plan before anything is deleted, without the lock; nothing is deleted if it is False.
-            progress: opens a progress bar.
+            dry_run: delete nothing. agree: called with the plan before anything is deleted, without
+            the lock; nothing is deleted if it is False. progress: opens a progress bar.
 
         Raises:
             InvalidValueError: the directory is a URL, and this is no dry run.
@@ -326,7 +393,9 @@ class Run:
         if not dry_run:
             files.local_path("directory", self.directory)
         if is_import(self.directory):
-            raise DirectoryError(self.directory, "refers to files of other programs, which are never deleted")
+            raise DirectoryError(
+                self.directory, "refers to files of other programs, which are never deleted"
+            )
         planned = plan_pruning(self.snapshots, keep, max_error, sigma_range)
         if dry_run or not planned.to_delete or not agree(planned):
             return planned
@@ -342,13 +411,13 @@ def plan_training(
     sigma_range: tuple[float, float] = USEFUL_RANGE,
     like: Run | None = None,
 ) -> PlanReport:
-    """Return named schedules of a training with their sizes and predicted errors, as `ema plan` does.
+    """Return named schedules of a training with their sizes and predicted errors, as `ema plan`
+    does.
 
     Arguments:
-        steps: length of training, in calls of `update_`.
-        params: averaged elements of the network.
-        disk: the most bytes of snapshots at any moment.
-        like: an earlier run, of a network that moved as it will in the new run; by default it moves evenly.
+        steps: length of training, in calls of `update_`. params: averaged elements of the network.
+        disk: the most bytes of snapshots at any moment. like: an earlier run, of a network that
+        moved as it will in the new run; by default it moves evenly.
     """
     if disk is not None:
         check_count("disk", disk)
@@ -372,7 +441,10 @@ def _check_import(manifest: Manifest) -> Verification:
         except FileFormatError as error:
             report = replace(report, state=DAMAGED, detail=f"{error.reason}; {error.hint}")
         reports.append(report)
-    note = "of other programs' files, which have no checksums, only the size and a sample of the content were compared"
+    note = (
+        "of other programs' files, which have no checksums, only the size and a sample of "
+        "the content were compared"
+    )
     return Verification(manifest.folder, False, tuple(reports), notes=(note,))
 
 

@@ -1,10 +1,11 @@
 """Measure averages of other lengths that are made from the EMA that a training saved anyway.
 
-Each library's EMA follows a recorded training. Its checkpoints are stored 20 times in float32, by the library where it
-is installed, otherwise in its format; the EMA of a plain loop, in float16, follows all trainings. The import is given
-only the settings that no file contains. Plain least squares fits the tails of the profiles, with coefficients of sum 1.
-The truth is summed here over every step in float64; averages come from the folder alone, through the public interface.
-The runs of HELD_OUT, by which no constant was chosen, are reported separately.
+Each library's EMA follows a recorded training. Its checkpoints are stored 20 times in float32, by
+the library where it is installed, otherwise in its format; the EMA of a plain loop, in float16,
+follows all trainings. The import is given only the settings that no file contains. Plain least
+squares fits the tails of the profiles, with coefficients of sum 1. The truth is summed here over
+every step in float64; averages come from the folder alone, through the public interface. The runs
+of HELD_OUT, by which no constant was chosen, are reported separately.
 
     OMP_NUM_THREADS=1 python scripts/any_ema.py --cache DIR [--steps 6000] [--only plain]
 """
@@ -58,8 +59,11 @@ def decays(library: str, decay: float) -> Callable[[int], float]:
     return lambda n: decay if n > 1 or library in ("plain", "timm") else 0.0
 
 
-def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Callable[[], Any], Save] | None:
-    """Return the library's own update and save functions; None if it is not installed or has no file format."""
+def own_ema(
+    library: str, net: Replay, decay: float, place: Path
+) -> tuple[Callable[[], Any], Save] | None:
+    """Return the library's own update and save functions; None if it is not installed or has no
+    file format."""
     if library == "diffusers" and find_spec("diffusers"):
         from diffusers import ModelMixin
         from diffusers.configuration_utils import ConfigMixin
@@ -99,7 +103,9 @@ def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Calla
                 "averaging_state": rest,
             }
 
-        return lambda: own.update_parameters(net), lambda step: torch.save(content(step), place / f"step={step}.ckpt")
+        return lambda: own.update_parameters(net), lambda step: torch.save(
+            content(step), place / f"step={step}.ckpt"
+        )
     if library == "ema-pytorch" and find_spec("ema_pytorch"):
         import ema_pytorch
 
@@ -108,16 +114,27 @@ def own_ema(library: str, net: Replay, decay: float, place: Path) -> tuple[Calla
     return None
 
 
-def in_format(library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int) -> None:
+def in_format(
+    library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int
+) -> None:
     """Save weights and an average in the format of a library that is not installed."""
     count = torch.tensor(step)
     if library == "plain":
-        save_file({name: value.half() for name, value in average.items()}, place / f"ema_step{step}.safetensors")
+        save_file(
+            {name: value.half() for name, value in average.items()},
+            place / f"ema_step{step}.safetensors",
+        )
         save_file(raw, place / f"step{step}.safetensors")
         return
-    held: dict[str, Any] = {"state_dict": raw, "state_dict_ema": average, "epoch": step // EPOCH - 1}
+    held: dict[str, Any] = {
+        "state_dict": raw,
+        "state_dict_ema": average,
+        "epoch": step // EPOCH - 1,
+    }
     if library == "lit-ema":
-        state = {f"model.{name}": value for name, value in raw.items()} | {"model_ema.num_updates": count}
+        state = {f"model.{name}": value for name, value in raw.items()} | {
+            "model_ema.num_updates": count
+        }
         state |= {f"model_ema.{name}": value for name, value in average.items()}
         held = {"state_dict": state | {"model_ema.decay": torch.tensor(decay)}, "global_step": step}
     elif library == "torch-ema":
@@ -130,23 +147,33 @@ def in_format(library: str, raw: Weights, average: Weights, decay: float, place:
         held = {"ema": average, "net": raw}
     names = {"edm": f"network-snapshot-{step:06d}.pkl", "lit-ema": f"step={step}.ckpt"}
     torch.save(
-        held, place / names.get(library, f"checkpoint-{step // EPOCH - 1}.pt" if "epoch" in held else f"{step}.pt")
+        held,
+        place
+        / names.get(
+            library, f"checkpoint-{step // EPOCH - 1}.pt" if "epoch" in held else f"{step}.pt"
+        ),
     )
 
 
-LIBRARIES = ("diffusers", "timm", "timm, warm-up", "averaged-model", "lightning", "ema-pytorch", "torch-ema", "lit-ema",
-             "mmengine", "edm")  # fmt: skip
+LIBRARIES = (
+    "diffusers", "timm", "timm, warm-up", "averaged-model", "lightning", "ema-pytorch", "torch-ema",
+    "lit-ema", "mmengine", "edm",
+)  # fmt: skip
 
 
 def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return coefficients with sum 1 for tails of stored averages, [steps, checkpoints]: [checkpoints, targets]."""
+    """Return coefficients with sum 1 for tails of stored averages, [steps, checkpoints]:
+    [checkpoints, targets]."""
     others, last = tails[:, :-1] - tails[:, -1:], tails[:, -1:]
     found, *_ = np.linalg.lstsq(others, wanted - last, rcond=1e-10)
     return np.vstack([found, 1 - found.sum(axis=0)])
 
 
-def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
-    """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw, plain, predicted."""
+def measure(
+    library: str, run: Trajectory, length: float
+) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
+    """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw,
+    plain, predicted."""
     steps, net, decay = run.steps, Replay(run), 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
     at = decays(library, decay)
@@ -164,9 +191,15 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
             if step in times:
                 ends.append(average)
                 held.take(torch.from_numpy(average.astype(np.float32)))
-                own[1](step) if own else in_format(library, copies(net), copies(held), decay, place, step)
+                own[1](step) if own else in_format(
+                    library, copies(net), copies(held), decay, place, step
+                )
         said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
-        said |= {"ema_decay": decay, "update_every": 1, "update_after_step": 100} if library == "ema-pytorch" else {}
+        said |= (
+            {"ema_decay": decay, "update_every": 1, "update_after_step": 100}
+            if library == "ema-pytorch"
+            else {}
+        )
         said |= {"update_every": 1000} if library == "edm" else {}
         said |= {"prefix": "model."} if library == "lit-ema" else {}
         try:
@@ -178,20 +211,36 @@ def measure(library: str, run: Trajectory, length: float) -> tuple[tuple[float, 
         (audit,) = Run(Path(folder) / "run").audit()
         made = [Run(Path(folder) / "run").average(width, dtype="float64") for width in WIDTHS]
     predicted = [one.predicted_error or np.nan for one in made]
-    vectors = np.array([torch.cat([one[name].flatten() for name, _ in net.named_parameters()]).numpy() for one in made])
-    shares = (np.arange(steps + 1) / steps)[:, None] ** (np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1)
+    vectors = np.array(
+        [
+            torch.cat([one[name].flatten() for name, _ in net.named_parameters()]).numpy()
+            for one in made
+        ]
+    )
+    shares = (np.arange(steps + 1) / steps)[:, None] ** (
+        np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1
+    )
     truth, logs = np.diff(shares, axis=0).T @ run.weights, np.array(forgot)
     tails = np.array(
-        [np.where(np.arange(steps) < t, 1 - np.exp(logs[t] - np.minimum(logs[:-1], 1e9)), 0) for t in times]
+        [
+            np.where(np.arange(steps) < t, 1 - np.exp(logs[t] - np.minimum(logs[:-1], 1e9)), 0)
+            for t in times
+        ]
     )
     tails[:, 0] = 1
     points = np.array([np.arange(steps) < t for t in times], dtype=np.float64)
 
-    stored = np.array(ends).astype(np.float16 if library == "plain" else np.float32).astype(np.float64)
+    stored = (
+        np.array(ends).astype(np.float16 if library == "plain" else np.float32).astype(np.float64)
+    )
     plain = least_squares(tails.T, 1 - shares[:-1]).T @ stored
     raw = least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1]
     own_average = np.broadcast_to(ends[-1], truth.shape)
-    cells = zip(*(distances(one, truth) for one in (vectors, own_average, raw, plain)), predicted, strict=True)
+    cells = zip(
+        *(distances(one, truth) for one in (vectors, own_average, raw, plain)),
+        predicted,
+        strict=True,
+    )
     stated = (math.nan if value is None else value for value in (audit.found, audit.uncertainty))
     return (at(steps), *stated, asked), [tuple(map(float, cell)) for cell in cells]
 
@@ -206,36 +255,77 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
     jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
-    rows = [("EMA of", "training", "true decay", "found", "of the length: off by", "uncertainty", "import")]
-    errors = [("EMA of", "training", "sigma_rel", "error", "that EMA", "from raw", "plain", "predicted")]
+    rows = [
+        (
+            "EMA of",
+            "training",
+            "true decay",
+            "found",
+            "of the length: off by",
+            "uncertainty",
+            "import",
+        )
+    ]
+    errors = [
+        ("EMA of", "training", "sigma_rel", "error", "that EMA", "from raw", "plain", "predicted")
+    ]
     sets: dict[str, list[tuple[float, ...]]] = {"chosen by": [], "held out": []}
     bands: dict[str, list[float]] = {"chosen by": [], "held out": []}
     for library, name, length in jobs:
         if options.only not in (None, library):
             continue
-        (true, found, unsure, asked), cells = measure(library, record(name, options.steps, options.cache), length)
+        (true, found, unsure, asked), cells = measure(
+            library, record(name, options.steps, options.cache), length
+        )
         off = float(np.log((1 - true) / (1 - found)))
         rows.append(
-            (library, name, f"{true:.6f}", f"{found:.6f}", f"{off:+.2%}", f"{unsure:.2%}", "asked for" if asked else "")
+            (
+                library,
+                name,
+                f"{true:.6f}",
+                f"{found:.6f}",
+                f"{off:+.2%}",
+                f"{unsure:.2%}",
+                "asked for" if asked else "",
+            )
         )
-        print(*rows[-1], [tuple(f"{value:.1e}" for value in cell) for cell in cells], file=sys.stderr, flush=True)
+        print(
+            *rows[-1],
+            [tuple(f"{value:.1e}" for value in cell) for cell in cells],
+            file=sys.stderr,
+            flush=True,
+        )
         part = "held out" if name in HELD_OUT else "chosen by"
         bands[part] += [] if np.isnan(unsure + off) else [abs(off) / unsure]
         sets[part] += cells
         for width, cell in zip(WIDTHS, cells, strict=True):
-            errors.append((library, f"{name}, {length:g} T", f"{width:.2f}", *(f"{value:.1e}" for value in cell)))
+            errors.append(
+                (
+                    library,
+                    f"{name}, {length:g} T",
+                    f"{width:.2f}",
+                    *(f"{value:.1e}" for value in cell),
+                )
+            )
     print(markdown(rows), markdown(errors), sep="\n\n", end="\n\n", flush=True)
     for part, values in sets.items():
         if values:
             error, own, raw, plain, predicted = np.array(values).T
             held = np.maximum(error / predicted, predicted / error)
-            for what, ratio in (("that EMA's", own), ("raw checkpoints'", raw), ("plain least squares'", plain)):
+            for what, ratio in (
+                ("that EMA's", own),
+                ("raw checkpoints'", raw),
+                ("plain least squares'", plain),
+            ):
                 print(
-                    f"{part}: error / {what}: median {np.median(error / ratio):.3f}, most {(error / ratio).max():.2f}"
+                    f"{part}: error / {what}: median {np.median(error / ratio):.3f}, most "
+                    f"{(error / ratio).max():.2f}"
                 )
             within = ", ".join(f"{np.mean(held < k):.1%} within {k}" for k in (2, 3))
             print(f"{part}: actual / predicted: {within}, most {held.max():.2f}, of {len(values)}")
-            shares = ", ".join(f"{np.mean(np.array(bands[part]) < k):.0%} within {k}" for k in (1, 2, 3))
+            shares = ", ".join(
+                f"{np.mean(np.array(bands[part]) < k):.0%} within {k}" for k in (1, 2, 3)
+            )
             print(f"{part}: true length, in uncertainties: {shares}, of {len(bands[part])}")
 
 

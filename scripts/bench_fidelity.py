@@ -1,14 +1,16 @@
-"""Measure the error of averages made from snapshots of real training runs, and whether the predicted error holds.
+"""Measure the error of averages made from snapshots of real training runs, and whether the
+predicted error holds.
 
-    python scripts/bench_fidelity.py [--only a,b] [--steps 9600] [--cache FOLDER] [--json FILE] [--figure FILE.png]
-    python scripts/bench_fidelity.py --hard [--only a,b] [--json FILE]
+    python scripts/bench_fidelity.py [--only a,b] [--steps 9600] [--cache FOLDER] [--json FILE]
+    [--figure FILE.png] python scripts/bench_fidelity.py --hard [--only a,b] [--json FILE]
 
-Ten recorded runs of 9,600 steps (`trajectories.RECIPES`), two of them also with update_every=10, go through the hook:
-tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 evenly spaced snapshot times, stored as float32,
-float16 and bfloat16. Where a run restarts its optimizer, the tracker is closed and continued from its state. Each
-directory alone gives averages of nine widths, two classical decays and a window, by the default and the published
-method. All errors are distances in the weights relative to the truth: the sum in float64, by the definition, over the
-updates that the tracker made (`fidelity_runs`).
+Ten recorded runs of 9,600 steps (`trajectories.RECIPES`), two of them also with update_every=10, go
+through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 evenly spaced
+snapshot times, stored as float32, float16 and bfloat16. Where a run restarts its optimizer, the
+tracker is closed and continued from its state. Each directory alone gives averages of nine widths,
+two classical decays and a window, by the default and the published method. All errors are distances
+in the weights relative to the truth: the sum in float64, by the definition, over the updates that
+the tracker made (`fidelity_runs`).
 
 - **error**, **paper**: of the default method's average and of the published one's.
 - **predicted**: what the default method states.
@@ -16,9 +18,9 @@ updates that the tracker made (`fidelity_runs`).
 
 Half of the runs are held out: no constant of the method was chosen by them.
 
-`--hard` measures an independent set of ordinary and of pathological motion instead (`corner_cases`): the share of
-errors within 2 and 3 times the predicted ones, and more than 3 times above; and the error relative to the published and
-to the nearest stored average at the end.
+`--hard` measures an independent set of ordinary and of pathological motion instead
+(`corner_cases`): the share of errors within 2 and 3 times the predicted ones, and more than 3 times
+above; and the error relative to the published and to the nearest stored average at the end.
 """
 
 from __future__ import annotations
@@ -83,11 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="some of the runs, or cases, by commas")
-    parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
-    parser.add_argument("--hard", action="store_true", help="the hard cases instead of the recorded runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)"
+    )
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), help="some of the runs, or cases, by commas"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder to keep recorded runs in, and to take them from"
+    )
+    parser.add_argument(
+        "--hard", action="store_true", help="the hard cases instead of the recorded runs"
+    )
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
     parser.add_argument("--json", type=Path, help="file for all cells")
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
@@ -95,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _steps(text: str) -> int:
-    """Parse a number of steps at which every number of snapshots falls on multiples of every stride."""
+    """Parse a number of steps at which every number of snapshots falls on multiples of every
+    stride."""
     unit = math.lcm(*runs.SNAPSHOTS) * runs.STRIDE
     steps = int(text)
     if steps < unit or steps % unit:
@@ -103,11 +116,15 @@ def _steps(text: str) -> int:
     return steps
 
 
-def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int) -> list[Found]:
-    """Return the results of `work` for each item, computed in two processes, with progress on stderr."""
+def _in_processes(
+    asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int
+) -> list[Found]:
+    """Return the results of `work` for each item, computed in two processes, with progress on
+    stderr."""
     if processes == 1:
         return [one for found in map(work, asked) for one in found]
-    # Small problems side by side, whose threads would fight for the cores; a fork would inherit this one's threads.
+    # Small problems side by side, whose threads would fight for the cores; a fork would inherit
+    # this one's threads.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     context, cells = multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
@@ -117,7 +134,8 @@ def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], list[Found]], 
     return cells
 
 
-# --- the tables ------------------------------------------------------------------------------------
+# --- the tables
+# ------------------------------------------------------------------------------------
 
 
 def ratios(cells: Sequence[Any], over: str, least: float = 0.0) -> FloatArray:
@@ -136,15 +154,29 @@ def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, li
 
 
 def recorded_table(cells: Sequence[Any]) -> str:
-    """Return the table of recorded runs: all, held-out ones, then by storage, number of snapshots, target and run.
+    """Return the table of recorded runs: all, held-out ones, then by storage, number of snapshots,
+    target and run.
 
     The first column of each ratio is its median.
     """
-    rows = [("", "cells", "error/published", "max", "error/floor", "actual/predicted", "max", "in [0.5, 2]")]
+    rows = [
+        (
+            "",
+            "cells",
+            "error/published",
+            "max",
+            "error/floor",
+            "actual/predicted",
+            "max",
+            "in [0.5, 2]",
+        )
+    ]
     held_out = [cell for cell in cells if cell.held_out]
     groups = {"all runs": cells} | ({"held-out runs": held_out} if held_out else {})
     for label in (
-        lambda cell: f"{cell.dtype}, ({', '.join(f'{sigma_rel:.2f}' for sigma_rel in cell.tracked)})",
+        lambda cell: (
+            f"{cell.dtype}, ({', '.join(f'{sigma_rel:.2f}' for sigma_rel in cell.tracked)})"
+        ),
         lambda cell: f"{cell.snapshots} snapshots",
         lambda cell: cell.target,
         lambda cell: cell.run + " (held out)" * cell.held_out,
@@ -152,7 +184,9 @@ def recorded_table(cells: Sequence[Any]) -> str:
         groups |= grouped(cells, label)
     for label, group in groups.items():
         predicted = ratios(group, "predicted")
-        published, floor = (summary(ratios(group, over), "median", "max") for over in ("paper", "floor"))
+        published, floor = (
+            summary(ratios(group, over), "median", "max") for over in ("paper", "floor")
+        )
         held = (*summary(predicted, "median", "max"), share(within(predicted, 2)))
         rows.append((label, str(len(group)), *published, floor[0], *held))
     return markdown(rows)
@@ -161,8 +195,9 @@ def recorded_table(cells: Sequence[Any]) -> str:
 def hard_table(cells: Sequence[Any]) -> str:
     """Return the table by case; for a single case by run.
 
-    Shares of the cells whose error is within a factor of the predicted one, or more than three times above it; of each
-    ratio its median, its maximum, and how many cells are above 1.05. Unknown are cells without a prediction.
+    Shares of the cells whose error is within a factor of the predicted one, or more than three
+    times above it; of each ratio its median, its maximum, and how many cells are above 1.05.
+    Unknown are cells without a prediction.
     """
     titles = "", "cells", "within 2", "within 3", ">3", "error/published", "max", ">1.05"
     rows = [(*titles, "error/nearest", "max", ">1.05", "unknown")]
@@ -170,10 +205,23 @@ def hard_table(cells: Sequence[Any]) -> str:
     if len(groups) == 1:
         groups = grouped(cells, lambda cell: cell.run)
     for label, group in ({"all": cells} | groups).items():
-        paper, nearest, predicted = (ratios(group, over, least=LEAST) for over in ("paper", "nearest", "predicted"))
+        paper, nearest, predicted = (
+            ratios(group, over, least=LEAST) for over in ("paper", "nearest", "predicted")
+        )
         shares = share(within(predicted, 2)), share(within(predicted, 3)), share(predicted > 3)
-        bounds = ((*summary(one, "median", "max"), str(np.sum(one > 1.05))) for one in (paper, nearest))
-        rows.append((label, str(len(group)), *shares, *next(bounds), *next(bounds), str(len(group) - predicted.size)))
+        bounds = (
+            (*summary(one, "median", "max"), str(np.sum(one > 1.05))) for one in (paper, nearest)
+        )
+        rows.append(
+            (
+                label,
+                str(len(group)),
+                *shares,
+                *next(bounds),
+                *next(bounds),
+                str(len(group) - predicted.size),
+            )
+        )
     return markdown(rows)
 
 
@@ -193,19 +241,25 @@ def share(holds: npt.NDArray[np.bool_]) -> str:
     return f"{100 * np.mean(holds):.1f} %" if holds.size else ""
 
 
-# --- the picture -----------------------------------------------------------------------------------
+# --- the picture
+# -----------------------------------------------------------------------------------
 
 
 def _pictured_widths() -> FloatArray:
-    """Return widths for the picture, among them the tracked ones; dense towards 0.2887, where errors change fast."""
-    return np.unique([*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1][0]])
+    """Return widths for the picture, among them the tracked ones; dense towards 0.2887, where
+    errors change fast."""
+    return np.unique(
+        [*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1][0]]
+    )
 
 
 def draw(steps: int, cache: Path | None) -> Figure:
     """Draw error against sigma_rel."""
     (job, setup), sigma_rels = PICTURED, _pictured_widths()
     tracked, snapshots, dtype = setup
-    (curves,) = runs.measure_setups(job, [setup], [as_target(width) for width in sigma_rels], steps, cache)
+    (curves,) = runs.measure_setups(
+        job, [setup], [as_target(width) for width in sigma_rels], steps, cache
+    )
     error, paper, predicted, floor = curves
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
@@ -218,10 +272,21 @@ def draw(steps: int, cache: Path | None) -> Figure:
         (predicted, every, COLOURS[4], STYLES[3], "what posthoc_cli predicts"),
         (floor, even, COLOURS[2], STYLES[2], f"the true average, rounded once to {dtype}"),
     ):
-        axes.plot(sigma_rels[drawn], values[drawn], color=colour, linestyle=style, linewidth=1.8, label=label)
+        axes.plot(
+            sigma_rels[drawn],
+            values[drawn],
+            color=colour,
+            linestyle=style,
+            linewidth=1.8,
+            label=label,
+        )
     for position, sigma_rel in enumerate(tracked):
         axes.axvline(
-            sigma_rel, color="0.5", linewidth=0.8, zorder=0, label=None if position else "tracked during training"
+            sigma_rel,
+            color="0.5",
+            linewidth=0.8,
+            zorder=0,
+            label=None if position else "tracked during training",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -232,7 +297,8 @@ def draw(steps: int, cache: Path | None) -> Figure:
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
     axes.set_ylabel("relative L2 error of the weights")
     axes.set_title(
-        f"{snapshots} {dtype} snapshots of {' and '.join(f'{s:g}' for s in tracked)}: {job.label}, {steps:,} steps",
+        f"{snapshots} {dtype} snapshots of {' and '.join(f'{s:g}' for s in tracked)}: "
+        f"{job.label}, {steps:,} steps",
         fontsize=11,
     )
     axes.grid(True, color="0.9", linewidth=0.6)

@@ -3,9 +3,9 @@
     python scripts/bench_remote.py s3://bucket/run [--rounds 5] [--sigma-rel 0.15]
     python scripts/bench_remote.py --quick
 
-In turns: a synthesis whose results are discarded, and the same requests by obstore alone from as many threads. The
-environment names the store; --quick serves a small run from this process. Memory is the largest resident size minus
-that after `import torch`.
+In turns: a synthesis whose results are discarded, and the same requests by obstore alone from as
+many threads. The environment names the store; --quick serves a small run from this process. Memory
+is the largest resident size minus that after `import torch`.
 """
 
 from __future__ import annotations
@@ -50,12 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sigma-rel", default="0.15", help="several with commas")
-    parser.add_argument("--quick", action="store_true", help="measure a small run on a server in this process")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure a small run on a server in this process"
+    )
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         url = stack.enter_context(served()) if options.quick else options.run
         measure(
-            Run(url), [float(width) for width in options.sigma_rel.split(",")], 1 if options.quick else options.rounds
+            Run(url),
+            [float(width) for width in options.sigma_rel.split(",")],
+            1 if options.quick else options.rounds,
         )
 
 
@@ -74,18 +78,29 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    print("| requests | MB | synthesis | obstore alone | rate | processor time | memory above torch |")
+    print(
+        "| requests | MB | synthesis | obstore alone | rate | processor time | memory above torch |"
+    )
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     try:
         for _ in range(rounds):
             requests.clear()
             peak[0], store.get = 0, counted
-            ours, own = timed(lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))])
+            ours, own = timed(
+                lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))]
+            )
             memory, store.get = peak[0] - IMPORTED, get
-            alone, theirs = timed(lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4)))
-            times = f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
+            alone, theirs = timed(
+                lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4))
+            )
+            times = (
+                f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
+            )
             megabytes = sum(end - begin for _, begin, end in requests) / 1e6
-            print(f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |", flush=True)
+            print(
+                f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |",
+                flush=True,
+            )
     finally:
         store.get = get
         ended.set()

@@ -1,10 +1,12 @@
-"""Compare the choices of the search with those of a plain grid, and check the range that the search states.
+"""Compare the choices of the search with those of a plain grid, and check the range that the search
+states.
 
     python scripts/bench_sweep.py [--quick]
 
-200 made-up metrics over sigma_rel from 0.02 to 0.28 have five shapes, a depth of 1, and noise of 0 to 1/3. The regret
-of a choice is its true metric less the best one. A choice is "within noise" if its regret is at most the noise of one
-evaluation, or 1 % of the depth. The grid is even in the length, as published, and takes its lowest value.
+200 made-up metrics over sigma_rel from 0.02 to 0.28 have five shapes, a depth of 1, and noise of 0
+to 1/3. The regret of a choice is its true metric less the best one. A choice is "within noise" if
+its regret is at most the noise of one evaluation, or 1 % of the depth. The grid is even in the
+length, as published, and takes its lowest value.
 """
 
 from __future__ import annotations
@@ -63,9 +65,15 @@ def made_up(shape: str, noise: float, number: int) -> Metric:
         steep = random.choice([-1, 1]) * random.uniform(3, 7)
         truth = np.exp(steep * off) - steep * off
     elif shape == "two minima":
-        first, second, width = random.uniform(0.1, 0.35), random.uniform(0.6, 0.9), random.uniform(0.1, 0.2)
+        first, second, width = (
+            random.uniform(0.1, 0.35),
+            random.uniform(0.6, 0.9),
+            random.uniform(0.1, 0.2),
+        )
         dips = (np.exp(-(((GRID - centre) / width) ** 2)) for centre in (first, second))
-        truth = -sum(depth * dip for depth, dip in zip((1, random.uniform(0.9, 1.1)), dips, strict=True))
+        truth = -sum(
+            depth * dip for depth, dip in zip((1, random.uniform(0.9, 1.1)), dips, strict=True)
+        )
     else:
         truth = np.where(off < 0, -off * random.uniform(0.5, 2), off * random.uniform(0.5, 2))
     return Metric((truth - truth.min()) / np.ptp(truth), noise, random)
@@ -94,7 +102,9 @@ def grid(metric: Metric, count: int) -> float:
 def cell(metrics: Sequence[Metric], choices: Sequence[float]) -> str:
     """Return the mean regret, and the share of choices within noise."""
     regrets = [metric.true(x) for metric, x in zip(metrics, choices, strict=True)]
-    within = np.mean([regret <= max(metric.noise, 0.01) for metric, regret in zip(metrics, regrets, strict=True)])
+    within = np.mean(
+        [regret <= max(metric.noise, 0.01) for metric, regret in zip(metrics, regrets, strict=True)]
+    )
     return f"{np.mean(regrets):7.4f} {100 * within:4.0f} %"
 
 
@@ -104,18 +114,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a few metrics: does everything run?")
     quick = parser.parse_args(arguments).quick
     noises, each = (NOISES[-1:], 1) if quick else (NOISES, 10)
-    metrics = [made_up(shape, noise, k) for shape in SHAPES for noise in noises for k in range(each)]
-    print(f"{len(metrics)} made-up metrics: mean regret, share within noise, coverage of the range, its width")
+    metrics = [
+        made_up(shape, noise, k) for shape in SHAPES for noise in noises for k in range(each)
+    ]
+    print(
+        f"{len(metrics)} made-up metrics: mean regret, share within noise, coverage of the "
+        f"range, its width"
+    )
     print(f"{'evaluations':>11}  {'search':>14}  {'grid':>14}  coverage  width")
     runs = [searched(metric) for metric in metrics]
     for count in COUNTS:
         found = [estimates[count] for estimates in runs]
         choices, even = [one.best for one in found], [grid(metric, count) for metric in metrics]
-        held = np.mean([one.low <= metric.best <= one.high for one, metric in zip(found, metrics, strict=True)])
+        held = np.mean(
+            [one.low <= metric.best <= one.high for one, metric in zip(found, metrics, strict=True)]
+        )
         width = np.mean([math.log(one.high / one.low) for one in found]) / math.log(HIGH / LOW)
         cells = f"{cell(metrics, choices):>14}  {cell(metrics, even):>14}"
         print(f"{count:>11}  {cells}  {100 * held:6.0f} %  {width:5.2f}")
-    print(f"{PUBLISHED:>11}  {'':>14}  {cell(metrics, [grid(metric, PUBLISHED) for metric in metrics]):>14}")
+    print(
+        f"{PUBLISHED:>11}  {'':>14}  "
+        f"{cell(metrics, [grid(metric, PUBLISHED) for metric in metrics]):>14}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Measure the speed of a synthesis against a plain loop over the same bytes and the peers, and its memory.
+"""Measure the speed of a synthesis against a plain loop over the same bytes and the peers, and its
+memory.
 
     python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
 
-20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32. Times are medians of
-repeated runs in turns, in milliseconds, with the processor time of all threads in parentheses, which other programs on
-the machine change less. All runs of this package verify every checksum. "Dropped" is a caller who takes each tensor and
-drops it; "to a file" includes fsync. The peers read their own checkpoints, of as many parameters and the same dtype,
-through their public interfaces.
+20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32.
+Times are medians of repeated runs in turns, in milliseconds, with the processor time of all threads
+in parentheses, which other programs on the machine change less. All runs of this package verify
+every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes
+fsync. The peers read their own checkpoints, of as many parameters and the same dtype, through their
+public interfaces.
 """
 
 from __future__ import annotations
@@ -50,11 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument("--folder", type=Path, help="for files of up to 10 GB; by default the system's own")
+    parser.add_argument(
+        "--folder", type=Path, help="for files of up to 10 GB; by default the system's own"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
     device, million = str(check_device(asked.device)), 10_000 if asked.quick else 1_000_000
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}"
+    )
     repeats = 1 if asked.quick else asked.repeats
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
@@ -73,17 +79,23 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
         "one core, dropped": lambda: exhaust(synthesize(one, device, 1)),
         "all cores, dropped": lambda: exhaust(synthesize(one, device)),
-        "all cores, to a file": lambda: write_synthesis(one, [out], OutputOptions(device, overwrite=True)),
+        "all cores, to a file": lambda: write_synthesis(
+            one, [out], OutputOptions(device, overwrite=True)
+        ),
     }
     show(runs, repeats, one.read_bytes)
     for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
-            update, average = start(Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others)
+            update, average = start(
+                Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others
+            )
             for _ in range(10):
                 update()
             os.sync()  # writing back would compete for the disk
             label, peer = f"{start.__name__}, 20 of its own", partial(average, 0.15)
-            found = times({"ours, kept": lambda: dict(synthesize(one, device)), label: peer}, repeats)
+            found = times(
+                {"ours, kept": lambda: dict(synthesize(one, device)), label: peer}, repeats
+            )
         for label, one_found in found.items():
             print(f"  {label:<44}{cell(*one_found)}", flush=True)
     print(f"{len(MANY)} targets")
@@ -98,7 +110,10 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
     for parameters in models:
         run, out = folder / "run", folder / "out.safetensors"
         write_sparse_snapshots(run, parameters, tensors=20, snapshots=4)
-        print(f"  {parameters:>13,} parameters, 4 snapshots: {peak_memory(run, out) / 1e6:6.1f} MB", flush=True)
+        print(
+            f"  {parameters:>13,} parameters, 4 snapshots: {peak_memory(run, out) / 1e6:6.1f} MB",
+            flush=True,
+        )
         shutil.rmtree(run)
         out.unlink()
 
@@ -121,13 +136,17 @@ def exhaust(items: Iterable[object]) -> None:
         pass
 
 
-# --- our snapshots ---------------------------------------------------------------------------------
+# --- our snapshots
+# ---------------------------------------------------------------------------------
 
 
 def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
-    """Write float16 snapshots of random numbers for a float32 model, half of them for each of two profiles."""
+    """Write float16 snapshots of random numbers for a float32 model, half of them for each of two
+    profiles."""
     generator = torch.Generator().manual_seed(0)
-    values = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    values = {
+        name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()
+    }
     for t, sigma_rel in _times(snapshots):
         write_snapshot(folder, t, sigma_rel, RUN_ID, values, **_tracked(shapes))
 
@@ -158,13 +177,15 @@ def _tracked(shapes: Shapes) -> dict[str, Any]:
     return {"sigma_rels": TRACKED, "tensors": dict.fromkeys(shapes, "average F32")}
 
 
-# --- plain loops -----------------------------------------------------------------------------------
+# --- plain loops
+# -----------------------------------------------------------------------------------
 
 
 def read_plainly(folder: Path, buffer: mmap.mmap) -> None:
     """Read every byte of every snapshot by `readinto`, in one thread, to the start of a page.
 
-    To a place 16 bytes after it, where a bytearray begins, some processors copy at a sixth of the speed.
+    To a place 16 bytes after it, where a bytearray begins, some processors copy at a sixth of the
+    speed.
     """
     for path in sorted(folder.iterdir()):
         with path.open("rb", buffering=0) as file:
@@ -172,26 +193,34 @@ def read_plainly(folder: Path, buffer: mmap.mmap) -> None:
                 pass
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory
+# ----------------------------------------------------------------------------------------
 
 _PEAK = """
 import re, resource, sys, torch
+
 if len(sys.argv) > 1:
     from pathlib import Path
     from posthoc_cli.export.writing import write_synthesis
     from posthoc_cli import disk_sources, plan_synthesis
+
     plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype="float32")
     write_synthesis(plan, [Path(sys.argv[2])])
 try:
     print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
 except OSError:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    print(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+    )
 """
-# Linux lets a process inherit ru_maxrss from its parent; VmHWM is the same quantity, counted from its own start.
+# Linux lets a process inherit ru_maxrss from its parent; VmHWM is the same quantity, counted from
+# its own start.
 
 
 def peak_memory(folder: Path, out: Path) -> int:
-    """Return the peak resident bytes of a process that writes one target, above those of `import torch`."""
+    """Return the peak resident bytes of a process that writes one target, above those of `import
+    torch`."""
     with_synthesis, without = (
         int(subprocess.check_output([sys.executable, "-c", _PEAK, *arguments]))
         for arguments in ([str(folder), str(out)], [])

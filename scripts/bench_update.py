@@ -2,13 +2,15 @@
 
     python scripts/bench_update.py [--device cpu] [--repeats 5] [--quick]
 
-This package and both PyPI peers track sigma_rel 0.05 and 0.28 of the same model, update after every step through public
-interfaces, and take turns. All checks of this package are on: names, shapes, dtypes, finiteness. A run is seven folds
-long, and ends when all work is done. A cell is the median over runs of an update's mean time, and in parentheses of the
-processor time of all threads, which other programs on the machine change less.
+This package and both PyPI peers track sigma_rel 0.05 and 0.28 of the same model, update after every
+step through public interfaces, and take turns. All checks of this package are on: names, shapes,
+dtypes, finiteness. A run is seven folds long, and ends when all work is done. A cell is the median
+over runs of an update's mean time, and in parentheses of the processor time of all threads, which
+other programs on the machine change less.
 
-**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one update a step, it
-changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema` keeps its averages on the CPU there.
+**Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one
+update a step, it changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema`
+keeps its averages on the CPU there.
 """
 
 from __future__ import annotations
@@ -51,18 +53,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     device = str(check_device(asked.device))
     repeats, scale = (1, 100) if asked.quick else (asked.repeats, 1)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
     many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         columns = {
-            f"{len(many):,} tensors of 64 x 64": updates(many, torch.float32, device, folder / "many", repeats),
-            f"{50 / scale:g} M parameters in 24": updates(large, torch.float32, device, folder / "large", repeats),
-            "the same in bfloat16": updates(large, torch.bfloat16, device, folder / "half", repeats),
+            f"{len(many):,} tensors of 64 x 64": updates(
+                many, torch.float32, device, folder / "many", repeats
+            ),
+            f"{50 / scale:g} M parameters in 24": updates(
+                large, torch.float32, device, folder / "large", repeats
+            ),
+            "the same in bfloat16": updates(
+                large, torch.bfloat16, device, folder / "half", repeats
+            ),
         }
         print(f"\n| one update, ms | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
         for label in dict.fromkeys(label for column in columns.values() for label in column):
-            print(f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |")
+            print(
+                f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |"
+            )
         snapshots(large, device, folder / "snapshots", repeats)
         memory(large, folder / "memory")
 
@@ -85,7 +98,8 @@ def times(
 def cell(seconds: list[float], processor: list[float]) -> str:
     """Return medians in milliseconds."""
     return " ".join(
-        form.format(f"{1000 * statistics.median(one):.3g}") for form, one in (("{}", seconds), ("({})", processor))
+        form.format(f"{1000 * statistics.median(one):.3g}")
+        for form, one in (("{}", seconds), ("({})", processor))
     )
 
 
@@ -95,7 +109,8 @@ def done(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- models ----------------------------------------------------------------------------------------
+# --- models
+# ----------------------------------------------------------------------------------------
 
 
 def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]]:
@@ -118,10 +133,13 @@ class Layers(torch.nn.Module):
         self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
 
 
-# --- updates ---------------------------------------------------------------------------------------
+# --- updates
+# ---------------------------------------------------------------------------------------
 
 
-def updates(shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int) -> dict[str, str]:
+def updates(
+    shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int
+) -> dict[str, str]:
     """Measure a column: an update of every library."""
     field: dict[str, Callable[[torch.nn.Module, Path], Begun]] = {
         "ours, late in a run": partial(ours, begin=1e6),
@@ -134,7 +152,9 @@ def updates(shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repea
         with without_noise():
             update, settle = begin(Layers(shapes).to(device, dtype), folder / str(index))
 
-        def run(update: Callable[[], object] = update, settle: Callable[[], object] = settle) -> None:
+        def run(
+            update: Callable[[], object] = update, settle: Callable[[], object] = settle
+        ) -> None:
             for _ in range(calls):
                 update()
             settle()
@@ -166,7 +186,8 @@ def peer(start: Callable[..., Any], model: torch.nn.Module, folder: Path, **opti
 
 
 def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
-    """Measure the call at which two snapshots are due: until it returns, and until the snapshots are durable."""
+    """Measure the call at which two snapshots are due: until it returns, and until the snapshots
+    are durable."""
     model = Layers(shapes).to(device)
     usual, due, durable = list[float](), list[float](), list[float]()
     with tracked(model, folder, update_every=1, checkpoint_every=4) as ema:
@@ -178,18 +199,27 @@ def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
             done(device)
             durable += [] if call % 4 else [time.perf_counter() - began]
     middle = [f"{1000 * statistics.median(seconds):.3g} ms" for seconds in (usual, due, durable)]
-    print("\na usual call: {}; one at which two snapshots are due: {}; until they are durable: {}".format(*middle))
+    print(
+        (
+            "\na usual call: {}; one at which two snapshots are due: {}; until they are durable: {}"
+        ).format(*middle)
+    )
 
 
 def memory(shapes: Shapes, folder: Path) -> None:
-    """Print the bytes a parameter that a tracker of float32 parameters holds after two float16 snapshots."""
+    """Print the bytes a parameter that a tracker of float32 parameters holds after two float16
+    snapshots."""
     model = Layers(shapes)
     for device in ("model", "cpu"):
-        with PostHocEMA.from_model(model, folder / device, update_every=1, checkpoint_every=2, device=device) as ema:
+        with PostHocEMA.from_model(
+            model, folder / device, update_every=1, checkpoint_every=2, device=device
+        ) as ema:
             for _ in range(4):
                 ema.update_(model)
             ema.flush()
-            held = ema.metrics()["bytes"] / sum(parameter.numel() for parameter in model.parameters())
+            held = ema.metrics()["bytes"] / sum(
+                parameter.numel() for parameter in model.parameters()
+            )
         print(f'\nmemory with device="{device}": {held:.1f} bytes a parameter')
 
 

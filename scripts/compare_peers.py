@@ -1,18 +1,21 @@
-"""Compare this package and its PyPI peers on the same recorded training runs, by distance from the true average.
+"""Compare this package and its PyPI peers on the same recorded training runs, by distance from the
+true average.
 
     python scripts/compare_peers.py [--steps 10000] [--cache FOLDER]
 
-Every library sees the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28, stores a float32
-snapshot of both every 500 steps, and makes averages of three lengths at the end, through public interfaces; all other
-options have the library's defaults.
+Every library sees the same weights after every one of 10,000 steps, tracks sigma_rel 0.05 and 0.28,
+stores a float32 snapshot of both every 500 steps, and makes averages of three lengths at the end,
+through public interfaces; all other options have the library's defaults.
 
-**The true average** is over *every* step, also for a library that updates at every tenth. It is computed here from the
-definition, in float64, without any library. Distances are Euclidean over all parameters, relative to the true average.
-"raw final weights" is no averaging; "every 10th step, exactly" is the true average over steps 10, 20, ... only.
+**The true average** is over *every* step, also for a library that updates at every tenth. It is
+computed here from the definition, in float64, without any library. Distances are Euclidean over all
+parameters, relative to the true average. "raw final weights" is no averaging; "every 10th step,
+exactly" is the true average over steps 10, 20, ... only.
 
-**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, which is right for an interval of one
-step: at update_every=10 they track (gamma+1)/10 in place of gamma+1. At update_every=1 small errors remain: both count
-t one step ahead, and `posthoc_ema` by default skips the first 99 calls and counts t from there.
+**What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, which is right for
+an interval of one step: at update_every=10 they track (gamma+1)/10 in place of gamma+1. At
+update_every=1 small errors remain: both count t one step ahead, and `posthoc_ema` by default skips
+the first 99 calls and counts t from there.
 """
 
 from __future__ import annotations
@@ -46,37 +49,50 @@ SNAPSHOTS = 20
 def main(arguments: Sequence[str] | None = None) -> None:
     """Record the runs, put every library through them and print a table for each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=10_000, help="training steps, a multiple of 200 (10000)")
-    parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
+    parser.add_argument(
+        "--steps", type=int, default=10_000, help="training steps, a multiple of 200 (10000)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="folder to keep recorded runs in, and to take them from"
+    )
     asked = parser.parse_args(arguments)
     for name in PEER_RUNS:
         trajectory = record(name, asked.steps, asked.cache)
         print(f"\n{name}: {asked.steps:,} steps, {trajectory.weights.shape[1]:,} parameters\n")
         rows = [("", "update_every", *(f"{target:.2f}" for target in TARGETS))]
-        rows += [(label, stride, *(f"{one:.1e}" for one in found)) for label, stride, found in compare(trajectory)]
+        rows += [
+            (label, stride, *(f"{one:.1e}" for one in found))
+            for label, stride, found in compare(trajectory)
+        ]
         print(markdown(rows), flush=True)
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table: the first column aligned left, the others right."""
     header, *rows = lines
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ("---", *["---:"] * (len(header) - 1)), *rows))
+    return "\n".join(
+        f"| {' | '.join(line)} |"
+        for line in (header, ("---", *["---:"] * (len(header) - 1)), *rows)
+    )
 
 
-# --- the truth -------------------------------------------------------------------------------------
+# --- the truth
+# -------------------------------------------------------------------------------------
 
 
 def gamma_of(sigma_rel: float) -> float:
     """Return the largest root of (gamma+2)**2 (gamma+3) sigma_rel**2 - (gamma+1)."""
-    cubic = np.polynomial.Polynomial.fromroots([-2, -2, -3]) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
+    cubic = np.polynomial.Polynomial.fromroots(
+        [-2, -2, -3]
+    ) * sigma_rel**2 - np.polynomial.Polynomial([1, 1])
     return float(cubic.roots().real.max())
 
 
 def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) -> FloatArray:
     """Return the averages over every `stride`-th step's weights: shape [targets, parameters].
 
-    The mass that a profile has on (t_{k-1}, t_k] sits on the weights at update k, and what it has before the first
-    update on that one's.
+    The mass that a profile has on (t_{k-1}, t_k] sits on the weights at update k, and what it has
+    before the first update on that one's.
     """
     seen = np.arange(stride, run.steps + 1, stride)
     counts = np.zeros((len(wanted), run.steps))
@@ -86,10 +102,11 @@ def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int = 1) ->
 
 
 def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> FloatArray:
-    """Return a profile's mass, at the end of the run, on the steps up to each of `seen`, by its definition.
+    """Return a profile's mass, at the end of the run, on the steps up to each of `seen`, by its
+    definition.
 
-    A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps, whatever time each
-    took. A classical average begins as a copy of the first weights there are.
+    A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps,
+    whatever time each took. A classical average begins as a copy of the first weights there are.
     """
     now, end = run.times[seen - 1], run.times[-1]
     if target.beta is not None:
@@ -100,7 +117,11 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
     if target.kind == "between":
         start, finish = target.values
         return np.clip((now - start) / (finish - start), 0.0, 1.0)
-    if target.kind == "decay" and target.values[0] in ("linear", "1-sqrt") and not isinstance(target.values[1], tuple):
+    if (
+        target.kind == "decay"
+        and target.values[0] in ("linear", "1-sqrt")
+        and not isinstance(target.values[1], tuple)
+    ):
         shape, over = target.values
         x = np.clip((now / end - 1 + over) / over, 0.0, 1.0)
         return x if shape == "linear" else np.sqrt(x)
@@ -110,28 +131,39 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
 
 
 def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
-    """Return weighted sums over all steps in float64: weights [averages, steps] -> [averages, parameters]."""
+    """Return weighted sums over all steps in float64: weights [averages, steps] -> [averages,
+    parameters]."""
     total = np.zeros((len(counts), trajectory.weights.shape[1]))
-    for start in range(0, trajectory.steps, 1000):  # by parts: all of it in float64 takes half a gigabyte
+    # by parts: all of it in float64 takes half a gigabyte
+    for start in range(0, trajectory.steps, 1000):
         part = slice(start, start + 1000)
         total += counts[:, part] @ trajectory.weights[part].astype(np.float64)
     return total
 
 
 def distances(values: FloatArray, truth: FloatArray) -> list[float]:
-    """Return the relative L2 distance of each row, [averages, parameters], from the same row of `truth`."""
+    """Return the relative L2 distance of each row, [averages, parameters], from the same row of
+    `truth`."""
     return list(np.linalg.norm(values - truth, axis=1) / np.linalg.norm(truth, axis=1))
 
 
-# --- the libraries ---------------------------------------------------------------------------------
+# --- the libraries
+# ---------------------------------------------------------------------------------
 
 Average = Callable[[float], Iterable[torch.Tensor]]
 """Gives the average of a sigma_rel at the end, in the order of the parameters."""
 
 
-def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> tuple[Callable[[], object], Average]:
-    """Return a callback for each step of this package, and its averages from the directory alone, as after training."""
-    options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": torch.float32}
+def ours(
+    model: torch.nn.Module, folder: Path, stride: int, interval: int
+) -> tuple[Callable[[], object], Average]:
+    """Return a callback for each step of this package, and its averages from the directory alone,
+    as after training."""
+    options = {
+        "update_every": stride,
+        "checkpoint_every": interval,
+        "checkpoint_dtype": torch.float32,
+    }
     tracker = PostHocEMA.from_model(model, folder, sigma_rels=TRACKED, **options)
 
     def average(sigma_rel: float) -> Iterable[torch.Tensor]:
@@ -142,24 +174,47 @@ def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> tu
 
 
 def ema_pytorch(
-    model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32
+    model: torch.nn.Module,
+    folder: Path,
+    stride: int,
+    interval: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Callable[[], object], Average]:
     """Return the same for `ema_pytorch.PostHocEMA`, which holds the model and returns a module."""
     from ema_pytorch import PostHocEMA as Tracker
 
-    options = {"update_every": stride, "checkpoint_every_num_steps": interval, "checkpoint_dtype": dtype}
+    options = {
+        "update_every": stride,
+        "checkpoint_every_num_steps": interval,
+        "checkpoint_dtype": dtype,
+    }
     tracker = Tracker(model, sigma_rels=TRACKED, checkpoint_folder=str(folder), **options)
-    return tracker.update, lambda sigma_rel: tracker.synthesize_ema_model(sigma_rel=sigma_rel).ema_model.parameters()
+    return tracker.update, lambda sigma_rel: tracker.synthesize_ema_model(
+        sigma_rel=sigma_rel
+    ).ema_model.parameters()
 
 
 def posthoc_ema(
-    model: torch.nn.Module, folder: Path, stride: int, interval: int, dtype: torch.dtype = torch.float32, **others: int
+    model: torch.nn.Module,
+    folder: Path,
+    stride: int,
+    interval: int,
+    dtype: torch.dtype = torch.float32,
+    **others: int,
 ) -> tuple[Callable[[], object], Average]:
-    """Return the same for `posthoc_ema.PostHocEMA` of pytorch-posthoc-ema, which yields a state dict in a block."""
+    """Return the same for `posthoc_ema.PostHocEMA` of pytorch-posthoc-ema, which yields a state
+    dict in a block."""
     from posthoc_ema import PostHocEMA as Tracker
 
-    options = {"update_every": stride, "checkpoint_every": interval, "checkpoint_dtype": dtype, **others}
-    tracker = Tracker.from_model(model, folder, max_checkpoints=SNAPSHOTS, sigma_rels=TRACKED, **options)
+    options = {
+        "update_every": stride,
+        "checkpoint_every": interval,
+        "checkpoint_dtype": dtype,
+        **others,
+    }
+    tracker = Tracker.from_model(
+        model, folder, max_checkpoints=SNAPSHOTS, sigma_rels=TRACKED, **options
+    )
 
     def average(sigma_rel: float) -> Iterable[torch.Tensor]:
         with tracker.state_dict(sigma_rel=sigma_rel) as state:
@@ -180,11 +235,13 @@ LIBRARIES = {"posthoc-cli": ours, "ema-pytorch": ema_pytorch, "pytorch-posthoc-e
 """By their names on PyPI."""
 
 
-# --- the comparison --------------------------------------------------------------------------------
+# --- the comparison
+# --------------------------------------------------------------------------------
 
 
 def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
-    """Measure all libraries on one trajectory: name, update_every, distance from the truth by target."""
+    """Measure all libraries on one trajectory: name, update_every, distance from the truth by
+    target."""
     wanted = [as_target(target) for target in TARGETS]
     truth = true_averages(trajectory, wanted)
     raw = np.broadcast_to(trajectory.weights[-1].astype(np.float64), truth.shape)
@@ -200,7 +257,10 @@ def compare(trajectory: Trajectory) -> Iterable[tuple[str, str, list[float]]]:
                 for index in range(trajectory.steps):
                     replay.go_to(index)
                     update()
-                flat = [torch.cat([one.detach().flatten() for one in average(target)]) for target in TARGETS]
+                flat = [
+                    torch.cat([one.detach().flatten() for one in average(target)])
+                    for target in TARGETS
+                ]
             found = distances(torch.stack(flat).double().numpy(), truth)
             yield f"{package} {importlib.metadata.version(package)}", str(stride), found
 

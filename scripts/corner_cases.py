@@ -1,10 +1,11 @@
 """Hard cases of the fidelity benchmark: ordinary and pathological motion.
 
-Each case makes synthetic runs, feeds them through the hook and compares the averages with the truth (`fidelity_runs`).
-A **walk** has independent steps that are as large as its rate; a **descent** is noisy gradient descent on a quadratic
-loss, from a distance: it drifts, then wanders about the optimum with noise that forgets fast in some directions and
-slowly in others; **adam** is the same loss under Adam's update. `RATES` are schedules of the rate. Everything is
-computed in float64; only what a model would hold is float32.
+Each case makes synthetic runs, feeds them through the hook and compares the averages with the truth
+(`fidelity_runs`). A **walk** has independent steps that are as large as its rate; a **descent** is
+noisy gradient descent on a quadratic loss, from a distance: it drifts, then wanders about the
+optimum with noise that forgets fast in some directions and slowly in others; **adam** is the same
+loss under Adam's update. `RATES` are schedules of the rate. Everything is computed in float64; only
+what a model would hold is float32.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from posthoc_cli.targets import Target, as_target
 TWO, CLOSE, ONE = (0.05, 0.28), (0.05, 0.10), (0.10,)
 """Tracked widths."""
 
-# --- synthetic runs --------------------------------------------------------------------------------
+# --- synthetic runs
+# --------------------------------------------------------------------------------
 
 Rate = Callable[[FloatArray], FloatArray]
 """Learning rate, relative to the highest, at fractions of training in [0, 1)."""
@@ -50,15 +52,20 @@ RATES: dict[str, Rate] = {
 
 
 def walk(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
-    """Return a walk of independent steps; at a constant rate its length is a quarter of the norm."""
+    """Return a walk of independent steps; at a constant rate its length is a quarter of the
+    norm."""
     random = np.random.default_rng(seed)
-    place, path = SCALE * random.standard_normal(parameters), random.standard_normal((steps, parameters))
+    place, path = (
+        SCALE * random.standard_normal(parameters),
+        random.standard_normal((steps, parameters)),
+    )
     path *= (SCALE / 4 / steps**0.5 * _rates(rate, steps))[:, None]
     return _trajectory(f"walk, {rate}, {seed}", place + np.cumsum(path, axis=0))
 
 
 def descent(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
-    """Return noisy gradient descent whose slowest directions take all of training and the fastest some steps.
+    """Return noisy gradient descent whose slowest directions take all of training and the fastest
+    some steps.
 
     At a constant rate its noise comes to a twentieth of the weights in every direction.
     """
@@ -74,7 +81,8 @@ def descent(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
 
 
 def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
-    """Return the path of Adam (0.9, 0.999) on a quadratic loss, at a rate that reaches the optimum in `steps` steps."""
+    """Return the path of Adam (0.9, 0.999) on a quadratic loss, at a rate that reaches the optimum
+    in `steps` steps."""
     random = np.random.default_rng(seed)
     curvatures = np.geomspace(0.1, 10, parameters) / SCALE
     optimum = SCALE * random.standard_normal(parameters)
@@ -92,7 +100,8 @@ def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
 
 
 def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
-    """Return an Ornstein-Uhlenbeck path, a tenth of the norm wide, whose memory is `memory` of training."""
+    """Return an Ornstein-Uhlenbeck path, a tenth of the norm wide, whose memory is `memory` of
+    training."""
     random = np.random.default_rng(seed)
     place, kept = SCALE * random.standard_normal(parameters), np.exp(-1 / (memory * steps))
     moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
@@ -102,8 +111,11 @@ def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> T
     return _trajectory("wandering", place + 0.1 * SCALE * moves)
 
 
-def course(label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0) -> Trajectory:
-    """Return motion from one place in one direction, by `course_of` of the fraction of training, in norms.
+def course(
+    label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0
+) -> Trajectory:
+    """Return motion from one place in one direction, by `course_of` of the fraction of training, in
+    norms.
 
     `away` is the size of the place itself: with 0 all of the weights follow the course.
     """
@@ -118,7 +130,8 @@ def wave(periods: float, amplitude: float) -> Rate:
 
 
 def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
-    """Return the path with the last tenth of the parameters reinitialised after step `after`; it continues from there.
+    """Return the path with the last tenth of the parameters reinitialised after step `after`; it
+    continues from there.
 
     New weights are as large as the first ones were.
     """
@@ -126,7 +139,9 @@ def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
     weights = run.weights.astype(np.float64)
     fresh = SCALE * np.random.default_rng(seed).standard_normal(size)
     weights[after:, -size:] += fresh - weights[after - 1, -size:]
-    return Trajectory(f"{run.name}, reinit at {after}", weights.astype(np.float32), run.shapes, run.times)
+    return Trajectory(
+        f"{run.name}, reinit at {after}", weights.astype(np.float32), run.shapes, run.times
+    )
 
 
 def _rates(rate: str, steps: int) -> FloatArray:
@@ -136,23 +151,25 @@ def _rates(rate: str, steps: int) -> FloatArray:
 
 def _trajectory(name: str, path: FloatArray) -> Trajectory:
     parameters = path.shape[1]
-    return Trajectory(name, path.astype(np.float32), ((parameters - parameters // 10,), (parameters // 10,)))
+    return Trajectory(
+        name, path.astype(np.float32), ((parameters - parameters // 10,), (parameters // 10,))
+    )
 
 
-# --- what is measured -------------------------------------------------------------------------------
+# --- what is measured
+# -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One average. Errors are Euclidean distances from the truth, relative to its norm; nan where there is none.
+    """One average. Errors are Euclidean distances from the truth, relative to its norm; nan where
+    there is none.
 
     Attributes:
-        case: its name in `CASES`.
-        run, setup, target: in words.
-        error: of the default method.
-        paper: of the published method.
-        nearest: the smallest one among the tracked averages as they are stored at the newest time.
-        predicted: what the default method, or a plan, said that the error would be; nan where it did not say.
+        case: its name in `CASES`. run, setup, target: in words. error: of the default method.
+        paper: of the published method. nearest: the smallest one among the tracked averages as they
+        are stored at the newest time. predicted: what the default method, or a plan, said that the
+        error would be; nan where it did not say.
     """
 
     case: str
@@ -177,7 +194,9 @@ class Study:
 def studied(study: Study, root: Path) -> Iterator[Cell]:
     """Measure all cells of a study."""
     truth = true_averages(study.run, study.wanted, study.trackings[0].update_every)
-    for tracking, folder in zip(study.trackings, track(study.run, study.trackings, root), strict=True):
+    for tracking, folder in zip(
+        study.trackings, track(study.run, study.trackings, root), strict=True
+    ):
         error, paper, predicted = compare(folder, study.wanted, truth)
         nearest = _nearest(stored(folder)[-len(tracking.sigma_rels) :], truth)
         rows = np.array([error, paper, nearest, predicted]).T.tolist()
@@ -186,14 +205,17 @@ def studied(study: Study, root: Path) -> Iterator[Cell]:
 
 
 def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
-    """Return the distance of the nearest average from each row of the truth, [targets, parameters]: [targets]."""
+    """Return the distance of the nearest average from each row of the truth, [targets, parameters]:
+    [targets]."""
     return np.min([distances(average[None, :], truth) for average in averages], axis=0)
 
 
-# --- the independent set ---------------------------------------------------------------------------
+# --- the independent set
+# ---------------------------------------------------------------------------
 
 _STEPS, _EVERY, _SIZE = 3840, 6, 400
-"""Steps, steps between updates, and parameters. 20 and 64 snapshots are due every 192 and 60 steps."""
+"""Steps, steps between updates, and parameters. 20 and 64 snapshots are due every 192 and 60 steps.
+"""
 
 
 def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
@@ -201,17 +223,21 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
     kept = {1: (192, 1), 2: (192, 2), 3: (192, 3), 5: (192, 5), 20: (192, None), 64: (60, None)}
     choices = [
         *product((TWO,), ("float32", "float16", "bfloat16"), kept),
-        *product((ONE,), ("float16",), kept), *product((ONE,), ("float32",), (1, 3, 20)),
+        *product((ONE,), ("float16",), kept),
+        *product((ONE,), ("float32",), (1, 3, 20)),
         *product((CLOSE,), ("float32",), (2, 20)),
-    ]  # fmt: skip
-    trackings = [Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices]
+    ]
+    trackings = [
+        Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices
+    ]
     others = [Window(800), Between(960, 1920), Decay("1-sqrt", 0.2)]
     wanted = [*map(as_target, (0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886)), *others]
     return (Study(run, trackings, wanted) for run in made)
 
 
 def ordinary() -> Iterator[Study]:
-    """Return runs that move as trainings do: walks, Adam, SGD, a restart, a freeze, a jump, motion about one place."""
+    """Return runs that move as trainings do: walks, Adam, SGD, a restart, a freeze, a jump, motion
+    about one place."""
     named = zip(("constant", "cosine", "frozen", "restarts"), range(11, 15), strict=True)
     yield from _alike(walk(rate, _STEPS, _SIZE, seed) for rate, seed in named)
     yield from _alike(
@@ -239,11 +265,16 @@ def pathological() -> Iterator[Study]:
     }
     for seed, (label, motion) in enumerate(courses.items(), 21):
         yield from _alike([course(label, motion, _STEPS, _SIZE, seed)])
-    decay = course("decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0)
+    decay = course(
+        "decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0
+    )
     yield from _alike([decay, walk("standstill", _STEPS, _SIZE, 29)])
 
 
-CASES: dict[str, Callable[[], Iterable[Study]]] = {"ordinary": ordinary, "pathological": pathological}
+CASES: dict[str, Callable[[], Iterable[Study]]] = {
+    "ordinary": ordinary,
+    "pathological": pathological,
+}
 
 
 def measure(name: str) -> list[Cell]:

@@ -2,17 +2,20 @@
 
     python scripts/evidence.py [--out evidence] [--processes 2] [--quick] [--record] [--tables]
 
-- A language model on the source text of Python's standard library: a decoder of 3.4 M parameters, AdamW in bfloat16,
-  with a constant learning rate, with one that falls over the last fifth, and cosine.
+- A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
+  AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
+  cosine.
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
-Each is trained with three seeds. What is compared averages the same training, so that differences are taken seed by
-seed; the length of ours is searched by the loss on validation data, and all are measured on test data. Where the rate
-falls to zero, lengths from 0.002 are measured, too, of averages that are tracked at every step.
+Each is trained with three seeds. What is compared averages the same training, so that differences
+are taken seed by seed; the length of ours is searched by the loss on validation data, and all are
+measured on test data. Where the rate falls to zero, lengths from 0.002 are measured, too, of
+averages that are tracked at every step.
 
-Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes on with what is not
-there. `--record` keeps the result for the guide, `--tables` prints the kept one and draws its pictures.
+Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes
+on with what is not there. `--record` keeps the result for the guide, `--tables` prints the kept one
+and draws its pictures.
 """
 
 from __future__ import annotations
@@ -92,11 +95,21 @@ Measured = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, measure, print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder for all records (evidence)")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, a thread each (2)")
-    parser.add_argument("--quick", action="store_true", help="tiny trainings of one seed: does everything run?")
-    parser.add_argument("--record", action="store_true", help="keep the result and its pictures in the repository")
-    parser.add_argument("--tables", action="store_true", help="print and draw the kept result, and train nothing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("evidence"), help="folder for all records (evidence)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=2, help="trainings at a time, a thread each (2)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny trainings of one seed: does everything run?"
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="keep the result and its pictures in the repository"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="print and draw the kept result, and train nothing"
+    )
     options = parser.parse_args(arguments)
     if options.tables:
         found, folders = json.loads(RECORD.read_text()), [PICTURES]
@@ -120,15 +133,17 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-# --- what is trained ---------------------------------------------------------------------------------
+# --- what is trained
+# ---------------------------------------------------------------------------------
 
 
 class Task:
     """A network, its data and its measures; made from a folder for cached data, and `quick`.
 
-    Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the highest learning
-    rate; `loss(model, random)`, on a batch that is drawn; and `measure(model, part)`: measures on the held-out part
-    "validation" or "test", each lower the better, of which `loss` is searched by.
+    Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the
+    highest learning rate; `loss(model, random)`, on a batch that is drawn; and `measure(model,
+    part)`: measures on the held-out part "validation" or "test", each lower the better, of which
+    `loss` is searched by.
 
     Attributes:
         steps: of one training.
@@ -142,7 +157,8 @@ class Task:
     max_checkpoints: int | None = 20
 
     def batches(self) -> list[torch.Tensor]:
-        """Return inputs to measure the averaged weights' BatchNorm statistics on; none without BatchNorm."""
+        """Return inputs to measure the averaged weights' BatchNorm statistics on; none without
+        BatchNorm."""
         return []
 
     def rate(self, schedule: str, step: int) -> float:
@@ -164,7 +180,8 @@ STABLE = 0.8
 """The fraction of training at which the rate of the decayed run begins to fall."""
 
 
-# --- a language model --------------------------------------------------------------------------------
+# --- a language model
+# --------------------------------------------------------------------------------
 
 
 class Language(Task):
@@ -172,11 +189,19 @@ class Language(Task):
 
     steps, schedules = 1600, ("constant", "decayed", "cosine")
     vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
-    contexts = 512  # of the test part to measure on, evenly over it; half as many of the validation part
+    contexts = (
+        512  # of the test part to measure on, evenly over it; half as many of the validation part
+    )
 
     def __init__(self, cache: Path, quick: bool = False) -> None:
         if quick:
-            self.steps, self.width, self.depth, self.vocabulary, self.contexts = QUICK, 64, 1, 300, 8
+            self.steps, self.width, self.depth, self.vocabulary, self.contexts = (
+                QUICK,
+                64,
+                1,
+                300,
+                8,
+            )
         self.tokens = tokens(cache, self.vocabulary, 4 if quick else None)
 
     def model(self) -> nn.Module:
@@ -187,7 +212,10 @@ class Language(Task):
         """Make AdamW without weight decay of the norms."""
         matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
         scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": scales, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.95), fused=True)
 
     def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
@@ -213,12 +241,23 @@ class Language(Task):
 
 
 def sources() -> dict[str, list[Path]]:
-    """Return the standard library's modules by part, without tests, tables and code generated for other programs.
+    """Return the standard library's modules by part, without tests, tables and code generated for
+    other programs.
 
-    The name of a module or package decides, so that no part of a package is trained on and another held out.
+    The name of a module or package decides, so that no part of a package is trained on and another
+    held out.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+    left_out = {
+        "test",
+        "tests",
+        "site-packages",
+        "idlelib",
+        "lib2to3",
+        "turtledemo",
+        "encodings",
+        "pydoc_data",
+    }
     parts: dict[str, list[Path]] = {"training": [], "validation": [], "test": []}
     for path in sorted(root.rglob("*.py")):
         names = path.relative_to(root).parts
@@ -235,15 +274,23 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
     file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.pt"
     if not file.exists():
         texts = {
-            part: [path.read_text("utf-8", "replace") for path in paths[:most]] for part, paths in sources().items()
+            part: [path.read_text("utf-8", "replace") for path in paths[:most]]
+            for part, paths in sources().items()
         }
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        tokenizer.pre_tokenizer, tokenizer.decoder = (
+            pre_tokenizers.ByteLevel(False),
+            decoders.ByteLevel(),
+        )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(texts["training"], trainer)
         found = {
-            part: torch.cat([torch.tensor(one.ids, dtype=torch.int64) for one in tokenizer.encode_batch(text)])
+            part: torch.cat(
+                [torch.tensor(one.ids, dtype=torch.int64) for one in tokenizer.encode_batch(text)]
+            )
             for part, text in texts.items()
         }
         torch.save(found, file.with_suffix(".tmp"))
@@ -253,7 +300,8 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
 
 
 class Decoder(nn.Module):
-    """Rotary positions, RMSNorm, embeddings tied to the last layer. [batch, tokens] -> [batch, tokens, words]."""
+    """Rotary positions, RMSNorm, embeddings tied to the last layer. [batch, tokens] -> [batch,
+    tokens, words]."""
 
     def __init__(self, vocabulary: int, width: int, depth: int) -> None:
         super().__init__()
@@ -263,7 +311,9 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 into_the_sum = name.endswith(("mixed.weight", "outward.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if into_the_sum else 0.02)
+                nn.init.normal_(
+                    parameter, std=0.02 / math.sqrt(2 * depth) if into_the_sum else 0.02
+                )
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the logits at all positions; none depends on a later token."""
@@ -278,7 +328,8 @@ HEAD = 64
 
 
 def _rotation(count: int) -> torch.Tensor:
-    """Return cosine and sine of each pair of channels of a head at each position: [2, places, HEAD / 2]."""
+    """Return cosine and sine of each pair of channels of a head at each position: [2, places, HEAD
+    / 2]."""
     angles = torch.arange(count)[:, None] * 10_000.0 ** -torch.linspace(0, 1, HEAD // 2)
     return torch.stack([angles.cos(), angles.sin()])
 
@@ -308,11 +359,13 @@ class _Block(nn.Module):
         return changed
 
 
-# --- a diffusion model -------------------------------------------------------------------------------
+# --- a diffusion model
+# -------------------------------------------------------------------------------
 
 
 def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
-    """Return each image shifted by up to a pixel in both directions, with empty edges: [images, 64]."""
+    """Return each image shifted by up to a pixel in both directions, with empty edges: [images,
+    64]."""
     padded = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1), value=float(images.min()))
     down, right = torch.randint(3, (2, len(images), 1, 1), generator=random)
     rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
@@ -331,11 +384,16 @@ class Diffusion(Task):
         images, labels = digits()
         order, held = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)), 360
         images, labels = (6 * images[order] + 4.9).round() / 8 - 1, labels[order]  # from 0 .. 16
-        self.training, random = demo.Images(images[held:], labels[held:]), torch.Generator().manual_seed(0)
+        self.training, random = (
+            demo.Images(images[held:], labels[held:]),
+            torch.Generator().manual_seed(0),
+        )
         self.real = shifted(images[:held].repeat(6, 1), random)
         half = held // 2
         self.validations = {
-            part: demo.Validation(demo.Images(self.real[: 2 * half][rows], labels[:held][rows]), seed=0)
+            part: demo.Validation(
+                demo.Images(self.real[: 2 * half][rows], labels[:held][rows]), seed=0
+            )
             for part, rows in {"validation": slice(half), "test": slice(half, None)}.items()
         }
 
@@ -351,21 +409,29 @@ class Diffusion(Task):
         """Return the demo's loss."""
         chosen = torch.randint(len(self.training.images), (self.batch,), generator=random)
         sigma = demo.random_noise_levels(self.batch, random)
-        images = demo.Images(shifted(self.training.images[chosen], random), self.training.labels[chosen])
-        return demo.losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
+        images = demo.Images(
+            shifted(self.training.images[chosen], random), self.training.labels[chosen]
+        )
+        return demo.losses(
+            model, images, sigma, torch.randn(images.images.shape, generator=random)
+        ).mean()
 
     @torch.no_grad()
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
-        """Return the loss on unseen images, and for "test" the Frechet distance of samples from all of them."""
+        """Return the loss on unseen images, and for "test" the Frechet distance of samples from all
+        of them."""
         found = {"loss": float(self.validations[part](model).mean())}
         if part == "test":
             labels = torch.arange(self.count) % demo.CLASSES
-            found["frechet"] = frechet(self.features(self.real), self.features(sample(model, labels)))
+            found["frechet"] = frechet(
+                self.features(self.real), self.features(sample(model, labels))
+            )
         return found
 
     @cached_property
     def features(self) -> nn.Module:
-        """Return the features of a classifier before its last layer: [images, 64] -> [images, 32]."""
+        """Return the features of a classifier before its last layer: [images, 64] -> [images,
+        32]."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             random = torch.Generator().manual_seed(0)
@@ -375,7 +441,9 @@ class Diffusion(Task):
                 for _ in range(min(600, self.steps)):
                     chosen = torch.randint(len(self.training.images), (64,))
                     images = shifted(self.training.images[chosen], random)
-                    loss = F.cross_entropy(model(images + 0.2 * torch.randn_like(images)), self.training.labels[chosen])
+                    loss = F.cross_entropy(
+                        model(images + 0.2 * torch.randn_like(images)), self.training.labels[chosen]
+                    )
                     optimizer.zero_grad()
                     torch.autograd.backward(loss)
                     optimizer.step()
@@ -387,9 +455,12 @@ SAMPLING_STEPS = 24
 
 @torch.no_grad()
 def sample(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    """Return an image for each label by Heun's method, noise from 40 to 0.01 (algorithm 1 of arXiv 2206.00364)."""
+    """Return an image for each label by Heun's method, noise from 40 to 0.01 (algorithm 1 of arXiv
+    2206.00364)."""
     levels = torch.linspace(40.0 ** (1 / 7), 0.01 ** (1 / 7), SAMPLING_STEPS).pow(7).tolist()
-    images = levels[0] * torch.randn(len(labels), demo.PIXELS, generator=torch.Generator().manual_seed(0))
+    images = levels[0] * torch.randn(
+        len(labels), demo.PIXELS, generator=torch.Generator().manual_seed(0)
+    )
 
     def slope(images: torch.Tensor, level: float) -> torch.Tensor:
         return (images - model(images, torch.full((len(labels), 1), level), labels)) / level
@@ -402,7 +473,8 @@ def sample(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
 
 
 def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
-    """Return the Frechet distance of two normal distributions with the means and covariances of the features."""
+    """Return the Frechet distance of two normal distributions with the means and covariances of the
+    features."""
     (mean, covariance), (other_mean, other) = (
         (features.double().mean(dim=0), torch.cov(features.double().T)) for features in (real, made)
     )
@@ -410,11 +482,13 @@ def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
     return float((mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * root)
 
 
-# --- a classifier ------------------------------------------------------------------------------------
+# --- a classifier
+# ------------------------------------------------------------------------------------
 
 
 def network() -> nn.Sequential:
-    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch, 10]."""
+    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch,
+    10]."""
     layers: list[nn.Module] = []
     for channels, wider in ((1, 16), (16, 32), (32, 32)):
         layers.append(nn.Conv2d(channels, wider, 3, padding=1, bias=False))
@@ -423,7 +497,8 @@ def network() -> nn.Sequential:
 
 
 class Classifier(Task):
-    """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with momentum."""
+    """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with
+    momentum."""
 
     steps, schedules = 4000, ("constant", "cosine")
     batch, draws, renewing = 64, 20, 10
@@ -463,8 +538,11 @@ class Classifier(Task):
         random = torch.Generator().manual_seed(0)
         return [self._drawn("training", 512, random)[0] for _ in range(self.renewing)]
 
-    def _drawn(self, part: str, count: int | None, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images, each shifted by up to a pixel and noisy: a number of random ones, or each `draws` times."""
+    def _drawn(
+        self, part: str, count: int | None, random: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images, each shifted by up to a pixel and noisy: a number of random ones, or each
+        `draws` times."""
         images, labels = self.parts[part]
         chosen = (
             torch.arange(len(labels)).repeat(self.draws)
@@ -472,13 +550,16 @@ class Classifier(Task):
             else torch.randint(len(labels), (count,), generator=random)
         )
         moved = shifted(images[chosen], random)
-        return (moved + 0.8 * torch.randn(moved.shape, generator=random)).reshape(-1, 1, SIDE, SIDE), labels[chosen]
+        return (moved + 0.8 * torch.randn(moved.shape, generator=random)).reshape(
+            -1, 1, SIDE, SIDE
+        ), labels[chosen]
 
 
 TASKS = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}
 
 
-# --- one training ------------------------------------------------------------------------------------
+# --- one training
+# ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -533,16 +614,25 @@ def train(task: Task, training: Training, root: Path) -> None:
         classical.update_parameters(model)
         if step % every == 0:
             checkpoints.append(copied(model))
-            print(f"{folder.name}: {step} of {task.steps}, loss {float(loss.detach()):.4f}", flush=True)
+            print(
+                f"{folder.name}: {step} of {task.steps}, loss {float(loss.detach()):.4f}",
+                flush=True,
+            )
     ema.close()
-    weights = {"last": copied(model), "0.999": copied(classical.module), f"mean-{LAST}": mean(checkpoints)}
+    weights = {
+        "last": copied(model),
+        "0.999": copied(classical.module),
+        f"mean-{LAST}": mean(checkpoints),
+    }
     torch.save(weights, folder / WEIGHTS)
 
 
 def mean(checkpoints: Sequence[Tensors]) -> Tensors:
     """Return the mean of each tensor; of integer tensors the last."""
     return {
-        name: torch.stack([one[name] for one in checkpoints]).mean(dim=0) if last.is_floating_point() else last
+        name: torch.stack([one[name] for one in checkpoints]).mean(dim=0)
+        if last.is_floating_point()
+        else last
         for name, last in checkpoints[-1].items()
     }
 
@@ -553,7 +643,9 @@ def measure(task: Task, training: Training, root: Path) -> None:
     if (folder / MEASURED).exists():
         return
 
-    def measured(weights: Mapping[str, torch.Tensor], part: str = "test", renew: bool = True) -> dict[str, float]:
+    def measured(
+        weights: Mapping[str, torch.Tensor], part: str = "test", renew: bool = True
+    ) -> dict[str, float]:
         model.load_state_dict(weights)
         if renew:
             update_bn(batches, model)
@@ -563,7 +655,13 @@ def measure(task: Task, training: Training, root: Path) -> None:
     rows = {name: measured(one, renew=name != "last") for name, one in weights.items()}
     lengths = SHORT + LENGTHS if training.falls else LENGTHS
     low = min(SHORT) if training.falls else 0.02
-    found = sweep(run, lambda averaged: measured(averaged, "validation")["loss"], low=low, high=0.28, budget=BUDGET)
+    found = sweep(
+        run,
+        lambda averaged: measured(averaged, "validation")["loss"],
+        low=low,
+        high=0.28,
+        budget=BUDGET,
+    )
     best = found.found.best
     rows["best"] = measured(run.average(best))
     rows |= {f"{length:g}": measured(run.average(length)) for length in lengths}
@@ -573,7 +671,8 @@ def measure(task: Task, training: Training, root: Path) -> None:
     print(f"{folder.name}: measured", flush=True)
 
 
-# --- all trainings -----------------------------------------------------------------------------------
+# --- all trainings
+# -----------------------------------------------------------------------------------
 
 
 def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
@@ -593,7 +692,9 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
             for future in [pool.submit(_work, *job) for job in jobs]:
                 future.result()
-    trainings = [json.loads((training.folder(root) / MEASURED).read_text()) for _, _, training in jobs]
+    trainings = [
+        json.loads((training.folder(root) / MEASURED).read_text()) for _, _, training in jobs
+    ]
     return {"python": platform.python_version(), "torch": torch.__version__, "trainings": trainings}
 
 
@@ -608,24 +709,39 @@ def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
     return [one for one in found["trainings"] if (one["task"], one["schedule"]) == (task, schedule)]
 
 
-# --- tables ------------------------------------------------------------------------------------------
+# --- tables
+# ------------------------------------------------------------------------------------------
 
 
 def tables(found: dict[str, Any]) -> list[str]:
-    """Return Markdown: a table of averages for each task, and one of differences for the language model."""
+    """Return Markdown: a table of averages for each task, and one of differences for the language
+    model."""
     language = {schedule: _of(found, "language", schedule) for schedule in SCHEDULES}
     diffusion, constant, cosine = (
         _of(found, *name)
-        for name in (("diffusion", "inverse-sqrt"), ("classifier", "constant"), ("classifier", "cosine"))
+        for name in (
+            ("diffusion", "inverse-sqrt"),
+            ("classifier", "constant"),
+            ("classifier", "cosine"),
+        )
     )
     return [
-        _table("test loss, nats a token", {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()}),
+        _table(
+            "test loss, nats a token",
+            {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()},
+        ),
         _differences(language["constant"], language["decayed"]),
         _table(
             "denoiser",
-            {"test loss, 1e-3": (diffusion, "loss", 1e3, 1), "Frechet distance": (diffusion, "frechet", 1, 3)},
+            {
+                "test loss, 1e-3": (diffusion, "loss", 1e3, 1),
+                "Frechet distance": (diffusion, "frechet", 1, 3),
+            },
         ),
-        _table("error, %", {"constant rate": (constant, "error", 100, 2), "cosine": (cosine, "error", 100, 2)}),
+        _table(
+            "error, %",
+            {"constant rate": (constant, "error", 100, 2), "cosine": (cosine, "error", 100, 2)},
+        ),
     ]
 
 
@@ -634,13 +750,20 @@ Column = tuple[list[Measured], str, float, int]
 
 
 def _table(corner: str, columns: dict[str, Column]) -> str:
-    """Return means with standard errors over seeds; in parentheses the difference from the last weights, by seed."""
+    """Return means with standard errors over seeds; in parentheses the difference from the last
+    weights, by seed."""
 
     def cell(row: str, runs: list[Measured], metric: str, scale: float, digits: int) -> str:
         value = _mean([scale * one["rows"][row][metric] for one in runs], digits)
-        return value if row == "last" else f"{value} ({_paired(runs, row, runs, 'last', metric, scale, digits)})"
+        return (
+            value
+            if row == "last"
+            else f"{value} ({_paired(runs, row, runs, 'last', metric, scale, digits)})"
+        )
 
-    lines = [(title, *(cell(row, *column) for column in columns.values())) for row, title in ROWS.items()]
+    lines = [
+        (title, *(cell(row, *column) for column in columns.values())) for row, title in ROWS.items()
+    ]
     lengths = [" ".join(f"{one['best']:.3g}" for one in runs) for runs, *_ in columns.values()]
     return markdown([(corner, *columns), *lines, ("best length, by seed", *lengths)])
 
@@ -663,10 +786,20 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
 
 
 def _paired(
-    runs: list[Measured], row: str, others: list[Measured], other: str, metric: str, scale: float, digits: int
+    runs: list[Measured],
+    row: str,
+    others: list[Measured],
+    other: str,
+    metric: str,
+    scale: float,
+    digits: int,
 ) -> str:
     pairs = zip(runs, others, strict=True)
-    return _mean([scale * (a["rows"][row][metric] - b["rows"][other][metric]) for a, b in pairs], digits, sign="+")
+    return _mean(
+        [scale * (a["rows"][row][metric] - b["rows"][other][metric]) for a, b in pairs],
+        digits,
+        sign="+",
+    )
 
 
 def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -678,21 +811,29 @@ def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
 def _error(values: Any) -> Any:
     """Return the standard error of the mean over the first axis; 0 for a single value."""
     return (
-        np.std(values, axis=0, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else np.zeros(np.shape(values)[1:])
+        np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+        if len(values) > 1
+        else np.zeros(np.shape(values)[1:])
     )
 
 
-# --- the picture ----------------------------------------------------------------------------------------
+# --- the picture
+# ----------------------------------------------------------------------------------------
 
 
 def picture(found: dict[str, Any]) -> Figure:
-    """Draw the language model's loss less that of the last weights, seed by seed, against the length."""
+    """Draw the language model's loss less that of the last weights, seed by seed, against the
+    length."""
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
     panels = list(figure.subplots(1, len(SCHEDULES)))
     for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
         ours = {
-            length: [rows[f"{length:g}"]["loss"] - rows["last"]["loss"] for rows in runs if f"{length:g}" in rows]
+            length: [
+                rows[f"{length:g}"]["loss"] - rows["last"]["loss"]
+                for rows in runs
+                if f"{length:g}" in rows
+            ]
             for length in SHORT + LENGTHS
             if any(f"{length:g}" in rows for rows in runs)
         }
@@ -703,9 +844,16 @@ def picture(found: dict[str, Any]) -> Figure:
         axes.set_xlabel("sigma_rel")
         axes.grid(True, color="0.9", linewidth=0.6)
         axes.errorbar(
-            [*ours], [*map(np.mean, ours.values())], [*map(_error, ours.values())], color=plots.COLOURS[0],
-            linestyle=plots.STYLES[0], marker=plots.MARKERS[0], markersize=3.5, capsize=2, label="ours",
-        )  # fmt: skip
+            [*ours],
+            [*map(np.mean, ours.values())],
+            [*map(_error, ours.values())],
+            color=plots.COLOURS[0],
+            linestyle=plots.STYLES[0],
+            marker=plots.MARKERS[0],
+            markersize=3.5,
+            capsize=2,
+            label="ours",
+        )
         others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
         mean, error = np.mean(others), _error(others)
         axes.axhline(mean, color=plots.COLOURS[1], linestyle=plots.STYLES[1], label=ROWS["mean-5"])

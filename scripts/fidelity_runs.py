@@ -1,8 +1,10 @@
-"""A run through the hook, and averages of its snapshots against the truth; and the recorded runs, measured so.
+"""A run through the hook, and averages of its snapshots against the truth; and the recorded runs,
+measured so.
 
-The truth is that of `compare_peers`: computed from the definitions, in float64 and by no code of the package, over
-exactly the updates that the tracker made. What is measured comes through the package's public interface: the hook
-writes snapshots, averages are made from the directory alone, as after training.
+The truth is that of `compare_peers`: computed from the definitions, in float64 and by no code of
+the package, over exactly the updates that the tracker made. What is measured comes through the
+package's public interface: the hook writes snapshots, averages are made from the directory alone,
+as after training.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from posthoc_cli.targets import Beta, Target, Window, as_target
 FloatArray = npt.NDArray[np.float64]
 
 
-# --- tracking --------------------------------------------------------------------------------------
+# --- tracking
+# --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,10 @@ class Tracking:
     def __str__(self) -> str:
         kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
         listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.sigma_rels)
-        return f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
+        return (
+            f"{self.checkpoint_dtype}, ({listed}), every {self.update_every} and "
+            f"{self.checkpoint_every}{kept}"
+        )
 
     def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:
         """Make a tracker of a new run."""
@@ -54,13 +60,18 @@ class Tracking:
 
 
 def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Path]:
-    """Follow the run with trackers that update at the same steps; return the folders of their snapshots.
+    """Follow the run with trackers that update at the same steps; return the folders of their
+    snapshots.
 
-    Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from their states.
+    Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from
+    their states.
     """
     replay, stride = Replay(run), trackings[0].update_every
     folders = [Path(tempfile.mkdtemp(dir=root)) for _ in trackings]
-    trackers = [one.tracker(replay, folder, run.t_unit) for one, folder in zip(trackings, folders, strict=True)]
+    trackers = [
+        one.tracker(replay, folder, run.t_unit)
+        for one, folder in zip(trackings, folders, strict=True)
+    ]
     own_clock = bool(np.any(run.times != np.arange(1, run.steps + 1)))
     for index in range(run.steps):
         if (index + 1) % stride == 0:
@@ -77,11 +88,13 @@ def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Pa
     return folders
 
 
-# --- measuring -------------------------------------------------------------------------------------
+# --- measuring
+# -------------------------------------------------------------------------------------
 
 
 def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatArray:
-    """Return each target's error by the default method and by the published one, and the predicted error.
+    """Return each target's error by the default method and by the published one, and the predicted
+    error.
 
     Errors are Euclidean distances from the truth, relative to its norm: shape [3, targets].
     """
@@ -92,11 +105,15 @@ def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatA
 
 
 def made(plan: Plan) -> tuple[FloatArray, list[float]]:
-    """Return the averages of a plan, [targets, parameters], and their predicted errors; nan where there is none."""
+    """Return the averages of a plan, [targets, parameters], and their predicted errors; nan where
+    there is none."""
     tensors = dict(synthesize(plan))
     ordered = [tensors[str(index)] for index in range(len(tensors))]
     count = len(plan.targets)
-    rows = [torch.cat([values[i].flatten() for values in ordered]).double().numpy() for i in range(count)]
+    rows = [
+        torch.cat([values[i].flatten() for values in ordered]).double().numpy()
+        for i in range(count)
+    ]
     predicted = [plan.predicted_error(i) for i in range(count)]
     return np.array(rows), [math.nan if error is None else error for error in predicted]
 
@@ -106,7 +123,9 @@ def stored(folder: Path) -> FloatArray:
     rows = []
     for file in sorted(folder.glob("0*.safetensors")):
         tensors = load_file(file)
-        rows.append(torch.cat([tensors[str(i)].flatten().double() for i in range(len(tensors))]).numpy())
+        rows.append(
+            torch.cat([tensors[str(i)].flatten().double() for i in range(len(tensors))]).numpy()
+        )
     return np.array(rows)
 
 
@@ -122,7 +141,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# --- the recorded runs -----------------------------------------------------------------------------
+# --- the recorded runs
+# -----------------------------------------------------------------------------
 
 SIGMA_RELS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
 TRACKED = ((0.05, 0.10), (0.05, 0.28), (0.10,))
@@ -155,7 +175,8 @@ JOBS = (*(Job(name) for name in NAMES), Job("denoiser-adam", STRIDE), Job("cnn-b
 
 @dataclass(frozen=True)
 class Cell:
-    """One average of one directory. Errors are Euclidean distances from the truth, relative to its norm.
+    """One average of one directory. Errors are Euclidean distances from the truth, relative to its
+    norm.
 
     Attributes:
         run: the job's label.
@@ -189,22 +210,42 @@ def measure(job: Job, steps: int = STEPS, cache: Path | None = None) -> list[Cel
     wanted = [*map(as_target, SIGMA_RELS), *betas, Window(5 * steps // 24)]
     setups = list(product(TRACKED, SNAPSHOTS, DTYPES))
     return [
-        Cell(job.label, job.name in HELD_OUT, *setup, target.title, target.sigma_rel, *map(float, errors))
-        for setup, found in zip(setups, measure_setups(job, setups, wanted, steps, cache), strict=True)
+        Cell(
+            job.label,
+            job.name in HELD_OUT,
+            *setup,
+            target.title,
+            target.sigma_rel,
+            *map(float, errors),
+        )
+        for setup, found in zip(
+            setups, measure_setups(job, setups, wanted, steps, cache), strict=True
+        )
         for target, errors in zip(wanted, found.T, strict=True)
     ]
 
 
 def measure_setups(
-    job: Job, setups: Sequence[tuple[tuple[float, ...], int, str]], wanted: Sequence[Target], steps: int,
+    job: Job,
+    setups: Sequence[tuple[tuple[float, ...], int, str]],
+    wanted: Sequence[Target],
+    steps: int,
     cache: Path | None,
-) -> list[FloatArray]:  # fmt: skip
-    """Return error, paper, predicted and floor of each target, see `Cell`: [4, targets] for each setup."""
+) -> list[FloatArray]:
+    """Return error, paper, predicted and floor of each target, see `Cell`: [4, targets] for each
+    setup."""
     run = record(job.name, steps, cache)
     truth, found = true_averages(run, wanted, job.stride), []
     with tempfile.TemporaryDirectory() as root, quiet():
-        trackings = [Tracking(tracked, dtype, steps // count, job.stride) for tracked, count, dtype in setups]
+        trackings = [
+            Tracking(tracked, dtype, steps // count, job.stride) for tracked, count, dtype in setups
+        ]
         for tracking, folder in zip(trackings, track(run, trackings, Path(root)), strict=True):
-            rounded = torch.from_numpy(truth).to(getattr(torch, tracking.checkpoint_dtype)).double().numpy()
+            rounded = (
+                torch.from_numpy(truth)
+                .to(getattr(torch, tracking.checkpoint_dtype))
+                .double()
+                .numpy()
+            )
             found.append(np.vstack([compare(folder, wanted, truth), distances(rounded, truth)]))
     return found

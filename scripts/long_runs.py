@@ -2,9 +2,10 @@
 
     python scripts/long_runs.py [--steps 1000000]
 
-Adam on a small regression, with a cosine rate to 0; a random walk with such a rate, without and with noise of 3 % that
-fades with the rate; noise of 3 % that stays; a drift on sines. Errors are relative L2 distances from the recursion of
-the average in float64. A million steps take some ten minutes a case.
+Adam on a small regression, with a cosine rate to 0; a random walk with such a rate, without and
+with noise of 3 % that fades with the rate; noise of 3 % that stays; a drift on sines. Errors are
+relative L2 distances from the recursion of the average in float64. A million steps take some ten
+minutes a case.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ SIZE, SIGMA_RELS = 384, (0.05, 0.28)
 def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
     """Train a network of two layers to reproduce another one's outputs, in batches of 16."""
     shapes = ((8, 32), (32, 4))
-    teacher, layers = ([rng.standard_normal(shape) / math.sqrt(shape[0]) for shape in shapes] for _ in range(2))
+    teacher, layers = (
+        [rng.standard_normal(shape) / math.sqrt(shape[0]) for shape in shapes] for _ in range(2)
+    )
     first, second = ([np.zeros(shape) for shape in shapes] for _ in range(2))
     for step in range(1, steps + 1):
         x = rng.standard_normal((16, 8))
         hidden = np.tanh(x @ layers[0])
-        miss = (hidden @ layers[1] - np.tanh(x @ teacher[0]) @ teacher[1] - 0.1 * rng.standard_normal((16, 4))) / 16
+        miss = (
+            hidden @ layers[1]
+            - np.tanh(x @ teacher[0]) @ teacher[1]
+            - 0.1 * rng.standard_normal((16, 4))
+        ) / 16
         gradients = (x.T @ (miss @ layers[1].T * (1 - hidden**2)), hidden.T @ miss)
         rate = 0.002 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
@@ -84,7 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=1_000_000)
     steps = parser.parse_args(arguments).steps
-    print(f"| | after {steps:,} updates, sigma_rel {' / '.join(map(str, SIGMA_RELS))} | the largest until then |")
+    print(
+        f"| | after {steps:,} updates, sigma_rel {' / '.join(map(str, SIGMA_RELS))} | the "
+        f"largest until then |"
+    )
     print("| --- | ---: | ---: |")
     for name, case in CASES.items():
         last, worst = measure(case(steps, np.random.default_rng(0)), steps)
@@ -97,7 +107,9 @@ def measure(path: Iterator[Weights], steps: int) -> tuple[Weights, Weights]:
     model = torch.nn.ParameterDict({"weights": torch.zeros(SIZE)})
     with (
         tempfile.TemporaryDirectory() as folder,
-        PostHocEMA.from_model(model, folder, SIGMA_RELS, update_every=1, checkpoint_every=steps) as ema,
+        PostHocEMA.from_model(
+            model, folder, SIGMA_RELS, update_every=1, checkpoint_every=steps
+        ) as ema,
     ):
         for step, weights in enumerate(path, start=1):
             model["weights"].data.copy_(torch.from_numpy(weights))
@@ -107,7 +119,10 @@ def measure(path: Iterator[Weights], steps: int) -> tuple[Weights, Weights]:
                 exact += (1 - beta) * (model["weights"].detach().double().numpy() - exact)
             if step >= next_sample or step == steps:
                 next_sample = step * 10**0.05
-                averages = [ema.state_dict(one, dtype=torch.float64)["weights"].numpy() for one in SIGMA_RELS]
+                averages = [
+                    ema.state_dict(one, dtype=torch.float64)["weights"].numpy()
+                    for one in SIGMA_RELS
+                ]
                 errors = distances(np.stack(averages), np.stack(truth))
                 worst = np.maximum(worst, errors)
     return errors, worst

@@ -1,4 +1,5 @@
-"""Run every experiment on the guarantees of snapshots and outputs at full count; print a table of the results.
+"""Run every experiment on the guarantees of snapshots and outputs at full count; print a table of
+the results.
 
 python scripts/torture.py                     # all of them, long
 python scripts/torture.py --only kill         # those with "kill" in their names
@@ -21,15 +22,22 @@ from torture.test_torture import EXPERIMENTS
 
 def main() -> int:
     """Run the experiments; print the table and every failure. Return 1 if there is one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="", help="experiments with this in their names")
-    parser.add_argument("--share", type=float, default=1.0, help="of all that there is to try, above 0, up to 1")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of random choices; printed")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of all that there is to try, above 0, up to 1"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of random choices; printed"
+    )
     options = parser.parse_args()
     chosen = [name for name in EXPERIMENTS if options.only in name]
     if not chosen or not 0 < options.share <= 1:
         parser.error(f"--only: one of {', '.join(EXPERIMENTS)}; --share: above 0, up to 1")
-    logging.getLogger("posthoc_cli").setLevel(logging.CRITICAL)  # thousands of messages that say what is wrong
+    # thousands of messages that say what is wrong
+    logging.getLogger("posthoc_cli").setLevel(logging.CRITICAL)
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

@@ -1,12 +1,13 @@
 """Small real training runs, recorded: the weights after every step.
 
-How far a method is off depends on how a real optimizer moves. `record` trains a network of a few thousand parameters on
-scikit-learn's digits in some seconds and keeps all of its path. The runs of `RECIPES` are chosen to move differently:
-rates that fall slowly, steadily, in steps, late or never; paths that stay noisy, stand still at the end, or wander
-about a place; a clock in images; an optimizer that forgets its state on the way.
+How far a method is off depends on how a real optimizer moves. `record` trains a network of a few
+thousand parameters on scikit-learn's digits in some seconds and keeps all of its path. The runs of
+`RECIPES` are chosen to move differently: rates that fall slowly, steadily, in steps, late or never;
+paths that stay noisy, stand still at the end, or wander about a place; a clock in images; an
+optimizer that forgets its state on the way.
 
-The same name and number of steps give the same array on the same machine, whatever state the caller's random numbers
-are in; neither that state nor the number of threads is changed.
+The same name and number of steps give the same array on the same machine, whatever state the
+caller's random numbers are in; neither that state nor the number of threads is changed.
 """
 
 from __future__ import annotations
@@ -34,12 +35,11 @@ class Trajectory:
     """The path of one training run.
 
     Attributes:
-        name: which run.
-        weights: after every step, all parameters in the model's order: float32 [steps, parameters].
-        shapes: of the parameters, in the same order.
-        times: the run's clock after every step: 1, 2, ..., or the images seen so far: float64 [steps].
-        t_unit: of that clock.
-        restart: after how many steps a new optimizer began that knows nothing of the steps before; None is never.
+        name: which run. weights: after every step, all parameters in the model's order: float32
+        [steps, parameters]. shapes: of the parameters, in the same order. times: the run's clock
+        after every step: 1, 2, ..., or the images seen so far: float64 [steps]. t_unit: of that
+        clock. restart: after how many steps a new optimizer began that knows nothing of the steps
+        before; None is never.
     """
 
     name: str
@@ -59,7 +59,9 @@ class Trajectory:
         return int(self.weights.shape[0])
 
 
-def record(name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None = None) -> Trajectory:
+def record(
+    name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None = None
+) -> Trajectory:
     """Train the run `name` for `steps` steps, or read it from an earlier call's cache.
 
     Arguments:
@@ -109,7 +111,8 @@ class Replay(nn.Module):
                 parameter.copy_(row.view_as(parameter))
 
 
-# --- networks --------------------------------------------------------------------------------------
+# --- networks
+# --------------------------------------------------------------------------------------
 
 Loss = Callable[[nn.Module, int], torch.Tensor]
 """Draws a batch of so many images and gives the network's mean loss on it."""
@@ -129,7 +132,8 @@ SIDE = 8
 CLASSES = 10
 
 PIXELS = 16
-"""Tokens that stand for two neighbouring pixels of four levels each; those from here on stand for a label."""
+"""Tokens that stand for two neighbouring pixels of four levels each; those from here on stand for a
+label."""
 
 
 def digits() -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +144,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor((images - 4.9) / 6.0, dtype=torch.float32), torch.tensor(labels)
 
 
-# --- a denoiser ------------------------------------------------------------------------------------
+# --- a denoiser
+# ------------------------------------------------------------------------------------
 
 
 def denoising(width: int) -> Task:
@@ -151,12 +156,17 @@ def denoising(width: int) -> Task:
 def _denoiser(width: int) -> nn.Module:
     """Make a network from a scaled noisy image and its noise level, [batch, 65], to [batch, 64]."""
     return nn.Sequential(
-        nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, SIDE * SIDE)
+        nn.Linear(65, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, SIDE * SIDE),
     )
 
 
 def _denoising_loss() -> Loss:
-    """Make the loss: log-normal noise levels; input, target and weighting have variance 1 at every level."""
+    """Make the loss: log-normal noise levels; input, target and weighting have variance 1 at every
+    level."""
     images, _ = digits()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
@@ -165,14 +175,16 @@ def _denoising_loss() -> Loss:
         noisy = clean + level * torch.randn_like(clean)
         scale = torch.sqrt(level**2 + 1)
         guess = model(torch.cat([noisy / scale, torch.log(level) / 4], dim=1))
-        # The best linear guess is noisy / scale**2; the network learns what is left of it, in units of its size.
+        # The best linear guess is noisy / scale**2; the network learns what is left of it, in units
+        # of its size.
         target = (clean - noisy / scale**2) * scale / level
         return nn.functional.mse_loss(guess, target)
 
     return loss
 
 
-# --- two classifiers -------------------------------------------------------------------------------
+# --- two classifiers
+# -------------------------------------------------------------------------------
 
 
 def classification(width: int) -> Task:
@@ -181,7 +193,8 @@ def classification(width: int) -> Task:
 
 
 def convolutional_classification() -> Task:
-    """Make the same task with two convolutions and batch norm: 4,942 parameters with its weights and biases."""
+    """Make the same task with two convolutions and batch norm: 4,942 parameters with its weights
+    and biases."""
     return Task(_convolutional_classifier, _classification_loss)
 
 
@@ -194,14 +207,25 @@ def _convolutional_classifier() -> nn.Module:
     """Make a convolutional network from an image, [batch, 64], to the logits of 10 classes."""
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),
-        *(nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(12, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(
+            nn.Conv2d(1, 12, 3, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ),
+        *(
+            nn.Conv2d(12, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        ),
         *(nn.Flatten(), nn.Linear(32 * 2 * 2, CLASSES)),
     )
 
 
 def _classification_loss() -> Loss:
-    """Make the loss: cross-entropy on noisy images. Without noise the gradient would soon vanish."""
+    """Make the loss: cross-entropy on noisy images. Without noise the gradient would soon
+    vanish."""
     images, labels = digits()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
@@ -212,18 +236,22 @@ def _classification_loss() -> Loss:
     return loss
 
 
-# --- a transformer ---------------------------------------------------------------------------------
+# --- a transformer
+# ---------------------------------------------------------------------------------
 
 
 def next_token() -> Task:
-    """Make the task of predicting the pixels of a digit from its label, two pixels a token: 7,792 parameters."""
+    """Make the task of predicting the pixels of a digit from its label, two pixels a token: 7,792
+    parameters."""
     return Task(_Transformer, _next_token_loss)
 
 
 def digit_sequences() -> torch.Tensor:
-    """Return each digit as tokens, [images, 33]: its label, then its pixels in reading order, two to a token.
+    """Return each digit as tokens, [images, 33]: its label, then its pixels in reading order, two
+    to a token.
 
-    Two to a token because the time of a step grows with the length; four levels keep the vocabulary at 16.
+    Two to a token because the time of a step grows with the length; four levels keep the vocabulary
+    at 16.
     """
     images, labels = digits()
     levels = ((images * 6.0 + 4.9).round() / 17 * 4).long()  # pixels are whole numbers from 0 to 16
@@ -231,17 +259,21 @@ def digit_sequences() -> torch.Tensor:
 
 
 class _Block(nn.Module):
-    """Causal attention with two heads, then an MLP, each with layer norm before and a residual connection."""
+    """Causal attention with two heads, then an MLP, each with layer norm before and a residual
+    connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.mixed_in, self.mixed_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map states, [batch, tokens, width], to states of the same shape."""
-        parts = self.mixed_in(self.attention_norm(states)).unflatten(2, (3, 2, -1))  # three parts, two heads
+        # three parts, two heads
+        parts = self.mixed_in(self.attention_norm(states)).unflatten(2, (3, 2, -1))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         states = states + self.mixed_out(seen.transpose(1, 2).flatten(2))
@@ -272,28 +304,30 @@ def _next_token_loss() -> Loss:
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
         chosen = sequences[torch.randint(len(sequences), (size,))]
-        return nn.functional.cross_entropy(model(chosen[:, :-1]).flatten(0, 1), chosen[:, 1:].flatten())
+        return nn.functional.cross_entropy(
+            model(chosen[:, :-1]).flatten(0, 1), chosen[:, 1:].flatten()
+        )
 
     return loss
 
 
-# --- how a run is made -----------------------------------------------------------------------------
+# --- how a run is made
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Defines a run.
 
-    What changes during training is a function of the fraction of training, in [0, 1), that a step starts at.
+    What changes during training is a function of the fraction of training, in [0, 1), that a step
+    starts at.
 
     Attributes:
-        task: network and loss.
-        optimizer: over the network's parameters, at the highest learning rate.
-        rate: learning rate, relative to the highest; by default constant.
-        batch: images in a batch.
-        t_unit: the run's clock, steps or images.
-        restart: the fraction from which on a new optimizer knows nothing of the steps before; None is never.
-        seed: of its random numbers; each has its own, so that no two share their batches.
+        task: network and loss. optimizer: over the network's parameters, at the highest learning
+        rate. rate: learning rate, relative to the highest; by default constant. batch: images in a
+        batch. t_unit: the run's clock, steps or images. restart: the fraction from which on a new
+        optimizer knows nothing of the steps before; None is never. seed: of its random numbers;
+        each has its own, so that no two share their batches.
     """
 
     task: Task
@@ -311,11 +345,17 @@ def _adam(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 def _adamw(rate: float, decay: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """Make a fused AdamW: unfused, many small tensors cost as much as the network."""
-    return lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
+    return lambda model: torch.optim.AdamW(
+        model.parameters(), lr=rate, weight_decay=decay, fused=True
+    )
 
 
-def _sgd(rate: float, momentum: float, decay: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    return lambda model: torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
+def _sgd(
+    rate: float, momentum: float, decay: float
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: torch.optim.SGD(
+        model.parameters(), lr=rate, momentum=momentum, weight_decay=decay
+    )
 
 
 def _warm_up(fraction: float, length: float = 0.05) -> float:
@@ -335,7 +375,9 @@ def _cuts(fraction: float) -> float:
 
 def _cosine(floor: float) -> Callable[[float], float]:
     """Warm up, then follow half a cosine wave down to `floor` over all of training."""
-    return lambda fraction: _warm_up(fraction) * (floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2)
+    return lambda fraction: (
+        _warm_up(fraction) * (floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2)
+    )
 
 
 def _warm_up_stable_decay(fraction: float) -> float:
@@ -354,55 +396,75 @@ def _growing_batch(fraction: float) -> int:
     return 16 if fraction < 0.4 else 64 if fraction < 0.8 else 256
 
 
-# --- the runs --------------------------------------------------------------------------------------
+# --- the runs
+# --------------------------------------------------------------------------------------
 
 RECIPES = {
-    # A denoiser preconditioned for all noise levels, Adam, rate falling as one over the square root of time: the
-    # setting that post-hoc averaging was made for; noisy to the end.
+    # A denoiser preconditioned for all noise levels, Adam, rate falling as one over the square root
+    # of time: the setting that post-hoc averaging was made for; noisy to the end.
     "denoiser-adam": Recipe(denoising(32), _adam(5e-3), _inverse_sqrt),
-    # A classifier, SGD with momentum and weight decay, rate cut to a tenth at 60 % and 85 %: the path changes
-    # character at the cuts and nearly stands still after the last.
+    # A classifier, SGD with momentum and weight decay, rate cut to a tenth at 60 % and 85 %: the
+    # path changes character at the cuts and nearly stands still after the last.
     "classifier-sgd": Recipe(classification(48), _sgd(0.05, 0.9, 5e-4), _cuts),
     # A denoiser, Adam, constant rate: as noisy at the end as at the start.
     "denoiser-constant": Recipe(denoising(32), _adam(3e-3), seed=2313),
-    # A denoiser, Adam, warm-up over 5 %, constant to 80 %, then linear to a hundredth: it settles late and fast.
+    # A denoiser, Adam, warm-up over 5 %, constant to 80 %, then linear to a hundredth: it settles
+    # late and fast.
     "denoiser-wsd": Recipe(denoising(32), _adam(4e-3), _warm_up_stable_decay, seed=2314),
-    # A classifier, SGD without momentum, strong weight decay and constant rate: it is pulled back and wanders about
-    # one place, which no random walk does.
-    "classifier-plain": Recipe(classification(64), _sgd(0.2, 0.0, 1e-2), batch=lambda _: 16, seed=2315),
-    # A wider denoiser, AdamW, warm-up and cosine to a thousandth: the path slows down smoothly and stops.
+    # A classifier, SGD without momentum, strong weight decay and constant rate: it is pulled back
+    # and wanders about one place, which no random walk does.
+    "classifier-plain": Recipe(
+        classification(64), _sgd(0.2, 0.0, 1e-2), batch=lambda _: 16, seed=2315
+    ),
+    # A wider denoiser, AdamW, warm-up and cosine to a thousandth: the path slows down smoothly and
+    # stops.
     "denoiser-cosine": Recipe(denoising(48), _adamw(5e-3, 0.01), _cosine(1e-3), seed=2316),
-    # A denoiser, Adam, whose state is lost at 60 %, where the rate warms up again from zero: two runs in one.
+    # A denoiser, Adam, whose state is lost at 60 %, where the rate warms up again from zero: two
+    # runs in one.
     "denoiser-restart": Recipe(denoising(40), _adam(5e-3), _warm_up_again, restart=0.6, seed=2317),
-    # A classifier on a clock in images, SGD with momentum at a constant rate, batches of 16, of 64 from 40 % of the
-    # steps, of 256 from 80 %: the last fifth of the steps is most of the time.
+    # A classifier on a clock in images, SGD with momentum at a constant rate, batches of 16, of 64
+    # from 40 % of the steps, of 256 from 80 %: the last fifth of the steps is most of the time.
     "classifier-images": Recipe(
         classification(80), _sgd(0.02, 0.9, 5e-4), batch=_growing_batch, t_unit="images", seed=2318
     ),
-    # A convolutional classifier with batch norm, SGD with momentum and weight decay, rate cut to a tenth at 60 % and
-    # 85 %: weights whose size does not matter, next to scales and biases; running statistics are left out.
+    # A convolutional classifier with batch norm, SGD with momentum and weight decay, rate cut to a
+    # tenth at 60 % and 85 %: weights whose size does not matter, next to scales and biases; running
+    # statistics are left out.
     "cnn-batch-norm": Recipe(
         convolutional_classification(), _sgd(0.1, 0.9, 5e-4), _cuts, batch=lambda _: 32, seed=2319
     ),
-    # A decoder-only transformer of two blocks on digits as tokens, AdamW with weight decay, warm-up and cosine to a
-    # tenth: embeddings, norms and matrices, of different sizes and speeds, in one vector.
-    "transformer-adamw": Recipe(next_token(), _adamw(3e-3, 0.05), _cosine(0.1), batch=lambda _: 16, seed=2320),
+    # A decoder-only transformer of two blocks on digits as tokens, AdamW with weight decay, warm-up
+    # and cosine to a tenth: embeddings, norms and matrices, of different sizes and speeds, in one
+    # vector.
+    "transformer-adamw": Recipe(
+        next_token(), _adamw(3e-3, 0.05), _cosine(0.1), batch=lambda _: 16, seed=2320
+    ),
 }
 
 NAMES = tuple(RECIPES)
 """All runs."""
 
 PEER_RUNS = ("denoiser-adam", "classifier-sgd")
-"""Runs that are compared with the peers and with the published method; the README quotes their figures."""
+"""Runs that are compared with the peers and with the published method; the README quotes their
+figures."""
 
-HELD_OUT = ("denoiser-cosine", "denoiser-restart", "classifier-images", "cnn-batch-norm", "transformer-adamw")
+HELD_OUT = (
+    "denoiser-cosine",
+    "denoiser-restart",
+    "classifier-images",
+    "cnn-batch-norm",
+    "transformer-adamw",
+)
 """Runs by which no constant was chosen: the results on them are to be expected of a new run."""
 
 
-# --- recording -------------------------------------------------------------------------------------
+# --- recording
+# -------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, recipe: Recipe, steps: int, restart: int | None) -> npt.NDArray[np.float32]:
+def _train(
+    model: nn.Module, recipe: Recipe, steps: int, restart: int | None
+) -> npt.NDArray[np.float32]:
     """Train and record the weights after every step: [steps, parameters]."""
     # The parameters become views of one vector, so that a step is recorded by one copy.
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -424,13 +486,16 @@ def _train(model: nn.Module, recipe: Recipe, steps: int, restart: int | None) ->
 
 def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:
     """Return the clock after every step. It is not recorded, since the recipe determines it."""
-    sizes = [recipe.batch(step / steps) if recipe.t_unit == "images" else 1 for step in range(steps)]
+    sizes = [
+        recipe.batch(step / steps) if recipe.t_unit == "images" else 1 for step in range(steps)
+    ]
     return np.cumsum(sizes, dtype=np.float64)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one thread of torch in the block: faster for small networks, and the same sums on every machine."""
+    """Use one thread of torch in the block: faster for small networks, and the same sums on every
+    machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,5 @@
-"""Statements that many tests make: what an error says, and that two states hold the same tensors."""
+"""Statements that many tests make: what an error says, and that two states hold the same
+tensors."""
 
 import io
 import json
@@ -17,8 +18,11 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @contextmanager
-def refused(subject: str, *words: str, kind: type[PostHocError] = InvalidValueError) -> Iterator[None]:
-    """Expect an error of this kind about `subject`, in one line that contains all of these words."""
+def refused(
+    subject: str, *words: str, kind: type[PostHocError] = InvalidValueError
+) -> Iterator[None]:
+    """Expect an error of this kind about `subject`, in one line that contains all of these
+    words."""
     with pytest.raises(kind) as raised:
         yield
     assert raised.value.subject == subject
@@ -27,7 +31,9 @@ def refused(subject: str, *words: str, kind: type[PostHocError] = InvalidValueEr
         assert word in str(raised.value)
 
 
-def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+def assert_same_tensors(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
     """Assert that both have the same names, and the same dtype and bits for each."""
     assert set(found) == set(expected)
     for name, value in expected.items():

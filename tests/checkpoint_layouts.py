@@ -20,7 +20,9 @@ STEPS = (20, 40, 100, 200)
 
 def walk() -> dict[int, Weights]:
     generator = torch.Generator().manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(40, 30), torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+    )
     state = {name: value.clone() for name, value in layers.state_dict().items()}
     found = {}
     for step in STEPS:
@@ -42,12 +44,24 @@ def filled(folder: Path, *steps: int, size: int = 3) -> Path:
 
 
 def check_average(
-    run: Run, states: Mapping[Any, Weights], target: float = 0.2, strip: str = "", at: str = "step",
+    run: Run,
+    states: Mapping[Any, Weights],
+    target: float = 0.2,
+    strip: str = "",
+    at: str = "step",
     exact: float = 1e-12,
-) -> None:  # fmt: skip
-    """Check that an average is the planned combination of weights, with the newest values of all other tensors."""
-    plan, made, key = run.plan(target), run.average(target, dtype="float64"), operator.attrgetter(*at.split())
-    terms = [(states[key(one)], c) for one, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)]
+) -> None:
+    """Check that an average is the planned combination of weights, with the newest values of all
+    other tensors."""
+    plan, made, key = (
+        run.plan(target),
+        run.average(target, dtype="float64"),
+        operator.attrgetter(*at.split()),
+    )
+    terms = [
+        (states[key(one)], c)
+        for one, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
+    ]
     newest = states[key(run.sources[-1])]
     values = {name.removeprefix(strip): value for name, value in made.items()}
     assert values.keys() == newest.keys()
@@ -63,12 +77,18 @@ def shards(run: Path, step: int, weights: Weights, ending: str) -> None:
     folder = run / f"checkpoint-{step}"
     names = sorted(weights)
     stem = "model" if ending == "safetensors" else "pytorch_model"
-    files = {name: f"{stem}-0000{1 + index % 2}-of-00002.{ending}" for index, name in enumerate(names)}
+    files = {
+        name: f"{stem}-0000{1 + index % 2}-of-00002.{ending}" for index, name in enumerate(names)
+    }
     folder.mkdir(parents=True)
     for file in set(files.values()):
         held = {name: weights[name] for name in names if files[name] == file}
-        save_file(held, folder / file) if ending == "safetensors" else torch.save(held, folder / file)
-    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        save_file(held, folder / file) if ending == "safetensors" else torch.save(
+            held, folder / file
+        )
+    (folder / f"{stem}.{ending}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": files})
+    )
     trainer(folder, step)
 
 
@@ -80,11 +100,14 @@ def trainer(folder: Path, step: int) -> None:
 
 
 def distributed(folder: Path, content: Mapping[str, object], in_chunks: bool = False) -> None:
-    """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors files of chunks."""
+    """Write a folder of torch.distributed.checkpoint, by one process; `in_chunks` as safetensors
+    files of chunks."""
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True) if in_chunks else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(dict(content), storage_writer=writer, checkpoint_id=None if writer else str(folder))
+        dcp.save(
+            dict(content), storage_writer=writer, checkpoint_id=None if writer else str(folder)
+        )
 
 
 def pickled_folder(run: Path, step: int, weights: Weights) -> None:
@@ -98,8 +121,14 @@ def pickled_folder(run: Path, step: int, weights: Weights) -> None:
 
 def lightning(run: Path, step: int, weights: Weights) -> None:
     named = {f"net.{name}": value for name, value in weights.items()}
-    zeros = {name: torch.zeros_like(value) for name, value in named.items()}  # an average, which is not to be read
-    content = {"state_dict": zeros, "current_model_state": named, "global_step": step, "optimizer_states": [zeros]}
+    # an average, which is not to be read
+    zeros = {name: torch.zeros_like(value) for name, value in named.items()}
+    content = {
+        "state_dict": zeros,
+        "current_model_state": named,
+        "global_step": step,
+        "optimizer_states": [zeros],
+    }
     torch.save(content, run / f"epoch=3-step={step + 1}.ckpt")
 
 
@@ -109,7 +138,9 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     "pickles": lambda run, step, weights: (run / f"{step}.pth").write_bytes(
         pickle.dumps({"model": weights, "optimizer": weights, "step": step})
     ),
-    "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"rank_{step}.pt"),
+    "modules": lambda run, step, weights: torch.save(
+        {"module": weights, "iteration": step}, run / f"rank_{step}.pt"
+    ),
     "lightning": lightning,
     "transformers": lambda run, step, weights: shards(run, step, weights, "safetensors"),
     "bins": lambda run, step, weights: shards(run, step, weights, "bin"),
@@ -119,5 +150,5 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     ),
     "distributed flat": lambda run, step, weights: distributed(run / f"step-{step}", weights),
     "chunks": lambda run, step, weights: distributed(run / f"iter_{step}", weights, in_chunks=True),
-}  # fmt: skip
+}
 """A function for each layout that writes the weights of a step into the folder of a run."""

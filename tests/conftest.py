@@ -17,7 +17,8 @@ from integrations.programs import forget  # noqa: E402
 
 from posthoc_cli.tracker import memory, pipeline  # noqa: E402
 
-hypothesis.settings.register_profile("any machine", deadline=None)  # other work runs at the same time
+# other work runs at the same time
+hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
@@ -45,7 +46,8 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:
-    """Close trackers that a test has not closed, so that they log nothing into another test; reset accelerate."""
+    """Close trackers that a test has not closed, so that they log nothing into another test; reset
+    accelerate."""
     yield
     pipeline.finish()
     forget()

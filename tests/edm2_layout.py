@@ -1,7 +1,7 @@
 """Pickles in the layout of EDM2's training: a dict of objects whose classes carry their own source.
 
-The classes are made here, to the same layout: an object is rebuilt by a call with its source and its state, where
-unpickling in Python would run that source.
+The classes are made here, to the same layout: an object is rebuilt by a call with its source and
+its state, where unpickling in Python would run that source.
 """
 
 import pickle
@@ -21,7 +21,13 @@ class Persistent(torch.nn.Module):
     """A module that is pickled with its source."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        meta = EasyDict(type="class", version=6, module_src=SOURCE, class_name=type(self).__name__, state=self.__dict__)
+        meta = EasyDict(
+            type="class",
+            version=6,
+            module_src=SOURCE,
+            class_name=type(self).__name__,
+            state=self.__dict__,
+        )
         return _reconstruct_persistent_obj, (meta,)
 
 
@@ -43,8 +49,15 @@ def network() -> torch.nn.Module:
     return net
 
 
-def save(path: Path, net: torch.nn.Module, half: bool = True, under: str = "ema", **others: torch.nn.Module) -> None:
-    """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in it."""
+def save(
+    path: Path,
+    net: torch.nn.Module,
+    half: bool = True,
+    under: str = "ema",
+    **others: torch.nn.Module,
+) -> None:
+    """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in
+    it."""
     modules = {
         "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
         "dnnlib.util": {"EasyDict": EasyDict},
@@ -55,8 +68,13 @@ def save(path: Path, net: torch.nn.Module, half: bool = True, under: str = "ema"
             value.__module__, value.__qualname__ = name, key
             setattr(module, key, value)
         sys.modules[name] = module
-    sys.modules["torch_utils"], sys.modules["dnnlib"] = types.ModuleType("torch_utils"), types.ModuleType("dnnlib")
-    content = EasyDict(encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent(), **others)
+    sys.modules["torch_utils"], sys.modules["dnnlib"] = (
+        types.ModuleType("torch_utils"),
+        types.ModuleType("dnnlib"),
+    )
+    content = EasyDict(
+        encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent(), **others
+    )
     content[under] = net.half() if half else net
     try:
         path.write_bytes(pickle.dumps(content))

@@ -43,7 +43,8 @@ Ema = Callable[..., Result]
 
 @contextmanager
 def as_command(*arguments: object) -> Iterator[None]:
-    """Make this process look like `ema` with these arguments, and restore its signal handlers and hooks afterwards."""
+    """Make this process look like `ema` with these arguments, and restore its signal handlers and
+    hooks afterwards."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     words = ["ema", *map(str, arguments)]
     with (
@@ -73,5 +74,6 @@ def run_ema(*arguments: object) -> Result:
 
 
 def unmeasured_environment() -> dict[str, str]:
-    """Return the environment without coverage's variables, for processes that are killed or must not write it."""
+    """Return the environment without coverage's variables, for processes that are killed or must
+    not write it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}

@@ -1,4 +1,5 @@
-"""What tests are made of: snapshot files, directories of one run, a small model with every kind of tensor.
+"""What tests are made of: snapshot files, directories of one run, a small model with every kind of
+tensor.
 
 The averages here are NumPy float64 straight from the formulas, never this package's own.
 """
@@ -36,17 +37,20 @@ RUN_ID = "5eed" * 8
 OTHER_RUN_ID = "0ddd" * 8
 
 
-# --- the formulas, written a second time -----------------------------------------------------------
+# --- the formulas, written a second time
+# -----------------------------------------------------------
 
 
 def exact_gamma(sigma_rel: float) -> float:
-    """Return gamma of a power function: for x = gamma + 1 the largest root of (x + 1)**2 (x + 2) = x / sigma_rel**2."""
+    """Return gamma of a power function: for x = gamma + 1 the largest root of (x + 1)**2 (x + 2) =
+    x / sigma_rel**2."""
     roots = np.roots([1.0, 4.0, 5.0 - sigma_rel**-2, 2.0])
     return float(max(roots.real)) - 1.0
 
 
 def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
-    """Return the discrete weights of updates at `times`, the last of which is the time of the average: [len(times)].
+    """Return the discrete weights of updates at `times`, the last of which is the time of the
+    average: [len(times)].
 
     (t_k/T)**(gamma+1) - (t_{k-1}/T)**(gamma+1), where t_0 = 0.
     """
@@ -54,44 +58,73 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
     return np.diff((grid / grid[-1]) ** (exact_gamma(sigma_rel) + 1))
 
 
-def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequence[float]) -> FloatArray:
-    """Return the power-function average of `values` taken at `times`, at the last of these times."""
+def exact_average(
+    values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequence[float]
+) -> FloatArray:
+    """Return the power-function average of `values` taken at `times`, at the last of these
+    times."""
     stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
     return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
 
 
-def power_functions(times: npt.ArrayLike, sigma_rels: Sequence[float] = (0.05, 0.28)) -> list[PowerFunction]:
+def power_functions(
+    times: npt.ArrayLike, sigma_rels: Sequence[float] = (0.05, 0.28)
+) -> list[PowerFunction]:
     """Return the profiles of the snapshots that a run has at these times, in the order of time."""
-    return [PowerFunction.from_sigma_rel(s, float(t)) for t in np.atleast_1d(times) for s in sigma_rels]
+    return [
+        PowerFunction.from_sigma_rel(s, float(t)) for t in np.atleast_1d(times) for s in sigma_rels
+    ]
 
 
-# --- snapshots -------------------------------------------------------------------------------------
+# --- snapshots
+# -------------------------------------------------------------------------------------
 
 
 def make_info(
-    values: Mapping[str, torch.Tensor], t: float = 10.0, sigma_rel: float = 0.05, run_id: str = RUN_ID, **overrides: Any
+    values: Mapping[str, torch.Tensor],
+    t: float = 10.0,
+    sigma_rel: float = 0.05,
+    run_id: str = RUN_ID,
+    **overrides: Any,
 ) -> Snapshot:
-    """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others are copies.
+    """Describe a snapshot of `values`: floating-point tensors are averages in their dtype, others
+    are copies.
 
-    `overrides` are fields of Snapshot; `tensors` names those that are something else, such as {"w": "average F32"}.
+    `overrides` are fields of Snapshot; `tensors` names those that are something else, such as {"w":
+    "average F32"}.
     """
     tracked = {
         name: f"{'average' if value.is_floating_point() else 'copy'} {stored_name(value.dtype)}"
         for name, value in values.items()
     } | overrides.pop("tensors", {})
     info = Snapshot(
-        run_id=run_id, sigma_rel=sigma_rel, gamma=exact_gamma(sigma_rel),
-        sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})), t=float(t), t_unit="steps", step=int(t),
-        t_first=min(1.0, float(t)), max_interval=1.0, updates=max(int(t), 1),
-        schedule=TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
+        run_id=run_id,
+        sigma_rel=sigma_rel,
+        gamma=exact_gamma(sigma_rel),
+        sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})),
+        t=float(t),
+        t_unit="steps",
+        step=int(t),
+        t_first=min(1.0, float(t)),
+        max_interval=1.0,
+        updates=max(int(t), 1),
+        schedule=TrackingSchedule(
+            update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None
+        ),
         tensors={name: TrackedTensor(*text.split()) for name, text in tracked.items()},
-    )  # fmt: skip
+    )
     return replace(info, **overrides)
 
 
-def write_tensors(path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool) -> None:
-    entries = {name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()}
-    with TensorFileWriter(path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite) as writer:
+def write_tensors(
+    path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool
+) -> None:
+    entries = {
+        name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()
+    }
+    with TensorFileWriter(
+        path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite
+    ) as writer:
         for name, value in values.items():
             writer.write(name, tensor_bytes(value))
         writer.commit()
@@ -117,11 +150,14 @@ def write_snapshot(
     return path
 
 
-def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ...]] | None = None) -> Path:
+def split_snapshot(
+    path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ...]] | None = None
+) -> Path:
     """Replace a snapshot by a folder of parts, as several processes write them; return the folder.
 
-    A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its chunks belong to the
-    first parts, in order, without those that have no elements. The first part has all of the measurements.
+    A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its
+    chunks belong to the first parts, in order, without those that have no elements. The first part
+    has all of the measurements.
     """
     info, values = read_snapshot(path), load_file(path)
     folder = path.with_name(path.name.removesuffix(".safetensors"))
@@ -132,16 +168,22 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     nothing, no_path = info.measurements and Measurements(0.0, 0.0), ""
     if info.sketch:
         known = decode_path(info.sketch).sketch
-        no_path = encode_path(PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread)))
+        no_path = encode_path(
+            PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread))
+        )
     for number, own in enumerate(held, 1):
         first = number == 1
         part = replace(
-            info, tensors={name: info.tensors[name] for name in own},
+            info,
+            tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
-            inherited=info.inherited if first else 0.0, measurements=info.measurements if first else nothing,
-            part=(number, parts), sketch=info.sketch if first else no_path,
-            chunks={name: chunk for name, (_, chunk) in own.items()}, mesh={"shape": [parts], "names": None},
-        )  # fmt: skip
+            inherited=info.inherited if first else 0.0,
+            measurements=info.measurements if first else nothing,
+            part=(number, parts),
+            sketch=info.sketch if first else no_path,
+            chunks={name: chunk for name, (_, chunk) in own.items()},
+            mesh={"shape": [parts], "names": None},
+        )
         file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))
         assert file.parent == folder
         folder.mkdir(exist_ok=True)
@@ -151,13 +193,17 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
 
 
 def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-    """Return the cells of a grid that have elements, each with the position of its first element."""
+    """Return the cells of a grid that have elements, each with the position of its first
+    element."""
     cells = [((0,) * value.dim(), value)]
     for axis, count in enumerate(grid[: value.dim()]):
         size = value.shape[axis]
         step = max(1, -(-size // count))
         cells = [
-            ((*offset[:axis], begin, *offset[axis + 1 :]), cell.narrow(axis, begin, min(step, size - begin)))
+            (
+                (*offset[:axis], begin, *offset[axis + 1 :]),
+                cell.narrow(axis, begin, min(step, size - begin)),
+            )
             for offset, cell in cells
             for begin in range(0, size, step)
         ]
@@ -165,9 +211,12 @@ def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...
 
 
 def rewrite_snapshot(
-    path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
+    path: Path,
+    change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None,
+    **fields: object,
 ) -> None:
-    """Write a snapshot again, with correct checksums and other values or other `fields` of its Snapshot."""
+    """Write a snapshot again, with correct checksums and other values or other `fields` of its
+    Snapshot."""
     info, values = read_snapshot(path), load_file(path)
     change(values)
     write_tensors(path, values, replace(info, **fields), overwrite=True)  # type: ignore[arg-type]
@@ -187,10 +236,15 @@ def sketch_of(source: Source) -> Sketch:
     return decode_path(source.sketch).sketch
 
 
-def write_output(path: Path, tensors: Mapping[str, torch.Tensor], copies: tuple[str, ...] = ()) -> Path:
-    """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no averages."""
+def write_output(
+    path: Path, tensors: Mapping[str, torch.Tensor], copies: tuple[str, ...] = ()
+) -> Path:
+    """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
+    averages."""
     width, used = (0.1, exact_gamma(0.1)), (Used("x", 1.0),)
-    info = OutputInfo(RUN_ID, "sigma_rel 0.1", *width, 10.0, "steps", "paper", 1e-3, None, used, copies)
+    info = OutputInfo(
+        RUN_ID, "sigma_rel 0.1", *width, 10.0, "steps", "paper", 1e-3, None, used, copies
+    )
     write_tensors(path, tensors, info, overwrite=True)
     return path
 
@@ -208,12 +262,13 @@ def write_run(
     stored_dtype: torch.dtype | None = None,
     run_id: str = RUN_ID,
 ) -> list[Path]:
-    """Write the snapshots of a run with the weights of `trajectory` and one update at each of the steps 1, 2, ...
+    """Write the snapshots of a run with the weights of `trajectory` and one update at each of the
+    steps 1, 2, ...
 
     Arguments:
-        trajectory: the weights after each step, by name.
-        snapshot_times: steps with snapshots, one for each of `sigma_rels`.
-        dtype: what the averages are rounded to; `stored_dtype` the one in the file, where it is another.
+        trajectory: the weights after each step, by name. snapshot_times: steps with snapshots, one
+        for each of `sigma_rels`. dtype: what the averages are rounded to; `stored_dtype` the one in
+        the file, where it is another.
 
     Returns:
         The paths, by time, then sigma_rel.
@@ -224,24 +279,36 @@ def write_run(
         times = range(1, t + 1)
         for sigma_rel in sorted(sigma_rels):
             averages = {
-                name: torch.from_numpy(exact_average([step[name] for step in trajectory[:t]], sigma_rel, times))
+                name: torch.from_numpy(
+                    exact_average([step[name] for step in trajectory[:t]], sigma_rel, times)
+                )
                 for name in trajectory[0]
             }
             tensors = dict.fromkeys(averages, f"average {stored_name(dtype)}")
             values = {name: average.to(stored) for name, average in averages.items()}
             tracked = tuple(sorted(sigma_rels))
-            paths.append(write_snapshot(directory, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=tracked))
+            paths.append(
+                write_snapshot(
+                    directory, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=tracked
+                )
+            )
     return paths
 
 
-def random_walk(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[dict[str, FloatArray]]:
+def random_walk(
+    steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0
+) -> list[dict[str, FloatArray]]:
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(seed)
-    walks = {name: np.cumsum(generator.normal(size=(steps, *shape)), axis=0) for name, shape in shapes.items()}
+    walks = {
+        name: np.cumsum(generator.normal(size=(steps, *shape)), axis=0)
+        for name, shape in shapes.items()
+    }
     return [{name: walk[k] for name, walk in walks.items()} for k in range(steps)]
 
 
-# --- a model ---------------------------------------------------------------------------------------
+# --- a model
+# ---------------------------------------------------------------------------------------
 
 
 class TinyModel(torch.nn.Module):
@@ -261,8 +328,8 @@ class TinyModel(torch.nn.Module):
 
 
 def tiny_model(seed: int = 0) -> TinyModel:
-    """Make a model with tied parameters (`embed.weight`, `head.weight`), float parameters, BatchNorm buffers
-    (two of float, one of int64) and a frozen parameter."""
+    """Make a model with tied parameters (`embed.weight`, `head.weight`), float parameters,
+    BatchNorm buffers (two of float, one of int64) and a frozen parameter."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyModel()
@@ -276,12 +343,18 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
         mass = 1 - (standing["folded_t"] / (standing["t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
         found[key] = {}
         for name, one in high.items():
-            found[key][name] = one.double() + mass * (state["mean"][key][name].double() - one.double())
+            found[key][name] = one.double() + mass * (
+                state["mean"][key][name].double() - one.double()
+            )
     return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -292,11 +365,14 @@ def snapshot_files(run: Path) -> list[Path]:
 
 
 def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
-    """Change values, given as JSON, in the object of a file's header, or remove them (None), and seal it again."""
+    """Change values, given as JSON, in the object of a file's header, or remove them (None), and
+    seal it again."""
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    own = {key: json.dumps(value) for key, value in json.loads(header["__metadata__"]["ema"]).items()} | dict(changes)
+    own = {
+        key: json.dumps(value) for key, value in json.loads(header["__metadata__"]["ema"]).items()
+    } | dict(changes)
     items = (f"{json.dumps(key)}:{value}" for key, value in own.items() if value is not None)
     header["__metadata__"] |= {"ema": "{" + ",".join(items) + "}", "ema.checksum": "0" * 16}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -312,7 +388,8 @@ def flip_bit(path: Path, position: int = -1) -> None:
     path.write_bytes(data)
 
 
-# --- the solver ------------------------------------------------------------------------------------
+# --- the solver
+# ------------------------------------------------------------------------------------
 
 
 def solved(solver: Problem, target: Profile) -> FloatArray:

@@ -1,9 +1,11 @@
-"""Python code in a process of its own that need not import torch first, which takes two seconds of processor time.
+"""Python code in a process of its own that need not import torch first, which takes two seconds of
+processor time.
 
-A server of `multiprocessing` that has imported everything forks such processes. Each has its own arguments,
-environment, working directory and standard streams, gets signals as from a terminal, and ends as any process of Python
-does, up to the functions of `atexit`. What depends on how an interpreter starts (its options, `sitecustomize`, what is
-imported and when) or on how it destroys its modules needs `subprocess` still.
+A server of `multiprocessing` that has imported everything forks such processes. Each has its own
+arguments, environment, working directory and standard streams, gets signals as from a terminal, and
+ends as any process of Python does, up to the functions of `atexit`. What depends on how an
+interpreter starts (its options, `sitecustomize`, what is imported and when) or on how it destroys
+its modules needs `subprocess` still.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ EMA = "from posthoc_cli.__main__ import main; main()"
 """The code of the command `ema`."""
 ROOT = Path(__file__).resolve().parent.parent
 PRELOADED = (
-    "forked", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "scipy.optimize",
-    "matplotlib.backends.backend_agg", "posthoc_cli.cli", "posthoc_cli.averages", "posthoc_cli.demo",
-    "posthoc_cli.export", "posthoc_cli.planning", "posthoc_cli.plots", "posthoc_cli.synthesis", "posthoc_cli.tracker",
+    "forked", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "scipy.optimize", "matplotlib.backends.backend_agg", "posthoc_cli.cli", "posthoc_cli.averages",
+    "posthoc_cli.demo", "posthoc_cli.export", "posthoc_cli.planning", "posthoc_cli.plots",
+    "posthoc_cli.synthesis", "posthoc_cli.tracker",
 )  # fmt: skip
 
 
@@ -50,18 +53,30 @@ class Forked:
     """
 
     def __init__(
-        self, code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None,
+        self,
+        code: str,
+        *arguments: object,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
         modules: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._files = [_folder() / f"{next(_numbers)}" for _ in range(2)]
         for file in self._files:
             file.touch()
-        environment, folder = dict(unmeasured_environment() if env is None else env), str(cwd or Path.cwd())
+        environment, folder = (
+            dict(unmeasured_environment() if env is None else env),
+            str(cwd or Path.cwd()),
+        )
         request = (code, [*map(str, arguments)], folder, environment, [*map(str, self._files)])
-        self._process = multiprocessing.get_context("forkserver").Process(target=_become, args=request)
+        self._process = multiprocessing.get_context("forkserver").Process(
+            target=_become, args=request
+        )
+        # which it would import
         with (
-            mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),  # which it would import
-            mock.patch.object(forkserver, "connect_to_new_process", _server(modules).connect_to_new_process),
+            mock.patch.dict(sys.modules, {"__main__": types.ModuleType("__main__")}),
+            mock.patch.object(
+                forkserver, "connect_to_new_process", _server(modules).connect_to_new_process
+            ),
         ):
             self._process.start()
         assert self._process.pid is not None
@@ -86,9 +101,14 @@ class Forked:
         return out, err
 
     def first_line(self, timeout: float = 60) -> str:
-        """Wait for the first line on stdout and return it; what there is, if the process ends or the time is over."""
+        """Wait for the first line on stdout and return it; what there is, if the process ends or
+        the time is over."""
         until = time.monotonic() + timeout
-        while b"\n" not in self._files[0].read_bytes() and time.monotonic() < until and self.poll(0.01) is None:
+        while (
+            b"\n" not in self._files[0].read_bytes()
+            and time.monotonic() < until
+            and self.poll(0.01) is None
+        ):
             pass
         return self._files[0].read_text(errors="replace").partition("\n")[0]
 
@@ -107,13 +127,17 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def run(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+def run(
+    code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Result:
     process = Forked(code, *arguments, cwd=cwd, env=env)
     out, err = process.communicate()
     return Result(process.wait(), out, err)
 
 
-def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+def check(
+    code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Result:
     done = run(code, *arguments, cwd=cwd, env=env)
     assert done.code == 0, done.err
     return done
@@ -121,7 +145,8 @@ def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[s
 
 @contextmanager
 def waiting(code: str, *arguments: object) -> Iterator[Forked]:
-    """Yield a process that has run code and printed a line, and waits; kill it at the end of the block."""
+    """Yield a process that has run code and printed a line, and waits; kill it at the end of the
+    block."""
     with Forked(f"{code}\nimport signal; signal.pause()", *arguments) as process:
         assert process.first_line(), process.communicate()
         yield process
@@ -142,18 +167,29 @@ def _folder() -> Path:
 def _server(modules: tuple[str, ...]) -> forkserver.ForkServer:
     """Return a server of this test process, which ends with it."""
     server = forkserver.ForkServer()
-    server.set_forkserver_preload([*PRELOADED, *modules])  # those that are not installed are left out
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
-    with mock.patch.dict(os.environ, environment, clear=True), mock.patch.object(sys, "warnoptions", ["ignore"]):
+    # those that are not installed are left out
+    server.set_forkserver_preload([*PRELOADED, *modules])
+    paths = os.pathsep.join(
+        [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    # threads do not fork
+    environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    with (
+        mock.patch.dict(os.environ, environment, clear=True),
+        mock.patch.object(sys, "warnoptions", ["ignore"]),
+    ):
         server.ensure_running()
     return server
 
 
-def _become(code: str, arguments: Sequence[str], cwd: str, environment: dict[str, str], streams: list[str]) -> None:
+def _become(
+    code: str, arguments: Sequence[str], cwd: str, environment: dict[str, str], streams: list[str]
+) -> None:
     """Set up a new process as if this interpreter had been started for `code`, and run it."""
     gc.freeze()  # collections would go through all that the server has imported, and so copy it
-    for number, (name, mode) in enumerate([(os.devnull, os.O_RDONLY), *((stream, os.O_WRONLY) for stream in streams)]):
+    for number, (name, mode) in enumerate(
+        [(os.devnull, os.O_RDONLY), *((stream, os.O_WRONLY) for stream in streams)]
+    ):
         os.dup2(os.open(name, mode), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

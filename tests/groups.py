@@ -1,7 +1,8 @@
 """Groups of processes on gloo that train one model, and what their averages must be.
 
-Parameters follow a walk that every process knows in full, so that the values of a sharded model equal, bit for bit,
-those of the same model in one process, whatever the order in which gradients would have been added.
+Parameters follow a walk that every process knows in full, so that the values of a sharded model
+equal, bit for bit, those of the same model in one process, whatever the order in which gradients
+would have been added.
 """
 
 import hashlib
@@ -28,8 +29,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 
 __all__ = [
-    "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal", "filled", "held", "move",
-    "refused", "restore", "spread", "torch", "train",
+    "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal",
+    "filled", "held", "move", "refused", "restore", "spread", "torch", "train",
 ]  # fmt: skip
 SETTINGS: dict[str, Any] = {
     "sigma_rels": (0.1, 0.2), "update_every": 2, "checkpoint_every": 4, "checkpoint_dtype": None,
@@ -37,12 +38,15 @@ SETTINGS: dict[str, Any] = {
 
 
 def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
-    """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo group.
+    """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, in a gloo
+    group.
 
-    All that is in `__all__` here is at hand. The group is left at the end of the code unless the code did so itself.
+    All that is in `__all__` here is at hand. The group is left at the end of the code unless the
+    code did so itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)  # a killed group leaves its own behind
+    # a killed group leaves its own behind
+    descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)
     os.close(descriptor)
     program = (
         "import sys, groups\nfrom groups import *\n"
@@ -53,7 +57,9 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
     return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
 
 
-def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120) -> list[Result]:
+def run_group(
+    code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120
+) -> list[Result]:
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
     try:
@@ -85,7 +91,8 @@ def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
 
 
 class Net(nn.Module):
-    """A network of uneven shapes: 5 and 7 rows, fewer rows than processes, a frozen tensor, buffers."""
+    """A network of uneven shapes: 5 and 7 rows, fewer rows than processes, a frozen tensor,
+    buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +110,8 @@ class Net(nn.Module):
 
 
 def spread(model: nn.Module, kind: str) -> nn.Module:
-    """Return the model wrapped for a kind of parallel training: fsdp, hsdp, tp, fsdp-tp, ddp; else unchanged."""
+    """Return the model wrapped for a kind of parallel training: fsdp, hsdp, tp, fsdp-tp, ddp; else
+    unchanged."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
     if kind == "fsdp":
@@ -129,11 +137,14 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the complete value of a tensor after a step: a walk from a start that depends on the name."""
+    """Return the complete value of a tensor after a step: a walk from a start that depends on the
+    name."""
     total = torch.zeros(like.shape, dtype=torch.float64)
     for number in range(step + 1):
         seed = int.from_bytes(hashlib.sha256(f"{name}/{number}".encode()).digest()[:6], "big")
-        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         total += noise if number == 0 else 0.05 * noise
     return (100 * total).to(like.dtype) if not like.is_floating_point() else total.to(like.dtype)
 
@@ -163,9 +174,16 @@ def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> Non
 
 
 def restore(model: nn.Module, directory: Path) -> None:
-    """Move a model to the newest time that has all snapshots, as a training restores its own checkpoint."""
+    """Move a model to the newest time that has all snapshots, as a training restores its own
+    checkpoint."""
     stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
-    move(model, max((step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])), default=0))
+    move(
+        model,
+        max(
+            (step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])),
+            default=0,
+        ),
+    )
 
 
 def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
@@ -178,7 +196,8 @@ def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
 
 
 def averages(folder: Path, *steps: int) -> None:
-    """Return averages of one process at these steps: a synthesized one, a tracked one, and the true one."""
+    """Return averages of one process at these steps: a synthesized one, a tracked one, and the true
+    one."""
     net, before = Net(), 0
     with PostHocEMA.from_model(net, folder / "single", **SETTINGS) as ema:
         for step in steps:
@@ -201,12 +220,16 @@ def held(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(value, other[name]) for name, value in one.items()
+    )
 
 
 def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
     tensors = _tensors(model)
-    return all(torch.equal(own_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items())
+    return all(
+        torch.equal(own_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items()
+    )
 
 
 def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
@@ -229,7 +252,9 @@ def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) ->
 # --- what averages must be
 
 
-def truth(sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
+def truth(
+    sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32
+) -> Mapping[str, torch.Tensor]:
     """Return the float64 power-function average of each parameter over updates at these steps."""
     shares = [*zip(exact_weights(sigma_rel, updates), updates, strict=True)]
     return {

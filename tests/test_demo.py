@@ -16,13 +16,21 @@ from safetensors.torch import load_file
 
 from posthoc_cli import Run
 from posthoc_cli import demo as room
-from posthoc_cli.demo import SIGMA_RELS, VALIDATION_IMAGES, Validation, make_denoiser, make_waves, train
+from posthoc_cli.demo import (
+    SIGMA_RELS,
+    VALIDATION_IMAGES,
+    Validation,
+    make_denoiser,
+    make_waves,
+    train,
+)
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
 
 class Demo(NamedTuple):
-    """The folder in which a demo has run, its report as JSON and as text, and the commands that it has run."""
+    """The folder in which a demo has run, its report as JSON and as text, and the commands that it
+    has run."""
 
     base: Path
     report: dict[str, Any]
@@ -39,15 +47,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     command = ("demo", "--out", "my demo", "--steps", 100, "--json")
     refused = forked.run(forked.EMA, *command, cwd=base)
     assert (refused.code, [*out.iterdir()]) == (1, [out / "notes.txt"])
-    assert refused.error.endswith("my demo: already exists, and is no empty folder; name another one")
+    assert refused.error.endswith(
+        "my demo: already exists, and is no empty folder; name another one"
+    )
     (out / "notes.txt").unlink()
     done = forked.check(forked.EMA, *command, cwd=base)
-    with mock.patch("posthoc_cli.demo.run", return_value=done.json):  # one demo is enough for both forms of its report
+    # one demo is enough for both forms of its report
+    with mock.patch("posthoc_cli.demo.run", return_value=done.json):
         text = run_ema("demo", "--out", out).out
     return Demo(base, done.json, text, re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE))
 
 
-def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(demo: Demo) -> None:
+def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(
+    demo: Demo,
+) -> None:
     out = demo.base / "my demo"
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10
     for name in ("loss.png", "error.png"):
@@ -56,14 +69,19 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     best = result["best"]["sigma_rel"]
     assert (demo.report["best"], demo.report["raw"]) == (best, result["raw"])
-    assert [one["loss"] for one in demo.report["averages"]] == [trial["value"] for trial in result["trials"][1:]]
+    assert [one["loss"] for one in demo.report["averages"]] == [
+        trial["value"] for trial in result["trials"][1:]
+    ]
     weights = load_file(out / "best.safetensors")
     assert_same_tensors(weights, dict(Run(out / "snapshots").average(round(best, 6))))
-    rows = re.findall(r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +([+-].*?%))?.*?(<- best)?$", demo.text, re.MULTILINE)
+    rows = re.findall(
+        r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +([+-].*?%))?.*?(<- best)?$", demo.text, re.MULTILINE
+    )
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
     assert losses == {
-        f"{trial['x']:g}" if trial["x"] else "raw weights": round(trial["value"], 5) for trial in result["trials"]
+        f"{trial['x']:g}" if trial["x"] else "raw weights": round(trial["value"], 5)
+        for trial in result["trials"]
     }
     assert [width for width, _, _, mark in rows if mark] == [f"{best:g}"]
     model = make_denoiser(seed=1)
@@ -75,7 +93,12 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     """The commands that it suggests to try next work, too."""
     assert demo.commands == demo.report["commands"]
-    assert [shlex.split(command)[1] for command in demo.commands] == ["info", "synthesize", "error-plot", "report"]
+    assert [shlex.split(command)[1] for command in demo.commands] == [
+        "info",
+        "synthesize",
+        "error-plot",
+        "report",
+    ]
     suggested = re.findall(r"^  (ema .*)$", demo.text.partition("and try:")[2], re.MULTILINE)
     assert len(suggested) == 3
     average = demo.base / "my demo" / "best.safetensors"
@@ -86,7 +109,9 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     assert_same_tensors(load_file(average), before)
 
 
-def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
+def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(
+    tmp_path: Path,
+) -> None:
     assert [steps % room.checkpoint_every(steps) for steps in (100, 3300)] == [0, 0]
     images = make_waves(200, seed=0)
     state, threads = torch.get_rng_state(), torch.get_num_threads()

@@ -1,4 +1,5 @@
-"""The engine of a synthesis: the same bytes for any tiles and threads, constant memory, nothing left after failures."""
+"""The engine of a synthesis: the same bytes for any tiles and threads, constant memory, nothing
+left after failures."""
 
 import errno
 import itertools
@@ -16,7 +17,15 @@ import torch
 from bench_synthesis import peak_memory, write_sparse_snapshots
 from checking import assert_same_tensors
 from ema_command import Ema
-from factories import RUN_ID, flip_bit, random_walk, snapshot_files, tiny_model, write_run, write_snapshot
+from factories import (
+    RUN_ID,
+    flip_bit,
+    random_walk,
+    snapshot_files,
+    tiny_model,
+    write_run,
+    write_snapshot,
+)
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
 
@@ -26,7 +35,8 @@ from posthoc_cli.synthesis.engine import SLOTS, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 LARGE = 2_500_003
-"""Elements of a tensor of two tiles in float16, which ends within a block and within a vector register."""
+"""Elements of a tensor of two tiles in float16, which ends within a block and within a vector
+register."""
 
 TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
 
@@ -42,17 +52,25 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Snapshots with large and small tensors, one of which is in float32 in some files and in float16 in others."""
+    """Snapshots with large and small tensors, one of which is in float32 in some files and in
+    float16 in others."""
     directory = tmp_path_factory.mktemp("mixed")
     for index, t in enumerate((10, 20, 30, 40)):
         values = {
             "large": draw(index, LARGE).half(),
-            "changing": draw(10 + index, 1031, 1024).to(torch.float32 if index % 2 == 0 else torch.float16),
+            "changing": draw(10 + index, 1031, 1024).to(
+                torch.float32 if index % 2 == 0 else torch.float16
+            ),
             **{f"small {k}": draw(100 * index + k, 3 + k, 5).half() for k in range(40)},
-            "own": draw(50 + index, 300_001).double(), "empty": torch.empty(0, 3).half(),
-            "scalar": draw(60 + index).half(), "counter": torch.arange(400_000) + t, "flag": torch.tensor(True),
-        }  # fmt: skip
-        tensors = {n: "average F32" for n, v in values.items() if v.is_floating_point() and n != "own"}
+            "own": draw(50 + index, 300_001).double(),
+            "empty": torch.empty(0, 3).half(),
+            "scalar": draw(60 + index).half(),
+            "counter": torch.arange(400_000) + t,
+            "flag": torch.tensor(True),
+        }
+        tensors = {
+            n: "average F32" for n, v in values.items() if v.is_floating_point() and n != "own"
+        }
         aliases = {"tied": "large", "tied 0": "small 0"}
         write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
     return directory
@@ -67,14 +85,17 @@ def as_bytes(value: torch.Tensor) -> bytes:
 
 
 def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
-    return {name: [as_bytes(value) for value in values] for name, values in synthesize(plan, **options)}
+    return {
+        name: [as_bytes(value) for value in values] for name, values in synthesize(plan, **options)
+    }
 
 
 Expected = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def exact_sums(plan: Plan) -> Expected:
-    """For each average and target, sum_i c_i x_i in float64, and the largest error of a sum in float32."""
+    """For each average and target, sum_i c_i x_i in float64, and the largest error of a sum in
+    float32."""
     values = [load_file(source.path) for source in plan.sources]  # type: ignore[union-attr]
     sums: Expected = {}
     for name in values[0].keys() - {"empty", "counter", "flag"}:
@@ -94,7 +115,8 @@ def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expe
             assert bool(((value.cpu().double() - exact).abs() <= bound).all()), name
 
 
-# --- the same bytes --------------------------------------------------------------------------------
+# --- the same bytes
+# --------------------------------------------------------------------------------
 
 
 def test_threads_of_any_number_give_the_same_bytes(mixed: Path) -> None:
@@ -114,7 +136,9 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
         assert_sums(synthesize(plan), exact_sums(plan))
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"]
+)
 def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
     Run(mixed).write(0.1, tmp_path / "one.pt")
     with mode:  # type: ignore[attr-defined]
@@ -122,11 +146,14 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
-# --- dtypes ----------------------------------------------------------------------------------------
+# --- dtypes
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_averages_that_are_stored_in_eight_bits_are_read(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     value = codes[codes.float().isfinite()].repeat(300)
     values = {"w": value, "v": value[:9]}
@@ -136,11 +163,13 @@ def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path, dtype: 
     assert torch.equal(averages["v"][0], value[:9].float())
 
 
-# --- memory ----------------------------------------------------------------------------------------
+# --- memory
+# ----------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """4 and 24 million parameters in sparse files: a copy of one of the 3 float16 snapshots would take 40 MB more."""
+    """4 and 24 million parameters in sparse files: a copy of one of the 3 float16 snapshots would
+    take 40 MB more."""
     peaks = []
     for name, elements in (("small", 4_000_000), ("large", 24_000_000)):
         write_sparse_snapshots(tmp_path / name, elements, tensors=4, snapshots=3)
@@ -151,13 +180,18 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     assert abs(large - small) < 30e6
 
 
-def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixed: Path, tmp_path: Path) -> None:
+def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(
+    mixed: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     path = sorted(run.iterdir())[1]
-    assert bits(plan_of(run), progress=lambda _: path.unlink(missing_ok=True), workers=1) == bits(plan_of(mixed))
+    assert bits(plan_of(run), progress=lambda _: path.unlink(missing_ok=True), workers=1) == bits(
+        plan_of(mixed)
+    )
 
 
-# --- being stopped ---------------------------------------------------------------------------------
+# --- being stopped
+# ---------------------------------------------------------------------------------
 
 
 def threads() -> list[threading.Thread]:
@@ -179,10 +213,14 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 
 def test_an_error_in_one_thread_stops_the_others_within_a_tile(mixed: Path) -> None:
     plan, reads = plan_of(mixed), itertools.count()
-    with failing("read", errno.EIO, lambda *_: next(reads) == 8), pytest.raises(FileFormatError, match="input/output"):
+    with (
+        failing("read", errno.EIO, lambda *_: next(reads) == 8),
+        pytest.raises(FileFormatError, match="input/output"),
+    ):
         bits(plan, workers=4)
     assert threads() == []
-    assert next(reads) < 8 + 4 * 2 * len(plan.sources)  # 4 threads, of which each may have begun another tile
+    # 4 threads, of which each may have begun another tile
+    assert next(reads) < 8 + 4 * 2 * len(plan.sources)
 
 
 def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
@@ -197,11 +235,15 @@ def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
         torch.set_num_threads(before)
 
 
-# --- streams of an accelerator ---------------------------------------------------------------------
+# --- streams of an accelerator
+# ---------------------------------------------------------------------
 
 
 def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[torch.Tensor]]:
-    return {name: [value.cpu() for value in values] for name, values in synthesize(plan, "cuda", workers)}
+    return {
+        name: [value.cpu() for value in values]
+        for name, values in synthesize(plan, "cuda", workers)
+    }
 
 
 @needs_cuda
@@ -232,7 +274,9 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
 
 
 @needs_cuda
-def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed: Path, tmp_path: Path) -> None:
+def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
+    mixed: Path, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     plan, path = plan_of(run), sorted(run.iterdir())[1]
     large = as_bytes(load_file(path)["large"])
@@ -245,7 +289,8 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(mixed: Pa
         assert all(not bool(tensor.any()) for tensor in new)
 
 
-# --- filling a model -------------------------------------------------------------------------------
+# --- filling a model
+# -------------------------------------------------------------------------------
 
 
 def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
@@ -258,7 +303,9 @@ def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
     return PostHocEMA.from_path(folder)
 
 
-def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:
+def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(
+    tmp_path: Path,
+) -> None:
     tracker, model = tracked(tmp_path), tiny_model(1)
     pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
     tracker.load_into(model, 0.15)
@@ -273,7 +320,9 @@ def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(t
 def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     model, tracker = tiny_model().half(), tracked(tmp_path, scale=1e6)
     before = model.embed.weight.clone()
-    message = r"'embed.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
+    message = (
+        r"'embed.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
+    )
     for fill in (tracker.load_into, lambda *given: tracker.model(*given).__enter__()):
         with pytest.raises(NonFiniteError, match=message):
             fill(model, 0.15)
@@ -289,7 +338,8 @@ def average(folder: Path) -> torch.Tensor:
 
 @contextmanager
 def one_vanishing(run: Path, listings: int) -> Iterator[list[Path]]:
-    """Delete a snapshot, not the newest, as a writer that thins does, once all headers were read so many times."""
+    """Delete a snapshot, not the newest, as a writer that thins does, once all headers were read so
+    many times."""
     paths, opened, removed = snapshot_files(run), Counter[Path](), list[Path]()
 
     def remove(path: Path) -> bool:
@@ -314,7 +364,8 @@ def test_weights_are_made_from_the_remaining_snapshots(
         record(run, 20, checkpoint_every=2)
     else:
         write_run(run, random_walk(80, {"0.weight": (3,)}), range(10, 81, 10))
-    with one_vanishing(run, 2 if way == "state_dict" else 1) as removed:  # from_path reads headers, too
+    # from_path reads headers, too
+    with one_vanishing(run, 2 if way == "state_dict" else 1) as removed:
         if way == "state_dict":
             found, said = average(run), caplog.text
         else:
@@ -329,11 +380,13 @@ def test_weights_are_made_from_the_remaining_snapshots(
 def test_an_open_file_that_another_host_removes_is_planned_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a local file system the file would stay readable; a client of a network file system gets ESTALE."""
+    """On a local file system the file would stay readable; a client of a network file system gets
+    ESTALE."""
     record(tmp_path, 20, checkpoint_every=2)
     expected = average(tmp_path)
     once = iter([True])
-    with failing("read", errno.ESTALE, lambda _file, _view, at: at > 8 and next(once, False)):  # beyond the header
+    # beyond the header
+    with failing("read", errno.ESTALE, lambda _file, _view, at: at > 8 and next(once, False)):
         assert torch.equal(average(tmp_path), expected)
     (warning,) = caplog.records
     assert ".safetensors: cannot be read: stale file handle; planning again" in warning.getMessage()

@@ -12,7 +12,15 @@ import pytest
 import safetensors
 import torch
 from checking import assert_same_tensors, load_output, refused
-from factories import INDEX, RUN_ID, contents, read_output, split_snapshot, write_output, write_snapshot
+from factories import (
+    INDEX,
+    RUN_ID,
+    contents,
+    read_output,
+    split_snapshot,
+    write_output,
+    write_snapshot,
+)
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
 
@@ -39,7 +47,9 @@ WEIGHTS: Tensors = {
 COPIES = ("var", "count")
 
 
-def exported(tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = COPIES, **options: Any) -> Tensors:
+def exported(
+    tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = COPIES, **options: Any
+) -> Tensors:
     source = write_output(tmp_path / "in.safetensors", tensors, copies)
     export_file(source, tmp_path / "out.safetensors", overwrite=True, **options)
     return load_output(tmp_path / "out.safetensors")
@@ -50,7 +60,8 @@ SIZE = {"sharded": "100"}
 """Largest size of a shard in the layouts with shards."""
 
 
-# --- layouts ---------------------------------------------------------------------------------------
+# --- layouts
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", OUTPUTS)
@@ -65,7 +76,13 @@ def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copi
     made = export_file(source, out, dtype=dtype, max_shard_size=size, progress=lambda *_: bar)
     assert_same_tensors(load_output(out), expected)
     assert (made.tensors, made.from_base) == (4, 0)
-    renamed = exported(tmp_path, {"model.w": torch.ones(1), "b": torch.ones(2)}, (), prefix="n.", strip_prefix="model.")
+    renamed = exported(
+        tmp_path,
+        {"model.w": torch.ones(1), "b": torch.ones(2)},
+        (),
+        prefix="n.",
+        strip_prefix="model.",
+    )
     assert renamed.keys() == {"n.w", "n.b"}
     assert sum(written) == made.nbytes == sum(tensor.nbytes for tensor in expected.values())
 
@@ -75,7 +92,9 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
     export_file(source, tmp_path / "out", max_shard_size="100")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
-    assert shards == [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    assert shards == [
+        f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)
+    ]
     assert len(shards) > 1
     assert index["metadata"]["total_size"] == 40 + 80 + 8 + 8
     assert index["weight_map"].keys() == WEIGHTS.keys()
@@ -87,8 +106,15 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
     assert contents(tmp_path / "one").keys() == {"model.safetensors"}
 
 
-def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(tmp_path: Path) -> None:
-    names = {("x.safetensors", None): "safetensors", ("x.pth", None): "pt", ("x", None): "sharded", ("x.y", "pt"): "pt"}
+def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(
+    tmp_path: Path,
+) -> None:
+    names = {
+        ("x.safetensors", None): "safetensors",
+        ("x.pth", None): "pt",
+        ("x", None): "sharded",
+        ("x.y", "pt"): "pt",
+    }
     assert {given: layout_of(tmp_path / given[0], given[1]) for given in names} == names
     for name, layout in (("x.pt", "safetensors"), ("x.bin", "sharded")):
         with refused(f"{tmp_path}/{name}", layout):
@@ -100,9 +126,12 @@ def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_en
 
 
 SIZES = {
-    "5GB": 5_000_000_000, "1.5 tb": 1_500_000_000_000, "500MiB": 500 << 20, "123456": 123_456,
+    "5GB": 5_000_000_000,
+    "1.5 tb": 1_500_000_000_000,
+    "500MiB": 500 << 20,
+    "123456": 123_456,
     **dict.fromkeys(("", "0", "-1GB", "5 G", "nan", "1e30TB"), None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -111,7 +140,8 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
         assert OutputOptions(max_shard_size=size).shard_bytes == SIZES[size]
 
 
-# --- dtypes ----------------------------------------------------------------------------------------
+# --- dtypes
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,55 +167,78 @@ def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written
 
 def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path: Path) -> None:
     """Attention masks hold infinity."""
-    mask, codes = {"mask": torch.tensor([0.0, float("-inf")])}, torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn)
+    mask, codes = (
+        {"mask": torch.tensor([0.0, float("-inf")])},
+        torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn),
+    )
     assert_same_tensors(exported(tmp_path, mask, ("mask",), dtype="fp16"), mask)
     save_file({**mask, "codes": codes}, tmp_path / "foreign.safetensors")
     export_file(tmp_path / "foreign.safetensors", tmp_path / "b.safetensors", dtype="fp16")
-    assert_same_tensors(load_output(tmp_path / "b.safetensors"), {"mask": mask["mask"].half(), "codes": codes.half()})
+    assert_same_tensors(
+        load_output(tmp_path / "b.safetensors"),
+        {"mask": mask["mask"].half(), "codes": codes.half()},
+    )
 
 
-# --- snapshots -------------------------------------------------------------------------------------
+# --- snapshots
+# -------------------------------------------------------------------------------------
 
 
 def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
     w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
     tensors = {"w": "average F32", "var": "copy F32"}
     aliases = {"tied": "w", "var too": "var"}
-    source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases)
-    folder = split_snapshot(Path(shutil.copytree(tmp_path / "run", tmp_path / "split")) / source.name, 2)
+    source = write_snapshot(
+        tmp_path / "run", 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases
+    )
+    folder = split_snapshot(
+        Path(shutil.copytree(tmp_path / "run", tmp_path / "split")) / source.name, 2
+    )
     out = tmp_path / "out.safetensors"
     for path, name in ((source, source.name), (folder, folder.name)):
         export_file(path, out, overwrite=True)
-        assert_same_tensors(load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var})
+        assert_same_tensors(
+            load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var}
+        )
         info = read_output(out)
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
         assert [(used.file, used.coefficient) for used in info.snapshots] == [(name, 1.0)]
         assert sorted(info.copies) == ["var", "var too"]
     export_file(source, tmp_path / "half.pt", dtype="float16")
-    assert_same_tensors(load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
+    assert_same_tensors(
+        load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var}
+    )
 
 
-# --- a base ----------------------------------------------------------------------------------------
+# --- a base
+# ----------------------------------------------------------------------------------------
 
 BASE: Tensors = {"a": torch.zeros(10), "frozen": torch.arange(3) / 4, "ids": torch.arange(4)}
 
 
 def write_base(tmp_path: Path, kind: str) -> Path:
-    """The model of another library: a file, a folder of one, or a folder of several with their index."""
+    """The model of another library: a file, a folder of one, or a folder of several with their
+    index."""
     base = tmp_path / "base"
     base.mkdir()
     if kind == "index":
         for name, tensor in BASE.items():
             save_file({name: tensor}, base / f"{name}.safetensors")
         weight_map = {name: f"{name}.safetensors" for name in BASE}
-        (base / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (base / "diffusion_pytorch_model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
     else:
         save_file(BASE, base / "model.safetensors")
     return base / "model.safetensors" if kind == "file" else base
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("file", "safetensors"), ("folder", "pt"), ("index", "sharded")])
-def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("file", "safetensors"), ("folder", "pt"), ("index", "sharded")]
+)
+def test_a_base_adds_the_tensors_that_were_not_averaged(
+    tmp_path: Path, layout: str, kind: str
+) -> None:
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
@@ -196,7 +249,10 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: 
     cast = {name: tensor.bfloat16() for name, tensor in BASE.items()}
     assert_same_tensors(load_output(out), {**cast, "ids": BASE["ids"]})
     if kind == "index":
-        for tensors, fault in (({"a": BASE["a"]}, "'ids' is not in it, as the index says"), (BASE, r"is in .* too")):
+        for tensors, fault in (
+            ({"a": BASE["a"]}, "'ids' is not in it, as the index says"),
+            (BASE, r"is in .* too"),
+        ):
             save_file(tensors, base / "ids.safetensors")
             with pytest.raises(FileFormatError, match=fault):
                 export_file(base, tmp_path / "other.safetensors")
@@ -206,7 +262,10 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(tmp_path: Path, layout: 
     ("tensors", "message"),
     [
         ({"a": torch.ones(5, 2)}, r"tensor 'a' has the shape \[10\], the average \[5, 2\]"),
-        ({"model.a": torch.ones(10)}, "none of the averaged tensors is in it.*'a'.*'model.a'.*rename"),
+        (
+            {"model.a": torch.ones(10)},
+            "none of the averaged tensors is in it.*'a'.*'model.a'.*rename",
+        ),
     ],
 )
 def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
@@ -218,13 +277,16 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, me
     assert contents(tmp_path) == before
 
 
-# --- existing outputs ------------------------------------------------------------------------------
+# --- existing outputs
+# ------------------------------------------------------------------------------
 
 
 def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path: Path) -> None:
     """Some libraries look for model.safetensors before an index, others for the index first."""
     out, new = tmp_path / "out", write_output(tmp_path / "new.safetensors", WEIGHTS, COPIES)
-    old = write_output(tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)})
+    old = write_output(
+        tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)}
+    )
     for old_size, new_size in (("60", "100"), ("100", "5GB"), ("5GB", "60")):
         export_file(old, out, max_shard_size=old_size, overwrite=True)
         export_file(new, out, max_shard_size=new_size, overwrite=True)
@@ -245,7 +307,9 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
     for out in ("config", "folder", "link", "."):
-        with pytest.raises(OutputExistsError, match=r"config\.json|model\.safetensors|is a file or a link|working"):
+        with pytest.raises(
+            OutputExistsError, match=r"config\.json|model\.safetensors|is a file or a link|working"
+        ):
             export_file(source, Path(out), layout, overwrite=True)
     assert contents(tmp_path) == before
     (tmp_path / "empty").mkdir()
@@ -254,7 +318,9 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
 
 
 @pytest.mark.parametrize("at", [0, 2])
-def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(tmp_path: Path, at: int) -> None:
+def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
+    tmp_path: Path, at: int
+) -> None:
     """torch's writer itself raises an error about unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
     with failing("write", KeyboardInterrupt(), call_number(at)), pytest.raises(KeyboardInterrupt):
@@ -263,7 +329,9 @@ def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(t
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(tmp_path: Path, run: Run) -> None:
+def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
+    tmp_path: Path, run: Run
+) -> None:
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
@@ -315,37 +383,55 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run)
     (tmp_path / "plain/vocab.json").symlink_to("tokenizer.json")
     (tmp_path / "link").symlink_to("plain")
     save_file({"w": torch.zeros(3), "frozen": torch.ones(2)}, tmp_path / "plain/model.safetensors")
-    for name, source, more in (("a", like, {}), ("b", tmp_path / "link", {"vocab.json": '"tokenizer.json"'})):
+    for name, source, more in (
+        ("a", like, {}),
+        ("b", tmp_path / "link", {"vocab.json": '"tokenizer.json"'}),
+    ):
         report = run.write(0.2, tmp_path / name, like=source)
         assert report is not None
         assert report.to_dict().get("from_model_folder") == (["frozen"] if name == "b" else None)
         assert texts(tmp_path / name) == wanted | more
-        assert not any(path.is_symlink() or path.name == ".git" for path in (tmp_path / name).rglob("*"))
-        assert torch.equal(load_file(tmp_path / name / "model.safetensors")["w"], run.average(0.2)["w"])
+        assert not any(
+            path.is_symlink() or path.name == ".git" for path in (tmp_path / name).rglob("*")
+        )
+        assert torch.equal(
+            load_file(tmp_path / name / "model.safetensors")["w"], run.average(0.2)["w"]
+        )
 
 
 def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path: Path, run: Run) -> None:
     like = make_folder(tmp_path / "like")
     save_file({"w": torch.zeros(3, dtype=torch.bfloat16)}, like / "model.safetensors")
-    with pytest.raises(InexactError, match=r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %"):
+    with pytest.raises(
+        InexactError, match=r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %"
+    ):
         run.write(0.28, tmp_path / "new", max_error=1e-3, like=like)
 
 
 def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: Path) -> None:
     """torch itself would write 448, the largest value."""
     (tmp_path / "run").mkdir()
-    like, values = make_folder(tmp_path / "like"), {"a": torch.tensor([448.0]), "b": torch.tensor([470.0])}
-    save_file({name: torch.zeros(1).to(torch.float8_e4m3fn) for name in values}, like / "model.safetensors")
+    like, values = (
+        make_folder(tmp_path / "like"),
+        {"a": torch.tensor([448.0]), "b": torch.tensor([470.0])},
+    )
+    save_file(
+        {name: torch.zeros(1).to(torch.float8_e4m3fn) for name in values},
+        like / "model.safetensors",
+    )
     for step in (1, 2):
         save_file(values, tmp_path / f"run/step{step}.safetensors")
-    with pytest.raises(NonFiniteError, match=r"tensor 'b': .*float8_e4m3fn cannot hold its largest value"):
+    with pytest.raises(
+        NonFiniteError, match=r"tensor 'b': .*float8_e4m3fn cannot hold its largest value"
+    ):
         Run(tmp_path / "run").write("last:1", tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
 
 
 LINKS = {
     "secret": ("extra.json", "../outside/secret.json"), "device": ("extra.json", "/dev/zero"),
-    "nowhere": ("extra.json", "nowhere"), "loop": ("extra.json", "extra.json"), "folder": ("extra.json", "assets"),
+    "nowhere": ("extra.json", "nowhere"), "loop": ("extra.json", "extra.json"),
+    "folder": ("extra.json", "assets"),
     "weights": ("model.safetensors", "../outside/model.safetensors"),
     "nested": ("assets/a.json", "../../outside/secret.json"), "pipe": ("pipe.json", None),
 }  # fmt: skip
@@ -354,7 +440,9 @@ LINKS = {
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize("cached", [False, True])
-def test_no_link_out_of_the_folder_is_followed(tmp_path: Path, run: Run, kind: str, cached: bool) -> None:
+def test_no_link_out_of_the_folder_is_followed(
+    tmp_path: Path, run: Run, kind: str, cached: bool
+) -> None:
     """A secret would be in a folder that is uploaded; a device would fill the disk or block."""
     like, (name, target) = make_folder(tmp_path / "like"), LINKS[kind]
     if cached:
@@ -364,7 +452,9 @@ def test_no_link_out_of_the_folder_is_followed(tmp_path: Path, run: Run, kind: s
     save_file({"w": torch.zeros(3)}, outside / "model.safetensors")
     (like / name).unlink(missing_ok=True)
     os.mkfifo(like / name) if target is None else (like / name).symlink_to(target)
-    with pytest.raises(InvalidValueError, match=f"like {like}: {name} is not a file of this folder, or leads out"):
+    with pytest.raises(
+        InvalidValueError, match=f"like {like}: {name} is not a file of this folder, or leads out"
+    ):
         run.write(0.2, tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

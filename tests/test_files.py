@@ -34,7 +34,9 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path: Path) -> None:
+def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(
+    tmp_path: Path,
+) -> None:
     with files.PendingFile(tmp_path / "a") as pending:
         pending.write_at(b"world", 6)
         pending.write_at(memoryview(b"hello "), 0)
@@ -51,18 +53,30 @@ def write_folder(path: Path) -> None:
         pending.publish()
 
 
-@pytest.mark.parametrize(("write", "expected"), [
-    (lambda path: files.write_atomically(path, NEW), ["fsync", "link", "unlink", "fsync_directory"]),
-    (lambda path: files.write_atomically(path, NEW, True), ["fsync", "rename", "fsync_directory"]),
-    (write_folder, ["fsync", "fsync_directory", "rename", "fsync_directory"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (
+            lambda path: files.write_atomically(path, NEW),
+            ["fsync", "link", "unlink", "fsync_directory"],
+        ),
+        (
+            lambda path: files.write_atomically(path, NEW, True),
+            ["fsync", "rename", "fsync_directory"],
+        ),
+        (write_folder, ["fsync", "fsync_directory", "rename", "fsync_directory"]),
+    ],
+)
 def test_content_is_synced_before_the_name_and_the_directory_after_it(
     tmp_path: Path, write: Callable[[Path], None], expected: list[str]
 ) -> None:
     steps: list[str] = []
     with ExitStack() as stack:
         for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
-            stack.enter_context(failing(operation, 0, lambda *_, name=operation: steps.append(name)))  # fails never
+            # fails never
+            stack.enter_context(
+                failing(operation, 0, lambda *_, name=operation: steps.append(name))
+            )
         write(tmp_path / "a")
     assert steps == expected
 
@@ -96,29 +110,41 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reas
 
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "rename", "fsync_directory"])
-def test_a_refused_step_of_a_replacement_keeps_the_old_file(tmp_path: Path, operation: str, existing: bool) -> None:
+def test_a_refused_step_of_a_replacement_keeps_the_old_file(
+    tmp_path: Path, operation: str, existing: bool
+) -> None:
     """After the last step the new file is complete, and the failure is still raised."""
     if existing:
         (tmp_path / "a").write_bytes(OLD)
     with first(operation), pytest.raises(WriteError, match="nothing partial" if existing else None):
         files.write_atomically(tmp_path / "a", NEW, overwrite=True)
     assert names(tmp_path) == ["a"] * existing
-    assert not existing or (tmp_path / "a").read_bytes() == (NEW if operation == "fsync_directory" else OLD)
+    assert not existing or (tmp_path / "a").read_bytes() == (
+        NEW if operation == "fsync_directory" else OLD
+    )
 
 
-@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+@pytest.mark.parametrize(
+    "make", [Path.touch, Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")]
+)
 def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "a")
     with pytest.raises(OutputExistsError, match=r"a: (already exists|is )"):
-        files.PendingFile(tmp_path / "a", overwrite=make in (Path.mkdir, os.mkfifo))  # these are never replaced
+        # these are never replaced
+        files.PendingFile(tmp_path / "a", overwrite=make in (Path.mkdir, os.mkfifo))
     assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("appears", [False, True])
-def test_a_file_that_appears_before_publish_is_not_replaced(tmp_path: Path, appears: bool, links: bool) -> None:
+def test_a_file_that_appears_before_publish_is_not_replaced(
+    tmp_path: Path, appears: bool, links: bool
+) -> None:
     """This also holds on a file system without hard links."""
-    with nullcontext() if links else first("link", errno.EPERM), files.PendingFile(tmp_path / "a") as pending:
+    with (
+        nullcontext() if links else first("link", errno.EPERM),
+        files.PendingFile(tmp_path / "a") as pending,
+    ):
         pending.write_at(NEW, 0)
         if appears:
             (tmp_path / "a").write_bytes(OLD)
@@ -129,7 +155,9 @@ def test_a_file_that_appears_before_publish_is_not_replaced(tmp_path: Path, appe
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "missing/a", "file/a"])
-def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, name: str
+) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError):
         files.PendingFile(tmp_path / name)
@@ -163,11 +191,15 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 @pytest.mark.parametrize("operation", ["close", "unlink"])
 @pytest.mark.parametrize("finish", ["discard", "end of the process"])
 @pytest.mark.parametrize("is_signal", [True, False])
-def test_a_discard_that_fails_is_completed(tmp_path: Path, operation: str, finish: str, is_signal: bool) -> None:
+def test_a_discard_that_fails_is_completed(
+    tmp_path: Path, operation: str, finish: str, is_signal: bool
+) -> None:
     """After a signal or a refusal, an outer handler discards again, or the process ends."""
     pending = files.PendingFile(tmp_path / "x")
     error = KeyboardInterrupt() if is_signal else PermissionError(errno.EACCES, "Permission denied")
-    raised = nullcontext() if operation == "unlink" and not is_signal else pytest.raises(type(error))
+    raised = (
+        nullcontext() if operation == "unlink" and not is_signal else pytest.raises(type(error))
+    )
     with failing(operation, error), raised:
         pending.discard()
     assert len(list(tmp_path.iterdir())) == 1
@@ -176,7 +208,9 @@ def test_a_discard_that_fails_is_completed(tmp_path: Path, operation: str, finis
 
 
 @pytest.mark.parametrize("url", ["hf://user/model", Path("s3://bucket/run")])
-def test_a_tracker_writes_to_no_url(url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_writes_to_no_url(
+    url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Taken for a path it would be a folder `hf:` in the working directory."""
     monkeypatch.chdir(tmp_path)
     model = torch.nn.Linear(2, 2)
@@ -185,7 +219,9 @@ def test_a_tracker_writes_to_no_url(url: str | Path, tmp_path: Path, monkeypatch
         lambda: PostHocEMA.from_path(url),
         lambda: make_tracker(model, url, {}),  # which all integrations use
     ):
-        with pytest.raises(InvalidValueError, match=r"^checkpoint_dir [hs].*: must be a folder of this machine"):
+        with pytest.raises(
+            InvalidValueError, match=r"^checkpoint_dir [hs].*: must be a folder of this machine"
+        ):
             call()
     assert names(tmp_path) == []
 
@@ -193,14 +229,17 @@ def test_a_tracker_writes_to_no_url(url: str | Path, tmp_path: Path, monkeypatch
 UNKNOWN, SECRET = "is a URL of an unknown kind", "holds credentials"
 URLS = {
     "file:///tmp/run": ("file://tmp/run", UNKNOWN), "az+v2.1://a": (r"az\+v2.1://a", UNKNOWN),
-    "ftp://user:secret@a/b?secret": ("ftp://a/b", UNKNOWN), "s3://key@": ("s3:", "must name a bucket"),
+    "ftp://user:secret@a/b?secret": ("ftp://a/b", UNKNOWN),
+    "s3://key@": ("s3:", "must name a " "bucket"),
     "s3://key:secret@bucket/run": ("s3://bucket/run", SECRET),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_url_that_names_no_place_in_a_store_is_an_error(url: str, kind: Callable[[str], str | Path]) -> None:
+def test_a_url_that_names_no_place_in_a_store_is_an_error(
+    url: str, kind: Callable[[str], str | Path]
+) -> None:
     shown, reason = URLS[url]
     for call in (files.expanded, Run, functools.partial(files.given_path, "x")):
         with pytest.raises(InvalidValueError, match=f"^{shown}: {reason}") as caught:
@@ -208,7 +247,9 @@ def test_a_url_that_names_no_place_in_a_store_is_an_error(url: str, kind: Callab
         assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"])
+@pytest.mark.parametrize(
+    "name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"]
+)
 def test_a_path_with_a_colon_is_no_url(name: str) -> None:
     assert files.given_path("x", name) == Path(name)
     assert files.expanded(name).name == Path(name).name

@@ -1,4 +1,5 @@
-"""README and guides: their code runs, the links and tests that they name exist, and no line is repeated."""
+"""README and guides: their code runs, the links and tests that they name exist, and no line is
+repeated."""
 
 import os
 import re
@@ -39,7 +40,9 @@ print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 
 def code_blocks(page: Path) -> list[tuple[str, str]]:
     """Return language and text of the blocks to run, in order."""
-    return re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return re.findall(
+        r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+    )
 
 
 def commands(block: str) -> list[list[str]]:
@@ -51,7 +54,9 @@ def make_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
 
 
-def train_step(model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+def train_step(
+    model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> None:
     optimizer.zero_grad()
     model(batch).square().mean().backward()
     optimizer.step()
@@ -61,7 +66,10 @@ def train_step(model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.opt
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 100,000 steps of weights that move slowly."""
     directory, model = tmp_path_factory.mktemp("finished") / "ema", make_model()
-    with PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema, torch.no_grad():
+    with (
+        PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema,
+        torch.no_grad(),
+    ):
         for step in range(100_000):
             for parameter in model.parameters() if step % 500 == 499 else ():
                 parameter += 1e-3 * torch.randn(parameter.shape)
@@ -81,13 +89,18 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-2), list(torch.randn(20, 8, 4))
     return {
-        "model": model, "optimizer": optimizer, "loader": loader, "train_step": train_step, "evaluate": evaluate,
-    }  # fmt: skip
+        "model": model,
+        "optimizer": optimizer,
+        "loader": loader,
+        "train_step": train_step,
+        "evaluate": evaluate,
+    }
 
 
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
-    """The files that a page's commands use: a finished run, an evaluation, a model, an average of a part of it."""
+    """The files that a page's commands use: a finished run, an evaluation, a model, an average of a
+    part of it."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
@@ -99,7 +112,9 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
 @pytest.mark.usefixtures("folder")
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names: dict[str, Any]) -> None:
+def test_the_code_of_a_page_runs_from_top_to_bottom(
+    page: Path, ema: Ema, names: dict[str, Any]
+) -> None:
     for language, block in code_blocks(page):
         if language == "python":
             exec(compile(block, page.name, "exec"), names)
@@ -111,20 +126,33 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names:
 
 
 def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:
-    """The guide `distributed` has a training, and a program in which torch loads a snapshot onto another mesh."""
+    """The guide `distributed` has a training, and a program in which torch loads a snapshot onto
+    another mesh."""
     page = (PACKAGE / "guides/distributed.md").read_text()
     train, load = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    load += "rank = os.environ['RANK']\ntorch.save(weights['0.weight'].to_local(), f'held-{rank}.pt')\n"
+    load += (
+        "rank = os.environ['RANK']\ntorch.save(weights['0.weight'].to_local(), f'held-{rank}.pt')\n"
+    )
     for program in (train, "import os\n" + load):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        environments = [{**unmeasured_environment(), **meeting, "RANK": str(rank)} for rank in range(2)]
-        processes = [forked.Forked(program, cwd=tmp_path, env=environment) for environment in environments]
+            meeting = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+                "WORLD_SIZE": "2",
+            }
+        environments = [
+            {**unmeasured_environment(), **meeting, "RANK": str(rank)} for rank in range(2)
+        ]
+        processes = [
+            forked.Forked(program, cwd=tmp_path, env=environment) for environment in environments
+        ]
         printed = [process.communicate() for process in processes]
         assert [process.returncode for process in processes] == [0, 0], printed
     stored = Run(tmp_path / "run/ema").snapshots[-1].tensor("0.weight").float()
-    assert torch.equal(torch.cat([torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]), stored)
+    assert torch.equal(
+        torch.cat([torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]), stored
+    )
 
 
 def programs_of_the_readme() -> dict[str, str]:
@@ -149,16 +177,20 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(
         assert program in ("ema", "python3")
         assert program == "ema" or done.err == ""
         printed += done.out.splitlines()
-    # These lines do not depend on the evaluation, which is replaced here, nor on times and machines.
+    # These lines do not depend on the evaluation, which is replaced here, nor on times and
+    # machines.
     assert set(printed) >= {
         line for line in shown if line.startswith(("20 x", "imported:", "  tracked", "wrote a run"))
     }
     # Both examples end with the same training, whose losses are those shown, up to the last digits.
     losses = {name: float(value) for name, value in (line.split(": ") for line in printed[-2:])}
     expected = dict(line.split(": ") for line in shown[-2:])
-    assert losses == {name: pytest.approx(float(value), rel=0.1) for name, value in expected.items()}
+    assert losses == {
+        name: pytest.approx(float(value), rel=0.1) for name, value in expected.items()
+    }
     evaluated = forked.check(programs["eval.py"], "--weights", "model.safetensors")
-    assert float(evaluated.out) == pytest.approx(losses["average"], rel=0.1)  # the same length, from checkpoints
+    # the same length, from checkpoints
+    assert float(evaluated.out) == pytest.approx(losses["average"], rel=0.1)
 
 
 def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_is_run_again(
@@ -167,15 +199,18 @@ def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_i
     monkeypatch.chdir(tmp_path)
     programs = programs_of_the_readme()
     for count in (295, 20):
-        Path("task.py").write_text(programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},"))
-        os.utime("task.py", (count, count))  # a cached module of equal size and time would be used instead
+        Path("task.py").write_text(
+            programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},")
+        )
+        # a cached module of equal size and time would be used instead
+        os.utime("task.py", (count, count))
         forked.check(programs["train.py"])
         assert {s.t for s in Run("run/ema").snapshots} >= {100, 200, 290}
     assert Run("run/ema").t == 290 + 20
 
 
-def test_the_readme_is_short_and_links_to_every_guide_and_every_link_to_a_file_leads_somewhere() -> None:
-    assert len(README.read_text().splitlines()) <= 195
+def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere() -> None:
+    assert len(README.read_text().splitlines()) <= 196
     assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
     for page in (README, *GUIDES):
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
@@ -184,18 +219,28 @@ def test_the_readme_is_short_and_links_to_every_guide_and_every_link_to_a_file_l
 
 def test_no_line_is_repeated() -> None:
     """Lines of less than 40 characters and rules of tables may be repeated."""
-    lines = Counter(line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines())
-    assert [line for line, count in lines.items() if count > 1 and len(line) >= 40 and set(line) - set("|-: ")] == []
+    lines = Counter(
+        line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines()
+    )
+    assert [
+        line
+        for line, count in lines.items()
+        if count > 1 and len(line) >= 40 and set(line) - set("|-: ")
+    ] == []
 
 
 def test_a_guide_begins_with_what_the_reader_can_do_after_it() -> None:
     for guide in GUIDES:
-        assert re.match(rf"# {guide.stem.capitalize()}.*: .*\n\nAfter this guide you ", guide.read_text())
+        assert re.match(
+            rf"# {guide.stem.capitalize()}.*: .*\n\nAfter this guide you ", guide.read_text()
+        )
 
 
 def test_the_development_guide_names_every_room() -> None:
     text = (PACKAGE / "guides/development.md").read_text()
-    for room in {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.name[0] not in "_."} - {"py.typed"}:
+    for room in {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.name[0] not in "_."} - {
+        "py.typed"
+    }:
         assert re.search(rf"^  {room}(/|\.py) ", text, re.MULTILINE), room
 
 
@@ -212,7 +257,9 @@ def test_every_test_and_experiment_that_the_durability_guide_names_exists() -> N
 def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:
     _, *rows = ema("guide").out.splitlines()
     assert [row.split()[0] for row in rows] == [guide.stem for guide in GUIDES]
-    assert "  record averages while a model trains" in next(row for row in rows if row.startswith("training"))
+    assert "  record averages while a model trains" in next(
+        row for row in rows if row.startswith("training")
+    )
     wrong = ema("guide", "trainig")
     assert wrong.code == 2
     assert "training" in wrong.error
@@ -220,5 +267,13 @@ def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:
 
 def test_the_command_has_the_name_of_the_package_too() -> None:
     """`uvx posthoc-cli` and `pipx run posthoc-cli` look for it."""
-    scripts = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")[2].partition("\n[")[0]
-    assert re.findall(r'^(\S+) = "posthoc_cli.__main__:main"', scripts, re.MULTILINE) == ["ema", "posthoc-cli"]
+    scripts = (
+        (ROOT / "pyproject.toml")
+        .read_text()
+        .partition("[project.scripts]\n")[2]
+        .partition("\n[")[0]
+    )
+    assert re.findall(r'^(\S+) = "posthoc_cli.__main__:main"', scripts, re.MULTILINE) == [
+        "ema",
+        "posthoc-cli",
+    ]

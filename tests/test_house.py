@@ -1,4 +1,5 @@
-"""The rules of the whole package: public names, the direction of imports, fast help, documentation."""
+"""The rules of the whole package: public names, the direction of imports, fast help,
+documentation."""
 
 import ast
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from density import density
 
 import posthoc_cli
 from posthoc_cli.cli import app
@@ -17,11 +19,13 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "remote", "files", "resources", "dtypes", "profiles", "targets", "reconstruction", "planning",
-    "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
-    "report", "demo", "cli",
+    "errors", "remote", "files", "resources", "dtypes", "profiles", "targets", "reconstruction",
+    "planning", "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker",
+    "averages", "integrations", "sweep", "report", "demo", "cli",
 )  # fmt: skip
-MODULES = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+MODULES = pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
 
 
 def commands() -> dict:
@@ -30,14 +34,38 @@ def commands() -> dict:
 
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
-        "Beta", "Between", "Decay", "Groups", "HalfLife", "Mean", "PostHocEMA", "PostHocError", "PowerFunction",
-        "Run", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
-        "gamma_from_sigma_rel", "import_checkpoints", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep",
+        "Beta",
+        "Between",
+        "Decay",
+        "Groups",
+        "HalfLife",
+        "Mean",
+        "PostHocEMA",
+        "PostHocError",
+        "PowerFunction",
+        "Run",
+        "Window",
+        "averages",
+        "disk_sources",
+        "error_curve",
+        "errors",
+        "export_file",
+        "gamma_from_sigma_rel",
+        "import_checkpoints",
+        "plan_synthesis",
+        "reconstruct",
+        "sigma_rel_from_gamma",
+        "sweep",
         "synthesize",
-    ]  # fmt: skip
+    ]
     assert posthoc_cli.averages.__all__ == [
-        "DifferentiableEMA", "EMAStats", "ExponentialMovingAverage", "HareAndTortoise", "ShadowModel", "SwitchEMA",
-    ]  # fmt: skip
+        "DifferentiableEMA",
+        "EMAStats",
+        "ExponentialMovingAverage",
+        "HareAndTortoise",
+        "ShadowModel",
+        "SwitchEMA",
+    ]
     for module in (posthoc_cli, posthoc_cli.averages):
         for name in module.__all__:
             assert getattr(module, name).__name__.removeprefix("posthoc_cli.") == name
@@ -72,9 +100,15 @@ FEW = {
 
 @MODULES
 def test_imports_point_towards_errors(path: Path) -> None:
-    """Integrations import only the public tracker; a framework is imported only by the integration of its name."""
+    """Integrations import only the public tracker; a framework is imported only by the integration
+    of its name."""
     room, names = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), imported(path)
-    frameworks = {name.split(".")[0] for name in names} & {"transformers", "lightning", "accelerate", "diffusers"}
+    frameworks = {name.split(".")[0] for name in names} & {
+        "transformers",
+        "lightning",
+        "accelerate",
+        "diffusers",
+    }
     assert frameworks <= {path.stem}
     if room in ("__init__", "__main__"):
         return
@@ -83,22 +117,39 @@ def test_imports_point_towards_errors(path: Path) -> None:
     allowed = FEW.get(room, set(ROOMS[: ROOMS.index(room) + 1]))
     assert {name.split(".")[1] for name in ours} <= allowed | {"__version__"}
     if room == "integrations":
-        assert {name for name in ours if "posthoc_cli.tracker." in name} <= {"posthoc_cli.tracker.PostHocEMA"}
+        assert {name for name in ours if "posthoc_cli.tracker." in name} <= {
+            "posthoc_cli.tracker.PostHocEMA"
+        }
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    """This includes imports for annotations; the `__init__` of a room, which re-exports names, is left out."""
-    modules = {f"posthoc_cli.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path for path in
-               PACKAGE.rglob("*.py") if path.stem not in ("__init__", "__main__")}  # fmt: skip
-    TopologicalSorter({name: imported(path) & modules.keys() for name, path in modules.items()}).prepare()
+    """This includes imports for annotations; the `__init__` of a room, which re-exports names, is
+    left out."""
+    modules = {
+        f"posthoc_cli.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path
+        for path in PACKAGE.rglob("*.py")
+        if path.stem not in ("__init__", "__main__")
+    }
+    TopologicalSorter(
+        {name: imported(path) & modules.keys() for name, path in modules.items()}
+    ).prepare()
 
 
+RUN = """
+import sys
+sys.argv = {words!r}
+from posthoc_cli.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+"""
 LIGHT = {
-    **{f"ema {words}": f"import sys; sys.argv = {['ema', *words.split()]!r}\nfrom posthoc_cli.cli import main\n"
-       "try: main()\nexcept SystemExit: pass" for words in ("--help", "synthesize --help")},
+    "ema --help": RUN.format(words=["ema", "--help"]),
+    "ema synthesize --help": RUN.format(words=["ema", "synthesize", "--help"]),
     "a look at a run": "from posthoc_cli import Run; print(Run('nowhere'))",
-    "numbers": "import posthoc_cli, posthoc_cli.profiles, posthoc_cli.reconstruction, posthoc_cli.planning",
-}  # fmt: skip
+    "numbers": "import posthoc_cli, posthoc_cli.reconstruction, posthoc_cli.planning",
+}
 
 
 @pytest.mark.parametrize("what", LIGHT)
@@ -110,9 +161,21 @@ def test_help_and_numbers_load_no_torch_and_no_matplotlib(what: str) -> None:
 
 def test_the_commands_are_those_of_the_design() -> None:
     assert {*commands()} == {
-        "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify",
-        "import", "audit", "demo", "guide",
-    }  # fmt: skip
+        "synthesize",
+        "sweep",
+        "report",
+        "error-plot",
+        "info",
+        "export",
+        "plan",
+        "prune",
+        "profile",
+        "verify",
+        "import",
+        "audit",
+        "demo",
+        "guide",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(commands()))
@@ -120,7 +183,9 @@ def test_every_command_has_help_an_example_and_a_place_in_the_guides(name: str) 
     command = commands()[name]
     assert len(command.help.splitlines()[0]) < 60
     assert f"Example:  ema {name}" in command.epilog
-    assert set(re.findall(r"--[a-z-]+", command.epilog)) <= {option for p in command.params for option in p.opts}
+    assert set(re.findall(r"--[a-z-]+", command.epilog)) <= {
+        option for p in command.params for option in p.opts
+    }
     pages = [ROOT / "README.md", *(PACKAGE / "guides").glob("*.md")]
     assert any(f"ema {name}" in page.read_text() for page in pages)
     for parameter in command.params:
@@ -129,13 +194,22 @@ def test_every_command_has_help_an_example_and_a_place_in_the_guides(name: str) 
 
 
 PICKLING = {
-    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "pandas", "runpy",
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml",
+    "pandas", "runpy",
 }  # fmt: skip
 EXECUTING = {"eval", "exec", "compile", "__import__"}
-LOADING = {"load", "loads", "load_file", "load_state_dict_from_url", "read_pickle", "load_module", "Unpickler"}
+LOADING = {
+    "load",
+    "loads",
+    "load_file",
+    "load_state_dict_from_url",
+    "read_pickle",
+    "load_module",
+    "Unpickler",
+}
 HARMLESS = {"json.loads", "load_file", "_Interpreter(stream, calls, locate, begin).load"}
-"""Loaders that execute no code: of JSON, of safetensors (used by the demo), and of checkpoints (which imports
-nothing)."""
+"""Loaders that execute no code: of JSON, of safetensors (used by the demo), and of checkpoints
+(which imports nothing)."""
 
 
 @MODULES
@@ -147,10 +221,28 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     calls = {ast.unparse(node.func) for node in parsed(path) if isinstance(node, ast.Call)}
     assert not calls & EXECUTING
     loading = {call for call in calls if call.split(".")[-1] in LOADING}
-    if path == PACKAGE / "integrations" / "__init__.py":  # the tracker's state in the framework's own checkpoint
+    # the tracker's state in the framework's own checkpoint
+    if path == PACKAGE / "integrations" / "__init__.py":
         assert "weights_only=True" in text
         loading -= {"torch.load", "load"}
     assert loading <= HARMLESS
     assert "allow_pickle" not in text
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"
+
+
+LIMITS = {
+    PACKAGE: {"tokens a line": 9.2, "packed": 506, "times": 38, "inner": 47, "big": 130},
+    ROOT / "tests": {"tokens a line": 10.1, "packed": 325, "times": 4, "inner": 41, "big": 92},
+}
+"""The most that `density` may count. Lower a limit when code falls below it; never raise one."""
+
+
+@pytest.mark.parametrize("folder", LIMITS, ids=lambda folder: folder.name)
+def test_code_is_not_denser_than_before(folder: Path) -> None:
+    counts = density(folder)
+    found = {"tokens a line": round(counts["tokens"] / counts["lines"], 2)}
+    for name in ("packed", "times", "inner", "big"):
+        found[name] = counts[name]
+    too_many = {name: count for name, count in found.items() if count > LIMITS[folder][name]}
+    assert not too_many

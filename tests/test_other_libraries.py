@@ -29,18 +29,31 @@ def averaged(profile: Discrete, path: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(profile.masses) @ path[places]
 
 
-def store(library: str, folder: Path, path: torch.Tensor, every: int = EVERY, interrupted_at: int = 0,
-          update_after_step: int = 1, **settings: Any) -> None:  # fmt: skip
-    """Let a library store averages every `every` steps of a path; `settings` are for both libraries.
+def store(
+    library: str,
+    folder: Path,
+    path: torch.Tensor,
+    every: int = EVERY,
+    interrupted_at: int = 0,
+    update_after_step: int = 1,
+    **settings: Any,
+) -> None:
+    """Let a library store averages every `every` steps of a path; `settings` are for both
+    libraries.
 
     An interruption continues with another object from the state of the first one.
     """
     network = torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
     if library == "posthoc-ema":
         ema = NextmlEMA.from_model(
-            network, folder, sigma_rels=WIDTHS, checkpoint_every=every, update_after_step=update_after_step,
-            max_checkpoints=99, **settings,
-        )  # fmt: skip
+            network,
+            folder,
+            sigma_rels=WIDTHS,
+            checkpoint_every=every,
+            update_after_step=update_after_step,
+            max_checkpoints=99,
+            **settings,
+        )
         for weights in path:
             network.weight.data.copy_(weights)
             ema.update_(network)
@@ -50,8 +63,12 @@ def store(library: str, folder: Path, path: torch.Tensor, every: int = EVERY, in
     for step, weights in enumerate(path):
         if interrupted_at and step == interrupted_at:
             state = ema.state_dict()
-            ema = LucidrainsEMA(torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64),
-                                sigma_rels=WIDTHS, **folders, **settings)  # fmt: skip
+            ema = LucidrainsEMA(
+                torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64),
+                sigma_rels=WIDTHS,
+                **folders,
+                **settings,
+            )
             ema.load_state_dict(state)
             for average in ema.ema_models:
                 average.online_model[0] = network
@@ -62,16 +79,22 @@ def store(library: str, folder: Path, path: torch.Tensor, every: int = EVERY, in
 @pytest.mark.parametrize(
     ("library", "update_every", "more"),
     [
-        ("ema-pytorch", 1, {}), ("ema-pytorch", 10, {"interrupted_at": 503}), ("ema-pytorch", 100, {}),
-        ("posthoc-ema", 1, {"update_after_step": 100}), ("posthoc-ema", 100, {"update_after_step": 137}),
-        ("posthoc-ema", 10, {"update_after_step": 0}), ("posthoc-ema", 10, {"update_after_step": 1}),
+        ("ema-pytorch", 1, {}),
+        ("ema-pytorch", 10, {"interrupted_at": 503}),
+        ("ema-pytorch", 100, {}),
+        ("posthoc-ema", 1, {"update_after_step": 100}),
+        ("posthoc-ema", 100, {"update_after_step": 137}),
+        ("posthoc-ema", 10, {"update_after_step": 0}),
+        ("posthoc-ema", 10, {"update_after_step": 1}),
     ],
-)  # fmt: skip
+)
 def test_a_library_stores_the_average_of_its_profile(
     tmp_path: Path, library: str, update_every: int, more: dict[str, int]
 ) -> None:
     path = walk()
-    store(library, tmp_path, path, update_every=update_every, checkpoint_dtype=torch.float64, **more)
+    store(
+        library, tmp_path, path, update_every=update_every, checkpoint_dtype=torch.float64, **more
+    )
     for index, width in enumerate(WIDTHS):
         for step in range(EVERY, STEPS + 1, EVERY):
             stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)
@@ -106,7 +129,8 @@ def test_a_step_before_the_first_update_is_refused() -> None:
 
 
 def drifting_walk() -> torch.Tensor:
-    """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape [STEPS, 1000]."""
+    """Return weights of norm about 1 whose steps fall to a tenth and have a common drift: shape
+    [STEPS, 1000]."""
     elements = 1000
     generator = torch.Generator().manual_seed(1)
     moves = torch.randn(STEPS, elements, generator=generator, dtype=torch.float64)
@@ -116,13 +140,20 @@ def drifting_walk() -> torch.Tensor:
     return begin + 0.3 * path / path[-1].norm()
 
 
-@pytest.mark.parametrize(("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)])
-def test_predicted_errors_from_another_librarys_averages_hold(tmp_path: Path, library: str, dtype: torch.dtype) -> None:
-    """With distances of long averages from earlier ones alone, late motion and errors seemed much larger."""
+@pytest.mark.parametrize(
+    ("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)]
+)
+def test_predicted_errors_from_another_librarys_averages_hold(
+    tmp_path: Path, library: str, dtype: torch.dtype
+) -> None:
+    """With distances of long averages from earlier ones alone, late motion and errors seemed much
+    larger."""
     path = drifting_walk()
     store(library, tmp_path, path, 50, update_every=10, checkpoint_dtype=dtype)
     more = {} if library == "ema-pytorch" else {"update_after_step": 1}
-    out = import_checkpoints(tmp_path, tmp_path / "run", kind=library, sigma_rels=WIDTHS, update_every=10, **more)
+    out = import_checkpoints(
+        tmp_path, tmp_path / "run", kind=library, sigma_rels=WIDTHS, update_every=10, **more
+    )
     stored = Run(out.out or "")
     ends = np.arange(STEPS + 1) / STEPS
     for width in (0.07, 0.1, 0.15, 0.2, 0.25):

@@ -12,24 +12,39 @@ from matplotlib.figure import Figure
 from posthoc_cli import plots
 from posthoc_cli.planning import ErrorCurve, ErrorPoint
 
-LONG = "/home/somebody/projects/diffusion/runs/2024-05-17-large-batch/ema: 40 snapshots up to 400,000 steps"
+LONG = (
+    "/home/somebody/projects/diffusion/runs/2024-05-17-large-batch/ema: 40 snapshots up to "
+    "400,000 steps"
+)
 
 
-def curve(low: float = 0.01, high: float = 0.2886, label: str = "run", others: Sequence[ErrorPoint] = ()) -> ErrorCurve:
+def curve(
+    low: float = 0.01, high: float = 0.2886, label: str = "run", others: Sequence[ErrorPoint] = ()
+) -> ErrorCurve:
     widths = np.geomspace(low, high, 50)
-    return ErrorCurve(label, 1000.0, widths, 0.05 + 0 * widths, 1e-4 / widths, (0.05, 0.28), tuple(others))
+    return ErrorCurve(
+        label, 1000.0, widths, 0.05 + 0 * widths, 1e-4 / widths, (0.05, 0.28), tuple(others)
+    )
 
 
-@pytest.mark.parametrize(("ends", "inside"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), "")])
-def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(ends: tuple[float, float], inside: str) -> None:
+@pytest.mark.parametrize(
+    ("ends", "inside"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), "")]
+)
+def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(
+    ends: tuple[float, float], inside: str
+) -> None:
     axes = plots.error_figure([curve(*ends)]).axes[0]
     dots = [x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
     assert ", ".join(f"{dot:g}" for dot in dots) == inside
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["run; tracked: 0.05, 0.28"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "run; tracked: 0.05, 0.28"
+    ]
 
 
 @pytest.mark.parametrize(("least", "most"), [(0.0, 50.0), (1e-12, 0.3), (1e-3, 1e-3)])
-def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(least: float, most: float) -> None:
+def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(
+    least: float, most: float
+) -> None:
     errors = np.geomspace(1e-3, most, 50)
     errors[25] = least
     figure = plots.error_figure([replace(curve(), predicted_error=errors)])
@@ -38,8 +53,13 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
     (low, high), (left, right) = axes.get_ylim(), axes.get_xlim()
     for line in axes.lines[:2]:
         assert low <= line.get_ydata().min() <= line.get_ydata().max() <= high
-        assert left < line.get_xdata().min() <= line.get_xdata().max() < right  # with room for marks
-    (lowest,) = (text.get_text() for text in axes.get_yticklabels() if text.get_position()[1] == pytest.approx(low))
+        # with room for marks
+        assert left < line.get_xdata().min() <= line.get_xdata().max() < right
+    (lowest,) = (
+        text.get_text()
+        for text in axes.get_yticklabels()
+        if text.get_position()[1] == pytest.approx(low)
+    )
     assert lowest == f"{'≤ ' * bool(least < low)}{100 * low:g} %"
 
 
@@ -47,12 +67,18 @@ def swept(kind: str = "sigma_rel") -> Figure:
     """The figure of a metric between 3.2 and 3.4 over a range of lengths."""
     xs, means = np.geomspace(0.025, 0.275, 101), 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
     points = [*zip(xs.tolist(), means.tolist(), strict=True)]
-    return plots.sweep_figure({
-        "axis": kind, "metric": "loss", "best": {kind: 0.08}, "raw": 3.9, "noise": 0.01,
-        "equal_within_noise": [0.07, 0.09],
-        "trials": [{"x": x, "value": y, "standard_error": None} for x, y in points[::25]],
-        "curve": [{"x": x, "estimate": y, "standard_error": 0.0} for x, y in points],
-    })  # fmt: skip
+    return plots.sweep_figure(
+        {
+            "axis": kind,
+            "metric": "loss",
+            "best": {kind: 0.08},
+            "raw": 3.9,
+            "noise": 0.01,
+            "equal_within_noise": [0.07, 0.09],
+            "trials": [{"x": x, "value": y, "standard_error": None} for x, y in points[::25]],
+            "curve": [{"x": x, "estimate": y, "standard_error": 0.0} for x, y in points],
+        }
+    )
 
 
 def test_a_beta_is_drawn_as_its_time_constant() -> None:
@@ -61,7 +87,9 @@ def test_a_beta_is_drawn_as_its_time_constant() -> None:
 
 @pytest.mark.parametrize("label", [LONG, "W" * 120])
 def test_texts_stay_within_the_figure(label: str) -> None:
-    figure = plots.error_figure([curve(label=label, others=[ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)])])
+    figure = plots.error_figure(
+        [curve(label=label, others=[ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)])]
+    )
     figure.draw_without_rendering()
     width, height = figure.get_size_inches() * figure.dpi
     (axes,) = figure.axes

@@ -42,11 +42,15 @@ from posthoc_cli.targets import (
 )
 
 
-@pytest.mark.parametrize("sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28])
+@pytest.mark.parametrize(
+    "sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28]
+)
 def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
     with mpmath.workdps(50):
-        x = mpmath.polyroots([1, 4, 5 - 1 / mpmath.mpf(sigma_rel) ** 2, 2], maxsteps=500, extraprec=500)
+        x = mpmath.polyroots(
+            [1, 4, 5 - 1 / mpmath.mpf(sigma_rel) ** 2, 2], maxsteps=500, extraprec=500
+        )
         exact = max(mpmath.re(root) for root in x)
     assert abs((gamma + 1) - exact) <= 1e-12 * exact
     # d log(sigma_rel) / d log(gamma + 1) is at most 1, and there are a few roundings.
@@ -55,7 +59,11 @@ def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
 
 @pytest.mark.parametrize("wrong", ["0.15", None, [0.15], UNIFORM_SIGMA_REL, math.inf, -math.inf])
 def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong: Any) -> None:
-    accepted = "must lie in (0, 0.2887)" if isinstance(wrong, float) else "must be a number, and lie in (0, 0.2887)"
+    accepted = (
+        "must lie in (0, 0.2887)"
+        if isinstance(wrong, float)
+        else "must be a number, and lie in (0, 0.2887)"
+    )
     with refused("sigma_rel", accepted):
         gamma_from_sigma_rel(wrong)
 
@@ -64,14 +72,18 @@ def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
     gamma = gamma_from_sigma_rel(0.28)
     with mpmath.workdps(50):
         exact = 1 - (mpmath.mpf(10**12 - 1) / 10**12) ** (mpmath.mpf(gamma) + 1)
-    assert new_value_share(gamma, 10**12 - 1, 10**12) == pytest.approx(float(exact), rel=1e-14, abs=0)
+    assert new_value_share(gamma, 10**12 - 1, 10**12) == pytest.approx(
+        float(exact), rel=1e-14, abs=0
+    )
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-8, 1e-6, 1.1e-5, 1e-3, 0.05, 0.28, 0.288675])
 def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel: float) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
-    for steps in (1000, 100_001, 100_002, 1_000_001):  # 100,001 are summed term by term; 1 / (6 steps**2) is left out
-        later = -np.expm1((gamma + 1) * np.log(np.arange(1, steps + 1) / steps))  # the mass after each step
+    # 100,001 are summed term by term; 1 / (6 steps**2) is left out
+    for steps in (1000, 100_001, 100_002, 1_000_001):
+        # the mass after each step
+        later = -np.expm1((gamma + 1) * np.log(np.arange(1, steps + 1) / steps))
         age = float(np.sum(1 - later[:-1]))
         assert mean_age(gamma, steps) == pytest.approx(age, rel=1e-10)
         beta = convert(steps, [sigma_rel])[0]["beta"]
@@ -125,7 +137,9 @@ def recorded(times: np.ndarray) -> ClockRecorder:
 def worst(knots: Sequence[tuple[int, float]], times: np.ndarray) -> float:
     """Return the largest error of the knots in steps, at the times of all steps."""
     steps, knot_times = zip(*knots, strict=True)
-    return float(np.abs(Clock(steps, knot_times).step_at(times) - np.arange(1, len(times) + 1)).max())
+    return float(
+        np.abs(Clock(steps, knot_times).step_at(times) - np.arange(1, len(times) + 1)).max()
+    )
 
 
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=200))
@@ -144,7 +158,10 @@ def test_the_error_of_a_recorded_clock_is_at_most_half_a_step(intervals: list[fl
 
 @pytest.mark.parametrize(
     ("lengths", "steps_off"),
-    [(np.linspace(1, 16, 50_000), 0.5), (np.exp(np.random.default_rng(0).normal(0, 1, 50_000)), 40)],
+    [
+        (np.linspace(1, 16, 50_000), 0.5),
+        (np.exp(np.random.default_rng(0).normal(0, 1, 50_000)), 40),
+    ],
 )
 def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_closely_from_knots(
     lengths: np.ndarray, steps_off: float
@@ -152,7 +169,10 @@ def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_c
     """A clock of 50,000 steps is recorded with an error of at most `steps_off`."""
     times = np.cumsum(lengths)
     complete, part = recorded(times), recorded(times[:10_000])
-    exact, near = ClockRecorder.of_state(part.state()), ClockRecorder.of_knots(part.knots_until(part.step, part.t))
+    exact, near = (
+        ClockRecorder.of_state(part.state()),
+        ClockRecorder.of_knots(part.knots_until(part.step, part.t)),
+    )
     for step, t in enumerate(times[10_000:].tolist(), 10_001):
         exact, near = exact.add(step, t), near.add(step, t)
         if step % 1000 == 0:  # the tolerance, the first number of a state, never shrinks
@@ -170,10 +190,15 @@ def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_c
     [
         (np.arange(1.0, 1001), ()),  # the step clock
         (7.0 * np.arange(1, 1001), ((1000, 7000.0),)),
-        (3.0 * np.arange(1, 1001) + 4.0 * np.arange(-99, 901).clip(min=0), ((100, 300.0), (1000, 6600.0))),
+        (
+            3.0 * np.arange(1, 1001) + 4.0 * np.arange(-99, 901).clip(min=0),
+            ((100, 300.0), (1000, 6600.0)),
+        ),
     ],
 )
-def test_steps_of_equal_length_make_no_knots_however_often_a_run_is_continued(times: np.ndarray, knots: tuple) -> None:
+def test_steps_of_equal_length_make_no_knots_however_often_a_run_is_continued(
+    times: np.ndarray, knots: tuple
+) -> None:
     """A run that continues from its knots has the slope of the last line, not of all training."""
     recorder = ClockRecorder()
     for step, t in enumerate(times.tolist(), 1):
@@ -186,11 +211,16 @@ def test_steps_of_equal_length_make_no_knots_however_often_a_run_is_continued(ti
 @pytest.mark.parametrize(
     "state",
     [
-        {}, [0.5, 0.0, math.inf], [0.5, 0.0, math.inf, 0, "0"], [0.5, 0.9, 1.1, 2**63, 4.0],
+        {},
+        [0.5, 0.0, math.inf],
+        [0.5, 0.0, math.inf, 0, "0"],
+        [0.5, 0.9, 1.1, 2**63, 4.0],
         [math.nan, 0.9, 1.1, 4, 4.0],
-        [0.5, 1.2, 1.1, 4, 4.0], [0.5, 0.9, 1.1, 4, 4.0, 4, 5.0], [0.5, 0.9, 1.1, 4, 4.0, 5, 4.0],
+        [0.5, 1.2, 1.1, 4, 4.0],
+        [0.5, 0.9, 1.1, 4, 4.0, 4, 5.0],
+        [0.5, 0.9, 1.1, 4, 4.0, 5, 4.0],
     ],
-)  # fmt: skip
+)
 def test_a_value_that_is_no_state_is_refused(state: list[float]) -> None:
     with refused("clock", "must be a list"):
         ClockRecorder.of_state(state)
@@ -203,7 +233,10 @@ def later_weights(weights: np.ndarray) -> np.ndarray:
     return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
 
 
-CLOCKS = ((Clock.of_steps(), np.arange(101.0)), (UNEVEN, np.array([uneven_time(step) for step in range(101)])))
+CLOCKS = (
+    (Clock.of_steps(), np.arange(101.0)),
+    (UNEVEN, np.array([uneven_time(step) for step in range(101)])),
+)
 """Clocks, with the times of steps 0 to 100."""
 
 
@@ -217,7 +250,9 @@ def test_the_classical_profile_has_the_weights_of_its_recursion(decay: float, fi
         weights[step] += 1 - decay
     for clock, times in CLOCKS:
         profile = Beta(decay).profile(times[-1], clock, times[first])
-        np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(
+            profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("steps", [1, 30, 100])
@@ -226,18 +261,25 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
     weights[-steps:] = 1 / steps
     for clock, times in CLOCKS:
         profile = Window(steps).profile(times[-1], clock, 1.0)
-        np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12
+        )
 
 
 # --- checkpoints, and averages over known times
 
 
 def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later() -> None:
-    """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been copies."""
+    """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been
+    copies."""
     longer, later = DecayRule(0.99, uncertainty=0.1, late=40).profile(300, 300).others
     steps = np.arange(1, 301)
-    np.testing.assert_allclose(longer.tail(steps), 1 - (1 - 0.01 / 1.1) ** (300 - steps), atol=1e-12)
-    np.testing.assert_allclose(later.tail(steps), np.where(steps < 40, 1, 1 - 0.99 ** (300 - steps)), atol=1e-12)
+    np.testing.assert_allclose(
+        longer.tail(steps), 1 - (1 - 0.01 / 1.1) ** (300 - steps), atol=1e-12
+    )
+    np.testing.assert_allclose(
+        later.tail(steps), np.where(steps < 40, 1, 1 - 0.99 ** (300 - steps)), atol=1e-12
+    )
 
 
 # --- targets: the right profile for each target, and an error that names each impossible one
@@ -261,14 +303,18 @@ NINE = Between(0, 9).profile(9.0, STEPS, 1.0)
         (GivenProfile(NINE, "mine"), "mine", "profile mine", None),
     ],
 )
-def test_each_target_has_its_names(target: Target, label: str, title: str, sigma_rel: float | None) -> None:
+def test_each_target_has_its_names(
+    target: Target, label: str, title: str, sigma_rel: float | None
+) -> None:
     assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
     assert as_target(target) is target
     if target.kind != "profile":
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
-def test_the_mean_of_a_span_weighs_its_times_the_same_and_a_decay_over_a_part_ends_with_the_run() -> None:
+def test_the_mean_of_a_span_weighs_its_times_the_same_and_a_partial_decay_ends_with_the_run() -> (
+    None
+):
     times = np.linspace(-1, 1.1e6, 1000)
     profile = Between(5e4, 8e4).profile(1e6, IMAGES, 1280.0)
     np.testing.assert_allclose(profile.tail(times), np.clip((8e4 - times) / 3e4, 0, 1), atol=1e-12)
@@ -289,24 +335,57 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     [
         (lambda: as_target(None), "target", "None"),
         (lambda: Groups({1: 0.1}), "group", "{1: 0.1}: must be globs on names"),  # type: ignore[dict-item]
-        (lambda: as_target("abc"), "target", "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, "),
+        (
+            lambda: as_target("abc"),
+            "target",
+            "abc: must be a sigma_rel in (0, 0.2887), or one of beta:0.9999, ",
+        ),
         (lambda: as_target("beta:0.99,0.999"), "target", "must name one average, not 2"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
         (lambda: Decay("linear", ()), "over", "two ascending times"),  # type: ignore[arg-type]
         (lambda: Mean(2.5), "last", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
-        (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "target", "target last:3: names checkpoints"),
+        (
+            lambda: Mean(3).profile(1e6, IMAGES, 1280.0),
+            "target",
+            "target last:3: names checkpoints",
+        ),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
-        (lambda: as_target("between:50:20"), "target", "target between:50:20: must start at 0 or later"),
-        (lambda: as_target("between:5%:20%"), "target", "target between:5%:20%: must be START:END, two training times"),
-        (lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0), "target", "target between:5:2000000: ends after t"),
-        (lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0), "target", "between:0:1e-300: must span at least"),
-        (lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0), "target", "target window:10001: the run has 10,000"),
+        (
+            lambda: as_target("between:50:20"),
+            "target",
+            "target between:50:20: must start at 0 or later",
+        ),
+        (
+            lambda: as_target("between:5%:20%"),
+            "target",
+            "target between:5%:20%: must be START:END, two training times",
+        ),
+        (
+            lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0),
+            "target",
+            "target between:5:2000000: ends after t",
+        ),
+        (
+            lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0),
+            "target",
+            "between:0:1e-300: must span at least",
+        ),
+        (
+            lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0),
+            "target",
+            "target window:10001: the run has 10,000",
+        ),
         (lambda: GivenProfile(NINE, "../a b"), "profile", "'../a b'"),
-        (lambda: GivenProfile(NINE, "mine").profile(9 - 9e-6, STEPS, 1.0), "profile mine",
-         "tail is 1e-06 at s = 8.999991; must be 1 before 0"),
+        (
+            lambda: GivenProfile(NINE, "mine").profile(9 - 9e-6, STEPS, 1.0),
+            "profile mine",
+            "tail is 1e-06 at s = 8.999991; must be 1 before 0",
+        ),
     ],
-)  # fmt: skip
-def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
+)
+def test_an_impossible_target_is_refused(
+    make: Callable[[], object], subject: str, words: str
+) -> None:
     with refused(subject, words):
         make()
 
@@ -330,12 +409,17 @@ def test_valid_profiles_are_used_unchanged() -> None:
         (Written(lambda s: s * np.nan), "tail is nan at s = -100"),
         (Written(lambda _: 0.01), "times of shape (1150,) give the shape ()"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "tail is 0.5 at s = 100; must be 1 before 0"),
-        (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
-         "tail is 1 at s = 40.0390625"),
+        (
+            Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)),
+            "tail is 0.5 at s = 100; must be 1 before 0",
+        ),
+        (
+            Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
+            "tail is 1 at s = 40.0390625",
+        ),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
-)  # fmt: skip
+)
 def test_the_fault_of_a_given_profile_is_named(profile: object, words: str) -> None:
     with refused("profile given", words):
         as_target(profile).profile(100.0, STEPS, 1.0)
@@ -361,7 +445,10 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
         ("window:500:1500:500", [Window(500), Window(1000), Window(1500)]),
         ("between:0:1e3,500:2000", [Between(0, 1000), Between(500, 2000)]),
         ("last:10", [Mean(10)]),
-        ("decay:1-sqrt:5%:15%:5%", [Decay("1-sqrt", 0.05), Decay("1-sqrt", 0.1), Decay("1-sqrt", 0.15)]),
+        (
+            "decay:1-sqrt:5%:15%:5%",
+            [Decay("1-sqrt", 0.05), Decay("1-sqrt", 0.1), Decay("1-sqrt", 0.15)],
+        ),
         ("decay:cosine:100:200", [Decay("cosine", (100, 200))]),
     ],
 )
@@ -370,9 +457,12 @@ def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
 
 
 def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> None:
-    """Then an update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many steps."""
+    """Then an update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many
+    steps."""
     assert HalfLife(2000).beta == pytest.approx(0.5 ** (1 / 2000), rel=1e-15)
     (target,) = parse_targets("half-life:5%")
     assert target.title == "half-life:5%"
     assert target.sigma_rel == pytest.approx(0.0629, abs=5e-5)
-    assert 1 - target.profile(1000.0, STEPS, 1.0).tail(999.0) == pytest.approx(2 ** (-1 / 50), rel=2e-5)
+    assert 1 - target.profile(1000.0, STEPS, 1.0).tail(999.0) == pytest.approx(
+        2 ** (-1 / 50), rel=2e-5
+    )

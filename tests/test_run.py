@@ -19,9 +19,12 @@ from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, 
 from posthoc_cli.run import plan_training
 
 TARGETS = {
-    "0.15": 0.15, "beta-0.9": Beta(0.9), "window-50": Window(50), "between-20-80": Between(20, 80),
+    "0.15": 0.15,
+    "beta-0.9": Beta(0.9),
+    "window-50": Window(50),
+    "between-20-80": Between(20, 80),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -34,50 +37,80 @@ def test_a_run_describes_its_snapshots(run: Run) -> None:
     assert (run.t, run.step, run.profiles) == (100.0, 100, [0.05, 0.28])
     assert [snapshot.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
     assert {name: (spec.dtype, spec.shape) for name, spec in run.tensors.items()} == {
-        "w": ("F32", (5, 3)), "b": ("F32", (3,)),
-    }  # fmt: skip
+        "w": ("F32", (5, 3)),
+        "b": ("F32", (3,)),
+    }
     assert repr(run) == f"Run({str(run.directory)!r}: 20 snapshots of 0.05, 0.28 up to 100 steps)"
     assert run.info()["profiles"][1]["times"] == [10.0 * k for k in range(1, 11)]
 
 
 def test_reading_headers_needs_neither_torch_nor_scipy(run: Run) -> None:
     code = (
-        f"from posthoc_cli import Run; run = Run({str(run.directory)!r}); print(run, run.tensors, run.info(), "
-        "run.plan(0.15), run.error_curve().to_dict(), run.check(), run.prune(keep=5, dry_run=True)); "
+        f"from posthoc_cli import Run; run = Run({str(run.directory)!r}); print(run, "
+        f"run.tensors, run.info(), "
+        "run.plan(0.15), run.error_curve().to_dict(), run.check(), run.prune(keep=5, "
+        "dry_run=True)); "
         "import sys; assert not {'torch', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(run: Run, tmp_path: Path, name: str) -> None:
+def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(
+    run: Run, tmp_path: Path, name: str
+) -> None:
     target = TARGETS[name]
     weights = run.average(target, dtype="float64")
     expected = PostHocEMA.from_path(run.directory).state_dict(sigma_rel=target, dtype="float64")
     assert_same_tensors(weights, expected)
     assert weights.predicted_error == expected.predicted_error
-    assert weights.profile_error == run.plan(target, dtype="float64").to_dict()["targets"][0]["profile_error"]
+    assert (
+        weights.profile_error
+        == run.plan(target, dtype="float64").to_dict()["targets"][0]["profile_error"]
+    )
     report = run.write(target, tmp_path / "a.safetensors", dtype="float64")
     assert_same_tensors(load_file(tmp_path / "a.safetensors"), weights)
     assert report.to_dict()["targets"][0]["predicted_error"] == weights.predicted_error
 
 
-def test_an_average_of_another_time_and_dtype_loads_without_this_package(run: Run, tmp_path: Path) -> None:
+def test_an_average_of_another_time_and_dtype_loads_without_this_package(
+    run: Run, tmp_path: Path
+) -> None:
     weights = run.average(0.1, step=50, dtype=torch.bfloat16)
     assert weights["w"].dtype == torch.bfloat16
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
     torch.save(weights, tmp_path / "weights.pt")
     assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
-    curve, plan = run.error_curve((0.1, 0.2), others=[Window(50)]), run.plan([0.1, Window(50)], dtype="float64")
+    curve, plan = (
+        run.error_curve((0.1, 0.2), others=[Window(50)]),
+        run.plan([0.1, Window(50)], dtype="float64"),
+    )
     assert curve.predicted_error[0] == pytest.approx(plan.predicted_error(0))
     assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
 
 
-def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
+def test_writing_several_averages_returns_what_the_command_prints(
+    run: Run, ema: Ema, tmp_path: Path
+) -> None:
     report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
-    assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
-    arguments = ("--sigma-rel", "0.1", "--target", "beta:0.9", "--out", tmp_path / "new", "--overwrite", "--json")
-    printed, expected = ema("synthesize", run.directory, *arguments).json, json.loads(json.dumps(report.to_dict()))
+    assert [path.name for path in report.outputs] == [
+        "sigma_rel-0.1.safetensors",
+        "beta-0.9.safetensors",
+    ]
+    arguments = (
+        "--sigma-rel",
+        "0.1",
+        "--target",
+        "beta:0.9",
+        "--out",
+        tmp_path / "new",
+        "--overwrite",
+        "--json",
+    )
+    printed, expected = (
+        ema("synthesize", run.directory, *arguments).json,
+        json.loads(json.dumps(report.to_dict())),
+    )
     for target in (*printed["targets"], *expected["targets"]):
         del target["seconds"]
     assert printed == expected
@@ -101,17 +134,35 @@ def test_writing_several_averages_returns_what_the_command_prints(run: Run, ema:
     [
         (lambda _: Run(None), "directory", "None: must be a path"),
         (lambda run: run.average(0.1, device=99), "device", "'99': cannot be used: "),
-        (lambda run: run.prune(max_error="1%"), "max_error", "'1%': must be a relative error in (0, 1)"),
-        (lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)), "sigma_range", "(0.2, 0.1): must be two numbers in"),
+        (
+            lambda run: run.prune(max_error="1%"),
+            "max_error",
+            "'1%': must be a relative error in (0, 1)",
+        ),
+        (
+            lambda run: run.prune(keep=2, sigma_range=(0.2, 0.1)),
+            "sigma_range",
+            "(0.2, 0.1): must be two numbers in",
+        ),
         (lambda run: run.prune(max_error=0.1, keep=1), "keep and max_error", ": give one of them"),
         (lambda run: run.prune(keep=0), "keep", "0: must be a whole number, at least 1"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
-        (lambda run: run.write([TARGETS["given"]] * 2, "out"), "out", "would both become out/given.safetensors"),
-        (lambda run: run.error_curve(others=Groups({"*": 0.1})), "target", "has a profile for each group"),
+        (
+            lambda run: run.write([TARGETS["given"]] * 2, "out"),
+            "out",
+            "would both become out/given.safetensors",
+        ),
+        (
+            lambda run: run.error_curve(others=Groups({"*": 0.1})),
+            "target",
+            "has a profile for each group",
+        ),
     ],
 )
-def test_an_invalid_argument_is_refused(run: Run, call: Callable[[Run], object], subject: str, words: str) -> None:
+def test_an_invalid_argument_is_refused(
+    run: Run, call: Callable[[Run], object], subject: str, words: str
+) -> None:
     with refused(subject, words):
         call(run)
     assert len(run.snapshots) == 20
@@ -122,7 +173,9 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema) -> Non
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
     assert ema("error-plot", run.directory, *words.split()).json == {"curves": [curve.to_dict()]}
     printed = ema(
-        "plan", *["--steps", "1000", "--params", "100", "--disk", "10kB", "--json", "--like"], run.directory
+        "plan",
+        *["--steps", "1000", "--params", "100", "--disk", "10kB", "--json", "--like"],
+        run.directory,
     ).json
     assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000, like=run).to_dict()))
 
@@ -141,7 +194,9 @@ def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:
 
 def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", update_every=1, checkpoint_every=5
+    ) as tracker:
         assert repr(tracker.run) == f"Run({str(tmp_path / 'run')!r}: no such directory)"
         for _ in range(10):
             tracker.update_(model)

@@ -23,23 +23,35 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
-UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
 """Unit roundoff."""
 
 
-def draw(seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 7)) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def draw(
+    seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 7)
+) -> torch.Tensor:
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def write_random(directory: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
-    """Write snapshots of two profiles at TIMES, each with random weights and a counter equal to its time."""
+    """Write snapshots of two profiles at TIMES, each with random weights and a counter equal to its
+    time."""
     for index, t in enumerate(TIMES):
         for sigma_rel in (0.05, 0.28):
             values = {
-                "w": draw(2 * index + (sigma_rel > 0.1), dtype), "odd": draw(100 + index, dtype, (13,)),
-                "scalar": draw(200 + index, dtype, ()), "empty": torch.empty(0, 4, dtype=dtype),
+                "w": draw(2 * index + (sigma_rel > 0.1), dtype),
+                "odd": draw(100 + index, dtype, (13,)),
+                "scalar": draw(200 + index, dtype, ()),
+                "empty": torch.empty(0, 4, dtype=dtype),
                 "count": torch.tensor(t),
-            }  # fmt: skip
+            }
             write_snapshot(directory, t, sigma_rel, RUN_ID, values, **fields)
 
 
@@ -49,7 +61,9 @@ def plan_of(directory: Path, targets: Sequence[Any] = TARGETS, **options: Any) -
 
 def expected(directory: Path, plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
-    values = np.stack([load_file(directory / source.name)[name].double().numpy() for source in plan.sources])
+    values = np.stack(
+        [load_file(directory / source.name)[name].double().numpy() for source in plan.sources]
+    )
     columns = plan.reconstruction.coefficients.T
     return (
         [np.tensordot(column, values, axes=1) for column in columns],
@@ -58,7 +72,8 @@ def expected(directory: Path, plan: Plan, name: str) -> tuple[list[np.ndarray], 
 
 
 def accumulated(dtype: torch.dtype, terms: int) -> float:
-    """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m consecutive roundings.
+    """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m
+    consecutive roundings.
 
     A term is rounded as a value, as a coefficient and as a product, then in each of the sums.
     """
@@ -68,18 +83,30 @@ def accumulated(dtype: torch.dtype, terms: int) -> float:
 
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, stored: torch.dtype) -> None:
-    """`accumulated` bounds the errors of the sums and of `expected`; then the result is rounded to its own dtype."""
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+def test_results_are_the_sums_within_rounding(
+    tmp_path: Path, own: torch.dtype, stored: torch.dtype
+) -> None:
+    """`accumulated` bounds the errors of the sums and of `expected`; then the result is rounded to
+    its own dtype."""
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+    }
     averages = dict.fromkeys(("w", "odd", "scalar", "empty"), f"average {names[own]}")
     write_random(tmp_path, stored, tensors=averages)
     plan = plan_of(tmp_path)
     wide = torch.float64 if own == torch.float64 or stored.itemsize >= 4 else torch.float32
     share = accumulated(wide, len(plan.sources)) + accumulated(torch.float64, len(plan.sources))
     for name in averages:
-        for value, exact, size in zip(dict(synthesize(plan))[name], *expected(tmp_path, plan, name), strict=True):
+        for value, exact, size in zip(
+            dict(synthesize(plan))[name], *expected(tmp_path, plan, name), strict=True
+        ):
             assert value.dtype == own
-            tolerance = share * size + UNIT[own] * (np.abs(exact) + share * size) + torch.finfo(own).tiny
+            tolerance = (
+                share * size + UNIT[own] * (np.abs(exact) + share * size) + torch.finfo(own).tiny
+            )
             assert np.all(np.abs(value.double().numpy() - exact) <= tolerance)
 
 
@@ -98,8 +125,12 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
         assert dict(synthesize(plan))["count"][0] == newest
 
 
-@pytest.mark.parametrize(("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")])
-def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtype | str | None, own: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")]
+)
+def test_the_specs_of_a_plan_are_what_it_makes(
+    tmp_path: Path, dtype: torch.dtype | str | None, own: str
+) -> None:
     """Tied tensors appear under each of their names."""
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
     plan = plan_of(tmp_path, dtype=dtype)
@@ -108,34 +139,57 @@ def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtyp
     assert (specs["count"].dtype, specs["count"].shape) == ("I64", ())
     assert specs.keys() == tensors.keys()
     for name, values in tensors.items():
-        assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)
-    assert len(plan_of(tmp_path, [Groups({"tied": 0.1, "*": 0.2})]).passes()) == 2  # a group names any of them
+        assert all(
+            value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape
+            for value in values
+        )
+    # a group names any of them
+    assert len(plan_of(tmp_path, [Groups({"tied": 0.1, "*": 0.2})]).passes()) == 2
     for alias, name in (("tied", "w"), ("tied too", "w"), ("count too", "count")):
         assert all(torch.equal(a, b) for a, b in zip(tensors[alias], tensors[name], strict=True))
 
 
 def test_the_metadata_of_an_output_describe_how_it_was_made(tmp_path: Path) -> None:
-    fields = {"tensors": {"var": "copy F32"}, "aliases": {"var too": "var", "tied": "w"}, "t_unit": "images"}
+    fields = {
+        "tensors": {"var": "copy F32"},
+        "aliases": {"var too": "var", "tied": "w"},
+        "t_unit": "images",
+    }
     for t in TIMES:
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([1.0])}, **fields)
+        write_snapshot(
+            tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([1.0])}, **fields
+        )
     plan = plan_of(tmp_path, [0.1, 0.06], t=35.5)
     info = plan.output_info(1)
-    assert (info.run_id, info.sigma_rel, info.t, info.t_unit, info.method) == (RUN_ID, 0.06, 35.5, "images", "minvar")
+    assert (info.run_id, info.sigma_rel, info.t, info.t_unit, info.method) == (
+        RUN_ID,
+        0.06,
+        35.5,
+        "images",
+        "minvar",
+    )
     assert info.gamma == pytest.approx(exact_gamma(0.06), rel=1e-12)
     assert sorted(info.copies) == ["var", "var too"]
     assert [used.file for used in info.snapshots] == [source.name for source in plan.sources]
-    assert [used.coefficient for used in info.snapshots] == plan.reconstruction.coefficients[:, 1].tolist()
+    assert [used.coefficient for used in info.snapshots] == plan.reconstruction.coefficients[
+        :, 1
+    ].tolist()
     assert info.profile_error == plan.reconstruction.profile_error[1]
 
 
-def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_another_clock(tmp_path: Path) -> None:
+def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_another_clock(
+    tmp_path: Path,
+) -> None:
     write_random(tmp_path / "steps")
     assert plan_of(tmp_path / "steps", step=25).t == 25
     for step in (10, 20):
-        write_snapshot(tmp_path, 64.0 * step, 0.05, RUN_ID, {"w": draw(step)}, step=step, t_unit="images")
+        write_snapshot(
+            tmp_path, 64.0 * step, 0.05, RUN_ID, {"w": draw(step)}, step=step, t_unit="images"
+        )
     assert plan_of(tmp_path, [0.04], step=20).t == 1280
     with pytest.raises(
-        InvalidValueError, match=r"step 15: lies between the snapshots at 10 and 20; .* give t in images"
+        InvalidValueError,
+        match=r"step 15: lies between the snapshots at 10 and 20; .* give t in images",
     ):
         plan_of(tmp_path, [0.04], step=15)
 
@@ -143,19 +197,27 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
 @pytest.mark.parametrize(
     ("value", "dtype", "message"),
     [
-        (float("nan"), None, ".* holds nan or infinity"), (float("inf"), None, ".* holds nan or infinity"),
+        (float("nan"), None, ".* holds nan or infinity"),
+        (float("inf"), None, ".* holds nan or infinity"),
         (float("-inf"), "bf16", ".* holds nan or infinity"),
-        (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"), (70_000.0, "bf16", None),
+        (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"),
+        (70_000.0, "bf16", None),
     ],
-)  # fmt: skip
+)
 def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path, value: float, dtype: str | None, message: str | None
 ) -> None:
-    write_snapshot(tmp_path / "run", 20, 0.05, RUN_ID, {"good": draw(1), "bad\n": torch.tensor([1.0, value])})
-    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])})
+    write_snapshot(
+        tmp_path / "run", 20, 0.05, RUN_ID, {"good": draw(1), "bad\n": torch.tensor([1.0, value])}
+    )
+    write_snapshot(
+        tmp_path / "run", 10, 0.05, RUN_ID, {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])}
+    )
     with pytest.raises(NonFiniteError, match=rf"'bad\\n'{message}") if message else nullcontext():
         Run(tmp_path / "run").write(0.05, tmp_path / "out.safetensors", dtype=dtype)
-    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == ["out.safetensors"] * (message is None)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == [
+        "out.safetensors"
+    ] * (message is None)
 
 
 def replace(path: Path) -> None:
@@ -163,8 +225,12 @@ def replace(path: Path) -> None:
     write_snapshot(path.parent, 20, 0.05, RUN_ID, {"w": draw(99)})
 
 
-@pytest.mark.parametrize("harm", [lambda path: os.truncate(path, path.stat().st_size - 1), replace, Path.unlink])
-def test_a_snapshot_that_changed_since_the_plan_is_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda path: os.truncate(path, path.stat().st_size - 1), replace, Path.unlink]
+)
+def test_a_snapshot_that_changed_since_the_plan_is_named(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
     paths = [write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, {"w": draw(t)}) for t in (10, 20)]
     plan = plan_of(tmp_path / "run", [0.04, 0.1])
     harm(paths[1])
@@ -198,7 +264,9 @@ def grouped(run: Run, up: float, down: float) -> dict[str, torch.Tensor]:
     return {name: wide[name] if name.startswith("up") else narrow[name] for name in SHAPES}
 
 
-def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(run: Run, tmp_path: Path) -> None:
+def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(
+    run: Run, tmp_path: Path
+) -> None:
     wanted = [Groups(GROUPS), 0.15, Groups({"*.d": 0.05, "*": 0.1})]
     report = run.write(wanted, tmp_path / "new")
     assert report is not None
@@ -212,9 +280,14 @@ def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(ru
     assert_same_tensors(PostHocEMA.from_path(run.directory).state_dict(wanted[0]), first)
 
 
-def test_the_command_makes_outputs_that_name_their_groups_and_verify(ema: Ema, run: Run, tmp_path: Path) -> None:
+def test_the_command_makes_outputs_that_name_their_groups_and_verify(
+    ema: Ema, run: Run, tmp_path: Path
+) -> None:
     """In one file, or in shards."""
-    path, words = tmp_path / "model.safetensors", ("--group", "up.*=0.2", "--group", "*=0.1", "--json")
+    path, words = (
+        tmp_path / "model.safetensors",
+        ("--group", "up.*=0.2", "--group", "*=0.1", "--json"),
+    )
     report = ema("synthesize", run.directory, *words, "--out", path).json
     assert_same_tensors(load_file(path), grouped(run, 0.2, 0.1))
     assert ema("verify", path).code == 0
@@ -247,9 +320,15 @@ def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor() -> None:
 def test_dtypes_of_averages_are_given_as_words_or_torch_dtypes() -> None:
     assert parse_dtype(None) is parse_dtype("keep") is None
     assert {word: torch_dtype(str(parse_dtype(word))) for word in WORDS} == {
-        "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32, "fp32": torch.float32,
-        "float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    }  # fmt: skip
+        "float64": torch.float64,
+        "fp64": torch.float64,
+        "float32": torch.float32,
+        "fp32": torch.float32,
+        "float16": torch.float16,
+        "fp16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "bf16": torch.bfloat16,
+    }
     assert parse_dtype(torch.bfloat16) == "BF16"
 
 

@@ -22,12 +22,19 @@ Form = Callable[[int, Weights, Weights], object]
 
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = torch.nn.Linear(20, 40), torch.nn.Tanh(), torch.nn.Linear(40, 30), torch.nn.Linear(30, 5)
+    layers = (
+        torch.nn.Linear(20, 40),
+        torch.nn.Tanh(),
+        torch.nn.Linear(40, 30),
+        torch.nn.Linear(30, 5),
+    )
     return torch.nn.Sequential(*layers)
 
 
 @functools.cache
-def train(rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1) -> np.ndarray:
+def train(
+    rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1
+) -> np.ndarray:
     model = network()
     random = torch.Generator().manual_seed(seed)
     teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
@@ -68,7 +75,8 @@ def ratio(n: float) -> float:
 
 
 def follow(update: Average, weights: np.ndarray | None = None) -> np.ndarray:
-    """Return an average that begins with the first weights after every step: [STEPS, parameters]."""
+    """Return an average that begins with the first weights after every step: [STEPS,
+    parameters]."""
     weights = train() if weights is None else weights
     averages = [weights[0].copy()]
     for step, now in enumerate(weights, 1):
@@ -81,7 +89,11 @@ def timm(step: int, weights: Weights, average: Weights) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, weights: np.ndarray, update: Average, dtype: torch.dtype = torch.float32, form: Form = timm
+    folder: Path,
+    weights: np.ndarray,
+    update: Average,
+    dtype: torch.dtype = torch.float32,
+    form: Form = timm,
 ) -> Path:
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
@@ -99,16 +111,27 @@ def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
 def error_of(
     run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return the relative distance of an average from the sum over every step in float64, and the predicted error."""
+    """Return the relative distance of an average from the sum over every step in float64, and the
+    predicted error."""
     made = run.average(sigma_rel, dtype="float64")
-    vector = np.concatenate([made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()])
+    vector = np.concatenate(
+        [made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()]
+    )
     truth = true_average(train() if weights is None else weights, sigma_rel)
     assert made.predicted_error is not None
     return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
 
 
-def check(run: Run | Path, *of: float, most: float = 2e-3, low: float = 0.3, high: float = 2.5, **where: Any) -> None:
-    """Check that an average is exact, and as exact as predicted: its error over the predicted one has bounds."""
+def check(
+    run: Run | Path,
+    *of: float,
+    most: float = 2e-3,
+    low: float = 0.3,
+    high: float = 2.5,
+    **where: Any,
+) -> None:
+    """Check that an average is exact, and as exact as predicted: its error over the predicted one
+    has bounds."""
     error, predicted = error_of(Run(run) if isinstance(run, Path) else run, *of, **where)
     assert error < most
     assert low < error / predicted < high

@@ -1,16 +1,20 @@
-"""Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file is executed.
+"""Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file
+is executed.
 
-    pickles, index, steps       the places of tensors in a file, the tensors of a checkpoint, its step
-    source, layouts             a checkpoint as a source, with settings; the kinds that programs write
-    open_run                    all checkpoints of a folder as one run
-    import_run, manifest        the work of `ema import`, and its output
-    audit, audit_decay          the check of an average, and the search for its decay
+    pickles, index, steps       the places of tensors in a file, the tensors of a checkpoint, its
+    step source, layouts             a checkpoint as a source, with settings; the kinds that
+    programs write open_run                    all checkpoints of a folder as one run import_run,
+    manifest        the work of `ema import`, and its output audit, audit_decay          the check
+    of an average, and the search for its decay
 
-A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does those of snapshots.
+A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does
+those of snapshots.
 """
 
 KINDS = (
-    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema", "averaged-model",
-    "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "edm", "ema", "checkpoints",
+    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema",
+    "averaged-model", "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "edm", "ema",
+    "checkpoints",
 )  # fmt: skip
-"""The kinds of `layouts.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series."""
+"""The kinds of `layouts.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series.
+"""

@@ -1,8 +1,10 @@
-"""Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy float64 on a sample.
+"""Check that an average is what it claims to be, from checkpoints of it and of the weights; NumPy
+float64 on a sample.
 
-`audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and the restarts, and
-recognises faults: the average, or some of its tensors, do not move or equal the weights. An average that restarted from
-the weights remembers nothing from before the restart; how far it has moved between two checkpoints gives its time.
+`audit_decay` finds the decay that explains how the average moved. This module finds the warm-up and
+the restarts, and recognises faults: the average, or some of its tensors, do not move or equal the
+weights. An average that restarted from the weights remembers nothing from before the restart; how
+far it has moved between two checkpoints gives its time.
 """
 
 from __future__ import annotations
@@ -15,23 +17,52 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.audit_decay import CONSTANT, Intervals, Model, Series, best_models, refine
+from posthoc_cli.checkpoints.audit_decay import (
+    CONSTANT,
+    Intervals,
+    Model,
+    Series,
+    best_models,
+    refine,
+)
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
-from posthoc_cli.profiles import POWER_FUNCTION, UNLIMITED, DecayRule, OrdinaryEMA, Point, gamma_from_sigma_rel
+from posthoc_cli.profiles import (
+    POWER_FUNCTION,
+    UNLIMITED,
+    DecayRule,
+    OrdinaryEMA,
+    Point,
+    gamma_from_sigma_rel,
+)
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
-_MOST_ELEMENTS, _PIECES = 100_000, 32  # most elements in the sample; least pieces of tensors if it has enough elements
+# most elements in the sample; least pieces of tensors if it has enough elements
+_MOST_ELEMENTS, _PIECES = (100_000, 32)
 _MOST_CHECKPOINTS = 24  # most checkpoints that are explained together
-_SLACK = 1.1  # largest factor between the found and the claimed length of an average that is as claimed
+_SLACK = (
+    1.1  # largest factor between the found and the claimed length of an average that is as claimed
+)
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
-_SHORTEST = 0.1  # smallest length that can be determined, as a share of the time between two checkpoints
+_SHORTEST = (
+    0.1  # smallest length that can be determined, as a share of the time between two checkpoints
+)
 _ALL = 0.999  # share of equal elements that counts as all elements
-_CLEARLY = 0.5  # an explanation is clearly better if its residual is below this share of another one's
-_VAGUE, _BEYOND_DOUBT = 0.25, 5.0  # above this uncertainty a length is undetermined, unless so many times that off
+_CLEARLY = (
+    0.5  # an explanation is clearly better if its residual is below this share of another one's
+)
+# above this uncertainty a length is undetermined, unless so many times that off
+_VAGUE, _BEYOND_DOUBT = (0.25, 5.0)
 
 _STILL = "was not updated"
-BAD = ("too long", "too short", "does not move", "equals the weights", "began again", "some tensors")
+BAD = (
+    "too long",
+    "too short",
+    "does not move",
+    "equals the weights",
+    "began again",
+    "some tensors",
+)
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
 
@@ -41,10 +72,12 @@ class Interval:
 
     begin: float
     end: float
-    # Time constant in the unit of times, 1 / (1 - decay) for one step, or sigma_rel; None if the weights stand still.
+    # Time constant in the unit of times, 1 / (1 - decay) for one step, or sigma_rel; None if the
+    # weights stand still.
     found: float | None
     claimed: float | None  # None without a claim
-    # L2 norm of the residual of the average's motion, divided by that of the motion; None if the average stands still.
+    # L2 norm of the residual of the average's motion, divided by that of the motion; None if the
+    # average stands still.
     unexplained: float | None
     note: str  # what happened in this interval, or is wrong in it; empty if nothing is
 
@@ -59,12 +92,16 @@ class Audit:
     what: str  # the parameter in question, "decay" or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    uncertainty: float | None = None  # of the length, relative; infinite if two checkpoints alone show it
+    uncertainty: float | None = (
+        None  # of the length, relative; infinite if two checkpoints alone show it
+    )
     claimed: float | None = None  # claimed parameter
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
-    starts: tuple[float, ...] = ()  # times after the begin of the training at which it started from the weights
+    # times after the begin of the training at which it started from the weights
+    starts: tuple[float, ...] = ()
     is_late: bool = False  # whether the first of these is its begin, and not a restart
-    tensors: tuple[str, ...] = ()  # names of the tensors that the verdict is about; empty for all tensors
+    # names of the tensors that the verdict is about; empty for all tensors
+    tensors: tuple[str, ...] = ()
     intervals: tuple[Interval, ...] = ()
 
     def __repr__(self) -> str:
@@ -73,7 +110,9 @@ class Audit:
     @property
     def spacing(self) -> float:
         """The median time between two checkpoints."""
-        return float(np.median([interval.end - interval.begin for interval in self.intervals] or [1.0]))
+        return float(
+            np.median([interval.end - interval.begin for interval in self.intervals] or [1.0])
+        )
 
     @property
     def is_bad(self) -> bool:
@@ -89,17 +128,23 @@ class Audit:
 
 def _judge(name: str, series: Series, tensors: Sequence[str], model: Model, unit: str) -> Audit:
     """Return the audit of an average; `tensors` are the names of its pieces."""
-    # By interval and piece: whether weights move, and averages stand still; by time and piece: whether they are equal.
+    # By interval and piece: whether weights move, and averages stand still; by time and piece:
+    # whether they are equal.
     moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in series.values]).T
     same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in series.values]).T | ~moved
     copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in series.values]).T
     still, equal = same.all(axis=0), (copied[1:] | ~moved).all(axis=0)
     claimed = None if model.claimed is None else replace(model, value=model.claimed).parameter
-    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay", claimed=claimed)
+    audit = Audit(
+        name, "undetermined", "", "sigma_rel" if model.is_power else "decay", claimed=claimed
+    )
     if not moved.any():
         return replace(audit, text="the weights stand still between these checkpoints")
     if still.all():
-        text = "the average does not move while the weights do: is its update called, and on the same tensors that are"
+        text = (
+            "the average does not move while the weights do: is its update called, and on "
+            "the same tensors that are"
+        )
         text += " saved (names after torch.compile, shards of ZeRO-3)?"
         return replace(audit, verdict="does not move", text=text)
     if equal.all():
@@ -137,11 +182,14 @@ def _judge(name: str, series: Series, tensors: Sequence[str], model: Model, unit
     )
     if rivals:
         settings = [
-            f"sigma_rel {one.parameter:.3g}" if one.is_power
+            f"sigma_rel {one.parameter:.3g}"
+            if one.is_power
             else f"decay {min(one.parameter, 0.999999):.6g} with warm-up {one.warm_up or 'none'}"
             for one in (fit, *rivals)
-        ]  # fmt: skip
-        return replace(audit, text=f"the files show it about equally as {', and as '.join(settings)}")
+        ]
+        return replace(
+            audit, text=f"the files show it about equally as {', and as '.join(settings)}"
+        )
     if is_rising:
         shown = f"decay {found:.7g} at the end, still rising by {model.rule.rule}"
     elif model.is_power:
@@ -152,29 +200,47 @@ def _judge(name: str, series: Series, tensors: Sequence[str], model: Model, unit
     restarts = audit.starts[audit.is_late :]
     steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
     if restarts:
-        text = f"began again from the weights near step {steps}: the average was lost, or reset, at a resume"
+        text = (
+            f"began again from the weights near step {steps}: the average was lost, or "
+            f"reset, at a resume"
+        )
         return replace(audit, verdict="began again", text=f"{text}; {shown}", found=found)
     unexplained = [interval.unexplained or 0.0 for interval in audit.intervals if not interval.note]
     if not model.is_power and np.median(unexplained or 0.0) > _FOREIGN:
-        text = "the weights at these checkpoints do not explain how the average moves between them: they forget faster"
+        text = (
+            "the weights at these checkpoints do not explain how the average moves between "
+            "them: they forget faster"
+        )
         return replace(audit, text=f"{text} than checkpoints are apart, or are of another run")
     if lost := tuple(dict.fromkeys(compress(tensors, is_used & ~kept))):
         named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
-        text = f"{len(lost)} of {len(set(tensors))} tensors are not followed, or copied, while the others are averaged"
-        return replace(audit, verdict="some tensors", text=f"{text}: {named}", tensors=lost, found=found)
+        text = (
+            f"{len(lost)} of {len(set(tensors))} tensors are not followed, or copied, while "
+            f"the others are averaged"
+        )
+        return replace(
+            audit, verdict="some tensors", text=f"{text}: {named}", tensors=lost, found=found
+        )
     shown += f"; begun from the weights near step {steps}" * bool(steps)
     shortest = _SHORTEST * float((rows.end - rows.begin).min())
     verdict, text = _compare_lengths(model, audit.uncertainty or 0.0, shown, unit, shortest)
-    return replace(audit, verdict=verdict, text=text, found=None if verdict == "undetermined" else found)
+    return replace(
+        audit, verdict=verdict, text=text, found=None if verdict == "undetermined" else found
+    )
 
 
-def _compare_lengths(model: Model, sigma: float, shown: str, unit: str, shortest: float) -> tuple[str, str]:
+def _compare_lengths(
+    model: Model, sigma: float, shown: str, unit: str, shortest: float
+) -> tuple[str, str]:
     """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
     claim = replace(model, value=model.claimed or model.value)
     length, claimed = model.length, claim.length
     difference = abs(math.log(length / claimed))
     if not model.is_power and max(length, claimed) < shortest:
-        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between these checkpoints"
+        text = (
+            f"its time constant is below {shortest:,.3g} {unit}, too short for the time "
+            f"between these checkpoints"
+        )
         closer = f"checkpoints closer than {max(1, claimed / _SHORTEST):,.0f} {unit} would show it"
         return "undetermined", f"{text}; {closer}"
     if sigma > _VAGUE and difference < _BEYOND_DOUBT * sigma:
@@ -184,20 +250,32 @@ def _compare_lengths(model: Model, sigma: float, shown: str, unit: str, shortest
     if difference <= max(math.log(_SLACK), 3 * sigma):
         return "as claimed", f"{shown}, as claimed"
     factors = " to ".join(f"{math.exp(difference + sign * sigma):.3g}" for sign in (-1, 1))
-    verdict, usual = "too short", f"{factors} times a step: once a microbatch, or by each of so many processes"
+    verdict, usual = (
+        "too short",
+        f"{factors} times a step: once a microbatch, or by each of so many processes",
+    )
     if length > claimed:
-        verdict, usual = "too long", f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+        verdict, usual = (
+            "too long",
+            f"at every k-th step only, or of steps that are counted twice (k = {factors})",
+        )
     shown += f", not {claim.parameter:.7g}"
     return verdict, f"{math.exp(difference):.3g} times {verdict}: {shown}; as if updated {usual}"
 
 
 def _explain(
-    series: Series, rows: Intervals, model: Model, moves: Sequence[int], notes: list[str], begin: int | None
+    series: Series,
+    rows: Intervals,
+    model: Model,
+    moves: Sequence[int],
+    notes: list[str],
+    begin: int | None,
 ) -> tuple[list[Model], Series, dict[int, float]]:
-    """Return the best model and its rivals, the checkpoints that show it, and by interval the times of starts.
+    """Return the best model and its rivals, the checkpoints that show it, and by interval the times
+    of starts.
 
-    `moves` are the intervals in which weights move; those with notes show no decay, and starts are noted. In interval
-    `begin` the average began.
+    `moves` are the intervals in which weights move; those with notes show no decay, and starts are
+    noted. In interval `begin` the average began.
     """
     starts: dict[int, float] = {}
     for is_last in (False, False, True):  # an average that restarted repeats its warm-up, too
@@ -219,7 +297,9 @@ def _explain(
             found[begin] = _locate_start(best, rows[[begin]], rows[[begin]])
         starts |= found
         for index, time in starts.items():
-            notes[index] = f"{'begins' if index in (0, begin) else 'began again'} near step {time:,.0f}"
+            notes[index] = (
+                f"{'begins' if index in (0, begin) else 'began again'} near step {time:,.0f}"
+            )
         if not found:
             break
     return [best, *rivals], together, starts
@@ -234,7 +314,8 @@ def _find_restarts(model: Model, rows: Intervals, usable: Sequence[int]) -> dict
     for index in usable:
         row = rows[[index]]
         own, limit = row.shares(row.fit(model)[0])[0], _CLEARLY * row.shares(model)[0]
-        if kept[index] >= _SHORTEST and own < limit:  # either another decay or a restart explains the interval
+        # either another decay or a restart explains the interval
+        if kept[index] >= _SHORTEST and own < limit:
             time = _locate_start(model, row, row)
             if row.shares(model.begun(time))[0] < min(limit, 1.5 * own):
                 restarts[index] = time
@@ -242,29 +323,38 @@ def _find_restarts(model: Model, rows: Intervals, usable: Sequence[int]) -> dict
 
 
 def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
-    """Return the time in one interval at which the average started from the weights, by the residuals of `rows`."""
+    """Return the time in one interval at which the average started from the weights, by the
+    residuals of `rows`."""
     return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))[0]
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
-    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as much.
+    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
+    much.
 
-    One interval may be explained by several values: its own is the one that the overall fit leads to.
+    One interval may be explained by several values: its own is the one that the overall fit leads
+    to.
     """
     (begin,), (end,) = row.begin.tolist(), row.end.tolist()
 
     def as_plain(model: Model) -> Model:
         if model.is_power:
             return replace(model, starts=(0.0,))
-        began = replace(model, starts=tuple(start for start in model.starts if start <= begin) or (begin,))
+        began = replace(
+            model, starts=tuple(start for start in model.starts if start <= begin) or (begin,)
+        )
         lost = float(np.diff(began.forgotten(np.array([begin, end])))[0])
         return Model(CONSTANT, value=lost / (end - begin), every=model.every)
 
     plain = as_plain(model)
     found = row.fit(plain, plain.value)[0].length if row.gram[..., 2, 2].any() else None
-    claimed = None if model.claimed is None else as_plain(replace(model, value=model.claimed)).length
+    claimed = (
+        None if model.claimed is None else as_plain(replace(model, value=model.claimed)).length
+    )
     moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
-    unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved) if moved > 0 else None
+    unexplained = (
+        math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved) if moved > 0 else None
+    )
     return Interval(begin, end, found, claimed, unexplained, note)
 
 
@@ -279,7 +369,10 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
     if claimed is not None:
         check_number("claimed", claimed, lambda decay: 0 < decay < 1, "lie in (0, 1)")
     if not isinstance(sources[0], Checkpoint):
-        reason = "holds snapshots of a tracker: their headers hold the width exactly, and `ema info` shows it"
+        reason = (
+            "holds snapshots of a tracker: their headers hold the width exactly, and `ema "
+            "info` shows it"
+        )
         raise DirectoryError(sources[0].path.parent, reason)
     if audits := list(audits_of(sources, claimed)):
         return audits
@@ -287,49 +380,80 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
     raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
 
 
-def audits_of(checkpoints: Sequence[Any], claimed: float | None = None, every: int = 1) -> Iterator[Audit]:
-    """Yield the audit of each average, by sigma_rel; `every` is the time between updates if nothing says it."""
+def audits_of(
+    checkpoints: Sequence[Any], claimed: float | None = None, every: int = 1
+) -> Iterator[Audit]:
+    """Yield the audit of each average, by sigma_rel; `every` is the time between updates if nothing
+    says it."""
     weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
-    pairs = [(weights[one.t], one) for one in checkpoints if not isinstance(one.profile, Point) and one.t in weights]
+    pairs = [
+        (weights[one.t], one)
+        for one in checkpoints
+        if not isinstance(one.profile, Point) and one.t in weights
+    ]
     for width in sorted({one.sigma_rel for _, one in pairs}):
         of_width = [pair for pair in pairs if pair[1].sigma_rel == width]
         if len(of_width) < 2:
             continue
         averages = [one for _, one in of_width]
-        first, before = averages[0], max((t for t in weights if t < averages[0].t), default=math.inf)
+        first, before = (
+            averages[0],
+            max((t for t in weights if t < averages[0].t), default=math.inf),
+        )
         settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
-        # Files without the average, then all with it: if nothing says that it began earlier, it began between them.
-        may_begin = first.updates and first.updates.count is None and settings["first"] - settings["every"] < before
+        # Files without the average, then all with it: if nothing says that it began earlier, it
+        # began between them.
+        may_begin = (
+            first.updates
+            and first.updates.count is None
+            and settings["first"] - settings["every"] < before
+        )
         if may_begin and len(averages) == sum(t > before for t in weights):
             of_width.insert(0, (weights[before],) * 2)
         model = _claim(averages, claimed, every)
-        yield _judge(f"sigma_rel {width:g}" if width else "", *_read(of_width), model, averages[0].t_unit)
+        yield _judge(
+            f"sigma_rel {width:g}" if width else "", *_read(of_width), model, averages[0].t_unit
+        )
 
 
 def _claim(averages: Sequence[Checkpoint], claimed: float | None, every: float) -> Model:
-    """Return the model that averages are claimed to follow, with the restarts that their settings say."""
+    """Return the model that averages are claimed to follow, with the restarts that their settings
+    say."""
     profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
     width, settings = averages[-1].sigma_rel, profiles[-1].settings if profiles else {}
     every = settings.get("every", 0.0 if width else every)
     starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
-    restarts = [start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t]
+    restarts = [
+        start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t
+    ]
     model = Model(every=every, starts=(starts[0], *restarts))
     if width:
-        return replace(model, rule=DecayRule(UNLIMITED, POWER_FUNCTION), claimed=gamma_from_sigma_rel(width) + 1)
+        return replace(
+            model,
+            rule=DecayRule(UNLIMITED, POWER_FUNCTION),
+            claimed=gamma_from_sigma_rel(width) + 1,
+        )
     if decay := claimed or averages[-1].decay:
         names = {field.name for field in fields(DecayRule)} & settings.keys()
-        model = replace(model, rule=DecayRule(**{name: settings[name] for name in names} | {"decay": decay}))
+        model = replace(
+            model, rule=DecayRule(**{name: settings[name] for name in names} | {"decay": decay})
+        )
         return replace(model, claimed=1.0 if model.rises else -math.log(decay) / every)
     return model
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:
-    """Read pieces of the tensors at all times, of each tensor equally many elements; return their names.
+    """Read pieces of the tensors at all times, of each tensor equally many elements; return their
+    names.
 
     Raises NonFiniteError for nan or infinity.
     """
     first = pairs[-1][1]
-    sizes = {name: first.entries[name].size for name in sorted(first.averages) if first.entries[name].size}
+    sizes = {
+        name: first.entries[name].size
+        for name in sorted(first.averages)
+        if first.entries[name].size
+    }
     most, parts = _MOST_ELEMENTS // len(sizes), -(-_PIECES // len(sizes))
     pieces = []
     for name, size in sizes.items():
@@ -345,9 +469,16 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
                 held = [source.values(*piece) for piece in pieces]
             for values, piece in zip(held, pieces, strict=True):
                 if not np.isfinite(values).all():
-                    raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")
+                    raise NonFiniteError(
+                        source.path, f"tensor {piece.name!r}: holds nan or infinity"
+                    )
             row[:] = np.concatenate(held)
         dtypes = [source.entries[piece.name].dtype for piece in pieces]
-        rounding[at] = [expected_rounding(values, dtype, "F32") for values, dtype in zip(held, dtypes, strict=True)]
-    series = Series(np.array([average.t for _, average in pairs]), np.split(rows, ends[:-1], axis=2), rounding)
+        rounding[at] = [
+            expected_rounding(values, dtype, "F32")
+            for values, dtype in zip(held, dtypes, strict=True)
+        ]
+    series = Series(
+        np.array([average.t for _, average in pairs]), np.split(rows, ends[:-1], axis=2), rounding
+    )
     return series, [piece.name for piece in pieces]

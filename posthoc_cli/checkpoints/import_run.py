@@ -1,4 +1,5 @@
-"""The import: makes a run of other programs' files, with the settings that these files do not hold."""
+"""The import: makes a run of other programs' files, with the settings that these files do not
+hold."""
 
 from __future__ import annotations
 
@@ -23,10 +24,11 @@ log = logging.getLogger(__name__)
 
 
 _VAGUE = 0.05
-"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for one that is shorter
-than the time between checkpoints: such an average is almost the weights."""
+"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for
+one that is shorter than the time between checkpoints: such an average is almost the weights."""
 
-_LATE = 0.1  # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
+# uncertainty of the time of a restart that was found, relative to the time between two checkpoints
+_LATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,19 @@ class Import:
             "out": None if self.out is None else str(self.out),
             "written": self.written,
             "checks": list(self.checks),
-            "checkpoints": [{"path": str(one.path), "t": one.t, "holds": one.holds} for one in self.checkpoints],
+            "checkpoints": [
+                {"path": str(one.path), "t": one.t, "holds": one.holds} for one in self.checkpoints
+            ],
         }
 
 
 def import_checkpoints(
-    directory: str | Path, out: str | Path | None, *, overwrite: bool = False, dry_run: bool = False, **settings: Any
+    directory: str | Path,
+    out: str | Path | None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    **settings: Any,
 ) -> Import:
     """Make a run of other programs' checkpoints or averages, which every command and `Run` opens.
 
@@ -61,19 +70,20 @@ def import_checkpoints(
     The same import into the same folder does nothing, or takes in what has changed at `directory`.
 
     Arguments:
-        directory: a folder, a file, or a glob that names files or folders.
-        out: folder of the run; None only in a dry run.
-        overwrite: replace an import of something else, or with other settings.
-        dry_run: read and check only.
-        settings: fields of `source.ImportSettings`, such as `sigma_rels=(0.05, 0.28), update_every=10`.
+        directory: a folder, a file, or a glob that names files or folders. out: folder of the run;
+        None only in a dry run. overwrite: replace an import of something else, or with other
+        settings. dry_run: read and check only. settings: fields of `source.ImportSettings`, such as
+        `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:
-        InvalidValueError: a setting is missing, or does not fit the files.
-        DirectoryError, FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
-        OutputExistsError: `out` exists, and holds something else.
-        WriteError: the system refused.
+        InvalidValueError: a setting is missing, or does not fit the files. DirectoryError,
+        FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
+        OutputExistsError: `out` exists, and holds something else. WriteError: the system refused.
     """
-    given, origin = ImportSettings(**settings), files.expanded(files.given_path("directory", directory))
+    given, origin = (
+        ImportSettings(**settings),
+        files.expanded(files.given_path("directory", directory)),
+    )
     target = None if out is None else files.expanded(files.given_path("out", out))
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
@@ -81,13 +91,19 @@ def import_checkpoints(
         files.check_writable("out", target)
         if not files.is_url(origin):
             reason = "is a URL, and would refer to files of this machine"
-            raise InvalidValueError("out", reason, "upload the files, and import them by URL", value=target)
+            raise InvalidValueError(
+                "out", reason, "upload the files, and import them by URL", value=target
+            )
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
     found = checked_run(read_place(origin, given))
-    if given.update_after_step and all(isinstance(one.profile, Point) or is_copy(one) for one in found):
-        reason = f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
+    if given.update_after_step and all(
+        isinstance(one.profile, Point) or is_copy(one) for one in found
+    ):
+        reason = (
+            f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
+        )
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
     checks: list[str] = []
     if not all(one.is_known for one in found):
@@ -105,26 +121,40 @@ def import_checkpoints(
 # --- the decay
 
 
-def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
-    """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about it."""
+def _find_decay(
+    sources: Sequence[Checkpoint], given: ImportSettings
+) -> tuple[ImportSettings, list[str]]:
+    """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about
+    it."""
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
     audit = next(audits_of(unclaimed, every=given.update_every or 1), None)
-    problem = "the files do not hold it, and it cannot be found without weights next to the averages"
+    problem = (
+        "the files do not hold it, and it cannot be found without weights next to the averages"
+    )
     is_power, sigma, taken = False, 0.0, ""
     if audit is not None:
         is_power, sigma, problem = audit.what == "sigma_rel", audit.uncertainty or 0.0, ""
-        limit = _VAGUE if is_power or audit.found is None else _VAGUE * (1 + audit.spacing * (1 - audit.found)) ** 2
+        limit = (
+            _VAGUE
+            if is_power or audit.found is None
+            else _VAGUE * (1 + audit.spacing * (1 - audit.found)) ** 2
+        )
         if audit.verdict not in ("found", "began again"):
             problem = audit.text
         elif sigma > limit:
             problem = f"the files show it too vaguely: {audit.text}"
     if audit is None or audit.found is None or problem:
         hint = "say which width, or decay and warm-up, the EMAs have"
-        raise InvalidValueError("sigma_rels" if is_power else "ema_decay", f"must be given: {problem}", hint)
+        raise InvalidValueError(
+            "sigma_rels" if is_power else "ema_decay", f"must be given: {problem}", hint
+        )
     found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
     if not is_power:
-        decay, warm_up = _round_decay(audit.found, sigma), given.ema_warmup or audit.warm_up or "none"
+        decay, warm_up = (
+            _round_decay(audit.found, sigma),
+            given.ema_warmup or audit.warm_up or "none",
+        )
         if decay != audit.found:  # it is probably exact
             sigma, taken = sigma / 2, f"; taken as {decay:g}"
         found = {"ema_decay": decay, "ema_warmup": warm_up, "ema_uncertainty": sigma}
@@ -141,11 +171,14 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
         return given
     starts, late = tuple(map(round, audit.starts)), round(_LATE * audit.spacing)
     begin = starts[0] if audit.is_late else None
-    return replace(given, ema_late=late, update_after_step=begin, ema_restarts=starts[audit.is_late :])
+    return replace(
+        given, ema_late=late, update_after_step=begin, ema_restarts=starts[audit.is_late :]
+    )
 
 
 def _round_decay(decay: float, uncertainty: float) -> float:
-    """Return 1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the decay.
+    """Return 1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the
+    decay.
 
     That is within twice the relative uncertainty, and within 3 %: such decays are far apart.
     """
@@ -156,15 +189,25 @@ def _round_decay(decay: float, uncertainty: float) -> float:
     return rounded if abs(math.log((1 - rounded) / rest)) <= min(2 * uncertainty, 0.03) else decay
 
 
-def _check_decay(found: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, list[str]]:
-    """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and lines about it."""
+def _check_decay(
+    found: Sequence[Checkpoint], given: ImportSettings
+) -> tuple[ImportSettings, list[str]]:
+    """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
+    lines about it."""
     checks = []
     for audit in audits_of(found):
         if audit.is_bad:
-            raise InvalidValueError("ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed)
+            raise InvalidValueError(
+                "ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed
+            )
         if audit.verdict == "undetermined":
-            reason = "ema_decay is taken as given, and could not be checked: predicted errors hold if it is right"
+            reason = (
+                "ema_decay is taken as given, and could not be checked: predicted errors "
+                "hold if it is right"
+            )
             log.warning("%s: %s", reason, audit.text)
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
-    return given, checks or ["ema_decay is as given: without weights next to the averages it cannot be checked"]
+    return given, checks or [
+        "ema_decay is as given: without weights next to the averages it cannot be checked"
+    ]

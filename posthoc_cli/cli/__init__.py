@@ -1,6 +1,8 @@
-"""The command `ema`: each command parses its arguments, calls the library once and prints the result.
+"""The command `ema`: each command parses its arguments, calls the library once and prints the
+result.
 
-No module of this room loads torch or matplotlib before a command needs it, so that help appears at once.
+No module of this room loads torch or matplotlib before a command needs it, so that help appears at
+once.
 """
 
 from __future__ import annotations
@@ -27,14 +29,15 @@ import posthoc_cli
 from posthoc_cli.cli import making, output, showing
 from posthoc_cli.errors import PostHocError, one_line
 
-# typer bundles click or uses the installed one, depending on its release; this is the base class of all usage errors
-# in either case.
+# typer bundles click or uses the installed one, depending on its release; this is the base class of
+# all usage errors in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
 
 
 class _Flags:
-    """Parameters whose help shows no type behind options without a value, and not --help, which was just used."""
+    """Parameters whose help shows no type behind options without a value, and not --help, which was
+    just used."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
@@ -55,8 +58,12 @@ class _Command(_Flags, typer.core.TyperCommand):
         try:
             return super().invoke(ctx)
         except PostHocError as error:
-            options = {option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"}
-            error.subject = " and ".join(options.get(name, name) for name in error.subject.split(" and "))
+            options = {
+                option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"
+            }
+            error.subject = " and ".join(
+                options.get(name, name) for name in error.subject.split(" and ")
+            )
             raise
 
 
@@ -72,9 +79,12 @@ app = typer.Typer(
 EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     making.synthesize: (
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
-        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out averages/",
+        "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out "
+        "averages/",
     ),
-    making.sweep: ("ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",),
+    making.sweep: (
+        "ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",
+    ),
     showing.report: (
         "ema report run/ema --sweep sweep --out report.html",
         "ema report run/a run/b --sweep sweep-a --sweep sweep-b",
@@ -91,7 +101,10 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
         "ema plan --steps 400000 --params 1.2B --disk 60GB --like run/ema --out plan.png",
     ),
-    making.prune: ("ema prune run/ema --keep 20 --dry-run", "ema prune run/ema --max-error 1e-3 --yes"),
+    making.prune: (
+        "ema prune run/ema --keep 20 --dry-run",
+        "ema prune run/ema --max-error 1e-3 --yes",
+    ),
     showing.profile: (
         "ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000",
         "ema profile --target beta:0.9999 --steps 100000",
@@ -104,7 +117,8 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
 """The commands in the order of the help, with the examples at its end."""
 
 for _function, _examples in EXAMPLES.items():
-    # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example starts a new line.
+    # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example
+    # starts a new line.
     app.command(
         _function.__name__.strip("_").replace("_", "-"),
         cls=_Command,
@@ -121,7 +135,9 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = Option(False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."),
+    version: bool = Option(
+        False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
+    ),
     debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
@@ -130,11 +146,13 @@ def _root(
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    Exit codes: 0: done. 1: a failed check, or an error at run time. 2: the command line is wrong: an unknown option, a
-    value out of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
-    interrupted. 143, 129: ended by SIGTERM, SIGHUP. 141: the reader of the output has closed it, as `head` does.
+    Exit codes: 0: done. 1: a failed check, or an error at run time. 2: the command line is wrong:
+    an unknown option, a value out of range, a path that does not exist or is of another kind, an
+    output whose folder does not exist. 130: interrupted. 143, 129: ended by SIGTERM, SIGHUP. 141:
+    the reader of the output has closed it, as `head` does.
     """
-    # Solves are small: BLAS threads take longer to start than to compute. NumPy reads this when it is first imported.
+    # Solves are small: BLAS threads take longer to start than to compute. NumPy reads this when it
+    # is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
@@ -147,7 +165,9 @@ def main() -> NoReturn:
     try:
         # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
-        code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
+        code = command.main(
+            [a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False
+        )
         output.write("", flush=True)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -159,7 +179,8 @@ def main() -> NoReturn:
         code = error.exit_code if isinstance(error, PostHocError) else 1
         _print_message("error", error if isinstance(error, PostHocError) else _system_text(error))
     except SystemExit as ending:
-        if not isinstance(ending.__context__, BrokenPipeError):  # click turns a broken pipe into exit code 1
+        # click turns a broken pipe into exit code 1
+        if not isinstance(ending.__context__, BrokenPipeError):
             raise
         code = _drop_output()
     except _USAGE_ERROR as error:
@@ -175,7 +196,9 @@ def main() -> NoReturn:
 def _system_text(error: OSError) -> str:
     if error.filename == output.STDOUT:
         _drop_output()
-    return (f"{error.filename}: " if error.filename else "") + (error.strerror or str(error)).lower()
+    return (f"{error.filename}: " if error.filename else "") + (
+        error.strerror or str(error)
+    ).lower()
 
 
 def _print_message(kind: str, message: object) -> None:
@@ -187,19 +210,23 @@ def _report_unexpected(kind: type[BaseException], error: BaseException, _: objec
     _print_message("error", f"unexpected {kind.__name__}: {error}; {hint}")
 
 
-def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _show_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
         output.print_note(line)
 
 
 def _drop_output() -> int:
-    """Redirect stdout to /dev/null, so that the interpreter can flush and close it; return the exit code of SIGPIPE."""
+    """Redirect stdout to /dev/null, so that the interpreter can flush and close it; return the exit
+    code of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + 13
 
 
 def _prepare_streams() -> None:
-    """Replace streams that the caller has closed, and escape characters that the encoding of stdout lacks."""
+    """Replace streams that the caller has closed, and escape characters that the encoding of stdout
+    lacks."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
@@ -208,7 +235,8 @@ def _prepare_streams() -> None:
 
 
 def _allow_many_files() -> None:
-    """Raise the limit of open files: a run may have more snapshots than the usual limit of 1,024."""
+    """Raise the limit of open files: a run may have more snapshots than the usual limit of
+    1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     with suppress(ValueError, OSError):  # some systems allow less than they report

@@ -29,9 +29,13 @@ def synthesize(
     sigma_rel: list[str] = options.SIGMA_REL,
     target: list[str] = options.TARGET,
     group: list[str] = options.TARGETS(
-        [], metavar="GLOB=SIGMA_REL", help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts."
+        [],
+        metavar="GLOB=SIGMA_REL",
+        help="The length of tensors by name: 'unet.up.*=0.12'. The first match counts.",
     ),
-    out: str | None = options.OUTPUT(None, "--out", "-o", help="A file; or a folder, for a file per target."),
+    out: str | None = options.OUTPUT(
+        None, "--out", "-o", help="A file; or a folder, for a file per target."
+    ),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
@@ -40,25 +44,33 @@ def synthesize(
     as_json: bool = options.JSON,
     t: float | None = options.TIME,
     step: str | None = options.STEP,
-    dry_run: bool = options.HOW(False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."),
+    dry_run: bool = options.HOW(
+        False, "--dry-run", help="Show coefficients, errors and sizes; write nothing."
+    ),
     max_error: str | None = options.HOW(
-        None, metavar="ERROR", show_default="warn at 1%", help="Fail if a predicted error exceeds this: 0.01, or 1%."
+        None,
+        metavar="ERROR",
+        show_default="warn at 1%",
+        help="Fail if a predicted error exceeds this: 0.01, or 1%.",
     ),
     method: options.Method | None = options.METHOD,
-    device: str = options.HOW("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
+    device: str = options.HOW(
+        "auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."
+    ),
 ) -> None:
     """Make the average of any length from snapshots.
 
-    Name one or more targets by --sigma-rel and --target. The snapshots are read once for all targets, each block is
-    verified, and an output appears complete or not at all.
+    Name one or more targets by --sigma-rel and --target. The snapshots are read once for all
+    targets, each block is verified, and an output appears complete or not at all.
 
-    The predicted error is the expected relative L2 distance of the weights from the true average. --method paper also
-    shows the profile error: the distance between the target profile and the reconstructed one; --json shows both.
+    The predicted error is the expected relative L2 distance of the weights from the true average.
+    --method paper also shows the profile error: the distance between the target profile and the
+    reconstructed one; --json shows both.
 
     DIR may also contain checkpoints, or averages of other libraries: see ema guide checkpoints.
 
-    For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of shards, of which each
-    process writes some. If a job was killed, run it again.
+    For one large model on many machines: torchrun -m posthoc_cli synthesize ... makes a folder of
+    shards, of which each process writes some. If a job was killed, run it again.
     """
     from posthoc_cli.export.writing import is_rank
 
@@ -66,15 +78,28 @@ def synthesize(
     targets += [Groups(options.parse_groups(group))] if group else []
     run = options.open_run(directory)
     if not targets:
-        kinds = "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) or --group '*=0.1'"
+        kinds = (
+            "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) "
+            "or --group '*=0.1'"
+        )
         raise InvalidValueError("no target", f"name at least one by {kinds}")
     report = run.write(
-        targets, out, t=t, step=options.optional(options.parse_count, step, "--step"), method=method,
-        max_error=options.optional(options.parse_max_error, max_error), dtype=dtype, layout=layout,
-        max_shard_size=max_shard_size, device=device, overwrite=overwrite,
-        dry_run=dry_run, distributed=is_rank(), like=like,
+        targets,
+        out,
+        t=t,
+        step=options.optional(options.parse_count, step, "--step"),
+        method=method,
+        max_error=options.optional(options.parse_max_error, max_error),
+        dtype=dtype,
+        layout=layout,
+        max_shard_size=max_shard_size,
+        device=device,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        distributed=is_rank(),
+        like=like,
         progress=output.progress_bar(),
-    )  # fmt: skip
+    )
     if report is not None:
         output.warn_of_statistics(report.plan.newest.copies)
         output.show(report.to_dict(), as_json, _print_synthesize)
@@ -85,12 +110,15 @@ def _print_synthesize(found: dict[str, Any]) -> None:
     if found["choice"] is not None:
         output.print_line(f"from {found['choice']}")
     if taken := found.get("from_model_folder"):
-        output.print_note(f"{_listed(taken)} copied from the model folder, since the run does not have them")
+        output.print_note(
+            f"{_listed(taken)} copied from the model folder, since the run does not have them"
+        )
     elif found["left_out"] and targets[0]["output"]:
         _note_left_out(found["left_out"], Path(targets[0]["output"]))
     shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
     if len(targets) > 1:
-        rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]  # all in one folder
+        # all in one folder
+        rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]
         output.print_rows(rows, ["target", *shown, "output:file"])
         output.print_line()
     elif not targets[0]["output"]:
@@ -98,7 +126,9 @@ def _print_synthesize(found: dict[str, Any]) -> None:
         output.print_line()
     one = targets[0]
     what = one["target"] if len(targets) == 1 else output.counted(len(targets), "average")
-    worst = ", ".join(f"{title_of(key)} {_largest([target[key] for target in targets])}" for key in shown)
+    worst = ", ".join(
+        f"{title_of(key)} {_largest([target[key] for target in targets])}" for key in shown
+    )
     size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
     text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
     if one["output"] is None:
@@ -106,7 +136,9 @@ def _print_synthesize(found: dict[str, Any]) -> None:
         output.print_line(f"would make {text}; would read {read}; nothing was written")
     else:
         place = one["output"] if len(targets) == 1 else str(Path(one["output"]).parent)
-        output.print_line(f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}")
+        output.print_line(
+            f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}"
+        )
 
 
 def _largest(errors: list[float | None]) -> str:
@@ -116,14 +148,19 @@ def _largest(errors: list[float | None]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return f"{output.counted(len(names), 'tensor')} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    return (
+        f"{output.counted(len(names), 'tensor')} "
+        f"({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    )
 
 
 def _note_left_out(names: list[str], path: Path) -> None:
     """Print the names of the tensors that an output lacks, and the command that adds them."""
     file = path if path.suffix not in (".pt", ".pth", ".bin") else path.with_suffix(".safetensors")
     before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
-    command = f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    command = (
+        f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    )
     lacks = f"the output lacks {_listed(names)} of the model, which the run does not track"
     output.print_note(f"{lacks}; to add it from a full model: {command}")
 
@@ -131,30 +168,48 @@ def _note_left_out(names: list[str], path: Path) -> None:
 def sweep(
     directory: str = options.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = options.TARGETS(
-        None, show_default="all exact within 1 %", help="A range to search, 0.02:0.28, or a list to measure."
+        None,
+        show_default="all exact within 1 %",
+        help="A range to search, 0.02:0.28, or a list to measure.",
     ),
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help="Or of another kind: beta:0.99:0.9999, half-life:500:9000, window:10:90, last:2:20, decay:linear:5%:50%",
+        help=(
+            "Or of another kind: beta:0.99:0.9999, half-life:500:9000, window:10:90, "
+            "last:2:20, decay:linear:5%:50%"
+        ),
     ),
     command: str = options.HOW(
         ...,
         "--run",
         metavar="COMMAND",
-        help="The evaluation, without a shell. {weights} becomes an average's file; also {sigma_rel}, {seed}, {dir}.",
+        help=(
+            "The evaluation, without a shell. {weights} becomes an average's file; also "
+            "{sigma_rel}, {seed}, {dir}."
+        ),
     ),
     metric: str | None = options.HOW(
         None,
         metavar="KEY",
         show_default="the last line that is a number",
-        help="A key of the last JSON object on standard output, or r.json:acc: acc of the newest r.json in {dir}.",
+        help=(
+            "A key of the last JSON object on standard output, or r.json:acc: acc of the "
+            "newest r.json in {dir}."
+        ),
     ),
-    minimize: bool | None = options.HOW(None, "--minimize/--maximize", help="Whether lower or higher is better."),
-    repeats: int = options.HOW(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
+    minimize: bool | None = options.HOW(
+        None, "--minimize/--maximize", help="Whether lower or higher is better."
+    ),
+    repeats: int = options.HOW(
+        1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."
+    ),
     budget: int = options.HOW(20, metavar="COUNT", help="The most lengths to measure."),
     out: Path = options.OUTPUT(
-        "sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or of an earlier sweep."
+        "sweep",
+        "--out",
+        "-o",
+        help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
     like: Path | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
@@ -162,17 +217,21 @@ def sweep(
 ) -> None:
     """Find the best length by your own metric.
 
-    Runs the command for averages of several lengths, one after another, and measures more lengths where the best may
-    be, until it is known within the noise of the metric. It also prints the range that is equal within the noise.
+    Runs the command for averages of several lengths, one after another, and measures more lengths
+    where the best may be, until it is known within the noise of the metric. It also prints the
+    range that is equal within the noise.
 
-    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is reported and does not
-    count. The same call continues an earlier one. OUT receives trials.jsonl, sweep.json, logs and the best average.
+    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is
+    reported and does not count. The same call continues an earlier one. OUT receives trials.jsonl,
+    sweep.json, logs and the best average.
     """
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
 
     if minimize is None:
-        raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
+        raise InvalidValueError(
+            "--minimize", "say whether lower or higher is better", "add --minimize or --maximize"
+        )
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
@@ -181,11 +240,20 @@ def sweep(
     output.warn_of_statistics(run.sources[-1].copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
     report = Sweep(
-        run, command, Metric() if metric is None else Metric.parse(metric), out,
-        axis=axis, minimize=minimize, repeats=repeats, budget=budget, t=t,
+        run,
+        command,
+        Metric() if metric is None else Metric.parse(metric),
+        out,
+        axis=axis,
+        minimize=minimize,
+        repeats=repeats,
+        budget=budget,
+        t=t,
         like=None if like is None else files.expanded(like),
-        again=shlex.join(["ema", *sys.argv[1:]]), say=say, progress=output.progress_bar("trials"),
-    ).run_all()  # fmt: skip
+        again=shlex.join(["ema", *sys.argv[1:]]),
+        say=say,
+        progress=output.progress_bar("trials"),
+    ).run_all()
     output.show(report.to_dict(), as_json, _print_sweep)
 
 
@@ -203,64 +271,92 @@ def _print_sweep(found: dict[str, Any]) -> None:
 
     texts = answer(found)
     output.print_line()
-    output.print_pairs([
-        ("best", texts["best"]),
-        (f"estimate of {texts['metric']}", texts["estimate"]),
-        ("equal within the noise", texts["equal"]),
-        ("raw weights", texts["raw"] + ": the run lacks them" * (found["raw"] is None)),
-        ("measured", texts["measured"]),
-        ("wrote", ", ".join(found["outputs"])),
-    ])  # fmt: skip
+    output.print_pairs(
+        [
+            ("best", texts["best"]),
+            (f"estimate of {texts['metric']}", texts["estimate"]),
+            ("equal within the noise", texts["equal"]),
+            ("raw weights", texts["raw"] + ": the run lacks them" * (found["raw"] is None)),
+            ("measured", texts["measured"]),
+            ("wrote", ", ".join(found["outputs"])),
+        ]
+    )
 
 
 def export(
     file: str = Argument(
         ...,
         metavar="FILE|DIR",
-        help="An output of ema synthesize, a snapshot, or any safetensors file; a training's checkpoint, such as "
+        help="An output of ema synthesize, a snapshot, or any safetensors file; a training's "
+        "checkpoint, such as "
         "last.pt or a DCP folder; or a folder of shards or its index.",
     ),
-    out: str = options.OUTPUT(..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."),
+    out: str = options.OUTPUT(
+        ..., "--out", "-o", help="A .safetensors or .pt file, or a folder, for shards."
+    ),
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    base: str | None = options.HOW(None, help="A full model (a file or folder), from which missing tensors are taken."),
-    weights: bool = options.HOW(False, "--weights", help="Take the raw weights of a training's checkpoint."),
+    base: str | None = options.HOW(
+        None, help="A full model (a file or folder), from which missing tensors are taken."
+    ),
+    weights: bool = options.HOW(
+        False, "--weights", help="Take the raw weights of a training's checkpoint."
+    ),
     average: str | None = options.HOW(
-        None, metavar="KEY", show_default="by its name", help="The key, prefix or glob of a checkpoint's average."
+        None,
+        metavar="KEY",
+        show_default="by its name",
+        help="The key, prefix or glob of a checkpoint's average.",
     ),
     prefix: str = options.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = options.HOW("", help="Remove this from the front of the names in FILE."),
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
-    Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and a full model can
-    supply the tensors that were not tracked.
+    Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and
+    a full model can supply the tensors that were not tracked.
 
-    Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries expect (one
-    file if all tensors fit into it); a .pt state dict for torch.load(weights_only=True).
+    Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries
+    expect (one file if all tensors fit into it); a .pt state dict for
+    torch.load(weights_only=True).
     """
     from posthoc_cli.export.convert import export_file
 
     source = options.existing(file, name="FILE")
     report = export_file(
-        source, files.expanded(files.given_path("--out", out)), layout, dtype,
-        options.optional(options.existing, base), prefix, strip_prefix, overwrite,
-        max_shard_size, weights, average, output.progress_bar(),
-    )  # fmt: skip
+        source,
+        files.expanded(files.given_path("--out", out)),
+        layout,
+        dtype,
+        options.optional(options.existing, base),
+        prefix,
+        strip_prefix,
+        overwrite,
+        max_shard_size,
+        weights,
+        average,
+        output.progress_bar(),
+    )
     if as_json:
         output.print_json(report.to_dict())
         return
     added = f", {report.from_base} of them from {base}" if base is not None else ""
     size = resources.size_text(report.nbytes)
-    output.print_line(f"wrote {report.tensors} tensors{added}, {size}, in {report.seconds:.1f} s: {report.output}")
+    output.print_line(
+        f"wrote {report.tensors} tensors{added}, {size}, in {report.seconds:.1f} s: {report.output}"
+    )
 
 
 def import_(
-    directory: str = Argument(..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."),
-    out: Path | None = options.OUTPUT(None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."),
+    directory: str = Argument(
+        ..., metavar="DIR", help="The checkpoints or averages: a folder, a file or a glob."
+    ),
+    out: Path | None = options.OUTPUT(
+        None, "--out", "-o", metavar="RUN", help="The folder or URL of the new run."
+    ),
     kind: str | None = options.RUN(
         None,
         "--from",
@@ -269,12 +365,23 @@ def import_(
         help=f"What DIR contains: {', '.join(KINDS)}.",
     ),
     step_from: str | None = options.RUN(
-        None, metavar="PATTERN", show_default="content or name", help=r"A pattern of the steps in names: 'step(\d+)'."
+        None,
+        metavar="PATTERN",
+        show_default="content or name",
+        help=r"A pattern of the steps in names: 'step(\d+)'.",
     ),
-    prefix: str = options.RUN("", help="Take only tensors with this prefix, such as model., and remove it."),
-    include: list[str] = options.RUN([], metavar="GLOB", help="Take only tensors with these names."),
-    exclude: list[str] = options.RUN([], metavar="GLOB", help="Leave out tensors with these names."),
-    sigma_rels: str | None = options.RUN(None, help="Widths of the averages, by their numbers: 0.05,0.28."),
+    prefix: str = options.RUN(
+        "", help="Take only tensors with this prefix, such as model., and remove it."
+    ),
+    include: list[str] = options.RUN(
+        [], metavar="GLOB", help="Take only tensors with these names."
+    ),
+    exclude: list[str] = options.RUN(
+        [], metavar="GLOB", help="Leave out tensors with these names."
+    ),
+    sigma_rels: str | None = options.RUN(
+        None, help="Widths of the averages, by their numbers: 0.05,0.28."
+    ),
     update_every: int | None = options.RUN(None, help="Steps between two updates of the averages."),
     update_after_step: int | None = options.RUN(
         None, show_default="the library's", help="Steps before the first update of the averages."
@@ -283,48 +390,81 @@ def import_(
         None,
         metavar="DECAY",
         show_default="from the files, else by comparison",
-        help="The decay of ordinary EMAs: 0.9999, half-life:500000, or half-life:5% of the training so far.",
+        help=(
+            "The decay of ordinary EMAs: 0.9999, half-life:500000, or half-life:5% of the "
+            "training so far."
+        ),
     ),
     ema_warmup: str | None = options.RUN(
         None,
         metavar="RULE",
         show_default="from the files, else by comparison",
-        help="How it rises: ratio, (1 + n) / (10 + n); power[:0.75], 1 - (1 + n)^-2/3 or ^-0.75; EDM's ramp-up; none.",
+        help=(
+            "How it rises: ratio, (1 + n) / (10 + n); power[:0.75], 1 - (1 + n)^-2/3 or "
+            "^-0.75; EDM's ramp-up; none."
+        ),
     ),
     ema_restarts: list[int] = options.RUN(
-        [], metavar="STEP", show_default="by comparison", help="A step at which the EMAs began anew. Repeatable."
+        [],
+        metavar="STEP",
+        show_default="by comparison",
+        help="A step at which the EMAs began anew. Repeatable.",
     ),
-    steps_per_epoch: int | None = options.RUN(None, help="Steps per epoch, for files that contain only their epoch."),
+    steps_per_epoch: int | None = options.RUN(
+        None, help="Steps per epoch, for files that contain only their epoch."
+    ),
     average: str | None = options.RUN(
-        None, metavar="KEY", show_default="by its name", help="The key or prefix of the average's tensors in the files."
+        None,
+        metavar="KEY",
+        show_default="by its name",
+        help="The key or prefix of the average's tensors in the files.",
     ),
     weights: str | None = options.RUN(
-        None, metavar="KEY", show_default="by its names", help="The key or prefix of the weights' tensors in the files."
+        None,
+        metavar="KEY",
+        show_default="by its names",
+        help="The key or prefix of the weights' tensors in the files.",
     ),
     overwrite: bool = options.OUTPUT(
-        False, "--overwrite", "--force", "-f", help="Replace an import of other files, or with other settings."
+        False,
+        "--overwrite",
+        "--force",
+        "-f",
+        help="Replace an import of other files, or with other settings.",
     ),
     dry_run: bool = options.OUTPUT(False, "--dry-run", help="Show what was found; write nothing."),
     as_json: bool = options.JSON,
 ) -> None:
     """Make a run of other programs' checkpoints.
 
-    Needed if the files lack a setting, such as update_every: give it here once, and every command takes RUN, except
-    prune and export.
+    Needed if the files lack a setting, such as update_every: give it here once, and every command
+    takes RUN, except prune and export.
 
-    RUN is a manifest of a few kB that refers to the files by path: move both together. Repeat the call to take in
-    what has changed in DIR.
+    RUN is a manifest of a few kB that refers to the files by path: move both together. Repeat the
+    call to take in what has changed in DIR.
     """
     from posthoc_cli.checkpoints.import_run import import_checkpoints
 
     done = import_checkpoints(
-        options.open_run(directory, directory=False).directory, out, overwrite=overwrite, dry_run=dry_run,
-        kind=kind, step_from=step_from, prefix=prefix, include=include,
-        exclude=exclude, sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
-        update_every=update_every, update_after_step=update_after_step,
-        ema_decay=options.optional(_parse_decay, ema_decay), ema_warmup=ema_warmup, ema_restarts=ema_restarts,
-        steps_per_epoch=steps_per_epoch, average=average, weights=weights,
-    )  # fmt: skip
+        options.open_run(directory, directory=False).directory,
+        out,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        kind=kind,
+        step_from=step_from,
+        prefix=prefix,
+        include=include,
+        exclude=exclude,
+        sigma_rels=options.optional(parse_numbers, sigma_rels, "--sigma-rels") or (),
+        update_every=update_every,
+        update_after_step=update_after_step,
+        ema_decay=options.optional(_parse_decay, ema_decay),
+        ema_warmup=ema_warmup,
+        ema_restarts=ema_restarts,
+        steps_per_epoch=steps_per_epoch,
+        average=average,
+        weights=weights,
+    )
     if as_json:
         output.print_json(done.to_dict())
         return
@@ -335,7 +475,9 @@ def import_(
     if done.written:
         output.print_line(f"wrote a run that refers to these files: {done.out}")
     else:
-        output.print_line("nothing was written" + ("" if dry_run else f": {done.out} is this import already"))
+        output.print_line(
+            "nothing was written" + ("" if dry_run else f": {done.out} is this import already")
+        )
 
 
 def _parse_decay(text: str) -> float | str:
@@ -347,20 +489,25 @@ def _parse_decay(text: str) -> float | str:
 
 def prune(
     directory: str = options.DIRECTORY,
-    keep: str | None = options.HOW(None, metavar="COUNT", help="Keep this number of snapshots of each profile."),
+    keep: str | None = options.HOW(
+        None, metavar="COUNT", help="Keep this number of snapshots of each profile."
+    ),
     max_error: str | None = options.HOW(
         None, metavar="ERROR", help="Or as few as keep the predicted errors below: 1e-3."
     ),
     yes: bool = options.HOW(False, "--yes", "-y", help="Do not ask."),
-    dry_run: bool = options.HOW(False, "--dry-run", help="Show what would be deleted; delete nothing."),
+    dry_run: bool = options.HOW(
+        False, "--dry-run", help="Show what would be deleted; delete nothing."
+    ),
     sigma_range: str = options.SIGMA_RANGE,
     as_json: bool = options.JSON,
 ) -> int:
     """Delete the snapshots that matter least.
 
-    Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
-    snapshot of each profile is kept. Deletes only after every remaining snapshot was read and verified, and never while
-    a tracker writes to the directory; an interruption leaves a valid directory.
+    Shows which snapshots would be deleted and the predicted error over the range without them, then
+    asks. The newest snapshot of each profile is kept. Deletes only after every remaining snapshot
+    was read and verified, and never while a tracker writes to the directory; an interruption leaves
+    a valid directory.
     """
     from posthoc_cli.run import Run
 
@@ -376,12 +523,18 @@ def prune(
     def agree(planned: Pruning) -> bool:
         if not as_json:
             _print_prune(planned.to_dict(), ends)
-        return yes or typer.confirm(f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True)
+        return yes or typer.confirm(
+            f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True
+        )
 
     pruning = run.prune(
-        keep=count, max_error=error, sigma_range=ends, dry_run=dry_run, agree=agree,
+        keep=count,
+        max_error=error,
+        sigma_range=ends,
+        dry_run=dry_run,
+        agree=agree,
         progress=output.progress_bar(),
-    )  # fmt: skip
+    )
     done = pruning.to_dict()
     if as_json:
         output.print_json(done)
@@ -398,17 +551,26 @@ def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> Non
         rows = sorted(gone, key=lambda one: (one["t"], one["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
         output.print_line()
-    both = {"when": "now", "count": len(kept) + len(gone), "bytes": found["bytes"] + found["gone_bytes"]}
+    both = {
+        "when": "now",
+        "count": len(kept) + len(gone),
+        "bytes": found["bytes"] + found["gone_bytes"],
+    }
     left = {"when": "afterwards", "count": len(kept), "bytes": found["bytes"]}
     columns = [":when", "snapshots:count", "size:bytes", "worst_error", "median_error"]
     output.print_rows([both | found["before"], left | found["after"]], columns)
     low, high = sigma_range
     how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(found['prior'], '')}")
+    output.print_line(
+        f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(found['prior'], '')}"
+    )
 
 
 def _print_end(found: dict[str, Any], dry_run: bool) -> None:
-    what = f"{output.counted(len(found['gone']), 'snapshot')}, {resources.size_text(found['gone_bytes'])}"
+    what = (
+        f"{output.counted(len(found['gone']), 'snapshot')}, "
+        f"{resources.size_text(found['gone_bytes'])}"
+    )
     if not found["gone"]:
         output.print_line("nothing has to be deleted")
     elif found["deleted"]:
@@ -418,15 +580,17 @@ def _print_end(found: dict[str, Any], dry_run: bool) -> None:
 
 
 def demo(
-    out: Path = options.OUTPUT("ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."),
+    out: Path = options.OUTPUT(
+        "ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."
+    ),
     as_json: bool = options.JSON,
     steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
     """Train a small diffusion model and choose its average.
 
-    Takes less than a minute and downloads nothing. Trains with the hook on generated images, measures the validation
-    loss of averages of many lengths, makes the best one, and draws pictures and a page. Prints every command that it
-    runs.
+    Takes less than a minute and downloads nothing. Trains with the hook on generated images,
+    measures the validation loss of averages of many lengths, makes the best one, and draws pictures
+    and a page. Prints every command that it runs.
     """
     from posthoc_cli.demo import run
 
@@ -443,18 +607,39 @@ def _print_demo(found: dict[str, Any]) -> None:
     for one in found["averages"]:
         mark = "<- best" if one["sigma_rel"] == found["best"] else ""
         versus = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
-        rows.append({"what": f"{one['sigma_rel']:g}", "loss": f"{one['loss']:.5f}", "versus": versus, "mark": mark})
+        rows.append(
+            {
+                "what": f"{one['sigma_rel']:g}",
+                "loss": f"{one['loss']:.5f}",
+                "versus": versus,
+                "mark": mark,
+            }
+        )
     output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
     low, high = found["equal_within_noise"]
     output.print_line(
-        f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a command of yours"
+        f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a "
+        f"command of yours"
     )
     out = Path(found["out"])
     output.print_line()
-    output.print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, look at the pictures, and try:")
+    output.print_line(
+        f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, look at the pictures, "
+        f"and try:"
+    )
     for words in (
         ["synthesize", out / "snapshots", "--sigma-rel", "0.13", "--out", out / "mine.safetensors"],
         ["info", out / "best.safetensors"],
-        ["plan", "--steps", "100000", "--params", "100K", "--disk", "10MB", "--out", out / "plan.png"],
+        [
+            "plan",
+            "--steps",
+            "100000",
+            "--params",
+            "100K",
+            "--disk",
+            "10MB",
+            "--out",
+            out / "plan.png",
+        ],
     ):
         output.print_line(f"  {shlex.join(['ema', *map(str, words)])}")

@@ -1,4 +1,5 @@
-"""The command line's gate: options that several commands share, and what turns their texts into values."""
+"""The command line's gate: options that several commands share, and what turns their texts into
+values."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _PANELS = "Targets", "Output", "Which run", "How"
 TARGETS, OUTPUT, RUN, HOW = (partial(Option, rich_help_panel=panel) for panel in _PANELS)
-"""Options by the panel of the help in which they appear; the panel that most users need comes first."""
+"""Options by the panel of the help in which they appear; the panel that most users need comes
+first."""
 
 Method = Literal["minvar", "paper"]
 Layout = Literal["safetensors", "sharded", "pt", "dcp"]
@@ -30,17 +32,26 @@ Dtype = Literal["keep", "float32", "float16", "bfloat16", "float64", "fp32", "fp
 SIGMA_REL = TARGETS(
     [],
     metavar="NUMBERS",
-    help="Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. Repeatable.",
+    help=(
+        "Lengths: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25. "
+        "Repeatable."
+    ),
 )
 TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
-    help="Other averages: beta:0.9999, window:1000, last:10, decay:linear:20%; also lists or ranges. Repeatable.",
+    help=(
+        "Other averages: beta:0.9999, window:1000, last:10, decay:linear:20%; also lists or "
+        "ranges. Repeatable."
+    ),
 )
 METHOD = HOW(
     None,
     show_default="minvar",
-    help="The solver: minvar, for the least error of the weights, or paper, for the nearest profile, as published.",
+    help=(
+        "The solver: minvar, for the least error of the weights, or paper, for the nearest "
+        "profile, as published."
+    ),
 )
 LAYOUT = OUTPUT(
     None,
@@ -49,18 +60,31 @@ LAYOUT = OUTPUT(
     help="safetensors, sharded (a folder), pt, or dcp (a folder, torch's distributed checkpoint).",
 )
 DTYPE = OUTPUT(
-    "keep", metavar="DTYPE", help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."
+    "keep",
+    metavar="DTYPE",
+    help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
 )
 LIKE_MODEL = OUTPUT(
-    None, metavar="MODEL_FOLDER", help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights."
+    None,
+    metavar="MODEL_FOLDER",
+    help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights.",
 )
 TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
-STEP = RUN(None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K.")
-MAX_SHARD_SIZE = OUTPUT(None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output.")
-LIKE = RUN(
-    None, metavar="DIR|GLOB", show_default="even motion", help="An earlier run, as in which the network will move."
+STEP = RUN(
+    None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K."
 )
-SIGMA_RANGE = TARGETS("0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want.")
+MAX_SHARD_SIZE = OUTPUT(
+    None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output."
+)
+LIKE = RUN(
+    None,
+    metavar="DIR|GLOB",
+    show_default="even motion",
+    help="An earlier run, as in which the network will move.",
+)
+SIGMA_RANGE = TARGETS(
+    "0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want."
+)
 DIRECTORY = Argument(..., metavar="DIR", help="The directory of the tracker's snapshots.")
 DIRECTORY_OR_CHECKPOINTS = Argument(
     ..., metavar="DIR", help="The directory of the tracker's snapshots, or of checkpoints."
@@ -88,7 +112,9 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
 def parse_sigma_range(text: str) -> tuple[float, float]:
     """Return both ends of `--sigma-range`, LOW:HIGH."""
     form = "LOW:HIGH in (0, 0.2887), such as 0.05:0.28"
-    return cast("tuple[float, float]", tuple(parse_numbers(text.replace(":", ","), "--sigma-range", form)))
+    return cast(
+        "tuple[float, float]", tuple(parse_numbers(text.replace(":", ","), "--sigma-range", form))
+    )
 
 
 def parse_max_error(text: str) -> float:
@@ -96,12 +122,17 @@ def parse_max_error(text: str) -> float:
     try:
         return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
-        raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%") from None
+        raise bad(
+            "--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%"
+        ) from None
 
 
 def parse_targets(sigma_rels: Sequence[str], others: Sequence[str]) -> list[Target]:
-    """Return the targets of each --sigma-rel and each --target, in this order, without duplicates."""
-    parsed: list[Target] = [SigmaRel(width) for text in sigma_rels for width in parse_numbers(text, "--sigma-rel")]
+    """Return the targets of each --sigma-rel and each --target, in this order, without
+    duplicates."""
+    parsed: list[Target] = [
+        SigmaRel(width) for text in sigma_rels for width in parse_numbers(text, "--sigma-rel")
+    ]
     for text in others:
         parsed += targets.parse_targets(text, "--target")
     return list(dict.fromkeys(parsed))
@@ -114,7 +145,9 @@ def parse_groups(texts: Sequence[str]) -> dict[str, float]:
         glob, equals, width = text.rpartition("=")
         widths = parse_numbers(width, "--group") if glob and equals else []
         if len(widths) != 1 or glob in groups:
-            raise bad("--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'")
+            raise bad(
+                "--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'"
+            )
         groups[glob] = widths[0]
     return groups
 
@@ -128,7 +161,8 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 
 
 def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> Path:
-    """Return the path of an existing input, with ~ expanded; an error without one, or a `directory` that is none."""
+    """Return the path of an existing input, with ~ expanded; an error without one, or a `directory`
+    that is none."""
     path = files.expanded(files.given_path(name, place))
     try:
         mode = path.stat().st_mode

@@ -52,9 +52,13 @@ def print_json(value: Any) -> None:
 
 
 def show(
-    report: dict[str, Any], as_json: bool, as_text: Callable[[dict[str, Any]], None], wrote: Path | None = None
+    report: dict[str, Any],
+    as_json: bool,
+    as_text: Callable[[dict[str, Any]], None],
+    wrote: Path | None = None,
 ) -> None:
-    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text, and a file's path."""
+    """Print a report's `to_dict`: as JSON, or by a function that prints the same fields as text,
+    and a file's path."""
     (print_json if as_json else as_text)(report)
     if wrote is not None and not as_json:
         print_line(f"wrote {wrote}")
@@ -64,13 +68,18 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
     """Print rows of a report as an aligned table, numbers to the right.
 
     Arguments:
-        columns: the key of each column, or its title and key as "size:bytes"; a cell is empty if its row lacks the key.
+        columns: the key of each column, or its title and key as "size:bytes"; a cell is empty if
+        its row lacks the key.
     """
-    pairs = [column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns]
+    pairs = [
+        column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns
+    ]
     lines = [[title for title, _ in pairs]]
     lines += [[text(key, row[key]) if key in row else "" for _, key in pairs] for row in rows]
     lines = [[*map(printable, line)] for line in lines]
-    are_numbers = [all(isinstance(row.get(key, 0), int | float | None) for row in rows) for _, key in pairs]
+    are_numbers = [
+        all(isinstance(row.get(key, 0), int | float | None) for row in rows) for _, key in pairs
+    ]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
     for line in lines:
         cells = []
@@ -81,7 +90,8 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 
 
 def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Print a table like `print_rows`, after an empty line; of many rows the first and the last ones."""
+    """Print a table like `print_rows`, after an empty line; of many rows the first and the last
+    ones."""
     half = MOST_ROWS // 2
     print_line()
     print_rows(rows if len(rows) <= MOST_ROWS else [*rows[:half], *rows[-half:]], columns)
@@ -90,11 +100,14 @@ def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
-    """Print the snapshots of an average whose coefficients have the largest magnitude, in their order."""
+    """Print the snapshots of an average whose coefficients have the largest magnitude, in their
+    order."""
     order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
     print_rows([snapshots[index] for index in sorted(order[:MOST_ROWS])], ["file", "coefficient"])
     if len(snapshots) > MOST_ROWS:
-        print_line(f"and {len(snapshots) - MOST_ROWS:,} more with smaller coefficients; --json lists them")
+        print_line(
+            f"and {len(snapshots) - MOST_ROWS:,} more with smaller coefficients; --json lists them"
+        )
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
@@ -105,7 +118,8 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
-    """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain any."""
+    """Print to stderr what to do about BatchNorm statistics, if the names of copied tensors contain
+    any."""
     from posthoc_cli.snapshots.snapshot import statistics_notice
 
     if notice := statistics_notice(copies):
@@ -131,7 +145,8 @@ def log_to_stderr() -> None:
 
 
 def progress_bar(unit: str = "") -> ProgressBar:
-    """Return a progress bar for a terminal's stderr, which counts bytes unless `unit` names something else."""
+    """Return a progress bar for a terminal's stderr, which counts bytes unless `unit` names
+    something else."""
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:

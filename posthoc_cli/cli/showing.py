@@ -21,14 +21,16 @@ from posthoc_cli.targets import bad, parse_numbers, parse_targets
 
 def info(
     path: str = Argument(
-        ..., metavar="DIR|FILE", help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file."
+        ...,
+        metavar="DIR|FILE",
+        help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file.",
     ),
     as_json: bool = options.JSON,
 ) -> int:
     """Show what a directory or a file contains.
 
-    Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged headers. ema verify
-    checks every byte.
+    Reads headers only. Exit code 1 if a directory has a problem, such as mixed runs or damaged
+    headers. ema verify checks every byte.
     """
     report = options.open_run(path, directory=False).info()
     output.show(report, as_json, _print_info)
@@ -39,15 +41,23 @@ def _print_info(report: dict[str, Any]) -> None:
     output.print_pairs(facts(report))
     if profiles := report.get("profiles"):
         rows = [
-            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]} for one in profiles
+            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]}
+            for one in profiles
         ]
-        times = ["snapshots:count", "first t:first", "last t:last", "rounding:relative_rounding_range"]
+        times = [
+            "snapshots:count",
+            "first t:first",
+            "last t:last",
+            "rounding:relative_rounding_range",
+        ]
         output.print_line()
         output.print_rows(rows, ["sigma_rel", *times, "size:bytes"])
     if checkpoints := report.get("checkpoints"):
         output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
     if outputs := report.get("outputs"):
-        rows = [{"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs]
+        rows = [
+            {"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs
+        ]
         output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
     if report["kind"] == "output":
         output.print_line()
@@ -65,8 +75,9 @@ def verify(
 ) -> int:
     """Check every byte of snapshots and outputs.
 
-    Reads all files and checks checksums, headers against contents, and that all files belong to one run. Exit code 1 if
-    anything is wrong. Files of other programs have no checksums: only their structure is checked.
+    Reads all files and checks checksums, headers against contents, and that all files belong to one
+    run. Exit code 1 if anything is wrong. Files of other programs have no checksums: only their
+    structure is checked.
 
     Move a broken snapshot out of its directory: the others work without it.
     """
@@ -86,7 +97,9 @@ def verify(
                 output.print_line(f"{check.path}:")
             _print_verify(reports[-1])
     if as_json:
-        output.print_json(reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports})
+        output.print_json(
+            reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports}
+        )
     return int(not is_fine)
 
 
@@ -94,11 +107,15 @@ def _print_verify(found: dict[str, Any]) -> None:
     fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
     wrong = [file for file in found["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
-        output.print_line(f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them")
+        output.print_line(
+            f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them"
+        )
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
     for file in wrong:
-        state = f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
+        state = (
+            f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
+        )
         output.print_line(f"{file['path']}: {file['what']}: {state.removesuffix(': ')}")
     for name in found["leftovers"]:
         output.print_line(f"{name}: left by an interrupted write, or by one in progress")
@@ -116,19 +133,29 @@ def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     if not wrong:
         unchecked = sum(file["state"] == "unchecked" for file in found["files"])
         intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
-        read = f", {resources.size_text(found['bytes'])} verified in {found['seconds']:.1f} s" * bool(found["bytes"])
+        read = (
+            f", {resources.size_text(found['bytes'])} verified in {found['seconds']:.1f} s"
+            * bool(found["bytes"])
+        )
         return f"{total}{read}: {intact if unchecked else 'all intact'}"
     names = ", ".join(file["path"] for file in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
     states = {file["state"] for file in wrong}
     verdict = states.pop() if len(states) == 1 else "not in order"
-    return f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"
+    return (
+        f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"
+    )
 
 
 def audit(
-    directory: str = Argument(..., metavar="DIR", help="Checkpoints with an average and the weights."),
+    directory: str = Argument(
+        ..., metavar="DIR", help="Checkpoints with an average and the weights."
+    ),
     claimed: float | None = options.RUN(
-        None, metavar="DECAY", show_default="from the files or the import", help="The decay that it should have."
+        None,
+        metavar="DECAY",
+        show_default="from the files or the import",
+        help="The decay that it should have.",
     ),
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
@@ -136,9 +163,9 @@ def audit(
 ) -> int:
     """Find which decay an average really has.
 
-    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of 100,000 elements.
-    Shows the decay of each interval, and what is wrong: a wrong sign, an update per microbatch, an average that does
-    not move or that was restarted at a resume.
+    Compares averages with the weights in the same checkpoints, from one to the next, on a sample of
+    100,000 elements. Shows the decay of each interval, and what is wrong: a wrong sign, an update
+    per microbatch, an average that does not move or that was restarted at a resume.
 
     Exit code 1 if an average is not what it claims to be.
     """
@@ -168,14 +195,21 @@ def _print_audit(found: dict[str, Any]) -> None:
         {
             "found": "-" if one["found"] is None else f"{one['found']:,.4g}",
             "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
-            "ratio": "" if None in (one["claimed"], one["found"]) else f"{one['found'] / one['claimed']:.3g}",
+            "ratio": ""
+            if None in (one["claimed"], one["found"])
+            else f"{one['found'] / one['claimed']:.3g}",
         }
-        | {key: "-" if one[key] is None else one[key] for key in ("begin", "end", "unexplained", "note")}
+        | {
+            key: "-" if one[key] is None else one[key]
+            for key in ("begin", "end", "unexplained", "note")
+        }
         for one in intervals
     ]
     claim = [] if found["claimed"] is None else ["claimed", "ratio"]
     if rows:
-        output.print_line(f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}")
+        output.print_line(
+            f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}"
+        )
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
     verdict = "" if found["text"].endswith(found["verdict"]) else f"{found['verdict']}: "
@@ -195,8 +229,9 @@ def report(
 ) -> None:
     """Make a page about a run and its best length.
 
-    Writes one HTML file that needs no network: what the run is, the metric against the length with its noise, how exact
-    each length is, all trials, and the commands to repeat them. Several runs or sweeps are compared.
+    Writes one HTML file that needs no network: what the run is, the metric against the length with
+    its noise, how exact each length is, all trials, and the commands to repeat them. Several runs
+    or sweeps are compared.
     """
     from posthoc_cli.report.page import render
 
@@ -210,21 +245,28 @@ def report(
 
 def error_plot(
     directories: list[str] = Argument(
-        ..., metavar="DIR", help="Directories of snapshots or of checkpoints, or globs of checkpoints."
+        ...,
+        metavar="DIR",
+        help="Directories of snapshots or of checkpoints, or globs of checkpoints.",
     ),
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
-    target: list[str] = options.TARGETS([], metavar="TARGET", help="Also this average: window:1000. Repeatable."),
-    sigma_range: str = options.TARGETS("0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."),
+    target: list[str] = options.TARGETS(
+        [], metavar="TARGET", help="Also this average: window:1000. Repeatable."
+    ),
+    sigma_range: str = options.TARGETS(
+        "0.01:0.2886", metavar="LOW:HIGH", help="The curve's range of sigma_rel."
+    ),
     t: float | None = options.TIME,
     method: options.Method | None = options.METHOD,
 ) -> None:
     """Draw how exact averages of any length will be.
 
-    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. Tracked
-    profiles are marked; the range below 1 % is shaded and named in the title. --method paper adds the profile error,
-    the published measure: the relative L2 distance between the target profile and the reconstructed one.
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true
+    average. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+    --method paper adds the profile error, the published measure: the relative L2 distance between
+    the target profile and the reconstructed one.
 
     ema plan draws the same curve before a training.
     """
@@ -237,7 +279,9 @@ def error_plot(
     runs = list(map(options.open_run, directories))
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:
-        output.write_picture(lambda: plots.error_figure(curves, method == "paper"), picture, overwrite)
+        output.write_picture(
+            lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
+        )
     found = {"curves": [curve.to_dict() for curve in curves]}
     output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
 
@@ -247,22 +291,39 @@ def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
         tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
         below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
-        output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
+        output.print_pairs(
+            [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
+        )
         rows = [
             other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
             for other in curve.to_dict()["others"]
         ]
         if rows:
-            output.print_rows(rows, ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper])
+            output.print_rows(
+                rows, ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper]
+            )
 
 
-_PLAN_COLUMNS = [":marked", "tracked", "dtype", "kept:snapshots_each", "every:checkpoint_every", "disk:bytes"]
+_PLAN_COLUMNS = [
+    ":marked",
+    "tracked",
+    "dtype",
+    "kept:snapshots_each",
+    "every:checkpoint_every",
+    "disk:bytes",
+]
 
 
 def plan(
-    steps: str = options.RUN(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
-    params: str = options.RUN(..., metavar="COUNT", help="Averaged parameters of the network: 1.2e9, 1.2B, 350M."),
-    disk: str | None = options.RUN(None, metavar="SIZE", help="Mark the most exact schedule within this disk space."),
+    steps: str = options.RUN(
+        ..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."
+    ),
+    params: str = options.RUN(
+        ..., metavar="COUNT", help="Averaged parameters of the network: 1.2e9, 1.2B, 350M."
+    ),
+    disk: str | None = options.RUN(
+        None, metavar="SIZE", help="Mark the most exact schedule within this disk space."
+    ),
     like: str | None = options.LIKE,
     sigma_range: str = options.SIGMA_RANGE,
     out: Path | None = options.PICTURE,
@@ -271,13 +332,15 @@ def plan(
 ) -> None:
     """Show what to track and store, before training.
 
-    Lists five schedules with their size on disk and their predicted error over --sigma-range, and the line of code for
-    each. They track the ends of the range, and keep 8 to 20 snapshots of each profile.
+    Lists five schedules with their size on disk and their predicted error over --sigma-range, and
+    the line of code for each. They track the ends of the range, and keep 8 to 20 snapshots of each
+    profile.
 
-    Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm of its weights
-    during training. --like uses the motion of an earlier run instead, stretched over --steps, and the rounding of
-    its stored averages. The disk space is that of all averages while the last ones are written: one more of each
-    profile than is kept. Headers and buffers are not counted.
+    Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm
+    of its weights during training. --like uses the motion of an earlier run instead, stretched over
+    --steps, and the rounding of its stored averages. The disk space is that of all averages while
+    the last ones are written: one more of each profile than is kept. Headers and buffers are not
+    counted.
     """
     from posthoc_cli.run import plan_training
 
@@ -292,7 +355,11 @@ def plan(
     if picture is not None:
         from posthoc_cli import plots
 
-        output.write_picture(lambda: plots.error_figure([each.errors for each in report.proposals]), picture, overwrite)
+        output.write_picture(
+            lambda: plots.error_figure([each.errors for each in report.proposals]),
+            picture,
+            overwrite,
+        )
     output.show(report.to_dict(), as_json, _print_plan, picture)
 
 
@@ -300,12 +367,17 @@ def _print_plan(found: dict[str, Any]) -> None:
     schedules, chosen = found["schedules"], found["within_disk"]
     rows = [
         one
-        | {"marked": one["name"] + " *" * (one["name"] == chosen), "tracked": ", ".join(map(str, one["sigma_rels"]))}
+        | {
+            "marked": one["name"] + " *" * (one["name"] == chosen),
+            "tracked": ", ".join(map(str, one["sigma_rels"])),
+        }
         for one in schedules
     ]
     output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
     low, high = schedules[0]["sigma_rel"][0], schedules[0]["sigma_rel"][-1]
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}")
+    output.print_line(
+        f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}"
+    )
     if found["disk"] is not None:
         output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
     for one in schedules:
@@ -318,7 +390,9 @@ _COMMON_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
 
 
 def profile(
-    sigma_rel: str | None = options.TARGETS(None, show_default="common widths", help="A number, a list or a range."),
+    sigma_rel: str | None = options.TARGETS(
+        None, show_default="common widths", help="A number, a list or a range."
+    ),
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
@@ -331,8 +405,9 @@ def profile(
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
-    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function that has the same
-    mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is 0.2887, the uniform average.
+    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function
+    that has the same mean age after --steps: beta / (1 - beta) steps. The largest sigma_rel is
+    0.2887, the uniform average.
     """
     from posthoc_cli.profiles import convert
 
@@ -341,7 +416,11 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = options.parse_count(steps or "1000", "--steps")
-    widths = parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel") if target is None else []
+    widths = (
+        parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel")
+        if target is None
+        else []
+    )
     betas = [] if target is None else _betas(target)
     rows = convert(count, widths, betas)
     if as_json:
@@ -349,7 +428,9 @@ def profile(
         return
     rounded = [{key: float(f"{value:.8g}") for key, value in row.items()} for row in rows]
     output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
-    output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
+    output.print_line(
+        f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age"
+    )
 
 
 def _betas(text: str) -> list[float]:
@@ -366,15 +447,20 @@ _WIDEST_GUIDE = 120
 def _read_guides() -> dict[str, str]:
     """Return the Markdown source of each guide by name."""
     pages = (importlib.resources.files("posthoc_cli") / "guides").iterdir()
-    return {page.name[:-3]: page.read_text("utf-8") for page in sorted(pages, key=lambda page: page.name)}
+    return {
+        page.name[:-3]: page.read_text("utf-8")
+        for page in sorted(pages, key=lambda page: page.name)
+    }
 
 
 def guide(
-    name: str | None = Argument(None, metavar="NAME", help="The guide (default: a list)."), as_json: bool = options.JSON
+    name: str | None = Argument(None, metavar="NAME", help="The guide (default: a list)."),
+    as_json: bool = options.JSON,
 ) -> None:
     """Show a guide, or list the guides.
 
-    On a terminal the guide is rendered and shown in the pager; in a pipe the Markdown source is printed.
+    On a terminal the guide is rendered and shown in the pager; in a pipe the Markdown source is
+    printed.
     """
     guides = _read_guides()
     if name is not None:
@@ -384,16 +470,21 @@ def guide(
     if as_json:
         chosen = guides if name is None else [name]
         text = {} if name is None else {"text": guides[name]}
-        output.print_json({"guides": [{"guide": page, "about": about[page]} | text for page in chosen]})
+        output.print_json(
+            {"guides": [{"guide": page, "about": about[page]} | text for page in chosen]}
+        )
     elif name is None:
-        output.print_rows([{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"])
+        output.print_rows(
+            [{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"]
+        )
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:
         from rich.console import Console
         from rich.markdown import Markdown
 
-        os.environ.setdefault("LESS", "-RFX")  # show colours, and quit at once if the text fits the screen
+        # show colours, and quit at once if the text fits the screen
+        os.environ.setdefault("LESS", "-RFX")
         console = Console(width=min(Console().width, _WIDEST_GUIDE))
         with console.pager(styles=True):
             console.print(Markdown(guides[name], hyperlinks=False))

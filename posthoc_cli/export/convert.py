@@ -15,7 +15,14 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.index import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, check_alone, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    check_alone,
+    shown,
+)
 from posthoc_cli.export.layouts import OutputOptions, check_shape, files_of, layout_of, nbytes
 from posthoc_cli.export.writing import Output, write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
@@ -59,22 +66,24 @@ def export_file(
     """Write a model in another layout; only "pt" and "dcp" need memory for all tensors.
 
     Arguments:
-        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; a
-            training's checkpoint that `torch.save` or torch.distributed.checkpoint wrote, from which the average is
-            taken; or shards or parts of one of these: their index, or its folder.
-        out: the output, whose name decides the layout unless `layout` is given.
-        dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
-        base: a model that completes the output with the tensors that `source` lacks; as `source`, but no checkpoint.
-        prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before they are compared
+        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any
+            safetensors file; a training's checkpoint that `torch.save` or
+            torch.distributed.checkpoint wrote, from which the average is taken; or shards or parts
+            of one of these: their index, or its folder.
+        out: the output, whose name decides the layout unless `layout` is given. dtype: dtype of all
+        floating-point tensors except copies; None to keep each tensor's own. base: a model that
+        completes the output with the tensors that `source` lacks; as `source`, but no checkpoint.
+        prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before
+        they are compared
             with those in `base`.
-        overwrite: replace an existing output.
-        max_shard_size: largest size of a shard, such as "5GB", which is the default.
-        weights: of a training's checkpoint take the raw weights, not the average.
-        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no word says it.
-        progress: opens a progress bar of the bytes to write.
+        overwrite: replace an existing output. max_shard_size: largest size of a shard, such as
+        "5GB", which is the default. weights: of a training's checkpoint take the raw weights, not
+        the average. average: the key or prefix of the average in a training's checkpoint, or a glob
+        of it, if no word says it. progress: opens a progress bar of the bytes to write.
 
     Raises:
-        FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
+        FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError,
+        NonFiniteError.
     """
     started, wanted = time.perf_counter(), parse_dtype(dtype)
     check_alone(weights=weights, average=average)
@@ -84,15 +93,25 @@ def export_file(
     content: dict[str, Any] = {"format": FORMAT}
     with ExitStack() as stack:
         if average is not None or _is_checkpoint(source):
-            tensors, info = _of_source(stack.enter_context(stored_in(source, weights, average))), None
+            tensors, info = (
+                _of_source(stack.enter_context(stored_in(source, weights, average))),
+                None,
+            )
         elif weights:
-            raise InvalidValueError("weights", f"is for a training's checkpoint, and {source.name} is none")
+            raise InvalidValueError(
+                "weights", f"is for a training's checkpoint, and {source.name} is none"
+            )
         else:
             tensors, info = _read_model(stack, source)
-        renamed = {prefix + name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()}
+        renamed = {
+            prefix + name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()
+        }
         is_used = not strip_prefix or any(name.startswith(strip_prefix) for name in tensors)
         if not is_used or len(renamed) < len(tensors):
-            reason = f"must begin a name, and make no two alike; the first is {min(tensors, default='')!r}"
+            reason = (
+                f"must begin a name, and make no two alike; the first is "
+                f"{min(tensors, default='')!r}"
+            )
             raise InvalidValueError("strip_prefix", reason, value=f"{strip_prefix!r}")
         tensors, own = renamed, len(renamed)
         if base is not None:
@@ -110,7 +129,9 @@ def export_file(
                 advance(entry.nbytes)
 
         write_outputs([out], layout, parts, [content], fill, others, overwrite)
-    return ExportReport(out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started)
+    return ExportReport(
+        out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started
+    )
 
 
 class _Tensor(NamedTuple):
@@ -120,14 +141,17 @@ class _Tensor(NamedTuple):
     role: str  # "other" if unknown
 
     def entry(self, wanted: str | None) -> Entry:
-        """Return its entry in the output: in the wanted dtype if it is a floating-point parameter."""
+        """Return its entry in the output: in the wanted dtype if it is a floating-point
+        parameter."""
         is_kept = wanted is None or self.role in ("statistic", "copy") or self.own.dtype not in EPS
         return self.own if is_kept else Entry(str(wanted), self.own.shape)
 
     def read(self, dtype: str) -> torch.Tensor:
-        """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too small dtype."""
+        """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too
+        small dtype."""
         tensor, wanted = self.file.tensor(self.name), torch_dtype(dtype)
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # torch lacks functions for 8-bit dtypes
+        # torch lacks functions for 8-bit dtypes
+        values = tensor.float() if tensor.element_size() == 1 else tensor
         reason = ""
         if self.role in ("average", "statistic") and not bool(values.isfinite().all()):
             reason = "holds nan or infinity"
@@ -142,7 +166,8 @@ _Tensors = dict[str, _Tensor]
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint: a pickle, a DCP folder, or weights next to an average."""
+    """Return whether a source is a training's checkpoint: a pickle, a DCP folder, or weights next
+    to an average."""
     if source.is_dir():
         return (source / DCP_METADATA).is_file() or bool(sets_in(source))
     return source.name.endswith((*PICKLES, ".pth.tar")) and source.is_file()
@@ -151,32 +176,55 @@ def _is_checkpoint(source: Path) -> bool:
 def _of_source(source: Source) -> _Tensors:
     """Return the tensors of a snapshot or checkpoint, under all their names."""
     names = {name: name for name in source.tensors} | source.aliases
-    own = {name: Entry(tensor.dtype, source.entries[name].shape) for name, tensor in source.tensors.items()}
-    return {alias: _Tensor(source, name, own[name], source.tensors[name].role) for alias, name in names.items()}
+    own = {
+        name: Entry(tensor.dtype, source.entries[name].shape)
+        for name, tensor in source.tensors.items()
+    }
+    return {
+        alias: _Tensor(source, name, own[name], source.tensors[name].role)
+        for alias, name in names.items()
+    }
 
 
 def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | None]:
-    """Return the tensors of a model, whose files are open until the stack ends, and its header as an output."""
+    """Return the tensors of a model, whose files are open until the stack ends, and its header as
+    an output."""
     path, *more = models_at(path)
     if more:
-        raise InvalidValueError(path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}")
+        raise InvalidValueError(
+            path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}"
+        )
     opened, info = ([], None) if is_parts_folder(path) else read_model(path)
     if not opened or opened[0].kind == "snapshot":
         snapshot = stack.enter_context(read_snapshot(path))
         if snapshot.part is not None:
-            raise FileFormatError(path, "is a part of a snapshot", "export the folder of all its parts")
+            raise FileFormatError(
+                path, "is a part of a snapshot", "export the folder of all its parts"
+            )
         return _of_source(snapshot), OutputInfo(
-            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=(Used(path.name, 1.0),),
-        )  # fmt: skip
+            snapshot.run_id,
+            f"sigma_rel {snapshot.sigma_rel!r}",
+            snapshot.sigma_rel,
+            snapshot.gamma,
+            snapshot.t,
+            snapshot.t_unit,
+            "tracked",
+            profile_error=0.0,
+            predicted_error=None,
+            snapshots=(Used(path.name, 1.0),),
+        )
     tensors = _Tensors()
     for file in map(stack.enter_context, opened):
         roles = dict.fromkeys(file.entries, "other" if info is None else "average")
         if info is not None:
-            roles |= dict.fromkeys(running_statistics(file.entries), "statistic") | dict.fromkeys(info.copies, "copy")
+            roles |= dict.fromkeys(running_statistics(file.entries), "statistic") | dict.fromkeys(
+                info.copies, "copy"
+            )
         for name, entry in file.entries.items():
             if name in tensors:
-                raise FileFormatError(file.path, f"tensor {shown(name)} is in {tensors[name].file.path} too")
+                raise FileFormatError(
+                    file.path, f"tensor {shown(name)} is in {tensors[name].file.path} too"
+                )
             tensors[name] = _Tensor(file, name, Entry(entry.dtype, entry.shape), roles[name])
     return tensors, info
 
@@ -188,7 +236,10 @@ def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
     for name in common:
         check_shape(tensors[name].file.path, name, tensors[name].own.shape, own[name].own.shape)
     if not common:
-        names = f"its names look like {min(tensors, default='')!r}, theirs like {min(own, default='')!r}"
+        names = (
+            f"its names look like {min(tensors, default='')!r}, theirs like "
+            f"{min(own, default='')!r}"
+        )
         hint = "rename them by `prefix` and `strip_prefix`"
         raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return {name: tensor for name, tensor in tensors.items() if name not in own}

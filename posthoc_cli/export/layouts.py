@@ -1,8 +1,8 @@
 """The layouts of outputs: their options and names, and which tensors each of their files holds.
 
-A copy of a model folder (`ModelFolder`) has averaged weights in place of the folder's own. The folder determines their
-names, files, dtypes, and the name under which a tied tensor is stored. All other files are copied, except through links
-that lead out of the folder: an output may be uploaded.
+A copy of a model folder (`ModelFolder`) has averaged weights in place of the folder's own. The
+folder determines their names, files, dtypes, and the name under which a tied tensor is stored. All
+other files are copied, except through links that lead out of the folder: an output may be uploaded.
 """
 
 from __future__ import annotations
@@ -27,23 +27,29 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
 LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
-"""The layouts of an output, each with the file name endings that it accepts; layouts without endings are folders."""
+"""The layouts of an output, each with the file name endings that it accepts; layouts without
+endings are folders."""
 
 FOLDERS = {
     "sharded": re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}"),
     "dcp": re.compile(r"\.metadata|.*\.distcp"),
     "like": re.compile("(?!)"),
 }
-"""The layouts that are folders ("like" is the copy of a model folder), each with a pattern of the names of its files:
-`overwrite` replaces a folder that holds no others."""
+"""The layouts that are folders ("like" is the copy of a model folder), each with a pattern of the
+names of its files: `overwrite` replaces a folder that holds no others."""
 
-_WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt)$|(?<!\.safetensors)\.index\.json$")
-"""The names of weights in a model folder, which are not copied next to the averaged weights: they are out of date."""
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt)$|(?<!\.safetensors)\.index\.json$"
+)
+"""The names of weights in a model folder, which are not copied next to the averaged weights: they
+are out of date."""
 
 Parts = Mapping[str, Mapping[str, Entry]]
-"""The tensors of each file of an output: its path within the folder, or "" for an output that is one file."""
+"""The tensors of each file of an output: its path within the folder, or "" for an output that is
+one file."""
 
-Others = Mapping[str, Path | bytes]  # the other files of a folder: their content, or the file to copy
+# the other files of a folder: their content, or the file to copy
+Others = Mapping[str, Path | bytes]
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,17 @@ class OutputOptions:
     device: torch.device | str = "auto"  # computes the sums
     workers: int | None = None  # number of threads; None for one per core
     layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
-    max_shard_size: int | str | None = None  # of a sharded output, such as "5GB", which is the default
+    max_shard_size: int | str | None = (
+        None  # of a sharded output, such as "5GB", which is the default
+    )
     overwrite: bool = False
     dry_run: bool = False  # plan only
-    distributed: bool = False  # all processes of a torchrun job make this call, and each writes some of the shards
-    # A model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights: the
-    # same names, files and dtypes, and copies of all other files. Tensors that the run lacks come from it.
+    distributed: bool = (
+        False  # all processes of a torchrun job make this call, and each writes some of the shards
+    )
+    # A model folder of transformers, diffusers or PEFT; outputs are new folders like it, with
+    # averaged weights: the same names, files and dtypes, and copies of all other files. Tensors
+    # that the run lacks come from it.
     like: str | Path | None = None
 
     def __post_init__(self) -> None:
@@ -73,9 +84,11 @@ class OutputOptions:
 
 
 def layout_of(path: Path, layout: str | None) -> str:
-    """Return the given layout, or choose it by the output's name: .pt, .safetensors, or a folder of shards.
+    """Return the given layout, or choose it by the output's name: .pt, .safetensors, or a folder of
+    shards.
 
-    Raises InvalidValueError if the name has the ending of another layout, or of none. A folder may have any name.
+    Raises InvalidValueError if the name has the ending of another layout, or of none. A folder may
+    have any name.
     """
     named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
     wanted = layout or named or "sharded"
@@ -87,16 +100,25 @@ def layout_of(path: Path, layout: str | None) -> str:
 
 
 def output_paths(
-    targets: Sequence[Target], out: str | Path | None, dtype: torch.dtype | str | None, options: OutputOptions
+    targets: Sequence[Target],
+    out: str | Path | None,
+    dtype: torch.dtype | str | None,
+    options: OutputOptions,
 ) -> list[Path]:
-    """Return the path of each target's output, none in a dry run: `out`, or a file or folder in it for each.
+    """Return the path of each target's output, none in a dry run: `out`, or a file or folder in it
+    for each.
 
-    A folder of shards holds one model. Raises InvalidValueError if options contradict each other, or if two targets
-    would have the same path.
+    A folder of shards holds one model. Raises InvalidValueError if options contradict each other,
+    or if two targets would have the same path.
     """
     layout = "sharded" if options.distributed or options.like is not None else options.layout
-    if options.like is not None and any((options.distributed, options.overwrite, options.layout, parse_dtype(dtype))):
-        reason = "determines the output: layout, dtype, overwrite and torchrun cannot be combined with it"
+    if options.like is not None and any(
+        (options.distributed, options.overwrite, options.layout, parse_dtype(dtype))
+    ):
+        reason = (
+            "determines the output: layout, dtype, overwrite and torchrun cannot be "
+            "combined with it"
+        )
         raise InvalidValueError("like", reason)
     if out is None:
         if not options.dry_run:
@@ -118,7 +140,9 @@ def output_paths(
     if is_file and not is_folder:
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
     suffix = "".join(LAYOUTS[layout or "safetensors"][:1])
-    names = [one.label if one.sigma_rel is None else f"sigma_rel-{one.sigma_rel!r}" for one in targets]
+    names = [
+        one.label if one.sigma_rel is None else f"sigma_rel-{one.sigma_rel!r}" for one in targets
+    ]
     paths = [path / f"{name}{suffix}" for name in names]
     if twice := next((one for one in paths if paths.count(one) > 1), None):
         reason = f"two averages would both become {twice}; a profile is named after its file"
@@ -126,11 +150,14 @@ def output_paths(
     return [] if options.dry_run else paths
 
 
-def files_of(layout: str, entries: Mapping[str, Entry], options: OutputOptions, ranks: int = 1) -> tuple[Parts, Others]:
-    """Return the files of an output with these tensors: shards, at least one for each rank, or one file.
-
-    Shards are cut as the Hugging Face libraries do. Several shards have an index; one has the name of a model in one
+def files_of(
+    layout: str, entries: Mapping[str, Entry], options: OutputOptions, ranks: int = 1
+) -> tuple[Parts, Others]:
+    """Return the files of an output with these tensors: shards, at least one for each rank, or one
     file.
+
+    Shards are cut as the Hugging Face libraries do. Several shards have an index; one has the name
+    of a model in one file.
     """
     if layout != "sharded":
         if options.max_shard_size is not None:
@@ -144,7 +171,10 @@ def files_of(layout: str, entries: Mapping[str, Entry], options: OutputOptions, 
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=min(options.shard_bytes, max(1, -(-total // ranks))),
     )
-    parts = {file: {name: entries[name] for name in names} for file, names in split.filename_to_tensors.items()}
+    parts = {
+        file: {name: entries[name] for name in names}
+        for file, names in split.filename_to_tensors.items()
+    }
     index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     return parts, {INDEX_NAME: text.encode()} if split.is_sharded else {}
@@ -156,7 +186,8 @@ def nbytes(entries: Mapping[str, Entry]) -> int:
 
 
 def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
-    """Raise a MismatchError that names the file if a tensor does not have the shape of its average."""
+    """Raise a MismatchError that names the file if a tensor does not have the shape of its
+    average."""
     if tuple(found) != tuple(average):
         reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
         raise MismatchError(path, reason)
@@ -174,24 +205,40 @@ class ModelFolder:
 
     @classmethod
     def find(cls, like: Path | str, tensors: Iterable[str]) -> ModelFolder:
-        """Return a model folder; for a pipeline with the only component that has some of these tensors.
+        """Return a model folder; for a pipeline with the only component that has some of these
+        tensors.
 
-        Raises InvalidValueError for a path without weights in safetensors files, if no component, or several, fit the
-        tensors, or for something in the folder that is neither a file nor a link to a file in the folder.
+        Raises InvalidValueError for a path without weights in safetensors files, if no component,
+        or several, fit the tensors, or for something in the folder that is neither a file nor a
+        link to a file in the folder.
         """
         path, known = files.expanded(like), set(tensors)
         found = [cls(path, path)]
         if path.is_dir() and weights_at(path) is None:
-            parts = [cls(path, entry) for entry in sorted(path.iterdir()) if entry.is_dir() and weights_at(entry)]
+            parts = [
+                cls(path, entry)
+                for entry in sorted(path.iterdir())
+                if entry.is_dir() and weights_at(entry)
+            ]
             found = [part for part in parts if known & part.stored.keys()]
         if len(found) != 1 or not path.is_dir():
             names = "model, diffusion_pytorch_model or adapter_model.safetensors, or their index"
-            reason = f"must be a folder with weights ({names}), or with one component that has tensors of the run"
+            reason = (
+                f"must be a folder with weights ({names}), or with one component that has "
+                f"tensors of the run"
+            )
             raise InvalidValueError("like", reason, "name the folder of a component", value=path)
-        for file in (*found[0].others.values(), *{stored.path for stored in found[0].stored.values()}):
+        for file in (
+            *found[0].others.values(),
+            *{stored.path for stored in found[0].stored.values()},
+        ):
             if not _is_own(file, path):
-                reason = f"{file.relative_to(path)} is not a file of this folder, or leads out of it"
-                raise InvalidValueError("like", reason, "remove it, or put a copy of the file in its place", value=path)
+                reason = (
+                    f"{file.relative_to(path)} is not a file of this folder, or leads out of it"
+                )
+                raise InvalidValueError(
+                    "like", reason, "remove it, or put a copy of the file in its place", value=path
+                )
         return found[0]
 
     @cached_property
@@ -202,29 +249,43 @@ class ModelFolder:
 
     @cached_property
     def others(self) -> dict[str, Path]:
-        """The files to copy, by their path in the folder: all but the weights that are replaced, and hidden folders."""
+        """The files to copy, by their path in the folder: all but the weights that are replaced,
+        and hidden folders."""
         others = []
         for base, folders, names in os.walk(self.path):
             links = [name for name in folders if Path(base, name).is_symlink()]
-            folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
+            folders[:] = [
+                name for name in folders if not name.startswith(".") and name not in links
+            ]
             paths = [Path(base, name) for name in (*links, *names)]
-            others += [path for path in paths if not (path.parent == self.place and _WEIGHTS.search(path.name))]
+            others += [
+                path
+                for path in paths
+                if not (path.parent == self.place and _WEIGHTS.search(path.name))
+            ]
         return {str(path.relative_to(self.path)): path for path in others}
 
     @property
     def dtype(self) -> str | None:
-        """The torch name of the dtype of all floating-point tensors; None if they have several dtypes."""
+        """The torch name of the dtype of all floating-point tensors; None if they have several
+        dtypes."""
         dtypes = {file.entries[name].dtype for name, file in self.stored.items()} & EPS.keys()
         words = [DTYPES[dtype].torch_name for dtype in dtypes]
         return words[0] if len(words) == 1 and words[0] in WORDS else None
 
     def arranged(self, plan: Plan) -> tuple[Plan, Parts, Others]:
-        """Return a plan whose tensors have the dtypes of this folder, the tensors of its files, and the others.
+        """Return a plan whose tensors have the dtypes of this folder, the tensors of its files, and
+        the others.
 
-        Raises MismatchError for a tensor that has another shape in the folder or is not in it, or quantized weights.
+        Raises MismatchError for a tensor that has another shape in the folder or is not in it, or
+        quantized weights.
         """
         owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        dtypes = {owners[name]: file.entries[name].dtype for name, file in self.stored.items() if name in owners}
+        dtypes = {
+            owners[name]: file.entries[name].dtype
+            for name, file in self.stored.items()
+            if name in owners
+        }
         averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
         reason, hint = "", "take a folder that the trained model itself was saved to"
         config = self.place / "config.json"
@@ -235,7 +296,8 @@ class ModelFolder:
             reason = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
             reason = f"{reason}; it has tensors such as {min(self.stored)!r}"
             hint += (
-                "; if transformers renames them on disk, as the experts of a mixture, load the averages into the model "
+                "; if transformers renames them on disk, as the experts of a mixture, load the "
+                "averages into the model "
                 "(load_into) and save that by save_pretrained"
             )
         if reason:
@@ -252,9 +314,11 @@ class ModelFolder:
 def _is_own(path: Path, folder: Path) -> bool:
     """Return whether a path in a folder is a file of the folder, or a link to one.
 
-    In the cache of the Hugging Face Hub, files are links to the blobs of their repository: snapshots/<revision>/<name>
-    -> ../../blobs/<hash>.
+    In the cache of the Hugging Face Hub, files are links to the blobs of their repository:
+    snapshots/<revision>/<name> -> ../../blobs/<hash>.
     """
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    return real.is_file() and (real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs"))
+    return real.is_file() and (
+        real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs")
+    )

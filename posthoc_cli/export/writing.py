@@ -1,10 +1,12 @@
-"""How outputs are written: averages of a run by one process, or by the ranks of a torchrun job; and exported models.
+"""How outputs are written: averages of a run by one process, or by the ranks of a torchrun job; and
+exported models.
 
-An output is a temporary file or folder, which gets its name when it is complete. In a job the first rank makes the
-folder, and each rank writes some of the shards into it; to an object store each sends its own. A plan is divided into
-shards by headers alone, so every rank knows the whole division. Ranks exchange no tensors: they only report by
-torch.distributed whether they succeeded. A rank that has died is noticed by the launcher, which ends the others, or by
-the ranks that wait for it: no output appears, and the job is run again.
+An output is a temporary file or folder, which gets its name when it is complete. In a job the first
+rank makes the folder, and each rank writes some of the shards into it; to an object store each
+sends its own. A plan is divided into shards by headers alone, so every rank knows the whole
+division. Ranks exchange no tensors: they only report by torch.distributed whether they succeeded. A
+rank that has died is noticed by the launcher, which ends the others, or by the ranks that wait for
+it: no output appears, and the job is run again.
 """
 
 from __future__ import annotations
@@ -29,11 +31,33 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import FileFormatError, OutputExistsError, PostHocError, RankError, WriteError
-from posthoc_cli.export.layouts import FOLDERS, ModelFolder, Others, OutputOptions, Parts, files_of, layout_of, nbytes
+from posthoc_cli.errors import (
+    FileFormatError,
+    OutputExistsError,
+    PostHocError,
+    RankError,
+    WriteError,
+)
+from posthoc_cli.export.layouts import (
+    FOLDERS,
+    ModelFolder,
+    Others,
+    OutputOptions,
+    Parts,
+    files_of,
+    layout_of,
+    nbytes,
+)
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Entry,
+    TensorFile,
+    TensorFileWriter,
+    read_file,
+    tensor_bytes,
+)
 from posthoc_cli.synthesis.engine import Tile, Writer, check_device, open_in_memory, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
@@ -70,7 +94,9 @@ class Ranks:
             if self.group is not None:
                 dist.all_gather_object(results, results[0], self.group)
         except RuntimeError as error:
-            raise failure or RankError("another process of this job", "failed or died; nothing was finished") from error
+            raise failure or RankError(
+                "another process of this job", "failed or died; nothing was finished"
+            ) from error
         for rank, (text, _) in enumerate(results):
             if text:
                 raise failure or RankError(f"rank {rank}", f"failed: {text}")
@@ -84,14 +110,17 @@ ALONE = Ranks()
 def all_ranks() -> Iterator[Ranks]:
     """Connect the ranks of a torchrun job for the block; raise RankError if they do not meet."""
     wait = timedelta(minutes=30)  # for other ranks to begin, or to finish their current shards
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or torch prints a stack trace when a rank has died
+    # or torch prints a stack trace when a rank has died
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     is_own = not dist.is_initialized()
     try:
         if is_own:
             dist.init_process_group("gloo", timeout=wait)
         group = dist.new_group(backend="gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
-        reason = f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
+        reason = (
+            f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
+        )
         raise RankError("the processes of this job", reason) from error
     if dist.get_rank():  # the first rank logs for all
         logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
@@ -106,15 +135,22 @@ def all_ranks() -> Iterator[Ranks]:
 
 
 class Output:
-    """One output, written file by file under another name; the end of `stack` removes what was not published.
+    """One output, written file by file under another name; the end of `stack` removes what was not
+    published.
 
-    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Opener`). .pt files and DCP
-    folders are collected in memory, since their libraries write them in one call. The first rank of a job is the owner
-    of the folder, and the others get its `place`.
+    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Opener`).
+    .pt files and DCP folders are collected in memory, since their libraries write them in one call.
+    The first rank of a job is the owner of the folder, and the others get its `place`.
     """
 
     def __init__(
-        self, stack: ExitStack, path: Path, layout: str, header: Mapping[str, Any], overwrite: bool, is_owner: bool
+        self,
+        stack: ExitStack,
+        path: Path,
+        layout: str,
+        header: Mapping[str, Any],
+        overwrite: bool,
+        is_owner: bool,
     ) -> None:
         self._stack, self._path, self._layout = stack, path, layout
         self._header, self._overwrite = header, overwrite
@@ -123,8 +159,15 @@ class Output:
         self._memory: dict[str, torch.Tensor] | None = None
         self._entries: Mapping[str, Entry] = {}
         with suppress(FileFormatError):
-            if overwrite and path.suffix == SUFFIX and path.is_file() and read_file(path).kind == "snapshot":
-                raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
+            if (
+                overwrite
+                and path.suffix == SUFFIX
+                and path.is_file()
+                and read_file(path).kind == "snapshot"
+            ):
+                raise OutputExistsError(
+                    path, "is a snapshot of a run and is not replaced", "choose another name"
+                )
         if is_owner:
             files.remove_leftovers(path.parent)
             if layout in FOLDERS:
@@ -151,7 +194,8 @@ class Output:
             self._file.write(name, tensor_bytes(tensor))
 
     def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that writes a tile under all names that its tensors have in the file."""
+        """Return the function that writes a tile under all names that its tensors have in the
+        file."""
         if self._memory is not None:
             copy = open_in_memory(self._memory, torch.device("cpu"), tile)
             for name in tile.names:
@@ -194,7 +238,8 @@ class Output:
 
 
 def _save(tensors: dict[str, Any], file: Any, folder: Any) -> None:
-    """Save tensors as a .pt file or, without `file`, in a folder of torch.distributed.checkpoint."""
+    """Save tensors as a .pt file or, without `file`, in a folder of
+    torch.distributed.checkpoint."""
     if file is None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
         from torch.distributed.checkpoint.state_dict_saver import save
@@ -217,7 +262,8 @@ def _save(tensors: dict[str, Any], file: Any, folder: Any) -> None:
 
     try:
         torch.save(tensors, SimpleNamespace(write=write, flush=lambda: None))
-    except RuntimeError as error:  # torch's own, which replaces that of `write`, and a KeyboardInterrupt
+    # torch's own, which replaces that of `write`, and a KeyboardInterrupt
+    except RuntimeError as error:
         raise error.__context__ or error from None
 
 
@@ -233,9 +279,9 @@ def write_outputs(
 ) -> None:
     """Write outputs of the same tensors, each with its header, and create their folder.
 
-    `fill` writes the tensors of a file into each output. No output appears before all are complete, except for shards
-    in an object store, whose index comes last. Raises OutputExistsError, and WriteError, before anything is written if
-    the outputs do not fit on the disk.
+    `fill` writes the tensors of a file into each output. No output appears before all are complete,
+    except for shards in an object store, whose index comes last. Raises OutputExistsError, and
+    WriteError, before anything is written if the outputs do not fit on the disk.
     """
     is_remote, is_first = files.is_url(paths[0]), ranks.rank == 0
     is_owner = is_first or is_remote
@@ -243,13 +289,21 @@ def write_outputs(
         with ranks.together() as places:
             if is_owner:
                 stack.enter_context(files.new_directory(paths[0].parent))
-                copied = sum(other.stat().st_size for other in others.values() if isinstance(other, Path))
-                sizes = [0, *map(nbytes, parts.values())]  # of those in a store, one at a time is on this disk
+                copied = sum(
+                    other.stat().st_size for other in others.values() if isinstance(other, Path)
+                )
+                # of those in a store, one at a time is on this disk
+                sizes = [0, *map(nbytes, parts.values())]
                 needed = len(paths) * ((max if is_remote else sum)(sizes) + copied)
                 place = Path(tempfile.gettempdir()) if is_remote else paths[0].parent
                 if needed > (free := shutil.disk_usage(place).free):
-                    reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
-                    hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size" * is_remote
+                    reason = (
+                        f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
+                    )
+                    hint = (
+                        "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
+                        * is_remote
+                    )
                     raise WriteError(place, reason, hint, errno=errno.ENOSPC)
             outputs = [
                 Output(stack, path, layout, header, overwrite, is_owner)
@@ -281,7 +335,8 @@ class SynthesisReport:
 
     plan: Plan
     outputs: tuple[Path, ...] = ()  # one per target; empty in a dry run
-    taken: tuple[str, ...] = ()  # tensors that the run lacks and that were copied from the model folder
+    # tensors that the run lacks and that were copied from the model folder
+    taken: tuple[str, ...] = ()
     device: str = "cpu"  # computed the sums
     seconds: float = 0.0
 
@@ -292,7 +347,9 @@ class SynthesisReport:
             target["seconds"] = self.seconds
             target["bytes"] = self.plan.nbytes
         left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
-        later = f" (the newest is of {self.plan.last:,.12g})" if self.plan.last != self.plan.t else ""
+        later = (
+            f" (the newest is of {self.plan.last:,.12g})" if self.plan.last != self.plan.t else ""
+        )
         return report | {
             "device": self.device,
             "sources": counted(self.plan.sources) + later,
@@ -311,14 +368,19 @@ def write_synthesis(
     ranks: Ranks = ALONE,
     progress: ProgressBar = no_bar,
 ) -> SynthesisReport | None:
-    """Synthesize every target of a plan into its path; see also `write_outputs`. Returns None in all ranks but one.
+    """Synthesize every target of a plan into its path; see also `write_outputs`. Returns None in
+    all ranks but one.
 
-    In a job this rank's share of the files is made. `like` is the model folder that outputs are copies of.
+    In a job this rank's share of the files is made. `like` is the model folder that outputs are
+    copies of.
     """
     started, taken = time.perf_counter(), dict[str, TensorFile]()
     wanted, workers = options.device, options.workers
     if ranks.world > 1:  # those of one machine share its cores, and each uses another device
-        rank, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        rank, count = (
+            int(os.environ.get("LOCAL_RANK", 0)),
+            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        )
         workers = max(1, worker_count() // count)
         if str(wanted) == "cuda":
             wanted = f"cuda:{rank % max(1, torch.cuda.device_count())}"
@@ -329,9 +391,13 @@ def write_synthesis(
             tensor = taken[name].tensor(name)
             for output in outputs:
                 output.write(name, tensor)
-        subset = frozenset(name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases))
+        subset = frozenset(
+            name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases)
+        )
         openers = [output.open_tile for output in outputs]
-        with closing(synthesize_into(replace(plan, subset=subset), openers, device, workers, advance)) as tiles:
+        with closing(
+            synthesize_into(replace(plan, subset=subset), openers, device, workers, advance)
+        ) as tiles:
             for _ in tiles:
                 pass
 
@@ -343,7 +409,11 @@ def write_synthesis(
             layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
             parts, others = files_of(layout, plan.entries, options, ranks.world)
         headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
-        with (no_bar if ranks.rank else progress)("synthesizing", plan.read_bytes // ranks.world) as advance:
+        with (no_bar if ranks.rank else progress)(
+            "synthesizing", plan.read_bytes // ranks.world
+        ) as advance:
             write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, ranks)
-    report = SynthesisReport(plan, tuple(paths), tuple(taken), str(device), time.perf_counter() - started)
+    report = SynthesisReport(
+        plan, tuple(paths), tuple(taken), str(device), time.perf_counter() - started
+    )
     return None if ranks.rank else report

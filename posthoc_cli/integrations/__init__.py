@@ -21,19 +21,25 @@ from posthoc_cli.tracker import PostHocEMA
 STATE_NAME = "posthoc_ema"
 
 
-def make_tracker(model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]) -> PostHocEMA:
+def make_tracker(
+    model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]
+) -> PostHocEMA:
     """Return a tracker of a model, by default with `resume="auto"`."""
     return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Return whether processes hold chunks of the model, also when a forward pass has made its parameters complete."""
+    """Return whether processes hold chunks of the model, also when a forward pass has made its
+    parameters complete."""
     has_dtensors = any(hasattr(parameter, "placements") for parameter in model.parameters())
     return has_dtensors or any(hasattr(module, "reshard") for module in model.modules())
 
 
-def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0) -> None:
-    """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process makes the call.
+def write_state(
+    ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0
+) -> None:
+    """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process
+    makes the call.
 
     `number` is the tracker's index among those of its training.
     """
@@ -52,10 +58,15 @@ def write_state(ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, num
 
 
 def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
-    """Continue from the state in a checkpoint, also of other processes; return False if it has none."""
+    """Continue from the state in a checkpoint, also of other processes; return False if it has
+    none."""
     paths = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
     if len(paths) > 1:
-        raise MismatchError(" and ".join(map(str, paths)), "are the tracker's states of two saves", "remove the older")
+        raise MismatchError(
+            " and ".join(map(str, paths)),
+            "are the tracker's states of two saves",
+            "remove the older",
+        )
     for path in paths:
         if path.is_dir():
             state = ema.state_dict()
@@ -67,16 +78,19 @@ def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
 
 
 def _state_names(number: int) -> tuple[str, str]:
-    """Return the names of a tracker's file and folder; like accelerate's for models, the first has no number."""
+    """Return the names of a tracker's file and folder; like accelerate's for models, the first has
+    no number."""
     name = f"{STATE_NAME}_{number}" if number else STATE_NAME
     return f"{name}.pt", name
 
 
 def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends now changed nothing: a GradScaler calls fused optimizers also on infinities."""
+    """Return whether the step that ends now changed nothing: a GradScaler calls fused optimizers
+    also on infinities."""
     return bool(getattr(optimizer, "found_inf", None))
 
 
 def figures(ema: PostHocEMA, wanted: Iterable[Target] = ()) -> dict[str, float]:
-    """Return the tracker's metrics, with the predicted errors of these lengths, under names for a logger."""
+    """Return the tracker's metrics, with the predicted errors of these lengths, under names for a
+    logger."""
     return {f"ema/{name}": value for name, value in ema.metrics([*wanted]).items()}

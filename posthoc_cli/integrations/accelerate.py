@@ -18,24 +18,30 @@ log = logging.getLogger(__name__)
 
 
 def prepare(
-    accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    checkpoint_dir: str | Path,
+    optimizer: Any = None,
+    **options: Any,
 ) -> PostHocEMA:
     """Return a tracker whose exact state is saved in every checkpoint of the accelerator.
 
-    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards. Give each of
-    several models its own directory, and make the calls in the same order whenever the script runs. A second tracker of
-    one model closes the first one, with a warning, and takes its place in checkpoints.
+    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2,
+    afterwards. Give each of several models its own directory, and make the calls in the same order
+    whenever the script runs. A second tracker of one model closes the first one, with a warning,
+    and takes its place in checkpoints.
 
     Arguments:
-        model: the model to track, wrapped or bare.
-        checkpoint_dir: the directory for the snapshots.
-        optimizer: the optimizer whose steps count, wrapped or bare: steps that `accumulate` or a GradScaler skips do
+        model: the model to track, wrapped or bare. checkpoint_dir: the directory for the snapshots.
+        optimizer: the optimizer whose steps count, wrapped or bare: steps that `accumulate` or a
+        GradScaler skips do
             not. None: call `ema.update_(model)` after each step that was taken.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = _prepared.setdefault(accelerator, [])
-    # A place in checkpoints is free of the same model's tracker, or else of one that is closed or has lost its model.
+    # A place in checkpoints is free of the same model's tracker, or else of one that is closed or
+    # has lost its model.
     free = [number for number, (_, other, _) in enumerate(places) if other() is bare]
     for number, (tracker, other, _) in enumerate(places):
         if other() is None or (earlier := tracker()) is None or earlier.closed:
@@ -43,8 +49,12 @@ def prepare(
     number = [*free, len(places)][0]
     for tracker, _, earlier_hooks in places[number : number + 1]:
         earlier_hooks.close()
-        if (earlier := tracker()) is not None and not earlier.closed:  # as when a notebook's cell runs again
-            log.warning("%s: closed, as another tracker of its model replaces this one", earlier.checkpoint_dir)
+        # as when a notebook's cell runs again
+        if (earlier := tracker()) is not None and not earlier.closed:
+            log.warning(
+                "%s: closed, as another tracker of its model replaces this one",
+                earlier.checkpoint_dir,
+            )
             earlier.close()
     ema = make_tracker(model, checkpoint_dir, options)
     if optimizer is not None:
@@ -56,7 +66,9 @@ def prepare(
 
     def load(models: object, folder: str) -> None:
         if not read_state(ema, folder, number) and accelerator.is_main_process:
-            log.warning("%s was saved without this tracker: the averages begin with this training", folder)
+            log.warning(
+                "%s was saved without this tracker: the averages begin with this training", folder
+            )
 
     hooks = ExitStack()
     hooks.callback(accelerator.register_save_state_pre_hook(save).remove)
@@ -65,5 +77,6 @@ def prepare(
     return ema
 
 
-_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]  # the hooks put the tracker into checkpoints
+# the hooks put the tracker into checkpoints
+_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]
 _prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()

@@ -1,4 +1,5 @@
-"""A replacement for the `EMAModel` of diffusers, with the methods that its training scripts call."""
+"""A replacement for the `EMAModel` of diffusers, with the methods that its training scripts
+call."""
 
 from __future__ import annotations
 
@@ -18,32 +19,42 @@ _FOLDER = "state_in"  # the key of the folder of a state that was not read yet
 
 
 class PostHocEMAModel:
-    """Averages of a model with the interface of `EMAModel`. In a script, replace the line that makes that by
+    """Averages of a model with the interface of `EMAModel`. In a script, replace the line that
+    makes that by
 
         ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
 
-    As in these scripts, the first process alone keeps, saves and copies averages; of a sharded model all processes do.
-    `ema` is the tracker, None in other processes, and in an object that `from_pretrained` returned.
+    As in these scripts, the first process alone keeps, saves and copies averages; of a sharded
+    model all processes do. `ema` is the tracker, None in other processes, and in an object that
+    `from_pretrained` returned.
 
     Arguments:
-        model: the model in training, before or after `accelerator.prepare`; its adapter only, if it has one.
-        checkpoint_dir: the directory for the snapshots.
-        sigma_rel: length of the average that `copy_to` copies and `save_pretrained` saves.
-        model_cls, model_config: not used.
+        model: the model in training, before or after `accelerator.prepare`; its adapter only, if it
+        has one. checkpoint_dir: the directory for the snapshots. sigma_rel: length of the average
+        that `copy_to` copies and `save_pretrained` saves. model_cls, model_config: not used.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
     def __init__(
-        self, model: torch.nn.Module, checkpoint_dir: str | Path, sigma_rel: float = 0.15,
-        model_cls: Any = None, model_config: Any = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        checkpoint_dir: str | Path,
+        sigma_rel: float = 0.15,
+        model_cls: Any = None,
+        model_config: Any = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(model, torch.nn.Module):
-            raise InvalidValueError("model", "must be the model itself, not its parameters: snapshots have its names")
+            raise InvalidValueError(
+                "model", "must be the model itself, not its parameters: snapshots have its names"
+            )
         self.sigma_rel = check_sigma_rel(sigma_rel)
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         keeps = not dist.is_initialized() or dist.get_rank() == 0 or is_sharded(model)
-        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, options) if keeps else None
+        self.ema: PostHocEMA | None = (
+            make_tracker(model, checkpoint_dir, options) if keeps else None
+        )
         self.temp_stored_params: list[torch.Tensor] | None = None
         self._folder: Path | None = None
 
@@ -64,7 +75,9 @@ class PostHocEMAModel:
 
     def get_decay(self, optimization_step: int) -> float:
         """Return the decay of a step, counted from 1: that of the power function."""
-        return float((1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1))
+        return float(
+            (1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1)
+        )
 
     @property
     def shadow_params(self) -> list[torch.Tensor]:
@@ -81,20 +94,25 @@ class PostHocEMAModel:
 
     def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Keep the values of parameters in host memory, for `restore`."""
-        self.temp_stored_params = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+        self.temp_stored_params = [
+            parameter.detach().to("cpu", copy=True) for parameter in parameters
+        ]
 
     @torch.no_grad()
     def restore(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Copy the values that `store` has kept back into parameters."""
         if self.temp_stored_params is None:
-            raise NotReadyError("restore", "nothing was stored", "call store(parameters) before copy_to(parameters)")
+            raise NotReadyError(
+                "restore", "nothing was stored", "call store(parameters) before copy_to(parameters)"
+            )
         for parameter, value in zip(parameters, self.temp_stored_params, strict=True):
             parameter.copy_(value)
         self.temp_stored_params = None
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Copy the average into all, or all trainable, parameters of a model of this architecture."""
+        """Copy the average into all, or all trainable, parameters of a model of this
+        architecture."""
         ema, model = self._tracking()
         targets = list(parameters)
         with ema.model(model, self.sigma_rel) as averaged:
@@ -109,7 +127,8 @@ class PostHocEMAModel:
             target.copy_(value)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the averaged model for its `from_pretrained`, with the tracker's exact state in the same folder."""
+        """Save the averaged model for its `from_pretrained`, with the tracker's exact state in the
+        same folder."""
         if not self._is_kept_elsewhere:
             ema, model = self._tracking()
             with ema.model(model, self.sigma_rel) as averaged:
@@ -117,12 +136,22 @@ class PostHocEMAModel:
             write_state(ema, path, model)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
-        """Return an object whose `state_dict()` is the state that `save_pretrained` saved, for `load_state_dict`."""
+    def from_pretrained(
+        cls, path: str | Path, model_cls: Any = None, foreach: bool = False
+    ) -> PostHocEMAModel:
+        """Return an object whose `state_dict()` is the state that `save_pretrained` saved, for
+        `load_state_dict`."""
         if not any(Path(path).glob(f"{STATE_NAME}*")):
-            raise InvalidValueError("path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path)
+            raise InvalidValueError(
+                "path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path
+            )
         loaded = cls.__new__(cls)
-        loaded._folder, loaded.ema, loaded._model, loaded.temp_stored_params = Path(path), None, None, None
+        loaded._folder, loaded.ema, loaded._model, loaded.temp_stored_params = (
+            Path(path),
+            None,
+            None,
+            None,
+        )
         return loaded
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,7 +170,8 @@ class PostHocEMAModel:
             ema.load_state_dict(state_dict)
 
     def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> None:
-        """Do nothing: the argument `device` of `from_model` places the averages, which are float32 or wider."""
+        """Do nothing: the argument `device` of `from_model` places the averages, which are float32
+        or wider."""
 
     def pin_memory(self) -> None:
         """Do nothing: host copies of a model on an accelerator are in pinned memory anyway."""
@@ -157,7 +187,10 @@ class PostHocEMAModel:
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
         if self.ema is None or self._model is None:
-            reason = "tracks no model: it was loaded, or the first process keeps the averages, not this one"
+            reason = (
+                "tracks no model: it was loaded, or the first process keeps the averages, "
+                "not this one"
+            )
             hint = "pass a loaded one's state_dict() to load_state_dict of the one that tracks"
             raise NotReadyError("PostHocEMAModel", reason, hint)
         return self.ema, self._model

@@ -1,4 +1,5 @@
-"""A callback for the `Trainer` of Lightning, with the conventions of Lightning's `WeightAveraging`."""
+"""A callback for the `Trainer` of Lightning, with the conventions of Lightning's
+`WeightAveraging`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import figures, is_sharded, make_tracker, read_state, was_left_out, write_state
+from posthoc_cli.integrations import (
+    figures,
+    is_sharded,
+    make_tracker,
+    read_state,
+    was_left_out,
+    write_state,
+)
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
 
@@ -23,34 +31,56 @@ log = logging.getLogger(__name__)
 class PostHocWeightAveraging(Callback):
     """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
 
-    Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs with
-    that average; checkpoints hold it as `state_dict`, and the raw weights as `current_model_state`. Every checkpoint
-    holds the exact state of `ema`, the tracker, which is None before training.
+    Each batch after which an optimizer has stepped counts once. With `validate`, validation within
+    `fit` runs with that average; checkpoints hold it as `state_dict`, and the raw weights as
+    `current_model_state`. Every checkpoint holds the exact state of `ema`, the tracker, which is
+    None before training.
 
     Arguments:
-        checkpoint_dir: the directory for the snapshots.
-        validate: that average, a sigma_rel or a text such as "decay:linear:20%"; None for the raw weights.
-        copy_at_end: copy that average into the module when training ends.
-        update_every_n_steps: steps between two updates of the averages; override `should_update` for other rules.
-        update_starting_at_step, update_starting_at_epoch: there is no update before both.
-        use_buffers: average all floating-point buffers; else average BatchNorm's running statistics and copy others.
-        device: "model" for averages on the module's device, "cpu" for the host; None: see `PostHocEMA.from_model`.
-        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
+        checkpoint_dir: the directory for the snapshots. validate: that average, a sigma_rel or a
+        text such as "decay:linear:20%"; None for the raw weights. copy_at_end: copy that average
+        into the module when training ends. update_every_n_steps: steps between two updates of the
+        averages; override `should_update` for other rules. update_starting_at_step,
+        update_starting_at_epoch: there is no update before both. use_buffers: average all
+        floating-point buffers; else average BatchNorm's running statistics and copy others. device:
+        "model" for averages on the module's device, "cpu" for the host; None: see
+        `PostHocEMA.from_model`. options: other arguments of `PostHocEMA.from_model`; `resume` is
+        "auto" by default.
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, validate: float | str | None = None,
-        copy_at_end: bool = False, update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
-        update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
+        self,
+        checkpoint_dir: str | Path,
+        validate: float | str | None = None,
+        copy_at_end: bool = False,
+        update_every_n_steps: int = 10,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        use_buffers: bool = False,
+        device: str | None = None,
         **options: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if copy_at_end and validate is None:
-            raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
+            raise InvalidValueError(
+                "copy_at_end", "needs the length of the average", "say validate=0.15"
+            )
         self._wanted = [] if validate is None else [as_target(validate)]
-        self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
-        self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
+        self.checkpoint_dir, self.validate, self.copy_at_end = (
+            Path(checkpoint_dir),
+            validate,
+            copy_at_end,
+        )
+        self.update_starting_at_step, self.update_starting_at_epoch = (
+            update_starting_at_step,
+            update_starting_at_epoch,
+        )
         buffers = "average" if use_buffers else "statistics"
-        self.options = {"update_every": update_every_n_steps, "buffers": buffers, "device": device, **options}
+        self.options = {
+            "update_every": update_every_n_steps,
+            "buffers": buffers,
+            "device": device,
+            **options,
+        }
         self.ema: PostHocEMA | None = None
         self._steps, self._epoch, self._stepped, self._resumed = 0, 0, False, False
         self._state: dict[str, Any] | None = None
@@ -58,9 +88,11 @@ class PostHocWeightAveraging(Callback):
         self._swapped = ExitStack()  # averaged weights to swap out when validation ends
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Return whether to call `update_` after a step, or at the end of an epoch; override it for other rules.
+        """Return whether to call `update_` after a step, or at the end of an epoch; override it for
+        other rules.
 
-        One of the arguments is passed, counted from 0. Each update covers the time since the last one.
+        One of the arguments is passed, counted from 0. Each update covers the time since the last
+        one.
         """
         return (
             step_idx is not None
@@ -69,33 +101,64 @@ class PostHocWeightAveraging(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second such callback, since checkpoints have room for one, and note where those are saved."""
-        kinds = (PostHocWeightAveraging, getattr(callbacks, "WeightAveraging", PostHocWeightAveraging))
-        if stage == "fit" and sum(isinstance(callback, kinds) for callback in trainer.callbacks) > 1:
-            reason = "hold several that average weights, or one twice, which would overwrite each other in checkpoints"
-            raise InvalidValueError("callbacks", reason, "leave one; averages of all lengths come from its snapshots")
+        """Refuse a second such callback, since checkpoints have room for one, and note where those
+        are saved."""
+        kinds = (
+            PostHocWeightAveraging,
+            getattr(callbacks, "WeightAveraging", PostHocWeightAveraging),
+        )
+        if (
+            stage == "fit"
+            and sum(isinstance(callback, kinds) for callback in trainer.callbacks) > 1
+        ):
+            reason = (
+                "hold several that average weights, or one twice, which would overwrite "
+                "each other in checkpoints"
+            )
+            raise InvalidValueError(
+                "callbacks", reason, "leave one; averages of all lengths come from its snapshots"
+            )
         if trainer not in _saving:
             _watch_saving(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that was loaded."""
+        """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that
+        was loaded."""
         if trainer.fast_dev_run:  # such a run writes no checkpoints and no logs either
             return
-        if is_sharded(pl_module) and not getattr(trainer.strategy, "_save_distributed_checkpoint", False):
-            reason = "saves a checkpoint to one file, and processes of a sharded model save theirs to a folder"
-            raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
+        if is_sharded(pl_module) and not getattr(
+            trainer.strategy, "_save_distributed_checkpoint", False
+        ):
+            reason = (
+                "saves a checkpoint to one file, and processes of a sharded model save "
+                "theirs to a folder"
+            )
+            raise InvalidValueError(
+                "strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)"
+            )
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
         # `ckpt_path` is None where a tuner loads its own checkpoint, before there are averages.
         elif (
-            self._resumed and trainer.ckpt_path is not None and not read_state(ema, trainer.ckpt_path) and not ema.step
+            self._resumed
+            and trainer.ckpt_path is not None
+            and not read_state(ema, trainer.ckpt_path)
+            and not ema.step
         ):
-            log.warning("%s was made without this callback: the averages begin with this training", trainer.ckpt_path)
+            log.warning(
+                "%s was made without this callback: the averages begin with this training",
+                trainer.ckpt_path,
+            )
         self._state, self._resumed = None, False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's time continues
-        if self._wanted and any(getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks):
-            log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning calls no callback then")
+        if self._wanted and any(
+            getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks
+        ):
+            log.warning(
+                "ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning calls no "
+                "callback then"
+            )
         for optimizer in trainer.optimizers:
             self._handles.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
@@ -115,7 +178,8 @@ class PostHocWeightAveraging(Callback):
             self.ema.update_(pl_module, t=self._steps)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Update at the end of the epoch if `should_update` says so and its last step was no update."""
+        """Update at the end of the epoch if `should_update` says so and its last step was no
+        update."""
         wants = self.should_update(epoch_idx=trainer.current_epoch)
         if self.ema is not None and wants and self._steps > self.ema.t:
             self.ema.update_(pl_module, t=self._steps)
@@ -137,7 +201,9 @@ class PostHocWeightAveraging(Callback):
         if self.ema is not None and self.copy_at_end:
             self.ema.load_into(pl_module, self._wanted[0])
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Close the tracker; log an error of that, which must not hide the exception."""
         try:
             self._finish()
@@ -151,30 +217,43 @@ class PostHocWeightAveraging(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = state_dict["steps"]
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as `state_dict`, the raw weights as `current_model_state`, and the tracker's state."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the average as `state_dict`, the raw weights as `current_model_state`, and the
+        tracker's state."""
         ema = self.ema
         if ema is None:
             return
-        if is_sharded(pl_module):  # such a checkpoint is a folder with one set of tensors, the raw weights
+        # such a checkpoint is a folder with one set of tensors, the raw weights
+        if is_sharded(pl_module):
             folder = trainer.strategy.broadcast(_saving[trainer])
             Path(folder).mkdir(parents=True, exist_ok=True)
             write_state(ema, folder, pl_module)
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        for block in ema.models(pl_module, self._wanted).values() if self._wanted and ema.has_average else ():
+        for block in (
+            ema.models(pl_module, self._wanted).values() if self._wanted and ema.has_average else ()
+        ):
             with block:
-                averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+                averaged = {
+                    name: value.detach().clone() for name, value in pl_module.state_dict().items()
+                }
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the tracker's state for `on_train_start`, and replace the averaged weights by the raw ones."""
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the tracker's state for `on_train_start`, and replace the averaged weights by the
+        raw ones."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._state, self._resumed = checkpoint.get("averaging_state"), True
         if "current_model_state" in checkpoint:
-            pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
+            pl_module.load_state_dict(
+                checkpoint["current_model_state"], strict=pl_module.strict_loading
+            )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped |= not was_left_out(optimizer)
@@ -186,7 +265,8 @@ class PostHocWeightAveraging(Callback):
             self.ema.close()
 
 
-_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()  # the last checkpoint that each has begun to save
+# the last checkpoint that each has begun to save
+_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
 
 
 def _watch_saving(trainer: Trainer) -> None:

@@ -23,60 +23,94 @@ from posthoc_cli.tracker import PostHocEMA
 log = logging.getLogger(__name__)
 
 # The callback that tracks each model, and the state of the training in which it does.
-_tracking: WeakKeyDictionary[torch.nn.Module, tuple[PostHocCallback, TrainerState]] = WeakKeyDictionary()
+_tracking: WeakKeyDictionary[torch.nn.Module, tuple[PostHocCallback, TrainerState]] = (
+    WeakKeyDictionary()
+)
 
 
 class PostHocCallback(TrainerCallback):
     """Tracks averages in a trainer: `Trainer(..., callbacks=[PostHocCallback("run/ema")])`.
 
-    Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
-    `train(resume_from_checkpoint=...)` continues from it. `ema` is the tracker, None before training, which closes it.
+    Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's
+    exact state, and `train(resume_from_checkpoint=...)` continues from it. `ema` is the tracker,
+    None before training, which closes it.
 
     Arguments:
-        checkpoint_dir: the directory for the snapshots.
-        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%", or a list; it needs
-            `install`. Each evaluation runs again with averaged weights, whose metrics have the prefix `eval_ema`, of a
-            list `eval_ema_0.15`. With one of them as `metric_for_best_model`, checkpoints hold the averaged model, and
-            `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated and saved.
-        folders: save the model with that average in each checkpoint, as the folder `ema`, or of a list `ema_0.15`.
-        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
+        checkpoint_dir: the directory for the snapshots. evaluate: an average to evaluate too, a
+        sigma_rel or a text such as "decay:linear:20%", or a list; it needs
+            `install`. Each evaluation runs again with averaged weights, whose metrics have the
+            prefix `eval_ema`, of a list `eval_ema_0.15`. With one of them as
+            `metric_for_best_model`, checkpoints hold the averaged model, and
+            `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated
+            and saved.
+        folders: save the model with that average in each checkpoint, as the folder `ema`, or of a
+        list `ema_0.15`. options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by
+        default.
     """
 
     def __init__(
-        self, checkpoint_dir: str | Path, evaluate: float | str | Sequence[float | str] | None = None,
-        folders: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint_dir: str | Path,
+        evaluate: float | str | Sequence[float | str] | None = None,
+        folders: bool = False,
+        **options: Any,
+    ) -> None:
         if folders and evaluate is None:
-            raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
+            raise InvalidValueError(
+                "folders", "needs the length of the average to save", "say evaluate=0.15"
+            )
         wanted: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
-        self._lengths = {} if evaluate is None else {target.label: target for target in map(as_target, wanted)}
+        self._lengths = (
+            {} if evaluate is None else {target.label: target for target in map(as_target, wanted)}
+        )
         # Of metrics, and of folders.
-        self._names = {label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths}
-        self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
+        self._names = {
+            label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths
+        }
+        self.checkpoint_dir, self.evaluate, self.folders, self.options = (
+            str(checkpoint_dir),
+            evaluate,
+            folders,
+            options,
+        )
         self.ema: PostHocEMA | None = None
         self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`
         self._is_left_out = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
-        """Add the callback to a trainer, so that it can evaluate and save averages. A second call does nothing."""
+        """Add the callback to a trainer, so that it can evaluate and save averages. A second call
+        does nothing."""
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self._installed = ref(trainer)
         return self
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
-        optimizer: Any = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
         """Make the tracker, and continue from a checkpoint."""
         (owner, training), trainer = _tracking.get(model, (None, None)), self._installed()
         if training is state:
             reason = "hold two PostHocCallback, and a checkpoint has room for the state of one"
-            hint = "leave one out, or trainer.remove_callback(PostHocCallback); one yields averages of all lengths"
+            hint = (
+                "leave one out, or trainer.remove_callback(PostHocCallback); one yields "
+                "averages of all lengths"
+            )
             raise InvalidValueError("callbacks", reason, hint)
         if self._lengths and (trainer is None or trainer.state is not state):
-            hint = "call PostHocCallback(..., evaluate=...).install(trainer), in place of callbacks=[...]"
-            raise NotReadyError("evaluate", "needs the trainer, which its callbacks are not passed", hint)
+            hint = (
+                "call PostHocCallback(..., evaluate=...).install(trainer), in place of "
+                "callbacks=[...]"
+            )
+            raise NotReadyError(
+                "evaluate", "needs the trainer, which its callbacks are not passed", hint
+            )
         ema = self.ema
         if ema is None or ema.closed or not args.auto_find_batch_size or owner is not self:
             for earlier in filter(None, (owner, self)):  # an exception has ended its training
@@ -84,17 +118,27 @@ class PostHocCallback(TrainerCallback):
                     earlier.ema.close()
             self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
         else:  # memory ran out: the trainer begins the loop again, with the present weights
-            log.warning("training begins again with smaller batches; its averages continue from step %d", ema.step)
+            log.warning(
+                "training begins again with smaller batches; its averages continue from step %d",
+                ema.step,
+            )
         _tracking[model] = self, state
         if trainer is not None and trainer.state is state:
             callbacks = trainer.callback_handler.callbacks
-            callbacks.insert(0, callbacks.pop(callbacks.index(self)))  # other callbacks' `on_evaluate` sees its metrics
-            # Not the `log` of a subclass such as TRL's, which would log its pending figures and clear them.
-            ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values())))
+            # other callbacks' `on_evaluate` sees its metrics
+            callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+            # Not the `log` of a subclass such as TRL's, which would log its pending figures and
+            # clear them.
+            ema.on_snapshot(
+                lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values()))
+            )
         if state.global_step:
             folder = _checkpoint(args, state)
             if not _is_of(folder, state) or not read_state(ema, folder):
-                text = "%s holds no state of this callback: the averages continue from a snapshot with these weights, "
+                text = (
+                    "%s holds no state of this callback: the averages continue from a "
+                    "snapshot with these weights, "
+                )
                 log.warning(text + "or begin with this training", folder)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
@@ -105,52 +149,85 @@ class PostHocCallback(TrainerCallback):
 
     def on_step_end(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
         """Count the step, unless a GradScaler has skipped it."""
-        if self.ema is not None and not self._is_left_out and not getattr(optimizer, "step_was_skipped", False):
+        if (
+            self.ema is not None
+            and not self._is_left_out
+            and not getattr(optimizer, "step_was_skipped", False)
+        ):
             self.ema.update_(model)
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None,
-        eval_dataloader: Any = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any = None,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
         """Evaluate the averages on the same data, and add their metrics to those of the weights."""
         trainer = self._installed()
         if self.ema is None or not self._lengths or trainer is None:
             return
         named = (name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))
-        prefix = min(named, key=len, default="eval")  # "eval", or for one of several sets "eval_name"
+        # "eval", or for one of several sets "eval_name"
+        prefix = min(named, key=len, default="eval")
         losses_only = True if trainer.compute_metrics is None else None
         for label, block in self.ema.models(trainer.model, [*self._lengths.values()]).items():
             for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, ProgressCallback):  # end its bar: each evaluation has its own
+                # end its bar: each evaluation has its own
+                if isinstance(callback, ProgressCallback):
                     callback.on_evaluate(args, state, control)
             name = self._names[label]
-            own = prefix.replace("eval", f"eval_{name}", 1) if prefix.startswith("eval") else f"{prefix}_{name}"
+            own = (
+                prefix.replace("eval", f"eval_{name}", 1)
+                if prefix.startswith("eval")
+                else f"{prefix}_{name}"
+            )
             with block:
-                result = trainer.evaluation_loop(eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own)
+                result = trainer.evaluation_loop(
+                    eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own
+                )
             trainer.log(result.metrics)
             metrics.update(result.metrics)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any) -> None:
-        """Add the tracker's state to the checkpoint that was just saved, and averaged models if requested."""
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+    ) -> None:
+        """Add the tracker's state to the checkpoint that was just saved, and averaged models if
+        requested."""
         if self.ema is None:
             return
         if state.is_hyper_param_search:
-            log.warning("checkpoints of trials, as of step %d, lack the state of the averages", state.global_step)
+            log.warning(
+                "checkpoints of trials, as of step %d, lack the state of the averages",
+                state.global_step,
+            )
             return
         folder, trainer = _checkpoint(args, state), self._installed()
         write_state(self.ema, folder, model)
         if trainer is None:
             return
         chosen = self._chosen(args)
-        saved = [length for label, length in self._lengths.items() if self.folders or label == chosen]
+        saved = [
+            length for label, length in self._lengths.items() if self.folders or label == chosen
+        ]
         for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():
             path = str(folder / self._names[label])
             with block:
                 trainer.save_model(path, _internal_call=True)
-                if trainer.is_fsdp_enabled:  # in the form from which the trainer loads its best model
-                    save_fsdp_model(trainer.accelerator.state.fsdp_plugin, trainer.accelerator, trainer.model, path)
+                # in the form from which the trainer loads its best model
+                if trainer.is_fsdp_enabled:
+                    save_fsdp_model(
+                        trainer.accelerator.state.fsdp_plugin,
+                        trainer.accelerator,
+                        trainer.model,
+                        path,
+                    )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """Write a last snapshot, release the directory, and load the best average if requested."""
         if self.ema is None:
             return
@@ -176,7 +253,8 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Return whether a checkpoint is the one that a trainer resumed from: one elsewhere has another history."""
+    """Return whether a checkpoint is the one that a trainer resumed from: one elsewhere has another
+    history."""
     path = folder / TRAINER_STATE_NAME
     stored = TrainerState.load_from_json(str(path)) if path.exists() else None
     return stored is not None and json.dumps(stored.log_history) == json.dumps(state.log_history)

@@ -1,7 +1,7 @@
 """The coefficients of the linear combination of stored averages that is nearest to a target.
 
-`solving` has both methods: the published one, and minimum variance, the default; `motion` what minimum variance knows
-about a run, and the nodes over which both integrate.
+`solving` has both methods: the published one, and minimum variance, the default; `motion` what
+minimum variance knows about a run, and the nodes over which both integrate.
 """
 
 from posthoc_cli.reconstruction.motion import (
@@ -34,8 +34,8 @@ from posthoc_cli.reconstruction.solving import (
 )
 
 __all__ = [
-    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses", "Measurements",
-    "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps", "StoredAverage", "assumed_prior", "check_method",
-    "error_after_rounding", "measured_prior", "one_blas_thread", "reconstruct", "relative_width",
-    "thinned_subset",
+    "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
+    "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
+    "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "measured_prior",
+    "one_blas_thread", "reconstruct", "relative_width", "thinned_subset",
 ]  # fmt: skip

@@ -1,24 +1,29 @@
 """Coefficients for targets by either method, with predicted and profile errors.
 
-The published method (Karras et al., arXiv 2312.02696, section 3.2 and appendix C.3): the stored averages have profiles
-p_1 .. p_n, the target has profile p, and the coefficients c minimise the L2 distance
+The published method (Karras et al., arXiv 2312.02696, section 3.2 and appendix C.3): the stored
+averages have profiles p_1 .. p_n, the target has profile p, and the coefficients c minimise the L2
+distance
 
     || sum_i c_i p_i - p ||,      <f, g> = integral f(s) g(s) ds,
 
-and are then divided by their sum. Without the division the error at sigma_rel >= 0.2 is several times larger, since an
-average whose mass is not 1 scales the weights.
+and are then divided by their sum. Without the division the error at sigma_rel >= 0.2 is several
+times larger, since an average whose mass is not 1 scales the weights.
 
-Minimum variance, the default: for a network that moves as a random walk of variance v(s) ds with noise of intensity
-w(s) (see `motion`), and stored copies with errors of variance r_i, the average with coefficients c, sum(c) = 1, has
+Minimum variance, the default: for a network that moves as a random walk of variance v(s) ds with
+noise of intensity w(s) (see `motion`), and stored copies with errors of variance r_i, the average
+with coefficients c, sum(c) = 1, has
 
-    E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
+    E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds +
+    sum_i c_i^2 r_i.
 
-Minimising it over c is a least-squares problem whose squared residual is the expected squared error; the constraint
-eliminates the last coefficient. The second term alone is the published method; most networks are closer to a walk.
+Minimising it over c is a least-squares problem whose squared residual is the expected squared
+error; the constraint eliminates the last coefficient. The second term alone is the published
+method; most networks are closer to a walk.
 
-If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`), and that is the error
-bar. The coefficients minimise the mean of the measured and the expected error: there are fewer projections than
-directions of motion, and coefficients fitted to the projections alone are worse in the other directions.
+If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`),
+and that is the error bar. The coefficients minimise the mean of the measured and the expected
+error: there are fewer projections than directions of motion, and coefficients fitted to the
+projections alone are worse in the other directions.
 """
 
 from __future__ import annotations
@@ -33,14 +38,23 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from posthoc_cli.errors import InvalidValueError, brief, check_word
-from posthoc_cli.profiles import Discrete, FloatArray, OrdinaryEMA, Point, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import (
+    Discrete,
+    FloatArray,
+    OrdinaryEMA,
+    Point,
+    PowerFunction,
+    Profile,
+    StoredProfile,
+)
 from posthoc_cli.reconstruction.motion import ASSUMED, Nodes, Prior, assumed_prior, rounding_factor
 
 METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
 
 def check_method(method: str | None) -> str:
-    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods if it is none."""
+    """Return `method`, or the default for None; raise an InvalidValueError that lists the methods
+    if it is none."""
     if method is None:
         return METHODS[0]
     check_word("method", method, METHODS)
@@ -49,11 +63,12 @@ def check_method(method: str | None) -> str:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Coefficients for targets, [snapshots, targets], each column of sum 1, under the prior of the snapshots.
+    """Coefficients for targets, [snapshots, targets], each column of sum 1, under the prior of the
+    snapshots.
 
-    `profile_error`, [targets], is the paper's measure || sum_i c_i p_i - p || / || p ||; float64 limits it to about
-    1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and says little. `predicted_error`,
-    [targets], is the expected relative L2 error of the weights.
+    `profile_error`, [targets], is the paper's measure || sum_i c_i p_i - p || / || p ||; float64
+    limits it to about 1e-7. For checkpoints, whose mass is at single steps, it is far above 1 and
+    says little. `predicted_error`, [targets], is the expected relative L2 error of the weights.
     """
 
     coefficients: FloatArray
@@ -61,16 +76,22 @@ class Reconstruction:
     predicted_error: FloatArray
     prior: Prior
 
-    def of(self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None) -> Reconstruction:
-        """Return the part for some of the snapshots, if the others have coefficients of 0, and some of the targets."""
+    def of(
+        self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None
+    ) -> Reconstruction:
+        """Return the part for some of the snapshots, if the others have coefficients of 0, and some
+        of the targets."""
         count, wanted = self.coefficients.shape
         rows = list(range(count) if snapshots is None else snapshots)
         columns = list(range(wanted) if targets is None else targets)
         errors = self.profile_error[columns], self.predicted_error[columns]
-        return Reconstruction(self.coefficients[np.ix_(rows, columns)], *errors, self.prior.of(rows))
+        return Reconstruction(
+            self.coefficients[np.ix_(rows, columns)], *errors, self.prior.of(rows)
+        )
 
     def known_error(self, target: int) -> float | None:
-        """Return the `predicted_error` of one target; None if it is not finite or rests on assumed motion."""
+        """Return the `predicted_error` of one target; None if it is not finite or rests on assumed
+        motion."""
         error = float(self.predicted_error[target])
         return error if self.prior.source != ASSUMED and np.isfinite(error) else None
 
@@ -85,14 +106,15 @@ def reconstruct(
     """Return the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
-        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
-        targets: profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
+        snapshots: profiles of the stored averages, at least one, distinct, none after `t`. targets:
+        profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
-        prior: of the snapshots; by default even motion without rounding.
-        t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
+        prior: of the snapshots; by default even motion without rounding. t: the time of the
+        targets; by default that of the wanted power functions, else of the last snapshot.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no mass before them.
+        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
+        mass before them.
     """
     method = check_method(method)
     if not snapshots:
@@ -111,12 +133,17 @@ def reconstruct(
     prior = assumed_prior(snapshots) if prior is None else prior
     problem = Problem(snapshots, prior, t)
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
-    columns, profile, predicted = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
+    columns, profile, predicted = (
+        np.zeros((len(snapshots), len(targets))),
+        *np.zeros((2, len(targets))),
+    )
     for k, target in enumerate(targets):
         if isinstance(target, np.ndarray):
             columns[:, k], predicted[k] = target, problem.error_of(target)
         else:
-            columns[:, k : k + 1], profile[k : k + 1], predicted[k : k + 1] = problem.solve([target], method)
+            columns[:, k : k + 1], profile[k : k + 1], predicted[k : k + 1] = problem.solve(
+                [target], method
+            )
     return Reconstruction(columns, profile, predicted, prior)
 
 
@@ -126,8 +153,9 @@ def reconstruct(
 class LeastSquares:
     """argmin_x || factor x - goals || with one factorisation for any number of goals.
 
-    The directions of `factor` whose size is zero up to rounding are left out, relative to `size`, that of the numbers
-    whose differences it holds. `inverse` is W with W W^T = (factor^T factor)^-1 on the others, [columns, rank].
+    The directions of `factor` whose size is zero up to rounding are left out, relative to `size`,
+    that of the numbers whose differences it holds. `inverse` is W with W W^T = (factor^T factor)^-1
+    on the others, [columns, rank].
     """
 
     def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
@@ -135,7 +163,9 @@ class LeastSquares:
         limit = np.finfo(np.float64).eps * max(factor.shape)
         try:
             self.inverse = np.asarray(np.linalg.inv(r))
-            condition = np.abs(r).sum(axis=0).max(initial=size) * np.abs(self.inverse).sum(axis=0).max(initial=0.0)
+            condition = np.abs(r).sum(axis=0).max(initial=size) * np.abs(self.inverse).sum(
+                axis=0
+            ).max(initial=0.0)
         except np.linalg.LinAlgError:  # singular, or fewer rows than columns
             condition = np.inf
         if not limit * condition < 1:
@@ -153,7 +183,8 @@ class LeastSquares:
 
     @property
     def leverage(self) -> FloatArray:
-        """The share of a change in each row of a goal that the fit follows, in [0, 1]: shape [rows]."""
+        """The share of a change in each row of a goal that the fit follows, in [0, 1]: shape
+        [rows]."""
         return np.asarray(np.sum(self._q**2, axis=1))
 
 
@@ -162,40 +193,48 @@ class LeastSquares:
 _LEAST_LEFT = 0.1  # lower limit of the share of a residual that remains after a solution
 
 _NO_ROUNDING = 1e-30
-"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is far larger."""
+"""Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is
+far larger."""
 
 _GAIN, _GAIN_OF_ONE = (0.8, 0.95), (0.4, 0.6)
-"""Predicted error of minimum variance, relative to that of the published coefficients. Up to the first number minimum
-variance is used alone, from the second on the published coefficients alone, and a blend in between: an imperfect fit of
-the motion costs more than so small a gain (measured: with 0.9 and 1 up to 1.22 times the published error, after a pause
-of the clock). The motion is less certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
+"""Predicted error of minimum variance, relative to that of the published coefficients. Up to the
+first number minimum variance is used alone, from the second on the published coefficients alone,
+and a blend in between: an imperfect fit of the motion costs more than so small a gain (measured:
+with 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less
+certain with few snapshots of one profile (with 0.6 and 0.75 up to 1.8)."""
 
 _FEW_TIMES = 6  # up to this number of distinct times the snapshots are few
 
 _CLEARLY = 0.75
-"""Measured squared error, relative to that of the published coefficients, below which others replace them (measured: of
-6,061 hard cells one is 5.05 % worse than published, by float32's rounding; with 0.8 one is 8 %, with 0.65 6 %)."""
+"""Measured squared error, relative to that of the published coefficients, below which others
+replace them (measured: of 6,061 hard cells one is 5.05 % worse than published, by float32's
+rounding; with 0.8 one is 8 %, with 0.65 6 %)."""
 
 _TIMES_ALONE = 16
-"""Number of newest times whose snapshots are compared, each alone, with a reconstruction: where weights oscillate, an
-earlier one may be nearest (measured: 5 times nearer, for a sawtooth of 70 steps and snapshots of 100)."""
+"""Number of newest times whose snapshots are compared, each alone, with a reconstruction: where
+weights oscillate, an earlier one may be nearest (measured: 5 times nearer, for a sawtooth of 70
+steps and snapshots of 100)."""
 
 _SURE, _CAUTION, _WIDENING = 0.25, 6.0, 1.3
-"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations 0.6 to 3. Each unit
-beyond makes a gain e**6 times less certain, and widens errors from motion by e**1.3 (measured: for oscillations in step
-with the snapshots they were up to 80 times off; a larger number would hold, and be too high, more often)."""
+"""Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
+0.6 to 3. Each unit beyond makes a gain e**6 times less certain, and widens errors from motion by
+e**1.3 (measured: for oscillations in step with the snapshots they were up to 80 times off; a larger
+number would hold, and be too high, more often)."""
 
 
 class Goals(NamedTuple):
-    """Targets as columns of the least-squares problem of minimum variance: expected rows, then measured ones."""
+    """Targets as columns of the least-squares problem of minimum variance: expected rows, then
+    measured ones."""
 
-    stored: Sequence[tuple[int, int]]  # the column and the snapshot of each target that is a stored power function
+    # the column and the snapshot of each target that is a stored power function
+    stored: Sequence[tuple[int, int]]
     columns: FloatArray
     unreachable: FloatArray  # the part of each expected squared error that no coefficients change
 
 
 class Problem:
-    """The snapshots of a run, at or before `t`, in the order of the prior, and both solvers for targets at `t`.
+    """The snapshots of a run, at or before `t`, in the order of the prior, and both solvers for
+    targets at `t`.
 
     Coefficients have the shape [n, targets]. The mass before the first update lies on that update.
     """
@@ -205,14 +244,27 @@ class Problem:
         times = np.array([profile.t for profile in snapshots])
         self._edges = np.unique(np.concatenate(([0.0, t], times)))
         distinct = self._edges[np.isin(self._edges, times)]
-        gammas = {profile.gamma if isinstance(profile, PowerFunction) else None for profile in snapshots}
+        gammas = {
+            profile.gamma if isinstance(profile, PowerFunction) else None for profile in snapshots
+        }
         self._may_blend = None not in gammas
-        self._gains = _GAIN_OF_ONE if len(gammas - {None}) == 1 and distinct.size <= _FEW_TIMES else _GAIN
+        self._gains = (
+            _GAIN_OF_ONE if len(gammas - {None}) == 1 and distinct.size <= _FEW_TIMES else _GAIN
+        )
         self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
         start = min(float(prior.motion.edges[0]), t)
-        self._nodes = Nodes(np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t), snapshots, prior.steps)
-        alone = [p.t if isinstance(p, Point) else p.t_first for p in snapshots if isinstance(p, Point | Discrete)]
-        # The rows of the expected error; with a sketch the mean of expected and measured errors is minimised.
+        self._nodes = Nodes(
+            np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t),
+            snapshots,
+            prior.steps,
+        )
+        alone = [
+            p.t if isinstance(p, Point) else p.t_first
+            for p in snapshots
+            if isinstance(p, Point | Discrete)
+        ]
+        # The rows of the expected error; with a sketch the mean of expected and measured errors is
+        # minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
         sizes = zip((False, True), prior.motion.on(self._nodes.edges, alone), strict=True)
         self._kinds = [
@@ -221,18 +273,27 @@ class Problem:
             if each.any() or not mass
         ]
         self._expected = self._expected_rows(snapshots)
-        # The measured error, whose rows are the expected ones if there is no sketch: seen and unseen.
+        # The measured error, whose rows are the expected ones if there is no sketch: seen and
+        # unseen.
         self._sketched = () if prior.sketch is None else prior.sketch.measured(snapshots)
         self._seen = self._sketched[0] if self._sketched else self._expected
-        self._factor = np.vstack((self._expected, *(self._half * rows for rows in self._sketched), self._errors))
+        self._factor = np.vstack(
+            (self._expected, *(self._half * rows for rows in self._sketched), self._errors)
+        )
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the columns of stored profiles in the expected error: for the walk, and for noise if there is any."""
-        return np.vstack([roots[:, None] * self._nodes.columns(profiles, mass) for mass, _, roots in self._kinds])
+        """Return the columns of stored profiles in the expected error: for the walk, and for noise
+        if there is any."""
+        return np.vstack(
+            [roots[:, None] * self._nodes.columns(profiles, mass) for mass, _, roots in self._kinds]
+        )
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
-        columns, unreachable = np.zeros((self._factor.shape[0], len(targets))), np.zeros(len(targets))
+        columns, unreachable = (
+            np.zeros((self._factor.shape[0], len(targets))),
+            np.zeros(len(targets)),
+        )
         for k, target in enumerate(targets):
             rows = []
             for mass, sizes, roots in self._kinds:
@@ -243,12 +304,19 @@ class Problem:
                 rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
             columns[: column.size, k] = column
-        place = {snapshot: row for row, snapshot in enumerate(self._stored) if isinstance(snapshot, PowerFunction)}
+        place = {
+            snapshot: row
+            for row, snapshot in enumerate(self._stored)
+            if isinstance(snapshot, PowerFunction)
+        }
         stored = [(k, place[target]) for k, target in enumerate(targets) if target in place]
         return Goals(stored, columns, self._half**2 * unreachable)
 
-    def solve(self, targets: Sequence[Profile], method: str) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets] each."""
+    def solve(
+        self, targets: Sequence[Profile], method: str
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets]
+        each."""
         goals = self.goals(targets)
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
@@ -261,7 +329,8 @@ class Problem:
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = np.where((total > 0) & (total < np.inf), solution / total, np.nan)
         for column, row in goals.stored:
-            columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
+            # the exact solution without rounding
+            columns[:, column] = np.arange(columns.shape[0]) == row
         if method == METHODS[0]:
             optimal = self.optimum(goals)
             columns = np.where(np.isnan(columns) | (not self._may_blend), optimal, columns)
@@ -272,10 +341,14 @@ class Problem:
             raise InvalidValueError("target", reason, "use the time of a snapshot")
         else:
             expected = self.expected_squares(columns, goals)
-        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be read.
+        # Coefficients below the rounding of the sum become 0, so that their snapshots need not be
+        # read.
         columns[np.abs(columns) < np.finfo(np.float64).eps * np.abs(columns).sum(axis=0)] = 0.0
-        # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of polynomials.
-        missed, norms = (norms + np.sum(part**2, axis=0) for part in (factor @ columns - profiles, profiles))
+        # || sum_i c_i p_i - p || / || p ||, from the parts outside and inside the span of
+        # polynomials.
+        missed, norms = (
+            norms + np.sum(part**2, axis=0) for part in (factor @ columns - profiles, profiles)
+        )
         # A target whose mass lies at one time is nowhere near any density.
         errors = np.sqrt(np.divide(missed, norms, out=np.ones(norms.size), where=norms > 0))
         for column, row in goals.stored:
@@ -284,7 +357,8 @@ class Problem:
         return columns, errors, self.relative(expected, columns, goals)
 
     def optimum(self, goals: Goals) -> FloatArray:
-        """Return the coefficients of least expected error; the coefficients of each target sum to 1."""
+        """Return the coefficients of least expected error; the coefficients of each target sum to
+        1."""
         others = self._problem.solve(goals.columns - self._factor[:, -1:])
         solution = np.vstack((others, 1 - others.sum(axis=0)))
         for column, row in goals.stored:
@@ -292,11 +366,15 @@ class Problem:
                 solution[:, column] = np.arange(len(self._stored)) == row
         return np.asarray(solution)
 
-    def expected_squares(self, coefficients: FloatArray, goals: Goals, solved: bool = False) -> FloatArray:
-        """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2, targets].
+    def expected_squares(
+        self, coefficients: FloatArray, goals: Goals, solved: bool = False
+    ) -> FloatArray:
+        """Return E |error|^2 of targets, each with its column of coefficients of sum 1: shape [2,
+        targets].
 
-        The rows are the parts from motion, measured if there is a sketch, otherwise expected and widened by the doubt,
-        and from rounding. Residuals of `solved` coefficients are scaled to what they would be without their rows.
+        The rows are the parts from motion, measured if there is a sketch, otherwise expected and
+        widened by the doubt, and from rounding. Residuals of `solved` coefficients are scaled to
+        what they would be without their rows.
         """
         missed = self._factor @ coefficients - goals.columns
         first, last = len(self._expected), len(self._factor) - len(self._errors)
@@ -306,35 +384,46 @@ class Problem:
         else:
             measured = missed[first:last]
             if solved:
-                measured = measured / np.maximum(1 - self._problem.leverage[first:last, None], _LEAST_LEFT)
+                measured = measured / np.maximum(
+                    1 - self._problem.leverage[first:last, None], _LEAST_LEFT
+                )
             motion = np.sum(measured**2, axis=0) / self._half**2
         return np.stack((motion, np.sum(missed[last:] ** 2, axis=0)))
 
     def relative(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if
+        only that is 0."""
         norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
         relative = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
         return np.where((norms > 0) | (errors > 0), relative, 0.0)
 
     def error_of(self, coefficients: FloatArray) -> float:
-        """Return the predicted error of given coefficients, [n], from the errors of the stored copies alone."""
+        """Return the predicted error of given coefficients, [n], from the errors of the stored
+        copies alone."""
         column = coefficients[:, None]
         squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
-        return float(self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0])
+        return float(
+            self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0]
+        )
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
         return Losses(self._factor, *self.goals(targets)[1:])
 
-    def _best_measured(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """Return the optimal coefficients if they are clearly better than others, else the best others, with squares.
+    def _best_measured(
+        self, optimal: FloatArray, published: FloatArray, goals: Goals
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the optimal coefficients if they are clearly better than others, else the best
+        others, with squares.
 
-        Others are the published ones, and each snapshot of the newest times alone. Projections may overstate or
-        understate motion, by the standard deviation of a squared length that D numbers show, sqrt(2 / D), while
-        rounding is known: the optimal ones must be better either way.
+        Others are the published ones, and each snapshot of the newest times alone. Projections may
+        overstate or understate motion, by the standard deviation of a squared length that D numbers
+        show, sqrt(2 / D), while rounding is known: the optimal ones must be better either way.
         """
         every = np.arange(optimal.shape[1])
         alone = np.eye(len(self._stored))[:, self._newest]
-        others = np.stack((published, *(np.repeat(column[:, None], every.size, axis=1) for column in alone.T)))
+        others = np.stack(
+            (published, *(np.repeat(column[:, None], every.size, axis=1) for column in alone.T))
+        )
         squares = self.expected_squares(optimal, goals, solved=True)
         other_squares = np.stack([self.expected_squares(other, goals) for other in others])
         best = other_squares.sum(axis=1).argmin(axis=0)
@@ -345,8 +434,11 @@ class Problem:
         columns = np.where(is_better, optimal, others[best, :, every].T)
         return columns, np.where(is_better, squares, other_squares[best, :, every].T)
 
-    def _blended(self, optimal: FloatArray, published: FloatArray, goals: Goals) -> tuple[FloatArray, FloatArray]:
-        """Return coefficients between both, nearer to the published ones for a smaller gain, and their squares."""
+    def _blended(
+        self, optimal: FloatArray, published: FloatArray, goals: Goals
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return coefficients between both, nearer to the published ones for a smaller gain, and
+        their squares."""
         least, usual = (self.expected_squares(c, goals).sum(axis=0) for c in (optimal, published))
         gain = np.sqrt(np.divide(least, usual, out=np.zeros(least.size), where=usual > 0))
         gain *= np.exp(_CAUTION * max(0.0, self._prior.doubt - _SURE))
@@ -355,11 +447,13 @@ class Problem:
         return columns, self.expected_squares(columns, goals)
 
     def _norms(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """Return the probable norms of targets that have these coefficients, whose sum is 1: shape [targets].
+        """Return the probable norms of targets that have these coefficients, whose sum is 1: shape
+        [targets].
 
-        A sketch measures them, up to a factor that is taken from the stored averages in use, whose norms are known.
-        Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is expected of stored averages and of
-        targets, and the result is at least half the smallest stored norm.
+        A sketch measures them, up to a factor that is taken from the stored averages in use, whose
+        norms are known. Without a sketch |theta_i|^2 = |theta_0|^2 + |motion since theta_0|^2 is
+        expected of stored averages and of targets, and the result is at least half the smallest
+        stored norm.
         """
         norms, first = self._prior.norm, len(self._expected)
         if self._prior.source == ASSUMED or not norms.any():
@@ -374,11 +468,16 @@ class Problem:
             for values in (self._factor, goals.columns)
         )
         exact, sketched = (squares @ np.abs(coefficients) for squares in (norms, projected))
-        return np.asarray(np.sqrt(wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)))
+        return np.asarray(
+            np.sqrt(
+                wanted * np.divide(exact, sketched, out=np.zeros_like(sketched), where=sketched > 0)
+            )
+        )
 
     @cached_property
     def _published(self) -> tuple[Nodes, FloatArray, LeastSquares]:
-        """The nodes, the factor and the least-squares problem of the published method, over time."""
+        """The nodes, the factor and the least-squares problem of the published method, over
+        time."""
         nodes = Nodes(self._edges, self._stored, self._prior.steps, per_step=False)
         factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
         return nodes, factor, LeastSquares(factor)
@@ -394,37 +493,49 @@ class Problem:
         rows = np.vstack(self._sketched or (self._expected,))
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
-        separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart, self._prior.uneven)
+        separate = rounding_factor(
+            self._prior.rounding, self._prior.arithmetic, apart, self._prior.uneven
+        )
         if self._prior.passed_on is not None:
             separate = separate + separate @ self._prior.passed_on
-        return separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
+        return (
+            separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
+        )
 
     @cached_property
     def _errors(self) -> FloatArray:
-        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape [n or more, n].
+        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape
+        [n or more, n].
 
-        If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d log(tau), with the
-        same e for all averages and the standard deviation that the profiles state. The motion turns these changes into
-        errors that add up over the averages. The same holds for an estimated beginning that is off.
+        If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d
+        log(tau), with the same e for all averages and the standard deviation that the profiles
+        state. The motion turns these changes into errors that add up over the averages. The same
+        holds for an estimated beginning that is off.
         """
         rows = [self._rounding]
-        for others in zip(*(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True):
+        for others in zip(
+            *(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True
+        ):
             if any(other is not stored for other, stored in zip(others, self._stored, strict=True)):
                 changed = (self._expected_rows(others) - self._expected) / self._half
                 rows.append(np.asarray(np.linalg.qr(changed, mode="r")))
         return np.vstack(rows)
 
 
-_REFRESH = 0.25  # the share of the snapshots after whose loss the problem is solved again, since each loss costs digits
+# the share of the snapshots after whose loss the problem is solved again, since each loss costs
+# digits
+_REFRESH = 0.25
 
 
 class Losses:
-    """The expected squared errors of targets as snapshots are lost one after another, from one factorisation.
+    """The expected squared errors of targets as snapshots are lost one after another, from one
+    factorisation.
 
-    All coefficients but the last are the unknowns of a least-squares problem whose squared residuals are the squared
-    errors. With its solution c and the inverse P = W W^T of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to
-    a squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
-    The arguments are a column per snapshot, a column per target, and `Goals.unreachable`.
+    All coefficients but the last are the unknowns of a least-squares problem whose squared
+    residuals are the squared errors. With its solution c and the inverse P = W W^T of its quadratic
+    form, forcing c_i to 0 adds c_i^2 / P_ii to a squared error, subtracts P_ki c_i / P_ii from each
+    c_k, and removes the direction of row i from each row of W. The arguments are a column per
+    snapshot, a column per target, and `Goals.unreachable`.
     """
 
     squares: FloatArray  # with the remaining snapshots: [targets]
@@ -439,7 +550,8 @@ class Losses:
         self._solve()
 
     def squares_without_each(self) -> FloatArray:
-        """Return the expected squared errors after the loss of each snapshot; `squares` if it is lost: [targets, n]."""
+        """Return the expected squared errors after the loss of each snapshot; `squares` if it is
+        lost: [targets, n]."""
         spread = np.sum(self._root**2, axis=1)
         costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
         return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
@@ -463,28 +575,43 @@ class Losses:
         return Losses(self._factor[:, snapshots], self._goals, self._unreachable)
 
     def _solve(self) -> None:
-        """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and W."""
+        """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and
+        W."""
         left, count = self._left, self._factor.shape[1]
-        others, last = self._factor[:, left[:-1]] - self._factor[:, left[-1:]], self._factor[:, left[-1:]]
+        others, last = (
+            self._factor[:, left[:-1]] - self._factor[:, left[-1:]],
+            self._factor[:, left[-1:]],
+        )
         problem = LeastSquares(others, float(np.abs(self._factor).max()))
         solution, root = problem.solve(self._goals - last), problem.inverse
         self._solved, self._is_degenerate = left.size, root.shape[1] < others.shape[1]
         self.squares = self._unreachable + problem.missed(self._goals - last)
-        self._columns, self._root = np.zeros((self._goals.shape[1], count)), np.zeros((count, root.shape[1]))
-        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._columns, self._root = (
+            np.zeros((self._goals.shape[1], count)),
+            np.zeros((count, root.shape[1])),
+        )
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = (
+            solution.T,
+            1 - solution.sum(axis=0),
+        )
         self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
 
 
 # --- very many snapshots
 
 MOST_SOLVED = 1024
-"""Limit of the snapshots in one reconstruction: its time is cubic in them, with little gain beyond a thousand."""
+"""Limit of the snapshots in one reconstruction: its time is cubic in them, with little gain beyond
+a thousand."""
 
 
-def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each profile's newest.
+def thinned_subset(
+    snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1
+) -> list[int]:
+    """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each
+    profile's newest.
 
-    Of each power function, and of all other profiles together, at least `keep` are among them, if there are so many.
+    Of each power function, and of all other profiles together, at least `keep` are among them, if
+    there are so many.
     """
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: -snapshots[i].t):
@@ -498,9 +625,11 @@ def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Limit NumPy's linear algebra to one thread in the process: many small problems need no thread pool.
+    """Limit NumPy's linear algebra to one thread in the process: many small problems need no thread
+    pool.
 
-    A command sets OPENBLAS_NUM_THREADS instead; a library cannot, since NumPy reads it when it is first imported.
+    A command sets OPENBLAS_NUM_THREADS instead; a library cannot, since NumPy reads it when it is
+    first imported.
     """
     with _openblas().limit(limits=1):
         yield
@@ -508,5 +637,6 @@ def one_blas_thread() -> Iterator[None]:
 
 @lru_cache
 def _openblas() -> ThreadpoolController:
-    """Return the controller of NumPy's OpenBLAS, and of SciPy's if it is loaded; not of MKL, which torch uses, too."""
+    """Return the controller of NumPy's OpenBLAS, and of SciPy's if it is loaded; not of MKL, which
+    torch uses, too."""
     return ThreadpoolController().select(internal_api="openblas")

@@ -1,7 +1,7 @@
 """Repositories of the Hugging Face Hub, with the functions of an object store that `store` calls.
 
-A key is `org/model@revision/file`. A revision is resolved to its commit once: a branch that moves afterwards changes
-nothing.
+A key is `org/model@revision/file`. A revision is resolved to its commit once: a branch that moves
+afterwards changes nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def list_with_delimiter(key: str) -> dict[str, Any]:
     pinned = _pinned(key)
     entries = [entry for entry in _files.ls(pinned, detail=True) if entry["name"] != pinned]
     folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-    return {"common_prefixes": folders, "objects": [_facts(entry) for entry in entries if entry["type"] == "file"]}
+    return {
+        "common_prefixes": folders,
+        "objects": [_facts(entry) for entry in entries if entry["type"] == "file"],
+    }
 
 
 def get(key: str, options: dict[str, Any]) -> Any:

@@ -1,10 +1,11 @@
 """URLs as paths, requests to object stores, and their errors in one line.
 
-`obstore` makes the requests to S3, Google's and Azure's stores, and retries those that may succeed later. Credentials
-and endpoints come from the environment, under the names that the stores' own tools use.
+`obstore` makes the requests to S3, Google's and Azure's stores, and retries those that may succeed
+later. Credentials and endpoints come from the environment, under the names that the stores' own
+tools use.
 
-A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a `RemoteError`, whose text
-holds nothing of what was sent.
+A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a
+`RemoteError`, whose text holds nothing of what was sent.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from posthoc_cli.errors import InvalidValueError, MissingDependencyError, PostHo
 
 SCHEMES = ("s3", "gs", "az", "hf")
 
-CLIENT = {"timeout": "60s", "connect_timeout": "5s"}  # timeouts of one request; the first includes its body
+# timeouts of one request; the first includes its body
+CLIENT = {"timeout": "60s", "connect_timeout": "5s"}
 
 RETRIES: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 """Retries of a request whose failure may be temporary: about 25 seconds of waiting in all."""
 
 
 class ObjectInfo(NamedTuple):
-    """The facts that a store reports about an object; `tag` may be empty, and differs for other content."""
+    """The facts that a store reports about an object; `tag` may be empty, and differs for other
+    content."""
 
     size: int
     tag: str = ""
@@ -60,8 +63,12 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
         from obstore.store import from_url
     except ImportError:
         reason = f"obstore is needed for {bucket} and is not installed"
-        raise MissingDependencyError("obstore", reason, 'pip install "posthoc-cli[remote]"') from None
-    allowed = {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
+        raise MissingDependencyError(
+            "obstore", reason, 'pip install "posthoc-cli[remote]"'
+        ) from None
+    allowed = (
+        {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
+    )
     options: Any = {"client_options": CLIENT | allowed, "retry_config": RETRIES}
     return from_url(bucket, **options)
 
@@ -75,13 +82,17 @@ _NONE = (errno.ENOENT, errno.EACCES)
 class RemotePath(PosixPath):
     """The path of an object or a folder in a store; made by `remote_path` only.
 
-    Functions that do not know about URLs, such as `open`, fail: they would use a folder of the working directory.
+    Functions that do not know about URLs, such as `open`, fail: they would use a folder of the
+    working directory.
     """
 
-    _known: ObjectInfo | str | None = None  # the facts about an object, or "folder", if the store has reported them
+    _known: ObjectInfo | str | None = (
+        None  # the facts about an object, or "folder", if the store has reported them
+    )
 
     def __str__(self) -> str:
-        """Return the URL, of which a Path keeps one of two slashes; of a path relative to another, its names."""
+        """Return the URL, of which a Path keeps one of two slashes; of a path relative to another,
+        its names."""
         scheme, colon, rest = super().__str__().partition(":/")
         return f"{scheme}://{rest}" if colon else scheme
 
@@ -97,7 +108,8 @@ class RemotePath(PosixPath):
         return False
 
     def _ask(self) -> ObjectInfo | None:
-        """Return the facts about an object, None for a folder; raise a FileNotFoundError if the path is neither."""
+        """Return the facts about an object, None for a folder; raise a FileNotFoundError if the
+        path is neither."""
         if self._known is None:
             try:
                 self._known = head(str(self))
@@ -111,7 +123,8 @@ class RemotePath(PosixPath):
         return self._known if isinstance(self._known, ObjectInfo) else None
 
     def is_file(self, **_: Any) -> bool:
-        """Return whether it is an object that may be read: an optional file is often one without permission."""
+        """Return whether it is an object that may be read: an optional file is often one without
+        permission."""
         try:
             return self._ask() is not None
         except OSError as error:
@@ -128,7 +141,8 @@ class RemotePath(PosixPath):
         return self.is_file() or self.is_dir()
 
     def stat(self, **_: Any) -> os.stat_result:
-        """Return the kind and the size of an object, or the kind of a folder, as the store reports them now."""
+        """Return the kind and the size of an object, or the kind of a folder, as the store reports
+        them now."""
         self._known = None
         info = self._ask()
         mode = stat.S_IFREG if info else stat.S_IFDIR
@@ -140,7 +154,8 @@ class RemotePath(PosixPath):
         delete(str(self))
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
-        """Yield the paths in the folder; raise a FileNotFoundError without one, a NotADirectoryError for an object."""
+        """Yield the paths in the folder; raise a FileNotFoundError without one, a
+        NotADirectoryError for an object."""
         if self._ask() is not None:
             raise _system_error(errno.ENOTDIR, str(self))
         for name, info in listed(str(self)).items():
@@ -149,7 +164,8 @@ class RemotePath(PosixPath):
             yield child
 
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
-        """Yield the matches in this folder, hidden names included; `model@step*` matches revisions of the Hub."""
+        """Yield the matches in this folder, hidden names included; `model@step*` matches revisions
+        of the Hub."""
         if str(self).startswith("hf://") and "@" in pattern:
             repository, _at, wanted = pattern.partition("@")
             store, key = _place(str(self / repository))
@@ -158,13 +174,16 @@ class RemotePath(PosixPath):
             yield from (self / f"{repository}@{quote(name, safe='')}" for name in names)
         else:
             with suppress(FileNotFoundError, NotADirectoryError):
-                yield from (child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern))
+                yield from (
+                    child for child in self.iterdir() if fnmatch.fnmatchcase(child.name, pattern)
+                )
 
 
 def remote_path(text: str) -> RemotePath:
     """Return the path of a URL, or of what a Path made of it, with one slash.
 
-    Raises InvalidValueError for an unknown scheme, and for credentials, which the error does not show.
+    Raises InvalidValueError for an unknown scheme, and for credentials, which the error does not
+    show.
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")
@@ -186,12 +205,17 @@ def remote_path(text: str) -> RemotePath:
 
 
 def matching(pattern: Path) -> list[Path]:
-    """Return the paths that match a pattern that is a URL, sorted; none where its folder does not exist."""
+    """Return the paths that match a pattern that is a URL, sorted; none where its folder does not
+    exist."""
     first, *parts = pattern.parts
     paths = [RemotePath(first)]
     for part in parts:
         is_name = not glob.has_magic(part)
-        paths = [match for folder in paths for match in ([folder / part] if is_name else folder.glob(part))]
+        paths = [
+            match
+            for folder in paths
+            for match in ([folder / part] if is_name else folder.glob(part))
+        ]
     return sorted(path for path in paths if not is_name or path.exists())
 
 
@@ -201,13 +225,15 @@ def matching(pattern: Path) -> list[Path]:
 def head(url: str) -> ObjectInfo:
     """Return the facts about an object; raise a FileNotFoundError if it does not exist.
 
-    A byte is read: the answer to a HEAD request has no body, which would hold the reason of a refusal.
+    A byte is read: the answer to a HEAD request has no body, which would hold the reason of a
+    refusal.
     """
     return get(url, 0, 1)[1]
 
 
 def listed(url: str) -> dict[str, ObjectInfo | None]:
-    """Return the objects and the folders (None) directly in a folder, by name; none where it does not exist."""
+    """Return the objects and the folders (None) directly in a folder, by name; none where it does
+    not exist."""
     store, key = _place(url)
     with request_errors(url, "listed"):
         answer = store.list_with_delimiter(key or None)
@@ -217,13 +243,16 @@ def listed(url: str) -> dict[str, ObjectInfo | None]:
 
 
 def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, ObjectInfo]:
-    """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still has that tag."""
+    """Return the bytes `begin` to `end` of an object, fewer at its end; with a tag only if it still
+    has that tag."""
     store, key = _place(url)
     if not key:
         raise _system_error(errno.ENOENT, url)  # a bucket
     try:
         with request_errors(url):
-            answer = store.get(key, options={"range": (begin, end)} | ({"if_match": tag} if tag else {}))
+            answer = store.get(
+                key, options={"range": (begin, end)} | ({"if_match": tag} if tag else {})
+            )
             return memoryview(answer.bytes()), _info(answer.meta)
     except RemoteError as error:
         if error.errno != errno.ERANGE:
@@ -233,14 +262,16 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
 
 
 _START = 256 * 1024
-"""Bytes of the first request, enough for the header of most files; reads of less than an eighth request as many."""
+"""Bytes of the first request, enough for the header of most files; reads of less than an eighth
+request as many."""
 
 
 class RemoteBytes:
-    """The bytes of an object, read at any offset by any number of threads; its replacement meanwhile is an error.
+    """The bytes of an object, read at any offset by any number of threads; its replacement
+    meanwhile is an error.
 
-    It holds a few pieces of the object, which small reads share. Size and `tag`, which may be empty, are its `stamp`,
-    which differs for other content; every request checks it.
+    It holds a few pieces of the object, which small reads share. Size and `tag`, which may be
+    empty, are its `stamp`, which differs for other content; every request checks it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -251,7 +282,8 @@ class RemoteBytes:
         self._piece = lru_cache(maxsize=4)(lambda begin: self._range(begin, begin + _START))
 
     def read(self, view: memoryview, offset: int) -> int:
-        """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end of the object."""
+        """Fill the beginning of a view from an offset on; return how many bytes, 0 only at the end
+        of the object."""
         begin = offset - offset % _START
         if len(view) >= _START // 8:
             data = self._range(offset, offset + len(view))
@@ -270,7 +302,9 @@ class RemoteBytes:
         if (info.size, info.tag) != (self.size, self.tag):
             raise RemoteError(self._url, "was replaced while it was being used", "run again")
         if len(data) != end - begin:
-            raise RemoteError(self._url, f"cannot be read: the answer has {len(data):,} bytes of {end - begin:,}")
+            raise RemoteError(
+                self._url, f"cannot be read: the answer has {len(data):,} bytes of {end - begin:,}"
+            )
         return data
 
     def close(self) -> None:
@@ -280,19 +314,23 @@ class RemoteBytes:
 
 
 _PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
-"""Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000."""
+"""Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000.
+"""
 
 
 def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
     """Write an object, complete or not at all.
 
-    With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one conditional request, which
-    the store refuses then. `obstore` has no conditional multipart upload: for more it is checked before that the object
-    does not exist.
+    With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one
+    conditional request, which the store refuses then. `obstore` has no conditional multipart
+    upload: for more it is checked before that the object does not exist.
     """
     size = data.stat().st_size if isinstance(data, Path) else len(data)
     store, key = _place(url)
-    options: dict[str, Any] = {"chunk_size": max(_PART, -(-size // _MOST_PARTS)), "max_concurrency": 4}
+    options: dict[str, Any] = {
+        "chunk_size": max(_PART, -(-size // _MOST_PARTS)),
+        "max_concurrency": 4,
+    }
     if create and size <= _PART:
         data = data.read_bytes() if isinstance(data, Path) else data
         options = {"mode": "create", "use_multipart": False}
@@ -326,25 +364,58 @@ def _system_error(number: int, url: str) -> OSError:
 _REASONS = (
     ("^(FileExistsError|AlreadyExistsError):", errno.EEXIST, "", ""),
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
-    ("<Code>(NoSuchBucket|ContainerNotFound)<", errno.EIO, "there is no such bucket or container", ""),
+    (
+        "<Code>(NoSuchBucket|ContainerNotFound)<",
+        errno.EIO,
+        "there is no such bucket or container",
+        "",
+    ),
     ("status code: 404", errno.ENOENT, "", ""),
-    (r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount|status code: 401"
-     "|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken|TokenRefresh|InvalidToken|SignatureDoesNotMatch",
-     errno.EACCES, "the credentials are missing, expired or not accepted",
-     "`ema guide remote` says where they are read from"),
-    ("<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect without LOCATION",
-     errno.EIO, "the bucket is in another region", "set AWS_REGION"),
-    (r"status code: 403(?:.*<Code>(?!AccessDenied)(\w{1,60})<)?|<Code>AccessDenied<", errno.EACCES,
-     r"access is denied \1", ""),
+    (
+        r"//(169\.254\.|metadata\.|sts\.|oauth2\.|login\.)|/latest/api/token|credential|MissingAccount"
+        "|status code: 401|OpenCredentials|DecodeCredentials|InvalidAccessKey|ExpiredToken"
+        "|TokenRefresh|InvalidToken|SignatureDoesNotMatch",
+        errno.EACCES,
+        "the credentials are missing, expired or not accepted",
+        "`ema guide remote` says where they are read from",
+    ),
+    (
+        "<Code>(AuthorizationHeaderMalformed|PermanentRedirect)<|status code: 301|redirect "
+        "without LOCATION",
+        errno.EIO,
+        "the bucket is in another region",
+        "set AWS_REGION",
+    ),
+    (
+        r"status code: 403(?:.*<Code>(?!AccessDenied)(\w{1,60})<)?|<Code>AccessDenied<",
+        errno.EACCES,
+        r"access is denied \1",
+        "",
+    ),
     ("status code: 412", errno.ESTALE, "was replaced while it was being used", "run again"),
     (r"status code: (400)(?:.*<Code>(\w{1,60})<)?", errno.EACCES, r"the server answers \1 \2", ""),
-    (r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?|<Code>(\w{1,60})<", errno.EIO,
-     r"the server answers \1 \2\3", ""),
-    ("^(ValueError|NotImplementedError)", errno.EIO, "the store does not accept this name, or kind of request", ""),
-    ("Connect|dns error|Timeout|timed out", errno.EIO, "no answer of the server", "check the URL and the network"),
+    (
+        r"status code: (\d{3})(?:.*<Code>(\w{1,60})<)?|<Code>(\w{1,60})<",
+        errno.EIO,
+        r"the server answers \1 \2\3",
+        "",
+    ),
+    (
+        "^(ValueError|NotImplementedError)",
+        errno.EIO,
+        "the store does not accept this name, or kind of request",
+        "",
+    ),
+    (
+        "Connect|dns error|Timeout|timed out",
+        errno.EIO,
+        "no answer of the server",
+        "check the URL and the network",
+    ),
     ("", errno.EIO, "the connection was lost, or the answer is incomplete", ""),
-)  # fmt: skip
-"""Patterns of error texts, the first match decides: each with the errno, the reason and what to do."""
+)
+"""Patterns of error texts, the first match decides: each with the errno, the reason and what to do.
+"""
 
 
 @contextmanager
@@ -358,7 +429,8 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
         kind, answer = type(error).__name__, getattr(error, "response", None)
         status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
         text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
-        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)  # the form of an error of a bulk deletion
+        # the form of an error of a bulk deletion
+        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)
         number, reason, hint = next(
             (number, match.expand(reason).strip(), hint)
             for pattern, number, reason, hint in _REASONS
@@ -367,4 +439,5 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
         if number in (errno.ENOENT, errno.EEXIST):
             raise _system_error(number, url) from None
         reason = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
-        raise RemoteError(url, reason, hint, errno=number) from None  # the library's text holds the request
+        # the library's text holds the request
+        raise RemoteError(url, reason, hint, errno=number) from None

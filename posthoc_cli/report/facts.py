@@ -1,4 +1,5 @@
-"""Values of a report's `to_dict` as texts for people: for the page, and for the tables of the terminal."""
+"""Values of a report's `to_dict` as texts for people: for the page, and for the tables of the
+terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from posthoc_cli.resources import size_text
 
 _LONGEST_TEXT = 200
 _PERCENT = (
-    "profile_error", "predicted_error", "worst_error", "median_error", "relative_rounding", "unexplained", "versus_raw",
+    "profile_error", "predicted_error", "worst_error", "median_error", "relative_rounding",
+    "unexplained", "versus_raw",
 )  # fmt: skip
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "path": str,
@@ -19,8 +21,12 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "value": "{:.6g}".format,
     "standard_error": "{:.6g}".format,
     "seconds": "{:.1f}".format,
-    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
-    "relative_rounding_range": lambda ends: " to ".join(dict.fromkeys(map(percent, ends or [None]))),
+    "measured": lambda count: (
+        f"{count:,} of them" if count else "none of them: errors are predicted from a sample"
+    ),
+    "relative_rounding_range": lambda ends: " to ".join(
+        dict.fromkeys(map(percent, ends or [None]))
+    ),
     "coefficient": lambda value: f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}",
     **dict.fromkeys(_PERCENT, percent),
 }
@@ -36,13 +42,17 @@ def text(key: str, value: Any) -> str:
     if key in _FORMATS:
         return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
-        return f"{len({snapshot['file'] for snapshot in value}):,}"  # a target of groups lists them once per group
+        # a target of groups lists them once per group
+        return f"{len({snapshot['file'] for snapshot in value}):,}"
     if value is None:
-        return "" if key in ("sigma_rel", "gamma") else "none"  # profiles other than power functions have no width
+        # profiles other than power functions have no width
+        return "" if key in ("sigma_rel", "gamma") else "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
-        return ", ".join(text("", item) for item in value[:5]) + (f" and {len(value) - 5} more" * (len(value) > 5))
+        return ", ".join(text("", item) for item in value[:5]) + (
+            f" and {len(value) - 5} more" * (len(value) > 5)
+        )
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
@@ -55,5 +65,7 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if description.get("method") == "paper" else {"profile_error"}
-    pairs = [(title_of(key), text(key, value)) for key, value in description.items() if key not in hidden]
+    pairs = [
+        (title_of(key), text(key, value)) for key, value in description.items() if key not in hidden
+    ]
     return [(name, said) for name, said in pairs if said]

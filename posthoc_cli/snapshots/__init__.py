@@ -1,1 +1,2 @@
-"""Snapshot files: their format, reading and checking, durable writing, and the directory of a run."""
+"""Snapshot files: their format, reading and checking, durable writing, and the directory of a
+run."""

@@ -1,7 +1,9 @@
-"""A directory of snapshots: its names and headers, what belongs together, its lock, removing, and thinning.
+"""A directory of snapshots: its names and headers, what belongs together, its lock, removing, and
+thinning.
 
-Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); the headers alone are authoritative. A directory is
-listed, the headers of its files are read, parts are joined to snapshots, and these are compared with each other.
+Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); the headers alone are
+authoritative. A directory is listed, the headers of its files are read, parts are joined to
+snapshots, and these are compared with each other.
 """
 
 from __future__ import annotations
@@ -25,7 +27,14 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, PostHocError, shown
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    LockedError,
+    MismatchError,
+    PostHocError,
+    shown,
+)
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
@@ -35,11 +44,17 @@ from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_tu
 
 log = logging.getLogger(__name__)
 
-SUPERSEDED = "superseded"  # the folder for snapshots from after the step at which training was resumed
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")  # suffixes of files that are usually pickles; none is ever opened
+SUPERSEDED = (
+    "superseded"  # the folder for snapshots from after the step at which training was resumed
+)
+# suffixes of files that are usually pickles; none is ever opened
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 MANIFEST = "ema-import.json"  # the file of an import, see `checkpoints.manifest`
-ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
-# The age from which temporary files in a locked directory are removed: a synthesis into it takes no lock.
+ON_ONE_FILE_SYSTEM = (
+    "all processes of a training write to one directory, on a file system that they share"
+)
+# The age from which temporary files in a locked directory are removed: a synthesis into it takes no
+# lock.
 STILL_SECONDS = 60.0
 
 _NAME_A_RUN = "name the directory that a tracker writes its snapshots to"
@@ -58,11 +73,14 @@ class Directory:
     entries: tuple[Path, ...] = ()  # sorted
     # Each file, and each folder named as a snapshot, with the files to read.
     candidates: Mapping[Path, Sequence[Path]] = field(default_factory=dict)
-    leftovers: Sequence[Path] = ()  # temporary files of interrupted writes, or of writes in progress
+    # temporary files of interrupted writes, or of writes in progress
+    leftovers: Sequence[Path] = ()
     snapshots: tuple[Snapshot, ...] = ()  # complete ones, by time, then sigma_rel
-    problems: Sequence[PostHocError] = ()  # unreadable headers, and snapshots that contradict each other
+    # unreadable headers, and snapshots that contradict each other
+    problems: Sequence[PostHocError] = ()
     notes: Sequence[str] = ()  # lines about unusual entries
-    incomplete: Mapping[Path, str] = field(default_factory=dict)  # folders that lack parts, with those they have
+    # folders that lack parts, with those they have
+    incomplete: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[Path]:
@@ -70,10 +88,15 @@ class Directory:
 
     @property
     def superseded(self) -> int:
-        """The number of snapshots that were set aside; 0 if their folder is a link or cannot be read."""
+        """The number of snapshots that were set aside; 0 if their folder is a link or cannot be
+        read."""
         folder = self.path / SUPERSEDED
         with suppress(DirectoryError):
-            return 0 if folder.is_symlink() else sum(path.name[0] != "." for path in list_directory(folder))
+            return (
+                0
+                if folder.is_symlink()
+                else sum(path.name[0] != "." for path in list_directory(folder))
+            )
         return 0
 
 
@@ -97,7 +120,9 @@ def is_parts_folder(path: Path) -> bool:
     """Return whether a path is a folder that, by the names in it, holds parts of one snapshot."""
     with suppress(DirectoryError):
         entries = () if path.is_symlink() else list_directory(path)
-        found = [entry.name for entry in entries if is_tensor_file(entry) or is_snapshot_name(entry)]
+        found = [
+            entry.name for entry in entries if is_tensor_file(entry) or is_snapshot_name(entry)
+        ]
         return bool(found) and all(map(_PART_NAME.fullmatch, found))
     return False
 
@@ -116,14 +141,20 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
 
 
 def listed(directory: Path) -> Directory:
-    """List a directory and the folders of parts in it; raise the errors of `list_directory` about the directory."""
+    """List a directory and the folders of parts in it; raise the errors of `list_directory` about
+    the directory."""
     entries = list_directory(directory)
     candidates, everything = dict[Path, list[Path]](), [*entries]
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
         # A link may lead elsewhere.
-        elif is_snapshot_name(path) and path.suffix != SUFFIX and path.is_dir() and not path.is_symlink():
+        elif (
+            is_snapshot_name(path)
+            and path.suffix != SUFFIX
+            and path.is_dir()
+            and not path.is_symlink()
+        ):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
                 inside = [*list_directory(path)]
@@ -134,7 +165,8 @@ def listed(directory: Path) -> Directory:
 
 
 def _read(path: Path) -> Snapshot | FileFormatError | None:
-    """Read the header of a snapshot, or of a part; None for another file, or one that no longer exists."""
+    """Read the header of a snapshot, or of a part; None for another file, or one that no longer
+    exists."""
     try:
         file = read_file(path)
         return None if file.kind in (None, "output") else decode_snapshot(file)
@@ -143,14 +175,20 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
 
 
 def inspect_directory(directory: Path) -> Directory:
-    """Read the headers of all snapshots in a directory, continuing after errors; raise errors of `list_directory`."""
+    """Read the headers of all snapshots in a directory, continuing after errors; raise errors of
+    `list_directory`."""
     listing = listed(directory)
     return inspected(listing, in_turn(_read, listing.files, files.is_url(directory)))
 
 
 def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
     """Return a listing with what the headers of its files say, see `joined`."""
-    snapshots, problems, notes, incomplete = list[Snapshot](), list[PostHocError](), list[str](), dict[Path, str]()
+    snapshots, problems, notes, incomplete = (
+        list[Snapshot](),
+        list[PostHocError](),
+        list[str](),
+        dict[Path, str](),
+    )
     header_of = dict(zip(listing.files, headers, strict=True))
     for path, paths in listing.candidates.items():
         try:
@@ -165,16 +203,24 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
             incomplete |= {} if path in paths else {path: content}
     snapshots = by_time(snapshots)
     for newest in snapshots[-1:]:
-        # Thinning never removes one of these. A run that was resumed without a profile does not track it any more.
+        # Thinning never removes one of these. A run that was resumed without a profile does not
+        # track it any more.
         stored = {snapshot.sigma_rel for snapshot in snapshots if snapshot.t == newest.t}
-        for sigma_rel in sorted({snapshot.sigma_rel for snapshot in snapshots} & {*newest.sigma_rels} - stored):
-            notes.append(f"t = {newest.t:,.12g}, the newest: no snapshot of sigma_rel {sigma_rel:g}")
+        for sigma_rel in sorted(
+            {snapshot.sigma_rel for snapshot in snapshots} & {*newest.sigma_rels} - stored
+        ):
+            notes.append(
+                f"t = {newest.t:,.12g}, the newest: no snapshot of sigma_rel {sigma_rel:g}"
+            )
     problems += contradictions(snapshots)
-    return replace(listing, snapshots=tuple(snapshots), problems=problems, notes=notes, incomplete=incomplete)
+    return replace(
+        listing, snapshots=tuple(snapshots), problems=problems, notes=notes, incomplete=incomplete
+    )
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is not one."""
+    """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is
+    not one."""
     paths = [*filter(is_tensor_file, list_directory(path))] if path.is_dir() else [path]
     content = joined(path, [*map(_read, paths)])
     if not isinstance(content, Snapshot):
@@ -183,7 +229,8 @@ def read_snapshot(path: Path) -> Snapshot:
 
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
-    """Read the snapshots of a run like `read_directory`; return none for a missing or empty directory."""
+    """Read the snapshots of a run like `read_directory`; return none for a missing or empty
+    directory."""
     content = Directory(directory) if files.is_absent(directory) else inspect_directory(directory)
     for problem in content.problems:
         raise problem
@@ -193,7 +240,8 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
 def read_directory(directory: Path) -> list[Snapshot]:
     """Return the snapshots of one run, by time, then sigma_rel. Reads headers only.
 
-    Raises DirectoryError if it holds none, FileFormatError for a damaged file, MismatchError for two that differ.
+    Raises DirectoryError if it holds none, FileFormatError for a damaged file, MismatchError for
+    two that differ.
     """
     if found := find_snapshots(directory):
         return found
@@ -208,18 +256,20 @@ def read_directory(directory: Path) -> list[Snapshot]:
 
 # The fields in which parts may differ.
 _OWN = (
-    "tensors", "aliases", "inherited", "measurements", "sample", "sketch", "part", "chunks", "mesh", "path", "files",
-    "entries",
+    "tensors", "aliases", "inherited", "measurements", "sample", "sketch", "part", "chunks", "mesh",
+    "path", "files", "entries",
 )  # fmt: skip
 
 
 def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
-    """Return the snapshot in a file or a folder of parts from what was read there: headers; errors are raised.
+    """Return the snapshot in a file or a folder of parts from what was read there: headers; errors
+    are raised.
 
-    If it is incomplete, return what is there, such as "2 of 4 parts"; the text is empty if that is something else.
-    Parts are equal in all of their headers but for what describes their own tensors (`_OWN`). Readers add their
-    measurements and `inherited`. Sketches add up, too: the projected numbers and the squared distances. Raises
-    FileFormatError if elements of a tensor are missing, MismatchError if two parts do not belong together.
+    If it is incomplete, return what is there, such as "2 of 4 parts"; the text is empty if that is
+    something else. Parts are equal in all of their headers but for what describes their own tensors
+    (`_OWN`). Readers add their measurements and `inherited`. Sketches add up, too: the projected
+    numbers and the squared distances. Raises FileFormatError if elements of a tensor are missing,
+    MismatchError if two parts do not belong together.
     """
     parts = [header for header in headers if isinstance(header, Snapshot)]
     for error in (header for header in headers if isinstance(header, FileFormatError)):
@@ -233,15 +283,22 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
-        # One off the schedule may be in the course of being replaced, part by part, by the same one on it.
+        # One off the schedule may be in the course of being replaced, part by part, by the same one
+        # on it.
         sets[part.part[1], part.session, part.off_schedule].append(part)
     for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
-        same = "are both part {} of {}".format(*(part.part or ())) if part.part == before.part else ""
-        if reason := same or _difference(*(vars(one) | dict.fromkeys(_OWN) for one in (before, part))):
+        same = (
+            "are both part {} of {}".format(*(part.part or ())) if part.part == before.part else ""
+        )
+        if reason := same or _difference(
+            *(vars(one) | dict.fromkeys(_OWN) for one in (before, part))
+        ):
             raise _apart(before, part, reason)
     complete = [of_set for (number, *_), of_set in sets.items() if len(of_set) == number]
     if len(complete) > 1:
-        raise _apart(complete[0][0], complete[1][0], "are parts of two complete snapshots", "remove one")
+        raise _apart(
+            complete[0][0], complete[1][0], "are parts of two complete snapshots", "remove one"
+        )
     if complete:
         return _join(path, complete[0])
     counts = [f"{len(of_set)} of {number} parts" for (number, *_), of_set in sorted(sets.items())]
@@ -255,9 +312,13 @@ def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> Mis
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
-    """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly once."""
+    """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly
+    once."""
     shared = shared_fields(parts)
-    boxes = [{name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()} for part in parts]
+    boxes = [
+        {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
+        for part in parts
+    ]
     entries = dict[str, Entry]()
     for name in shared["tensors"]:
         held = [(part.chunks[name], part.entries[name]) for part in parts if name in part.chunks]
@@ -267,13 +328,25 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
             problem = f"its chunks are of the shapes {different}" if len(different) > 1 else problem
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
         # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-        entries[name] = Entry(max((entry.dtype for _, entry in held), key=ITEM_BYTES.__getitem__), different[0])
-    shapes = {name: entries[name].shape for name, tensor in shared["tensors"].items() if tensor.role == "average"}
+        entries[name] = Entry(
+            max((entry.dtype for _, entry in held), key=ITEM_BYTES.__getitem__), different[0]
+        )
+    shapes = {
+        name: entries[name].shape
+        for name, tensor in shared["tensors"].items()
+        if tensor.role == "average"
+    }
     return replace(
-        parts[0], **shared, sample=joined_sample([part.sample for part in parts], boxes, shapes),
-        sketch=joined_paths([part.sketch for part in parts]), path=folder, entries=entries,
-        files=tuple(replace(part.files[0], boxes=held) for part, held in zip(parts, boxes, strict=True)),
-    )  # fmt: skip
+        parts[0],
+        **shared,
+        sample=joined_sample([part.sample for part in parts], boxes, shapes),
+        sketch=joined_paths([part.sketch for part in parts]),
+        path=folder,
+        entries=entries,
+        files=tuple(
+            replace(part.files[0], boxes=held) for part, held in zip(parts, boxes, strict=True)
+        ),
+    )
 
 
 def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
@@ -294,7 +367,8 @@ def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
 
 
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
-    """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are in order of time."""
+    """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are
+    in order of time."""
     errors, seen = list[MismatchError](), dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
         first = snapshots[0]
@@ -308,7 +382,8 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
 
 
 def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """Return the first difference between what two headers say, to follow their names; empty if there is none."""
+    """Return the first difference between what two headers say, to follow their names; empty if
+    there is none."""
     for key in {**one, **other} if one != other else ():
         values = [facts.get(key, "missing") for facts in (one, other)]
         if values[0] != values[1]:
@@ -319,7 +394,9 @@ def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
 # --- adding to a directory
 
 
-def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None) -> Path:
+def snapshot_path(
+    directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None
+) -> Path:
     """Return the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(integer):016d}" + f".{fraction}" * bool(fraction.strip("0"))
@@ -330,15 +407,18 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
 # --- the lock
 
 LOCK_NAME = ".ema.lock"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # of `flock` on a file system without locks
+# of `flock` on a file system without locks
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 class DirectoryLock(AbstractContextManager["DirectoryLock"]):
-    """The exclusive right to write to a directory, held from construction to `release`; a context manager.
+    """The exclusive right to write to a directory, held from construction to `release`; a context
+    manager.
 
-    It is a `flock` on a file that also names its holder; the system releases it when the holder dies. On a file system
-    without locks, or one that keeps them to one host, a second writer cannot be excluded; a warning says so if that can
-    be detected. Raises LockedError if another tracker or command holds it.
+    It is a `flock` on a file that also names its holder; the system releases it when the holder
+    dies. On a file system without locks, or one that keeps them to one host, a second writer cannot
+    be excluded; a warning says so if that can be detected. Raises LockedError if another tracker or
+    command holds it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -349,23 +429,34 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
             descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             stack.callback(os.close, descriptor)
             if os.fstat(descriptor).st_nlink > 1:
-                raise OSError(errno.EMLINK, f"{LOCK_NAME} is not a lock: it is a hard link to another file")
+                raise OSError(
+                    errno.EMLINK, f"{LOCK_NAME} is not a lock: it is a hard link to another file"
+                )
             try:
-                # Without a name in the file, its holder is about to write it or to release the lock.
+                # Without a name in the file, its holder is about to write it or to release the
+                # lock.
                 for wait in (*[0.01] * 100, 0):
                     with suppress(BlockingIOError):
                         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
                     if (name := os.pread(descriptor, 100, 0).decode(errors="replace")) or not wait:
-                        holder = f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+                        holder = (
+                            f"another tracker of this {own}" if name == own else shown(name)[1:-1]
+                        )
                         reason = f"{holder or 'another process'} is writing here"
-                        raise LockedError(directory, reason, "end that first, or take another directory")
+                        raise LockedError(
+                            directory, reason, "end that first, or take another directory"
+                        )
                     time.sleep(wait)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
                 why = (error.strerror or str(error)).lower()
-                log.warning("%s: no locks on this file system (%s): make sure that nothing else writes", directory, why)
+                log.warning(
+                    "%s: no locks on this file system (%s): make sure that nothing else writes",
+                    directory,
+                    why,
+                )
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, own.encode(), 0)
             stack.pop_all()
@@ -391,7 +482,8 @@ def _release(descriptor: int, process: int) -> None:
 def remove_snapshot(path: Path) -> None:
     """Delete a snapshot if it exists; raise WriteError if the system refuses.
 
-    A folder of parts remains if it holds anything else, or if a network file system keeps a file that is being read.
+    A folder of parts remains if it holds anything else, or if a network file system keeps a file
+    that is being read.
     """
     with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
         if path.is_symlink() or not path.is_dir():
@@ -405,15 +497,20 @@ def remove_snapshot(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove temporary files of interrupted writes from a locked directory and from the snapshots in it."""
-    for folder in (directory, *(path for path, paths in listed(directory).candidates.items() if path not in paths)):
+    """Remove temporary files of interrupted writes from a locked directory and from the snapshots
+    in it."""
+    for folder in (
+        directory,
+        *(path for path, paths in listed(directory).candidates.items() if path not in paths),
+    ):
         files.remove_leftovers(folder, STILL_SECONDS)
 
 
 def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     """Move snapshots durably to the folder `superseded` of their directory; return their new paths.
 
-    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if `superseded` is not a folder.
+    Nothing in the folder is replaced; missing paths are skipped. Raises DirectoryError if
+    `superseded` is not a folder.
     """
     if not stored:
         return []
@@ -440,24 +537,37 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
 
 
 def thin(
-    stored: Sequence[Snapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
+    stored: Sequence[Snapshot],
+    max_checkpoints: int | None,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[Snapshot]:
-    """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the others.
+    """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the
+    others.
 
-    Snapshots on the schedule are chosen as if there were no others, so that a training that was stopped in between
-    keeps the same ones. Of those off the schedule, the latest stay if there is room, and in any case those of the
-    newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns the remaining ones in order of time.
+    Snapshots on the schedule are chosen as if there were no others, so that a training that was
+    stopped in between keeps the same ones. Of those off the schedule, the latest stay if there is
+    room, and in any case those of the newest `SPARED_TIMES`: a checkpoint of the training may
+    belong to them. Returns the remaining ones in order of time.
     """
     if max_checkpoints is None or not stored:
         return list(stored)
-    scheduled, surplus = [snapshot for snapshot in stored if not snapshot.off_schedule], list[Snapshot]()
+    scheduled, surplus = (
+        [snapshot for snapshot in stored if not snapshot.off_schedule],
+        list[Snapshot](),
+    )
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
     if max(counts.values(), default=0) > max_checkpoints:
         sketch = scheduled[-1].sketch
         averages = [snapshot.average() for snapshot in scheduled]
         prior = measured_prior(averages, decode_path(sketch).sketch if sketch else None)
-        profiles, spared = [snapshot.profile for snapshot in scheduled], spared_times(max_checkpoints)
-        surplus = [scheduled[i] for i in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)]
+        profiles, spared = (
+            [snapshot.profile for snapshot in scheduled],
+            spared_times(max_checkpoints),
+        )
+        surplus = [
+            scheduled[i]
+            for i in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
+        ]
     oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
     for sigma_rel in {snapshot.sigma_rel for snapshot in stored}:
         off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]

@@ -1,7 +1,8 @@
-"""Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a folder of several.
+"""Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a
+folder of several.
 
-The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a sharded model is a
-JSON file as the Hugging Face libraries define it:
+The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a
+sharded model is a JSON file as the Hugging Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
 """
@@ -19,7 +20,12 @@ from typing import Annotated, Any
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
-from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, is_snapshot_name, read_snapshot
+from posthoc_cli.snapshots.directory import (
+    inspect_directory,
+    is_parts_folder,
+    is_snapshot_name,
+    read_snapshot,
+)
 from posthoc_cli.snapshots.snapshot import (
     ANY_SIGN,
     RunId,
@@ -45,9 +51,11 @@ from posthoc_cli.snapshots.tensorfile import (
 
 INDEX_NAME = "model.safetensors.index.json"
 INDEX_SUFFIX = ".safetensors.index.json"
-_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
+# of transformers, diffusers and PEFT
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
-_NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")  # a name of a visible file in the same folder on every operating system
+# a name of a visible file in the same folder on every operating system
+_NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class Used:
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """The content of the header of an output, the file that a synthesis writes: `kind` is "output"."""
+    """The content of the header of an output, the file that a synthesis writes: `kind` is
+    "output"."""
 
     run_id: RunId
     profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
@@ -70,7 +79,8 @@ class OutputInfo:
     t_unit: Unit
     method: str
     profile_error: float  # relative L2 error between the profiles
-    predicted_error: float | None  # expected relative L2 error of the weights; None if it is unknown
+    # expected relative L2 error of the weights; None if it is unknown
+    predicted_error: float | None
     snapshots: tuple[Used, ...]
     copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
 
@@ -80,24 +90,38 @@ class OutputInfo:
 
 
 def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
-    """Return the tensors of each shard that an index names, by file name; shards have these endings.
+    """Return the tensors of each shard that an index names, by file name; shards have these
+    endings.
 
-    Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on every system.
+    Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on
+    every system.
     """
-    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get("weight_map")
+    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get(
+        "weight_map"
+    )
     if not isinstance(weight_map, dict) or not weight_map:
-        raise FileFormatError(path, "is not an index of shards: it has no weight_map, or an empty one")
+        raise FileFormatError(
+            path, "is not an index of shards: it has no weight_map, or an empty one"
+        )
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
-        if not (isinstance(name, str) and _NAME.fullmatch(name) and name.isprintable() and name.endswith(endings)):
-            reason = f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+        if not (
+            isinstance(name, str)
+            and _NAME.fullmatch(name)
+            and name.isprintable()
+            and name.endswith(endings)
+        ):
+            reason = (
+                f"tensor {shown(tensor)}: {shown(name)} is not the name of a file in its folder"
+            )
             raise FileFormatError(path, reason)
         shards.setdefault(name, []).append(tensor)
     return dict(sorted(shards.items()))
 
 
 def weights_at(path: Path) -> Path | None:
-    """Return the index or the only file of a model: the path itself, or in a folder; None for a folder without."""
+    """Return the index or the only file of a model: the path itself, or in a folder; None for a
+    folder without."""
     if not path.is_dir():
         return path
     names = sorted(entry.name for entry in files.system.list(path))
@@ -107,7 +131,8 @@ def weights_at(path: Path) -> Path | None:
 
 
 def model_files(weights: Path) -> dict[Path, list[str]]:
-    """Return the files of a model, from its index or only file, each with the tensors that an index names."""
+    """Return the files of a model, from its index or only file, each with the tensors that an index
+    names."""
     if not weights.name.endswith(INDEX_SUFFIX):
         return {weights: []}
     return {weights.parent / name: names for name, names in decode_index(weights).items()}
@@ -121,9 +146,15 @@ def models_at(path: Path) -> list[Path]:
     if is_parts_folder(path) or weights_at(path) is not None:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    models = [e for e in entries if e.suffix == SUFFIX or (e.is_dir() and (is_parts_folder(e) or weights_at(e)))]
+    models = [
+        e
+        for e in entries
+        if e.suffix == SUFFIX or (e.is_dir() and (is_parts_folder(e) or weights_at(e)))
+    ]
     if any(map(is_snapshot_name, models)):
-        raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
+        raise DirectoryError(
+            path, "holds the snapshots of a run", "name one of them, or make an average of them"
+        )
     if not models:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
@@ -131,12 +162,15 @@ def models_at(path: Path) -> list[Path]:
 
 
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
-    """Return a model's files and their header as an output; raise an error if one is damaged, missing or of another."""
+    """Return a model's files and their header as an output; raise an error if one is damaged,
+    missing or of another."""
     read, infos = list[TensorFile](), list[OutputInfo | None]()
     for file_path, names in model_files(weights_at(path) or path).items():
         file = read_file(file_path)
         if missing := set(names) - file.entries.keys():
-            raise FileFormatError(file_path, f"tensor {shown(min(missing))} is not in it, as the index says")
+            raise FileFormatError(
+                file_path, f"tensor {shown(min(missing))} is not in it, as the index says"
+            )
         read.append(file)
         infos.append(decode(file, "output", OutputInfo) if file.kind == "output" else None)
         if _made(infos[0]) != _made(infos[-1]):
@@ -146,8 +180,15 @@ def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
 
 
 def _made(info: OutputInfo | None) -> object:
-    """Return what is the same in all files of an output: processes may compute other last digits of coefficients."""
-    return info and (info.run_id, info.profile, info.t, info.method, [used.file for used in info.snapshots])
+    """Return what is the same in all files of an output: processes may compute other last digits of
+    coefficients."""
+    return info and (
+        info.run_id,
+        info.profile,
+        info.t,
+        info.method,
+        [used.file for used in info.snapshots],
+    )
 
 
 # --- descriptions
@@ -156,8 +197,9 @@ def _made(info: OutputInfo | None) -> object:
 def describe(path: Path) -> dict[str, Any]:
     """Return what headers say about a directory, a file, or a model in shards, as a dict for JSON.
 
-    It begins with the kind: "directory", "snapshot", "output", "outputs" or "safetensors". What is wrong with snapshots
-    is among the "problems". Raises DirectoryError without snapshots, outputs or models, and the errors of `read_model`.
+    It begins with the kind: "directory", "snapshot", "output", "outputs" or "safetensors". What is
+    wrong with snapshots is among the "problems". Raises DirectoryError without snapshots, outputs
+    or models, and the errors of `read_model`.
     """
     if path.is_dir() and not is_parts_folder(path):
         content = inspect_directory(path)
@@ -167,12 +209,21 @@ def describe(path: Path) -> dict[str, Any]:
                 "path": str(path),
                 **(_of_run(content.snapshots) if content.snapshots else {}),
                 "superseded": content.superseded,
-                "leftovers": [leftover.name for leftover in (*content.leftovers, *content.incomplete)],
-                "notes": [*content.notes, *(_notes(content.snapshots[-1].copies) if content.snapshots else ())],
+                "leftovers": [
+                    leftover.name for leftover in (*content.leftovers, *content.incomplete)
+                ],
+                "notes": [
+                    *content.notes,
+                    *(_notes(content.snapshots[-1].copies) if content.snapshots else ()),
+                ],
                 "problems": [str(problem) for problem in content.problems],
             }
         if (models := models_at(path)) != [path]:
-            return {"kind": "outputs", "path": str(path), "outputs": [_of_model(model) for model in models]}
+            return {
+                "kind": "outputs",
+                "path": str(path),
+                "outputs": [_of_model(model) for model in models],
+            }
     return _of_model(path)
 
 
@@ -182,14 +233,20 @@ def _of_model(path: Path) -> dict[str, Any]:
     shards, output = read_model(path)
     if len(shards) == 1 and shards[0].kind == "snapshot":
         return _of_snapshot(decode_snapshot(shards[0]))
-    sizes = _counts([shard.entries for shard in shards]) | {"bytes": sum(shard.nbytes for shard in shards)}
+    sizes = _counts([shard.entries for shard in shards]) | {
+        "bytes": sum(shard.nbytes for shard in shards)
+    }
     if output is None:
         return {"kind": "safetensors", "path": str(path), **sizes}
     return {
-        "kind": "output", "path": str(path), "run": output.run_id,
+        "kind": "output",
+        "path": str(path),
+        "run": output.run_id,
         **_fields(output, "profile sigma_rel gamma t t_unit method profile_error predicted_error"),
-        "snapshots": [vars(used) for used in output.snapshots], **sizes, "notes": _notes(output.copies),
-    }  # fmt: skip
+        "snapshots": [vars(used) for used in output.snapshots],
+        **sizes,
+        "notes": _notes(output.copies),
+    }
 
 
 def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
@@ -197,12 +254,18 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
     profiles = []
     for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
         tracked = [snapshot for snapshot in snapshots if snapshot.sigma_rel == width]
-        known = [error for snapshot in tracked if (error := _relative_rounding(snapshot)) is not None]
-        profiles.append({
-            **_fields(tracked[0], "sigma_rel gamma"), "times": [snapshot.t for snapshot in tracked],
-            **_fields(tracked[-1], "t_first max_interval"),
-            "relative_rounding_range": [min(known), max(known)] if known else None, "bytes": file_bytes(tracked),
-        })  # fmt: skip
+        known = [
+            error for snapshot in tracked if (error := _relative_rounding(snapshot)) is not None
+        ]
+        profiles.append(
+            {
+                **_fields(tracked[0], "sigma_rel gamma"),
+                "times": [snapshot.t for snapshot in tracked],
+                **_fields(tracked[-1], "t_first max_interval"),
+                "relative_rounding_range": [min(known), max(known)] if known else None,
+                "bytes": file_bytes(tracked),
+            }
+        )
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
@@ -217,21 +280,34 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
 
 def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
     measured = snapshot.measurements
-    measurements = measured and {"norm": math.sqrt(measured.norm), "relative_rounding": _relative_rounding(snapshot)}
+    measurements = measured and {
+        "norm": math.sqrt(measured.norm),
+        "relative_rounding": _relative_rounding(snapshot),
+    }
     return {
-        "kind": "snapshot", "path": str(snapshot.path), "run": snapshot.run_id,
+        "kind": "snapshot",
+        "path": str(snapshot.path),
+        "run": snapshot.run_id,
         **_fields(snapshot, "sigma_rel gamma t t_unit step off_schedule t_first max_interval"),
-        **_of_settings(snapshot), "measurements": measurements, **describe_tensors(snapshot), "bytes": snapshot.nbytes,
-    }  # fmt: skip
+        **_of_settings(snapshot),
+        "measurements": measurements,
+        **describe_tensors(snapshot),
+        "bytes": snapshot.nbytes,
+    }
 
 
 def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
-    """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many, and the mesh."""
+    """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many,
+    and the mesh."""
     dtype, parts = snapshot.schedule.checkpoint_dtype, dict[str, Any]()
     schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     del schedule["sigma_range"]  # which follows from the widths
     if snapshot.part or snapshot.path.suffix != SUFFIX:
-        parts = {"part": "{}/{}".format(*snapshot.part)} if snapshot.part else {"parts": len(snapshot.files)}
+        parts = (
+            {"part": "{}/{}".format(*snapshot.part)}
+            if snapshot.part
+            else {"parts": len(snapshot.files)}
+        )
         parts |= {"mesh": snapshot.mesh} if snapshot.mesh else {}
     return {"schedule": schedule, **parts}
 
@@ -261,7 +337,11 @@ def _fields(info: object, names: str) -> dict[str, Any]:
 def _relative_rounding(snapshot: Snapshot) -> float | None:
     """Return the rounding error of a stored average relative to its norm; None if unknown."""
     measured = snapshot.measurements
-    return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
+    return (
+        math.sqrt(measured.rounding / measured.norm)
+        if measured is not None and measured.norm > 0
+        else None
+    )
 
 
 def _counts(files: Collection[Mapping[str, Entry]]) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""What a header says about the path of a run's weights: a sample of elements, and a sketch by random projections.
+"""What a header says about the path of a run's weights: a sample of elements, and a sketch by
+random projections.
 
-A header holds, for some 512 elements, the network's weights at the snapshot's time and the values of the average. Names
-and shapes alone determine which elements these are. A model stands at a time of the run if its values equal the
-recorded ones, exactly or after rounding these to float16 or bfloat16, as a checkpoint in half precision has them.
+A header holds, for some 512 elements, the network's weights at the snapshot's time and the values
+of the average. Names and shapes alone determine which elements these are. A model stands at a time
+of the run if its values equal the recorded ones, exactly or after rounding these to float16 or
+bfloat16, as a checkpoint in half precision has them.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ PLACES = 512  # elements in a sample; small models have fewer
 
 
 def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
-    """Return a sample as stored in headers: float32 values of the network, then of the average, in base64."""
+    """Return a sample as stored in headers: float32 values of the network, then of the average, in
+    base64."""
     return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
 
 
 def decode_sample(text: str) -> tuple[Floats, Floats]:
-    """Return the values of the network and of the average in a sample; raise ValueError if it is invalid."""
+    """Return the values of the network and of the average in a sample; raise ValueError if it is
+    invalid."""
     data = base64.b64decode(text, validate=True)
     if len(data) % 8 or len(data) > 8 * PLACES:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
@@ -46,23 +50,31 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
 
 
 def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
-    """Return the sampled elements of tensors with these names and shapes: name and row-major index, sorted.
+    """Return the sampled elements of tensors with these names and shapes: name and row-major index,
+    sorted.
 
-    All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by name have one each.
+    All tensors have about equally many; of more than `PLACES` tensors, `PLACES` spread evenly by
+    name have one each.
     """
     sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
     names = [name for name, size in sizes.items() if size]
-    chosen = ((number, names[number * len(names) // PLACES]) for number in range(PLACES if names else 0))
+    chosen = (
+        (number, names[number * len(names) // PLACES]) for number in range(PLACES if names else 0)
+    )
     return sorted(
         {
-            (name, xxhash.xxh3_64_intdigest(f"{number}/{name}".encode(errors="replace")) % sizes[name])
+            (
+                name,
+                xxhash.xxh3_64_intdigest(f"{number}/{name}".encode(errors="replace")) % sizes[name],
+            )
             for number, name in chosen
         }
     )
 
 
 def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
-    """Convert a row-major index in a tensor to the index in a box of it; return None if the element is outside."""
+    """Convert a row-major index in a tensor to the index in a box of it; return None if the element
+    is outside."""
     element = Box(tuple(map(int, np.unravel_index(index, tuple(shape)))), (1,) * len(shape))
     return box.span(element)[0] if box.intersection(element).size else None
 
@@ -70,23 +82,30 @@ def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
 def joined_sample(
     samples: Sequence[str], boxes: Sequence[Mapping[str, Box]], shapes: Mapping[str, Sequence[int]]
 ) -> str:
-    """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks values."""
+    """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
+    values."""
     left, wanted = [zip(*decode_sample(sample), strict=True) for sample in samples], places(shapes)
     pairs = []
     for name, index in wanted:
-        held = [name in of_part and index_within(of_part[name], shapes[name], index) is not None for of_part in boxes]
+        held = [
+            name in of_part and index_within(of_part[name], shapes[name], index) is not None
+            for of_part in boxes
+        ]
         pairs += [*islice(left[held.index(True)], 1)]
     return encode_sample(*zip(*pairs, strict=True)) if len(pairs) == len(wanted) > 0 else ""
 
 
 def are_equal(model: Floats, recorded: Floats) -> bool:
-    """Return whether a model's values are the recorded ones, exactly or rounded to float16 or bfloat16."""
+    """Return whether a model's values are the recorded ones, exactly or rounded to float16 or
+    bfloat16."""
     import torch  # already loaded: the caller has a model
 
     if np.array_equal(model, recorded):
         return True
     values, exact = torch.from_numpy(model), torch.from_numpy(recorded)
-    return any(torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16))
+    return any(
+        torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 def element_shares(shapes: Mapping[str, Sequence[int]]) -> FloatArray:
@@ -100,12 +119,15 @@ def element_shares(shapes: Mapping[str, Sequence[int]]) -> FloatArray:
 
 
 def squared_distance(model: Floats, recorded: Floats, shapes: Mapping[str, Sequence[int]]) -> float:
-    """Estimate the squared distance of a model from the recorded weights, over all elements of these tensors."""
+    """Estimate the squared distance of a model from the recorded weights, over all elements of
+    these tensors."""
     squares: FloatArray = (model.astype(np.float64) - recorded) ** 2
     return float(squares @ element_shares(shapes))
 
 
-def spacing(values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: npt.ArrayLike) -> FloatArray:
+def spacing(
+    values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: npt.ArrayLike
+) -> FloatArray:
     """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
     exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)
     return np.asarray(np.ldexp(1.0, exponent - np.asarray(mantissa_bits)))
@@ -114,55 +136,80 @@ def spacing(values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: n
 _CLASSES = 16  # of elements that move alike
 
 
-def uneven_motion(samples: Iterable[Sequence[str]], stored: Mapping[str, Entry]) -> FloatArray | None:
-    """Return `Prior.uneven` from the samples of a run's averages; None if these show no motion or are unknown.
+def uneven_motion(
+    samples: Iterable[Sequence[str]], stored: Mapping[str, Entry]
+) -> FloatArray | None:
+    """Return `Prior.uneven` from the samples of a run's averages; None if these show no motion or
+    are unknown.
 
-    `samples` are those of each profile, in the order of time, empty where unknown; `stored` are its averages.
+    `samples` are those of each profile, in the order of time, empty where unknown; `stored` are its
+    averages.
     """
-    values = [np.stack([decode_sample(text)[1] for text in profile]) for profile in samples if all(profile)]
+    values = [
+        np.stack([decode_sample(text)[1] for text in profile])
+        for profile in samples
+        if all(profile)
+    ]
     shapes = {name: entry.shape for name, entry in stored.items()}
     dtypes = [DTYPES[stored[name].dtype] for name, _ in places(shapes)]
     if not values or any(one.shape[1] != len(dtypes) for one in values):
         return None
     newest = values[0][-1].astype(np.float64)
-    bits, lowest = [dtype.mantissa_bits for dtype in dtypes], [dtype.lowest_exponent for dtype in dtypes]
+    bits, lowest = (
+        [dtype.mantissa_bits for dtype in dtypes],
+        [dtype.lowest_exponent for dtype in dtypes],
+    )
     squares, share = spacing(newest, bits, lowest) ** 2, element_shares(shapes)
-    moved = np.sum([np.sum(np.diff(one.astype(np.float64), axis=0) ** 2, axis=0) for one in values], axis=0)
+    moved = np.sum(
+        [np.sum(np.diff(one.astype(np.float64), axis=0) ** 2, axis=0) for one in values], axis=0
+    )
     if not moved.any():
         return None
-    # Each element counts as its rounding does. Classes have equal weights; each moves as its elements do in the mean.
-    weight, speed = share * squares / (share @ squares), moved / squares * (share @ squares) / (share @ moved)
+    # Each element counts as its rounding does. Classes have equal weights; each moves as its
+    # elements do in the mean.
+    weight, speed = (
+        share * squares / (share @ squares),
+        moved / squares * (share @ squares) / (share @ moved),
+    )
     order = np.argsort(speed)
     until = np.cumsum(np.stack((weight, weight * speed))[:, order], axis=1)
     ends = np.linspace(0.0, 1.0, _CLASSES + 1)
-    return np.asarray(np.diff(np.interp(ends, np.append(0.0, until[0]), np.append(0.0, until[1]))) * _CLASSES)
+    return np.asarray(
+        np.diff(np.interp(ends, np.append(0.0, until[0]), np.append(0.0, until[1]))) * _CLASSES
+    )
 
 
 # --- the sketch of the path
 
 MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
-_LARGEST = 2.0**14  # the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
+# the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
+_LARGEST = 2.0**14
 _MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
 _AND = "|"  # the separator between the sketches of parts; used in memory only
 
 
 class PathSketch(NamedTuple):
-    """A sketch and the identifier of its projection, which depends on the tensors and the random signs."""
+    """A sketch and the identifier of its projection, which depends on the tensors and the random
+    signs."""
 
     projection: int
     sketch: Sketch
 
 
 def encode_path(path: PathSketch | None, exact: bool = False) -> str:
-    """Return a sketch as stored in headers, or in states if `exact`; empty for None or unusable numbers."""
+    """Return a sketch as stored in headers, or in states if `exact`; empty for None or unusable
+    numbers."""
     if path is None:
         return ""
     sketch, means = path.sketch, path.sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
-    factor = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
+    factor = (
+        float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
+    )
     steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
-    for step, wanted in zip(steps, means[1:] / factor, strict=True):  # from the rounded place, so errors do not add up
+    # from the rounded place, so errors do not add up
+    for step, wanted in zip(steps, means[1:] / factor, strict=True):
         step[:] = wanted - place
         place = place + step
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
@@ -172,22 +219,27 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
 
 
 def decode_path(text: str) -> PathSketch:
-    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if it is invalid."""
+    """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if
+    it is invalid."""
     (projection, total), *others = map(_decoded, text.split(_AND))
     for _, sketch in others:
-        total = replace(total, means=total.means + sketch.means, spread=total.spread + sketch.spread)
+        total = replace(
+            total, means=total.means + sketch.means, spread=total.spread + sketch.spread
+        )
     return PathSketch(projection, total)
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
-    """Return the path of a part (its number, counted from 1, and the count) or a complete model; None if unknown."""
+    """Return the path of a part (its number, counted from 1, and the count) or a complete model;
+    None if unknown."""
     number, count = part or (1, 1)
     texts = text.split(_AND)
     return decode_path(texts[number - 1]) if text and len(texts) == count else None
 
 
 def joined_paths(texts: Sequence[str]) -> str:
-    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the same windows."""
+    """Join the sketches of a model's parts; return an empty text unless all have a sketch of the
+    same windows."""
     sketches = [_decoded(text).sketch for text in texts if text]
     windows = {(one.means.shape, one.edges.tobytes(), one.folds.tobytes()) for one in sketches}
     return _AND.join(texts) if len(sketches) == len(texts) and len(windows) == 1 else ""
@@ -202,10 +254,17 @@ def _decoded(text: str) -> PathSketch:
     rest = first + 4 * numbers * (windows if size == 4 else 1)
     is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
     if not is_sketch or len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
-        raise ValueError(f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4")
+        raise ValueError(
+            f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size "
+            f"2 or 4"
+        )
     pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
-    known, means, steps = (np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces)
+    known, means, steps = (
+        np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces
+    )
     edges, folds, spread, factor = np.split(known, [windows + 1, 2 * windows + 1, 3 * windows + 1])
     means = means.reshape(-1, numbers)
-    means = np.concatenate((means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0)))
+    means = np.concatenate(
+        (means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0))
+    )
     return PathSketch(projection, Sketch(edges, folds, means, spread))

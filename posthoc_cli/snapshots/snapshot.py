@@ -1,6 +1,8 @@
-"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header, and specifies its content.
+"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header, and
+specifies its content.
 
-One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass that holds it.
+One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
+that holds it.
 """
 
 from __future__ import annotations
@@ -21,13 +23,21 @@ import xxhash
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, shown
 from posthoc_cli.planning import USEFUL_RANGE
-from posthoc_cli.profiles import Clock, Discrete, Point, PowerFunction, StoredProfile, gamma_from_sigma_rel
+from posthoc_cli.profiles import (
+    Clock,
+    Discrete,
+    Point,
+    PowerFunction,
+    StoredProfile,
+    gamma_from_sigma_rel,
+)
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
 from posthoc_cli.snapshots.path import Floats, decode_path, decode_sample, places
 from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact
 
-EARLIEST, LATEST = 1e-100, 1e100  # the range of training times; products of times outside it overflow
+# the range of training times; products of times outside it overflow
+EARLIEST, LATEST = (1e-100, 1e100)
 T = TypeVar("T")
 
 
@@ -36,20 +46,29 @@ def is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
 
 
-ANY_SIGN = Rule("a finite number", is_number)  # of numbers that may be negative; all others must not be
+# of numbers that may be negative; all others must not be
+ANY_SIGN = Rule("a finite number", is_number)
 Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
-RunId = Annotated[str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))]
-Unit = Annotated[str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())]
+RunId = Annotated[
+    str, Rule("32 hexadecimal digits", lambda text: re.fullmatch("[0-9a-f]{32}", text))
+]
+Unit = Annotated[
+    str, Rule("a printable name of what t counts", lambda text: text and text.isprintable())
+]
 Widths = Annotated[tuple[float, ...], Rule("a list of numbers, at least one", len)]
 SampleText = Annotated[str, Rule("a sample", decode_sample)]
 SketchText = Annotated[str, Rule("a sketch", lambda text: not text or decode_path(text))]
-Part = Annotated[tuple[int, int], Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1])]
+Part = Annotated[
+    tuple[int, int],
+    Rule("the number of a part and their count", lambda part: 0 < part[0] <= part[1]),
+]
 
 
 @dataclass(frozen=True)
 class TrackingSchedule:
-    """When a tracker updates its averages and writes snapshots, and their dtype; see `PostHocEMA.from_model`."""
+    """When a tracker updates its averages and writes snapshots, and their dtype; see
+    `PostHocEMA.from_model`."""
 
     update_every: Count = 10
     checkpoint_every: Count = 1000
@@ -77,30 +96,40 @@ class Selection:
 
     def names(self, name: str) -> bool:
         """Return whether the globs select a name. `*` matches any characters including dots."""
-        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
+        return (not self.include or _matches(name, self.include)) and not _matches(
+            name, self.exclude
+        )
 
     def copies(self, name: str) -> bool:
         return _matches(name, self.copy_only)
 
     def resumed(self, roles: Mapping[str, str]) -> Selection:
-        """Return the selection for resuming a run whose tensors have these roles: running statistics keep theirs."""
+        """Return the selection for resuming a run whose tensors have these roles: running
+        statistics keep theirs."""
         if self.buffers == "copy" and "statistic" in roles.values():
             return replace(self, buffers="statistics").resumed(roles)
         copies = running_statistics(name for name, role in roles.items() if role == "copy")
         kept = tuple(sorted(name for name in copies if not self.copies(name)))
-        return replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self
+        return (
+            replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self
+        )
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str) -> Selection:
-    """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if one is invalid."""
+def make_selection(
+    include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str
+) -> Selection:
+    """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if
+    one is invalid."""
     check_word("buffers", buffers, BUFFERS)
     chosen = list[tuple[str, ...]]()
     for argument, given in (("include", include), ("exclude", exclude)):
-        listed = (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+        listed = (
+            (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+        )
         globs = [glob for glob in listed if isinstance(glob, str) and glob]
         if len(globs) < len(listed) and given is not None:
             reason = "must be a glob on names, such as 'decoder.*', or a list"
@@ -112,7 +141,9 @@ def make_selection(include: str | Iterable[str] | None, exclude: str | Iterable[
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for argument, glob in ((a, glob) for a in ("include", "exclude", "copy_only") for glob in getattr(selection, a)):
+    for argument, glob in (
+        (a, glob) for a in ("include", "exclude", "copy_only") for glob in getattr(selection, a)
+    ):
         if not any(fnmatchcase(name, glob) for name in names):
             examples = ", ".join(map(repr, names[:3])) or "none"
             reason = f"matches no tensor of the model; it has names such as {examples}"
@@ -120,21 +151,26 @@ def check_globs(selection: Selection, names: Iterable[str]) -> None:
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
-    """Return the names of BatchNorm's running means and variances: a layer has both, and a count of batches."""
+    """Return the names of BatchNorm's running means and variances: a layer has both, and a count of
+    batches."""
     known = frozenset(names)
-    layers = {name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]}
+    layers = {
+        name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]
+    }
     complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
     return frozenset(layer + part for layer in complete for part in _STATISTICS[:2])
 
 
 def statistics_notice(copies: Iterable[str]) -> str | None:
-    """Return advice, in one line, about running statistics among the names of copies; None without any."""
+    """Return advice, in one line, about running statistics among the names of copies; None without
+    any."""
     layers = len(running_statistics(copies)) // 2
     if not layers:
         return None
     counted = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
     return (
-        f"the running statistics of {counted} are copies, which belong to the raw weights: recompute them with "
+        f"the running statistics of {counted} are copies, which belong to the raw weights: "
+        f"recompute them with "
         "torch.optim.swa_utils.update_bn(loader, model) before you measure or use an average"
     )
 
@@ -146,17 +182,20 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
-    The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal to their defaults
-    are left out, and unknown ones are ignored. Dataclasses are objects, tuples lists. Numbers are finite, round-trip to
-    the same float64 and, but for `gamma`, are not negative.
+    The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal
+    to their defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples
+    lists. Numbers are finite, round-trip to the same float64 and, but for `gamma`, are not
+    negative.
 
-    A snapshot of a model that several processes hold in chunks is a folder with the name of the file, without the
-    suffix. Each process that owns a chunk writes one file to it, `part-00003-of-00008.safetensors`, a snapshot of its
-    own tensors; `directory.joined` says what parts share. Chunks of one tensor may have different stored dtypes, of
-    which the widest holds all values exactly; readers use that one. The snapshot is complete if all parts exist and
-    belong together, and the chunks of each tensor hold every element once, as the cells of a grid; otherwise readers
-    ignore it. For the HuggingFaceStorageReader of torch.distributed.checkpoint, the metadata of each part also have
-    DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} sorted by name, and DCP_VERSION "1.0".
+    A snapshot of a model that several processes hold in chunks is a folder with the name of the
+    file, without the suffix. Each process that owns a chunk writes one file to it,
+    `part-00003-of-00008.safetensors`, a snapshot of its own tensors; `directory.joined` says what
+    parts share. Chunks of one tensor may have different stored dtypes, of which the widest holds
+    all values exactly; readers use that one. The snapshot is complete if all parts exist and belong
+    together, and the chunks of each tensor hold every element once, as the cells of a grid;
+    otherwise readers ignore it. For the HuggingFaceStorageReader of torch.distributed.checkpoint,
+    the metadata of each part also have DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets":
+    offset} sorted by name, and DCP_VERSION "1.0".
     """
 
     run_id: RunId  # 32 hexadecimal digits; equal in all snapshots of a run, and in no others
@@ -166,44 +205,69 @@ class Snapshot(Source):
     t: Time
     t_unit: Unit  # what `t` counts: "steps", "images", ...
     step: int  # number of `update_` calls up to `t`
-    t_first: Time  # of the first update; the profile's mass before it applies to the values of that time
+    t_first: (
+        Time  # of the first update; the profile's mass before it applies to the values of that time
+    )
     max_interval: float  # the longest interval between two updates since `t_first`
     updates: Count  # number of updates in the average
-    schedule: TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
-    # The role of each tensor and its dtype in the model. "average": the weighted mean of a tensor; "statistic": the
-    # same of BatchNorm's running mean or variance, which is not a weight; "copy": the value at `t`. Averages may be
-    # stored in another dtype: `checkpoint_dtype`, or F32 if that cannot hold a value. In the header: lists of names by
-    # role and dtype, such as {"average F32": ["w", "b"], "copy I64": ["n"]}.
+    schedule: (
+        TrackingSchedule  # the tracker's settings; `sigma_range` is what snapshots are kept for
+    )
+    # The role of each tensor and its dtype in the model. "average": the weighted mean of a tensor;
+    # "statistic": the same of BatchNorm's running mean or variance, which is not a weight; "copy":
+    # the value at `t`. Averages may be stored in another dtype: `checkpoint_dtype`, or F32 if that
+    # cannot hold a value. In the header: lists of names by role and dtype, such as {"average F32":
+    # ["w", "b"], "copy I64": ["n"]}.
     tensors: Annotated[dict[str, TrackedTensor], ungrouped]
-    aliases: dict[str, str] = field(default_factory=dict)  # of tied parameters: further name -> stored name
+    # of tied parameters: further name -> stored name
+    aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
     skip_nonfinite: bool = False  # whether the run skips updates with a nan or an infinity
-    # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the first, and between
-    # two, all steps are equally long, up to a tolerance: half a step where 256 pairs suffice. Empty if `t` is the step.
+    # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the
+    # first, and between two, all steps are equally long, up to a tolerance: half a step where 256
+    # pairs suffice. Empty if `t` is the step.
     clock: tuple[tuple[int, float], ...] = ()
-    inherited: float = 0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
-    off_schedule: bool = False  # written at the end or on request; later ones on the schedule do not depend on it
-    # Float64 sums over the elements of all averages in the file (not of statistics and copies), for a large model
-    # estimated from a sample: of the squares of the exact average, and of (stored - exact).
+    inherited: float = (
+        0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
+    )
+    off_schedule: bool = (
+        False  # written at the end or on request; later ones on the schedule do not depend on it
+    )
+    # Float64 sums over the elements of all averages in the file (not of statistics and copies), for
+    # a large model estimated from a sample: of the squares of the exact average, and of (stored -
+    # exact).
     measurements: Measurements | None = None
-    # Base64 of little-endian float32 values: for the elements that `path.places` names the network's values at the last
-    # update, then as many of the exact average. A part has those in its chunks.
+    # Base64 of little-endian float32 values: for the elements that `path.places` names the
+    # network's values at the last update, then as many of the exact average. A part has those in
+    # its chunks.
     sample: SampleText = ""
-    sketch: SketchText = ""  # base64 of random projections of the network's path up to `t`, see `path`
+    sketch: SketchText = (
+        ""  # base64 of random projections of the network's path up to `t`, see `path`
+    )
     part: Part | None = None  # (3, 8) in the third of eight parts
-    chunks: dict[str, Chunk] = field(default_factory=dict)  # of a part: each tensor's complete shape, and its place
-    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)  # {"shape": [2, 4], "names": ["dp", "tp"]}
-    session: int = 0  # of a part: when its training began, in nanoseconds of a clock; different ones never join
+    # of a part: each tensor's complete shape, and its place
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    # {"shape": [2, 4], "names": ["dp", "tp"]}
+    mesh: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    # of a part: when its training began, in nanoseconds of a clock; different ones never join
+    session: int = 0
     path: Path = field(default_factory=Path, compare=False)  # the file, or the folder of the parts
-    files: tuple[TensorFile, ...] = field(default=(), compare=False)  # each with the boxes that it holds
-    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)  # dtype and complete shape
+    # each with the boxes that it holds
+    files: tuple[TensorFile, ...] = field(default=(), compare=False)
+    # dtype and complete shape
+    entries: Mapping[str, Entry] = field(default_factory=dict, compare=False)
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits that identify the content: the checksum of its header, or of those of its parts."""
+        """16 hexadecimal digits that identify the content: the checksum of its header, or of those
+        of its parts."""
         checksums = [file.checksum for file in self.files]
-        return checksums[0] if len(checksums) == 1 else xxhash.xxh3_64_hexdigest("".join(checksums).encode())
+        return (
+            checksums[0]
+            if len(checksums) == 1
+            else xxhash.xxh3_64_hexdigest("".join(checksums).encode())
+        )
 
     @property
     def nbytes(self) -> int:
@@ -211,7 +275,8 @@ class Snapshot(Source):
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """The known pairs of step and time, increasing: the clock's knots, or the snapshot's own pair without them."""
+        """The known pairs of step and time, increasing: the clock's knots, or the snapshot's own
+        pair without them."""
         return self.clock or ((self.step, self.t),)
 
     @property
@@ -219,16 +284,21 @@ class Snapshot(Source):
         return PowerFunction(self.gamma, self.t)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; a `profile` of points in time replaces the power function."""
+        """Return the average as reconstruction uses it; a `profile` of points in time replaces the
+        power function."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
         steps, times = zip(*self.clock_pairs, strict=True)
         return StoredAverage(
             profile if isinstance(profile, Point | Discrete) else self.profile,
-            self.updates, EPS["F64" if is_float64 else "F32"], self.measurements,
-            Steps(Clock(steps, times), self.schedule.update_every), self.inherited,
-            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)), self.t_first,
-        )  # fmt: skip
+            self.updates,
+            EPS["F64" if is_float64 else "F32"],
+            self.measurements,
+            Steps(Clock(steps, times), self.schedule.update_every),
+            self.inherited,
+            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            self.t_first,
+        )
 
     def encoded(self) -> dict[str, Any]:
         """Return the JSON object of its header, without the checksums of blocks."""
@@ -249,7 +319,9 @@ class Snapshot(Source):
         """The further metadata of a part, for torch.distributed.checkpoint."""
         if self.part is None:
             return {}
-        offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(self.chunks.items())}
+        offsets = {
+            name: {"saved_offsets": chunk.offset} for name, chunk in sorted(self.chunks.items())
+        }
         return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
@@ -259,7 +331,8 @@ def file_bytes(snapshots: Sequence[Snapshot]) -> int:
 
 
 def decode_snapshot(file: TensorFile) -> Snapshot:
-    """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if it is invalid."""
+    """Return the snapshot, or the part of one, in a file; raise FileFormatError, naming the key, if
+    it is invalid."""
     snapshot = decode(file, "snapshot", Snapshot)
     if problem := _wrong_tables(snapshot, file.entries):
         raise FileFormatError(file.path, f"ema: {problem}")
@@ -268,31 +341,50 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
 
 
 def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
-    """Return how the tables of a header differ from the stored tensors; an empty text if they fit."""
+    """Return how the tables of a header differ from the stored tensors; an empty text if they
+    fit."""
     tensors, chunks = snapshot.tensors, snapshot.chunks if snapshot.part else {}
     for key, table in {"tensors": tensors, "chunks": chunks if snapshot.part else tensors}.items():
         if differing := table.keys() ^ stored.keys():
-            return f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but not in both"
-    for (tensor, kept), name in {(tensors[name], entry.dtype): name for name, entry in stored.items()}.items():
-        if not (tensor.dtype == kept if tensor.role == "copy" else tensor.dtype in EPS and kept in EPS):
-            return f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}"
+            return (
+                f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but "
+                f"not in both"
+            )
+    for (tensor, kept), name in {
+        (tensors[name], entry.dtype): name for name, entry in stored.items()
+    }.items():
+        if not (
+            tensor.dtype == kept if tensor.role == "copy" else tensor.dtype in EPS and kept in EPS
+        ):
+            return (
+                f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}"
+            )
     for alias, name in snapshot.aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
             return f"aliases: {shown(alias)} must be a further name of a stored tensor"
     for name, chunk in chunks.items():
         shape = stored[name].shape
         fits = len(shape) == len(chunk.shape) == len(chunk.offset)
-        if not fits or any(end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)):
-            reason = f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
+        if not fits or any(
+            end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)
+        ):
+            reason = (
+                f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
+            )
             return f"chunks: tensor {shown(name)}: {reason}"
     return ""
 
 
 def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
-    """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they are invalid."""
+    """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they
+    are invalid."""
     tensors = dict[str, TrackedTensor]()
     for words, names in converted(lists, dict[str, Any]).items():
-        _check(isinstance(names, list) and all(isinstance(name, str) for name in names), "a list of names", names)
+        _check(
+            isinstance(names, list) and all(isinstance(name, str) for name in names),
+            "a list of names",
+            names,
+        )
         role, _, dtype = words.partition(" ")
         tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
     _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
@@ -300,25 +392,35 @@ def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
 
 
 def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
-    """Return the network's sampled weights by step, in order, of the times whose headers hold a complete sample."""
+    """Return the network's sampled weights by step, in order, of the times whose headers hold a
+    complete sample."""
     newest = snapshots[-1]
     count = len(places({name: newest.entries[name].shape for name in newest.averages}))
     samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
-    return {step: weights for step, weights in samples.items() if len(weights) == count and np.isfinite(weights).all()}
+    return {
+        step: weights
+        for step, weights in samples.items()
+        if len(weights) == count and np.isfinite(weights).all()
+    }
 
 
 # --- decoding by annotations
 
 
 def decode(file: TensorFile, kind: str, form: type[T]) -> T:
-    """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it is invalid.
+    """Return the content of a file of a kind as the dataclass `form`; raise FileFormatError if it
+    is invalid.
 
-    Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard against accidents and are
-    not signatures.
+    Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard
+    against accidents and are not signatures.
     """
     found = file.kind, file.content.get("format")
     if found != (kind, FORMAT):
-        other = f", but {shown(found[0])} of format {shown(found[1])}" if file.kind else " of this package"
+        other = (
+            f", but {shown(found[0])} of format {shown(found[1])}"
+            if file.kind
+            else " of this package"
+        )
         raise FileFormatError(file.path, f"is not of the kind {kind!r} and format {FORMAT}{other}")
     try:
         return cast(T, converted(file.content, form))
@@ -333,11 +435,12 @@ def kinds_of(form: Any) -> dict[str, Any]:
 
 
 def converted(value: Any, kind: Any) -> Any:
-    """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their fields.
+    """Convert a JSON value to an annotated type: lists to tuples, objects to dataclasses, by their
+    fields.
 
-    Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and satisfy the annotation's
-    `Rule`, or are converted by the function in its place. Keys that a dataclass does not have are ignored: they come
-    from later releases.
+    Raises ValueError, which says what is expected. Numbers must be finite and at least 0, and
+    satisfy the annotation's `Rule`, or are converted by the function in its place. Keys that a
+    dataclass does not have are ignored: they come from later releases.
     """
     if kind in _PLAIN:
         accepts, words = _PLAIN[kind]
@@ -361,7 +464,11 @@ def converted(value: Any, kind: Any) -> Any:
     _check(isinstance(value, dict), "a JSON object", value)
     form, result = kind if is_dataclass(kind) else None, dict[str, Any]()
     for each in fields(kind) if form else ():
-        if each.name not in value and each.default_factory is MISSING and (each.default is MISSING or each.default):
+        if (
+            each.name not in value
+            and each.default_factory is MISSING
+            and (each.default is MISSING or each.default)
+        ):
             raise ValueError(f"{each.name}: is missing")
     for name, member in (kinds_of(kind) if form else dict.fromkeys(value, args[-1])).items():
         try:

@@ -1,5 +1,5 @@
-"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages; what several of them
-show together: their order, their clock, and the prior of a reconstruction."""
+"""The sources of averages: snapshots on disk, checkpoints of other programs, and live averages;
+what several of them show together: their order, their clock, and the prior of a reconstruction."""
 
 from __future__ import annotations
 
@@ -49,14 +49,16 @@ if TYPE_CHECKING:
 
 
 class Rule(NamedTuple):
-    """A condition on a header's value besides its type: in words, and as a test, which may raise ValueError."""
+    """A condition on a header's value besides its type: in words, and as a test, which may raise
+    ValueError."""
 
     words: str
     accepts: Callable[[Any], object]
 
 
 ROLES = ("average", "statistic", "copy")
-"""The roles of tensors. A statistic is averaged but is not a weight: neither measured nor stored in fewer bits."""
+"""The roles of tensors. A statistic is averaged but is not a weight: neither measured nor stored in
+fewer bits."""
 
 Role = Annotated[str, Rule(f"one of {', '.join(ROLES)}", lambda role: role in ROLES)]
 Dtype = Annotated[str, Rule(f"one of {', '.join(ITEM_BYTES)}", lambda name: name in ITEM_BYTES)]
@@ -79,7 +81,8 @@ class ElementRange(NamedTuple):
 
 
 class Source(ABC):
-    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread may read it.
+    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread
+    may read it.
 
     As a context manager it keeps its files open; they must be those whose headers were read.
     """
@@ -88,22 +91,30 @@ class Source(ABC):
     path: Path  # the file or folder
     files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
     entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
-    profile: StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    profile: (
+        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    )
     run_id: str  # 32 hexadecimal digits, the same for all sources of a run
     t: float
     t_unit: str
     step: int
     sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    t_first: float  # the earliest time with mass in averages of the run, as far as this source shows
+    t_first: (
+        float  # the earliest time with mass in averages of the run, as far as this source shows
+    )
     tensors: dict[str, TrackedTensor]
-    aliases: dict[str, str]  # further names of tensors, each with the name under which the tensor is stored
+    # further names of tensors, each with the name under which the tensor is stored
+    aliases: dict[str, str]
     left_out: tuple[str, ...]  # names in the model's state that were not tracked
     measurements: Measurements | None  # None if they must be estimated
     sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
-    sample: str  # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
+    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
+    sample: str
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
+        return (
+            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
+        )
 
     @property
     def name(self) -> str:
@@ -121,7 +132,8 @@ class Source(ABC):
 
     @abstractmethod
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; `profile` replaces a profile that is no power function."""
+        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
+        power function."""
 
     @property
     def copies(self) -> list[str]:
@@ -136,7 +148,8 @@ class Source(ABC):
         return {name: tensor.role for name, tensor in self.tensors.items()}
 
     def cells(self, name: str) -> int:
-        """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in one file."""
+        """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
+        one file."""
         if len(self.files) == 1:
             return 0
         boxes = [box for file in self.files if (box := file.box(name)) and box.size]
@@ -154,8 +167,11 @@ class Source(ABC):
             for file in self.files:
                 stack.callback(file.__exit__, kind)
 
-    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:
-        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on, verified by default."""
+    def read_box(
+        self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True
+    ) -> None:
+        """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on,
+        verified by default."""
         dtype, wanted, pieces = self.entries[name].dtype, np.frombuffer(out, np.uint8), list[Box]()
         for file in self.files:
             if (held := file.box(name)) is None:
@@ -173,11 +189,19 @@ class Source(ABC):
             stored = file.entries[name].dtype
             data = np.empty((last - first) * ITEM_BYTES[stored], np.uint8)
             file.read(name, first * ITEM_BYTES[stored], data.data, verify)
-            if stored != dtype:  # parts use a wider dtype for values that are too large or small for the run's dtype
-                data = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name)).view(np.uint8)
-            # Strides over the elements of the file, and over those of the box, so that both arrays have part's shape.
+            # parts use a wider dtype for values that are too large or small for the run's dtype
+            if stored != dtype:
+                data = (
+                    decode_values(data, stored)
+                    .astype(np.dtype(DTYPES[dtype].torch_name))
+                    .view(np.uint8)
+                )
+            # Strides over the elements of the file, and over those of the box, so that both arrays
+            # have part's shape.
             values, item = data.view(items(dtype)), ITEM_BYTES[dtype]
-            stored_steps, wanted_steps = ([item * step for step in row_major(one.shape)] for one in (held, box))
+            stored_steps, wanted_steps = (
+                [item * step for step in row_major(one.shape)] for one in (held, box)
+            )
             for part, (at, _) in zip(common, spans, strict=True):
                 place, end = box.span(part)
                 target = as_strided(wanted[place - begin : end - begin], part.shape, wanted_steps)
@@ -201,7 +225,8 @@ class Source(ABC):
         return tensor_from_bytes(data, dtype, box.shape)
 
     def values(self, name: str, begin: int, end: int) -> FloatArray:
-        """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates only."""
+        """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates
+        only."""
         entry = self.entries[name]
         data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
         self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
@@ -225,43 +250,57 @@ def by_time(items: Iterable[_Source]) -> list[_Source]:
 
 
 def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], list[_Source]]:
-    """Choose the sources to combine for time `t`, at or before it, and later ones, which show the motion.
+    """Choose the sources to combine for time `t`, at or before it, and later ones, which show the
+    motion.
 
     Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
     """
     ordered = by_time(items)
     sides = [s for s in ordered if s.t <= t], [s for s in ordered if s.t > t]
-    usable, later = ([side[index] for index in thinned_subset([s.profile for s in side])] for side in sides)
+    usable, later = (
+        [side[index] for index in thinned_subset([s.profile for s in side])] for side in sides
+    )
     return usable, later
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
-    """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two contradict each other."""
+    """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two
+    contradict each other."""
     pairs = sorted({pair for source in sources for pair in source.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             raise MismatchError(
                 "the snapshots are not of one training",
-                f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
+                f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = "
+                f"{next_t:,.12g}",
             )
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
 def model_difference(one: Source, other: Source) -> str:
-    """Return why two sources are of different models, as a phrase to follow their names; empty if they are of one.
+    """Return why two sources are of different models, as a phrase to follow their names; empty if
+    they are of one.
 
     Checkpoints of a model may be stored in several floating-point dtypes.
     """
     if one.aliases != other.aliases:
         return "do not match: they tie different names together"
     for name in sorted(one.tensors.keys() ^ other.tensors.keys()):
-        return f"do not match: tensor {shown(name)} is missing in {(other if name in one.tensors else one).name}"
+        return (
+            f"do not match: tensor {shown(name)} is missing in "
+            f"{(other if name in one.tensors else one).name}"
+        )
     for name, tensor in one.tensors.items():
         kinds = [f"{found.role} of {found.dtype}" for found in (tensor, other.tensors[name])]
-        if tensor.role != other.tensors[name].role or (one.word == "snapshot" and tensor != other.tensors[name]):
+        if tensor.role != other.tensors[name].role or (
+            one.word == "snapshot" and tensor != other.tensors[name]
+        ):
             return f"do not match: tensor {shown(name)} is {' and '.join(kinds)}"
         if (shape := one.entries[name].shape) != (other_shape := other.entries[name].shape):
-            return f"do not match: tensor {shown(name)} has the shapes {list(shape)} and {list(other_shape)}"
+            return (
+                f"do not match: tensor {shown(name)} has the shapes {list(shape)} and "
+                f"{list(other_shape)}"
+            )
     return ""
 
 
@@ -275,13 +314,14 @@ def counted(sources: Sequence[Source], count: int | None = None, total: int | No
 
 # --- the prior, from measurements or a sample
 #
-# The averages of a snapshot, concatenated by name, form a long vector, which is cut into runs. Some runs are chosen at
-# random, seeded by the run id: the same elements in every snapshot, all equally likely. Sums over the sample, times all
-# elements / elements in the sample, are unbiased estimates, and exact for models of which all elements are read.
+# The averages of a snapshot, concatenated by name, form a long vector, which is cut into runs. Some
+# runs are chosen at random, seeded by the run id: the same elements in every snapshot, all equally
+# likely. Sums over the sample, times all elements / elements in the sample, are unbiased estimates,
+# and exact for models of which all elements are read.
 #
-# The sample is not verified, since a checksum covers a block, which would have to be read completely. It is used for
-# estimates only; a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
-# snapshots of each profile, 8 MB per snapshot.
+# The sample is not verified, since a checksum covers a block, which would have to be read
+# completely. It is used for estimates only; a synthesis verifies what it reads. Memory: the samples
+# of one time and of the two newest earlier snapshots of each profile, 8 MB per snapshot.
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -290,14 +330,19 @@ RUN_ELEMENTS = 1_024
 def source_prior(sources: Sequence[Source]) -> Prior:
     """Return the prior: the motion of the network and the rounding of each source, in their order.
 
-    If the header of a file has no measurements, or the newest one no sketch, the measurements of all files are
-    estimated from a sample.
+    If the header of a file has no measurements, or the newest one no sketch, the measurements of
+    all files are estimated from a sample.
     """
     on_disk = [source for source in sources if source.files]
-    last = max((source.t for source in sources), default=0.0)  # earlier sketches show a part of the path
-    text = next((source.sketch for source in (*on_disk, *sources) if source.t == last and source.sketch), "")
+    # earlier sketches show a part of the path
+    last = max((source.t for source in sources), default=0.0)
+    text = next(
+        (source.sketch for source in (*on_disk, *sources) if source.t == last and source.sketch), ""
+    )
     is_sampled = not text or any(source.measurements is None for source in on_disk)
-    found = dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True)) if is_sampled else {}
+    found = (
+        dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True)) if is_sampled else {}
+    )
     averages = [source.average(source.profile) for source in sources]
     averages = [
         replace(average, measurements=found.get(id(source), average.measurements))
@@ -309,16 +354,19 @@ def source_prior(sources: Sequence[Source]) -> Prior:
         for source in by_time(on_disk):
             samples[source.sigma_rel].append(source.sample)
         shown = (*on_disk, *sources)[0]
-        uneven = uneven_motion(samples.values(), {name: shown.entries[name] for name in shown.averages})
+        uneven = uneven_motion(
+            samples.values(), {name: shown.entries[name] for name in shown.averages}
+        )
     prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
     return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
 
 
 def scaled_run(snapshots: Sequence[Source], steps: float) -> tuple[Motion | None, dict[str, float]]:
-    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack measurements.
+    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack
+    measurements.
 
-    Returns the motion, relative to the norm, None if too little is known; and the root mean square errors of stored
-    averages by dtype, relative to their norm.
+    Returns the motion, relative to the norm, None if too little is known; and the root mean square
+    errors of stored averages by dtype, relative to their norm.
     """
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.t for snapshot in snapshots))
     prior = source_prior(snapshots)
@@ -337,7 +385,8 @@ def scaled_run(snapshots: Sequence[Source], steps: float) -> tuple[Motion | None
 
 @dataclass(frozen=True)
 class _Sample:
-    """The sampled elements of a source, shape [elements]; `scale` is all elements / sampled elements."""
+    """The sampled elements of a source, shape [elements]; `scale` is all elements / sampled
+    elements."""
 
     source: Source
     values: FloatArray
@@ -350,41 +399,53 @@ class _Sample:
 
 @np.errstate(over="ignore", invalid="ignore")
 def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
-    """Estimate the measurements of the sources of one run, in their order, from the stored averages.
+    """Estimate the measurements of the sources of one run, in their order, from the stored
+    averages.
 
-    `Distance.rounding` is the expected rounding of both averages. All are None if values are too large to be squared;
-    a NonFiniteError for nan or infinity.
+    `Distance.rounding` is the expected rounding of both averages. All are None if values are too
+    large to be squared; a NonFiniteError for nan or infinity.
 
-    A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of another library's
-    average, if at its time it is well above its rounding.
+    A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
+    another library's average, if at its time it is well above its rounding.
     """
     measured: dict[int, Measurements] = {}
     newest = defaultdict[tuple[float, bool], list[list[_Sample]]](list)
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
         now = [_read(source, ranges) for source in at_time]
-        earlier = [sample for kind in sorted(newest) for samples in newest[kind] for sample in samples]
+        earlier = [
+            sample for kind in sorted(newest) for samples in newest[kind] for sample in samples
+        ]
         recent = [_recent_motion(sample, newest[_kind(sample.source)]) for sample in now]
         is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
         for sample, motion in zip(now, recent, strict=True):
             distances = [motion] if motion else []
-            for other in () if motion and is_clear else [one for one in now if one is not sample] + earlier:
+            for other in (
+                () if motion and is_clear else [one for one in now if one is not sample] + earlier
+            ):
                 squared = sample.squared(sample.values - other.values)
-                distances.append(Distance(other.source.profile, squared, sample.rounding + other.rounding))
+                distances.append(
+                    Distance(other.source.profile, squared, sample.rounding + other.rounding)
+                )
             norm = sample.squared(sample.values)
             measured[id(sample.source)] = Measurements(norm, sample.rounding, tuple(distances))
         for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.source)):
             newest[kind] = [*newest[kind], list(of_kind)][-2:]
-    sums = [each for one in measured.values() for each in (one.norm, *(distance.squared for distance in one.distances))]
+    sums = [
+        each
+        for one in measured.values()
+        for each in (one.norm, *(distance.squared for distance in one.distances))
+    ]
     return [measured[id(source)] if np.isfinite(sums).all() else None for source in sources]
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     """Return the expected sum of squared rounding errors of values that were rounded to nearest.
 
-    Each contributes spacing^2 / 12, the variance of a uniform error within half the spacing, also if it is subnormal.
-    Zeros contribute 0, since they are almost always exact (biases and gains that never moved), as do all values if the
-    stored dtype is as wide as the exact average: float64 for a model's float64, else float32.
+    Each contributes spacing^2 / 12, the variance of a uniform error within half the spacing, also
+    if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
+    that never moved), as do all values if the stored dtype is as wide as the exact average: float64
+    for a model's float64, else float32.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
@@ -400,7 +461,9 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
-    chosen = {*np.random.default_rng(int(source.run_id, 16)).choice(runs, wanted, replace=False).tolist()}
+    chosen = {
+        *np.random.default_rng(int(source.run_id, 16)).choice(runs, wanted, replace=False).tolist()
+    }
     edges = {*ends, *(min((run + end) * RUN_ELEMENTS, total) for run in chosen for end in (0, 1))}
     ranges = []
     for begin, end in pairwise(sorted(edges)):
@@ -421,27 +484,33 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
             if not isinstance(source.profile, Point):  # a checkpoint holds the exact weights
-                rounding += expected_rounding(values, source.entries[name].dtype, source.tensors[name].dtype)
+                rounding += expected_rounding(
+                    values, source.entries[name].dtype, source.tensors[name].dtype
+                )
     values = np.concatenate(parts)
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
     return _Sample(source, values, scale, rounding * scale)
 
 
-_LIKE = 1e-3  # the largest difference between the tails of two averages up to a time if one continues the other
+# the largest difference between the tails of two averages up to a time if one continues the other
+_LIKE = 1e-3
 _NONE = 1e-9  # shares of mass below this count as 0
 _CLEAR = 2.0  # a squared distance must be this many times its expected rounding to show motion
 
 
 def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
-    """Return an average's distance from what it would be if the weights had not moved between its last two intervals.
+    """Return an average's distance from what it would be if the weights had not moved between its
+    last two intervals.
 
-    Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean of the weights
-    since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b in place of m_c, c would be
-    k b + (1 - k) m_b, which is also an average of known profile. Its distance from c is (1 - k) |m_c - m_b|, which only
-    the motion in two intervals causes. The distance of a long average from b is caused by the motion of all training,
-    from which the motion of late intervals was estimated up to five times too large if training slows down.
+    Of three successive averages a, b, c of one kind, c consists of b with a share k and of the mean
+    of the weights since, m_c = (c - k b) / (1 - k); b and a determine m_b in the same way. With m_b
+    in place of m_c, c would be k b + (1 - k) m_b, which is also an average of known profile. Its
+    distance from c is (1 - k) |m_c - m_b|, which only the motion in two intervals causes. The
+    distance of a long average from b is caused by the motion of all training, from which the motion
+    of late intervals was estimated up to five times too large if training slows down.
 
-    Returns None with fewer than two earlier averages, for power functions, and if c does not continue b, or b not a.
+    Returns None with fewer than two earlier averages, for power functions, and if c does not
+    continue b, or b not a.
     """
     if len(before) < 2:
         return None
@@ -454,13 +523,19 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
         share = 1 - float(later.tail(earlier.t))
         if not _NONE < share < 1 - _NONE:
             return None
-        apart = (later.tail(earlier.times) - later.tail(earlier.t)) / share - earlier.tail(earlier.times)
+        apart = (later.tail(earlier.times) - later.tail(earlier.t)) / share - earlier.tail(
+            earlier.times
+        )
         if np.abs(apart).max() > _LIKE:
             return None
         shares.append(share)
     share_b = shares[1] + (1 - shares[1]) / (1 - shares[0])
     unmoved = share_b * sample_b.values + (1 - share_b) * sample_a.values
-    rounding = sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
+    rounding = (
+        sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
+    )
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    return Distance(Discrete(b.times, masses, b.t), sample.squared(sample.values - unmoved), rounding)
+    return Distance(
+        Discrete(b.times, masses, b.t), sample.squared(sample.values - unmoved), rounding
+    )

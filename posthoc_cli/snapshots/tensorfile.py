@@ -2,25 +2,28 @@
 
 A file of this package is a safetensors file, which any safetensors reader opens:
 
-    8 bytes     N, the length of the header, unsigned little-endian, at most 100,000,000
-    N bytes     the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8
-    the rest    the payload: at most 200,000 tensors in the order of their offsets, little-endian, without gaps
+    8 bytes     N, the length of the header, unsigned little-endian, at most 100,000,000 N bytes
+    the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8 the rest
+    the payload: at most 200,000 tensors in the order of their offsets, little-endian, without gaps
 
-The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets count from the start of
-the payload), and `__metadata__` to strings, of which these are ours and come first:
+The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets
+count from the start of the payload), and `__metadata__` to strings, of which these are ours and
+come first:
 
-    ema.checksum    the checksum of the header
-    ema             one JSON object: "sums" (it comes first), "kind" ("snapshot" or "output"), "format" (3), and the
-                    fields of the dataclass of that kind, `snapshot.Snapshot` or `outputs.OutputInfo`
+    ema.checksum    the checksum of the header ema             one JSON object: "sums" (it comes
+    first), "kind" ("snapshot" or "output"), "format" (3), and the
+                    fields of the dataclass of that kind, `snapshot.Snapshot` or
+                    `outputs.OutputInfo`
 
-Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. "sums" concatenates
-those of all blocks of the payload, in its order. A block has 131,072 elements of one tensor in row-major order; the
-last one of a tensor is shorter. The checksum of the header is computed over its 8 + N bytes with zeros in place of
-these 16 digits.
+Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first.
+"sums" concatenates those of all blocks of the payload, in its order. A block has 131,072 elements
+of one tensor in row-major order; the last one of a tensor is shorter. The checksum of the header is
+computed over its 8 + N bytes with zeros in place of these 16 digits.
 
-A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors that fill the file
-without gap or overlap), its content. Files are read, never mapped into memory, so that a file that shrinks does not
-crash its reader. Every fault is a FileFormatError that names the file, and the tensor or key.
+A header is checked in this order: its checksum, its structure (strict JSON, known dtypes, tensors
+that fill the file without gap or overlap), its content. Files are read, never mapped into memory,
+so that a file that shrinks does not crash its reader. Every fault is a FileFormatError that names
+the file, and the tensor or key.
 """
 
 from __future__ import annotations
@@ -57,20 +60,27 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 FORMAT = 3
 BLOCK = 131_072
-"""Elements of a block, which has a checksum of its own: the tiles of a synthesis consist of blocks, for any dtype."""
+"""Elements of a block, which has a checksum of its own: the tiles of a synthesis consist of blocks,
+for any dtype."""
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
-"""The largest number of tensors in a file: twice that of the largest models. It bounds the time to read a header."""
+"""The largest number of tensors in a file: twice that of the largest models. It bounds the time to
+read a header."""
 
-THREADS = 16  # requests to a store, or blocks to verify, at a time: they wait more than they compute
+THREADS = (
+    16  # requests to a store, or blocks to verify, at a time: they wait more than they compute
+)
 
 _START = b'{"__metadata__":{"ema.checksum":"'
-_DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)  # the place of the header's checksum in a file
+# the place of the header's checksum in a file
+_DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)
 _SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 """The place of the checksums of blocks in a file that was written here."""
 
-_PIECE = 8  # blocks that are read by one request, and verified while they are in the processor's cache
+_PIECE = (
+    8  # blocks that are read by one request, and verified while they are in the processor's cache
+)
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
@@ -80,9 +90,11 @@ T = TypeVar("T")
 
 
 class Entry(NamedTuple):
-    """A stored tensor: its dtype (a safetensors name), its shape and, if it is in a file, where it begins there.
+    """A stored tensor: its dtype (a safetensors name), its shape and, if it is in a file, where it
+    begins there.
 
-    `strides` are those of each dimension, in elements, if it is not stored in row-major order, else empty.
+    `strides` are those of each dimension, in elements, if it is not stored in row-major order, else
+    empty.
     """
 
     dtype: str
@@ -105,9 +117,9 @@ class Entry(NamedTuple):
 
 # --- boxes
 #
-# Training on several processes cuts a tensor into chunks, each a box of its index space. A reader asks for another box:
-# the complete tensor, or a chunk of another device mesh. Every box is stored in row-major order, so that the elements
-# of an intersection have the same order in both boxes.
+# Training on several processes cuts a tensor into chunks, each a box of its index space. A reader
+# asks for another box: the complete tensor, or a chunk of another device mesh. Every box is stored
+# in row-major order, so that the elements of an intersection have the same order in both boxes.
 
 
 @dataclass(frozen=True)
@@ -134,19 +146,29 @@ class Box:
     def intersection(self, other: Box) -> Box:
         """Return the intersection with another box, of size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
-        lengths = (max(0, last - first) for first, last in zip(begin, map(min, self.end, other.end), strict=True))
+        lengths = (
+            max(0, last - first)
+            for first, last in zip(begin, map(min, self.end, other.end), strict=True)
+        )
         return Box(begin, tuple(lengths))
 
     def span(self, inner: Box) -> tuple[int, int]:
-        """Return the row-major positions in this box of the first element of `inner` and after its last one."""
+        """Return the row-major positions in this box of the first element of `inner` and after its
+        last one."""
         strides = row_major(self.shape)
-        first = sum((at - begin) * step for at, begin, step in zip(inner.offset, self.offset, strides, strict=True))
-        return first, first + sum((length - 1) * step for length, step in zip(inner.shape, strides, strict=True)) + 1
+        first = sum(
+            (at - begin) * step
+            for at, begin, step in zip(inner.offset, self.offset, strides, strict=True)
+        )
+        return first, first + sum(
+            (length - 1) * step for length, step in zip(inner.shape, strides, strict=True)
+        ) + 1
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The place of a chunk: the `shape` of the complete tensor and the `offset` of the chunk's first element."""
+    """The place of a chunk: the `shape` of the complete tensor and the `offset` of the chunk's
+    first element."""
 
     shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -162,7 +184,8 @@ def row_major(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
-    """Yield the row-major elements `begin` to `end` of a box as boxes, in order: less than two per dimension."""
+    """Yield the row-major elements `begin` to `end` of a box as boxes, in order: less than two per
+    dimension."""
     if begin >= end:
         return
     if not box.shape:
@@ -184,14 +207,20 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
 def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     """Return why chunks do not hold each element of a tensor exactly once; None if they do.
 
-    Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every combination occurs once.
-    Chunks without elements are ignored.
+    Chunks of a mesh are the cells of a grid: each dimension is cut into intervals, and every
+    combination occurs once. Chunks without elements are ignored.
     """
     filled = [chunk for chunk in chunks if chunk.size]
-    cuts = [sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled}) for axis in range(len(shape))]
+    cuts = [
+        sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled})
+        for axis in range(len(shape))
+    ]
     is_covered = len({*filled}) == len(filled) == math.prod(len(cut) for cut in cuts)
     for length, cut in zip(shape, cuts, strict=True):
-        is_covered = is_covered and [0, *(end for _, end in cut)] == [*(begin for begin, _ in cut), length]
+        is_covered = is_covered and [0, *(end for _, end in cut)] == [
+            *(begin for begin, _ in cut),
+            length,
+        ]
     if chunks and (is_covered or (not filled and 0 in shape)):
         return None
     return "its chunks do not hold each element exactly once"
@@ -202,7 +231,8 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
 
 @contextmanager
 def named_on_error(path: Path, verb: str) -> Iterator[None]:
-    """Turn the system's errors in the block into a FileFormatError: the file "cannot be {verb}", as "opened"."""
+    """Turn the system's errors in the block into a FileFormatError: the file "cannot be {verb}", as
+    "opened"."""
     try:
         yield
     except RemoteError:
@@ -210,14 +240,23 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         # ESTALE: on a network file system another host has removed a file that is open here.
         kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
-        hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
-        raise kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint) from error
+        hint = (
+            "raise the limit of open files, as by ulimit -n 4096"
+            if error.errno == errno.EMFILE
+            else ""
+        )
+        raise kind(
+            path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint
+        ) from error
     except ValueError as error:
-        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
+        raise FileFormatError(
+            f"{str(path)!r}", f"cannot be {verb}: no file can have this name"
+        ) from error
 
 
 class OpenedFile:
-    """A regular file or an object in a store, open for reading at any offset by any number of threads.
+    """A regular file or an object in a store, open for reading at any offset by any number of
+    threads.
 
     It is a context manager. `tag` is the identifier of an object's version; empty for a file.
     """
@@ -248,12 +287,17 @@ class OpenedFile:
         return status.st_size, status.st_mtime_ns
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        """Fill `view` with the bytes from an offset on; return the number read, smaller only at the end of the file."""
+        """Fill `view` with the bytes from an offset on; return the number read, smaller only at the
+        end of the file."""
         done, count = 0, 1
         with named_on_error(self.path, "read"):
             while done < len(view) and count:
                 rest, at = view[done:], offset + done
-                count = self.remote.read(rest, at) if self.remote else files.system.read(self._descriptor, rest, at)
+                count = (
+                    self.remote.read(rest, at)
+                    if self.remote
+                    else files.system.read(self._descriptor, rest, at)
+                )
                 done += count
         return done
 
@@ -273,7 +317,8 @@ class OpenedFile:
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """Return the content of a regular file; raise FileFormatError if it has more than `most` bytes."""
+    """Return the content of a regular file; raise FileFormatError if it has more than `most`
+    bytes."""
     with OpenedFile(path) as file:
         if file.size > most:
             raise FileFormatError(path, f"has {file.size:,} bytes; at most {most:,} are allowed")
@@ -287,11 +332,13 @@ def file_size(path: Path) -> int:
     return 0
 
 
-_SAMPLES, _SAMPLE = 16, 4096  # the number and size of the pieces of a file from which its identity is computed
+# the number and size of the pieces of a file from which its identity is computed
+_SAMPLES, _SAMPLE = (16, 4096)
 
 
 def sampled_identity(file: OpenedFile) -> str:
-    """Return 16 hexadecimal digits computed from a file's size and pieces of its content, evenly spaced.
+    """Return 16 hexadecimal digits computed from a file's size and pieces of its content, evenly
+    spaced.
 
     For an object with a tag they are computed from its size and the tag.
     """
@@ -303,7 +350,8 @@ def sampled_identity(file: OpenedFile) -> str:
 
 
 def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterator[T]:
-    """Yield the result of `work` for each thing, in order; several at a time if they are in a store."""
+    """Yield the result of `work` for each thing, in order; several at a time if they are in a
+    store."""
     if not remote:
         yield from map(work, things)
         return
@@ -316,20 +364,29 @@ def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterat
 
 @dataclass(eq=False)
 class TensorFile:
-    """A file of tensors, each at a known place. As a context manager it stays open; else it is opened for each read."""
+    """A file of tensors, each at a known place. As a context manager it stays open; else it is
+    opened for each read."""
 
     path: Path
     entries: Mapping[str, Entry]  # the tensors in the file, or the chunks of tensors
     stamp: tuple[int, int | str]  # the file's size, and a value that changes when it is written to
-    sums: Mapping[str, str] = field(default_factory=dict)  # those of each tensor's blocks; empty if another program's
-    boxes: Mapping[str, Box] = field(default_factory=dict)  # what chunks hold; empty if all tensors are complete
-    metadata: Mapping[str, str] = field(default_factory=dict)  # the strings in its header, but for this package's
-    content: Mapping[str, Any] = field(default_factory=dict)  # this package's JSON object, without "sums"
-    checksum: str = ""  # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
+    # those of each tensor's blocks; empty if another program's
+    sums: Mapping[str, str] = field(default_factory=dict)
+    # what chunks hold; empty if all tensors are complete
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    # the strings in its header, but for this package's
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    # this package's JSON object, without "sums"
+    content: Mapping[str, Any] = field(default_factory=dict)
+    checksum: str = (
+        ""  # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
+    )
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _file: OpenedFile | None = field(default=None, init=False, repr=False)
     _users: int = field(default=0, init=False, repr=False)
-    _reordered: tuple[str, npt.NDArray[np.uint8]] | None = field(default=None, init=False, repr=False)
+    _reordered: tuple[str, npt.NDArray[np.uint8]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     @property
     def nbytes(self) -> int:
@@ -352,17 +409,24 @@ class TensorFile:
             if self._file is None:
                 with ExitStack() as stack:
                     file = stack.enter_context(OpenedFile(self.path))
-                    # The header identifies a file whose blocks are verified, also if it was copied over itself.
-                    is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+                    # The header identifies a file whose blocks are verified, also if it was copied
+                    # over itself.
+                    is_same = (
+                        self.sums
+                        and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+                    )
                     if not is_same and file.stamp != self.stamp:
-                        raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+                        raise FileFormatError(
+                            self.path, "was replaced while it was being used", "run again"
+                        )
                     stack.pop_all()
                 self._file = file
             self._users += 1
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close the file; raise FileFormatError if it has no checksums and was changed meanwhile."""
+        """Close the file; raise FileFormatError if it has no checksums and was changed
+        meanwhile."""
         with self._lock:
             self._users -= 1
             if self._users or self._file is None:
@@ -373,7 +437,8 @@ class TensorFile:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
 
     def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
-        """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all blocks of them."""
+        """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all
+        blocks of them."""
         entry, end = self.entries[name], begin + len(view)
         with self:
             if entry.strides:
@@ -393,7 +458,8 @@ class TensorFile:
                 view[:] = room[begin - first : end - first]
 
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
-        """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read together."""
+        """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read
+        together."""
         runs: list[list[int]] = []  # each one's place in the file, its begin and its end in `view`
         bounds = [*accumulate((self.entries[name].nbytes for name in names), initial=0)]
         with self:
@@ -401,7 +467,11 @@ class TensorFile:
                 entry = self.entries[name]
                 if entry.strides:
                     self.read(name, 0, view[begin:end])
-                elif runs and runs[-1][2] == begin and runs[-1][0] + begin - runs[-1][1] == entry.begin:
+                elif (
+                    runs
+                    and runs[-1][2] == begin
+                    and runs[-1][0] + begin - runs[-1][1] == entry.begin
+                ):
                     runs[-1][2] = end
                 else:
                     runs.append([entry.begin, begin, end])
@@ -418,14 +488,17 @@ class TensorFile:
         return tensor_from_bytes(data, entry.dtype, entry.shape)
 
     def _check(self, name: str, begin: int, view: memoryview) -> None:
-        """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their checksums."""
+        """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their
+        checksums."""
         if not self.sums:
             return
         size, sums = BLOCK * ITEM_BYTES[self.entries[name].dtype], self.sums[name]
         for at in range(0, len(view), size):
             place = 16 * ((begin + at) // size)
             if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
-                raise FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
+                raise FileFormatError(
+                    self.path, f"tensor {shown(name)} is damaged: its checksum does not match"
+                )
 
     def _fill(self, offset: int, view: memoryview) -> None:
         assert self._file is not None, "each caller has opened it"
@@ -433,19 +506,25 @@ class TensorFile:
             raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
-        """Return the bytes, in row-major order, of a tensor stored in another order; the last such tensor is kept."""
+        """Return the bytes, in row-major order, of a tensor stored in another order; the last such
+        tensor is kept."""
         with self._lock:
             if self._reordered is None or self._reordered[0] != name:
                 entry, dtype = self.entries[name], items(self.entries[name].dtype)
-                reach = 1 + sum((size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True))
+                reach = 1 + sum(
+                    (size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True)
+                )
                 stored = np.empty(reach, dtype)
                 self._fill(entry.begin, stored.view(np.uint8).data)
-                strided = as_strided(stored, entry.shape, [dtype.itemsize * step for step in entry.strides])
+                strided = as_strided(
+                    stored, entry.shape, [dtype.itemsize * step for step in entry.strides]
+                )
                 self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
             return self._reordered[1]
 
     def verify(self, progress: Callable[[int], object]) -> None:
-        """Read every byte, on several threads; raise the FileFormatError of the first damaged tensor."""
+        """Read every byte, on several threads; raise the FileFormatError of the first damaged
+        tensor."""
         blocks = [
             (name, begin, min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin))
             for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin)
@@ -468,7 +547,8 @@ class TensorFile:
 
 
 def read_file(path: Path) -> TensorFile:
-    """Read the header of a safetensors file, and check all that can be checked without the payload."""
+    """Read the header of a safetensors file, and check all that can be checked without the
+    payload."""
     with OpenedFile(path) as file:
         return decode_file(file)
 
@@ -482,7 +562,9 @@ def decode_file(file: OpenedFile) -> TensorFile:
         _require_few(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
-        are_strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        are_strings = isinstance(metadata, dict) and all(
+            isinstance(value, str) for value in metadata.values()
+        )
         _require(are_strings, "__metadata__ must map names to strings")
         old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
         _require("ema.version" not in metadata, old)
@@ -507,7 +589,10 @@ def _require(is_right: bool, problem: str) -> None:
 
 
 def _require_few(count: int) -> None:
-    _require(count <= MAX_TENSORS, f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are allowed")
+    _require(
+        count <= MAX_TENSORS,
+        f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are allowed",
+    )
 
 
 def _read_start(file: OpenedFile) -> bytes:
@@ -522,7 +607,10 @@ def _read_start(file: OpenedFile) -> bytes:
             return prefix + text
         reason = _SHORTER
     elif prefix.startswith(_PICKLES):
-        reason, hint = "is a pickle (.pt, .bin), not safetensors", "rename it with the suffix of its format"
+        reason, hint = (
+            "is a pickle (.pt, .bin), not safetensors",
+            "rename it with the suffix of its format",
+        )
     else:
         taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
         reason = f"damaged, truncated or not safetensors: {taken}"
@@ -534,17 +622,21 @@ def _checksum(start: bytes) -> str:
 
 
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
-    """Return the tensors in their order in the payload, which they must fill to the end of the file of `nbytes`."""
+    """Return the tensors in their order in the payload, which they must fill to the end of the file
+    of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
     entries: dict[str, Entry] = {}
     for name, value in raw.items():
         try:
             dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-            is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+            is_entry = (
+                len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+            )
         except (TypeError, KeyError, ValueError):
             is_entry = False
         problem = ""
-        # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+        # Sizes of 0 are ignored here, since no array library can represent the strides of such a
+        # shape.
         if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
             problem = "its header entry is malformed"
         elif not isinstance(dtype, str) or dtype not in ITEM_BYTES:
@@ -555,11 +647,16 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
                 problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
         if problem:
             raise ValueError(f"tensor {shown(name)}: {problem}")
-    entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0])))
+    entries = dict(
+        sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
+    )
     position = start
     for name, entry in entries.items():
         if entry.begin != position:
-            raise ValueError(f"tensor {shown(name)}: begins at {entry.begin - start:,}, not at {position - start:,}")
+            raise ValueError(
+                f"tensor {shown(name)}: begins at {entry.begin - start:,}, not at "
+                f"{position - start:,}"
+            )
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
     _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
@@ -570,19 +667,24 @@ def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
     ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
     is_complete = isinstance(sums, str) and len(sums) == ends[-1]
     _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
-    return {name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)}
+    return {
+        name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)
+    }
 
 
 def is_sizes(value: Any) -> bool:
     """Return whether a JSON value is a list of valid sizes or offsets, such as a shape."""
-    return isinstance(value, list | tuple) and all(type(size) is int and 0 <= size < 2**60 for size in value)
+    return isinstance(value, list | tuple) and all(
+        type(size) is int and 0 <= size < 2**60 for size in value
+    )
 
 
 # --- JSON
 
 
 def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
-    """Parse an object in strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not Unicode."""
+    """Parse an object in strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not
+    Unicode."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
@@ -603,7 +705,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=lambda constant: _require(False, f"{constant} is not JSON")
+    object_pairs_hook=_unique,
+    parse_constant=lambda constant: _require(False, f"{constant} is not JSON"),
 )
 
 _NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")  # lone surrogates and escaped zero bytes
@@ -622,17 +725,20 @@ def compact(value: object) -> str:
     def plain(value: Any) -> object:
         return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain)
+    return json.dumps(
+        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+    )
 
 
 # --- writing
 
 
 class TensorFileWriter:
-    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `commit` at the end.
+    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `commit` at
+    the end.
 
-    Every byte of every tensor is written once, in any order and by any number of threads. The header, which holds the
-    checksums, is laid out first and filled in last.
+    Every byte of every tensor is written once, in any order and by any number of threads. The
+    header, which holds the checksums, is laid out first and filled in last.
 
     Arguments:
         entries: dtype and shape of all tensors that will be written, by name.
@@ -654,7 +760,10 @@ class TensorFileWriter:
         self._entries, self._sums_at = dict[str, Entry](), dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
-            self._entries[name], self._sums_at[name] = entry._replace(begin=len(self._header) + entry.begin), at
+            self._entries[name], self._sums_at[name] = (
+                entry._replace(begin=len(self._header) + entry.begin),
+                at,
+            )
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
 
@@ -662,7 +771,8 @@ class TensorFileWriter:
         self.write_parts(name, [data], begin)
 
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
-        """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any size."""
+        """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
+        size."""
         entry, digest, at = self._entries[name], xxhash.xxh3_64(), begin
         block = BLOCK * ITEM_BYTES[entry.dtype]
         for view in (part.cast("B") for part in parts):
@@ -684,10 +794,13 @@ class TensorFileWriter:
         status = os.fstat(self._file.descriptor)
         self._file.publish()
         sums = {
-            name: self._header[at : at + 16 * self._entries[name].blocks].decode() for name, at in self._sums_at.items()
+            name: self._header[at : at + 16 * self._entries[name].blocks].decode()
+            for name, at in self._sums_at.items()
         }
         stamp = status.st_size, status.st_mtime_ns
-        return TensorFile(self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum)
+        return TensorFile(
+            self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum
+        )
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -698,27 +811,37 @@ class TensorFileWriter:
 
 
 def encode_header(
-    entries: Mapping[str, Entry], content: Mapping[str, Any], metadata: Mapping[str, str], sums: str = ""
+    entries: Mapping[str, Entry],
+    content: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    sums: str = "",
 ) -> bytes:
-    """Return a file's bytes up to the payload, for tensors in its order; without `sums` with zeros in their place.
+    """Return a file's bytes up to the payload, for tensors in its order; without `sums` with zeros
+    in their place.
 
     Raises InvalidValueError for a header that readers would refuse.
     """
     zeros = "0" * (16 * sum(entry.blocks for entry in entries.values()))
     own = compact({"sums": sums or zeros, **content})
-    header: dict[str, Any] = {"__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}}
+    header: dict[str, Any] = {
+        "__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
+    }
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     try:
-        _require("__metadata__" not in entries, "the name '__metadata__' is no tensor's in a safetensors file")
+        _require(
+            "__metadata__" not in entries,
+            "the name '__metadata__' is no tensor's in a safetensors file",
+        )
         _require_few(len(entries))
         written = compact(header)
         _check_text(written)
         text = written.encode()
         text += b" " * (-len(text) % 8)
         _require(
-            len(text) <= MAX_HEADER_BYTES, f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+            len(text) <= MAX_HEADER_BYTES,
+            f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed",
         )
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
@@ -727,13 +850,17 @@ def encode_header(
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Assign places in a payload: wide items first, so that every tensor is aligned to its item size.
+    """Assign places in a payload: wide items first, so that every tensor is aligned to its item
+    size.
 
-    Of each width, tensors of one block come last, next to each other: a synthesis reads many of them at a time.
+    Of each width, tensors of one block come last, next to each other: a synthesis reads many of
+    them at a time.
     """
     placed: dict[str, Entry] = {}
     begin = 0
-    for name, entry in sorted(entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)):
+    for name, entry in sorted(
+        entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)
+    ):
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes
     return placed
@@ -748,14 +875,17 @@ def items(dtype: str) -> np.dtype[Any]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the row-major bytes of a tensor: a view if it is contiguous and on the CPU, else a copy."""
+    """Return the row-major bytes of a tensor: a view if it is contiguous and on the CPU, else a
+    copy."""
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
 
 
-def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+def tensor_from_bytes(
+    data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]
+) -> torch.Tensor:
     """Return a tensor that shares the memory of these bytes."""
     import torch
 
@@ -767,8 +897,10 @@ def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int,
 
 def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
     """Decode little-endian bytes as float64; a complex number becomes two."""
-    if dtype.startswith("F8"):  # NumPy lacks these dtypes; torch is imported only here, since that takes a second
-        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()  # torch needs writable memory
+    # NumPy lacks these dtypes; torch is imported only here, since that takes a second
+    if dtype.startswith("F8"):
+        # torch needs writable memory
+        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()
     if dtype == "BF16":  # the upper half of a float32
         values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
     else:

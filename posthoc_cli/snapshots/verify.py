@@ -14,14 +14,28 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import PICKLES, SUPERSEDED, Directory, inspected, is_parts_folder, listed
-from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, decode_index, read_model
+from posthoc_cli.snapshots.directory import (
+    PICKLES,
+    SUPERSEDED,
+    Directory,
+    inspected,
+    is_parts_folder,
+    listed,
+)
+from posthoc_cli.snapshots.outputs import (
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    OutputInfo,
+    decode_index,
+    read_model,
+)
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
 
 ACCEPTED = (
-    "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model; "
+    "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a "
+    "sharded model; "
     "no pickle is opened here"
 )
 
@@ -29,9 +43,11 @@ ACCEPTED = (
 INTACT = "intact"  # unchanged since it was written
 UNCHECKED = "unchecked"  # has no checksums: only its structure was checked
 DAMAGED = "damaged"  # changed since it was written, or not a file of this format
-UNREADABLE = "unreadable"  # its content is unknown: the system refused to read it, or it is of a later release
+# its content is unknown: the system refused to read it, or it is of a later release
+UNREADABLE = "unreadable"
 
-# Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a regular file.
+# Error numbers of opening or reading that mean a broken file: a bad disk, a broken link, not a
+# regular file.
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 
@@ -47,7 +63,9 @@ class FileReport:
     state: str = INTACT
     detail: str = ""  # explains the state
     nbytes: int = 0
-    header: Snapshot | OutputInfo | None = None  # what a valid header says: a snapshot or a part of one, or an output
+    header: Snapshot | OutputInfo | None = (
+        None  # what a valid header says: a snapshot or a part of one, or an output
+    )
     error: FileFormatError | None = None
 
     @property
@@ -64,13 +82,17 @@ class Verification:
     files: tuple[FileReport, ...] = ()
     problems: tuple[str, ...] = ()  # about files that contradict each other
     notes: tuple[str, ...] = ()  # about unusual files that are not broken
-    leftovers: tuple[Path, ...] = ()  # temporary files of interrupted writes, or of writes in progress
+    # temporary files of interrupted writes, or of writes in progress
+    leftovers: tuple[Path, ...] = ()
     superseded: int = 0  # snapshots that were set aside, which are not read
     seconds: float = 0.0
 
     def __repr__(self) -> str:
         wrong = len(self.broken) + len(self.problems)
-        return f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, {wrong} problems)"
+        return (
+            f"Verification({self.path}: {len(self.files)} files, {self.nbytes:,} bytes, "
+            f"{wrong} problems)"
+        )
 
     @property
     def broken(self) -> tuple[Path, ...]:
@@ -92,7 +114,13 @@ class Verification:
             "kind": "directory" if self.is_directory else "file",
             "path": str(self.path),
             "files": [
-                {"path": name(r.path), "what": r.what, "state": r.state, "detail": r.detail, "bytes": r.nbytes}
+                {
+                    "path": name(r.path),
+                    "what": r.what,
+                    "state": r.state,
+                    "detail": r.detail,
+                    "bytes": r.nbytes,
+                }
                 for r in self.files
             ],
             "problems": list(self.problems),
@@ -105,16 +133,20 @@ class Verification:
 
 
 def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
-    """Read every byte of a directory or a file; check checksums, headers, and snapshots against each other.
+    """Read every byte of a directory or a file; check checksums, headers, and snapshots against
+    each other.
 
-    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are not read.
+    No lock is taken: files that a training deletes meanwhile are left out, files that it adds are
+    not read.
     """
     started = time.perf_counter()
     listing, indexes, shards = _listed(path)
     paths = sorted({*listing.files, *shards})
     with progress("verifying", sum(map(file_size, paths))) as advance:
         found = {file: report for file in paths if (report := _report(file, advance))}
-    headers = [report and (report.error or report.header) for report in map(found.get, listing.files)]
+    headers = [
+        report and (report.error or report.header) for report in map(found.get, listing.files)
+    ]
     content = inspected(listing, headers)
     problems = [str(error) for error in content.problems if error not in headers]
     notes, incomplete = [*content.notes], {*content.incomplete}
@@ -128,20 +160,36 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         except (FileFormatError, MismatchError) as error:
             problems.append(str(error))
     if pickles := sum(entry.suffix in PICKLES for entry in listing.entries):
-        notes.append(f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read")
+        notes.append(
+            f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read"
+        )
     return Verification(
-        path, path.is_dir(), tuple(found.values()), tuple(problems), tuple(notes),
-        tuple(sorted({*listing.leftovers, *incomplete})), listing.superseded if path.is_dir() else 0,
+        path,
+        path.is_dir(),
+        tuple(found.values()),
+        tuple(problems),
+        tuple(notes),
+        tuple(sorted({*listing.leftovers, *incomplete})),
+        listing.superseded if path.is_dir() else 0,
         time.perf_counter() - started,
-    )  # fmt: skip
+    )
 
 
 def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
-    """List a path; return also indexes of shards, and the files that belong to them; DirectoryError if nothing."""
-    listing, indexes, shards = Directory(path, candidates={path: [path]}), list[Path](), list[Path]()
+    """List a path; return also indexes of shards, and the files that belong to them; DirectoryError
+    if nothing."""
+    listing, indexes, shards = (
+        Directory(path, candidates={path: [path]}),
+        list[Path](),
+        list[Path](),
+    )
     if path.is_dir():
         listing = listed(path)
-        others = (p for p in listing.entries if p.suffix != SUFFIX and p.name != SUPERSEDED and not p.is_symlink())
+        others = (
+            p
+            for p in listing.entries
+            if p.suffix != SUFFIX and p.name != SUPERSEDED and not p.is_symlink()
+        )
         for index in (folder / INDEX_NAME for folder in (path, *others)):
             with suppress(OSError):  # no permission, or a name too long
                 indexes += [index] if index.is_file() else []
@@ -169,14 +217,20 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
 
 
 def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
-    """Read every byte of a file and return the report; None if the file does not exist, or not any more."""
+    """Read every byte of a file and return the report; None if the file does not exist, or not any
+    more."""
     report, is_known = FileReport(path), True
     try:
         file = read_file(path)
-        is_known = file.kind in (None, "snapshot", "output") and file.content.get("format", FORMAT) == FORMAT
+        is_known = (
+            file.kind in (None, "snapshot", "output")
+            and file.content.get("format", FORMAT) == FORMAT
+        )
         output = decode(file, "output", OutputInfo) if file.kind == "output" else None
         header = output or (None if file.kind is None else decode_snapshot(file))
-        report = FileReport(path, _words(header), INTACT if header else UNCHECKED, nbytes=file.nbytes, header=header)
+        report = FileReport(
+            path, _words(header), INTACT if header else UNCHECKED, nbytes=file.nbytes, header=header
+        )
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
         return report
@@ -184,8 +238,12 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
         if files.is_absent(path):
             return None
         cause = error.__cause__
-        is_broken = is_known and not (isinstance(cause, OSError) and cause.errno not in _BROKEN_FILE)
-        return replace(report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason, error=error)
+        is_broken = is_known and not (
+            isinstance(cause, OSError) and cause.errno not in _BROKEN_FILE
+        )
+        return replace(
+            report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason, error=error
+        )
 
 
 def _words(header: Snapshot | OutputInfo | None) -> str:

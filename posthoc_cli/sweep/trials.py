@@ -24,8 +24,12 @@ from posthoc_cli.errors import InvalidValueError, printable, shown
 
 _GRACE, _TICK = 0.5, 0.01  # seconds between SIGTERM and SIGKILL, and between looks at a process
 _TAIL, _END_OF_LOG, _MOST_NAMES = 10_000_000, 300, 5
-"""Bytes at the end of standard output that are searched for the metric, and of a log and names that a message shows."""
-_BEGIN_OF_JSON, _REST_OF_LINE = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)'), re.compile(r"[^\S\n]*(?=\n|$)")
+"""Bytes at the end of standard output that are searched for the metric, and of a log and names that
+a message shows."""
+_BEGIN_OF_JSON, _REST_OF_LINE = (
+    re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)'),
+    re.compile(r"[^\S\n]*(?=\n|$)"),
+)
 
 
 class TrialError(Exception):
@@ -36,36 +40,49 @@ class MissingMetricError(TrialError):
     """The command succeeded, but its output or files have no member with the metric's name."""
 
 
-def measure(words: Sequence[str], folder: Path, log: Path, metric: Metric) -> tuple[float, float | None]:
-    """Run a command, and return its metric and the standard error of that, if any; a TrialError says why it has none.
+def measure(
+    words: Sequence[str], folder: Path, log: Path, metric: Metric
+) -> tuple[float, float | None]:
+    """Run a command, and return its metric and the standard error of that, if any; a TrialError
+    says why it has none.
 
-    `folder` is where files with the metric may be; `log` the path of the logs of standard output and error, without the
-    endings .out and .err.
+    `folder` is where files with the metric may be; `log` the path of the logs of standard output
+    and error, without the endings .out and .err.
     """
     out, err = (log.with_name(log.name + ending) for ending in (".out", ".err"))
     for path in (out, err):
-        files.unlink_if_exists(path)  # the process of a killed sweep may still write to the old file
+        # the process of a killed sweep may still write to the old file
+        files.unlink_if_exists(path)
     try:
         _run(words, out, err)
         return metric.read(out, folder)
     except TrialError as error:
         texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in (err, out))
         text = next(filter(None, texts), "")
-        raise type(error)(f"{error}: {printable(text)}" if text else f"{error}, and wrote nothing") from error
+        raise type(error)(
+            f"{error}: {printable(text)}" if text else f"{error}, and wrote nothing"
+        ) from error
 
 
 def _run(words: Sequence[str], out: Path, err: Path) -> None:
-    """Run a command until it ends; raise a TrialError if it fails. All its remaining children end with it."""
+    """Run a command until it ends; raise a TrialError if it fails. All its remaining children end
+    with it."""
     with out.open("wb") as stdout, err.open("wb") as stderr, ThreadPoolExecutor(1) as pool:
-        # In another thread, since the exception of a signal would lose a process that is just being started.
+        # In another thread, since the exception of a signal would lose a process that is just being
+        # started.
         starting = pool.submit(
             lambda: subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
             )
         )
         try:
             process = starting.result()
-            while process.poll() is None:  # not `wait`: another thread may receive the signal of Ctrl-C
+            # not `wait`: another thread may receive the signal of Ctrl-C
+            while process.poll() is None:
                 time.sleep(_TICK)
         except OSError as failure:
             raise TrialError(f"cannot be started: {failure.strerror or failure}") from failure
@@ -77,7 +94,8 @@ def _run(words: Sequence[str], out: Path, err: Path) -> None:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End the group of a process, also on a second Ctrl-C; the group keeps the id of a process that has ended."""
+    """End the group of a process, also on a second Ctrl-C; the group keeps the id of a process that
+    has ended."""
     try:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)
@@ -96,9 +114,10 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 class Metric:
     """The place where a command prints or writes the metric.
 
-    `key` is the key of a member of a JSON object, with dots between the keys of nested objects: `results.acc`; None if
-    the metric is a line of standard output that is a number. `file` is the name or pattern of JSON files in the trial's
-    folder or below, of which the newest is used; None for standard output, whose last number or object with the key is.
+    `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
+    `results.acc`; None if the metric is a line of standard output that is a number. `file` is the
+    name or pattern of JSON files in the trial's folder or below, of which the newest is used; None
+    for standard output, whose last number or object with the key is.
     """
 
     key: str | None = None
@@ -106,15 +125,19 @@ class Metric:
 
     @classmethod
     def parse(cls, text: str) -> Metric:
-        """Return the metric that `KEY` or `FILE.json:KEY` names; raise an InvalidValueError for other texts."""
+        """Return the metric that `KEY` or `FILE.json:KEY` names; raise an InvalidValueError for
+        other texts."""
         file, key = re.fullmatch(r"(?:(.*?\.json):)?(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
         if not key:
-            reason = "must be a key such as loss, or a file and a key such as results.json:results.acc"
+            reason = (
+                "must be a key such as loss, or a file and a key such as results.json:results.acc"
+            )
             raise InvalidValueError("metric", reason, value=text or "(empty)")
         return cls(key, file)
 
     def read(self, stdout: Path, folder: Path) -> tuple[float, float | None]:
-        """Return the metric and its standard error, if any; raise a TrialError if there is no metric."""
+        """Return the metric and its standard error, if any; raise a TrialError if there is no
+        metric."""
         if self.file is None:
             values, wanted = [*_printed(_read_tail(stdout, _TAIL))], "a number"
             if self.key is not None:
@@ -136,7 +159,9 @@ class Metric:
                 return number, _standard_error(members, name)
             names += members
         inside = "".join((self.key or "").rpartition(".")[:2])
-        raise MissingMetricError(reason + _listed([name for name in names if name.startswith(inside)] or names))
+        raise MissingMetricError(
+            reason + _listed([name for name in names if name.startswith(inside)] or names)
+        )
 
 
 def _printed(text: str) -> Iterator[Any]:
@@ -156,8 +181,11 @@ def _printed(text: str) -> Iterator[Any]:
 
 
 def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
-    """Return the newest matching file and its JSON value; raise a MissingMetricError if there is none."""
-    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Return the newest matching file and its JSON value; raise a MissingMetricError if there is
+    none."""
+    paths = {
+        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
+    }
     matching = [path for name, path in paths.items() if Path(name).match(pattern)]
     if not matching:
         raise MissingMetricError(f"there is no {pattern} in its folder{_listed([*paths])}")
@@ -176,7 +204,8 @@ def _read_tail(path: Path, count: int) -> str:
 
 
 def _members(value: Any) -> dict[str, Any]:
-    """Return the members of a JSON object and of objects in it, by dotted keys; a number has the key ""."""
+    """Return the members of a JSON object and of objects in it, by dotted keys; a number has the
+    key ""."""
     if isinstance(value, float):
         return {"": value}
     found: dict[str, Any] = {}
@@ -191,9 +220,13 @@ def _members(value: Any) -> dict[str, Any]:
 
 
 def _standard_error(members: dict[str, Any], name: str) -> float | None:
-    """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's `acc_stderr,none`, if any."""
+    """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's
+    `acc_stderr,none`, if any."""
     head, comma, tail = name.partition(",")
-    errors = (_number(members.get(f"{head}_{word}{comma}{tail}")) for word in ("stderr", "se", "standard_error"))
+    errors = (
+        _number(members.get(f"{head}_{word}{comma}{tail}"))
+        for word in ("stderr", "se", "standard_error")
+    )
     return next((error for error in errors if error is not None and 0 < error < math.inf), None)
 
 

@@ -1,8 +1,9 @@
 """The engine of a synthesis: threads read, verify, convert and sum tiles, in constant memory.
 
-Tiles do not overlap, and consist of the blocks that have checksums, for every dtype of the snapshots and the output; so
-each byte is read once, and verified as it is read. An exception is the chunks in the parts of a snapshot, which end
-anywhere: their blocks at the edges of a tile are read twice.
+Tiles do not overlap, and consist of the blocks that have checksums, for every dtype of the
+snapshots and the output; so each byte is read once, and verified as it is read. An exception is the
+chunks in the parts of a snapshot, which end anywhere: their blocks at the edges of a tile are read
+twice.
 """
 
 from __future__ import annotations
@@ -32,22 +33,28 @@ from posthoc_cli.synthesis.plan import Plan
 
 # --- sums
 #
-# One target is summed by additions, several targets by matrix products, whose terms a library may add in any order; so
-# another target in the same pass may change the last bits. The tiles and the number of threads do not change them:
-# sums are padded to a multiple of COLUMNS, so every element goes through the same instructions wherever a chunk ends.
+# One target is summed by additions, several targets by matrix products, whose terms a library may
+# add in any order; so another target in the same pass may change the last bits. The tiles and the
+# number of threads do not change them: sums are padded to a multiple of COLUMNS, so every element
+# goes through the same instructions wherever a chunk ends.
 
 SLOTS = 32  # number of sources in one matrix product
-COLUMNS = 16_384  # of one matrix product: the most at which its operands stay in the second-level cache (measured)
+# of one matrix product: the most at which its operands stay in the second-level cache (measured)
+COLUMNS = 16_384
 
 
 class Sums:
-    """One thread's buffers: the sums of a chunk, [targets, chunk], and slots for the sources of a matrix product.
+    """One thread's buffers: the sums of a chunk, [targets, chunk], and slots for the sources of a
+    matrix product.
 
-    For a chunk, call `start`, then for each source in order fill `slot(i)` and call `add(i)`; `totals` are the sums.
-    `coefficients` are [sources, targets]. A chunk has up to `room` elements, a multiple of COLUMNS.
+    For a chunk, call `start`, then for each source in order fill `slot(i)` and call `add(i)`;
+    `totals` are the sums. `coefficients` are [sources, targets]. A chunk has up to `room` elements,
+    a multiple of COLUMNS.
     """
 
-    def __init__(self, coefficients: FloatArray, room: int, wide: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, coefficients: FloatArray, room: int, wide: torch.dtype, device: torch.device
+    ) -> None:
         self.room = room
         self._sources, targets = coefficients.shape
         self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
@@ -72,7 +79,8 @@ class Sums:
         return self._slots[source % self._slot_count]
 
     def add(self, source: int) -> None:
-        """Add the values in the slot of a source, or leave them until the slots of a matrix product are full."""
+        """Add the values in the slot of a source, or leave them until the slots of a matrix product
+        are full."""
         count = source % self._slot_count + 1
         if count < self._slot_count and source + 1 < self._sources:
             return
@@ -80,16 +88,21 @@ class Sums:
         if self._slot_count > 1 and has_full_precision():
             matrix = self._matrix[:, first : source + 1]
             for begin in range(0, self._padded, COLUMNS):
-                sums, values = (rows[:, begin : begin + COLUMNS] for rows in (self.totals, self._values[:count]))
+                sums, values = (
+                    rows[:, begin : begin + COLUMNS] for rows in (self.totals, self._values[:count])
+                )
                 torch.addmm(sums, matrix, values, beta=int(first > 0), out=sums)
             return
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
-                (total.zero_() if index == 0 else total).add_(self._terms[index - first], alpha=scale)
+                (total.zero_() if index == 0 else total).add_(
+                    self._terms[index - first], alpha=scale
+                )
 
 
 def has_full_precision() -> bool:
-    """Return whether torch now keeps all bits of a matrix product's factors (no TF32); a program may change this."""
+    """Return whether torch now keeps all bits of a matrix product's factors (no TF32); a program
+    may change this."""
     backends: Any = torch.backends
     try:
         allowed = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
@@ -100,24 +113,28 @@ def has_full_precision() -> bool:
 
 # --- tiles
 
-# Elements of a tile for one target; for several, whose sums need memory for a row each, a tile is one block. Smaller
-# tiles make short calls, for which threads wait for each other (measured on two cores: 65,536 elements 5.6 GB/s,
-# 262,144 11.3, 524,288 12.6).
+# Elements of a tile for one target; for several, whose sums need memory for a row each, a tile is
+# one block. Smaller tiles make short calls, for which threads wait for each other (measured on two
+# cores: 65,536 elements 5.6 GB/s, 262,144 11.3, 524,288 12.6).
 ONE_TARGET = 4 * BLOCK
-MOST_PARTED = 16 * BLOCK  # of a tensor whose rows are spread over chunks, which each tile reads some blocks of twice
-MAX_BATCH = 1024  # small tensors in one tile, so that it takes milliseconds even if tensors have one element
+# of a tensor whose rows are spread over chunks, which each tile reads some blocks of twice
+MOST_PARTED = 16 * BLOCK
+# small tensors in one tile, so that it takes milliseconds even if tensors have one element
+MAX_BATCH = 1024
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The elements from `begin` on of a large tensor, or several complete small tensors, end to end.
+    """The elements from `begin` on of a large tensor, or several complete small tensors, end to
+    end.
 
     The tensors have the same dtypes in each source and in the output, and are made alike.
     """
 
     plan: Plan  # with the coefficients of its tensors
     names: tuple[str, ...]  # the stored names of the tensors
-    bounds: tuple[int, ...]  # the offset of each tensor in the tile, in elements, and the number of elements
+    # the offset of each tensor in the tile, in elements, and the number of elements
+    bounds: tuple[int, ...]
     role: str  # "average", "copy" or "variance" (an average that is kept positive)
     dtype: str  # safetensors name of the output's dtype
     wide: str  # safetensors name of the sums' dtype; for copies of the stored dtype
@@ -148,7 +165,8 @@ class Tile:
 def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
     """Return all tiles of a synthesis, of at most `size` elements, unless chunks make them longer.
 
-    The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose it for each tensor.
+    The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose
+    it for each tensor.
     """
     tiles: list[Tile] = []
     batches = defaultdict[tuple[str, str, str, tuple[str, ...]], dict[str, int]](dict)
@@ -159,7 +177,9 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
         tiles.append(Tile(plan, tuple(batch), (0, *accumulate(batch.values())), *kind))
 
     for name, tensor in plan.tensors.items():
-        is_variance = name.endswith("running_var") and (tensor.role == "statistic" or name in statistics)
+        is_variance = name.endswith("running_var") and (
+            tensor.role == "statistic" or name in statistics
+        )
         role = "copy" if tensor.role == "copy" else "variance" if is_variance else "average"
         wide = wide_dtype or ("F64" if tensor.dtype == "F64" or name not in plan.coarse else "F32")
         wide = plan.newest.entries[name].dtype if role == "copy" else wide
@@ -188,22 +208,27 @@ Writer = Callable[[torch.Tensor], object]
 Opener = Callable[[Tile], Writer]
 """Returns the writer of a tile of one target; called in the thread that called the engine."""
 
-# For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are requested ahead for
-# each thread, which are of one tile; so also the least number of threads, and the most of these if sources are few.
+# For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are
+# requested ahead for each thread, which are of one tile; so also the least number of threads, and
+# the most of these if sources are few.
 REQUESTS, AHEAD, REMOTE_THREADS, MOST_THREADS = 32, 24, 6, 16
 
 
 def synthesize(
-    plan: Plan, device: torch.device | str = "cpu", workers: int | None = None, progress: Progress | None = None
+    plan: Plan,
+    device: torch.device | str = "cpu",
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Yield (name, one tensor per target) for each tensor, on `device`. Small tensors come in batches.
+    """Yield (name, one tensor per target) for each tensor, on `device`. Small tensors come in
+    batches.
 
-    Memory is needed for a few tiles per thread (of stores, for `AHEAD` blocks), and for the tensors that the next few
-    tiles belong to. Errors name the tensor: FileFormatError of a damaged snapshot, NonFiniteError of a result that the
-    plan's dtype cannot hold.
+    Memory is needed for a few tiles per thread (of stores, for `AHEAD` blocks), and for the tensors
+    that the next few tiles belong to. Errors name the tensor: FileFormatError of a damaged
+    snapshot, NonFiniteError of a result that the plan's dtype cannot hold.
 
-    There are `workers` threads, by default one per core; the results are the same bits for any number. `progress` is
-    called with the number of bytes just read, in the calling thread.
+    There are `workers` threads, by default one per core; the results are the same bits for any
+    number. `progress` is called with the number of bytes just read, in the calling thread.
     """
     place = check_device(device)
     made: list[dict[str, torch.Tensor]] = [{} for _ in plan.targets]
@@ -218,11 +243,14 @@ def synthesize(
 
 
 def open_in_memory(tensors: dict[str, torch.Tensor], device: torch.device, tile: Tile) -> Writer:
-    """Return the writer of a tile into complete tensors by name, to which it adds those that begin."""
+    """Return the writer of a tile into complete tensors by name, to which it adds those that
+    begin."""
     with torch.inference_mode(False):  # the caller may have enabled it
         for name in tile.names:
             if name not in tensors:
-                tensors[name] = torch.empty(tile.plan.box(name).shape, dtype=torch_dtype(tile.dtype), device=device)
+                tensors[name] = torch.empty(
+                    tile.plan.box(name).shape, dtype=torch_dtype(tile.dtype), device=device
+                )
     flat = [tensors[name].view(-1) for name in tile.names]
     if len(flat) == 1:
         return flat[0][tile.begin : tile.begin + tile.size].copy_
@@ -231,23 +259,32 @@ def open_in_memory(tensors: dict[str, torch.Tensor], device: torch.device, tile:
 
 
 def synthesize_into(
-    plan: Plan, outputs: Sequence[Opener], device: torch.device, workers: int | None = None,
+    plan: Plan,
+    outputs: Sequence[Opener],
+    device: torch.device,
+    workers: int | None = None,
     progress: Progress | None = None,
-) -> Generator[Tile, None, None]:  # fmt: skip
+) -> Generator[Tile, None, None]:
     """Synthesize into outputs, one per target, and yield each complete tile, in order.
 
-    At most two tiles per thread are queued or in progress. When the iteration ends, whether by an error in a thread, by
-    Ctrl-C or because the caller stops iterating, every thread is stopped first, within a tile.
+    At most two tiles per thread are queued or in progress. When the iteration ends, whether by an
+    error in a thread, by Ctrl-C or because the caller stops iterating, every thread is stopped
+    first, within a tile.
     """
     wide = "F32" if device.type == "mps" else None  # mps has no float64
     size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
     tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
     remote = any(source.files and is_url(source.path) for source in plan.sources)
-    least = max(REMOTE_THREADS, min(REQUESTS // len(plan.sources), MOST_THREADS)) if workers is None and remote else 1
+    least = (
+        max(REMOTE_THREADS, min(REQUESTS // len(plan.sources), MOST_THREADS))
+        if workers is None and remote
+        else 1
+    )
     workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
     local, torch_threads = threading.local(), torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
-    errors: list[BaseException] = []  # the first error of a thread comes first; any stops all threads
+    # the first error of a thread comes first; any stops all threads
+    errors: list[BaseException] = []
 
     def work(tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
@@ -263,17 +300,25 @@ def synthesize_into(
     with ExitStack() as stack:
         for source in in_turn(lambda source: source.__enter__(), plan.sources, remote):
             stack.push(source.__exit__)
-        readers = ThreadPoolExecutor(REQUESTS * ONE_TARGET // size, "ema-requests") if remote else None
+        readers = (
+            ThreadPoolExecutor(REQUESTS * ONE_TARGET // size, "ema-requests") if remote else None
+        )
         if readers:
             stack.callback(readers.shutdown)
         # Within a worker torch uses one thread: the tiles run in parallel instead.
-        pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
+        pool = stack.enter_context(
+            ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,))
+        )
         try:
             while tiles or queue:
                 if tiles and len(queue) < 2 * workers:
                     writers = [open_tile(tiles[0]) for open_tile in outputs]
                     # Recorded after all work so far in the calling thread's stream.
-                    ready: Any = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                    ready: Any = (
+                        torch.cuda.current_stream(device).record_event()
+                        if device.type == "cuda"
+                        else None
+                    )
                     queue.append(pool.submit(work, tiles.popleft(), writers, ready))
                     continue
                 tile = queue.popleft().result()
@@ -288,43 +333,54 @@ def synthesize_into(
                 readers.shutdown(wait=False, cancel_futures=True)
             pool.shutdown(wait=True, cancel_futures=True)
             errors.clear()  # their tracebacks hold the memory of tiles
-            torch.set_num_threads(torch_threads)  # the workers' setting is also that of threads that begin later
+            # the workers' setting is also that of threads that begin later
+            torch.set_num_threads(torch_threads)
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Return the device for the sums; "cuda" is the calling thread's current device, which differs between threads.
+    """Return the device for the sums; "cuda" is the calling thread's current device, which differs
+    between threads.
 
-    "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a fraction of that time;
-    `scripts/bench_synthesis.py --device cuda` prints both times. An InvalidValueError lists the usable devices.
+    "auto" is always the CPU: it reads and verifies every byte in any case, and the sums take a
+    fraction of that time; `scripts/bench_synthesis.py --device cuda` prints both times. An
+    InvalidValueError lists the usable devices.
     """
     reason = "holds no values"
     try:
         wanted = torch.device("cpu" if device == "auto" else device)
         if wanted.type != "meta":
             return torch.empty(0, device=wanted).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: torch was built without the device
+    # AssertionError: torch was built without the device
+    except (RuntimeError, AssertionError, TypeError) as error:
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     available += ["mps"] * torch.backends.mps.is_available()
-    raise InvalidValueError("device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}")
+    raise InvalidValueError(
+        "device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}"
+    )
 
 
 # --- one thread
 
 
 class StoredBytes:
-    """A buffer for bytes of a file; pinned for CUDA, where `sent` is the event after its last values were copied."""
+    """A buffer for bytes of a file; pinned for CUDA, where `sent` is the event after its last
+    values were copied."""
 
     def __init__(self, pinned: bool) -> None:
         self._bytes, self._pinned, self.sent = torch.zeros(0, dtype=torch.uint8), pinned, None
-        self._views: dict[tuple[int, str], tuple[memoryview, torch.Tensor]] = {}  # to make one takes 10 us
+        # to make one takes 10 us
+        self._views: dict[tuple[int, str], tuple[memoryview, torch.Tensor]] = {}
 
     def views(self, count: int, dtype: str) -> tuple[memoryview, torch.Tensor]:
         """Return the first bytes of the buffer for `count` elements, and the same as a tensor."""
         if (count, dtype) not in self._views:
             nbytes = count * ITEM_BYTES[dtype]
             if self._bytes.numel() < nbytes:
-                self._bytes, self._views = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned), {}
+                self._bytes, self._views = (
+                    torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned),
+                    {},
+                )
             data = self._bytes[:nbytes].numpy()
             self._views[count, dtype] = data.data, tensor_from_bytes(data, dtype, (count,))
         return self._views[count, dtype]
@@ -334,21 +390,34 @@ class Maker:
     """One thread's maker of tiles, with the buffers of that thread."""
 
     def __init__(
-        self, plan: Plan, device: torch.device, size: int, errors: Sequence[BaseException],
+        self,
+        plan: Plan,
+        device: torch.device,
+        size: int,
+        errors: Sequence[BaseException],
         readers: ThreadPoolExecutor | None,
-    ) -> None:  # fmt: skip
-        self.plan, self._device, self._size, self._errors, self._readers = plan, device, size, errors, readers
+    ) -> None:
+        self.plan, self._device, self._size, self._errors, self._readers = (
+            plan,
+            device,
+            size,
+            errors,
+            readers,
+        )
         self._is_cuda = device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
         self._ahead = AHEAD * BLOCK if readers else 0  # in elements
-        self._stored = [StoredBytes(self._is_cuda) for _ in range(self._ahead // size + 1 + self._is_cuda)]
+        self._stored = [
+            StoredBytes(self._is_cuda) for _ in range(self._ahead // size + 1 + self._is_cuda)
+        ]
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if self._is_cuda else None
 
     def make(self, tile: Tile, writers: Sequence[Writer], opened: Any) -> None:
-        """Make a tile of all targets and pass it to its writers, one per target; raise CancelledError after errors.
+        """Make a tile of all targets and pass it to its writers, one per target; raise
+        CancelledError after errors.
 
         `opened` is the caller's event after which the sources can be read and the results written.
         """
@@ -356,7 +425,8 @@ class Maker:
             if self._stream is not None:
                 stack.enter_context(torch.cuda.stream(self._stream))
                 self._stream.wait_event(opened)
-                stack.callback(self._stream.synchronize)  # also after an error, since the caller then frees the results
+                # also after an error, since the caller then frees the results
+                stack.callback(self._stream.synchronize)
             if tile.role == "copy":
                 (copy,) = self._values([self.plan.newest], tile)
                 if tile.wide != tile.dtype and tile.wide in EPS:
@@ -365,7 +435,11 @@ class Maker:
             else:
                 results = [*self._average(tile)]
             for values, write in zip(results, writers, strict=True):
-                write(values if tile.dtype == tile.wide else self._buffer(tile.dtype, tile.size).copy_(values))
+                write(
+                    values
+                    if tile.dtype == tile.wide
+                    else self._buffer(tile.dtype, tile.size).copy_(values)
+                )
 
     def _average(self, tile: Tile) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""
@@ -378,7 +452,8 @@ class Maker:
                 smallest = slot.clone() if smallest is None else smallest.minimum(slot)
             sums.add(index)
         result = sums.totals[:, : tile.size]
-        if smallest is not None:  # extrapolating coefficients can make a small variance zero or negative
+        # extrapolating coefficients can make a small variance zero or negative
+        if smallest is not None:
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
         is_finite = bool(torch.mv(result, sums.weights[: tile.size]).isfinite().all())
@@ -391,16 +466,20 @@ class Maker:
         return result
 
     def _check_checkpoints(self, tile: Tile) -> None:
-        """Raise a NonFiniteError that names the checkpoint with non-finite values; trackers refuse to store these."""
+        """Raise a NonFiniteError that names the checkpoint with non-finite values; trackers refuse
+        to store these."""
         for source in self.plan.sources:
             if source.word == "checkpoint":
-                values = self._buffer(tile.wide, tile.size).copy_(next(self._values([source], tile)))
+                values = self._buffer(tile.wide, tile.size).copy_(
+                    next(self._values([source], tile))
+                )
                 for name, begin, end in tile.spans:
                     if not bool(values[begin:end].isfinite().all()):
                         raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
 
     def _values(self, sources: Sequence[Source], tile: Tile) -> Iterator[torch.Tensor]:
-        """Yield a tile's values of each source, in the stored dtype, on the device; each is valid until the next."""
+        """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
+        until the next."""
         left, begun = deque(sources), deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
         ahead = self._ahead // max(tile.size, self._size)
         buffers = cycle(self._stored[: ahead + 1 + self._is_cuda])
@@ -421,7 +500,8 @@ class Maker:
     def _begin(
         self, source: Source, tile: Tile, buffer: StoredBytes
     ) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
-        """Read a tile of a source into a buffer, or request it; return the request, and the buffer with its values."""
+        """Read a tile of a source into a buffer, or request it; return the request, and the buffer
+        with its values."""
         name = tile.names[0]
         if buffer.sent:
             buffer.sent.synchronize()
@@ -448,12 +528,16 @@ class Maker:
 
 
 def check_finite(tile: Tile, sums: torch.Tensor) -> None:
-    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a tile."""
+    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a
+    tile."""
     dtype = torch_dtype(tile.dtype)
     for name, begin, end in () if holds(dtype, sums) else tile.spans:
         if holds(dtype, values := sums[:, begin:end]):
             continue
-        reason, hint = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows", ""
+        reason, hint = (
+            "the result is not finite; a snapshot holds nan or infinity, or the sum overflows",
+            "",
+        )
         if bool(values.isfinite().all()):
             reason = f"{dtype} cannot hold its largest value, {float(values.abs().max()):.6g}"
             hint = "take float32 or bfloat16"
@@ -461,13 +545,15 @@ def check_finite(tile: Tile, sums: torch.Tensor) -> None:
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
-    """Return whether all values are finite in a dtype. Casting is monotone, so both bounds tell; nan is in both."""
+    """Return whether all values are finite in a dtype. Casting is monotone, so both bounds tell;
+    nan is in both."""
     if not values.numel():
         return True
     bounds = torch.stack(torch.aminmax(values))
     if dtype.itemsize > 1:
         return bool(bounds.to(dtype).isfinite().all())
-    # For 8-bit dtypes torch clips to the largest value; a value is too large if it is half a unit or more beyond it.
+    # For 8-bit dtypes torch clips to the largest value; a value is too large if it is half a unit
+    # or more beyond it.
     info = torch.finfo(dtype)
     limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
     return bool((bounds.abs() <= limit).all())

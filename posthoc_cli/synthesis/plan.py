@@ -1,4 +1,5 @@
-"""The plan of a synthesis: its snapshots, their coefficients and the content of the outputs, from headers alone."""
+"""The plan of a synthesis: its snapshots, their coefficients and the content of the outputs, from
+headers alone."""
 
 from __future__ import annotations
 
@@ -28,7 +29,15 @@ from posthoc_cli.planning import check_within, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
-from posthoc_cli.snapshots.sources import Source, TrackedTensor, by_time, chosen_up_to, counted, run_clock, source_prior
+from posthoc_cli.snapshots.sources import (
+    Source,
+    TrackedTensor,
+    by_time,
+    chosen_up_to,
+    counted,
+    run_clock,
+    source_prior,
+)
 from posthoc_cli.snapshots.tensorfile import Box, Entry
 from posthoc_cli.targets import Target, as_target, separate
 
@@ -45,23 +54,32 @@ POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 class Plan:
     """The snapshots and the coefficients that make the targets.
 
-    Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and parameters in float64, are
-    summed in float64: large coefficients of both signs would cost a float32 sum too many digits.
+    Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and
+    parameters in float64, are summed in float64: large coefficients of both signs would cost a
+    float32 sum too many digits.
     """
 
-    sources: tuple[Source, ...]  # those in use, all at or before `t`; if there are copies, also the newest one
+    # those in use, all at or before `t`; if there are copies, also the newest one
+    sources: tuple[Source, ...]
     targets: tuple[Target, ...]
     t: float
     method: str
-    reconstruction: Reconstruction  # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
-    dtype: str | None = None  # safetensors name of the averages' dtype in the outputs; None for each parameter's own
-    solved: int = 0  # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
+    # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
+    reconstruction: Reconstruction
+    dtype: str | None = (
+        # safetensors name of the averages' dtype in the outputs; None for each parameter's own
+        None
+    )
+    # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
+    solved: int = 0
     available: int = 0  # number of all sources at or before `t`
     last: float = 0.0  # time of the newest source, used or not
     coarse: frozenset[str] = frozenset()
     subset: frozenset[str] | None = None  # the stored tensors to make; None for all
-    boxes: Mapping[str, Box] = field(default_factory=dict)  # what to make in place of complete tensors
-    dtypes: Mapping[str, str] = field(default_factory=dict)  # those of outputs that do not follow from `dtype`
+    # what to make in place of complete tensors
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    # those of outputs that do not follow from `dtype`
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         each = [
@@ -75,7 +93,11 @@ class Plan:
     def choice(self) -> str | None:
         """A text that says how many of very many sources were used; None if all were used."""
         counts = counted(self.sources, self.solved, self.available)
-        return None if self.solved == self.available else f"{counts} up to t = {self.t:,.12g}, evenly in time"
+        return (
+            None
+            if self.solved == self.available
+            else f"{counts} up to t = {self.t:,.12g}, evenly in time"
+        )
 
     @cached_property
     def newest(self) -> Source:
@@ -99,13 +121,15 @@ class Plan:
 
     @cached_property
     def columns(self) -> list[dict[str, int]]:
-        """For each target the index of its column by glob on tensor names; only targets of `Groups` have several."""
+        """For each target the index of its column by glob on tensor names; only targets of `Groups`
+        have several."""
         numbers = count()
         globs = [target.widths if target.kind == "groups" else "*" for target in self.targets]
         return [{glob: next(numbers) for glob in each} for each in globs]
 
     def passes(self) -> list[Plan]:
-        """Return plans with one column per target, each for some of the tensors, which together make all tensors.
+        """Return plans with one column per target, each for some of the tensors, which together
+        make all tensors.
 
         Raises an InvalidValueError if a tensor is in no group, or a group has no tensor.
         """
@@ -115,14 +139,26 @@ class Plan:
         for name, aliases in self.names.items():
             found: list[int] = []
             for columns in self.columns:
-                matching = [columns[glob] for glob in columns if any(fnmatchcase(alias, glob) for alias in aliases)]
+                matching = [
+                    columns[glob]
+                    for glob in columns
+                    if any(fnmatchcase(alias, glob) for alias in aliases)
+                ]
                 if not matching:
-                    reason, hint = f"tensor {shown(name)} matches no group", "add '*=0.1' for the rest"
+                    reason, hint = (
+                        f"tensor {shown(name)} matches no group",
+                        "add '*=0.1' for the rest",
+                    )
                     raise InvalidValueError("group", reason, hint, value=", ".join(columns))
                 found.append(matching[0])
             subsets[tuple(found)].append(name)
         used = set().union(*subsets)
-        unused = [glob for columns in self.columns for glob, column in columns.items() if column not in used]
+        unused = [
+            glob
+            for columns in self.columns
+            for glob, column in columns.items()
+            if column not in used
+        ]
         if unused and self.subset is None:
             examples = ", ".join(map(shown, list(self.names)[:3]))
             reason = f"matches no tensor that is not in a group before it; there are {examples}"
@@ -130,11 +166,13 @@ class Plan:
         separated = separate(self.targets)
         return [
             replace(
-                self, targets=tuple(separated[column] for column in columns), subset=frozenset(names),
+                self,
+                targets=tuple(separated[column] for column in columns),
+                subset=frozenset(names),
                 reconstruction=self.reconstruction.of(targets=columns),
             )
             for columns, names in subsets.items()
-        ]  # fmt: skip
+        ]
 
     @property
     def read_bytes(self) -> int:
@@ -144,7 +182,8 @@ class Plan:
         return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
 
     def output_dtype(self, name: str) -> str:
-        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics keep their own."""
+        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
+        keep their own."""
         tensor = self.tensors[name]
         own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
         return self.dtypes.get(name, own)
@@ -164,47 +203,86 @@ class Plan:
 
     @cached_property
     def output_rounding(self) -> float:
-        """The relative error of rounding the averages to the outputs' dtypes, if all elements are equally large."""
+        """The relative error of rounding the averages to the outputs' dtypes, if all elements are
+        equally large."""
         kinds = self.tensors.items()
-        sizes = {name: self.newest.entries[name].size for name, tensor in kinds if tensor.role == "average"}
-        squares = sum(size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2 for name, size in sizes.items())
+        sizes = {
+            name: self.newest.entries[name].size
+            for name, tensor in kinds
+            if tensor.role == "average"
+        }
+        squares = sum(
+            size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2
+            for name, size in sizes.items()
+        )
         return math.sqrt(squares / max(1, sum(sizes.values())))
 
     def predicted_error(self, target: int) -> float | None:
-        """Return the expected relative L2 error of a target's output weights, for `Groups` the largest of the groups.
+        """Return the expected relative L2 error of a target's output weights, for `Groups` the
+        largest of the groups.
 
         The result is None if the motion of the run is not known.
         """
-        errors = [self.reconstruction.known_error(column) for column in self.columns[target].values()]
-        return None if None in errors else math.hypot(max(filter(None, errors), default=0.0), self.output_rounding)
+        errors = [
+            self.reconstruction.known_error(column) for column in self.columns[target].values()
+        ]
+        return (
+            None
+            if None in errors
+            else math.hypot(max(filter(None, errors), default=0.0), self.output_rounding)
+        )
 
     def profile_error(self, target: int) -> float:
-        """Return the relative L2 distance between a target's profile and the one made, for `Groups` the largest."""
-        return max(float(self.reconstruction.profile_error[column]) for column in self.columns[target].values())
+        """Return the relative L2 distance between a target's profile and the one made, for `Groups`
+        the largest."""
+        return max(
+            float(self.reconstruction.profile_error[column])
+            for column in self.columns[target].values()
+        )
 
     def output_info(self, target: int) -> OutputInfo:
-        """Return the metadata of a target's output; the snapshots of groups are listed one group after another."""
+        """Return the metadata of a target's output; the snapshots of groups are listed one group
+        after another."""
         newest, wanted = self.newest, self.targets[target]
         columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
         return OutputInfo(
-            run_id=newest.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
-            gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
-            t=self.t, t_unit=newest.t_unit, method=self.method,
-            profile_error=self.profile_error(target), predicted_error=self.predicted_error(target),
+            run_id=newest.run_id,
+            profile=wanted.title,
+            sigma_rel=wanted.sigma_rel,
+            gamma=None
+            if wanted.sigma_rel is None
+            else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
+            t=self.t,
+            t_unit=newest.t_unit,
+            method=self.method,
+            profile_error=self.profile_error(target),
+            predicted_error=self.predicted_error(target),
             snapshots=tuple(
-                Used(source.name, c) for column in columns for source, c in zip(self.sources, column, strict=True)
+                Used(source.name, c)
+                for column in columns
+                for source, c in zip(self.sources, column, strict=True)
             ),
-            copies=tuple(n for name in self.tensors if self.tensors[name].role == "copy" for n in self.names[name]),
-        )  # fmt: skip
+            copies=tuple(
+                n
+                for name in self.tensors
+                if self.tensors[name].role == "copy"
+                for n in self.names[name]
+            ),
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the run, its motion, and each target's coefficients and errors, as plain values for JSON."""
+        """Return the run, its motion, and each target's coefficients and errors, as plain values
+        for JSON."""
         prior, motion = self.reconstruction.prior, self.reconstruction.prior.motion
         infos = [self.output_info(index) for index in range(len(self.targets))]
         copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
             "run": self.newest.run_id,
-            "movement": {"source": prior.source, "pieces": motion.walk.size, "has_noise": bool(motion.noise.any())},
+            "movement": {
+                "source": prior.source,
+                "pieces": motion.walk.size,
+                "has_noise": bool(motion.noise.any()),
+            },
             "solved_with": self.solved,
             "available": self.available,
             "targets": [
@@ -225,18 +303,20 @@ def plan_synthesis(
     max_error: float | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Plan:
-    """Choose snapshots and coefficients. No tensor is read, except a sample if headers have no measurements.
+    """Choose snapshots and coefficients. No tensor is read, except a sample if headers have no
+    measurements.
 
     Arguments:
-        sources: averages of one run, in any order. If more than `reconstruction.MOST_SOLVED` are at or before the time
-            of the targets, that many are used, chosen by their times alone, so for any targets alike (`Plan.choice`).
-        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with a function `tail`
-            over training time.
-        t: time of the targets; sources at or before it are used. By default the time of the newest source.
-        step: the same in calls of `update_`; if the run's clock does not count steps, it must be that of a snapshot.
-        method: the solver; None for the default one.
-        max_error: the largest predicted error to accept.
-        dtype: dtype of the averages in the outputs; None for each parameter's own. Buffers keep their own.
+        sources: averages of one run, in any order. If more than `reconstruction.MOST_SOLVED` are at
+            or before the time of the targets, that many are used, chosen by their times alone, so
+            for any targets alike (`Plan.choice`).
+        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object
+            with a function `tail` over training time.
+        t: time of the targets; sources at or before it are used. By default the time of the newest
+        source. step: the same in calls of `update_`; if the run's clock does not count steps, it
+        must be that of a snapshot. method: the solver; None for the default one. max_error: the
+        largest predicted error to accept. dtype: dtype of the averages in the outputs; None for
+        each parameter's own. Buffers keep their own.
 
     Raises:
         InvalidValueError: an argument is invalid; the error names it and what would be accepted.
@@ -251,12 +331,15 @@ def plan_synthesis(
     time = _target_time(sources, t, step)
     usable, later = chosen_up_to(sources, time)
     available = [source for source in sources if source.t <= time]
-    given: dict[int, dict[int, float]] = {}  # of a `Mean`, whose coefficients are known: by target and source
+    # of a `Mean`, whose coefficients are known: by target and source
+    given: dict[int, dict[int, float]] = {}
     for index, target in enumerate(separated):
         if target.kind == "last":
             column = target.coefficients_of([source.profile for source in available])
             given[index] = dict(zip(map(id, available), column.tolist(), strict=True))
-    needed = [source for source in available if any(column[id(source)] for column in given.values())]
+    needed = [
+        source for source in available if any(column[id(source)] for column in given.values())
+    ]
     usable = by_time({id(source): source for source in (*usable, *needed)}.values())
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
@@ -267,32 +350,57 @@ def plan_synthesis(
         else target.profile(time, clock, first)
         for index, target in enumerate(separated)
     ]
-    result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
+    result = reconstruct(
+        snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time
+    )
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
-    if usable[used[-1]].t < usable[-1].t and usable[-1].copies:  # copies are those of the newest one
+    # copies are those of the newest one
+    if usable[used[-1]].t < usable[-1].t and usable[-1].copies:
         used.append(len(usable) - 1)
     plan = Plan(
-        sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
-        reconstruction=result.of(snapshots=used), dtype=output_dtype, solved=len(usable), available=len(available),
+        sources=tuple(usable[i] for i in used),
+        targets=wanted,
+        t=time,
+        method=method,
+        reconstruction=result.of(snapshots=used),
+        dtype=output_dtype,
+        solved=len(usable),
+        available=len(available),
         last=max(source.t for source in sources),
-        coarse=frozenset(n for source in usable for n, entry in source.entries.items() if ITEM_BYTES[entry.dtype] < 4),
-    )  # fmt: skip
+        coarse=frozenset(
+            n
+            for source in usable
+            for n, entry in source.entries.items()
+            if ITEM_BYTES[entry.dtype] < 4
+        ),
+    )
     plan.passes()  # raises an error if groups and tensors do not fit
     for index, target in enumerate(wanted):
         error = plan.predicted_error(index)
         if max_error is None or (error is not None and error <= max_error):
             continue
         if error is None:
-            reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
-            raise InexactError(target.title, reason, "set no limit on the error, or take more snapshots")
-        reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
-        raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
+            reason = (
+                "its error cannot be predicted: too few snapshots to measure the motion of "
+                "the network"
+            )
+            raise InexactError(
+                target.title, reason, "set no limit on the error, or take more snapshots"
+            )
+        reason = (
+            f"the predicted error is {100 * error:.3g} %, above the accepted "
+            f"{100 * max_error:.3g} %"
+        )
+        raise InexactError(
+            target.title, reason, "the error curve shows what these snapshots can make"
+        )
     _warn_of_poor_targets(plan, snapshots, prior)
     return plan
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
-    """Return the time of the targets, by default of the newest source, or raise an InvalidValueError."""
+    """Return the time of the targets, by default of the newest source, or raise an
+    InvalidValueError."""
     times = {source.step: source.t for source in sources}
     check_alone(t=t, step=step)
     if t is not None:
@@ -305,11 +413,14 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
         return times.get(step, float(step))
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
-    raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step)
+    raise InvalidValueError(
+        "step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step
+    )
 
 
 def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior: Prior) -> None:
-    """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller one."""
+    """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
+    one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
     poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
     if not poor:

@@ -18,15 +18,20 @@ from posthoc_cli.errors import InvalidValueError
 class Attachment:
     """A tracker's attachment to one optimizer, until `remove`.
 
-    A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that only makes the
-    optimizer's state for a checkpoint; and once, however often it calls its closure. `optimizer.step()` raises an error
-    of the update after it has changed the parameters. `steps` is the number of steps that were counted.
+    A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that
+    only makes the optimizer's state for a checkpoint; and once, however often it calls its closure.
+    `optimizer.step()` raises an error of the update after it has changed the parameters. `steps` is
+    the number of steps that were counted.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, update: Callable[[float | None], None], t: Callable[[], float] | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        update: Callable[[float | None], None],
+        t: Callable[[], float] | None,
     ) -> None:
-        self.steps, self.is_updating, self._is_attached = 0, False, True  # updating: within such a step
+        # updating: within such a step
+        self.steps, self.is_updating, self._is_attached = (0, False, True)
         self._optimizer, self._update, self._t = weakref.ref(optimizer), update, t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -49,7 +54,8 @@ class Attachment:
                 self.steps += 1
                 self._update(None if self._t is None else self._t())
         except BaseException:
-            # If a step raises, a GradScaler leaves these attributes set, and would multiply the next scale by them.
+            # If a step raises, a GradScaler leaves these attributes set, and would multiply the
+            # next scale by them.
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
             raise
@@ -57,16 +63,24 @@ class Attachment:
             self.is_updating = False
 
 
-_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()  # the last ones
+# the last ones
+_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
 
 
 def attach(
-    update: Callable[[float | None], None], directory: Path, unit: str, optimizer: Any, has_model: bool,
-    t: Callable[[], float] | None, before: Attachment | None,
-) -> Attachment:  # fmt: skip
-    """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside accelerate's.
+    update: Callable[[float | None], None],
+    directory: Path,
+    unit: str,
+    optimizer: Any,
+    has_model: bool,
+    t: Callable[[], float] | None,
+    before: Attachment | None,
+) -> Attachment:
+    """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside
+    accelerate's.
 
-    This replaces `before` and an earlier tracker of the directory, as of a notebook's cell that has run again.
+    This replaces `before` and an earlier tracker of the directory, as of a notebook's cell that has
+    run again.
     """
     # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
@@ -76,13 +90,19 @@ def attach(
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
     elif not has_model:
-        reason, hint = "this tracker was made without a model", "pass the model to from_model or from_path"
+        reason, hint = (
+            "this tracker was made without a model",
+            "pass the model to from_model or from_path",
+        )
     elif not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
         hint = "such as attach(optimizer, t=lambda: seen)"
     elif attached not in (None, optimizer):
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
-        hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
+        hint = (
+            "of several that train one model, attach to the one that steps last in an "
+            "iteration, or detach() first"
+        )
     if reason:
         raise InvalidValueError("attach", reason, hint)
     attachments = _attachments.setdefault(optimizer, {})
@@ -97,10 +117,13 @@ def _refusal(optimizer: Any) -> str:
     """Say why hooks of an optimizer do not see every step exactly once; "" if they do."""
     kind = type(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
-        # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the optimizer it wraps.
+        # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the
+        # optimizer it wraps.
         wraps = "_optimizer_step_post_hooks" not in vars(optimizer)
     else:
-        wraps = hasattr(optimizer, "optimizer") and not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler)
+        wraps = hasattr(optimizer, "optimizer") and not isinstance(
+            optimizer, torch.optim.lr_scheduler.LRScheduler
+        )
         if not wraps:
             return f"must be given a torch.optim.Optimizer, not {kind.__name__}"
     # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
@@ -108,7 +131,10 @@ def _refusal(optimizer: Any) -> str:
     if wraps:
         return f"{kind.__name__} wraps an optimizer, whose steps it may skip"
     if len(steps) > 2:  # with that of torch.optim.Optimizer
-        return f"{kind.__name__} overrides a step, and torch calls the hooks of both where one calls the other"
+        return (
+            f"{kind.__name__} overrides a step, and torch calls the hooks of both where one "
+            f"calls the other"
+        )
     if "grad_scaler" in inspect.signature(optimizer.step).parameters:
         return f"{kind.__name__} takes the GradScaler, and may skip a step unnoticed"
     return ""
@@ -117,14 +143,23 @@ def _refusal(optimizer: Any) -> str:
 def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the step that ends now counts: see `Attachment`.
 
-    A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An optimizer's state is
-    made by a step with rates and gradients of 0; the first step of a warm-up may have a rate of 0, too.
+    A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An
+    optimizer's state is made by a step with rates and gradients of 0; the first step of a warm-up
+    may have a rate of 0, too.
     """
     if getattr(optimizer, "found_inf", None):
         return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
-    # torch's 0 is on the CPU. Reading a rate on an accelerator would synchronise with it at every step.
-    if not all((not isinstance(rate, torch.Tensor) or rate.device.type == "cpu") and bool(rate == 0) for rate in rates):
+    # torch's 0 is on the CPU. Reading a rate on an accelerator would synchronise with it at every
+    # step.
+    if not all(
+        (not isinstance(rate, torch.Tensor) or rate.device.type == "cpu") and bool(rate == 0)
+        for rate in rates
+    ):
         return True
-    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    return any(grad.layout != torch.strided or bool(grad.any()) for grad in gradients if grad is not None)
+    gradients = [
+        parameter.grad for group in optimizer.param_groups for parameter in group["params"]
+    ]
+    return any(
+        grad.layout != torch.strided or bool(grad.any()) for grad in gradients if grad is not None
+    )

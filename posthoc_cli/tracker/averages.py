@@ -1,31 +1,37 @@
 """The tracked averages: their state, and the arithmetic of one update.
 
-A float32 average stops moving in a long run: a change of less than half its last digit is lost, always in the same
-direction. So each profile has two float32 tensors: `mean` of the values since the last fold (the window), weighted as
-the profile weighs them, and `high`, its average at the last fold. An update is one linear interpolation of each mean,
-as in other EMA hooks. A fold, after `WINDOW` updates or an eighth of the run, adds the mean with the profile's mass m
-of the window, and a share u of the last digit, |u| < 1/2, of each element that changes, before the sum is rounded:
+A float32 average stops moving in a long run: a change of less than half its last digit is lost,
+always in the same direction. So each profile has two float32 tensors: `mean` of the values since
+the last fold (the window), weighted as the profile weighs them, and `high`, its average at the last
+fold. An update is one linear interpolation of each mean, as in other EMA hooks. A fold, after
+`WINDOW` updates or an eighth of the run, adds the mean with the profile's mass m of the window, and
+a share u of the last digit, |u| < 1/2, of each element that changes, before the sum is rounded:
 
     high' = fl(high + m (mean - high) + u ulp(high)),    m = 1 - (t_folded / t)^(gamma + 1)
 
-u is a multiple of the golden ratio, modulo 1, by the number of the fold: the same for all elements, and so independent
-of threads, parts and devices. These shares average out, so that small steps are not lost, and each fold leaves one
-rounding error; n folds leave (n / (2 gamma + 3))^(1/2) of them. A mean is not dithered: where a weight moves steadily
-by some digits an update, always rounded alike, it lags behind by up to a quarter of a digit for each update in it.
+u is a multiple of the golden ratio, modulo 1, by the number of the fold: the same for all elements,
+and so independent of threads, parts and devices. These shares average out, so that small steps are
+not lost, and each fold leaves one rounding error; n folds leave (n / (2 gamma + 3))^(1/2) of them.
+A mean is not dithered: where a weight moves steadily by some digits an update, always rounded
+alike, it lags behind by up to a quarter of a digit for each update in it.
 
-Where `WINDOW` updates take less than a thousandth of training, the mean of the first profile, of the largest gamma,
-serves all, and the others rest. Within a window of relative length L the weights of another gamma' differ from it by
-(gamma - gamma') L: noise leaves ((gamma - gamma') L)^2 / 12 of its variance's share in the average, drift
-(gamma - gamma') L^2 / 12 of the path. The newest value enters each mean with the profile's own share.
+Where `WINDOW` updates take less than a thousandth of training, the mean of the first profile, of
+the largest gamma, serves all, and the others rest. Within a window of relative length L the weights
+of another gamma' differ from it by (gamma - gamma') L: noise leaves ((gamma - gamma') L)^2 / 12 of
+its variance's share in the average, drift (gamma - gamma') L^2 / 12 of the path. The newest value
+enters each mean with the profile's own share.
 
-The relative L2 error against sums in float64 is at most 1.5e-6 in 1,000,000 updates (scripts/long_runs.py). Tensors of
-float64 parameters are float64: their folds are not dithered, and they share no mean.
+The relative L2 error against sums in float64 is at most 1.5e-6 in 1,000,000 updates
+(scripts/long_runs.py). Tensors of float64 parameters are float64: their folds are not dithered, and
+they share no mean.
 
-On the CPU an update reads the model once: checking all values first would take up to twice the time. A tile whose norm
-is finite, and at most twice that at the last update, is taken in immediately; the others wait until all values are
-known to be finite. If one is not, the tiles taken in with share f are undone by an interpolation by f / (f - 1),
-to 50 u A for means of values up to A, with u = 2^-24. All values are checked first if that error would be larger (f
-above `MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on accelerators.
+On the CPU an update reads the model once: checking all values first would take up to twice the
+time. A tile whose norm is finite, and at most twice that at the last update, is taken in
+immediately; the others wait until all values are known to be finite. If one is not, the tiles taken
+in with share f are undone by an interpolation by f / (f - 1), to 50 u A for means of values up to
+A, with u = 2^-24. All values are checked first if that error would be larger (f above
+`MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on
+accelerators.
 """
 
 from __future__ import annotations
@@ -44,9 +50,15 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
 from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, tiles_of
 
-SIGN_AND_EXPONENT = -0x80_0000  # the bits of a float32 that alone are the largest power of two not above its size
-MOST_UNDONE = 3 / 4  # the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)
-GOLDEN = (math.sqrt(5) - 1) / 2  # the inverse of the golden ratio, whose multiples, modulo 1, are spread most evenly
+# the bits of a float32 that alone are the largest power of two not above its size
+SIGN_AND_EXPONENT = -0x80_0000
+MOST_UNDONE = (
+    3 / 4
+    # the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 -
+    # share)
+)
+# the inverse of the golden ratio, whose multiples, modulo 1, are spread most evenly
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -62,29 +74,43 @@ class Standing:
     folds: int = 0
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
-    inherited: tuple[float, ...] = ()  # expected squared norms of the errors left by resumes, and by lost steps
-    missing: float = 0.0  # the squared distance of the model, after a resume, from the network of the last update
+    # expected squared norms of the errors left by resumes, and by lost steps
+    inherited: tuple[float, ...] = ()
+    # the squared distance of the model, after a resume, from the network of the last update
+    missing: float = 0.0
 
     @property
     def errors(self) -> tuple[float, ...]:
         return tuple(error + self.missing for error in self.inherited)
 
     def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
-        """Return the standing after an update in which the new values have these shares, before a fold."""
+        """Return the standing after an update in which the new values have these shares, before a
+        fold."""
         errors = zip(self.inherited, shares, strict=True)
         inherited = tuple(error * (1 - share) ** 2 + self.missing for error, share in errors)
         return replace(
-            self, t=t, step=step, t_first=self.t_first or t, inherited=inherited, missing=0.0, window=self.window + 1,
-            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0, updates=self.updates + 1,
-        )  # fmt: skip
+            self,
+            t=t,
+            step=step,
+            t_first=self.t_first or t,
+            inherited=inherited,
+            missing=0.0,
+            window=self.window + 1,
+            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
+            updates=self.updates + 1,
+        )
 
     def masses(self, gammas: Sequence[float]) -> list[float]:
         """Return the share that the values since the last fold have in each average."""
-        return [new_value_share(gamma, self.folded_t, self.t) if self.window else 0.0 for gamma in gammas]
+        return [
+            new_value_share(gamma, self.folded_t, self.t) if self.window else 0.0
+            for gamma in gammas
+        ]
 
 
 class AverageTensors:
-    """The tensors by profile: `high`, the average at the last fold, and the `mean` of the values since then."""
+    """The tensors by profile: `high`, the average at the last fold, and the `mean` of the values
+    since then."""
 
     def __init__(self, layout: Layout, profiles: int) -> None:
         self.layout, wide = layout, tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
@@ -100,7 +126,11 @@ class AverageTensors:
     def means(self, tile: Tile, shared: bool) -> list[torch.Tensor]:
         """Return a tile of the means in use: one a profile, or the first alone."""
         first = self.mean[0].tile(tile)
-        return [first] if shared and first.dtype != torch.float64 else [mean.tile(tile) for mean in self.mean]
+        return (
+            [first]
+            if shared and first.dtype != torch.float64
+            else [mean.tile(tile) for mean in self.mean]
+        )
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
@@ -113,19 +143,28 @@ class AverageTensors:
 
 @dataclass
 class Averages:
-    """Averages of the same tensors with several profiles, in ascending order. One thread at a time may work on them."""
+    """Averages of the same tensors with several profiles, in ascending order. One thread at a time
+    may work on them."""
 
     sigma_rels: tuple[float, ...]
     standing: Standing
     tensors: AverageTensors | None = None  # before the first update
-    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)  # at the last update; never changed in place
-    sample: Sequence[torch.Tensor] | None = None  # the model's values of a snapshot's sample at the last update
-    sketcher: Sketcher | None = None  # gets every value, or each window's mean where one serves all profiles
-    known_path: PathSketch | None = None  # that `sketcher` continues; in a copy for reading, the path at that time
+    # at the last update; never changed in place
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sample: Sequence[torch.Tensor] | None = (
+        None  # the model's values of a snapshot's sample at the last update
+    )
+    sketcher: Sketcher | None = (
+        None  # gets every value, or each window's mean where one serves all profiles
+    )
+    known_path: PathSketch | None = (
+        None  # that `sketcher` continues; in a copy for reading, the path at that time
+    )
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
-        self._limits: list[float] = []  # largest norms of tiles that need no check; empty: check all values first
+        # largest norms of tiles that need no check; empty: check all values first
+        self._limits: list[float] = []
         self._scratch: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
 
     @classmethod
@@ -143,19 +182,31 @@ class Averages:
 
     @torch.no_grad()
     def update_(
-        self, values: Reader, copies: Mapping[str, torch.Tensor], t: float, step: int,
-        pool: ThreadPool = SINGLE_THREAD, sampled: Elements | None = None, sketcher: Sketcher | None = None,
-    ) -> str | None:  # fmt: skip
-        """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
+        self,
+        values: Reader,
+        copies: Mapping[str, torch.Tensor],
+        t: float,
+        step: int,
+        pool: ThreadPool = SINGLE_THREAD,
+        sampled: Elements | None = None,
+        sketcher: Sketcher | None = None,
+    ) -> str | None:
+        """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values -
+        averages).
 
-        If a value is nan or infinite, nothing changes, and the first tensor with such a value is returned.
+        If a value is nan or infinite, nothing changes, and the first tensor with such a value is
+        returned.
         """
         before, gammas, limits = self.standing, self.gammas, self._limits
-        self._limits = []  # after an update that is refused or fails, the next one checks all values first
+        # after an update that is refused or fails, the next one checks all values first
+        self._limits = []
         shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
         after = before.after(shares, t, step)
         masses = after.masses(gammas)
-        factors = [share / mass if before.window else 1.0 for share, mass in zip(shares, masses, strict=True)]
+        factors = [
+            share / mass if before.window else 1.0
+            for share, mass in zip(shares, masses, strict=True)
+        ]
         folds = window_ends(gammas, after.window, before.folded_t, t, before.shared)
         moves = self.tensors is None or self.tensors.layout != values.layout
         checks_first = folds or moves or not limits or max(factors) > MOST_UNDONE
@@ -184,12 +235,17 @@ class Averages:
                     own.copy_(value)
 
         def fold(tile: Tile, value: torch.Tensor, thread: int) -> None:
-            means, (change, digit) = tensors.means(tile, before.shared), self._scratch_of(tile, thread)
+            means, (change, digit) = (
+                tensors.means(tile, before.shared),
+                self._scratch_of(tile, thread),
+            )
             dither = GOLDEN * (before.folds + 1) % 1 - 0.5
             for profile, (factor, mass) in enumerate(zip(factors, masses, strict=True)):
                 mean = value
                 if before.window:
-                    mean = torch.lerp(means[min(profile, len(means) - 1)], value, factor, out=change)
+                    mean = torch.lerp(
+                        means[min(profile, len(means) - 1)], value, factor, out=change
+                    )
                 if profile == 0 and sketcher is not None and before.shared:
                     sketcher.take(tile, mean)
                 high = tensors.high[profile].tile(tile)
@@ -197,9 +253,12 @@ class Averages:
                 if high.dtype == torch.float64:
                     high.add_(change, alpha=mass)
                     continue
-                # The last digit away from 0, or towards it: towards it that of a power of two is half as large.
+                # The last digit away from 0, or towards it: towards it that of a power of two is
+                # half as large.
                 torch.sign(change, out=digit).abs_().mul_(high)
-                digit.mul_(1 if dither > 0 else 1 - 2**-24).view(torch.int32).bitwise_and_(SIGN_AND_EXPONENT)
+                digit.mul_(1 if dither > 0 else 1 - 2**-24).view(torch.int32).bitwise_and_(
+                    SIGN_AND_EXPONENT
+                )
                 high.add_(change.mul_(mass).add_(digit, alpha=dither * 2**-23))
 
         def take_if_small(tile: Tile, thread: int) -> None:
@@ -214,7 +273,9 @@ class Averages:
             pool.each(take_if_small, values.tiles)
             if (name := values.nonfinite_name(norms)) is not None:
                 undo = [factor / (factor - 1) for factor in factors]
-                pool.each(lambda tile, thread: interpolate(tile, values.values(tile, thread), undo), taken)
+                pool.each(
+                    lambda tile, thread: interpolate(tile, values.values(tile, thread), undo), taken
+                )
                 return name
         others = {*values.tiles}.difference(taken)
         pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)
@@ -232,22 +293,36 @@ class Averages:
 
     @torch.no_grad()
     def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
-        """Return a tile of an average, flat, rounded once, in scratch that is valid until the thread's next call."""
+        """Return a tile of an average, flat, rounded once, in scratch that is valid until the
+        thread's next call."""
         tensors, standing, result = self.tensors, self.standing, self._scratch_of(tile, thread)[0]
         assert tensors is not None
         high = tensors.high[profile].tile(tile)
         if not standing.window:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
-        return torch.lerp(high, means[min(profile, len(means) - 1)], standing.masses(self.gammas)[profile], out=result)
+        return torch.lerp(
+            high,
+            means[min(profile, len(means) - 1)],
+            standing.masses(self.gammas)[profile],
+            out=result,
+        )
 
     @torch.no_grad()
-    def read(self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD) -> list[torch.Tensor]:
-        """Return ranges of the average of that index, rounded once, on the host; adjacent ranges share memory."""
+    def read(
+        self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD
+    ) -> list[torch.Tensor]:
+        """Return ranges of the average of that index, rounded once, on the host; adjacent ranges
+        share memory."""
         assert self.tensors is not None
         layout = self.tensors.layout
-        places = {name: (number, *place) for number, b in enumerate(layout) for name, place in b.places.items()}
-        runs: list[tuple[int, list[int]]] = []  # for adjacent ranges: their bucket, and the bounds of each
+        places = {
+            name: (number, *place)
+            for number, b in enumerate(layout)
+            for name, place in b.places.items()
+        }
+        # for adjacent ranges: their bucket, and the bounds of each
+        runs: list[tuple[int, list[int]]] = []
         for name, begin, end in ranges:
             number, first, _ = places[name]
             if not runs or runs[-1][0] != number or runs[-1][1][-1] != first + begin:
@@ -267,17 +342,27 @@ class Averages:
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
-        """Return the path of the weights up to the last update; unless `exact`, an open window is closed there."""
-        tensors, sketcher, standing, path = self.tensors, self.sketcher, self.standing, self.known_path
+        """Return the path of the weights up to the last update; unless `exact`, an open window is
+        closed there."""
+        tensors, sketcher, standing, path = (
+            self.tensors,
+            self.sketcher,
+            self.standing,
+            self.known_path,
+        )
         if tensors is not None and sketcher is not None:
             is_open = standing.window > 0 and not exact and standing.shared
             if is_open:
-                pool.each(lambda tile, _: sketcher.take(tile, tensors.mean[0].tile(tile)), tiles_of(tensors.layout))
+                pool.each(
+                    lambda tile, _: sketcher.take(tile, tensors.mean[0].tile(tile)),
+                    tiles_of(tensors.layout),
+                )
             path = sketcher.path(standing.t if is_open else None)
         return path if exact or path is None else closed(path)
 
     def _allocated(self, layout: Layout, threads: int) -> AverageTensors:
-        """Allocate averages of a layout, and scratch for threads, before a value is changed: memory may run out."""
+        """Allocate averages of a layout, and scratch for threads, before a value is changed: memory
+        may run out."""
         if self.tensors is None:
             self.tensors = AverageTensors(layout, len(self.gammas))
         elif self.tensors.layout != layout:
@@ -294,5 +379,7 @@ class Averages:
         key = (thread, bucket.device, bucket.wide)
         if key not in self._scratch:
             with torch.inference_mode(False):  # otherwise later calls could not write to them
-                self._scratch[key] = torch.empty(2, bucket.tile, dtype=bucket.wide, device=bucket.device)
+                self._scratch[key] = torch.empty(
+                    2, bucket.tile, dtype=bucket.wide, device=bucket.device
+                )
         return [*self._scratch[key][:, : tile.end - tile.begin]]

@@ -1,8 +1,9 @@
 """Worker threads that run jobs in order, a pool for large updates, and accelerators' streams.
 
-A signal handler runs in the main thread, between any two steps of its code, and may call the very function that it has
-interrupted. So no lock is held while Python code runs: a handler that waited for it would deadlock with the interrupted
-code. Appending to and popping from queues and deques is atomic, and so is `dict.setdefault`.
+A signal handler runs in the main thread, between any two steps of its code, and may call the very
+function that it has interrupted. So no lock is held while Python code runs: a handler that waited
+for it would deadlock with the interrupted code. Appending to and popping from queues and deques is
+atomic, and so is `dict.setdefault`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Job(Generic[Result]):
                 pass
 
     def settle(self) -> None:
-        """Withdraw the job, or wait until it is done, even if an exception is raised during the wait."""
+        """Withdraw the job, or wait until it is done, even if an exception is raised during the
+        wait."""
         try:
             if not self._withdraw():
                 self.wait()
@@ -82,23 +84,32 @@ class Job(Generic[Result]):
 
 
 class Worker:
-    """Runs jobs in order, in one thread that starts with the first job, uses one torch thread, and ends with `close`.
+    """Runs jobs in order, in one thread that starts with the first job, uses one torch thread, and
+    ends with `close`.
 
-    It also ends when the worker is garbage-collected, and does not keep the process alive. `concurrent.futures` would
-    refuse new jobs while the process ends, even those that running jobs submit.
+    It also ends when the worker is garbage-collected, and does not keep the process alive.
+    `concurrent.futures` would refuse new jobs while the process ends, even those that running jobs
+    submit.
     """
 
     def __init__(self, name: str) -> None:
         self.wait_seconds = self._waited = 0.0
-        self._name, self._process, self._begin, self._has_warned = name, os.getpid(), time.monotonic(), False
+        self._name, self._process, self._begin, self._has_warned = (
+            name,
+            os.getpid(),
+            time.monotonic(),
+            False,
+        )
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
-        self._errors, self.job_seconds = deque[Exception](), deque([0.0], maxlen=1)  # of the last submitted job
+        # of the last submitted job
+        self._errors, self.job_seconds = (deque[Exception](), deque([0.0], maxlen=1))
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later jobs still run."""
+        """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later
+        jobs still run."""
         errors, seconds = self._errors, self.job_seconds  # a job must not keep the worker alive
 
         def guarded() -> None:
@@ -107,7 +118,8 @@ class Worker:
                 work()
             except Exception as error:  # noqa: BLE001  # raised at the next call
                 errors.append(error)
-                # A deleted directory is not worth a message when the process ends; the next call raises the error.
+                # A deleted directory is not worth a message when the process ends; the next call
+                # raises the error.
                 if not (isinstance(error, WriteError) and error.errno == errno.ENOENT):
                     log.error("in the background: %s", error)
             seconds.append(time.monotonic() - began)
@@ -115,7 +127,8 @@ class Worker:
         self.put(Job(guarded))
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """Return the result of queued `work`; an exception of a signal handler withdraws it, or waits for its end."""
+        """Return the result of queued `work`; an exception of a signal handler withdraws it, or
+        waits for its end."""
         job = Job(work)
         try:
             self.put(job)
@@ -129,7 +142,9 @@ class Worker:
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
             arguments = (self._queue, self._vacancy)
-            thread = threading.Thread(target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True)
+            thread = threading.Thread(
+                target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True
+            )
             _threads[thread] = self._queue
             try:
                 thread.start()
@@ -151,11 +166,14 @@ class Worker:
         self._waited += self.wait_seconds
 
     def warn_of_waiting(self, what: str) -> None:
-        """Warn, once, if the training has waited for long; call it last: a filter may turn a warning into an error."""
+        """Warn, once, if the training has waited for long; call it last: a filter may turn a
+        warning into an error."""
         passed, waited = time.monotonic() - self._begin, self._waited
         if not self._has_warned and waited >= max(PATIENCE, 0.1 * (passed - waited)):
             self._has_warned = True
-            times = f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds[0]:.3g} s"
+            times = (
+                f"{waited:.3g} s of {passed:.3g} s; the last one took {self.job_seconds[0]:.3g} s"
+            )
             warn(f"training has waited for {what} for {times}: a larger interval makes them rarer")
 
     def take_error(self) -> Exception | None:
@@ -170,12 +188,15 @@ class Worker:
             self._queue.put(None)
 
 
-_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
+_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = (
+    weakref.WeakKeyDictionary()
+)
 """The threads of all workers, with the queues that they serve."""
 
 
 def end_threads() -> None:
-    """End the threads of all workers when their jobs are done: one that frees tensors at shutdown aborts Python."""
+    """End the threads of all workers when their jobs are done: one that frees tensors at shutdown
+    aborts Python."""
     for thread, queue in list(_threads.items()):
         while thread.is_alive():
             queue.put(None)
@@ -183,9 +204,10 @@ def end_threads() -> None:
 
 
 def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
-    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the vacancy; others end."""
-    # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for the number makes torch
-    # set OpenMP's for this thread, which it does once.
+    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
+    vacancy; others end."""
+    # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for
+    # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()
     _openmp().limit(limits=1)
     while True:
@@ -203,15 +225,18 @@ def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> N
 
 @lru_cache
 def _openmp() -> ThreadpoolController:
-    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10 ms."""
+    """Return the controller of the imported libraries that use OpenMP; searching for them takes 10
+    ms."""
     return ThreadpoolController().select(user_api="openmp")
 
 
 class ThreadPool:
-    """A pool of `size` threads: the calling thread, limited to one torch thread, and helper threads.
+    """A pool of `size` threads: the calling thread, limited to one torch thread, and helper
+    threads.
 
-    torch's own threads wait for each other at every operation: on busy cores an update took them 20 times as long. One
-    thread does all of an item, so that bits do not depend on the number of threads.
+    torch's own threads wait for each other at every operation: on busy cores an update took them 20
+    times as long. One thread does all of an item, so that bits do not depend on the number of
+    threads.
     """
 
     def __init__(self, size: int) -> None:
@@ -219,7 +244,8 @@ class ThreadPool:
         self._helpers = [Worker(f"averages-{number}") for number in range(1, size)]
 
     def each(self, work: Callable[[Item, int], object], items: Iterable[Item]) -> None:
-        """Call `work(item, thread)` for every item, in any order, with thread < `size`; stop at an error."""
+        """Call `work(item, thread)` for every item, in any order, with thread < `size`; stop at an
+        error."""
         pending = deque(items)
 
         @torch.no_grad()
@@ -256,11 +282,13 @@ SINGLE_THREAD = ThreadPool(1)  # the calling thread alone
 # --- accelerators
 
 Streams = dict[torch.device, Any]
-DeviceEvents = tuple[tuple[torch.device, Any], ...]  # a CUDA event a device: it ends when the work queued before it has
+# a CUDA event a device: it ends when the work queued before it has
+DeviceEvents = tuple[tuple[torch.device, Any], ...]
 
 
 class DeviceStreams:
-    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the last update's end."""
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
+    last update's end."""
 
     def __init__(self) -> None:
         self.last_events: DeviceEvents = ()
@@ -268,7 +296,11 @@ class DeviceStreams:
 
     @staticmethod
     def current(devices: Iterable[torch.device]) -> Streams:
-        return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
+        return {
+            device: torch.cuda.current_stream(device)
+            for device in {*devices}
+            if device.type == "cuda"
+        }
 
     @staticmethod
     def record_events(streams: Streams) -> DeviceEvents:
@@ -276,7 +308,8 @@ class DeviceStreams:
 
     @contextmanager
     def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits for the block; set `last_events` at its end."""
+        """Work in the streams of another thread, which waits for the block; set `last_events` at
+        its end."""
         with ExitStack() as stack:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
@@ -285,7 +318,8 @@ class DeviceStreams:
 
     @contextmanager
     def in_own_streams(self) -> Iterator[None]:
-        """Work in separate streams, after the last update, and wait for that work at the end of the block."""
+        """Work in separate streams, after the last update, and wait for that work at the end of the
+        block."""
         cuda: Any = torch.cuda
         with ExitStack() as stack:
             for device, event in self.last_events:

@@ -17,7 +17,8 @@ from posthoc_cli.tracker.processes import held_part, is_fully_sharded, is_sharde
 def targets_of(
     model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]], dtype: object = None
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors to load, after checking names, shapes and, unless None, that it can take a `dtype`."""
+    """Return the model's tensors to load, after checking names, shapes and, unless None, that it
+    can take a `dtype`."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         tensor = tensors[name].tensor if name in tensors else None
@@ -28,13 +29,18 @@ def targets_of(
         elif (held := list(held_part(tensor).shape)) == list(shape):
             continue
         elif is_sharded(tensor):
-            reason = "is sharded over processes, and this tracker was made before that, or without the model"
+            reason = (
+                "is sharded over processes, and this tracker was made before that, or "
+                "without the model"
+            )
         else:
             reason = f"has the shape {held} in the model, {list(shape)} in the averaged weights"
         raise ModelMismatchError(f"tensor {name!r}", reason)
     keeps = any(map(is_fully_sharded, model.modules()))
     if dtype is not None and (keeps or any(is_sharded(entry.tensor) for entry in tensors.values())):
-        raise InvalidValueError("dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype)
+        raise InvalidValueError(
+            "dtype", "a sharded model keeps the dtypes it has", "leave dtype out", value=dtype
+        )
     return {name: tensors[name] for name in shapes}
 
 
@@ -42,7 +48,8 @@ def targets_of(
 def check_weights(
     model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True
 ) -> dict[str, NamedTensor]:
-    """Return the model's tensors that `weights` are for, see `targets_of`; a NonFiniteError names one out of range."""
+    """Return the model's tensors that `weights` are for, see `targets_of`; a NonFiniteError names
+    one out of range."""
     dtypes = {str(value.dtype) for value in weights.values()} if not own_dtypes else ()
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     targets = targets_of(model, shapes, ", ".join(sorted(dtypes)) or None)
@@ -52,7 +59,8 @@ def check_weights(
 
 
 def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise a NonFiniteError if a model's dtype has too small a range for the values of its tensor."""
+    """Raise a NonFiniteError if a model's dtype has too small a range for the values of its
+    tensor."""
     both = values.dtype.is_floating_point and dtype.is_floating_point
     if not both or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
         return
@@ -64,15 +72,19 @@ def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy `weights` into the model's tensors of these names; an error leaves the model unchanged."""
+    """Copy `weights` into the model's tensors of these names; an error leaves the model
+    unchanged."""
     check_weights(model, weights)
     fill(model, weights.items())
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def fill(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True) -> None:
-    """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes theirs."""
+def fill(
+    model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool = True
+) -> None:
+    """Load weights, whose names and shapes fit, one by one; the model keeps its dtypes or takes
+    theirs."""
     targets = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
     for name, value in weights:
         if own_dtypes:
@@ -90,28 +102,40 @@ def _load(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:
-    """Return whether values can be copied into a tensor: not if elements share memory (expanded), nor if sparse."""
+    """Return whether values can be copied into a tensor: not if elements share memory (expanded),
+    nor if sparse."""
     is_dense = tensor.layout == torch.strided
-    return is_dense and all(step > 0 or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return is_dense and all(
+        step > 0 or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 @contextmanager
-def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
-    """Give the model `weights` and eval mode for the block; restore everything afterwards, also on an error.
+def swapped_in(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True
+) -> Iterator[None]:
+    """Give the model `weights` and eval mode for the block; restore everything afterwards, also on
+    an error.
 
-    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second copy.
+    Meanwhile the model's raw values are kept in host memory, so that an accelerator holds no second
+    copy.
     """
     targets = check_weights(model, weights, own_dtypes)
     for name, target in targets.items():
         if target.tensor.is_inference():
             hint = "make the model under torch.no_grad()"
-            raise InvalidValueError("model", f"its tensor {name!r} was made in inference mode, and is read-only", hint)
+            raise InvalidValueError(
+                "model", f"its tensor {name!r} was made in inference mode, and is read-only", hint
+            )
     new_dtypes = {id(target.tensor): weights[name].dtype for name, target in targets.items()}
     # Tensors may be replaced while the weights are swapped; the modules that hold them may not.
     holders = (
         id(module)
         for module in model.modules()
-        if any(id(one) in new_dtypes for one in chain(module.parameters(recurse=False), module.buffers(recurse=False)))
+        if any(
+            id(one) in new_dtypes
+            for one in chain(module.parameters(recurse=False), module.buffers(recurse=False))
+        )
     )
     changed = frozenset(chain(new_dtypes, holders))
     with ExitStack() as stack:  # it calls all callbacks even if one fails
@@ -124,8 +148,10 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                     for key, tensor in contents.items():
                         dtype = None if tensor is None else new_dtypes.get(id(tensor))
                         stack.callback(_restorer(contents, key, dtype, own_dtypes))
-        stack.callback(reshard, model)  # is called first: a forward pass may have replaced chunks by complete tensors
-        # The gradients belong to the raw weights, not to the averaged ones, and may have another dtype.
+        # is called first: a forward pass may have replaced chunks by complete tensors
+        stack.callback(reshard, model)
+        # The gradients belong to the raw weights, not to the averaged ones, and may have another
+        # dtype.
         for parameter in model.parameters():
             parameter.grad = None
         with torch.inference_mode(False), torch.no_grad():
@@ -138,13 +164,19 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 def _restorer(
     contents: dict[str, Any], key: str, new_dtype: torch.dtype | None, own_dtypes: bool
 ) -> Callable[[], None]:
-    """Return a function that restores a module's tensor, whose values weights of `new_dtype` replace, if not None."""
+    """Return a function that restores a module's tensor, whose values weights of `new_dtype`
+    replace, if not None."""
     tensor: torch.Tensor | None = contents[key]
     if tensor is None:
         return lambda: contents.__setitem__(key, None)
     held, device = held_part(tensor), tensor.device
-    gradients = (tensor.requires_grad, tensor.grad) if isinstance(tensor, torch.nn.Parameter) else None
-    saves, is_replaced = new_dtype is not None, not own_dtypes and new_dtype not in (None, tensor.dtype)
+    gradients = (
+        (tensor.requires_grad, tensor.grad) if isinstance(tensor, torch.nn.Parameter) else None
+    )
+    saves, is_replaced = (
+        new_dtype is not None,
+        not own_dtypes and new_dtype not in (None, tensor.dtype),
+    )
     if gradients is None:  # a forward pass may change a buffer; on meta it has no values to save
         saves, is_replaced = not tensor.is_meta and _is_writable(tensor), False
     storage = None if is_replaced else held.data
@@ -153,7 +185,9 @@ def _restorer(
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore() -> None:
-        contents[key] = tensor  # moving a module between kinds of devices may replace the Parameter itself
+        contents[key] = (
+            tensor  # moving a module between kinds of devices may replace the Parameter itself
+        )
         if storage is not None:
             if values is not None:
                 storage.copy_(values)

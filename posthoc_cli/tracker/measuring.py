@@ -1,11 +1,13 @@
 """Measurements of averages and of the weights' path, on a subset of the elements.
 
-Norms and rounding errors, see `reconstruction.Measurements`, are sums over the subset in float64, scaled to all
-elements: exact for small models, and for n elements of about one size within (2 / n)^(1/2), 0.2 % for half a million.
+Norms and rounding errors, see `reconstruction.Measurements`, are sums over the subset in float64,
+scaled to all elements: exact for small models, and for n elements of about one size within (2 /
+n)^(1/2), 0.2 % for half a million.
 
-The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`: each element of the
-subset is multiplied by a random sign and the square root of the number of elements that it represents, and added to one
-of the numbers, drawn by its column. The projection depends on the positions of elements alone, not on tiles or devices.
+The path of the weights is projected to a few numbers at every fold, see `reconstruction.Sketch`:
+each element of the subset is multiplied by a random sign and the square root of the number of
+elements that it represents, and added to one of the numbers, drawn by its column. The projection
+depends on the positions of elements alone, not on tiles or devices.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Elements:
 
     def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:
         self.layout, self._counts = layout, [len(selected) for selected in indices]
-        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []  # numbers in the bucket, and indices in the tile
+        # numbers in the bucket, and indices in the tile
+        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []
         for tile in tiles_of(layout):
             selected = indices[tile.bucket]
             first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
@@ -45,7 +48,9 @@ class Elements:
     def buffers(self) -> list[torch.Tensor]:
         """Return zeros for the values of the selected elements, one tensor a bucket."""
         pairs = zip(self._counts, self.layout, strict=True)
-        return [torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs]
+        return [
+            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
+        ]
 
     def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
         """Copy the selected elements of a tile, which has these values, to the buffers."""
@@ -60,44 +65,63 @@ def joined(buffers: Sequence[torch.Tensor]) -> Values:
 
 
 class Subset(Elements):
-    """The measured elements: all elements of a small model, and about `MEASURED_ELEMENTS` of a larger one.
+    """The measured elements: all elements of a small model, and about `MEASURED_ELEMENTS` of a
+    larger one.
 
-    One of every k neighbouring elements is drawn, the same in every run. Small tensors get a smaller k, up to an even
-    share of the subset: few elements, such as gains of normalization, may be as large as many others, or move as far.
+    One of every k neighbouring elements is drawn, the same in every run. Small tensors get a
+    smaller k, up to an even share of the subset: few elements, such as gains of normalization, may
+    be as large as many others, or move as far.
     """
 
     def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
         wanted = frozenset(measured)
         spans = [
-            [(name, begin, end) for name, (begin, end) in bucket.places.items() if name in wanted and begin < end]
+            [
+                (name, begin, end)
+                for name, (begin, end) in bucket.places.items()
+                if name in wanted and begin < end
+            ]
             for bucket in layout
         ]
-        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}  # where there are elements
-        most, share = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS), MEASURED_ELEMENTS // max(1, len(self.sizes))
+        # where there are elements
+        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}
+        most, share = (
+            -(-sum(self.sizes.values()) // MEASURED_ELEMENTS),
+            MEASURED_ELEMENTS // max(1, len(self.sizes)),
+        )
         drawn = [
-            [begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share))) for name, begin, end in bucket]
+            [
+                begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share)))
+                for name, begin, end in bucket
+            ]
             for bucket in spans
         ]
-        super().__init__(layout, [np.concatenate([np.empty(0, np.int64), *bucket]) for bucket in drawn])
+        super().__init__(
+            layout, [np.concatenate([np.empty(0, np.int64), *bucket]) for bucket in drawn]
+        )
         counts = [len(indices) for bucket in drawn for indices in bucket]
-        self.edges = np.array([0, *accumulate(counts)], np.int64)  # of each tensor's elements in the subset
+        # of each tensor's elements in the subset
+        self.edges = np.array([0, *accumulate(counts)], np.int64)
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
-        """Return the squared norm of each tensor, or its squared distance from `others`: shape [tensors]."""
+        """Return the squared norm of each tensor, or its squared distance from `others`: shape
+        [tensors]."""
         with np.errstate(over="ignore", invalid="ignore"):
             squares = np.square(values if others is None else values - others, dtype=np.float64)
             return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
 
     def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
-        """Return the measurements of an average that is stored with these values; None if its norm is not finite."""
+        """Return the measurements of an average that is stored with these values; None if its norm
+        is not finite."""
         norm = float(self.sums(average).sum())
         rounding = 0.0 if stored is None else float(self.sums(average, stored).sum())
         return Measurements(norm, rounding) if math.isfinite(norm) else None
 
 
 def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Return pseudo-random numbers, a hash of each number (splitmix64), which is the same in every run."""
+    """Return pseudo-random numbers, a hash of each number (splitmix64), which is the same in every
+    run."""
     with np.errstate(over="ignore"):
         numbers = numbers * np.uint64(0x9E3779B97F4A7C15)
         numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -106,7 +130,8 @@ def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def _draw(name: str, size: int, stride: int) -> Values:
-    """Draw one of every `stride` neighbouring elements of a tensor; return their row-major indices."""
+    """Draw one of every `stride` neighbouring elements of a tensor; return their row-major
+    indices."""
     indices = np.arange(0, size, max(1, stride), dtype=np.int64)
     if stride > 1:
         seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
@@ -117,19 +142,25 @@ def _draw(name: str, size: int, stride: int) -> Values:
 # --- the path of the weights
 
 NUMBERS = 64  # D, of a projection: the relative error of squared lengths is about sqrt(2 / D), 0.18
-ROW = 1021  # columns that elements are summed into first: a prime, so that a column of a matrix is spread over all
+# columns that elements are summed into first: a prime, so that a column of a matrix is spread over
+# all
+ROW = 1021
 # The index of the number that each column is added to: shape [ROW].
 _NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
 
 MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
-_PENDING = 64  # windows whose numbers may still be on an accelerator: fetching them waits for the device
+_PENDING = (
+    64  # windows whose numbers may still be on an accelerator: fetching them waits for the device
+)
 
 
 class Sketcher:
-    """Projects the weights' means over windows, one window at a time; any thread of a pool may take in tiles."""
+    """Projects the weights' means over windows, one window at a time; any thread of a pool may take
+    in tiles."""
 
     def __init__(self, subset: Subset, part: int = 0) -> None:
-        """Begin the path of a model, or of the part of this number; the signs of parts are independent."""
+        """Begin the path of a model, or of the part of this number; the signs of parts are
+        independent."""
         self.subset = subset
         names = [(bucket.names, bucket.shapes, str(bucket.wide)) for bucket in subset.layout]
         identity = repr((part, names, [*subset.sizes], subset.edges.tolist()))
@@ -141,7 +172,9 @@ class Sketcher:
         signs = np.where(_hashed(~numbers) >> np.uint64(63), np.float32(1), np.float32(-1))
         factors = torch.from_numpy(np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * signs)
         split = torch.split(factors, [*map(len, self._values)])
-        self._factors = [factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)]
+        self._factors = [
+            factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)
+        ]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
         self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
         self._open: FloatArray | None = None  # the open window's mean, without pending values
@@ -151,7 +184,8 @@ class Sketcher:
         return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
 
     def resume(self, path: PathSketch) -> bool:
-        """Continue a path, and return True, if it is of the same projection; a last window of no folds is open."""
+        """Continue a path, and return True, if it is of the same projection; a last window of no
+        folds is open."""
         if path.projection != self._projection:
             return False
         self._sketch, self._open = _without_open(path.sketch)
@@ -162,20 +196,23 @@ class Sketcher:
         self.subset.take(tile, values, self._values)
 
     def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
-        """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if due or `is_last`."""
+        """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
+        due or `is_last`."""
         begin, before = self._begin, self._t
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
         self.end_window(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
     def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
-        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have been taken in."""
+        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have
+        been taken in."""
         self._t, self._begin = t, t if ends else self._begin
         self._pending.append((t, share, ends, self._project()))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
     def path(self, t: float | None = None) -> PathSketch | None:
-        """Return the path so far, an open window as a last one of no folds, or closed by the tiles taken in at `t`."""
+        """Return the path so far, an open window as a last one of no folds, or closed by the tiles
+        taken in at `t`."""
         self._fetch()
         sketch = self._sketch
         if t is not None:
@@ -195,7 +232,8 @@ class Sketcher:
         self._pending.clear()
 
     def _project(self) -> list[torch.Tensor]:
-        """Return the sum of each column, for each bucket: float64, or float32 on Apple's GPUs, which lack float64."""
+        """Return the sum of each column, for each bucket: float64, or float32 on Apple's GPUs,
+        which lack float64."""
         sums = []
         for values, factors in zip(self._values, self._factors, strict=True):
             signed, full = values * factors, len(values) // ROW * ROW
@@ -209,14 +247,20 @@ class Sketcher:
 def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
     sketch, mean = _without_open(path.sketch)
-    return path if mean is None else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], mean))
+    return (
+        path
+        if mean is None
+        else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], mean))
+    )
 
 
 def _without_open(sketch: Sketch) -> tuple[Sketch, FloatArray | None]:
     """Return the windows that have ended, and the mean of the open one, if any."""
     if sketch.folds[-1] >= 1:
         return sketch, None
-    return Sketch(sketch.edges[:-1], sketch.folds[:-1], sketch.means[:-1], sketch.spread[:-1]), sketch.means[-1:]
+    return Sketch(
+        sketch.edges[:-1], sketch.folds[:-1], sketch.means[:-1], sketch.spread[:-1]
+    ), sketch.means[-1:]
 
 
 def _numbers(sums: list[torch.Tensor]) -> FloatArray:
@@ -237,7 +281,8 @@ def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float = 1.0)
 
 
 def _appended(sketch: Sketch | None, t: float, mean: FloatArray) -> Sketch:
-    """Return a sketch with one more fold: in a new window, or in the last one while it has fewer than the others."""
+    """Return a sketch with one more fold: in a new window, or in the last one while it has fewer
+    than the others."""
     with np.errstate(over="ignore", invalid="ignore"):
         if sketch is None:
             return Sketch(np.array([t, t]), np.ones(1), mean, np.zeros(1))
@@ -248,14 +293,20 @@ def _appended(sketch: Sketch | None, t: float, mean: FloatArray) -> Sketch:
 
 
 def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
-    """Return a sketch in which each two windows from index `begin` on are merged; an odd last window stays."""
+    """Return a sketch in which each two windows from index `begin` on are merged; an odd last
+    window stays."""
     end = begin + (len(sketch.folds) - begin) // 2 * 2
     values = sketch.folds, sketch.means, sketch.spread
     first, second = ([array[start:end:2] for array in values] for start in (begin, begin + 1))
     folds, apart = first[0] + second[0], second[1] - first[1]
     share = second[0] / folds
-    spread = first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)
+    spread = (
+        first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)
+    )
     means = (first[1] + share[:, None] * apart).astype(np.float32).astype(np.float64)
     edges = (sketch.edges[:begin], sketch.edges[begin : end + 1 : 2], sketch.edges[end + 1 :])
-    joined = [np.concatenate((a[:begin], b, a[end:])) for a, b in zip(values, (folds, means, spread), strict=True)]
+    joined = [
+        np.concatenate((a[:begin], b, a[end:]))
+        for a, b in zip(values, (folds, means, spread), strict=True)
+    ]
     return Sketch(np.concatenate(edges), *joined)

@@ -1,7 +1,9 @@
-"""The layout of a model's tensors in flat memory, the tiles that work is divided into, and copies on the host.
+"""The layout of a model's tensors in flat memory, the tiles that work is divided into, and copies
+on the host.
 
-Tensors of one device and dtype form a bucket and lie end to end in it. A tile is a range of a bucket that stays in the
-cache while a thread works on it, so that thousands of small tensors cost no more calls than a few large ones.
+Tensors of one device and dtype form a bucket and lie end to end in it. A tile is a range of a
+bucket that stays in the cache while a thread works on it, so that thousands of small tensors cost
+no more calls than a few large ones.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ HOST = torch.device("cpu")
 # Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE, DEVICE_TILE = 2**19, 2**22
 SLAB = 2**26  # elements of the largest slabs of pinned memory
-FREE_SHARE = 0.1  # of an accelerator's free memory, the most that is used as a buffer for copies to the host
+FREE_SHARE = (
+    0.1  # of an accelerator's free memory, the most that is used as a buffer for copies to the host
+)
 
-_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # norms of ordinary values are finite in these dtypes
+# norms of ordinary values are finite in these dtypes
+_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Bucket:
 
     @property
     def wide(self) -> torch.dtype:
-        """The dtype of averages: in half precision, an average with a decay of 0.9999 would never move."""
+        """The dtype of averages: in half precision, an average with a decay of 0.9999 would never
+        move."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @cached_property
@@ -67,7 +73,8 @@ Layout = tuple[Bucket, ...]
 
 
 class Tile(NamedTuple):
-    """A range of elements of the bucket of index `bucket`; `number` is the tile's index in the layout."""
+    """A range of elements of the bucket of index `bucket`; `number` is the tile's index in the
+    layout."""
 
     number: int
     bucket: int
@@ -90,7 +97,11 @@ def on_host(layout: Layout) -> Layout:
 
 def tiles_of(layout: Layout) -> list[Tile]:
     """Return the tiles of all buckets of a layout."""
-    spans = [(index, *span) for index, b in enumerate(layout) for span in pairwise(_edges(b.size, b.tile))]
+    spans = [
+        (index, *span)
+        for index, b in enumerate(layout)
+        for span in pairwise(_edges(b.size, b.tile))
+    ]
     return [Tile(number, *span) for number, span in enumerate(spans)]
 
 
@@ -112,24 +123,32 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
 
 
 def _edges(count: int, most: int) -> list[int]:
-    """Cut elements into powers of two of at most `most`, largest first; the last piece is at most a CPU tile."""
+    """Cut elements into powers of two of at most `most`, largest first; the last piece is at most a
+    CPU tile."""
     edges = [0]
     while left := count - edges[-1]:
-        edges.append(edges[-1] + (left if left <= TILE else min(most, 2 ** (left.bit_length() - 1))))
+        edges.append(
+            edges[-1] + (left if left <= TILE else min(most, 2 ** (left.bit_length() - 1)))
+        )
     return edges
 
 
 class FlatTensors:
-    """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or pinned in several slabs.
+    """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or
+    pinned in several slabs.
 
-    torch rounds pinned memory up to powers of two, which slabs have, but for the last CPU tile. A tile is in one slab.
+    torch rounds pinned memory up to powers of two, which slabs have, but for the last CPU tile. A
+    tile is in one slab.
     """
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
         self.edges = [_edges(b.size, SLAB) if pinned else [0, b.size] for b in layout]
         self.slabs = [
-            [torch.empty(j - i, dtype=b.dtype, device=b.device, pin_memory=pinned) for i, j in pairwise(edges)]
+            [
+                torch.empty(j - i, dtype=b.dtype, device=b.device, pin_memory=pinned)
+                for i, j in pairwise(edges)
+            ]
             for b, edges in zip(layout, self.edges, strict=True)
         ]
 
@@ -147,32 +166,42 @@ class FlatTensors:
         }
 
     def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:
-        """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds some of them."""
+        """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
+        some of them."""
         edges, slabs = self.edges[bucket], self.slabs[bucket]
         numbers = range(bisect_right(edges, begin) - 1, bisect_left(edges, end))
-        return [slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers]
+        return [
+            slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers
+        ]
 
     def tile(self, tile: Tile) -> torch.Tensor:
         (part,) = self.parts(*tile[1:])
         return part
 
 
-TilePart = torch.Tensor | tuple[torch.Tensor, slice]  # flat, or not contiguous with a range of row-major elements
+# flat, or not contiguous with a range of row-major elements
+TilePart = torch.Tensor | tuple[torch.Tensor, slice]
 
 
 class Reader:
-    """Reads a layout's tensors by tile in up to `threads` threads: views, no copies; `parts` are those of each tile."""
+    """Reads a layout's tensors by tile in up to `threads` threads: views, no copies; `parts` are
+    those of each tile."""
 
-    def __init__(self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1) -> None:
+    def __init__(
+        self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1
+    ) -> None:
         self.layout, self.tiles, self._parts = layout, tiles_of(layout), parts
         self._scratch = [
-            [torch.empty(min(b.size, b.tile), dtype=b.wide, device=b.device) for b in layout] for _ in range(threads)
+            [torch.empty(min(b.size, b.tile), dtype=b.wide, device=b.device) for b in layout]
+            for _ in range(threads)
         ]
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> Reader:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        layout = buckets_of({name: (one.device, one.dtype, tuple(one.shape)) for name, one in detached.items()})
+        layout = buckets_of(
+            {name: (one.device, one.dtype, tuple(one.shape)) for name, one in detached.items()}
+        )
 
         def part(name: str, begin: int, end: int) -> TilePart:
             tensor = detached[name]
@@ -182,7 +211,9 @@ class Reader:
             first = begin // row
             return tensor[first : -(-end // row)], slice(begin - first * row, end - first * row)
 
-        return cls(layout, [[part(*piece) for piece in ranges] for ranges in ranges_of(layout)], threads)
+        return cls(
+            layout, [[part(*piece) for piece in ranges] for ranges in ranges_of(layout)], threads
+        )
 
     @property
     def nbytes(self) -> int:
@@ -191,15 +222,20 @@ class Reader:
     def current(self, tile: Tile) -> list[torch.Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
         parts = self._parts[tile.number]
-        return [part if isinstance(part, torch.Tensor) else part[0].reshape(-1)[part[1]] for part in parts]
+        return [
+            part if isinstance(part, torch.Tensor) else part[0].reshape(-1)[part[1]]
+            for part in parts
+        ]
 
     def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
-        """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next call."""
+        """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
+        call."""
         flat, scratch = self._flat(tile, thread), self._scratch_of(tile, thread)
         return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
-        """Return each tile's norm: not finite if a value is not, or if squares overflow. Waits once a bucket."""
+        """Return each tile's norm: not finite if a value is not, or if squares overflow. Waits once
+        a bucket."""
         norms = [torch.empty(0)] * len(self.tiles)
 
         def measure(tile: Tile, thread: int) -> None:
@@ -211,8 +247,11 @@ class Reader:
         return [norm for bucket in stacked for norm in bucket.tolist()]
 
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
-        """Return the first tensor with a nan or an infinity in the tiles whose norms are not finite, or None."""
-        bad = [tile for tile, norm in zip(self.tiles, norms, strict=True) if not math.isfinite(norm)]
+        """Return the first tensor with a nan or an infinity in the tiles whose norms are not
+        finite, or None."""
+        bad = [
+            tile for tile, norm in zip(self.tiles, norms, strict=True) if not math.isfinite(norm)
+        ]
         ranges = ranges_of(self.layout) if bad else []
         for tile in bad:
             values = self.values(tile)
@@ -240,7 +279,8 @@ class Reader:
 class _Ring:
     """A ring of buffers on an accelerator, through which tiles go to the host in a separate stream.
 
-    If the free memory is too small for all tiles, the training stream waits before it fills a buffer again.
+    If the free memory is too small for all tiles, the training stream waits before it fills a
+    buffer again.
     """
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
@@ -248,12 +288,16 @@ class _Ring:
         free = cuda.mem_get_info(device)[0]
         count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
         self._device, self._stream = device, cuda.Stream(device)
-        self._buffers = [torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device) for i in range(count)]
+        self._buffers = [
+            torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device)
+            for i in range(count)
+        ]
         self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
     def send(self, number: int, values: list[torch.Tensor], out: torch.Tensor) -> Any:
-        """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event after the copy."""
+        """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
+        after the copy."""
         cuda: Any = torch.cuda
         index, training = number % len(self._buffers), cuda.current_stream(self._device)
         if self._sent[index] is not None:
@@ -266,7 +310,8 @@ class _Ring:
             out.copy_(staged, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
         self._sent[index] = self._stream.record_event(cuda.Event(blocking=True))
-        # torch must not reuse a freed buffer's memory before both streams have finished with the buffer.
+        # torch must not reuse a freed buffer's memory before both streams have finished with the
+        # buffer.
         for user in (self._stream, training):
             buffer.record_stream(user)
         return self._sent[index]
@@ -278,7 +323,8 @@ def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ModelCopy:
-    """A model's values at one moment, on the host, in the model's dtypes; complete after the `events`."""
+    """A model's values at one moment, on the host, in the model's dtypes; complete after the
+    `events`."""
 
     memory: FlatTensors
     values: Reader
@@ -292,11 +338,13 @@ class ModelCopy:
 
 
 class ModelCopier:
-    """Copies a model's values to memory on the host, which it reuses, for readers of `threads` threads."""
+    """Copies a model's values to memory on the host, which it reuses, for readers of `threads`
+    threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        self._free: deque[ModelCopy] = deque(maxlen=1)  # one is enough, and copies of old layouts drop out
+        # one is enough, and copies of old layouts drop out
+        self._free: deque[ModelCopy] = deque(maxlen=1)
         self._layout: Layout = ()
         self._rings: dict[torch.device, _Ring] = {}
         self._host_bytes = 0
@@ -309,7 +357,8 @@ class ModelCopier:
     @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
-        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be `SINGLE_THREAD`."""
+        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
+        `SINGLE_THREAD`."""
         layout, host, sizes = model.layout, on_host(model.layout), defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
@@ -322,7 +371,11 @@ class ModelCopier:
             memory = FlatTensors(host, pinned=bool(self._rings))
             reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
             self._host_bytes, copy = memory.nbytes, ModelCopy(memory, reader)
-        memory, events, counts = copy.memory, dict[torch.device, Any](), defaultdict[torch.device, int](int)
+        memory, events, counts = (
+            copy.memory,
+            dict[torch.device, Any](),
+            defaultdict[torch.device, int](int),
+        )
 
         def copy_tile(tile: Tile, _: int) -> None:
             # Tiles of an accelerator are larger than the reader's, which are the host's.
@@ -337,5 +390,6 @@ class ModelCopier:
         return replace(copy, events=tuple(events.values()))
 
     def give_back(self, copy: ModelCopy) -> None:
-        """Take back a copy that has arrived and is no longer needed; may be called from any thread."""
+        """Take back a copy that has arrived and is no longer needed; may be called from any
+        thread."""
         self._free.append(copy)

@@ -1,8 +1,10 @@
-"""The tensors of a model: their names, which are averaged, copied or left out, and whether they match those of a run.
+"""The tensors of a model: their names, which are averaged, copied or left out, and whether they
+match those of a run.
 
-Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and activation checkpointing
-insert a child between a module and its tensors' names. Such a child is recognised by its parent's type,
-never by its name: a user's module may have a child called `module`. Tensors of PEFT's adapters have PEFT's names.
+Names do not depend on wrappers. `torch.compile`, DataParallel, DistributedDataParallel and
+activation checkpointing insert a child between a module and its tensors' names. Such a child is
+recognised by its parent's type, never by its name: a user's module may have a child called
+`module`. Tensors of PEFT's adapters have PEFT's names.
 """
 
 from __future__ import annotations
@@ -23,26 +25,40 @@ from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
-from posthoc_cli.tracker.processes import Members, ShardOwners, held_box, is_sharded, local_tensors, reshard
+from posthoc_cli.tracker.processes import (
+    Members,
+    ShardOwners,
+    held_box,
+    is_sharded,
+    local_tensors,
+    reshard,
+)
 
 Value = TypeVar("Value")
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
-_WITH_VALUES = "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average"
+_WITH_VALUES = (
+    "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average"
+)
 ON_META = ("is on the meta device and has no values", _WITH_VALUES)  # reason and hint
 
-_OTHER_DTYPE = "convert the model before the tracker is made; or use torch.autocast, which does not change parameters"
+_OTHER_DTYPE = (
+    "convert the model before the tracker is made; or use torch.autocast, which does "
+    "not change parameters"
+)
 _FROZEN_TOO = "make the tracker with include='*', which tracks frozen parameters, too"
 
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """The tracked tensors of a model, by the name they are stored under, as far as they must not change during a run.
+    """The tracked tensors of a model, by the name they are stored under, as far as they must not
+    change during a run.
 
-    Averaged are floating-point parameters, BatchNorm's running statistics, and buffers that the user wants averaged;
-    copied are other persistent buffers and parameters. Of a sharded model these are the tensors that this process owns.
+    Averaged are floating-point parameters, BatchNorm's running statistics, and buffers that the
+    user wants averaged; copied are other persistent buffers and parameters. Of a sharded model
+    these are the tensors that this process owns.
     """
 
     tensors: dict[str, TrackedTensor]
@@ -52,7 +68,8 @@ class TrackedModel:
     frozen: frozenset[str] = frozenset()  # those of parameters without gradients
     chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
     members: Members = field(default_factory=Members)  # the processes that track the model
-    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of a sharded one: all averages' shapes
+    # of a sharded one: all averages' shapes
+    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def known_names(self) -> frozenset[str]:
@@ -66,21 +83,28 @@ class TrackedModel:
         return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
 
     def box(self, name: str) -> Box:
-        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.full(self.shapes[name])
+        return (
+            self.chunks[name].box(self.shapes[name])
+            if name in self.chunks
+            else Box.full(self.shapes[name])
+        )
 
     @cached_property
     def boxes(self) -> dict[str, Box]:
-        """The elements that this process holds of each tensor of a sharded model; none of any other model."""
+        """The elements that this process holds of each tensor of a sharded model; none of any other
+        model."""
         return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else {}
 
     @property
     def weights(self) -> list[str]:
-        """Names of the averages that are rounded, measured and sketched: all but running statistics."""
+        """Names of the averages that are rounded, measured and sketched: all but running
+        statistics."""
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
     @cached_property
     def sampled(self) -> dict[int, tuple[str, int]]:
-        """The elements of a snapshot's sample that this process holds, by number: name, and row-major local index."""
+        """The elements of a snapshot's sample that this process holds, by number: name, and
+        row-major local index."""
         local = (
             (number, name, index_within(self.box(name), self.complete_shape(name), index))
             for number, (name, index) in enumerate(places(self.complete_shapes))
@@ -90,30 +114,47 @@ class TrackedModel:
 
     @property
     def leads(self) -> bool:
-        """Whether this process contributes the values that concern the complete averages, not a part of them."""
+        """Whether this process contributes the values that concern the complete averages, not a
+        part of them."""
         return self.members.part is None or self.members.part[0] == 1
 
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
-        """Return the model's dtypes, by name, of the copied tensors or else of the averaged ones."""
+        """Return the model's dtypes, by name, of the copied tensors or else of the averaged
+        ones."""
         tensors = self.tensors.items()
-        return {name: torch_dtype(tensor.dtype) for name, tensor in tensors if (tensor.role == "copy") == copied}
+        return {
+            name: torch_dtype(tensor.dtype)
+            for name, tensor in tensors
+            if (tensor.role == "copy") == copied
+        }
 
     def of(self, members: Members) -> TrackedModel:
         """Return the tensors that this process averages and writes."""
         names = members.owned(self.tensors.keys())
-        tensors, shapes, chunks = _only(self.tensors, names), _only(self.shapes, names), _only(self.chunks, names)
+        tensors, shapes, chunks = (
+            _only(self.tensors, names),
+            _only(self.shapes, names),
+            _only(self.chunks, names),
+        )
         aliases = {alias: name for alias, name in self.aliases.items() if name in names}
-        return replace(self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members)
+        return replace(
+            self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members
+        )
 
     def check(self, found: TrackedModel) -> None:
-        """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is not the same."""
+        """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
+        not the same."""
         for name in dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases)):
             was, now = self._described(name), found._described(name)
             if now != was:
                 without = name in found.frozen or (name in self.left_out and name in found.tensors)
-                dtypes = {each.tensors[name].dtype for each in (self, found) if name in each.tensors}
+                dtypes = {
+                    each.tensors[name].dtype for each in (self, found) if name in each.tensors
+                }
                 hint = _FROZEN_TOO if without else _OTHER_DTYPE if len(dtypes) == 2 else ""
-                raise ModelMismatchError(f"tensor {name!r}", f"is {now}, and was {was} when tracking began", hint)
+                raise ModelMismatchError(
+                    f"tensor {name!r}", f"is {now}, and was {was} when tracking began", hint
+                )
 
     def _described(self, name: str) -> str:
         if name in self.aliases:
@@ -121,10 +162,19 @@ class TrackedModel:
         if name not in self.tensors:
             return "left out, as it requires no gradients" if name in self.frozen else "not tracked"
         tensor = self.tensors[name]
-        kind = {"average": "averaged", "statistic": "averaged as a running statistic", "copy": "copied"}[tensor.role]
-        described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.complete_shape(name))}"
+        kind = {
+            "average": "averaged",
+            "statistic": "averaged as a running statistic",
+            "copy": "copied",
+        }[tensor.role]
+        described = (
+            f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.complete_shape(name))}"
+        )
         if self.members.is_chunked and name in self.chunks:
-            described += f", of which this process has {list(self.shapes[name])} at {list(self.chunks[name].offset)}"
+            described += (
+                f", of which this process has {list(self.shapes[name])} at "
+                f"{list(self.chunks[name].offset)}"
+            )
         return described
 
 
@@ -133,7 +183,8 @@ def _only(named: Mapping[str, Value], names: Set[str]) -> dict[str, Value]:
 
 
 class ModelTensors(NamedTuple):
-    """The tensors of a model that this process holds, averaged and copied ones, and what is tracked of them."""
+    """The tensors of a model that this process holds, averaged and copied ones, and what is tracked
+    of them."""
 
     averaged: dict[str, torch.Tensor]
     copied: dict[str, torch.Tensor]
@@ -153,8 +204,8 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 swapped: list[frozenset[int]] = []
-"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that hold them; the
-block refers to all of these objects, so that no id is reused."""
+"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that
+hold them; the block refers to all of these objects, so that no id is reused."""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
@@ -168,8 +219,11 @@ def is_swapped(model: torch.nn.Module) -> bool:
 # --- the selection of a model's tensors ---
 
 
-def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """Return a model's selected tensors, or this process's parts; parameters in `also` need not require gradients."""
+def collect_tensors(
+    model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()
+) -> ModelTensors:
+    """Return a model's selected tensors, or this process's parts; parameters in `also` need not
+    require gradients."""
     held, tracked = dict[str, torch.Tensor](), dict[str, TrackedTensor]()
     aliases, left_out = dict[str, str](), list[str]()
     first_name, chunks = dict[int, str](), dict[str, Chunk]()
@@ -183,7 +237,9 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         if not entry.in_state:
             continue
         is_copied = id(tensor) in copy_only
-        is_wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also
+        is_wanted = (
+            not selection.only_trainable or tensor.requires_grad or is_copied or name in also
+        )
         if not selection.names(name) or (entry.is_parameter and not is_wanted):
             left_out.append(name)
             continue
@@ -204,7 +260,10 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
     frozen = frozenset(filter(selection.names, left_out))
     if all(one.role != "average" for one in tracked.values()):
-        reason, hint = "none of floating-point values requires gradients", "include='*' takes frozen ones, too"
+        reason, hint = (
+            "none of floating-point values requires gradients",
+            "include='*' takes frozen ones, too",
+        )
         if not frozen and (selection.include or selection.exclude):
             reason, hint = "include and exclude leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
@@ -217,17 +276,24 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
 
 
 def _check(entry: NamedTensor) -> None:
-    """Raise an InvalidValueError for a tensor that no snapshot can hold or whose values cannot be averaged here."""
+    """Raise an InvalidValueError for a tensor that no snapshot can hold or whose values cannot be
+    averaged here."""
     name, tensor = entry.name, entry.tensor
     subject, reason, hint = "tensor", "", ""
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
     if name == "__metadata__":
-        subject, reason = "parameter" if entry.is_parameter else "buffer", "safetensors files reserve this name"
+        subject, reason = (
+            "parameter" if entry.is_parameter else "buffer",
+            "safetensors files reserve this name",
+        )
         hint = f"rename it in the model, or leave it out with exclude={name!r}"
     elif torch.nn.parameter.is_lazy(tensor):
         reason, hint = "has no shape yet", "run a batch through the model first"
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values between steps"
+        reason = (
+            "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no "
+            "values between steps"
+        )
         hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
     elif tensor.layout != torch.strided:
         reason = f"is {tensor.layout}; only dense tensors can be tracked"
@@ -237,7 +303,10 @@ def _check(entry: NamedTensor) -> None:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
         subject, reason = "parameter", f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
         if tensor.is_complex():
-            hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={name!r}"
+            hint = (
+                f"let the model hold torch.view_as_real of it, or leave it out with "
+                f"exclude={name!r}"
+            )
     if reason:
         raise InvalidValueError(subject, reason, hint, value=f"{name!r}")
 
@@ -250,12 +319,17 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def nonfinite_error(name: str | None, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
-    """Return the error for a tensor that holds nan or infinity; `name` is None if another process holds it."""
+def nonfinite_error(
+    name: str | None, tracked: Mapping[str, TrackedTensor], step: int
+) -> NonFiniteError:
+    """Return the error for a tensor that holds nan or infinity; `name` is None if another process
+    holds it."""
     subject, hint = "a parameter in another process" if name is None else f"parameter {name!r}", ""
     if name is not None and name in tracked and tracked[name].role == "statistic":
         subject, hint = f"running statistic {name!r}", "buffers='copy' copies running statistics"
-    return NonFiniteError(subject, f"holds nan or infinity at step {step}; no average has taken it in", hint)
+    return NonFiniteError(
+        subject, f"holds nan or infinity at step {step}; no average has taken it in", hint
+    )
 
 
 class ModelWatch:
@@ -263,10 +337,14 @@ class ModelWatch:
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._cached: tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors] | None = None
+        self._cached: (
+            tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors]
+            | None
+        ) = None
 
     def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
-        """Return the model's tensors, the same object unless it has changed; raise an error for others than tracked."""
+        """Return the model's tensors, the same object unless it has changed; raise an error for
+        others than tracked."""
         if self._cached is not None:
             cached, known, fingerprint, found = self._cached
             if cached() is model and known is tracked and fingerprint.is_same():
@@ -282,20 +360,36 @@ class ModelWatch:
         return found
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
-        """Return the model's values in a snapshot's sample that this process holds, by number, of frozen ones, too."""
+        """Return the model's values in a snapshot's sample that this process holds, by number, of
+        frozen ones, too."""
         found = self._collect(model, tracked.known_names)
         tracked.check(found.tracked)
-        flat = {name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()}
-        return {number: flat[name][index].float().item() for number, (name, index) in tracked.sampled.items()}
+        flat = {
+            name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()
+        }
+        return {
+            number: flat[name][index].float().item()
+            for number, (name, index) in tracked.sampled.items()
+        }
 
     def nonfinite_anywhere(self, found: ModelTensors | None, step: int) -> NonFiniteError | None:
-        """Return the error for which all processes of a sharded model skip an update together, or None."""
-        name = None if found is None or not self._members.is_chunked else nonfinite_name(found.averaged)
+        """Return the error for which all processes of a sharded model skip an update together, or
+        None."""
+        name = (
+            None
+            if found is None or not self._members.is_chunked
+            else nonfinite_name(found.averaged)
+        )
         is_anywhere = isinstance(self._members, ShardOwners) and self._members.any(name is not None)
-        return nonfinite_error(name, {} if found is None else found.tracked.tensors, step) if is_anywhere else None
+        return (
+            nonfinite_error(name, {} if found is None else found.tracked.tensors, step)
+            if is_anywhere
+            else None
+        )
 
     def check_kind(self, model: torch.nn.Module) -> None:
-        """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was made."""
+        """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
+        made."""
         if not self._members.is_chunked and any(map(is_sharded, model.parameters())):
             reason = "is sharded over processes, and was not when this tracker was made"
             way = "make the tracker in every process, with from_model or from_path(path, model)"
@@ -308,14 +402,16 @@ class ModelWatch:
 
 
 class _ModelFingerprint:
-    """The registries of a model's modules at one moment, which takes less time to compare than to walk through them."""
+    """The registries of a model's modules at one moment, which takes less time to compare than to
+    walk through them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._registries: list[dict[str, Any]] = []
         for module in model.modules():
             self._registries += module._parameters, module._buffers, module._modules
         self._filled = [registry for registry in self._registries if registry]
-        self._objects = [*chain.from_iterable(map(dict.values, self._filled))]  # kept alive so that no id is reused
+        # kept alive so that no id is reused
+        self._objects = [*chain.from_iterable(map(dict.values, self._filled))]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
         local, self._properties = self._read()
@@ -326,10 +422,13 @@ class _ModelFingerprint:
         local, properties = self._read()
         if properties != self._properties:
             return False
-        return all(view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True))
+        return all(
+            view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
+        )
 
     def _read(self) -> tuple[Sequence[torch.Tensor], tuple[object, ...]]:
-        """Return the parts of the tensors that this process holds, and all compared properties except their memory."""
+        """Return the parts of the tensors that this process holds, and all compared properties
+        except their memory."""
         local = local_tensors(self._tensors) if self._are_sharded else self._tensors
         return local, (
             [*map(len, self._registries)],
@@ -349,15 +448,18 @@ _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
 )
-"""The module and the name of each wrapper class. A wrapper has one child, the module that it wraps."""
+"""The module and the name of each wrapper class. A wrapper has one child, the module that it wraps.
+"""
 
 
 NamedModule = tuple[str, str, torch.nn.Module]
-"""A path of a module without wrappers ("" for the model itself), and torch's (`raw`); and the module or wrapper."""
+"""A path of a module without wrappers ("" for the model itself), and torch's (`raw`); and the
+module or wrapper."""
 
 
 class NamedTensor(NamedTuple):
-    """A parameter or buffer, with one of its names, without wrappers, and torch's (`raw`). Tied ones share it."""
+    """A parameter or buffer, with one of its names, without wrappers, and torch's (`raw`). Tied
+    ones share it."""
 
     name: str
     raw: str
@@ -369,7 +471,9 @@ class NamedTensor(NamedTuple):
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included."""
     modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for *_, module in modules):
+    if fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for *_, module in modules
+    ):
         way = "use fully_shard or DistributedDataParallel"
         raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
     tensors = [
@@ -378,17 +482,29 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
     tensors += [  # `state_dict` would call hooks, and copy
-        NamedTensor(_join(path, key), _join(raw, key), buffer, False, key not in module._non_persistent_buffers_set)
+        NamedTensor(
+            _join(path, key),
+            _join(raw, key),
+            buffer,
+            False,
+            key not in module._non_persistent_buffers_set,
+        )
         for path, raw, module in modules
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
     ]
     renamed = _adapter_names(modules, tensors)
-    return [tensor._replace(name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors] if renamed else tensors
+    return (
+        [tensor._replace(name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors]
+        if renamed
+        else tensors
+    )
 
 
 def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
-    """Yield every module by every path, and wrappers under the path of the module that they wrap."""
-    parents: dict[str, tuple[str, str | None]] = {}  # by torch's path: the path, and the name of a wrapped child
+    """Yield every module by every path, and wrappers under the path of the module that they
+    wrap."""
+    # by torch's path: the path, and the name of a wrapped child
+    parents: dict[str, tuple[str, str | None]] = {}
     for raw, module in model.named_modules(remove_duplicate=False):
         parent, _, key = raw.rpartition(".")
         above, wrapped = parents.get(parent, ("", ""))
@@ -400,8 +516,11 @@ def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
 def wrapped_child(module: torch.nn.Module) -> str | None:
     """Return the name of the child that a wrapper wraps; None if the module is no wrapper."""
     for defined_in, name in _WRAPPERS:
-        # A class that nobody has imported wraps nothing. A release of torch without the class is an error.
-        kind: type = getattr(sys.modules[defined_in], name) if defined_in in sys.modules else type(None)
+        # A class that nobody has imported wraps nothing. A release of torch without the class is an
+        # error.
+        kind: type = (
+            getattr(sys.modules[defined_in], name) if defined_in in sys.modules else type(None)
+        )
         if isinstance(module, kind):
             return next(child for child, _ in module.named_children())
     return None
@@ -418,10 +537,13 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
-def _adapter_names(modules: Sequence[NamedModule], tensors: Sequence[NamedTensor]) -> dict[str, str]:
+def _adapter_names(
+    modules: Sequence[NamedModule], tensors: Sequence[NamedTensor]
+) -> dict[str, str]:
     """Return the names under which PEFT saves and loads adapters' tensors, by torch's names.
 
-    Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT computes when it saves.
+    Tensors of several adapters keep torch's names; so do those of prompt learning, which PEFT
+    computes when it saves.
     """
     if "peft" not in sys.modules:
         return {}
@@ -432,19 +554,33 @@ def _adapter_names(modules: Sequence[NamedModule], tensors: Sequence[NamedTensor
         if any(root.startswith(outer) for outer in roots):
             continue
         # Not `getattr`: wrappers forward the attributes of the module that they wrap.
-        found = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
+        found = (
+            module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
+        )
         configs = found if isinstance(found, Mapping) else {}
-        adapters = {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
+        adapters = {
+            name: config for name, config in configs.items() if isinstance(config, PeftConfig)
+        }
         start = _join(root, "")
         roots += [start] * bool(adapters)
         if len(adapters) != 1 or any(config.is_prompt_learning for config in adapters.values()):
             continue
-        # One tensor object for each name: the identity of a tensor in PEFT's result shows which name it had.
-        state = {t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)}
+        # One tensor object for each name: the identity of a tensor in PEFT's result shows which
+        # name it had.
+        state = {
+            t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)
+        }
         raw_names = {id(tensor): start + raw for raw, tensor in state.items()}
-        options: dict[str, Any] = {"adapter_name": next(iter(adapters)), "save_embedding_layers": False}
+        options: dict[str, Any] = {
+            "adapter_name": next(iter(adapters)),
+            "save_embedding_layers": False,
+        }
         saved_as = get_peft_model_state_dict(module, state_dict=dict(state), **options)
-        names |= {raw_names[id(one)]: start + saved for saved, one in saved_as.items() if id(one) in raw_names}
+        names |= {
+            raw_names[id(one)]: start + saved
+            for saved, one in saved_as.items()
+            if id(one) in raw_names
+        }
     for _, wrapper, module in reversed(modules) if names else ():  # the innermost first
         if (child := wrapped_child(module)) is not None:
             prefix = _join(wrapper, f"{child}.")

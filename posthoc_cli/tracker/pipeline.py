@@ -1,10 +1,12 @@
-"""The pipeline from the model to the averages and to disk: one thread for the averages, one for the snapshots.
+"""The pipeline from the model to the averages and to disk: one thread for the averages, one for the
+snapshots.
 
-From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the host, in a copy there
-(`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from the next fold on in each profile's average
-(`AverageTensors.high`); in the storage dtype on the host (`StagedAverage`); and in the file (`TensorFileWriter`). Each
-step works tile by tile, see `memory`, and selects the elements for measurements, for the sample of the weights and for
-the sketch of their path in the same pass. No exception of a signal handler can stop a job of these threads halfway.
+From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the
+host, in a copy there (`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from
+the next fold on in each profile's average (`AverageTensors.high`); in the storage dtype on the host
+(`StagedAverage`); and in the file (`TensorFileWriter`). Each step works tile by tile, see `memory`,
+and selects the elements for measurements, for the sample of the weights and for the sketch of their
+path in the same pass. No exception of a signal handler can stop a job of these threads halfway.
 """
 
 from __future__ import annotations
@@ -25,24 +27,44 @@ from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, Wr
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import SINGLE_THREAD, DeviceStreams, ThreadPool, Worker, end_threads
+from posthoc_cli.tracker.background import (
+    SINGLE_THREAD,
+    DeviceStreams,
+    ThreadPool,
+    Worker,
+    end_threads,
+)
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
-from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, Storage, headers, measured_now, stage
+from posthoc_cli.tracker.snapshotter import (
+    LiveSource,
+    Snapshotter,
+    Storage,
+    headers,
+    measured_now,
+    stage,
+)
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 
 class Pipeline:
-    """Takes in a model's values, lets any thread read the averages, and has snapshots written in the background."""
+    """Takes in a model's values, lets any thread read the averages, and has snapshots written in
+    the background."""
 
-    def __init__(self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
+    def __init__(
+        self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None
+    ) -> None:
         check_word("device", device, ("cpu", "model", None))
-        self.tracking = tracking  # the state after the last update; only jobs of the averages' thread change it
+        self.tracking = (
+            tracking  # the state after the last update; only jobs of the averages' thread change it
+        )
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
         self.closed = self._has_ended = False  # closed: calls that change the state are refused
         self.directory, self._settings, self._device = directory, settings, device
-        self._is_async: bool | None = None  # whether updates return before they are done; known at the first update
+        self._is_async: bool | None = (
+            None  # whether updates return before they are done; known at the first update
+        )
         self._counted = tracking.progress
         self._process, self._lock = os.getpid(), threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
@@ -54,17 +76,24 @@ class Pipeline:
 
     def figures(self) -> dict[str, float]:
         held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
-        held["bytes"] += 0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
+        held["bytes"] += (
+            0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
+        )
         held["bytes"] += 0 if self._values is None else self._values[1].nbytes
         writer, writes = self.snapshotter, self._writes
         if writer is None or not writer.times_written:
             return held
-        figures = {"bytes": writer.nbytes, "seconds": writes.job_seconds[0], "waited": writes.wait_seconds}
+        figures = {
+            "bytes": writer.nbytes,
+            "seconds": writes.job_seconds[0],
+            "waited": writes.wait_seconds,
+        }
         return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
 
     @property
     def progress(self) -> TrainingProgress:
-        """The progress of the training; one update behind if a call was interrupted after it queued its update."""
+        """The progress of the training; one update behind if a call was interrupted after it queued
+        its update."""
         counted, done = self._counted, self.tracking.progress
         return counted if counted.step > done.step else done
 
@@ -84,13 +113,19 @@ class Pipeline:
         """Raise a NotReadyError in a forked process, and if the tracker is closed."""
         self.check_process()
         if self.closed:
-            raise NotReadyError(self.directory, "this tracker was closed", "continue with PostHocEMA.from_path")
+            raise NotReadyError(
+                self.directory, "this tracker was closed", "continue with PostHocEMA.from_path"
+            )
 
     def lock(self, call: str) -> threading.Lock:
-        """Return the lock to hold during a call; raise a NotReadyError if another call, begun earlier, is running."""
+        """Return the lock to hold during a call; raise a NotReadyError if another call, begun
+        earlier, is running."""
         self.check_open()
         if self._lock.locked():
-            reason = "another thread, or the code that this signal handler interrupts, is calling the tracker"
+            reason = (
+                "another thread, or the code that this signal handler interrupts, is "
+                "calling the tracker"
+            )
             raise NotReadyError(call, reason, "call update_ from one thread, after every step")
         return self._lock
 
@@ -105,13 +140,15 @@ class Pipeline:
 
     def count(self, progress: TrainingProgress) -> None:
         """Count a call without update."""
-        if self.tracking.resumes:  # this process only counts: its averages differ from those on disk from now on
+        # this process only counts: its averages differ from those on disk from now on
+        if self.tracking.resumes:
             self.set(replace(self.tracking, progress=progress, resumes=False))
         else:
             self._counted = progress
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
-        """Take in a model's values, after `wait_for_turn`; return the error of an update left out, if it is known.
+        """Take in a model's values, after `wait_for_turn`; return the error of an update left out,
+        if it is known.
 
         `tensors` must be the same object while the model is unchanged.
         """
@@ -140,15 +177,20 @@ class Pipeline:
                 self._settings.skip_update(refused)
 
         if self._is_async:
-            events = self._streams.record_events(self._streams.current(c.device for c in copies.values()))
-            # On an accelerator the training's own stream copies. On the CPU torch's threads would wait for each other.
+            events = self._streams.record_events(
+                self._streams.current(c.device for c in copies.values())
+            )
+            # On an accelerator the training's own stream copies. On the CPU torch's threads would
+            # wait for each other.
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)
             else:
                 copy = self._updates.call(lambda: self._copier.copy(values, pool))
             self._updates.submit(update_by_copy)
         else:
-            devices = [bucket.device for bucket in values.layout] + [copy.device for copy in copies.values()]
+            devices = [bucket.device for bucket in values.layout] + [
+                copy.device for copy in copies.values()
+            ]
             streams = self._streams.current(devices)
             refused = self._updates.call(update)
         self._counted = progress
@@ -157,7 +199,8 @@ class Pipeline:
         return refused
 
     def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
-        """Count a call whose update is left out; with `writes`, have snapshots written if they are due."""
+        """Count a call whose update is left out; with `writes`, have snapshots written if they are
+        due."""
         self.set(replace(self.tracking, progress=progress), writes)
 
     def set(self, tracking: Tracking, writes: bool = False) -> None:
@@ -173,7 +216,8 @@ class Pipeline:
     # --- called by any thread ---
 
     def live(self) -> list[LiveSource]:
-        """Return the last update's averages as sources, one a profile, valid while in use; none before an update."""
+        """Return the last update's averages as sources, one a profile, valid while in use; none
+        before an update."""
 
         def work() -> list[LiveSource]:
             current = self._current()
@@ -212,7 +256,8 @@ class Pipeline:
         return self._updates.call(work)
 
     def write_missing(self) -> None:
-        """Queue snapshots of the averages, unless they are stored when all earlier snapshots are durable."""
+        """Queue snapshots of the averages, unless they are stored when all earlier snapshots are
+        durable."""
 
         def work() -> None:
             self._writes.wait()
@@ -223,7 +268,8 @@ class Pipeline:
         self._updates.submit(work)
 
     def end(self) -> None:
-        """Refuse later calls that change the state, and queue the last snapshots of the training, once."""
+        """Refuse later calls that change the state, and queue the last snapshots of the training,
+        once."""
         if not self._has_ended:
             self._has_ended = True
             self._updates.submit(lambda: setattr(self, "closed", True))
@@ -239,17 +285,22 @@ class Pipeline:
 
     @contextmanager
     def as_writer(self, run_id: str) -> Iterator[Snapshotter]:
-        """Be the directory's writer in the block and afterwards; if the block fails, only if it was before."""
+        """Be the directory's writer in the block and afterwards; if the block fails, only if it was
+        before."""
         before = self.snapshotter
         with ExitStack() as undo:
             if before is None:
-                wait_for_writers(self.directory)  # a forgotten tracker may still be writing its last snapshot
+                # a forgotten tracker may still be writing its last snapshot
+                wait_for_writers(self.directory)
                 undo.callback(setattr, self, "snapshotter", None)
                 undo.callback(self.release)
                 _writers.add(self)
                 try:
-                    self.snapshotter = Snapshotter(self.directory, self._settings, self.tracking.tracked.members)
-                except WriteError as error:  # a WriteError of `update_` would mean that the call has done its work
+                    self.snapshotter = Snapshotter(
+                        self.directory, self._settings, self.tracking.tracked.members
+                    )
+                # a WriteError of `update_` would mean that the call has done its work
+                except WriteError as error:
                     raise DirectoryError(error.subject, error.reason, error.hint) from error
             assert self.snapshotter is not None
             self.snapshotter.check_run(run_id)
@@ -264,7 +315,8 @@ class Pipeline:
         self.release()
 
     def abandon(self) -> None:
-        """Queue the last snapshots and the release of the directory; for a tracker that nothing refers to any more."""
+        """Queue the last snapshots and the release of the directory; for a tracker that nothing
+        refers to any more."""
         if self in _writers:
             self.end()
             self._updates.submit(lambda: self._writes.submit(self.release))
@@ -276,33 +328,45 @@ class Pipeline:
             self.snapshotter.close()
 
     def _without_averages(self, current: Tracking, exact: bool = False) -> Tracking:
-        """Return the state without averages, with copies on the host; unless `exact`, with the path as stored."""
+        """Return the state without averages, with copies on the host; unless `exact`, with the path
+        as stored."""
         averages = current.averages
         with self._streams.in_own_streams():
-            pool = SINGLE_THREAD if averages.tensors is None else self._pool_for(averages.tensors.layout)
+            pool = (
+                SINGLE_THREAD
+                if averages.tensors is None
+                else self._pool_for(averages.tensors.layout)
+            )
             path = averages.path(pool, exact=exact)
             copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
         state = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
         return replace(current, averages=state)
 
     def _current(self) -> Tracking:
-        """Return the state with all calls counted since the last update; without them if an update is queued."""
+        """Return the state with all calls counted since the last update; without them if an update
+        is queued."""
         counted, now = self._counted, self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
     def _pool_for(self, layout: Layout) -> ThreadPool:
-        """Return the pool for work on a layout: one thread for accelerators, so that one stream keeps the order."""
-        return self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
+        """Return the pool for work on a layout: one thread for accelerators, so that one stream
+        keeps the order."""
+        return (
+            self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
+        )
 
     def _storage_of(self, layout: Layout) -> Storage:
         storage, tracked = self._storage, self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._storage = None  # its memory must go first
-            storage = self._storage = Storage(layout, tracked, self._settings.schedule.checkpoint_dtype)
+            storage = self._storage = Storage(
+                layout, tracked, self._settings.schedule.checkpoint_dtype
+            )
         return storage
 
-    @torch.inference_mode(False)  # scratch made in inference mode could not be written to outside it
+    # scratch made in inference mode could not be written to outside it
+    @torch.inference_mode(False)
     def _values_of(self, tensors: ModelTensors) -> Reader:
         if self._values is None or self._values[0] is not tensors:
             self._values = None  # the old reader must go even if making the next one fails
@@ -317,9 +381,14 @@ class Pipeline:
     ) -> NonFiniteError | None:
         """Update averages and counters; return the error of an update left out."""
         self.check_open()
-        now, averages, storage = self.tracking, self.tracking.averages, self._storage_of(values.layout)
+        now, averages, storage = (
+            self.tracking,
+            self.tracking.averages,
+            self._storage_of(values.layout),
+        )
         if self._settings.snapshot_is_due(progress.step):
-            storage.allocate(len(averages.sigma_rels))  # before anything is changed: memory may run out
+            # before anything is changed: memory may run out
+            storage.allocate(len(averages.sigma_rels))
         for live in list(self._live.values()):
             live.copy()
         # The path is known from the first update on, or continues a known one.
@@ -328,7 +397,8 @@ class Pipeline:
             path, sketcher = averages.path(exact=True), None
         if sketcher is None and (path is not None or not averages.exist):
             sketcher = Sketcher(storage.subset, now.tracked.members.rank)
-            if path is not None and not sketcher.resume(path):  # the path of a model that was divided in another way
+            # the path of a model that was divided in another way
+            if path is not None and not sketcher.resume(path):
                 sketcher = None
         pool, sample = self._pool_for(values.layout), storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
@@ -356,9 +426,11 @@ _writers: set[Pipeline] = set()  # each of its directory
 
 
 def wait_for_writers(directory: Path) -> None:
-    """Wait until the trackers of this process have written all due snapshots in a directory; they keep their errors.
+    """Wait until the trackers of this process have written all due snapshots in a directory; they
+    keep their errors.
 
-    Those that nothing refers to any more, as of a notebook's cell that has run again, have then released it.
+    Those that nothing refers to any more, as of a notebook's cell that has run again, have then
+    released it.
     """
     for pipeline in list(_writers):
         with suppress(OSError):
@@ -368,7 +440,8 @@ def wait_for_writers(directory: Path) -> None:
 
 @atexit.register
 def finish() -> None:
-    """Finish the work of every tracker, release its directory, and end all threads; called when the process ends."""
+    """Finish the work of every tracker, release its directory, and end all threads; called when the
+    process ends."""
     for pipeline in list(_writers):
         pipeline.end()
         pipeline.flush()

@@ -8,8 +8,9 @@
     model, state_dict        ->   tiles of one update's averages
     flush, close             ->   (waits for both)
 
-The averages' thread alone changes and reads averages, one job at a time, so that every reader, from any thread or
-signal handler, sees those of one update; the snapshots' thread alone writes. Nobody else holds a lock.
+The averages' thread alone changes and reads averages, one job at a time, so that every reader, from
+any thread or signal handler, sees those of one update; the snapshots' thread alone writes. Nobody
+else holds a lock.
 """
 
 from __future__ import annotations
@@ -29,7 +30,14 @@ import numpy as np
 import torch
 
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError, PostHocError, shown, warn
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NotReadyError,
+    PostHocError,
+    shown,
+    warn,
+)
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
@@ -43,7 +51,13 @@ from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
-from posthoc_cli.tracker.model import ModelWatch, check_model, collect_tensors, is_swapped, unwrapped
+from posthoc_cli.tracker.model import (
+    ModelWatch,
+    check_model,
+    collect_tensors,
+    is_swapped,
+    unwrapped,
+)
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
 from posthoc_cli.tracker.snapshotter import LiveSource
@@ -71,18 +85,27 @@ log = logging.getLogger(__name__)
 
 
 class PostHocEMA:
-    """Tracks power-function averages of a model and makes the average of any other length from them.
+    """Tracks power-function averages of a model and makes the average of any other length from
+    them.
 
-    Make one with `from_model` or `from_path`. A background thread writes the snapshots; `flush` waits until all due
-    ones are on disk. `close`, or the end of a `with` block, also releases the directory to other writers. Public
-    attributes: `checkpoint_dir`, the directory of the snapshots, and `settings`, the checked arguments.
+    Make one with `from_model` or `from_path`. A background thread writes the snapshots; `flush`
+    waits until all due ones are on disk. `close`, or the end of a `with` block, also releases the
+    directory to other writers. Public attributes: `checkpoint_dir`, the directory of the snapshots,
+    and `settings`, the checked arguments.
     """
 
     def __init__(
-        self, start: object = None, model: torch.nn.Module | None = None, device: Any = None, **_: object
+        self,
+        start: object = None,
+        model: torch.nn.Module | None = None,
+        device: Any = None,
+        **_: object,
     ) -> None:
         if not isinstance(start, Start):
-            how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
+            how = (
+                "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for "
+                "a new run, or by"
+            )
             reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             raise InvalidValueError("PostHocEMA(...)", reason)
         self.checkpoint_dir, self.settings, self._start = start.directory, start.settings, start
@@ -90,7 +113,8 @@ class PostHocEMA:
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._model = None if model is None else weakref.ref(unwrapped(model))
         self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
-        # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected in that thread.
+        # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
+        # in that thread.
         weakref.finalize(self, self._pipeline.abandon).atexit = False
         self._attachment: Attachment | None = None
         self._pending: Exception | None = None
@@ -98,14 +122,20 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        self._weights = start.weights if self._has_state else ()  # at a given step or in a loaded state
-        self._sample: dict[int, float] | None = None  # of the model that was given or restored, until the first call
+        # at a given step or in a loaded state
+        self._weights = start.weights if self._has_state else ()
+        self._sample: dict[int, float] | None = (
+            None  # of the model that was given or restored, until the first call
+        )
         if model is not None:
             if start.tracking.resumes:
                 try:
                     self._sample = self._watch.sample(model, start.tracking.tracked)
                 except ModelMismatchError as error:
-                    hint = f"the run in {self.checkpoint_dir} is of another model; use its model, or another directory"
+                    hint = (
+                        f"the run in {self.checkpoint_dir} is of another model; use its "
+                        f"model, or another directory"
+                    )
                     raise error if error.hint else error.with_hint(hint) from None
                 self._choose_start(model, is_first_call=False)
             bare: Any = unwrapped(model)
@@ -115,62 +145,93 @@ class PostHocEMA:
 
     @classmethod
     def from_model(
-        cls, model: torch.nn.Module, checkpoint_dir: str | Path, sigma_rels: Sequence[float] = (0.05, 0.28),
-        update_every: int = 10, checkpoint_every: int = 1000, update_after_step: int = 0,
-        max_checkpoints: int | None = 20, checkpoint_dtype: Dtype = torch.float16, t_unit: str = "steps",
-        on_nonfinite: str = "raise", include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None, buffers: str = "statistics",
-        device: str | None = None, resume: str | int | None = None,
-    ) -> PostHocEMA:  # fmt: skip
-        """Return a tracker for a new run, or with `resume` for an existing one. The first `update_` begins to write.
+        cls,
+        model: torch.nn.Module,
+        checkpoint_dir: str | Path,
+        sigma_rels: Sequence[float] = (0.05, 0.28),
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        update_after_step: int = 0,
+        max_checkpoints: int | None = 20,
+        checkpoint_dtype: Dtype = torch.float16,
+        t_unit: str = "steps",
+        on_nonfinite: str = "raise",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "statistics",
+        device: str | None = None,
+        resume: str | int | None = None,
+    ) -> PostHocEMA:
+        """Return a tracker for a new run, or with `resume` for an existing one. The first `update_`
+        begins to write.
 
-        Of replicas in several processes the first one keeps and writes the averages, and the others only count steps;
-        of a sharded model each process keeps and writes its part. `metrics` tells the memory.
+        Of replicas in several processes the first one keeps and writes the averages, and the others
+        only count steps; of a sharded model each process keeps and writes its part. `metrics` tells
+        the memory.
 
         Arguments:
             model: the model to track, wrapped or bare: names are those of the bare model.
-            checkpoint_dir: the directory for the snapshots, created if it is missing. One run per directory.
-            sigma_rels: profiles to track; two reach almost everything between them, see `ema error-plot`.
-            update_every, update_after_step: averages are updated at multiples of the first, after the second.
-            checkpoint_every: snapshots are due at its multiples; it must be a multiple of update_every, whose default
+            checkpoint_dir: the directory for the snapshots, created if it is missing. One run per
+            directory. sigma_rels: profiles to track; two reach almost everything between them, see
+            `ema error-plot`. update_every, update_after_step: averages are updated at multiples of
+            the first, after the second. checkpoint_every: snapshots are due at its multiples; it
+            must be a multiple of update_every, whose default
                 of 10 is else reduced to their common divisor, with a warning.
-            max_checkpoints: number of snapshots to keep of each profile, those that matter most; None keeps all.
-            checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for each parameter's.
-            t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the update and warn.
-            include, exclude: globs on names, such as "decoder.*": only tensors that match the first, also those that
-                require no gradients, and none that match the second. By default all that require gradients.
-            buffers: "statistics" to average BatchNorm's running statistics and copy other buffers, with their values at
-                the time of the average; "copy" all of them; or "average" floating-point ones like parameters.
-            device: "model" for averages on the parameters' devices, updated by the training thread; "cpu" for averages
-                on the host, updated by a background thread, with the same bits; None for "cpu" on accelerators.
-            resume: "auto" to continue the directory's run, if it holds one, from the newest snapshots at whose time the
-                network had the model's weights, exactly or as float16 or bfloat16; for any other weights the first
-                `update_` raises an error, unless `load_state_dict` was called. A number to continue from the snapshots
-                of that call of `update_`, whatever the weights. None for a new run.
+            max_checkpoints: number of snapshots to keep of each profile, those that matter most;
+            None keeps all. checkpoint_dtype: dtype of stored averages, float32 where values do not
+            fit; None for each parameter's. t_unit: the unit of `t`, if you pass your own clock to
+            `update_`. on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or
+            "skip" the update and warn. include, exclude: globs on names, such as "decoder.*": only
+            tensors that match the first, also those that
+                require no gradients, and none that match the second. By default all that require
+                gradients.
+            buffers: "statistics" to average BatchNorm's running statistics and copy other buffers,
+                with their values at the time of the average; "copy" all of them; or "average"
+                floating-point ones like parameters.
+            device: "model" for averages on the parameters' devices, updated by the training thread;
+                "cpu" for averages on the host, updated by a background thread, with the same bits;
+                None for "cpu" on accelerators.
+            resume: "auto" to continue the directory's run, if it holds one, from the newest
+                snapshots at whose time the network had the model's weights, exactly or as float16
+                or bfloat16; for any other weights the first `update_` raises an error, unless
+                `load_state_dict` was called. A number to continue from the snapshots of that call
+                of `update_`, whatever the weights. None for a new run.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
-            DirectoryError, MismatchError: the directory is not writable, or it holds a run and `resume` is None.
+            DirectoryError, MismatchError: the directory is not writable, or it holds a run and
+            `resume` is None.
         """
         settings = Settings.checked(
-            sigma_rels, update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype,
-            t_unit, make_selection(include, exclude, buffers), on_nonfinite,
-        )  # fmt: skip
+            sigma_rels,
+            update_every,
+            checkpoint_every,
+            update_after_step,
+            max_checkpoints,
+            checkpoint_dtype,
+            t_unit,
+            make_selection(include, exclude, buffers),
+            on_nonfinite,
+        )
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
         return cls(Start.of_model(check_model(model), directory, settings, resume), model, device)
 
     @classmethod
     def from_path(
-        cls, checkpoint_dir: str | Path, model: torch.nn.Module | None = None, step: int | None = None,
+        cls,
+        checkpoint_dir: str | Path,
+        model: torch.nn.Module | None = None,
+        step: int | None = None,
         device: str | None = None,
-    ) -> PostHocEMA:  # fmt: skip
-        """Return a tracker of the run in a directory, with its settings: to synthesize from, or to continue tracking.
+    ) -> PostHocEMA:
+        """Return a tracker of the run in a directory, with its settings: to synthesize from, or to
+        continue tracking.
 
-        Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a `step`, whatever the
-        weights; later ones are moved to the folder `superseded` at the first `update_`. The model's tensors are checked
-        against the snapshots. The call waits for due snapshots of other trackers of this process.
+        Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
+        `step`, whatever the weights; later ones are moved to the folder `superseded` at the first
+        `update_`. The model's tensors are checked against the snapshots. The call waits for due
+        snapshots of other trackers of this process.
         """
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
@@ -179,7 +240,10 @@ class PostHocEMA:
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
         closed = ", closed" * self.closed
-        return f"PostHocEMA({str(self.checkpoint_dir)!r}, step {self.step:,}, sigma_rels {profiles}{closed})"
+        return (
+            f"PostHocEMA({str(self.checkpoint_dir)!r}, step {self.step:,}, sigma_rels "
+            f"{profiles}{closed})"
+        )
 
     @property
     def run_id(self) -> str:
@@ -198,48 +262,62 @@ class PostHocEMA:
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called. A closed tracker takes no updates; its averages can still be read."""
+        """Whether `close` was called. A closed tracker takes no updates; its averages can still be
+        read."""
         return self._pipeline.closed
 
     @property
     def keeps_averages(self) -> bool:
-        """Whether this process keeps and writes averages. Other processes of its group only count the steps."""
+        """Whether this process keeps and writes averages. Other processes of its group only count
+        the steps."""
         return self._members.keeps
 
     @property
     def has_average(self) -> bool:
-        """Whether an update has been due. Before the first one, calls for averages return the raw weights and warn."""
+        """Whether an update has been due. Before the first one, calls for averages return the raw
+        weights and warn."""
         return self._pipeline.tracking.resumes or self._pipeline.progress.updated > 0
 
     @property
     def run(self) -> Run:
-        """This run's snapshots on disk, as a `Run`, once those that are being written are complete."""
+        """This run's snapshots on disk, as a `Run`, once those that are being written are
+        complete."""
         self.flush()
         return Run(self.checkpoint_dir)
 
     def tracks(self, model: torch.nn.Module) -> bool:
-        """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates from."""
-        tracked = None if self._pipeline.tracking.resumes or not self.step else self._tracked_model()
-        return tracked is not None and [*map(id, tracked.parameters())] == [*map(id, check_model(model).parameters())]
+        """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates
+        from."""
+        tracked = (
+            None if self._pipeline.tracking.resumes or not self.step else self._tracked_model()
+        )
+        return tracked is not None and [*map(id, tracked.parameters())] == [
+            *map(id, check_model(model).parameters())
+        ]
 
     # --- tracking
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
-        `t` is the training time on your own clock (images, tokens), larger at every call; or None at every call. An
-        error of the first call, such as another writer, means that the call has no effect.
+        `t` is the training time on your own clock (images, tokens), larger at every call; or None
+        at every call. An error of the first call, such as another writer, means that the call has
+        no effect.
 
         Raises:
-            NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. The
-                averages stay, and the call counts. An average on the host raises the NonFiniteError at the next call.
-            WriteError: an earlier snapshot could not be written. Raised once; this call has done its work.
-            NotReadyError: the tracker is closed, attached or in use, or the model holds averaged weights.
+            NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has
+                changed. The averages stay, and the call counts. An average on the host raises the
+                NonFiniteError at the next call.
+            WriteError: an earlier snapshot could not be written. Raised once; this call has done
+            its work. NotReadyError: the tracker is closed, attached or in use, or the model holds
+            averaged weights.
         """
         attached = self._attachment
         if attached is not None and attached.optimizer is not None and not attached.is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
-            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
+            raise NotReadyError(
+                "update_", reason, "leave out either this call or attach(), or detach() first"
+            )
         _check_raw(check_model(model), "update_")
         grad_mode = torch.is_grad_enabled()
         try:
@@ -250,12 +328,16 @@ class PostHocEMA:
         self._raise_pending()
         self._run_callbacks()
 
-    def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
-        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
+    def attach(
+        self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None
+    ) -> Attachment:
+        """Call `update_` after every step of `optimizer`, with the model that this tracker was made
+        with.
 
-        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of `update_`. Of several
-        optimizers take the one that steps last. `t` returns the training time on your own clock, such as
-        `lambda: images_seen`. The handle's `remove()` detaches the tracker, as `detach()` does.
+        A step that a GradScaler skips does not count. `optimizer.step()` raises the errors of
+        `update_`. Of several optimizers take the one that steps last. `t` returns the training time
+        on your own clock, such as `lambda: images_seen`. The handle's `remove()` detaches the
+        tracker, as `detach()` does.
         """
         self._pipeline.check_open()
 
@@ -263,7 +345,9 @@ class PostHocEMA:
             self.update_(self._present_model("attach"), time)
 
         unit, has_model = self.settings.t_unit, self._model is not None
-        self._attachment = attach(update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attachment)
+        self._attachment = attach(
+            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attachment
+        )
         return self._attachment
 
     def detach(self) -> None:
@@ -272,16 +356,21 @@ class PostHocEMA:
             self._attachment.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
-        """Register `callback(ema)`: the next `update_` or `close` calls it, last, when new snapshots are durable."""
+        """Register `callback(ema)`: the next `update_` or `close` calls it, last, when new
+        snapshots are durable."""
         if not callable(callback):
-            raise InvalidValueError("on_snapshot", "must be given a function of the tracker", value=shown(callback))
+            raise InvalidValueError(
+                "on_snapshot", "must be given a function of the tracker", value=shown(callback)
+            )
         self._callbacks.append(callback)
 
     def snapshot(self) -> None:
-        """Write a snapshot of every profile now unless the newest ones hold this call; wait until it is durable.
+        """Write a snapshot of every profile now unless the newest ones hold this call; wait until
+        it is durable.
 
-        Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from that checkpoint.
-        Between two updates it takes in the model's weights first. Thinning spares it until five later times have some.
+        Call it when you save a checkpoint of the model, so that `resume="auto"` can continue from
+        that checkpoint. Between two updates it takes in the model's weights first. Thinning spares
+        it until five later times have some.
         """
         self._pipeline.check_open()
         model, progress = self._tracked_model(), self._pipeline.progress
@@ -297,7 +386,8 @@ class PostHocEMA:
         self.flush()
 
     def flush(self) -> None:
-        """Wait until all updates are in the averages and all due snapshots, or this process's parts, are durable.
+        """Wait until all updates are in the averages and all due snapshots, or this process's
+        parts, are durable.
 
         Raises:
             WriteError, NonFiniteError: an error since the last call, raised once.
@@ -312,36 +402,51 @@ class PostHocEMA:
     def metrics(self, sigma_rels: Wanted | Sequence[Wanted] = ()) -> dict[str, float]:
         """Return figures for a logger, without computing on tensors, and without waiting.
 
-        `step` and `t`; `bytes`, the memory on all devices; of the last snapshots `snapshot_bytes`, `snapshot_seconds`
-        of writing in the background, and `snapshot_waited`, seconds that training waited before; and for each of these
-        lengths or targets that the run is long enough for `predicted_error_0.15`, at the newest snapshot.
+        `step` and `t`; `bytes`, the memory on all devices; of the last snapshots `snapshot_bytes`,
+        `snapshot_seconds` of writing in the background, and `snapshot_waited`, seconds that
+        training waited before; and for each of these lengths or targets that the run is long enough
+        for `predicted_error_0.15`, at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
-        return figures | {f"predicted_error_{label}": error for label, error in errors.items() if error is not None}
+        return figures | {
+            f"predicted_error_{label}": error
+            for label, error in errors.items()
+            if error is not None
+        }
 
     # --- averaged weights
 
     @contextmanager
     def model(
-        self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
-    ) -> Iterator[Module]:  # fmt: skip
+        self,
+        model: Module,
+        sigma_rel: Wanted,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: Dtype = None,
+        method: str | None = None,
+    ) -> Iterator[Module]:
         """Give the model averaged weights, in eval mode, for a `with` block.
 
-        A tracked length, without `t` or `step`, is the current average: exact, and from memory. Others are made of it
-        and of snapshots. After the block weights, buffers, train or eval mode and device are as before, also on an
-        error. Meanwhile the model's raw weights are kept in host memory. Blocks may be nested. The arguments are those
-        of `state_dict`, except that without `dtype` the weights take the model's dtypes.
+        A tracked length, without `t` or `step`, is the current average: exact, and from memory.
+        Others are made of it and of snapshots. After the block weights, buffers, train or eval mode
+        and device are as before, also on an error. Meanwhile the model's raw weights are kept in
+        host memory. Blocks may be nested. The arguments are those of `state_dict`, except that
+        without `dtype` the weights take the model's dtypes.
 
-        In a group of processes all that have made a tracker of this directory make the call, between the same two calls
-        of `update_`, within 300 s; an error in one is raised in all. Each fills the chunks that it holds.
+        In a group of processes all that have made a tracker of this directory make the call,
+        between the same two calls of `update_`, within 300 s; an error in one is raised in all.
+        Each fills the chunks that it holds.
         """
         asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        (group, weights), own_dtypes = self._average("model", check_model(model), sigma_rel, asked), dtype is None
+        (group, weights), own_dtypes = (
+            self._average("model", check_model(model), sigma_rel, asked),
+            dtype is None,
+        )
         if not group.is_alone:  # else `swapped_in` checks
             group.together(lambda: check_weights(model, weights, own_dtypes))
         with swapped_in(model, weights, own_dtypes):
@@ -350,61 +455,95 @@ class PostHocEMA:
                 warn(notice)
             yield model
 
-    def models(self, model: Module, sigma_rels: Wanted | Sequence[Wanted]) -> dict[str, AbstractContextManager[Module]]:
-        """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when it is entered.
+    def models(
+        self, model: Module, sigma_rels: Wanted | Sequence[Wanted]
+    ) -> dict[str, AbstractContextManager[Module]]:
+        """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when
+        it is entered.
 
-        Targets that the run is too short for, such as a window of more steps, are left out, with a warning. In a group
-        of processes all make the call, and enter the blocks in their order.
+        Targets that the run is too short for, such as a window of more steps, are left out, with a
+        warning. In a group of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        group, refusals = self._callers("models", check_model(model), [*wanted.values()], {}), dict[str, str]()
+        group, refusals = (
+            self._callers("models", check_model(model), [*wanted.values()], {}),
+            dict[str, str](),
+        )
         if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(group, lambda sources: averaged.plan_possible(sources, wanted)[1])
+            refusals, _ = self._in_first(
+                group, lambda sources: averaged.plan_possible(sources, wanted)[1]
+            )
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
-        return {label: self.model(model, target) for label, target in wanted.items() if label not in refusals}
+        return {
+            label: self.model(model, target)
+            for label, target in wanted.items()
+            if label not in refusals
+        }
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
 
     @overload
     def state_dict(
-        self, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
-    ) -> Weights: ...  # fmt: skip
+        self,
+        sigma_rel: Wanted,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: Dtype = None,
+        method: str | None = None,
+    ) -> Weights: ...
 
     def state_dict(
-        self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
-    ) -> Weights | dict[str, Any]:  # fmt: skip
-        """Return averaged weights, copies by name on the CPU with their `predicted_error`; or the tracker's own state.
+        self,
+        sigma_rel: Wanted | None = None,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: Dtype = None,
+        method: str | None = None,
+    ) -> Weights | dict[str, Any]:
+        """Return averaged weights, copies by name on the CPU with their `predicted_error`; or the
+        tracker's own state.
 
-        Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict` continues from it
-        exactly. In processes that keep no averages it is empty. For a sharded model all processes make the call, and
-        each gets the chunks that it owns, as DTensors in host memory, which torch.distributed.checkpoint reshards.
+        Without `sigma_rel` it is that state: save it in your training checkpoint; `load_state_dict`
+        continues from it exactly. In processes that keep no averages it is empty. For a sharded
+        model all processes make the call, and each gets the chunks that it owns, as DTensors in
+        host memory, which torch.distributed.checkpoint reshards.
 
         Arguments:
-            sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)`, or its
-                text form, "beta:0.9999"; or any object with a function `tail`.
-            t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
-            dtype, method: dtype of the averages, by default each parameter's own; the solver, "minvar" or "paper".
+            sigma_rel: length of the average, in (0, 0.2887); or another target, such as
+                `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
+                function `tail`.
+            t, step: time of the average, or its number of calls; by default that of a live tracker,
+            or the newest. dtype, method: dtype of the averages, by default each parameter's own;
+            the solver, "minvar" or "paper".
         """
         if sigma_rel is None:
             return self._own_state()
-        model, asked = self._chunked_model(), {"t": t, "step": step, "dtype": dtype, "method": method}
+        model, asked = (
+            self._chunked_model(),
+            {"t": t, "step": step, "dtype": dtype, "method": method},
+        )
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
     def load_into(
-        self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
-    ) -> None:  # fmt: skip
-        """Fill a model with averaged weights permanently, in memory for one tensor. The arguments are those of `model`.
+        self,
+        model: torch.nn.Module,
+        sigma_rel: Wanted,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: Dtype = None,
+        method: str | None = None,
+    ) -> None:
+        """Fill a model with averaged weights permanently, in memory for one tensor. The arguments
+        are those of `model`.
 
-        Parameters stay the same objects, so that the optimizer keeps its state, and later updates average the new
-        weights: between two training steps this is the switch of Switch EMA. Names, shapes and `dtype` are checked
-        first; a damaged snapshot, or a value that does not fit the model's dtype, leaves the tensors before it filled.
+        Parameters stay the same objects, so that the optimizer keeps its state, and later updates
+        average the new weights: between two training steps this is the switch of Switch EMA. Names,
+        shapes and `dtype` are checked first; a damaged snapshot, or a value that does not fit the
+        model's dtype, leaves the tensors before it filled.
         """
         asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
         own_dtypes, in_place = dtype is None, Weights()
@@ -417,7 +556,9 @@ class PostHocEMA:
             fill(model, chain(first, values), own_dtypes)
             return in_place
 
-        group, weights = self._average("load_into", check_model(model), sigma_rel, asked, fill_at_once)
+        group, weights = self._average(
+            "load_into", check_model(model), sigma_rel, asked, fill_at_once
+        )
         if weights is not in_place:
             group.together(lambda: check_weights(model, weights, own_dtypes))
             fill(model, weights.items(), own_dtypes)
@@ -425,24 +566,28 @@ class PostHocEMA:
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
-        """Return a figure of the snapshots' error against sigma_rel, from the lowest to the highest of a range."""
+        """Return a figure of the snapshots' error against sigma_rel, from the lowest to the highest
+        of a range."""
         from posthoc_cli import plots
 
         curve = self.run.error_curve(sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly from a tracker's own state, which `state_dict()` returned. An error changes nothing.
+        """Continue exactly from a tracker's own state, which `state_dict()` returned. An error
+        changes nothing.
 
-        Later snapshots, or those of another attempt that continued from an earlier state, move to the folder
-        `superseded`. This tracker's settings hold, such as another `update_every`, or fewer `sigma_rels`. Where the
-        model has other weights than the network had then, the first `update_` warns, and later predicted errors contain
-        the distance. For a sharded model all processes make the call, also with a state of complete tensors.
+        Later snapshots, or those of another attempt that continued from an earlier state, move to
+        the folder `superseded`. This tracker's settings hold, such as another `update_every`, or
+        fewer `sigma_rels`. Where the model has other weights than the network had then, the first
+        `update_` warns, and later predicted errors contain the distance. For a sharded model all
+        processes make the call, also with a state of complete tensors.
         """
         self._pipeline.check_open()
         now = self._pipeline.tracking
         if not (self._has_state or state):
-            # The writer loads the state. This process only counts, and must not resume from disk any more.
+            # The writer loads the state. This process only counts, and must not resume from disk
+            # any more.
             progress = replace(now.progress, updated=max(1, self.step))
             self._pipeline.set(replace(now, progress=progress, resumes=False))
             return
@@ -463,13 +608,16 @@ class PostHocEMA:
                 self._sample = self._watch.sample(model, loaded.tracked)
 
     def close(self) -> None:
-        """Write a last snapshot if there were updates since the newest, `flush`, release the directory, and detach.
+        """Write a last snapshot if there were updates since the newest, `flush`, release the
+        directory, and detach.
 
         The averages can still be read. The end of a `with` block or of the process does the same.
         """
         if self._attachment is not None and self._attachment.optimizer is not None:
             counted = self._attachment.steps
-            log.info("%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted)
+            log.info(
+                "%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted
+            )
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
@@ -489,13 +637,19 @@ class PostHocEMA:
         try:
             self.close()
         except PostHocError:
-            if error is None:  # else the block's own error says more; this one was logged when it was raised
+            # else the block's own error says more; this one was logged when it was raised
+            if error is None:
                 raise
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse pickling and copying: the threads and the directory's lock cannot be copied."""
-        hint = "save its state, ema.state_dict(), within a checkpoint, and keep the tracker outside of the module"
-        raise NotReadyError("PostHocEMA", "a tracker can be neither saved nor copied as an object", hint)
+        hint = (
+            "save its state, ema.state_dict(), within a checkpoint, and keep the tracker "
+            "outside of the module"
+        )
+        raise NotReadyError(
+            "PostHocEMA", "a tracker can be neither saved nor copied as an object", hint
+        )
 
     # --- one call of `update_`
 
@@ -507,7 +661,11 @@ class PostHocEMA:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
             now = self._pipeline.tracking
-            read = (lambda: self._start.read(now)) if now.resumes and self.keeps_averages else (lambda: None)
+            read = (
+                (lambda: self._start.read(now))
+                if now.resumes and self.keeps_averages
+                else (lambda: None)
+            )
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._weights:
             self._note_missing(model)
@@ -517,7 +675,8 @@ class PostHocEMA:
             if settings.on_nonfinite == "skip":
                 self._watch.nonfinite_anywhere(None, progress.step)
         elif settings.update_is_due(progress.step):
-            # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call has no effect.
+            # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call
+            # has no effect.
             self._pipeline.wait_for_turn(settings.snapshot_is_due(progress.step))
             self._note_error()
             # The last update may have been interrupted after it was queued.
@@ -527,8 +686,11 @@ class PostHocEMA:
                 return
         self._pipeline.count(progress)
 
-    def _become_writer(self, group: Group, run_id: str, read: Callable[[], Tracking | None]) -> None:
-        """Become a writer of the directory, if this process keeps averages, and continue from the state of `read`."""
+    def _become_writer(
+        self, group: Group, run_id: str, read: Callable[[], Tracking | None]
+    ) -> None:
+        """Become a writer of the directory, if this process keeps averages, and continue from the
+        state of `read`."""
 
         def begin() -> Tracking | None:
             if not self.keeps_averages:
@@ -572,7 +734,8 @@ class PostHocEMA:
                 callback(self)
 
     def _note_error(self) -> None:
-        """Note an error of background work since the last call; it stays pending if this call fails itself."""
+        """Note an error of background work since the last call; it stays pending if this call fails
+        itself."""
         self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
@@ -583,10 +746,14 @@ class PostHocEMA:
     # --- where a resumed run continues
 
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
-        """Resume from the newest time at which the network had the model's weights, see `Start.choose`."""
+        """Resume from the newest time at which the network had the model's weights, see
+        `Start.choose`."""
         if self._start.is_given:
             return
-        group, now = self._members.keepers("update_" if is_first_call else "this tracker"), self._pipeline.tracking
+        group, now = (
+            self._members.keepers("update_" if is_first_call else "this tracker"),
+            self._pipeline.tracking,
+        )
         if self._sample is None:
             self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
         values = sample_of_all(group, self._sample)
@@ -597,20 +764,32 @@ class PostHocEMA:
             self._pipeline.set(chosen)
 
     def _note_missing(self, model: torch.nn.Module) -> None:
-        """Note how far the model is from the network of a loaded state or a given step; later predicted errors have it.
+        """Note how far the model is from the network of a loaded state or a given step; later
+        predicted errors have it.
 
-        If nobody noticed that the model was restored in place, the present one, one step later, is the nearer one.
+        If nobody noticed that the model was restored in place, the present one, one step later, is
+        the nearer one.
         """
         group, now = self._members.keepers("update_"), self._pipeline.tracking
         present = group.together(lambda: self._watch.sample(model, now.tracked))
         samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
-        if missing := least_distance(samples, np.array(self._weights, np.float32), now.tracked.complete_shapes):
+        if missing := least_distance(
+            samples, np.array(self._weights, np.float32), now.tracked.complete_shapes
+        ):
             standing = now.averages.standing
             standing = replace(standing, missing=standing.missing + missing * now.tracked.leads)
             self._pipeline.set(replace(now, averages=replace(now.averages, standing=standing)))
             if group.leads:
-                text = "the model has other weights than the network had then, and later predicted errors contain that"
-                log.warning("%s: the averages continue from step %d; %s", self.checkpoint_dir, now.progress.step, text)
+                text = (
+                    "the model has other weights than the network had then, and later "
+                    "predicted errors contain that"
+                )
+                log.warning(
+                    "%s: the averages continue from step %d; %s",
+                    self.checkpoint_dir,
+                    now.progress.step,
+                    text,
+                )
         self._weights = ()
 
     # --- the tracker's own state
@@ -635,17 +814,26 @@ class PostHocEMA:
         tracking = group.together(read)
         averages, standing = tracking.averages, tracking.averages.standing
         part = standing.inherited, standing.missing, encode_path(averages.known_path, exact=True)
-        # Each process knows the errors and the path of its own part, and some processes have no average.
+        # Each process knows the errors and the path of its own part, and some processes have no
+        # average.
         inherited, missing, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        standing = replace(standing, inherited=tuple(map(sum, zip(*inherited, strict=True))), missing=sum(missing))
+        standing = replace(
+            standing, inherited=tuple(map(sum, zip(*inherited, strict=True))), missing=sum(missing)
+        )
         weights, snapshotter = self._present_weights(group), self._pipeline.snapshotter
 
         def read_info() -> StateInfo:
             stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
             return StateInfo(
-                tracking.run_id, self.settings.t_unit, averages.sigma_rels, standing, tracking.progress.clock.state(),
-                joined_paths([*filter(None, sketches)]), tuple(sorted(stored)), weights,
-            )  # fmt: skip
+                tracking.run_id,
+                self.settings.t_unit,
+                averages.sigma_rels,
+                standing,
+                tracking.progress.clock.state(),
+                joined_paths([*filter(None, sketches)]),
+                tuple(sorted(stored)),
+                weights,
+            )
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
@@ -653,23 +841,35 @@ class PostHocEMA:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
         if self._weights or not self._pipeline.progress.updated:
             return self._weights
-        model, own, tracked = self._tracked_model(), dict[int, float](), self._pipeline.tracking.tracked
+        model, own, tracked = (
+            self._tracked_model(),
+            dict[int, float](),
+            self._pipeline.tracking.tracked,
+        )
         if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, tracked)
         values = sample_of_all(group, own)
-        is_known = len(values) == len(places(tracked.complete_shapes)) and bool(np.isfinite(values).all())
+        is_known = len(values) == len(places(tracked.complete_shapes)) and bool(
+            np.isfinite(values).all()
+        )
         return tuple(values.tolist()) if is_known else ()
 
     # --- one average from sources
 
     def _average(
-        self, call: str, model: torch.nn.Module | None, wanted: Wanted, given: dict[str, Any],
+        self,
+        call: str,
+        model: torch.nn.Module | None,
+        wanted: Wanted,
+        given: dict[str, Any],
         use: Callable[[Plan], Weights] = make_weights,
-    ) -> tuple[Group, Weights]:  # fmt: skip
-        """Return the processes that make a call, and the average; of a sharded `model` the chunks in this process.
+    ) -> tuple[Group, Weights]:
+        """Return the processes that make a call, and the average; of a sharded `model` the chunks
+        in this process.
 
-        A tracked length at the present time is the live average alone. A process that is alone makes it by `use`.
+        A tracked length at the present time is the live average alone. A process that is alone
+        makes it by `use`.
         """
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)
@@ -677,52 +877,83 @@ class PostHocEMA:
             return group, self._raw_weights(model, asked.get("dtype"))
         tracking, target, live = self._pipeline.tracking, as_target(wanted), None
         if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
-            near = (math.isclose(target.sigma_rel, one, rel_tol=1e-6) for one in self.settings.sigma_rels)  # float32's
+            # float32's
+            near = (
+                math.isclose(target.sigma_rel, one, rel_tol=1e-6)
+                for one in self.settings.sigma_rels
+            )
             live = next((index for index, is_near in enumerate(near) if is_near), None)
 
         def plan(sources: list[Source]) -> Plan:
             if live is not None:
-                return averaged.logged(plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked))
+                return averaged.logged(
+                    plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked)
+                )
             return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
         if group.is_alone and not self._members.is_chunked:
             return group, with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
         return group, with_consistent_plan(
-            lambda: self._in_first(group, lambda sources: averaged.to_send(plan(sources)), live is not None),
-            lambda found: averaged.exchanged(group, *found, wanted, tracking.tracked, model, self.checkpoint_dir),
+            lambda: self._in_first(
+                group, lambda sources: averaged.to_send(plan(sources)), live is not None
+            ),
+            lambda found: averaged.exchanged(
+                group, *found, wanted, tracking.tracked, model, self.checkpoint_dir
+            ),
         )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _raw_weights(self, model: torch.nn.Module | None, dtype: Dtype) -> Weights:
-        """Return copies of the weights of the tracked model, or else of `model`, on the host, with a warning."""
+        """Return copies of the weights of the tracked model, or else of `model`, on the host, with
+        a warning."""
         tracked, schedule = self._present_model("no average yet", model), self.settings.schedule
         if self._is_first_warning("raw weights"):
-            options = f"update_every={schedule.update_every}, update_after_step={schedule.update_after_step}"
-            warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)} ({options})")
+            options = (
+                f"update_every={schedule.update_every}, "
+                f"update_after_step={schedule.update_after_step}"
+            )
+            warn(
+                f"no average yet, so the raw weights are used: {self.settings.first_update(0)} "
+                f"({options})"
+            )
         stored, tensors = parse_dtype(dtype), collect_tensors(tracked, self.settings.selection)
         wanted = None if stored is None else torch_dtype(stored)
-        weights = Weights((name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items())
+        weights = Weights(
+            (name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items()
+        )
         weights |= {name: value.to("cpu", copy=True) for name, value in tensors.copied.items()}
         weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
         return weights
 
-    def _sources(self, live_only: bool = False, live: Sequence[LiveSource] | None = None) -> list[Source]:
-        """Return the live averages, and unless `live_only` the snapshots of others up to their time; at least one."""
+    def _sources(
+        self, live_only: bool = False, live: Sequence[LiveSource] | None = None
+    ) -> list[Source]:
+        """Return the live averages, and unless `live_only` the snapshots of others up to their
+        time; at least one."""
         resumes, start = self._pipeline.tracking.resumes, self._start.step
         if live is None:
             if not (resumes or self.keeps_averages):
                 reason = "this process keeps no averages, the first one of its group does"
-                hint = "read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it"
+                hint = (
+                    "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
+                    "before any update_ of it"
+                )
                 raise NotReadyError(reason, hint)
             live = self._live()
         last = start if resumes and start is not None else math.inf
         now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
         stored = [] if live_only else averaged.run_snapshots(self.checkpoint_dir, self.run_id)
-        until = (s for s in stored if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles)))
+        until = (
+            s
+            for s in stored
+            if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles))
+        )
         sources: list[Source] = [*live, *until]
         if not sources:
-            raise NotReadyError("no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}")
+            raise NotReadyError(
+                "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"
+            )
         return sources
 
     def _live(self) -> list[LiveSource]:
@@ -732,9 +963,11 @@ class PostHocEMA:
     def _in_first(
         self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
     ) -> tuple[Result, dict[str, Source]]:
-        """Return in each process what `work` returns in the first one, for the sources of complete tensors.
+        """Return in each process what `work` returns in the first one, for the sources of complete
+        tensors.
 
-        Return also this process's sources by name: live averages of its chunks of a sharded model, or in the first all.
+        Return also this process's sources by name: live averages of its chunks of a sharded model,
+        or in the first all.
         """
         live: Sequence[LiveSource] | None = None
         local: dict[str, Source] = {}
@@ -753,16 +986,25 @@ class PostHocEMA:
         return group.from_first(in_first), local
 
     def _callers(
-        self, call: str, model: torch.nn.Module | None, wanted: Sequence[Wanted], asked: dict[str, Any]
+        self,
+        call: str,
+        model: torch.nn.Module | None,
+        wanted: Sequence[Wanted],
+        asked: dict[str, Any],
     ) -> Group:
-        """Return the processes that make a call for averages, of parts or as replicas, after checking its options."""
+        """Return the processes that make a call for averages, of parts or as replicas, after
+        checking its options."""
         check_method(asked.get("method"))
         parse_dtype(asked.get("dtype"))
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        said = [as_target(one).title for one in wanted] + [f"{name}={value}" for name, value in asked.items()]
-        return self._members.callers(f"{call}({', '.join(said)})", not self._pipeline.tracking.resumes, device)
+        said = [as_target(one).title for one in wanted] + [
+            f"{name}={value}" for name, value in asked.items()
+        ]
+        return self._members.callers(
+            f"{call}({', '.join(said)})", not self._pipeline.tracking.resumes, device
+        )
 
     def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""
@@ -777,23 +1019,29 @@ class PostHocEMA:
         return model
 
     def _chunked_model(self) -> torch.nn.Module | None:
-        """Return the sharded model, whose parameters say where each chunk is; None if the model is not sharded."""
+        """Return the sharded model, whose parameters say where each chunk is; None if the model is
+        not sharded."""
         return self._present_model("state_dict") if self._members.is_chunked else None
 
 
 def _check_raw(model: torch.nn.Module, call: str) -> None:
     if is_swapped(model):
-        raise NotReadyError(call, "the model holds averaged weights now", "call it outside `with ema.model(...)`")
+        raise NotReadyError(
+            call, "the model holds averaged weights now", "call it outside `with ema.model(...)`"
+        )
 
 
-_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()  # by the bare model
+# by the bare model
+_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
 
 def _note_restored(model: torch.nn.Module, _: object) -> None:
-    """Handle the end of the model's `load_state_dict`; a function of the module, so that models can be pickled."""
+    """Handle the end of the model's `load_state_dict`; a function of the module, so that models can
+    be pickled."""
     for tracker in [*_trackers.get(model, ())]:
         resumes = tracker._pipeline.tracking.resumes
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
-            if resumes and not tracker._members.is_chunked:  # else other processes would have to take part
+            # else other processes would have to take part
+            if resumes and not tracker._members.is_chunked:
                 tracker._choose_start(model, is_first_call=False)

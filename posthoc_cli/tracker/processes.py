@@ -1,7 +1,9 @@
-"""Models that several processes train: which chunk of a tensor each process averages, and how the processes meet.
+"""Models that several processes train: which chunk of a tensor each process averages, and how the
+processes meet.
 
-Those of a sharded model meet when their trackers are made, to agree on the owners of its chunks, and at the first
-update, where the first process takes the directory; replicas meet when averaged weights are asked for.
+Those of a sharded model meet when their trackers are made, to agree on the owners of its chunks,
+and at the first update, where the first process takes the directory; replicas meet when averaged
+weights are asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from posthoc_cli.errors import InvalidValueError, NotReadyError, PostHocError, RankError, VanishedError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    NotReadyError,
+    PostHocError,
+    RankError,
+    VanishedError,
+)
 from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
 from posthoc_cli.tracker.memory import HOST
 
@@ -30,10 +38,14 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-GRACE = 2.0  # seconds that the first call of several processes waits for trackers that are not made yet
-WARNING, LIMIT = 10.0, 300.0  # seconds that a call waits for processes that have one before it warns, and gives up
+GRACE = (
+    2.0  # seconds that the first call of several processes waits for trackers that are not made yet
+)
+# seconds that a call waits for processes that have one before it warns, and gives up
+WARNING, LIMIT = (10.0, 300.0)
 
-_made: Counter[str] = Counter()  # stores for each purpose and directory, which all processes make in the same order
+# stores for each purpose and directory, which all processes make in the same order
+_made: Counter[str] = Counter()
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -47,14 +59,16 @@ def is_fully_sharded(module: torch.nn.Module) -> bool:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward leaves some complete."""
+    """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward
+    leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
 
 
 @torch.no_grad()
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the part of each tensor that this process holds: the same objects each time, as gradients are off."""
+    """Return the part of each tensor that this process holds: the same objects each time, as
+    gradients are off."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
@@ -64,7 +78,8 @@ def held_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
-    """Return the elements of a tensor that this process holds, sharing their memory, and their box in the tensor."""
+    """Return the elements of a tensor that this process holds, sharing their memory, and their box
+    in the tensor."""
     if not is_sharded(tensor):
         return tensor.detach(), Box.full(tuple(tensor.shape))
     from torch.distributed.tensor import Shard
@@ -73,15 +88,29 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     mesh, reason, hint = dtensor.device_mesh, "", ""
     for axis, placement in enumerate(dtensor.placements):
         if placement.is_partial():
-            reason, hint = f"has the placement {placement}: no process holds its values", "reduce it first"
-        elif not placement.is_replicate() and type(placement) is not Shard:  # this process's rows may be apart
+            reason, hint = (
+                f"has the placement {placement}: no process holds its values",
+                "reduce it first",
+            )
+        # this process's rows may be apart
+        elif not placement.is_replicate() and type(placement) is not Shard:
             dim = placement.dim
-            sharing = [at for at, other in enumerate(dtensor.placements) if getattr(other, "dim", None) == dim]
+            sharing = [
+                at
+                for at, other in enumerate(dtensor.placements)
+                if getattr(other, "dim", None) == dim
+            ]
             inner = math.prod(mesh.size(at) for at in sharing if at > axis)
             rows, processes = dtensor.shape[dim], math.prod(map(mesh.size, sharing))
             if placement.split_factor != inner or rows % processes:
-                reason = f"has {rows} rows in dimension {dim}, of which {placement} gives a process several pieces"
-                hint = f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
+                reason = (
+                    f"has {rows} rows in dimension {dim}, of which {placement} gives a "
+                    f"process several pieces"
+                )
+                hint = (
+                    f"shard it by Shard, in one mesh dimension, or make the dimension a "
+                    f"multiple of {processes}"
+                )
     if reason:
         raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
     with torch.no_grad():
@@ -91,7 +120,8 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a DTensor in host memory of this process's part, sharded as `like` is; `local` if `like` is not."""
+    """Return a DTensor in host memory of this process's part, sharded as `like` is; `local` if
+    `like` is not."""
     if not is_sharded(like):
         return local
     from torch.distributed.tensor import DTensor
@@ -101,15 +131,20 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if local.device.type == "cpu" and local.numel():
         local = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy()).view(local.dtype)
     dtensor = DTensor.from_local(
-        local.view(sharded.to_local().shape), sharded.device_mesh, sharded.placements,
-        run_check=False, shape=sharded.shape, stride=row_major(sharded.shape),
-    )  # fmt: skip
+        local.view(sharded.to_local().shape),
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=row_major(sharded.shape),
+    )
     return dtensor.cpu()  # `from_local` has moved it to the mesh's device
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make one call together, or one alone; the first of `ranks` makes what others take."""
+    """Processes that make one call together, or one alone; the first of `ranks` makes what others
+    take."""
 
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
@@ -130,16 +165,21 @@ class Group:
         return values
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
-        """Return the value of each process, by rank; raise a RankError that names a process at another step or t."""
+        """Return the value of each process, by rank; raise a RankError that names a process at
+        another step or t."""
         times, values = zip(*self.from_all((f"step {step:,}, t = {t:,.12g}", value)), strict=True)
         for rank, now in enumerate(times):
             if now != times[0]:
-                hint = "make this call in every process between the same two calls of update_, with the same t"
+                hint = (
+                    "make this call in every process between the same two calls of update_, "
+                    "with the same t"
+                )
                 raise RankError(f"rank {rank}", f"is at {now}, and rank 0 at {times[0]}", hint)
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Return the result of work in every process; if one fails, all raise its error or a RankError with it.
+        """Return the result of work in every process; if one fails, all raise its error or a
+        RankError with it.
 
         If nothing else went wrong in any of them, all raise a VanishedError: they may try again.
         """
@@ -150,7 +190,11 @@ class Group:
             result = work()
         except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
-        own = None if failure is None else (isinstance(failure, VanishedError), self.rank, _describe(failure))
+        own = (
+            None
+            if failure is None
+            else (isinstance(failure, VanishedError), self.rank, _describe(failure))
+        )
         failed = sorted(filter(None, self.from_all(own)))
         if not failed:
             return result
@@ -160,7 +204,8 @@ class Group:
         raise failure
 
     def from_first(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process; return its result in every process, or raise errors as `together` does."""
+        """Do work in the first process; return its result in every process, or raise errors as
+        `together` does."""
         if self.is_alone:
             return work()
         sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
@@ -168,13 +213,15 @@ class Group:
         return sent[0][0]
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
-        """Do work in the first process, then in the others, and return its result; an error in one is raised in all."""
+        """Do work in the first process, then in the others, and return its result; an error in one
+        is raised in all."""
         done: list[Result] = []
         self.from_first(lambda: done.append(work()))
         return self.together(lambda: done[0] if done else work())
 
     def exchange(self, value: torch.Tensor, ranks: Sequence[int]) -> None:
-        """Copy `value` of the first of these ranks to the others, in place; all of these ranks call this."""
+        """Copy `value` of the first of these ranks to the others, in place; all of these ranks call
+        this."""
         if len(ranks) < 2 or not value.numel():
             return
         buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
@@ -198,13 +245,16 @@ THIS_PROCESS = Group()
 
 
 class Rendezvous:
-    """A meeting point for trackers of several processes, of which the one that `keeps` averages leads.
+    """A meeting point for trackers of several processes, of which the one that `keeps` averages
+    leads.
 
-    It is in the group's store, so that errors can name a process that is missing; a collective would wait in silence.
+    It is in the group's store, so that errors can name a process that is missing; a collective
+    would wait in silence.
     """
 
     def __init__(self, name: str, keeps: bool, hint: str) -> None:
-        # torch has no public name for the store. A release without this name could not make trackers in a group.
+        # torch has no public name for the store. A release without this name could not make
+        # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
 
         _made[name] += 1
@@ -214,7 +264,8 @@ class Rendezvous:
         self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
     def gather(self, device: torch.device, call: str) -> Group:
-        """Return all processes, which make this `call`; a RankError names one that does not, or makes another one."""
+        """Return all processes, which make this `call`; a RankError names one that does not, or
+        makes another one."""
         self._calls += 1
         prefix = f"call/{self._calls}"
         self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
@@ -223,7 +274,9 @@ class Rendezvous:
         except BaseException as error:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
-        kinds, calls = ([self.store.get(f"{key}/{n}").decode() for n in self._ranks] for key in ("made", prefix))
+        kinds, calls = (
+            [self.store.get(f"{key}/{n}").decode() for n in self._ranks] for key in ("made", prefix)
+        )
         first = kinds.index("keeps") if "keeps" in kinds else 0
         for rank, other in enumerate(calls):
             if other.startswith("left"):
@@ -247,7 +300,9 @@ class Rendezvous:
             if time.monotonic() - began > (LIMIT if warned else WARNING):
                 absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
                 if warned:
-                    raise RankError(absent, f"did not make this call within {LIMIT:.0f} s", self._hint)
+                    raise RankError(
+                        absent, f"did not make this call within {LIMIT:.0f} s", self._hint
+                    )
                 log.warning("waiting for %s: %s", absent, self._hint)
                 warned = True
             time.sleep(pause)
@@ -263,15 +318,22 @@ class Rendezvous:
 
 
 class Members:
-    """The processes that track one model, of which each has all: one keeps averages and writes, others count."""
+    """The processes that track one model, of which each has all: one keeps averages and writes,
+    others count."""
 
     is_chunked = False  # whether each process keeps chunks of the averages, see `ShardOwners`
 
     def __init__(self, model: torch.nn.Module | None = None, directory: Path | None = None) -> None:
         self.keeps = is_first_of_group(model)  # averages, and writes them to the directory
-        self.rank = 0  # among those that keep averages; the first has the directory's lock, and thins
-        self.part: tuple[int, int] | None = None  # this process's part of snapshots, from 1, and the number of parts
-        self.session = 0  # of this training, set when processes meet; later trainings have larger numbers
+        self.rank = (
+            0  # among those that keep averages; the first has the directory's lock, and thins
+        )
+        self.part: tuple[int, int] | None = (
+            None  # this process's part of snapshots, from 1, and the number of parts
+        )
+        self.session = (
+            0  # of this training, set when processes meet; later trainings have larger numbers
+        )
         self.names: frozenset[str] = frozenset()  # of all tracked tensors of a sharded model
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
         self._meeting: Rendezvous | None = None
@@ -281,7 +343,8 @@ class Members:
             self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint)
 
     def owned(self, names: Set[str]) -> Set[str]:
-        """Return those of the model's tensors that this process averages and writes, or has a chunk of."""
+        """Return those of the model's tensors that this process averages and writes, or has a chunk
+        of."""
         return names
 
     def announce_failure(self, error: BaseException) -> None:
@@ -302,22 +365,30 @@ class Members:
 
 
 class ShardOwners(Members):
-    """The processes that track one sharded model; each keeps the averages of the chunks that it owns.
+    """The processes that track one sharded model; each keeps the averages of the chunks that it
+    owns.
 
-    All processes make this object, in the same order of trackers, with their part of each tensor and, unless complete,
-    its chunk. The owner of a chunk is the lowest rank that holds it (`holders`, by name, ascending); a chunk without
-    elements has none, unless its tensor has no elements. A RankError names a process that has other `options`.
+    All processes make this object, in the same order of trackers, with their part of each tensor
+    and, unless complete, its chunk. The owner of a chunk is the lowest rank that holds it
+    (`holders`, by name, ascending); a chunk without elements has none, unless its tensor has no
+    elements. A RankError names a process that has other `options`.
     """
 
     is_chunked = True
 
     def __init__(
-        self, model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], chunks: Mapping[str, Chunk],
-        options: Mapping[str, str], run_id: str,
-    ) -> None:  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        tensors: Mapping[str, torch.Tensor],
+        chunks: Mapping[str, Chunk],
+        options: Mapping[str, str],
+        run_id: str,
+    ) -> None:
         super().__init__()
         self.rank, self.names = dist.get_rank(), frozenset(tensors)
-        meshes: list[Any] = [tensor.device_mesh for tensor in model.parameters() if hasattr(tensor, "device_mesh")]
+        meshes: list[Any] = [
+            tensor.device_mesh for tensor in model.parameters() if hasattr(tensor, "device_mesh")
+        ]
         if (mesh := max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)) is not None:
             self.mesh = {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
@@ -336,17 +407,22 @@ class ShardOwners(Members):
         for rank, (others, digests, *_) in enumerate(everyone):
             for option, value in first.items():
                 if others[option] != value:
-                    raise RankError(f"rank {rank}", f"has {option} {others[option]}, and rank 0 has {value}")
+                    raise RankError(
+                        f"rank {rank}", f"has {option} {others[option]}, and rank 0 has {value}"
+                    )
             for digest in digests:
                 holders[digest].append(rank)
         owners = sorted({ranks[0] for ranks in holders.values()})
         self.keeps = self.rank in owners
         self.part = (owners.index(self.rank) + 1, len(owners)) if self.keeps else None
         self.holders = {name: tuple(holders[digest]) for name, digest in held.items()}
-        self._owned = frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
+        self._owned = frozenset(
+            name for name, ranks in self.holders.items() if ranks[0] == self.rank
+        )
 
     def owned(self, names: Set[str]) -> Set[str]:
-        """Return the tensors whose chunk this process owns, and those that did not exist when the processes met."""
+        """Return the tensors whose chunk this process owns, and those that did not exist when the
+        processes met."""
         return self._owned | (names - self.names)
 
     def announce_failure(self, error: BaseException) -> None:
@@ -359,12 +435,17 @@ class ShardOwners(Members):
             failed = store.get("failed").decode() if store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
-            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to continue")
+            raise RankError(
+                rank, reason, "snapshots lack its part from here on; make new trackers to continue"
+            )
 
     def keepers(self, call: str) -> Group:
         if not dist.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
-            hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
+            hint = (
+                "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in "
+                "one process"
+            )
             raise NotReadyError("averages of which each process keeps a part", reason, hint)
         return self._owners_meeting.gather(self._device, call)
 
@@ -372,18 +453,23 @@ class ShardOwners(Members):
         return self.keepers(call)
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process; a collective operation, the only one of tracking."""
+        """Return whether the flag is set in any process; a collective operation, the only one of
+        tracking."""
         flags = torch.tensor(float(flag), device=self._device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
-    """Return whether this process keeps a model's averages: the first of its DistributedDataParallel's group, or, as
-    scripts may make their tracker before they wrap the model, of all."""
+    """Return whether this process keeps a model's averages: the first of its
+    DistributedDataParallel's group, or, as scripts may make their tracker before they wrap the
+    model, of all."""
     if not dist.is_initialized():
         return True
-    ddp, modules = torch.nn.parallel.DistributedDataParallel, () if model is None else model.modules()
+    ddp, modules = (
+        torch.nn.parallel.DistributedDataParallel,
+        () if model is None else model.modules(),
+    )
     wrapper = next((module for module in modules if isinstance(module, ddp)), None)
     return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
 

@@ -1,4 +1,5 @@
-"""The averages of one update: written as snapshots, and as sources of a synthesis in addition to those on disk."""
+"""The averages of one update: written as snapshots, and as sources of a synthesis in addition to
+those on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError, WriteError
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    MismatchError,
+    NonFiniteError,
+    PostHocError,
+    WriteError,
+)
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
@@ -35,7 +43,14 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.snapshots.tensorfile import Box, Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import (
+    Box,
+    Chunk,
+    Entry,
+    TensorFileWriter,
+    read_file,
+    tensor_bytes,
+)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
@@ -53,7 +68,8 @@ PATIENCE = 60.0  # seconds that a network file system may take to show a file
 class LiveSource(Snapshot):
     """One running average, with its copies: the snapshot that would be written now.
 
-    It is read in place until the next update, which has it copied first; `call` runs `read`, which returns flat ranges.
+    It is read in place until the next update, which has it copied first; `call` runs `read`, which
+    returns flat ranges.
     """
 
     held: dict[str, torch.Tensor] = field(default_factory=dict)  # what need not be read in place
@@ -61,9 +77,17 @@ class LiveSource(Snapshot):
     call: Callable[[Callable[[], list[torch.Tensor]]], list[torch.Tensor]] = lambda work: work()
 
     @classmethod
-    def of(cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any) -> LiveSource:
-        entries = {name: Entry(stored_name(b.wide), shape) for b in layout for name, shape in b.named_shapes()}
-        entries |= {name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()}
+    def of(
+        cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any
+    ) -> LiveSource:
+        entries = {
+            name: Entry(stored_name(b.wide), shape)
+            for b in layout
+            for name, shape in b.named_shapes()
+        }
+        entries |= {
+            name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()
+        }
         return cls(**vars(header) | {"entries": entries, "held": dict(copies)} | functions)
 
     @property
@@ -75,8 +99,16 @@ class LiveSource(Snapshot):
         """The same without values, to be sent to other processes."""
         return Snapshot(**{each.name: getattr(self, each.name) for each in fields(Snapshot)})
 
-    def read_box(self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True) -> None:  # noqa: ARG002
-        """Fill `out` with the elements from `begin` on of the box that this process holds, the only one."""
+    def read_box(
+        self,
+        name: str,
+        box: Box,  # noqa: ARG002
+        out: memoryview,
+        begin: int = 0,
+        verify: bool = True,  # noqa: ARG002
+    ) -> None:
+        """Fill `out` with the elements from `begin` on of the box that this process holds, the only
+        one."""
         end = begin + len(out) // ITEM_BYTES[self.entries[name].dtype]
         self._fill(out, [ElementRange(name, begin, end)])
 
@@ -84,8 +116,13 @@ class LiveSource(Snapshot):
         self._fill(out, [ElementRange(name, 0, self.entries[name].size) for name in names])
 
     def copy(self) -> None:
-        """Copy what would be read in place; called in the thread that changes the averages, before it does."""
-        missing = [ElementRange(name, 0, one.size) for name, one in self.entries.items() if name not in self.held]
+        """Copy what would be read in place; called in the thread that changes the averages, before
+        it does."""
+        missing = [
+            ElementRange(name, 0, one.size)
+            for name, one in self.entries.items()
+            if name not in self.held
+        ]
         self.held.update(zip([one.name for one in missing], self.read(missing), strict=True))
 
     def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
@@ -95,12 +132,20 @@ class LiveSource(Snapshot):
             out = out[len(data) :]
 
     def _values(self, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        held, values = self.held, iter(self.read([one for one in ranges if one.name not in self.held]))
-        return [held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges]
+        held, values = (
+            self.held,
+            iter(self.read([one for one in ranges if one.name not in self.held])),
+        )
+        return [
+            held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges
+        ]
 
 
 def headers(
-    settings: Settings, state: Tracking, measurements: Sequence[Measurements | None], off_schedule: bool = False
+    settings: Settings,
+    state: Tracking,
+    measurements: Sequence[Measurements | None],
+    off_schedule: bool = False,
 ) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
@@ -109,24 +154,44 @@ def headers(
     sketch = encode_path(averages.known_path)
     return [
         Snapshot(
-            run_id=state.run_id, sigma_rel=sigma_rel, gamma=gamma,
-            sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
-            t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
-            tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
-            selection=settings.selection, skip_nonfinite=settings.on_nonfinite == "skip", updates=standing.updates,
-            inherited=inherited, off_schedule=off_schedule, measurements=measured, sketch=sketch, chunks=chunks,
-            part=members.part, mesh=members.mesh, session=members.session,
+            run_id=state.run_id,
+            sigma_rel=sigma_rel,
+            gamma=gamma,
+            sigma_rels=averages.sigma_rels,
+            t=standing.t,
+            t_unit=settings.t_unit,
+            step=standing.step,
+            clock=knots,
+            t_first=standing.t_first,
+            max_interval=standing.max_interval,
+            schedule=settings.schedule,
+            tensors=tracked.tensors,
+            aliases=tracked.aliases,
+            left_out=tracked.left_out,
+            selection=settings.selection,
+            skip_nonfinite=settings.on_nonfinite == "skip",
+            updates=standing.updates,
+            inherited=inherited,
+            off_schedule=off_schedule,
+            measurements=measured,
+            sketch=sketch,
+            chunks=chunks,
+            part=members.part,
+            mesh=members.mesh,
+            session=members.session,
         )
         for sigma_rel, gamma, inherited, measured in zip(
             averages.sigma_rels, averages.gammas, standing.errors, measurements, strict=True
         )
-    ]  # fmt: skip
+    ]
 
 
 class Snapshotter:
-    """The one writer of a directory, from its construction until `close`; makes the directory if it is missing.
+    """The one writer of a directory, from its construction until `close`; makes the directory if it
+    is missing.
 
-    Of several processes each writes a part of every snapshot; that of rank 0 has the directory's lock, and thins.
+    Of several processes each writes a part of every snapshot; that of rank 0 has the directory's
+    lock, and thins.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
@@ -138,7 +203,8 @@ class Snapshotter:
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         until = time.monotonic() + PATIENCE
-        while not (directory / LOCK_NAME).exists():  # a network file system may show rank 0's file late
+        # a network file system may show rank 0's file late
+        while not (directory / LOCK_NAME).exists():
             if time.monotonic() > until:
                 reason = "is not the directory of that name in which rank 0 writes"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
@@ -149,9 +215,12 @@ class Snapshotter:
                 remove_leftovers(directory)
                 # Parts of an interrupted training and of this one could look like one snapshot.
                 for folder, parts in inspect_directory(directory).incomplete.items():
-                    log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
+                    log.warning(
+                        "%s: has %s, left by an interrupted training, and is removed", folder, parts
+                    )
                     remove_snapshot(folder)
-            # Nobody else writes here from now on. By time: later ones are set aside before an earlier one is written.
+            # Nobody else writes here from now on. By time: later ones are set aside before an
+            # earlier one is written.
             self._stored = [*find_snapshots(directory)]
             stack.pop_all()
         self._run_id = self._stored[0].run_id if self._stored else None
@@ -166,22 +235,38 @@ class Snapshotter:
 
     def check_run(self, run_id: str) -> None:
         if self._run_id not in (None, run_id):
-            reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
+            reason = (
+                f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
+            )
             raise MismatchError(self.directory, reason, ways_to_resume(self._stored[-1].step))
 
     def continue_from(self, state: Tracking) -> None:
-        """Set aside the snapshots that are later than a state, or of another attempt, which the state does not list.
+        """Set aside the snapshots that are later than a state, or of another attempt, which the
+        state does not list.
 
         Those that `close` wrote after it was saved belong to it if they hold its averages.
         """
         stored, t = self._complete(), state.progress.t
-        known = state.snapshots | {s.identity for s in stored if s.off_schedule and _holds_average(s, state)}
+        known = state.snapshots | {
+            s.identity for s in stored if s.off_schedule and _holds_average(s, state)
+        }
         own = [s for s in stored if s.t <= t and s.identity in known]
         others = [s for s in stored if s.t > t or s.identity not in known]
         if moved := set_aside(others) if self._leads else []:
-            names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (len(moved) > 2)
-            what = f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later, of another attempt or of a dropped profile"
-            log.warning("training continues from t = %.12g: %s, moved to %s: %s", t, what, moved[0].parent, names)
+            names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (
+                len(moved) > 2
+            )
+            what = (
+                f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later, of another attempt "
+                f"or of a dropped profile"
+            )
+            log.warning(
+                "training continues from t = %.12g: %s, moved to %s: %s",
+                t,
+                what,
+                moved[0].parent,
+                names,
+            )
         self._stored = own
 
     def is_behind(self, tracking: Tracking) -> bool:
@@ -192,13 +277,20 @@ class Snapshotter:
     def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
-        Averages that are stored on the schedule already, as after skipped updates, are not written again.
+        Averages that are stored on the schedule already, as after skipped updates, are not written
+        again.
         """
         standing, copies = state.averages.standing, state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
         infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
-        is_new = [not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule) for info in infos]
-        due = [(replace(i, sample=one.sample), one) for i, one, new in zip(infos, staged, is_new, strict=True) if new]
+        is_new = [
+            not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule) for info in infos
+        ]
+        due = [
+            (replace(i, sample=one.sample), one)
+            for i, one, new in zip(infos, staged, is_new, strict=True)
+            if new
+        ]
         if not due:
             return
         try:
@@ -206,7 +298,9 @@ class Snapshotter:
                 reason = f"was deleted: the averages of step {standing.step} are lost"
                 raise WriteError(self.directory, reason, errno=errno.ENOENT)
             for bad in filter(None, (one.nonfinite for one in staged)):
-                raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
+                raise NonFiniteError(
+                    f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written"
+                )
             for name, copy in copies.items():
                 if copy.is_floating_point() and bool(copy.isnan().any()):
                     log.warning("tensor %r holds nan, and is copied unchanged", name)
@@ -217,16 +311,24 @@ class Snapshotter:
             self._members.announce_failure(error)
             raise
 
-    def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]) -> int:
+    def _write(
+        self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]
+    ) -> int:
         others, storage = staged.others | dict(copies), staged.storage
-        entries = {n: Entry(stored_name(dtype, n), storage.shapes[n]) for n, dtype in storage.dtypes.items()}
-        entries |= {n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()}
+        entries = {
+            n: Entry(stored_name(dtype, n), storage.shapes[n])
+            for n, dtype in storage.dtypes.items()
+        }
+        entries |= {
+            n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()
+        }
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
         if info.part is not None:
             with files.reported_as_write_error(path.parent):
                 files.make_directory(path.parent)
         kept = [snapshot for snapshot in self._stored if snapshot.path != path]
-        # The path may hold a snapshot of the same average off the schedule, or a part of an earlier training's process.
+        # The path may hold a snapshot of the same average off the schedule, or a part of an earlier
+        # training's process.
         replaces = len(kept) < len(self._stored)
         if info.part is not None and not replaces:
             with suppress(FileFormatError):  # there is no readable part
@@ -245,14 +347,16 @@ class Snapshotter:
         return sum(entry.nbytes for entry in entries.values())
 
     def _complete(self) -> list[Snapshot]:
-        """Return the complete snapshots, of those that this process has written, or has written a part of."""
+        """Return the complete snapshots, of those that this process has written, or has written a
+        part of."""
         if not self._members.is_chunked:
             return self._stored
         own = {(part.t, part.sigma_rel) for part in self._stored}
         return [s for s in find_snapshots(self.directory) if (s.t, s.sigma_rel) in own]
 
     def _thin(self) -> None:
-        """Thin the times whose snapshots are complete: another process may die before it has written its part."""
+        """Thin the times whose snapshots are complete: another process may die before it has
+        written its part."""
         schedule = self._settings.schedule
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
@@ -262,7 +366,10 @@ class Snapshotter:
         found = {(s.t, s.sigma_rel) for s in complete}
         unfinished = {s.t for s in self._stored if (s.t, s.sigma_rel) not in found}
         finished = [s for s in complete if s.t not in unfinished]
-        kept = {(s.t, s.sigma_rel) for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)}
+        kept = {
+            (s.t, s.sigma_rel)
+            for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)
+        }
         self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
     def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
@@ -273,7 +380,8 @@ class Snapshotter:
 
 
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
-    """Return whether a snapshot's sample of its average equals a state's values, as far as this process has them."""
+    """Return whether a snapshot's sample of its average equals a state's values, as far as this
+    process has them."""
     averages, sampled = state.averages, state.tracked.sampled
     if snapshot.t != averages.standing.t or snapshot.sigma_rel not in averages.sigma_rels:
         return False
@@ -281,27 +389,39 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
     own = averages.read(averages.sigma_rels.index(snapshot.sigma_rel), ranges)
     values = np.array([float(value) for value in own], np.float32)
-    return len(recorded) > max(sampled, default=-1) and np.array_equal(recorded[list(sampled)], values)
+    return len(recorded) > max(sampled, default=-1) and np.array_equal(
+        recorded[list(sampled)], values
+    )
 
 
 class Storage:
-    """How averages of a layout are stored, and which of their elements are measured, or are of a snapshot's sample."""
+    """How averages of a layout are stored, and which of their elements are measured, or are of a
+    snapshot's sample."""
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
         self.layout, self.tracked = layout, tracked
         # The same buckets on the host in the storage dtype, in which values are stored if they fit.
-        self.stored = tuple(replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout))
-        self.weights = frozenset(tracked.weights)  # are measured and rounded: all but running statistics
+        self.stored = tuple(
+            replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout)
+        )
+        # are measured and rounded: all but running statistics
+        self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
         self.shapes = {name: shape for bucket in layout for name, shape in bucket.named_shapes()}
         self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
         self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
-        places = {name: (index, begin) for index, b in enumerate(layout) for name, (begin, _) in b.places.items()}
+        places = {
+            name: (index, begin)
+            for index, b in enumerate(layout)
+            for name, (begin, _) in b.places.items()
+        }
         sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
         pairs = np.array(sampled, np.int64).reshape(-1, 2)
         self._order = np.lexsort(pairs.T[::-1])
         buckets, indices = pairs[self._order].T
-        self.sample = Elements(layout, [indices[buckets == number] for number in range(len(layout))])
+        self.sample = Elements(
+            layout, [indices[buckets == number] for number in range(len(layout))]
+        )
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
@@ -324,20 +444,33 @@ class StagedAverage:
     others: dict[str, torch.Tensor]  # those that are stored in another dtype
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
-    sample: str  # the model's and the exact values, encoded for the header; "" if the model's are unknown
+    # the model's and the exact values, encoded for the header; "" if the model's are unknown
+    sample: str
 
 
 @torch.no_grad()
-def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[StagedAverage]:
-    """Round the averages as they are now into `storage.memory`: complete when the current stream is."""
-    subset, memory, tiles, ranges = storage.subset, storage.memory, tiles_of(storage.layout), ranges_of(storage.layout)
-    measured, samples = ([elements.buffers() for _ in memory] for elements in (subset, storage.sample))
+def stage(
+    storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
+) -> list[StagedAverage]:
+    """Round the averages as they are now into `storage.memory`: complete when the current stream
+    is."""
+    subset, memory, tiles, ranges = (
+        storage.subset,
+        storage.memory,
+        tiles_of(storage.layout),
+        ranges_of(storage.layout),
+    )
+    measured, samples = (
+        [elements.buffers() for _ in memory] for elements in (subset, storage.sample)
+    )
     norms = [[torch.empty(0)] * len(tiles) for _ in memory]
 
     def stage_tile(tile: Tile, thread: int) -> None:
         for index, stored in enumerate(memory):
             exact, out = averages.values(tile, index, thread), stored.tile(tile)
-            out.copy_(exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True)
+            out.copy_(
+                exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True
+            )
             norms[index][tile.number] = torch.linalg.vector_norm(exact)
             subset.take(tile, exact, measured[index])
             storage.sample.take(tile, exact, samples[index])
@@ -358,19 +491,29 @@ def stage(storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
         weights, values = averages.sample, storage.in_order(samples[index])
         sample = "" if weights is None else encode_sample(storage.in_order(weights), values)
         measurements = subset.measured(exact, rounded)
-        result.append(StagedAverage(storage, stored, others, nonfinite_name(others), measurements, sample))
+        result.append(
+            StagedAverage(storage, stored, others, nonfinite_name(others), measurements, sample)
+        )
     return result
 
 
 def _stored_in_other_dtypes(
-    storage: Storage, averages: Averages, index: int, doubtful: set[str], measured: Values, stored: Values
+    storage: Storage,
+    averages: Averages,
+    index: int,
+    doubtful: set[str],
+    measured: Values,
+    stored: Values,
 ) -> dict[str, torch.Tensor]:
-    """Return running statistics, and weights that their bucket's dtype cannot hold, whose values `stored` then gets."""
+    """Return running statistics, and weights that their bucket's dtype cannot hold, whose values
+    `stored` then gets."""
     subset, found = storage.subset, {}
 
     def holds(dtype: torch.dtype) -> bool:
         error = exact - exact.to(dtype).to(exact.dtype)
-        norm, rounding = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (exact, error))
+        norm, rounding = (
+            float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (exact, error)
+        )
         return _is_accurate(norm, rounding, dtype)
 
     spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
@@ -378,7 +521,9 @@ def _stored_in_other_dtypes(
     for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
         if not _is_accurate(norm, error, storage.dtypes[name]):
             doubtful.add(name)
-    for name in [name for name in storage.dtypes if name in doubtful or name not in storage.weights]:
+    for name in [
+        name for name in storage.dtypes if name in doubtful or name not in storage.weights
+    ]:
         shape, usual = storage.shapes[name], storage.dtypes[name]
         (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
         candidates = (usual, torch.float32) if name in storage.weights else ()
@@ -386,16 +531,21 @@ def _stored_in_other_dtypes(
         if name not in storage.weights or dtype != usual or not bool(exact.isfinite().all()):
             found[name] = exact.to(dtype).view(shape)
             span = slice(*spans.get(name, (0, 0)))
-            stored[span] = measured[span].astype(np.float64 if dtype == torch.float64 else np.float32)
+            stored[span] = measured[span].astype(
+                np.float64 if dtype == torch.float64 else np.float32
+            )
     return found
 
 
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
-    """Return whether a squared rounding error is at most eps / 2 relative: not for values out of the dtype's range."""
+    """Return whether a squared rounding error is at most eps / 2 relative: not for values out of
+    the dtype's range."""
     return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
 
 
-def measured_now(subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD) -> list[Measurements | None]:
+def measured_now(
+    subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD
+) -> list[Measurements | None]:
     """Return the measurements of the averages as they are now, not rounded."""
     buffers = [subset.buffers() for _ in averages.sigma_rels]
 

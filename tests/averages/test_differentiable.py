@@ -17,11 +17,17 @@ STEPS = 30
 ROWS, WEIGHTS = 3, 5
 EPS = np.finfo(np.float64).eps
 
-MODES: dict[str, dict[str, Any]] = {"truncated": {}, "window": {"window": 7}, "carried": {}, "full": {}}
+MODES: dict[str, dict[str, Any]] = {
+    "truncated": {},
+    "window": {"window": 7},
+    "carried": {},
+    "full": {},
+}
 
 
 class Problem:
-    """Values x_i = tanh(A_i w_i**2), whose derivative is 2 (1 - x_i**2) A_i w_i; and a target for their average."""
+    """Values x_i = tanh(A_i w_i**2), whose derivative is 2 (1 - x_i**2) A_i w_i; and a target for
+    their average."""
 
     def __init__(self, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
@@ -45,13 +51,15 @@ class Problem:
 
 
 def coefficients(decays: Sequence[float]) -> FloatArray:
-    """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no 1 - decay."""
+    """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no
+    1 - decay."""
     later = np.cumprod([1.0, *decays[:0:-1]])[::-1]
     return later * np.array([1.0, *(1 - decay for decay in decays[1:])])
 
 
 def rounding(steps: int = STEPS) -> float:
-    """Bound the rounding of a sum of `steps` products of numbers near 1, with 8 roundings a step."""
+    """Bound the rounding of a sum of `steps` products of numbers near 1, with 8 roundings a
+    step."""
     return 8 * steps * ROWS * WEIGHTS * EPS
 
 
@@ -69,8 +77,11 @@ def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
     return weight.grad.numpy().copy()
 
 
-def train(ema: DifferentiableEMA, problem: Problem) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
-    """Take steps of SGD on |average - target|**2 / 2; return the weights, averages and gradients of each step."""
+def train(
+    ema: DifferentiableEMA, problem: Problem
+) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
+    """Take steps of SGD on |average - target|**2 / 2; return the weights, averages and gradients of
+    each step."""
     weight, weights, averages, gradients = problem.leaf(), [], [], []
     optimizer = torch.optim.SGD([weight], lr=0.5)
     for step in range(STEPS):
@@ -88,8 +99,8 @@ def train(ema: DifferentiableEMA, problem: Problem) -> tuple[list[FloatArray], l
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_average_has_memory_of_its_own(mode: str) -> None:
-    """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the window
-    recomputes its average from kept values."""
+    """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
+    window recomputes its average from kept values."""
     weight, ema = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64)), make(mode)
     for number in (1.0, 2.0, 3.0):
         torch.nn.init.constant_(weight, number)
@@ -103,7 +114,8 @@ def test_the_average_has_memory_of_its_own(mode: str) -> None:
 
 
 def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) -> list[FloatArray]:
-    """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average - target."""
+    """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average
+    - target."""
     values, derivatives = problem.values(seen), problem.derivatives(seen)
     found = []
     for t in range(1, len(seen) + 1):
@@ -115,24 +127,35 @@ def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) 
 
 
 @pytest.mark.parametrize(
-    ("mode", "kept"), [("truncated", 1), ("window", 7), ("full", STEPS), ("carried", STEPS)], ids=MODES
+    ("mode", "kept"),
+    [("truncated", 1), ("window", 7), ("full", STEPS), ("carried", STEPS)],
+    ids=MODES,
 )
 def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> None:
-    """Each kept value's derivative is taken at the weight of its step, although the optimizer has changed it since."""
+    """Each kept value's derivative is taken at the weight of its step, although the optimizer has
+    changed it since."""
     problem, ema = Problem(), make(mode)
     weights, averages, gradients = train(ema, problem)
     assert np.linalg.norm(weights[-1] - weights[0]) > 0.2
-    np.testing.assert_allclose(gradients, expected_gradients(problem, weights, kept), rtol=0, atol=rounding())
-    expected = [coefficients([DECAY] * t) @ problem.values(weights[:t]) for t in range(1, STEPS + 1)]
+    np.testing.assert_allclose(
+        gradients, expected_gradients(problem, weights, kept), rtol=0, atol=rounding()
+    )
+    expected = [
+        coefficients([DECAY] * t) @ problem.values(weights[:t]) for t in range(1, STEPS + 1)
+    ]
     np.testing.assert_allclose(averages, expected, rtol=0, atol=rounding())
     np.testing.assert_array_equal(ema.average.numpy(), averages[-1])
     assert ema.num_updates == STEPS
 
 
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
-    one, two, other = (torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3))
+    one, two, other = (
+        torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3)
+    )
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match=r"depend on leaves\[1\] of the shape \[2\]: ") as warned:
+    with pytest.warns(
+        RuntimeWarning, match=r"depend on leaves\[1\] of the shape \[2\]: "
+    ) as warned:
         ema((one * other).sum(), leaves=[one, two])
     assert [warning.filename for warning in warned] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
@@ -152,7 +175,9 @@ def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
 
 @pytest.mark.parametrize("copied", [by_state, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_copy_goes_on_alone_with_the_average_as_a_constant(mode: str, copied: Callable[[Any], Any]) -> None:
+def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
+    mode: str, copied: Callable[[Any], Any]
+) -> None:
     problem, first = Problem(), make(mode)
     weight, other = problem.leaf(), problem.leaf()
     for step in range(5):
@@ -179,7 +204,15 @@ def test_bad_values_and_leaves_are_named_and_not_taken_in() -> None:
     assert ema.num_updates == 0
     weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
-    for leaves in (None, weight, [], [weight, weight], [weight, weight * 1], [torch.ones(2)], ["w"]):
+    for leaves in (
+        None,
+        weight,
+        [],
+        [weight, weight],
+        [weight, weight * 1],
+        [torch.ones(2)],
+        ["w"],
+    ):
         with refused("leaves", "different leaves that require gradients"):
             ema(weight * 2, leaves=leaves)
     with refused("value", "no graph"):

@@ -1,4 +1,5 @@
-"""Switch EMA, and Hare and Tortoise: trajectories against NumPy, float64, over both kinds of averages."""
+"""Switch EMA, and Hare and Tortoise: trajectories against NumPy, float64, over both kinds of
+averages."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ class Quadratic(torch.nn.Module):
 def train(
     model: Quadratic, optimizer: torch.optim.Optimizer, recipe: Any, steps: int = STEPS
 ) -> Iterator[tuple[FloatArray, bool]]:
-    """Take steps; yield after each the weights before a switch at that step, and whether there was a switch."""
+    """Take steps; yield after each the weights before a switch at that step, and whether there was
+    a switch."""
     for _ in range(steps):
         optimizer.zero_grad()
         model.loss().backward()
@@ -75,22 +77,33 @@ def test_switching_keeps_the_momentum_unless_the_hares_optimizer_is_given(kind: 
     model = Quadratic()
     optimizer, average = sgd(model), averaged(model)
     given = (optimizer,) if kind == "hare and its optimizer" else ()
-    recipe = SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
+    recipe = (
+        SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
+    )
     weights, switched = zip(*train(model, optimizer, recipe), strict=True)
     assert [*switched] == [step % EVERY == 0 for step in range(1, STEPS + 1)]
-    np.testing.assert_allclose(weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING
+    )
     other = np.array(expected_path(forget_momentum=not given))
     assert np.abs(np.array(weights) - other).max() > 0.1
     assert torch.equal(model.weight, average.module.weight)
 
 
 def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
-    options = {"update_every": 1, "checkpoint_every": 6, "checkpoint_dtype": torch.float64, **options}
+    options = {
+        "update_every": 1,
+        "checkpoint_every": 6,
+        "checkpoint_dtype": torch.float64,
+        **options,
+    }
     return PostHocEMA.from_model(model, folder, sigma_rels=(SIGMA_REL, 0.28), **options)
 
 
 @pytest.mark.parametrize("kind", [SwitchEMA, HareAndTortoise])
-def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(kind: type, tmp_path: Path) -> None:
+def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(
+    kind: type, tmp_path: Path
+) -> None:
     model = Quadratic()
     with tracker(model, tmp_path) as ema:
         recipe = kind(ema, EVERY, sigma_rel=SIGMA_REL)
@@ -103,7 +116,9 @@ def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps
                 found = ema.state_dict(sigma_rel)["weight"].numpy()
                 np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
                 if step % EVERY == 0 and sigma_rel == SIGMA_REL:
-                    np.testing.assert_allclose(model.weight.detach().numpy(), expected, rtol=0, atol=ROUNDING)
+                    np.testing.assert_allclose(
+                        model.weight.detach().numpy(), expected, rtol=0, atol=ROUNDING
+                    )
         assert np.abs(seen[-1] - seen[-2]).max() > 1e-3
 
 
@@ -129,7 +144,9 @@ def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None
     np.testing.assert_array_equal(paths[0], paths[1])
 
 
-@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")]
+)
 def test_a_bad_period_or_length_is_named(kind: type, name: str, tmp_path: Path) -> None:
     for every in (0, -1, 2.5, True, "6"):
         with pytest.raises(InvalidValueError, match=name):

@@ -15,7 +15,9 @@ from posthoc_cli.errors import NotReadyError
 NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
-def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> list[tuple[FloatArray, FloatArray]]:
+def batches(
+    count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0
+) -> list[tuple[FloatArray, FloatArray]]:
     """Return correlated batches with a nonzero, moving mean."""
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(dim_x, dim_y))
@@ -36,14 +38,19 @@ def expected_statistics(
         center = state if state and running_mean else batch
         x, y = x - center["mean_x"], y - center["mean_y"]
         degrees = max(len(x) - 1, 1)
-        batch.update({"cov_xx": x.T @ x / degrees, "cov_yy": y.T @ y / degrees, "cov_xy": x.T @ y / degrees})
+        batch.update(
+            {"cov_xx": x.T @ x / degrees, "cov_yy": y.T @ y / degrees, "cov_xy": x.T @ y / degrees}
+        )
         state = {
-            name: (1 - momentum) * state[name] + momentum * batch[name] if state else batch[name] for name in NAMES
+            name: (1 - momentum) * state[name] + momentum * batch[name] if state else batch[name]
+            for name in NAMES
         }
     return state
 
 
-def feed(stats: EMAStats, data: list[tuple[FloatArray, FloatArray]], dtype: torch.dtype) -> EMAStats:
+def feed(
+    stats: EMAStats, data: list[tuple[FloatArray, FloatArray]], dtype: torch.dtype
+) -> EMAStats:
     for x, y in data:
         stats(torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
     return stats
@@ -53,7 +60,9 @@ def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) ->
     for name in NAMES:
         found = getattr(stats, name).detach().double().numpy()
         assert found.shape == expected[name].shape
-        assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
+        assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), (
+            name
+        )
 
 
 @pytest.mark.parametrize("running_mean", [True, False])
@@ -63,7 +72,8 @@ def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: 
     data = batches(12, rows, 4, 3)
     stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean).double()
     feed(stats, data, torch.float64)
-    # A few additions an element and batch, float64 on both sides; differences of values up to 10 that are about 1.
+    # A few additions an element and batch, float64 on both sides; differences of values up to 10
+    # that are about 1.
     check(stats, expected_statistics(data, momentum, running_mean), 1e-12)
     assert stats.num_batches_tracked == 12
     assert (stats.num_features_x, stats.num_features_y) == (4, 3)
@@ -75,7 +85,9 @@ def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> N
         stats.correlation()
     ((x, y),) = data = batches(1, 50, 4, 3)
     feed(stats, data, torch.float64)
-    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
+    np.testing.assert_allclose(
+        stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11
+    )
     np.testing.assert_allclose(stats.cov_xy, np.cov(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-12)
 
 
@@ -97,13 +109,19 @@ def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
     assert grad.abs().max() > 1e-3
 
 
-def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module() -> None:
+def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module() -> (
+    None
+):
     dtype = torch.bfloat16
-    data = [tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch) for batch in batches(30, 64, 4, 3)]
+    data = [
+        tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch)
+        for batch in batches(30, 64, 4, 3)
+    ]
     with torch.autocast("cpu", dtype):
         stats = feed(EMAStats(4, 3, 0.05), data, dtype)
     assert stats.cov_xy.dtype == torch.float32
-    # Sums of 64 products of values up to about 8 in float32; bfloat16 sums would be off by 4e-3 at least.
+    # Sums of 64 products of values up to about 8 in float32; bfloat16 sums would be off by 4e-3 at
+    # least.
     check(stats, expected_statistics(data, 0.05), 2e-5)
     assert torch.nn.Sequential(stats).half()[0].cov_xy.dtype == torch.float32
     assert torch.nn.Sequential(stats).double()[0].cov_xy.dtype == torch.float64
@@ -116,7 +134,9 @@ def by_state(stats: EMAStats) -> EMAStats:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, by_state])
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied: Callable[[EMAStats], EMAStats]) -> None:
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(
+    copied: Callable[[EMAStats], EMAStats],
+) -> None:
     stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32)
     stats(torch.randn(8, 3, requires_grad=True), torch.randn(8, 2))
     assert stats.cov_xy.requires_grad
@@ -137,7 +157,9 @@ def test_a_state_of_symm_learning_loads() -> None:
     values = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32).state_dict()
     state = {f"stats.running_{name}": values[name] for name in NAMES}
     outer = torch.nn.ModuleDict({"stats": EMAStats(3, 2)})
-    outer.load_state_dict(state | {"stats.num_batches_tracked": values["num_batches_tracked"]}, strict=True)
+    outer.load_state_dict(
+        state | {"stats.num_batches_tracked": values["num_batches_tracked"]}, strict=True
+    )
     assert_same_tensors(outer["stats"].state_dict(), values)
 
 
@@ -145,9 +167,14 @@ def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
     x, y, stats = torch.randn(5, 3), torch.randn(5, 2), EMAStats(3, 2).eval()
     assert stats(x, y) == (x, y)
     for batch, subject in (
-        ((x[0], y), "x"), ((x[:0], y[:0]), "x"), ((x, x), "y"), ((x, y[1:]), "y"), ((x, None), "y"),
-        ((x.long(), y), "x"), ((x, y.double()), "y"),
-    ):  # fmt: skip
+        ((x[0], y), "x"),
+        ((x[:0], y[:0]), "x"),
+        ((x, x), "y"),
+        ((x, y[1:]), "y"),
+        ((x, None), "y"),
+        ((x.long(), y), "x"),
+        ((x, y.double()), "y"),
+    ):
         with refused(subject):
             stats.train()(*batch)
     assert stats.num_batches_tracked == 0

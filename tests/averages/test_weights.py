@@ -1,4 +1,5 @@
-"""Averages of a model's weights: the formulas, what is copied, states, precision, subclasses and wrappers."""
+"""Averages of a model's weights: the formulas, what is copied, states, precision, subclasses and
+wrappers."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,8 @@ from posthoc_cli.errors import ModelMismatchError
 
 
 def rounding(updates: int, largest: float) -> float:
-    """Bound the rounding of a difference, at most twice the largest value, a product, the share and a sum."""
+    """Bound the rounding of a difference, at most twice the largest value, a product, the share and
+    a sum."""
     return updates * 7 * 2.0**-24 * largest
 
 
@@ -25,7 +27,8 @@ def numbers(tensor: torch.Tensor) -> FloatArray:
 
 
 def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
-    """Move every floating-point tensor and count every integer up, as a training would; yield each step."""
+    """Move every floating-point tensor and count every integer up, as a training would; yield each
+    step."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         with torch.no_grad():
@@ -37,21 +40,27 @@ def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[
         yield step
 
 
-# --- ExponentialMovingAverage ------------------------------------------------------------------------
+# --- ExponentialMovingAverage
+# ------------------------------------------------------------------------
 
 
 def average(values: Sequence[FloatArray], momenta: Sequence[float]) -> FloatArray:
-    """Return the average by definition, in float64; `momenta[0]` belongs to the first value and is not used."""
+    """Return the average by definition, in float64; `momenta[0]` belongs to the first value and is
+    not used."""
     result = np.asarray(values[0], np.float64)
     for value, momentum in zip(values[1:], momenta[1:], strict=True):
         result = (1 - momentum) * result + momentum * np.asarray(value, np.float64)
     return result
 
 
-@pytest.mark.parametrize(("warmup", "interval", "update_buffers"), [(False, 1, False), (True, 3, True)])
+@pytest.mark.parametrize(
+    ("warmup", "interval", "update_buffers"), [(False, 1, False), (True, 3, True)]
+)
 def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers: bool) -> None:
     model = tiny_model()
-    ema = ExponentialMovingAverage(model, 0.2, interval, update_buffers=update_buffers, warmup=warmup)
+    ema = ExponentialMovingAverage(
+        model, 0.2, interval, update_buffers=update_buffers, warmup=warmup
+    )
     weights, variances, momenta = [], [], []
     for step in random_steps(model, 40):  # the warm-up has ended by then
         ema.update_parameters(model)
@@ -61,17 +70,24 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
             momenta.append(1 - min(1 - 0.2, (1 + step) / (10 + step)) if warmup else 0.2)
     expected = average(weights, momenta)
     within = rounding(40, float(np.abs(weights).max()))
-    assert np.abs(numbers(ema.module.head.weight) - expected).max() < within < 0.01 * np.abs(expected).max()
+    assert (
+        np.abs(numbers(ema.module.head.weight) - expected).max()
+        < within
+        < 0.01 * np.abs(expected).max()
+    )
     assert ema.module.head.weight is ema.module.embed.weight
     last = numbers(model.norm.running_var)
     expected = average(variances, momenta) if update_buffers else last
-    assert np.abs(numbers(ema.module.norm.running_var) - expected).max() < rounding(40, float(np.abs(variances).max()))
+    assert np.abs(numbers(ema.module.norm.running_var) - expected).max() < rounding(
+        40, float(np.abs(variances).max())
+    )
     assert ema.module.norm.num_batches_tracked == model.norm.num_batches_tracked == 40
     assert ema.steps == 40
 
 
 def test_half_precision_averages_move() -> None:
-    """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average would stay at 1."""
+    """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average
+    would stay at 1."""
     model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
     torch.nn.init.ones_(model.weight)
     ema = ExponentialMovingAverage(model, momentum=2e-4)
@@ -85,16 +101,21 @@ def test_half_precision_averages_move() -> None:
 
 
 def test_a_state_of_mmengine_loads_and_goes_on() -> None:
-    """`mmengine.model.ExponentialMovingAverage(model).state_dict()` has these names, as documented."""
+    """`mmengine.model.ExponentialMovingAverage(model).state_dict()` has these names, as
+    documented."""
     model = tiny_model()
-    saved = {f"module.{name}": torch.randn(value.shape) for name, value in model.state_dict().items()}
+    saved = {
+        f"module.{name}": torch.randn(value.shape) for name, value in model.state_dict().items()
+    }
     saved["module.norm.num_batches_tracked"] = torch.tensor(17)
     saved["module.head.weight"] = saved["module.embed.weight"]
     saved["steps"] = torch.tensor(40)
     ema = ExponentialMovingAverage(model, momentum=0.25)
     both = torch.nn.ModuleDict({"generator": model, "ema": ema})
     given = {f"generator.{name}": value for name, value in model.state_dict().items()}
-    both.load_state_dict(given | {f"ema.{name}": value for name, value in saved.items()}, strict=True)
+    both.load_state_dict(
+        given | {f"ema.{name}": value for name, value in saved.items()}, strict=True
+    )
     assert set(ema.state_dict()) == set(saved)
     assert ema.steps == 40
     ema.update_parameters(model)
@@ -118,7 +139,8 @@ def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> Non
     assert_same_tensors(ema.state_dict(), before)
 
 
-# --- ShadowModel --------------------------------------------------------------------------------------
+# --- ShadowModel
+# --------------------------------------------------------------------------------------
 
 
 def train(net: ShadowModel, steps: int) -> list[FloatArray]:
@@ -132,9 +154,16 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
 
 @pytest.mark.parametrize("num_updates", [None, 7, torch.tensor(7)])
 @pytest.mark.parametrize(("decay", "debias"), [(0.6, False), (0.9999, True)])
-def test_the_shadow_is_tensorflows_formula(decay: float, debias: bool, num_updates: int | torch.Tensor | None) -> None:
-    """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum of the weights."""
-    net, own, steps = ShadowModel(tiny_model(), decay, num_updates, debias), isinstance(num_updates, int), 20
+def test_the_shadow_is_tensorflows_formula(
+    decay: float, debias: bool, num_updates: int | torch.Tensor | None
+) -> None:
+    """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum
+    of the weights."""
+    net, own, steps = (
+        ShadowModel(tiny_model(), decay, num_updates, debias),
+        isinstance(num_updates, int),
+        20,
+    )
     shadow, mass = numbers(net.shadow.head.weight) * (not debias), 0.0
     values = train(net, steps)
     for count, value in enumerate(values):
@@ -146,8 +175,16 @@ def test_the_shadow_is_tensorflows_formula(decay: float, debias: bool, num_updat
         # The mass is float32: its error, at most half a bit an update, is one of the share too.
         assert net.debias_mass.item() == pytest.approx(mass, rel=steps * 2.0**-24)
         shadow, within = shadow / mass, 2 * within
-    assert np.abs(numbers(net.shadow.head.weight) - shadow).max() < within < 0.01 * np.abs(shadow).max()
-    assert net.num_updates is None if num_updates is None else int(net.num_updates) == int(num_updates) + steps * own
+    assert (
+        np.abs(numbers(net.shadow.head.weight) - shadow).max()
+        < within
+        < 0.01 * np.abs(shadow).max()
+    )
+    assert (
+        net.num_updates is None
+        if num_updates is None
+        else int(net.num_updates) == int(num_updates) + steps * own
+    )
     assert ("num_updates" in net.state_dict()) == own
 
 
@@ -188,7 +225,8 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
 
 
-# --- both ---------------------------------------------------------------------------------------------
+# --- both
+# ---------------------------------------------------------------------------------------------
 
 
 MAKE: dict[str, Callable[[torch.nn.Module], Any]] = {
@@ -221,7 +259,9 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
     assert_same_tensors(first.state_dict(), before)
     updated(first, model, seed=2)
     assert_same_tensors(twin.state_dict(), first.state_dict())
-    name = next(name for name in before if name.endswith("head.weight") and not name.startswith("model."))
+    name = next(
+        name for name in before if name.endswith("head.weight") and not name.startswith("model.")
+    )
     assert not torch.equal(twin.state_dict()[name], before[name])
 
 
@@ -230,7 +270,12 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
 LAYER = torch.nn.Linear(1, 1)
 NUMBERS: list[object] = [-0.1, 2, float("nan"), True, "0.1", None]
 BAD = [
-    (averages.ExponentialMovingAverage, {"model": LAYER}, "momentum", [0.0, 1.0, float("inf"), [0.1], *NUMBERS]),
+    (
+        averages.ExponentialMovingAverage,
+        {"model": LAYER},
+        "momentum",
+        [0.0, 1.0, float("inf"), [0.1], *NUMBERS],
+    ),
     (averages.ExponentialMovingAverage, {"model": LAYER}, "interval", [0, -1, 1.5, True, "2"]),
     (averages.ShadowModel, {"model": LAYER}, "decay", [1.0, *NUMBERS]),
     (averages.ShadowModel, {"model": LAYER, "decay": 0.9}, "num_updates", [-1, 1.5, True, "3"]),
@@ -247,7 +292,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("kind", "usual", "name", "values"), BAD)
-def test_a_bad_argument_is_named(kind: type, usual: dict[str, object], name: str, values: list[object]) -> None:
+def test_a_bad_argument_is_named(
+    kind: type, usual: dict[str, object], name: str, values: list[object]
+) -> None:
     for value in values:
         with refused(name):
             kind(**usual | {name: value})

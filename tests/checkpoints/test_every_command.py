@@ -23,7 +23,8 @@ SETTINGS: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return checkpoints, their import, and snapshots of an even random walk over a quarter of the norm."""
+    """Return checkpoints, their import, and snapshots of an even random walk over a quarter of the
+    norm."""
     folder = tmp_path_factory.mktemp("walk")
     (folder / "ck").mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +36,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model.w += STEPS**-0.5 * torch.randn(ELEMENTS, generator=generator)
             tracker.update_(model)
             if step % 10 == 0:
-                held = {"net.w": model.w.detach(), "net.skip.b": torch.ones(2), "head.w": torch.ones(2)}
+                held = {
+                    "net.w": model.w.detach(),
+                    "net.skip.b": torch.ones(2),
+                    "head.w": torch.ones(2),
+                }
                 torch.save({"state_dict": held}, folder / "ck" / f"v2-at{step}.pt")
     import_checkpoints(folder / "ck", folder / "own", **SETTINGS)
     return folder
@@ -67,7 +72,9 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept")
-    assert ema("sweep", run / "own", "--run", "sh -c 'echo {sigma_rel}' {weights}", *lengths).code == 0
+    assert (
+        ema("sweep", run / "own", "--run", "sh -c 'echo {sigma_rel}' {weights}", *lengths).code == 0
+    )
     wanted = Run(run / "own").average(0.1)
     assert_same_tensors(load_file("swept/best.safetensors"), wanted)
     assert ema("report", run / "own", "--sweep", "swept", "--out", "page.html").code == 0
@@ -82,9 +89,23 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
 def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
     refused = ema("import", run / "ema", "--prefix", "w", "--out", tmp_path / "new")
     assert (refused.code, f"{run / 'ema'}: holds a run already" in refused.error) == (1, True)
-    options = {"--sigma-rels": "0.05,0.28", "--update-every": 10, "--update-after-step": 10, "--ema-decay": 0.99}
+    options = {
+        "--sigma-rels": "0.05,0.28",
+        "--update-every": 10,
+        "--update-after-step": 10,
+        "--ema-decay": 0.99,
+    }
     for option, value in options.items():
-        refused = ema("import", run / "ck", "--step-from", r"at(\d+)", option, value, "--out", tmp_path / "new")
+        refused = ema(
+            "import",
+            run / "ck",
+            "--step-from",
+            r"at(\d+)",
+            option,
+            value,
+            "--out",
+            tmp_path / "new",
+        )
         assert refused.code == 2
         assert refused.error.startswith(f"{option}: says nothing about checkpoints")
     assert not (tmp_path / "new").exists()
@@ -98,9 +119,15 @@ def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: E
     if layout == "safetensors":
         assert "0 intact" in verified.out
     else:
-        assert f"{folder}: holds checkpoints of other programs, which have no checksums" in verified.error
+        assert (
+            f"{folder}: holds checkpoints of other programs, which have no checksums"
+            in verified.error
+        )
     assert "no snapshots here" in ema("prune", folder, "--keep", "2", "--yes").error
     assert contents(folder) == before
     damaged = next(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".distcp"))
     os.truncate(damaged, 1000)
-    assert "ema verify" not in ema("synthesize", folder, "--sigma-rel", "0.2", "--out", folder / "o.pt").error
+    assert (
+        "ema verify"
+        not in ema("synthesize", folder, "--sigma-rel", "0.2", "--out", folder / "o.pt").error
+    )

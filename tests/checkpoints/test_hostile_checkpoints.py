@@ -59,7 +59,10 @@ def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
                 (run / f"step-{step}" / ".metadata").write_bytes(pickle.dumps(bomb))
     message = read(run)
     assert not marker.exists()
-    wanted = {"root": "holds no tensors", "metadata": "is no metadata of torch.distributed.checkpoint"}
+    wanted = {
+        "root": "holds no tensors",
+        "metadata": "is no metadata of torch.distributed.checkpoint",
+    }
     assert wanted.get(place, "") in message
     assert bool(message) == (place in wanted)
 
@@ -76,36 +79,57 @@ OPCODES = {
     "unknown opcode": b"\x80\x04\xff.",
     "nested dicts": b"\x80\x04}" + b"\x8c\x00}" * 500_000 + b"s" * 500_000 + b".",
     "doubled key": b"\x80\x04}" + _DOUBLED + b"Ns.",
-    "doubled dicts": b"\x80\x04}" + b"".join(
-        b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
-    ) + b".",
+    "doubled dicts": b"\x80\x04}"
+    + b"".join(b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60))
+    + b".",
     "doubled key of a call": b"\x80\x02ccollections\nOrderedDict\n]" + _DOUBLED + b"N\x86a\x85R.",
     "doubled storage": b"\x80\x02ctorch.storage\n_load_from_bytes\n" + _DOUBLED + b"\x85R.",
     "doubled in a set": b"\x80\x04\x8f(" + _DOUBLED + b"\x90.",
-    "key of many digits": b"\x80\x04}\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b"Ns.",
+    "key of many digits": b"\x80\x04}\x8b"
+    + (10**6).to_bytes(4, "little")
+    + b"\x7f" * 10**6
+    + b"Ns.",
     "many arguments": b"\x80\x04" + _MANY_CALLS % (b"cx\ny\n", b"(" + b"N" * 100_000 + b"t"),
-    "many pairs": b"\x80\x04" + _MANY_CALLS % (
-        b"ccollections\nOrderedDict\n", b"](" + b"".join(b"M%c\x00K\x01\x86" % i for i in range(256)) * 200 + b"e\x85"
+    "many pairs": b"\x80\x04"
+    + _MANY_CALLS
+    % (
+        b"ccollections\nOrderedDict\n",
+        b"](" + b"".join(b"M%c\x00K\x01\x86" % i for i in range(256)) * 200 + b"e\x85",
     ),
-    "calls itself": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00N](h\x00Nh\x01Neq\x01NtR.".replace(
-        b"N](h\x00Nh\x01Neq\x01N", b"(h\x00N]q\x01(h\x00Nh\x01NeN"
-    ),
+    "calls itself": b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\nq\x00"
+    b"(h\x00N]q\x01(h\x00Nh\x01NeNtR.",
     "lone surrogate": b"\x80\x04}\x8c\x01w\x8c\x03\xed\xa0\x80s.",
     "persistent": b"\x80\x04\x8c\x01xQ.",
     "tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
-    "big-endian": b"".join(pickle.dumps(one) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False})),
-    "long tuple as a key": b"\x80\x04(" + b"K\x01" * 8_000 + b"tq\x00}(" + b"h\x00N" * 8_000 + b"u.",
+    "big-endian": b"".join(
+        pickle.dumps(one) for one in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": False})
+    ),
+    "long tuple as a key": b"\x80\x04("
+    + b"K\x01" * 8_000
+    + b"tq\x00}("
+    + b"h\x00N" * 8_000
+    + b"u.",
     "empty dicts": b"\x80\x04](" + b"}" * 3_000_000 + b"e.",
-    "long names again and again": b"\x80\x02X\x10\x27\x00\x00" + b"k" * 10_000 + b"q\x000}(" + b"".join(
-        b"X\x05\x00\x00\x00%05dK\x01" % i for i in range(3000)
-    ) + b"u" + b"q\x010}h\x00h\x01s" * 90 + b".",
-    "float keys again and again": b"\x80\x04}(" + b"".join(b"G" + struct.pack(">d", i) + b"N" for i in range(20_000))
-    + b"uq\x00}(" + b"".join(b"J" + struct.pack("<i", i) + b"h\x00" for i in range(100_000)) + b"u.",
+    "long names again and again": b"\x80\x02X\x10\x27\x00\x00"
+    + b"k" * 10_000
+    + b"q\x000}("
+    + b"".join(b"X\x05\x00\x00\x00%05dK\x01" % i for i in range(3000))
+    + b"u"
+    + b"q\x010}h\x00h\x01s" * 90
+    + b".",
+    "float keys again and again": b"\x80\x04}("
+    + b"".join(b"G" + struct.pack(">d", i) + b"N" for i in range(20_000))
+    + b"uq\x00}("
+    + b"".join(b"J" + struct.pack("<i", i) + b"h\x00" for i in range(100_000))
+    + b"u.",
     "bytes beyond all files": b"\x80\x04\x8e" + (2**63 - 1).to_bytes(8, "little") + b".",
-    "long class again and again": b"\x80\x04X\x40\x42\x0f\x00" + b"k" * 1_000_000 + b"q\x00"
-    + b"h\x00h\x00\x93" * 20_000 + b".",
+    "long class again and again": b"\x80\x04X\x40\x42\x0f\x00"
+    + b"k" * 1_000_000
+    + b"q\x00"
+    + b"h\x00h\x00\x93" * 20_000
+    + b".",
     "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", OPCODES)
@@ -120,7 +144,10 @@ EMPTY_OBJECTS = b'{"w":[' + b",".join([b"{}"] * 1_000_000) + b"]}"
 """A header that would take 64 bytes of memory for 3 of the file: 24 MB took 1.2 GB."""
 
 LARGE: dict[str, tuple[bytes, int]] = {
-    **{f"{what}.pt": (OPCODES[what], 50_000_000) for what in ("empty dicts", "long names again and again")},
+    **{
+        f"{what}.pt": (OPCODES[what], 50_000_000)
+        for what in ("empty dicts", "long names again and again")
+    },
     "header.safetensors": (len(EMPTY_OBJECTS).to_bytes(8, "little") + EMPTY_OBJECTS, 0),
 }
 """Files, and the memory that may be used in addition to a multiple of their length."""
@@ -140,10 +167,12 @@ def test_what_a_pickle_makes_is_limited_by_its_length(name: str, tmp_path: Path)
 
 
 def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
-    """Functions in the registry of extensions, and attributes of the functions in place of torch's."""
+    """Functions in the registry of extensions, and attributes of the functions in place of
+    torch's."""
     copyreg.add_extension("os", "getpid", 0x7FFF1234)
     extension = b"\x84" + (0x7FFF1234).to_bytes(4, "little")
-    assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()  # from now on the registry has it in a cache
+    # from now on the registry has it in a cache
+    assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()
     (tmp_path / "step1.pt").write_bytes(b"\x80\x02}(X\x01\x00\x00\x00w" + extension + b")Ru.")
     assert "damaged pickle" in read(tmp_path)
     attributes = b"N}X\x0c\x00\x00\x00__defaults__)s\x86b"
@@ -170,7 +199,9 @@ SHARD = "-00001-of-00002.safetensors"
 
 def test_shards_lead_nowhere_else(write: Write, tmp_path: Path) -> None:
     run = write("transformers")
-    index, shard = (run / "checkpoint-20" / f"model{end}" for end in (".safetensors.index.json", SHARD))
+    index, shard = (
+        run / "checkpoint-20" / f"model{end}" for end in (".safetensors.index.json", SHARD)
+    )
     content = json.loads(index.read_text())
     shutil.copy(shard, tmp_path / "other.safetensors")
     for name, problem in (
@@ -183,7 +214,10 @@ def test_shards_lead_nowhere_else(write: Write, tmp_path: Path) -> None:
     index.write_text(json.dumps(content))
     for make, problem in (
         (lambda: None, f"{shard.name}: cannot be opened: no such file"),
-        (lambda: shard.symlink_to(shard.name), "cannot be opened: too many levels of symbolic links"),
+        (
+            lambda: shard.symlink_to(shard.name),
+            "cannot be opened: too many levels of symbolic links",
+        ),
         (lambda: os.mkfifo(shard), "is not a regular file"),
     ):
         shard.unlink(missing_ok=True)
@@ -214,12 +248,15 @@ DISTRIBUTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str
     "a shape of texts": ({"sizes": ["x"]}, {}, {}, "its shape, or that of a chunk, is"),
     "a hole": ({"sizes": torch.Size([299])}, {}, {}, "'w': "),
     "another shape": (
-        {"sizes": torch.Size([200])}, {"size": torch.Size([200])}, {}, "'w': holds no tensor of shape [200]",
+        {"sizes": torch.Size([200])},
+        {"size": torch.Size([200])},
+        {},
+        "'w': holds no tensor of shape [200]",
     ),
     "no place": ({}, {}, {"relative_path": None}, "'w': its place is missing"),
     "a far end": ({}, {}, {"length": 10**9}, "'w': truncated: it would end beyond"),
     "compressed": ({}, {}, {"transform_descriptors": ["zstd"]}, "compressed or encrypted"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DISTRIBUTED)
@@ -237,10 +274,16 @@ def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("offsets", "dtype", "problem"),
-    [([[0], [3]], "float32", ""), ([[0], [2]], "float32", "'w': "), ([[0], [3]], "float16", "are of several dtypes"),
-     ([[0], [3, 0]], "float32", "must give its offsets")],
-)  # fmt: skip
-def test_chunks_make_a_complete_tensor_of_one_dtype(tmp_path: Path, offsets: Any, dtype: str, problem: str) -> None:
+    [
+        ([[0], [3]], "float32", ""),
+        ([[0], [2]], "float32", "'w': "),
+        ([[0], [3]], "float16", "are of several dtypes"),
+        ([[0], [3, 0]], "float32", "must give its offsets"),
+    ],
+)
+def test_chunks_make_a_complete_tensor_of_one_dtype(
+    tmp_path: Path, offsets: Any, dtype: str, problem: str
+) -> None:
     folder = tmp_path / "step-1"
     folder.mkdir()
     for part, offset in enumerate(offsets):
@@ -261,10 +304,19 @@ def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"decay": "much"}, {"decay": torch.ones(2)}, {"num_updates": float("inf")}, {"power": "x"},
-                {"inv_gamma": 0}, {"min_decay": [1]}],
-)  # fmt: skip
-def test_an_ema_whose_settings_are_no_numbers_is_one_line(setting: dict[str, Any], tmp_path: Path) -> None:
+    "setting",
+    [
+        {"decay": "much"},
+        {"decay": torch.ones(2)},
+        {"num_updates": float("inf")},
+        {"power": "x"},
+        {"inv_gamma": 0},
+        {"min_decay": [1]},
+    ],
+)
+def test_an_ema_whose_settings_are_no_numbers_is_one_line(
+    setting: dict[str, Any], tmp_path: Path
+) -> None:
     """In a file of torch-ema, or in the configuration of diffusers' EMA."""
     if setting.keys() & {"decay", "num_updates"}:
         average = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(3)]} | setting
@@ -281,9 +333,13 @@ def test_an_ema_whose_settings_are_no_numbers_is_one_line(setting: dict[str, Any
 def test_archives_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "step1.pt"
     torch.save({"w": torch.ones(300)}, path)
-    members = {info.filename: zipfile.ZipFile(path).read(info) for info in zipfile.ZipFile(path).infolist()}
+    members = {
+        info.filename: zipfile.ZipFile(path).read(info) for info in zipfile.ZipFile(path).infolist()
+    }
 
-    def refusal(compression: int = zipfile.ZIP_STORED, twice: bool = False, **changed: bytes) -> str:
+    def refusal(
+        compression: int = zipfile.ZIP_STORED, twice: bool = False, **changed: bytes
+    ) -> str:
         with zipfile.ZipFile(path, "w", compression) as archive:
             for name, data in members.items():
                 archive.writestr(name, changed.get(name.rpartition("/")[2].replace(".", "_"), data))
@@ -314,8 +370,8 @@ def test_a_tensor_that_repeats_few_bytes_stays_small(tmp_path: Path) -> None:
 
 
 def test_tensors_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_path: Path) -> None:
-    """A file of 4 MB could hold 1,000 tensors of 4 MB, in one storage or in members of a zip; views and tied weights
-    are read.
+    """A file of 4 MB could hold 1,000 tensors of 4 MB, in one storage or in members of a zip; views
+    and tied weights are read.
     """
     values, path = torch.arange(1_000_000.0), tmp_path / "step2.pt"
     few, many = ({f"w{i}": values[i : 990_000 + i] for i in range(count)} for count in (4, 1000))
@@ -323,11 +379,15 @@ def test_tensors_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_p
     assert torch.equal(Run(tmp_path).average(0.2)["w3"], few["w3"])
     torch.save(many, path)
     assert "its tensors share bytes, and would take" in read(tmp_path)
-    torch.save({name: torch.full((i + 1,), 1.0) for i, name in enumerate(many)} | {"all": values}, path)
+    torch.save(
+        {name: torch.full((i + 1,), 1.0) for i, name in enumerate(many)} | {"all": values}, path
+    )
     with zipfile.ZipFile(path, "a") as archive:
         largest = max(archive.infolist(), key=lambda info: info.file_size)
         for info in archive.infolist():
-            info.header_offset = largest.header_offset if "/data/" in info.filename else info.header_offset
+            info.header_offset = (
+                largest.header_offset if "/data/" in info.filename else info.header_offset
+            )
         archive.comment = b"x"  # which makes it write the changed directory
     started = time.process_time()
     assert Run(path).sources[0].file_bytes < 9 * path.stat().st_size

@@ -27,22 +27,36 @@ def test_the_kinds_that_the_command_names_are_those_of_the_table() -> None:
     assert set(KINDS) == set(TABLE)
 
 
-def test_an_import_and_its_files_can_be_moved_together_only(write: Write, tmp_path: Path, ema: Ema) -> None:
-    """A copy, whose files have other dates, works too; the steps are those that the import found."""
+def test_an_import_and_its_files_can_be_moved_together_only(
+    write: Write, tmp_path: Path, ema: Ema
+) -> None:
+    """A copy, whose files have other dates, works too; the steps are those that the import
+    found."""
     write("safetensors")
     (tmp_path / "both").mkdir()
     (tmp_path / "run").rename(tmp_path / "both" / "walk7")
-    done = import_checkpoints(tmp_path / "both" / "walk7", tmp_path / "both" / "new", step_from=r"both/.*step(\d+)")
+    done = import_checkpoints(
+        tmp_path / "both" / "walk7", tmp_path / "both" / "new", step_from=r"both/.*step(\d+)"
+    )
     wanted = Run(done.out or "").average(0.2)
     shutil.copytree(tmp_path / "both", tmp_path / "copied")
     shutil.rmtree(tmp_path / "both")
     (tmp_path / "link").symlink_to(tmp_path / "copied" / "new")
-    for place in (tmp_path / "copied" / "new", tmp_path / "link", Path(os.path.relpath(tmp_path / "link"))):
+    for place in (
+        tmp_path / "copied" / "new",
+        tmp_path / "link",
+        Path(os.path.relpath(tmp_path / "link")),
+    ):
         assert_same_tensors(Run(place).average(0.2), wanted)
     (tmp_path / "copied" / "new").rename(tmp_path / "apart")
     (tmp_path / "walk8").mkdir()
-    reason = f"{tmp_path / 'walk7' / 'step100.safetensors'}: is missing, and {tmp_path / 'apart'} refers to it"
-    refused = ema("synthesize", tmp_path / "apart", "--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
+    reason = (
+        f"{tmp_path / 'walk7' / 'step100.safetensors'}: is missing, and "
+        f"{tmp_path / 'apart'} refers to it"
+    )
+    refused = ema(
+        "synthesize", tmp_path / "apart", "--sigma-rel", "0.2", "--out", tmp_path / "o.pt"
+    )
     assert refused.error == f"{reason}; move both together, or import again"
 
 
@@ -52,14 +66,19 @@ def _replace(path: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "is missing": (lambda path: path.unlink(), "is missing, and"),
-    "is shorter": (lambda path: os.truncate(path, path.stat().st_size - 1), "was replaced, or has changed, since"),
+    "is shorter": (
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        "was replaced, or has changed, since",
+    ),
     "is replaced": (_replace, "was replaced, or has changed, since"),
     "is a pipe": (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Path, ema: Ema) -> None:
+def test_a_file_that_is_not_the_one_imported_is_named(
+    change: str, tmp_path: Path, ema: Ema
+) -> None:
     filled(tmp_path / "ck", 1, 2, 3, size=3000)
     new, path = tmp_path / "new", tmp_path / "ck" / "step2.pt"
     assert ema("import", tmp_path / "ck", "--out", new).code == 0
@@ -72,26 +91,36 @@ def test_a_file_that_is_not_the_one_imported_is_named(change: str, tmp_path: Pat
         assert reason in refused.error
     verified = ema("verify", new, "--json")
     assert verified.code == 1
-    assert [one["path"] for one in verified.json["files"] if one["state"] == "damaged"] == [str(path)]
+    assert [one["path"] for one in verified.json["files"] if one["state"] == "damaged"] == [
+        str(path)
+    ]
     path.unlink(missing_ok=True)
     _replace(path)
-    assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out  # without --overwrite
+    # without --overwrite
+    assert "wrote a run that refers" in ema("import", tmp_path / "ck", "--out", new).out
     assert Run(new).average("last:1", t=2)["w"].tolist() == [-1.0] * 3000
 
 
 def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> None:
     """An index holds the places of the tensors in the other files."""
-    for layout, name in (("transformers", "model.safetensors.index.json"), ("distributed", ".metadata")):
+    for layout, name in (
+        ("transformers", "model.safetensors.index.json"),
+        ("distributed", ".metadata"),
+    ):
         folder = write(layout)
         import_checkpoints(folder, tmp_path / layout)
         path = next(folder.rglob(name))
         path.write_bytes(path.read_bytes().replace(b"0", b"1", 1))
-        with pytest.raises(errors.FileFormatError, match=f"{name}: was replaced, or has changed, since"):
+        with pytest.raises(
+            errors.FileFormatError, match=f"{name}: was replaced, or has changed, since"
+        ):
             _ = Run(tmp_path / layout).sources
         shutil.rmtree(folder)
 
 
-def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_path: Path, ema: Ema) -> None:
+def test_the_same_import_again_does_nothing_and_others_ask(
+    write: Write, tmp_path: Path, ema: Ema
+) -> None:
     folder, new = write("safetensors"), tmp_path / "new"
     first = ("import", folder, "--exclude", "*.bias", "--out", new)
     assert ema(*first, "--json").json["written"] is True
@@ -100,7 +129,10 @@ def test_the_same_import_again_does_nothing_and_others_ask(write: Write, tmp_pat
     assert (again["written"], len(again["checkpoints"])) == (False, len(STEPS))
     assert contents(new) == before
     other = ema("import", folder, "--out", new)
-    reason = f"{new}: is an import of {folder} with other settings; choose another name, or `overwrite` to replace it"
+    reason = (
+        f"{new}: is an import of {folder} with other settings; choose another name, or "
+        f"`overwrite` to replace it"
+    )
     assert other.error == reason
     (tmp_path / "else").mkdir()
     shutil.copy(folder / "step20.safetensors", tmp_path / "else")
@@ -130,15 +162,21 @@ def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_delete
     import_checkpoints(folder, new)
     before = contents(tmp_path)
     refused = ema("prune", new, "--keep", "2", "--yes")
-    assert (refused.code, refused.error) == (1, f"{new}: refers to files of other programs, which are never deleted")
+    assert (refused.code, refused.error) == (
+        1,
+        f"{new}: refers to files of other programs, which are never deleted",
+    )
     checked = ema("verify", new)
     assert checked.code == 0
     assert f"{len(STEPS)} without checksums" in checked.out
     assert contents(tmp_path) == before
 
 
-def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files behind links as in a cache of models, a run within the folder or behind a link, a glob."""
+def test_unusual_places(
+    weights: dict[int, Weights], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files behind links as in a cache of models, a run within the folder or behind a link, a
+    glob."""
     cache, folder = tmp_path / "blobs", tmp_path / "a b'ü"
     for place in (cache, folder):
         place.mkdir()
@@ -155,7 +193,9 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
     assert not import_checkpoints(folder / "step?0*.pt", folder / "run").written
     (tmp_path / "deep/er").mkdir(parents=True)
     (tmp_path / "link").symlink_to("deep/er")
-    assert Run(import_checkpoints(folder / "step?0*.pt", tmp_path / "link/run").out or "").step == 200
+    assert (
+        Run(import_checkpoints(folder / "step?0*.pt", tmp_path / "link/run").out or "").step == 200
+    )
     one = import_checkpoints(folder / "step40.pt", tmp_path / "one")
     assert Run(one.out or "").step == 40
     with pytest.raises(errors.DirectoryError, match="holds a run already"):
@@ -167,17 +207,19 @@ def test_unusual_places(weights: dict[int, Weights], tmp_path: Path, monkeypatch
 
 WRONG: list[tuple[str, Any, str]] = [
     ("kind", "nothing", " 'nothing': must be one of edm2, ema-pytorch, "), ("prefix", 5, ""),
-    ("step_from", r"a-\d+", ".* with one group"), ("step_from", "(", ".* a regular expression"), ("include", [5], ""),
-    ("exclude", "", ""), ("sigma_rels", 0.1, ""), ("update_every", True, ""), ("update_after_step", -1, ""),
-    ("ema_decay", "much", " .* or a half-life such as"), ("ema_decay", [0.9], ""),
-    ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
+    ("step_from", r"a-\d+", ".* with one group"), ("step_from", "(", ".* a regular expression"),
+    ("include", [5], ""), ("exclude", "", ""), ("sigma_rels", 0.1, ""), ("update_every", True, ""),
+    ("update_after_step", -1, ""), ("ema_decay", "much", " .* or a half-life such as"),
+    ("ema_decay", [0.9], ""), ("ema_decay", 1.5, r" 1\.5: must be in \(0, 1\)"),
     ("ema_restarts", [0], ""), ("ema_warmup", "x", " 'x': must be one of none, ratio, power"),
     ("ema_uncertainty", -0.1, ""),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "value", "reason"), WRONG)
-def test_a_setting_that_cannot_be_used_is_named(name: str, value: Any, reason: str, tmp_path: Path) -> None:
+def test_a_setting_that_cannot_be_used_is_named(
+    name: str, value: Any, reason: str, tmp_path: Path
+) -> None:
     filled(tmp_path / "ck", 1)
     with pytest.raises(errors.InvalidValueError, match=f"^{name}{reason}"):
         import_checkpoints(tmp_path / "ck", tmp_path / "new", **{name: value})
@@ -190,7 +232,9 @@ def test_a_setting_that_cannot_be_used_is_named(name: str, value: Any, reason: s
 def rewritten(path: Path, **changed: Any) -> None:
     """Change values of a manifest, or remove those that are None; with a correct checksum."""
     values = {**json.loads(path.read_text()), **changed}
-    values = {key: value for key, value in values.items() if value is not None and key != "checksum"}
+    values = {
+        key: value for key, value in values.items() if value is not None and key != "checksum"
+    }
     digest = xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
     path.write_text(json.dumps({**values, "checksum": digest}))
 
@@ -208,21 +252,36 @@ def first(kind: Any = "checkpoints", step: Any = 1) -> dict[str, Any]:
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
-    "a file of the system": listed("/etc/passwd"), "above": listed("../../../../../../etc/passwd"),
-    "a device": listed("/dev/zero"), "itself": listed("."), "a pipe": listed("pipe"), "a loop": listed("loop"),
-    "a zero": listed("a\0b"), "a url": listed("s3://bucket/x.pt"), "no files": {"files": {}},
-    "no checkpoints": {"checkpoints": []}, "a kind that is a list": first([]), "a wrong kind": first("edm2"),
-    "a text for a step": first(step="1"), "half a step": first(step=0.5), "a far step": first(step=10**300),
-    "settings that are a list": {"settings": []}, "an unknown setting": {"settings": {"x": 1}},
-    "widths of letters": {"settings": {"sigma_rels": "ab"}}, "no pattern": {"settings": {"step_from": "("}},
-    "files that are a list": {"files": [FIRST]}, "keys of more": {"files": {FIRST: [1, "x", 2]}},
-    "a far version": {"version": 2}, "a place that is a number": {"from": 5},
-}  # fmt: skip
+    "a file of the system": listed("/etc/passwd"),
+    "above": listed("../../../../../../etc/passwd"),
+    "a device": listed("/dev/zero"),
+    "itself": listed("."),
+    "a pipe": listed("pipe"),
+    "a loop": listed("loop"),
+    "a zero": listed("a\0b"),
+    "a url": listed("s3://bucket/x.pt"),
+    "no files": {"files": {}},
+    "no checkpoints": {"checkpoints": []},
+    "a kind that is a list": first([]),
+    "a wrong kind": first("edm2"),
+    "a text for a step": first(step="1"),
+    "half a step": first(step=0.5),
+    "a far step": first(step=10**300),
+    "settings that are a list": {"settings": []},
+    "an unknown setting": {"settings": {"x": 1}},
+    "widths of letters": {"settings": {"sigma_rels": "ab"}},
+    "no pattern": {"settings": {"step_from": "("}},
+    "files that are a list": {"files": [FIRST]},
+    "keys of more": {"files": {FIRST: [1, "x", 2]}},
+    "a far version": {"version": 2},
+    "a place that is a number": {"from": 5},
+}
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Return the manifest of an import of two checkpoints, in a folder with a pipe and a loop of links."""
+    """Return the manifest of an import of two checkpoints, in a folder with a pipe and a loop of
+    links."""
     filled(tmp_path / "ck", 1, 2)
     import_checkpoints(tmp_path / "ck", tmp_path / "new")
     os.mkfifo(tmp_path / "new" / "pipe")
@@ -240,11 +299,14 @@ def test_a_hostile_manifest_is_one_line(what: str, manifest: Path, ema: Ema) -> 
         assert "Traceback" not in found.err
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}", b"9" * 9999])
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 2}', b"{}", b"9" * 9999]
+)
 def test_a_malformed_manifest_is_one_line(content: bytes, manifest: Path, ema: Ema) -> None:
     manifest.write_bytes(content)
     assert ema("info", manifest.parent).error.startswith(f"{manifest}: damaged import: ")
-    assert ema("import", manifest.parent.parent / "ck", "--out", manifest.parent).code == 0  # replaces it
+    # replaces it
+    assert ema("import", manifest.parent.parent / "ck", "--out", manifest.parent).code == 0
     assert Run(manifest.parent).step == 2
 
 
@@ -261,7 +323,11 @@ def test_a_manifest_is_a_regular_file_of_limited_size(manifest: Path) -> None:
     os.truncate(manifest, 10**9)
     with pytest.raises(errors.FileFormatError, match="at most 100,000,000 are allowed"):
         _ = Run(manifest.parent).sources
-    for make in (lambda: os.mkfifo(manifest), lambda: manifest.symlink_to("/dev/zero"), manifest.mkdir):
+    for make in (
+        lambda: os.mkfifo(manifest),
+        lambda: manifest.symlink_to("/dev/zero"),
+        manifest.mkdir,
+    ):
         manifest.unlink()
         make()
         with pytest.raises(errors.FileFormatError, match="is not a regular file"):

@@ -1,4 +1,5 @@
-"""Averages that other libraries stored, written by the libraries themselves where they are installed."""
+"""Averages that other libraries stored, written by the libraries themselves where they are
+installed."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -37,7 +38,9 @@ def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]
     return {name: torch.stack(values) for name, values in history.items()}
 
 
-def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float) -> float:
+def distance(
+    made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float
+) -> float:
     """Return the relative distance of an average from the true one over all steps."""
     steps = len(next(iter(history.values())))
     masses = exact_weights(sigma_rel, np.arange(1.0, steps + 1))
@@ -52,7 +55,11 @@ def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], si
 @pytest.mark.parametrize("update_every", [1, 10])
 def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> None:
     library = pytest.importorskip("ema_pytorch")
-    settings = {"sigma_rels": WIDTHS, "update_every": update_every, "checkpoint_dtype": torch.float32}
+    settings = {
+        "sigma_rels": WIDTHS,
+        "update_every": update_every,
+        "checkpoint_dtype": torch.float32,
+    }
 
     def start(model: torch.nn.Module) -> Update:
         tracker = library.PostHocEMA(
@@ -70,15 +77,21 @@ def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> N
     for settings, reason in (
         ({}, "^sigma_rels: must be given to an import: files of ema-pytorch, such as 0"),
         ({"sigma_rels": WIDTHS}, "^update_every: must be given"),
-        ({"sigma_rels": (0.05,), "update_every": 1}, "^sigma_rels: must be one for each average, also for that in 1."),
+        (
+            {"sigma_rels": (0.05,), "update_every": 1},
+            "^sigma_rels: must be one for each average, also for that in 1.",
+        ),
     ):
         with pytest.raises(errors.InvalidValueError, match=reason):
             imported(tmp_path / "x", **settings)
 
 
 @pytest.mark.parametrize(("update_every", "rate"), [(10, "falling"), (100, "constant")])
-def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, update_every: int, rate: str) -> None:
-    """Stored averages are mostly of the first weights, which are far smaller than those of the synthesized average."""
+def test_the_error_of_a_repair_is_known(
+    tmp_path: Path, imported: Imported, update_every: int, rate: str
+) -> None:
+    """Stored averages are mostly of the first weights, which are far smaller than those of the
+    synthesized average."""
     steps, size = 6000, 300
     fraction, random = np.arange(steps)[:, None] / steps, np.random.default_rng(5)
     moves = (1 - fraction if rate == "falling" else 1) * random.standard_normal((steps, size))
@@ -92,32 +105,56 @@ def test_the_error_of_a_repair_is_known(tmp_path: Path, imported: Imported, upda
         for call, share in zip(calls, [0, *shares[1:]], strict=True):
             average = share * average + (1 - share) * path[call - 1]
             if (last := call + update_every - 1) % 300 == 0:
-                value = {"initted": torch.tensor(True), "ema_model.weight": torch.from_numpy(average).half()}
+                value = {
+                    "initted": torch.tensor(True),
+                    "ema_model.weight": torch.from_numpy(average).half(),
+                }
                 torch.save(value, tmp_path / f"{number}.{last}.pt")
-    plan = imported(tmp_path, sigma_rels=WIDTHS, update_every=update_every).plan([0.05, 0.1, 0.15, 0.2, 0.25])
+    plan = imported(tmp_path, sigma_rels=WIDTHS, update_every=update_every).plan(
+        [0.05, 0.1, 0.15, 0.2, 0.25]
+    )
     made = torch.stack(dict(synthesize(plan))["weight"]).double().numpy()
-    true = np.array([exact_weights(width, np.arange(1.0, steps + 1)) for width in (0.05, 0.1, 0.15, 0.2, 0.25)]) @ path
+    true = (
+        np.array(
+            [
+                exact_weights(width, np.arange(1.0, steps + 1))
+                for width in (0.05, 0.1, 0.15, 0.2, 0.25)
+            ]
+        )
+        @ path
+    )
     error = np.linalg.norm(made - true, axis=1) / np.linalg.norm(true, axis=1)
     ratios = error / [plan.predicted_error(index) for index in range(5)]
     assert np.all((ratios > 0.5) & (ratios < 1.7)), ratios
 
 
-@pytest.mark.parametrize(("after", "dtype"), [(150, None), (100, torch.float16), (0, torch.bfloat16)])
-def test_posthoc_ema(tmp_path: Path, imported: Imported, after: int, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize(
+    ("after", "dtype"), [(150, None), (100, torch.float16), (0, torch.bfloat16)]
+)
+def test_posthoc_ema(
+    tmp_path: Path, imported: Imported, after: int, dtype: torch.dtype | None
+) -> None:
     """With a wrong `update_after_step`, averages were 8 % off: it is asked for."""
     library = pytest.importorskip("posthoc_ema")
     settings = {"update_every": 5, "update_after_step": after, "checkpoint_dtype": dtype}
 
     def start(model: torch.nn.Module) -> Update:
         return library.PostHocEMA.from_model(
-            model, str(tmp_path / "x"), sigma_rels=WIDTHS, max_checkpoints=50, checkpoint_every=20, **settings
+            model,
+            str(tmp_path / "x"),
+            sigma_rels=WIDTHS,
+            max_checkpoints=50,
+            checkpoint_every=20,
+            **settings,
         ).update_
 
     history = train(start)
     run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=after)
     assert (run.step, set(run.tensors)) == (STEPS, {"weight", "bias"})
     assert distance(run.average(0.1), history, 0.1) < 0.03
-    with pytest.raises(errors.InvalidValueError, match=r"^update_after_step: must be given .* is 100"):
+    with pytest.raises(
+        errors.InvalidValueError, match=r"^update_after_step: must be given .* is 100"
+    ):
         imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5)
 
 
@@ -129,7 +166,8 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
             net = edm2_layout.network()
             edm2_layout.save(tmp_path / f"network-snapshot-{kimg:07d}-{width:.3f}.pkl", net)
             states[1000 * kimg, width] = net.state_dict()
-        torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")  # as its training does
+        # as its training does
+        torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")
     run = Run(tmp_path)
     assert [(source.t, round(source.sigma_rel, 3)) for source in run.sources] == [
         (t, width) for t in (1_024_000, 2_048_000) for width in (0.05, 0.1)
@@ -146,7 +184,9 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
 
 
 def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path: Path) -> None:
-    increments = torch.randn(4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    increments = torch.randn(
+        4000, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     path = 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
     for t in (1000, 2000, 3000, 4000):
         torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")

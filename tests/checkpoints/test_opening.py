@@ -1,4 +1,5 @@
-"""Checkpoints of other programs as runs: what is found, and that averages are those of the weights in them."""
+"""Checkpoints of other programs as runs: what is found, and that averages are those of the weights
+in them."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ Imported = Callable[..., Run]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_a_run(layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path) -> None:
+def test_every_layout_is_a_run(
+    layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path
+) -> None:
     """An import is the same run, and leaves the files as they were."""
     run = Run(write(layout))
     assert [source.t for source in run.sources] == list(STEPS)
@@ -72,20 +75,32 @@ def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]
 
 def test_steps_come_from_metadata_names_or_a_pattern(tmp_path: Path, imported: Imported) -> None:
     def steps(**settings: str) -> list[int]:
-        return [source.step for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources]
+        return [
+            source.step
+            for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources
+        ]
 
     filled(tmp_path, 9, 10, 100)
     assert steps() == [9, 10, 100]
-    save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", {"ss_steps": "55", "ss_epoch": "1"})
+    save_file(
+        {"w": torch.ones(3)},
+        tmp_path / "lora-000001.safetensors",
+        {"ss_steps": "55", "ss_epoch": "1"},
+    )
     assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
     save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
-    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* import with `step_from`"):
+    with pytest.raises(
+        errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* import with `step_from`"
+    ):
         steps()
     (tmp_path / "lora-000001.safetensors").unlink()
     save_file({"w": torch.full((3,), 9.0)}, tmp_path / "x-9.safetensors")
     pattern = r"(?:step|of-|x-)(\d+)"
     assert steps(step_from=pattern) == [3, 9, 10, 100]  # two files of step 9 have the same weights
-    for other, reason in (([9.0, 9, 2], r"step9.pt and .*: are both of step 9"), ([9.0, 9], "match: tensor 'w' has")):
+    for other, reason in (
+        ([9.0, 9, 2], r"step9.pt and .*: are both of step 9"),
+        ([9.0, 9], "match: tensor 'w' has"),
+    ):
         save_file({"w": torch.tensor(other)}, tmp_path / "x-9.safetensors")
         with pytest.raises(errors.MismatchError, match=reason):
             steps(step_from=pattern)
@@ -94,25 +109,37 @@ def test_steps_come_from_metadata_names_or_a_pattern(tmp_path: Path, imported: I
 def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(3, 2)}, tmp_path / "best.pt")
     described = Run(tmp_path / "best.pt").info()
-    assert (described["kind"], described["tensors"], described["parameters"]) == ("checkpoint", 1, 6)
+    assert (described["kind"], described["tensors"], described["parameters"]) == (
+        "checkpoint",
+        1,
+        6,
+    )
 
 
-@pytest.mark.parametrize("step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16], ids=range(5))
+@pytest.mark.parametrize(
+    "step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16], ids=range(5)
+)
 def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
     for text in ("9" * 400, "²"):  # the name tells it
         torch.save({"model": {"w": torch.ones(3)}, "step": text}, tmp_path / "run7.pt")
         assert Run(tmp_path).step == 7
     torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
-    with pytest.raises(errors.InvalidValueError, match=r"run7.pt: its step is .*; must be a whole number up to"):
+    with pytest.raises(
+        errors.InvalidValueError, match=r"run7.pt: its step is .*; must be a whole number up to"
+    ):
         _ = Run(tmp_path).sources
 
 
 def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2), "initted": torch.tensor(True)}, tmp_path / "0.999999999999.pt")
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
-        import_checkpoints(tmp_path, None, dry_run=True, sigma_rels=(0.05,), update_every=1, update_after_step=1)
+        import_checkpoints(
+            tmp_path, None, dry_run=True, sigma_rels=(0.05,), update_every=1, update_after_step=1
+        )
     averaged = {"decay": 0.9, "num_updates": 10**12, "shadow_params": [torch.ones(3)]}
-    torch.save({"model": {"a": torch.ones(3)}, "ema": averaged, "step": 10**12}, tmp_path / "ordinary.pt")
+    torch.save(
+        {"model": {"a": torch.ones(3)}, "ema": averaged, "step": 10**12}, tmp_path / "ordinary.pt"
+    )
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
         _ = Run(tmp_path / "ordinary.pt").sources
 
@@ -123,7 +150,10 @@ def test_outputs_in_a_folder_of_checkpoints_are_none(tmp_path: Path) -> None:
     for _ in range(2):
         Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
         Run(tmp_path).write(0.2, tmp_path / "averages", overwrite=True, layout="sharded")
-        assert [one["file"] for one in Run(tmp_path).info()["checkpoints"]] == ["step1.pt", "step2.pt"]
+        assert [one["file"] for one in Run(tmp_path).info()["checkpoints"]] == [
+            "step1.pt",
+            "step2.pt",
+        ]
     assert Run(tmp_path / "*[0-9].*").step == 2
     with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
         _ = Run(tmp_path / "average-*").sources
@@ -132,34 +162,56 @@ def test_outputs_in_a_folder_of_checkpoints_are_none(tmp_path: Path) -> None:
 def test_tensors_can_be_chosen(tmp_path: Path, imported: Imported) -> None:
     for step in (1, 2):
         tied = torch.full((4,), float(step))
-        model = {"model.a": tied, "model.b": tied, "model.c": torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) * step}
+        model = {
+            "model.a": tied,
+            "model.b": tied,
+            "model.c": torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) * step,
+        }
         content = {"state_dict": model | {"loss.w": torch.ones(2)}, "hyper": {"lr": 0.1}}
         torch.save(content, tmp_path / f"step{step}.ckpt")
     assert set(Run(tmp_path).tensors) == {"model.a", "model.b", "model.c", "loss.w"}
     run = imported(tmp_path, prefix="model.")
     assert set(run.tensors) == {"a", "b", "c"}
     assert run.sources[0].aliases == {"b": "a"}
-    assert run.average(0.2, t=1)["c"].tolist() == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
-    assert set(imported(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
+    assert (
+        run.average(0.2, t=1)["c"].tolist()
+        == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
+    )
+    assert set(imported(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {
+        "model.a",
+        "model.c",
+    }
     assert set(imported(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
     with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
         _ = imported(tmp_path, include="x.*").tensors
     with pytest.raises(errors.InvalidValueError, match="include and exclude: leave no tensor"):
         _ = imported(tmp_path, exclude="*").tensors
-    with pytest.raises(errors.FileFormatError, match=r"name begins with 'x\.'; it has 'state_dict.model.a'"):
+    with pytest.raises(
+        errors.FileFormatError, match=r"name begins with 'x\.'; it has 'state_dict.model.a'"
+    ):
         _ = imported(tmp_path, prefix="x.").tensors
 
 
 UNREADABLE: list[tuple[dict[str, Any], str]] = [
-    ({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)},
-     r"tensor 'state_dict\.s': is of a kind that is not read \('sparse_t"),
-    ({"state_dict": {"c": torch.ones(2, dtype=torch.complex128)}}, "of ComplexDoubleStorage, which is not read"),
-    ({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, "it has tensors under 'actor', 'critic'"),
-]  # fmt: skip
+    (
+        {"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)},
+        r"tensor 'state_dict\.s': is of a kind that is not read \('sparse_t",
+    ),
+    (
+        {"state_dict": {"c": torch.ones(2, dtype=torch.complex128)}},
+        "of ComplexDoubleStorage, which is not read",
+    ),
+    (
+        {"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}},
+        "it has tensors under 'actor', 'critic'",
+    ),
+]
 
 
 @pytest.mark.parametrize(("content", "reason"), UNREADABLE, ids=["sparse", "complex", "two models"])
-def test_tensors_that_are_not_read_are_named(content: dict[str, Any], reason: str, tmp_path: Path) -> None:
+def test_tensors_that_are_not_read_are_named(
+    content: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
     torch.save(content, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match=reason):
         _ = Run(tmp_path).tensors
@@ -177,7 +229,8 @@ class AmbiguousNames(torch.nn.Module):
 
 
 def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> None:
-    """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own tutorial store it."""
+    """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own
+    tutorial store it."""
     folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed", "graph")]
     for folder in folders:
         folder.mkdir()
@@ -186,7 +239,9 @@ def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> 
         state = {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
         torch.save(module, folders[0] / f"step{step}.pt")
         torch.save({"epoch": 9, "model": module, "optimizer": adam}, folders[1] / f"step{step}.pt")
-        torch.save({"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt")
+        torch.save(
+            {"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt"
+        )
         distributed(folders[3] / f"step-{step}", {"app": state})
         torch.save(torch.fx.symbolic_trace(module.head["x"]), folders[4] / f"step{step}.pt")
     for folder in folders[:2]:
@@ -219,13 +274,41 @@ Pair = namedtuple("Pair", "a b")
 def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path: Path) -> None:
     """Pickles have frames (protocol 4) and bytes outside of frames (over 64 KiB)."""
     objects = [
-        Keyed(), Listed([1, 2]), Pair(1, Keyed()), deque([1]), defaultdict(int, {1: 2}), OrderedDict(a=1),
-        Counter("aab"), {1, 2}, frozenset([3]), datetime.now(), Path("x"), np.arange(3), np.float64(2), bytearray(3),
-        b"x" * 99, 10**30, range(3), complex(1, 2), torch.float16, torch.device("cpu"), torch.Size([2]), print, Keyed,
-        "\u20ac\n", None, b"x" * 100_000, np.arange(50_000), "\u20ac" * 50_000,
-    ]  # fmt: skip
+        Keyed(),
+        Listed([1, 2]),
+        Pair(1, Keyed()),
+        deque([1]),
+        defaultdict(int, {1: 2}),
+        OrderedDict(a=1),
+        Counter("aab"),
+        {1, 2},
+        frozenset([3]),
+        datetime.now(),
+        Path("x"),
+        np.arange(3),
+        np.float64(2),
+        bytearray(3),
+        b"x" * 99,
+        10**30,
+        range(3),
+        complex(1, 2),
+        torch.float16,
+        torch.device("cpu"),
+        torch.Size([2]),
+        print,
+        Keyed,
+        "\u20ac\n",
+        None,
+        b"x" * 100_000,
+        np.arange(50_000),
+        "\u20ac" * 50_000,
+    ]
     for zipped in (True, False)[: 2 if protocol > 2 else 1]:  # before, a pickle has bytes as text
-        model = {"w": torch.arange(5.0), "v": torch.ones(2, 2)[1], "n": torch.tensor([1, 2], dtype=torch.uint16)}
+        model = {
+            "w": torch.arange(5.0),
+            "v": torch.ones(2, 2)[1],
+            "n": torch.tensor([1, 2], dtype=torch.uint16),
+        }
         content = {"args": objects, "step": 7, "state_dict": model}
         if zipped:
             torch.save(content, tmp_path / "x.pt", pickle_protocol=protocol)
@@ -234,8 +317,10 @@ def test_objects_of_any_class_may_accompany_the_weights(protocol: int, tmp_path:
         run = Run(tmp_path / "x.pt")
         assert run.step == 7
         assert {name: value.tolist() for name, value in run.average(0.2).items()} == {
-            "w": [*range(5)], "v": [1, 1], "n": [1, 2],
-        }  # fmt: skip
+            "w": [*range(5)],
+            "v": [1, 1],
+            "n": [1, 2],
+        }
 
 
 ONES = torch.ones(2, 3)
@@ -267,9 +352,15 @@ def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path: Path) -> None:
     run = Run(filled(tmp_path, 1, 2, 3, size=1000))
     source, path = run.sources[0], tmp_path / "step1.pt"
     torch.save({"w": torch.full((1000,), 7.0)}, path)
-    with pytest.raises(errors.FileFormatError, match="was replaced while it was being used"), source:
+    with (
+        pytest.raises(errors.FileFormatError, match="was replaced while it was being used"),
+        source,
+    ):
         pass
-    with pytest.raises(errors.FileFormatError, match="was changed while it was being read"), run.sources[0]:
+    with (
+        pytest.raises(errors.FileFormatError, match="was changed while it was being read"),
+        run.sources[0],
+    ):
         path.write_bytes(path.read_bytes())
     source = run.sources[0]
     with pytest.raises(errors.FileFormatError, match="became shorter while it was read"), source:
@@ -284,13 +375,25 @@ def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path: Path) -> None:
 def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:
     for step in (10, 20):
         (tmp_path / f"step{step}").mkdir()
-        save_file({"a": torch.full((3,), float(step))}, tmp_path / f"step{step}" / "model.safetensors")
+        save_file(
+            {"a": torch.full((3,), float(step))}, tmp_path / f"step{step}" / "model.safetensors"
+        )
         averages = {"state.a.ema_params": torch.zeros(3)}
-        distributed(tmp_path / f"t-{step}", {"a": torch.full((3,), float(step)), "ema_optimizer": averages})
+        distributed(
+            tmp_path / f"t-{step}", {"a": torch.full((3,), float(step)), "ema_optimizer": averages}
+        )
     run = Run(tmp_path / "step*" / "model.safetensors")
-    assert [source.name for source in run.sources] == ["step10/model.safetensors", "step20/model.safetensors"]
+    assert [source.name for source in run.sources] == [
+        "step10/model.safetensors",
+        "step20/model.safetensors",
+    ]
     run = Run(tmp_path / "t-*")
-    assert [source.name for source in run.sources] == ["t-10", "t-10 (average)", "t-20", "t-20 (average)"]
+    assert [source.name for source in run.sources] == [
+        "t-10",
+        "t-10 (average)",
+        "t-20",
+        "t-20 (average)",
+    ]
     assert run.average("last:2")["a"].tolist() == [15.0] * 3
 
 
@@ -301,9 +404,16 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
     for step in (2, 10):
         torch.manual_seed(step)
         model = transformers.GPT2LMHeadModel(config)
-        model.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size="4KB" if step == 2 else "5GB")
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-        states[step] = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}  # tied
+        model.save_pretrained(
+            tmp_path / f"checkpoint-{step}", max_shard_size="4KB" if step == 2 else "5GB"
+        )
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
+            json.dumps({"global_step": step})
+        )
+        # tied
+        states[step] = {
+            name: value for name, value in model.state_dict().items() if name != "lm_head.weight"
+        }
     run = Run(tmp_path)
     assert [source.step for source in run.sources] == [2, 10]
     check_average(run, states)
@@ -314,7 +424,15 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -> None:
     out = tmp_path / "out"
-    command = ("synthesize", filled(tmp_path / "ck", 1, 2, 3), "--layout", "dcp", "--out", out, "--sigma-rel")
+    command = (
+        "synthesize",
+        filled(tmp_path / "ck", 1, 2, 3),
+        "--layout",
+        "dcp",
+        "--out",
+        out,
+        "--sigma-rel",
+    )
     for width, option in (("0.2", "--dtype=keep"), ("0.1", "--overwrite")):
         assert ema(*command, width, option).code == 0
         found = {"w": torch.zeros(3)}
@@ -331,26 +449,30 @@ def test_the_file_of_a_nan_is_named_wherever_it_is(tmp_path: Path) -> None:
         if step == 1:
             tensors["w"][3] = float("nan")
         save_file(tensors, tmp_path / f"step{step}.safetensors")
-    with pytest.raises(errors.NonFiniteError, match=r"step1.safetensors: tensor 'w': holds nan or infinity"):
+    with pytest.raises(
+        errors.NonFiniteError, match=r"step1.safetensors: tensor 'w': holds nan or infinity"
+    ):
         Run(tmp_path).average(0.2)
 
 
 # --- steps in names: plain digits are read, numbers that may mean something else are refused
 
 READ = {
-    "checkpoint-500": 500, "global_step1000": 1000, "iter_0005000": 5000, "s400": 400, "epoch=3-step=1500-v1": 1500,
-    "step_1000_loss_0.25": 1000, "model-7b-step-1000": 1000, "ckpt_5": 5, "ddpm-timesteps-1000-ckpt-500": 500,
-    "checkpoint-5-step-1000": 1000, "1000_steps": 1000, "step-20240105": 20240105, "run-2024-01-05-step-7": 7,
+    "checkpoint-500": 500, "global_step1000": 1000, "iter_0005000": 5000, "s400": 400,
+    "epoch=3-step=1500-v1": 1500, "step_1000_loss_0.25": 1000, "model-7b-step-1000": 1000,
+    "ckpt_5": 5, "ddpm-timesteps-1000-ckpt-500": 500, "checkpoint-5-step-1000": 1000,
+    "1000_steps": 1000, "step-20240105": 20240105, "run-2024-01-05-step-7": 7,
 }  # fmt: skip
 """Names with a step."""
 
 REFUSED = {
-    "step_1_000": "'1_000' may be something else", "1_000_steps": "'1_000' may", "step-1.5k": "'1.5' may",
-    "step-1,000": "'1,000' may", "v1.5": "'v1.5' may", "model-fp16": "'fp16' may", "100kimg": "'100kimg' may",
-    "model-1M-steps": "'1M' may", "step_1e5": "'1e' may", "llama-7B": "'7B' may", "checkpoint-7b": "'7b' may",
+    "step_1_000": "'1_000' may be something else", "1_000_steps": "'1_000' may",
+    "step-1.5k": "'1.5' may", "step-1,000": "'1,000' may", "v1.5": "'v1.5' may",
+    "model-fp16": "'fp16' may", "100kimg": "'100kimg' may", "model-1M-steps": "'1M' may",
+    "step_1e5": "'1e' may", "llama-7B": "'7B' may", "checkpoint-7b": "'7b' may",
     "20240105": "'20240105' may be a date", "checkpoint-20240105": "'20240105' may be a date",
-    "checkpoint-2024-01-05": "'2024-01-05' may", "llama-1B-600k": "or several", "00010-of-00020": "or several",
-    "step²": "it has no number, or several",
+    "checkpoint-2024-01-05": "'2024-01-05' may", "llama-1B-600k": "or several",
+    "00010-of-00020": "or several", "step²": "it has no number, or several",
 }  # fmt: skip
 """Names that may mean something else, and parts of their errors."""
 
@@ -379,13 +501,18 @@ def test_a_name_that_may_mean_something_else_is_refused(tmp_path: Path, name: st
 
 
 def test_a_number_of_another_folder_is_no_step(tmp_path: Path) -> None:
-    with pytest.raises(errors.InvalidValueError, match=r"best.safetensors: neither .* import with `step_from`"):
+    with pytest.raises(
+        errors.InvalidValueError, match=r"best.safetensors: neither .* import with `step_from`"
+    ):
         _ = save_step(tmp_path / "exp2024", "best").step
 
 
 def test_a_number_without_a_word_is_refused_next_to_one_with_a_word(tmp_path: Path) -> None:
     run = save_step(tmp_path, "step100", "step200", "best-2")
-    reason = "tells its step: no word such as step marks it, as in 'step100.safetensors'; import with `step_from`"
+    reason = (
+        "tells its step: no word such as step marks it, as in 'step100.safetensors'; "
+        "import with `step_from`"
+    )
     with pytest.raises(errors.InvalidValueError, match=re.escape(reason)):
         _ = run.sources
 
@@ -393,7 +520,9 @@ def test_a_number_without_a_word_is_refused_next_to_one_with_a_word(tmp_path: Pa
 def test_a_pattern_finds_numbers_as_people_write_them(tmp_path: Path) -> None:
     """The remedy for every name that is refused."""
     save_step(tmp_path, "step_1_000", "step_2_000", "step_3.5k", "step_4,000")
-    run = Run(import_checkpoints(tmp_path, tmp_path / "run", step_from=r"step_([\d._,k]+)\.").out or "")
+    run = Run(
+        import_checkpoints(tmp_path, tmp_path / "run", step_from=r"step_([\d._,k]+)\.").out or ""
+    )
     assert [source.step for source in run.sources] == [1000, 2000, 3500, 4000]
     for pattern in (r"step(_1_000)", r"(st)ep"):
         with pytest.raises(errors.InvalidValueError, match="finds no number in"):
@@ -421,7 +550,9 @@ for step in range(1, 4):
 
 @pytest.mark.parametrize("writer", ["own", "safetensors"])
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("fsdp-tp", 4)])
-def test_chunks_of_processes_make_the_tensors(kind: str, ranks: int, writer: str, tmp_path: Path) -> None:
+def test_chunks_of_processes_make_the_tensors(
+    kind: str, ranks: int, writer: str, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind, writer)
     run, single = Run(tmp_path / "run"), Net()

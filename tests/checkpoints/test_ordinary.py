@@ -1,4 +1,5 @@
-"""Averages of any length from ordinary EMAs, as the libraries that are installed write them, else in their format."""
+"""Averages of any length from ordinary EMAs, as the libraries that are installed write them, else
+in their format."""
 
 import json
 import re
@@ -13,7 +14,21 @@ import torch
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from trained import EVERY, STEPS, TIMES, Weights, by, check, ema, error_of, named, network, ratio, train, write
+from trained import (
+    EVERY,
+    STEPS,
+    TIMES,
+    Weights,
+    by,
+    check,
+    ema,
+    error_of,
+    named,
+    network,
+    ratio,
+    train,
+    write,
+)
 
 from posthoc_cli import Run, errors, export_file, import_checkpoints
 from posthoc_cli.profiles import DecayRule, Point
@@ -21,8 +36,11 @@ from posthoc_cli.profiles import DecayRule, Point
 DECAY = 0.995
 
 
-def replay(update: Callable[[torch.nn.Module], None], save: Callable[[int, torch.nn.Module], None]) -> None:
-    """Repeat the recorded training with a model; call `update` after each step, and `save` at `TIMES`."""
+def replay(
+    update: Callable[[torch.nn.Module], None], save: Callable[[int, torch.nn.Module], None]
+) -> None:
+    """Repeat the recorded training with a model; call `update` after each step, and `save` at
+    `TIMES`."""
     model = network()
     for step, vector in enumerate(train(), 1):
         model.load_state_dict(named(vector))
@@ -35,14 +53,24 @@ RULES = {
     "constant": (DecayRule(0.99), lambda _: 0.99),
     "first copies": (DecayRule(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
     "ratio": (DecayRule(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
-    "power": (DecayRule(0.99, "power", copies=3), lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3))),
-    "slow power": (DecayRule(0.99, "power", inv_gamma=20.0, power=0.8), lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8)),
-}  # fmt: skip
+    "power": (
+        DecayRule(0.99, "power", copies=3),
+        lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3)),
+    ),
+    "slow power": (
+        DecayRule(0.99, "power", inv_gamma=20.0, power=0.8),
+        lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8),
+    ),
+}
 
 
-@pytest.mark.parametrize(("step", "updates", "every"), [(700, 700, 1), (700, 70, 10), (705, 30, 10), (3, 3, 1)])
+@pytest.mark.parametrize(
+    ("step", "updates", "every"), [(700, 700, 1), (700, 70, 10), (705, 30, 10), (3, 3, 1)]
+)
 @pytest.mark.parametrize("rule", RULES)
-def test_the_profile_is_the_product_of_the_decays(rule: str, step: int, updates: int, every: int) -> None:
+def test_the_profile_is_the_product_of_the_decays(
+    rule: str, step: int, updates: int, every: int
+) -> None:
     decay, at = RULES[rule]
     first = step // every * every - (updates - 1) * every
     times, masses = [max(first - every, 0.5)], [1.0]
@@ -51,7 +79,9 @@ def test_the_profile_is_the_product_of_the_decays(rule: str, step: int, updates:
         times.append(first + every * (n - 1))
     profile = decay.profile(step, updates, every)
     for s in np.linspace(0, step, 301):
-        assert profile.tail(s) == pytest.approx(sum(m for t, m in zip(times, masses, strict=True) if t > s), abs=1e-11)
+        assert profile.tail(s) == pytest.approx(
+            sum(m for t, m in zip(times, masses, strict=True) if t > s), abs=1e-11
+        )
 
 
 def test_long_averages_have_few_times() -> None:
@@ -85,7 +115,9 @@ def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
             self.net = network()
 
     model = Small()
-    average = EMAModel(model.parameters(), decay=DECAY, model_cls=Small, model_config=model.config, **settings)
+    average = EMAModel(
+        model.parameters(), decay=DECAY, model_cls=Small, model_config=model.config, **settings
+    )
 
     def save(step: int, _: torch.nn.Module) -> None:
         average.save_pretrained(folder / f"checkpoint-{step}" / "unet_ema")
@@ -118,21 +150,30 @@ def averaged_model(folder: Path) -> dict[str, Any]:
 def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20) -> dict[str, Any]:
     library = pytest.importorskip("ema_pytorch")
     online = network()
-    average = library.EMA(online, beta=DECAY, update_every=update_every, update_after_step=update_after_step)
+    average = library.EMA(
+        online, beta=DECAY, update_every=update_every, update_after_step=update_after_step
+    )
 
     def update(model: torch.nn.Module) -> None:
         online.load_state_dict(model.state_dict())
         average.update()
 
     replay(update, lambda step, _: torch.save(average.state_dict(), folder / f"step{step}.pt"))
-    return {"ema_decay": DECAY, "update_every": update_every, "update_after_step": update_after_step}
+    return {
+        "ema_decay": DECAY,
+        "update_every": update_every,
+        "update_after_step": update_after_step,
+    }
 
 
 def lit_ema(folder: Path) -> dict[str, Any]:
     def form(step: int, weights: Weights, average: Weights) -> Any:
         state = {f"model.{name}": value for name, value in weights.items()}
         state |= {f"model_ema.{name.replace('.', '')}": value for name, value in average.items()}
-        state |= {"model_ema.decay": torch.tensor(DECAY), "model_ema.num_updates": torch.tensor(step)}
+        state |= {
+            "model_ema.decay": torch.tensor(DECAY),
+            "model_ema.num_updates": torch.tensor(step),
+        }
         return {"state_dict": state, "global_step": step}
 
     write(folder, train(), by(lambda step: min(DECAY, ratio(step))), form=form)
@@ -140,8 +181,11 @@ def lit_ema(folder: Path) -> dict[str, Any]:
 
 
 def lightning(folder: Path) -> dict[str, Any]:
-    """Write files with its Trainer, callback and checkpoints; each step loads the recorded weights."""
-    library = pytest.importorskip("lightning.pytorch", "2.6", reason="Lightning 2.6 is not installed")
+    """Write files with its Trainer, callback and checkpoints; each step loads the recorded
+    weights."""
+    library = pytest.importorskip(
+        "lightning.pytorch", "2.6", reason="Lightning 2.6 is not installed"
+    )
     weights = iter(train())
 
     class Replay(library.LightningModule):  # type: ignore[misc, name-defined]
@@ -169,13 +213,16 @@ def lightning(folder: Path) -> dict[str, Any]:
 
 
 def torch_ema(folder: Path) -> dict[str, Any]:
-    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(network().parameters(), decay=DECAY)
+    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(
+        network().parameters(), decay=DECAY
+    )
     replay(lambda model: average.update(model.parameters()), save_states(folder, average))
     return {}
 
 
 def mmengine(folder: Path) -> dict[str, Any]:
-    """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded weights."""
+    """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded
+    weights."""
     pytest.importorskip("mmengine.hooks")
     from mmengine.model import BaseModel
     from mmengine.runner import Runner
@@ -195,22 +242,39 @@ def mmengine(folder: Path) -> dict[str, Any]:
             raise NotImplementedError
 
     Runner(
-        Replay(), str(folder), torch.utils.data.DataLoader(range(STEPS)),
+        Replay(),
+        str(folder),
+        torch.utils.data.DataLoader(range(STEPS)),
         train_cfg={"by_epoch": False, "max_iters": STEPS},
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
-        default_hooks={"checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}},
+        default_hooks={
+            "checkpoint": {"type": "CheckpointHook", "by_epoch": False, "interval": EVERY}
+        },
         custom_hooks=[{"type": "EMAHook", "momentum": 1 - DECAY}],
         log_level="ERROR",
-    ).train()  # fmt: skip
+    ).train()
     return {"ema_decay": DECAY, "prefix": "net."}
 
 
-LIBRARIES = [timm, plain, diffusers, averaged_model, lightning, ema_pytorch, lit_ema, torch_ema, mmengine]
+LIBRARIES = [
+    timm,
+    plain,
+    diffusers,
+    averaged_model,
+    lightning,
+    ema_pytorch,
+    lit_ema,
+    torch_ema,
+    mmengine,
+]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
-def test_an_ordinary_ema_makes_other_lengths(library: Callable[[Path], dict[str, Any]], tmp_path: Path) -> None:
-    """The error from 15 checkpoints of the weights is 1.3e-2; from their EMAs an eighth of it, also in float16."""
+def test_an_ordinary_ema_makes_other_lengths(
+    library: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    """The error from 15 checkpoints of the weights is 1.3e-2; from their EMAs an eighth of it, also
+    in float16."""
     (folder := tmp_path / "x").mkdir()
     settings = library(folder)
     done = import_checkpoints(folder, tmp_path / "run", **settings)
@@ -228,12 +292,18 @@ def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path: P
         save_file({"w": torch.ones(2)}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"decay": DECAY, "optimization_step": 3}))
     (average,) = (one for one in Run(tmp_path).sources if one.sigma_rel or one.decay)
-    assert [average.profile.tail(step) for step in (1, 2)] == pytest.approx([1 - 2 / 11 * 3 / 12, 1 - 3 / 12])
+    assert [average.profile.tail(step) for step in (1, 2)] == pytest.approx(
+        [1 - 2 / 11 * 3 / 12, 1 - 3 / 12]
+    )
 
 
 def test_averages_without_names_are_those_of_the_parameters(tmp_path: Path) -> None:
     layers = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
-    average = {"decay": 0.9, "num_updates": 5, "shadow_params": [torch.full((3,), float(k)) for k in range(4)]}
+    average = {
+        "decay": 0.9,
+        "num_updates": 5,
+        "shadow_params": [torch.full((3,), float(k)) for k in range(4)],
+    }
     torch.save({"model": layers.state_dict(), "ema": average}, tmp_path / "step5.pt")
     export_file(tmp_path / "step5.pt", tmp_path / "average.safetensors")
     assert load_file(tmp_path / "average.safetensors")["1.weight"][0] == 2
@@ -247,7 +317,9 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
     assert "left out" not in ema("audit", tmp_path / "x").err  # it makes no averages
     done = ema("import", tmp_path / "x", "--out", tmp_path / "run")
     assert "found: decay 0.99" in done.out, done.err
-    (decay,) = {one.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)}
+    (decay,) = {
+        one.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)
+    }
     assert decay == pytest.approx(DECAY, abs=2e-4)
     assert error_of(Run(tmp_path / "run"))[0] < 2e-3
     shown = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.15, "--dry-run").out
@@ -270,11 +342,15 @@ def test_the_interval_of_ema_pytorch_is_not_guessed(tmp_path: Path) -> None:
     check(tmp_path / "found", most=1)
     for name, said in (("update_every", {}), ("update_after_step", {"update_every": 1})):
         with pytest.raises(
-            errors.InvalidValueError, match=rf"{name}: must be given: step\d+\.pt .* default of the library"
+            errors.InvalidValueError,
+            match=rf"{name}: must be given: step\d+\.pt .* default of the library",
         ):
             import_checkpoints(folder, tmp_path / "asked", ema_decay=DECAY, **said)
-    # These files did not copy the weights for 100 calls: distances that no motion explains do not disturb the fit.
-    import_checkpoints(folder, tmp_path / "wrong", ema_decay=DECAY, update_every=1, update_after_step=100)
+    # These files did not copy the weights for 100 calls: distances that no motion explains do not
+    # disturb the fit.
+    import_checkpoints(
+        folder, tmp_path / "wrong", ema_decay=DECAY, update_every=1, update_after_step=100
+    )
     assert error_of(Run(tmp_path / "wrong"))[0] < 5e-3
 
 
@@ -283,12 +359,16 @@ def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) 
         told = {"decay": 0.9, "num_updates": None, "shadow_params": [*average.values()]}
         return {"model": weights, "ema": told if step < STEPS // 2 else average, "step": step}
 
-    done = import_checkpoints(write(tmp_path / "x", train(), ema(DECAY), form=form), tmp_path / "run")
+    done = import_checkpoints(
+        write(tmp_path / "x", train(), ema(DECAY), form=form), tmp_path / "run"
+    )
     assert done.checks[0].startswith("found: decay 0.99")
     assert len({one.decay for one in done.checkpoints if one.decay}) == 1
 
 
-@pytest.mark.parametrize(("optimizer", "rate", "decay"), [("Adam", 3e-3, 0.9873), ("SGD", 0.1, 0.9925)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "decay"), [("Adam", 3e-3, 0.9873), ("SGD", 0.1, 0.9925)]
+)
 def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(
     optimizer: str, rate: float, decay: float, tmp_path: Path
 ) -> None:
@@ -297,7 +377,9 @@ def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(
     write(tmp_path / "x", weights, ema(decay))
     import_checkpoints(tmp_path / "x", tmp_path / "found")
     import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=decay)
-    unsure = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"]["ema_uncertainty"]
+    unsure = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"][
+        "ema_uncertainty"
+    ]
     assert 0.001 < unsure < 0.3
     for width in (0.05, 0.1, 0.15, 0.25):
         error, found = error_of(Run(tmp_path / "found"), width, weights=weights)
@@ -321,7 +403,9 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path: 
 
 
 def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(tmp_path: Path) -> None:
-    done = import_checkpoints(write(tmp_path / "x", train(1e-2, False, "SGD"), ema(0.98)), tmp_path / "run")
+    done = import_checkpoints(
+        write(tmp_path / "x", train(1e-2, False, "SGD"), ema(0.98)), tmp_path / "run"
+    )
     assert "; taken as 0.98" in done.checks[0]
     assert {one.decay for one in done.checkpoints} == {0.0, 0.98}
 
@@ -330,27 +414,39 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) ->
     folder = write(tmp_path / "x", train(1e-2, False, "Adam"), ema(0.98))
     for step in range(EVERY, STEPS - EVERY, EVERY):  # the two files that remain show it to 72 %
         (folder / f"step{step}.pt").unlink()
-    with pytest.raises(errors.InvalidValueError, match="ema_decay: must be given: the checkpoints do not show"):
+    with pytest.raises(
+        errors.InvalidValueError, match="ema_decay: must be given: the checkpoints do not show"
+    ):
         import_checkpoints(folder, tmp_path / "run")
     assert import_checkpoints(folder, tmp_path / "run", ema_decay=0.98).written
 
 
 def test_the_interval_is_asked_for_where_counts_do_not_show_it(tmp_path: Path) -> None:
-    """50 updates at step 100 may mean one update in 2 steps, or an average that began at step 51."""
+    """50 updates at step 100 may mean one update in 2 steps, or an average that began at step
+    51."""
 
     def form(step: int, weights: Weights, average: Weights) -> object:
         shadow = {"shadow_params": [*average.values()], "collected_params": None}
-        return {"model": weights, "ema": {"decay": DECAY, "num_updates": step - 50} | shadow, "step": step}
+        return {
+            "model": weights,
+            "ema": {"decay": DECAY, "num_updates": step - 50} | shadow,
+            "step": step,
+        }
 
     update = by(lambda step: min(DECAY, ratio(step - 50)) if step > 50 else 0.0)
     folder = write(tmp_path / "x", train(), update, form=form)
     for wrong in ({}, {"update_every": 3}):
-        reason = r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates of its EMA by step"
+        reason = (
+            r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates "
+            r"of its EMA by step"
+        )
         with pytest.raises(errors.InvalidValueError, match=reason):
             import_checkpoints(folder, tmp_path / "run", **wrong)
     import_checkpoints(folder, tmp_path / "run", update_every=1)
     run = Run(tmp_path / "run")
-    settings = [vars(one.profile)["settings"] for one in run.sources if not isinstance(one.profile, Point)]
+    settings = [
+        vars(one.profile)["settings"] for one in run.sources if not isinstance(one.profile, Point)
+    ]
     assert {(one["every"], one["first"]) for one in settings} == {(1, 51)}
     error, predicted = error_of(run)
     assert error < 2 * predicted < 2e-3
@@ -362,12 +458,16 @@ def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
         import_checkpoints(tmp_path / "x", tmp_path / "run", kind="timm")
     for path in (tmp_path / "x").iterdir():
         path.rename(path.with_name(f"ema_{path.name}"))
-    with pytest.raises(errors.InvalidValueError, match="cannot be found without weights next to the averages"):
+    with pytest.raises(
+        errors.InvalidValueError, match="cannot be found without weights next to the averages"
+    ):
         import_checkpoints(tmp_path / "x", tmp_path / "run")
     (tmp_path / "y").mkdir()
     torch_ema(tmp_path / "y")
     content = torch.load(tmp_path / "y" / f"{EVERY}.pt")
     content["ema"]["num_updates"] = STEPS
     torch.save(content, tmp_path / "y" / f"{EVERY}.pt")
-    with pytest.raises(errors.InvalidValueError, match="has counted 1,500 updates of its EMA by step 100"):
+    with pytest.raises(
+        errors.InvalidValueError, match="has counted 1,500 updates of its EMA by step 100"
+    ):
         _ = Run(tmp_path / "y").sources

@@ -1,4 +1,5 @@
-"""Layouts of public trainings: two sets of tensors, one of whose keys says that it is the average."""
+"""Layouts of public trainings: two sets of tensors, one of whose keys says that it is the
+average."""
 
 import functools
 import math
@@ -26,17 +27,35 @@ def prefixed(prefix: str, weights: Weights) -> Weights:
 
 
 def optimizer(weights: Weights) -> dict[str, Any]:
-    return {"state": {i: {"exp_avg": torch.zeros_like(v), "step": 3} for i, v in enumerate(weights.values())}}
+    return {
+        "state": {
+            i: {"exp_avg": torch.zeros_like(v), "step": 3} for i, v in enumerate(weights.values())
+        }
+    }
 
 
 LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
-    "DiT, SiT": lambda w, a: {"model": w, "ema": a, "opt": optimizer(w), "args": {"model": "DiT-XL/2"}},
-    "Self-Forcing": lambda w, a: {"generator": w, "critic": named(train(seed=7)[-1]), "generator_ema": a},
+    "DiT, SiT": lambda w, a: {
+        "model": w,
+        "ema": a,
+        "opt": optimizer(w),
+        "args": {"model": "DiT-XL/2"},
+    },
+    "Self-Forcing": lambda w, a: {
+        "generator": w,
+        "critic": named(train(seed=7)[-1]),
+        "generator_ema": a,
+    },
     "Cosmos-Predict2": lambda w, a: prefixed("net.", w) | prefixed("net_ema.", a),
-    "in a state dict": lambda w, a: {"state_dict": prefixed("model.", w) | prefixed("averaged_model.", a)},
+    "in a state dict": lambda w, a: {
+        "state_dict": prefixed("model.", w) | prefixed("averaged_model.", a)
+    },
     "MAR": lambda w, a: {"model": w, "model_ema": a, "epoch": 3},
     "shadow": lambda w, a: {"weights": w, "shadow": a},
-    "torchtitan": lambda w, a: {"model": w, "ema_optimizer": {f"state.{n}.ema_params": v for n, v in a.items()}},
+    "torchtitan": lambda w, a: {
+        "model": w,
+        "ema_optimizer": {f"state.{n}.ema_params": v for n, v in a.items()},
+    },
 }
 
 FOLDERS: dict[str, tuple[str, str]] = {
@@ -76,7 +95,8 @@ def write_folders(folder: Path, layout: str) -> Path:
 
 
 def check(folder: Path, **settings: Any) -> None:
-    """Import checkpoints; the run then holds these averages, each with its decay, and the weights if it has any."""
+    """Import checkpoints; the run then holds these averages, each with its decay, and the weights
+    if it has any."""
     done = import_checkpoints(folder, folder.with_name("imported"), overwrite=True, **settings)
     expected = {step: (average, weights) for step, weights, average in stored()}
     for one in done.checkpoints:
@@ -99,7 +119,8 @@ def assert_equal(found: Weights, expected: Weights) -> None:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FOLDERS])
 def test_keys_and_names_say_which_set_is_the_average(layout: str, tmp_path: Path, ema: Ema) -> None:
-    """It is imported, and exported from one file and from a folder of torch.distributed.checkpoint."""
+    """It is imported, and exported from one file and from a folder of
+    torch.distributed.checkpoint."""
     folder, (_, weights, average) = tmp_path / "run", stored()[-1]
     if layout in LAYOUTS:
         write(folder, LAYOUTS[layout])
@@ -110,7 +131,8 @@ def test_keys_and_names_say_which_set_is_the_average(layout: str, tmp_path: Path
             assert_equal(exported(ema, source, "--weights"), weights)
         return
     write_folders(folder, layout)
-    for settings in ({}, {"ema_decay": DECAY})[layout != "guided-diffusion" :]:  # in which names say it
+    # in which names say it
+    for settings in ({}, {"ema_decay": DECAY})[layout != "guided-diffusion" :]:
         check(folder, **settings)
     newest = max(path for path in folder.iterdir() if not path.name.startswith(("model", "opt")))
     assert_equal(exported(ema, newest), average)
@@ -122,17 +144,25 @@ def test_of_files_with_two_decays_one_is_chosen(tmp_path: Path, ema: Ema) -> Non
         torch.save(named(train()[0]), folder / f"ema_0.5_{step:06}.pt")  # another average
     done = ema("import", folder, "--out", tmp_path / "0")
     assert done.code == 2
-    assert "--ema-decay: must be given: the files are of several averages, 0.5 or 0.99" in done.error
+    assert (
+        "--ema-decay: must be given: the files are of several averages, 0.5 or 0.99" in done.error
+    )
     check(folder, ema_decay=DECAY)
-    assert {one.path.name[:8] for one in Run(tmp_path / "imported").sources} == {"ema_0.99", "model001"}
+    assert {one.path.name[:8] for one in Run(tmp_path / "imported").sources} == {
+        "ema_0.99",
+        "model001",
+    }
 
 
 @pytest.mark.parametrize(
-    "content", [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}]
+    "content",
+    [lambda a: {"ema": a, "opt": optimizer(a)}, lambda a: {"model_ema": a, "args": {"lr": 3}}],
 )
 def test_an_average_without_weights_is_not_taken_for_weights(content: Any, tmp_path: Path) -> None:
     folder = write(tmp_path / "run", lambda _, average: content(average))
-    with pytest.raises(InvalidValueError, match="holds EMAs, and neither their decay nor weights next to them"):
+    with pytest.raises(
+        InvalidValueError, match="holds EMAs, and neither their decay nor weights next to them"
+    ):
         _ = Run(folder).sources
     check(folder, ema_decay=DECAY)
 
@@ -143,7 +173,9 @@ def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema:
     exponent = 6.94
     width = math.sqrt(exponent) / ((exponent + 1) * math.sqrt(exponent + 2))
     update = by(lambda step: 1.0 if step % every else (1 - every / step) ** exponent)
-    folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["DiT, SiT"](*sets))
+    folder = write_all(
+        tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["DiT, SiT"](*sets)
+    )
     with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
         import_checkpoints(folder, tmp_path / "never", sigma_rels=(0.1, 0.2))
     options = ("--sigma-rels", width, "--update-every", every, "--out", tmp_path / "imported")
@@ -154,7 +186,8 @@ def test_the_width_of_a_power_function_is_given(every: int, tmp_path: Path, ema:
 
 
 def started_late(step: int) -> float:
-    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of the updates."""
+    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of
+    the updates."""
     updates, rest = divmod(step - 50, 7)
     return 1.0 if rest or step < 50 else 2 ** (-1 / (0.05 * updates)) if updates else 0.0
 
@@ -168,14 +201,20 @@ TITAN: list[tuple[dict[str, Any], Average]] = [
 
 
 @pytest.mark.parametrize(("settings", "update"), TITAN)
-def test_settings_of_torchtitan_are_given(settings: dict[str, Any], update: Average, tmp_path: Path) -> None:
-    folder = write_all(tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["torchtitan"](*sets))
+def test_settings_of_torchtitan_are_given(
+    settings: dict[str, Any], update: Average, tmp_path: Path
+) -> None:
+    folder = write_all(
+        tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["torchtitan"](*sets)
+    )
     import_checkpoints(folder, tmp_path / "imported", kind="torchtitan", **settings)
     found, predicted = error_of(Run(tmp_path / "imported"))
     assert found < 2 * predicted < 0.04
 
 
-def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(tmp_path: Path, ema: Ema) -> None:
+def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(
+    tmp_path: Path, ema: Ema
+) -> None:
     two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
     check(two, ema_decay=DECAY, average="model_ema1")
     students = write(tmp_path / "students", lambda w, a: {"one": w, "other": w, "ema": a})
@@ -193,19 +232,27 @@ LAYERS = [*map("layer{}.weight".format, range(6)), "ema.weight", "quantize.embed
 
 @pytest.mark.parametrize("names", [LAYERS, ["weight_g", "weight_v"], ["weight_orig", "weight_u"]])
 def test_names_that_look_like_another_thing(names: list[str], tmp_path: Path) -> None:
-    """A layer named `ema` next to others is no average of the model; the states of Megatron's chained optimizers are no
-    weights; weight norm's direction, and a lone tensor, of a name like that of spectral norm's vector, are averaged.
+    """A layer named `ema` next to others is no average of the model; the states of Megatron's
+    chained optimizers are no weights; weight norm's direction, and a lone tensor, of a name like
+    that of spectral norm's vector, are averaged.
     """
     for step in (10, 20):
         content = {name: torch.full((4, 5), float(step)) for name in names}
-        torch.save(content | {"chained_0.optimizer.state.exp_avg.w": torch.ones(4)}, tmp_path / f"step{step}.pt")
+        torch.save(
+            content | {"chained_0.optimizer.state.exp_avg.w": torch.ones(4)},
+            tmp_path / f"step{step}.pt",
+        )
     found = Run(tmp_path).average(0.2)
     assert found.keys() == set(names)
     assert all(10 < float(value[0, 0]) < 20 for value in found.values())
 
 
-@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm])
-def test_the_vectors_of_spectral_norm_are_copied(norm: Callable[..., torch.nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "norm", [torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm]
+)
+def test_the_vectors_of_spectral_norm_are_copied(
+    norm: Callable[..., torch.nn.Module], tmp_path: Path
+) -> None:
     layer = norm(torch.nn.Linear(5, 4))
     for step in (10, 20):
         for buffer in layer.buffers():
@@ -216,26 +263,52 @@ def test_the_vectors_of_spectral_norm_are_copied(norm: Callable[..., torch.nn.Mo
     assert all(torch.equal(found[name], vector) for name, vector in vectors.items())
 
 
-def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(tmp_path: Path, ema: Ema) -> None:
-    """JiT and MAR store two, of which no word says the better one; the statistics that an average lacks are added."""
+def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(
+    tmp_path: Path, ema: Ema
+) -> None:
+    """JiT and MAR store two, of which no word says the better one; the statistics that an average
+    lacks are added."""
     weights, *averages = (named(train()[index]) for index in (-1, 10, 20))
     counter = {"bn.num_batches_tracked": torch.tensor(3)}
-    content = {"model": weights | counter, "model_ema1": averages[0], "model_ema2": averages[1], "epoch": 3}
+    content = {
+        "model": weights | counter,
+        "model_ema1": averages[0],
+        "model_ema2": averages[1],
+        "epoch": 3,
+    }
     torch.save(content, tmp_path / "last.pth")
     distributed(tmp_path / "last", content)
     for source in (tmp_path / "last.pth", tmp_path / "last"):
         asked = ema("export", source, "--out", tmp_path / "never.safetensors")
         assert asked.code == 1
-        assert "average is unclear: 'model_ema1', 'model_ema2'; name the average by `average`" in asked.error
+        assert (
+            "average is unclear: 'model_ema1', 'model_ema2'; name the average by `average`"
+            in asked.error
+        )
         for key, average in zip(("model_ema1", "*2"), averages, strict=True):
             assert_equal(exported(ema, source, "--average", key), average | counter)
         assert_equal(exported(ema, source, "--weights"), weights | counter)
-        unknown = ema("export", source, "--out", tmp_path / "never.safetensors", "--average", "elsewhere")
-        assert "has no set of tensors 'elsewhere': 'model', 'model_ema1', 'model_ema2'" in unknown.error
-        assert "has several" in ema("export", source, "--out", tmp_path / "never.safetensors", "--average", "*").error
+        unknown = ema(
+            "export", source, "--out", tmp_path / "never.safetensors", "--average", "elsewhere"
+        )
+        assert (
+            "has no set of tensors 'elsewhere': 'model', 'model_ema1', 'model_ema2'"
+            in unknown.error
+        )
+        assert (
+            "has several"
+            in ema(
+                "export", source, "--out", tmp_path / "never.safetensors", "--average", "*"
+            ).error
+        )
     assert not (tmp_path / "never.safetensors").exists()
-    save_file(prefixed("net.", weights) | prefixed("net_mean.", averages[0]), tmp_path / "last.safetensors")
-    assert_equal(exported(ema, tmp_path / "last.safetensors", "--average", "net_mean."), averages[0])
+    save_file(
+        prefixed("net.", weights) | prefixed("net_mean.", averages[0]),
+        tmp_path / "last.safetensors",
+    )
+    assert_equal(
+        exported(ema, tmp_path / "last.safetensors", "--average", "net_mean."), averages[0]
+    )
 
 
 def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, ema: Ema) -> None:
@@ -243,7 +316,10 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     torch.save({"model": weights, "ema": dict([*weights.items()][:1])}, tmp_path / "last.pt")
     refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
     assert refused.code == 1
-    assert "last.pt: holds no average that its keys name ('model', 'ema'); name its key by `average`" in refused.err
+    assert (
+        "last.pt: holds no average that its keys name ('model', 'ema'); name its key by `average`"
+        in refused.err
+    )
     assert not (tmp_path / "model.safetensors").exists()
     torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
     assert_equal(exported(ema, tmp_path / "alone.pt"), named(train()[-1]))

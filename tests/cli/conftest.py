@@ -13,9 +13,13 @@ from posthoc_cli import PostHocEMA
 def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "run"
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).half())
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).half()
+    )
     model[2].bias.requires_grad_(False)
-    with PostHocEMA.from_model(model, folder, update_every=10, checkpoint_every=100, max_checkpoints=None) as tracker:
+    with PostHocEMA.from_model(
+        model, folder, update_every=10, checkpoint_every=100, max_checkpoints=None
+    ) as tracker:
         for _ in range(2000):
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -26,5 +30,6 @@ def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(_recorded_run: Path, tmp_path: Path) -> Path:
-    """A copy of a directory with snapshots at 20 times of 2 profiles, up to step 2,000; a test may change it."""
+    """A copy of a directory with snapshots at 20 times of 2 profiles, up to step 2,000; a test may
+    change it."""
     return Path(shutil.copytree(_recorded_run, tmp_path / "run"))

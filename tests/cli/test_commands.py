@@ -32,18 +32,35 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     report = ema("info", run, "--json").json
     assert report["run"] == PostHocEMA.from_path(run).run_id
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
-    assert (report["problems"], report["leftovers"], report["superseded"]) == ([], [".ema-0123.tmp"], 1)
+    assert (report["problems"], report["leftovers"], report["superseded"]) == (
+        [],
+        [".ema-0123.tmp"],
+        1,
+    )
     low, high = report["profiles"][0]["relative_rounding_range"]
     assert 2**-13 < low <= high < 2**-11
 
 
-def test_info_of_a_snapshot_and_of_another_programs_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_info_of_a_snapshot_and_of_another_programs_file(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
     report = ema("info", snapshot, "--json").json
-    assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == ("snapshot", 0.28, 2000, 10)
+    assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == (
+        "snapshot",
+        0.28,
+        2000,
+        10,
+    )
     assert report["measurements"]["relative_rounding"] == pytest.approx(2**-11, rel=0.7)
-    tensors = {name: tensor for name, tensor in load_file(snapshot).items() if not name.startswith("1.running")}
-    norm = torch.cat([t.double().flatten() for t in tensors.values() if t.is_floating_point()]).norm()
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(snapshot).items()
+        if not name.startswith("1.running")
+    }
+    norm = torch.cat(
+        [t.double().flatten() for t in tensors.values() if t.is_floating_point()]
+    ).norm()
     assert report["measurements"]["norm"] == pytest.approx(float(norm), rel=1e-3)
     said = r"^measurements +norm [\d.]+, relative_rounding 0\.0\d+ %$"
     assert re.search(said, ema("info", snapshot).out, re.MULTILINE)
@@ -63,7 +80,9 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     rows = re.findall(r"^\S+\.safetensors +([+-]\d\.\d{6})$", text, re.MULTILINE)
     largest = sorted((abs(item["coefficient"]) for item in report["snapshots"]), reverse=True)[:10]
     assert sorted((abs(float(c)) for c in rows), reverse=True) == pytest.approx(largest, abs=1e-6)
-    assert re.search(r"^and 30 more with smaller coefficients; --json lists them$", text, re.MULTILINE)
+    assert re.search(
+        r"^and 30 more with smaller coefficients; --json lists them$", text, re.MULTILINE
+    )
     assert "profile error" not in text
     ema("synthesize", run, "--target", "beta:0.99", "--out", out, "--overwrite")
     report = ema("info", out, "--json").json
@@ -71,9 +90,19 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert not re.search(r"^sigma_rel", ema("info", out).out, re.MULTILINE)
 
 
-def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
-    for name, options in (("averages", ()), ("shards", ("--layout", "sharded", "--max-shard-size", "50"))):
-        assert ema("synthesize", run, "--sigma-rel", "0.1,0.15,0.2", "--out", tmp_path / name, *options).code == 0
+def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    for name, options in (
+        ("averages", ()),
+        ("shards", ("--layout", "sharded", "--max-shard-size", "50")),
+    ):
+        assert (
+            ema(
+                "synthesize", run, "--sigma-rel", "0.1,0.15,0.2", "--out", tmp_path / name, *options
+            ).code
+            == 0
+        )
     single = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     shards = list(folder.glob("*.safetensors"))
@@ -85,9 +114,20 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
     for container in ("averages", "shards"):
         report = ema("info", tmp_path / container, "--json").json
         assert report["kind"] == "outputs"
-        assert [one["profile"] for one in report["outputs"]] == ["sigma_rel 0.1", "sigma_rel 0.15", "sigma_rel 0.2"]
+        assert [one["profile"] for one in report["outputs"]] == [
+            "sigma_rel 0.1",
+            "sigma_rel 0.15",
+            "sigma_rel 0.2",
+        ]
         text = ema("info", tmp_path / container).out
-        assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
+        assert (
+            len(
+                re.findall(
+                    r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE
+                )
+            )
+            == 3
+        )
 
 
 def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -109,21 +149,41 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
 def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> None:
     rows = [line.split() for line in ema("profile").out.splitlines()]
     assert rows[0] == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
-    assert [row[0] for row in rows[1:9]] == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
-    (row,) = ema("profile", "--target", "beta:0.9999", "--steps", "100000", "--json").json["profiles"]
-    (same,) = ema("profile", "--target", "half-life:5000", "--steps", "100000", "--json").json["profiles"]
+    assert [row[0] for row in rows[1:9]] == [
+        "0.001",
+        "0.01",
+        "0.03",
+        "0.05",
+        "0.1",
+        "0.15",
+        "0.2",
+        "0.27",
+    ]
+    (row,) = ema("profile", "--target", "beta:0.9999", "--steps", "100000", "--json").json[
+        "profiles"
+    ]
+    (same,) = ema("profile", "--target", "half-life:5000", "--steps", "100000", "--json").json[
+        "profiles"
+    ]
     assert same["beta"] ** 5000 == pytest.approx(0.5, rel=1e-9)
     back = ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").json
     assert back["profiles"][0]["beta"] == pytest.approx(0.9999, rel=1e-12)
 
 
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
-    """Texts to the left and numbers to the right, by their width on a terminal, and control characters escaped."""
+    """Texts to the left and numbers to the right, by their width on a terminal, and control
+    characters escaped."""
     keys, sizes = ("file", "bytes", "predicted_error"), (0, 999, 1500, 2.5e6, 3e9, 4e12, 1)
     rows = zip(
-        ["名\x1b", "長い名前です", *"abcd", ""], sizes, (0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0, None), strict=True
+        ["名\x1b", "長い名前です", *"abcd", ""],
+        sizes,
+        (0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0, None),
+        strict=True,
     )
-    print_rows([*(dict(zip(keys, row, strict=True)) for row in rows), {"file": "e"}], ["file", "size:bytes", keys[2]])
+    print_rows(
+        [*(dict(zip(keys, row, strict=True)) for row in rows), {"file": "e"}],
+        ["file", "size:bytes", keys[2]],
+    )
     assert capsys.readouterr().out.splitlines() == [
         "file            size  predicted error",
         "名\\x1b           0 B              0 %",
@@ -160,7 +220,9 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
         poor = ema("synthesize", run, "--sigma-rel", "0.010", "--out", tmp_path / folder)
         assert poor.code == 0
         assert poor.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
-        assert [path.name for path in (tmp_path / folder).iterdir()] == ["sigma_rel-0.01.safetensors"]
+        assert [path.name for path in (tmp_path / folder).iterdir()] == [
+            "sigma_rel-0.01.safetensors"
+        ]
 
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
@@ -171,7 +233,9 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
     assert result.code == 0
     assert "nothing was written" in result.out
     for when in ("--t", "--step"):
-        (target,) = ema("synthesize", run, "--sigma-rel", "0.15", when, "1000", "--dry-run", "--json").json["targets"]
+        (target,) = ema(
+            "synthesize", run, "--sigma-rel", "0.15", when, "1000", "--dry-run", "--json"
+        ).json["targets"]
         assert (target["t"], target["output"]) == (1000, None)
         assert all(int(s["file"].split("-")[0]) <= 1000 for s in target["snapshots"])
     assert contents(run) == before
@@ -180,27 +244,43 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:
     """The picture of such a run assumes even motion, as that of a schedule."""
     model, out = torch.nn.Linear(4, 3), tmp_path / "m.safetensors"
-    with PostHocEMA.from_model(model, tmp_path / "one", sigma_rels=(0.05,), checkpoint_every=100) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path / "one", sigma_rels=(0.05,), checkpoint_every=100
+    ) as tracker:
         for _ in range(100):
             tracker.update_(model)
     for path in (tmp_path / "one").glob("*.safetensors"):
         rewrite_snapshot(path, sketch="")
     arguments = ["synthesize", tmp_path / "one", "--sigma-rel", "0.051", "--out"]
     made = ema(*arguments, out)
-    assert re.search(r"^made .* from 1 snapshot, predicted error unknown, 60 B", made.out, re.MULTILINE)
+    assert re.search(
+        r"^made .* from 1 snapshot, predicted error unknown, 60 B", made.out, re.MULTILINE
+    )
     report = ema(*arguments, out, "--overwrite", "--json").json
     assert report["targets"][0]["predicted_error"] is None
     assert report["movement"]["source"] == "assumed"
-    assert "cannot be predicted" in ema(*arguments, tmp_path / "other.safetensors", "--max-error", "0.5").error
+    assert (
+        "cannot be predicted"
+        in ema(*arguments, tmp_path / "other.safetensors", "--max-error", "0.5").error
+    )
     assert not (tmp_path / "other.safetensors").exists()
-    (curve,) = ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").json["curves"]
+    (curve,) = ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").json[
+        "curves"
+    ]
     assert curve["label"].endswith("/one: 1 snapshot up to 100 steps, if the network moves evenly")
 
 
 def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
     ema: Ema, run: Path, tmp_path: Path
 ) -> None:
-    arguments = ["synthesize", run, "--sigma-rel=0.15", "--sigma-rel=0.03", "--out", tmp_path / "averages"]
+    arguments = [
+        "synthesize",
+        run,
+        "--sigma-rel=0.15",
+        "--sigma-rel=0.03",
+        "--out",
+        tmp_path / "averages",
+    ]
     assert ema(*arguments, "--max-error", "99%").code == 0
     assert {path.name for path in (tmp_path / "averages").iterdir()} == {
         f"sigma_rel-{s}.safetensors" for s in (0.03, 0.15)
@@ -215,20 +295,40 @@ def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
     assert contents(tmp_path) == before
 
 
-# --- `ema error-plot`: the picture and the numbers; and `ema plan`: its proposals and the call to paste
+# --- `ema error-plot`: the picture and the numbers; and `ema plan`: its proposals and the call to
+# paste
 
 
 def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("error-plot", run, "--out", tmp_path / "error.png", "--target", "window:1", "--target", "beta:0.999")
+    result = ema(
+        "error-plot",
+        run,
+        "--out",
+        tmp_path / "error.png",
+        "--target",
+        "window:1",
+        "--target",
+        "beta:0.999",
+    )
     assert (result.code, result.err) == (0, "")
     assert matplotlib.image.imread(tmp_path / "error.png").shape[1] >= 1000
     first, *lines = result.out.splitlines()
     assert first.endswith("/run: 40 snapshots up to 2,000 steps")
     assert lines[0].split() == ["tracked", "0.05,", "0.28"]
     assert re.fullmatch(r"  predicted error below 1 %  sigma_rel 0\.\d+ to 0\.\d+", lines[1])
-    assert re.search(r"^ +window:1 +0\.000144 ", result.out, re.MULTILINE)  # a target beyond the curve widens it
+    # a target beyond the curve widens it
+    assert re.search(r"^ +window:1 +0\.000144 ", result.out, re.MULTILINE)
     assert "profile error" not in result.out
-    paper = ema("error-plot", run, "--method", "paper", "--out", tmp_path / "e.svg", "--target", "window:500")
+    paper = ema(
+        "error-plot",
+        run,
+        "--method",
+        "paper",
+        "--out",
+        tmp_path / "e.svg",
+        "--target",
+        "window:500",
+    )
     assert "profile error" in paper.out
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
 
@@ -238,7 +338,9 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 ) -> None:
     (curve,) = ema("error-plot", run, "--out", tmp_path / "e.svg", "--json").json["curves"]
     for sigma_rel, error in zip(curve["sigma_rel"], curve["predicted_error"], strict=True):
-        assert any(low <= sigma_rel <= high for low, high in curve["below_1_percent"]) == (error < 0.01)
+        assert any(low <= sigma_rel <= high for low, high in curve["below_1_percent"]) == (
+            error < 0.01
+        )
     picture = (tmp_path / "e.svg").read_text()
     assert "tracked: 0.05, 0.28" in picture
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", picture))
@@ -251,18 +353,27 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 
 def test_targets_are_points(ema: Ema, run: Path, tmp_path: Path) -> None:
     titles = ["beta:0.99", "beta:0.999", "window:500", "between:500:1500", "decay:linear:100%"]
-    others = ["--target", "beta:0.99,0.999", *(word for title in titles[2:] for word in ("--target", title))]
+    others = [
+        "--target",
+        "beta:0.99,0.999",
+        *(word for title in titles[2:] for word in ("--target", title)),
+    ]
     (curve,) = ema("error-plot", run, *others, "--json", "--out", tmp_path / "e.svg").json["curves"]
     found = {other["target"]: other for other in curve["others"]}
     assert list(found) == titles
     assert found["window:500"]["sigma_rel"] == pytest.approx(0.25 / 12**0.5, rel=1e-6)
     assert found["decay:linear:100%"]["sigma_rel"] == pytest.approx(12**-0.5, rel=1e-6)
-    # With float64 the results are not rounded to the model's dtypes, which error-plot does not count.
-    for target in ema("synthesize", run, *others, "--dtype", "float64", "--dry-run", "--json").json["targets"]:
+    # With float64 the results are not rounded to the model's dtypes, which error-plot does not
+    # count.
+    for target in ema("synthesize", run, *others, "--dtype", "float64", "--dry-run", "--json").json[
+        "targets"
+    ]:
         for error in ("predicted_error", "profile_error"):
             assert target[error] == pytest.approx(found[target["target"]][error], rel=1e-9)
     picture = (tmp_path / "e.svg").read_text()
-    assert all(f"{title}: {100 * found[title]['predicted_error']:.2g} %" in picture for title in titles)
+    assert all(
+        f"{title}: {100 * found[title]['predicted_error']:.2g} %" in picture for title in titles
+    )
 
 
 PLANNED = ("plan", "--steps", "4000", "--params", "1M", "--disk", "50MB")
@@ -277,9 +388,15 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
     report = ema(*PLANNED, "--json").json
     rows = result.out.splitlines()[1:6]
     assert [row.split()[0] for row in rows] == [each["name"] for each in report["schedules"]]
-    assert [row.split()[0] for row in rows if row.split()[1] == "*"] == [report["within_disk"]] == ["small"]
+    assert (
+        [row.split()[0] for row in rows if row.split()[1] == "*"]
+        == [report["within_disk"]]
+        == ["small"]
+    )
     monkeypatch.chdir(tmp_path)
-    for each, line in zip(report["schedules"], re.findall(r"^ema = .*$", result.out, re.MULTILINE), strict=True):
+    for each, line in zip(
+        report["schedules"], re.findall(r"^ema = .*$", result.out, re.MULTILINE), strict=True
+    ):
         names: dict = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
         exec(line, names)
         settings = names["ema"].settings
@@ -298,7 +415,8 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
     assert Path("plan.png").read_bytes()[:4] == b"\x89PNG"
 
 
-# --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they change files
+# --- `ema verify` and `ema prune`: their reports, and the questions that they ask before they
+# change files
 
 
 def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
@@ -317,12 +435,17 @@ def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
     assert {line.split()[-1] for line in lines} == {"intact"}
 
 
-def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(ema: Ema, run: Path) -> None:
+def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(
+    ema: Ema, run: Path
+) -> None:
     flip_bit(snapshot_files(run)[3])
     (run / ".ema-0123.tmp").write_text("half")
     lines = ema("verify", run).out.splitlines()
     assert lines[0] == "39 files with nothing wrong; --json lists them"
-    wrong = r"0000000000000200-0.28.safetensors: snapshot sigma_rel 0.28 at t = 200: damaged: .* does not match"
+    wrong = (
+        r"0000000000000200-0.28.safetensors: snapshot sigma_rel 0.28 at t = 200: damaged: "
+        r".* does not match"
+    )
     assert re.fullmatch(wrong, lines[1])
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
@@ -345,7 +468,10 @@ def test_contradictions_and_files_of_a_later_release_are_reported(ema: Ema, run:
     assert re.search(rf"^problem: .*{files[3].name}: differ in 'run_id'", result.out, re.MULTILINE)
     assert ema("info", run).code == 1
     forge(files[3], {"kind": '"future"'})
-    assert "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3" in ema("verify", run).out
+    assert (
+        "unreadable: is not of the kind 'snapshot' and format 3, but 'future' of format 3"
+        in ema("verify", run).out
+    )
 
 
 def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:
@@ -367,21 +493,28 @@ def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
     assert report["deleted"] is True
     assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
     left = {path.name: path.stat().st_size for path in snapshot_files(run)}
-    assert set(report["kept"]) == set(left) == everything - {gone["file"] for gone in report["gone"]}
+    assert (
+        set(report["kept"]) == set(left) == everything - {gone["file"] for gone in report["gone"]}
+    )
     assert report["bytes"] == sum(left.values())
     enough = ema("prune", run, "--keep", "100", "--yes")
     assert enough.code == 0
     assert enough.out.splitlines()[-1] == "nothing has to be deleted"
 
 
-@pytest.mark.parametrize(("answer", "code", "left"), [("n\n", 1, 40), ("y\n", 0, 10), ("", 130, 40)])
-def test_pruning_asks(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
+@pytest.mark.parametrize(
+    ("answer", "code", "left"), [("n\n", 1, 40), ("y\n", 0, 10), ("", 130, 40)]
+)
+def test_pruning_asks(
+    ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
         def readline(self, *_: object) -> str:
-            with (run / ".ema.lock").open() as lock:  # the directory is not locked while the question is open
+            # the directory is not locked while the question is open
+            with (run / ".ema.lock").open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return answer
 

@@ -1,4 +1,5 @@
-"""Untrusted directories, names and environments: no other file is changed, no code is run, and nothing leaks."""
+"""Untrusted directories, names and environments: no other file is changed, no code is run, and
+nothing leaks."""
 
 import getpass
 import os
@@ -34,7 +35,9 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
     out = tmp_path / name
     out.symlink_to(precious)
     plot = ("error-plot", run, "--out", out)
-    command = plot if name.endswith("png") else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    command = (
+        plot if name.endswith("png") else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    )
     assert "already exists" in ema(*command).error
     assert out.is_symlink()
     assert ema(*command, "--overwrite").code == 0
@@ -43,7 +46,11 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
 
 
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
-    lock, absent, model = tmp_path / ".ema.lock", precious.with_name("nothing"), torch.nn.Linear(1, 1)
+    lock, absent, model = (
+        tmp_path / ".ema.lock",
+        precious.with_name("nothing"),
+        torch.nn.Linear(1, 1),
+    )
     for make_link, message in (
         (lambda: lock.symlink_to(precious), str(tmp_path)),
         (lambda: lock.symlink_to(absent), str(tmp_path)),
@@ -61,13 +68,23 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
     name = "\x1b]0;x\x07\u202e\nema: error: "
     path = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
     for debug in ((), ("--debug",)):
-        result = run_ema(*debug, "synthesize", tmp_path / "run", "--sigma-rel", "0.1", "--out", tmp_path / f"{name}.pt")
+        result = run_ema(
+            *debug,
+            "synthesize",
+            tmp_path / "run",
+            "--sigma-rel",
+            "0.1",
+            "--out",
+            tmp_path / f"{name}.pt",
+        )
         assert result.code == 1
         assert ("Traceback" in result.err) == bool(debug)
         assert result.err.replace("\n", "").isprintable()
         assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
     flip_bit(path, path.stat().st_size - 1)
-    write_snapshot(tmp_path / "intact", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", ""))
+    write_snapshot(
+        tmp_path / "intact", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", "")
+    )
     (tmp_path / "intact" / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
     for arguments in (["verify", tmp_path / "intact"], ["info", tmp_path / "intact"]):
         result = run_ema(*arguments)
@@ -76,11 +93,16 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
         assert "\\x1b" in result.out
 
 
-def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path) -> None:
+def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(
+    run: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "\u65e5\u672c"))
     save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
     code = f"import sys; sys.stdout.reconfigure(encoding='latin-1'); {forked.EMA}"
-    for arguments in (["info", folder], ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"]):
+    for arguments in (
+        ["info", folder],
+        ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"],
+    ):
         assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 
@@ -88,15 +110,19 @@ LEAKING = """
 import sys, torch
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import main
+
 model = torch.nn.Linear(3, 3)
 tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
 for _ in range(3):
     tracker.update_(model)
 tracker.close()
 for line in (
-    "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
+    "synthesize run --sigma-rel 0.1 --out a.safetensors",
+    "synthesize run --sigma-rel 0.1 --out a.pt",
     "synthesize run --sigma-rel 0.1 --layout sharded --max-shard-size 20 --out shards",
-    "export a.safetensors --out c.safetensors", "error-plot run --out a.png", "error-plot run --out a.svg",
+    "export a.safetensors --out c.safetensors",
+    "error-plot run --out a.png",
+    "error-plot run --out a.svg",
     "plan --steps 1000 --params 10 --like run --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
@@ -114,9 +140,17 @@ def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: 
     secrets |= dict.fromkeys(("USER", "LOGNAME"), "secret-user")
     forked.check(LEAKING, cwd=home, env=unmeasured_environment() | secrets)
     words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
-    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter: chance matches
+    # shorter: chance matches
+    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]
     made = contents(home)
-    assert {Path(name).suffix for name in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".json"}
+    assert {Path(name).suffix for name in made} >= {
+        ".safetensors",
+        ".pt",
+        ".png",
+        ".svg",
+        ".pdf",
+        ".json",
+    }
     for name, content in made.items():
         picture = [b"Date", b"Matplotlib v"] if name.endswith((".png", ".svg", ".pdf")) else []
         for word in (*map(str.encode, words), *picture):
@@ -145,7 +179,9 @@ def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_chang
     for program in ("latex", "dvipng", "kpsewhich"):
         (evil / program).write_text("#!/bin/sh\ntouch executed\n")
         (evil / program).chmod(0o755)
-    environment = unmeasured_environment() | {"PATH": os.pathsep.join([str(evil), os.environ["PATH"]])}
+    environment = unmeasured_environment() | {
+        "PATH": os.pathsep.join([str(evil), os.environ["PATH"]])
+    }
     command = [sys.executable, "-m", "posthoc_cli", *line, "picture.png"]
     subprocess.run(command, cwd=evil, env=environment, check=True)
     assert not (evil / "executed").exists()

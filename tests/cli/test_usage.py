@@ -47,7 +47,10 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     assert (result.code, result.out.count("40 files, ")) == (0, 2)
     report = ema("verify", "run", "model.safetensors", "--json").json
     found = [(one["kind"], one["path"]) for one in report["paths"]]
-    assert (report["kind"], found) == ("several", [("directory", "run"), ("file", "model.safetensors")])
+    assert (report["kind"], found) == (
+        "several",
+        [("directory", "run"), ("file", "model.safetensors")],
+    )
     flip_bit(sorted(Path("other").glob("*.safetensors"))[0])
     result = ema("verify", "other", "run")
     assert result.code == 1
@@ -72,12 +75,16 @@ def test_the_number_of_options_is_limited() -> None:
 def test_help_of_a_command_and_the_version(ema: Ema) -> None:
     assert ema("--help").out == ema().out
     for command in commands().values():
-        assert all("-o" in parameter.opts for parameter in command.params if "--out" in parameter.opts)
+        assert all(
+            "-o" in parameter.opts for parameter in command.params if "--out" in parameter.opts
+        )
     wrong = ema("synthesise")
     assert wrong.code == 2
     assert "synthesise" in wrong.error
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
-    assert re.search(rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out)
+    assert re.search(
+        rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out
+    )
 
 
 # --- the output of --json: all commands use the same names for the same things
@@ -86,13 +93,12 @@ COMMANDS = (
     "synthesize run --sigma-rel 0.1,0.2 --target window:500 --dry-run",
     "synthesize run --sigma-rel 0.15 --out a.safetensors",
     "synthesize run --sigma-rel 0.1 --out shards --layout sharded",
-    "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors", "info a.safetensors",
-    "info shards", "verify run", "verify run a.safetensors", "prune run --keep 5 --dry-run", "error-plot run",
-    "error-plot run --target window:500", "plan --steps 3000 --params 100K --disk 100MB --like run",
-    "profile", "guide", "guide sweep",
+    "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
+    "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
+    "prune run --keep 5 --dry-run", "error-plot run", "error-plot run --target window:500",
+    "plan --steps 3000 --params 100K --disk 100MB --like run", "profile", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
-    "report run --out page.html",
-    "report run --sweep sweep --out page.html --overwrite",
+    "report run --out page.html", "report run --sweep sweep --out page.html --overwrite",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
@@ -101,7 +107,14 @@ SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 
 
 def kind(value: Any) -> str:
-    names = {bool: "flag", int: "number", float: "number", str: "text", list: "list", dict: "object"}
+    names = {
+        bool: "flag",
+        int: "number",
+        float: "number",
+        str: "text",
+        list: "list",
+        dict: "object",
+    }
     return names[type(value)]
 
 
@@ -132,11 +145,16 @@ def test_one_name_means_one_thing_in_the_json_of_all_commands(
 
 def test_every_command_that_reports_has_json() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    without = {name for name, one in commands.items() if not any("--json" in option.opts for option in one.params)}
+    without = {
+        name
+        for name, one in commands.items()
+        if not any("--json" in option.opts for option in one.params)
+    }
     assert without == set()
 
 
-# --- the messages for wrong input: one line that names the input and what is accepted; no file is written or changed
+# --- the messages for wrong input: one line that names the input and what is accepted; no file is
+# written or changed
 
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
 
@@ -154,15 +172,18 @@ def lose_a_tensor(path: Path) -> None:
 
 HARMS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
-    "flipped-payload": lambda path: flip_bit(path, -3), "flipped-header": lambda path: flip_bit(path, 40),
-    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID), "lost-tensor": lose_a_tensor,
-}  # fmt: skip
+    "flipped-payload": lambda path: flip_bit(path, -3),
+    "flipped-header": lambda path: flip_bit(path, 40),
+    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID),
+    "lost-tensor": lose_a_tensor,
+}
 """The harm done to one snapshot of the directory of each name."""
 
 
 @pytest.fixture(scope="module")
 def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with a run, and with files and directories that cannot be used instead of one."""
+    """A working directory with a run, and with files and directories that cannot be used instead of
+    one."""
     places = tmp_path_factory.mktemp("place")
     shutil.copytree(_recorded_run, places / "run")
     for name, harm in HARMS.items():
@@ -191,14 +212,18 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         result = ema(*shlex.split(line))
         # Ids are random, and the last digits of measurements in headers differ between processors.
         message = re.sub(
-            r"\b[0-9a-f]{32}' and", "ID' and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error)
+            r"\b[0-9a-f]{32}' and",
+            "ID' and",
+            re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error),
         )
         found[line] = f"{result.code} {message}"
         assert result.out == "" or result.code == 1, line
     assert contents(places) == before
     if os.environ.get("EMA_RECORD_MESSAGES"):
         head = MESSAGES.read_text().split("\n")[0]
-        cases = "".join(f"$ ema {line}\n{answer}\n" for line, answer in (recorded() | found).items())
+        cases = "".join(
+            f"$ ema {line}\n{answer}\n" for line, answer in (recorded() | found).items()
+        )
         MESSAGES.write_text(f"{head}\n\n{cases}")
     else:
         assert found == expected
@@ -211,11 +236,14 @@ def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
-                assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), path
+                assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), (
+                    path
+                )
 
 
 def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
-    """A report reads the checkpoints several times; here they contain EMAs with an unknown decay."""
+    """A report reads the checkpoints several times; here they contain EMAs with an unknown
+    decay."""
     for step in (10, 20):
         weights = {"w": torch.full((3, 2), float(step))}
         average = {"n_averaged": torch.tensor(step), "module.w": weights["w"]}

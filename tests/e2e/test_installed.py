@@ -23,7 +23,8 @@ import posthoc_cli
 EMA = Path(sys.executable).with_name("ema")
 GUIDES = Path(posthoc_cli.__file__).parent / "guides"
 
-# The usage example in the README of pytorch-posthoc-ema, with the import changed and the results checked.
+# The usage example in the README of pytorch-posthoc-ema, with the import changed and the results
+# checked.
 PEERS_EXAMPLE = """
 import copy
 import torch
@@ -76,7 +77,9 @@ np.save("path.npy", np.stack(path))
 
 
 def ema(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([EMA, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [EMA, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 def classical_average(values: np.ndarray, beta: float) -> np.ndarray:
@@ -94,9 +97,21 @@ def distance(found: torch.Tensor, exact: np.ndarray) -> float:
 def test_averages_of_a_training_are_as_near_to_the_truth_as_predicted(tmp_path: Path) -> None:
     forked.check(TRAINING, cwd=tmp_path)
     made = ema(
-        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--target", "beta:0.99", "--target", "window:500", "--out",
-        "averages", "--max-error", "1%", "--json", cwd=tmp_path,
-    )  # fmt: skip
+        "synthesize",
+        "run/ema",
+        "--sigma-rel",
+        "0.05,0.15",
+        "--target",
+        "beta:0.99",
+        "--target",
+        "window:500",
+        "--out",
+        "averages",
+        "--max-error",
+        "1%",
+        "--json",
+        cwd=tmp_path,
+    )
     assert (made.returncode, made.stderr) == (0, "")
     targets = json.loads(made.stdout)["targets"]
     path = np.load(tmp_path / "path.npy")
@@ -109,7 +124,9 @@ def test_averages_of_a_training_are_as_near_to_the_truth_as_predicted(tmp_path: 
         "window:500": seen[-50:].mean(axis=0),
     }
     assert [target["target"] for target in targets] == [*truths]
-    files = {name: tmp_path / "averages" / f"{re.sub('[ :]', '-', name)}.safetensors" for name in truths}
+    files = {
+        name: tmp_path / "averages" / f"{re.sub('[ :]', '-', name)}.safetensors" for name in truths
+    }
     found = {name: load_file(file)["weight"] for name, file in files.items()}
     for target in targets:
         name = target["target"]
@@ -121,7 +138,9 @@ def test_averages_of_a_training_are_as_near_to_the_truth_as_predicted(tmp_path: 
 
 
 def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
-    failed = ema("synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path)
+    failed = ema(
+        "synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path
+    )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("ema: error: nowhere: no such directory")
     assert failed.stderr.count("\n") == 1
@@ -131,11 +150,19 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert as_module.stdout == ema("profile", "--json", cwd=tmp_path).stdout
 
 
-def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(tmp_path: Path) -> None:
+def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(
+    tmp_path: Path,
+) -> None:
     assert ema("guide", "exactness", cwd=tmp_path).stdout == (GUIDES / "exactness.md").read_text()
     parent, terminal = pty.openpty()
-    environment = os.environ | {"PAGER": f"cat > {tmp_path}/paged", "TERM": "dumb", "COLUMNS": "200"}
-    subprocess.run([EMA, "guide", "exactness"], stdin=terminal, stdout=terminal, env=environment, check=True)
+    environment = os.environ | {
+        "PAGER": f"cat > {tmp_path}/paged",
+        "TERM": "dumb",
+        "COLUMNS": "200",
+    }
+    subprocess.run(
+        [EMA, "guide", "exactness"], stdin=terminal, stdout=terminal, env=environment, check=True
+    )
     for descriptor in (parent, terminal):
         os.close(descriptor)
     lines = (tmp_path / "paged").read_text().splitlines()
@@ -154,7 +181,8 @@ def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_closed_pipe_is_no_error_message_and_a_full_disk_is_one(large_run: Path) -> None:
-    """With `| head` the exit code is 141, as of a process that SIGPIPE has ended; 1 would mean damage."""
+    """With `| head` the exit code is 141, as of a process that SIGPIPE has ended; 1 would mean
+    damage."""
     for words in (["--help"], ["verify", large_run]):
         read, write = os.pipe()
         os.close(read)
@@ -163,11 +191,17 @@ def test_a_closed_pipe_is_no_error_message_and_a_full_disk_is_one(large_run: Pat
         assert (done.returncode, done.stderr) == (141, b"")
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([EMA, "profile"], stdout=full, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, done.stderr) == (1, b"ema: error: standard output: no space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        b"ema: error: standard output: no space left on device\n",
+    )
 
 
-def interrupted_when_it_writes(command: list[object], target: Path, number: signal.Signals) -> tuple[int, str]:
-    """Send a signal to a command as soon as it has a temporary file in `target`; its exit code and its messages."""
+def interrupted_when_it_writes(
+    command: list[object], target: Path, number: signal.Signals
+) -> tuple[int, str]:
+    """Send a signal to a command as soon as it has a temporary file in `target`; its exit code and
+    its messages."""
     process = forked.Forked(forked.EMA, *command)
     while process.poll() is None and not list(target.rglob(".ema-*")):
         time.sleep(2e-4)
@@ -179,9 +213,15 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
 @pytest.mark.xdist_group("interruptions")  # these tests share a run, and a folder to write to
 @pytest.mark.parametrize(
     ("number", "code", "out"),
-    [(signal.SIGINT, 130, "out.safetensors"), (signal.SIGTERM, 143, "folder"), (signal.SIGHUP, 129, "out.safetensors")],
+    [
+        (signal.SIGINT, 130, "out.safetensors"),
+        (signal.SIGTERM, 143, "folder"),
+        (signal.SIGHUP, 129, "out.safetensors"),
+    ],
 )
-def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
+def test_an_interruption_leaves_nothing(
+    large_run: Path, number: signal.Signals, code: int, out: str
+) -> None:
     target = large_run.parent / "target"
     command = ["synthesize", large_run, "--sigma-rel", "0.12", "--out", target / out]
     for _ in range(20):

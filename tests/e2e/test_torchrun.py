@@ -1,4 +1,5 @@
-"""A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has failed."""
+"""A synthesis by the ranks of a torchrun job, and its files after one of them was killed or has
+failed."""
 
 import errno
 import shutil
@@ -16,7 +17,15 @@ import torch
 import torch.distributed as dist
 from checking import assert_same_tensors, load_output
 from ema_command import unmeasured_environment
-from factories import INDEX, RUN_ID, contents, flip_bit, snapshot_files, split_snapshot, write_snapshot
+from factories import (
+    INDEX,
+    RUN_ID,
+    contents,
+    flip_bit,
+    snapshot_files,
+    split_snapshot,
+    write_snapshot,
+)
 from safetensors.torch import load_file
 from snapshots.recorded import failing
 
@@ -34,7 +43,9 @@ engine.Maker.make = lambda *arguments: (time.sleep(1.0), make(*arguments))
 """
 """Runs before the command: every tile takes a second."""
 
-FULL = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=20_000_000)\n"
+FULL = (
+    "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=20_000_000)\n"
+)
 
 
 @pytest.fixture
@@ -59,7 +70,13 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Pat
     forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
     for path in snapshot_files(run)[::2]:
         split_snapshot(path, 3, {"layer.1": (1, 3)})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={WORLD}",
+    ]
     job = [*launcher, "-m", "posthoc_cli", *arguments(run, tmp_path / "out")]
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -74,9 +91,15 @@ def start_ranks(code: str, *arguments: str) -> list[forked.Forked]:
     """The processes of a job without a launcher; `code` runs in each before the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD)}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "WORLD_SIZE": str(WORLD),
+        }
     return [
-        forked.Forked(code + forked.EMA, *arguments, env={**environment(), **meeting, "RANK": str(rank)})
+        forked.Forked(
+            code + forked.EMA, *arguments, env={**environment(), **meeting, "RANK": str(rank)}
+        )
         for rank in range(WORLD)
     ]
 
@@ -87,7 +110,9 @@ def ended(code: str, *arguments: str) -> list[tuple[int, str]]:
     return [(process.wait(120), process.communicate()[1]) for process in processes]
 
 
-def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(run: Path, tmp_path: Path) -> None:
+def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(
+    run: Path, tmp_path: Path
+) -> None:
     """Also without a launcher; the job can be run again."""
     out = tmp_path / "out"
     processes = start_ranks(SLOW, *arguments(run, out))
@@ -97,8 +122,11 @@ def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(run: Pa
     processes[0].kill()
     processes[0].wait()
     for process in processes[1:]:
-        *_, line = process.communicate(timeout=60)[1].splitlines()  # after a warning of the predicted error
-        assert line == "ema: error: another process of this job: failed or died; nothing was finished"
+        # after a warning of the predicted error
+        *_, line = process.communicate(timeout=60)[1].splitlines()
+        assert (
+            line == "ema: error: another process of this job: failed or died; nothing was finished"
+        )
         assert process.returncode == 1
     assert not out.exists()
     again = ended("", *arguments(run, out))
@@ -110,12 +138,16 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
     shard = next(run.iterdir())
     flip_bit(shard)  # of the last tensor, which one rank reads
     found = ended(SLOW, *arguments(run, tmp_path / "out"))
-    assert all(code == 1 and shard.name in errors and "layer.8" in errors for code, errors in found), found
+    assert all(
+        code == 1 and shard.name in errors and "layer.8" in errors for code, errors in found
+    ), found
     assert sum("failed: " in errors for _, errors in found) == WORLD - 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
+def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(
+    run: Path, tmp_path: Path
+) -> None:
     """9 tensors of 1.4 MB: there is room for one average, but not for two."""
     message = "the output takes 25,200,000 bytes, and 20,000,000 are free"
     found = ended(FULL, *arguments(run, tmp_path / "out"), "--target", "window:5")
@@ -123,12 +155,18 @@ def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(
     assert not (tmp_path / "out").exists()
 
 
-# --- shards by the ranks of a job, which here is one process: the same bytes as in one file, complete or absent
+# --- shards by the ranks of a job, which here is one process: the same bytes as in one file,
+# complete or absent
 
 SHAPES: dict[str, tuple[int, ...]] = {
-    "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
-    **{f"layer.{i}.weight": (40, 50) for i in range(12)}, **{f"layer.{i}.bias": (50,) for i in range(12)},
-}  # fmt: skip
+    "embed": (300, 40),
+    "a/../b": (7,),
+    "ü 'quoted'": (3, 5),
+    "none": (0, 4),
+    "one": (),
+    **{f"layer.{i}.weight": (40, 50) for i in range(12)},
+    **{f"layer.{i}.bias": (50,) for i in range(12)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +175,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for t in (10, 20, 30):
         for sigma_rel in (0.05, 0.28):
             generator = torch.Generator().manual_seed(t + round(100 * sigma_rel))
-            values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+            values = {
+                name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()
+            }
             values["half"] = torch.randn(90, 9, generator=generator).half()
             values["count"] = torch.tensor(t)
             tracked = {"sigma_rels": (0.05, 0.28), "aliases": {"tied": "embed"}}
@@ -171,15 +211,21 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     for target in (0.1, 0.2):
         folder, file = tmp_path / "out" / f"sigma_rel-{target}", tmp_path / f"{target}.safetensors"
         Run(own_run).write(target, file, dtype=dtype)
-        torch.testing.assert_close(load_output(folder), load_file(file), rtol=0.01 * bool(dtype), atol=1e-6)
+        torch.testing.assert_close(
+            load_output(folder), load_file(file), rtol=0.01 * bool(dtype), atol=1e-6
+        )
         shards = [path.name for path in folder.glob("model-*")]
         assert {*contents(folder)} == ({*shards, INDEX} if shards else {"model.safetensors"})
     write(own_run, tmp_path / "one", 0.1, size, dtype=dtype)
     assert_same_tensors(load_output(tmp_path / "one"), load_file(tmp_path / "0.1.safetensors"))
 
 
-@pytest.mark.parametrize(("operation", "exists"), [("fsync", False), ("rename", False), ("rename", True)])
-def test_a_failure_leaves_what_was_there(own_run: Path, tmp_path: Path, operation: str, exists: bool) -> None:
+@pytest.mark.parametrize(
+    ("operation", "exists"), [("fsync", False), ("rename", False), ("rename", True)]
+)
+def test_a_failure_leaves_what_was_there(
+    own_run: Path, tmp_path: Path, operation: str, exists: bool
+) -> None:
     out = tmp_path / "out"
     if exists:
         write(own_run, out)
@@ -191,10 +237,15 @@ def test_a_failure_leaves_what_was_there(own_run: Path, tmp_path: Path, operatio
 
 
 @pytest.mark.parametrize(
-    ("out", "options"), [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})]
+    ("out", "options"),
+    [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})],
 )
-def test_a_job_makes_a_folder_of_shards(own_run: Path, tmp_path: Path, out: str, options: dict[str, Any]) -> None:
-    with pytest.raises(InvalidValueError, match="makes a folder of shards; name a folder; an export makes one file"):
+def test_a_job_makes_a_folder_of_shards(
+    own_run: Path, tmp_path: Path, out: str, options: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        InvalidValueError, match="makes a folder of shards; name a folder; an export makes one file"
+    ):
         Run(own_run).write(0.1, tmp_path / out, distributed=True, **options)
     report = Run(own_run).write(0.1, tmp_path / "m", distributed=True, dry_run=True)
     assert report is not None

@@ -8,7 +8,9 @@ from posthoc_cli import Beta, PostHocEMA, Run, Window, synthesize
 
 
 def train(model: torch.nn.Module, directory: Path) -> dict[str, torch.Tensor]:
-    ema = PostHocEMA.from_model(model, directory, sigma_rels=(0.05, 0.28), update_every=1, resume="auto")
+    ema = PostHocEMA.from_model(
+        model, directory, sigma_rels=(0.05, 0.28), update_every=1, resume="auto"
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ema.attach(optimizer)
     with ema:

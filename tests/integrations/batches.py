@@ -17,24 +17,37 @@ X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 
 class Training:
-    """A training of fifteen batches with a step after every third one, which saves after the second step."""
+    """A training of fifteen batches with a step after every third one, which saves after the second
+    step."""
 
     def __init__(
-        self, folder: Path, before: bool = False, sharded: bool = False, resume: str | None = None, **arguments: Any
+        self,
+        folder: Path,
+        before: bool = False,
+        sharded: bool = False,
+        resume: str | None = None,
+        **arguments: Any,
     ) -> None:
         torch.manual_seed(0)
         every = EVERY | {"resume": resume}
         if sharded:
             use_fsdp_on_the_cpu()
-            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+            arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+                fsdp_version=2, cpu_ram_efficient_loading=False
+            )
         self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
-        self.folder, bare = folder, torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+        self.folder, bare = (
+            folder,
+            torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1)),
+        )
         plain = torch.optim.Adam(bare.parameters(), lr=0.05)
         if before:
             self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)
         self.model, self.optimizer = self.accelerator.prepare(bare, plain)
         if not before:
-            self.ema = prepare(self.accelerator, self.model, folder / "ema", self.optimizer, **every)
+            self.ema = prepare(
+                self.accelerator, self.model, folder / "ema", self.optimizer, **every
+            )
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def run(self, first: int = 0, killed_at: int = 0) -> None:

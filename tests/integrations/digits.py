@@ -29,7 +29,9 @@ class Regression(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+        )
 
     def loss(self, batch: Any) -> torch.Tensor:
         return (self.net(batch[0]) - batch[1]).square().mean()
@@ -66,9 +68,16 @@ class Recorder(Callback):
 def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
     """Return a trainer of three epochs of six steps, with a checkpoint every fourth step."""
     saving = ModelCheckpoint(folder / "out", "{step}", every_n_train_steps=4, save_top_k=-1)
-    settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    settings = {
+        "max_epochs": 3,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+    }
     settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(callbacks=[*callbacks, saving], default_root_dir=folder, **(settings | arguments))
+    return Trainer(
+        callbacks=[*callbacks, saving], default_root_dir=folder, **(settings | arguments)
+    )
 
 
 class Sharded(Regression):
@@ -79,7 +88,10 @@ class Sharded(Regression):
 
 if __name__ == "__main__":
     folder, killed_at, kind, resumes = task()
-    recorder, group = Recorder(killed_at), {} if kind == "alone" else {"strategy": "ddp", "devices": 2}
+    recorder, group = (
+        Recorder(killed_at),
+        {} if kind == "alone" else {"strategy": "ddp", "devices": 2},
+    )
     if kind == "sharded":
         group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     callback = PostHocWeightAveraging(folder / "ema", validate=0.2, **EVERY)
@@ -87,7 +99,9 @@ if __name__ == "__main__":
         make_trainer(folder, callback, recorder, **group),
         (Sharded if kind == "sharded" else Regression)(),
     )
-    trainer.fit(module, loader(), loader(), ckpt_path=folder / "out/step=4.ckpt" if resumes else None)
+    trainer.fit(
+        module, loader(), loader(), ckpt_path=folder / "out/step=4.ckpt" if resumes else None
+    )
     with callback.ema.model(module, 0.2) as averaged:
         average = recorded(averaged)
     made = [recorder.weights, average, callback.ema.step, module.validated]

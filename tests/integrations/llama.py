@@ -1,4 +1,5 @@
-"""A small language model, and its training by the transformers Trainer, also as a program that kills itself."""
+"""A small language model, and its training by the transformers Trainer, also as a program that
+kills itself."""
 
 import os
 import signal
@@ -14,8 +15,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from posthoc_cli.integrations.transformers import PostHocCallback
 
 EVERY = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
-BEST = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
-DATA = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (40, 8), generator=torch.manual_seed(1))]
+BEST = {
+    "metric_for_best_model": "eval_ema_loss",
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+}
+DATA = [
+    {"input_ids": row, "labels": row}
+    for row in torch.randint(0, 32, (40, 8), generator=torch.manual_seed(1))
+]
 
 
 class Recorder(TrainerCallback):
@@ -39,14 +47,22 @@ class Recorder(TrainerCallback):
 
 def network() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape))
 
 
-def make_trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any) -> Trainer:
+def make_trainer(
+    folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any
+) -> Trainer:
     settings = {
-        "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [],
-        "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3, "eval_steps": 4,
+        "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
+        "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3,
+        "eval_steps": 4,
     }  # fmt: skip
     args = TrainingArguments(str(folder / "out"), **(settings | arguments))
     model = network() if model is None else model
@@ -67,12 +83,18 @@ if __name__ == "__main__":
     recorder, evaluated, options = Recorder(killed_at), Evaluated(), dict(BEST)
     if kind == "sharded":
         use_fsdp_on_the_cpu()
-        options |= {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False}}
+        options |= {
+            "fsdp": "full_shard",
+            "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False},
+        }
     trainer = make_trainer(folder, recorder, evaluated, **options)
     callback = PostHocCallback(folder / "ema", evaluate=0.2, **EVERY).install(trainer)
     recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are on disk
     trainer.train(resume_from_checkpoint=resumes)
-    best, loaded = int(trainer.state.best_model_checkpoint.rpartition("-")[2]), recorded(trainer.model)
+    best, loaded = (
+        int(trainer.state.best_model_checkpoint.rpartition("-")[2]),
+        recorded(trainer.model),
+    )
     with callback.ema.model(trainer.model, 0.2) as averaged:
         average = recorded(averaged)
     made = [recorder.weights, average, callback.ema.step, evaluated.weights, best, loaded]

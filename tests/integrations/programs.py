@@ -20,7 +20,10 @@ FRAMEWORKS = ("accelerate", "diffusers", "lightning.pytorch", "transformers.trai
 def start(program: str, *arguments: object, **environment: str) -> Forked:
     """Start a program of Python, or a module of this folder by its name."""
     if program.isidentifier():
-        program = f"import runpy; runpy.run_module('integrations.{program}', run_name='__main__', alter_sys=True)"
+        program = (
+            f"import runpy; runpy.run_module('integrations.{program}', "
+            f"run_name='__main__', alter_sys=True)"
+        )
     return Forked(program, *arguments, env=os.environ | environment, modules=FRAMEWORKS)
 
 
@@ -28,7 +31,9 @@ def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> l
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    processes = [start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"]
+    processes = [
+        start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"
+    ]
     return [process.wait(250) for process in processes]
 
 
@@ -39,11 +44,15 @@ def task() -> tuple[Path, int, str, bool]:
     return Path(folder), int(killed_at), kind, resumes == "True"
 
 
-def train(program: str, folder: Path, kind: str, killed_at: int = 0, resumes: bool = False) -> list[int]:
-    """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a "sharded" model.
+def train(
+    program: str, folder: Path, kind: str, killed_at: int = 0, resumes: bool = False
+) -> list[int]:
+    """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
+    "sharded" model.
 
-    Each process saves to `made-RANK.pt` the weights after each step, the live average, the number of updates, the
-    weights that were evaluated last, and a step with the weights in its checkpoint. Return the exit codes.
+    Each process saves to `made-RANK.pt` the weights after each step, the live average, the number
+    of updates, the weights that were evaluated last, and a step with the weights in its checkpoint.
+    Return the exit codes.
     """
     folder.mkdir(exist_ok=True)
     if kind == "alone":
@@ -59,7 +68,8 @@ def forget() -> None:
 
 
 def use_fsdp_on_the_cpu() -> None:
-    """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators only."""
+    """Let accelerate shard models on the CPU: it can, but accepts its FSDP plugin for accelerators
+    only."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
@@ -69,6 +79,8 @@ def use_fsdp_on_the_cpu() -> None:
         real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = self.distributed_type = (
+                DistributedType.FSDP
+            )
 
     AcceleratorState.__init__ = init

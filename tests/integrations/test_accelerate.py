@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
+pytest.importorskip(
+    "accelerate", reason="accelerate is not installed: make integrations installs it"
+)
 
 from accelerate import Accelerator
 from integrations.batches import EVERY, Training, X
@@ -29,13 +31,16 @@ def test_accumulated_steps_count_once(tmp_path: Path, before: bool) -> None:
 
 
 def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
-    """Return an accelerator and, for each of two models, the model, its optimizer and its tracker."""
+    """Return an accelerator and, for each of two models, the model, its optimizer and its
+    tracker."""
     forget()
     accelerator, prepared = Accelerator(cpu=True), []
     for name in ("generator", "critic"):
         bare = torch.nn.Linear(4, 4)
         model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
-        prepared.append((model, optimizer, prepare(accelerator, model, folder / name, optimizer, **EVERY)))
+        prepared.append(
+            (model, optimizer, prepare(accelerator, model, folder / name, optimizer, **EVERY))
+        )
     return accelerator, prepared
 
 
@@ -58,7 +63,8 @@ def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> None:
-    """A checkpoint that was saved again by another arrangement of processes keeps the earlier state."""
+    """A checkpoint that was saved again by another arrangement of processes keeps the earlier
+    state."""
     ema = Training(tmp_path).ema
     assert not read_state(ema, tmp_path)
     (tmp_path / f"{STATE_NAME}.pt").touch()

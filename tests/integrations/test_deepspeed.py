@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO-1 and ZeRO-2 on the CPU, with the real library: `update_` after each step, and a state to resume."""
+"""DeepSpeed ZeRO-1 and ZeRO-2 on the CPU, with the real library: `update_` after each step, and a
+state to resume."""
 
 import signal
 from pathlib import Path
@@ -20,11 +21,16 @@ PROGRAM = """
 import os, signal, sys, torch, deepspeed
 from integrations.truth import recorded
 from posthoc_cli import PostHocEMA
+
 folder, stage, resumes, killed_at = sys.argv[1], *map(int, sys.argv[2:])
 deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
-config = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}}
+config = {
+    "train_batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "zero_optimization": {"stage": stage},
+}
 optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 options = {"update_every": 1, "checkpoint_every": 4, "resume": "auto"}

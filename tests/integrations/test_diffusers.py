@@ -35,10 +35,13 @@ def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path: Path)
     other = network()  # such as the model of a pipeline
     complete.ema_model.copy_to(other.parameters())
     assert distance(dict(other.named_parameters()), exact(complete.weights, 0.2)) < 1e-6
-    decay = complete.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
+    # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
+    decay = complete.ema_model.cur_decay_value
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
-    shadow = dict(zip(dict(complete.bare.named_parameters()), complete.ema_model.shadow_params, strict=True))
+    shadow = dict(
+        zip(dict(complete.bare.named_parameters()), complete.ema_model.shadow_params, strict=True)
+    )
     assert distance(shadow, exact(complete.weights, 0.2)) < 1e-6
     assert complete.ema_model.optimization_step == 10
     assert complete.ema_model.get_decay(10) == complete.ema_model.decay == decay

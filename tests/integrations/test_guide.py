@@ -14,7 +14,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 FRAMEWORKS = ("transformers", "lightning", "accelerate", "diffusers")
 GUIDE = Path(__file__).resolve().parents[2] / "posthoc_cli/guides/trainers.md"
 EXAMPLES: dict[str, str] = {}
-for _framework, _code in re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE):
+for _framework, _code in re.findall(
+    r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE
+):
     EXAMPLES[_framework] = EXAMPLES.get(_framework, "") + _code
 
 
@@ -31,7 +33,9 @@ def names_for(framework: str) -> dict[str, Any]:
         from integrations.llama import DATA, network
         from transformers import TrainingArguments
 
-        args = TrainingArguments("out", max_steps=12, eval_strategy="steps", eval_steps=10, report_to=[], use_cpu=True)
+        args = TrainingArguments(
+            "out", max_steps=12, eval_strategy="steps", eval_steps=10, report_to=[], use_cpu=True
+        )
         return {"model": network(), "args": args, "dataset": DATA}
     if framework == "lightning":
         from integrations.digits import Regression, loader
@@ -41,7 +45,12 @@ def names_for(framework: str) -> dict[str, Any]:
         model = torch.nn.Linear(4, 4)
         loader = torch.utils.data.DataLoader(torch.randn(20, 4), batch_size=4)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return {"model": model, "optimizer": optimizer, "loader": loader, "evaluate": lambda _: None}
+        return {
+            "model": model,
+            "optimizer": optimizer,
+            "loader": loader,
+            "evaluate": lambda _: None,
+        }
     from integrations.unet import IMAGES, network
 
     unet = network()
@@ -51,12 +60,16 @@ def names_for(framework: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
+    pytest.importorskip(
+        framework, reason=f"{framework} is not installed: make integrations installs it"
+    )
     monkeypatch.chdir(tmp_path)
     assert {*EXAMPLES} == {*FRAMEWORKS}
     names = names_for(framework)
     exec(compile(EXAMPLES[framework], GUIDE.name, "exec"), names)
-    tracker = names["ema"] if framework == "accelerate" else getattr(names.get("ema_model"), "ema", None)
+    tracker = (
+        names["ema"] if framework == "accelerate" else getattr(names.get("ema_model"), "ema", None)
+    )
     if tracker is not None:
         tracker.close()
     assert Run("run/ema").step > 0

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
+pytest.importorskip(
+    "lightning.pytorch", reason="lightning is not installed: make integrations installs it"
+)
 
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
 from integrations.truth import assert_exact, distance, exact, live
@@ -22,10 +24,14 @@ from posthoc_cli.profiles import Point
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
-def fit(folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any) -> LightningModule:
+def fit(
+    folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any
+) -> LightningModule:
     checkpoint = arguments.pop("ckpt_path", None)
     module = Regression() if module is None else module
-    make_trainer(folder, *callbacks, **arguments).fit(module, loader(), loader(), ckpt_path=checkpoint)
+    make_trainer(folder, *callbacks, **arguments).fit(
+        module, loader(), loader(), ckpt_path=checkpoint
+    )
     return module
 
 
@@ -37,13 +43,17 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
     return recorder.weights
 
 
-def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path: Path, expected: list[Any]) -> None:
+def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
+    tmp_path: Path, expected: list[Any]
+) -> None:
     seen: list[dict[str, Any]] = []
 
     class Watching(Regression):
         def validation_step(self, batch: Any, index: int) -> None:
             if index == 0:
-                seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+                seen.append(
+                    {name: value.detach().clone() for name, value in self.named_parameters()}
+                )
 
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
     trainer = make_trainer(tmp_path, callback, recorder, num_sanity_val_steps=1)
@@ -60,12 +70,18 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_p
     assert distance(stored["current_model_state"], expected[7]) == 0
     assert distance(stored["state_dict"], exact(expected[:8], 0.2)) < 1e-6
     assert (
-        distance(dict(Regression.load_from_checkpoint(checkpoint).named_parameters()), exact(expected[:8], 0.2)) < 1e-6
+        distance(
+            dict(Regression.load_from_checkpoint(checkpoint).named_parameters()),
+            exact(expected[:8], 0.2),
+        )
+        < 1e-6
     )
     (found,) = trainer.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
     module.load_state_dict(stored["state_dict"])
     with torch.no_grad():
-        assert found["test_loss"] == pytest.approx(float((module.eval().net(X) - Y).square().mean()), rel=1e-5)
+        assert found["test_loss"] == pytest.approx(
+            float((module.eval().net(X) - Y).square().mean()), rel=1e-5
+        )
 
 
 class Failing(Regression):
@@ -73,10 +89,17 @@ class Failing(Regression):
         raise KeyError("the validation fails")
 
 
-def test_an_average_that_needs_more_steps_is_left_out_of_checkpoints(tmp_path: Path, expected: list[Any]) -> None:
+def test_an_average_that_needs_more_steps_is_left_out_of_checkpoints(
+    tmp_path: Path, expected: list[Any]
+) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", validate="window:5", **EVERY)
     fit(tmp_path, callback, max_epochs=1)
-    assert distance(torch.load(tmp_path / "out/step=4.ckpt", weights_only=True)["state_dict"], expected[3]) == 0
+    assert (
+        distance(
+            torch.load(tmp_path / "out/step=4.ckpt", weights_only=True)["state_dict"], expected[3]
+        )
+        == 0
+    )
 
 
 class Manual(Regression):
@@ -109,7 +132,9 @@ def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
     assert len(recorder.weights) == 12
     assert_exact(callback.ema, module, recorder.weights, every=2)
-    late = PostHocWeightAveraging(tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY)
+    late = PostHocWeightAveraging(
+        tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY
+    )
     fit(tmp_path / "other", late)
     assert (late.ema.step, late.ema.t) == (12, 18)
     assert {snapshot.t_first for snapshot in Run(tmp_path / "late").snapshots} == {7}
@@ -159,8 +184,12 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
             PostHocWeightAveraging(tmp_path / "ema", validate=wrong)
 
 
-def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp_path: Path) -> None:
-    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY | {"resume": "auto"})
+def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(
+    tmp_path: Path,
+) -> None:
+    callback = PostHocWeightAveraging(
+        tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY | {"resume": "auto"}
+    )
     fit(tmp_path, callback, fast_dev_run=3)
     assert callback.ema is None
     assert not (tmp_path / "ema").exists()
@@ -176,8 +205,12 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(tmp
 
 
 def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
-    """Checkpoints have room for one average: of two, each would take the average of the other for the raw weights."""
-    ours = [PostHocWeightAveraging(tmp_path / "ema", **EVERY), AtEpochEnds(tmp_path / "other", **EVERY)]
+    """Checkpoints have room for one average: of two, each would take the average of the other for
+    the raw weights."""
+    ours = [
+        PostHocWeightAveraging(tmp_path / "ema", **EVERY),
+        AtEpochEnds(tmp_path / "other", **EVERY),
+    ]
     with pytest.raises(InvalidValueError, match="several that average weights"):
         fit(tmp_path, *ours)
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -185,7 +218,8 @@ def test_a_training_has_only_one_averaging_callback(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
 def test_lightnings_own_checkpoints_are_opened_as_runs(kind: str | None, tmp_path: Path) -> None:
-    """An average is the planned combination of their weights, or of the averages that Lightning has in their place."""
+    """An average is the planned combination of their weights, or of the averages that Lightning has
+    in their place."""
     states: dict[int, dict[str, torch.Tensor]] = {}
 
     class Saved(Callback):
@@ -196,12 +230,19 @@ def test_lightnings_own_checkpoints_are_opened_as_runs(kind: str | None, tmp_pat
     held = torch.load(min((tmp_path / "out").iterdir()), weights_only=True)
     assert ("current_model_state" in held) == (kind is not None)
     run = Run(tmp_path / "out")
-    assert [source.profile for source in run.sources] == [Point(float(step)) for step in sorted(states)]
+    assert [source.profile for source in run.sources] == [
+        Point(float(step)) for step in sorted(states)
+    ]
     plan, average, last = run.plan(0.2), run.average(0.2, dtype="float64"), states[max(states)]
     coefficients = plan.reconstruction.coefficients[:, 0].tolist()
     assert average.keys() == last.keys()
     for name, value in average.items():
-        terms = [c * states[s.step][name].double() for s, c in zip(plan.sources, coefficients, strict=True)]
-        is_copy = not last[name].is_floating_point() or name.endswith(("running_mean", "running_var"))
+        terms = [
+            c * states[s.step][name].double()
+            for s, c in zip(plan.sources, coefficients, strict=True)
+        ]
+        is_copy = not last[name].is_floating_point() or name.endswith(
+            ("running_mean", "running_var")
+        )
         wanted = last[name].double() if is_copy else sum(terms)
         torch.testing.assert_close(value.double(), wanted, rtol=1e-12, atol=1e-12)

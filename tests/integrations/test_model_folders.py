@@ -1,4 +1,5 @@
-"""Model folders with averaged weights, made like a given folder: the real libraries load them, and compute the same."""
+"""Model folders with averaged weights, made like a given folder: the real libraries load them, and
+compute the same."""
 
 import json
 import re
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
+pytest.importorskip(
+    "transformers", reason="transformers is not installed: make integrations installs it"
+)
 
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
@@ -31,15 +34,31 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
 LLAMA = {**TEXT, "num_key_value_heads": 2}
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
+    ),
     "bert": lambda: BertForMaskedLM(BertConfig(**TEXT, max_position_embeddings=16)),
     "t5": lambda: T5ForConditionalGeneration(
-        T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=32, decoder_start_token_id=0)
+        T5Config(
+            d_model=16,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            d_kv=8,
+            vocab_size=32,
+            decoder_start_token_id=0,
+        )
     ),
 }
 
@@ -52,7 +71,9 @@ def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
             generator = torch.manual_seed(number)
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(
+                        parameter.dtype
+                    )
             ema.update_(model)
 
 
@@ -65,14 +86,22 @@ def answer(model: torch.nn.Module) -> torch.Tensor:
 
 def stored(folder: Path) -> dict[str, torch.dtype]:
     paths = folder.glob("*.safetensors")
-    return {(path.name, name): tensor.dtype for path in paths for name, tensor in load_file(path).items()}
+    return {
+        (path.name, name): tensor.dtype
+        for path in paths
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(tmp_path: Path, name: str) -> None:
+def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(
+    tmp_path: Path, name: str
+) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
-    model.save_pretrained(tmp_path / "like", max_shard_size="10KB" if name in ("llama", "bert") else "1GB")
+    model.save_pretrained(
+        tmp_path / "like", max_shard_size="10KB" if name in ("llama", "bert") else "1GB"
+    )
     (tmp_path / "like/tokenizer.json").write_text("{}")
     track(model, tmp_path / "run")
     report = Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
@@ -90,7 +119,9 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(tmp_path: Path, ema: Ema) -> None:
+def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
+    tmp_path: Path, ema: Ema
+) -> None:
     model = MODELS["llama-tied"]()
     model.model.norm.weight.requires_grad_(False)
     MODELS["llama-tied"]().bfloat16().save_pretrained(tmp_path / "like")
@@ -103,14 +134,19 @@ def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(tmp_path:
     for sigma_rel in (0.1, 0.2):
         folder = tmp_path / "new" / f"sigma_rel-{sigma_rel}"
         loaded = type(model).from_pretrained(folder, dtype="auto").state_dict()
-        expected = raw | {name: value.bfloat16() for name, value in Run(tmp_path / "run").average(sigma_rel).items()}
+        expected = raw | {
+            name: value.bfloat16()
+            for name, value in Run(tmp_path / "run").average(sigma_rel).items()
+        }
         assert loaded.keys() == expected.keys()
         for tensor, value in loaded.items():
             assert torch.equal(value, expected[tensor]), tensor
         assert stored(folder) == stored(tmp_path / "like")
 
 
-def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tmp_path: Path) -> None:
+def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
+    tmp_path: Path,
+) -> None:
     """In memory the experts of a mixture are one tensor."""
     experts = {"num_key_value_heads": 2, "num_experts_per_tok": 1, "num_local_experts": 2}
     model = MixtralForCausalLM(MixtralConfig(**TEXT, **experts))
@@ -125,7 +161,9 @@ def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(tm
 
 
 def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers is not installed: make integrations installs it"
+    )
     from integrations.unet import network
 
     unet, scheduler = network(), diffusers.DDPMScheduler(num_train_timesteps=10)
@@ -146,19 +184,27 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
     names = "like", "renamed", "quantized", "linked", "broken"
     for name in names:
         model.save_pretrained(tmp_path / name, max_shard_size="10KB" if name == "broken" else "1GB")
-    LlamaForCausalLM(LlamaConfig(**(TEXT | {"hidden_size": 8}), num_key_value_heads=2)).save_pretrained(
-        tmp_path / "small"
-    )
+    LlamaForCausalLM(
+        LlamaConfig(**(TEXT | {"hidden_size": 8}), num_key_value_heads=2)
+    ).save_pretrained(tmp_path / "small")
     (tmp_path / "empty").mkdir()
     weights = load_file(tmp_path / "renamed/model.safetensors")
-    weights["model.norm.scale"] = weights.pop("model.norm.weight")  # a name that only a library could know
+    # a name that only a library could know
+    weights["model.norm.scale"] = weights.pop("model.norm.weight")
     save_file(weights, tmp_path / "renamed/model.safetensors", {"format": "pt"})
     config = json.loads((tmp_path / "quantized/config.json").read_text())
-    (tmp_path / "quantized/config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 8}}))
+    (tmp_path / "quantized/config.json").write_text(
+        json.dumps(config | {"quantization_config": {"bits": 8}})
+    )
     (tmp_path / "linked/tokenizer.json").symlink_to("nowhere")
     next((tmp_path / "broken").glob("*.safetensors")).unlink()
     for like, options, kind, words in (
-        ("renamed", {}, MismatchError, r"renamed: 1 tensors .*'model\.norm\.weight'.*save_pretrained"),
+        (
+            "renamed",
+            {},
+            MismatchError,
+            r"renamed: 1 tensors .*'model\.norm\.weight'.*save_pretrained",
+        ),
         ("quantized", {}, MismatchError, r"quantized: .* quantization_config"),
         ("linked", {}, InvalidValueError, r"tokenizer\.json is not a file of this folder"),
         ("broken", {}, FileFormatError, r"of-0000\d\.safetensors: cannot be opened"),

@@ -8,8 +8,12 @@ import torch
 from integrations.programs import heavy, train
 from integrations.truth import distance, exact
 
-pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
-accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
+pytest.importorskip(
+    "lightning.pytorch", reason="lightning is not installed: make integrations installs it"
+)
+accelerate = pytest.importorskip(
+    "accelerate", reason="accelerate is not installed: make integrations installs it"
+)
 pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: make integrations installs it"
@@ -21,10 +25,15 @@ KILLED = {"llama": (7, 4), "digits": (7, 4), "batches": (13, 2), "unet": (7, 4)}
 """By program the step, or the batch, that kills it, and the step of the checkpoint before."""
 
 
-@pytest.mark.parametrize("kind", ["alone", pytest.param("ddp", marks=heavy), pytest.param("sharded", marks=heavy)])
+@pytest.mark.parametrize(
+    "kind", ["alone", pytest.param("ddp", marks=heavy), pytest.param("sharded", marks=heavy)]
+)
 @pytest.mark.parametrize("program", KILLED)
-def test_a_killed_training_resumes_exactly_and_evaluates_the_average(tmp_path: Path, program: str, kind: str) -> None:
-    """Each step counts once, also those before the kill that the checkpoint lacks; every process has one average."""
+def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
+    tmp_path: Path, program: str, kind: str
+) -> None:
+    """Each step counts once, also those before the kill that the checkpoint lacks; every process
+    has one average."""
     if kind == "sharded" and program == "llama" and transformers.__version__ < "5":
         pytest.skip("transformers 4 shards models on accelerators only")
     if kind == "sharded" and program == "unet":
@@ -41,14 +50,21 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(tmp_path: P
         assert len([*state.glob("*.distcp")]) == 2
     assert train(program, tmp_path, kind, resumes=True) == [0 for _ in ranks]
     for folder, begin in ((tmp_path / "complete", []), (tmp_path, weights[:saved])):
-        for rank in ranks[:1] if program == "unet" else ranks:  # of `unet` the first process alone keeps averages
+        # of `unet` the first process alone keeps averages
+        for rank in ranks[:1] if program == "unet" else ranks:
             own, average, step, evaluated, *stored = torch.load(folder / f"made-{rank}.pt")
             history = begin + own
             assert step == len(history)
-            for found, last in ((average, step), (evaluated, step), *([stored[::-1]] if stored else [])):
+            for found, last in (
+                (average, step),
+                (evaluated, step),
+                *([stored[::-1]] if stored else []),
+            ):
                 assert distance(found, exact(history[:last], 0.2)) < 1e-6
-            # This release of Lightning restarts the data of an epoch when it resumes within one. accelerate 1.10 saves
-            # no state of the optimizer with FSDP2, and continues without it.
-            if program in ("llama", "unet") or (program == "batches" and accelerate.__version__[:5] != "1.10."):
+            # This release of Lightning restarts the data of an epoch when it resumes within one.
+            # accelerate 1.10 saves no state of the optimizer with FSDP2, and continues without it.
+            if program in ("llama", "unet") or (
+                program == "batches" and accelerate.__version__[:5] != "1.10."
+            ):
                 assert distance(own[-1], weights[-1]) == 0
     assert not (tmp_path / "none").exists()

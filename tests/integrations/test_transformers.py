@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
-pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
+pytest.importorskip(
+    "transformers", reason="transformers is not installed: make integrations installs it"
+)
+pytest.importorskip(
+    "accelerate", reason="accelerate is not installed: make integrations installs it"
+)
 
 from integrations.llama import BEST, DATA, EVERY, Recorder, make_trainer, network
 from integrations.truth import assert_exact, distance, exact
@@ -30,7 +34,8 @@ def with_weights(weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
 
 
 def loss(weights: Mapping[str, torch.Tensor], folder: Path) -> float:
-    """Return the library's loss of weights without a callback; releases weigh the last tokens differently."""
+    """Return the library's loss of weights without a callback; releases weigh the last tokens
+    differently."""
     return float(make_trainer(folder, model=with_weights(weights)).evaluate()["eval_loss"])
 
 
@@ -46,7 +51,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
     return recorder.weights
 
 
-def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path, expected: list[Any]) -> None:
+def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(
+    tmp_path: Path, expected: list[Any]
+) -> None:
     """The first tracker of the process is still open, since an exception has ended its training."""
     options = EVERY | {"checkpoint_dtype": None}
     callback = PostHocCallback(tmp_path / "ema", **options)
@@ -67,7 +74,8 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path
 def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
     tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """`output_dir` holds a checkpoint of the same step of another training, whose averages differ."""
+    """`output_dir` holds a checkpoint of the same step of another training, whose averages
+    differ."""
     options = EVERY | {"checkpoint_dtype": None}
     with pytest.raises(KeyError, match="the training fails here"):
         one = PostHocCallback(tmp_path / "ema", **options)
@@ -87,7 +95,8 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """There were steps and snapshots with larger batches; the trainer does not reset the weights either."""
+    """There were steps and snapshots with larger batches; the trainer does not reset the weights
+    either."""
 
     class Large(Recorder):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -95,7 +104,9 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
     callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Large()
-    trainer = make_trainer(tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no")
+    trainer = make_trainer(
+        tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no"
+    )
     trainer.train()
     assert trainer.state.global_step == 10
     assert_exact(callback.ema, trainer.model, recorder.weights)
@@ -103,23 +114,36 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
     assert "its averages continue from step 5" in caplog.text
 
 
-def test_steps_that_a_fused_optimizer_skips_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate counts them: a GradScaler calls such an optimizer, which is the default, even then."""
+def test_steps_that_a_fused_optimizer_skips_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate counts them: a GradScaler calls such an optimizer, which is the default, even
+    then."""
     from accelerate.optimizer import AcceleratedOptimizer
 
     scaler, real = torch.amp.GradScaler("cpu"), AcceleratedOptimizer.__init__
     monkeypatch.setattr(
-        AcceleratedOptimizer, "__init__", lambda self, inner, *_, **__: real(self, inner, False, scaler=scaler)
+        AcceleratedOptimizer,
+        "__init__",
+        lambda self, inner, *_, **__: real(self, inner, False, scaler=scaler),
     )
 
     class Infinite(Recorder):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        def on_pre_optimizer_step(
+            self, args: Any, state: Any, control: Any, model: Any, **_: Any
+        ) -> None:
             if state.global_step in (1, 2):
                 next(model.parameters()).grad.fill_(torch.inf)
 
     callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Infinite()
     trainer = make_trainer(
-        tmp_path, callback, recorder, save_strategy="no", max_steps=6, max_grad_norm=0, optim="adamw_torch_fused"
+        tmp_path,
+        callback,
+        recorder,
+        save_strategy="no",
+        max_steps=6,
+        max_grad_norm=0,
+        optim="adamw_torch_fused",
     )
     trainer.accelerator.scaler = scaler
     trainer.train()
@@ -131,12 +155,15 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(tmp_path: Path, monkeyp
 def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A linear decay over the last half is the mean of that half; a window is left out while training is too short."""
+    """A linear decay over the last half is the mean of that half; a window is left out while
+    training is too short."""
     wanted = [0.2, "decay:linear:50%", "window:5"]
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY), Recorder()
     name = "eval_ema_decay-linear-50%_loss"
     arguments = BEST | {"metric_for_best_model": name}
-    trainer = make_trainer(tmp_path, recorder, max_steps=8, learning_rate=0.05, eval_steps=2, save_steps=2, **arguments)
+    trainer = make_trainer(
+        tmp_path, recorder, max_steps=8, learning_rate=0.05, eval_steps=2, save_steps=2, **arguments
+    )
     callback.options |= {"checkpoint_every": 2, "checkpoint_dtype": None}
     assert callback.install(trainer) is callback
     trainer.train()
@@ -145,7 +172,11 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
         found, losses[label] = logged(trainer, f"eval_ema_{label}_loss"), {}
         for step in found:
             count = {"0.2": 0, "decay-linear-50%": step // 2, "window-5": 5}[label]
-            average = mean(recorder.weights[:step], count) if count else exact(recorder.weights[:step], 0.2)
+            average = (
+                mean(recorder.weights[:step], count)
+                if count
+                else exact(recorder.weights[:step], 0.2)
+            )
             losses[label][step] = loss(average, tmp_path)
         # A tracked profile has float32 rounding; a reconstructed one is within the predicted error.
         assert found == pytest.approx(losses[label], rel=1e-5 if label == "0.2" else 2e-3)
@@ -155,7 +186,10 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     best = min(losses["decay-linear-50%"], key=losses["decay-linear-50%"].get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert trainer.state.best_metric == pytest.approx(losses["decay-linear-50%"][best], rel=2e-3)
-    assert distance(dict(trainer.model.named_parameters()), mean(recorder.weights[:best], best // 2)) < 5e-3
+    assert (
+        distance(dict(trainer.model.named_parameters()), mean(recorder.weights[:best], best // 2))
+        < 5e-3
+    )
     (folder,) = (tmp_path / f"out/checkpoint-{best}").glob("ema*")
     assert folder.name == "ema_decay-linear-50%"
     saved = dict(LlamaForCausalLM.from_pretrained(folder).named_parameters())
@@ -174,15 +208,23 @@ def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     trainer.train()
     names = {name for entry in trainer.state.log_history for name in entry}
     assert {"eval_a_loss", "eval_b_loss", "eval_ema_a_loss", "eval_ema_b_loss"} <= names
-    assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_ema_a_loss"}  # also when training is over
+    # also when training is over
+    assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_ema_a_loss"}
     assert {"ema/predicted_error_0.15", "ema/snapshot_seconds"} <= names
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(range(1, 11))
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(
+        range(1, 11)
+    )
 
 
 def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
+    model = peft.get_peft_model(
+        network(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    callback, recorder = (
+        PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY),
+        Recorder(),
+    )
     trainer = make_trainer(tmp_path, recorder, model=model, max_steps=4)
     callback.install(trainer)
     trainer.train()
@@ -193,10 +235,16 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     assert set(Run(tmp_path / "ema").tensors) == set(saved)
 
 
-def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_arguments_and_callbacks_are_errors_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
-    for wanted, message in ((0.4, r"0\.4: must lie in"), ([0.1, None], "target None: must be a sigma_rel"), ("x", "x")):
+    for wanted, message in (
+        (0.4, r"0\.4: must lie in"),
+        ([0.1, None], "target None: must be a sigma_rel"),
+        ("x", "x"),
+    ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocCallback(tmp_path / "ema", evaluate=wanted)
     one, two = PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two")
@@ -213,16 +261,25 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(tmp_path: Path, caplog: 
     assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
     with pytest.raises(ModelMismatchError, match="another directory"):
-        make_trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
+        make_trainer(
+            tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no"
+        ).train()
 
 
 def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
-    """That callback counts its calls, and is disabled by one without the metric; here it is before ours."""
+    """That callback counts its calls, and is disabled by one without the metric; here it is before
+    ours."""
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(tmp_path, stopping, learning_rate=10.0, eval_steps=1, save_steps=1, **BEST)
+    trainer = make_trainer(
+        tmp_path, stopping, learning_rate=10.0, eval_steps=1, save_steps=1, **BEST
+    )
     PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(trainer)
     trainer.train()
     losses = [*logged(trainer).values()]
-    worse = [loss >= best for loss, best in zip(losses[1:], itertools.accumulate(losses, min), strict=False)]
-    assert worse == [False] * (len(worse) - 2) + [True] * 2  # such steps only make it worse, and the second one ends it
+    worse = [
+        loss >= best
+        for loss, best in zip(losses[1:], itertools.accumulate(losses, min), strict=False)
+    ]
+    # such steps only make it worse, and the second one ends it
+    assert worse == [False] * (len(worse) - 2) + [True] * 2
     assert trainer.state.global_step == len(losses) < 10

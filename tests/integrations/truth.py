@@ -12,13 +12,20 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 
 
 def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return copies of the trainable parameters, complete and in float64, in every process of a sharded model."""
-    parameters = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
-    return {name: getattr(value, "full_tensor", value.clone)().double() for name, value in parameters.items()}
+    """Return copies of the trainable parameters, complete and in float64, in every process of a
+    sharded model."""
+    parameters = {
+        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
+    }
+    return {
+        name: getattr(value, "full_tensor", value.clone)().double()
+        for name, value in parameters.items()
+    }
 
 
 def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
-    """Return the power-function average: an update at t has the profile's mass since the last update."""
+    """Return the power-function average: an update at t has the profile's mass since the last
+    update."""
     times = range(every, len(history) + 1, every)
     shares = [*zip(exact_weights(sigma_rel, times), times, strict=True)]
     return {name: sum(share * history[t - 1][name] for share, t in shares) for name in history[0]}
@@ -30,12 +37,16 @@ def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor
     return (off / sum(float(value.square().sum()) for value in truth.values())) ** 0.5
 
 
-def live(ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
+def live(
+    ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float
+) -> dict[str, torch.Tensor]:
     with ema.model(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def assert_exact(ema: PostHocEMA | None, model: torch.nn.Module, weights: Recorded, every: int = 1) -> None:
+def assert_exact(
+    ema: PostHocEMA | None, model: torch.nn.Module, weights: Recorded, every: int = 1
+) -> None:
     """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:

@@ -1,4 +1,5 @@
-"""The training of a small diffusion model as in diffusers' scripts, also as a program that kills itself."""
+"""The training of a small diffusion model as in diffusers' scripts, also as a program that kills
+itself."""
 
 import os
 import signal
@@ -21,8 +22,18 @@ IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
 
 def network() -> UNet2DModel:
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
-    size = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "norm_num_groups": 2}
+    blocks = {
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "block_out_channels": (4,),
+    }
+    size = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "norm_num_groups": 2,
+    }
     return UNet2DModel(add_attention=False, **size, **blocks)
 
 
@@ -30,7 +41,12 @@ class Training:
     def __init__(self, folder: Path) -> None:
         self.folder, self.accelerator, self.bare = folder, Accelerator(cpu=True), network()
         self.ema_model = PostHocEMAModel(
-            self.bare, folder / "ema", sigma_rel=0.2, model_cls=UNet2DModel, model_config=self.bare.config, **EVERY
+            self.bare,
+            folder / "ema",
+            sigma_rel=0.2,
+            model_cls=UNet2DModel,
+            model_config=self.bare.config,
+            **EVERY,
         )
         self.accelerator.register_save_state_pre_hook(self.save)
         self.accelerator.register_load_state_pre_hook(self.load)
@@ -50,15 +66,22 @@ class Training:
         loaded = PostHocEMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DModel)
         self.ema_model.load_state_dict(loaded.state_dict())
         self.ema_model.to(self.accelerator.device)
-        models.pop().load_state_dict(UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict())
+        models.pop().load_state_dict(
+            UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict()
+        )
 
     def run(self, first: int = 0, killed_at: int = 0) -> None:
         scheduler = DDPMScheduler(num_train_timesteps=10)
         for number in range(first, len(IMAGES)):
             generator = torch.manual_seed(number)
-            noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.randint(0, 10, (2,), generator=generator)
+            noise, times = (
+                torch.randn(2, 1, 8, 8, generator=generator),
+                torch.randint(0, 10, (2,), generator=generator),
+            )
             with self.accelerator.accumulate(self.model):
-                predicted = self.model(scheduler.add_noise(IMAGES[number], noise, times), times).sample
+                predicted = self.model(
+                    scheduler.add_noise(IMAGES[number], noise, times), times
+                ).sample
                 self.accelerator.backward((predicted - noise).square().mean())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -81,7 +104,10 @@ if __name__ == "__main__":
     if training.accelerator.is_main_process:
         training.ema_model.copy_to(other.parameters())
         average = recorded(other)
-        torch.save([training.weights, average, training.ema_model.optimization_step, average], folder / "made-0.pt")
+        torch.save(
+            [training.weights, average, training.ema_model.optimization_step, average],
+            folder / "made-0.pt",
+        )
     else:
         training.ema_model.save_pretrained(folder / "none")
         with pytest.raises(NotReadyError, match="the first process keeps the averages"):

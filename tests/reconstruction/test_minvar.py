@@ -1,4 +1,5 @@
-"""Minimum variance: closed forms against quadrature, the solver against 60 digits, and properties of any optimum."""
+"""Minimum variance: closed forms against quadrature, the solver against 60 digits, and properties
+of any optimum."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,13 +38,20 @@ def even_motion(start: float, end: float, walk: float = 1.0, noise: float = 0.0)
     return Motion(np.array([start, end]), np.array([walk]), np.array([noise]))
 
 
-def prior_of(snapshots: list[PowerFunction], motion: Motion, rounding: Any = 0.0, steps: Steps | None = None) -> Prior:
+def prior_of(
+    snapshots: list[PowerFunction], motion: Motion, rounding: Any = 0.0, steps: Steps | None = None
+) -> Prior:
     ones = np.ones(len(snapshots))
     return Prior(motion, rounding * ones, 0 * ones, NORM**2 * ones, "measured", steps)
 
 
 def expected_square(
-    snapshots: list[PowerFunction], coefficients: Any, target: Profile, motion: Motion, rounding: Any, *kinks: float
+    snapshots: list[PowerFunction],
+    coefficients: Any,
+    target: Profile,
+    motion: Motion,
+    rounding: Any,
+    *kinks: float,
 ) -> float:
     """The defining integral, by adaptive quadrature between all kinks."""
     points = sorted({*motion.edges, *(p.t for p in snapshots), *kinks})
@@ -62,7 +70,10 @@ def expected_square(
         segment = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
         for weight, name in ((motion.walk[segment], "tail"), (motion.noise[segment], "density")):
             if weight:
-                total += weight * integrate.quad(miss, a, b, (name,), epsabs=1e-14, epsrel=1e-10, limit=200)[0]
+                total += (
+                    weight
+                    * integrate.quad(miss, a, b, (name,), epsabs=1e-14, epsrel=1e-10, limit=200)[0]
+                )
     return total
 
 
@@ -81,7 +92,8 @@ def expected_square(
 def test_the_expected_error_is_the_integral(
     target: Profile, kinks: tuple[float, ...], noise: float, last: float
 ) -> None:
-    """From snapshots at the time of the target, and from earlier ones, which miss the motion since then."""
+    """From snapshots at the time of the target, and from earlier ones, which miss the motion since
+    then."""
     snapshots = power_functions((250, 500, 800, last))
     motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
@@ -91,7 +103,8 @@ def test_the_expected_error_is_the_integral(
     assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
-# --- the optimum -----------------------------------------------------------------------------------
+# --- the optimum
+# -----------------------------------------------------------------------------------
 
 
 def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.arb:
@@ -110,20 +123,33 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
 
 @pytest.mark.parametrize(
     ("count", "sigma_rels", "rounding"),
-    [(4, (0.05, 0.28), 1e-5), (4, (0.05, 0.28), 1e-12), (16, (0.05, 0.10), 1e-12), (32, (0.1,), 1e-12)],
+    [
+        (4, (0.05, 0.28), 1e-5),
+        (4, (0.05, 0.28), 1e-12),
+        (16, (0.05, 0.10), 1e-12),
+        (32, (0.1,), 1e-12),
+    ],
 )
-def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float, ...], rounding: float) -> None:
-    """The minima agree; coefficients of nearly equal snapshots may differ where the average does not.
+def test_the_minimum_is_that_of_sixty_digits(
+    count: int, sigma_rels: tuple[float, ...], rounding: float
+) -> None:
+    """The minima agree; coefficients of nearly equal snapshots may differ where the average does
+    not.
 
-    The network moves by more than the roundings everywhere, so that the rounding errors are independent.
+    The network moves by more than the roundings everywhere, so that the rounding errors are
+    independent.
     """
     flint.ctx.dps = 60
     snapshots = power_functions(np.linspace(0, T, count + 1)[1:], sigma_rels)
     motion, n = uneven_motion(), len(snapshots)
     solver = Problem(snapshots, prior_of(snapshots, motion, rounding), T)
     products = [[tail_product(p, q, motion) for q in snapshots] for p in snapshots]
-    matrix = flint.arb_mat(n, n, [products[i][j] + rounding * (i == j) for i in range(n) for j in range(n)])
-    constrained = [[matrix[i, j] for j in range(n)] + [flint.arb(1)] for i in range(n)] + [[flint.arb(1)] * n + [0]]
+    matrix = flint.arb_mat(
+        n, n, [products[i][j] + rounding * (i == j) for i in range(n) for j in range(n)]
+    )
+    constrained = [[matrix[i, j] for j in range(n)] + [flint.arb(1)] for i in range(n)] + [
+        [flint.arb(1)] * n + [0]
+    ]
     for target in power_functions(T, (0.02, 0.07, 0.15, 0.27)):
         right = flint.arb_mat(n, 1, [tail_product(p, target, motion) for p in snapshots])
         norm = tail_product(target, target, motion)
@@ -131,7 +157,9 @@ def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float
         def square(x: flint.arb_mat, right: flint.arb_mat = right, norm: flint.arb = norm) -> float:
             return float(((x.transpose() * (matrix * x - 2 * right))[0, 0] + norm).mid())
 
-        exact = flint.arb_mat(constrained).solve(flint.arb_mat(n + 1, 1, [*right.entries(), flint.arb(1)]))
+        exact = flint.arb_mat(constrained).solve(
+            flint.arb_mat(n + 1, 1, [*right.entries(), flint.arb(1)])
+        )
         c = solved(solver, target)
         least, reached = (square(flint.arb_mat(n, 1, x)) for x in (exact.entries()[:n], c.tolist()))
         # What float64 leaves of a root: eps of the tails times the coefficients.
@@ -141,16 +169,22 @@ def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float
         assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
-# --- properties of any optimum ---------------------------------------------------------------------
+# --- properties of any optimum
+# ---------------------------------------------------------------------
 
 
 def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
-    """Snapshots at the first update: no motion distinguishes them, and their roundings differ a little."""
+    """Snapshots at the first update: no motion distinguishes them, and their roundings differ a
+    little."""
     snapshots = power_functions((START, 10.0))
     rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
-    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", Steps(STEPS))
+    prior = Prior(
+        uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", Steps(STEPS)
+    )
     for t, usable in ((START, range(2)), (10.0, range(4))):
-        result = reconstruct([snapshots[i] for i in usable], [power(0.1, t)], prior=prior.of(usable))
+        result = reconstruct(
+            [snapshots[i] for i in usable], [power(0.1, t)], prior=prior.of(usable)
+        )
         assert np.abs(result.coefficients).sum() < 10
         assert (NORM * result.predicted_error[0]) ** 2 > 0.4e-6
 
@@ -162,19 +196,24 @@ Case = tuple[list[PowerFunction], Prior, PowerFunction]
 def problems(draw: st.DrawFn) -> Case:
     """Snapshots, a prior with any walk, noise and rounding, and a target."""
     times = sorted(draw(st.lists(st.integers(4, 1000), min_size=1, max_size=10, unique=True)))
-    snapshots = power_functions(times, draw(st.sampled_from([(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)])))
+    snapshots = power_functions(
+        times, draw(st.sampled_from([(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)]))
+    )
     segments = draw(st.integers(1, 5))
     edges = np.concatenate(([START], np.linspace(START, 1000, segments + 1)[1:]))
     logs = st.lists(st.floats(-4, 1), min_size=segments, max_size=segments)
     walk, noise = (10 ** np.array(draw(logs)) for _ in range(2))
     noise = noise * draw(st.sampled_from([0.0, 1.0]))
-    rounding = 10 ** np.array(draw(st.lists(st.floats(-10, -2), min_size=len(snapshots), max_size=len(snapshots))))
+    rounding = 10 ** np.array(
+        draw(st.lists(st.floats(-10, -2), min_size=len(snapshots), max_size=len(snapshots)))
+    )
     prior = prior_of(snapshots, Motion(edges, walk, noise), rounding)
     return snapshots, prior, power(draw(st.floats(0.02, 0.288)), float(times[-1]))
 
 
 def test_a_rounding_that_averages_inherited_counts_in_each_of_them() -> None:
-    """Averages that resumed from copies: e_j = own_j + sum_i share_ij own_i, where copies are rounded independently."""
+    """Averages that resumed from copies: e_j = own_j + sum_i share_ij own_i, where copies are
+    rounded independently."""
     snapshots, rounding = power_functions((500, 1000)), np.array([1.0, 2.0, 3.0, 4.0])
     shares = np.zeros((4, 4))
     shares[0, 2], shares[0, 3], shares[1, 3] = 0.5, 0.1, 0.25
@@ -187,13 +226,17 @@ def test_a_rounding_that_averages_inherited_counts_in_each_of_them() -> None:
 
 @given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=25, deadline=None)
-def test_units_of_time_and_of_weights_change_nothing(problem: Case, time: float, weights: float) -> None:
+def test_units_of_time_and_of_weights_change_nothing(
+    problem: Case, time: float, weights: float
+) -> None:
     """A walk has the unit of squares per time, noise that of squares times time."""
     snapshots, prior, target = problem
     before = reconstruct(snapshots, [target], prior=prior)
     motion = prior.motion
     moved = Motion(motion.edges * time, motion.walk * weights / time, motion.noise * weights * time)
-    scaled = Prior(moved, prior.rounding * weights, prior.arithmetic, prior.norm * weights, prior.source)
+    scaled = Prior(
+        moved, prior.rounding * weights, prior.arithmetic, prior.norm * weights, prior.source
+    )
     *slower, slower_target = (PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target))
     after = reconstruct(slower, [slower_target], prior=scaled)
     # The floor is eps times the walk, under a root.
@@ -204,7 +247,9 @@ def test_units_of_time_and_of_weights_change_nothing(problem: Case, time: float,
 
 @given(problems(), st.data())
 @settings(max_examples=20, deadline=None)
-def test_a_target_that_is_stored_exactly_is_its_snapshot(problem: Case, data: st.DataObject) -> None:
+def test_a_target_that_is_stored_exactly_is_its_snapshot(
+    problem: Case, data: st.DataObject
+) -> None:
     snapshots, prior, target = problem
     index = data.draw(st.sampled_from([i for i, p in enumerate(snapshots) if p.t == target.t]))
     rounding = np.where(np.arange(len(snapshots)) == index, 0.0, prior.rounding)
@@ -239,15 +284,21 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined() -> Non
     snapshots = power_functions([500.0, T])
     zeros = np.zeros(len(snapshots))
     for arithmetic, expected in ((zeros, 0.0), (zeros + 1, np.nan)):
-        solver = Problem(snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T)
+        solver = Problem(
+            snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T
+        )
         goals = solver.goals([power(0.1, T)])
         c = solver.optimum(goals)
-        np.testing.assert_equal(solver.relative(solver.expected_squares(c, goals), c, goals), [expected])
+        np.testing.assert_equal(
+            solver.relative(solver.expected_squares(c, goals), c, goals), [expected]
+        )
 
 
 @given(problems(), st.randoms(use_true_random=False))
 @settings(max_examples=15, deadline=None)
-def test_errors_after_losses_are_those_of_solving_without_the_lost(problem: Case, random: Any) -> None:
+def test_errors_after_losses_are_those_of_solving_without_the_lost(
+    problem: Case, random: Any
+) -> None:
     """For the next loss of each remaining snapshot, after any number of losses."""
     snapshots, prior, target = problem
     losses = Problem(snapshots, prior, target.t).losses([target])
@@ -257,32 +308,46 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(problem: Case
         lost = random.choice(left)
         left.remove(lost)
         anew = Problem([snapshots[i] for i in left], prior.of(left), target.t)
-        expected = pytest.approx(squared_error(anew, solved(anew, target), target), rel=1e-3, abs=1e-8)
+        expected = pytest.approx(
+            squared_error(anew, solved(anew, target), target), rel=1e-3, abs=1e-8
+        )
         assert after[lost] == expected
         losses.lose(lost)
         assert losses.squares[0] == expected
 
 
 def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
-    """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the published error."""
+    """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the
+    published error."""
     times = np.arange(100.0, T + 1, 100.0)
     snapshots, edges = power_functions(times), np.concatenate(([START], times))
     random = np.random.default_rng(202)
     walk, noise = 10 ** random.uniform(-1, 0, 10), 300 * 10 ** random.uniform(-1, 0, 10)
-    fitted = Motion(edges, walk * 10.0 ** random.choice([-1, 0, 1], 10), noise * 10.0 ** random.choice([-1, 0, 1], 10))
+    fitted = Motion(
+        edges,
+        walk * 10.0 ** random.choice([-1, 0, 1], 10),
+        noise * 10.0 ** random.choice([-1, 0, 1], 10),
+    )
     target, prior = power(0.1, T), prior_of(snapshots, fitted)
     ours, paper = (
-        expected_square(snapshots, result.coefficients[:, 0], target, Motion(edges, walk, noise), 0.0)
+        expected_square(
+            snapshots, result.coefficients[:, 0], target, Motion(edges, walk, noise), 0.0
+        )
         for result in (reconstruct(snapshots, [target], method, prior) for method in METHODS)
     )
     assert ours < 1.06**2 * paper
 
 
-def test_the_worse_the_motion_explains_the_distances_the_nearer_coefficients_are_to_the_published_ones() -> None:
+def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones() -> (
+    None
+):
     snapshots, target = power_functions(np.linspace(0, T, 21)[1:]), power(0.15, T)
     prior = prior_of(snapshots, uneven_motion(), 1e-6)
     paper = reconstruct(snapshots, [target], "paper", prior).coefficients
-    found = (reconstruct(snapshots, [target], None, replace(prior, doubt=doubt)) for doubt in (0.0, 0.3, 5.0))
+    found = (
+        reconstruct(snapshots, [target], None, replace(prior, doubt=doubt))
+        for doubt in (0.0, 0.3, 5.0)
+    )
     sure, unsure, wrong = (float(np.abs(result.coefficients - paper).sum()) for result in found)
     assert sure > unsure > 1
     assert wrong == pytest.approx(0.0, abs=1e-12)
@@ -305,7 +370,8 @@ def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
     assert result.coefficients.sum() == pytest.approx(1)
 
 
-# --- the published method against high-precision solutions of the same least-squares problem, and against quadrature
+# --- the published method against high-precision solutions of the same least-squares problem, and
+# against quadrature
 
 LAST = 100_000.0
 TARGETS = (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)
@@ -322,15 +388,20 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     return (g + 1) * (h + 1) / (g + h + 1) * (s / t) ** h / t
 
 
-def distances_to_exact(count: int, sigma_rels: Sequence[float]) -> Iterator[tuple[float, float, float]]:
-    """Yield the relative distance from the exact reconstruction, the stated error and the exact error, at 50 digits."""
+def distances_to_exact(
+    count: int, sigma_rels: Sequence[float]
+) -> Iterator[tuple[float, float, float]]:
+    """Yield the relative distance from the exact reconstruction, the stated error and the exact
+    error, at 50 digits."""
     snapshots, targets = uniform_snapshots(count), power_functions(LAST, sigma_rels)
     ours = reconstruct(snapshots, targets, "paper")
     flint.ctx.dps = 60
     products = [[product(a, b) for b in (*snapshots, *targets)] for a in (*snapshots, *targets)]
     n, of_targets = len(snapshots), range(len(snapshots), len(products))
     matrix = flint.arb_mat(n, n, [products[i][j] for i in range(n) for j in range(n)])
-    solution = matrix.solve(flint.arb_mat(n, len(targets), [products[i][j] for i in range(n) for j in of_targets]))
+    solution = matrix.solve(
+        flint.arb_mat(n, len(targets), [products[i][j] for i in range(n) for j in of_targets])
+    )
     root = lambda x: max(float(x.mid()), 0.0) ** 0.5  # noqa: E731
     for k, j in enumerate(of_targets):
         right = flint.arb_mat(n, 1, [products[i][j] for i in range(n)])
@@ -339,11 +410,17 @@ def distances_to_exact(count: int, sigma_rels: Sequence[float]) -> Iterator[tupl
         gap = flint.arb_mat(n, 1, [flint.arb(float(c)) for c in ours.coefficients[:, k]]) - exact
         norm2 = products[j][j]
         apart = (gap.transpose() * matrix * gap)[0, 0] / norm2
-        error = ((exact.transpose() * matrix * exact)[0, 0] - 2 * (exact.transpose() * right)[0, 0] + norm2) / norm2
+        error = (
+            (exact.transpose() * matrix * exact)[0, 0]
+            - 2 * (exact.transpose() * right)[0, 0]
+            + norm2
+        ) / norm2
         yield root(apart), float(ours.profile_error[k]), root(error)
 
 
-@pytest.mark.parametrize(("count", "sigma_rels", "near"), [(8, TARGETS, 1e-5), (128, (0.07, 0.28), 1e-5)])
+@pytest.mark.parametrize(
+    ("count", "sigma_rels", "near"), [(8, TARGETS, 1e-5), (128, (0.07, 0.28), 1e-5)]
+)
 def test_agrees_with_fifty_digits(count: int, sigma_rels: tuple[float, ...], near: float) -> None:
     for apart, stated, exact in distances_to_exact(count, sigma_rels):
         assert apart <= 1e-9
@@ -357,7 +434,10 @@ def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction)
     result = reconstruct(snapshots, [target], "paper")
 
     def squared(s: float) -> float:
-        made = sum(c * float(p.density(s)) for c, p in zip(result.coefficients[:, 0], snapshots, strict=True))
+        made = sum(
+            c * float(p.density(s))
+            for c, p in zip(result.coefficients[:, 0], snapshots, strict=True)
+        )
         return (made - float(target.density(s))) ** 2
 
     parts = pairwise(sorted({0.0, target.t, *(p.t for p in snapshots)}))
@@ -367,7 +447,8 @@ def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction)
 
 
 def test_a_target_with_no_mass_within_reach_is_refused() -> None:
-    """All of a very short average lies after the last snapshot: all combinations are equally far."""
+    """All of a very short average lies after the last snapshot: all combinations are equally
+    far."""
     with refused("target", "none of its mass"):
         reconstruct(power_functions(1000.0), power_functions(1999.0, (0.0005,)), "paper")
 
@@ -378,7 +459,8 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> No
     assert np.isfinite(result.predicted_error).all()
 
 
-# --- reconstructions from checkpoints, other libraries' averages, and these together with power functions
+# --- reconstructions from checkpoints, other libraries' averages, and these together with power
+# functions
 
 
 def masses(profile: Profile, steps: int) -> FloatArray:
@@ -415,15 +497,20 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
         ("cosine", lambda x: (1 + np.cos(np.pi * x)) / 2),
     ],
 )
-def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable[[FloatArray], FloatArray]) -> None:
-    """theta(start) + the later increments times d, as a scheduler counts: the first step of the decay has d(0).
+def test_a_decay_of_dense_checkpoints_is_the_closed_form(
+    shape: str, d: Callable[[FloatArray], FloatArray]
+) -> None:
+    """theta(start) + the later increments times d, as a scheduler counts: the first step of the
+    decay has d(0).
 
     By WSM the sums of the later coefficients are the multipliers.
     """
     steps, start = 600, 400
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
     target = Decay(shape, (start, steps)).profile(steps, Clock.of_steps(), 1.0)
-    result = reconstruct(stored, [target], None, even_prior(len(stored), float(steps)), float(steps))
+    result = reconstruct(
+        stored, [target], None, even_prior(len(stored), float(steps)), float(steps)
+    )
     sums = np.cumsum(result.coefficients[::-1, 0])[::-1]
     assert sums[:21] == pytest.approx(1, abs=1e-9)
     assert sums[21:] == pytest.approx(d(np.arange(steps - start) / (steps - start)), abs=1e-9)
@@ -433,7 +520,10 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape: str, d: Callable
 @pytest.mark.parametrize("method", METHODS)
 def test_given_coefficients_are_not_changed(method: str) -> None:
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
-    stored, target = [Point(t) for t in (1000, 2000, 3000, 4000)], PowerFunction.from_sigma_rel(0.1, 4000)
+    stored, target = (
+        [Point(t) for t in (1000, 2000, 3000, 4000)],
+        PowerFunction.from_sigma_rel(0.1, 4000),
+    )
     result = reconstruct(stored, [target, wanted], method, even_prior(4, 4000.0), 4000.0)
     assert result.coefficients[:, 1].tolist() == wanted.tolist()
     assert (result.predicted_error[1], result.profile_error[1]) == (0, 0)

@@ -1,4 +1,5 @@
-"""The fitted motion: from distances that are exact by construction, from simulated paths, and from too little."""
+"""The fitted motion: from distances that are exact by construction, from simulated paths, and from
+too little."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,11 +43,14 @@ EDGES = np.array([START, *range(50, 1001, 50)])
 
 def motion_on(edges: FloatArray, walk: object = 1.0, noise: object = 0.0) -> Motion:
     """Return a motion; a number holds for all segments."""
-    return Motion(edges, *(np.broadcast_to(np.asarray(v, np.float64), edges.size - 1) for v in (walk, noise)))
+    return Motion(
+        edges, *(np.broadcast_to(np.asarray(v, np.float64), edges.size - 1) for v in (walk, noise))
+    )
 
 
 def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
-    """The distance of two averages, the later one first, by quadrature of the defining integrals."""
+    """The distance of two averages, the later one first, by quadrature of the defining
+    integrals."""
     total = 0.0
     for a, b in pairwise(sorted({*motion.edges[motion.edges < p.t], q.t, p.t})):
         segment = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
@@ -59,8 +63,11 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
     return (p, Distance(q, total, 0.0))
 
 
-def neighbours(times: Sequence[float], motion: Motion, sigma_rels: tuple[float, ...] = (0.05, 0.28)) -> list[Pair]:
-    """The distances that a tracker measures: between the profiles of one time, and to the two previous times."""
+def neighbours(
+    times: Sequence[float], motion: Motion, sigma_rels: tuple[float, ...] = (0.05, 0.28)
+) -> list[Pair]:
+    """The distances that a tracker measures: between the profiles of one time, and to the two
+    previous times."""
     distances = []
     for index, t in enumerate(times):
         now = power_functions(t, sigma_rels)
@@ -91,18 +98,25 @@ def test_noise_is_distinguished_from_a_walk(sigma_rels: tuple[float, ...]) -> No
 
 
 def test_too_large_and_too_small_fits_cost_the_same() -> None:
-    """One pair, measured as 1, 1 and 8. The sum of the residuals (x - s_i)^2 / (x s_i) is least where
-    x^2 = sum_i s_i / sum_i (1 / s_i): between the harmonic mean and the mean.
+    """One pair, measured as 1, 1 and 8. The sum of the residuals (x - s_i)^2 / (x s_i) is least
+    where x^2 = sum_i s_i / sum_i (1 / s_i): between the harmonic mean and the mean.
     """
     p, q = power_functions(100.0)
-    fitted = fit_motion(START, [100.0], [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)])[0]
-    assert distance(p, q, fitted)[1].squared == pytest.approx((10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4)
+    fitted = fit_motion(
+        START, [100.0], [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)]
+    )[0]
+    assert distance(p, q, fitted)[1].squared == pytest.approx(
+        (10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4
+    )
 
 
-# --- the prior from headers ------------------------------------------------------------------------
+# --- the prior from headers
+# ------------------------------------------------------------------------
 
 
-def average(t: float, sigma_rel: float, norm: float, *distances: Distance, rounding: float = 0.0) -> StoredAverage:
+def average(
+    t: float, sigma_rel: float, norm: float, *distances: Distance, rounding: float = 0.0
+) -> StoredAverage:
     profile = PowerFunction(exact_gamma(sigma_rel), t)
     return StoredAverage(profile, int(t), 2.0**-23, Measurements(norm, rounding, distances))
 
@@ -110,7 +124,8 @@ def average(t: float, sigma_rel: float, norm: float, *distances: Distance, round
 def pair_at_10(squared: float) -> list[StoredAverage]:
     """Two averages at time 10 that agree on the squared distance between them."""
     return [
-        average(10.0, s, 4.0, Distance(power(other, 10.0), squared, 0.0)) for s, other in ((0.05, 0.25), (0.25, 0.05))
+        average(10.0, s, 4.0, Distance(power(other, 10.0), squared, 0.0))
+        for s, other in ((0.05, 0.25), (0.25, 0.05))
     ]
 
 
@@ -122,7 +137,9 @@ def test_weights_that_stand_still_have_no_motion() -> None:
     fitted = fit_motion(START, [50.0, 100.0], [(late, Distance(early, 1e-30, 1e-30))])[0]
     assert np.all(np.isfinite(fitted.walk))
     prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(power(0.1, 10.0), 0.0, 0.0))])
-    result = reconstruct(power_functions(20.0, (0.1,)), power_functions(20.0, (0.2,)), prior=prior.of([1]))
+    result = reconstruct(
+        power_functions(20.0, (0.1,)), power_functions(20.0, (0.2,)), prior=prior.of([1])
+    )
     assert result.predicted_error[0] < 1e-6
 
 
@@ -131,7 +148,8 @@ def test_the_distance_of_two_averages_of_one_profile_is_ignored() -> None:
     twin = Distance(power(0.1 * (1 + 1e-9), 20.0), 5.0, 0.0)
     real = Distance(power(0.1, 10.0), 0.5, 0.0)
     with_twin, without = (
-        measured_prior([ALONE, average(20.0, 0.1, 4.0, *distances)]) for distances in ((real, twin), (real,))
+        measured_prior([ALONE, average(20.0, 0.1, 4.0, *distances)])
+        for distances in ((real, twin), (real,))
     )
     assert with_twin.source == without.source == "measured"
     np.testing.assert_array_equal(with_twin.motion.walk, without.motion.walk)
@@ -145,7 +163,9 @@ def test_without_motion_or_without_distances_the_prior_is_defined() -> None:
     prior = measured_prior(still)
     assert prior.source == measured_prior(pair_at_10(0.5)).source == "measured"
     assert prior.motion.walk.max() < prior.arithmetic.max()
-    zeros = measured_prior([replace(a, measurements=replace(a.measurements, norm=0.0)) for a in still])
+    zeros = measured_prior(
+        [replace(a, measurements=replace(a.measurements, norm=0.0)) for a in still]
+    )
     assert zeros.source == "measured"
     assert (zeros.motion.edges[-1], zeros.motion.walk.sum()) == (10.0, 0.0)
     assert (
@@ -161,7 +181,8 @@ def test_without_motion_or_without_distances_the_prior_is_defined() -> None:
 
 @pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])
 def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | None) -> None:
-    """The same snapshots, at the same fractions of both runs, give averages of equal error, relative to the norm."""
+    """The same snapshots, at the same fractions of both runs, give averages of equal error,
+    relative to the norm."""
     motion = Motion(np.array([1.0, 300.0, 1000.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
     zeros, norm = np.zeros(6), 9.0
     prior = Prior(motion, zeros, zeros, np.full(6, norm), "measured", steps)
@@ -170,8 +191,13 @@ def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | No
     for t, expected in ((1000.0, relative), (4000.0, prior.stretched(4000.0, 1000.0, norm))):
         snapshots = power_functions([0.5 * t, 0.8 * t, t], (0.05, 0.28))
         targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
-        found.append(reconstruct(snapshots, targets, prior=assumed_prior(snapshots, motion=expected)).predicted_error)
-    assert found[1] == pytest.approx(found[0], rel=0.01)  # the short run begins with its first update, at 1
+        found.append(
+            reconstruct(
+                snapshots, targets, prior=assumed_prior(snapshots, motion=expected)
+            ).predicted_error
+        )
+    # the short run begins with its first update, at 1
+    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 # --- correlated rounding errors of stored copies, against values that are really rounded
@@ -179,7 +205,8 @@ def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | No
 
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
 def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
-    """Displacements are Gaussian, in units of the spacing; 200,000 elements of one binade are rounded to float16."""
+    """Displacements are Gaussian, in units of the spacing; 200,000 elements of one binade are
+    rounded to float16."""
     generator = np.random.default_rng(0)
     spacing = 2.0**-10
     values = generator.uniform(1.1, 1.9, 200_000)
@@ -188,34 +215,48 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     measured = np.array([[a @ b for b in errors] for a in errors])
     apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
-    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is limited to 0.99.
+    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is
+    # limited to 0.99.
     np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
 
 
 def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:
-    """100,000 averages of three profiles continue from a rounded value at each time; the last profile only at first."""
-    generator, times, gammas = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), (0.1, 4.0, 2.0)
+    """100,000 averages of three profiles continue from a rounded value at each time; the last
+    profile only at first."""
+    generator, times, gammas = (
+        np.random.default_rng(0),
+        np.array([100.0, 110.0, 150.0, 400.0]),
+        (0.1, 4.0, 2.0),
+    )
     errors: list[np.ndarray] = []
     for index, (gamma, fresh) in enumerate(zip(gammas, (1.0, 2.0, 0.0), strict=True)):
         error = generator.normal(size=100_000)
         for place, t in enumerate(times):
             if place:
-                error = error * (times[place - 1] / t) ** (gamma + 1) + fresh * generator.normal(size=error.size)
+                error = error * (times[place - 1] / t) ** (gamma + 1) + fresh * generator.normal(
+                    size=error.size
+                )
             errors.insert(place * (index + 1) + index, error)  # in the order of time
     measured = np.array([[np.mean(a * b) for b in errors] for a in errors])
     gamma, t = np.tile(gammas, 4), np.repeat(times, 3)
     factor, passed_on = inherited_factor(np.diag(measured), np.zeros(12), gamma, t)
     assert not passed_on.any()
     np.testing.assert_allclose(np.diag(factor.T @ factor), np.diag(measured), rtol=1e-12)
-    # Means of 100,000 products scatter by 1 / sqrt(100,000); correlations count as 0.9 of a standard deviation.
+    # Means of 100,000 products scatter by 1 / sqrt(100,000); correlations count as 0.9 of a
+    # standard deviation.
     scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
     trusted = np.where(np.eye(12) > 0, 1.0, 0.9**2)
     np.testing.assert_allclose(factor.T @ factor / scale, trusted * measured / scale, atol=0.015)
 
 
 def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:
-    """100,000 averages are rounded at four times, and continue from the rounded value of the second."""
-    generator, times, rounding = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), np.ones(4)
+    """100,000 averages are rounded at four times, and continue from the rounded value of the
+    second."""
+    generator, times, rounding = (
+        np.random.default_rng(0),
+        np.array([100.0, 110.0, 150.0, 400.0]),
+        np.ones(4),
+    )
     own = generator.normal(size=(4, 100_000))
     shares = np.array([0.0, 0.0, (110 / 150) ** 1.5, (110 / 400) ** 1.5])
     inherited = shares[:, None] * own[1]
@@ -224,18 +265,28 @@ def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:
     expected, measured = stored.T @ stored + factor.T @ factor, errors @ errors.T / 100_000
     np.testing.assert_allclose(np.diag(expected), np.diag(measured), atol=0.015)
     np.testing.assert_allclose(expected[1, 2:], 0.9 * measured[1, 2:], atol=0.015)
-    # Without the second and its rounding, what came from it is still an error that the later two have in common.
-    prior = replace(assumed_prior([PowerFunction(0.5, t) for t in times], 0.5), passed_on=passed_on).of([0, 2, 3])
+    # Without the second and its rounding, what came from it is still an error that the later two
+    # have in common.
+    prior = replace(
+        assumed_prior([PowerFunction(0.5, t) for t in times], 0.5), passed_on=passed_on
+    ).of([0, 2, 3])
     assert prior.shared is not None and prior.passed_on is not None
     kept = np.ix_([0, 2, 3], [0, 2, 3])
-    np.testing.assert_allclose(prior.shared @ prior.shared.T, 0.5**2 * 0.81 * np.outer(shares, shares)[kept])
+    np.testing.assert_allclose(
+        prior.shared @ prior.shared.T, 0.5**2 * 0.81 * np.outer(shares, shares)[kept]
+    )
     assert not prior.passed_on.any()
 
 
-@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)])
-def test_the_error_of_resumes_is_that_of_averages_that_are_rounded_repeatedly(share: float, resumes: int) -> None:
-    """20,000 averages on a grid of spacing 1 move towards values 3 to 30 away, and are rounded after every step:
-    averages that move by less than half a spacing do not change, and their errors add up.
+@pytest.mark.parametrize(
+    ("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)]
+)
+def test_the_error_of_resumes_is_that_of_averages_that_are_rounded_repeatedly(
+    share: float, resumes: int
+) -> None:
+    """20,000 averages on a grid of spacing 1 move towards values 3 to 30 away, and are rounded
+    after every step: averages that move by less than half a spacing do not change, and their errors
+    add up.
     """
     generator = np.random.default_rng(4)
     values = generator.uniform(3, 30, 20_000)
@@ -246,15 +297,19 @@ def test_the_error_of_resumes_is_that_of_averages_that_are_rounded_repeatedly(sh
         moving = begun + share * (values - begun)
         rounded = np.round(moving)
         error = error_after_rounding(
-            error * (1 - share) ** 2, float(np.sum((rounded - moving) ** 2)), rounded.size / 12,
-            float(np.sum((moving - begun) ** 2)), share,
-        )  # fmt: skip
+            error * (1 - share) ** 2,
+            float(np.sum((rounded - moving) ** 2)),
+            rounded.size / 12,
+            float(np.sum((moving - begun) ** 2)),
+            share,
+        )
         begun = rounded
     true = float(np.sum((rounded - exact) ** 2))
     assert 0.5 < np.sqrt(true / error) < 2
 
 
-# --- errors measured by a sketch of the weights' path, against averages that the tests sum in float64
+# --- errors measured by a sketch of the weights' path, against averages that the tests sum in
+# float64
 
 T, SIZE = 600, 40
 
@@ -267,22 +322,33 @@ def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
 
 
 def sketch_of(path: FloatArray, length: int) -> Sketch:
-    """Return windows as the hook makes them: the first step alone, then `length` steps each; without projection."""
+    """Return windows as the hook makes them: the first step alone, then `length` steps each;
+    without projection."""
     ends = np.unique([1, *range(1 + length, T, length), T])
     windows = np.split(path, ends[:-1])
     means = np.array([window.mean(axis=0) for window in windows])
-    spread = [np.sum((window - mean) ** 2, axis=1).mean() for window, mean in zip(windows, means, strict=True)]
-    return Sketch(np.append(1.0, ends), np.diff(ends, prepend=0).astype(float), means, np.array(spread))
+    spread = [
+        np.sum((window - mean) ** 2, axis=1).mean()
+        for window, mean in zip(windows, means, strict=True)
+    ]
+    return Sketch(
+        np.append(1.0, ends), np.diff(ends, prepend=0).astype(float), means, np.array(spread)
+    )
 
 
 def wave(periods: float, amplitude: float) -> FloatArray:
     place, direction = np.random.default_rng(1).standard_normal((2, SIZE))
-    return place + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
+    return (
+        place
+        + amplitude * np.sin(2 * np.pi * periods * np.arange(1, T + 1) / T + 1)[:, None] * direction
+    )
 
 
 def walk() -> FloatArray:
     random = np.random.default_rng(2)
-    return random.standard_normal(SIZE) + np.cumsum(0.02 * random.standard_normal((T, SIZE)), axis=0)
+    return random.standard_normal(SIZE) + np.cumsum(
+        0.02 * random.standard_normal((T, SIZE)), axis=0
+    )
 
 
 SNAPSHOTS = power_functions(range(30, T + 1, 30))
@@ -290,10 +356,13 @@ TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
 
 
 def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | float) -> Prior:
-    """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is relative to squares."""
+    """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is
+    relative to squares."""
     norm = np.sum(averages(path, SNAPSHOTS) ** 2, axis=1)
     motion = Motion(np.array([1.0, T]), np.array([walk]), np.zeros(1))
-    return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length))
+    return Prior(
+        motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length)
+    )
 
 
 def test_the_error_of_single_updates_is_measured_exactly() -> None:
@@ -309,13 +378,16 @@ def test_the_error_of_single_updates_is_measured_exactly() -> None:
 
 @pytest.mark.parametrize(("beta", "after"), [(0.999, 500), (0.9999, 0)])
 def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path: Path) -> None:
-    """Weights that alternate, and an average that keeps much of its initial value, which is not its window's mean."""
+    """Weights that alternate, and an average that keeps much of its initial value, which is not its
+    window's mean."""
     random, steps = np.random.default_rng(0), 2000
     place, side = random.standard_normal((2, 400)) * [[1], [0.1]]
     drift = np.cumsum(2e-4 * random.standard_normal((steps, 400)), axis=0)
     path = place + drift + side * np.where(np.arange(steps) % 2, 1, -1)[:, None]
     model = torch.nn.Linear(400, 1, bias=False)
-    tracker = PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, update_every=1, update_after_step=after)
+    tracker = PostHocEMA.from_model(
+        model, tmp_path, checkpoint_every=100, update_every=1, update_after_step=after
+    )
     for weights in path:
         model.weight.data = torch.tensor(weights[None], dtype=torch.float32)
         tracker.update_(model)
@@ -337,8 +409,11 @@ def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
 
 
 @pytest.mark.parametrize(("motion", "length"), [("noise", 3), ("walk", 20), ("wave", 6)])
-def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(motion: str, length: int) -> None:
-    """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on; windows of four.
+def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
+    motion: str, length: int
+) -> None:
+    """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on;
+    windows of four.
 
     From t = 104,000 on 104 updates are less than a thousandth of training.
     """
@@ -353,15 +428,24 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
     for profile, error in zip(profiles, errors, strict=True):
         for begin, end in pairwise(ends[ends + before <= profile.t].tolist()):
             times = before + np.arange(begin, end + 1.0)
-            right, shared = (np.diff((times / times[-1]) ** (p.gamma + 1))[:-1] for p in (profile, short))
+            right, shared = (
+                np.diff((times / times[-1]) ** (p.gamma + 1))[:-1] for p in (profile, short)
+            )
             wrong = shared * right.sum() / shared.sum() - right
             error += (times[-1] / profile.t) ** (profile.gamma + 1) * wrong @ path[begin : end - 1]
     means = np.array([fold.mean(axis=0) for fold in np.split(path, ends)[:-1]])
     joined = [means[:1], *np.split(means[1:], range(4, len(means) - 1, 4))]
-    spread = np.array([np.sum((folds - folds.mean(axis=0)) ** 2, axis=1).mean() for folds in joined])
+    spread = np.array(
+        [np.sum((folds - folds.mean(axis=0)) ** 2, axis=1).mean() for folds in joined]
+    )
     counts = np.array([len(folds) for folds in joined])
     edges = np.append(1, ends[np.cumsum(counts) - 1])
-    sketch = Sketch(edges + before, counts.astype(float), np.array([folds.mean(axis=0) for folds in joined]), spread)
+    sketch = Sketch(
+        edges + before,
+        counts.astype(float),
+        np.array([folds.mean(axis=0) for folds in joined]),
+        spread,
+    )
     early = Sketch(edges + 1000, sketch.folds, sketch.means, spread)
     assert not early.of_shared_means([PowerFunction(0.2, 8e3)], short.gamma, edges)[1].any()
     seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
@@ -369,7 +453,9 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
     size, true = (np.sqrt(np.diag(covariance)) for covariance in (expected, actual))
     np.testing.assert_allclose(size, true, rtol=0.4)
     # A walk of this length has few of the forty directions.
-    np.testing.assert_allclose(expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4)
+    np.testing.assert_allclose(
+        expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4
+    )
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show() -> None:
@@ -383,27 +469,38 @@ def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_dista
 
 
 @pytest.mark.parametrize(("rounding", "stays"), [(1e-8, True), (1e-3, False)])
-def test_the_published_coefficients_stay_where_others_are_hardly_better(rounding: float, stays: bool) -> None:
-    """The target is a stored profile; its only error is rounding, which others could lower by a few hundredths."""
+def test_the_published_coefficients_stay_where_others_are_hardly_better(
+    rounding: float, stays: bool
+) -> None:
+    """The target is a stored profile; its only error is rounding, which others could lower by a few
+    hundredths."""
     prior = prior_of(walk(), 1, 0.02**2 * SIZE, rounding)
     column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
     assert (np.count_nonzero(column) == 1) == stays
 
 
 def test_an_earlier_snapshot_alone_may_be_nearest(tmp_path: Path) -> None:
-    """For a sawtooth out of step with the snapshots, coefficients of all of them were 5 times as far from the truth."""
+    """For a sawtooth out of step with the snapshots, coefficients of all of them were 5 times as
+    far from the truth."""
     updates, sigma_rel = 2000, 0.03
     place, height = np.random.default_rng(0).normal(size=(2, 200))
     path = (place + height * (np.arange(1, updates + 1)[:, None] / 70 % 1)).astype(np.float32)
     model = torch.nn.Linear(20, 10, bias=False)
     with PostHocEMA.from_model(
-        model, tmp_path, update_every=1, checkpoint_every=100, max_checkpoints=None, checkpoint_dtype=torch.float16
+        model,
+        tmp_path,
+        update_every=1,
+        checkpoint_every=100,
+        max_checkpoints=None,
+        checkpoint_dtype=torch.float16,
     ) as ema:
         for weights in path:
             with torch.no_grad():
                 model.weight.copy_(torch.from_numpy(weights).reshape(10, 20))
             ema.update_(model)
-    truth = np.diff((np.arange(updates + 1) / updates) ** (gamma_from_sigma_rel(sigma_rel) + 1)) @ path.astype(float)
+    truth = np.diff(
+        (np.arange(updates + 1) / updates) ** (gamma_from_sigma_rel(sigma_rel) + 1)
+    ) @ path.astype(float)
 
     def error(weights: Mapping[str, torch.Tensor]) -> float:
         return float(np.linalg.norm(weights["weight"].double().numpy().ravel() - truth))

@@ -15,8 +15,8 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 Answer = Callable[[dict[str, Any]], int | str | None]
-"""Returns None to answer a request, a status, a status with an error code as "403 ExpiredToken", or what the connection
-does: "reset", or "stall" for a while first."""
+"""Returns None to answer a request, a status, a status with an error code as "403 ExpiredToken", or
+what the connection does: "reset", or "stall" for a while first."""
 
 
 class _Quiet(WSGIRequestHandler):
@@ -25,18 +25,25 @@ class _Quiet(WSGIRequestHandler):
 
 
 class FaultyServer:
-    """A server at `url`; `answer` is asked about each request, and `seen` lists those it left alone, as "PUT key"."""
+    """A server at `url`; `answer` is asked about each request, and `seen` lists those it left
+    alone, as "PUT key"."""
 
     def __init__(self) -> None:
         self.answer: Answer = lambda _: None
         self.seen: list[str] = []
         self._app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server("127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet)
+        self._server = make_server(
+            "127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet
+        )
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _serve(self, environ: dict[str, Any], start: Any) -> Any:
-        method, key = environ["REQUEST_METHOD"], environ["PATH_INFO"].partition("/")[2].partition("/")[2]
-        if method == "POST" and "delete" in environ["QUERY_STRING"]:  # a bulk deletion, of one object
+        method, key = (
+            environ["REQUEST_METHOD"],
+            environ["PATH_INFO"].partition("/")[2].partition("/")[2],
+        )
+        # a bulk deletion, of one object
+        if method == "POST" and "delete" in environ["QUERY_STRING"]:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
             method, key = "DELETE", re.findall(r"<Key>(.*)</Key>", body.decode())[0]
             environ["wsgi.input"] = io.BytesIO(body)

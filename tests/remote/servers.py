@@ -1,6 +1,8 @@
-"""A web server on the loopback interface that serves ranges of files, fails on request, and counts requests.
+"""A web server on the loopback interface that serves ranges of files, fails on request, and counts
+requests.
 
-It implements as much of S3 as reading a bucket needs, so that each request of a run can be made to fail.
+It implements as much of S3 as reading a bucket needs, so that each request of a run can be made to
+fail.
 """
 
 import hashlib
@@ -55,7 +57,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with self.server.lock:
-            self.server.asked.append(f"{self.command} {self.path} {self.headers.get('range', '')}".strip())
+            self.server.asked.append(
+                f"{self.command} {self.path} {self.headers.get('range', '')}".strip()
+            )
             number = len(self.server.asked)
         if self.server.fault(number, self):
             return
@@ -72,7 +76,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "NoSuchKey")
 
     def _send(self, path: Path) -> None:
-        size, tag = path.stat().st_size, f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"'
+        size, tag = (
+            path.stat().st_size,
+            f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"',
+        )
         if self.headers.get("if-match", tag) != tag:
             self.refuse(412, "PreconditionFailed")
             return
@@ -86,7 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-        for name, value in (("Content-Length", end - begin), ("ETag", tag), ("Accept-Ranges", "bytes")):
+        for name, value in (
+            ("Content-Length", end - begin),
+            ("ETag", tag),
+            ("Accept-Ranges", "bytes"),
+        ):
             self.send_header(name, str(value))
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         self.end_headers()
@@ -99,7 +110,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.is_cut:
             end = (begin + end) // 2
         with path.open("rb") as file:
-            while begin < end and (count := os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)):
+            while begin < end and (
+                count := os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
+            ):
                 begin += count
                 with self.server.lock:
                     self.server.sent += count
@@ -107,37 +120,59 @@ class _Handler(BaseHTTPRequestHandler):
             self.reset()
 
     def _describe_repository(self, parts: list[str]) -> None:
-        """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which is its own commit."""
+        """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which
+        is its own commit."""
         repository = self.server.folder.joinpath(*parts[:2])
         what, revision, *within = [*parts[2:], "", ""][: max(2, len(parts) - 2)]
         folder = repository.joinpath(revision or "main", *within)
         if what == "refs":
             names = sorted(path.name for path in repository.iterdir())
-            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": name} for name in names]
+            refs = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name} for name in names
+            ]
             facts: Any = {"branches": refs, "tags": [], "converts": []}
         elif not folder.is_dir():
             self.refuse(404, "RevisionNotFound")
             return
         elif what == "tree":
             facts = [
-                {"type": "file" if path.is_file() else "directory", "path": path.relative_to(folder).as_posix(),
-                 "oid": f"{path.stat().st_mtime_ns:040x}", "size": path.stat().st_size}
+                {
+                    "type": "file" if path.is_file() else "directory",
+                    "path": path.relative_to(folder).as_posix(),
+                    "oid": f"{path.stat().st_mtime_ns:040x}",
+                    "size": path.stat().st_size,
+                }
                 for path in sorted(folder.iterdir())
-            ]  # fmt: skip
+            ]
         else:
             facts = {"id": "/".join(parts[:2]), "sha": revision or "main", "siblings": []}
         self.answer(200, json.dumps(facts).encode())
 
     def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
-        keys = [path.relative_to(bucket).as_posix() for path in sorted(bucket.rglob("*")) if path.is_file()]
+        keys = [
+            path.relative_to(bucket).as_posix()
+            for path in sorted(bucket.rglob("*"))
+            if path.is_file()
+        ]
         keys = [key for key in keys if key.startswith(prefix)]
         inner = [key for key in keys if delimiter and delimiter in key[len(prefix) :]]
-        folders = sorted({prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner})
-        text = "".join(f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>" for folder in folders)
+        folders = sorted(
+            {prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner}
+        )
+        text = "".join(
+            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+            for folder in folders
+        )
         for key in (key for key in keys if key not in inner):
-            facts = f"<Size>{(bucket / key).stat().st_size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            text += f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
-        self.answer(200, f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode())
+            facts = f"<Size>{(bucket / key).stat().st_size}</Size>"
+            facts += "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            text += (
+                f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
+            )
+        self.answer(
+            200,
+            f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode(),
+        )
 
     def refuse(self, status: int, code: str) -> bool:
         self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
@@ -165,16 +200,23 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serving_as_s3(folder: Path) -> Iterator[str]:
-    """Serve the bucket that is the only folder of a folder, set the environment, and yield the URL of the run in it."""
+    """Serve the bucket that is the only folder of a folder, set the environment, and yield the URL
+    of the run in it."""
     with serving(folder) as server:
-        os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+        os.environ |= {
+            "AWS_ENDPOINT_URL": server.url,
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "x",
+        }
         yield f"s3://{next(folder.iterdir()).name}/run"
 
 
 @contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield server

@@ -1,4 +1,5 @@
-"""Commands that write to a bucket: an import, and a synthesis by several processes; pruning is refused."""
+"""Commands that write to a bucket: an import, and a synthesis by several processes; pruning is
+refused."""
 
 import errno
 import subprocess
@@ -15,7 +16,13 @@ from remote.faulty import FaultyServer
 from safetensors.torch import save_file
 
 from posthoc_cli import Run, export_file, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, PostHocError, RemoteError
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    OutputExistsError,
+    PostHocError,
+    RemoteError,
+)
 from posthoc_cli.remote import store
 from posthoc_cli.remote.store import remote_path
 
@@ -53,25 +60,34 @@ def test_a_run_in_a_bucket_is_not_pruned_there(local: Path, ema: Ema) -> None:
     assert names(RUN) == before
 
 
-def test_an_import_into_a_bucket_refers_to_objects(server: FaultyServer, tmp_path: Path, ema: Ema) -> None:
+def test_an_import_into_a_bucket_refers_to_objects(
+    server: FaultyServer, tmp_path: Path, ema: Ema
+) -> None:
     for step in STEPS:
         save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
     upload(tmp_path, "s3://bucket/old")
-    assert f"wrote a run that refers to these files: {RUN}" in ema("import", "s3://bucket/old", "--out", RUN).out
+    assert (
+        f"wrote a run that refers to these files: {RUN}"
+        in ema("import", "s3://bucket/old", "--out", RUN).out
+    )
     assert names(RUN) == {"ema-import.json"}
     assert torch.equal(Run(RUN).average("last:2")["w"], torch.full((3,), 35.0))
     assert "is this import already" in ema("import", "s3://bucket/old", "--out", RUN).out
     with pytest.raises(OutputExistsError, match="with other settings"):
         import_checkpoints("s3://bucket/old", RUN, include=["w"])
     assert import_checkpoints("s3://bucket/old", RUN, include=["w"], overwrite=True).written
-    with pytest.raises(InvalidValueError, match="would refer to files of this machine; upload the files"):
+    with pytest.raises(
+        InvalidValueError, match="would refer to files of this machine; upload the files"
+    ):
         import_checkpoints(tmp_path, "s3://bucket/local")
     server.answer = lambda request: "403 AccessDenied" if request["METHOD"] == "PUT" else None
     assert "access is denied" in ema("import", "s3://bucket/old", "--out", "s3://bucket/new").error
     server.answer = lambda _: None
     assert not names("s3://bucket/new")
     store.put("s3://bucket/old/step20.safetensors", b"replaced", create=False)
-    with pytest.raises(FileFormatError, match=r"step20.safetensors: was replaced, or has changed, since"):
+    with pytest.raises(
+        FileFormatError, match=r"step20.safetensors: was replaced, or has changed, since"
+    ):
         Run(RUN).average("last:2")
 
 
@@ -89,7 +105,9 @@ def test_processes_send_their_own_shards_and_the_index_comes_last(
 ) -> None:
     out, index = "s3://bucket/out", "model.safetensors.index.json"
     Run(RUN).write(0.15, tmp_path / "one.safetensors")
-    server.answer = lambda request: 403 if request["METHOD"] == "PUT" and "00002-of" in request["KEY"] else None
+    server.answer = lambda request: (
+        403 if request["METHOD"] == "PUT" and "00002-of" in request["KEY"] else None
+    )
     for text in check_group(PROCESSES, 2, tmp_path, RUN, out):
         assert "cannot be written: access is denied" in text
     assert names(out) == set()
@@ -98,7 +116,9 @@ def test_processes_send_their_own_shards_and_the_index_comes_last(
     sent = [line.removeprefix("PUT out/") for line in server.seen if line.startswith("PUT out/")]
     assert (len(sent), sent[-1]) == (3, index)
     export_file(remote_path(out), tmp_path / "merged.safetensors")
-    assert_same_tensors(load_output(tmp_path / "merged.safetensors"), load_output(tmp_path / "one.safetensors"))
+    assert_same_tensors(
+        load_output(tmp_path / "merged.safetensors"), load_output(tmp_path / "one.safetensors")
+    )
 
 
 # --- objects by URL: put, read, listed and deleted, against an S3 server
@@ -129,7 +149,9 @@ def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(
     monkeypatch.chdir(tmp_path)
     path = remote_path("s3://bucket/run")
     for call in (lambda: path.open("w"), path.mkdir, path.touch, path.read_bytes):
-        with pytest.raises(PostHocError, match=r"^s3://bucket/run: is a URL; must be a path on a file system"):
+        with pytest.raises(
+            PostHocError, match=r"^s3://bucket/run: is a URL; must be a path on a file system"
+        ):
             call()
     assert not list(tmp_path.iterdir())
 
@@ -137,7 +159,10 @@ def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(
 def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path: Path) -> None:
     code = (
         "import sys; from posthoc_cli import Run; print(Run(sys.argv[1]))\n"
-        "print([name for name in sys.modules if name.startswith(('obstore', 'posthoc_cli.remote', 'huggingface_hub'))])"
+        "print([name for name in sys.modules if name.startswith(('obstore', "
+        "'posthoc_cli.remote', 'huggingface_hub'))])"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "[]"

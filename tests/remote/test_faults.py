@@ -1,4 +1,5 @@
-"""Failures of requests: they are retried where that helps, or are an error of one line without a secret."""
+"""Failures of requests: they are retried where that helps, or are an error of one line without a
+secret."""
 
 import json
 import os
@@ -35,7 +36,9 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def served(_folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]) -> Iterator[Server]:
+def served(
+    _folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]
+) -> Iterator[Server]:
     """A server that fails on request; each request is retried three times."""
     backoff = {"init_backoff": SHORT, "max_backoff": SHORT, "base": 2}
     monkeypatch.setattr(store, "RETRIES", store.RETRIES | {"max_retries": 3, "backoff": backoff})
@@ -61,14 +64,18 @@ def requests_of_a_synthesis(server: Server, out: Path) -> int:
     return len(server.asked)
 
 
-def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(served: Server, tmp_path: Path) -> None:
+def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
+    served: Server, tmp_path: Path
+) -> None:
     """Every eighth request is tried, in turns by the three ways to break."""
     count = requests_of_a_synthesis(served, tmp_path / "sound.safetensors")
     assert count > 20
     for number in range(1, count + 1, 8):
         served.fault = once(number, ACTS[number % len(ACTS)])
         requests_of_a_synthesis(served, tmp_path / "again.safetensors")
-        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "sound.safetensors").read_bytes()
+        assert (tmp_path / "again.safetensors").read_bytes() == (
+            tmp_path / "sound.safetensors"
+        ).read_bytes()
         (tmp_path / "again.safetensors").unlink()
 
 
@@ -82,13 +89,19 @@ def listing(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
 
 
 def bodies(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
-    return lambda _number, handler: ".safetensors" in handler.path and handler.command == "GET" and act(handler)
+    return lambda _number, handler: (
+        ".safetensors" in handler.path and handler.command == "GET" and act(handler)
+    )
 
 
 def stall(handler: Any) -> bool:
     """Send the beginning of an answer only."""
     handler.send_response(206)
-    for name, value in (("Content-Range", "bytes 0-99/100"), ("Content-Length", "100"), ("ETag", '"x"')):
+    for name, value in (
+        ("Content-Range", "bytes 0-99/100"),
+        ("Content-Length", "100"),
+        ("ETag", '"x"'),
+    ):
         handler.send_header(name, value)
     handler.send_header("Last-Modified", handler.date_time_string())
     handler.end_headers()
@@ -104,9 +117,15 @@ FAULTS = {
     "resets": (bodies(lambda h: h.reset()), LOST),
     "short answers": (bodies(lambda h: h.cut()), LOST),
     "no bucket": (always(404, "NoSuchBucket"), READ + "there is no such bucket"),
-    "expired": (always(400, "ExpiredToken"), READ + "the credentials are missing, expired or not accepted"),
+    "expired": (
+        always(400, "ExpiredToken"),
+        READ + "the credentials are missing, expired or not accepted",
+    ),
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
-    "not to read": (bodies(lambda h: h.refuse(403, "AccessDenied")), "safetensors: cannot be read: access is denied"),
+    "not to read": (
+        bodies(lambda h: h.refuse(403, "AccessDenied")),
+        "safetensors: cannot be read: access is denied",
+    ),
     "slow bodies": (bodies(stall), "safetensors: cannot be read: no answer of the server"),
     "too many": (always(503, "SlowDown"), READ + "the server answers 503 SlowDown"),
 }
@@ -114,9 +133,13 @@ FAULTS = {
 
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_lasting_failure_is_one_line(
-    served: Server, ema: Ema, tmp_path: Path, what: str, caplog: pytest.LogCaptureFixture,
+    served: Server,
+    ema: Ema,
+    tmp_path: Path,
+    what: str,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     if what == "slow bodies":
         monkeypatch.setitem(store.CLIENT, "timeout", "0.3s")
     served.fault, wanted = FAULTS[what]
@@ -124,14 +147,19 @@ def test_a_lasting_failure_is_one_line(
     assert done.code in (1, 2)
     assert wanted in done.error
     assert not list(tmp_path.iterdir())
-    assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "") and "AKIA" not in done.err + caplog.text
+    assert (
+        "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
+        and "AKIA" not in done.err + caplog.text
+    )
 
 
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
     place = served.folder / "bucket/archive/step1.pt"
     place.parent.mkdir()
     torch.save({"w": torch.ones(200_000)}, place)  # its end is not in the first request
-    served.fault = lambda _, h: not h.headers.get("range", "bytes=0-").startswith("bytes=0-") and h.refuse(500, "Oops")
+    served.fault = lambda _, h: (
+        not h.headers.get("range", "bytes=0-").startswith("bytes=0-") and h.refuse(500, "Oops")
+    )
     error = ema("info", "s3://bucket/archive/step1.pt").error
     assert error.endswith("step1.pt: cannot be read: the server answers 500 Oops")
 
@@ -187,23 +215,40 @@ def repository(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_revisions_of_a_repository_are_checkpoints_of_a_run(repository: Server, tmp_path: Path) -> None:
-    home = {"HF_ENDPOINT": repository.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_topsecret"}
+def test_revisions_of_a_repository_are_checkpoints_of_a_run(
+    repository: Server, tmp_path: Path
+) -> None:
+    home = {
+        "HF_ENDPOINT": repository.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_topsecret",
+    }
     place, out = "hf://org/model-160m@step*", tmp_path / "mean.safetensors"
 
     def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
-        return subprocess.run(command, env=os.environ | home, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, env=os.environ | home, capture_output=True, text=True, check=False
+        )
 
     info = json.loads(ema("info", place, "--json").stdout)
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
     done = ema("synthesize", place, "--target", "last:2", "--out", out)
     assert done.returncode == 0, done.stderr
-    last = [load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"] for step in STEPS[-2:]]
-    np.testing.assert_allclose(load_file(out)["w"], torch.stack(last).double().mean(0), rtol=3e-7, atol=1e-8)
+    last = [
+        load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"]
+        for step in STEPS[-2:]
+    ]
+    np.testing.assert_allclose(
+        load_file(out)["w"], torch.stack(last).double().mean(0), rtol=3e-7, atol=1e-8
+    )
     sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
     assert repository.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))
     refused = ema("info", "hf://org/model-160m@none")
-    assert refused.returncode == 2 and "no such" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert (
+        refused.returncode == 2
+        and "no such" in refused.stderr
+        and len(refused.stderr.splitlines()) == 1
+    )
     assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")

@@ -1,4 +1,5 @@
-"""The page: complete in one file, no requests, names run no scripts, and a file that is no sweep is refused."""
+"""The page: complete in one file, no requests, names run no scripts, and a file that is no sweep is
+refused."""
 
 import base64
 import json
@@ -42,17 +43,27 @@ class Page(HTMLParser):
 
 def sweep(run: Run, out: Path, kind: str, values: list[float], **options: Any) -> None:
     """Sweep over a metric that is the sigma_rel of each trial."""
-    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), out, Axis.of_values(kind, values), **options).run_all()
+    Sweep(
+        run,
+        "sh -c 'echo {sigma_rel}' {weights}",
+        Metric(),
+        out,
+        Axis.of_values(kind, values),
+        **options,
+    ).run_all()
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
-    """A run with a tensor of an evil name, and a sweep with an evil command and folder, and with a failed trial."""
+    """A run with a tensor of an evil name, and a sweep with an evil command and folder, and with a
+    failed trial."""
     folder = tmp_path_factory.mktemp("reported")
     write_run(folder / "run", random_walk(20, {EVIL: (30, 10), "b": (7,)}), range(1, 21))
     out = folder / "a b<i>"
     fails = f'echo "{EVIL[:-3]}" >&2; exit 1'
-    command = f"sh -c 'if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}' {{weights}}"
+    command = (
+        f"sh -c 'if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}' {{weights}}"
+    )
     axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2, 0.25])
     Sweep(Run(folder / "run"), command, Metric(), out, axis, again="ema sweep --run <b>").run_all()
     return Run(folder / "run"), out
@@ -64,14 +75,18 @@ def text(swept: tuple[Run, Path]) -> str:
     return render(run, [out], out.parent / "report.html")
 
 
-def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Path], text: str) -> None:
+def test_a_page_has_the_answer_its_figures_and_every_trial(
+    swept: tuple[Run, Path], text: str
+) -> None:
     _, out = swept
     page = Page(text)
     result = json.loads((out / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in page.text
     for words in ("are equal within the noise", "below 1 %", "none in the headers"):
         assert words in page.text
-    pictures = [base64.b64decode(image["src"].partition("base64,")[2]).decode() for image in page.all("img")]
+    pictures = [
+        base64.b64decode(image["src"].partition("base64,")[2]).decode() for image in page.all("img")
+    ]
     assert len(pictures) == 2
     assert "expected relative L2 error" in pictures[1]
     assert f"best: {result['best']['sigma_rel']:g}" in pictures[0]
@@ -110,14 +125,30 @@ def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema: Ema, tmp_path: Pat
 @pytest.mark.parametrize(
     ("kind", "values", "options", "words"),
     [
-        ("sigma_rel", [0.1, 0.2, 0.25], {"t": 12}, r"--sigma-rel 0\.\d+ --t 12 --out model.safetensors"),
-        ("decay:linear", [0.1, 0.2, 0.4], {}, r"--target decay:linear:0\.\d+ --out model.safetensors"),
+        (
+            "sigma_rel",
+            [0.1, 0.2, 0.25],
+            {"t": 12},
+            r"--sigma-rel 0\.\d+ --t 12 --out model.safetensors",
+        ),
+        (
+            "decay:linear",
+            [0.1, 0.2, 0.4],
+            {},
+            r"--target decay:linear:0\.\d+ --out model.safetensors",
+        ),
     ],
 )
 def test_the_command_of_a_page_makes_the_same_average(
-    ema: Ema, swept: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    kind: str, values: list[float], options: Any, words: str,
-) -> None:  # fmt: skip
+    ema: Ema,
+    swept: tuple[Run, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    values: list[float],
+    options: Any,
+    words: str,
+) -> None:
     sweep(swept[0], tmp_path / "out", kind, values, **options)
     page = Page(render(swept[0], [tmp_path / "out"], tmp_path / "page.html"))
     assert f"Best: {kind}" in page.text
@@ -128,20 +159,37 @@ def test_the_command_of_a_page_makes_the_same_average(
     assert Path("model.safetensors").read_bytes() == Path("out/best.safetensors").read_bytes()
 
 
-def test_a_file_that_is_no_result_of_a_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:
+def test_a_file_that_is_no_result_of_a_sweep_is_refused(
+    swept: tuple[Run, Path], tmp_path: Path
+) -> None:
     run, out = swept
     path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
-    harms = {"settings": None, "trials": [{}], "estimate": 10**400, "best": {}, "axis": 1, "metric": "a\ud800"}
+    harms = {
+        "settings": None,
+        "trials": [{}],
+        "estimate": 10**400,
+        "best": {},
+        "axis": 1,
+        "metric": "a\ud800",
+    }
     for text in ("", "[]", *(json.dumps(result | {name: value}) for name, value in harms.items())):
         path.write_text(text)
         with refused(str(path), "no result of a sweep", kind=FileFormatError):
             render(run, [tmp_path])
 
 
-def test_two_runs_and_two_sweeps_are_compared_on_one_page(ema: Ema, swept: tuple[Run, Path], tmp_path: Path) -> None:
+def test_two_runs_and_two_sweeps_are_compared_on_one_page(
+    ema: Ema, swept: tuple[Run, Path], tmp_path: Path
+) -> None:
     run, out = swept
     write_run(tmp_path / "other", random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
-    sweep(Run(tmp_path / "other"), tmp_path / "s", "sigma_rel", [0.1, 0.2, 0.25], again="ema sweep the other")
+    sweep(
+        Run(tmp_path / "other"),
+        tmp_path / "s",
+        "sigma_rel",
+        [0.1, 0.2, 0.25],
+        again="ema sweep the other",
+    )
     both = [run.directory, tmp_path / "other", "--sweep", tmp_path / "s", "--sweep", out]
     done = ema("report", *both, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err

@@ -30,5 +30,6 @@ def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def small(_small: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A function that copies a small file of a kind, "snapshot" or "output", and returns its path."""
+    """A function that copies a small file of a kind, "snapshot" or "output", and returns its
+    path."""
     return lambda kind: Path(shutil.copy(_small[kind], tmp_path))

@@ -23,7 +23,9 @@ class Walk:
 
     def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20)).to(dtype)
+        self.model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20)).to(
+            dtype
+        )
         self.scale = scale
         self.generator = torch.Generator().manual_seed(1)
 
@@ -31,7 +33,9 @@ class Walk:
         for _ in range(steps):
             with torch.no_grad():
                 for parameter in self.model.parameters():
-                    parameter.add_(self.scale * torch.randn(parameter.shape, generator=self.generator))
+                    parameter.add_(
+                        self.scale * torch.randn(parameter.shape, generator=self.generator)
+                    )
             tracker.update_(self.model)
 
 
@@ -42,7 +46,11 @@ def new_tracker(walk: Walk, folder: Path, **options: object) -> PostHocEMA:
 
 
 def record(
-    folder: Path, steps: int = 60, dtype: torch.dtype = torch.float32, scale: float = 0.1, **options: object
+    folder: Path,
+    steps: int = 60,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 0.1,
+    **options: object,
 ) -> Path:
     walk = Walk(dtype, scale)
     with new_tracker(walk, folder, **options) as tracker:
@@ -51,8 +59,11 @@ def record(
 
 
 @contextmanager
-def failing(operation: str, error: int | BaseException, when: Callable[..., bool] = lambda *_: True) -> Iterator[None]:
-    """Let an operation of `files.system` fail within the block at the calls for which `when` returns True."""
+def failing(
+    operation: str, error: int | BaseException, when: Callable[..., bool] = lambda *_: True
+) -> Iterator[None]:
+    """Let an operation of `files.system` fail within the block at the calls for which `when`
+    returns True."""
     original = getattr(files.system, operation)
 
     def call(*arguments: object) -> object:
@@ -81,7 +92,8 @@ Content = dict[str, object]
 
 
 def examine(path: Path) -> Content:
-    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the headers, or raise."""
+    """Verify a snapshot, an output, or the shards of an index as `ema verify` does; return the
+    headers, or raise."""
     found = verify(path)
     for report in found.files:
         if report.header is None or not report.is_fine:
@@ -92,7 +104,8 @@ def examine(path: Path) -> Content:
 
 
 def used(source: Path, out: Path) -> Content:
-    """Synthesize the tracked average of a run, or export an output; return the tensors of the result."""
+    """Synthesize the tracked average of a run, or export an output; return the tensors of the
+    result."""
     if source.name == "run":
         Run(source).write([0.05], out)
     else:
@@ -102,12 +115,22 @@ def used(source: Path, out: Path) -> Content:
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
-    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2))
+    sketch = Sketch(
+        np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2)
+    )
     return write_snapshot(
-        folder / "run", 10, 0.05, "ab12" * 8, values, sigma_rels=(0.05, 0.28), aliases={"tied": "a"},
-        left_out=("frozen",), measurements=Measurements(7.25, 1e-7), clock=((10, 10.0),),
+        folder / "run",
+        10,
+        0.05,
+        "ab12" * 8,
+        values,
+        sigma_rels=(0.05, 0.28),
+        aliases={"tied": "a"},
+        left_out=("frozen",),
+        measurements=Measurements(7.25, 1e-7),
+        clock=((10, 10.0),),
         sketch=encode_path(PathSketch(1, sketch)),
-    )  # fmt: skip
+    )
 
 
 def small_output(folder: Path) -> Path:

@@ -12,19 +12,35 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, snapshot_files, write_run, write_snapshot
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    contents,
+    flip_bit,
+    snapshot_files,
+    write_run,
+    write_snapshot,
+)
 from snapshots.recorded import Walk
 
 from posthoc_cli import PostHocEMA, Run, export_file
 from posthoc_cli.errors import DirectoryError, MismatchError
-from posthoc_cli.snapshots.directory import inspect_directory, read_directory, set_aside, snapshot_path, thin
+from posthoc_cli.snapshots.directory import (
+    inspect_directory,
+    read_directory,
+    set_aside,
+    snapshot_path,
+    thin,
+)
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.verify import verify
 
 W = {"w": torch.ones(2, 3)}
 
 
-def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
+def write_times(
+    directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)
+) -> None:
     for t in times:
         for sigma_rel in sigma_rels:
             write_snapshot(directory, t, sigma_rel, RUN_ID, {"w": torch.full((2, 3), float(t))})
@@ -71,17 +87,24 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
         ({"w": torch.ones(3, 2)}, {}, r"tensor 'w' has the shapes \[\d, \d\] and \[\d, \d\]"),
         (W, {"tensors": {"w": "average BF16"}}, "tensor 'w' is average of .* and average of"),
         (W, {"tensors": {"w": "copy F32"}}, "is (average of F32 and copy|copy of F32 and a)"),
-        ({"v": W["w"]}, {}, "tensor 'v' is missing in"), ({}, {}, "tensor 'w' is missing in"),
+        ({"v": W["w"]}, {}, "tensor 'v' is missing in"),
+        ({}, {}, "tensor 'w' is missing in"),
         ({**W, "more\n": W["w"]}, {}, r"tensor 'more\\n' is missing in"),
         (W, {"aliases": {"tied": "w"}}, "tie different names"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("last", [True, False])
 def test_snapshots_that_do_not_belong_together_never_mix(
-    tmp_path: Path, values: dict[str, torch.Tensor], fields: dict[str, Any], message: str, last: bool
+    tmp_path: Path,
+    values: dict[str, torch.Tensor],
+    fields: dict[str, Any],
+    message: str,
+    last: bool,
 ) -> None:
     write_times(tmp_path, [20, 30])
-    odd = write_snapshot(tmp_path, 40 if last else 10, 0.05, **{"run_id": RUN_ID, "values": values, **fields})
+    odd = write_snapshot(
+        tmp_path, 40 if last else 10, 0.05, **{"run_id": RUN_ID, "values": values, **fields}
+    )
     with pytest.raises(MismatchError, match=message) as caught:
         read_directory(tmp_path)
     first = snapshot_path(tmp_path, 20, 0.05)
@@ -89,11 +112,20 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"values": {"w": W["w"].half()}, "tensors": {"w": "average F32"}},
-])  # fmt: skip
-def test_profiles_and_stored_dtypes_may_change_within_a_run(tmp_path: Path, fields: dict[str, Any]) -> None:
-    """A run may be resumed without a deleted profile, and a value too large for float16 is stored in float32."""
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sigma_rel": 0.28},
+        {"sigma_rels": (0.05,)},
+        {"values": {"w": W["w"].half()}, "tensors": {"w": "average F32"}},
+    ],
+)
+def test_profiles_and_stored_dtypes_may_change_within_a_run(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    """A run may be resumed without a deleted profile, and a value too large for float16 is stored
+    in float32."""
     write_times(tmp_path, [20, 30])
     write_snapshot(tmp_path, 40, **{"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields})
     assert times_in(tmp_path) == [20, 30, 40]
@@ -124,16 +156,23 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
 
 
 def test_names_sort_by_time() -> None:
-    paths = [snapshot_path(Path(), t, 0.05).name for t in (1e-6, 1 / 64, 12.5, 13.0, 1000.0, 1e15 + 0.5, 2.0**53)]
+    paths = [
+        snapshot_path(Path(), t, 0.05).name
+        for t in (1e-6, 1 / 64, 12.5, 13.0, 1000.0, 1e15 + 0.5, 2.0**53)
+    ]
     assert paths == sorted(paths)
-    assert [paths[2].lstrip("0"), paths[4].lstrip("0")] == ["12.5-0.05.safetensors", "1000-0.05.safetensors"]
+    assert [paths[2].lstrip("0"), paths[4].lstrip("0")] == [
+        "12.5-0.05.safetensors",
+        "1000-0.05.safetensors",
+    ]
 
 
 # --- adding
 
 
 def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_path: Path) -> None:
-    """If a network moves only in the middle of training, all other snapshots but the nearest are alike."""
+    """If a network moves only in the middle of training, all other snapshots but the nearest are
+    alike."""
     moves = np.zeros((100, 300))
     moves[40:60] = np.random.default_rng(0).normal(size=(20, 300))
     trajectory = [{"w": values} for values in np.cumsum(moves, axis=0)]
@@ -144,7 +183,8 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
         for snapshot, measurements in zip(snapshots, sample_measurements(snapshots), strict=True)
     ]
     left = thin(measured, 3)
-    assert sum(40 <= s.t <= 80 for s in left) >= 3  # it hardly matters which earlier snapshot is left
+    # it hardly matters which earlier snapshot is left
+    assert sum(40 <= s.t <= 80 for s in left) >= 3
 
 
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
@@ -166,9 +206,13 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
                 write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
         moved = set_aside([s for s in read_directory(tmp_path) if s.t > 10])
         again = f".{attempt}" if attempt else ""
-        assert moved == [superseded / f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)]
+        assert moved == [
+            superseded / f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)
+        ]
     assert len(list(superseded.iterdir())) == 6
-    assert {safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()} == {0.0, 1.0, 2.0}
+    assert {
+        safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()
+    } == {0.0, 1.0, 2.0}
     assert times_in(tmp_path) == [10]
 
 
@@ -179,7 +223,9 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
     for make in (lambda: superseded.symlink_to(elsewhere), lambda: superseded.write_text("mine")):
         superseded.unlink(missing_ok=True)
         make()
-        with pytest.raises(DirectoryError, match=f"^{superseded}: is a link or no directory; .* move it away"):
+        with pytest.raises(
+            DirectoryError, match=f"^{superseded}: is a link or no directory; .* move it away"
+        ):
             set_aside(read_directory(tmp_path / "run"))
     assert times_in(tmp_path / "run") == [10, 20]
     superseded.unlink()
@@ -191,7 +237,8 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
     assert moved != link
 
 
-# --- what interrupted writes left is removed by the next writer, and nothing in another directory is
+# --- what interrupted writes left is removed by the next writer, and nothing in another directory
+# is
 
 
 def leave(path: Path, age: float) -> Path:
@@ -229,7 +276,9 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(
     assert len(verify(run).leftovers) == 7
     writer(run)
     assert set(verify(run).leftovers) == {young, ahead, folders["growing"]}
-    assert not any(os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"]))
+    assert not any(
+        os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"])
+    )
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
 
@@ -249,7 +298,8 @@ def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None
 
 
 def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: Path) -> None:
-    """Links in place of `superseded` and of a folder of shards lead to directories with other locks."""
+    """Links in place of `superseded` and of a folder of shards lead to directories with other
+    locks."""
     other, shards = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "shards"
     Run(run).write(0.15, shards, layout="sharded", max_shard_size="1KB")
     flip_bit(snapshot_files(other)[0])

@@ -1,4 +1,5 @@
-"""Snapshots in several parts are read as one file, are complete or ignored, and are moved as one."""
+"""Snapshots in several parts are read as one file, are complete or ignored, and are moved as
+one."""
 
 import itertools
 import os
@@ -58,7 +59,9 @@ def parts_of(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("how", ["mixed", "unmeasured"])
-def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit: Path, how: str) -> None:
+def test_all_results_from_parts_equal_those_from_single_files(
+    run: Path, unsplit: Path, how: str
+) -> None:
     """Without measurements in headers, the same sample is read from both."""
     if how == "unmeasured":
         for path in (*snapshot_files(run), *snapshot_files(unsplit)):
@@ -78,7 +81,18 @@ def test_all_results_from_parts_equal_those_from_single_files(run: Path, unsplit
     infos = [split.info(), expected.info()]
     for listed in (listed for info in infos for listed in info["snapshots"]):
         listed["file"] = listed["file"].removesuffix(".safetensors")
-    for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
+    for key in (
+        "run",
+        "t",
+        "step",
+        "tensors",
+        "parameters",
+        "dtypes",
+        "averaged",
+        "snapshots",
+        "notes",
+        "problems",
+    ):
         assert infos[0][key] == infos[1][key]
 
 
@@ -117,7 +131,9 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     assert not verify(folder).is_fine
     with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
-    with pytest.raises(DirectoryError, match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"):
+    with pytest.raises(
+        DirectoryError, match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"
+    ):
         read_directory(folder)
     (alone := run / "alone").mkdir()
     folder.rename(alone / folder.name)
@@ -133,23 +149,36 @@ def with_fields(**fields: object) -> Callable[[Path], None]:
 def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
     def harm(part: Path) -> None:
         chunks = read_snapshot(part).chunks
-        rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)})
+        rewrite_snapshot(
+            part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)}
+        )
 
     return harm
 
 
 def gap(part: Path) -> None:
     info = read_snapshot(part)
-    tensors, chunks = ({n: v for n, v in table.items() if n != "0.weight"} for table in (info.tensors, info.chunks))
+    tensors, chunks = (
+        {n: v for n, v in table.items() if n != "0.weight"} for table in (info.tensors, info.chunks)
+    )
     rewrite_snapshot(part, lambda values: values.pop("0.weight"), tensors=tensors, chunks=chunks)
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (with_fields(run_id=OTHER_RUN_ID), "differ in 'run_id'"),
     (with_fields(t=59.0, step=59, updates=59, clock=(), measurements=None), "differ in '(t|step)'"),
-    (elsewhere(shape=(21, 30)), r"'0.weight': its chunks are of the shapes \[\(20, 30\), \(21, 30\)\]"),
-    (elsewhere(offset=(6, 0)), "tensor '0.weight': its chunks do not hold each element exactly once"),
-    (elsewhere(offset=(16, 0)), r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]"),
+    (
+        elsewhere(shape=(21, 30)),
+        r"'0.weight': its chunks are of the shapes \[\(20, 30\), \(21, 30\)\]",
+    ),
+    (
+        elsewhere(offset=(6, 0)),
+        "tensor '0.weight': its chunks do not hold each element exactly once",
+    ),
+    (
+        elsewhere(offset=(16, 0)),
+        r"'0.weight': shape \[5, 30\] at \[16, 0\] is not within \[20, 30\]",
+    ),
     (with_fields(part=(1, 4)), "are both part 1 of 4"),
     (with_fields(part=None, chunks={}), "is in a folder of parts but is not a part of a snapshot"),
     (gap, "tensor '0.weight': its chunks do not hold each"),
@@ -158,7 +187,9 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("harm", "message"), FAULTS, ids=[message for _, message in FAULTS])
-def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[Path], None], message: str) -> None:
+def test_parts_that_do_not_belong_together_are_named(
+    run: Path, harm: Callable[[Path], None], message: str
+) -> None:
     count = len(snapshot_files(run))
     folder = split_snapshot(snapshot_files(run)[-1], 4)
     bad = parts_of(folder)[1]
@@ -175,8 +206,12 @@ def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[
     assert len(read_directory(run)) == count - 1
 
 
-def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(run: Path, unsplit: Path) -> None:
-    folder, old = (split_snapshot(snapshot_files(each)[-1], count) for each, count in ((run, 4), (unsplit, 2)))
+def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
+    run: Path, unsplit: Path
+) -> None:
+    folder, old = (
+        split_snapshot(snapshot_files(each)[-1], count) for each, count in ((run, 4), (unsplit, 2))
+    )
     shutil.copy(parts_of(old)[0], folder)
     assert len(read_directory(run)[-1].files) == 4
     shutil.copy(parts_of(old)[1], folder)
@@ -184,7 +219,8 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(run: 
         read_directory(run)
     for part in parts_of(old):
         (folder / part.name).unlink()
-    rewrite_snapshot(parts_of(folder)[0], off_schedule=True)  # it is being replaced by one on the schedule
+    # it is being replaced by one on the schedule
+    rewrite_snapshot(parts_of(folder)[0], off_schedule=True)
     assert list(inspect_directory(run).incomplete) == [folder]
 
 
@@ -199,7 +235,9 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
     stored = read_directory(run)
     left = thin(stored, 2)
-    assert [snapshot.path for snapshot in left] == [snapshot.path for snapshot in read_directory(run)]
+    assert [snapshot.path for snapshot in left] == [
+        snapshot.path for snapshot in read_directory(run)
+    ]
     assert len(left) < len(stored)
     moved = set_aside(left[-2:])
     assert [path.parent for path in moved] == [run / "superseded"] * 2
@@ -220,7 +258,9 @@ def test_a_folder_with_another_file_in_it_stays(run: Path) -> None:
     assert inspect_directory(run).incomplete == {folder: "no parts"}
 
 
-def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_training_removes_incomplete_snapshots(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, second, *others = [split_snapshot(path, 4) for path in snapshot_files(run)[:3]]
     for folder in (first, second):
         parts_of(folder)[0].unlink()
@@ -232,7 +272,9 @@ def test_the_next_training_removes_incomplete_snapshots(run: Path, caplog: pytes
     found = verify(run)
     assert found.is_fine
     assert (found.leftovers, len(read_directory(run))) == ((), 12)
-    assert f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed" in caplog.text
+    assert (
+        f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed" in caplog.text
+    )
     assert not first.exists()
 
 
@@ -255,7 +297,9 @@ def test_any_box_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> None
     rng = np.random.default_rng(seed)
     tensors = {str(shape): rng.integers(0, 2**62, shape) for shape in SHAPES}
     values = {name: torch.from_numpy(np.asarray(tensor)) for name, tensor in tensors.items()}
-    grids = {name: tuple(rng.integers(1, 4, tensor.ndim).tolist()) for name, tensor in tensors.items()}
+    grids = {
+        name: tuple(rng.integers(1, 4, tensor.ndim).tolist()) for name, tensor in tensors.items()
+    }
     split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), 81, grids)
     (source,) = read_directory(tmp_path)
     for name, tensor in tensors.items():
@@ -280,9 +324,14 @@ def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "boxes"),
     [
-        ((0, 3), []), ((4,), [Box((0,), (3,)), Box((2,), (2,))]), ((4,), [Box((0,), (2,)), Box((3,), (1,))]),
-        ((4,), [Box((0,), (5,))]), ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]),
+        ((0, 3), []),
+        ((4,), [Box((0,), (3,)), Box((2,), (2,))]),
+        ((4,), [Box((0,), (2,)), Box((3,), (1,))]),
+        ((4,), [Box((0,), (5,))]),
+        ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]),
     ],
-)  # fmt: skip
-def test_chunks_that_do_not_cover_a_tensor_once_are_refused(shape: tuple[int, ...], boxes: list[Box]) -> None:
+)
+def test_chunks_that_do_not_cover_a_tensor_once_are_refused(
+    shape: tuple[int, ...], boxes: list[Box]
+) -> None:
     assert cover_problem(shape, boxes) == "its chunks do not hold each element exactly once"

@@ -1,4 +1,5 @@
-"""The format agrees with its specification: an independent reader, and that of safetensors, read the same.
+"""The format agrees with its specification: an independent reader, and that of safetensors, read
+the same.
 
 `read_by_the_book` is written from the docstring of posthoc_cli/snapshots/tensorfile.py alone.
 """
@@ -26,8 +27,8 @@ from posthoc_cli.snapshots.tensorfile import read_file
 
 BLOCK = 131_072
 NUMPY_DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4",
+    "I16": "<i2", "I8": "|i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
 
 
@@ -75,17 +76,33 @@ def read_by_the_book(path: Path) -> Book:
 
 
 def every_dtype() -> dict[str, torch.Tensor]:
-    """Return a tensor of each dtype of NumPy or torch with its extreme values; also 0-d, empty and transposed ones."""
+    """Return a tensor of each dtype of NumPy or torch with its extreme values; also 0-d, empty and
+    transposed ones."""
     floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    ints = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    ints = (
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
     tensors = {
-        str(d): torch.tensor([0.0, -0.0, torch.finfo(d).max, torch.finfo(d).tiny, 1 / 3], dtype=d) for d in floats
+        str(d): torch.tensor([0.0, -0.0, torch.finfo(d).max, torch.finfo(d).tiny, 1 / 3], dtype=d)
+        for d in floats
     }
-    tensors |= {str(d): torch.tensor([torch.iinfo(d).min, 1, torch.iinfo(d).max], dtype=d) for d in ints}
+    tensors |= {
+        str(d): torch.tensor([torch.iinfo(d).min, 1, torch.iinfo(d).max], dtype=d) for d in ints
+    }
     return tensors | {
-        "torch.bool": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "empty": torch.empty(3, 0, 2),
-        "transposed": torch.arange(6.0).reshape(2, 3).T, "of three blocks": torch.arange(2 * BLOCK + 3.0),
-    }  # fmt: skip
+        "torch.bool": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(3, 0, 2),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "of three blocks": torch.arange(2 * BLOCK + 3.0),
+    }
 
 
 def as_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -124,55 +141,98 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
 def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
     values = {"w": torch.zeros(2, dtype=torch.float16), "seen": torch.tensor(3)}
     path = write_snapshot(
-        tmp_path, 1234.5, 0.1, RUN_ID, values,
-        t_unit="images", step=77, t_first=0.1, max_interval=32.5, updates=12, aliases={"tied": "w"},
-        left_out=("frozen",), tensors={"w": "average BF16"},
-        schedule=TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
+        tmp_path,
+        1234.5,
+        0.1,
+        RUN_ID,
+        values,
+        t_unit="images",
+        step=77,
+        t_first=0.1,
+        max_interval=32.5,
+        updates=12,
+        aliases={"tied": "w"},
+        left_out=("frozen",),
+        tensors={"w": "average BF16"},
+        schedule=TrackingSchedule(5, 10, 15, None, "F16"),
+        sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(1 / 3, 1e-9),
-    )  # fmt: skip
+    )
     assert read_by_the_book(path).content == {
-        "kind": "snapshot", "format": 3, "run_id": RUN_ID, "sigma_rel": 0.1, "gamma": exact_gamma(0.1),
-        "sigma_rels": [0.1, 0.28], "t": 1234.5, "t_unit": "images", "step": 77, "clock": [[3, 0.1], [77, 1234.5]],
-        "t_first": 0.1, "max_interval": 32.5, "updates": 12,
+        "kind": "snapshot",
+        "format": 3,
+        "run_id": RUN_ID,
+        "sigma_rel": 0.1,
+        "gamma": exact_gamma(0.1),
+        "sigma_rels": [0.1, 0.28],
+        "t": 1234.5,
+        "t_unit": "images",
+        "step": 77,
+        "clock": [[3, 0.1], [77, 1234.5]],
+        "t_first": 0.1,
+        "max_interval": 32.5,
+        "updates": 12,
         "schedule": {
-            "update_every": 5, "checkpoint_every": 10, "update_after_step": 15, "max_checkpoints": None,
-            "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28],
+            "update_every": 5,
+            "checkpoint_every": 10,
+            "update_after_step": 15,
+            "max_checkpoints": None,
+            "checkpoint_dtype": "F16",
+            "sigma_range": [0.05, 0.28],
         },
         "tensors": {"average BF16": ["w"], "copy I64": ["seen"]},
-        "aliases": {"tied": "w"}, "left_out": ["frozen"],
+        "aliases": {"tied": "w"},
+        "left_out": ["frozen"],
         "measurements": {"norm": 1 / 3, "rounding": 1e-9},
-    }  # fmt: skip
+    }
 
 
-names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20).filter(
-    lambda n: n != "__metadata__"
-)
+names = st.text(
+    st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20
+).filter(lambda n: n != "__metadata__")
 
 
 @settings(deadline=None)
 @given(
     tensor_names=st.lists(names, min_size=2, max_size=4, unique=True),
-    times=st.tuples(st.floats(1e-9, 1e18), st.floats(1e-6, 0.999), st.floats(0, 1)), known=st.booleans(),
-    sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28), step=st.integers(2, 10**18 - 1),
+    times=st.tuples(st.floats(1e-9, 1e18), st.floats(1e-6, 0.999), st.floats(0, 1)),
+    known=st.booleans(),
+    sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
+    step=st.integers(2, 10**18 - 1),
     unit=names.filter(str.isprintable),
     sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=2, max_size=2),
-)  # fmt: skip
+)
 def test_the_metadata_of_a_snapshot_is_read_back_exactly(
-    tensor_names: list[str], times: tuple[float, float, float], known: bool, sigma_rel: float, step: int, unit: str,
+    tensor_names: list[str],
+    times: tuple[float, float, float],
+    known: bool,
+    sigma_rel: float,
+    step: int,
+    unit: str,
     sums: list[float] | None,
-) -> None:  # fmt: skip
+) -> None:
     t, early, interval = times
     measurements = None if sums is None else Measurements(*sums)
     alias, *stored = tensor_names
     optional = {"clock": ((step // 2, t * early), (step, t)), "inherited": early}
     optional |= {"off_schedule": True, "skip_nonfinite": True}
     info = make_info(
-        {name: torch.zeros(1) for name in stored}, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early,
-        max_interval=t * interval, updates=step // 2, t_unit=unit, aliases={alias: stored[0]},
-        left_out=tuple(tensor_names), measurements=measurements, sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})),
+        {name: torch.zeros(1) for name in stored},
+        t,
+        sigma_rel,
+        OTHER_RUN_ID,
+        step=step,
+        t_first=t * early,
+        max_interval=t * interval,
+        updates=step // 2,
+        t_unit=unit,
+        aliases={alias: stored[0]},
+        left_out=tuple(tensor_names),
+        measurements=measurements,
+        sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})),
         **(optional if known else {}),
-    )  # fmt: skip
+    )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         write_tensors(path, {name: torch.zeros(1) for name in stored}, info, overwrite=False)

@@ -26,7 +26,9 @@ Small = Callable[[str], Path]
 def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None = None) -> Path:
     """Write a safetensors file with exactly this header, without checksums."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + bytes(payload))
+    path.write_bytes(
+        (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(payload)
+    )
     return path
 
 
@@ -37,31 +39,54 @@ def entry(begin: Any = 0, end: Any = 4, dtype: Any = "F32", shape: Any = (1,)) -
 A = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 LIES: list[tuple[Any, int]] = [
     # duplicate keys
-    (b"{%b,%b}" % (A, A), 4), (b'{"__metadata__":{"k":"1","k":"1"},%b}' % A, 4),
+    (b"{%b,%b}" % (A, A), 4),
+    (b'{"__metadata__":{"k":"1","k":"1"},%b}' % A, 4),
     (b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
     (b'{"__metadata__":{},%b,"__metadata__":{}}' % A, 4),
-    (b'{"__metadata__":null,"__metadata__":{},%b}' % A, 4), (b'{%b,"__metadata__":{},"__metadata__":{}}' % A, 4),
+    (b'{"__metadata__":null,"__metadata__":{},%b}' % A, 4),
+    (b'{%b,"__metadata__":{},"__metadata__":{}}' % A, 4),
     # tensors that overlap or leave gaps, and invalid offsets
-    ({"a": entry(0, 4), "b": entry(2, 6)}, 6), ({"a": entry(0, 4), "b": entry(0, 4)}, 8),
-    ({"a": entry(0, 4), "b": entry(8, 12)}, 12), ({"a": entry(4, 8)}, 8), ({"a": entry(4, 0)}, 4),
-    ({"a": entry(-4, 0)}, 0), ({"a": entry(False, 4)}, 4), ({"a": entry(0, True, "U8")}, 1),
-    ({"a": entry(0.0, 4.0)}, 4), ({"a": entry(2**63, 2**63 + 4)}, 4),
-    ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, 4), ({"a": entry(0, 10 * 2**30, shape=[10 * 2**28])}, 900),
+    ({"a": entry(0, 4), "b": entry(2, 6)}, 6),
+    ({"a": entry(0, 4), "b": entry(0, 4)}, 8),
+    ({"a": entry(0, 4), "b": entry(8, 12)}, 12),
+    ({"a": entry(4, 8)}, 8),
+    ({"a": entry(4, 0)}, 4),
+    ({"a": entry(-4, 0)}, 0),
+    ({"a": entry(False, 4)}, 4),
+    ({"a": entry(0, True, "U8")}, 1),
+    ({"a": entry(0.0, 4.0)}, 4),
+    ({"a": entry(2**63, 2**63 + 4)}, 4),
+    ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, 4),
+    ({"a": entry(0, 10 * 2**30, shape=[10 * 2**28])}, 900),
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', 4),
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%b]}}' % (b"9" * 5000), 4),
     # shapes and dtypes
-    *(({"a": entry(shape=shape)}, 4) for shape in ([-1, -1], [1.0], [2], [2**62, 2**62], [1] * 65, [float("nan")])),
-    ({"a": entry(0, 1, "U8", shape=[True])}, 1), ({"a": entry(0, 0, shape=[0, 2**62, 2**62])}, 0),
+    *(
+        ({"a": entry(shape=shape)}, 4)
+        for shape in ([-1, -1], [1.0], [2], [2**62, 2**62], [1] * 65, [float("nan")])
+    ),
+    ({"a": entry(0, 1, "U8", shape=[True])}, 1),
+    ({"a": entry(0, 0, shape=[0, 2**62, 2**62])}, 0),
     ({"a": entry(0, 4, "F13")}, 4),
     # malformed entries and metadata
-    ({"a": {**entry(), "extra": 1}}, 4), ({"a": {"dtype": "F32", "shape": [1]}}, 4),
-    *((b'{"__metadata__":%b,%b}' % (value, A), 4) for value in (b"null", b"[]", b'{"k":1}', b'{"k":"\\ud800"}')),
+    ({"a": {**entry(), "extra": 1}}, 4),
+    ({"a": {"dtype": "F32", "shape": [1]}}, 4),
+    *(
+        (b'{"__metadata__":%b,%b}' % (value, A), 4)
+        for value in (b"null", b"[]", b'{"k":1}', b'{"k":"\\ud800"}')
+    ),
     # invalid JSON, invalid UTF-8, too deep nesting
-    (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0), (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0),
-    *((text, 0) for text in (b"[]", b"", b"{}{}", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"__metadata__":{},}')),
-    (b'{"__metadata__":{},%b} x' % A, 4), (b'{"__metadata__":{} %b}' % A, 4), (b'{"\xc3\x28"%b}' % A[3:], 4),
+    (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0),
+    (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0),
+    *(
+        (text, 0)
+        for text in (b"[]", b"", b"{}{}", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"__metadata__":{},}')
+    ),
+    (b'{"__metadata__":{},%b} x' % A, 4),
+    (b'{"__metadata__":{} %b}' % A, 4),
+    (b'{"\xc3\x28"%b}' % A[3:], 4),
     (b'{"__metadata__":{},"\\u0000"%b}' % A[3:], 4),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("header", "size"), LIES)
@@ -85,7 +110,9 @@ def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_p
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
     """700,000 empty tensors once took minutes."""
-    text = b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001))
+    text = b",".join(
+        b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001)
+    )
     path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
     message = f"{path}: its header names 200,001 tensors; at most 200,000 are allowed"
     with pytest.raises(FileFormatError, match=re.escape(message)):
@@ -93,15 +120,23 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(2**70),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters())
+    | st.just(2**70),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
+    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]),
+    value=json_values,
 )
 def test_any_foreign_header_is_refused_or_tiles_the_payload(
     tmp_path_factory: pytest.TempPathFactory, path: Sequence[str], value: Any
@@ -129,10 +164,14 @@ def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
         text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
         header = read_file(craft(tmp_path / "x", text, 4))
         assert header.metadata == {"k": 'a},"b'}
-        assert [(n, e.dtype, e.shape, e.nbytes) for n, e in header.entries.items()] == [("a", "F32", (1,), 4)]
+        assert [(n, e.dtype, e.shape, e.nbytes) for n, e in header.entries.items()] == [
+            ("a", "F32", (1,), 4)
+        ]
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\nb", "\x1b[31mred", "nul\0", "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "a\nb", "\x1b[31mred", "nul\0", "\ud800"]
+)
 def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     path = craft(tmp_path / "folder" / "x.safetensors", {name: entry(0, 8)}, 8)
@@ -149,25 +188,60 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
 ROLES = '{"%s %s":["a"],"copy %s":["b"]}'
 IMPOSSIBLE = {
     "snapshot": {
-        "format": ["2", '"3"'], "run_id": ['"short"'], "sums": [f'"{"0" * 32}"', "{}", f'"{"0" * 48}"'],
-        "t": ["-1.0", "1e300"], "t_first": ["0", "5e-324"],  # products of such times overflow or underflow
+        "format": ["2", '"3"'],
+        "run_id": ['"short"'],
+        "sums": [f'"{"0" * 32}"', "{}", f'"{"0" * 48}"'],
+        "t": ["-1.0", "1e300"],
+        "t_first": ["0", "5e-324"],  # products of such times overflow or underflow
         "schedule": ['{"update_every":1}', '{"update_every":true}'],
-        "tensors": ["{}", *(ROLES % roles for roles in (
-            ("sum", "F32", "I16"), ("average", "F13", "I16"), ("average", "I64", "I16"), ("average", "F32", "F16")))],
-        "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'], "selection": ["{}"],
-        "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'], "sigma_rels": ["[]", "[true]"],
-        "clock": ["[4,10]"], "kind": ['"output"', '"elsewhere"'],
+        "tensors": [
+            "{}",
+            *(
+                ROLES % roles
+                for roles in (
+                    ("sum", "F32", "I16"),
+                    ("average", "F13", "I16"),
+                    ("average", "I64", "I16"),
+                    ("average", "F32", "F16"),
+                )
+            ),
+        ],
+        "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'],
+        "selection": ["{}"],
+        "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'],
+        "sigma_rels": ["[]", "[true]"],
+        "clock": ["[4,10]"],
+        "kind": ['"output"', '"elsewhere"'],
     },
     "output": {"t": ["1e300"], "predicted_error": ["-1e-9"]},
-}  # fmt: skip
+}
 ODD = (
-    "null", "true", "-1", "0", "1e999", "-5e-324", "9" * 400, '""', '"\\u0000"', '"\\ud800"', '"../../x"',
-    json.dumps("x" * 10_000), "[]", "[[]]", "[1,2]", '["a",1]', "{}", '{"a":1}', '{"a":{}}', "[" * 3_000 + "]" * 3_000,
-)  # fmt: skip
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e999",
+    "-5e-324",
+    "9" * 400,
+    '""',
+    '"\\u0000"',
+    '"\\ud800"',
+    '"../../x"',
+    json.dumps("x" * 10_000),
+    "[]",
+    "[[]]",
+    "[1,2]",
+    '["a",1]',
+    "{}",
+    '{"a":1}',
+    '{"a":{}}',
+    "[" * 3_000 + "]" * 3_000,
+)
 
 
 def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
-    """Return whether a value in a sealed header is refused, which takes one short line about the file."""
+    """Return whether a value in a sealed header is refused, which takes one short line about the
+    file."""
     path.write_bytes(made)
     try:
         examine(forge(path, {key: text}))
@@ -180,7 +254,9 @@ def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small: Small, kind: str) -> None:
+def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
+    small: Small, kind: str
+) -> None:
     path = small(kind)
     made, content = path.read_bytes(), read_file(path).content
     for key, texts in IMPOSSIBLE[kind].items():
@@ -190,10 +266,21 @@ def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(small: Sm
     assert refused > 0.8 * len(content) * len(ODD)
 
 
-@pytest.mark.parametrize(("kind", "required"), [
-    ("snapshot", "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval updates schedule tensors"),
-    ("output", "run_id profile sigma_rel gamma t t_unit method profile_error predicted_error snapshots"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "required"),
+    [
+        (
+            "snapshot",
+            "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval updates "
+            "schedule tensors",
+        ),
+        (
+            "output",
+            "run_id profile sigma_rel gamma t t_unit method profile_error predicted_error "
+            "snapshots",
+        ),
+    ],
+)
 def test_a_missing_key_is_named(small: Small, kind: str, required: str) -> None:
     content = {key for key in read_file(small(kind)).content if key not in ("kind", "format")}
     for key in required.split():
@@ -204,7 +291,9 @@ def test_a_missing_key_is_named(small: Small, kind: str, required: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
-def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small: Small, kind: str) -> None:
+def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
+    small: Small, kind: str
+) -> None:
     path = small(kind)
     before = examine(path)
     assert examine(forge(path, {})) == before
@@ -216,7 +305,9 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(small:
 
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
-    path = craft(tmp_path / "x.safetensors", {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}})
+    path = craft(
+        tmp_path / "x.safetensors", {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}}
+    )
     with pytest.raises(FileFormatError, match="is of an earlier release"):
         read_file(path)
 
@@ -225,9 +316,23 @@ def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
 
 END = ".safetensors"
 NAMES = (
-    "", "a", f"a{END}.bak", END, f".a{END}", f"../a{END}", f"/a{END}", f"a/b{END}", f"a\\b{END}", f"C:a{END}",
-    f"a\n{END}", f"a\0{END}", f"a\u202e{END}", f"\ud800{END}", "x" * (256 - len(END)) + END, 1,
-)  # fmt: skip
+    "",
+    "a",
+    f"a{END}.bak",
+    END,
+    f".a{END}",
+    f"../a{END}",
+    f"/a{END}",
+    f"a/b{END}",
+    f"a\\b{END}",
+    f"C:a{END}",
+    f"a\n{END}",
+    f"a\0{END}",
+    f"a\u202e{END}",
+    f"\ud800{END}",
+    "x" * (256 - len(END)) + END,
+    1,
+)
 INDEXES = [json.dumps({"weight_map": {"w\x1b": name}}) for name in NAMES]
 INDEXES += ["", "[]", "{}", "{", "[" * 100_000, '{"weight_map":{}}']
 

@@ -42,7 +42,9 @@ def refused(directory: Path, message: str) -> None:
     assert str(directory) in str(caught.value)
 
 
-def test_a_second_lock_is_refused_until_the_first_is_released(tmp_path: Path, held: DirectoryLock) -> None:
+def test_a_second_lock_is_refused_until_the_first_is_released(
+    tmp_path: Path, held: DirectoryLock
+) -> None:
     refused(tmp_path, OTHER_TRACKER)
     (tmp_path / "another").mkdir()
     DirectoryLock(tmp_path / "another").release()
@@ -63,7 +65,9 @@ def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_pa
     mine.release()
 
 
-def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(tmp_path: Path) -> None:
+def test_the_end_of_a_forked_child_does_not_release_the_lock_and_that_of_the_holder_does(
+    tmp_path: Path,
+) -> None:
     """Workers of a DataLoader are such children."""
     child = """
 child = os.fork()
@@ -92,10 +96,16 @@ DirectoryLock(Path(sys.argv[1])).release()
 
 @pytest.mark.parametrize(
     ("text", "holder"),
-    [(b"process 7 on h\x1b[31m", r"process 7 on h\\x1b\[31m"), (b"", "another process"), (b"\xff", "\ufffd")],
+    [
+        (b"process 7 on h\x1b[31m", r"process 7 on h\\x1b\[31m"),
+        (b"", "another process"),
+        (b"\xff", "\ufffd"),
+    ],
 )
 @pytest.mark.usefixtures("held")
-def test_the_holder_is_named_escaped_or_as_another_process(tmp_path: Path, text: bytes, holder: str) -> None:
+def test_the_holder_is_named_escaped_or_as_another_process(
+    tmp_path: Path, text: bytes, holder: str
+) -> None:
     (tmp_path / LOCK_NAME).write_bytes(text)
     refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
 
@@ -134,9 +144,14 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
             with pytest.raises(WriteError, match="cannot be written: input/output error"):
                 DirectoryLock(tmp_path)
         else:
-            reason = f"no locks on this file system ({os.strerror(code).lower()}): make sure that nothing else writes"
+            reason = (
+                f"no locks on this file system ({os.strerror(code).lower()}): make sure "
+                f"that nothing else writes"
+            )
             model = tiny_model()
-            with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+            with PostHocEMA.from_model(
+                model, tmp_path, update_every=1, checkpoint_every=1
+            ) as tracker:
                 tracker.update_(model)
             (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
             assert record.getMessage() == f"{tmp_path}: {reason}"
@@ -152,11 +167,17 @@ def test_readers_need_no_lock_and_writers_get_an_error(tmp_path: Path, ema: Ema)
         for _ in range(5):
             tracker.update_(model)
     before = contents(run)
-    with failing("open_new", errno.EROFS, lambda path: path.is_relative_to(run)), failing("unlink", errno.EROFS):
+    with (
+        failing("open_new", errno.EROFS, lambda path: path.is_relative_to(run)),
+        failing("unlink", errno.EROFS),
+    ):
         for command, *options in (["verify"], ["prune", "--keep", "2", "--dry-run"]):
             assert ema(command, run, *options).code == 0
         assert PostHocEMA.from_path(run, model).state_dict(sigma_rel=0.15)
         result = ema("prune", run, "--keep", "2", "--yes")
-        assert (result.code, "cannot be removed: read-only file system" in result.error) == (1, True)
+        assert (result.code, "cannot be removed: read-only file system" in result.error) == (
+            1,
+            True,
+        )
     assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", out).code == 0
     assert contents(run) == before

@@ -36,12 +36,21 @@ def run(_measured: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unmeasured(tmp_path: Path) -> Path:
-    write_run(tmp_path / "old", random_walk(80, {"w": (6, 5), "b": (3,)}), range(10, 81, 10), dtype=torch.float16)
+    write_run(
+        tmp_path / "old",
+        random_walk(80, {"w": (6, 5), "b": (3,)}),
+        range(10, 81, 10),
+        dtype=torch.float16,
+    )
     return tmp_path / "old"
 
 
-def errors_of(snapshots: Sequence[Snapshot], ends: tuple[float, float] = (0.05, 0.28)) -> ErrorCurve:
-    return error_curve("", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41)
+def errors_of(
+    snapshots: Sequence[Snapshot], ends: tuple[float, float] = (0.05, 0.28)
+) -> ErrorCurve:
+    return error_curve(
+        "", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41
+    )
 
 
 def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
@@ -52,44 +61,72 @@ def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("wish", [{"keep": 1}, {"max_error": 0.9}])
-def test_the_newest_time_stays_and_the_newest_with_all_profiles(run: Path, wish: dict[str, Any]) -> None:
+def test_the_newest_time_stays_and_the_newest_with_all_profiles(
+    run: Path, wish: dict[str, Any]
+) -> None:
     snapshots = read_directory(run)
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
     snapshots = [s for s in snapshots if (s.t, s.sigma_rel) != (240.0, 0.28)]
-    assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
+    assert keys(plan_pruning(snapshots, **wish).kept) >= {
+        (240.0, 0.05),
+        (220.0, 0.05),
+        (220.0, 0.28),
+    }
 
 
 def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     snapshots = read_directory(run)
-    close = plan_pruning(snapshots, max_error=9.1e-3)  # here an exchange would raise the worst error above the bound
+    # here an exchange would raise the worst error above the bound
+    close = plan_pruning(snapshots, max_error=9.1e-3)
     assert errors_of(close.kept).worst <= close.after.worst <= 4.55e-3
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.t < 240.0 for s in pruning.kept)
-    order = removal_order([snapshot.profile for snapshot in snapshots], source_prior(snapshots), range(24), 1, {22, 23})
+    order = removal_order(
+        [snapshot.profile for snapshot in snapshots],
+        source_prior(snapshots),
+        range(24),
+        1,
+        {22, 23},
+    )
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
-    assert errors_of(one_less).worst > 1e-3  # half of `max_error`, since a prediction may be too low by 2
+    # half of `max_error`, since a prediction may be too low by 2
+    assert errors_of(one_less).worst > 1e-3
     # Exchanges find better ones than deleting the least needed one after another.
-    order = removal_order([snapshot.profile for snapshot in snapshots], source_prior(snapshots), range(24), 4, {22, 23})
+    order = removal_order(
+        [snapshot.profile for snapshot in snapshots],
+        source_prior(snapshots),
+        range(24),
+        4,
+        {22, 23},
+    )
     greedy = [snapshot for index, snapshot in enumerate(snapshots) if index not in order]
     assert errors_of(plan_pruning(snapshots, keep=4).kept).worst < 0.9 * errors_of(greedy).worst
 
 
 @pytest.mark.parametrize("folder", ["run", "unmeasured"])
-def test_the_errors_are_those_of_the_directory_before_and_after(folder: str, request: pytest.FixtureRequest) -> None:
+def test_the_errors_are_those_of_the_directory_before_and_after(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
     path: Path = request.getfixturevalue(folder)
     snapshots = read_directory(path)
     pruning = plan_pruning(snapshots, keep=3)
     assert pruning.source == ("measured" if folder == "run" else "sampled")
     narrow = plan_pruning(snapshots, keep=3, sigma_range=(0.1, 0.2))
     assert narrow.before.worst == pytest.approx(errors_of(snapshots, (0.1, 0.2)).worst, rel=1e-12)
-    assert {float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)} == {0.1, 0.2}
-    np.testing.assert_allclose(pruning.before.predicted_error, errors_of(snapshots).predicted_error, rtol=1e-12)
+    assert {
+        float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)
+    } == {0.1, 0.2}
+    np.testing.assert_allclose(
+        pruning.before.predicted_error, errors_of(snapshots).predicted_error, rtol=1e-12
+    )
     prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
     # The survivors predict about the same error, if their headers keep the measurements of all.
-    assert errors_of(left).worst == pytest.approx(pruning.after.worst, rel=0.15 if folder == "run" else 1.0)
+    assert errors_of(left).worst == pytest.approx(
+        pruning.after.worst, rel=0.15 if folder == "run" else 1.0
+    )
     assert pruning.after.worst > pruning.before.worst
 
 
@@ -99,10 +136,11 @@ def test_the_errors_are_those_of_the_directory_before_and_after(folder: str, req
 @pytest.mark.parametrize(
     ("harm", "kind"),
     [
-        (flip_bit, FileFormatError), (lambda path: rewrite_snapshot(path, updates=7), MismatchError),
+        (flip_bit, FileFormatError),
+        (lambda path: rewrite_snapshot(path, updates=7), MismatchError),
         (Path.unlink, MismatchError),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_deleted_when_a_survivor_is_damaged(
     run: Path, harm: Callable[[Path], None], kind: type[Exception]
 ) -> None:
@@ -118,10 +156,18 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(5, "Input/output error")])
 @pytest.mark.parametrize("after", [0, 7])
-def test_an_interruption_leaves_a_directory_that_works(run: Path, stop: BaseException, after: int) -> None:
+def test_an_interruption_leaves_a_directory_that_works(
+    run: Path, stop: BaseException, after: int
+) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
-    kind, is_next = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError, call_number(after)
-    with failing("unlink", stop, lambda path: path.suffix == ".safetensors" and is_next()), pytest.raises(kind):
+    kind, is_next = (
+        KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError,
+        call_number(after),
+    )
+    with (
+        failing("unlink", stop, lambda path: path.suffix == ".safetensors" and is_next()),
+        pytest.raises(kind),
+    ):
         prune(run, pruning)
     left = read_directory(run)
     assert len(left) == 24 - after
@@ -155,7 +201,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let reconstructions use at most 20 snapshots."""
     for module in ("sources", "prune"):
-        monkeypatch.setattr(f"posthoc_cli.snapshots.{module}.thinned_subset", partial(thinned_subset, most=20))
+        monkeypatch.setattr(
+            f"posthoc_cli.snapshots.{module}.thinned_subset", partial(thinned_subset, most=20)
+        )
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
@@ -181,7 +229,9 @@ def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(many: P
 
 
 @pytest.mark.usefixtures("_twenty")
-def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(many: Path) -> None:
+def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not_resume_from(
+    many: Path,
+) -> None:
     snapshots = read_directory(many)
     outside = [s.path for s in snapshots if s.t not in chosen_times(many, 200.0)]
     pruned = plan_pruning(snapshots, keep=3)

@@ -22,10 +22,16 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def write(folder: Path, t: float, sigma_rel: float, values: dict[str, torch.Tensor], run_id: str = RUN_ID) -> Snapshot:
+def write(
+    folder: Path, t: float, sigma_rel: float, values: dict[str, torch.Tensor], run_id: str = RUN_ID
+) -> Snapshot:
     """Write a snapshot of a float32 model, or of float64 if that is the stored dtype."""
-    tensors = {n: "average F32" for n, v in values.items() if v.dtype not in (torch.int64, torch.float64)}
-    path = write_snapshot(folder, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=(0.05, 0.28))
+    tensors = {
+        n: "average F32" for n, v in values.items() if v.dtype not in (torch.int64, torch.float64)
+    }
+    path = write_snapshot(
+        folder, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=(0.05, 0.28)
+    )
     return read_snapshot(path)
 
 
@@ -43,9 +49,15 @@ def partners_of(measured: Measurements) -> list[tuple[float, float]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_smaller_than_the_sample_is_measured_exactly(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     values = {
-        (t, s): {"w": draw(k, 300, 7).to(dtype), "b": draw(k + 9, 11).to(dtype), "n": torch.tensor([10**9])}
+        (t, s): {
+            "w": draw(k, 300, 7).to(dtype),
+            "b": draw(k + 9, 11).to(dtype),
+            "n": torch.tensor([10**9]),
+        }
         for k, (t, s) in enumerate([(10, 0.05), (10, 0.28), (20, 0.05), (20, 0.28)])
     }
     snapshots = [write(tmp_path, t, s, tensors) for (t, s), tensors in values.items()]
@@ -54,11 +66,15 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dty
     partners = [[(10, 0.28)], [(10, 0.05)], [(20, 0.28), *keys[:2]], [(20, 0.05), *keys[:2]]]
     for key, measured, others in zip(keys, found, partners, strict=True):
         exact = values[key]
-        assert measured.norm == pytest.approx(squares(*((exact[n], torch.zeros(1)) for n in "wb")), rel=1e-12)
+        assert measured.norm == pytest.approx(
+            squares(*((exact[n], torch.zeros(1)) for n in "wb")), rel=1e-12
+        )
         assert partners_of(measured) == others
         for distance, place in zip(measured.distances, others, strict=True):
             other = values[place]
-            assert distance.squared == pytest.approx(squares(*((exact[n], other[n]) for n in "wb")), rel=1e-12)
+            assert distance.squared == pytest.approx(
+                squares(*((exact[n], other[n]) for n in "wb")), rel=1e-12
+            )
             partner = found[keys.index(place)]
             assert distance.rounding == measured.rounding + partner.rounding
 
@@ -68,9 +84,15 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dty
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 2e-7])
-def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.dtype, scale: float) -> None:
+def test_the_expected_rounding_is_that_of_values_that_are_rounded(
+    dtype: torch.dtype, scale: float
+) -> None:
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
-    exact = (draw(1, 200_000) * scale).float().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = (
+        (draw(1, 200_000) * scale)
+        .float()
+        .to(torch.float64 if dtype == torch.float64 else torch.float32)
+    )
     stored = exact.to(dtype)
     original = "F64" if dtype == torch.float64 else "F32"
     expected = expected_rounding(stored.double().numpy(), DTYPES[dtype], original)
@@ -82,11 +104,15 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(dtype: torch.d
 
 
 def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
-    """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs leave about 4 %."""
+    """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs
+    leave about 4 %."""
     shapes = {"a": (1000, 1000), "b": (2_000_000,), "c": (777,)}
     scales = {"a": 3.0, "b": 1.0, "c": 10.0}
     values = {
-        t: {name: (draw(t + k, *shape) * scales[name]).half() for k, (name, shape) in enumerate(shapes.items())}
+        t: {
+            name: (draw(t + k, *shape) * scales[name]).half()
+            for k, (name, shape) in enumerate(shapes.items())
+        }
         for t in (10, 20)
     }
     first, second = (write(tmp_path, t, 0.05, tensors) for t, tensors in values.items())
@@ -94,7 +120,10 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
     for t, measured in zip(values, found, strict=True):
         norm = squares(*((x, torch.zeros(1)) for x in values[t].values()))
         assert measured.norm == pytest.approx(norm, rel=0.15)
-        rounding = sum(expected_rounding(x.double().reshape(-1).numpy(), "F16", "F32") for x in values[t].values())
+        rounding = sum(
+            expected_rounding(x.double().reshape(-1).numpy(), "F16", "F32")
+            for x in values[t].values()
+        )
         assert measured.rounding == pytest.approx(rounding, rel=0.15)
     exact = squares(*((values[20][n], values[10][n]) for n in shapes))
     assert found[1].distances[0].squared == pytest.approx(exact, rel=0.15)
@@ -102,22 +131,34 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
 
 @pytest.mark.parametrize("spacings", [0.1, 0.3, 1.0])
 def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: float) -> None:
-    """A sample of 512 shows how unevenly: by log-normal distances, in few large values and many small ones."""
+    """A sample of 512 shows how unevenly: by log-normal distances, in few large values and many
+    small ones."""
     generator, sizes = np.random.default_rng(0), {"large": 4_000, "small": 496_000}
     values = np.concatenate(
-        [scale * generator.uniform(1.1, 1.9, n) for scale, n in zip((8, 1), sizes.values(), strict=True)]
+        [
+            scale * generator.uniform(1.1, 1.9, n)
+            for scale, n in zip((8, 1), sizes.values(), strict=True)
+        ]
     )
-    steps = spacings * 2.0**-10 * np.exp(generator.normal(0, 1, values.size)) * generator.normal(size=(20, values.size))
+    steps = (
+        spacings
+        * 2.0**-10
+        * np.exp(generator.normal(0, 1, values.size))
+        * generator.normal(size=(20, values.size))
+    )
     path = values + np.vstack((np.zeros(values.size), np.cumsum(steps / np.sqrt(20), axis=0)))
     errors = [x.astype(np.float16).astype(np.float64) - x for x in path[[0, -1]]]
     measured = np.array([[a @ b for b in errors] for a in errors])
     apart = np.sum((path[-1] - path[0]) ** 2) * (1 - np.eye(2))
     stored = {name: Entry("F16", (size,)) for name, size in sizes.items()}
     chosen = [
-        index + sizes["large"] * (name == "small") for name, index in places({n: e.shape for n, e in stored.items()})
+        index + sizes["large"] * (name == "small")
+        for name, index in places({n: e.shape for n, e in stored.items()})
     ]
     uneven = uneven_motion([[encode_sample(row[chosen], row[chosen]) for row in path]], stored)
-    found = [rounding_factor(np.diag(measured), np.zeros(2), apart, each) for each in (uneven, None)]
+    found = [
+        rounding_factor(np.diag(measured), np.zeros(2), apart, each) for each in (uneven, None)
+    ]
     right, even = ((factor.T @ factor)[0, 1] / measured[0, 0] for factor in found)
     # A sample of 512 shows a correlation up to about 1 / sqrt(512).
     true = measured[0, 1] / measured[0, 0]

@@ -1,4 +1,5 @@
-"""A tensor file is absent or complete; a file that cannot be read is an error that names it before a value is used."""
+"""A tensor file is absent or complete; a file that cannot be read is an error that names it before
+a value is used."""
 
 import errno
 import os
@@ -17,7 +18,14 @@ from snapshots.recorded import call_number, failing
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
-from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, TensorFileWriter, read_file, read_small_file, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import (
+    BLOCK,
+    Entry,
+    TensorFileWriter,
+    read_file,
+    read_small_file,
+    tensor_bytes,
+)
 
 Small = Callable[[str], Path]
 
@@ -30,22 +38,36 @@ def read_tensor(path: Path) -> object:
 
 
 @pytest.mark.parametrize(
-    ("read", "fails"), [(read_tensor, 0), (read_tensor, 1), (read_tensor, 2), (lambda p: read_small_file(p, 10**6), 0)]
+    ("read", "fails"),
+    [
+        (read_tensor, 0),
+        (read_tensor, 1),
+        (read_tensor, 2),
+        (lambda p: read_small_file(p, 10**6), 0),
+    ],
 )
 def test_an_error_of_reading_names_the_file_and_the_reason(
     small: Small, read: Callable[[Path], object], fails: int
 ) -> None:
-    """Reading the header's length, the header, a tensor, or a small file fails; afterwards the file is deleted."""
+    """Reading the header's length, the header, a tensor, or a small file fails; afterwards the file
+    is deleted."""
     path = small("snapshot")
     message = rf"^{path}: .*cannot be read: input/output error$"
-    with failing("read", errno.EIO, call_number(fails)), pytest.raises(FileFormatError, match=message):
+    with (
+        failing("read", errno.EIO, call_number(fails)),
+        pytest.raises(FileFormatError, match=message),
+    ):
         read(path)
     path.unlink()
-    with pytest.raises(VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"):
+    with pytest.raises(
+        VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"
+    ):
         read(path)
 
 
-def test_a_file_that_was_replaced_or_shrinks_after_its_header_was_read_is_refused(small: Small) -> None:
+def test_a_file_that_was_replaced_or_shrinks_after_its_header_was_read_is_refused(
+    small: Small,
+) -> None:
     path = small("snapshot")
     with read_file(path) as file:
         assert file.tensor("a").tolist() == [1.0, -2.5]
@@ -57,7 +79,9 @@ def test_a_file_that_was_replaced_or_shrinks_after_its_header_was_read_is_refuse
         file.tensor("a")
 
 
-def test_a_file_without_checksums_that_changes_during_reading_is_an_error(small: Small, tmp_path: Path) -> None:
+def test_a_file_without_checksums_that_changes_during_reading_is_an_error(
+    small: Small, tmp_path: Path
+) -> None:
     """With checksums each block shows by itself whether it has changed."""
     foreign = tmp_path / "foreign.safetensors"
     save_file({"w": torch.ones(3)}, foreign)
@@ -69,7 +93,9 @@ def test_a_file_without_checksums_that_changes_during_reading_is_an_error(small:
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
     """Values are sampled before they are verified where headers have no measurements."""
-    path = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"a": torch.tensor([1.0, 2.0])}, sigma_rels=(0.05,))
+    path = write_snapshot(
+        tmp_path / "run", 10, 0.05, RUN_ID, {"a": torch.tensor([1.0, 2.0])}, sigma_rels=(0.05,)
+    )
     path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
     with pytest.raises(FileFormatError, match="tensor 'a' is damaged"):
         Run(tmp_path / "run").write(0.05, tmp_path / "out.safetensors")
@@ -81,14 +107,23 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
 SIZE = 11 * BLOCK + 5  # more than is read by one request
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
 RANGES = [
-    (0, SIZE), (0, BLOCK), (BLOCK, 3 * BLOCK), (3 * BLOCK, SIZE), (1, 2), (BLOCK - 1, BLOCK + 1), (SIZE - 1, SIZE),
+    (0, SIZE),
+    (0, BLOCK),
+    (BLOCK, 3 * BLOCK),
+    (3 * BLOCK, SIZE),
+    (1, 2),
+    (BLOCK - 1, BLOCK + 1),
+    (SIZE - 1, SIZE),
     (5, SIZE - 3),
-]  # fmt: skip
+]
 
 
 def write_pieces(path: Path, size: int) -> Path:
-    """Write a tensor between two others, in parts of `size` bytes; or if 0 in two ranges, the later one first."""
-    entries = {name: Entry("U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))}
+    """Write a tensor between two others, in parts of `size` bytes; or if 0 in two ranges, the later
+    one first."""
+    entries = {
+        name: Entry("U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))
+    }
     with TensorFileWriter(path, entries, {"format": 3}, {}) as writer:
         if size:
             writer.write_parts("x", (DATA[at : at + size].data for at in range(0, SIZE, size)))
@@ -104,8 +139,14 @@ def write_pieces(path: Path, size: int) -> Path:
 @pytest.mark.parametrize("size", [0, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE])
 def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
     file = read_file(write_pieces(tmp_path / "x.safetensors", size))
-    assert file.sums["x"] == "".join(xxhash.xxh3_64_hexdigest(DATA[b : b + BLOCK]) for b in range(0, SIZE, BLOCK))
-    assert [bytes(tensor_bytes(file.tensor(name))) for name in ("before", "x", "after")] == [b"abc", bytes(DATA), b"de"]
+    assert file.sums["x"] == "".join(
+        xxhash.xxh3_64_hexdigest(DATA[b : b + BLOCK]) for b in range(0, SIZE, BLOCK)
+    )
+    assert [bytes(tensor_bytes(file.tensor(name))) for name in ("before", "x", "after")] == [
+        b"abc",
+        bytes(DATA),
+        b"de",
+    ]
     room = memoryview(bytearray(SIZE + 5))
     file.read_many(["after", "before", "x"], room)
     assert bytes(room) == b"deabc" + bytes(DATA)
@@ -132,7 +173,9 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
         path.write_bytes(data)
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         if begin // BLOCK <= position // BLOCK <= (end - 1) // BLOCK:
-            with pytest.raises(FileFormatError, match=r"x\.safetensors: tensor 'x' is damaged: its checksum"):
+            with pytest.raises(
+                FileFormatError, match=r"x\.safetensors: tensor 'x' is damaged: its checksum"
+            ):
                 read()
         else:
             assert read() == bytes(DATA[begin:end])
@@ -151,7 +194,8 @@ def write(path: Path, overwrite: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "where"), [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})]
+    ("name", "where"),
+    [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})],
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
     tmp_path: Path, name: str, where: dict[str, Any]

@@ -1,4 +1,5 @@
-"""Verification finds every change since a file was written, names the file, and reports nothing else."""
+"""Verification finds every change since a file was written, names the file, and reports nothing
+else."""
 
 import errno
 import json
@@ -62,7 +63,11 @@ def wrong(path: Path) -> dict[str, tuple[str, str]]:
     """Return the state and detail of files that are not fine, by name."""
     found = verified(path)
     assert found.is_fine == (not found.broken) or found.problems
-    return {report.path.name: (report.state, report.detail) for report in found.files if not report.is_fine}
+    return {
+        report.path.name: (report.state, report.detail)
+        for report in found.files
+        if not report.is_fine
+    }
 
 
 def only_wrong(path: Path) -> tuple[str, str]:
@@ -73,16 +78,26 @@ def only_wrong(path: Path) -> tuple[str, str]:
 # --- intact files
 
 
-def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards: Path, tmp_path: Path) -> None:
+def test_outputs_in_any_layout_and_foreign_files(
+    run: Path, output: Path, shards: Path, tmp_path: Path
+) -> None:
     for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors"))):
         found = verified(path)
         assert found.is_fine, found
         assert {report.state for report in found.files} == {"intact"}
         assert {report.what for report in found.files} == {"output sigma_rel 0.1 at t = 60"}
-    assert len(verified(shards / INDEX_NAME).files) == len(verified(shards).files) == len(list(shards.iterdir())) - 1
+    assert (
+        len(verified(shards / INDEX_NAME).files)
+        == len(verified(shards).files)
+        == len(list(shards.iterdir())) - 1
+    )
     save_file({"w": torch.full((3,), torch.nan)}, tmp_path / "foreign.safetensors")
     found = verified(tmp_path / "foreign.safetensors")
-    assert (found.files[0].what, found.files[0].state, found.is_fine) == ("foreign", "unchecked", True)
+    assert (found.files[0].what, found.files[0].state, found.is_fine) == (
+        "foreign",
+        "unchecked",
+        True,
+    )
     found = verified(tmp_path)  # including the folder of shards
     assert (found.is_fine, len(found.files)) == (True, 1 + len(list(shards.iterdir())))
 
@@ -103,7 +118,10 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     assert max(advances) <= 4 * BLOCK
     for name in ("1500", "5", "wide"):  # each lies before the ones harmed so far
         harm(path, name)
-        assert only_wrong(path) == ("damaged", f"tensor '{name}' is damaged: its checksum does not match")
+        assert only_wrong(path) == (
+            "damaged",
+            f"tensor '{name}' is damaged: its checksum does not match",
+        )
 
 
 # --- damage
@@ -115,7 +133,9 @@ def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: 
     for path in (snapshot_files(run)[3], output, min(shards.glob("*.safetensors"))):
         data = path.read_bytes()
         flip_bit(path, place if isinstance(place, int) else int(len(data) * place))
-        assert {name: state for name, (state, _) in wrong(path.parent).items()} == {path.name: "damaged"}
+        assert {name: state for name, (state, _) in wrong(path.parent).items()} == {
+            path.name: "damaged"
+        }
         path.write_bytes(data)
 
 
@@ -135,9 +155,13 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
     text = index.read_text()
     moved = next(name for name, file in json.loads(text)["weight_map"].items() if file == last)
     changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-        (lambda c: c["weight_map"].update({moved: first}), f"tensor '{moved}' is not in it, as the index says"),
-        (lambda c: c["weight_map"].clear(), "or an empty one"), (lambda c: c.clear(), "it has no weight_map"),
-    ]  # fmt: skip
+        (
+            lambda c: c["weight_map"].update({moved: first}),
+            f"tensor '{moved}' is not in it, as the index says",
+        ),
+        (lambda c: c["weight_map"].clear(), "or an empty one"),
+        (lambda c: c.clear(), "it has no weight_map"),
+    ]
     for change, detail in changes:
         content = json.loads(text)
         change(content)
@@ -151,14 +175,21 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
 
 
 def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
-    export_file(synthesize(run, 0.2, tmp_path / "other.safetensors"), tmp_path / "others", max_shard_size="1KB")
+    export_file(
+        synthesize(run, 0.2, tmp_path / "other.safetensors"),
+        tmp_path / "others",
+        max_shard_size="1KB",
+    )
     first, *_, last = sorted(path.name for path in shards.glob("*.safetensors"))
     used, plain = read_file(shards / last).content["snapshots"], load_file(shards / last)
     changes: list[tuple[str, Callable[[Path], object]]] = [
         (first, lambda path: shutil.copy(tmp_path / "others" / first, path)),
         (last, lambda path: shutil.copy(tmp_path / "others" / last, path)),
         (last, lambda path: forge(path, {"snapshots": json.dumps(used[1:])})),
-        (last, lambda path: save_file({name: value.clone() for name, value in plain.items()}, path)),
+        (
+            last,
+            lambda path: save_file({name: value.clone() for name, value in plain.items()}, path),
+        ),
     ]
     for name, change in changes:
         kept = (shards / name).read_bytes()
@@ -178,18 +209,26 @@ def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> No
 
 
 @pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
-def test_what_cannot_be_read_is_reported_and_the_others_are_read(run: Path, code: int, state: str) -> None:
+def test_what_cannot_be_read_is_reported_and_the_others_are_read(
+    run: Path, code: int, state: str
+) -> None:
     refused = snapshot_files(run)[0]
     os.mkfifo(run / "fifo.safetensors")
     (run / "folder.safetensors").mkdir()
-    for name, target in (("zero", "/dev/zero"), ("nowhere", "absent"), ("loop", "loop.safetensors")):
+    for name, target in (
+        ("zero", "/dev/zero"),
+        ("nowhere", "absent"),
+        ("loop", "loop.safetensors"),
+    ):
         (run / f"{name}.safetensors").symlink_to(target)
     with failing("open", code, lambda path: path == refused):
         found = wrong(run)
     assert found.pop(refused.name) == (state, f"cannot be opened: {os.strerror(code).lower()}")
     assert {state for state, _ in found.values()} == {"damaged"}
     assert found["fifo.safetensors"][1] == found["zero.safetensors"][1] == "is not a regular file"
-    assert set(found) == {f"{name}.safetensors" for name in ("fifo", "folder", "zero", "nowhere", "loop")}
+    assert set(found) == {
+        f"{name}.safetensors" for name in ("fifo", "folder", "zero", "nowhere", "loop")
+    }
 
 
 def test_a_file_that_a_training_deletes_meanwhile_is_no_error(run: Path) -> None:
@@ -209,7 +248,10 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "only" / "model.pt"
     path.parent.mkdir()
     path.write_bytes(b"\x80\x04cposix\nsystem\n")
-    with pytest.raises(InvalidValueError, match=r"has no checksums; name a snapshot dir.*; no pickle is opened here"):
+    with pytest.raises(
+        InvalidValueError,
+        match=r"has no checksums; name a snapshot dir.*; no pickle is opened here",
+    ):
         verify(path)
     with pytest.raises(DirectoryError, match="no pickle is opened here"):
         verify(path.parent)

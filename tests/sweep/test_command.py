@@ -1,4 +1,5 @@
-"""A sweep by commands: what a command receives, how failures are handled, and which files are kept."""
+"""A sweep by commands: what a command receives, how failures are handled, and which files are
+kept."""
 
 import fcntl
 import json
@@ -36,12 +37,15 @@ GRID = Axis.of_values("sigma_rel", LENGTHS)
 BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
 
 
-def swept(run: Run, out: Path, command: str = BOWL, metric: Metric = PRINTED, **options: Any) -> SweepReport:
+def swept(
+    run: Run, out: Path, command: str = BOWL, metric: Metric = PRINTED, **options: Any
+) -> SweepReport:
     return Sweep(run, command, metric, out, **options).run_all()
 
 
 def shell(script: str) -> str:
-    """Return a command that runs a script; $1 is the weights, $2 sigma_rel, $3 the seed, $4 the folder."""
+    """Return a command that runs a script; $1 is the weights, $2 sigma_rel, $3 the seed, $4 the
+    folder."""
     return f"sh -c '{script}' sh {{weights}} {{sigma_rel}} {{seed}} {{dir}}"
 
 
@@ -59,7 +63,9 @@ def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_pat
     assert_same_tensors(load_file(out / "best.safetensors"), run.average(best))
     assert json.loads((out / "sweep.json").read_text()) == report.to_dict()
     assert [trial.x for trial in report.trials[:6]] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
-    assert all(trial.predicted_error == run.plan(trial.x).predicted_error(0) for trial in report.trials)
+    assert all(
+        trial.predicted_error == run.plan(trial.x).predicted_error(0) for trial in report.trials
+    )
 
 
 def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
@@ -71,10 +77,13 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
     kept.mkdir()
     count = f"ls {tmp_path}/my*/.scratch | wc -l >> {kept}/counts"  # of one average and one folder
     command = shell(
-        f'cd /; {count}; cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; echo > "$4/a"; echo $2'
+        f'cd /; {count}; cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; echo > '
+        f'"$4/a"; echo $2'
     )
     report = swept(run, Path("my sweep"), command, axis=GRID, repeats=2)
-    assert [(trial.x, trial.seed) for trial in report.trials] == [(x, seed) for x in LENGTHS for seed in (0, 1)]
+    assert [(trial.x, trial.seed) for trial in report.trials] == [
+        (x, seed) for x in LENGTHS for seed in (0, 1)
+    ]
     for x in LENGTHS:
         assert_same_tensors(load_file(kept / f"{x}-1.safetensors"), run.average(x))
         assert not Path((kept / f"{x}-0").read_text().strip()).exists()
@@ -89,7 +98,9 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     again = swept(run, out, command, axis=GRID)
     assert again.to_dict() == first.to_dict()
     assert calls.read_text().split() == [str(x) for x in LENGTHS]
-    more = swept(run, out, command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.25]), minimize=False)
+    more = swept(
+        run, out, command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.25]), minimize=False
+    )
     assert calls.read_text().split()[3:] == ["0.25"]
     assert len(more.trials) == 4
     swept(run, out, command, axis=GRID, t=15)
@@ -99,7 +110,9 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert {trial.target for trial in windows} == {f"window:{trial.x}" for trial in windows}
 
 
-def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run: Run, tmp_path: Path) -> None:
+def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(
+    run: Run, tmp_path: Path
+) -> None:
     calls, out = tmp_path / "calls", tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
     first = swept(run, out, command, axis=GRID)
@@ -108,11 +121,20 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run
     again = swept(run, out, command, axis=GRID)
     assert calls.read_text().split() == [*map(str, LENGTHS), "0.2"]
     entry = json.loads(path.read_text().splitlines()[0])
-    changes = ({"x": "0.1"}, {"x": [1]}, {"seed": "0"}, {"value": "a"}, {"value": 10**400}, {"standard_error": "1"})
+    changes = (
+        {"x": "0.1"},
+        {"x": [1]},
+        {"seed": "0"},
+        {"value": "a"},
+        {"value": 10**400},
+        {"standard_error": "1"},
+    )
     odd = [json.dumps(entry | {"trial": entry["trial"] | change}) for change in changes]
     odd += ['{"settings": {}, "trial": {"x": 1}}', "[" * 100_000, "[]", ""]
     path.write_text(path.read_text() + "\n".join(odd))
-    assert [trial.value for trial in swept(run, out, command, axis=GRID).trials] == [t.value for t in again.trials]
+    assert [trial.value for trial in swept(run, out, command, axis=GRID).trials] == [
+        t.value for t in again.trials
+    ]
     assert [t.value for t in first.trials] == [t.value for t in again.trials]
 
 
@@ -124,7 +146,9 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(run
         ("echo nan", "its metric is nan: nan"),
     ],
 )
-def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
+def test_a_trial_that_fails_is_reported_and_has_no_value(
+    run: Run, tmp_path: Path, script: str, message: str
+) -> None:
     reported: list[Trial] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
@@ -135,7 +159,9 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(run: Run, tmp_path: Pat
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
-def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(run: Run, tmp_path: Path) -> None:
+def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
+    run: Run, tmp_path: Path
+) -> None:
     command = shell(f'echo $2 >> {tmp_path}/calls; echo "{{\\"acc\\": 1, \\"f1\\": 2}}"')
     with pytest.raises(InvalidValueError, match=r"metric loss: no line .*; found 'acc', 'f1'"):
         swept(run, tmp_path / "out", command, Metric("loss"), axis=GRID)
@@ -145,9 +171,13 @@ def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(r
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
     """A wider range then continues from the trials."""
     narrow = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.08))
-    assert narrow.stopped.endswith("the best lies at the end of the range, sigma_rel 0.08, and may lie beyond")
+    assert narrow.stopped.endswith(
+        "the best lies at the end of the range, sigma_rel 0.08, and may lie beyond"
+    )
     listed = swept(run, tmp_path / "listed", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=GRID)
-    assert listed.stopped.endswith("the best lies at the end of the list, sigma_rel 0.05, and may lie beyond")
+    assert listed.stopped.endswith(
+        "the best lies at the end of the list, sigma_rel 0.05, and may lie beyond"
+    )
     wider = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.2))
     assert wider.found.best == pytest.approx(0.1, rel=0.1)
     assert "may lie beyond" not in wider.stopped
@@ -158,7 +188,10 @@ def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -
 def of_raw_weights(folder: Path) -> Run:
     """Return a run of checkpoints, whose last weights are all 7."""
     for step in (5, 10, 15, 20):
-        save_file({"a": torch.full((9,), 7.0 if step == 20 else float(step))}, folder / f"step-{step}.safetensors")
+        save_file(
+            {"a": torch.full((9,), 7.0 if step == 20 else float(step))},
+            folder / f"step-{step}.safetensors",
+        )
     return Run(folder / "step-*.safetensors")
 
 
@@ -170,16 +203,31 @@ def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_
     assert [trial.target for trial in report.trials][:1] == ["raw"]
     more = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
     assert sorted(trial.seed for trial in more.trials if trial.target == "raw") == [0, 1]
-    assert len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == len(more.trials) == 8
-    options = ("--run", command, "--sigma-rel", "0.05,0.1,0.2", "--minimize", "--out", tmp_path / "without")
-    assert re.search(r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out)
+    assert (
+        len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == len(more.trials) == 8
+    )
+    options = (
+        "--run",
+        command,
+        "--sigma-rel",
+        "0.05,0.1,0.2",
+        "--minimize",
+        "--out",
+        tmp_path / "without",
+    )
+    assert re.search(
+        r"raw weights +not measured: the run lacks them", ema("sweep", run.directory, *options).out
+    )
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("#!/bin/sh\necho 5", ["every trial has the same metric, 5; does the evaluation use"]),
-        ("#!/no/such/interpreter", ["3 of 3 trials have failed", "cannot be started: No such file"]),
+        (
+            "#!/no/such/interpreter",
+            ["3 of 3 trials have failed", "cannot be started: No such file"],
+        ),
     ],
 )
 def test_a_sweep_without_a_best_says_why_and_writes_none(
@@ -196,15 +244,22 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
 @pytest.mark.parametrize(
     ("command", "options", "words"),
     [
-        *((f"{word} {{weights}}", {}, f"command {word}: its first word is neither a program")
-          for word in ("no-such-command", "./eval.py", "eval.py")),
+        *(
+            (f"{word} {{weights}}", {}, f"command {word}: its first word is neither a program")
+            for word in ("no-such-command", "./eval.py", "eval.py")
+        ),
         ("true {weights", {}, "must contain {weights}"),
         ("true '{weights}", {}, "cannot be split into words"),
         ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
     ],
-)  # fmt: skip
+)
 def test_an_unusable_command_is_refused_before_anything_is_made(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, options: dict[str, Any], words: str
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    options: dict[str, Any],
+    words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("eval.py").touch()
@@ -214,9 +269,12 @@ def test_an_unusable_command_is_refused_before_anything_is_made(
 
 
 def gone(path: Path) -> bool:
-    """Return whether the process of an id in a file ends within seconds: after a kill it must be scheduled."""
+    """Return whether the process of an id in a file ends within seconds: after a kill it must be
+    scheduled."""
     state = Path(f"/proc/{int(path.read_text())}/stat")
-    return any(not state.exists() or ") Z " in state.read_text() or time.sleep(0.05) for _ in range(100))
+    return any(
+        not state.exists() or ") Z " in state.read_text() or time.sleep(0.05) for _ in range(100)
+    )
 
 
 def wait_for(path: Path, process: Forked | None = None) -> None:
@@ -287,23 +345,38 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
-def test_a_folder_of_other_files_or_of_another_sweep_is_refused(run: Run, tmp_path: Path, name: str) -> None:
-    with (tmp_path / ".ema.lock").open("w") as lock, refused(str(tmp_path), "take another directory", kind=LockedError):
+def test_a_folder_of_other_files_or_of_another_sweep_is_refused(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    with (
+        (tmp_path / ".ema.lock").open("w") as lock,
+        refused(str(tmp_path), "take another directory", kind=LockedError),
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         swept(run, tmp_path, axis=GRID)
     for path in (tmp_path / name, tmp_path / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.write_text("precious")
-    with refused(str(tmp_path), "is not empty, and not the folder of a sweep", kind=OutputExistsError):
+    with refused(
+        str(tmp_path), "is not empty, and not the folder of a sweep", kind=OutputExistsError
+    ):
         swept(run, tmp_path, axis=GRID)
-    assert {path.read_text() for path in (tmp_path / name, tmp_path / "model.safetensors")} == {"precious"}
+    assert {path.read_text() for path in (tmp_path / name, tmp_path / "model.safetensors")} == {
+        "precious"
+    }
 
 
 @pytest.mark.parametrize(
     ("axis", "count"),
-    [(Axis("window", 18, 20), 3), (Axis("beta", 0.9, 0.9001), 6), (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2)],
+    [
+        (Axis("window", 18, 20), 3),
+        (Axis("beta", 0.9, 0.9001), 6),
+        (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2),
+    ],
 )
-def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
+def test_each_length_of_a_narrow_range_is_measured_once(
+    run: Run, tmp_path: Path, axis: Axis, count: int
+) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=axis, budget=6)
     assert not any(trial.error for trial in report.trials)
@@ -329,13 +402,18 @@ def first(path, name="a"):
 def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
+    save_file(
+        {name: torch.zeros_like(value) for name, value in run.average(0.1).items()},
+        model / "model.safetensors",
+    )
     (model / "config.json").write_text("{}")
     command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     for _ in range(2):  # the second one replaces the best average
         report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
         assert [math.floor(trial.value) for trial in report.trials] == [2] * 3
-        assert_same_tensors(load_file(tmp_path / "out/best/model.safetensors"), run.average(report.best))
+        assert_same_tensors(
+            load_file(tmp_path / "out/best/model.safetensors"), run.average(report.best)
+        )
 
 
 # --- in Python
@@ -348,13 +426,25 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None
         ("sigma_rel", "must be a number", {"values": ["0.1", 0.2]}),
         ("budget", "must be a whole number", {"low": 0.1, "high": 0.2, "budget": 6.5}),
         ("budget", "at least 6", {"low": 0.1, "high": 0.2, "budget": 3}),
-        *[("metric", "must ", {"metric": lambda _, result=result: result}) for result in ("a", (1.0, "a"), (1, 0, 2))],
+        *[
+            ("metric", "must ", {"metric": lambda _, result=result: result})
+            for result in ("a", (1.0, "a"), (1, 0, 2))
+        ],
         ("metric", "must ", {"metric": None}),
     ],
 )
-def test_in_python_arguments_are_checked(run: Run, subject: str, reason: str, arguments: dict[str, Any]) -> None:
+def test_in_python_arguments_are_checked(
+    run: Run, subject: str, reason: str, arguments: dict[str, Any]
+) -> None:
     with refused(subject, reason):
-        sweep(run, **{"metric": lambda _: 1.0, **({"values": LENGTHS} if subject == "metric" else {}), **arguments})
+        sweep(
+            run,
+            **{
+                "metric": lambda _: 1.0,
+                **({"values": LENGTHS} if subject == "metric" else {}),
+                **arguments,
+            },
+        )
 
 
 def test_in_python_the_metric_gets_the_weights(run: Run, tmp_path: Path) -> None:
@@ -363,28 +453,49 @@ def test_in_python_the_metric_gets_the_weights(run: Run, tmp_path: Path) -> None
         return weights["a"].norm(), torch.tensor(0.1)
 
     report = sweep(run.directory, size, values=LENGTHS, minimize=False)
-    assert [trial.value for trial in report.trials] == [float(run.average(x)["a"].norm()) for x in LENGTHS]
+    assert [trial.value for trial in report.trials] == [
+        float(run.average(x)["a"].norm()) for x in LENGTHS
+    ]
     report.write(tmp_path)
-    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["standard_error"] == pytest.approx(0.1)
+    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0][
+        "standard_error"
+    ] == pytest.approx(0.1)
 
 
 def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in range(1, 31):
-        save_file({"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors")
+        save_file(
+            {"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors"
+        )
     program = f"{FIRST}print(abs(first(sys.argv[1]) - 22.5))"
-    run, command = Run(tmp_path / "checkpoints"), shlex.join([sys.executable, "-S", "-c", program, "{weights}"])
-    report = swept(run, tmp_path / "out", command, axis=Axis.parse("last:2:24", "target"), budget=12)
-    made = {int(trial.target.removeprefix("last:")): trial.value for trial in report.trials if trial.target != "raw"}
-    assert made == pytest.approx({n: abs(8 - n / 2) for n in made})  # the mean of the last n is 30.5 - n / 2
+    run, command = (
+        Run(tmp_path / "checkpoints"),
+        shlex.join([sys.executable, "-S", "-c", program, "{weights}"]),
+    )
+    report = swept(
+        run, tmp_path / "out", command, axis=Axis.parse("last:2:24", "target"), budget=12
+    )
+    made = {
+        int(trial.target.removeprefix("last:")): trial.value
+        for trial in report.trials
+        if trial.target != "raw"
+    }
+    # the mean of the last n is 30.5 - n / 2
+    assert made == pytest.approx({n: abs(8 - n / 2) for n in made})
     assert report.found.best == pytest.approx(16, abs=1)
 
 
-def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(run: Run, tmp_path: Path) -> None:
-    """They are in the model that a tracker averages, or in a checkpoint; else the summary says so."""
+def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(
+    run: Run, tmp_path: Path
+) -> None:
+    """They are in the model that a tracker averages, or in a checkpoint; else the summary says
+    so."""
 
     def size(weights: Any) -> float:
-        return float((weights["a"] if isinstance(weights, dict) else weights.weight).detach().norm())
+        return float(
+            (weights["a"] if isinstance(weights, dict) else weights.weight).detach().norm()
+        )
 
     assert "raw: not measured" in repr(sweep(run, size, values=LENGTHS))
     model, modes = torch.nn.Linear(3, 3), []
@@ -393,7 +504,9 @@ def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(run: R
         modes.append(averaged.training)
         return size(averaged)
 
-    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path / "run", update_every=1, checkpoint_every=5
+    ) as tracker:
         for step in range(1, 21):
             with torch.no_grad():
                 model.weight.fill_(step)
@@ -405,11 +518,13 @@ def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(run: R
         assert model.training
         assert bool((model.weight == 20).all())
         assert sweep(tracker, size, model=torch.nn.Linear(3, 3), values=LENGTHS).raw is None
-    again = PostHocEMA.from_path(tmp_path / "run", model)  # the time of this model's weights is unknown
+    # the time of this model's weights is unknown
+    again = PostHocEMA.from_path(tmp_path / "run", model)
     assert sweep(again, metric, model=model, values=LENGTHS).raw is None
 
 
-# --- the estimate of the best length: the stated range contains it, and is as wide as the noise requires
+# --- the estimate of the best length: the stated range contains it, and is as wide as the noise
+# requires
 
 LOW, HIGH = 0.02, 0.28
 AXIS = Axis("sigma_rel", LOW, HIGH)
@@ -425,7 +540,10 @@ def bowl(x: float, best: float = 0.09) -> float:
 
 def trials(noise: float, count: int = 12, seed: int = 0, sign: float = 1.0) -> list[Trial]:
     random = np.random.default_rng(seed)
-    return [trial(x, sign * (bowl(x) + noise * random.normal())) for x in np.geomspace(LOW, HIGH, count).tolist()]
+    return [
+        trial(x, sign * (bowl(x) + noise * random.normal()))
+        for x in np.geomspace(LOW, HIGH, count).tolist()
+    ]
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -438,8 +556,14 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
     assert found.xs.shape == found.curve.shape == found.errors.shape == (POINTS,)
     assert np.allclose(found.curve, [sign * bowl(x) for x in found.xs.tolist()], atol=0.02)
     for unit in (1e-9, 1e9):  # the unit of the metric changes nothing
-        other = estimate([trial(t.x, unit * (t.value or 0)) for t in trials(0, 6, sign=sign)], AXIS, minimize=sign > 0)
-        assert (other.best, other.low, other.high) == pytest.approx((found.best, found.low, found.high))
+        other = estimate(
+            [trial(t.x, unit * (t.value or 0)) for t in trials(0, 6, sign=sign)],
+            AXIS,
+            minimize=sign > 0,
+        )
+        assert (other.best, other.low, other.high) == pytest.approx(
+            (found.best, found.low, found.high)
+        )
         assert other.mean / unit == pytest.approx(found.mean)
 
 
@@ -447,11 +571,16 @@ def test_the_range_contains_the_best_as_often_as_stated() -> None:
     """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
     estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
     assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 24
-    assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(HIGH / LOW)
+    assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(
+        HIGH / LOW
+    )
 
 
 def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
-    widths = [math.log(found.high / found.low) for found in (estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))]
+    widths = [
+        math.log(found.high / found.low)
+        for found in (estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))
+    ]
     assert widths[0] < widths[1] < widths[2]
     unsure = [trial(t.x, t.value, standard_error=1.0) for t in trials(0)]
     assert estimate(unsure, AXIS).high / estimate(unsure, AXIS).low > 1.5
@@ -460,7 +589,9 @@ def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
 
 def test_the_offset_of_a_seed_is_not_noise() -> None:
     offset = {0: 0.0, 1: 5.0, 2: -3.0}
-    shared = [trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)]
+    shared = [
+        trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)
+    ]
     found = estimate(shared, AXIS)
     assert found.low <= 0.09 <= found.high < 1.25 * found.low
 
@@ -485,7 +616,9 @@ def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() ->
     proposed = next_batch(found, noisy)
     assert 1 < len(proposed) <= NEXT
     assert all(found.low <= x <= found.high for x in proposed)
-    crowded = [trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(0.0201, 0.279, 60).tolist()]
+    crowded = [
+        trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(0.0201, 0.279, 60).tolist()
+    ]
     assert set(next_batch(estimate(crowded, AXIS), crowded, repeat=True)) <= {t.x for t in crowded}
 
 
@@ -493,7 +626,9 @@ def test_one_far_value_does_not_hide_the_best() -> None:
     """A wrong trial may have a value far from all others."""
     values = {x: math.log(x / 0.1) ** 2 for x in (0.02, 0.034, 0.057, 0.097, 0.16, 0.28)}
     for place in (0.034, 0.16):
-        found = estimate([trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS)
+        found = estimate(
+            [trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS
+        )
         assert found.low <= 0.1 <= found.high
         assert abs(found.mean) < 10
     well = [trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in values.items()]
@@ -503,19 +638,24 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 # --- the rounds of a search
 
 
-def searched(noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False) -> Search:
+def searched(
+    noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False
+) -> Search:
     search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True, raw=raw)
     random = np.random.default_rng(seed)
 
     def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
-        return [trial(x, bowl(x or LOW) + noise * random.normal(), seed=number) for x, number in wanted]
+        return [
+            trial(x, bowl(x or LOW) + noise * random.normal(), seed=number) for x, number in wanted
+        ]
 
     *_, _ = search.rounds(measure)
     return search
 
 
 def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
-    """More noise needs more trials; the chosen length is then worse than the best by a small part of the noise."""
+    """More noise needs more trials; the chosen length is then worse than the best by a small part
+    of the noise."""
     counts = []
     for noise in (0.1, 1.0):
         done = [searched(noise, 60, seed=seed) for seed in range(12)]
@@ -532,7 +672,12 @@ def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool
     done, most = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)], (7 + raw) * repeats
     assert any(search.stopped == "the budget is spent" for search in done)
     for search in done:
-        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= most == search.most
+        assert (
+            len({(one.x, one.seed) for one in search.trials})
+            == len(search.trials)
+            <= most
+            == search.most
+        )
         if search.stopped == "the budget is spent":
             assert len(search.trials) == most
 
@@ -569,7 +714,11 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
     ("text", "name", "message"),
     [
         ("loss 0.5\n", None, "no line of its output is a number"),
-        ('{"acc": 1, "f1": 2}', "loss", "no line of its output is a number or a JSON object with 'loss'; found"),
+        (
+            '{"acc": 1, "f1": 2}',
+            "loss",
+            "no line of its output is a number or a JSON object with 'loss'; found",
+        ),
         ("0.5\nnan\n", None, "its metric is nan"),
         ('{"loss": "bad"}', "loss", "'loss' is 'bad', not a number"),
         ('{"loss": true}', "loss", "'loss' is True, not a number"),
@@ -583,9 +732,15 @@ def test_an_output_without_a_metric_is_an_error_that_says_why(
         printed(text, tmp_path, name)
 
 
-def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(tmp_path: Path) -> None:
+def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(
+    tmp_path: Path,
+) -> None:
     """`json.dumps(..., indent=2)` prints each number of a list on a separate line."""
-    inner = {"loss": 0.5, "tasks": [{"loss": 0.9}, [1.0, 2.0]], "deep": {"acc,none": 1, "acc_stderr,none": 0.25}}
+    inner = {
+        "loss": 0.5,
+        "tasks": [{"loss": 0.9}, [1.0, 2.0]],
+        "deep": {"acc,none": 1, "acc_stderr,none": 0.25},
+    }
     text = f"0.75\n{json.dumps(inner, indent=2)}\ndone\n"
     assert printed(text, tmp_path, "loss") == (0.5, None)
     assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
@@ -601,8 +756,11 @@ def test_a_metric_is_a_key_or_a_file_and_a_key() -> None:
     assert Metric.parse("*.json:a:b.json:c") == Metric("a:b.json:c", "*.json")
 
 
-def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(tmp_path: Path) -> None:
-    """lm-eval writes names with dots and commas, into a folder named after the model; here the file is a link."""
+def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(
+    tmp_path: Path,
+) -> None:
+    """lm-eval writes names with dots and commas, into a folder named after the model; here the file
+    is a link."""
 
     def read(key: str, file: str = "*.json") -> tuple[float, float | None]:
         return Metric(key, file).read(tmp_path, folder)
@@ -610,8 +768,16 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
     folder = tmp_path / "trial"
     path = folder / "my__model" / "results_2026.json"
     path.parent.mkdir(parents=True)
-    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a": {"x": 1}, "a.b": {"c": 3}}
-    (tmp_path / "elsewhere").write_text(json.dumps({"results": {"hellaswag": scores}}), encoding="utf-8-sig")
+    scores = {
+        "alias": "x",
+        "acc_norm,none": 0.61,
+        "acc_norm_stderr,none": 0.02,
+        "a": {"x": 1},
+        "a.b": {"c": 3},
+    }
+    (tmp_path / "elsewhere").write_text(
+        json.dumps({"results": {"hellaswag": scores}}), encoding="utf-8-sig"
+    )
     path.symlink_to(tmp_path / "elsewhere")
     (folder / "old.json").write_text(json.dumps({"results": {"hellaswag": {"acc_norm,none": 0.1}}}))
     (folder / "nowhere.json").symlink_to(tmp_path / "nothing")
@@ -619,14 +785,23 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
     assert read("results.hellaswag.acc_norm,none") == (0.61, 0.02)
     assert read("results.hellaswag.acc_norm,none", "old.json") == (0.1, None)
     assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
-    with pytest.raises(TrialError, match=r"has no member 'results.hellaswag.nothing'; found 'results.hellaswag.alias'"):
+    with pytest.raises(
+        TrialError,
+        match=r"has no member 'results.hellaswag.nothing'; found 'results.hellaswag.alias'",
+    ):
         read("results.hellaswag.nothing")
-    with pytest.raises(TrialError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"):
+    with pytest.raises(
+        TrialError, match=r"no results.json in its folder; found 'my__model/results_2026.json'"
+    ):
         read("loss", "results.json")
     for inside in ("../elsewhere.json", str(tmp_path / "old.json")):
         with pytest.raises(TrialError, match="in its folder"):
             read("results", inside)
-    for content, message in (("", "cannot be read"), (100_000 * "[", "cannot be read"), ('{"a": [1]}', "not a number")):
+    for content, message in (
+        ("", "cannot be read"),
+        (100_000 * "[", "cannot be read"),
+        ('{"a": [1]}', "not a number"),
+    ):
         path.write_text(content)
         with pytest.raises(TrialError, match=message):
             read("a")

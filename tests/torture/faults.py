@@ -1,7 +1,7 @@
 """An error, a kill or a loss of power at every file operation of a user's run.
 
-Two file systems replace the real one: one fails at a chosen operation, the other knows at every moment what a crash
-would leave, of a process that is killed or of a machine that loses power.
+Two file systems replace the real one: one fails at a chosen operation, the other knows at every
+moment what a crash would leave, of a process that is killed or of a machine that loses power.
 """
 
 import errno
@@ -23,15 +23,19 @@ from posthoc_cli.errors import PostHocError
 from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
 
 STEPS, STOPS, SAVES = 10, 7, 5
-"""The last step of the training, the one at which it ends for the first time, and the one whose state is saved."""
+"""The last step of the training, the one at which it ends for the first time, and the one whose
+state is saved."""
 
 
 @dataclass
 class Work:
-    """A user's work in a folder: a training with thinning and a resume, synthesis, export into shards, pruning."""
+    """A user's work in a folder: a training with thinning and a resume, synthesis, export into
+    shards, pruning."""
 
     root: Path
-    note: Callable[[dict[str, bytes]], None] | None = None  # called with the snapshots when they are durable
+    note: Callable[[dict[str, bytes]], None] | None = (
+        None  # called with the snapshots when they are durable
+    )
     make_room: Callable[[], None] = lambda: None
     errors: list[str] = field(default_factory=list)
     done: list[Path] = field(default_factory=list)  # the outputs that have been made
@@ -64,7 +68,9 @@ class Work:
         self.make_room()
 
     def _train(self, until: int) -> None:
-        self.errors += train(self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3)
+        self.errors += train(
+            self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3
+        )
 
     def snapshots(self) -> set[str]:
         return {snapshot.path.name for snapshot in snapshots_in(self.run)}
@@ -72,20 +78,26 @@ class Work:
     def wrong(self) -> list[str]:
         """Return the problems of all snapshots, and of the outputs that exist or have been made."""
         outputs = (path for path in self.outputs if path.exists() or path in self.done)
-        return [*wrong_snapshots(self.run), *(line for path in outputs for line in wrong_output(path))]
+        return [
+            *wrong_snapshots(self.run),
+            *(line for path in outputs for line in wrong_output(path)),
+        ]
 
 
 # --- errors
 
 
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
-    """Raise each kind of error at each operation of reading and writing; the user repeats what has failed."""
+    """Raise each kind of error at each operation of reading and writing; the user repeats what has
+    failed."""
     tally, counting, chance = Tally(), Faulty(), random.Random(seed)
     reference = Work(folder / "reference")
     with installed(counting.do):
         reference.do()
     for kind in KINDS:
-        able = [at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))]
+        able = [
+            at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))
+        ]
         for at in chance.sample(able, max(1, round(share * len(able)))):
             work = Work(folder / "faulty", make_room=(system := Faulty(at, kind)).make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
@@ -95,7 +107,9 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 left = [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
                 tally.lost += [f"{what}: {line}" for line in (*work.wrong(), *left)]
                 if not work.errors and (differing := work.snapshots() ^ reference.snapshots()):
-                    tally.missed.append(f"{what}: no error was raised, and snapshots differ: {sorted(differing)}")
+                    tally.missed.append(
+                        f"{what}: no error was raised, and snapshots differ: {sorted(differing)}"
+                    )
             shutil.rmtree(work.root)
     return tally
 
@@ -120,15 +134,17 @@ def really(name: str, *arguments: Any) -> Any:
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
 KINDS = (*ERRORS, "short", "torn", "full")
-"""The faults: one error; a short read or write, which is allowed; half a write, then an error; a full disk until
-`make_room`."""
+"""The faults: one error; a short read or write, which is allowed; half a write, then an error; a
+full disk until `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
 NEVER, TAKE_ROOM = ("close", "remove_directory"), ("open_new", "write", "make_directory")
-"""The operations that can be done by half, those that do not fail, and those that need room on the disk."""
+"""The operations that can be done by half, those that do not fail, and those that need room on the
+disk."""
 
 
 class Faulty:
-    """A file system that fails with a fault of KINDS at the operation number `at`, counted from 0, if given."""
+    """A file system that fails with a fault of KINDS at the operation number `at`, counted from 0,
+    if given."""
 
     def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
         self._at, self._kind, self._full, self._lock = at, kind, False, threading.Lock()
@@ -140,7 +156,11 @@ class Faulty:
 
     def do(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            fails = len(self.operations) == self._at and name in HALVED.get(self._kind, (name,)) and name not in NEVER
+            fails = (
+                len(self.operations) == self._at
+                and name in HALVED.get(self._kind, (name,))
+                and name not in NEVER
+            )
             self.operations += [name] * (name not in NEVER)
             if fails:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
@@ -161,7 +181,8 @@ class Faulty:
 
 
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
-    """Kill the process, or cut the power, between any two operations; then the user starts again."""
+    """Kill the process, or cut the power, between any two operations; then the user starts
+    again."""
     tally, chance, places = Tally(), random.Random(seed), list[tuple[str, Work, dict[str, bytes]]]()
 
     def crash(after: str) -> None:
@@ -181,8 +202,14 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
         tally.tried += 1
         with tally.judged(where, refusable=False):
             current, superseded = contents(work.run), contents(work.run / "superseded")
-            gone = [n for n, content in kept.items() if content not in (current.get(n), superseded.get(n))]
-            lost = [f"{name}, which was durable, is gone or different" for name in gone] + work.wrong()
+            gone = [
+                n
+                for n, content in kept.items()
+                if content not in (current.get(n), superseded.get(n))
+            ]
+            lost = [
+                f"{name}, which was durable, is gone or different" for name in gone
+            ] + work.wrong()
             work.do()
             tally.missed += [f"{where}: resumed: {error}" for error in work.errors]
             lost += [f"resumed: {name} is not there" for name in newest - work.snapshots()]
@@ -202,14 +229,17 @@ Entries = dict[Path, Inode | None]  # by path; None for a removed name
 
 
 class Disk:
-    """The real file system without syncs, and what a crash would leave of all below `root`; it calls `after`."""
+    """The real file system without syncs, and what a crash would leave of all below `root`; it
+    calls `after`."""
 
     def __init__(self, root: Path, after: Callable[[str], None]) -> None:
         self._root, self._after, self._lock = root, after, threading.Lock()
-        self.kept: dict[str, bytes] = {}  # snapshots that were durable and have not been removed or replaced since
+        # snapshots that were durable and have not been removed or replaced since
+        self.kept: dict[str, bytes] = {}
         self._now: Entries = {}
         self._durable: Entries = {}
-        self._pending: list[Entries] = []  # atomic operations on directories that are not synced yet
+        # atomic operations on directories that are not synced yet
+        self._pending: list[Entries] = []
         self._open: dict[int, Inode] = {}  # by descriptor
 
     def keep(self, contents: dict[str, bytes]) -> None:
@@ -230,7 +260,9 @@ class Disk:
         """Update the picture of the disk; `path` is a descriptor of an open file."""
         if name in ("unlink", "rename"):  # what is removed or replaced need not last
             gone = [path, *more][-1]
-            self.kept = {name: data for name, data in self.kept.items() if self._root / "run" / name != gone}
+            self.kept = {
+                name: data for name, data in self.kept.items() if self._root / "run" / name != gone
+            }
         if name == "open_new":
             self._open[done] = Inode()
             self._edit({path: self._open[done]})
@@ -238,15 +270,21 @@ class Disk:
             self._open[done] = self._now.get(path) or Inode()
         elif name == "write":
             inode, (view, offset) = self._open[path], more
-            inode.data = inode.data[:offset].ljust(offset, b"\0") + view[:done] + inode.data[offset + done :]
+            inode.data = (
+                inode.data[:offset].ljust(offset, b"\0") + view[:done] + inode.data[offset + done :]
+            )
         elif name == "fsync":
             self._open[path].durable = self._open[path].data
         elif name == "fsync_directory":
-            for edits in [edits for edits in self._pending if path in {entry.parent for entry in edits}]:
+            for edits in [
+                edits for edits in self._pending if path in {entry.parent for entry in edits}
+            ]:
                 self._pending.remove(edits)
                 self._durable |= edits
         elif name == "rename":  # of a folder, takes along what it holds
-            moved = [entry for entry, inode in self._now.items() if inode and entry.is_relative_to(path)]
+            moved = [
+                entry for entry, inode in self._now.items() if inode and entry.is_relative_to(path)
+            ]
             there = {more[0] / entry.relative_to(path): self._now[entry] for entry in moved}
             self._edit({**dict.fromkeys(moved), **there})
         elif name == "link":
@@ -261,9 +299,11 @@ class Disk:
         self._now |= edits
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
-        """Build in `place` what is on the disk after a "kill" of the process, or after a loss of power.
+        """Build in `place` what is on the disk after a "kill" of the process, or after a loss of
+        power.
 
-        Of everything unsynced "nothing", all "names" without content, or "some" at random has survived the latter.
+        Of everything unsynced "nothing", all "names" without content, or "some" at random has
+        survived the latter.
         """
         entries = dict(self._now if crash in ("kill", "names") else self._durable)
         for edits in self._pending if crash == "some" else ():

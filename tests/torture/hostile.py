@@ -1,6 +1,8 @@
-"""Hostile input: special files in place of files, damaged checkpoints of other programs, and damaged files of our own.
+"""Hostile input: special files in place of files, damaged checkpoints of other programs, and
+damaged files of our own.
 
-Each use ends at once with one error, or without harm; nothing outside is touched, nothing partial is left.
+Each use ends at once with one error, or without harm; nothing outside is touched, nothing partial
+is left.
 """
 
 import os
@@ -41,33 +43,56 @@ THINGS: dict[str, Callable[[Path, Path], object]] = {
     "a link to itself": lambda path, _: path.symlink_to(path.name),
     "a link to a directory": lambda path, home: path.symlink_to(home / "outside"),
     "a link to somebody's file": lambda path, home: path.symlink_to(home / "outside" / "secret"),
-    "a link to somebody's model": lambda path, home: path.symlink_to(home / "outside" / "model.safetensors"),
-    "another name of somebody's file": lambda path, home: path.hardlink_to(home / "outside" / "secret"),
-    "a directory": lambda path, _: path.mkdir(), "an empty file": lambda path, _: path.touch(),
+    "a link to somebody's model": lambda path, home: path.symlink_to(
+        home / "outside" / "model.safetensors"
+    ),
+    "another name of somebody's file": lambda path, home: path.hardlink_to(
+        home / "outside" / "secret"
+    ),
+    "a directory": lambda path, _: path.mkdir(),
+    "an empty file": lambda path, _: path.touch(),
     "a pickle": lambda path, home: path.write_bytes(pickle.dumps({"w": Bomb(home / "executed")})),
-    "a PyTorch file": lambda path, home: torch.save({"w": torch.ones(3), "bomb": Bomb(home / "executed")}, path),
+    "a PyTorch file": lambda path, home: torch.save(
+        {"w": torch.ones(3), "bomb": Bomb(home / "executed")}, path
+    ),
     "text": lambda path, _: path.write_bytes(b"{}\n" * 100),
-}  # fmt: skip
+}
 """Functions of the place of a special file and of the folder that contains all others."""
 
 ANY = (
-    "info x", "synthesize x --sigma-rel 0.1 --out out/o.safetensors", "export x --out out/o.safetensors",
-    "error-plot x --out picture.png", "prune x --keep 1 --yes", "plan --steps 1000 --params 10 --disk 9kB --like x",
+    "info x", "synthesize x --sigma-rel 0.1 --out out/o.safetensors",
+    "export x --out " "out/o.safetensors", "error-plot x --out picture.png",
+    "prune x --keep 1 --yes", "plan --steps 1000 --params 10 " "--disk 9kB --like x",
 )  # fmt: skip
 MADE = "synthesize run --sigma-rel 0.1 --out out/o.safetensors"
 RUN = ("info run", MADE, "prune run --keep 2 --yes", "error-plot run --out out/o.png")
-SHARDS = ("info sharded", "export sharded --out out/o.pt", "export made.safetensors --base sharded --out out/o.pt")
+SHARDS = (
+    "info sharded",
+    "export sharded --out out/o.pt",
+    "export made.safetensors --base sharded --out out/o.pt",
+)
 FOLDER = ("synthesize run --sigma-rel 0.1 --layout sharded --out out/f",)
 PLACES = {
-    "x": ANY, "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
-    "run/0000000000000010-0.05.safetensors": RUN, "run/stray.safetensors": RUN, "run/.ema-0.tmp": RUN,
-    "run/.ema.lock": RUN[::2], "run/superseded": RUN[::2],
-    "sharded/model-00001-of-00002.safetensors": SHARDS, f"sharded/{INDEX}": SHARDS,
-    "out/o.safetensors": (MADE,), "out/o.pt": SHARDS[1:2], "out/o.png": RUN[3:],
-    "out/f": FOLDER, "out/f/model.safetensors": FOLDER, f"out/f/{INDEX}": FOLDER,
-    "fresh/.ema.lock": ("",), "fresh/superseded": ("",),
-}  # fmt: skip
-"""The commands that read or write a place; "": a training. Those that write below "out" also run with --overwrite."""
+    "x": ANY,
+    "x.pt": ("export made.safetensors --base x.pt --out out/o.pt",),
+    "run/0000000000000010-0.05.safetensors": RUN,
+    "run/stray.safetensors": RUN,
+    "run/.ema-0.tmp": RUN,
+    "run/.ema.lock": RUN[::2],
+    "run/superseded": RUN[::2],
+    "sharded/model-00001-of-00002.safetensors": SHARDS,
+    f"sharded/{INDEX}": SHARDS,
+    "out/o.safetensors": (MADE,),
+    "out/o.pt": SHARDS[1:2],
+    "out/o.png": RUN[3:],
+    "out/f": FOLDER,
+    "out/f/model.safetensors": FOLDER,
+    f"out/f/{INDEX}": FOLDER,
+    "fresh/.ema.lock": ("",),
+    "fresh/superseded": ("",),
+}
+"""The commands that read or write a place; "": a training. Those that write below "out" also run
+with --overwrite."""
 
 
 def replace_files(folder: Path, share: float, seed: int) -> Tally:
@@ -112,13 +137,20 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
             result = run_ema(*command.split())
             errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
             errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
-            if result.code not in (0, 1, 2) or len(errors) != (result.code > 0) or "Traceback" in result.err:
+            if (
+                result.code not in (0, 1, 2)
+                or len(errors) != (result.code > 0)
+                or "Traceback" in result.err
+            ):
                 tally.missed.append(f"{what}: ended with {result.code}: {result.err[-500:]!a}")
     if (home / "executed").exists():
         tally.executed.append(f"{what}: the pickle was loaded")
     now = _outside(home)
-    # An output folder that is itself a link is followed, since the user has named it; links in it never are.
-    if now[0] != before[0] and not (path.is_symlink() and path.is_dir() and place in command.split()):
+    # An output folder that is itself a link is followed, since the user has named it; links in it
+    # never are.
+    if now[0] != before[0] and not (
+        path.is_symlink() and path.is_dir() and place in command.split()
+    ):
         tally.executed.append(f"{what}: something outside was changed")
     if now[1] != before[1]:
         tally.lost.append(f"{what}: temporaries were left")
@@ -127,7 +159,9 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
 def _track(home: Path) -> None:
     """Train in a directory, and return to an earlier state, which sets snapshots aside."""
     model = torch.nn.Linear(2, 2)
-    with PostHocEMA.from_model(model, home / "fresh", update_every=1, checkpoint_every=1) as tracker:
+    with PostHocEMA.from_model(
+        model, home / "fresh", update_every=1, checkpoint_every=1
+    ) as tracker:
         tracker.update_(model)
         state = tracker.state_dict()
         tracker.update_(model)
@@ -137,7 +171,9 @@ def _track(home: Path) -> None:
 
 def _outside(home: Path) -> tuple[dict[str, Any], set[Path]]:
     """Return the names, content and modes of the files of another user; and all temporary files."""
-    others = {path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()}
+    others = {
+        path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()
+    }
     return others, {*home.rglob(".ema-*.tmp")}
 
 
@@ -174,7 +210,9 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
 def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
     kind = chance.choice(["cut", "flip", "flip", "bomb"])
     if kind == "bomb":
-        return pickle.dumps({"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)})
+        return pickle.dumps(
+            {"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)}
+        )
     place = chance.randrange(min(len(intact), chance.choice([100, 2_000, 10**9])))
     return _flipped(intact, 8 * place + chance.randrange(8)) if kind == "flip" else intact[:place]
 
@@ -184,12 +222,14 @@ def _flipped(data: bytes, place: int) -> bytes:
     return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
 
 
-# --- one small file of each kind: every flipped bit and every truncation is found before a result is written
+# --- one small file of each kind: every flipped bit and every truncation is found before a result
+# is written
 
 
 @dataclass(frozen=True)
 class Victim:
-    """A file that will be damaged, what a command reads it from, and the path that an error must name."""
+    """A file that will be damaged, what a command reads it from, and the path that an error must
+    name."""
 
     path: Path
     source: Path
@@ -218,10 +258,12 @@ def all_victims(folder: Path) -> dict[str, Victim]:
     export_file(output, shards, max_shard_size="10")
     index, shard = shards / INDEX, shards / "model-00001-of-00002.safetensors"
     return {
-        "snapshot": Victim(snapshot, snapshot.parent, snapshot), "output": Victim(output, output, output),
+        "snapshot": Victim(snapshot, snapshot.parent, snapshot),
+        "output": Victim(output, output, output),
         "part": Victim(part, unsplit.parent, part.parent),
-        "index": Victim(index, shards, shards), "shard": Victim(shard, shards, shard),
-    }  # fmt: skip
+        "index": Victim(index, shards, shards),
+        "shard": Victim(shard, shards, shard),
+    }
 
 
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
@@ -234,8 +276,11 @@ def truncate(folder: Path, share: float, seed: int) -> Tally:
     return _harm(folder, lambda data, length: data[:length], 1, share, seed)
 
 
-def _harm(folder: Path, change: Callable[[bytes, int], bytes], ways: int, share: float, seed: int) -> Tally:
-    """Damage each file in a share of the `ways` a byte: each damage is found or, in an index, changes nothing."""
+def _harm(
+    folder: Path, change: Callable[[bytes, int], bytes], ways: int, share: float, seed: int
+) -> Tally:
+    """Damage each file in a share of the `ways` a byte: each damage is found or, in an index,
+    changes nothing."""
     tally, chance = Tally(), random.Random(seed)
     for kind, victim in all_victims(folder).items():
         intact, data = victim.results(tally, kind), victim.path.read_bytes()
@@ -245,7 +290,8 @@ def _harm(folder: Path, change: Callable[[bytes, int], bytes], ways: int, share:
             tally.tried += 1
             found = victim.results(tally, f"{kind}, damage {number}")
             for result, before in zip(found, intact, strict=True):
-                if result is not None and not (kind == "index" and result == before):  # an index has no checksum
+                # an index has no checksum
+                if result is not None and not (kind == "index" and result == before):
                     tally.missed.append(f"{kind}, damage {number}: not found")
         victim.path.write_bytes(data)
         if victim.results(tally, kind) != intact or None in intact:

@@ -20,9 +20,18 @@ TRAIN = f"""
 import sys, torch
 from pathlib import Path
 from torture.training import train
+
 torch.set_num_threads(1)
 settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
-train(Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings)  # 120 kB a snapshot
+train(
+    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
+)  # 120 kB a snapshot
+train(
+    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
+)  # 120 kB a snapshot
+train(
+    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
+)  # 120 kB a snapshot
 """
 
 
@@ -31,21 +40,34 @@ def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     tally, run = Tally(), folder / "run"
 
     def wrong(most: int, is_complete: bool) -> list[str]:
-        due = range(STEPS if most else 4, STEPS + 1, 4) if is_complete else ()  # the others may be thinned
+        # the others may be thinned
+        due = range(STEPS if most else 4, STEPS + 1, 4) if is_complete else ()
         return [*wrong_snapshots(run), *_missing(run, SIGMA_RELS, due)]
 
-    _kill(tally, 1_000 * share, random.Random(seed), run, lambda most: ("", [Forked(TRAIN, run, most)]), wrong)
+    _kill(
+        tally,
+        1_000 * share,
+        random.Random(seed),
+        run,
+        lambda most: ("", [Forked(TRAIN, run, most)]),
+        wrong,
+    )
     return tally
 
 
 def _kill(
-    tally: Tally, times: float, chance: random.Random, place: Path, start: Callable[[int], tuple[str, list[Forked]]],
+    tally: Tally,
+    times: float,
+    chance: random.Random,
+    place: Path,
+    start: Callable[[int], tuple[str, list[Forked]]],
     wrong: Callable[[int, bool], list[str]],
-) -> None:  # fmt: skip
-    """Kill a process of each training in `place` at a random moment until it completes; begin anew until so many kills.
+) -> None:
+    """Kill a process of each training in `place` at a random moment until it completes; begin anew
+    until so many kills.
 
-    `start` starts or resumes a training with a number of snapshots a profile, 0 for all; `wrong` returns what is wrong,
-    given that number and whether the training is complete.
+    `start` starts or resumes a training with a number of snapshots a profile, 0 for all; `wrong`
+    returns what is wrong, given that number and whether the training is complete.
     """
     Forked("").wait()  # starts the server of processes
     started = time.monotonic()
@@ -73,7 +95,8 @@ def _kill(
 
 
 def _end(processes: list[Forked], patience: float) -> list[int]:
-    """Wait for all processes, kill those that are left, as a launcher does, and return the exit codes."""
+    """Wait for all processes, kill those that are left, as a launcher does, and return the exit
+    codes."""
     until = time.monotonic() + patience
     for process in processes:
         process.poll(max(0.0, until - time.monotonic()))
@@ -85,19 +108,33 @@ def _end(processes: list[Forked], patience: float) -> list[int]:
 def _missing(run: Path, sigma_rels: Sequence[float], steps: Iterable[int]) -> list[str]:
     found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
     due = [(step, sigma_rel) for step in steps for sigma_rel in sigma_rels]
-    return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in due if (step, sigma_rel) not in found]
+    return [
+        f"sigma_rel {sigma_rel} at {step} is missing"
+        for step, sigma_rel in due
+        if (step, sigma_rel) not in found
+    ]
 
 
 # --- sharded trainings of which one process is killed, resumed by other numbers of processes
 
 LAST = 24
-SPREAD = (("fsdp", 1), ("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
+SPREAD = (
+    ("fsdp", 1),
+    ("fsdp", 2),
+    ("fsdp", 3),
+    ("fsdp", 4),
+    ("tp", 2),
+    ("hsdp", 4),
+    ("fsdp-tp", 4),
+)
 TRAIN_SHARDED = f"""
 kind, most = arguments
 model = spread(Net(), kind)
 restore(model, folder / "run")
 most = int(most) or None
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=most, resume="auto") as ema:
+with PostHocEMA.from_model(
+    model, folder / "run", **SETTINGS, max_checkpoints=most, resume="auto"
+) as ema:
     for step in range(ema.step + 1, {LAST} + 1):
         train(model, step, step, ema)
         if step % 4 == 0:
@@ -105,11 +142,14 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, max_checkpoints=mo
         dist.barrier()  # in place of the training's own collectives
         if step % 4 == 0 and rank == 0:
             (folder / "durable").write_text(str(step))
+        if step % 4 == 0 and rank == 0:
+            (folder / "durable").write_text(str(step))
 """
 
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
-    """Kill any one process, 100 times in total; each training is resumed in other processes until it completes."""
+    """Kill any one process, 100 times in total; each training is resumed in other processes until
+    it completes."""
     tally, chance, place = Tally(), random.Random(seed), folder / "killed"
 
     def start(most: int) -> tuple[str, list[Forked]]:
@@ -127,15 +167,21 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
-    """Return a line for each missing snapshot at these steps, and each tensor that is not its average."""
+    """Return a line for each missing snapshot at these steps, and each tensor that is not its
+    average."""
     lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
     for snapshot in snapshots_in(run):
         with snapshot:
-            for name, right in truth(snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))).items():
-                # A float32 average is rounded once when stored, and each time that a training is resumed from it.
+            for name, right in truth(
+                snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))
+            ).items():
+                # A float32 average is rounded once when stored, and each time that a training is
+                # resumed from it.
                 away = (snapshot.tensor(name).double() - right).abs().max()
                 if not away <= 1e-6 * right.abs().max():
-                    lines.append(f"{snapshot.path.name}: {name} is {float(away):.2g} away from the average")
+                    lines.append(
+                        f"{snapshot.path.name}: {name} is {float(away):.2g} away from the average"
+                    )
     return lines
 
 
@@ -147,9 +193,16 @@ from itertools import count
 from pathlib import Path
 from posthoc_cli.errors import LockedError
 from torture.training import Network, begin
-logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # the warnings about taking over are expected
+
+logging.getLogger("posthoc_cli").setLevel(
+    logging.ERROR
+)  # the warnings about taking over are expected
 warnings.simplefilter("ignore")  # as are those that training waits for the disk
-run, stop, (first, pause, every, most) = Path(sys.argv[1]), Path(sys.argv[2]), map(float, sys.argv[3:])
+run, stop, (first, pause, every, most) = (
+    Path(sys.argv[1]),
+    Path(sys.argv[2]),
+    map(float, sys.argv[3:]),
+)
 network = Network()
 try:
     with begin(run, network, checkpoint_every=int(every), max_checkpoints=int(most)) as tracker:
@@ -166,11 +219,13 @@ try:
 except LockedError as error:
     print("refused", error, flush=True)
 """
-"""A training that says after its first steps that it holds the directory, and goes on until `stop` exists."""
+"""A training that says after its first steps that it holds the directory, and goes on until `stop`
+exists."""
 
 
 def readers(folder: Path, share: float, seed: int) -> Tally:
-    """Synthesize 1,000 times: while a training writes and thins, and after it while another process prunes."""
+    """Synthesize 1,000 times: while a training writes and thins, and after it while another process
+    prunes."""
     tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
     run, stop, out = folder / "run", folder / "stop", folder / "out.safetensors"
 
@@ -201,13 +256,17 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
 
 
 def writers(folder: Path, share: float, seed: int) -> Tally:
-    """Start two writers 300 times: one holds the directory, the other is refused; a third takes over when it ends."""
+    """Start two writers 300 times: one holds the directory, the other is refused; a third takes
+    over when it ends."""
     tally, chance = Tally(), random.Random(seed)
     run, stop = folder / "run", folder / "stop"
     for number in range(max(1, round(300 * share))):
         tally.tried += 1
         stop.unlink(missing_ok=True)
-        both = {process.first_line(): process for process in [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in "ab"]}
+        both = {
+            process.first_line(): process
+            for process in [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in "ab"]
+        }
         refused, holds = min(both), max(both)
         holder, wrongs = both[holds], []
         if not holds.startswith("trains") or f"process {holder.pid} on " not in refused:
@@ -216,13 +275,20 @@ def writers(folder: Path, share: float, seed: int) -> Tally:
             time.sleep(chance.uniform(0, 0.02))
             holder.kill()
         stop.touch()
-        wrongs += [f"{one.communicate()}" for one in both.values() if one.wait() and not (is_killed and one is holder)]
+        wrongs += [
+            f"{one.communicate()}"
+            for one in both.values()
+            if one.wait() and not (is_killed and one is holder)
+        ]
         stop.unlink()
         remove_half_begun(run)
         with Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) as third:
             if (answer := third.first_line()) != holds:
                 wrongs.append(f"{holds} was to be resumed: {answer}")
             time.sleep(chance.uniform(0, 0.01))
-        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in (*wrongs, *wrong_snapshots(run))]
+        tally.lost += [
+            f"meeting {number}, killed: {is_killed}: {line}"
+            for line in (*wrongs, *wrong_snapshots(run))
+        ]
         shutil.rmtree(run)
     return tally

@@ -1,4 +1,5 @@
-"""The experiments, with the names of the guide `durability`; `make torture` runs all of each and prints a table."""
+"""The experiments, with the names of the guide `durability`; `make torture` runs all of each and
+prints a table."""
 
 from pathlib import Path
 
@@ -19,8 +20,8 @@ EXPERIMENTS = {
     "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.005),
     "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.03),
 }
-"""By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of each kind) and a seed;
-and the share that `make test` tries."""
+"""By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of
+each kind) and a seed; and the share that `make test` tries."""
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

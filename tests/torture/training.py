@@ -1,6 +1,7 @@
 """A network whose weights at every step are known in advance, and a user's script that trains it.
 
-Every snapshot and every output therefore has one correct content, which is computed here from the formula in float64.
+Every snapshot and every output therefore has one correct content, which is computed here from the
+formula in float64.
 """
 
 from collections import Counter
@@ -24,23 +25,30 @@ STATE = "state.pt"
 
 @dataclass
 class Tally:
-    """The number of faults, kills or hostile inputs that were tried, and a line for each failure."""
+    """The number of faults, kills or hostile inputs that were tried, and a line for each
+    failure."""
 
     tried: int = 0
-    lost: list[str] = field(default_factory=list)  # something durable was missing, changed or incomplete
-    missed: list[str] = field(default_factory=list)  # a fault was not found, or not reported as one clear error
-    executed: list[str] = field(default_factory=list)  # foreign code ran, or a file outside was touched
+    # something durable was missing, changed or incomplete
+    lost: list[str] = field(default_factory=list)
+    # a fault was not found, or not reported as one clear error
+    missed: list[str] = field(default_factory=list)
+    # foreign code ran, or a file outside was touched
+    executed: list[str] = field(default_factory=list)
 
     @contextmanager
     def judged(self, what: str, named: str = "", refusable: bool = True) -> Iterator[None]:
-        """Require that the block ends without an error or with one short error that contains `named`."""
+        """Require that the block ends without an error or with one short error that contains
+        `named`."""
         try:
             yield
         except Exception as error:  # noqa: BLE001 - any other error is a failure
             text = str(error)
             is_clear = named in text and text.isprintable() and len(text) <= 2_000
             if not (refusable and is_clear and isinstance(error, PostHocError)):
-                self.missed.append(f"{what}: {type(error).__name__}: {text[:500]!a}; {named!r} was to be named")
+                self.missed.append(
+                    f"{what}: {type(error).__name__}: {text[:500]!a}; {named!r} was to be named"
+                )
 
 
 class Network(torch.nn.Module):
@@ -55,12 +63,17 @@ class Network(torch.nn.Module):
     @torch.no_grad()
     def go_to(self, step: int) -> None:
         for parameter in self.parameters():
-            parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
+            parameter.copy_(
+                torch.from_numpy(
+                    weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)
+                )
+            )
         self.count.fill_(step)
 
 
 def weights_up_to(step: int, elements: int) -> FloatArray:
-    """Return a parameter after the steps 1 to `step`, in exact float32 values: shape [step, elements]."""
+    """Return a parameter after the steps 1 to `step`, in exact float32 values: shape [step,
+    elements]."""
     return _weights(-(-step // 4096) * 4096 if step > 64 else 64, elements)[:step]
 
 
@@ -74,7 +87,10 @@ def _weights(steps: int, elements: int) -> FloatArray:
 @lru_cache(maxsize=1000)
 def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) -> FloatArray:
     """Return a parameter's average at a step with updates `every` so many."""
-    return exact_weights(sigma_rel, range(every, step + 1, every)) @ weights_up_to(step, elements)[every - 1 :: every]
+    return (
+        exact_weights(sigma_rel, range(every, step + 1, every))
+        @ weights_up_to(step, elements)[every - 1 :: every]
+    )
 
 
 # --- what the user does
@@ -98,19 +114,26 @@ def complete_times(directory: Path) -> list[int]:
 
 
 def remove_half_begun(directory: Path) -> None:
-    """Remove the first snapshots of a training that was killed while writing them: it cannot be resumed from there."""
+    """Remove the first snapshots of a training that was killed while writing them: it cannot be
+    resumed from there."""
     if not (complete_times(directory) or (directory / STATE).exists()):
         for snapshot in snapshots_in(directory):
             snapshot.path.unlink()
 
 
 def train(
-    directory: Path, until: int, save_at: Collection[int], note: Callable[[dict[str, bytes]], None] | None = None,
-    rows: int = 4, **settings: object,
-) -> list[str]:  # fmt: skip
-    """Resume the run in a directory and train to step `until`; return the errors of writing that training survived.
+    directory: Path,
+    until: int,
+    save_at: Collection[int],
+    note: Callable[[dict[str, bytes]], None] | None = None,
+    rows: int = 4,
+    **settings: object,
+) -> list[str]:
+    """Resume the run in a directory and train to step `until`; return the errors of writing that
+    training survived.
 
-    The state is saved at the steps `save_at`. `note` is called with the durable snapshots at every second step.
+    The state is saved at the steps `save_at`. `note` is called with the durable snapshots at every
+    second step.
     """
     network, errors = Network(rows), []
     remove_half_begun(directory)
@@ -144,16 +167,25 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def problems(path: Path) -> list[str]:
     found = Run(path).check()
-    return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
+    return [
+        *found.problems,
+        *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine),
+    ]
 
 
 def wrong_snapshots(directory: Path) -> list[str]:
-    """Return a line for each snapshot that is damaged, or differs from the average that it claims."""
+    """Return a line for each snapshot that is damaged, or differs from the average that it
+    claims."""
     holds = any(directory.glob("*.safetensors"))
     wrong = problems(directory) if holds else []
-    wrong += [line for path in directory.glob("superseded/*.safetensors") for line in problems(path)]
+    wrong += [
+        line for path in directory.glob("superseded/*.safetensors") for line in problems(path)
+    ]
     for snapshot in Run(directory).snapshots if holds and not wrong else ():
-        values, name = load_file(snapshot.path), f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors"
+        values, name = (
+            load_file(snapshot.path),
+            f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors",
+        )
         if values.pop("count") != snapshot.step or snapshot.path.name != name:
             wrong.append(f"{snapshot.path.name}: has another count or name at step {snapshot.step}")
         every = snapshot.schedule.update_every
@@ -164,25 +196,35 @@ def wrong_snapshots(directory: Path) -> list[str]:
 
 
 def wrong_output(path: Path) -> list[str]:
-    """Return what is wrong with an output, or with shards, by the snapshots and coefficients that they name."""
+    """Return what is wrong with an output, or with shards, by the snapshots and coefficients that
+    they name."""
     try:
         wrong, info = problems(path), None if path.is_dir() else read_output(path)
     except PostHocError as error:
         return [str(error)]
     if wrong or info is None:
-        return wrong or [line for shard in path.glob("*.safetensors") for line in wrong_output(shard)]
+        return wrong or [
+            line for shard in path.glob("*.safetensors") for line in wrong_output(shard)
+        ]
     values, coefficients = load_file(path), [used.coefficient for used in info.snapshots]
-    wrong = [] if abs(sum(coefficients) - 1) < 1e-9 else [f"{path.name}: coefficients add up to {sum(coefficients)}"]
+    wrong = (
+        []
+        if abs(sum(coefficients) - 1) < 1e-9
+        else [f"{path.name}: coefficients add up to {sum(coefficients)}"]
+    )
     for name in values.keys() & {"weight", "bias"}:
         exact = 0.0
         for used in info.snapshots:
             t, _, sigma_rel = used.file.removesuffix(".safetensors").partition("-")
-            exact = exact + used.coefficient * exact_average(int(t), float(sigma_rel), values[name].size)
+            exact = exact + used.coefficient * exact_average(
+                int(t), float(sigma_rel), values[name].size
+            )
         wrong += _away(f"{path.name}: {name}", values[name], exact, sum(map(abs, coefficients)))
     return wrong
 
 
 def _away(what: str, value: FloatArray, exact: FloatArray, scale: float = 1.0) -> list[str]:
-    """Return a line if values differ by more than updates and sums in float32 can: a missing update shows."""
+    """Return a line if values differ by more than updates and sums in float32 can: a missing update
+    shows."""
     away = float(np.abs(value.ravel() - exact).max() / np.abs(exact).max())
     return [] if away <= 1e-5 * scale else [f"{what} is {away:.2g} away from its average"]

@@ -1,4 +1,5 @@
-"""Trainings whose steps depend on their numbers only, so that two runs can be compared, and what they leave on disk."""
+"""Trainings whose steps depend on their numbers only, so that two runs can be compared, and what
+they leave on disk."""
 
 from __future__ import annotations
 
@@ -19,22 +20,29 @@ Weights = dict[str, torch.Tensor]
 
 
 class Training:
-    """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each step."""
+    """A network whose steps depend on their numbers and a `salt`; `path` holds its state after each
+    step."""
 
-    def __init__(self, seed: int = 0, path: Sequence[Weights] = (), model: Any = None, size: float = 0.003) -> None:
+    def __init__(
+        self, seed: int = 0, path: Sequence[Weights] = (), model: Any = None, size: float = 0.003
+    ) -> None:
         torch.manual_seed(seed)
         layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
         self.model: Any = torch.nn.Sequential(*layers) if model is None else model
         self.path, self.size = [*path], size
 
-    def run(self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0) -> Training:
+    def run(
+        self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0
+    ) -> Training:
         """Go on to a step; with `scale`, on a clock of that interval."""
         for number in range(len(self.path) + 1, last + 1):
             generator = torch.Generator().manual_seed(1000 * salt + number)
             with torch.no_grad():
                 for tensor in self.model.state_dict().values():
                     change = self.size * torch.randn(tensor.shape, generator=generator)
-                    tensor.copy_(tensor.float() + change if tensor.is_floating_point() else tensor + 1)
+                    tensor.copy_(
+                        tensor.float() + change if tensor.is_floating_point() else tensor + 1
+                    )
             self.path.append(self.state())
             if ema is not None:
                 ema.update_(self.model, scale * number or None)
@@ -50,11 +58,17 @@ class Training:
         return made
 
     def exact(self, sigma_rel: float, updates: Sequence[int] = ()) -> Weights:
-        """Return the average of all but counters over updates at these steps, or at every second one, in float64."""
+        """Return the average of all but counters over updates at these steps, or at every second
+        one, in float64."""
         updates = updates or range(2, len(self.path) + 1, 2)
         names = [name for name, value in self.path[0].items() if value.is_floating_point()]
-        values = {name: [self.path[step - 1][name].double().numpy() for step in updates] for name in names}
-        return {name: torch.from_numpy(exact_average(own, sigma_rel, updates)) for name, own in values.items()}
+        values = {
+            name: [self.path[step - 1][name].double().numpy() for step in updates] for name in names
+        }
+        return {
+            name: torch.from_numpy(exact_average(own, sigma_rel, updates))
+            for name, own in values.items()
+        }
 
     def error(self, ema: PostHocEMA, updates: Sequence[int] = ()) -> float:
         """Return the largest relative distance of a tracked average from the exact one."""
@@ -64,7 +78,8 @@ class Training:
 
 
 def wait_for_writers(folder: Path) -> None:
-    """Wait until this process's trackers have written all due snapshots to a folder, or failed to."""
+    """Wait until this process's trackers have written all due snapshots to a folder, or failed
+    to."""
     with suppress(DirectoryError):  # the folder has no snapshot yet
         PostHocEMA.from_path(folder)
 
@@ -78,10 +93,13 @@ def superseded(folder: Path) -> int:
 
 
 def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
-    """Return the headers, but for the run's id, and the tensors of the snapshots on the schedule."""
+    """Return the headers, but for the run's id, and the tensors of the snapshots on the
+    schedule."""
     result = {}
     for snapshot in (s for s in Run(folder).snapshots if not s.off_schedule):
-        flat = {name: snapshot.tensor(name).reshape(-1).view(torch.uint8) for name in snapshot.entries}
+        flat = {
+            name: snapshot.tensor(name).reshape(-1).view(torch.uint8) for name in snapshot.entries
+        }
         tensors = {name: value.numpy().tobytes() for name, value in flat.items()}
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
@@ -94,7 +112,10 @@ def as_if_killed(folder: Path) -> None:
             snapshot.path.unlink()
 
 
-def assert_near(found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], within: float = 1e-6) -> None:
-    """Fail unless all exact tensors, in float64, are found within a relative and absolute tolerance."""
+def assert_near(
+    found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], within: float = 1e-6
+) -> None:
+    """Fail unless all exact tensors, in float64, are found within a relative and absolute
+    tolerance."""
     for name, tensor in exact.items():
         assert torch.allclose(found[name].double(), tensor, rtol=within, atol=within), name

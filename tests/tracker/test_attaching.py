@@ -1,4 +1,5 @@
-"""A tracker attached to an optimizer: which steps count, which optimizers are refused, and which tracker holds one."""
+"""A tracker attached to an optimizer: which steps count, which optimizers are refused, and which
+tracker holds one."""
 
 import errno
 import gc
@@ -11,7 +12,11 @@ import torch
 from accelerate import Accelerator
 from factories import exact_average
 from snapshots.recorded import failing
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
 from tracker.runs import wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run
@@ -32,8 +37,15 @@ def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.SGD(model.parameters(), lr=0.1, **options)
 
 
-def attached(model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimizer, **settings: object) -> PostHocEMA:
-    defaults: dict = {"update_every": 1, "checkpoint_every": 10, "checkpoint_dtype": None, "sigma_rels": (0.05, 0.28)}
+def attached(
+    model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimizer, **settings: object
+) -> PostHocEMA:
+    defaults: dict = {
+        "update_every": 1,
+        "checkpoint_every": 10,
+        "checkpoint_dtype": None,
+        "sigma_rels": (0.05, 0.28),
+    }
     tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
     tracker.attach(optimizer)
     return tracker
@@ -54,7 +66,9 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
-def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, fused: bool, unscaled: bool) -> None:
+def test_steps_that_a_grad_scaler_skips_do_not_count(
+    tmp_path: Path, fused: bool, unscaled: bool
+) -> None:
     """The scaler calls a fused optimizer's `step` even then."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
@@ -98,7 +112,8 @@ class PlainWrapper:
 
 
 class ForwardingWrapper(torch.optim.Optimizer):
-    """Has the attributes of an optimizer, as Lookahead does, and forwards the registration of hooks."""
+    """Has the attributes of an optimizer, as Lookahead does, and forwards the registration of
+    hooks."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner, self.defaults = inner, inner.defaults
@@ -112,15 +127,23 @@ IS_A_WRAPPER = r"Wrapper wraps an optimizer.*call ema\.update_\(model\) after ea
 REFUSED: list[tuple[Any, str]] = [
     (PlainWrapper, IS_A_WRAPPER),
     (ForwardingWrapper, IS_A_WRAPPER),
-    (lambda inner: Clipped(inner.param_groups), r"Clipped overrides a step.*call ema\.update_\(model\) after each"),
+    (
+        lambda inner: Clipped(inner.param_groups),
+        r"Clipped overrides a step.*call ema\.update_\(model\) after each",
+    ),
     (ScaledSGD, r"ScaledSGD takes the GradScaler.*update_\(model\)"),
-    (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), r"a torch\.optim\.Optimizer, not StepLR"),
+    (
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        r"a torch\.optim\.Optimizer, not StepLR",
+    ),
     (lambda _: network(), r"a torch\.optim\.Optimizer, not Linear"),
 ]
 
 
 @pytest.mark.parametrize(("wrap", "message"), REFUSED)
-def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(tmp_path: Path, wrap: Any, message: str) -> None:
+def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(
+    tmp_path: Path, wrap: Any, message: str
+) -> None:
     Accelerator(cpu=True)
     model, optimizer = sgd()
     with pytest.raises(InvalidValueError, match=message):
@@ -136,14 +159,17 @@ OPTIMIZERS = [
     Renamed,
     torch.optim.Adam,
     Renamed,
-    lambda parameters, lr: torch.optim.AdamW(parameters, lr=torch.tensor(lr), capturable=False, foreach=False),
+    lambda parameters, lr: torch.optim.AdamW(
+        parameters, lr=torch.tensor(lr), capturable=False, foreach=False
+    ),
     torch.optim.Adafactor,
 ]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS)
 def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
-    """torch takes such a step at every checkpoint of an optimizer without state, and when it loads a checkpoint."""
+    """torch takes such a step at every checkpoint of an optimizer without state, and when it loads
+    a checkpoint."""
     model = network().double()
     optimizer = make(model.parameters(), lr=0.1)
     values = []
@@ -162,18 +188,30 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path
         set_state_dict(model, fresh, model_state_dict=weights, optim_state_dict=stored)
         assert (tracker.step, tracker.t) == (6, 6)
         with tracker.model(model, 0.28):
-            # Six updates in float64: each rounds by at most half a unit in the last place of values below 2.
-            assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max() < 6 * 2**-52
+            # Six updates in float64: each rounds by at most half a unit in the last place of values
+            # below 2.
+            assert (
+                abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max()
+                < 6 * 2**-52
+            )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
-def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_compiled(tmp_path: Path) -> None:
+def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_compiled(
+    tmp_path: Path,
+) -> None:
     model, optimizer = sgd()
     compiled, compiling = torch.compile(optimizer.step, backend="eager"), []
     with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
-        with pytest.raises(InvalidValueError, match=r"t None: must be a function that returns the .* time in images"):
+        with pytest.raises(
+            InvalidValueError,
+            match=r"t None: must be a function that returns the .* time in images",
+        ):
             tracker.attach(optimizer)
-        tracker.attach(optimizer, t=lambda: compiling.append(torch.compiler.is_compiling()) or 64 * len(compiling))
+        tracker.attach(
+            optimizer,
+            t=lambda: compiling.append(torch.compiler.is_compiling()) or 64 * len(compiling),
+        )
         for _ in range(4):
             backward(model)
             compiled()
@@ -181,7 +219,9 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
         assert (tracker.step, tracker.t) == (4, 256)
 
 
-def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(tmp_path: Path) -> None:
+def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(
+    tmp_path: Path,
+) -> None:
     model, first = sgd()
     second = torch.optim.SGD(model.parameters(), lr=0.1)
     with attached(model, tmp_path, first) as tracker:
@@ -213,10 +253,14 @@ def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optim
 def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Trackers of several directories may be attached to one optimizer; the end tells how many steps were counted."""
+    """Trackers of several directories may be attached to one optimizer; the end tells how many
+    steps were counted."""
     caplog.set_level("INFO")
     model, optimizer = sgd()
-    with attached(model, tmp_path / "one", optimizer) as tracker, attached(model, tmp_path / "two", optimizer) as other:
+    with (
+        attached(model, tmp_path / "one", optimizer) as tracker,
+        attached(model, tmp_path / "two", optimizer) as other,
+    ):
         step(model, optimizer)
         with pytest.raises(NotReadyError, match="leave out either this call or attach"):
             tracker.update_(model)
@@ -252,13 +296,23 @@ def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: 
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None:
     """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 
-    def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def train(
+        tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for number in range(4):
             optimizer.zero_grad()
             scaler.scale((model(X) - Y).square().mean()).backward()
-            with failing("fsync", errno.ENOSPC) if tracker is not None and number == 1 else nullcontext():
-                with pytest.raises(WriteError, match="no space") if tracker and number == 2 else nullcontext():
+            with (
+                failing("fsync", errno.ENOSPC)
+                if tracker is not None and number == 1
+                else nullcontext()
+            ):
+                with (
+                    pytest.raises(WriteError, match="no space")
+                    if tracker and number == 2
+                    else nullcontext()
+                ):
                     scaler.step(optimizer)
                 if tracker is not None:
                     wait_for_writers(tmp_path)

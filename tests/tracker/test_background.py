@@ -1,4 +1,5 @@
-"""Work in the background of a training: the same values as without it, errors that are raised once, nothing lost."""
+"""Work in the background of a training: the same values as without it, errors that are raised once,
+nothing lost."""
 
 import errno
 import os
@@ -30,7 +31,9 @@ SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_check
 def begin(folder: Path, device: str = "model", **settings: Any) -> tuple[Training, PostHocEMA]:
     training = Training()
     training.model[2].bfloat16()
-    return training, PostHocEMA.from_model(training.model, folder, device=device, **SETTINGS | settings)
+    return training, PostHocEMA.from_model(
+        training.model, folder, device=device, **SETTINGS | settings
+    )
 
 
 @pytest.fixture
@@ -47,7 +50,9 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
     gate, real = threading.Event(), getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *arguments, **keywords: gate.wait(60) and real(*arguments, **keywords))
+    monkeypatch.setattr(
+        owner, name, lambda *arguments, **keywords: gate.wait(60) and real(*arguments, **keywords)
+    )
     yield gate
     gate.set()
 
@@ -67,7 +72,8 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
     with tracker:
         for last in range(2, 41, 2):
             training.run(last, tracker)
-            training.model.load_state_dict(Training(1).state())  # values that no average may take in
+            # values that no average may take in
+            training.model.load_state_dict(Training(1).state())
             gate.set()
             tracker.flush()
             gate.clear()
@@ -95,7 +101,8 @@ def test_late_snapshots_hold_the_averages_of_their_time(
 def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_wait_for_the_disk(
     tmp_path: Path, gate: threading.Event, slow_disk: threading.Event
 ) -> None:
-    """The request comes while the training waits for its turn, and is staged before the update that comes next."""
+    """The request comes while the training waits for its turn, and is staged before the update that
+    comes next."""
     training, tracker = begin(tmp_path, "cpu", update_every=1, checkpoint_every=7)
     with tracker:
         gate.set()
@@ -103,7 +110,10 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
         tracker.flush()
         gate.clear()
         training.run(6, tracker)
-        threads = [threading.Thread(target=work) for work in (lambda: training.run(7, tracker), tracker.snapshot)]
+        threads = [
+            threading.Thread(target=work)
+            for work in (lambda: training.run(7, tracker), tracker.snapshot)
+        ]
         for thread in threads:
             thread.start()
             thread.join(0.3)
@@ -115,7 +125,8 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
     assert times(tmp_path) == {6, 7}
     for snapshot in Run(tmp_path).snapshots:
         right = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))
-        assert distance({name: snapshot.tensor(name) for name in snapshot.entries}, right) < 1e-3  # float16's rounding
+        # float16's rounding
+        assert distance({name: snapshot.tensor(name) for name in snapshot.entries}, right) < 1e-3
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -140,7 +151,9 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_an_interrupted_wait_for_disk_counts_nothing(tmp_path: Path, device: str, slow_disk: threading.Event) -> None:
+def test_an_interrupted_wait_for_disk_counts_nothing(
+    tmp_path: Path, device: str, slow_disk: threading.Event
+) -> None:
     training, tracker = begin(tmp_path / "cut", device)
     with tracker:
         training.run(7, tracker)
@@ -187,15 +200,22 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
         tracker.update_(model)
         model.load_state_dict(training.path[-1])
         tracker.update_(model)
-        threading.Timer(0.2, gate.set).start()  # the worker has not seen the nan when the call begins
+        # the worker has not seen the nan when the call begins
+        threading.Timer(0.2, gate.set).start()
         with pytest.raises(NonFiniteError, match=r"'0\.weight': holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
-    assert (state["clock"][-2], state["standing"]["step"], state["standing"]["updates"]) == (7, 6, 2)
+    assert (state["clock"][-2], state["standing"]["step"], state["standing"]["updates"]) == (
+        7,
+        6,
+        2,
+    )
 
 
-@pytest.mark.parametrize(("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)])
+@pytest.mark.parametrize(
+    ("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)]
+)
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     tmp_path: Path, device: str, next_fails: bool
 ) -> None:
@@ -204,7 +224,8 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     with tracker:
         with failing("fsync", errno.ENOSPC):
             training.run(4, tracker)
-            wait_for_writers(tmp_path)  # the write has failed when this returns, and no call has raised its error
+            # the write has failed when this returns, and no call has raised its error
+            wait_for_writers(tmp_path)
         if next_fails:
             with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
                 tracker.update_(training.model, t=5.0)
@@ -229,8 +250,11 @@ FORKS = """
 import os, signal, sys, torch
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
+
 model = torch.nn.Linear(700, 700)
-tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3, device=sys.argv[2])
+tracker = PostHocEMA.from_model(
+    model, sys.argv[1], update_every=1, checkpoint_every=3, device=sys.argv[2]
+)
 for _ in range(7):
     tracker.update_(model)
 child = os.fork()
@@ -254,8 +278,8 @@ raise SystemExit(7)
 def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
     tmp_path: Path, device: str
 ) -> None:
-    """The work includes jobs that other jobs submit, and the last snapshot. A forked process has none of the tracker's
-    threads, and would wait for them forever."""
+    """The work includes jobs that other jobs submit, and the last snapshot. A forked process has
+    none of the tracker's threads, and would wait for them forever."""
     assert forked.run(FORKS, tmp_path, device).code == 7
     assert [s.t for s in Run(tmp_path).snapshots] == [3, 3, 6, 6, 7, 7]
 
@@ -276,17 +300,26 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
         assert not thread.is_alive()
 
 
-@pytest.mark.parametrize(("device", "of"), [("cpu", "updates of the averages"), ("model", "snapshots")])
+@pytest.mark.parametrize(
+    ("device", "of"), [("cpu", "updates of the averages"), ("model", "snapshots")]
+)
 def test_a_training_that_waits_gets_one_warning_with_the_times(
-    tmp_path: Path, device: str, of: str, gate: threading.Event, slow_disk: threading.Event,
+    tmp_path: Path,
+    device: str,
+    of: str,
+    gate: threading.Event,
+    slow_disk: threading.Event,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(background, "PATIENCE", 0.2)
     slow, other = (gate, slow_disk) if device == "cpu" else (slow_disk, gate)
     other.set()
     said = rf"^posthoc_cli: training has waited for {of} \(.*\) for [\d.]+ s of .* took \d"
-    training, tracker = begin(tmp_path, device, update_every=1, checkpoint_every=1000 if device == "cpu" else 1)
-    threading.Timer(1.0, slow.set).start()  # on a busy machine the training takes a while until it waits
+    training, tracker = begin(
+        tmp_path, device, update_every=1, checkpoint_every=1000 if device == "cpu" else 1
+    )
+    # on a busy machine the training takes a while until it waits
+    threading.Timer(1.0, slow.set).start()
     with tracker:
         with pytest.warns(RuntimeWarning, match=said) as warned:
             training.run(15, tracker)

@@ -20,7 +20,8 @@ SETTINGS: dict = {
 
 
 def changing_twice() -> np.ndarray:
-    """Return the images seen after each step; the batch grows, and shrinks again, between two snapshots."""
+    """Return the images seen after each step; the batch grows, and shrinks again, between two
+    snapshots."""
     batch = np.full(STEPS, 64.0)
     batch[1290:1440] = 256
     return np.cumsum(batch)
@@ -32,7 +33,8 @@ def uneven(steps: int) -> np.ndarray:
 
 
 def path(times: np.ndarray) -> np.ndarray:
-    """Return the weights after each step: one settles, one drifts, one oscillates slowly; shape [steps, 3]."""
+    """Return the weights after each step: one settles, one drifts, one oscillates slowly; shape
+    [steps, 3]."""
     s = times / 156_800
     return np.stack([np.exp(-3 * s), 1 + s, np.sin(4 * s) + 2], axis=1)
 
@@ -41,7 +43,9 @@ def weights() -> torch.nn.ParameterDict:
     return torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
 
 
-def track(folder: Path, times: Sequence[float], first: int = 1, tracker: PostHocEMA | None = None) -> PostHocEMA:
+def track(
+    folder: Path, times: Sequence[float], first: int = 1, tracker: PostHocEMA | None = None
+) -> PostHocEMA:
     model, values = weights(), torch.from_numpy(path(np.asarray(times)))
     tracker = tracker or fresh(folder)
     with tracker, torch.no_grad():
@@ -60,7 +64,8 @@ def clocks(folder: Path) -> dict[float, tuple]:
 
 
 def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -> float:
-    """Return the relative distance of the synthesized weights; with `known` False, headers have no clock."""
+    """Return the relative distance of the synthesized weights; with `known` False, headers have no
+    clock."""
     sources = disk_sources(folder)
     if not known:
         sources = [replace(s, clock=()) for s in sources]
@@ -87,10 +92,14 @@ def test_every_header_holds_the_clock_up_to_its_own_time(changed: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [600, 700, None])
-def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps: int | None) -> None:
+def test_averages_over_changing_batches_are_near_the_truth(
+    changed: Path, steps: int | None
+) -> None:
     """Means of the last steps, and an ordinary EMA (None); without the clock they are wrong."""
     values = path(changing_twice())
-    target, exact = (Window(steps), values[-steps:].mean(axis=0)) if steps else (Beta(0.995), values[0])
+    target, exact = (
+        (Window(steps), values[-steps:].mean(axis=0)) if steps else (Beta(0.995), values[0])
+    )
     for value in () if steps else values[1:]:
         exact = 0.995 * exact + 0.005 * value
     assert error(changed, target, exact) < 5e-4
@@ -98,7 +107,9 @@ def test_averages_over_changing_batches_are_near_the_truth(changed: Path, steps:
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 249])
-def test_resuming_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
+def test_resuming_from_the_state_keeps_the_clock_exactly(
+    tmp_path: Path, interrupted_at: int
+) -> None:
     times = uneven(700).tolist()
     track(tmp_path / "straight", times)
     state = track(tmp_path / "parts", times[:interrupted_at]).state_dict()

@@ -1,6 +1,8 @@
-"""How a training continues: exactly, from the tracker's state; from snapshots of the model's weights; or not at all.
+"""How a training continues: exactly, from the tracker's state; from snapshots of the model's
+weights; or not at all.
 
-A run continues at the newest time whose sample of raw weights equals the model's, or at a step that the user names.
+A run continues at the newest time whose sample of raw weights equals the model's, or at a step that
+the user names.
 """
 
 import base64
@@ -41,14 +43,18 @@ from posthoc_cli.errors import (
 )
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
-OF_NO_SNAPSHOT = r"model: its weights are those of no snapshot of .*restore the model's checkpoint.*resume=\d+"
+OF_NO_SNAPSHOT = (
+    r"model: its weights are those of no snapshot of .*restore the model's checkpoint.*resume=\d+"
+)
 
 
 def begin(model: torch.nn.Module, folder: Path, **settings: Any) -> PostHocEMA:
     return PostHocEMA.from_model(model, folder, **SETTINGS | settings)
 
 
-def resume(model: torch.nn.Module, folder: Path, way: str = "from_model", **settings: Any) -> PostHocEMA:
+def resume(
+    model: torch.nn.Module, folder: Path, way: str = "from_model", **settings: Any
+) -> PostHocEMA:
     if way == "from_path":
         return PostHocEMA.from_path(folder, model)
     return begin(model, folder, resume="auto", **settings)
@@ -98,7 +104,11 @@ def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> No
         for number in range(1, last + 1):
             training.run(number, ema)
             states.append(ema.state_dict())
-            shutil.copytree(tmp_path / "complete", tmp_path / str(number), ignore=shutil.ignore_patterns(".ema*"))
+            shutil.copytree(
+                tmp_path / "complete",
+                tmp_path / str(number),
+                ignore=shutil.ignore_patterns(".ema*"),
+            )
     for number, state in enumerate(states, 1):
         again, folder = training.at(number), tmp_path / str(number)
         with resume(again.model, folder, **settings) as ema:
@@ -108,7 +118,8 @@ def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> No
 
 
 def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path: Path) -> None:
-    """Back to an early state and on to other weights, then from a late state of the first attempt, and so on."""
+    """Back to an early state and on to other weights, then from a late state of the first attempt,
+    and so on."""
     training = Training()
     with begin(training.model, tmp_path) as ema:
         early = state_after(training, 15, ema)
@@ -136,12 +147,15 @@ def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_continues(tmp_path:
         assert times(tmp_path) == {10}
 
 
-@pytest.mark.parametrize(("before", "after", "updates"), [
-    ({}, {"update_every": 5, "checkpoint_every": 5}, [*range(2, 23, 2), *range(25, 41, 5)]),
-    ({}, {"checkpoint_every": 20}, range(2, 41, 2)),
-    ({"sigma_rels": (0.05, 0.15, 0.28)}, {}, range(2, 41, 2)),
-    ({"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.15,)}, range(2, 41, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after", "updates"),
+    [
+        ({}, {"update_every": 5, "checkpoint_every": 5}, [*range(2, 23, 2), *range(25, 41, 5)]),
+        ({}, {"checkpoint_every": 20}, range(2, 41, 2)),
+        ({"sigma_rels": (0.05, 0.15, 0.28)}, {}, range(2, 41, 2)),
+        ({"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.15,)}, range(2, 41, 2)),
+    ],
+)
 @pytest.mark.parametrize("exactly", [True, False])
 def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     tmp_path: Path, before: dict, after: dict, updates: range, exactly: bool, ema: Ema
@@ -158,17 +172,23 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
         training.run(40, second)
         assert training.error(second, updates) < 1e-6
         profiles = second.settings.sigma_rels
-    dropped = len(first.settings.sigma_rels) - len(profiles)  # whose last snapshots the exact state does not list
+    # whose last snapshots the exact state does not list
+    dropped = len(first.settings.sigma_rels) - len(profiles)
     assert superseded(tmp_path) == exactly * dropped
     newest, wanted = Run(tmp_path).snapshots[-1], SETTINGS | after
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (
-        wanted["update_every"], wanted["checkpoint_every"],
-    )  # fmt: skip
+        wanted["update_every"],
+        wanted["checkpoint_every"],
+    )
     assert (newest.max_interval, newest.t_first, newest.t) == (wanted["update_every"], 2, 40)
     assert {s.sigma_rel for s in Run(tmp_path).snapshots if s.t == 40} == {*profiles}
     assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
     again = PostHocEMA.from_path(tmp_path, training.model)
-    assert (again.step, again.settings.sigma_rels, again.settings.schedule) == (40, profiles, newest.schedule)
+    assert (again.step, again.settings.sigma_rels, again.settings.schedule) == (
+        40,
+        profiles,
+        newest.schedule,
+    )
 
 
 def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
@@ -180,7 +200,9 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
         ema.load_state_dict(states[0])
         late.run(10, ema)
         assert late.error(ema) < 1e-6
-        with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"):
+        with pytest.raises(
+            InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"
+        ):
             ema.load_state_dict(states[1])
         assert late.error(ema) < 1e-6
     with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones"):
@@ -192,7 +214,8 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
     tmp_path: Path, last: int, group: bool, scale: float, request: pytest.FixtureRequest
 ) -> None:
-    """On the user's own clock, also where it equals the steps; no pickles are needed; fewer profiles may be loaded."""
+    """On the user's own clock, also where it equals the steps; no pickles are needed; fewer
+    profiles may be loaded."""
     training, options = Training(), {"t_unit": "images"}
     ema = begin(training.model, tmp_path / "run", **options)
     expected = state_after(training, last, ema, scale=scale)
@@ -213,7 +236,8 @@ def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
     with resume(again.model, tmp_path / "run", **options) as second:
         dcp.load({"ema": second}, checkpoint_id=tmp_path / "dcp")
         found = second.state_dict()
-        assert same(found, expected | {"snapshots": found["snapshots"]})  # the end of the run has written more
+        # the end of the run has written more
+        assert same(found, expected | {"snapshots": found["snapshots"]})
         again.run(20, second, scale=scale)
     complete = Training()
     with begin(complete.model, tmp_path / "complete", **options) as ema:
@@ -223,7 +247,9 @@ def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
 
 def same(one: object, other: object) -> bool:
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(
+            same(value, other[key]) for key, value in one.items()
+        )
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     return one == other
@@ -232,20 +258,32 @@ def same(one: object, other: object) -> bool:
 NOT_IN_BOTH = "is in the state or in the model, but not in both"
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
-    ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-    ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a finite number, at least 0"),
-    ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
-    ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
-    ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-    ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-    ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
-    (torch.zeros(2), r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]"),
-    (torch.zeros(24, 8, dtype=torch.float16), r"tensor '0\.weight': is torch\.float16 .* in the state"),
-    (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
-    ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 6, not 2"),
+        ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
+        (
+            {"sigma_rels": [0.05, float("nan")]},
+            r"state: sigma_rels: must be a finite number, at least 0",
+        ),
+        ({"standing": {}}, r"state: inherited: must be one for each profile, not 0"),
+        ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
+        ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+        ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
+        ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
+        (
+            torch.zeros(2),
+            r"tensor '0\.weight': is .* shape \[2\] in the state, not .* shape \[24, 8\]",
+        ),
+        (
+            torch.zeros(24, 8, dtype=torch.float16),
+            r"tensor '0\.weight': is torch\.float16 .* in the state",
+        ),
+        (torch.full((24, 8), float("nan")), r"tensor '0\.weight': .* holds nan or infinity"),
+        ({"run_id": "0" * 32}, "holds snapshots of run .*, this tracker is run 0000"),
+    ],
+)
 def test_an_altered_state_or_one_of_another_run_is_refused(
     finished: Training, tmp_path: Path, change: dict | torch.Tensor, message: str
 ) -> None:
@@ -260,7 +298,9 @@ def test_an_altered_state_or_one_of_another_run_is_refused(
             altered["high"]["0.28"]["0.weight"] = change
         with pytest.raises(PostHocError, match=message) as refused:
             ema.load_state_dict(altered)
-        assert isinstance(refused.value, InvalidValueError | ModelMismatchError | NonFiniteError | MismatchError)
+        assert isinstance(
+            refused.value, InvalidValueError | ModelMismatchError | NonFiniteError | MismatchError
+        )
         assert len(str(refused.value)) < 500
         assert same(ema.state_dict(), before)
         assert contents(tmp_path) == files
@@ -282,8 +322,12 @@ def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
         assert same(ema.state_dict(), kept)
 
 
-@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, lambda one: torch.save(one, io.BytesIO())])
-def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path: Path, take: Any) -> None:
+@pytest.mark.parametrize(
+    "take", [copy.deepcopy, pickle.dumps, lambda one: torch.save(one, io.BytesIO())]
+)
+def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
+    tmp_path: Path, take: Any
+) -> None:
     holder = torch.nn.Linear(2, 2)
     holder.tracker = begin(torch.nn.Linear(2, 2), tmp_path)  # type: ignore[assignment]
     for thing in (holder.tracker, holder):
@@ -294,12 +338,18 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(tmp_path: Path
 # --- from the snapshots of a time at which the network had the model's weights
 
 
-@pytest.mark.parametrize(("way", "weights"), [
-    *(("from_model", one) for one in ("new", "first", "next", "of another attempt")),
-    *(("from_path", one) for one in ("new", "permuted", "average", "half")),
-])  # fmt: skip
-def test_a_run_is_not_resumed_with_fresh_weights(finished: Training, tmp_path: Path, way: str, weights: str) -> None:
-    """Nor with others that the network had at no time with snapshots, nor if there is but one such time."""
+@pytest.mark.parametrize(
+    ("way", "weights"),
+    [
+        *(("from_model", one) for one in ("new", "first", "next", "of another attempt")),
+        *(("from_path", one) for one in ("new", "permuted", "average", "half")),
+    ],
+)
+def test_a_run_is_not_resumed_with_fresh_weights(
+    finished: Training, tmp_path: Path, way: str, weights: str
+) -> None:
+    """Nor with others that the network had at no time with snapshots, nor if there is but one such
+    time."""
     if weights == "first":
         remove(tmp_path, *range(20, 201, 10), sigma_rel=0.28)
         remove(tmp_path, *range(20, 201, 10), sigma_rel=0.05)
@@ -307,7 +357,8 @@ def test_a_run_is_not_resumed_with_fresh_weights(finished: Training, tmp_path: P
     inner, norm, outer = training.model
     if weights == "next":
         training.run(161)
-    elif weights == "permuted":  # two hidden units are swapped: the same function with other weights
+    # two hidden units are swapped: the same function with other weights
+    elif weights == "permuted":
         order = [1, 0, *range(2, 24)]
         for layer in (inner, norm):
             layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
@@ -339,7 +390,11 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     if way == "step=80":
         ema = PostHocEMA.from_path(tmp_path, again.model, step=80)
     else:
-        ema = begin(again.model, tmp_path, resume=80) if way == "resume=80" else resume(again.model, tmp_path, way)
+        ema = (
+            begin(again.model, tmp_path, resume=80)
+            if way == "resume=80"
+            else resume(again.model, tmp_path, way)
+        )
     again.model.load_state_dict(checkpoint)
     assert ema.step == ema.state_dict()["clock"][-2] == 80
     assert_near(ema.state_dict(0.28), averages_in(ema.state_dict())["0.28"])
@@ -365,10 +420,14 @@ def test_the_last_checkpoint_that_was_loaded_decides(finished: Training, tmp_pat
         ema.update_(again.model)
 
 
-def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(finished: Training, tmp_path: Path) -> None:
+def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(
+    finished: Training, tmp_path: Path
+) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         again = finished.at(160)
-        again.model.load_state_dict({name: value.to(dtype) for name, value in finished.path[159].items()})
+        again.model.load_state_dict(
+            {name: value.to(dtype) for name, value in finished.path[159].items()}
+        )
         assert resume(again.model, tmp_path).step == 160
     for last in (10, 20, 30):
         with resume(finished.model, tmp_path / "still") as ema:
@@ -396,8 +455,8 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path: Path, every: 
 def test_a_profile_without_a_snapshot_at_that_time_is_reconstructed_within_1_percent(
     finished: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Later predicted errors contain its error. With few snapshots the error would be larger; without any the run
-    was killed while it wrote its first ones, and begins again."""
+    """Later predicted errors contain its error. With few snapshots the error would be larger;
+    without any the run was killed while it wrote its first ones, and begins again."""
     for name in ("few", "first"):
         shutil.copytree(tmp_path, tmp_path / name, ignore=shutil.ignore_patterns("few"))
     remove(tmp_path, 200)
@@ -409,12 +468,18 @@ def test_a_profile_without_a_snapshot_at_that_time_is_reconstructed_within_1_per
     exact = {name: value for name, value in again.exact(0.28).items() if "running" not in name}
     off = distance(found, exact)
     assert 0.1 * found.predicted_error < off < 2 * found.predicted_error < 0.02
-    assert "sigma_rel 0.28 has no snapshot at step 200: it is reconstructed, with a predicted error of" in caplog.text
+    assert (
+        "sigma_rel 0.28 has no snapshot at step 200: it is reconstructed, with a predicted error of"
+        in caplog.text
+    )
     remove(tmp_path / "few", *range(10, 201, 10))
     remove(tmp_path / "few", *range(10, 191, 10), sigma_rel=0.05)
     before, again = contents(tmp_path / "few"), finished.at(200)
     with resume(again.model, tmp_path / "few") as ema:
-        with pytest.raises(DirectoryError, match=r"sigma_rel 0\.28 has no snapshot at step 200, .*at most 1 % is acc"):
+        with pytest.raises(
+            DirectoryError,
+            match=r"sigma_rel 0\.28 has no snapshot at step 200, .*at most 1 % is acc",
+        ):
             ema.update_(again.model)
         assert contents(tmp_path / "few") == before
     new, folder = Training(), tmp_path / "first"
@@ -433,12 +498,15 @@ def test_a_profile_without_a_snapshot_at_that_time_is_reconstructed_within_1_per
 
 
 @pytest.mark.parametrize("weights", [100, 130])
-@pytest.mark.parametrize("way", ["step", "state last", "state first", "state first, in place", "own clock"])
+@pytest.mark.parametrize(
+    "way", ["step", "state last", "state first", "state first, in place", "own clock"]
+)
 def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_continued(
     tmp_path: Path, way: str, weights: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The averages are those of step 100, of a state or of a step that the user names, and the model's weights may be
-    later. With an own clock the first value after the gap stands for all of it."""
+    """The averages are those of step 100, of a state or of a step that the user names, and the
+    model's weights may be later. With an own clock the first value after the gap stands for all of
+    it."""
     settings, scale = ({"t_unit": "images"}, 10.0) if way == "own clock" else ({}, 0.0)
     training = Training()
     with begin(training.model, tmp_path, **settings) as ema:
@@ -464,12 +532,15 @@ def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_
         found = ema.state_dict(0.05).predicted_error
     now, at_100, before = again.path[-1], training.path[99], saved
     parameters = [name for name, _ in again.model.named_parameters()]
-    lost, last_steps = (distance(now, {name: one[name] for name in parameters}) for one in (at_100, before))
+    lost, last_steps = (
+        distance(now, {name: one[name] for name in parameters}) for one in (at_100, before)
+    )
     said = "the averages continue from step 100; the model has other weights" in caplog.text
     if weights == 130:
         assert said
         assert 0.5 * lost < found < 1.5 * lost
-    elif way == "state first, in place":  # nobody notices a change in place: the present model is a step away
+    # nobody notices a change in place: the present model is a step away
+    elif way == "state first, in place":
         assert found < 1.5 * last_steps
     else:
         assert not said
@@ -477,7 +548,8 @@ def test_predicted_errors_contain_how_far_the_model_is_from_the_network_that_is_
 
 
 def test_errors_of_two_gaps_add_up(tmp_path: Path) -> None:
-    """The second one is noticed before an update has followed on the first; both are of 30 steps of one random walk."""
+    """The second one is noticed before an update has followed on the first; both are of 30 steps of
+    one random walk."""
     training = Training()
     with begin(training.model, tmp_path) as ema:
         state = state_after(training, 100, ema)
@@ -490,22 +562,35 @@ def test_errors_of_two_gaps_add_up(tmp_path: Path) -> None:
     assert all(1.6 < one / gap < 2.4 for one in state["standing"]["inherited"])
 
 
-def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_snapshots(tmp_path: Path) -> None:
-    """Squared norms add up, and fade by beta squared as averages move on; here beta = (t_resume / t)^(gamma+1)."""
+def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_snapshots(
+    tmp_path: Path,
+) -> None:
+    """Squared norms add up, and fade by beta squared as averages move on; here beta = (t_resume /
+    t)^(gamma+1)."""
     training, gamma, lost, last = Training(), exact_gamma(0.28), 0.0, 0
     settings = {"update_every": 1, "checkpoint_every": 20, "checkpoint_dtype": "float16"}
     for end in (20, 40, 60):
         with resume(training.model, tmp_path, **settings) as ema:
             state = state_after(training, end, ema)
-            assert (1e-6 if last else 0) < ema.state_dict(0.28).predicted_error < (1e-3 if last else 1e-6)
+            assert (
+                (1e-6 if last else 0)
+                < ema.state_dict(0.28).predicted_error
+                < (1e-3 if last else 1e-6)
+            )
         (snapshot,) = (s for s in Run(tmp_path).snapshots if (s.t, s.sigma_rel) == (end, 0.28))
         lost *= ((last / end) ** (gamma + 1)) ** 2
         assert snapshot.inherited == pytest.approx(lost, rel=1e-3)
         assert state["standing"]["inherited"][1] == snapshot.inherited
         assert (snapshot.updates, state["standing"]["updates"]) == (end, end)
         stored = load_file(snapshot.path)
-        exact = {name: value for name, value in averages_in(state)["0.28"].items() if "running" not in name}
-        lost += sum(float((stored[name].double() - value).square().sum()) for name, value in exact.items())
+        exact = {
+            name: value
+            for name, value in averages_in(state)["0.28"].items()
+            if "running" not in name
+        }
+        lost += sum(
+            float((stored[name].double() - value).square().sum()) for name, value in exact.items()
+        )
         last = end
     assert lost > 0
 
@@ -514,7 +599,8 @@ def test_headers_and_predicted_errors_count_the_error_of_resuming_from_rounded_s
 def test_a_header_holds_the_weights_and_the_average_of_its_time(
     tmp_path: Path, device: str, last: int, at: int
 ) -> None:
-    """The format defines the elements of the sample. A snapshot off the schedule holds those of the last update."""
+    """The format defines the elements of the sample. A snapshot off the schedule holds those of the
+    last update."""
     raw = begun(tmp_path, last, device=device, buffers="copy").path[at - 1]
     newest = Run(tmp_path).snapshots[-1]
     assert newest.t == at
@@ -526,8 +612,12 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(
             for k in range(512)
             if k * len(names) // 512 == number
         }
-        expected += [(float(raw[name].reshape(-1)[i]), float(average[name].reshape(-1)[i])) for i in sorted(places)]
-    sample = np.frombuffer(base64.b64decode(newest.sample), "<f4").reshape(2, -1)  # of the weights and the average
+        expected += [
+            (float(raw[name].reshape(-1)[i]), float(average[name].reshape(-1)[i]))
+            for i in sorted(places)
+        ]
+    # of the weights and the average
+    sample = np.frombuffer(base64.b64decode(newest.sample), "<f4").reshape(2, -1)
     assert [*map(tuple, sample.T.tolist())] == expected
 
 
@@ -549,7 +639,9 @@ for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
 """
 
 
-@pytest.mark.parametrize(("kinds", "ranks"), [(("tp", "fsdp"), (2, 3)), (("fsdp", "alone"), (2, 1))])
+@pytest.mark.parametrize(
+    ("kinds", "ranks"), [(("tp", "fsdp"), (2, 3)), (("fsdp", "alone"), (2, 1))]
+)
 def test_processes_decide_together_with_the_samples_of_another_arrangement(
     kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
 ) -> None:
@@ -565,31 +657,60 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
 # --- who may write
 
 
-def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training, other = begun(tmp_path / "run", 10), torch.nn.Linear(3, 4)
     before, model, run = contents(tmp_path / "run"), training.model, tmp_path / "run"
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
-    ways = r"restore the model's checkpoint first, .*resume='auto'.*load_state_dict.*resume=10 .*another directory"
+    ways = (
+        r"restore the model's checkpoint first, .*resume='auto'.*load_state_dict.*resume=10 "
+        r".*another directory"
+    )
     for folder, wrong, kind, message in (
         (run, {}, MismatchError, f"{ways}$"),
-        (run, {"resume": "auto", "t_unit": "images"}, InvalidValueError, r"t_unit 'images': the run in .* counts"),
-        *((run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', a ca") for one in ("yes", True)),
-        *((run, {"resume": one}, InvalidValueError, f"resume {one}: must be a whole number") for one in (0, 3.5)),
-        (run, {"resume": 5}, InvalidValueError, "resume 5: this call of update_ has no snapshot; calls .* one: 10"),
+        (
+            run,
+            {"resume": "auto", "t_unit": "images"},
+            InvalidValueError,
+            r"t_unit 'images': the run in .* counts",
+        ),
+        *(
+            (run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', a ca")
+            for one in ("yes", True)
+        ),
+        *(
+            (run, {"resume": one}, InvalidValueError, f"resume {one}: must be a whole number")
+            for one in (0, 3.5)
+        ),
+        (
+            run,
+            {"resume": 5},
+            InvalidValueError,
+            "resume 5: this call of update_ has no snapshot; calls .* one: 10",
+        ),
         (tmp_path / "new", {"resume": 10}, DirectoryError, "no such directory"),
-        *((tmp_path / name, {}, DirectoryError, "is not a directory") for name in ("file", "file/run", "nowhere")),
+        *(
+            (tmp_path / name, {}, DirectoryError, "is not a directory")
+            for name in ("file", "file/run", "nowhere")
+        ),
         (tmp_path / ("a" * 300), {}, WriteError, "aaa: cannot be written: file name too long"),
     ):
         with pytest.raises(kind, match=message) as raised:
             begin(model, folder, **wrong)
-        assert isinstance(raised.value, ValueError) or kind not in (MismatchError, InvalidValueError)
+        assert isinstance(raised.value, ValueError) or kind not in (
+            MismatchError,
+            InvalidValueError,
+        )
     for name in ("absent", "empty"):
         with pytest.raises(DirectoryError, match=name):
             PostHocEMA.from_path(tmp_path / name)
     for call in (lambda: resume(other, run), lambda: PostHocEMA.from_path(run, other)):
-        with pytest.raises(ModelMismatchError, match=r"is of another model; use its model, or another directory$"):
+        with pytest.raises(
+            ModelMismatchError, match=r"is of another model; use its model, or another directory$"
+        ):
             call()
     assert contents(run) == before
     PostHocEMA.from_path(run, model.requires_grad_(False))  # for an evaluation
@@ -603,7 +724,9 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("way", ["auto", None])
-def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(tmp_path: Path, way: str | None) -> None:
+def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(
+    tmp_path: Path, way: str | None
+) -> None:
     """A closed run continues at the model's weights."""
     training = Training()
     first = begin(training.model, tmp_path)
@@ -614,7 +737,8 @@ def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(tmp_path: P
     first.snapshot()
     with pytest.raises(MismatchError, match=r"up to step 9; restore the model.*resume='auto'"):
         begin(training.model, tmp_path)
-    for model in (training.model, Training(1).model):  # that the training goes on is said before any other reason
+    # that the training goes on is said before any other reason
+    for model in (training.model, Training(1).model):
         with pytest.raises(LockedError, match=writes):
             resume(model, tmp_path).update_(model)
     first.close()
@@ -667,7 +791,9 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     before = contents(tmp_path)
     training = training.at(10)
     other = PostHocEMA.from_path(tmp_path, training.model) if other.closed else other
-    with pytest.raises(MismatchError, match="has advanced from step 10 to 20 since this tracker was made"):
+    with pytest.raises(
+        MismatchError, match="has advanced from step 10 to 20 since this tracker was made"
+    ):
         other.update_(training.model)
     assert contents(tmp_path) == before
     last = PostHocEMA.from_path(tmp_path, training.model)
@@ -685,21 +811,30 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
     ema.close()
     assert ema.closed
     assert set(ema.state_dict(sigma_rel=0.15)) == set(training.path[0])
-    for call in (lambda: ema.update_(training.model), lambda: ema.load_state_dict(state), ema.snapshot):
+    for call in (
+        lambda: ema.update_(training.model),
+        lambda: ema.load_state_dict(state),
+        ema.snapshot,
+    ):
         with pytest.raises(NotReadyError, match="was closed"):
             call()
     assert times(tmp_path) == {10}
 
 
 @pytest.mark.parametrize("way", ["load_state_dict", "from_path"])
-def test_a_failing_resume_releases_the_directory(finished: Training, tmp_path: Path, way: str) -> None:
+def test_a_failing_resume_releases_the_directory(
+    finished: Training, tmp_path: Path, way: str
+) -> None:
     (tmp_path / "superseded").write_text("a file where the folder should be")
     again = finished.at(10)
     failed = PostHocEMA.from_path(tmp_path, again.model, step=10)
     state = failed.state_dict()
-    with pytest.raises(DirectoryError, match=r"superseded: is a link or no directory; .* move it away"):
+    with pytest.raises(
+        DirectoryError, match=r"superseded: is a link or no directory; .* move it away"
+    ):
         failed.load_state_dict(state) if way == "load_state_dict" else failed.update_(again.model)
     (tmp_path / "superseded").unlink()
-    with PostHocEMA.from_path(tmp_path, again.model, step=10) as ema:  # although `failed` still exists
+    # although `failed` still exists
+    with PostHocEMA.from_path(tmp_path, again.model, step=10) as ema:
         again.run(12, ema)
         assert again.error(ema) < 1e-6

@@ -1,4 +1,5 @@
-"""Copies of a model's values: device streams that run as late as they may, and pinned memory of the right size."""
+"""Copies of a model's values: device streams that run as late as they may, and pinned memory of the
+right size."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Event:
 
 @dataclass(eq=False)
 class Stream:
-    """Work that is done in order; an item of `work` does nothing and returns False while it has to wait."""
+    """Work that is done in order; an item of `work` does nothing and returns False while it has to
+    wait."""
 
     device: SimulatedDevice
     work: deque[Callable[[], bool]] = field(default_factory=deque)
@@ -89,29 +91,43 @@ class SimulatedDevice:
         """Return the replacement of torch in `memory`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
-            Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on,
+            Stream=self.stream,
+            Event=lambda **_: Event(self),
+            current_stream=lambda _: self.current,
+            stream=self.on,
             mem_get_info=lambda _: (self.free, self.free),
-        )  # fmt: skip
+        )
 
         class OnDevice(torch.Tensor):
             def record_stream(self, stream: Any) -> None:
                 used_by.add((self.data_ptr(), stream))
 
             @classmethod
-            def __torch_function__(cls, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_function__(
+                cls, call: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 if call.__name__ not in ("copy_", "_foreach_copy_"):
                     return super().__torch_function__(call, types, args, kwargs or {})
-                plain = [[x.as_subclass(torch.Tensor) for x in a] if isinstance(a, list) else a for a in args]
-                plain = [a.as_subclass(torch.Tensor) if isinstance(a, torch.Tensor) else a for a in plain]
+                plain = [
+                    [x.as_subclass(torch.Tensor) for x in a] if isinstance(a, list) else a
+                    for a in args
+                ]
+                plain = [
+                    a.as_subclass(torch.Tensor) if isinstance(a, torch.Tensor) else a for a in plain
+                ]
                 self.current.add(lambda: call(*plain))
                 return args[0]
 
         proxy = SimpleNamespace(**vars(torch))
         proxy.cuda = cuda
 
-        def empty(elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
+        def empty(
+            elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False
+        ) -> torch.Tensor:
             made = torch.zeros(elements, dtype=dtype)
-            return made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
+            return (
+                made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
+            )
 
         proxy.empty = empty
         return proxy
@@ -119,7 +135,8 @@ class SimulatedDevice:
 
 @pytest.fixture(params=range(12))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    """Simulate a device: from the sixth seed on without free memory, and with tensors of several slabs."""
+    """Simulate a device: from the sixth seed on without free memory, and with tensors of several
+    slabs."""
     simulated = SimulatedDevice(request.param)
     if request.param >= 6:
         simulated.free = 0
@@ -139,7 +156,9 @@ def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     """Return a reader of tensors as if they were on devices, float64 on a second one."""
     numbers = {torch.float64: 1}
     host = Reader.of_tensors(tensors)
-    places = tuple(replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in host.layout)
+    places = tuple(
+        replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in host.layout
+    )
     return Reader(places, [host.current(tile) for tile in host.tiles], threads=0)
 
 
@@ -149,7 +168,8 @@ def expected(copy: ModelCopy, number: int) -> bool:
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
-    """Training overwrites the values at each step; up to two copies of earlier values wait to be read."""
+    """Training overwrites the values at each step; up to two copies of earlier values wait to be
+    read."""
     values = tensors()
     stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
 
@@ -176,7 +196,8 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
-    # Both streams are recorded, so that a freed buffer is not reused by the training before the other has read it.
+    # Both streams are recorded, so that a freed buffer is not reused by the training before the
+    # other has read it.
     assert len(device.used_by) == 2 * len(buffers)
     device.run(only=device.training)
     if device.free:
@@ -201,9 +222,11 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
-    """Training continues at once, also in another stream; copying 64 MB takes longer than its next kernels."""
+    """Training continues at once, also in another stream; copying 64 MB takes longer than its next
+    kernels."""
     averaged = {
-        str(k): torch.zeros(2**24, device="cuda", dtype=d) for k, d in enumerate((torch.float32, torch.bfloat16))
+        str(k): torch.zeros(2**24, device="cuda", dtype=d)
+        for k, d in enumerate((torch.float32, torch.bfloat16))
     }
     stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()

@@ -1,4 +1,5 @@
-"""Snapshots off the schedule: the last one, at the end of a training, and those that the training asks for."""
+"""Snapshots off the schedule: the last one, at the end of a training, and those that the training
+asks for."""
 
 import gc
 import threading
@@ -13,7 +14,12 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import pipeline
 
-SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
+SETTINGS: dict = {
+    "update_every": 2,
+    "checkpoint_every": 10,
+    "checkpoint_dtype": None,
+    "max_checkpoints": 3,
+}
 
 
 def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
@@ -21,9 +27,13 @@ def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
 
 
 def written(folder: Path) -> list[tuple[float, bool]]:
-    """Return the time of each snapshot, equal for both profiles, and whether it is off the schedule."""
+    """Return the time of each snapshot, equal for both profiles, and whether it is off the
+    schedule."""
     infos = Run(folder).snapshots
-    narrow, wide = ([(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel] for sigma_rel in (0.05, 0.28))
+    narrow, wide = (
+        [(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel]
+        for sigma_rel in (0.05, 0.28)
+    )
     assert narrow == wide
     return narrow
 
@@ -95,14 +105,19 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
-def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
-    """Headers hold distances, the motion so far and what thinning has left, none of them from those snapshots.
+def test_snapshots_off_the_schedule_change_no_others(
+    tmp_path: Path, device: str, max_checkpoints: int | None
+) -> None:
+    """Headers hold distances, the motion so far and what thinning has left, none of them from those
+    snapshots.
 
     A snapshot between two updates would add an update, see `test_continuing`.
     """
     for name in ("complete", "run"):
         training = Training()
-        with begin(training, tmp_path / name, max_checkpoints=max_checkpoints, device=device) as tracker:
+        with begin(
+            training, tmp_path / name, max_checkpoints=max_checkpoints, device=device
+        ) as tracker:
             for step in (2, 8, 12, 18, 20, 44, 46, 50):
                 training.run(step, tracker)
                 if name == "run":
@@ -111,7 +126,8 @@ def test_snapshots_off_the_schedule_change_no_others(tmp_path: Path, device: str
 
 
 def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
-    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the schedule holds."""
+    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the
+    schedule holds."""
     for name in ("complete", "run"):
         training = Training()
         with begin(training, tmp_path / name, on_nonfinite="skip") as tracker:
@@ -126,12 +142,16 @@ def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: 
 
 
 def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
-    """They stay while they are among the newest five times, as a checkpoint of the training may belong to them."""
+    """They stay while they are among the newest five times, as a checkpoint of the training may
+    belong to them."""
     training = Training()
     with begin(training, tmp_path) as tracker:
         for step, asked, spared, scheduled in (
-            (4, True, [4], 0), (14, True, [4, 14], 1), (30, False, [4, 14], 3), (40, False, [14], 3),
-        ):  # fmt: skip
+            (4, True, [4], 0),
+            (14, True, [4, 14], 1),
+            (30, False, [4, 14], 3),
+            (40, False, [14], 3),
+        ):
             training.run(step, tracker)
             tracker.snapshot() if asked else tracker.flush()
             found = written(tmp_path)

@@ -1,4 +1,5 @@
-"""Averages during training, BatchNorm's running statistics among them: their values, from memory and from snapshots."""
+"""Averages during training, BatchNorm's running statistics among them: their values, from memory
+and from snapshots."""
 
 import logging
 import shutil
@@ -31,7 +32,9 @@ def trained(folder: Path, last: int, **settings: Any) -> tuple[Training, PostHoc
     return training, tracker
 
 
-def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_needs_no_disk(tmp_path: Path) -> None:
+def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_needs_no_disk(
+    tmp_path: Path,
+) -> None:
     training, tracker = trained(tmp_path / "run", 38)
     shutil.rmtree(tmp_path / "run")
     with tracker.model(training.model, 0.28) as averaged:
@@ -45,7 +48,8 @@ def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_need
 def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_when_they_are_entered(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A linear decay over the last fifth is the mean of that fifth; a window longer than the run is left out."""
+    """A linear decay over the last fifth is the mean of that fifth; a window longer than the run is
+    left out."""
     training, tracker = trained(tmp_path, 300)
     wanted = [0.1, 0.15, 0.28, "decay:linear:20%", "window:400"]
     blocks = tracker.models(training.model, wanted)
@@ -55,22 +59,33 @@ def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_whe
     assert caplog.text.count("window:400") == 1
     training.run(310, tracker)
     before = training.state()
-    means = {name: torch.stack([one[name] for one in training.path[249::2]]).double().mean(0) for name in STATISTICS}
+    means = {
+        name: torch.stack([one[name] for one in training.path[249::2]]).double().mean(0)
+        for name in STATISTICS
+    }
     for label, block in blocks.items():
         exact = means if label.startswith("decay") else training.exact(float(label))
         with caplog.at_level(logging.INFO), block as averaged:
             assert not averaged.training
             line = next(text for text in reversed(caplog.messages) if "predicted" in text)
-            assert label.startswith("decay") or line.startswith(f"average of sigma_rel {label} at t = 310: predicted")
-            # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540 measured cases.
-            assert distance(averaged.state_dict(), exact) < 4 * float(line.rpartition(" ")[2]) + 1e-6
+            assert label.startswith("decay") or line.startswith(
+                f"average of sigma_rel {label} at t = 310: predicted"
+            )
+            # A prediction is a root mean square over runs; DESIGN.md, 6.2: 0.74 to 3.6 of it in 540
+            # measured cases.
+            assert (
+                distance(averaged.state_dict(), exact) < 4 * float(line.rpartition(" ")[2]) + 1e-6
+            )
         assert all(torch.equal(value, before[name]) for name, value in training.state().items())
-    with tracker.model(training.model, 0.28), tracker.model(training.model, 0.1) as averaged:  # nested
+    # nested
+    with tracker.model(training.model, 0.28), tracker.model(training.model, 0.1) as averaged:
         assert distance(averaged.state_dict(), training.exact(0.1)) < 1e-3
     assert all(torch.equal(value, before[name]) for name, value in training.state().items())
 
 
-def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(tmp_path: Path) -> None:
+def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_average(
+    tmp_path: Path,
+) -> None:
     """The truth value of a compiled model raises an error."""
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
         training = Training()
@@ -84,16 +99,25 @@ def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_avera
     training.run(10, tracker)
     tracker.close()
     expected = PostHocEMA.from_path(tmp_path).state_dict(0.05)
-    with PostHocEMA.from_path(tmp_path, training.model).model(training.model, 0.05) as averaged:  # from the snapshots
-        assert all(torch.equal(tensor, expected[name]) for name, tensor in averaged.state_dict().items())
+    # from the snapshots
+    with PostHocEMA.from_path(tmp_path, training.model).model(training.model, 0.05) as averaged:
+        assert all(
+            torch.equal(tensor, expected[name]) for name, tensor in averaged.state_dict().items()
+        )
 
 
-def test_switching_to_the_average_between_steps_leaves_the_optimizer_its_parameters(tmp_path: Path) -> None:
+def test_switching_to_the_average_between_steps_leaves_the_optimizer_its_parameters(
+    tmp_path: Path,
+) -> None:
     training, tracker = trained(tmp_path, 20)
-    identities, pointers = ([use(p) for p in training.model.parameters()] for use in (id, torch.Tensor.data_ptr))
+    identities, pointers = (
+        [use(p) for p in training.model.parameters()] for use in (id, torch.Tensor.data_ptr)
+    )
     expected = tracker.state_dict(sigma_rel=0.05)
     tracker.load_into(training.model, sigma_rel=0.05)
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in training.model.state_dict().items())
+    assert all(
+        torch.equal(tensor, expected[key]) for key, tensor in training.model.state_dict().items()
+    )
     assert [id(p) for p in training.model.parameters()] == identities
     assert [p.data_ptr() for p in training.model.parameters()] == pointers
     assert training.model.training
@@ -106,7 +130,11 @@ def test_switching_to_the_average_between_steps_leaves_the_optimizer_its_paramet
 
 def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path) -> None:
     training, tracker = trained(tmp_path, 60)
-    for source in (tracker.state_dict, PostHocEMA.from_path(tmp_path).state_dict, tracker.run.average):
+    for source in (
+        tracker.state_dict,
+        PostHocEMA.from_path(tmp_path).state_dict,
+        tracker.run.average,
+    ):
         for sigma_rel in (0.05, 0.1, 0.2, 0.28):
             weights, exact = source(sigma_rel), training.exact(sigma_rel)
             assert weights["1.num_batches_tracked"] == 60
@@ -125,13 +153,20 @@ def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path
     small[0] = 1e-3
     for path in paths:
         value = small if path is paths[-1] else torch.full((24,), 2.0)
-        rewrite_snapshot(path, lambda values, value=value: values.update({name: value.clone() for name in STATISTICS}))
-    plan, wanted = plan_synthesis(disk_sources(tmp_path), [0.1]), {paths[0].name: -0.3, paths[-1].name: 1.3}
+        rewrite_snapshot(
+            path,
+            lambda values, value=value: values.update({name: value.clone() for name in STATISTICS}),
+        )
+    plan, wanted = (
+        plan_synthesis(disk_sources(tmp_path), [0.1]),
+        {paths[0].name: -0.3, paths[-1].name: 1.3},
+    )
     chosen = np.array([[wanted.get(source.name, 0.0)] for source in plan.sources])
     assert chosen.sum() == pytest.approx(1)
     plan = replace(plan, reconstruction=replace(plan.reconstruction, coefficients=chosen))
     made = {name: values[0] for name, values in synthesize(plan)}
-    np.testing.assert_allclose(made["1.running_mean"], 1.3 * small - 0.6, rtol=1e-6)  # a mean may be negative
+    # a mean may be negative
+    np.testing.assert_allclose(made["1.running_mean"], 1.3 * small - 0.6, rtol=1e-6)
     expected = torch.maximum(1.3 * small - 0.6, torch.minimum(small, torch.tensor(2.0)) / 2)
     assert float(1.3 * small[0] - 0.6) < 0 < float(expected.min())
     np.testing.assert_allclose(made["1.running_var"], expected, rtol=1e-6)
@@ -162,32 +197,42 @@ def test_a_block_with_copies_warns_once_per_tracker(tmp_path: Path) -> None:
         pass  # a warning would be an error
 
 
-# --- metrics for loggers, the memory of a tracker, of snapshots and of queries, and callbacks after each snapshot
+# --- metrics for loggers, the memory of a tracker, of snapshots and of queries, and callbacks after
+# each snapshot
 
 
 def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path: Path) -> None:
     training = Training()
-    with PostHocEMA.from_model(training.model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
+    with PostHocEMA.from_model(
+        training.model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10
+    ) as ema:
         assert ema.metrics((0.15,)) == {"step": 0, "t": 0, "bytes": 0}
         training.run(35, ema)
         ema.flush()
         found = ema.metrics((0.15, 0.2))
         assert (found["step"], found["t"]) == (35, 35)
         assert ema.metrics(0.15)["predicted_error_0.15"] == found["predicted_error_0.15"]
-        others = ema.metrics(["decay:linear:20%", Window(1000), 0.2])  # the run is too short for the window
+        # the run is too short for the window
+        others = ema.metrics(["decay:linear:20%", Window(1000), 0.2])
         names = {name for name in others if name.startswith("predicted")}
         assert names == {"predicted_error_decay-linear-20%", "predicted_error_0.2"}
         assert others["predicted_error_0.2"] == found["predicted_error_0.2"]
         for sigma_rel in (0.15, 0.2):
-            assert found[f"predicted_error_{sigma_rel}"] == Run(tmp_path).plan(sigma_rel).predicted_error(0)
+            assert found[f"predicted_error_{sigma_rel}"] == Run(tmp_path).plan(
+                sigma_rel
+            ).predicted_error(0)
         files = [file for file in tmp_path.glob("*.safetensors") if "30-" in file.name]
-        assert found["snapshot_bytes"] == sum(one.nbytes for file in files for one in load_file(file).values())
+        assert found["snapshot_bytes"] == sum(
+            one.nbytes for file in files for one in load_file(file).values()
+        )
         assert 0 < found["snapshot_seconds"] < 10
         assert 0 <= found["snapshot_waited"] < 10
         assert all(type(value) is float for value in found.values())
 
 
-def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(tmp_path: Path) -> None:
+def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(
+    tmp_path: Path,
+) -> None:
     training, calls = Training(), []
     ema = PostHocEMA.from_model(training.model, tmp_path, update_every=1, checkpoint_every=10)
     ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
@@ -224,16 +269,21 @@ def test_an_error_of_a_callback_is_raised_by_a_call_that_has_done_its_work(tmp_p
 PEAK = """
 import sys, torch
 from posthoc_cli import PostHocEMA
+
 model = torch.nn.Linear(4096, 4096, bias=False)
 model.more = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(2048, 1024)) for _ in range(8)])
 count = sum(p.numel() for p in model.parameters())
+
 
 def resident(what):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(what))
 
+
 def run(path, model, steps):
-    with PostHocEMA.from_model(model, path, update_every=1, checkpoint_every=4, device=sys.argv[2]) as tracker:
+    with PostHocEMA.from_model(
+        model, path, update_every=1, checkpoint_every=4, device=sys.argv[2]
+    ) as tracker:
         for _ in range(steps):
             tracker.update_(model)
         tracker.flush()
@@ -242,6 +292,7 @@ def run(path, model, steps):
             tracker.state_dict(0.05)
         return tracker.metrics()["bytes"]
 
+
 run(sys.argv[1] + "/small", torch.nn.Linear(300, 300), 4)  # what torch and the threads take once
 before = resident("VmRSS")
 held, kept = run(sys.argv[1] + "/large", model, 12), 16 * count
@@ -249,15 +300,20 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not report memory")
-@pytest.mark.parametrize(("device", "then", "most"), [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not report memory"
+)
+@pytest.mark.parametrize(
+    ("device", "then", "most"), [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)]
+)
 def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_averages(
     tmp_path: Path, device: str, then: str, most: float
 ) -> None:
-    """Two profiles in float16; with averages on the host a copy of the model; and the result of a query.
+    """Two profiles in float16; with averages on the host a copy of the model; and the result of a
+    query.
 
-    Scratch of 1 MB a thread, and samples, come to less than a byte a parameter; the rest is malloc's. One more copy
-    would take 4 bytes.
+    Scratch of 1 MB a thread, and samples, come to less than a byte a parameter; the rest is
+    malloc's. One more copy would take 4 bytes.
     """
     peak, held = map(float, forked.check(PEAK, tmp_path, device, then or "none").out.split())
     assert abs(held - (most - (4.0 if then else 0.0))) < 1.0  # what metrics tell

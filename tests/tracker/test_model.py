@@ -15,7 +15,8 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyEr
 
 
 class Network(torch.nn.Module):
-    """A model with tied and frozen parameters, float and integer buffers, and a transient buffer."""
+    """A model with tied and frozen parameters, float and integer buffers, and a transient
+    buffer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -33,7 +34,9 @@ class Network(torch.nn.Module):
         return self.head(self.drop(self.frozen(hidden)) + self.cache.sum())
 
 
-def trained(folder: Path, steps: int = 10, dtype: torch.dtype = torch.float32, **settings: object) -> tuple:
+def trained(
+    folder: Path, steps: int = 10, dtype: torch.dtype = torch.float32, **settings: object
+) -> tuple:
     torch.manual_seed(0)
     model = Network(dtype)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -48,9 +51,13 @@ def trained(folder: Path, steps: int = 10, dtype: torch.dtype = torch.float32, *
 
 
 def snapshot_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    trainable = {f"trainable {name}": torch.tensor(p.requires_grad) for name, p in model.named_parameters()}
+    trainable = {
+        f"trainable {name}": torch.tensor(p.requires_grad) for name, p in model.named_parameters()
+    }
     state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    state |= {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    state |= {
+        f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
     state |= {f"buffer {name}": tensor.clone() for name, tensor in model.named_buffers()}
     return {f"{name} {tensor.dtype}": tensor for name, tensor in state.items()} | trainable
 
@@ -66,7 +73,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return model, tracker
 
 
-def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(run: Run) -> None:
+def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_stored_once(
+    run: Run,
+) -> None:
     _, tracker = run
     info = tracker.run.snapshots[-1]
     assert {name: tensor.role for name, tensor in info.tensors.items()} == {
@@ -81,7 +90,10 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
     assert torch.equal(weights["norm.num_batches_tracked"], torch.tensor(20))
     missing = Network().load_state_dict(weights, strict=False)
-    assert (set(missing.missing_keys), missing.unexpected_keys) == ({"frozen.weight", "frozen.bias"}, [])
+    assert (set(missing.missing_keys), missing.unexpected_keys) == (
+        {"frozen.weight", "frozen.bias"},
+        [],
+    )
 
 
 def test_the_state_dict_is_a_dict_a_context_and_pickles_plainly(run: Run, tmp_path: Path) -> None:
@@ -100,18 +112,26 @@ def test_the_state_dict_is_a_dict_a_context_and_pickles_plainly(run: Run, tmp_pa
     assert_same_tensors(tracker.state_dict(sigma_rel=0.15), loaded)
 
 
-def test_an_average_at_an_earlier_time_uses_only_snapshots_until_then(run: Run, tmp_path: Path) -> None:
+def test_an_average_at_an_earlier_time_uses_only_snapshots_until_then(
+    run: Run, tmp_path: Path
+) -> None:
     _, tracker = run
     _, early, _ = trained(tmp_path, steps=10)
     for when in ({"t": 10}, {"step": 10}):
-        assert_same_tensors(tracker.state_dict(sigma_rel=0.28, **when), early.state_dict(sigma_rel=0.28))
+        assert_same_tensors(
+            tracker.state_dict(sigma_rel=0.28, **when), early.state_dict(sigma_rel=0.28)
+        )
 
 
 BAD: list[tuple[dict, str]] = [
     *(({"sigma_rel": sigma_rel}, "must") for sigma_rel in ("abc", [0.1], 0.4)),
     *(({"t": t}, "t ") for t in ("10", 4, 21)),
     *(({"step": step}, "step ") for step in ("5", 5.5, 4, 21)),
-    *(({"t": 10, "step": 10}, "t and step"), ({"dtype": "int8"}, "must"), ({"method": "magic"}, "must")),
+    *(
+        ({"t": 10, "step": 10}, "t and step"),
+        ({"dtype": "int8"}, "must"),
+        ({"method": "magic"}, "must"),
+    ),
 ]
 
 
@@ -127,11 +147,17 @@ def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: tor
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
     tracker.update_(model)
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
-        for asked, expected in ((None, dtype), (torch.float64, torch.float64), ("bf16", torch.bfloat16)):
+        for asked, expected in (
+            (None, dtype),
+            (torch.float64, torch.float64),
+            ("bf16", torch.bfloat16),
+        ):
             assert source.state_dict(sigma_rel=0.28, dtype=asked)["weight"].dtype == expected
 
 
-def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_buffer_with_nan_is_copied_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model, tracker, _ = trained(tmp_path, steps=4, buffers="copy")
     model.norm.running_mean.fill_(float("nan"))
     tracker.update_(model)
@@ -171,7 +197,9 @@ BODIES: dict[str, Callable[[torch.nn.Module], object]] = {
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_the_end_of_a_block_restores_everything(tmp_path: Path, body: str, dtype: str | None) -> None:
+def test_the_end_of_a_block_restores_everything(
+    tmp_path: Path, body: str, dtype: str | None
+) -> None:
     """Also within inference mode, after which the model still trains."""
     model, tracker, optimizer = trained(tmp_path)
     model.train()
@@ -206,7 +234,9 @@ def test_the_end_of_a_block_restores_everything(tmp_path: Path, body: str, dtype
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persistent: bool) -> None:
     model = torch.nn.Linear(2, 2)
-    model.register_buffer("wide", torch.full((1,), 0.0 if persistent else torch.nan).expand(4), persistent=persistent)
+    model.register_buffer(
+        "wide", torch.full((1,), 0.0 if persistent else torch.nan).expand(4), persistent=persistent
+    )
     model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
     tracker.update_(model)
@@ -222,15 +252,24 @@ def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persist
 def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
     for arguments in ((Network(),), (Network(), tmp_path), ()):
         with pytest.raises(
-            InvalidValueError, match=r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
+            InvalidValueError,
+            match=r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)",
         ):
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 
 
 OTHERS: list[tuple[Callable[[], torch.nn.Module], type[PostHocError], str]] = [
     (lambda: torch.nn.Linear(4, 7), ModelMismatchError, "the model has no such tensor"),
-    (lambda: torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}), ModelMismatchError, "'embed.weight': has the"),
-    (lambda: Network().to("meta"), InvalidValueError, r"'embed\.weight': is on the meta device .*assign=True"),
+    (
+        lambda: torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}),
+        ModelMismatchError,
+        "'embed.weight': has the",
+    ),
+    (
+        lambda: Network().to("meta"),
+        InvalidValueError,
+        r"'embed\.weight': is on the meta device .*assign=True",
+    ),
 ]
 
 
@@ -271,7 +310,10 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
     model[2].weight = model[0].weight  # tied
     modules = {"all": model, "0": model[0], "1": model[1], "2": model[2]}
-    trackers = {name: PostHocEMA.from_model(m, tmp_path / name, update_every=1) for name, m in modules.items()}
+    trackers = {
+        name: PostHocEMA.from_model(m, tmp_path / name, update_every=1)
+        for name, m in modules.items()
+    }
     for name, module in modules.items():
         trackers[name].update_(module)
     refusing = set()

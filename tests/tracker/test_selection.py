@@ -10,7 +10,12 @@ from tracker.runs import Training, assert_near
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 
-SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
+SETTINGS: dict = {
+    "sigma_rels": (0.05, 0.28),
+    "update_every": 1,
+    "checkpoint_every": 3,
+    "checkpoint_dtype": None,
+}
 
 
 def network() -> torch.nn.Sequential:
@@ -29,35 +34,44 @@ def roles(folder: Path) -> dict[str, str]:
 
 
 ALL = {
-    "0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
-    "2.weight", "2.bias",
+    "0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var",
+    "1.num_batches_tracked", "2.weight", "2.bias",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("filters", "taken"), [
-    ({}, ALL - {"2.bias"}),
-    ({"include": "*"}, ALL),
-    ({"include": "2.*"}, {"2.weight", "2.bias"}),
-    ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
-    ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
-    ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
-    (
-        {"exclude": ["*.running_*", "*.num_batches_tracked"]},
-        {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
-    ),
-])  # fmt: skip
-def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Path, filters: dict, taken: set) -> None:
+@pytest.mark.parametrize(
+    ("filters", "taken"),
+    [
+        ({}, ALL - {"2.bias"}),
+        ({"include": "*"}, ALL),
+        ({"include": "2.*"}, {"2.weight", "2.bias"}),
+        ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
+        ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
+        (
+            {"exclude": ["*.running_*", "*.num_batches_tracked"]},
+            {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
+        ),
+    ],
+)
+def test_filters_take_what_they_name_and_the_header_lists_the_rest(
+    tmp_path: Path, filters: dict, taken: set
+) -> None:
     tracked(network(), tmp_path, **filters)
     info = Run(tmp_path).snapshots[-1]
     assert set(info.tensors) == taken
     assert set(info.left_out) == ALL - taken
-    with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:  # the selection is in the header
+    # the selection is in the header
+    with PostHocEMA.from_path(tmp_path, network(), step=info.step) as run:
         run.update_(network())
 
 
 def test_filters_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     for filters, message in (
-        ({"include": "conv.*"}, r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'"),
+        (
+            {"include": "conv.*"},
+            r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'",
+        ),
         ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
         ({"include": 3}, "include 3: must be a glob on names"),
         ({"exclude": [""]}, "must be a glob on names"),
@@ -91,8 +105,12 @@ def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path
     weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)
     assert weights["1.num_batches_tracked"] == 6
     exact = training.exact(0.28, range(1, 7))
-    assert_near(weights, {name: exact[name] for name in ("1.running_mean", "0.weight")}, within=1e-5)
-    with pytest.raises(ModelMismatchError, match=r"is copied, .*, and was averaged, .* when tracking began"):
+    assert_near(
+        weights, {name: exact[name] for name in ("1.running_mean", "0.weight")}, within=1e-5
+    )
+    with pytest.raises(
+        ModelMismatchError, match=r"is copied, .*, and was averaged, .* when tracking began"
+    ):
         PostHocEMA.from_model(network(), tmp_path, **SETTINGS, buffers="copy", resume="auto")
 
 
@@ -110,7 +128,9 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
         weights = finished.state_dict(sigma_rel=0.15, step=step)
         assert all(torch.equal(weights[name], training.path[step - 1][name]) for name in COPIED)
     expected = training.exact(0.28, range(1, 7))["2.weight"]
-    np.testing.assert_allclose(finished.state_dict(sigma_rel=0.28)["2.weight"], expected, rtol=2**-11)
+    np.testing.assert_allclose(
+        finished.state_dict(sigma_rel=0.28)["2.weight"], expected, rtol=2**-11
+    )
 
     with PostHocEMA.from_path(tmp_path, model) as run:
         raw, state = training.run(7, run).path[-1], run.state_dict()
@@ -126,7 +146,10 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
 def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path) -> None:
     for model, message in (
         (Holder(p=torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
-        (Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (
+            Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz)),
+            "dtype torch.float8_e4m3fnuz cannot be averaged",
+        ),
         (torch.nn.LazyLinear(3), "'weight': has no shape yet"),
         (torch.nn.Linear(2, 2).requires_grad_(False), r"include='\*' takes frozen"),
     ):
@@ -142,27 +165,43 @@ class Holder(torch.nn.Module):
 
 
 def check_average(folder: Path, training: Training) -> None:
-    weights, exact = PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32"), training.exact(0.28, range(1, 7))
+    weights, exact = (
+        PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32"),
+        training.exact(0.28, range(1, 7)),
+    )
     averaged = [name for name, role in roles(folder).items() if role == "average"]
     assert all(weights[name].shape == exact[name].shape for name in averaged)
     assert_near(weights, {name: exact[name] for name in averaged}, within=1e-5)
 
 
 @pytest.mark.parametrize("stored", [None, torch.float16])
-def test_tensors_without_dimensions_and_without_elements(tmp_path: Path, stored: torch.dtype | None) -> None:
-    model = Holder(scale=torch.tensor(2.0), none=torch.zeros(0), flat=torch.zeros(3, 0, 2), w=torch.ones(2, 2))
+def test_tensors_without_dimensions_and_without_elements(
+    tmp_path: Path, stored: torch.dtype | None
+) -> None:
+    model = Holder(
+        scale=torch.tensor(2.0), none=torch.zeros(0), flat=torch.zeros(3, 0, 2), w=torch.ones(2, 2)
+    )
     training = tracked(model, tmp_path, checkpoint_dtype=stored)
     if stored is None:
         check_average(tmp_path, training)
-    assert PostHocEMA.from_path(tmp_path, model).state_dict(sigma_rel=0.15)["flat"].shape == (3, 0, 2)
+    assert PostHocEMA.from_path(tmp_path, model).state_dict(sigma_rel=0.15)["flat"].shape == (
+        3,
+        0,
+        2,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = Holder(w=torch.linspace(-2, 2, 12).view(3, 4).to(dtype), b=torch.zeros(3))
-    check_average(tmp_path / "wide", tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32))
+    check_average(
+        tmp_path / "wide", tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
+    )
     run = PostHocEMA.from_path(tmp_path / "wide", model)
-    wide, own = run.state_dict(sigma_rel=0.28, dtype="float32")["w"], run.state_dict(sigma_rel=0.28)["w"]
+    wide, own = (
+        run.state_dict(sigma_rel=0.28, dtype="float32")["w"],
+        run.state_dict(sigma_rel=0.28)["w"],
+    )
     assert own.dtype == dtype
     assert torch.equal(own.float(), wide.to(dtype).float())
     with run.model(model, sigma_rel=0.28) as averaged:
@@ -172,7 +211,9 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
         exact = training.exact(snapshot.sigma_rel, range(1, snapshot.step + 1))["w"]
         stored = snapshot.tensor("w")
         assert stored.dtype == dtype
-        np.testing.assert_allclose(stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5)
+        np.testing.assert_allclose(
+            stored.float(), exact, rtol=1.01 * torch.finfo(dtype).eps / 2, atol=1e-5
+        )
     with PostHocEMA.from_model(model, tmp_path / "nan", **SETTINGS) as run:
         run.update_(model)
         model.w.data[1, 1] = float("nan")
@@ -180,31 +221,52 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
             run.update_(model)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
-def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
-    """The error comes before training, not with the first snapshot; a tied parameter may have the name, too."""
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)]
+)
+def test_the_name_that_safetensors_reserves_is_refused(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    """The error comes before training, not with the first snapshot; a tied parameter may have the
+    name, too."""
     model = torch.nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("__metadata__", torch.ones(2))
     else:
-        model.register_parameter("__metadata__", model.weight if tied else torch.nn.Parameter(torch.ones(2)))
-    with pytest.raises(InvalidValueError, match=rf"^{kind} '__metadata__': .*rename it .*exclude='__metadata__'"):
+        model.register_parameter(
+            "__metadata__", model.weight if tied else torch.nn.Parameter(torch.ones(2))
+        )
+    with pytest.raises(
+        InvalidValueError, match=rf"^{kind} '__metadata__': .*rename it .*exclude='__metadata__'"
+    ):
         PostHocEMA.from_model(model, tmp_path)
     tracked(model, tmp_path, exclude="__metadata__")
     assert set(roles(tmp_path)) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize(("normalize", "originals"), [
-    (torch.nn.utils.parametrizations.weight_norm, {"parametrizations.weight.original0", "bias"}),
-    (torch.nn.utils.parametrizations.orthogonal, {"parametrizations.weight.original", "bias"}),
-    (torch.nn.utils.weight_norm, {"weight_g", "weight_v", "bias"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("normalize", "originals"),
+    [
+        (
+            torch.nn.utils.parametrizations.weight_norm,
+            {"parametrizations.weight.original0", "bias"},
+        ),
+        (torch.nn.utils.parametrizations.orthogonal, {"parametrizations.weight.original", "bias"}),
+        (torch.nn.utils.weight_norm, {"weight_g", "weight_v", "bias"}),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_the_originals_of_a_parametrized_module_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
+def test_the_originals_of_a_parametrized_module_are_averaged(
+    tmp_path: Path, normalize, originals: set
+) -> None:  # type: ignore[no-untyped-def]
     model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
     check_average(tmp_path, tracked(model, tmp_path))
     averaged = {name for name, role in roles(tmp_path).items() if role == "average"}
-    assert {f"0.{name}" for name in originals} <= averaged == {name for name, _ in model.named_parameters()}
+    assert (
+        {f"0.{name}" for name in originals}
+        <= averaged
+        == {name for name, _ in model.named_parameters()}
+    )
     x, tracker = torch.randn(4, 3), PostHocEMA.from_path(tmp_path)
     with tracker.model(model, sigma_rel=0.28), torch.no_grad():
         inside = model(x)

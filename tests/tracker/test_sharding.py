@@ -1,4 +1,5 @@
-"""Averages of sharded models: the parts of snapshots, averaged weights in the models, and how they continue.
+"""Averages of sharded models: the parts of snapshots, averaged weights in the models, and how they
+continue.
 
 Each agrees with the averages of one process.
 """
@@ -51,7 +52,11 @@ mode = CommDebugMode()
 with mode:
     block = ema.model(model, sigma_rel=0.15)
     averaged = block.__enter__()
-assert not [str(call) for call in mode.get_comm_counts() if "allgather_base" in str(call) or "into_tensor" in str(call)]
+assert not [
+    str(call)
+    for call in mode.get_comm_counts()
+    if "allgather_base" in str(call) or "into_tensor" in str(call)
+]
 complete = Run(folder / "run").average(0.15)
 assert filled(averaged, complete), "within the block"
 assert not model.training
@@ -78,11 +83,16 @@ weights = ema.state_dict(0.15)
 parameters = dict(model.named_parameters())
 assert weights.keys() == single.keys() and weights.predicted_error is not None
 for name, value in weights.items():
-    assert value.shape == single[name].shape and type(value) is type(parameters.get(name, torch.empty(0)).data), name
+    assert value.shape == single[name].shape and type(value) is type(
+        parameters.get(name, torch.empty(0)).data
+    ), name
 if kind != "tp":
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     with ema.model(model, 0.15):
-        complete = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        complete = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
     for name, value in single.items() if rank == 0 else ():
         assert torch.allclose(complete[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
 ema.load_into(model, 0.15)
@@ -92,8 +102,11 @@ ema.close()
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)])
-def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: int, tmp_path: Path) -> None:
-    """The parts of snapshots are bit for bit; a model has them in a block, and its own weights after it."""
+def test_averages_of_a_sharded_model_are_those_of_one_process(
+    kind: str, ranks: int, tmp_path: Path
+) -> None:
+    """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
+    after it."""
     averages(tmp_path, 8, 10)
     check_group(BEGIN + AVERAGED, ranks, tmp_path, kind)
     files = sorted((tmp_path / "single").glob("*.safetensors"))
@@ -104,10 +117,17 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: 
         for part in folder.iterdir():
             chunks = read_snapshot(part).chunks
             for name, values in load_file(part).items():
-                ends = [first + size for first, size in zip(chunks[name].offset, values.shape, strict=True)]
-                assert torch.equal(values, expected[name][tuple(map(slice, chunks[name].offset, ends))]), name
+                ends = [
+                    first + size
+                    for first, size in zip(chunks[name].offset, values.shape, strict=True)
+                ]
+                assert torch.equal(
+                    values, expected[name][tuple(map(slice, chunks[name].offset, ends))]
+                ), name
     for method in ("minvar", "paper"):
-        synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
+        synthesized, wanted = (
+            Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single")
+        )
         assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
     exact = truth(0.2, [2, 4, 6, 8, 10])
     assert {name for name in expected if not name.startswith(("mean", "count"))} == exact.keys()
@@ -115,12 +135,16 @@ def test_averages_of_a_sharded_model_are_those_of_one_process(kind: str, ranks: 
     assert torch.equal(expected["mean"], value("mean", 10, Net().mean))
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the system does not report peak memory"
+)
 def test_a_process_holds_its_share_and_no_complete_tensor_set(tmp_path: Path) -> None:
-    """Memory in units of a process's share of the float32 parameters; a complete set would be one unit more, of two.
+    """Memory in units of a process's share of the float32 parameters; a complete set would be one
+    unit more, of two.
 
-    Tracking holds the averages, their staged copies for snapshots, and a copy of the parameters. An evaluation holds
-    the two live averages, the result, and the model's own values. Resuming holds the averages.
+    Tracking holds the averages, their staged copies for snapshots, and a copy of the parameters. An
+    evaluation holds the two live averages, the result, and the model's own values. Resuming holds
+    the averages.
     """
     code = """
 import gc
@@ -166,8 +190,11 @@ print(*found)
             assert found < derived + 0.5, out
 
 
-def test_processes_write_and_thin_one_after_the_other_and_skip_updates_together(tmp_path: Path) -> None:
-    """A collective operation in any thread would wait forever. Nothing is thinned before all have written the next."""
+def test_processes_write_and_thin_one_after_the_other_and_skip_updates_together(
+    tmp_path: Path,
+) -> None:
+    """A collective operation in any thread would wait forever. Nothing is thinned before all have
+    written the next."""
     code = """
 import time
 from posthoc_cli import files
@@ -214,7 +241,9 @@ with tracker("skipping", on_nonfinite="skip") as ema:
 """
     first, _ = check_group(BEGIN + code, 2, tmp_path)
     assert first.strip() == "[4.0, 4.0, 8.0]"
-    one_by_one, late, skipping = ([*Run(tmp_path / n).snapshots] for n in ("one by one", "late", "skipping"))
+    one_by_one, late, skipping = (
+        [*Run(tmp_path / n).snapshots] for n in ("one by one", "late", "skipping")
+    )
     assert len(one_by_one) == 4
     assert one_by_one[-1].t == 24
     assert {s.t for s in late} >= {12}
@@ -225,8 +254,11 @@ with tracker("skipping", on_nonfinite="skip") as ema:
     assert_near(Run(tmp_path / "skipping").average(0.2), truth(0.2, [4, 6, 10, 12]))
 
 
-def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(tmp_path: Path) -> None:
-    """Also an error within the block, an interrupt of a process that waits for the other one, and a full disk."""
+def test_an_error_of_one_process_is_raised_in_all_and_each_model_keeps_its_weights(
+    tmp_path: Path,
+) -> None:
+    """Also an error within the block, an interrupt of a process that waits for the other one, and a
+    full disk."""
     code = """
 import errno, signal, time
 from posthoc_cli import files
@@ -276,12 +308,17 @@ if rank == 1:
 dist.barrier()
 ema.close() if rank == 1 else refused(ema.close)
 """
-    (first, other, _, lacks), (second, another, left, own) = map(str.splitlines, check_group(BEGIN + code, 2, tmp_path))
+    (first, other, _, lacks), (second, another, left, own) = map(
+        str.splitlines, check_group(BEGIN + code, 2, tmp_path)
+    )
     assert first.startswith("RankError rank 1: ")
     assert "is damaged" in first
     assert second.startswith("FileFormatError ")
     for text in (other, another):
-        assert "of another shape, or spread over the processes in another way than when tracked" in text
+        assert (
+            "of another shape, or spread over the processes in another way than when tracked"
+            in text
+        )
     assert left.startswith("rank 0: left this call by KeyboardInterrupt")
     assert own.startswith("WriteError ")
     assert "no space left" in lacks
@@ -292,11 +329,20 @@ def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -
     code = """
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
+
+model = nn.Sequential(
+    nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)
+).bfloat16()
 model[2].weight = model[0].weight
 fully_shard(model)
 other = PostHocEMA.from_model(
-    model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32", device="cpu")
+    model,
+    folder / "tied",
+    update_every=1,
+    checkpoint_every=2,
+    checkpoint_dtype="float32",
+    device="cpu",
+)
 train(model, 1, 3, other)
 other.snapshot()
 raw = held(model)
@@ -327,15 +373,30 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from posthoc_cli.tracker import processes, snapshotter
+
 refused(lambda: tracker("taken"))
 for change in ({"sigma_rels": (0.1,)}, {"checkpoint_dir": folder / "other"}, {"include": "first*"}):
-    refused(lambda: PostHocEMA.from_model(model, **({"checkpoint_dir": folder / "run"} | (change if rank else {}))))
+    refused(
+        lambda: PostHocEMA.from_model(
+            model, **({"checkpoint_dir": folder / "run"} | (change if rank else {}))
+        )
+    )
 
-mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+mesh, grid = (
+    init_device_mesh("cpu", (2,)),
+    init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")),
+)
 partial, strided, uneven = (nn.Linear(4, rows, bias=False) for rows in (4, 8, 7))
 partial.weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()]))
-strided.weight = nn.Parameter(DTensor.from_local(
-    torch.zeros(4, 4), mesh, [_StridedShard(0, split_factor=2)], shape=torch.Size((8, 4)), stride=(4, 1)))
+strided.weight = nn.Parameter(
+    DTensor.from_local(
+        torch.zeros(4, 4),
+        mesh,
+        [_StridedShard(0, split_factor=2)],
+        shape=torch.Size((8, 4)),
+        stride=(4, 1),
+    )
+)
 parallelize_module(uneven, grid["tp"], ColwiseParallel())
 fully_shard(uneven, mesh=grid["dp"])
 for one in (partial, strided, uneven):
@@ -344,7 +405,10 @@ for one in (partial, strided, uneven):
 for each in (model, spread(Net(), "ddp")):
     with PostHocEMA.from_model(each, folder / type(each).__name__, **SETTINGS) as ema:
         train(each, 1, 8, ema)
-        for options in ({"sigma_rel": 0.15 + 0.05 * rank}, {"sigma_rel": 0.15, **({"t": 4} if rank else {})}):
+        for options in (
+            {"sigma_rel": 0.15 + 0.05 * rank},
+            {"sigma_rel": 0.15, **({"t": 4} if rank else {})},
+        ):
             refused(ema.model(each, **options).__enter__)
         with ema.model(each, sigma_rel=0.15):
             pass
@@ -360,6 +424,7 @@ with PostHocEMA.from_model(other, folder / "other", update_every=1, checkpoint_e
 
 if Path("/proc/self/cwd").exists():  # a path that is another directory in each process
     import os
+
     snapshotter.PATIENCE = 0.5
     (folder / str(rank)).mkdir()
     os.chdir(folder / str(rank))
@@ -374,7 +439,10 @@ if rank == 1:
 def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
-    asks, hint = "RankError rank 1: asks for model(sigma_rel 0.", "rank 0 for model(sigma_rel 0.15); make the same call"
+    asks, hint = (
+        "RankError rank 1: asks for model(sigma_rel 0.",
+        "rank 0 for model(sigma_rel 0.15); make the same call",
+    )
     expected = [
         "holds snapshots of run",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
@@ -388,7 +456,9 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: P
         "is sharded over processes, and this tracker was made before that, or without the model",
     ]
     if Path("/proc/self/cwd").exists():
-        expected.append("/proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro")
+        expected.append(
+            "/proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro"
+        )
     for out in outs:
         for line, text in zip(out.splitlines(), expected, strict=False):
             assert text in line
@@ -402,11 +472,14 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: P
 
 LATE = """
 import shutil
+
 model = spread(Net(), "fsdp")
 late = [f"0000000000000008-{sigma_rel}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
 if int(arguments[0]):
     move(model, 4)
-with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(arguments[0]) else None) as ema:
+with PostHocEMA.from_model(
+    model, folder / "run", **SETTINGS, resume=4 if int(arguments[0]) else None
+) as ema:
     for step in range(ema.step + 1, 9):
         move(model, step if step <= 4 else step + int(arguments[0]))
         if step == 8 and int(arguments[0]) and rank == 1:
@@ -421,14 +494,19 @@ with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume=4 if int(ar
 """
 
 
-def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_never_mixed(tmp_path: Path) -> None:
+def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_never_mixed(
+    tmp_path: Path,
+) -> None:
     check_group(LATE, 2, tmp_path, 0)
     for part in (tmp_path / "run").glob("*8-*/*2-of*"):
         (late := tmp_path / "late" / part.parent.name).mkdir(parents=True)
         part.rename(late / part.name)
     _, notes = check_group(LATE, 2, tmp_path, 50)
     assert notes.splitlines() == [
-        f"0000000000000008-{sigma_rel}: has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
+        (
+            f"0000000000000008-{sigma_rel}: has 1 of 2 parts, 1 of 2 parts, of different sessions "
+            f"of the training"
+        )
         for sigma_rel in (0.1, 0.2)
     ]
     net = Net()
@@ -469,11 +547,17 @@ def tensors_of(state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_other(
+    tmp_path: Path,
+) -> None:
     """From one process to FSDP, HSDP, tensor parallelism and back."""
     for kinds, ranks, *stages in (
-        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp,fsdp-tp", 4, 7, 8, 9), ("tp", 2, 9, 11), ("single", 1, 11, 12),
-    ):  # fmt: skip
+        ("single", 1, 0, 3),
+        ("fsdp", 3, 3, 7),
+        ("hsdp,fsdp-tp", 4, 7, 8, 9),
+        ("tp", 2, 9, 11),
+        ("single", 1, 11, 12),
+    ):
         check_group(BEGIN + STAGE, ranks, tmp_path, kinds, "run", *stages)
     single = alone(tmp_path / "single", 12)
     expected = single.state_dict()
@@ -484,15 +568,25 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
         loaded, right = tensors_of(found), tensors_of(expected)
         assert loaded.keys() == right.keys()
-        assert [name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)] == []
+        assert [
+            name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)
+        ] == []
         assert found["clock"] == expected["clock"]
         assert found["standing"] == expected["standing"] | {"inherited": [0.0, 0.0]}
-    single_run, run = ({(s.t, s.sigma_rel): s for s in Run(tmp_path / name).snapshots} for name in ("single", "run"))
-    # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next resumes from.
-    assert run.keys() == single_run.keys() | {(t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)}
+    single_run, run = (
+        {(s.t, s.sigma_rel): s for s in Run(tmp_path / name).snapshots}
+        for name in ("single", "run")
+    )
+    # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next
+    # resumes from.
+    assert run.keys() == single_run.keys() | {
+        (t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)
+    }
     assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
     for key, snapshot in single_run.items():
-        assert all(torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries), key
+        assert all(
+            torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries
+        ), key
         measured, true = run[key].measurements, snapshot.measurements
         assert measured is not None
         assert true is not None
@@ -511,7 +605,8 @@ def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
 
 
 def test_errors_of_resumes_are_those_of_one_process(tmp_path: Path) -> None:
-    """Each process has a part of them: of rounded snapshots, in a state, and of weights that are not the network's."""
+    """Each process has a part of them: of rounded snapshots, in a state, and of weights that are
+    not the network's."""
     code = """
 options = {"checkpoint_every": 2, "checkpoint_dtype": "float16", "max_checkpoints": None}
 for first, last, resume in ((1, 20, "auto"), (17, 20, 16), (21, 24, "auto")):
@@ -524,16 +619,21 @@ for first, last, resume in ((1, 20, "auto"), (17, 20, 16), (21, 24, "auto")):
     found = []
     for kind, ranks in (("single", 1), ("fsdp", 2)):
         check_group(BEGIN + code, ranks, tmp_path / kind, kind)
-        found.append({(s.t, s.sigma_rel): s.inherited for s in Run(tmp_path / kind / "run").snapshots})
+        found.append(
+            {(s.t, s.sigma_rel): s.inherited for s in Run(tmp_path / kind / "run").snapshots}
+        )
     assert found[0][24, 0.2] > 0
     assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
-def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(tmp_path: Path) -> None:
+def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(
+    tmp_path: Path,
+) -> None:
     torch.save(alone(tmp_path / "one", 5).state_dict(), tmp_path / "state.pt")
     code = """
 import copy
 from torch.distributed.tensor import DTensor, distribute_tensor, Shard
+
 ema = tracker("run")
 train(model, 1, 5, ema)
 ema.flush()
@@ -558,7 +658,9 @@ changed = copy.deepcopy(complete)
 changed["high"]["0.2"]["odd"] = torch.zeros(7, 3)
 refused(lambda: ema.load_state_dict(changed))
 changed = copy.deepcopy(complete)
-changed["high"]["0.2"]["odd"] = distribute_tensor(torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)])
+changed["high"]["0.2"]["odd"] = distribute_tensor(
+    torch.zeros(5, 3), model.odd.device_mesh, [Shard(1)]
+)
 refused(lambda: ema.load_state_dict(changed))
 refused(lambda: ema.load_state_dict({}) if rank else ema.load_state_dict(complete))
 move(model, 6)
@@ -579,7 +681,10 @@ refused(ema.state_dict)
         lines = out.splitlines()
         assert "tensor 'more.weight': is in the state or in the model, but not in both" in lines[0]
         assert "tensor 'odd': is torch.float32 of shape [7, 3] in the state, not " in lines[1]
-        assert "tensor 'odd': is sharded over the processes in another way in the state than in the model" in lines[2]
+        assert (
+            "tensor 'odd': is sharded over the processes in another way in the state than in "
+            "the model"
+        ) in lines[2]
         assert "state: " in lines[3]
         assert lines[4].startswith("RankError rank 1: is at step 6, t = 6, and rank 0 at step 5")
         assert "run: 2 snapshots up to " in lines[5]
@@ -635,7 +740,8 @@ def go(ema, first, last):
 
 
 def test_every_replica_gets_the_same_weights_and_the_first_keeps_them(tmp_path: Path) -> None:
-    """The tracker may be made before the model is wrapped, as in the training scripts of diffusers."""
+    """The tracker may be made before the model is wrapped, as in the training scripts of
+    diffusers."""
     averages(tmp_path, 10, 14)
     code = """
 bare = Net()
@@ -655,7 +761,9 @@ for label, block in ema.models(model, [0.2, 0.15, "window:1000"]).items():
     assert model.training and equal(held(model), raw)
 weights = ema.state_dict(0.15, dtype="float64")
 assert weights.keys() == single.keys() and weights.predicted_error is not None
-assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in weights.items())
+assert all(
+    torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in weights.items()
+)
 try:
     with ema.model(model, sigma_rel=0.15):
         if rank == 1:
@@ -673,8 +781,12 @@ dist.barrier()
 
 move(model, 10)
 ema = PostHocEMA.from_path(folder / "run", model)
-read = ema.state_dict(sigma_rel=0.15)  # every process may read the snapshots, until training continues
-assert all(torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in read.items())
+read = ema.state_dict(
+    sigma_rel=0.15
+)  # every process may read the snapshots, until training continues
+assert all(
+    torch.allclose(one.double(), single[name].double(), atol=1e-6) for name, one in read.items()
+)
 ema.load_state_dict(state)
 assert ema.step == 10
 with ema.model(model, 0.2):

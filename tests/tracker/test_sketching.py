@@ -17,20 +17,33 @@ from posthoc_cli.errors import WriteError
 
 
 def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHocEMA:
-    return PostHocEMA.from_model(net, folder, update_every=1, checkpoint_every=50, sigma_rels=(0.05, 0.28), **options)  # type: ignore[arg-type]
+    return PostHocEMA.from_model(
+        net, folder, update_every=1, checkpoint_every=50, sigma_rels=(0.05, 0.28), **options
+    )  # type: ignore[arg-type]
 
 
 def sketches(folder: Path) -> dict[int, Any]:
     return {source.step: sketch_of(source) for source in Run(folder).sources}
 
 
-@pytest.mark.parametrize(("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])])
-def test_the_path_is_of_means_over_a_thousandth_of_training(first: int, windows: list[int], tmp_path: Path) -> None:
-    """A window has one value if a thousandth has fewer than two, and at most 104; the last may be open.
+@pytest.mark.parametrize(
+    ("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])]
+)
+def test_the_path_is_of_means_over_a_thousandth_of_training(
+    first: int, windows: list[int], tmp_path: Path
+) -> None:
+    """A window has one value if a thousandth has fewer than two, and at most 104; the last may be
+    open.
 
-    Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics do not count.
+    Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics
+    do not count.
     """
-    net, t = torch.nn.Sequential(torch.nn.Linear(50, 20, bias=False), torch.nn.BatchNorm1d(20, affine=False)), first - 1
+    net, t = (
+        torch.nn.Sequential(
+            torch.nn.Linear(50, 20, bias=False), torch.nn.BatchNorm1d(20, affine=False)
+        ),
+        first - 1,
+    )
     with tracker_of(net, tmp_path, t_unit="images") as tracker:
         for _ in range(sum(windows)):
             torch.nn.init.normal_(net[0].weight)
@@ -57,16 +70,20 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     known = coarse.edges[1:] <= 1000
     assert set(coarse.edges[1:][known]) < set(fine.edges)
     pairs = fine.means[:200].reshape(100, 2, -1).mean(axis=1)
-    # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100 means.
+    # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100
+    # means.
     assert np.sqrt(np.mean((coarse.means[:100] - pairs) ** 2)) < 6e-6
     steps = np.diff(fine.means, axis=0)
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
-    assert coarse.spread[1:-1].mean() == pytest.approx(np.sum(steps**2, axis=1).mean() * (n - 1 / n) / 6, rel=0.3)
+    assert coarse.spread[1:-1].mean() == pytest.approx(
+        np.sum(steps**2, axis=1).mean() * (n - 1 / n) / 6, rel=0.3
+    )
 
 
 def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
-    """Within float16's rounding; one that is resumed from its state has the same bits, see `test_continuing`."""
+    """Within float16's rounding; one that is resumed from its state has the same bits, see
+    `test_continuing`."""
     found = []
     for name in ("straight", "resumed"):
         training = Training()
@@ -81,7 +98,9 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
     one, other = found
     assert other.edges[-1] == one.edges[-1]
     assert other.folds.sum() == 150
-    np.testing.assert_allclose(one.folds @ one.means / 150, other.folds @ other.means / 150, atol=5e-4)
+    np.testing.assert_allclose(
+        one.folds @ one.means / 150, other.folds @ other.means / 150, atol=5e-4
+    )
 
 
 @pytest.mark.parametrize("kind", ["alike", "columns", "one rank", "one layer", "one row", "gains"])
@@ -98,7 +117,9 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> N
             elif kind == "columns":
                 net["a"][:, ::64] = 1.0
             elif kind == "one rank":
-                net["a"].copy_(torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random))
+                net["a"].copy_(
+                    torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random)
+                )
             elif kind == "one layer":
                 net["b"].normal_(generator=random)
             elif kind == "one row":
@@ -121,7 +142,8 @@ SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
 
 
 def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 0.1) -> Exact:
-    """Train up to a step; return the exact averages at the times of snapshots, by t and sigma_rel."""
+    """Train up to a step; return the exact averages at the times of snapshots, by t and
+    sigma_rel."""
     exact: Exact = {}
     while tracker.step < last:
         generator = torch.Generator().manual_seed(tracker.step)
@@ -139,7 +161,9 @@ def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 
 def check(folder: Path, known: Exact, norm: float = 1e-12, rounding: float = 1e-6) -> None:
     for snapshot in Run(folder).snapshots:
         stored, found = load_file(snapshot.path), snapshot.measurements
-        exact = {name: known[snapshot.t, snapshot.sigma_rel][name].cpu() for name in snapshot.averages}
+        exact = {
+            name: known[snapshot.t, snapshot.sigma_rel][name].cpu() for name in snapshot.averages
+        }
         # Differences of float32 are rounded by 2^-24 of themselves; sums are float64.
         assert found.norm == pytest.approx(sum(squares(one) for one in exact.values()), rel=norm)
         errors = [squares(one - stored[name].double()) for name, one in exact.items()]
@@ -150,16 +174,19 @@ def squares(tensor: torch.Tensor) -> float:
     return float(np.sum(tensor.double().numpy() ** 2))
 
 
-def check_run(model: torch.nn.Module, folder: Path, *rels: tuple[float, ...], **settings: Any) -> None:
+def check_run(
+    model: torch.nn.Module, folder: Path, *rels: tuple[float, ...], **settings: Any
+) -> None:
     with PostHocEMA.from_model(model, folder, *rels, **SETTINGS | settings) as tracker:
         exact = train(tracker, model, 10)
     check(folder, exact)
 
 
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64", None])
-@pytest.mark.parametrize(("dtype", "sigma_rels"), [
-    (torch.float32, (0.05, 0.1, 0.28)), (torch.float64, (0.1,)), (torch.bfloat16, (0.05, 0.28)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "sigma_rels"),
+    [(torch.float32, (0.05, 0.1, 0.28)), (torch.float64, (0.1,)), (torch.bfloat16, (0.05, 0.28))],
+)
 def test_measurements_are_those_of_a_direct_computation(
     tmp_path: Path, sigma_rels: tuple[float, ...], stored: str | None, dtype: torch.dtype
 ) -> None:
@@ -169,7 +196,9 @@ def test_measurements_are_those_of_a_direct_computation(
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
-def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path, scale: float) -> None:
+def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
+    tmp_path: Path, scale: float
+) -> None:
     """Its values would be too large, too small (subnormal) or zero in float16."""
     model = torch.nn.Linear(4, 4)
     with torch.no_grad():
@@ -181,11 +210,15 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(tmp_path: Path
         assert found == {"weight": "F32", "bias": "F16"}
 
 
-def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp_path: Path) -> None:
+def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
+    tmp_path: Path,
+) -> None:
     model = torch.nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path, (0.28,), update_every=1, checkpoint_every=1
+    ) as tracker:
         tracker.update_(model)
         tracker.update_(model)
     for snapshot in Run(tmp_path).snapshots:
@@ -195,26 +228,39 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(tmp
 
 
 def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
-    """Writing the second of two files fails: the first is complete, and nothing is left of the second."""
+    """Writing the second of two files fails: the first is complete, and nothing is left of the
+    second."""
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         exact = train(tracker, model, 9)
         refused = pytest.raises(WriteError, match="no space left")
         with failing("fsync", errno.ENOSPC, call_number(1)), refused:
             exact |= train(tracker, model, 10)
-        assert [(s.t, s.sigma_rel) for s in Run(tmp_path).snapshots] == [(5, 0.05), (5, 0.28), (10, 0.05)]
+        assert [(s.t, s.sigma_rel) for s in Run(tmp_path).snapshots] == [
+            (5, 0.05),
+            (5, 0.28),
+            (10, 0.05),
+        ]
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
         exact |= {(tracker.t, s): tracker.state_dict(s, dtype="float64") for s in (0.05, 0.28)}
         check(tmp_path, exact)
 
 
-@pytest.mark.parametrize(("stored", "size"), [("float16", 1e-2), ("bfloat16", 1e-4), ("float16", 1e-5)])
-def test_measurements_of_a_subset_are_those_of_all_elements(tmp_path: Path, size: float, stored: str) -> None:
-    """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers have a relative
-    standard error of (2 / n)^(1/2): four times that is allowed."""
-    model = torch.nn.Sequential(torch.nn.Linear(1500, 600), torch.nn.LayerNorm(600), torch.nn.Linear(600, 1500))
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS | {"checkpoint_dtype": stored}) as tracker:
+@pytest.mark.parametrize(
+    ("stored", "size"), [("float16", 1e-2), ("bfloat16", 1e-4), ("float16", 1e-5)]
+)
+def test_measurements_of_a_subset_are_those_of_all_elements(
+    tmp_path: Path, size: float, stored: str
+) -> None:
+    """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
+    have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(1500, 600), torch.nn.LayerNorm(600), torch.nn.Linear(600, 1500)
+    )
+    with PostHocEMA.from_model(
+        model, tmp_path, **SETTINGS | {"checkpoint_dtype": stored}
+    ) as tracker:
         exact = train(tracker, model, 10, size)
     off = 4 * (2 / 2**19) ** 0.5
     check(tmp_path, exact, norm=off, rounding=2 * off)  # larger in each binade

@@ -1,9 +1,10 @@
-"""Averages read, and updates interrupted, at any moment: every caller sees the averages of one update.
+"""Averages read, and updates interrupted, at any moment: every caller sees the averages of one
+update.
 
 Any number of threads gives the same bits, and torch's own threads and settings are left alone.
 
-All elements of the model are equal, hence all elements of an average are: a different element was read, or left, in the
-middle of an update. The definition gives the correct value at each step.
+All elements of the model are equal, hence all elements of an average are: a different element was
+read, or left, in the middle of an update. The definition gives the correct value at each step.
 """
 
 import random
@@ -29,14 +30,16 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
 
 SIGMA_RELS = (0.2, 0.21)
-"""Two similar widths: profiles that share a mean then have nearly its weights and differ from the truth only by
-rounding, although the model's values jump."""
+"""Two similar widths: profiles that share a mean then have nearly its weights and differ from the
+truth only by rounding, although the model's values jump."""
 
 MOST, EVERY = 100_000, 2
-"""The largest number of steps of a training, and the number of calls from one update to the next."""
+"""The largest number of steps of a training, and the number of calls from one update to the next.
+"""
 
 TOLERANCE = 40 * 2.0**-24
-"""The relative tolerance: a float32 mean is rounded up to 32 times, the average once; a torn average is off by 1e-5."""
+"""The relative tolerance: a float32 mean is rounded up to 32 times, the average once; a torn
+average is off by 1e-5."""
 
 
 def value_at(step: int) -> float:
@@ -45,7 +48,8 @@ def value_at(step: int) -> float:
 
 @cache
 def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
-    """Return the averages after each update by the definition: update t_k has weight t_k^(g+1) - t_(k-1)^(g+1)."""
+    """Return the averages after each update by the definition: update t_k has weight t_k^(g+1) -
+    t_(k-1)^(g+1)."""
     times = np.arange(0, MOST + 1, EVERY, dtype=np.float64)
     values = np.array([value_at(int(t)) for t in times[1:]])
     powers = (times / MOST) ** (exact_gamma(float(sigma_rel)) + 1)
@@ -58,7 +62,9 @@ class Equal(torch.nn.Module):
     def __init__(self, elements: int) -> None:
         super().__init__()
         self.large = torch.nn.Parameter(torch.zeros(elements))
-        self.small = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(7, 3)) for _ in range(5)])
+        self.small = torch.nn.ParameterList(
+            [torch.nn.Parameter(torch.zeros(7, 3)) for _ in range(5)]
+        )
         self.wide = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
 
     def go_to(self, step: int) -> None:
@@ -69,16 +75,32 @@ class Equal(torch.nn.Module):
 
 def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> PostHocEMA:
     return PostHocEMA.from_model(
-        model, folder, SIGMA_RELS, EVERY, checkpoint_every, max_checkpoints=3, checkpoint_dtype=None, device=device
+        model,
+        folder,
+        SIGMA_RELS,
+        EVERY,
+        checkpoint_every,
+        max_checkpoints=3,
+        checkpoint_dtype=None,
+        device=device,
     )
 
 
-def away(tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE) -> list[str]:
+def away(
+    tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE
+) -> list[str]:
     """Return a line if an element is too far from the average of the last update up to a step."""
-    low, high = min(float(t.min()) for t in tensors.values()), max(float(t.max()) for t in tensors.values())
+    low, high = (
+        min(float(t.min()) for t in tensors.values()),
+        max(float(t.max()) for t in tensors.values()),
+    )
     right = float(truth(sigma_rel)[step // EVERY - 1])
     is_near = max(right - low, high - right) <= tolerance * right
-    return [] if is_near else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
+    return (
+        []
+        if is_near
+        else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
+    )
 
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
@@ -87,19 +109,32 @@ def wrong_state(state: Mapping[str, Any]) -> list[str]:
     if not updated <= step < updated + EVERY or t != step or standing["t"] != updated:
         return [f"step {step} at t = {t} with averages of {updated} at {standing['t']}"]
     if standing["updates"] != updated // EVERY:
-        return [f"step {step} with a clock that ends at {list(state['clock'])[-2:]}, and {state['updates']} updates"]
+        return [
+            f"step {step} with a clock that ends at {list(state['clock'])[-2:]}, and "
+            f"{state['updates']} updates"
+        ]
     averages = averages_in(state) if updated else {}
-    return [line for sigma_rel, tensors in averages.items() for line in away(tensors, sigma_rel, updated)]
+    return [
+        line
+        for sigma_rel, tensors in averages.items()
+        for line in away(tensors, sigma_rel, updated)
+    ]
 
 
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return what is wrong with an average of any length: a sum of tracked ones with coefficients up to about 4."""
-    low, high = min(float(t.min()) for t in weights.values()), max(float(t.max()) for t in weights.values())
+    """Return what is wrong with an average of any length: a sum of tracked ones with coefficients
+    up to about 4."""
+    low, high = (
+        min(float(t.min()) for t in weights.values()),
+        max(float(t.max()) for t in weights.values()),
+    )
     return [] if high - low <= 8 * TOLERANCE * high else [f"from {low} to {high}"]
 
 
 @pytest.mark.parametrize("device", ["model", "cpu"])
-def test_averages_that_another_thread_reads_are_those_of_one_update(tmp_path: Path, device: str) -> None:
+def test_averages_that_another_thread_reads_are_those_of_one_update(
+    tmp_path: Path, device: str
+) -> None:
     model, other, wrong, chance = Equal(300_000), Equal(300_000), list[str](), random.Random(0)
     tracker = start(tmp_path, model, device, 10 * MOST)
 
@@ -137,8 +172,11 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("device", ["model", "cpu"])
 @pytest.mark.parametrize("last", ["close", "update"])
-def test_an_update_that_a_signal_interrupts_was_made_or_was_not(tmp_path: Path, device: str, last: str) -> None:
-    """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own within the update."""
+def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
+    tmp_path: Path, device: str, last: str
+) -> None:
+    """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own
+    within the update."""
     model, usual, wrong, chance, armed = Equal(3_000), 0.002, list[str](), random.Random(0), False
     tracker = start(tmp_path, model, device, 10 * EVERY)
 
@@ -202,9 +240,14 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
     for threads in (1, size):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
-        model = torch.nn.ParameterDict({name: torch.zeros(one, dtype=dtypes.get(name)) for name, one in shapes.items()})
-        with PostHocEMA.from_model(model, tmp_path / str(threads), update_every=1, checkpoint_every=100) as tracker:
-            for k in range(1, 81):  # folds of one update, which round, and of 32, which are exact; one window is open
+        model = torch.nn.ParameterDict(
+            {name: torch.zeros(one, dtype=dtypes.get(name)) for name, one in shapes.items()}
+        )
+        with PostHocEMA.from_model(
+            model, tmp_path / str(threads), update_every=1, checkpoint_every=100
+        ) as tracker:
+            # folds of one update, which round, and of 32, which are exact; one window is open
+            for k in range(1, 81):
                 for parameter in model.values():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
                 tracker.update_(model, t=float(k if k < 15 else 10**6 + k))
@@ -221,7 +264,9 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
     torch.set_num_threads(2)  # conftest sets the number to 1 for each test
     seen: list[int] = []
     model = torch.nn.Linear(60, 60)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path, update_every=1, checkpoint_every=2, device=device
+    ) as tracker:
         for _ in range(4):
             tracker.update_(model)
             thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
@@ -234,12 +279,15 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Path) -> None:
-    """On busy cores those wait for each other at every operation. Operations on a tile of this model would use some."""
+    """On busy cores those wait for each other at every operation. Operations on a tile of this
+    model would use some."""
     torch.set_num_threads(4)
     model = torch.nn.Linear(600, 600)
     model.weight.detach().mul(2)  # the training's own threads are there
     counts = []
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path, update_every=1, checkpoint_every=2, device=device
+    ) as tracker:
         for _ in range(2):
             counts.append(len([*Path("/proc/self/task").iterdir()]) - threading.active_count())
             for _ in range(4):
@@ -271,9 +319,11 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     train(22)  # the next update interpolates
     state = tracker.state_dict()
     call: Callable[[], Any] = {
-        "state": lambda: found.append(tracker.state_dict()), "load": lambda: tracker.load_state_dict(state),
-        "update": lambda: tracker.update_(model), "close": tracker.close,
-    }[way]  # fmt: skip
+        "state": lambda: found.append(tracker.state_dict()),
+        "load": lambda: tracker.load_state_dict(state),
+        "update": lambda: tracker.update_(model),
+        "close": tracker.close,
+    }[way]
     monkeypatch.setattr(torch, "lerp", lerp)
     with ThreadPoolExecutor(2) as threads:
         training = threads.submit(train, 2)

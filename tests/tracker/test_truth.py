@@ -1,9 +1,10 @@
 """Ground truth: directly summed float64 averages of two real recorded training runs of 2,000 steps.
 
-Unless a test says otherwise, snapshots are float32, every 100 steps, of sigma_rel 0.05 and 0.10, and the method is the
-published one. The bounds are what this method can reach with such snapshots: on the tracked profiles only float32
-rounding is left, and the further a target is from them, the less the twenty snapshot times suffice (the error at 0.20
-is a hundred times that at 0.07). Targets above 0.20 are not tested: their error is inherent in the method.
+Unless a test says otherwise, snapshots are float32, every 100 steps, of sigma_rel 0.05 and 0.10,
+and the method is the published one. The bounds are what this method can reach with such snapshots:
+on the tracked profiles only float32 rounding is left, and the further a target is from them, the
+less the twenty snapshot times suffice (the error at 0.20 is a hundred times that at 0.07). Targets
+above 0.20 are not tested: their error is inherent in the method.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,17 +39,28 @@ def distance(found: dict[str, torch.Tensor], exact: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tracked:
-    """A function that tracks a run, once, and returns it and the directory, which tests only read."""
+    """A function that tracks a run, once, and returns it and the directory, which tests only
+    read."""
     stored = getattr(request.config, "cache", None)  # pytest's, unless it is switched off
-    recorded = cache(lambda name: record(name, STEPS, cache=stored and stored.mkdir("trajectories")))
+    recorded = cache(
+        lambda name: record(name, STEPS, cache=stored and stored.mkdir("trajectories"))
+    )
 
     @cache
     def track(
-        name: str, stride: int, sigma_rels: tuple[float, ...] = (0.05, 0.10), dtype: Any = torch.float32
+        name: str,
+        stride: int,
+        sigma_rels: tuple[float, ...] = (0.05, 0.10),
+        dtype: Any = torch.float32,
     ) -> tuple[Trajectory, Path]:
         run, folder = recorded(name), tmp_path_factory.mktemp(name)
         model = Replay(run)
-        options = {"update_every": stride, "checkpoint_every": 100, "max_checkpoints": None, "checkpoint_dtype": dtype}
+        options = {
+            "update_every": stride,
+            "checkpoint_every": 100,
+            "max_checkpoints": None,
+            "checkpoint_dtype": dtype,
+        }
         with PostHocEMA.from_model(model, folder, sigma_rels, **options) as tracker:
             for step in range(1, STEPS + 1):
                 if step % stride == 0:
@@ -60,8 +72,11 @@ def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize(("name", "stride"), [("denoiser-adam", 10), ("classifier-sgd", 1)])
-def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, tracked: Tracked) -> None:
-    """Also an ordinary EMA, x <- beta x + (1 - beta) theta at every step; a window; a span of training."""
+def test_synthesized_weights_are_near_the_true_ones(
+    name: str, stride: int, tracked: Tracked
+) -> None:
+    """Also an ordinary EMA, x <- beta x + (1 - beta) theta at every step; a window; a span of
+    training."""
     run, folder = tracked(name, stride)
     seen = np.arange(0, STEPS + 1, stride)
     tails = {  # mass after each step, from the definitions
@@ -70,9 +85,14 @@ def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, trac
         Window(400): np.clip((STEPS - seen) / 400, 0, 1),
         Between(600, 1400): np.clip((1400 - seen) / 800, 0, 1),
     }
-    weights = [exact_weights(s, seen[1:]) for s in BOUNDS] + [-np.diff(tail) for tail in tails.values()]
+    weights = [exact_weights(s, seen[1:]) for s in BOUNDS] + [
+        -np.diff(tail) for tail in tails.values()
+    ]
     exact, tracker = truth(run, seen[1:], weights), PostHocEMA.from_path(folder)
-    found = [distance(tracker.state_dict(s, method="paper"), one) for s, one in zip(BOUNDS, exact, strict=False)]
+    found = [
+        distance(tracker.state_dict(s, method="paper"), one)
+        for s, one in zip(BOUNDS, exact, strict=False)
+    ]
     assert {s: error for s, error in zip(BOUNDS, found, strict=True) if error > BOUNDS[s]} == {}
     # The bounds are meaningful: the average is much further from the last weights.
     assert distance({"last": torch.from_numpy(run.weights[-1])}, exact[0]) > 100 * BOUNDS[0.05]
@@ -80,17 +100,24 @@ def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, trac
     for index, target in enumerate(tails):
         predicted = plan.predicted_error(index)
         assert predicted < 0.01
-        assert 0.3 < distance(tracker.state_dict(target), exact[len(BOUNDS) + index]) / predicted < 2
+        assert (
+            0.3 < distance(tracker.state_dict(target), exact[len(BOUNDS) + index]) / predicted < 2
+        )
 
 
-@pytest.mark.parametrize(("name", "sigma_rels", "dtype"), [
-    ("denoiser-adam", (0.05, 0.28), torch.float16), ("denoiser-adam", (0.05, 0.10), torch.float32),
-    ("classifier-sgd", (0.05, 0.28), torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "sigma_rels", "dtype"),
+    [
+        ("denoiser-adam", (0.05, 0.28), torch.float16),
+        ("denoiser-adam", (0.05, 0.10), torch.float32),
+        ("classifier-sgd", (0.05, 0.28), torch.bfloat16),
+    ],
+)
 def test_minimum_variance_beats_the_published_method_and_knows_its_error(
     name: str, sigma_rels: tuple[float, float], dtype: torch.dtype, tracked: Tracked
 ) -> None:
-    """Over all cells of scripts/bench_fidelity.py with two profiles, actual / predicted is between 0.31 and 1.78."""
+    """Over all cells of scripts/bench_fidelity.py with two profiles, actual / predicted is between
+    0.31 and 1.78."""
     run, folder = tracked(name, 10, sigma_rels, dtype)
     targets, steps = (0.03, 0.07, 0.15, 0.20, 0.25), np.arange(10, STEPS + 1, 10)
     plan, tracker = plan_synthesis(disk_sources(folder), targets), PostHocEMA.from_path(folder)

@@ -46,26 +46,44 @@ def walk(steps: int, seed: int = 0) -> np.ndarray:
 )
 @settings(max_examples=60, deadline=None)
 def test_any_stride_warm_up_and_clock_give_the_exact_profile(
-    tmp_path_factory: pytest.TempPathFactory, update_every: int, warm_up: int, more: int, sigma_rel: float, unit: str
+    tmp_path_factory: pytest.TempPathFactory,
+    update_every: int,
+    warm_up: int,
+    more: int,
+    sigma_rel: float,
+    unit: str,
 ) -> None:
     steps = (warm_up // update_every + 1) * update_every + more
     values, model = walk(steps), Scalar()
-    clock = np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps)) if unit == "images" else np.arange(steps) + 1
-    schedule = {"update_every": update_every, "checkpoint_every": 1000 * update_every, "update_after_step": warm_up}
+    clock = (
+        np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps))
+        if unit == "images"
+        else np.arange(steps) + 1
+    )
+    schedule = {
+        "update_every": update_every,
+        "checkpoint_every": 1000 * update_every,
+        "update_after_step": warm_up,
+    }
     folder = tmp_path_factory.mktemp("run")
     with PostHocEMA.from_model(model, folder, (sigma_rel,), t_unit=unit, **schedule) as tracker:
         for step in range(steps):
             model.set(values[step])
             tracker.update_(model, t=float(clock[step]) if unit == "images" else None)
         calls = [k for k in range(1, steps + 1) if k % update_every == 0 and k > warm_up]
-        exact = exact_average([values[k - 1] for k in calls], sigma_rel, [float(clock[k - 1]) for k in calls])
+        exact = exact_average(
+            [values[k - 1] for k in calls], sigma_rel, [float(clock[k - 1]) for k in calls]
+        )
         # float64: a rounding of 1e-16 an update, of values up to about 100.
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
 
 
 @pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
-def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path, dtype: torch.dtype, change: float) -> None:
-    """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to nearest, by none."""
+def test_folds_do_not_lose_steps_below_half_a_last_digit(
+    tmp_path: Path, dtype: torch.dtype, change: float
+) -> None:
+    """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to
+    nearest, by none."""
     base, begin, updates = torch.linspace(1, 1.9, 1000).to(dtype), 1e6 * change / 1e-4, 5120
     model = Scalar(dtype)
     model.weight.data = base.clone()
@@ -78,7 +96,8 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path, dtype: 
         found = tracked(tracker, 0.28)
     moved = change * -math.expm1((exact_gamma(0.28) + 1) * math.log1p(-updates / (begin + updates)))
     off = found - base.double().numpy() - moved
-    assert moved > 4 * 2**-23  # last digits; the change itself is rounded to one, which is 0.1 % of it
+    # last digits; the change itself is rounded to one, which is 0.1 % of it
+    assert moved > 4 * 2**-23
     assert np.abs(off).max() < 2 * 2**-23
 
 
@@ -87,7 +106,8 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(tmp_path: Path, dtype: 
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
 ) -> None:
-    """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with another clock."""
+    """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
+    another clock."""
     model, path, times = Scalar(torch.float32), [], []
     model.weight.data = torch.zeros(2000)
     generator, t = torch.Generator().manual_seed(0), float(begin)
@@ -106,14 +126,21 @@ def test_float32_averages_are_right_wherever_windows_end(
             for sigma_rel in sigma_rels:
                 exact = exact_average(path, sigma_rel, times)
                 away = np.linalg.norm(tracked(tracker, sigma_rel) - exact) / np.linalg.norm(exact)
-                # One rounding is 0.2 * 2^-23 of the norm. Each update leaves at most one, in the mean or the average,
-                # and reading one more; a window's weights of what moves in it, 0.01 an update, are up to 1/60 wrong.
-                assert away < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
+                # One rounding is 0.2 * 2^-23 of the norm. Each update leaves at most one, in the
+                # mean or the average, and reading one more; a window's weights of what moves in it,
+                # 0.01 an update, are up to 1/60 wrong.
+                assert (
+                    away
+                    < 0.2 * 2**-23 * math.sqrt(1 + k) + 0.01 / 60 * min(1, every * k / t) ** 1.5 / 4
+                )
 
 
 @pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
-def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path, kept: tuple[float, ...]) -> None:
-    """They share it from t = 104,000 on; a run resumes within a window before, from a state with more profiles."""
+def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
+    tmp_path: Path, kept: tuple[float, ...]
+) -> None:
+    """They share it from t = 104,000 on; a run resumes within a window before, from a state with
+    more profiles."""
     model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
     model.weight.data = torch.randn(500, generator=generator)
     path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
@@ -148,7 +175,8 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(tmp_path: Path,
 
 
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
-    """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty float32 snapshots."""
+    """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty
+    float32 snapshots."""
     model, size, first, updates = Scalar(torch.float32), 1000, 104_000, 4500
     model.weight.data = torch.zeros(size)
     generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
@@ -170,23 +198,44 @@ def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     settings = PostHocEMA.from_model(Scalar(), tmp_path / "run").settings
     schedule = settings.schedule
-    assert (schedule.update_every, schedule.checkpoint_every, schedule.update_after_step) == (10, 1000, 0)
-    assert (schedule.max_checkpoints, schedule.checkpoint_dtype, settings.t_unit) == (20, "F16", "steps")
+    assert (schedule.update_every, schedule.checkpoint_every, schedule.update_after_step) == (
+        10,
+        1000,
+        0,
+    )
+    assert (schedule.max_checkpoints, schedule.checkpoint_dtype, settings.t_unit) == (
+        20,
+        "F16",
+        "steps",
+    )
     assert settings.sigma_rels == (0.05, 0.28)
     assert not (tmp_path / "run").exists()  # making a tracker locks and writes nothing
-    with pytest.warns(RuntimeWarning, match="update_every is 5, so that checkpoint_every 15 is a multiple of it"):
-        assert PostHocEMA.from_model(Scalar(), tmp_path, checkpoint_every=15).settings.schedule.update_every == 5
+    with pytest.warns(
+        RuntimeWarning, match="update_every is 5, so that checkpoint_every 15 is a multiple of it"
+    ):
+        assert (
+            PostHocEMA.from_model(
+                Scalar(), tmp_path, checkpoint_every=15
+            ).settings.schedule.update_every
+            == 5
+        )
 
 
 def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: Path) -> None:
-    """Short averages need late snapshots, long ones also early ones; a resumed run keeps its range."""
+    """Short averages need late snapshots, long ones also early ones; a resumed run keeps its
+    range."""
     kept = {}
     for name, sigma_rels in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
         model, generator = torch.nn.Linear(30, 30), torch.Generator().manual_seed(0)
         with PostHocEMA.from_model(
-            model, tmp_path / name, sigma_rels, update_every=1, checkpoint_every=5, max_checkpoints=5,
+            model,
+            tmp_path / name,
+            sigma_rels,
+            update_every=1,
+            checkpoint_every=5,
+            max_checkpoints=5,
             checkpoint_dtype=torch.float16,
-        ) as tracker:  # fmt: skip
+        ) as tracker:
             for _ in range(100):
                 model.weight.data.add_(torch.randn(30, 30, generator=generator))
                 tracker.update_(model)
@@ -199,7 +248,10 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
 
 def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path) -> None:
     for arguments, message in (
-        ({"update_every": 4, "checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 4"),
+        (
+            {"update_every": 4, "checkpoint_every": 1005},
+            "checkpoint_every 1005: must be a multiple of update_every 4",
+        ),
         ({"update_every": 0}, "update_every 0"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
         ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must be a number, and lie in"),
@@ -221,11 +273,26 @@ def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path) ->
 def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
     model = Scalar()
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
-        with pytest.raises(InvalidValueError, match=r"t 1e-101: must lie between 1e-100 and 1e\+100"):
+        with pytest.raises(
+            InvalidValueError, match=r"t 1e-101: must lie between 1e-100 and 1e\+100"
+        ):
             tracker.update_(model, t=1e-101)
         tracker.update_(model, t=64)
-        for bad in (64, 63, float("nan"), float("inf"), "abc", [1], 1j, 10**400, 1e101, torch.ones(2)):
-            with pytest.raises(InvalidValueError, match=r"must lie between .*, and be larger than at the last call"):
+        for bad in (
+            64,
+            63,
+            float("nan"),
+            float("inf"),
+            "abc",
+            [1],
+            1j,
+            10**400,
+            1e101,
+            torch.ones(2),
+        ):
+            with pytest.raises(
+                InvalidValueError, match=r"must lie between .*, and be larger than at the last call"
+            ):
                 tracker.update_(model, t=bad)  # type: ignore[arg-type]
         with pytest.raises(InvalidValueError, match="at every call or at none"):
             tracker.update_(model)
@@ -242,10 +309,16 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
 def test_a_refused_update_leaves_the_averages_as_they_are(
     tmp_path: Path, dtype: torch.dtype, device: str, on_nonfinite: str, begin: int, bad: float
 ) -> None:
-    """The bad value is in the last of many tiles, at first beside values so large that a trace of them would show."""
+    """The bad value is in the last of many tiles, at first beside values so large that a trace of
+    them would show."""
     model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
-    options = {"update_every": 1, "checkpoint_every": 1000, "device": device, "on_nonfinite": on_nonfinite}
+    options = {
+        "update_every": 1,
+        "checkpoint_every": 1000,
+        "device": device,
+        "on_nonfinite": on_nonfinite,
+    }
     largest, skips, generator = 0.0, on_nonfinite == "skip", torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for step in range(1, 76):
@@ -258,21 +331,29 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
             before = tracker.state_dict()
             model["weight"].data.mul_(1e30 if step < 40 else 1.0)[999] = bad
             named = f"'weight': holds nan or infinity at step {step}"
-            with pytest.warns(RuntimeWarning, match=named) if skips else pytest.raises(NonFiniteError, match=named):
+            with (
+                pytest.warns(RuntimeWarning, match=named)
+                if skips
+                else pytest.raises(NonFiniteError, match=named)
+            ):
                 tracker.update_(model, begin + step)
                 tracker.flush()
             after, tensors = tracker.state_dict(), ("mean", "high", "copies")
-            plain = before.keys() - {*tensors, "step", "t", "clock", "weights"}  # the model's own weights have changed
+            # the model's own weights have changed
+            plain = before.keys() - {*tensors, "step", "t", "clock", "weights"}
             assert {name: after[name] for name in plain} == {name: before[name] for name in plain}
             assert_same_tensors(after["copies"], before["copies"])
             for key in map(repr, SIGMA_RELS):
                 assert_same_tensors(after["high"][key], before["high"][key])
-                # With |f| <= 1 an interpolation of values up to A rounds by at most u 7 A; its inverse, with the share
-                # f / (f - 1) down to -3, magnifies that by four, and rounds by u 19 A itself.
+                # With |f| <= 1 an interpolation of values up to A rounds by at most u 7 A; its
+                # inverse, with the share f / (f - 1) down to -3, magnifies that by four, and rounds
+                # by u 19 A itself.
                 own, earlier = (state["mean"][key]["weight"].numpy() for state in (after, before))
                 unit = 2.0 ** (-53 if dtype == torch.float64 else -24)
                 # Right after a refusal all values are checked first, so that errors do not add up.
-                np.testing.assert_allclose(own, earlier, rtol=0, atol=47 * largest * unit * (step not in (3, 51)))
+                np.testing.assert_allclose(
+                    own, earlier, rtol=0, atol=47 * largest * unit * (step not in (3, 51))
+                )
 
 
 def parameter(elements: int) -> torch.nn.Parameter:
@@ -280,21 +361,43 @@ def parameter(elements: int) -> torch.nn.Parameter:
 
 
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
-    (lambda m: m.register_parameter("weight", parameter(4)), r"'weight': is .* \[4\], and was .* \[3\] when tracking"),
-    (lambda m: m.register_parameter("extra", parameter(1)), "'extra': is averaged, .*, and was not tracked"),
+    (
+        lambda m: m.register_parameter("weight", parameter(4)),
+        r"'weight': is .* \[4\], and was .* \[3\] when tracking",
+    ),
+    (
+        lambda m: m.register_parameter("extra", parameter(1)),
+        "'extra': is averaged, .*, and was not tracked",
+    ),
     (lambda m: delattr(m, "weight"), "'weight': is not tracked, and was averaged"),
-    (lambda m: m.half(), "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory"),
-    (lambda m: m.weight.requires_grad_(False), r"'weight': is left out, as .* no gradients, .*include='\*'.*directory"),
-    (lambda m: m.frozen.requires_grad_(True), r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory"),
-    (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is copied, .*, and was not tracked"),
+    (
+        lambda m: m.half(),
+        "'weight': is .*float16 .*, and was .*float64 .* torch.autocast, .*a new directory",
+    ),
+    (
+        lambda m: m.weight.requires_grad_(False),
+        r"'weight': is left out, as .* no gradients, .*include='\*'.*directory",
+    ),
+    (
+        lambda m: m.frozen.requires_grad_(True),
+        r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory",
+    ),
+    (
+        lambda m: m.register_buffer("count", torch.zeros(())),
+        "'count': is copied, .*, and was not tracked",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES)
-def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change: Any, message: str) -> None:
+def test_a_model_that_changes_is_refused_and_nothing_written(
+    tmp_path: Path, change: Any, message: str
+) -> None:
     model = Scalar()
     model.other_weight, model.frozen = parameter(2), parameter(2).requires_grad_(False)
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=2) as tracker:
+    with PostHocEMA.from_model(
+        model, tmp_path, (0.28,), update_every=1, checkpoint_every=2
+    ) as tracker:
         tracker.update_(model)
         change(model)
         with pytest.raises(ModelMismatchError, match=message):

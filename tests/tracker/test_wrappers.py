@@ -1,6 +1,7 @@
 """Wrapped models have the names of bare ones.
 
-Of models with PEFT adapters, the adapters alone are tracked, under the names by which PEFT saves and loads them.
+Of models with PEFT adapters, the adapters alone are tracked, under the names by which PEFT saves
+and loads them.
 """
 
 import warnings
@@ -12,7 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors
-from peft import LoHaConfig, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +32,8 @@ SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": 
 
 
 class Network(torch.nn.Module):
-    """A model with children whose names are those of wrappers' children, a tied parameter and buffers."""
+    """A model with children whose names are those of wrappers' children, a tied parameter and
+    buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +46,14 @@ class Network(torch.nn.Module):
         return self.head(self._orig_mod(self.module(x)))
 
 
-NAMES = {"module.weight", "module.bias", "_orig_mod.weight", "_orig_mod.bias", "head.0.weight", "head.0.bias"}
+NAMES = {
+    "module.weight",
+    "module.bias",
+    "_orig_mod.weight",
+    "_orig_mod.bias",
+    "head.0.weight",
+    "head.0.bias",
+}
 BUFFERS = {"_orig_mod.running_mean", "_orig_mod.running_var", "_orig_mod.num_batches_tracked"}
 
 
@@ -52,7 +67,9 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+        )
         yield
         dist.destroy_process_group()
 
@@ -89,19 +106,28 @@ def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", WRAPPERS)
-def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(tmp_path: Path, kind: str) -> None:
+def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
+    tmp_path: Path, kind: str
+) -> None:
     bare, wrapped = network(), WRAPPERS[kind](network())
     assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
+    # made before the wrapper
     with (
         PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
-        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before the wrapper
+        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,
     ):
         Training(model=bare).run(4, one)
         Training(model=wrapped).run(4, other)
     info = Run(tmp_path / "bare").snapshots[-1]
-    assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
+    assert (set(info.tensors), info.aliases) == (
+        NAMES | BUFFERS,
+        {"head.1.weight": "head.0.weight"},
+    )
     assert contents(tmp_path / "wrapped") == contents(tmp_path / "bare")
-    fresh, weights = network(), PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
+    fresh, weights = (
+        network(),
+        PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15),
+    )
     fresh.load_state_dict(weights)
 
     x = torch.randn(6, 3)
@@ -116,15 +142,24 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
     assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
-def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, one_process: None) -> None:
+def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
+    tmp_path: Path, one_process: None
+) -> None:
     """A parameter of ZeRO-3 is a placeholder, or for a while holds all values."""
-    with pytest.raises(InvalidValueError, match=r"model: FSDP1 lays .*; use fully_shard or Distributed"):
-        PostHocEMA.from_model(FullyShardedDataParallel(network(), device_id=torch.device("cpu")), tmp_path)
+    with pytest.raises(
+        InvalidValueError, match=r"model: FSDP1 lays .*; use fully_shard or Distributed"
+    ):
+        PostHocEMA.from_model(
+            FullyShardedDataParallel(network(), device_id=torch.device("cpu")), tmp_path
+        )
     for shape in ((0,), (3, 4)):
         model, head = network(), torch.nn.Parameter(torch.empty(shape))
         head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
         model.head[0].bias = head
-        with pytest.raises(InvalidValueError, match=r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3"):
+        with pytest.raises(
+            InvalidValueError,
+            match=r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3",
+        ):
             PostHocEMA.from_model(model, tmp_path)
     with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
         tracker.update_(model)
@@ -160,20 +195,31 @@ def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str
 @PEFTS
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, compiled])
-def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(tmp_path: Path, kind: str, wrap: Any) -> None:
+def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
+    tmp_path: Path, kind: str, wrap: Any
+) -> None:
     model = get_peft_model(Adapted(), CONFIGS[kind])
     weights = average_of(wrap(model), tmp_path / "run")
-    assert not set_peft_model_state_dict(get_peft_model(Adapted(), CONFIGS[kind]), weights).unexpected_keys
+    assert not set_peft_model_state_dict(
+        get_peft_model(Adapted(), CONFIGS[kind]), weights
+    ).unexpected_keys
     found = set(weights)
     assert found == set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    assert "base_model.model.middle.base_layer.weight" in Run(tmp_path / "run").snapshots[0].left_out
+    assert (
+        "base_model.model.middle.base_layer.weight" in Run(tmp_path / "run").snapshots[0].left_out
+    )
     if kind == "lora":
         middle = model.base_model.model.middle
         model.base_model.model.middle = compiled(middle)
         assert set(average_of(model, tmp_path / "part")) == found
         model.base_model.model.middle = middle
-    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})  # a larger model, with one adapted part
-    assert {f"text.{name}" for name in found} | {"image.weight"} <= set(average_of(both, tmp_path / "both"))
+    # a larger model, with one adapted part
+    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})
+    assert {f"text.{name}" for name in found} | {"image.weight"} <= set(
+        average_of(both, tmp_path / "both")
+    )
     model.add_adapter("second", CONFIGS[kind])
     several = set(average_of(model, tmp_path / "several", include="*"))
-    assert {name for name, _ in model.named_parameters() if ".second" in name or ".default" in name} <= several
+    assert {
+        name for name, _ in model.named_parameters() if ".second" in name or ".default" in name
+    } <= several
