@@ -15,7 +15,8 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audits_of
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
-from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
+from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
@@ -72,7 +73,7 @@ def import_checkpoints(
     Arguments:
         directory: a folder, a file, or a glob that names files or folders. out: folder of the run;
         None only in a dry run. overwrite: replace an import of something else, or with other
-        settings. dry_run: read and check only. settings: fields of `source.ImportSettings`, such as
+        settings. dry_run: read and check only. settings: fields of `settings.ImportSettings`, such as
         `sigma_rels=(0.05, 0.28), update_every=10`.
 
     Raises:

@@ -31,14 +31,10 @@ from posthoc_cli.checkpoints.index import (
     tensor_shape,
 )
 from posthoc_cli.checkpoints.pickles import PARAMETERS
-from posthoc_cli.checkpoints.source import (
-    UNSPECIFIED,
-    Checkpoint,
-    ImportSettings,
-    Updates,
-    make_checkpoint,
-)
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.steps import checked_step, step_of
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,

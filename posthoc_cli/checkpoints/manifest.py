@@ -20,7 +20,8 @@ import xxhash
 from posthoc_cli import files
 from posthoc_cli.checkpoints.index import CONFIG, model_in, sets_in
 from posthoc_cli.checkpoints.layouts import TABLE
-from posthoc_cli.checkpoints.source import Checkpoint, ImportSettings
+from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import (
     FileFormatError,

@@ -30,7 +30,8 @@ from posthoc_cli.checkpoints.index import (
 )
 from posthoc_cli.checkpoints.layouts import EMA_TAKES, TABLE, named_decay, read_checkpoint
 from posthoc_cli.checkpoints.manifest import read_manifest
-from posthoc_cli.checkpoints.source import UNSPECIFIED, Checkpoint, ImportSettings, make_checkpoint
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.steps import named_step
 from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA, Point

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from posthoc_cli.checkpoints.index import ENDINGS, IndexedCheckpoint
-from posthoc_cli.checkpoints.source import ImportSettings, read_number
+from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
 _MOST_STEPS = 10**15

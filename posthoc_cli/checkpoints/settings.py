@@ -1,0 +1,192 @@
+"""The settings that an import adds to what files say themselves."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Annotated, Any
+
+import numpy as np
+
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.checkpoints.index import Tensors
+from posthoc_cli.errors import InvalidValueError, brief, check_alone
+from posthoc_cli.profiles import (
+    POWER,
+    POWER_FUNCTION,
+    RAMP_UP,
+    UNLIMITED,
+    WARM_UPS,
+    check_sigma_rel,
+    gamma_from_sigma_rel,
+)
+from posthoc_cli.snapshots.snapshot import Count, check_globs, converted, kinds_of, make_selection
+from posthoc_cli.snapshots.sources import Rule
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_NUMBER = re.compile(
+    r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)",
+    re.I,
+)
+
+
+def read_number(text: str) -> float | None:
+    """Return the number in a text such as 1500, 1,500, 1_500, 1.5k or 1.5e3, an int if possible;
+    else None."""
+    match = _NUMBER.fullmatch(text)
+    if match is None or sum(map(str.isdigit, text)) > 19:
+        return None
+    value = Decimal(re.sub("[,_]", "", match[1])) * _UNITS[match[2].lower()]
+    return int(value) if value == value.to_integral_value() else float(value)
+
+
+def _groups(pattern: str) -> int:
+    try:
+        return re.compile(pattern).groups
+    except re.error:
+        return 0
+
+
+def _half_life(value: Any) -> float:
+    """Return the number in "half-life:500000" or "half-life:5%"; 0 if the value is another one."""
+    return (
+        read_number(value.removeprefix("half-life:").removesuffix("%"))
+        if isinstance(value, str)
+        else None
+    ) or 0.0
+
+
+def _warm_up(text: str) -> dict[str, Any] | None:
+    """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
+    another one."""
+    kind, colon, number = text.partition(":")
+    usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
+    power = read_number(number) if colon else usual
+    if kind not in (*WARM_UPS, "none") or (usual is None) is not (power is None) or power == 0:
+        return None
+    return {"warm_up": "" if kind == "none" else kind} | ({"power": float(power)} if power else {})
+
+
+_Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
+_Pattern = Annotated[
+    str,
+    Rule(
+        r"a regular expression with one group, for the step, such as 'step(\d+)'",
+        lambda text: _groups(text) == 1,
+    ),
+]
+_Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
+_Decay = Annotated[
+    Any,
+    Rule(
+        "in (0, 1), or a half-life such as half-life:500000 or half-life:5%",
+        lambda value: _half_life(value) > 0 or (isinstance(value, int | float) and 0 < value < 1),
+    ),
+]
+_WarmUp = Annotated[
+    str,
+    Rule(
+        f"one of none, {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1",
+        lambda text: _warm_up(text) is not None,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What checkpoints do not say themselves, and which of their tensors to take; see the guide
+    `checkpoints`."""
+
+    kind: _Kind | None = None  # None to recognise the kind of each file
+    step_from: _Pattern | None = (
+        None  # what to search in a path; its group is the step, also as 1_500 or 1.5k
+    )
+    prefix: str = ""  # of the names of the model's tensors; it is removed
+    include: tuple[str, ...] = ()  # globs on the names without the prefix
+    exclude: tuple[str, ...] = ()
+    # Widths of power functions: of averages in the order of the numbers in their names, or of the
+    # one in each file.
+    sigma_rels: tuple[float, ...] = ()
+    update_every: Count | None = None  # interval of the updates of an average
+    update_after_step: int | None = None  # the step after which they began
+    ema_decay: _Decay | None = (
+        None  # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
+    )
+    ema_warmup: _WarmUp | None = (
+        None  # one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none
+    )
+    ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
+    ema_uncertainty: float | None = (
+        None  # relative, of the time constant, if an import found the decay
+    )
+    ema_late: int | None = (
+        None  # number of steps by which a start may have been later, if an import found it
+    )
+    steps_per_epoch: Count | None = None  # for files that hold only the epoch
+    average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
+    weights: str | None = None  # and of the weights'
+
+    def __post_init__(self) -> None:
+        globs = make_selection(self.include, self.exclude, "copy")
+        vars(self).update(include=globs.include, exclude=globs.exclude)
+        for name, kind in kinds_of(ImportSettings).items():
+            value = getattr(self, name)
+            try:
+                vars(self)[name] = converted(
+                    tuple(value) if isinstance(value, list | np.ndarray) else value, kind
+                )
+            except ValueError as error:
+                raise InvalidValueError(
+                    name, str(error).partition(", not ")[0], value=brief(value)
+                ) from None
+        for sigma_rel in self.sigma_rels:
+            check_sigma_rel(sigma_rel, "sigma_rels")
+        check_alone(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
+
+    def rule(self, every: float = 1.0) -> dict[str, Any]:
+        """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this
+        interval."""
+        rule: dict[str, Any] = {}
+        if half_life := _half_life(self.ema_decay):
+            rule["decay"] = 0.5 ** (every / half_life)
+            if str(self.ema_decay).endswith("%"):
+                rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": half_life / 100}
+        elif self.ema_decay is not None:
+            rule["decay"] = self.ema_decay
+        elif self.sigma_rels:
+            power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
+            rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
+        if self.ema_uncertainty is not None:
+            rule["uncertainty"] = self.ema_uncertainty
+        return rule | (_warm_up(self.ema_warmup or "") or {})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain values for JSON."""
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
+        return {name: value for name, value in values.items() if value not in (None, "", [])}
+
+    @property
+    def without_findings(self) -> ImportSettings:
+        """The settings without a decay and starts that an import found: with more files it finds
+        others."""
+        names: tuple[str, ...] = (
+            () if self.ema_late is None else ("update_after_step", "ema_restarts", "ema_late")
+        )
+        if self.ema_uncertainty is not None:
+            names += ("ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty")
+        return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})
+
+    def select(self, tensors: Tensors) -> Tensors:
+        selection = make_selection(self.include, self.exclude, "copy")
+        check_globs(selection, tensors)
+        if selected := {name: find for name, find in tensors.items() if selection.names(name)}:
+            return selected
+        raise InvalidValueError("include and exclude", "leave no tensor of the model")
+
+
+UNSPECIFIED = ImportSettings()
