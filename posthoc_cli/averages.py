@@ -56,12 +56,14 @@ class ExponentialMovingAverage(torch.nn.Module):
     mmengine 1.0, whose states load.
 
     Arguments:
-        model: its weights are copied, but have no share in the average. momentum: share of the new
-        value, in (0, 1): 1 - decay. interval: calls of `update_parameters` between two averagings,
-        at least 1. device: of the average; by default the model's. update_buffers: average
-        floating-point buffers of the state dict, too. All others are copied at every call. warmup:
-        limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget early
-        weights sooner.
+        model: its weights are copied, but have no share in the average.
+        momentum: share of the new value, in (0, 1): 1 - decay.
+        interval: calls of `update_parameters` between two averagings, at least 1.
+        device: of the average; by default the model's.
+        update_buffers: average floating-point buffers of the state dict, too. All others are copied
+            at every call.
+        warmup: limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget
+            early weights sooner.
 
     Attributes:
         module: the averaged model; its parameters need no gradients.
@@ -154,11 +156,11 @@ class ShadowModel(WideBuffers):
     takes.
 
     Arguments:
-        model: the model to train; held, not copied. decay: share of the shadow that an update
-        keeps, in [0, 1); in practice 0.99 to 0.9999. num_updates: limits the decay to (1 +
-        num_updates) / (10 + num_updates). A number is the count to start from,
-            usually 0, and part of the state. A tensor is the caller's own counter, such as the
-            training step: read at every update, never written to.
+        model: the model to train; held, not copied.
+        decay: share of the shadow that an update keeps, in [0, 1); in practice 0.99 to 0.9999.
+        num_updates: limits the decay to (1 + num_updates) / (10 + num_updates). A number is the
+            count to start from, usually 0, and part of the state. A tensor is the caller's own
+            counter, such as the training step: read at every update, never written to.
         zero_debias: start the shadow at zero and divide by the sum of the weights given so far
             (Kingma and Ba, arXiv 1412.6980, section 3), which is TensorFlow's 1 - decay**updates
             for a constant decay: the model's initial parameters have no share, and the first update
@@ -669,11 +671,12 @@ class EMAStats(WideBuffers):
         eps: variance added where `correlation` divides; at least 0.
 
     Attributes:
-        num_features_x, num_features_y: dim_x and dim_y. mean_x, mean_y: [dim_x], [dim_y]; 0 before
-        the first batch. cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1,
-        1 and 0 before the first batch. num_batches_tracked: batches so far, a tensor of int64. The
-        last six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`,
-        ...) loads too.
+        num_features_x, num_features_y: dim_x and dim_y.
+        mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
+        cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before
+            the first batch.
+        num_batches_tracked: batches so far, a tensor of int64. The last six are buffers, in the
+        state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
     """
 
     mean_x: torch.Tensor

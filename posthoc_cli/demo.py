@@ -7,8 +7,7 @@ The training is that of a small diffusion model on made-up data, after Karras et
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
 trained on images with added noise of standard deviation `sigma`, which there is never the width of
-an average.
-"""
+an average."""
 
 from __future__ import annotations
 

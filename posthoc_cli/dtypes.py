@@ -20,9 +20,8 @@ class Dtype:
     torch_name: str  # in torch and NumPy
     nbytes: int  # of an element
     mantissa_bits: int = 0  # stored ones; 0 for dtypes that are not real floating-point numbers
-    lowest_exponent: int = (
-        0  # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
-    )
+    # the smallest of normal numbers 2**exponent * 1.xxx; subnormal ones have its spacing
+    lowest_exponent: int = 0
 
 
 DTYPES = {

@@ -210,9 +210,9 @@ def new_directory(path: Path) -> Iterator[None]:
     made: list[Path] = []
     try:
         with reported_as_write_error(path):
-            missing = (
-                [] if is_url(path) else [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
-            )
+            missing = []
+            if not is_url(path):
+                missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
                 system.make_directory(directory)

@@ -50,9 +50,8 @@ only in the legend."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
 _WIDTH, _HEIGHT, _LINE = (8.0, 4.4, 0.16)
-_MARGIN = (
-    0.1  # margin in inches, since the edges of the white background are visible on a dark page
-)
+# margin in inches, since the edges of the white background are visible on a dark page
+_MARGIN = 0.1
 
 
 class _Figure(Figure):

@@ -309,9 +309,8 @@ class DecayRule:
     inv_gamma: float = 1.0
     power: float = POWER
     least: float = 0.0  # lower limit of the decay
-    uncertainty: float = (
-        0.0  # relative, of the time constant 1 / (1 - decay), if the decay was estimated
-    )
+    # relative, of the time constant 1 / (1 - decay), if the decay was estimated
+    uncertainty: float = 0.0
     late: int = 0  # steps by which the first update may be later, if its step was estimated
 
     def __post_init__(self) -> None:

@@ -85,12 +85,10 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
     weights`.
     """
 
-    predicted_error: float | None = (
-        None  # expected relative L2 distance from the true average; None if unknown
-    )
-    profile_error: float = (
-        0.0  # relative L2 distance between the wanted profile and the one made from the snapshots
-    )
+    # expected relative L2 distance from the true average; None if unknown
+    predicted_error: float | None = None
+    # relative L2 distance between the wanted profile and the one made from the snapshots
+    profile_error: float = 0.0
 
     def __repr__(self) -> str:
         error = "unknown" if self.predicted_error is None else percent(self.predicted_error)
@@ -282,9 +280,10 @@ class Run:
         all.
 
         Arguments as in `plan_synthesis`, and:
-            out: a file, or a folder for a file per target; may be None in a dry run. progress:
-            opens a progress bar. options: the fields of `export.layouts.OutputOptions`: device,
-            layout, overwrite, dry_run, like, ...
+            out: a file, or a folder for a file per target; may be None in a dry run.
+            progress: opens a progress bar.
+            options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite,
+                dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
@@ -382,8 +381,10 @@ class Run:
         and:
 
         Arguments:
-            dry_run: delete nothing. agree: called with the plan before anything is deleted, without
-            the lock; nothing is deleted if it is False. progress: opens a progress bar.
+            dry_run: delete nothing.
+            agree: called with the plan before anything is deleted, without the lock; nothing is
+                deleted if it is False.
+            progress: opens a progress bar.
 
         Raises:
             InvalidValueError: the directory is a URL, and this is no dry run.
@@ -415,9 +416,11 @@ def plan_training(
     does.
 
     Arguments:
-        steps: length of training, in calls of `update_`. params: averaged elements of the network.
-        disk: the most bytes of snapshots at any moment. like: an earlier run, of a network that
-        moved as it will in the new run; by default it moves evenly.
+        steps: length of training, in calls of `update_`.
+        params: averaged elements of the network.
+        disk: the most bytes of snapshots at any moment.
+        like: an earlier run, of a network that moved as it will in the new run; by default it moves
+            evenly.
     """
     if disk is not None:
         check_count("disk", disk)

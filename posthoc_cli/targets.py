@@ -80,7 +80,7 @@ class Target:
 
         Raises:
             InvalidValueError: the run is too short for the target, or the target has no profile of
-            its own.
+                its own.
         """
         t, now, step_at = float(t), float(clock.step_at(t)), clock.step_at
         if self.sigma_rel is not None:
@@ -127,7 +127,7 @@ class Target:
 
         Raises:
             InvalidValueError: there are fewer checkpoints, or none but more than one average at
-            each time.
+                each time.
         """
         (last,) = self.values
         points = [isinstance(profile, Point) for profile in stored]
@@ -253,8 +253,9 @@ def Decay(shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> Tar
     updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
 
     Arguments:
-        shape: one of `SHAPES`. over: the fraction of training at its end, in (0, 1], or two times
-        (start, end) on the run's clock.
+        shape: one of `SHAPES`.
+        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's
+            clock.
 
     Raises:
         InvalidValueError: an unknown shape, or a part of training that is out of range.
@@ -287,9 +288,9 @@ def GivenProfile(given: Profile, name: str = "given") -> Target:
     """Return the target with a profile: any object with a function `tail`, see `profiles.Profile`.
 
     Arguments:
-        given: the object; its mass must lie within (0, t] of the run, and may end before t. name:
-        its name in tables and file names: letters, digits and `._+-`, starting with a letter or
-        digit.
+        given: the object; its mass must lie within (0, t] of the run, and may end before t.
+        name: its name in tables and file names: letters, digits and `._+-`, starting with a letter
+            or digit.
     """
     if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
         reason = "the name must be letters, digits and ._+-, a letter or digit first"

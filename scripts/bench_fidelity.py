@@ -20,8 +20,7 @@ Half of the runs are held out: no constant of the method was chosen by them.
 
 `--hard` measures an independent set of ordinary and of pathological motion instead
 (`corner_cases`): the share of errors within 2 and 3 times the predicted ones, and more than 3 times
-above; and the error relative to the published and to the nearest stored average at the end.
-"""
+above; and the error relative to the published and to the nearest stored average at the end."""
 
 from __future__ import annotations
 

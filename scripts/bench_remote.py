@@ -5,8 +5,7 @@
 
 In turns: a synthesis whose results are discarded, and the same requests by obstore alone from as
 many threads. The environment names the store; --quick serves a small run from this process. Memory
-is the largest resident size minus that after `import torch`.
-"""
+is the largest resident size minus that after `import torch`."""
 
 from __future__ import annotations
 

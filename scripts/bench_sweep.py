@@ -6,8 +6,7 @@ states.
 200 made-up metrics over sigma_rel from 0.02 to 0.28 have five shapes, a depth of 1, and noise of 0
 to 1/3. The regret of a choice is its true metric less the best one. A choice is "within noise" if
 its regret is at most the noise of one evaluation, or 1 % of the depth. The grid is even in the
-length, as published, and takes its lowest value.
-"""
+length, as published, and takes its lowest value."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ Times are medians of repeated runs in turns, in milliseconds, with the processor
 in parentheses, which other programs on the machine change less. All runs of this package verify
 every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes
 fsync. The peers read their own checkpoints, of as many parameters and the same dtype, through their
-public interfaces.
-"""
+public interfaces."""
 
 from __future__ import annotations
 

@@ -10,8 +10,7 @@ other programs on the machine change less.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one
 update a step, it changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema`
-keeps its averages on the CPU there.
-"""
+keeps its averages on the CPU there."""
 
 from __future__ import annotations
 

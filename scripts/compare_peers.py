@@ -15,8 +15,7 @@ exactly" is the true average over steps 10, 20, ... only.
 **What differs.** Both peers keep the share (1 - 1/t)**(gamma+1) of an average, which is right for
 an interval of one step: at update_every=10 they track (gamma+1)/10 in place of gamma+1. At
 update_every=1 small errors remain: both count t one step ahead, and `posthoc_ema` by default skips
-the first 99 calls and counts t from there.
-"""
+the first 99 calls and counts t from there."""
 
 from __future__ import annotations
 

@@ -166,10 +166,13 @@ class Cell:
     there is none.
 
     Attributes:
-        case: its name in `CASES`. run, setup, target: in words. error: of the default method.
-        paper: of the published method. nearest: the smallest one among the tracked averages as they
-        are stored at the newest time. predicted: what the default method, or a plan, said that the
-        error would be; nan where it did not say.
+        case: its name in `CASES`.
+        run, setup, target: in words.
+        error: of the default method.
+        paper: of the published method.
+        nearest: the smallest one among the tracked averages as they are stored at the newest time.
+        predicted: what the default method, or a plan, said that the error would be; nan where it
+            did not say.
     """
 
     case: str

@@ -3,8 +3,8 @@
     python scripts/evidence.py [--out evidence] [--processes 2] [--quick] [--record] [--tables]
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
-  AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
-  cosine.
+AdamW in bfloat16,
+  with a constant learning rate, with one that falls over the last fifth, and cosine.
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
@@ -15,8 +15,7 @@ averages that are tracked at every step.
 
 Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes
 on with what is not there. `--record` keeps the result for the guide, `--tables` prints the kept one
-and draws its pictures.
-"""
+and draws its pictures."""
 
 from __future__ import annotations
 
@@ -189,9 +188,8 @@ class Language(Task):
 
     steps, schedules = 1600, ("constant", "decayed", "cosine")
     vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
-    contexts = (
-        512  # of the test part to measure on, evenly over it; half as many of the validation part
-    )
+    # of the test part to measure on, evenly over it; half as many of the validation part
+    contexts = 512
 
     def __init__(self, cache: Path, quick: bool = False) -> None:
         if quick:

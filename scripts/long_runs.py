@@ -5,8 +5,7 @@
 Adam on a small regression, with a cosine rate to 0; a random walk with such a rate, without and
 with noise of 3 % that fades with the rate; noise of 3 % that stays; a drift on sines. Errors are
 relative L2 distances from the recursion of the average in float64. A million steps take some ten
-minutes a case.
-"""
+minutes a case."""
 
 from __future__ import annotations
 

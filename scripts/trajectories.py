@@ -35,11 +35,14 @@ class Trajectory:
     """The path of one training run.
 
     Attributes:
-        name: which run. weights: after every step, all parameters in the model's order: float32
-        [steps, parameters]. shapes: of the parameters, in the same order. times: the run's clock
-        after every step: 1, 2, ..., or the images seen so far: float64 [steps]. t_unit: of that
-        clock. restart: after how many steps a new optimizer began that knows nothing of the steps
-        before; None is never.
+        name: which run.
+        weights: after every step, all parameters in the model's order: float32 [steps, parameters].
+        shapes: of the parameters, in the same order.
+        times: the run's clock after every step: 1, 2, ..., or the images seen so far: float64
+            [steps].
+        t_unit: of that clock.
+        restart: after how many steps a new optimizer began that knows nothing of the steps before;
+            None is never.
     """
 
     name: str
@@ -323,11 +326,14 @@ class Recipe:
     starts at.
 
     Attributes:
-        task: network and loss. optimizer: over the network's parameters, at the highest learning
-        rate. rate: learning rate, relative to the highest; by default constant. batch: images in a
-        batch. t_unit: the run's clock, steps or images. restart: the fraction from which on a new
-        optimizer knows nothing of the steps before; None is never. seed: of its random numbers;
-        each has its own, so that no two share their batches.
+        task: network and loss.
+        optimizer: over the network's parameters, at the highest learning rate.
+        rate: learning rate, relative to the highest; by default constant.
+        batch: images in a batch.
+        t_unit: the run's clock, steps or images.
+        restart: the fraction from which on a new optimizer knows nothing of the steps before; None
+            is never.
+        seed: of its random numbers; each has its own, so that no two share their batches.
     """
 
     task: Task

@@ -266,9 +266,10 @@ def write_run(
     steps 1, 2, ...
 
     Arguments:
-        trajectory: the weights after each step, by name. snapshot_times: steps with snapshots, one
-        for each of `sigma_rels`. dtype: what the averages are rounded to; `stored_dtype` the one in
-        the file, where it is another.
+        trajectory: the weights after each step, by name.
+        snapshot_times: steps with snapshots, one for each of `sigma_rels`.
+        dtype: what the averages are rounded to; `stored_dtype` the one in the file, where it is
+            another.
 
     Returns:
         The paths, by time, then sigma_rel.

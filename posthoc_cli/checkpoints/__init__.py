@@ -1,11 +1,12 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file
 is executed.
 
-    pickles, index, steps       the places of tensors in a file, the tensors of a checkpoint, its
-    step source, layouts             a checkpoint as a source, with settings; the kinds that
-    programs write open_run                    all checkpoints of a folder as one run import_run,
-    manifest        the work of `ema import`, and its output audit, audit_decay          the check
-    of an average, and the search for its decay
+    pickles, index, steps       the places of tensors in a file, its tensors, its step
+    settings, updates           what an import adds to files; how an ordinary EMA was updated
+    source, layouts             a checkpoint as a source; the kinds that programs write
+    open_run                    all checkpoints of a folder as one run
+    import_run, manifest        the work of `ema import`, and its output
+    audit, audit_decay          the check of an average, and the search for its decay
 
 A file is read once for its index; a synthesis then streams the bytes of its tensors, as it does
 those of snapshots.

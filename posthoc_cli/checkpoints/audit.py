@@ -40,17 +40,14 @@ from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundin
 # most elements in the sample; least pieces of tensors if it has enough elements
 _MOST_ELEMENTS, _PIECES = (100_000, 32)
 _MOST_CHECKPOINTS = 24  # most checkpoints that are explained together
-_SLACK = (
-    1.1  # largest factor between the found and the claimed length of an average that is as claimed
-)
+# largest factor between the found and the claimed length of an average that is as claimed
+_SLACK = 1.1
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
-_SHORTEST = (
-    0.1  # smallest length that can be determined, as a share of the time between two checkpoints
-)
+# smallest length that can be determined, as a share of the time between two checkpoints
+_SHORTEST = 0.1
 _ALL = 0.999  # share of equal elements that counts as all elements
-_CLEARLY = (
-    0.5  # an explanation is clearly better if its residual is below this share of another one's
-)
+# an explanation is clearly better if its residual is below this share of another one's
+_CLEARLY = 0.5
 # above this uncertainty a length is undetermined, unless so many times that off
 _VAGUE, _BEYOND_DOUBT = (0.25, 5.0)
 
@@ -92,9 +89,8 @@ class Audit:
     what: str  # the parameter in question, "decay" or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    uncertainty: float | None = (
-        None  # of the length, relative; infinite if two checkpoints alone show it
-    )
+    # of the length, relative; infinite if two checkpoints alone show it
+    uncertainty: float | None = None
     claimed: float | None = None  # claimed parameter
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     # times after the begin of the training at which it started from the weights

@@ -26,8 +26,7 @@ the covariance of all weights and averages is then a sum of q times known matric
 With S the sample covariance and P the inverse of that sum, the most likely variances follow from
 the iteration q <- q sqrt(tr(P S P C_q) / tr(P C_q)), and the best value is that of the largest
 likelihood. In this way a path that is pulled back between two checkpoints, or continues in one
-direction, is accounted for.
-"""
+direction, is accounted for."""
 
 from __future__ import annotations
 
@@ -60,14 +59,12 @@ _BUILD_UP = (0.03, 0.1, 0.3, 1.0)  # theta of motion that builds up
 _CHECKPOINTS_A_COMPONENT = 5  # checkpoints for each principal component of the weights in the path
 # for the variances: to find a value, its uncertainty, or a rule
 _ROUNDS, _SOME_ROUNDS, _FEW_ROUNDS = (300, 100, 25)
-_UNEXPLAINED = (
-    1e-6  # least share of variance left: with 1e-9 a path without noise has a singular covariance
-)
+# least share of variance left: with 1e-9 a path without noise has a singular covariance
+_UNEXPLAINED = 1e-6
 _STEP = 0.01  # difference of logarithms for the second derivative of a likelihood
 _FEW = 0.04  # uncertainty of checkpoints too few to compare the earlier half with the later one
-_UNLIKE = (
-    0.01  # uncertainty for other kinds of paths, relative to interval / length / sqrt(checkpoints)
-)
+# uncertainty for other kinds of paths, relative to interval / length / sqrt(checkpoints)
+_UNLIKE = 0.01
 # rules with log residuals, summed over the intervals, above the least ones by this are not compared
 # further
 _FAR = 3.0

@@ -71,10 +71,11 @@ def import_checkpoints(
     The same import into the same folder does nothing, or takes in what has changed at `directory`.
 
     Arguments:
-        directory: a folder, a file, or a glob that names files or folders. out: folder of the run;
-        None only in a dry run. overwrite: replace an import of something else, or with other
-        settings. dry_run: read and check only. settings: fields of `settings.ImportSettings`, such as
-        `sigma_rels=(0.05, 0.28), update_every=10`.
+        directory: a folder, a file, or a glob that names files or folders.
+        out: folder of the run; None only in a dry run.
+        overwrite: replace an import of something else, or with other settings.
+        dry_run: read and check only.
+        settings: fields of `settings.ImportSettings`, such as `sigma_rels=(0.05, 0.28)`.
 
     Raises:
         InvalidValueError: a setting is missing, or does not fit the files. DirectoryError,

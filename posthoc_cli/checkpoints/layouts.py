@@ -57,9 +57,8 @@ class Found:
 
     averaged: Tensors = field(default_factory=dict)  # by name; empty if the checkpoint has none
     weights: Tensors = field(default_factory=dict)
-    updates: Updates | None = (
-        None  # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
-    )
+    # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
+    updates: Updates | None = None
     profile: Callable[[int], StoredProfile] | None = None  # of another average, at a step
     sigma_rel: float = 0.0  # and the width that its user asked for
     step: int | None = None  # in a name of this kind; None to read it
@@ -470,9 +469,8 @@ def _pairs(
     return pairs
 
 
-_DEEPEST_SET = (
-    2  # the most keys that lead to a set of tensors: deeper ones are the states of optimizers
-)
+# the most keys that lead to a set of tensors: deeper ones are the states of optimizers
+_DEEPEST_SET = 2
 
 
 def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[str, Tensors]:

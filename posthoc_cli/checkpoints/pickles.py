@@ -63,9 +63,8 @@ _VALUE, _STREAM = (64, 512)
 # limits the tensors of a file to this multiple of its length and `_FREE`: views of a storage may
 # overlap
 _SHARED = 8
-_LONGEST = (
-    100  # characters of the name of a storage or dtype, which a pickle may pass again and again
-)
+# characters of the name of a storage or dtype, which a pickle may pass again and again
+_LONGEST = 100
 # arguments of a call, and items of a key: a pickle may pass a million to each of a million calls
 _MOST_ITEMS = 16
 

@@ -99,9 +99,8 @@ class ImportSettings:
     `checkpoints`."""
 
     kind: _Kind | None = None  # None to recognise the kind of each file
-    step_from: _Pattern | None = (
-        None  # what to search in a path; its group is the step, also as 1_500 or 1.5k
-    )
+    # what to search in a path; its group is the step, also as 1_500 or 1.5k
+    step_from: _Pattern | None = None
     prefix: str = ""  # of the names of the model's tensors; it is removed
     include: tuple[str, ...] = ()  # globs on the names without the prefix
     exclude: tuple[str, ...] = ()
@@ -110,19 +109,15 @@ class ImportSettings:
     sigma_rels: tuple[float, ...] = ()
     update_every: Count | None = None  # interval of the updates of an average
     update_after_step: int | None = None  # the step after which they began
-    ema_decay: _Decay | None = (
-        None  # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
-    )
-    ema_warmup: _WarmUp | None = (
-        None  # one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none
-    )
+    # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
+    ema_decay: _Decay | None = None
+    # one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none
+    ema_warmup: _WarmUp | None = None
     ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
-    ema_uncertainty: float | None = (
-        None  # relative, of the time constant, if an import found the decay
-    )
-    ema_late: int | None = (
-        None  # number of steps by which a start may have been later, if an import found it
-    )
+    # relative, of the time constant, if an import found the decay
+    ema_uncertainty: float | None = None
+    # number of steps by which a start may have been later, if an import found it
+    ema_late: int | None = None
     steps_per_epoch: Count | None = None  # for files that hold only the epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
     weights: str | None = None  # and of the weights'

@@ -49,9 +49,8 @@ class Checkpoint(Source):
     t_unit: str = "steps"
     # the width that the user of another library asked for; 0 for weights and other averages
     sigma_rel: float = 0.0
-    decay: float = (
-        0.0  # of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors
-    )
+    # of an ordinary EMA after its warm-up; 0 if it is unknown, and for other tensors
+    decay: float = 0.0
     # hash of names, shapes and content; empty until checkpoints were compared with each other
     run_id: str = ""
     kind: str = "checkpoints"  # one of `layouts.TABLE`

@@ -22,9 +22,8 @@ class Updates:
     count: int | None = None  # number of updates; None if it is unknown
     every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
     from_first: bool = False  # whether the first call is an update, and not call number `every`
-    counts_calls: bool = (
-        False  # whether `count` is of calls, whatever their number between two updates
-    )
+    # whether `count` is of calls, whatever their number between two updates
+    counts_calls: bool = False
     # whether a first update after the begin is at the step that settings name, and copies
     at_start: bool = False
 

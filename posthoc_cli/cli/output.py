@@ -69,7 +69,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 
     Arguments:
         columns: the key of each column, or its title and key as "size:bytes"; a cell is empty if
-        its row lacks the key.
+            its row lacks the key.
     """
     pairs = [
         column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns

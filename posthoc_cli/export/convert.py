@@ -70,16 +70,18 @@ def export_file(
             safetensors file; a training's checkpoint that `torch.save` or
             torch.distributed.checkpoint wrote, from which the average is taken; or shards or parts
             of one of these: their index, or its folder.
-        out: the output, whose name decides the layout unless `layout` is given. dtype: dtype of all
-        floating-point tensors except copies; None to keep each tensor's own. base: a model that
-        completes the output with the tensors that `source` lacks; as `source`, but no checkpoint.
+        out: the output, whose name decides the layout unless `layout` is given.
+        dtype: dtype of all floating-point tensors except copies; None to keep each tensor's own.
+        base: a model that completes the output with the tensors that `source` lacks; as `source`,
+            but no checkpoint.
         prefix, strip_prefix: text to put before, or to remove from, the names in `source`, before
-        they are compared
-            with those in `base`.
-        overwrite: replace an existing output. max_shard_size: largest size of a shard, such as
-        "5GB", which is the default. weights: of a training's checkpoint take the raw weights, not
-        the average. average: the key or prefix of the average in a training's checkpoint, or a glob
-        of it, if no word says it. progress: opens a progress bar of the bytes to write.
+            they are compared with those in `base`.
+        overwrite: replace an existing output.
+        max_shard_size: largest size of a shard, such as "5GB", which is the default.
+        weights: of a training's checkpoint take the raw weights, not the average.
+        average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no
+            word says it.
+        progress: opens a progress bar of the bytes to write.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError,

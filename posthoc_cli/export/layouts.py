@@ -59,14 +59,12 @@ class OutputOptions:
     device: torch.device | str = "auto"  # computes the sums
     workers: int | None = None  # number of threads; None for one per core
     layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
-    max_shard_size: int | str | None = (
-        None  # of a sharded output, such as "5GB", which is the default
-    )
+    # of a sharded output, such as "5GB", which is the default
+    max_shard_size: int | str | None = None
     overwrite: bool = False
     dry_run: bool = False  # plan only
-    distributed: bool = (
-        False  # all processes of a torchrun job make this call, and each writes some of the shards
-    )
+    # all processes of a torchrun job make this call, and each writes some of the shards
+    distributed: bool = False
     # A model folder of transformers, diffusers or PEFT; outputs are new folders like it, with
     # averaged weights: the same names, files and dtypes, and copies of all other files. Tensors
     # that the run lacks come from it.

@@ -32,10 +32,10 @@ def prepare(
     and takes its place in checkpoints.
 
     Arguments:
-        model: the model to track, wrapped or bare. checkpoint_dir: the directory for the snapshots.
+        model: the model to track, wrapped or bare.
+        checkpoint_dir: the directory for the snapshots.
         optimizer: the optimizer whose steps count, wrapped or bare: steps that `accumulate` or a
-        GradScaler skips do
-            not. None: call `ema.update_(model)` after each step that was taken.
+            GradScaler skips do not. None: call `ema.update_(model)` after each step that was taken.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)

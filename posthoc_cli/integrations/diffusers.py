@@ -30,8 +30,10 @@ class PostHocEMAModel:
 
     Arguments:
         model: the model in training, before or after `accelerator.prepare`; its adapter only, if it
-        has one. checkpoint_dir: the directory for the snapshots. sigma_rel: length of the average
-        that `copy_to` copies and `save_pretrained` saves. model_cls, model_config: not used.
+            has one.
+        checkpoint_dir: the directory for the snapshots.
+        sigma_rel: length of the average that `copy_to` copies and `save_pretrained` saves.
+        model_cls, model_config: not used.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 

@@ -37,15 +37,18 @@ class PostHocWeightAveraging(Callback):
     None before training.
 
     Arguments:
-        checkpoint_dir: the directory for the snapshots. validate: that average, a sigma_rel or a
-        text such as "decay:linear:20%"; None for the raw weights. copy_at_end: copy that average
-        into the module when training ends. update_every_n_steps: steps between two updates of the
-        averages; override `should_update` for other rules. update_starting_at_step,
-        update_starting_at_epoch: there is no update before both. use_buffers: average all
-        floating-point buffers; else average BatchNorm's running statistics and copy others. device:
-        "model" for averages on the module's device, "cpu" for the host; None: see
-        `PostHocEMA.from_model`. options: other arguments of `PostHocEMA.from_model`; `resume` is
-        "auto" by default.
+        checkpoint_dir: the directory for the snapshots.
+        validate: that average, a sigma_rel or a text such as "decay:linear:20%"; None for the raw
+            weights.
+        copy_at_end: copy that average into the module when training ends.
+        update_every_n_steps: steps between two updates of the averages; override `should_update`
+            for other rules.
+        update_starting_at_step, update_starting_at_epoch: there is no update before both.
+        use_buffers: average all floating-point buffers; else average BatchNorm's running statistics
+            and copy others.
+        device: "model" for averages on the module's device, "cpu" for the host; None: see
+            `PostHocEMA.from_model`.
+        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
     def __init__(

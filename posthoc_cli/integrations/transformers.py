@@ -36,16 +36,16 @@ class PostHocCallback(TrainerCallback):
     None before training, which closes it.
 
     Arguments:
-        checkpoint_dir: the directory for the snapshots. evaluate: an average to evaluate too, a
-        sigma_rel or a text such as "decay:linear:20%", or a list; it needs
-            `install`. Each evaluation runs again with averaged weights, whose metrics have the
-            prefix `eval_ema`, of a list `eval_ema_0.15`. With one of them as
+        checkpoint_dir: the directory for the snapshots.
+        evaluate: an average to evaluate too, a sigma_rel or a text such as "decay:linear:20%", or a
+            list; it needs `install`. Each evaluation runs again with averaged weights, whose
+            metrics have the prefix `eval_ema`, of a list `eval_ema_0.15`. With one of them as
             `metric_for_best_model`, checkpoints hold the averaged model, and
             `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated
             and saved.
         folders: save the model with that average in each checkpoint, as the folder `ema`, or of a
-        list `ema_0.15`. options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by
-        default.
+            list `ema_0.15`.
+        options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
     def __init__(

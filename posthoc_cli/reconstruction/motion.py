@@ -12,8 +12,7 @@ averages, one of them stored with a rounding error of variance r_j, is
 
 linear in v and w. With both constant on segments of training, every measured distance is a linear
 equation for them. Measurements are sums over the elements of all averaged tensors (not of copied
-ones), in float64.
-"""
+ones), in float64."""
 
 from __future__ import annotations
 
@@ -366,9 +365,8 @@ class Motion:
 
 # --- the fit
 
-MOST_SEGMENTS = (
-    64  # limit of the number of segments; of more snapshot times, several share a segment
-)
+# limit of the number of segments; of more snapshot times, several share a segment
+MOST_SEGMENTS = 64
 
 _DISTANCES_FOR_NOISE = 1.5
 """Number of distances per segment from which on noise is fitted, too. One profile whose snapshots
@@ -424,8 +422,7 @@ def fit_motion(
     `pairs` are at least one, above 0, none of one profile. With enough of them noise is fitted,
     too, unless all carry the same information about an interval: it makes successive intervals
     differ more than a walk does. Beside `ordinary` averages, at these times, checkpoints may
-    scatter, in one proportion to the walk from one such time to the next.
-    """
+    scatter, in one proportion to the walk from one such time to the next."""
     edges = _evenly_chosen(np.unique([start, *(t for t in times if t > start)]), MOST_SEGMENTS + 1)
     if edges.size == 1:
         edges = np.array([start / 2, start])
@@ -540,8 +537,7 @@ class Sketch:
 
     `edges` are the times of the first update and of the last one in each window, [K + 1]; of each
     window `folds` is the number of folds, [K], `means` the projected mean, [K, D], and `spread` the
-    mean squared distance of the folds' weights from it, [K].
-    """
+    mean squared distance of the folds' weights from it, [K]."""
 
     edges: FloatArray
     folds: FloatArray
@@ -720,14 +716,12 @@ class StoredAverage:
     eps: float  # distance from 1 to the next number of the accumulator's dtype
     measurements: Measurements | None
     steps: Steps | None = None
-    inherited: float = (
-        0.0  # expected squared error that remains from rounded snapshots it was resumed from
-    )
+    # expected squared error that remains from rounded snapshots it was resumed from
+    inherited: float = 0.0
     # exponents of all profiles that share means with it; empty if it has its own
     gammas: tuple[float, ...] = ()
-    t_first: float = (
-        1.0  # time of a power function's first update: its mass before that applies to those values
-    )
+    # time of a power function's first update: its mass before that applies to those values
+    t_first: float = 1.0
 
     @property
     def start(self) -> float:
@@ -773,9 +767,8 @@ class Prior:
     steps: Steps | None = None
     doubt: float = 0.0
     sketch: Sketch | None = None
-    shared: FloatArray | None = (
-        None  # errors that averages have in common, independent ones: shape [n, components]
-    )
+    # errors that averages have in common, independent ones: shape [n, components]
+    shared: FloatArray | None = None
     # The share of the rounding error of copy i that average j inherited, since the run was resumed
     # from it: [n, n].
     passed_on: FloatArray | None = None
@@ -962,8 +955,8 @@ def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> lis
 # variance r = h^2 / 12, and periodic in the value with period h. By the Fourier series of that
 # sawtooth, their correlation after a Gaussian displacement of variance d is
 #
-#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d /
-#     r).
+#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2)
+#         = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
 #
 # With sums over all elements for d and r, it holds for a network whose elements move by equally
 # many spacings; where they do not, it is the mean over classes of elements that do. As a function

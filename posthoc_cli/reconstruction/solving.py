@@ -23,8 +23,7 @@ method; most networks are closer to a walk.
 If the path of the weights was sketched, the error of any coefficients is measured (see `Sketch`),
 and that is the error bar. The coefficients minimise the mean of the measured and the expected
 error: there are fewer projections than directions of motion, and coefficients fitted to the
-projections alone are worse in the other directions.
-"""
+projections alone are worse in the other directions."""
 
 from __future__ import annotations
 
@@ -106,15 +105,17 @@ def reconstruct(
     """Return the coefficients of the snapshots that reconstruct each target.
 
     Arguments:
-        snapshots: profiles of the stored averages, at least one, distinct, none after `t`. targets:
-        profiles. An array of coefficients, [snapshots], in place of a profile is used unchanged.
+        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
+        targets: profiles. An array of coefficients, [snapshots], in place of a profile is used
+            unchanged.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
-        prior: of the snapshots; by default even motion without rounding. t: the time of the
-        targets; by default that of the wanted power functions, else of the last snapshot.
+        prior: of the snapshots; by default even motion without rounding.
+        t: the time of the targets; by default that of the wanted power functions, else of the last
+            snapshot.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
-        mass before them.
+            mass before them.
     """
     method = check_method(method)
     if not snapshots:

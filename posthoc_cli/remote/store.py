@@ -86,9 +86,8 @@ class RemotePath(PosixPath):
     working directory.
     """
 
-    _known: ObjectInfo | str | None = (
-        None  # the facts about an object, or "folder", if the store has reported them
-    )
+    # the facts about an object, or "folder", if the store has reported them
+    _known: ObjectInfo | str | None = None
 
     def __str__(self) -> str:
         """Return the URL, of which a Path keeps one of two slashes; of a path relative to another,

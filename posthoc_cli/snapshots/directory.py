@@ -44,9 +44,8 @@ from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_tu
 
 log = logging.getLogger(__name__)
 
-SUPERSEDED = (
-    "superseded"  # the folder for snapshots from after the step at which training was resumed
-)
+# the folder for snapshots from after the step at which training was resumed
+SUPERSEDED = "superseded"
 # suffixes of files that are usually pickles; none is ever opened
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 MANIFEST = "ema-import.json"  # the file of an import, see `checkpoints.manifest`

@@ -228,12 +228,10 @@ class Snapshot(Source):
     # first, and between two, all steps are equally long, up to a tolerance: half a step where 256
     # pairs suffice. Empty if `t` is the step.
     clock: tuple[tuple[int, float], ...] = ()
-    inherited: float = (
-        0.0  # expected squared norm of the error from the rounding of snapshots it was resumed from
-    )
-    off_schedule: bool = (
-        False  # written at the end or on request; later ones on the schedule do not depend on it
-    )
+    # expected squared norm of the error from the rounding of snapshots it was resumed from
+    inherited: float = 0.0
+    # written at the end or on request; later ones on the schedule do not depend on it
+    off_schedule: bool = False
     # Float64 sums over the elements of all averages in the file (not of statistics and copies), for
     # a large model estimated from a sample: of the squares of the exact average, and of (stored -
     # exact).
@@ -242,9 +240,8 @@ class Snapshot(Source):
     # network's values at the last update, then as many of the exact average. A part has those in
     # its chunks.
     sample: SampleText = ""
-    sketch: SketchText = (
-        ""  # base64 of random projections of the network's path up to `t`, see `path`
-    )
+    # base64 of random projections of the network's path up to `t`, see `path`
+    sketch: SketchText = ""
     part: Part | None = None  # (3, 8) in the third of eight parts
     # of a part: each tensor's complete shape, and its place
     chunks: dict[str, Chunk] = field(default_factory=dict)

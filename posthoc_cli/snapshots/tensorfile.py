@@ -2,18 +2,19 @@
 
 A file of this package is a safetensors file, which any safetensors reader opens:
 
-    8 bytes     N, the length of the header, unsigned little-endian, at most 100,000,000 N bytes
-    the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8 the rest
-    the payload: at most 200,000 tensors in the order of their offsets, little-endian, without gaps
+    8 bytes     N, the length of the header, unsigned little-endian, at most 100,000,000
+    N bytes     the header: one JSON object in UTF-8, padded with spaces to a multiple of 8
+    the rest    the payload: at most 200,000 tensors in the order of their offsets, little-endian,
+                without gaps
 
 The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets
 count from the start of the payload), and `__metadata__` to strings, of which these are ours and
 come first:
 
-    ema.checksum    the checksum of the header ema             one JSON object: "sums" (it comes
-    first), "kind" ("snapshot" or "output"), "format" (3), and the
-                    fields of the dataclass of that kind, `snapshot.Snapshot` or
-                    `outputs.OutputInfo`
+    ema.checksum    the checksum of the header
+    ema             one JSON object: "sums" (it comes first), "kind" ("snapshot" or "output"),
+                    "format" (3), and the fields of the dataclass of that kind,
+                    `snapshot.Snapshot` or `outputs.OutputInfo`
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first.
 "sums" concatenates those of all blocks of the payload, in its order. A block has 131,072 elements
@@ -68,9 +69,8 @@ MAX_TENSORS = 200_000
 """The largest number of tensors in a file: twice that of the largest models. It bounds the time to
 read a header."""
 
-THREADS = (
-    16  # requests to a store, or blocks to verify, at a time: they wait more than they compute
-)
+# requests to a store, or blocks to verify, at a time: they wait more than they compute
+THREADS = 16
 
 _START = b'{"__metadata__":{"ema.checksum":"'
 # the place of the header's checksum in a file
@@ -78,9 +78,8 @@ _DIGITS = slice(8 + len(_START), 8 + len(_START) + 16)
 _SUMS_AT = _DIGITS.stop + len(b'","ema":"{\\"sums\\":\\"')
 """The place of the checksums of blocks in a file that was written here."""
 
-_PIECE = (
-    8  # blocks that are read by one request, and verified while they are in the processor's cache
-)
+# blocks that are read by one request, and verified while they are in the processor's cache
+_PIECE = 8
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """The first bytes of pickles and of archives written by torch.save."""
@@ -378,9 +377,8 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=dict)
     # this package's JSON object, without "sums"
     content: Mapping[str, Any] = field(default_factory=dict)
-    checksum: str = (
-        ""  # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
-    )
+    # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
+    checksum: str = ""
     _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
     _file: OpenedFile | None = field(default=None, init=False, repr=False)
     _users: int = field(default=0, init=False, repr=False)

@@ -63,9 +63,8 @@ class FileReport:
     state: str = INTACT
     detail: str = ""  # explains the state
     nbytes: int = 0
-    header: Snapshot | OutputInfo | None = (
-        None  # what a valid header says: a snapshot or a part of one, or an output
-    )
+    # what a valid header says: a snapshot or a part of one, or an output
+    header: Snapshot | OutputInfo | None = None
     error: FileFormatError | None = None
 
     @property

@@ -204,9 +204,8 @@ class Trial:
     target: str  # the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights
     x: float  # the searched value; 0 for raw weights
     seed: int  # as given to the command; trials of one seed share an offset
-    value: float | None = (
-        None  # the metric, finite; None for a failed trial, of which `error` says why
-    )
+    # the metric, finite; None for a failed trial, of which `error` says why
+    value: float | None = None
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
     seconds: float = 0.0

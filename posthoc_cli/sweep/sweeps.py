@@ -57,9 +57,8 @@ class Sweep:
     )
     metric: Metric
     out: Path  # folder for the records, logs and the best average
-    axis: Axis | None = (
-        None  # the lengths; by default every sigma_rel whose predicted error is below 1 %
-    )
+    # the lengths; by default every sigma_rel whose predicted error is below 1 %
+    axis: Axis | None = None
     minimize: bool = True
     repeats: int = 1  # trials of each length, with the seeds 0, 1, ...
     budget: int = 20  # the most lengths to measure

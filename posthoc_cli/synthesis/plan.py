@@ -313,10 +313,13 @@ def plan_synthesis(
         targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object
             with a function `tail` over training time.
         t: time of the targets; sources at or before it are used. By default the time of the newest
-        source. step: the same in calls of `update_`; if the run's clock does not count steps, it
-        must be that of a snapshot. method: the solver; None for the default one. max_error: the
-        largest predicted error to accept. dtype: dtype of the averages in the outputs; None for
-        each parameter's own. Buffers keep their own.
+            source.
+        step: the same in calls of `update_`; if the run's clock does not count steps, it must be
+            that of a snapshot.
+        method: the solver; None for the default one.
+        max_error: the largest predicted error to accept.
+        dtype: dtype of the averages in the outputs; None for each parameter's own. Buffers keep
+            their own.
 
     Raises:
         InvalidValueError: an argument is invalid; the error names it and what would be accepted.

@@ -31,8 +31,7 @@ immediately; the others wait until all values are known to be finite. If one is 
 in with share f are undone by an interpolation by f / (f - 1), to 50 u A for means of values up to
 A, with u = 2^-24. All values are checked first if that error would be larger (f above
 `MOST_UNDONE`), at a fold, after a refused update, so that errors do not add up, and on
-accelerators.
-"""
+accelerators."""
 
 from __future__ import annotations
 
@@ -151,15 +150,12 @@ class Averages:
     tensors: AverageTensors | None = None  # before the first update
     # at the last update; never changed in place
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    sample: Sequence[torch.Tensor] | None = (
-        None  # the model's values of a snapshot's sample at the last update
-    )
-    sketcher: Sketcher | None = (
-        None  # gets every value, or each window's mean where one serves all profiles
-    )
-    known_path: PathSketch | None = (
-        None  # that `sketcher` continues; in a copy for reading, the path at that time
-    )
+    # the model's values of a snapshot's sample at the last update
+    sample: Sequence[torch.Tensor] | None = None
+    # gets every value, or each window's mean where one serves all profiles
+    sketcher: Sketcher | None = None
+    # that `sketcher` continues; in a copy for reading, the path at that time
+    known_path: PathSketch | None = None
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)

@@ -185,9 +185,8 @@ def _restorer(
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore() -> None:
-        contents[key] = (
-            tensor  # moving a module between kinds of devices may replace the Parameter itself
-        )
+        # moving a module between kinds of devices may replace the Parameter itself
+        contents[key] = tensor
         if storage is not None:
             if values is not None:
                 storage.copy_(values)

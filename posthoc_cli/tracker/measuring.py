@@ -149,9 +149,8 @@ ROW = 1021
 _NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
 
 MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
-_PENDING = (
-    64  # windows whose numbers may still be on an accelerator: fetching them waits for the device
-)
+# windows whose numbers may still be on an accelerator: fetching them waits for the device
+_PENDING = 64
 
 
 class Sketcher:

@@ -28,9 +28,8 @@ HOST = torch.device("cpu")
 # Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE, DEVICE_TILE = 2**19, 2**22
 SLAB = 2**26  # elements of the largest slabs of pinned memory
-FREE_SHARE = (
-    0.1  # of an accelerator's free memory, the most that is used as a buffer for copies to the host
-)
+# of an accelerator's free memory, the most that is used as a buffer for copies to the host
+FREE_SHARE = 0.1
 
 # norms of ordinary values are finite in these dtypes
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)

@@ -56,15 +56,13 @@ class Pipeline:
         self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None
     ) -> None:
         check_word("device", device, ("cpu", "model", None))
-        self.tracking = (
-            tracking  # the state after the last update; only jobs of the averages' thread change it
-        )
+        # the state after the last update; only jobs of the averages' thread change it
+        self.tracking = tracking
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
         self.closed = self._has_ended = False  # closed: calls that change the state are refused
         self.directory, self._settings, self._device = directory, settings, device
-        self._is_async: bool | None = (
-            None  # whether updates return before they are done; known at the first update
-        )
+        # whether updates return before they are done; known at the first update
+        self._is_async: bool | None = None
         self._counted = tracking.progress
         self._process, self._lock = os.getpid(), threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))

@@ -10,8 +10,7 @@
 
 The averages' thread alone changes and reads averages, one job at a time, so that every reader, from
 any thread or signal handler, sees those of one update; the snapshots' thread alone writes. Nobody
-else holds a lock.
-"""
+else holds a lock."""
 
 from __future__ import annotations
 
@@ -124,9 +123,8 @@ class PostHocEMA:
         self._has_begun = False  # whether this process is a writer, or knows the writers
         # at a given step or in a loaded state
         self._weights = start.weights if self._has_state else ()
-        self._sample: dict[int, float] | None = (
-            None  # of the model that was given or restored, until the first call
-        )
+        # of the model that was given or restored, until the first call
+        self._sample: dict[int, float] | None = None
         if model is not None:
             if start.tracking.resumes:
                 try:
@@ -172,19 +170,24 @@ class PostHocEMA:
         Arguments:
             model: the model to track, wrapped or bare: names are those of the bare model.
             checkpoint_dir: the directory for the snapshots, created if it is missing. One run per
-            directory. sigma_rels: profiles to track; two reach almost everything between them, see
-            `ema error-plot`. update_every, update_after_step: averages are updated at multiples of
-            the first, after the second. checkpoint_every: snapshots are due at its multiples; it
-            must be a multiple of update_every, whose default
-                of 10 is else reduced to their common divisor, with a warning.
+                directory.
+            sigma_rels: profiles to track; two reach almost everything between them, see `ema
+                error-plot`.
+            update_every, update_after_step: averages are updated at multiples of the first, after
+                the second.
+            checkpoint_every: snapshots are due at its multiples; it must be a multiple of
+                update_every, whose default of 10 is else reduced to their common divisor, with a
+                warning.
             max_checkpoints: number of snapshots to keep of each profile, those that matter most;
-            None keeps all. checkpoint_dtype: dtype of stored averages, float32 where values do not
-            fit; None for each parameter's. t_unit: the unit of `t`, if you pass your own clock to
-            `update_`. on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or
-            "skip" the update and warn. include, exclude: globs on names, such as "decoder.*": only
-            tensors that match the first, also those that
-                require no gradients, and none that match the second. By default all that require
-                gradients.
+                None keeps all.
+            checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for
+                each parameter's.
+            t_unit: the unit of `t`, if you pass your own clock to `update_`.
+            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the
+                update and warn.
+            include, exclude: globs on names, such as "decoder.*": only tensors that match the
+                first, also those that require no gradients, and none that match the second. By
+                default all that require gradients.
             buffers: "statistics" to average BatchNorm's running statistics and copy other buffers,
                 with their values at the time of the average; "copy" all of them; or "average"
                 floating-point ones like parameters.
@@ -200,7 +203,7 @@ class PostHocEMA:
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
             DirectoryError, MismatchError: the directory is not writable, or it holds a run and
-            `resume` is None.
+                `resume` is None.
         """
         settings = Settings.checked(
             sigma_rels,
@@ -309,8 +312,9 @@ class PostHocEMA:
                 changed. The averages stay, and the call counts. An average on the host raises the
                 NonFiniteError at the next call.
             WriteError: an earlier snapshot could not be written. Raised once; this call has done
-            its work. NotReadyError: the tracker is closed, attached or in use, or the model holds
-            averaged weights.
+                its work.
+            NotReadyError: the tracker is closed, attached or in use, or the model holds averaged
+                weights.
         """
         attached = self._attachment
         if attached is not None and attached.optimizer is not None and not attached.is_updating:
@@ -516,8 +520,9 @@ class PostHocEMA:
                 `targets.Beta(0.9999)`, or its text form, "beta:0.9999"; or any object with a
                 function `tail`.
             t, step: time of the average, or its number of calls; by default that of a live tracker,
-            or the newest. dtype, method: dtype of the averages, by default each parameter's own;
-            the solver, "minvar" or "paper".
+                or the newest.
+            dtype, method: dtype of the averages, by default each parameter's own; the solver,
+                "minvar" or "paper".
         """
         if sigma_rel is None:
             return self._own_state()

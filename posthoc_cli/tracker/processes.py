@@ -38,9 +38,8 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-GRACE = (
-    2.0  # seconds that the first call of several processes waits for trackers that are not made yet
-)
+# seconds that the first call of several processes waits for trackers that are not made yet
+GRACE = 2.0
 # seconds that a call waits for processes that have one before it warns, and gives up
 WARNING, LIMIT = (10.0, 300.0)
 
@@ -325,15 +324,12 @@ class Members:
 
     def __init__(self, model: torch.nn.Module | None = None, directory: Path | None = None) -> None:
         self.keeps = is_first_of_group(model)  # averages, and writes them to the directory
-        self.rank = (
-            0  # among those that keep averages; the first has the directory's lock, and thins
-        )
-        self.part: tuple[int, int] | None = (
-            None  # this process's part of snapshots, from 1, and the number of parts
-        )
-        self.session = (
-            0  # of this training, set when processes meet; later trainings have larger numbers
-        )
+        # among those that keep averages; the first has the directory's lock, and thins
+        self.rank = 0
+        # this process's part of snapshots, from 1, and the number of parts
+        self.part: tuple[int, int] | None = None
+        # of this training, set when processes meet; later trainings have larger numbers
+        self.session = 0
         self.names: frozenset[str] = frozenset()  # of all tracked tensors of a sharded model
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
         self._meeting: Rendezvous | None = None

@@ -86,9 +86,8 @@ STATE_VERSION = 6
 
 DEFAULT_UPDATE_EVERY = 10
 
-_MOST_MISSING = (
-    0.01  # the largest predicted error of an average that is reconstructed to resume from
-)
+# the largest predicted error of an average that is reconstructed to resume from
+_MOST_MISSING = 0.01
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,8 @@ class Work:
     shards, pruning."""
 
     root: Path
-    note: Callable[[dict[str, bytes]], None] | None = (
-        None  # called with the snapshots when they are durable
-    )
+    # called with the snapshots when they are durable
+    note: Callable[[dict[str, bytes]], None] | None = None
     make_room: Callable[[], None] = lambda: None
     errors: list[str] = field(default_factory=list)
     done: list[Path] = field(default_factory=list)  # the outputs that have been made
