@@ -14,7 +14,7 @@ that a user may ask for.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -276,11 +276,9 @@ def _check_updates(count: int, step: int) -> None:
         )
 
 
-WARM_UPS = ("ratio", "power", "ramp-up")
 POWER_FUNCTION = "power function"
 UNLIMITED = 0.5**1e-9  # the decay of a rule without an upper limit
-POWER, RAMP_UP = 2 / 3, 0.05
-"""The usual defaults of libraries, for `DecayRule.power` of the warm-ups "power" and "ramp-up"."""
+RAMP_UP = 0.05  # the usual `DecayRule.power` of the warm-up "ramp-up"
 
 _FINEST, _STEPS_FINEST = 128, 512
 """Number of times of an ordinary EMA in each of its time constants, and in each doubling of the
@@ -291,23 +289,108 @@ _FORGOTTEN, _COPY = 30.0, -1e3
 as log(0)."""
 
 
+def _constant(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return np.full(n.shape, rule.decay)
+
+
+def _ratio(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return np.minimum((1 + n) / (10 + n), rule.decay)
+
+
+def _power(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return np.minimum(-np.expm1(-rule.power * np.log1p(n / rule.inv_gamma)), rule.decay)
+
+
+def _ramp_up(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return np.minimum(np.exp2(-1 / (rule.power * np.maximum(n, 1))), rule.decay)
+
+
+def _power_function(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return np.asarray((n / (n + 1)) ** rule.power)
+
+
+def _exponential(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return -rule.decay * np.expm1(-n / rule.tau)
+
+
+def _unbiased(rule: DecayRule, n: FloatArray) -> FloatArray:
+    # 1 - d^n without cancellation; its quotient is exactly 1 for the first update
+    lost = -np.expm1(np.maximum(n, 1) * np.log(rule.decay))
+    return np.where(n > 1, 1 - (1 - rule.decay) / lost, 0.0)
+
+
+def _cosine(rule: DecayRule, n: FloatArray) -> FloatArray:
+    # (1 + cos x) / 2 = cos^2(x / 2), which keeps the digits near the end
+    return 1 - (1 - rule.base) * np.cos(np.pi / 2 * rule.progress(n)) ** 2
+
+
+def _linear(rule: DecayRule, n: FloatArray) -> FloatArray:
+    return 1 - (1 - rule.base) * (1 - rule.progress(n))
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """A rule by which the decay of an ordinary EMA's updates rises."""
+
+    decay: Callable[[DecayRule, FloatArray], FloatArray]  # of the n-th update, n from 1
+    formula: str  # for messages; fields of the rule in braces
+    number: str = ""  # the field of `DecayRule` that NUMBER sets in an option NAME:NUMBER
+    usual: float | None = None  # its value without NUMBER: that of the library it comes from
+    is_schedule: bool = False  # whether it leads to 1 at a step of the training, without `decay`
+
+
+WARM_UPS: dict[str, WarmUp] = {
+    # LitEma, torch-ema and diffusers
+    "ratio": WarmUp(_ratio, "the warm-up (1 + n) / (10 + n)"),
+    # ema-pytorch, timm; diffusers with use_ema_warmup
+    "power": WarmUp(_power, "the warm-up 1 - (1 + {n})^-{power:.3g}", "power", 2 / 3),
+    # EDM and StyleGAN
+    "ramp-up": WarmUp(
+        _ramp_up,
+        "the ramp-up of its half-life to {power:g} of the training so far",
+        "power",
+        RAMP_UP,
+    ),
+    # ultralytics, yolov5
+    "exp": WarmUp(_exponential, "the warm-up d (1 - exp(-n / {tau:g}))", "tau", 2000.0),
+    # audiocraft, demucs: the mean of all weights so far, with weights d^age
+    "unbiased": WarmUp(_unbiased, "the warm-up 1 - (1 - d) / (1 - d^n)"),
+    # BYOL, DINO and MoCo v3, whose k = 0 is the first update: 1 is the decay after the last one
+    "cosine": WarmUp(
+        _cosine, "a cosine from {base:.7g} to 1 in {steps:,.12g} updates", "base", 0.996, True
+    ),
+    # I-JEPA, V-JEPA
+    "linear": WarmUp(
+        _linear, "a line from {base:.7g} to 1 in {steps:,.12g} updates", "base", 0.996, True
+    ),
+}
+"""The rules that have a name in options and settings; `_ALL_RULES` has two more."""
+
+_ALL_RULES = WARM_UPS | {
+    "": WarmUp(_constant, "a constant decay"),
+    # after one copy it is equation 2 of arXiv 2312.02696, with power = gamma + 1
+    POWER_FUNCTION: WarmUp(_power_function, "(n / (n + 1))^{power:.3g}", "power"),
+}
+
+
 @dataclass(frozen=True)
 class DecayRule:
-    """The decay of each update of an ordinary EMA.
+    """The decay of each update of an ordinary EMA: a row of `WARM_UPS`, and the row's numbers.
 
-    `warm_up` is the decay of the n-th update up to the limit `decay`: "" for none, "ratio" for (1 +
-    n) / (10 + n), "power" for 1 - (1 + n / inv_gamma)**-power, "ramp-up" for 2**(-1 / (power n)), a
-    half-life that is a share of the training so far, or `POWER_FUNCTION` for (n / (n + 1))**power,
-    which after one copy is equation 2 of arXiv 2312.02696 with power = gamma + 1. The first update
-    that is no copy has n = 1.
+    The first update that is no copy has n = 1; in a schedule the first one, copy or not.
     """
 
-    decay: float  # the constant decay; with a warm-up, its upper limit
-    warm_up: str = ""
+    # the constant decay, or the one that a warm-up leads to; unused by a schedule
+    decay: float = UNLIMITED
+    warm_up: str = ""  # "" for none, a name in `WARM_UPS`, or `POWER_FUNCTION`
     copies: int = 0  # number of initial updates that copy the weights
     stride: int = 1  # increment of n per update, for libraries that count calls
-    inv_gamma: float = 1.0
-    power: float = POWER
+    inv_gamma: float = 1.0  # of "power": n counts 1 / inv_gamma times
+    power: float = 2 / 3  # of "power", "ramp-up" and `POWER_FUNCTION`
+    tau: float = 2000.0  # of "exp"
+    base: float = 0.996  # of a schedule: the decay of the training's first update
+    steps: float = math.inf  # of a schedule: number of updates until the decay is 1
+    before: int = 0  # of a schedule: updates that the training could have made before the first one
     least: float = 0.0  # lower limit of the decay
     # relative, of the time constant 1 / (1 - decay), if the decay was estimated
     uncertainty: float = 0.0
@@ -322,41 +405,37 @@ class DecayRule:
             "be a fraction such as 0.03",
         )
 
+    @property
+    def is_schedule(self) -> bool:
+        return _ALL_RULES[self.warm_up].is_schedule
+
     def longer(self, factor: float) -> DecayRule:
         """Return the rule of an average that is longer by a factor at its end."""
-        powers = {POWER_FUNCTION: self.power / factor, "ramp-up": self.power * factor}
-        if self.decay == UNLIMITED and self.warm_up in powers:
-            return replace(self, power=powers[self.warm_up])
+        if self.is_schedule:
+            return replace(self, base=1 - (1 - self.base) / factor)
+        if self.warm_up == POWER_FUNCTION:
+            return replace(self, power=self.power / factor)
+        if self.warm_up == "ramp-up" and self.decay == UNLIMITED:
+            return replace(self, power=self.power * factor)
         return replace(self, decay=1 - (1 - self.decay) / factor)
 
     @property
     def rule(self) -> str:
         """The warm-up in words, for messages."""
-        if self.warm_up == "ratio":
-            return "the warm-up (1 + n) / (10 + n)"
-        if self.warm_up == "ramp-up":
-            return f"the ramp-up of its half-life to {self.power:g} of the training so far"
-        scaled = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
-        return f"the warm-up 1 - (1 + {scaled})^-{self.power:.3g}"
+        n = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
+        return _ALL_RULES[self.warm_up].formula.format(n=n, **vars(self))
+
+    def progress(self, n: FloatArray) -> FloatArray:
+        """Return the share of a schedule that has passed before the n-th update."""
+        return np.minimum((n - 1 + self.before) / self.steps, 1.0)
 
     def at(self, updates: FloatArray) -> FloatArray:
         """Return the share of the previous average that updates keep, by their numbers from 1:
         shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
-        n = np.maximum(numbers - self.copies, 0.0)
-        if self.warm_up == "ratio":
-            kept = (1 + n) / (10 + n)
-        elif self.warm_up == "power":
-            kept = -np.expm1(-self.power * np.log1p(n / self.inv_gamma))
-        elif self.warm_up == "ramp-up":
-            kept = np.exp2(-1 / (self.power * np.maximum(n, 1)))
-        elif self.warm_up == POWER_FUNCTION:
-            kept = (n / (n + 1)) ** self.power
-        else:
-            kept = np.ones(n.size)
-        return np.where(
-            numbers > self.copies, np.maximum(np.minimum(kept, self.decay), self.least), 0.0
-        )
+        n = numbers if self.is_schedule else np.maximum(numbers - self.copies, 0.0)
+        kept = _ALL_RULES[self.warm_up].decay(self, n)
+        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:
         """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to

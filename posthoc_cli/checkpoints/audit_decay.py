@@ -40,8 +40,8 @@ import numpy.typing as npt
 from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
+from posthoc_cli.checkpoints.settings import warm_up_text
 from posthoc_cli.profiles import (
-    POWER,
     POWER_FUNCTION,
     RAMP_UP,
     UNLIMITED,
@@ -112,12 +112,8 @@ class Model:
     @property
     def warm_up(self) -> str:
         """The warm-up, as `ImportSettings.ema_warmup` names it; empty without one."""
-        number = (
-            f":{self.rule.power:g}"
-            if self.rule.warm_up == "power" and self.rule.power != POWER
-            else ""
-        )
-        return "" if self.is_power else self.rule.warm_up + number
+        text = warm_up_text(self.rule)
+        return "" if text == "none" else text
 
     @property
     def unit(self) -> float:

@@ -161,7 +161,7 @@ def _find_decay(
             sigma, taken = sigma / 2, f"; taken as {decay:g}"
         found = {"ema_decay": decay, "ema_warmup": warm_up, "ema_uncertainty": sigma}
     settings = _with_starts(replace(given, **found), audit)
-    if any(one.updates and one.updates.counts_calls for one in sources):
+    if any(one.updates and one.updates.calls == "counted" for one in sources):
         every, after = settings.update_every or 1, settings.update_after_step or 0
         settings = replace(settings, update_every=every, update_after_step=after)
     return settings, [f"found: {audit.text}{taken}"]

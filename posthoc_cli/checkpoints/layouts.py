@@ -227,7 +227,9 @@ def _under_keys(average: str, weights: str, count: str = "") -> _Finder:
                 else indexed.model_group(other_than=parent)
             )
             if averaged and (of_model or not weights) and (updates or not count):
-                return Found(averaged, of_model, Updates({"copies": 1}, updates, from_first=True))
+                return Found(
+                    averaged, of_model, Updates({"copies": 1}, updates, calls="from first")
+                )
         return None
 
     return find
@@ -265,7 +267,9 @@ def _torchtitan(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
     averaged = {match[1]: find for match, find in matches if match}
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     return (
-        Found(averaged, indexed.model_tensors(), Updates(rule, at_start=True)) if averaged else None
+        Found(averaged, indexed.model_tensors(), Updates(rule, calls="after copy"))
+        if averaged
+        else None
     )
 
 
@@ -279,7 +283,7 @@ def _ema_pytorch(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found 
             weights = indexed.under(f"{parent}online_model.") or indexed.model_group(
                 other_than=parent
             )
-            updates = Updates({"warm_up": "power"}, calls, from_first=True, counts_calls=True)
+            updates = Updates({"warm_up": "power"}, calls, calls="counted")
             unsaid = f": {indexed.path.name} does not say it; the default of the library is"
             asks = (
                 {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
@@ -543,8 +547,8 @@ def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | 
 
 
 EMA_TAKES = (
-    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
-    "ema_late", "update_every", "update_after_step", "steps_per_epoch",
+    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "steps", "ema_restarts",
+    "ema_uncertainty", "ema_late", "update_every", "update_after_step", "steps_per_epoch",
 )  # fmt: skip
 
 

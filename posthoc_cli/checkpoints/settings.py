@@ -13,11 +13,10 @@ from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.index import Tensors
 from posthoc_cli.errors import InvalidValueError, brief, check_alone
 from posthoc_cli.profiles import (
-    POWER,
     POWER_FUNCTION,
-    RAMP_UP,
     UNLIMITED,
     WARM_UPS,
+    DecayRule,
     check_sigma_rel,
     gamma_from_sigma_rel,
 )
@@ -57,15 +56,38 @@ def _half_life(value: Any) -> float:
     ) or 0.0
 
 
-def _warm_up(text: str) -> dict[str, Any] | None:
+def warm_up_of(text: str) -> dict[str, Any] | None:
     """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
     another one."""
-    kind, colon, number = text.partition(":")
-    usual = {"power": POWER, "ramp-up": RAMP_UP}.get(kind)
-    power = read_number(number) if colon else usual
-    if kind not in (*WARM_UPS, "none") or (usual is None) is not (power is None) or power == 0:
+    name, colon, number = text.partition(":")
+    if name == "none" and not colon:
+        return {"warm_up": ""}
+    if name not in WARM_UPS:
         return None
-    return {"warm_up": "" if kind == "none" else kind} | ({"power": float(power)} if power else {})
+    row = WARM_UPS[name]
+    if not colon:
+        return {"warm_up": name} | ({row.number: row.usual} if row.number else {})
+    value = read_number(number)
+    if not row.number or not value or (row.is_schedule and value >= 1):
+        return None
+    return {"warm_up": name, row.number: float(value)}
+
+
+def warm_up_text(rule: DecayRule) -> str:
+    """Return what `warm_up_of` reads as the warm-up of a rule; "none" for none."""
+    if rule.warm_up not in WARM_UPS:
+        return "none"
+    row = WARM_UPS[rule.warm_up]
+    number = getattr(rule, row.number) if row.number else None
+    return rule.warm_up if number == row.usual else f"{rule.warm_up}:{number:.12g}"
+
+
+def _warm_up_names() -> str:
+    """Return how the rules read, with the numbers that they have by default."""
+    names = ["none"]
+    for name, row in WARM_UPS.items():
+        names.append(f"{name}[:{row.usual:.3g}]" if row.usual else name)
+    return ", ".join(names)
 
 
 _Kind = Annotated[str, Rule(f"one of {', '.join(KINDS)}", lambda kind: kind in KINDS)]
@@ -87,8 +109,8 @@ _Decay = Annotated[
 _WarmUp = Annotated[
     str,
     Rule(
-        f"one of none, {', '.join(WARM_UPS)}, or as power:0.75, ramp-up:0.1",
-        lambda text: _warm_up(text) is not None,
+        f"one of {_warm_up_names()}",
+        lambda text: warm_up_of(text) is not None,
     ),
 ]
 
@@ -111,8 +133,9 @@ class ImportSettings:
     update_after_step: int | None = None  # the step after which they began
     # of ordinary EMAs, in (0, 1), or "half-life:500000" in steps or images, or in %
     ema_decay: _Decay | None = None
-    # one of `WARM_UPS`, or with its number, as "power:0.75"; "none" for none
+    # one of `WARM_UPS`, perhaps with its number, as "power:0.75"; "none" for none
     ema_warmup: _WarmUp | None = None
+    steps: Count | None = None  # of the whole training, at which a scheduled decay is 1
     ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
@@ -154,7 +177,9 @@ class ImportSettings:
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
         if self.ema_uncertainty is not None:
             rule["uncertainty"] = self.ema_uncertainty
-        return rule | (_warm_up(self.ema_warmup or "") or {})
+        if self.steps is not None:
+            rule["steps"] = self.steps
+        return rule | (warm_up_of(self.ema_warmup or "") or {})
 
     @property
     def given(self) -> dict[str, Any]:

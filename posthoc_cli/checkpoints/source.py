@@ -107,7 +107,7 @@ class Checkpoint(Source):
             return self
         profile = self.updates.profile(self.path, self.step, settings)
         rule, decay, sigma_rel = profile.settings, 0.0, 0.0
-        if settings.ema_decay is not None or settings.sigma_rels or "decay" in self.updates.rule:
+        if self.updates.is_known(settings):
             power = (
                 rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
             )

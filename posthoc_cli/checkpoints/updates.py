@@ -2,65 +2,116 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import UNLIMITED, DecayRule, OrdinaryEMA
+from posthoc_cli.profiles import UNLIMITED, WARM_UPS, DecayRule, OrdinaryEMA
 
 _ANY_DECAY = 0.999  # in place of an unknown decay
+
+Calls = Literal["multiples", "from first", "counted", "after copy"]
+"""Which calls update an EMA: the multiples of `every`; the first one and each `every` calls later;
+the same, with a `count` of calls; or a copy at the step that settings name, and then multiples."""
+
+_REMAINDER: dict[Calls, int] = {"multiples": 0, "from first": 1, "counted": 1, "after copy": 0}
+"""The number of an updating call, modulo `every`, for an EMA that began with the training."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the updates of an EMA lie: their first step, their number, and what the rule has for
+    it."""
+
+    first: int
+    count: int
+    rule: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Updates:
     """How an ordinary EMA was updated, as far as its file says."""
 
-    # arguments of `DecayRule`; without "decay" if it is unknown
+    # arguments of `DecayRule`; without "decay", "base" and "steps" if they are unknown
     rule: dict[str, Any] = field(default_factory=dict)
     count: int | None = None  # number of updates; None if it is unknown
     every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
-    from_first: bool = False  # whether the first call is an update, and not call number `every`
-    # whether `count` is of calls, whatever their number between two updates
-    counts_calls: bool = False
-    # whether a first update after the begin is at the step that settings name, and copies
-    at_start: bool = False
+    calls: Calls = "multiples"
+
+    def is_known(self, settings: ImportSettings) -> bool:
+        """Whether the file and the settings say the decay of every update."""
+        rule = self._rule(settings, 1)
+        if self._is_schedule(rule):
+            return "base" in rule and "steps" in rule
+        return "decay" in rule
+
+    def needs_steps(self, settings: ImportSettings) -> bool:
+        """Whether the decay rises until a step of the training that nothing says."""
+        rule = self._rule(settings, 1)
+        return self._is_schedule(rule) and "steps" not in rule
 
     def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
-        every, after, count = (
-            settings.update_every or self.every,
-            settings.update_after_step or 0,
-            self.count,
-        )
-        said = settings.rule(every)
-        # another kind of rule
-        of_file = {} if "decay" in said and self.rule.get("decay") == UNLIMITED else self.rule
-        rule = {"decay": _ANY_DECAY} | of_file | said
-        if restart := max(
-            (restart for restart in settings.ema_restarts if restart < step), default=0
-        ):
-            rule |= {"copies": 0, "late": settings.ema_late or 0}
-            first, count = restart + every, (step - restart) // every
-        elif count is None:
-            first = after + 1 if self.from_first else (after // every + 1) * every
-            if after and self.at_start:
-                first, rule["copies"] = after, 1
-            first = min(first, step + every)  # of no updates until then: a copy of the weights
-            count = (step - first) // every + 1
-            rule |= {"late": settings.ema_late or 0} if after else {}
-        elif self.counts_calls:
-            rule["copies"] = 1 + after
-            rule["stride"], first, count = every, step - count + 1, (count - 1) // every + 1
+        every = settings.update_every or self.every
+        restart = max((start for start in settings.ema_restarts if start < step), default=0)
+        if restart:
+            late = settings.ema_late or 0
+            place = _Place(restart + every, (step - restart) // every, {"copies": 0, "late": late})
         else:
-            last = (step - 1) // every * every + 1 if self.from_first else step // every * every
-            first = last - (count - 1) * every
-            if settings.update_every is None and count and not 0 <= step - count <= 1:
-                first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
-        if first < 1:
+            place = self._place(step, every, settings)
+        if place.first < 1:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
             raise InvalidValueError(
                 "update_every", f"must be given, and fit: {counted}", "1 if the EMA began late"
             )
-        return DecayRule(**rule).profile(step, count, every, first)
+        rule = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
+        if self._is_schedule(rule):
+            rule["before"] = (place.first - 1) // every
+            rule["decay"] = rule.get("base", _ANY_DECAY)
+            rule["steps"] = rule.get("steps", math.inf) / every
+        return DecayRule(**rule).profile(step, place.count, every, place.first)
+
+    def _rule(self, settings: ImportSettings, every: int) -> dict[str, Any]:
+        said = settings.rule(every)
+        if "decay" in said and self.rule.get("decay") == UNLIMITED:
+            return said  # another kind of rule
+        return self.rule | said
+
+    @staticmethod
+    def _is_schedule(rule: dict[str, Any]) -> bool:
+        return rule.get("warm_up", "") in WARM_UPS and WARM_UPS[rule["warm_up"]].is_schedule
+
+    def _place(self, step: int, every: int, settings: ImportSettings) -> _Place:
+        """Return where the updates of an EMA lie that has not restarted."""
+        after = settings.update_after_step or 0
+        if self.count is None:
+            return self._place_after(after, step, every, settings.ema_late or 0)
+        if self.calls == "counted":
+            rule = {"copies": 1 + after, "stride": every}
+            return _Place(step - self.count + 1, (self.count - 1) // every + 1, rule)
+        first = self._last(step, every) - (self.count - 1) * every
+        is_unclear = settings.update_every is None and not 0 <= step - self.count <= 1
+        if self.count and is_unclear:
+            first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
+        return _Place(first, self.count)
+
+    def _place_after(self, after: int, step: int, every: int, late: int) -> _Place:
+        """Return where updates lie that begin after a step that settings name."""
+        rule = {"late": late} if after else {}
+        if self.calls == "after copy" and after:
+            first = after
+            rule["copies"] = 1
+        elif _REMAINDER[self.calls]:
+            first = after + 1
+        else:
+            first = self._last(after, every) + every
+        first = min(first, step + every)  # of no updates until then: a copy of the weights
+        return _Place(first, (step - first) // every + 1, rule)
+
+    def _last(self, step: int, every: int) -> int:
+        """Return the step of the last update up to a step."""
+        remainder = _REMAINDER[self.calls]
+        return (step - remainder) // every * every + remainder
