@@ -1,9 +1,10 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file
 is executed.
 
-    pickles, index, steps       the places of tensors in a file, its tensors, its step
+    pickles, content            the tensors and values of a file or folder
+    sets, clock                 the weights and an average among them; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated
-    source, layouts             a checkpoint as a source; the kinds that programs write
+    source, layouts             a checkpoint as a source; what programs write
     open_run                    all checkpoints of a folder as one run
     import_run, manifest        the work of `ema import`, and its output
     audit, audit_decay          the check of an average, and the search for its decay
@@ -13,9 +14,9 @@ those of snapshots.
 """
 
 KINDS = (
-    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "timm", "lightning-ema",
-    "averaged-model", "ema-pytorch-ema", "lit-ema", "torch-ema", "mmengine", "edm", "ema",
-    "checkpoints",
+    "edm2", "ema-pytorch", "posthoc-ema", "torchtitan", "diffusers-ema", "lightning-ema",
+    "averaged-model", "ema-pytorch-ema", "torch-ema", "mmengine", "mmcv", "edm", "ultralytics",
+    "audiocraft", "composer", "ema", "checkpoints",
 )  # fmt: skip
-"""The kinds of `layouts.TABLE`; `checkpoints` are files or folders of weights, also of LoRA series.
+"""The kinds of files; `checkpoints` are files or folders of weights, also of LoRA series.
 """

@@ -38,6 +38,7 @@ class Import:
 
     checkpoints: tuple[Checkpoint, ...]
     out: Path | None  # folder of the run; None in a dry run without an output
+    numbers: str  # what the numbers of files are taken for
     checks: tuple[str, ...]  # results of the comparison of settings and files, a line each
     written: bool  # not in a dry run, and not if the run existed already
 
@@ -50,6 +51,7 @@ class Import:
             "run": self.checkpoints[0].run_id,
             "out": None if self.out is None else str(self.out),
             "written": self.written,
+            "numbers": self.numbers,
             "checks": list(self.checks),
             "checkpoints": [
                 {"path": str(one.path), "t": one.t, "holds": one.holds} for one in self.checkpoints
@@ -99,7 +101,8 @@ def import_checkpoints(
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
-    found = checked_run(read_place(origin, given))
+    place = read_place(origin, given)
+    found = checked_run(place.checkpoints)
     if given.update_after_step and all(
         isinstance(one.profile, Point) or is_copy(one) for one in found
     ):
@@ -117,7 +120,7 @@ def import_checkpoints(
     if target is not None and not dry_run:
         files.check_parent("out", target)
         written = write_manifest(target, origin, given, found, overwrite)
-    return Import(tuple(found), target, tuple(checks), written)
+    return Import(tuple(found), target, place.says, tuple(checks), written)
 
 
 # --- the decay

@@ -1,39 +1,39 @@
-"""The layouts of checkpoints, one entry of `TABLE` each: what programs store, and how it is
-recognised.
+"""What programs store in a checkpoint: the weights, an average of them, and how it was updated.
 
-To add one, write a function that returns what a checkpoint holds, or None, add it to `TABLE` before
-"checkpoints", which takes all other files, and add its name to `KINDS`. A setting that only some
-kinds have is a field of `ImportSettings`, named next to their function.
+To add a program, try its files first: sets of tensors are found by themselves, at any depth, if a
+word in a key says which is the average (`content.AVERAGE_WORD`). Then
 
-Ordinary EMAs lie in the same checkpoint as the weights, or next to them, under the names that each
-function looks for.
+1. if values beside the average say its decay or count its updates: add a row to `LIBRARIES`;
+2. if the two sets lie under fixed keys that no word tells apart: add a row to `FIXED`;
+3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
+4. a new value that is stored as a tensor: add its last key to `content._COUNTERS`;
+   a new name of the step: to `clock.STEP_VALUES`; a state that is no model: to `content.NO_MODEL`;
+5. add the kind to `KINDS` and `TAKES`, a line to the guide `checkpoints`, and a test that writes
+   such files: `tests/checkpoints/test_programs.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.checkpoints.index import (
+import numpy as np
+
+from posthoc_cli.checkpoints.content import (
     AVERAGE_WORD,
-    NOT_WEIGHTS,
-    IndexedCheckpoint,
+    NO_MODEL,
+    Content,
     Tensors,
-    index_checkpoint,
     names_in,
-    tensor_shape,
+    open_checkpoint,
 )
-from posthoc_cli.checkpoints.pickles import PARAMETERS
+from posthoc_cli.checkpoints.sets import Pair, Sets, completed, squeeze
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
-from posthoc_cli.checkpoints.steps import checked_step, step_of
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
@@ -47,98 +47,69 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
-log = logging.getLogger(__name__)
+Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint holds: an average, the weights under the same names, or one of them
-    alone."""
+    """What a checkpoint holds: an average, the weights under the same names, or one of them."""
 
+    kind: str
     averaged: Tensors = field(default_factory=dict)  # by name; empty if the checkpoint has none
     weights: Tensors = field(default_factory=dict)
     # of an ordinary EMA; its profile follows in `Checkpoint.with_settings`
     updates: Updates | None = None
-    profile: Callable[[int], StoredProfile] | None = None  # of another average, at a step
+    # of another average, at a step
+    profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
     step: int | None = None  # in a name of this kind; None to read it
-    t_unit: str = "steps"  # what the steps count
+    t_unit: str = "steps"  # what this step counts
     # settings that must be given, and the reason
     asks: Mapping[str, str] = field(default_factory=dict)
+    # keys of the average and the weights if nothing tells which is which
+    undecided: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()  # keys of sets that a word calls an average
+    path: str = ""  # what leads to the weights in the checkpoint
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of the model: those of the average, and the weights that it lacks."""
+        return completed(self.averaged, self.weights) if self.averaged else self.weights
+
+    def swapped(self) -> Found:
+        return replace(self, averaged=self.weights, weights=self.averaged)
 
 
-def read_checkpoint(
-    indexed: IndexedCheckpoint, settings: ImportSettings, step: int | None = None, by_word: str = ""
-) -> list[Checkpoint]:
-    """Return the sources in a checkpoint: the weights, the average, or both; none for the step 0.
-
-    The step is read if it is not given; for `by_word` see `step_of`.
-    """
-    path, (kind, found) = indexed.path, _recognise(indexed, settings)
-    if step is None and found.step is not None:
-        step = checked_step(path, found.step)
-    elif step is None:
-        step = step_of(
-            indexed, settings, bool(found.updates) or settings.ema_decay is not None, by_word
-        )
-    if not step:
-        log.warning("%s: left out, as its weights are those before the training, of step 0", path)
-        return []
-    for setting, why in found.asks.items():
-        if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}")
-    is_one = (
-        len(settings.sigma_rels) == 1 if found.updates else found.sigma_rel or not found.profile
-    )
-    if settings.sigma_rels and not is_one:
-        need = "one, of the average" if found.updates else "one for each average, also for that"
-        raise InvalidValueError("sigma_rels", f"must be {need} in {path.name}")
-    averaged, weights = (
-        {
-            name.removeprefix(settings.prefix): find
-            for name, find in tensors.items()
-            if name.startswith(settings.prefix)
-        }
-        for tensors in (found.averaged, found.weights)
-    )
-    reason, others = "", sorted(averaged.keys() - weights.keys()) if weights else []
-    if others:
-        reason = (
-            f"holds an EMA and weights of different models: only the EMA has {names_in(others)}"
-        )
-    if bool(averaged) < bool(found.averaged) or bool(weights) < bool(found.weights):
-        known = names_in([*found.weights, *found.averaged])
-        reason = f"no tensor's name begins with {shown(settings.prefix)}; it has {known}"
-    if reason:
-        raise FileFormatError(path, reason)
-    tensors, point = settings.select(_completed(averaged, weights)), Point(float(step))
-    make = functools.partial(make_checkpoint, path, step=step, kind=kind, t_unit=found.t_unit)
-    made = [make({name: weights[name] for name in tensors}, profile=point)] if weights else []
-    if averaged:
-        profile = found.profile(step) if found.profile else point
-        average = make(tensors, profile=profile, sigma_rel=found.sigma_rel, updates=found.updates)
-        made.append(average.with_settings(settings))
-    return made
+Finder = Callable[[Sets, ImportSettings], Found | None]
 
 
-def _completed(averaged: Tensors, weights: Tensors) -> Tensors:
-    """Return an average, with the weights' tensors that it lacks, in their order."""
-    return {name: averaged.get(name, find) for name, find in weights.items()} or averaged
+def recognise(content: Content, settings: ImportSettings) -> Found:
+    """Return what a checkpoint holds: as its kind if one is given, else as the first that fits."""
+    sets = Sets(content)
+    try:
+        if settings.kind != "checkpoints":
+            for finder in FINDERS:
+                found = finder(sets, settings)
+                if found is not None and settings.kind in (None, found.kind):
+                    return found
+        if settings.kind == "ema":
+            model = sets.model(settings.prefix)
+            return Found("ema", model, updates=_named_updates(content))
+        if settings.kind in (None, "checkpoints"):
+            return _weights(sets, settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = f"holds an EMA whose settings cannot be read: {error}"
+        raise FileFormatError(content.path, reason) from error
+    raise FileFormatError(content.path, f"is no file of {settings.kind}")
 
 
-def _recognise(indexed: IndexedCheckpoint, settings: ImportSettings) -> tuple[str, Found]:
-    """Return the kind of a checkpoint, the given one or the first of `TABLE` that fits, and what it
-    holds."""
-    given = settings.kind or ("ema" if settings.average or settings.weights else None)
-    for kind in [given] if given else TABLE:
-        try:
-            if found := TABLE[kind][0](indexed, settings):
-                return kind, found
-        except (TypeError, ValueError, OverflowError) as error:
-            raise FileFormatError(
-                indexed.path, f"holds an EMA whose settings cannot be read: {error}"
-            ) from error
-    raise FileFormatError(indexed.path, f"is no file of {given}")
+def _weights(sets: Sets, settings: ImportSettings) -> Found:
+    unused = tuple(sets.averages)
+    if settings.weights is not None:
+        weights = sets.below(sets.named(settings.weights))
+    else:
+        weights = sets.model(settings.prefix)
+    return Found("checkpoints", weights=weights, unused=unused)
 
 
 def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
@@ -148,235 +119,346 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     `average` is the key or prefix of the average's tensors, or a glob of it; by default the one
     whose key says it.
     """
-    indexed = index_checkpoint(path)
-    sets = _sets_of_tensors(indexed)
-    models = {key for others in _pairs(sets).values() for key in others}
-    if weights and len(models) == 1:  # also if it has several averages
-        return make_checkpoint(path, sets[models.pop()], Point(1.0), 1)
-    _, found = _recognise(indexed, replace(UNSPECIFIED, average=average))
-    if not (weights or found.averaged):
-        reason = f"holds no average that its keys name ({names_in(indexed.groups())})"
-        raise FileFormatError(
-            path, reason, "name its key by `average`, or say `weights` for the raw ones"
+    content = open_checkpoint(path)
+    sets = Sets(content)
+    if weights and len(sets.averages) > 1:
+        return make_checkpoint(content, sets.model(), Point(1.0), 1)
+    found = recognise(content, replace(UNSPECIFIED, average=average))
+    if found.undecided:
+        first, other = found.undecided
+        reason = f"holds two sets, and nothing tells which is the average: {first} or {other}"
+        raise FileFormatError(path, reason, "name it by `average`, or name the folder of all files")
+    if weights:
+        return make_checkpoint(content, found.weights or sets.model(), Point(1.0), 1)
+    if not found.averaged:
+        reason = f"holds no average that its keys name ({names_in(content.groups())})"
+        hint = "name its key by `average`, or say `weights` for the raw ones"
+        raise FileFormatError(path, reason, hint)
+    return make_checkpoint(content, found.tensors, Point(1.0), 1)
+
+
+# --- ordinary EMAs, whose sets are found by their keys
+
+
+@dataclass(frozen=True)
+class Library:
+    """A program that stores values about an average, beside it or in what it lies in."""
+
+    kind: str
+    marks: tuple[str, ...]  # the values that show it
+    read: Callable[[Values], Updates]
+    # the key of the average; empty for any
+    key: str = ""
+
+
+def _count(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and value >= 0 else None
+
+
+def _diffusers(values: Values) -> Updates:
+    warm_up = "power" if values.get("use_ema_warmup") else "ratio"
+    copies = 1 + int(values.get("update_after_step") or 0)
+    rule: dict[str, Any] = {"decay": float(values["decay"]), "warm_up": warm_up, "copies": copies}
+    for name in ("inv_gamma", "power"):
+        if name in values:
+            rule[name] = float(values[name])
+    rule["least"] = float(values.get("min_decay") or 0.0)
+    if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
+        raise ValueError("its warm-up never begins")
+    return Updates(rule, _count(values["optimization_step"]))
+
+
+def _with_decay(values: Values) -> Updates:
+    """Return the updates of torch-ema, LitEma, ACE and OpenFold: a count says that a warm-up was
+    used."""
+    count = _count(values.get("num_updates"))
+    is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
+    decay = round(float(values["decay"]), 7)
+    return Updates({"decay": decay, "warm_up": "ratio" if is_rising else ""}, count)
+
+
+def _ema_pytorch(values: Values) -> Updates:
+    return Updates({"warm_up": "power"}, _count(values["step"]), calls="counted")
+
+
+def _averaged_model(values: Values) -> Updates:
+    return Updates({"copies": 1}, _count(values["n_averaged"]), calls="from first")
+
+
+def _ultralytics(values: Values) -> Updates:
+    rule = {"decay": 0.9999, "warm_up": "exp", "tau": 2000.0}
+    return Updates(rule, _count(values["updates"]))
+
+
+def _audiocraft(values: Values) -> Updates:
+    rule: dict[str, Any] = {"warm_up": "unbiased"}
+    decay = values.get("xp.cfg.optim.ema.decay")
+    if isinstance(decay, float):
+        rule["decay"] = decay
+    return Updates(rule, every=_count(values.get("xp.cfg.optim.ema.updates")) or 1)
+
+
+def _composer(_: Values) -> Updates:
+    return Updates()
+
+
+LIBRARIES = (
+    Library("diffusers-ema", ("optimization_step", "decay"), _diffusers),
+    Library("ema-pytorch-ema", ("initted", "step"), _ema_pytorch),
+    Library("averaged-model", ("n_averaged",), _averaged_model),
+    Library("ultralytics", ("updates",), _ultralytics, key="ema"),
+    Library("audiocraft", ("ema.count", "xp.sig"), _audiocraft),
+    Library("composer", ("ema_weights_active",), _composer),
+    Library("torch-ema", ("decay",), _with_decay),
+)
+"""The first one whose values are there counts."""
+
+
+def _library_of(content: Content, average_key: str) -> tuple[Library | None, Values]:
+    """Return the program that stored an average, and the values beside its marks."""
+    for library in LIBRARIES:
+        if library.key not in ("", average_key):
+            continue
+        place = average_key
+        while True:
+            start = f"{place}." if place else ""
+            if all(_is_number(content.values.get(start + mark)) for mark in library.marks):
+                rest = len(start)
+                named = content.values.items()
+                return library, {name[rest:]: v for name, v in named if name.startswith(start)}
+            if not place:
+                break
+            place = place.rpartition(".")[0]
+    return None, {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | str)
+
+
+def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
+    """Return the average that the settings name, or a word, and the weights that match it."""
+    content = sets.content
+    weights = None if settings.weights is None else sets.named(settings.weights)
+    if settings.average is not None:
+        path = sets.named(settings.average)
+        pair = sets.pair(path, weights, is_named=True)
+        if pair is None and weights is not None:
+            lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
+            reason = f"holds an EMA and weights of different models: only {path} has"
+            raise FileFormatError(content.path, f"{reason} {names_in(lacking)}")
+        return _described(sets, pair or sets.alone(path), settings)
+    candidates = [*sets.averages, *_anchored(sets)]
+    pairs = [pair for one in candidates if (pair := sets.pair(one, weights)) is not None]
+    if len(pairs) > 1:
+        names = names_in([pair.average_key for pair in pairs])
+        reason = f"which of its sets of tensors is the average is unclear: {names}"
+        hint = "name the average by `average`, or both by `average` and `weights` in an import"
+        raise FileFormatError(content.path, reason, hint)
+    if pairs:
+        return _described(sets, pairs[0], settings)
+    groups = [name for name in content.groups() if not NO_MODEL.search(name)]
+    if len(groups) == 1 and (candidates == groups or _is_inside(candidates, groups[0])):
+        return _described(sets, sets.alone(candidates[0]), settings)
+    if not candidates and AVERAGE_WORD.search(content.path.name):
+        model = sets.model(settings.prefix)
+        return Found("ema", model, updates=_named_updates(content))
+    return None
+
+
+def _is_inside(candidates: list[str], group: str) -> bool:
+    """Return whether the only average is all that a group holds."""
+    return len(candidates) == 1 and candidates[0].startswith(f"{group}.")
+
+
+def _anchored(sets: Sets) -> list[str]:
+    """Return the sets that a value beside them shows to be an average, though no word does."""
+    found = []
+    for name in sets.content.values:
+        outer, dot, last = name.rpartition(".")
+        path = f"{outer}{dot}module"
+        if last == "n_averaged" and sets.counts[path] and not sets.is_averaged(path):
+            found.append(path)
+    return found
+
+
+def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
+    """Return a pair with what the values beside it say of its updates."""
+    content = sets.content
+    library, values = _library_of(content, pair.average_key)
+    others = [key for key in sets.averages if not f"{pair.average_key}.".startswith(f"{key}.")]
+    if library is None:
+        updates = _named_updates(content)
+        return Found(
+            "ema",
+            pair.averaged,
+            pair.weights,
+            updates,
+            unused=tuple(others),
+            path=pair.weights_key,
         )
-    tensors = (
-        found.weights or indexed.model_tensors()
-        if weights
-        else _completed(found.averaged, found.weights)
+    updates = library.read(values)
+    asks = dict[str, str]()
+    if library.kind == "ema-pytorch-ema" and settings.ema_decay:
+        unsaid = f": {content.path.name} does not say it; the default of the library is"
+        asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
+    found = Found(
+        library.kind, pair.averaged, pair.weights, updates, asks=asks, path=pair.weights_key
     )
-    return make_checkpoint(path, tensors, Point(1.0), 1)
+    if library.kind == "composer" and values["ema_weights_active"]:
+        return found.swapped()
+    return _with_collected(sets, found, pair)
 
 
-_Finder = Callable[[IndexedCheckpoint, ImportSettings], Found | None]
+def _named_updates(content: Content) -> Updates:
+    decay = named_decay(content.path)
+    return Updates({} if decay is None else {"decay": decay})
 
 
-# --- ema-pytorch and pytorch-posthoc-ema: averages by number, whose settings are not in their files
+def named_decay(path: Path) -> float | None:
+    """Return the decay in the name of guided-diffusion's `ema_0.9999_000050.pt`, next to
+    `model000050.pt`."""
+    match = re.match(r"ema_(0\.\d+)_", path.name)
+    return float(match[1]) if match else None
 
-_NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
-_INNER = "ema_model."  # prefix of names in files of `ema-pytorch`
+
+# --- checkpoints that were written while the average was swapped in
 
 
-def _numbered(library: str, indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    name, inner, has_inner = indexed.path.name, indexed.under(_INNER), library == "ema-pytorch"
-    match = _NUMBERED.fullmatch(name)
-    if not match or ("initted",) not in indexed.tensors or bool(inner) is not has_inner:
+def _with_collected(sets: Sets, found: Found, pair: Pair) -> Found:
+    """Return an average of torch-ema with the raw weights that it has set aside, if it has.
+
+    It keeps them in `collected_params` while the model has the average, and after that: they count
+    if the model and the average are equal.
+    """
+    outer = pair.average_key.rpartition(".")[0]
+    collected = sets.below(f"{outer}.collected_params".lstrip("."))
+    if not collected or len(collected) != len(pair.averaged):
+        return found
+    names = list(pair.averaged)
+    content = sets.content
+    averaged = make_checkpoint(content, pair.averaged, Point(1.0), 1)
+    weights = make_checkpoint(content, {name: pair.weights[name] for name in names}, Point(1.0), 1)
+    with averaged, weights:
+        for name in averaged.entries:
+            count = min(averaged.entries[name].size, 256)
+            if not np.array_equal(averaged.values(name, 0, count), weights.values(name, 0, count)):
+                return found
+    raw = dict(pair.weights)
+    for name, tensor in pair.averaged.items():
+        raw[name] = collected[tensor.keys[-1]]
+    return replace(found, weights=raw)
+
+
+def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
+    """Return the two sets of mmcv's hook: buffers `ema_backbone_conv_weight` beside the weights.
+
+    It swaps the two before a checkpoint is written, but for one written in between.
+    """
+    try:
+        path = sets.model_path()
+    except FileFormatError:
         return None
-    number, first = (
-        int(match["number"]),
-        1 if has_inner else max(settings.update_after_step or 0, 1),
-    )
-    width = next(iter(settings.sigma_rels[number:]), 0.0)
-    gamma, every = gamma_from_sigma_rel(width) if width else 0.0, settings.update_every or 1
-    profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
-    tensors = inner or indexed.model_tensors(settings.prefix)
-    unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
-    asks = {"sigma_rels": unsaid, "update_every": unsaid}
-    if not has_inner:
-        asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
-    model = {name: find for name, find in tensors.items() if name not in ("initted", "step")}
-    return Found(model, profile=profile, sigma_rel=width, step=int(match["step"]), asks=asks)
+    named = sets.below(path)
+    buffers = {name: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
+    others = {squeeze(name): name for name in named if name not in buffers}
+    matched = {}
+    for name, tensor in buffers.items():
+        if full := others.get(squeeze(name.removeprefix("ema_"))):
+            matched[full] = tensor
+    if not matched or 2 * len(matched) < len(others):
+        return None
+    model = {name: named[name] for name in others.values()}
+    found = Found("mmcv", model, {**model, **matched}, Updates())
+    if settings.average is None:
+        return replace(found, undecided=(path or "the model", "ema_*"))
+    return found.swapped() if settings.average.startswith("ema_") else found
 
 
-# --- ordinary EMAs of known libraries
+# --- ordinary EMAs under fixed keys
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A program that stores an average and the weights under fixed keys, with a number of
+    updates."""
+
+    kind: str
+    average: str
+    weights: str
+    count: str
+
+
+FIXED = (
+    Fixed("lightning-ema", "state_dict", "current_model_state", "averaging_state.n_averaged"),
+    # Its hook swaps the two before a checkpoint is written.
+    Fixed("mmengine", "state_dict", "ema_state_dict.module", "ema_state_dict.steps"),
+)
+
+
+def _find_fixed(sets: Sets, _: ImportSettings) -> Found | None:
+    content = sets.content
+    for fixed in FIXED:
+        count = _count(content.values.get(fixed.count))
+        averaged = content.under(fixed.average)
+        weights = content.under(fixed.weights)
+        if averaged and weights and count:
+            updates = Updates({"copies": 1}, count, calls="from first")
+            return Found(fixed.kind, averaged, weights, updates)
+    return None
 
 
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 
 
-def _as_count(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) and value >= 0 else None
-
-
-def _under_keys(average: str, weights: str, count: str = "") -> _Finder:
-    """Return the finder of a library that stores both under prefixes, and the number of updates
-    under a name.
-
-    They are within a group or in none. Without a prefix, the weights are the model next to the
-    group, if there is one.
-    """
-
-    def find(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
-        for parent in indexed.parents(count) if count else [""]:
-            averaged, updates = (
-                indexed.under(parent + average),
-                _as_count(indexed.number(parent + count)),
-            )
-            of_model = (
-                indexed.under(parent + weights)
-                if weights
-                else indexed.model_group(other_than=parent)
-            )
-            if averaged and (of_model or not weights) and (updates or not count):
-                return Found(
-                    averaged, of_model, Updates({"copies": 1}, updates, calls="from first")
-                )
-        return None
-
-    return find
-
-
-def _diffusers(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
-    groups = [name for name in indexed.groups() if name.endswith("_ema")]
-    prefix = f"{groups[0]}." if len(groups) == 1 else "."
-    config = {
-        name.removeprefix(prefix): value
-        for name, value in indexed.values.items()
-        if name.startswith(prefix)
-    }
-    updates = _as_count(config.get("optimization_step"))
-    if updates is None or not isinstance(config.get("decay"), float):
-        return None
-    warm_up = "power" if config.get("use_ema_warmup") else "ratio"
-    rule = {
-        "decay": config["decay"],
-        "warm_up": warm_up,
-        "copies": 1 + int(config.get("update_after_step") or 0),
-    }
-    rule |= {name: float(config[name]) for name in ("inv_gamma", "power") if name in config}
-    rule["least"] = float(config.get("min_decay") or 0.0)
-    if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
-        raise ValueError("its warm-up never begins")
-    weights = indexed.under(f"{groups[0].removesuffix('_ema')}.") or indexed.under("model.")
-    return Found(indexed.under(prefix), weights, Updates(rule, updates))
-
-
-def _torchtitan(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
+def _torchtitan(sets: Sets, _: ImportSettings) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another
     `half_life_fraction`."""
-    matches = ((_TITAN_EMA.fullmatch(name), find) for name, find in indexed.names.items())
-    averaged = {match[1]: find for match, find in matches if match}
+    averaged = {}
+    for name, tensor in sets.content.tensors.items():
+        if match := _TITAN_EMA.fullmatch(name):
+            averaged[match[1]] = tensor
+    if not averaged:
+        return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
-    return (
-        Found(averaged, indexed.model_tensors(), Updates(rule, calls="after copy"))
-        if averaged
-        else None
-    )
+    updates = Updates(rule, calls="after copy")
+    return Found("torchtitan", averaged, sets.model(), updates)
 
 
-def _ema_pytorch(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    for parent in indexed.parents("initted"):
-        averaged, calls = (
-            indexed.under(f"{parent}{_INNER}"),
-            _as_count(indexed.number(f"{parent}step")),
-        )
-        if averaged and calls:
-            weights = indexed.under(f"{parent}online_model.") or indexed.model_group(
-                other_than=parent
-            )
-            updates = Updates({"warm_up": "power"}, calls, calls="counted")
-            unsaid = f": {indexed.path.name} does not say it; the default of the library is"
-            asks = (
-                {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
-                if settings.ema_decay
-                else {}
-            )
-            return Found(averaged, weights, updates, asks=asks)
-    return None
-
-
-def _lit_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
-    """Its names are those of the weights in the same group, without dots."""
-    for parent in indexed.parents("model_ema.decay", "model_ema.num_updates"):
-        stored, others = indexed.under(f"{parent}model_ema."), indexed.under(parent)
-        decay, count = (
-            indexed.number(f"{parent}model_ema.{name}") for name in ("decay", "num_updates")
-        )
-        stored = {
-            name: find for name, find in stored.items() if name not in ("decay", "num_updates")
-        }
-        others = {name: find for name, find in others.items() if not name.startswith("model_ema.")}
-        for prefix in sorted({"", *(f"{name.split('.')[0]}." for name in others)}):
-            weights = {name: find for name, find in others.items() if name.startswith(prefix)}
-            full_names = {name.removeprefix(prefix).replace(".", ""): name for name in weights}
-            if stored.keys() <= full_names.keys():
-                averaged = {full_names[name]: find for name, find in stored.items()}
-                rule = {"decay": round(float(decay), 7), "warm_up": "ratio" if count >= 0 else ""}
-                return Found(averaged, weights, Updates(rule, _as_count(count)))
-        raise FileFormatError(
-            indexed.path, f"holds an EMA of {shown(next(iter(stored)))}, and no such weights"
-        )
-    return None
-
-
-def _torch_ema(indexed: IndexedCheckpoint, _: ImportSettings) -> Found | None:
-    """It has a list without names, and the weights are in another group."""
-    for parent in indexed.parents("decay", f"{PARAMETERS}.0"):
-        weights = indexed.model_group(other_than=parent)
-        named = (
-            (name, tensor_shape(find())) for name, find in weights.items() if "running_" not in name
-        )
-        averaged = {}
-        # in the order of the model's parameters
-        for find in indexed.under(f"{parent}{PARAMETERS}.").values():
-            shape = tensor_shape(find())
-            name = next((name for name, at in named if at == shape), None)
-            if name is None:
-                reason = (
-                    "holds an EMA without names, and no weights of these shapes in the same order"
-                )
-                raise FileFormatError(indexed.path, reason)
-            averaged[name] = find
-        updates = _as_count(indexed.number(f"{parent}num_updates"))
-        rule = {
-            "decay": float(indexed.number(f"{parent}decay")),
-            "warm_up": "ratio" if updates else "",
-        }
-        return Found(averaged, weights, Updates(rule, updates))
-    return None
+# --- files whose names say what they are
 
 
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
 
-def _edm(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
+def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     """The files of EDM and StyleGAN: the weights of EDM are in `training-state-*.pt` next to the
     pickle.
 
     Both count images, with the half-life min(its largest, 0.05 of the images so far), so that the
     k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
     """
-    path, averaged = indexed.path, indexed.under("ema.") or indexed.under("G_ema.")
+    content = sets.content
+    path = content.path
+    averaged = content.under("ema") or content.under("G_ema")
     match = _EDM_FILE.fullmatch(path.name)
     if not (match and averaged):
         return None
     state = path.with_name(f"training-state-{match['step']}.pt")
     if state.is_file():
-        indexed = index_checkpoint(state)
-    file, options = path.with_name(_EDM_OPTIONS), dict[str, Any]()
+        of_state = open_checkpoint(state)
+        content.files.update(of_state.files)
+        content = of_state
+    options = dict[str, Any]()
+    file = path.with_name(_EDM_OPTIONS)
     if file.is_file():
         options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
-
-    def number(*names: str, default: float = 0) -> Any:
-        return next(
-            (options[name] for name in names if isinstance(options.get(name), int | float)), default
-        )
-
-    rule: dict[str, Any] = {"copies": 1} | ({"warm_up": ""} if options else {})
-    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
-    if options and not any(name in options and options[name] is None for name in ramps):
-        rule |= {"warm_up": "ramp-up", "power": float(number(*ramps, default=RAMP_UP))}
-    batch, thousands = int(number("batch_size")), number("ema_halflife_kimg", "ema_kimg")
+    batch = int(_option(options, "batch_size"))
+    rule: dict[str, Any] = {"copies": 1}
+    if options:
+        rule |= _edm_warm_up(options)
+    thousands = _option(options, "ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
     asks = dict[str, str]()
@@ -389,198 +471,123 @@ def _edm(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
             f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
         )
     every = settings.update_every or batch or 1
-    step = -(-1000 * int(match["step"]) // every) * every  # names count thousands, rounded down
-    weights = indexed.under("net.") or indexed.under("G.")
-    return Found(
-        averaged, weights, Updates(rule, every=batch), step=step, t_unit="images", asks=asks
-    )
+    # names count thousands, rounded down
+    step = -(-1000 * int(match["step"]) // every) * every
+    weights = content.under("net") or content.under("G")
+    updates = Updates(rule, every=batch)
+    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
 
 
-# --- any other trainer: two sets of tensors with the same names, one of whose keys says that it is
-# the average
+def _option(options: Values, *names: str, default: float = 0) -> Any:
+    for name in names:
+        if isinstance(options.get(name), int | float):
+            return options[name]
+    return default
 
 
-def _find_any(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    """Return the average and the weights in a checkpoint, by their keys, or by prefixes of the
-    names in one set.
-
-    The average is the set whose key has a word for it, the weights are a set next to it with the
-    same names and shapes; or both are those that the settings name. Raise FileFormatError if
-    several may be meant. Else an average may be alone, in the only group or in a file that a name
-    or the settings call an average.
-    """
-    sets, decay = _sets_of_tensors(indexed), named_decay(indexed.path)
-    average, weights = (
-        _named_set(indexed, sets, text) for text in (settings.average, settings.weights)
-    )
-    updates, pairs = (
-        Updates({} if decay is None else {"decay": decay}),
-        _pairs(sets, average, weights),
-    )
-    unclear = [*pairs] if len(pairs) > 1 else [key for others in pairs.values() for key in others]
-    if len(unclear) > 1 and not average:
-        reason = (
-            f"which of its sets of tensors is the "
-            f"{'average' if len(pairs) > 1 else 'model'} is unclear: "
-        )
-        hint = "name the average by `average`, or both by `average` and `weights` in an import"
-        raise FileFormatError(indexed.path, reason + names_in(unclear), hint)
-    for key in pairs:
-        return Found(sets[key], sets[unclear[0]] if len(unclear) == 1 else {}, updates)
-    if average:
-        return Found(sets[average], updates=updates)
-    models = [
-        name for name in indexed.groups() if not name.startswith(NOT_WEIGHTS) and name != "opt"
-    ]
-    if len(models) == 1 and AVERAGE_WORD.search(models[0]):
-        return Found(indexed.under(f"{models[0]}."), updates=updates)
-    if settings.kind or settings.weights or AVERAGE_WORD.search(indexed.path.name):
-        return Found(indexed.model_tensors(settings.prefix), updates=updates)
-    return None
+def _edm_warm_up(options: Values) -> dict[str, Any]:
+    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
+    if any(name in options and options[name] is None for name in ramps):
+        return {"warm_up": ""}
+    return {"warm_up": "ramp-up", "power": float(_option(options, *ramps, default=RAMP_UP))}
 
 
-def _pairs(
-    sets: Mapping[str, Tensors], average: str | None = None, weights: str | None = None
-) -> dict[str, list[str]]:
-    """Return the sets that may be the weights of each average, which is a set whose key has a word
-    for it.
-
-    Of several, it is the one whose key is that of the average without the word, as of
-    `generator_ema`.
-    """
-    named = [key for key in sets if AVERAGE_WORD.search(key.rpartition(".")[2])]
-    pairs = {}
-    for key in [average] if average else named:
-        outer, dot, last = key.rpartition(".")
-        others = (
-            [weights]
-            if weights
-            else [
-                other
-                for other in sets
-                if other.rpartition(".")[0] == outer
-                and other not in (key, *named)
-                and _are_alike(sets[key], sets[other])
-            ]
-        )
-        twins = [
-            other
-            for other in others
-            if other == outer + dot + AVERAGE_WORD.sub("", last).strip("_-")
-        ]
-        if others:
-            pairs[key] = twins or others
-    return pairs
+_NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
 
 
-# the most keys that lead to a set of tensors: deeper ones are the states of optimizers
-_DEEPEST_SET = 2
-
-
-def _sets_of_tensors(indexed: IndexedCheckpoint) -> dict[str, Tensors]:
-    """Return the sets of tensors by the keys that lead to them, of which the last may be the first
-    part of names."""
-    sets, prefixes = dict[str, dict[str, Any]](), dict[str, dict[str, Any]]()
-    for keys, find in indexed.tensors.items():
-        for depth in range(1, min(len(keys), _DEEPEST_SET + 1)):
-            sets.setdefault(".".join(keys[:depth]), {})[".".join(keys[depth:])] = find
-        first, dot, rest = keys[-1].partition(".")
-        if dot and len(keys) <= _DEEPEST_SET:
-            prefixes.setdefault(".".join((*keys[:-1], first)), {})[rest] = find
-    # A prefix of fewer names is that of a layer.
-    counts = Counter(".".join(keys[:-1]) for keys in indexed.tensors)
-    return sets | {
-        key: part
-        for key, part in prefixes.items()
-        if 4 * len(part) >= counts[key.rpartition(".")[0]]
-    }
-
-
-def _named_set(indexed: IndexedCheckpoint, sets: Collection[str], text: str | None) -> str | None:
-    if text is None:
+def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
+    """Averages of ema-pytorch and pytorch-posthoc-ema by number, whose settings are not in their
+    files."""
+    content = sets.content
+    name = content.path.name
+    match = _NUMBERED.fullmatch(name)
+    if not match or "initted" not in content.tensors:
         return None
-    matching = [key for key in sets if fnmatchcase(key, text.rstrip("."))]
-    outermost = [
-        key for key in matching if key.count(".") == min(each.count(".") for each in matching)
-    ]
-    if len(outermost) == 1:
-        return outermost[0]
-    wrong = "has several sets of tensors" if outermost else "has no set of tensors"
-    raise FileFormatError(
-        indexed.path, f"{wrong} {shown(text)}: {names_in([*(outermost or sets)])}"
-    )
+    inner = content.under("ema_model")
+    library = "ema-pytorch" if inner else "posthoc-ema"
+    first = 1 if inner else max(settings.update_after_step or 0, 1)
+    number = int(match["number"])
+    width = 0.0
+    gamma = 0.0
+    if number < len(settings.sigma_rels):
+        width = settings.sigma_rels[number]
+        gamma = gamma_from_sigma_rel(width)
+    every = settings.update_every or 1
+    profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
+    tensors = inner or sets.model(settings.prefix)
+    unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
+    asks = {"sigma_rels": unsaid, "update_every": unsaid}
+    if not inner:
+        asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
+    model = {name: one for name, one in tensors.items() if name not in ("initted", "step")}
+    step = int(match["step"])
+    return Found(library, model, profile=profile, sigma_rel=width, step=step, asks=asks)
 
-
-def _are_alike(averaged: Tensors, weights: Tensors) -> bool:
-    """Return whether the weights have all names of an average, with the same shapes, and mostly no
-    others."""
-    if not averaged.keys() <= weights.keys() or 2 * len(averaged) < len(weights):
-        return False
-    return all(
-        tensor_shape(find()) == tensor_shape(weights[name]()) for name, find in averaged.items()
-    )
-
-
-def named_decay(path: Path) -> float | None:
-    """Return the decay in the name of guided-diffusion's `ema_0.9999_000050.pt`, next to
-    `model000050.pt`."""
-    match = re.match(r"ema_(0\.\d+)_", path.name)
-    return float(match[1]) if match else None
-
-
-# --- EDM2: power functions, with images and width in the name
 
 _EDM2 = re.compile(
     r"(?:network-snapshot|edm2(?:-[a-z0-9]+)+)-(?P<step>\d{1,20})-(?P<width>\d*\.\d+)\.pkl"
 )
 
 
-def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | None:
-    if not (match := _EDM2.fullmatch(indexed.path.name)):
+def _edm2(sets: Sets, settings: ImportSettings) -> Found | None:
+    """Power functions of EDM2, with images and width in the name."""
+    match = _EDM2.fullmatch(sets.content.path.name)
+    if not match:
         return None
     width = float(match["width"])
     profile = functools.partial(PowerFunction.from_sigma_rel, width)
-    tensors = indexed.under("ema.") or indexed.model_tensors(settings.prefix)
-    return Found(
-        tensors, profile=profile, sigma_rel=width, step=1000 * int(match["step"]), t_unit="images"
-    )
+    tensors = sets.content.under("ema") or sets.model(settings.prefix)
+    step = 1000 * int(match["step"])
+    return Found("edm2", tensors, profile=profile, sigma_rel=width, step=step, t_unit="images")
 
 
-EMA_TAKES = (
-    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "steps", "ema_restarts",
-    "ema_uncertainty", "ema_late", "update_every", "update_after_step", "steps_per_epoch",
+FINDERS: tuple[Finder, ...] = (
+    _edm2, _numbered, _torchtitan, _find_fixed, _edm, _raw_buffers, _find_average,
+)  # fmt: skip
+"""What finds averages, in the order in which a file is tried; else it holds weights alone."""
+
+_OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
+_OF_EMA = (
+    *_OF_TIME, "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
+    "ema_late", "steps", "update_every", "update_after_step", "average", "weights",
 )  # fmt: skip
 
-
-TABLE: dict[str, tuple[_Finder, tuple[str, ...]]] = {
-    "edm2": (_find_edm2, ()),
-    "ema-pytorch": (functools.partial(_numbered, "ema-pytorch"), ("sigma_rels", "update_every")),
-    "posthoc-ema": (
-        functools.partial(_numbered, "posthoc-ema"),
-        ("sigma_rels", "update_every", "update_after_step"),
-    ),
-    "torchtitan": (_torchtitan, EMA_TAKES),
-    "diffusers-ema": (_diffusers, EMA_TAKES),
-    "timm": (_under_keys("state_dict_ema.", "state_dict."), EMA_TAKES),
-    "lightning-ema": (
-        _under_keys("state_dict.", "current_model_state.", "averaging_state.n_averaged"),
-        EMA_TAKES,
-    ),
-    "averaged-model": (_under_keys("module.", "", "n_averaged"), EMA_TAKES),
-    "ema-pytorch-ema": (_ema_pytorch, EMA_TAKES),
-    "lit-ema": (_lit_ema, EMA_TAKES),
-    "torch-ema": (_torch_ema, EMA_TAKES),
-    # Its hook swaps the two before a checkpoint is written.
-    "mmengine": (
-        _under_keys("state_dict.", "ema_state_dict.module.", "ema_state_dict.steps"),
-        EMA_TAKES,
-    ),
-    "edm": (_edm, EMA_TAKES),
-    "ema": (_find_any, (*EMA_TAKES, "average", "weights")),
-    "checkpoints": (
-        lambda indexed, settings: Found(weights=indexed.model_tensors(settings.prefix)),
-        ("step_from",),
-    ),
+TAKES: dict[str, tuple[str, ...]] = {
+    "edm2": (),
+    "ema-pytorch": ("sigma_rels", "update_every"),
+    "posthoc-ema": ("sigma_rels", "update_every", "update_after_step"),
+    "checkpoints": (*_OF_TIME, "weights"),
 }
-"""What finds each kind, in the order in which a file is tried, and the settings that it takes
-besides the selection of tensors; the last one, `checkpoints`, is for weights."""
+"""The settings that a kind takes besides the selection of tensors; others take `_OF_EMA`."""
+
+
+def check_settings(kinds: list[str], settings: ImportSettings) -> None:
+    """Raise InvalidValueError about a given setting that says nothing about these kinds."""
+    known = {"kind", "prefix", "include", "exclude"}
+    for kind in kinds:
+        known.update(TAKES.get(kind, _OF_EMA))
+    for name in settings.given:
+        if name not in known:
+            hint = ""
+            if name in _OF_EMA:
+                hint = "averages that no name tells are said by kind 'ema', or by `average`"
+            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint)
+
+
+def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors, Tensors]:
+    """Return the tensors of the average and of the weights that settings choose, by their names
+    without the prefix; each may be empty."""
+    averaged = found.tensors if found.averaged else {}
+    prefix = settings.prefix
+    if f".{found.path}.".endswith(f".{prefix}"):  # the set lies there
+        prefix = ""
+    chosen = []
+    for tensors in (averaged, found.weights):
+        rest = len(prefix)
+        named = {name[rest:]: t for name, t in tensors.items() if name.startswith(prefix)}
+        if tensors and not named:
+            known = names_in([*found.weights, *found.averaged])
+            reason = f"no tensor's name begins with {shown(prefix)}; it has {known}"
+            raise FileFormatError(path, reason)
+        chosen.append(dict(settings.select(named)) if named else {})
+    return chosen[0], chosen[1]

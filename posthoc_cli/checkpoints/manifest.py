@@ -18,11 +18,10 @@ from typing import Any
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.index import CONFIG, model_in, sets_in
-from posthoc_cli.checkpoints.layouts import TABLE
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.checkpoints.clock import checked_number
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.checkpoints.steps import checked_step
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -38,7 +37,8 @@ from posthoc_cli.snapshots.tensorfile import (
     sampled_identity,
 )
 
-_FORMAT = {"format": "ema import", "version": 1}
+_FORMAT = {"format": "ema import", "version": 2}
+_UNITS = ("steps", "epochs", "images")
 _AGAIN = "import again"
 
 
@@ -50,7 +50,9 @@ class Manifest:
     folder: Path  # of the run; no key
     origin: Path  # "from": what was imported: a folder, a file or a glob
     settings: ImportSettings  # those that were given, or found, by name
-    # each a list of the path of a file or folder, its kind, its step
+    # what times count, and whether files or the user said so
+    unit: tuple[str, bool]
+    # each a list of the path of a file or folder, its kind, its time
     checkpoints: tuple[tuple[Path, str, int], ...]
     # bytes, and 16 hexadecimal digits: a hash of its size and a sample of content
     files: dict[Path, tuple[int, str]]
@@ -59,17 +61,15 @@ class Manifest:
 
     def check_file(self, path: Path) -> None:
         """Raise FileFormatError unless a file is the one that was imported."""
-        reason, hint = f"was replaced, or has changed, since {self.folder} was imported", _AGAIN
         try:
-            if _identity(path) == self.files[path]:
-                return
-        # a caller would retry this error, as for a directory that a tracker writes
-        except VanishedError:
-            reason, hint = (
-                f"is missing, and {self.folder} refers to it",
-                f"move both together, or {_AGAIN}",
-            )
-        raise FileFormatError(path, reason, hint)
+            with OpenedFile(path) as file:
+                identity = file.size, sampled_identity(file)
+        except VanishedError:  # a caller would try again, as for a directory that a tracker writes
+            reason = f"is missing, and {self.folder} refers to it"
+            raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from None
+        if identity != self.files[path]:
+            reason = f"was replaced, or has changed, since {self.folder} was imported"
+            raise FileFormatError(path, reason, _AGAIN)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -78,49 +78,44 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     raw = parse_object(path, read_small_file(path, 100_000_000), "import")
     try:
-        is_whole = {key: raw.get(key) for key in _FORMAT} == _FORMAT and raw.pop(
-            "checksum"
-        ) == _checksum(raw)
-        base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
-        listed = tuple(
-            (_absolute(one, base), kind, checked_step(path, step))
-            for one, kind, step in raw["checkpoints"]
-        )
-        identities = {
-            _absolute(one, base): (nbytes, identity)
-            for one, (nbytes, identity) in raw["files"].items()
-        }
-        if not (is_whole and listed and identities and all(kind in TABLE for _, kind, _ in listed)):
-            raise ValueError("is of another format or version, or its checksum does not match")
-        return Manifest(
-            folder,
-            _absolute(raw["from"], base),
-            ImportSettings(**raw["settings"]),
-            listed,
-            identities,
-        )
+        if any(raw.get(key) != value for key, value in _FORMAT.items()):
+            raise ValueError("is of another format or version")
+        if raw.pop("checksum") != _checksum(raw):
+            raise ValueError("its checksum does not match")
+        return _decoded(folder, path, raw)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
+
+
+def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
+    base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
+    listed = []
+    for one, kind, time in raw["checkpoints"]:
+        if kind not in KINDS:
+            raise ValueError(f"no kind {kind!r}")
+        listed.append((_absolute(one, base), kind, checked_number(path, time)))
+    identities = {}
+    for one, (nbytes, sample) in raw["files"].items():
+        identities[_absolute(one, base)] = (nbytes, sample)
+    unit, is_stated = raw["unit"]
+    if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
+        raise ValueError("holds no checkpoints, or no unit of their times")
+    settings = ImportSettings(**raw["settings"])
+    origin = _absolute(raw["from"], base)
+    return Manifest(folder, origin, settings, (unit, is_stated), tuple(listed), identities)
 
 
 def _absolute(place: str | Path, base: Path | None = None) -> Path:
     """Return a URL, or an absolute path, of one that may be relative to a folder, by default the
     working directory."""
     path = files.given_path("path", place)
-    return (
-        path
-        if files.is_url(path)
-        else files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
-    )
+    if files.is_url(path):
+        return path
+    return files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
 
 
 def _checksum(values: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
-
-
-def _identity(path: Path) -> tuple[int, str]:
-    with OpenedFile(path) as file:
-        return file.size, sampled_identity(file)
 
 
 def write_manifest(
@@ -136,48 +131,56 @@ def write_manifest(
     Raise OutputExistsError if it holds something else; without `overwrite` also if it is another
     import.
     """
-    listed = {one.path: (_absolute(one.path), one.kind, one.step) for one in checkpoints}
-    paths = {part.path for checkpoint in checkpoints for part in checkpoint.files}
-    for path in listed:  # the index or configuration of a folder, too
-        for place in [*sets_in(path).values()] or [path] if path.is_dir() else []:
-            model = model_in(place) if place.is_dir() else place
-            config = place / CONFIG if place != path else None
-            paths |= {each for each in (model, config) if each and each.is_file()}
-    identities = {_absolute(path): _identity(path) for path in sorted(paths)}
-    manifest, reason = (
-        Manifest(out, _absolute(origin), settings, tuple(listed.values()), identities),
-        "",
-    )
-    if exists := is_import(out):
+    listed = {}
+    identities = {}
+    for one in checkpoints:
+        listed[one.path] = (_absolute(one.path), one.kind, one.step)
+        for path, identity in one.opened.items():
+            identities[_absolute(path)] = (identity.nbytes, identity.sample)
+    identities = dict(sorted(identities.items()))
+    first = checkpoints[0]
+    unit = (first.t_unit, first.is_stated)
+    manifest = Manifest(out, _absolute(origin), settings, unit, tuple(listed.values()), identities)
+    exists = is_import(out)
+    if exists:
         with suppress(FileFormatError):  # a damaged manifest is replaced
-            if (present := read_manifest(out)) == manifest:
+            present = read_manifest(out)
+            if present == manifest:
                 return False
-            is_same = present.settings.without_findings == settings.without_findings
-            if present.origin != manifest.origin or not is_same:
-                reason = f"is an import of {present.origin}" + (
-                    "" if is_same else " with other settings"
-                )
+            if not overwrite:
+                _check_same(present, manifest)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
-    if reason and not (overwrite and exists):
-        raise OutputExistsError(
-            out, reason, "choose another name" + ", or `overwrite` to replace it" * exists
-        )
-
-    def relative(path: Path) -> str:
-        text = str(path) if files.is_url(path) else os.path.relpath(path, os.path.realpath(out))
-        if text.encode(errors="ignore").decode() != text:
-            raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
-        return text
-
+        raise OutputExistsError(out, reason, "choose another name")
+    base = Path(os.path.realpath(out))
     values = {
         **_FORMAT,
-        "from": relative(manifest.origin),
+        "from": _relative(manifest.origin, base),
         "settings": settings.given,
-        "checkpoints": [[relative(path), kind, step] for path, kind, step in manifest.checkpoints],
-        "files": {relative(path): [*identity] for path, identity in identities.items()},
+        "unit": [*unit],
+        "checkpoints": [
+            [_relative(path, base), kind, time] for path, kind, time in manifest.checkpoints
+        ],
+        "files": {_relative(path, base): [*identity] for path, identity in identities.items()},
     }
     content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
     return True
+
+
+def _check_same(present: Manifest, manifest: Manifest) -> None:
+    """Raise OutputExistsError if the present import is of something else, or has other settings."""
+    hint = "choose another name, or `overwrite` to replace it"
+    reason = f"is an import of {present.origin}"
+    if present.settings.without_findings != manifest.settings.without_findings:
+        raise OutputExistsError(manifest.folder, f"{reason} with other settings", hint)
+    if present.origin != manifest.origin:
+        raise OutputExistsError(manifest.folder, reason, hint)
+
+
+def _relative(path: Path, base: Path) -> str:
+    text = str(path) if files.is_url(path) else os.path.relpath(path, base)
+    if text.encode(errors="ignore").decode() != text:
+        raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
+    return text

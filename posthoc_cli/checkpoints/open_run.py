@@ -1,8 +1,9 @@
 """Open a directory, files or folders of any program as the sources of a run.
 
-The kind of each file is recognised by its name and content. Steps come from a checkpoint's content,
-else from its name; never from the order or the age of files. The manifest of an import holds the
-settings that files do not.
+What each file holds is found by its content and name; its time by its content, else by its name,
+never by the order or the age of files. Files that do not belong to the run are left out, and named:
+a further copy of the newest one, the state of an optimizer, another model. The manifest of an
+import holds the settings that files do not.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,35 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.index import (
+from posthoc_cli.checkpoints.clock import Reading, Times, checked_number, read_time, times_of
+from posthoc_cli.checkpoints.content import (
     DCP_METADATA,
+    NO_MODEL,
     SHARD,
+    Content,
     holds_model,
-    index_checkpoint,
     may_be_weights,
+    open_checkpoint,
 )
-from posthoc_cli.checkpoints.layouts import EMA_TAKES, TABLE, named_decay, read_checkpoint
-from posthoc_cli.checkpoints.manifest import read_manifest
+from posthoc_cli.checkpoints.layouts import (
+    Found,
+    check_settings,
+    named_decay,
+    recognise,
+    select,
+)
+from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
-from posthoc_cli.checkpoints.steps import named_step
-from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError
-from posthoc_cli.profiles import OrdinaryEMA, Point
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    VanishedError,
+)
+from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.sources import Source, by_time, model_difference
@@ -42,6 +59,9 @@ from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 log = logging.getLogger(__name__)
 
 _COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
+_GROWTH = 1.3
+"""Least factor between the norms of successive averages that is no average's: of weights that grow
+evenly from 0 for the whole training, averages grow by less after three files."""
 
 
 def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpoint]:
@@ -53,65 +73,343 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
     """
     path = files.expanded(place)
     if is_import(path):
-        manifest = read_manifest(path)
-        for file in manifest.files:
-            manifest.check_file(file)
-        read: list[Checkpoint] = []
-        for file, kind, step in manifest.checkpoints:
-            read += read_checkpoint(
-                index_checkpoint(file), replace(manifest.settings, kind=kind), step
-            )
-        return checked_run(read)
-    found = read_place(place, UNSPECIFIED)
-    left_out = [] if unclaimed else [one for one in found if not one.is_known]
-    if len(left_out) == len(found):
+        return checked_run(_imported(read_manifest(path)))
+    found = read_place(place, UNSPECIFIED, asks=unclaimed)
+    if unclaimed:
+        return checked_run(found.checkpoints)
+    left_out = [one for one in found.checkpoints if not one.is_known]
+    if len(left_out) == len(found.checkpoints):
         reason = "holds EMAs, and neither their decay nor weights next to them"
+        if found.lacks_steps:
+            reason = f"holds EMAs, and {found.lacks_steps}"
         raise InvalidValueError(place, reason, "give ema_decay to an import")
     if left_out:
-        what = f"{len(left_out):,} EMA{'s' * (len(left_out) > 1)}, such as {left_out[0].path.name}"
-        reason = (
-            "left out of averages: their files do not say the decay; `ema import` finds "
-            "it, or takes `ema_decay`"
-        )
-        log.warning("%s: %s, %s", place, what, reason)
-    return checked_run([one for one in found if unclaimed or one.is_known])
+        what = f"{len(left_out):,} EMAs, such as {left_out[0].path.name}"
+        if len(left_out) == 1:
+            what = f"1 EMA, {left_out[0].path.name}"
+        reason = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
+        log.warning("%s: %s, left out of averages: %s", place, what, found.lacks_steps or reason)
+    return checked_run([one for one in found.checkpoints if one.is_known])
 
 
-def read_place(place: str | Path, settings: ImportSettings) -> list[Checkpoint]:
+def _imported(manifest: Manifest) -> list[Checkpoint]:
+    """Return the checkpoints of an import, at the times that it has found."""
+    for file in manifest.files:
+        manifest.check_file(file)
+    opened = []
+    times = dict[Path, int]()
+    for path, kind, time in manifest.checkpoints:
+        content = open_checkpoint(path)
+        found = recognise(content, replace(manifest.settings, kind=kind))
+        opened.append(_Opened(content, found, Reading(time, "", "the import")))
+        times[path] = time
+    unit, is_stated = manifest.unit
+    return _with_roles(opened, Times(unit, is_stated, "", times), manifest.settings)
+
+
+# --- all checkpoints at a place
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was found at a place."""
+
+    checkpoints: list[Checkpoint]
+    says: str  # what the numbers of files are taken for
+    is_stated: bool  # whether files or the user state what they count
+    notes: tuple[str, ...] = ()  # what is not used
+    lacks_steps: str = ""  # why profiles of EMAs cannot be known
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that was opened: what it holds, and its number."""
+
+    content: Content
+    found: Found
+    reading: Reading
+
+    @property
+    def path(self) -> Path:
+        return self.content.path
+
+
+@dataclass
+class _LeftOut:
+    """What is left out of a run, with the reasons."""
+
+    place: str | Path
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, path: Path, reason: str) -> None:
+        self.reasons[path.name] = reason
+
+    @property
+    def text(self) -> str:
+        """All in one line; empty if there is nothing."""
+        named = [f"{name} ({reason})" for name, reason in self.reasons.items()]
+        text = ", ".join(named[:6])
+        if len(named) > 6:
+            text += f" and {len(named) - 6:,} more"
+        return f"left out: {text}" if text else ""
+
+
+def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -> Place:
     """Return all checkpoints at a place, without outputs of this package, with the profiles that
-    are known."""
-    paths = _candidates(place)
-    decays = {path: decay for path in paths if (decay := named_decay(path)) is not None}
-    if len({*decays.values()}) > 1:  # guided-diffusion's averages
-        if settings.ema_decay not in decays.values():
-            choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
-            raise InvalidValueError(
-                "ema_decay", f"must be given: the files are of several averages, {choices}"
-            )
-        paths = [
-            path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay
-        ]
-    indexes = [
-        one for one in map(index_checkpoint, paths) if one.values.get("ema.format") != "output"
-    ]
-    by_word = next((one.path.name for one in indexes if named_step(one.path).by_word), "")
-    found = [
-        one for indexed in indexes for one in read_checkpoint(indexed, settings, by_word=by_word)
-    ]
-    if not found:
+    are known.
+
+    `asks`: raise InvalidValueError if EMAs need the steps of an epoch, which nothing says.
+    """
+    left_out = _LeftOut(place)
+    opened = _one_run(_open_all(_of_one_average(_candidates(place, left_out), settings), settings))
+    run = opened.checkpoints
+    left_out.reasons.update(opened.left_out)
+    if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    kinds = sorted({one.kind for one in found})
-    known = {"kind", "prefix", "include", "exclude"}.union(*(TABLE[kind][1] for kind in kinds))
-    for name in settings.given:
-        if name not in known:
-            hint = (
-                "averages that no name tells are said by kind 'ema', or by `average`"
-                if name in EMA_TAKES
-                else ""
+    check_settings(sorted({one.found.kind for one in run}), settings)
+    counts = {}
+    for one in run:
+        updates = one.found.updates
+        if updates is not None and updates.count and updates.calls != "counted":
+            counts[one.path] = updates.count
+    times = _times_of(run, counts, settings)
+    used = []
+    for one in run:
+        if times.by_path[one.path] == 0:
+            log.warning(
+                "%s: left out, as its weights are those before the training, of step 0", one.path
             )
-            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint)
-    return found
+        else:
+            used.append(one)
+    lacks_steps = ""
+    has_emas = any(one.found.updates is not None for one in used)
+    if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
+        lacks_steps = f"their decay is of steps: {times.says}; give the steps of an epoch"
+        if asks:
+            reason = f"must be given: decays are of steps, and {times.says}"
+            raise InvalidValueError("steps_per_epoch", reason)
+    if left_out.text:
+        log.warning("%s: %s", place, left_out.text)
+    notes = [text for text in (left_out.text, _unused(used)) if text]
+    if unused := _unused(used):
+        log.warning("%s: %s", place, unused)
+    checkpoints = _with_roles(used, times, settings)
+    if lacks_steps:
+        checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
+    return Place(checkpoints, times.says, times.is_stated, tuple(notes), lacks_steps)
+
+
+def _unused(opened: Sequence[_Opened]) -> str:
+    """Return a sentence about sets that a word calls an average, and which are not used."""
+    for one in opened:
+        for key in one.found.unused:
+            return f"{one.path.name} also holds {key}, not used: `average` {key!r} names it"
+    return ""
+
+
+def _times_of(
+    run: Sequence[_Opened], counts: Mapping[Path, int], settings: ImportSettings
+) -> Times:
+    """Return the times of checkpoints: those in names of their kind, else by their numbers."""
+    named = {one.path: one.found.step for one in run if one.found.step is not None}
+    if len(named) < len(run):
+        return times_of({one.path: one.reading for one in run}, counts, settings)
+    if settings.steps_per_epoch:
+        reason = "says nothing about files whose names say their time"
+        raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
+    unit = run[0].found.t_unit
+    by_path = {path: checked_number(path, step) for path, step in named.items()}
+    return Times(unit, True, f"numbers are {unit}, by the names of files", by_path)
+
+
+def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
+    """Return the files of guided-diffusion without averages of another decay than the given one."""
+    decays = {}
+    for path in paths:
+        decay = named_decay(path)
+        if decay is not None:
+            decays[path] = decay
+    if len({*decays.values()}) < 2:
+        return paths
+    if settings.ema_decay not in decays.values():
+        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+        reason = f"must be given: the files are of several averages, {choices}"
+        raise InvalidValueError("ema_decay", reason)
+    return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
+
+
+def _open_all(
+    paths: Sequence[Path], settings: ImportSettings
+) -> list[_Opened | tuple[Path, PostHocError]]:
+    """Return what each file holds, or why it cannot be used; without outputs of this package."""
+    results: list[_Opened | tuple[Path, PostHocError]] = []
+    for path in paths:
+        try:
+            content = open_checkpoint(path)
+            if content.values.get("ema.format") == "output":
+                continue
+            found = recognise(content, settings)
+            if found.step is None:
+                reading = read_time(content, settings)
+            else:
+                reading = Reading(found.step, "", "names")
+            results.append(_Opened(content, found, reading))
+        except VanishedError:
+            raise
+        except (FileFormatError, InvalidValueError) as error:
+            results.append((path, error))
+    return results
+
+
+# --- which of them are one run
+
+
+@dataclass(frozen=True)
+class _OneRun:
+    checkpoints: list[_Opened]
+    left_out: dict[str, str]
+
+
+def _one_run(results: Sequence[_Opened | tuple[Path, PostHocError]]) -> _OneRun:
+    """Return the checkpoints that are one run; raise an error of the others if none is, or if a
+    file with a name as of the run cannot be read."""
+    good = [one for one in results if isinstance(one, _Opened)]
+    bad = [one for one in results if not isinstance(one, _Opened)]
+    if bad and not good:
+        raise bad[0][1]
+    stems = {_stem(one.path) for one in good}
+    left_out = dict[str, str]()
+    for path, error in bad:
+        if _stem(path) in stems:
+            raise error
+        is_numberless = isinstance(error, InvalidValueError)
+        left_out[path.name] = "no step" if is_numberless else error.reason
+    for key, reason in ((_kind_of_number, "another kind of number"), (_model, "another model")):
+        kept = _largest_group(good, key)
+        left_out.update({one.path.name: reason for one in good if one not in kept})
+        good = kept
+    return _OneRun(good, left_out)
+
+
+def _stem(path: Path) -> str:
+    """Return what is before the first digit of a name."""
+    return re.split("[0-9]", path.name)[0]
+
+
+def _kind_of_number(one: _Opened) -> object:
+    """Return what the number of a checkpoint is, without what only its source differs in."""
+    if one.found.step is not None or one.reading.unit == "steps":
+        return "steps"
+    return one.reading.unit, one.reading.is_marked
+
+
+def _model(one: _Opened) -> object:
+    """Return the names and shapes of the tensors of a checkpoint."""
+    return frozenset((name, tensor.shape) for name, tensor in one.found.tensors.items())
+
+
+def _largest_group(opened: list[_Opened], key: Callable[[_Opened], object]) -> list[_Opened]:
+    """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
+    that an error names what is different."""
+    keys = [key(one) for one in opened]
+    counts = Counter(keys).most_common(2)
+    if len(counts) < 2 or 2 * counts[1][1] > counts[0][1]:
+        return opened
+    return [one for one, of in zip(opened, keys, strict=True) if of == counts[0][0]]
+
+
+# --- which of two sets is the average
+
+
+def _with_roles(
+    opened: Sequence[_Opened], times: Times, settings: ImportSettings
+) -> list[Checkpoint]:
+    """Return the checkpoints, with the average that moves less where files do not say which it
+    is."""
+    if any(one.found.undecided for one in opened) and _is_swapped(opened, times):
+        opened = [replace(one, found=one.found.swapped()) for one in opened]
+    checkpoints = []
+    for one in opened:
+        checkpoints += _made(one, times, settings)
+    return checkpoints
+
+
+def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
+    """Return whether the weights move less than the average from file to file.
+
+    Raise InvalidValueError if neither does clearly: averages of any length move by a third less.
+    """
+    squares = []
+    first = opened[0].found.undecided
+    in_order = sorted(opened, key=lambda one: times.by_path[one.path])
+    for is_weights in (False, True):
+        rows = [_start(one, is_weights) for one in in_order]
+        moved = [float(np.square(b - a).sum()) for a, b in pairwise(rows)]
+        squares.append(sum(moved))
+    average, weights = squares
+    path = opened[0].path
+    if not first or min(squares) > 0.8 * max(squares):
+        what = " or ".join(first)
+        reason = f"must be given: {path.name} holds two sets, and neither moves less: {what}"
+        raise InvalidValueError("average", reason)
+    name = first[1] if weights < average else first[0]
+    log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
+    return weights < average
+
+
+def _start(one: _Opened, is_weights: bool) -> FloatArray:
+    """Return the first elements of the tensors of the weights, or of the average."""
+    tensors = one.found.weights if is_weights else one.found.averaged
+    source = make_checkpoint(one.content, tensors, Point(1.0), 1)
+    with source:
+        return np.concatenate([*_starts(source)])
+
+
+def _starts(source: Checkpoint) -> Iterator[FloatArray]:
+    for name in sorted(source.averages):
+        yield source.values(name, 0, min(source.entries[name].size, _COMPARED))
+
+
+def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:
+    """Return the sources in a checkpoint: the weights, the average, or both."""
+    found = one.found
+    path = one.path
+    for setting, why in found.asks.items():
+        if getattr(settings, setting) in (None, ()):
+            raise InvalidValueError(setting, f"must be given{why}")
+    if settings.sigma_rels:
+        need = ""
+        if found.updates is not None and len(settings.sigma_rels) > 1:
+            need = "one, of the average"
+        elif found.profile is not None and not found.sigma_rel:
+            need = "one for each average, also for that"
+        if need:
+            raise InvalidValueError("sigma_rels", f"must be {need} in {path.name}")
+    time = times.by_path[path]
+    averaged, weights = select(found, path, settings)
+    point = Point(float(time))
+    about = {"kind": found.kind, "t_unit": times.unit, "is_stated": times.is_stated}
+    made = []
+    if weights:
+        chosen = {name: weights[name] for name in averaged or weights}
+        made.append(make_checkpoint(one.content, chosen, point, time, **about))
+    if averaged:
+        profile = found.profile(time) if found.profile else point
+        average = make_checkpoint(
+            one.content,
+            averaged,
+            profile,
+            time,
+            sigma_rel=found.sigma_rel,
+            updates=found.updates,
+            **about,
+        )
+        made.append(average.with_settings(settings))
+    return made
+
+
+# --- what is at a place
 
 
 def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
@@ -141,12 +439,12 @@ def holds_checkpoints(place: str | Path) -> bool:
     """Return whether a directory, file or glob seems to name checkpoints or an import, without
     opening a file."""
     try:
-        return is_import(place) or bool(_candidates(place))
+        return is_import(place) or bool(_candidates(place, _LeftOut(place)))
     except DirectoryError:
         return False
 
 
-def _candidates(place: str | Path) -> list[Path]:
+def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
     """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
     matches = [path]
@@ -156,25 +454,31 @@ def _candidates(place: str | Path) -> list[Path]:
 
             matches = matching(path)
         else:
-            matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - Path.glob takes no absolute patterns
+            # Path.glob takes no absolute patterns
+            matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207
     if not matches or (matches == [path] and not path.exists()):
         raise DirectoryError(place, "no file or folder has such a name")
     if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
         return matches
-    entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    folders = [
-        entry
-        for entry in entries
-        if entry.is_dir() and not is_snapshot_name(entry) and holds_model(entry)
-    ]
-    loose = [
-        entry for entry in entries if may_be_weights(entry.name) and not SHARD.search(entry.name)
-    ]
+    folders = []
+    loose = []
+    for entry in sorted(files.system.list(path)):
+        if entry.name.startswith(".") or is_snapshot_name(entry):
+            continue
+        if entry.is_dir():
+            if not NO_MODEL.search(entry.name) and holds_model(entry):
+                folders.append(entry)
+        elif may_be_weights(entry.name) and not SHARD.search(entry.name):
+            loose.append(entry)
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
-    return (
-        folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
-    )
+    if loose and not any(re.search(r"\d", folder.name) for folder in folders):
+        return loose
+    if not folders:
+        return loose
+    for entry in loose:
+        left_out.add(entry, "a file beside folders")
+    return folders
 
 
 # --- several checkpoints as one run
@@ -183,28 +487,33 @@ def _candidates(place: str | Path) -> list[Path]:
 def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return checkpoints by time, as one run: with a common run id, and distinct names.
 
-    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name.
-    An average that has not begun is a copy of the weights, and is left out next to them. A
-    MismatchError names the first two that are of different models, or of one time with different
-    values.
+    Of duplicates, such as a file `last` or `best` next to numbered files, take the first by name;
+    of different ones of one time the one whose name has a number. An average that has not begun is
+    a copy of the weights, and is left out next to them. A MismatchError names the first two that
+    are of different models, or of one time with different values.
     """
-    ordered, kept = _with_names(by_time(checkpoints)), dict[tuple[float, str], Checkpoint]()
-    for other in ordered:
-        one, twin = ordered[0], kept.setdefault((other.t, other.holds), other)
-        difference = model_difference(one, other)
-        if not difference and twin is not other and _are_unequal(twin, other):
-            one, difference = twin, f"are both of step {twin.t:,.12g}"
-        if difference:
-            hint = (
-                "name the files of one run by a glob, or import with `include`, `exclude` or "
-                "`prefix`"
-            )
-            raise MismatchError(f"{one.path} and {other.path}", difference, hint)
+    kept = dict[tuple[float, str], Checkpoint]()
+    ordered = by_time(_with_names(checkpoints))
+    for other in sorted(ordered, key=lambda one: not re.search("[0-9]", one.path.name)):
+        first = ordered[0]
+        twin = kept.setdefault((other.t, other.holds), other)
+        if difference := model_difference(first, other):
+            raise _mismatch(first, other, difference)
+        if twin is not other and _are_unequal(twin, other):
+            if re.search("[0-9]", other.path.name):
+                raise _mismatch(twin, other, f"are both of step {twin.t:,.12g}")
+            log.warning("%s: left out, as %s has the same number", other.path, twin.name)
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
-    ordered = [one for one in kept.values() if one.t not in weights or not is_copy(one)]
+    run = [one for one in kept.values() if one.t not in weights or not is_copy(one)]
+    _warn_of_growth(run)
     names = [(name, entry.shape) for name, entry in sorted(ordered[0].entries.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, ordered[0].identity)).encode())
-    return [replace(one, run_id=run_id) for one in ordered]
+    return by_time([replace(one, run_id=run_id) for one in run])
+
+
+def _mismatch(one: Checkpoint, other: Checkpoint, difference: str) -> MismatchError:
+    hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
+    return MismatchError(f"{one.path} and {other.path}", difference, hint)
 
 
 def is_copy(one: Checkpoint) -> bool:
@@ -215,10 +524,24 @@ def is_copy(one: Checkpoint) -> bool:
 def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints of a model differ in the first elements of a tensor."""
     with one, other:
-        ranges = [(name, 0, min(one.entries[name].size, _COMPARED)) for name in one.averages]
-        return not all(
-            np.array_equal(one.values(*each), other.values(*each), equal_nan=True)
-            for each in ranges
+        pairs = zip(_starts(one), _starts(other), strict=True)
+        return not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+def _warn_of_growth(run: Sequence[Checkpoint]) -> None:
+    """Warn if averages without weights grow from file to file: they may be sums, or moments."""
+    averages = by_time([one for one in run if isinstance(one.profile, OrdinaryEMA)])
+    if len(averages) < 4 or len(averages) < len(run):
+        return
+    norms = []
+    for one in averages[-4:]:
+        with one:
+            norms.append(sum(float(np.square(values).sum()) for values in _starts(one)) ** 0.5)
+    factors = [b / a for a, b in pairwise(norms) if a > 0]
+    if factors and min(factors) > _GROWTH:
+        name = averages[-1].path.name
+        log.warning(
+            "%s: norms grow by %.3g from file to file: is this an average?", name, factors[-1]
         )
 
 
@@ -229,10 +552,10 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     shared = len(Path(os.path.commonpath([str(path.parent) for path in counts])).parts)
     named = []
     for one in checkpoints:
-        is_second = counts[one.path] > 1 and not isinstance(one.profile, Point)
-        named.append(
-            replace(one, name="/".join(one.path.parts[shared:]) + " (average)" * is_second)
-        )
+        name = "/".join(one.path.parts[shared:])
+        if counts[one.path] > 1 and not isinstance(one.profile, Point):
+            name += " (average)"
+        named.append(replace(one, name=name))
     return named
 
 
@@ -244,42 +567,49 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
 
     The kind is "checkpoint" for a file whose step is not known.
     """
+    says = ""
+    notes: tuple[str, ...] = ()
     try:
         checkpoints = open_checkpoints(place)
+        if not is_import(place):
+            found = read_place(place, UNSPECIFIED, asks=False)
+            says = found.says
+            notes = found.notes
     except InvalidValueError:
         if place.suffix not in PICKLES or not place.is_file():
             raise
-        one = make_checkpoint(place, index_checkpoint(place).model_tensors(), Point(1.0), 1)
-        return {
-            "kind": "checkpoint",
-            "path": str(place),
-            **describe_tensors(one),
-            "bytes": one.file_bytes,
-        }
-    newest, of_import = checkpoints[-1], {}
-    if is_import(place):
-        found = read_manifest(place)
-        of_import = {
-            "refers_to": str(found.origin),
-            "files": len(found.files),
-            "settings": found.settings.given,
-        }
-    return {
+        content = open_checkpoint(place)
+        found_in = recognise(content, UNSPECIFIED)
+        one = make_checkpoint(content, found_in.tensors, Point(1.0), 1)
+        described = describe_tensors(one)
+        return {"kind": "checkpoint", "path": str(place), **described, "bytes": one.file_bytes}
+    newest = checkpoints[-1]
+    described = {
         "kind": "checkpoints",
         "path": str(place),
         "run": newest.run_id,
-        **{key: getattr(newest, key) for key in ("t_unit", "t", "step")},
+        "t_unit": newest.t_unit,
+        "t": newest.t,
+        "step": newest.step,
+        "numbers": says,
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
-        "checkpoints": [
-            {
-                "file": one.name,
-                "t": one.t,
-                "holds": one.holds,
-                "bytes": one.file_bytes,
-                "identity": one.identity,
-            }
-            for one in checkpoints
-        ],
-        **of_import,
+        "checkpoints": [_row(one) for one in checkpoints],
+        "notes": list(notes),
+    }
+    if is_import(place):
+        manifest = read_manifest(place)
+        described["refers_to"] = str(manifest.origin)
+        described["files"] = len(manifest.files)
+        described["settings"] = manifest.settings.given
+    return described
+
+
+def _row(one: Checkpoint) -> dict[str, Any]:
+    return {
+        "file": one.name,
+        "t": one.t,
+        "holds": one.holds,
+        "bytes": one.file_bytes,
+        "identity": one.identity,
     }

@@ -21,8 +21,8 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, RemoteError
@@ -33,40 +33,26 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 
 _DTYPES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-    "ComplexFloatStorage": "C64",
-    "UntypedStorage": None,
-    **{dtype.torch_name: name for name, dtype in DTYPES.items()},
-}
+    "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8",
+    "ByteStorage": "U8", "BoolStorage": "BOOL", "ComplexFloatStorage": "C64",
+    "UntypedStorage": None, **{dtype.torch_name: name for name, dtype in DTYPES.items()},
+}  # fmt: skip
 """Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
 
-Keys = tuple[str, ...]  # keys that lead to a tensor within a file's content
-PARAMETERS = "shadow_params"  # key of averages in a list, in the order of the model's parameters
+Keys = tuple[str, ...]  # keys that lead to a tensor or value within a file's content
 
 # What reading a file may cost, so that a hostile one is refused early, is `_FREE` and three times
 # its length. The densest of real pickles, of many small tensors with short names, cost 3.0 to 3.4
 # times their length.
 _FREE = 2**26
-# an opcode, which may be longer in memory, and one that makes a dict, list or set
-_OPCODE, _CONTAINER = (4, 32)
-# a value of the content or a pair of a call, and a storage: a few bytes can repeat each
-_VALUE, _STREAM = (64, 512)
-# limits the tensors of a file to this multiple of its length and `_FREE`: views of a storage may
-# overlap
-_SHARED = 8
-# characters of the name of a storage or dtype, which a pickle may pass again and again
-_LONGEST = 100
-# arguments of a call, and items of a key: a pickle may pass a million to each of a million calls
-_MOST_ITEMS = 16
+_OPCODE = 4  # an opcode, which may be longer in memory
+_CONTAINER = 32  # an opcode that makes a dict, list or set
+_VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repeat each
+_STREAM = 512  # a storage in a string of bytes
+_SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
+_LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
+_MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
 class _PickleError(ValueError):
@@ -81,19 +67,13 @@ def _check(is_valid: bool, problem: str) -> None:
 @contextmanager
 def _reading(file: OpenedFile) -> Iterator[None]:
     """Turn what faults of a file raise in the block into a FileFormatError."""
+    faults = (
+        LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
+        MemoryError, struct.error, zipfile.BadZipFile,
+    )  # fmt: skip
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        MemoryError,
-        struct.error,
-        zipfile.BadZipFile,
-    ) as error:
+    except faults as error:
         if isinstance(error.__context__, RemoteError):  # which zipfile takes for a damaged archive
             raise error.__context__ from None
         problem = error if isinstance(error, _PickleError) else "a damaged pickle or archive"
@@ -125,18 +105,16 @@ class Node:
         """Ignore the items of a subclass of list."""
 
 
-_KEYS = str | float | Node | None
-"""Keys of dicts, or items of such keys, besides int; the hash and the text of others may take
-forever."""
-
-
-class _Bytes(NamedTuple):
-    """A range of bytes of the file: a string of bytes in a pickle, or a storage, which may have a
-    dtype."""
+@dataclass(frozen=True)
+class _Bytes:
+    """A range of bytes of the file: a string of bytes in a pickle, or a storage with a dtype."""
 
     begin: int
     nbytes: int
     dtype: str | None = None
+
+
+# --- the content of a file
 
 
 def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None = None) -> Any:
@@ -147,60 +125,71 @@ def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None 
     for each other object. Raise FileFormatError if it cannot be read.
     """
     with _reading(file):
-        budget, find = budget or _Budget(end - begin), None
+        budget = budget or _Budget(end - begin)
+        archive = None
         if file.read_at(4, begin) == _ZIP:
-            find = _open_archive(file, begin, end)
-            begin, nbytes, _ = find("data.pkl")
-            end = begin + nbytes
-        value = _Machine(file, begin, end, budget, find).run()
-        _check(
-            value != _STREAM_MAGIC,
-            "is of torch.save before release 1.6, or has no zip archive: save it again",
-        )
+            archive = _Archive(file, begin, end)
+            pickled = archive.member("data.pkl")
+            begin = pickled.begin
+            end = begin + pickled.nbytes
+        value = _Machine(file, begin, end, budget, archive).run()
+        if value == _STREAM_MAGIC:
+            raise _PickleError("is of torch.save before release 1.6, or has no zip archive")
     return value
 
 
 def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
-    """Return the tensors, numbers and texts in dicts, and the averages in lists, by the keys that
-    lead to each.
+    """Return the tensors, numbers and texts of a file, by the keys that lead to each.
 
-    A tensor of a kind that is not read (sparse, quantized, spread over processes) remains a node.
-    The names of modules within a pickled module are one key, joined by dots, as in a state dict.
-    Errors are those of `read_pickled`.
+    Items of lists have their positions as keys; numbers and texts in lists are left out. A tensor
+    of a kind that is not read (sparse, quantized, spread over processes) remains a node. The names
+    of modules within a pickled module are one key, joined by dots, as in a state dict. Errors are
+    those of `read_pickled`.
     """
-    leaves: dict[Keys, Any] = {}
     budget = _Budget(file.size)
     with _reading(file):
-        pending: list[tuple[Keys, Any, bool]] = [
-            ((), read_pickled(file, 0, file.size, budget), False)
-        ]
-        while pending:
-            keys, item, is_in_module = pending.pop()
-            is_module = False
-            if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
-                module = _module_tensors(item, budget)
-                is_module, item = module is not None, module or item.items
-            elif isinstance(item, list) and keys[-1:] == (PARAMETERS,):
-                item = dict(enumerate(item))
-            if isinstance(item, dict):
-                for key in reversed(item):
-                    budget.spend(_VALUE)
-                    if isinstance(key, str | int):
-                        is_inner = is_module and is_in_module
-                        name = (*keys[:-1], f"{keys[-1]}.{key}") if is_inner else (*keys, str(key))
-                        pending.append((name, item[key], is_module))
-                        budget.spend(len(".".join(name)))
-            elif keys and isinstance(item, Node | Entry | int | float | str):
-                leaves[keys] = item
-        total = sum(
-            entry.nbytes
-            for entry in {value for value in leaves.values() if isinstance(value, Entry)}
-        )
+        leaves = dict(_leaves(read_pickled(file, 0, file.size, budget), budget))
+        entries = {value for value in leaves.values() if isinstance(value, Entry)}
+        total = sum(entry.nbytes for entry in entries)
         is_small = total <= _SHARED * file.size + _FREE
-        _check(
-            is_small, f"its tensors share bytes, and would take {total:,} in place of {file.size:,}"
-        )
+        _check(is_small, f"its tensors share bytes, and would take {total:,} in place of its own")
     return leaves
+
+
+def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
+    """Yield the tensors and values within an object, with their keys."""
+    pending: list[tuple[Keys, Any, bool]] = [((), content, False)]
+    while pending:
+        keys, item, is_in_module = pending.pop()
+        module = None
+        if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
+            module = _module_tensors(item, budget)
+            item = item.items if module is None else module
+        if isinstance(item, dict | list | tuple):
+            inner = []
+            budget.spend(_OPCODE * len(item))
+            for key, value in _named_items(item):
+                if module is not None and is_in_module:
+                    name = (*keys[:-1], f"{keys[-1]}.{key}")
+                else:
+                    name = (*keys, key)
+                budget.spend(_VALUE + len(".".join(name)))
+                inner.append((name, value, module is not None))
+            pending.extend(reversed(inner))
+        elif keys and isinstance(item, Node | Entry | int | float | str):
+            yield keys, item
+
+
+def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the items of a container by name; of a list those that may lead to tensors."""
+    if isinstance(container, dict):
+        for key, value in container.items():
+            if isinstance(key, str | int):
+                yield str(key), value
+        return
+    for position, value in enumerate(container):
+        if isinstance(value, dict | list | tuple | Node | Entry):
+            yield str(position), value
 
 
 def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
@@ -213,17 +202,18 @@ def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
     parts = ("_parameters", "_buffers", "_modules")
     inner = (_items(argument).get("state") for argument in node.arguments)
     for state in map(_items, (node.state, *node.arguments, *inner)):
-        if all(isinstance(state.get(part), dict) for part in parts):
-            listed = state.get("_non_persistent_buffers_set")
-            listed = listed if isinstance(listed, list) else []
+        if not all(isinstance(state.get(part), dict) for part in parts):
+            continue
+        listed = state.get("_non_persistent_buffers_set")
+        unsaved = set()
+        if isinstance(listed, list):
             unsaved = {key for key in listed if isinstance(key, str)}
-            budget.spend(_OPCODE * sum(map(len, (listed, *(state[part] for part in parts)))))
-            return {
-                key: value
-                for part in parts
-                for key, value in state[part].items()
-                if key not in unsaved
-            }
+            budget.spend(_OPCODE * len(listed))
+        tensors = {}
+        for part in parts:
+            budget.spend(_OPCODE * len(state[part]))
+            tensors.update(state[part])
+        return {key: value for key, value in tensors.items() if key not in unsaved}
     return None
 
 
@@ -240,7 +230,9 @@ class _Stream(io.RawIOBase):
     """A file from some place to some end, as a standard stream; places are those in the file."""
 
     def __init__(self, file: OpenedFile, at: int, end: int) -> None:
-        self._file, self._at, self._end = file, at, end
+        self._file = file
+        self._at = at
+        self._end = end
 
     def readable(self) -> bool:
         return True
@@ -248,8 +240,8 @@ class _Stream(io.RawIOBase):
     seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
-        self._at = min(max(0, at), self._end)
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
+        self._at = min(max(0, base + offset), self._end)
         return self._at
 
     def readinto(self, view: Any) -> int:
@@ -258,37 +250,40 @@ class _Stream(io.RawIOBase):
         return count
 
 
-def _open_archive(file: OpenedFile, begin: int, end: int) -> Callable[..., _Bytes]:
-    """Return a function that finds the members of an archive of torch.save by name."""
-    listed = zipfile.ZipFile(io.BufferedReader(_Stream(file, begin, end))).infolist()
-    members = {info.filename: info for info in listed}
-    _check(len(members) == len(listed), "a damaged archive: two members of one name")
-    root = next(
-        (name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), ""
-    )
+class _Archive:
+    """An archive of torch.save in a range of a file."""
 
-    def find(name: str, _: int = 0) -> _Bytes:
-        _check(
-            root + name in members, f"a damaged archive, or not of torch.save: it has no {name!r}"
-        )
-        info = members[root + name]
-        magic, *lengths = _LOCAL_HEADER.unpack(file.read_at(_LOCAL_HEADER.size, info.header_offset))
+    def __init__(self, file: OpenedFile, begin: int, end: int) -> None:
+        self.file = file
+        self.begin = begin
+        self.end = end
+        listed = zipfile.ZipFile(io.BufferedReader(_Stream(file, begin, end))).infolist()
+        self.members = {info.filename: info for info in listed}
+        _check(len(self.members) == len(listed), "a damaged archive: two members of one name")
+        self.root = ""
+        for name in self.members:
+            if name.endswith("/data.pkl"):
+                self.root = name.removesuffix("data.pkl")
+                break
+        if f"{self.root}byteorder" in self.members:
+            order = self.member("byteorder")
+            is_little = file.read_at(min(16, order.nbytes), order.begin) == b"little"
+            _check(is_little, "is of a big-endian machine")
+
+    def member(self, name: str) -> _Bytes:
+        """Return the place of a member that is stored as it is."""
+        info = self.members.get(self.root + name)
+        if info is None:
+            raise _PickleError(f"a damaged archive, or not of torch.save: it has no {name!r}")
+        header = self.file.read_at(_LOCAL_HEADER.size, info.header_offset)
+        magic, *lengths = _LOCAL_HEADER.unpack(header)
         start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
         is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-        is_there = magic == _ZIP and begin <= info.header_offset and start + info.file_size <= end
-        _check(
-            is_plain and is_there,
-            f"member {name!r} is not where it should be, or is compressed or encrypted",
-        )
+        is_inside = self.begin <= info.header_offset and start + info.file_size <= self.end
+        if not (is_plain and is_inside and magic == _ZIP):
+            problem = "is not where it should be, or is compressed or encrypted"
+            raise _PickleError(f"member {name!r} {problem}")
         return _Bytes(start, info.file_size)
-
-    if f"{root}byteorder" in members:
-        order = find("byteorder")
-        _check(
-            file.read_at(min(16, order.nbytes), order.begin) == b"little",
-            "is of a big-endian machine",
-        )
-    return find
 
 
 def _storage_in(machine: _Machine, data: Any) -> _Bytes:
@@ -296,17 +291,13 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
     length and its bytes."""
     machine.budget.spend(_STREAM)
     end = data.begin + data.nbytes
-    inner = _Machine(
-        machine.file, data.begin, end, machine.budget, lambda _, nbytes: _Bytes(0, nbytes)
-    )
+    inner = _Machine(machine.file, data.begin, end, machine.budget, None, is_storage=True)
     magic, protocol, system, storage, _ = [inner.run() for _ in range(5)]
     begin = inner.stream.tell() + 8
     is_known = (magic, protocol, system["little_endian"]) == (_STREAM_MAGIC, 1001, True)
-    is_complete = begin + storage.nbytes <= end
-    _check(
-        is_known and is_complete,
-        "a storage is truncated, big-endian, or of an unknown release of torch.save",
-    )
+    if not is_known or begin + storage.nbytes > end:
+        problem = "truncated, big-endian, or of an unknown release of torch.save"
+        raise _PickleError(f"a storage is {problem}")
     return _Bytes(begin, storage.nbytes, storage.dtype)
 
 
@@ -314,8 +305,10 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
 
 
 class _Machine:
-    """The machine that a pickle is a program for; `find` returns the storage of a name and an
-    expected size."""
+    """The machine that a pickle is a program for: it has a stack, marks in it, and a memory.
+
+    Storages are members of the archive, or `is_storage` that which follows the pickles.
+    """
 
     def __init__(
         self,
@@ -323,164 +316,242 @@ class _Machine:
         begin: int,
         end: int,
         budget: _Budget,
-        find: Callable[..., _Bytes] | None,
+        archive: _Archive | None,
+        is_storage: bool = False,
     ) -> None:
-        self.file, self.budget, self.find = file, budget, find
+        self.file = file
+        self.budget = budget
+        self.archive = archive
+        self.is_storage = is_storage
         self.stream = io.BufferedReader(_Stream(file, begin, end))
 
     def run(self) -> Any:
         """Run the next program, and return the object that it leaves."""
-        self.stack, self.outer, self.memo = list[Any](), list[list[Any]](), dict[int, Any]()
+        self.stack: list[Any] = []
+        self.outer: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
         while True:
-            cost, read, takes, takes_marked, gives, do = _OPCODES[self.stream.read(1)]
-            self.budget.spend(cost)
-            taken = [read(self.stream)] if read else []
-            if takes_marked:
-                taken, self.stack = [self.stack], self.outer.pop()
-            for _ in range(takes):
-                taken.insert(0, self.stack.pop())
-            if do is None:
-                return taken[0]
-            made = do(self, *taken)
-            if gives:
-                self.stack.append(made)
+            opcode = _OPCODES[self.stream.read(1)]
+            self.budget.spend(opcode.cost)
+            argument = None
+            if opcode.read is not None:
+                argument = opcode.read(self.stream)
+            if opcode.do is _Machine.stop:
+                return self.stack.pop()
+            opcode.do(self, argument)
 
-    def mark(self) -> None:
+    def pop_marked(self) -> list[Any]:
+        """Return what lies above the last mark, and remove both."""
+        items = self.stack
+        self.stack = self.outer.pop()
+        return items
+
+    # The opcodes of protocols 2 to 5, by their names in lower case, with their arguments. Others
+    # are refused: the extension registry may hold real functions, and buffers are elsewhere.
+    # torch.save writes protocol 2.
+
+    def proto(self, _: Any) -> None:
+        """Do nothing, like frames."""
+
+    frame = proto
+
+    def mark(self, _: Any) -> None:
         self.outer.append(self.stack)
         self.stack = []
 
-    def skip(self, count: int) -> _Bytes:
-        """Skip a string of bytes, and return its range; beyond the end of the file no further
-        opcode is found."""
+    def pop(self, _: Any) -> None:
+        self.stack.pop()
+
+    def pop_mark(self, _: Any) -> None:
+        self.pop_marked()
+
+    def binint(self, value: Any) -> None:
+        self.stack.append(value)
+
+    binint1 = binint2 = long1 = long4 = binfloat = binint
+    short_binunicode = binunicode = binunicode8 = none = binint
+
+    def newtrue(self, _: Any) -> None:
+        self.stack.append(True)
+
+    def newfalse(self, _: Any) -> None:
+        self.stack.append(False)
+
+    def binbytes(self, count: int) -> None:
+        """Push the range of a string of bytes, which stays in the file; beyond the end of the file
+        no further opcode is found."""
         begin = self.stream.tell()
         self.stream.seek(count, os.SEEK_CUR)
-        return _Bytes(begin, count)
+        self.stack.append(_Bytes(begin, count))
+
+    short_binbytes = binbytes8 = bytearray8 = binbytes
+
+    def empty_list(self, _: Any) -> None:
+        self.stack.append([])
+
+    empty_set = empty_list  # a set would hash its items
+
+    def frozenset(self, _: Any) -> None:
+        items = self.pop_marked()
+        self.stack.append(items)
+
+    def append(self, _: Any) -> None:
+        item = self.stack.pop()
+        self.stack[-1].extend([item])
+
+    def appends(self, _: Any) -> None:
+        items = self.pop_marked()
+        self.stack[-1].extend(items)
+
+    additems = appends
+
+    def empty_tuple(self, _: Any) -> None:
+        self.stack.append(())
+
+    def tuple(self, _: Any) -> None:
+        items = self.pop_marked()
+        self.stack.append((*items,))
+
+    def tuple1(self, _: Any) -> None:
+        self.stack.append((self.stack.pop(),))
+
+    def tuple2(self, _: Any) -> None:
+        last = self.stack.pop()
+        self.stack.append((self.stack.pop(), last))
+
+    def tuple3(self, _: Any) -> None:
+        self.tuple2(None)
+        last = self.stack.pop()
+        self.stack.append((self.stack.pop(), *last))
+
+    def empty_dict(self, _: Any) -> None:
+        self.stack.append({})
+
+    def setitem(self, _: Any) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self.stack[-1].update(_dict_of([(key, value)]))
+
+    def setitems(self, _: Any) -> None:
+        items = self.pop_marked()
+        pairs = zip(items[::2], items[1::2], strict=True)
+        self.stack[-1].update(_dict_of(pairs))
+
+    def binget(self, index: int) -> None:
+        self.stack.append(self.memo[index])
+
+    long_binget = binget
+
+    def binput(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
+
+    long_binput = binput
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def GLOBAL(self, names: str) -> None:  # noqa: N802 - a keyword in lower case
+        module, name = names.split(" ", 1)
+        self.stack.append(self.named(module, name))
+
+    def stack_global(self, _: Any) -> None:
+        name = self.stack.pop()
+        module = self.stack.pop()
+        self.stack.append(self.named(module, name))
+
+    def reduce(self, _: Any) -> None:
+        """Call a function, or make an object without `__init__`, which is the same here."""
+        arguments = self.stack.pop()
+        function = self.stack.pop()
+        self.stack.append(self.call(function, arguments))
+
+    newobj = reduce
+
+    def newobj_ex(self, _: Any) -> None:
+        self.stack.pop()
+        self.reduce(None)
+
+    def build(self, _: Any) -> None:
+        """Give an object its state, which only nodes have."""
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], Node):
+            self.stack[-1].state = state
+
+    def binpersid(self, _: Any) -> None:
+        """Push the storage of ("storage", type, key, location, number of elements, ...)."""
+        pid = self.stack.pop()
+        problem = "refers to objects outside the file, or to a storage without a size"
+        is_known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
+        _check(is_known and isinstance(pid[2], str) and is_sizes(pid[4:5]), problem)
+        dtype = _dtype_of(pid[1])
+        if self.is_storage:
+            item = ITEM_BYTES[dtype] if dtype else 1
+            self.stack.append(_Bytes(0, pid[4] * item, dtype))
+            return
+        if self.archive is None or len(pid[2]) > _LONGEST:
+            raise _PickleError(problem)
+        self.stack.append(replace(self.archive.member(f"data/{pid[2]}"), dtype=dtype))
+
+    def stop(self, _: Any) -> None:
+        """End the program, see `run`."""
 
     def named(self, module: Any, name: Any) -> Any:
         _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
         self.budget.spend(len(module) + len(name))
-        return _CALLS.get(f"{module}.{name}") or Node(f"{module}.{name}")
+        full_name = f"{module}.{name}"
+        return _CALLS.get(full_name) or Node(full_name)
 
-    def call(self, function: Any, arguments: Any, _: object = None) -> Any:
-        """Call a function, or make an object without `__init__`, which is the same here."""
+    def call(self, function: Any, arguments: Any) -> Any:
         used = arguments[:_MOST_ITEMS]
-        return Node(function.name, used) if isinstance(function, Node) else function(self, *used)
-
-    def storage(self, pid: Any) -> _Bytes:
-        """Return the storage of ("storage", type, key, location, number of elements, ...)."""
-        is_storage = (
-            isinstance(pid, tuple)
-            and len(pid) >= 5
-            and pid[0] == "storage"
-            and isinstance(pid[2], str)
-        )
-        if self.find is None or not is_storage or len(pid[2]) > _LONGEST or not is_sizes(pid[4:5]):
-            raise _PickleError("refers to objects outside the file, or to a storage without a size")
-        dtype = _dtype_of(pid[1])
-        return self.find(f"data/{pid[2]}", pid[4] * (ITEM_BYTES[dtype] if dtype else 1))._replace(
-            dtype=dtype
-        )
-
-    def built(self, target: Any, state: Any) -> Any:
-        """Return an object with a state, which only nodes have."""
-        if isinstance(target, Node):
-            target.state = state
-        return target
+        if isinstance(function, Node):
+            return Node(function.name, used)
+        return function(self, *used)
 
 
 def _dict_of(pairs: Iterable[Any]) -> dict[Any, Any]:
     checked = {}
     for key, value in pairs:
         parts = key if isinstance(key, tuple) else (key,)
-        is_plain = len(parts) <= _MOST_ITEMS
-        for part in parts[:_MOST_ITEMS]:
-            is_plain &= isinstance(part, _KEYS) or (isinstance(part, int) and abs(part) < 2**63)
-        _check(
-            is_plain,
-            "a key of a dict is a list or the like, a long tuple, or an int of many digits",
-        )
+        is_plain = len(parts) <= _MOST_ITEMS and all(map(_is_plain_key, parts))
+        _check(is_plain, "a key of a dict is a list or the like, a long tuple, or a long int")
         checked[key] = value
     return checked
 
 
+def _is_plain_key(key: Any) -> bool:
+    """Return whether a key, or an item of it, has a hash and a text that are quickly made."""
+    if isinstance(key, int):
+        return abs(key) < 2**63
+    return isinstance(key, str | float | Node | None)
+
+
+@dataclass(frozen=True)
+class _Opcode:
+    cost: int
+    read: Callable[[Any], Any] | None  # what reads its argument
+    do: Callable[[_Machine, Any], None]
+
+
 _LENGTHS: dict[str, Callable[[Any], int]] = {
-    "SHORT_BINBYTES": pickletools.read_uint1,
-    "BINBYTES": pickletools.read_uint4,
-    "BINBYTES8": pickletools.read_uint8,
-    "BYTEARRAY8": pickletools.read_uint8,
-}
+    "SHORT_BINBYTES": pickletools.read_uint1, "BINBYTES": pickletools.read_uint4,
+    "BINBYTES8": pickletools.read_uint8, "BYTEARRAY8": pickletools.read_uint8,
+}  # fmt: skip
 """What reads the length of a string of bytes, which stays in the file."""
 
-_DO: dict[str, Callable[..., Any] | None] = {
-    **dict.fromkeys(
-        (
-            "BININT",
-            "BININT1",
-            "BININT2",
-            "LONG1",
-            "LONG4",
-            "SHORT_BINUNICODE",
-            "BINUNICODE",
-            "BINUNICODE8",
-            "BINFLOAT",
-        ),
-        lambda _, value: value,
-    ),
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    **dict.fromkeys(_LENGTHS, _Machine.skip),
-    # Sets become lists: a set would hash its items.
-    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda _: []),
-    "FROZENSET": lambda _, items: items,
-    **dict.fromkeys(
-        ("APPENDS", "ADDITEMS"), lambda _, target, items: target.extend(items) or target
-    ),
-    "APPEND": lambda _, target, item: target.extend([item]) or target,
-    "EMPTY_TUPLE": lambda _: (),
-    "TUPLE": lambda _, items: tuple(items),
-    **dict.fromkeys(("TUPLE1", "TUPLE2", "TUPLE3"), lambda _, *items: items),
-    "EMPTY_DICT": lambda _: {},
-    "SETITEM": lambda _, target, *pair: target.update(_dict_of([pair])) or target,
-    "SETITEMS": lambda _, target, items: (
-        target.update(_dict_of(zip(items[::2], items[1::2], strict=True))) or target
-    ),
-    "MARK": _Machine.mark,
-    **dict.fromkeys(("POP_MARK", "POP", "PROTO", "FRAME"), lambda *_: None),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.memo[index]),
-    **dict.fromkeys(
-        ("BINPUT", "LONG_BINPUT"), lambda m, index: m.memo.update({index: m.stack[-1]})
-    ),
-    "MEMOIZE": lambda m, item: m.memo.setdefault(len(m.memo), item),
-    "GLOBAL": lambda m, names: m.named(*names.split(" ", 1)),
-    "STACK_GLOBAL": _Machine.named,
-    **dict.fromkeys(("REDUCE", "NEWOBJ", "NEWOBJ_EX"), _Machine.call),
-    "BUILD": _Machine.built,
-    "BINPERSID": _Machine.storage,
-    "STOP": None,
-}
-"""What the opcodes of protocols 2 to 5 do with their argument, and with what they take from the
-stack; others are refused: the extension registry may hold real functions, and buffers are
-elsewhere. torch.save writes protocol 2."""
+_CONTAINERS = ("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "FROZENSET")
 
 
-_OPCODES = {
-    opcode.code.encode("latin-1"): (
-        _CONTAINER
-        if opcode.name in ("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "FROZENSET")
-        else _OPCODE,
-        _LENGTHS.get(opcode.name) or getattr(opcode.arg, "reader", None),
-        [*opcode.stack_before, pickletools.markobject].index(pickletools.markobject),
-        pickletools.markobject in opcode.stack_before,
-        opcode.stack_after not in ([], [pickletools.markobject]),
-        _DO[opcode.name],
-    )
-    for opcode in pickletools.opcodes
-    if opcode.name in _DO
-}
-"""By code: the cost; what reads the argument; how many objects it takes from the stack, before
-those after a mark; whether it takes these; whether it leaves an object, as the standard library
-documents; and what it does."""
+def _opcodes() -> Iterator[tuple[bytes, _Opcode]]:
+    for opcode in pickletools.opcodes:
+        name = "GLOBAL" if opcode.name == "GLOBAL" else opcode.name.lower()
+        do = vars(_Machine).get(name)
+        if do is not None:
+            cost = _CONTAINER if opcode.name in _CONTAINERS else _OPCODE
+            read = _LENGTHS.get(opcode.name) or getattr(opcode.arg, "reader", None)
+            yield opcode.code.encode("latin-1"), _Opcode(cost, read, do)
+
+
+_OPCODES = dict(_opcodes())
 
 
 # --- the calls of a pickle that make tensors
@@ -488,56 +559,68 @@ documents; and what it does."""
 
 def _dtype_of(kind: Any) -> str | None:
     """Return the dtype for the name of a dtype or storage; None for a storage of bytes."""
-    name = kind.name[-_LONGEST:].rpartition(".")[2] if isinstance(kind, Node) else ""
-    _check(name in _DTYPES, f"a tensor of {name or 'an unknown kind'}, which is not read")
+    name = ""
+    if isinstance(kind, Node):
+        name = kind.name[-_LONGEST:].rpartition(".")[2]
+    if name not in _DTYPES:
+        raise _PickleError(f"a tensor of {name or 'an unknown kind'}, which is not read")
     return _DTYPES[name]
 
 
 def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Entry:
     """Return the entry of a tensor in a storage; one of bytes is followed by the dtype, among other
     things."""
-    is_valid = (
-        isinstance(storage, _Bytes)
-        and is_sizes(shape)
-        and is_sizes(strides)
-        and is_sizes((offset,))
-    )
-    is_valid = (
-        is_valid and len(shape) == len(strides) <= 64 and math.prod(s or 1 for s in shape) < 2**60
-    )
+    is_valid = isinstance(storage, _Bytes) and all(map(is_sizes, (shape, strides, (offset,))))
+    is_valid = is_valid and len(shape) == len(strides) <= 64
+    is_valid = is_valid and math.prod(size or 1 for size in shape) < 2**60
     _check(is_valid, "a tensor without a storage, or with a malformed shape")
     dtype: Any = storage.dtype or _dtype_of(more[2])
-    item, count = ITEM_BYTES[dtype], math.prod(shape)
-    reach = (
-        1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-        if count
-        else 0
-    )
+    item = ITEM_BYTES[dtype]
+    count = math.prod(shape)
+    reach = 0
+    if count:
+        reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
     _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
-    is_small = count * item <= max(storage.nbytes, _FREE)
-    _check(is_small, f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes")
-    is_row_major = all(
-        size == 1 or a == b for size, a, b in zip(shape, strides, row_major(shape), strict=True)
-    )
-    kept = () if is_row_major or not count else tuple(strides)
-    return Entry(dtype, tuple(shape), storage.begin + offset * item, kept)
+    if count * item > max(storage.nbytes, _FREE):
+        problem = f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes"
+        raise _PickleError(problem)
+    begin = storage.begin + offset * item
+    if not count or _is_row_major(shape, strides):
+        return Entry(dtype, tuple(shape), begin)
+    return Entry(dtype, tuple(shape), begin, tuple(strides))
+
+
+def _is_row_major(shape: Any, strides: Any) -> bool:
+    steps = zip(shape, strides, row_major(shape), strict=True)
+    return all(size == 1 or step == usual for size, step, usual in steps)
+
+
+def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
+    machine.budget.spend(_VALUE * len(pairs))
+    return _dict_of(pairs)
+
+
+def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
+    """Return the first argument: the items of a set, the tensor of a parameter."""
+    return value
+
+
+def _of_type(machine: _Machine, function: Any, _: Any, arguments: Any, __: Any) -> Any:
+    """Return a tensor with attributes, or of a subclass."""
+    return machine.call(function, arguments)
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda m, pairs=(): (
-        m.budget.spend(_VALUE * len(pairs)) or _dict_of(pairs)
-    ),
-    **dict.fromkeys(("builtins.set", "__builtin__.set", "torch.Size"), lambda _, values=(): values),
-    **dict.fromkeys(("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"), _tensor),
+    "collections.OrderedDict": _ordered_dict,
+    "builtins.set": _first,
+    "__builtin__.set": _first,
+    "torch.Size": _first,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor,
-    **dict.fromkeys(
-        ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"),
-        lambda _, data, *__: data,
-    ),
-    # A tensor with attributes, or of a subclass.
-    "torch._tensor._rebuild_from_type_v2": lambda m, function, _, arguments, __: m.call(
-        function, arguments
-    ),
+    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
     "torch.storage._load_from_bytes": _storage_in,
 }
 """The functions in place of those that torch's pickles name."""

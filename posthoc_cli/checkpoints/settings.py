@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from posthoc_cli.checkpoints import KINDS
-from posthoc_cli.checkpoints.index import Tensors
+from posthoc_cli.checkpoints.content import Tensors
 from posthoc_cli.errors import InvalidValueError, brief, check_alone
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
@@ -99,6 +99,7 @@ _Pattern = Annotated[
     ),
 ]
 _Restarts = Annotated[tuple[int, ...], Rule("steps, above 0", lambda steps: 0 not in steps)]
+_FirstEpoch = Annotated[int, Rule("0 or 1", lambda epoch: epoch in (0, 1))]
 _Decay = Annotated[
     Any,
     Rule(
@@ -141,7 +142,8 @@ class ImportSettings:
     ema_uncertainty: float | None = None
     # number of steps by which a start may have been later, if an import found it
     ema_late: int | None = None
-    steps_per_epoch: Count | None = None  # for files that hold only the epoch
+    steps_per_epoch: Count | None = None  # for files whose numbers are epochs
+    first_epoch: _FirstEpoch | None = None  # the number of their first epoch
     average: str | None = None  # key or prefix of the average's tensors in a file, such as "ema"
     weights: str | None = None  # and of the weights'
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from posthoc_cli.checkpoints.index import FoundChunk, Tensors, tensor_shape
+from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.dtypes import EPS
@@ -56,6 +56,10 @@ class Checkpoint(Source):
     kind: str = "checkpoints"  # one of `layouts.TABLE`
     name: str = ""  # that of the file or folder, or more of its path if that is not distinct
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
+    # whether files or the user say what `step` counts
+    is_stated: bool = True
+    # all files that were read to find it
+    opened: Mapping[Path, Identity] = field(default_factory=dict, compare=False)
 
     @property
     def t(self) -> float:  # type: ignore[override]  # in a frozen class no field can be assigned either
@@ -66,6 +70,11 @@ class Checkpoint(Source):
         """The earliest time that has mass in averages of a run with this profile, on a clock of
         steps or images."""
         return float(getattr(self.profile, "t_first", min(1.0, self.t)))
+
+    @property
+    def has_step_unit(self) -> bool:
+        """Whether `step` is known to count steps."""
+        return self.is_stated and self.t_unit == "steps"
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -126,57 +135,63 @@ class Checkpoint(Source):
 
 
 def make_checkpoint(
-    path: Path, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any
+    content: Content, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any
 ) -> Checkpoint:
-    """Return a checkpoint of these tensors, with further fields of `Checkpoint`."""
-    specs, aliases, known = dict[str, Entry](), dict[str, str](), dict[tuple[Path, Entry], str]()
+    """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
+    specs = dict[str, Entry]()
+    aliases = dict[str, str]()
+    known = dict[tuple[Path, Entry], str]()
     # of a file that has several chunks of a tensor
-    layers: dict[tuple[Path, int], dict[str, FoundChunk]] = {}
-    for name, find in tensors.items():
-        chunks, problem = find(), ""
-        first = chunks[0]
-        if (
-            name in ("", "__metadata__")
-            or "\0" in name
-            or name.encode("utf-8", "replace").decode() != name
-        ):
-            problem = "a model's tensor cannot have this name"
-        elif any(chunk.tensor.dtype != first.tensor.dtype for chunk in chunks):
-            problem = "its chunks are of several dtypes"
-        if problem:
-            raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
-        if (
-            len(chunks) == 1
-            and first.tensor.nbytes
-            and known.setdefault((first.path, first.tensor), name) != name
-        ):
-            # tied weights: both names have the same bytes
-            aliases[name] = known[first.path, first.tensor]
+    layers = dict[tuple[Path, int], dict[str, Chunk]]()
+    for name, tensor in tensors.items():
+        chunks = tensor.chunks
+        first = chunks[0].entry
+        if name in ("", "__metadata__") or "\0" in name or not _is_text(name):
+            reason = f"tensor {shown(name)}: a model's tensor cannot have this name"
+            raise FileFormatError(content.path, reason)
+        if any(chunk.entry.dtype != first.dtype for chunk in chunks):
+            reason = f"tensor {shown(name)}: its chunks are of several dtypes"
+            raise FileFormatError(content.path, reason)
+        place = tensor.place
+        if place is not None and known.setdefault(place, name) != name:
+            aliases[name] = known[place]  # tied weights: both names have the same bytes
             continue
-        specs[name] = Entry(first.tensor.dtype, tensor_shape(chunks))
+        specs[name] = Entry(first.dtype, tensor.shape)
         counts = Counter[Path]()
         for chunk in chunks:
             layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
             counts[chunk.path] += 1
     held = []
-    for (file, _), of_file in layers.items():
-        identity, stamp = next(iter(of_file.values())).identity
-        entries = {name: chunk.tensor for name, chunk in of_file.items()}
-        boxes = {name: chunk.box for name, chunk in of_file.items()}
-        if len(layers) == 1 and all(
-            box == Box.full(specs[name].shape) for name, box in boxes.items()
-        ):
+    for (path, _), chunks_in in layers.items():
+        entries = {name: chunk.entry for name, chunk in chunks_in.items()}
+        boxes = {name: chunk.box for name, chunk in chunks_in.items()}
+        is_complete = all(box == Box.full(specs[name].shape) for name, box in boxes.items())
+        if len(layers) == 1 and is_complete:
             boxes = {}
-        held.append(TensorFile(file, entries, stamp, boxes=boxes, checksum=identity))
-    roles = {
-        name: TrackedTensor(
-            "copy" if spec.dtype not in EPS or _is_statistic(name, specs) else "average", spec.dtype
-        )
-        for name, spec in specs.items()
-    }
+        identity = content.files[path]
+        file = TensorFile(path, entries, identity.stamp, boxes=boxes, checksum=identity.sample)
+        held.append(file)
+    roles = dict[str, TrackedTensor]()
+    for name, spec in specs.items():
+        is_copied = spec.dtype not in EPS or _is_statistic(name, specs)
+        roles[name] = TrackedTensor("copy" if is_copied else "average", spec.dtype)
+    path = content.path
     return Checkpoint(
-        path, tuple(held), specs, profile, step, roles, aliases, name=path.name, **fields
+        path,
+        tuple(held),
+        specs,
+        profile,
+        step,
+        roles,
+        aliases,
+        name=path.name,
+        opened=content.files,
+        **fields,
     )
+
+
+def _is_text(name: str) -> bool:
+    return name.encode("utf-8", "replace").decode() == name
 
 
 def _is_statistic(name: str, names: Collection[str]) -> bool:

@@ -468,6 +468,7 @@ def import_(
     if as_json:
         output.print_json(done.to_dict())
         return
+    output.print_line(done.numbers)
     for what, count in done.counts.items():
         output.print_line(f"{count:,} x {what}")
     for check in done.checks:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.index import DCP_METADATA, sets_in
+from posthoc_cli.checkpoints.content import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (

@@ -39,10 +39,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -88,7 +88,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """A stored tensor: its dtype (a safetensors name), its shape and, if it is in a file, where it
     begins there.
 
@@ -758,10 +759,8 @@ class TensorFileWriter:
         self._entries, self._sums_at = dict[str, Entry](), dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
-            self._entries[name], self._sums_at[name] = (
-                entry._replace(begin=len(self._header) + entry.begin),
-                at,
-            )
+            self._entries[name] = replace(entry, begin=len(self._header) + entry.begin)
+            self._sums_at[name] = at
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
 

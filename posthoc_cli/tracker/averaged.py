@@ -74,7 +74,7 @@ def joined(parts: Sequence[Snapshot]) -> LiveSource:
     """Return the live average of complete tensors, without values, from the headers of its owners'
     chunks."""
     entries = {
-        n: e._replace(shape=part.chunks[n].shape) for part in parts for n, e in part.entries.items()
+        n: replace(e, shape=part.chunks[n].shape) for part in parts for n, e in part.entries.items()
     }
     return LiveSource(**vars(parts[0]) | shared_fields(parts) | {"entries": entries})
 

@@ -307,7 +307,6 @@ def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
     "setting",
     [
         {"decay": "much"},
-        {"decay": torch.ones(2)},
         {"num_updates": float("inf")},
         {"power": "x"},
         {"inv_gamma": 0},

@@ -1,0 +1,244 @@
+"""The times of checkpoints: numbers in their contents or names, and what these count.
+
+A number is steps if the content or a word in the name says so. It is epochs if a word in the name
+says so, if the content holds an equal `epoch`, or if the numbers of the files follow each other
+without a gap. Any other lone number is taken for a step, whose unit nothing states.
+
+A number in a name counts if a word marks it, or if it is the only one, and if it is of plain
+digits: `1_000`, `1.5k` or a date may mean something else, and a wrong step would put weights at a
+wrong time without notice.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from posthoc_cli.checkpoints.content import ENDINGS, Content
+from posthoc_cli.checkpoints.settings import ImportSettings, read_number
+from posthoc_cli.errors import InvalidValueError, shown
+
+_MOST = 10**15
+_HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
+
+STEP_VALUES = (
+    "global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter",
+    "ss_steps", "num_batches_seen", "state.timestamp.Timestamp.batch",
+)  # fmt: skip
+"""Names of values that state the step of a checkpoint; the first that is there counts."""
+_EPOCH_VALUES = ("epoch", "meta.epoch")
+
+_MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
+_STEP = r"(?:steps?|iter(?:ation)?s?)"
+_EPOCH = r"ep(?:och)?s?"
+_BEFORE = r"(?<![a-z]){word}[=_.\- ]*(?P<number>[0-9]+)" + _MORE
+_AFTER = (
+    r"(?<![0-9])(?<![0-9][.,_-])(?P<number>[0-9]+)(?P<more>[kmb])?[_\- ]?{word}"
+    r"(?![a-z]|[=_.\- ]*[0-9])"
+)
+
+
+def _marked_by(word: str) -> tuple[re.Pattern[str], ...]:
+    patterns = (_BEFORE.replace("{word}", word), _AFTER.replace("{word}", word))
+    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+
+
+_MARKED = {"steps": _marked_by(_STEP), "epochs": _marked_by(_EPOCH)}
+_CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
+_ALONE = re.compile(
+    rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
+    re.IGNORECASE,
+)
+_DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
+_FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
+
+Unit = Literal["steps", "epochs", "images", ""]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The number of one checkpoint."""
+
+    number: int
+    unit: Unit  # empty if nothing states it
+    origin: str  # where it was found, for a message
+    epoch: int | None = None  # in its content
+    is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
+
+
+@dataclass(frozen=True)
+class Times:
+    """The times of a run's checkpoints."""
+
+    unit: str
+    is_stated: bool  # whether files or the user state the unit
+    says: str  # what the numbers are taken for, as a sentence
+    by_path: Mapping[Path, int]  # 0 before the training
+
+
+# --- one checkpoint
+
+
+def read_time(content: Content, settings: ImportSettings) -> Reading:
+    """Return the number of a checkpoint; raise InvalidValueError if nothing tells it."""
+    path = content.path
+    epoch = _whole(content, _EPOCH_VALUES)
+    if settings.step_from is not None:
+        return replace(_searched(path, settings), epoch=epoch)
+    for name in STEP_VALUES:
+        value = content.values.get(name)
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            value = int(value)
+        if isinstance(value, int | float) and value > 0:
+            return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
+    try:
+        return replace(named_time(path), epoch=epoch)
+    except InvalidValueError:
+        if epoch is None or epoch < 0:
+            raise
+        return Reading(epoch, "epochs", "`epoch`", epoch)
+
+
+def _searched(path: Path, settings: ImportSettings) -> Reading:
+    """Return the number that the user's pattern finds in a path."""
+    pattern = settings.step_from or ""
+    match = re.search(pattern, str(path))
+    number = read_number(match[1] or "") if match else None
+    if match is None or number is None:
+        raise InvalidValueError("step_from", f"finds no number in {path}", value=pattern)
+    unit: Unit = "steps"
+    if settings.steps_per_epoch or any(one.search(match[0]) for one in _MARKED["epochs"]):
+        unit = "epochs"
+    return Reading(checked_number(path, number), unit, "`step_from`")
+
+
+def _whole(content: Content, names: Sequence[str]) -> int | None:
+    for name in names:
+        value = content.values.get(name)
+        if type(value) is int:
+            return value
+    return None
+
+
+def checked_number(path: Path, number: float) -> int:
+    """Return a number as an int; raise InvalidValueError if it is not whole or out of range."""
+    if not 0 <= number <= _MOST or number != int(number):
+        reason = f"its step is {shown(number)}; must be a whole number up to {_MOST:.0e}"
+        raise InvalidValueError(path, reason, f"leave it out, or {_HINT}")
+    return int(number)
+
+
+def named_time(path: Path) -> Reading:
+    """Return the number in the name of a file or folder: next to a word, else the only one.
+
+    If the name has no number, use that of the parent folder, only with such a word: it may be that
+    of an experiment.
+    """
+    stem = path.name
+    for ending in ENDINGS:
+        stem = stem.removesuffix(ending)
+    has_number = re.search("[0-9]", stem) is not None
+    name = _FRACTION.sub("", stem if has_number else path.parent.name)
+    unit: Unit = ""
+    matches: list[re.Match[str]] = []
+    for known in ("steps", "epochs"):
+        if not matches:
+            matches = [match for one in _MARKED[known] for match in one.finditer(name)]
+            unit = "steps" if known == "steps" else "epochs"
+    if not matches:
+        unit = ""
+        matches = [*_CHECKPOINT.finditer(name)]
+    is_marked = bool(matches)
+    if not matches and has_number:
+        matches = [*_ALONE.finditer(name)]
+    if len(matches) != 1:
+        raise _doubt(path, "it has no number, or several")
+    parts = matches[0].groupdict("")
+    other = parts.get("other", "")
+    number = parts["number"]
+    if other or parts["more"]:
+        raise _doubt(path, f"{other + number + parts['more']!r} may be something else")
+    if not unit and _DATE.fullmatch(number):
+        raise _doubt(path, f"{number!r} may be a date")
+    origin = f"the word for {unit} in names" if unit else "the only number in names"
+    return Reading(int(number), unit, origin, is_marked=is_marked)
+
+
+def _doubt(path: Path, doubt: str) -> InvalidValueError:
+    return InvalidValueError(
+        path, f"neither its content nor its name tells its step: {doubt}", _HINT
+    )
+
+
+# --- all checkpoints of a run
+
+
+def times_of(
+    readings: Mapping[Path, Reading], counts: Mapping[Path, int], settings: ImportSettings
+) -> Times:
+    """Return the times of a run's checkpoints, and what their numbers count.
+
+    Arguments:
+        readings: the number of each checkpoint.
+        counts: the updates that averages in checkpoints have counted, which are steps then.
+        settings: of the import.
+
+    Raises:
+        InvalidValueError: `steps_per_epoch` is given, and the numbers are no epochs.
+    """
+    numbers = [*readings.values()]
+    origin = numbers[0].origin
+    as_they_are = {path: one.number for path, one in readings.items()}
+    if any(one.unit == "steps" for one in numbers):
+        if settings.steps_per_epoch:
+            reason = f"says nothing about numbers that are steps, by {origin}"
+            raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
+        return Times("steps", True, f"numbers are steps, by {origin}", as_they_are)
+    why = _why_epochs(numbers)
+    if settings.steps_per_epoch and not why:
+        why = "`steps_per_epoch` is given"
+    if not why:
+        says = f"numbers are taken for steps: they are {origin}, and nothing states their unit"
+        return Times("steps", False, says, as_they_are)
+    offset = _offset(numbers, settings)
+    says = f"numbers are epochs, counted from {1 - offset}: {why}"
+    epochs = {path: one.number + offset for path, one in readings.items()}
+    if each := settings.steps_per_epoch:
+        says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"
+        return Times("steps", True, says, {path: each * one for path, one in epochs.items()})
+    if counts.keys() == readings.keys():
+        says += "; steps are the updates that the averages have counted"
+        return Times("steps", True, says, counts)
+    return Times("epochs", False, says, epochs)
+
+
+def _why_epochs(numbers: Sequence[Reading]) -> str:
+    """Return why the numbers are epochs; empty if they are not."""
+    if any(one.unit == "epochs" for one in numbers):
+        return f"by {numbers[0].origin}"
+    if all(one.epoch is not None for one in numbers):
+        apart = {one.epoch - one.number for one in numbers if one.epoch is not None}
+        if apart <= {0} or apart <= {1}:
+            return "the contents hold the same `epoch`"
+    distinct = {one.number for one in numbers}
+    if len(distinct) > 1 and max(distinct) - min(distinct) == len(distinct) - 1:
+        return "they follow each other without a gap"
+    return ""
+
+
+def _offset(numbers: Sequence[Reading], settings: ImportSettings) -> int:
+    """Return 1 if epochs are counted from 0: if the content's number is one more, if there is an
+    epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1, ..."""
+    if settings.first_epoch is not None:
+        return 1 - settings.first_epoch
+    if all(one.epoch == one.number + 1 for one in numbers):
+        return 1
+    distinct = sorted({one.number for one in numbers})
+    if distinct[0] == 0:
+        return 1
+    every = math.gcd(*(number - distinct[0] for number in distinct))
+    return int(every > 1 and (distinct[0] + 1) % every == 0)

@@ -1,0 +1,525 @@
+"""The content of one checkpoint: its tensors, and the numbers and texts beside them.
+
+A checkpoint is a file, the shards of a model, or a folder: of torch.distributed.checkpoint, or of
+several models. Files are safetensors, or written by `torch.save` or `pickle.dump`. Each is opened
+once for its content; its tensors are then read in place. It has no checksums: a file is recognised
+by its size, the places of its tensors, and a sample of it.
+
+A tensor consists of one chunk or several, each a box of the tensor in a file. A folder of
+torch.distributed.checkpoint has a pickle `.metadata`, which names the file and range of each chunk,
+where the chunk is an archive itself; or, from its HuggingFaceStorageWriter, safetensors files with
+offsets in their metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
+from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.snapshots.directory import PICKLES
+from posthoc_cli.snapshots.outputs import decode_index
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Box,
+    Entry,
+    OpenedFile,
+    cover_problem,
+    decode_file,
+    decode_values,
+    is_sizes,
+    named_on_error,
+    parse_object,
+    read_small_file,
+    sampled_identity,
+)
+
+ENDINGS = (SUFFIX, ".pth.tar", *PICKLES, ".th", ".tar")
+DCP_METADATA = ".metadata"
+CONFIG = "config.json"
+TRAINER_STATE = "trainer_state.json"
+INDEX_ENDING = ".index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+AVERAGE_WORD = re.compile(
+    r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum|encoder_k)(?![a-z])",
+    re.IGNORECASE,
+)
+"""Pattern of a key, prefix or name that says that its tensors are an average."""
+NO_MODEL = re.compile(
+    r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
+    r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d",
+    re.IGNORECASE,
+)
+"""Pattern of names of files and groups that hold no model: the state of a training."""
+_ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
+_CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
+_MOST_CONFIG = 10_000_000
+_MOST_STATE = 1_000_000_000
+_COUNTERS = (
+    "decay", "initted", "iteration", "global_step", "n_averaged", "num_batches_seen",
+    "num_updates", "step", "steps", "updates",
+)  # fmt: skip
+"""Last keys of values that trainings store as tensors of one element."""
+
+
+# --- tensors
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is recognised by."""
+
+    nbytes: int
+    sample: str  # `sampled_identity`
+    stamp: tuple[int, int | str]  # changes when the file is written to
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and its place in a file."""
+
+    path: Path
+    entry: Entry
+    box: Box
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor of a checkpoint."""
+
+    path: Path  # the checkpoint
+    keys: Keys  # that lead to it
+    shape: tuple[int, ...]
+    parts: tuple[Chunk, ...] = ()
+    problem: str = ""  # why it cannot be read
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.keys)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        if self.problem:
+            raise FileFormatError(self.path, f"tensor {shown(self.name)}: {self.problem}")
+        return self.parts
+
+    @property
+    def place(self) -> tuple[Path, Entry] | None:
+        """The place of the tensor if it is in one piece: tied tensors have the same."""
+        if len(self.chunks) > 1 or not self.chunks[0].entry.nbytes:
+            return None
+        return self.chunks[0].path, self.chunks[0].entry
+
+
+Tensors = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint holds; see `open_checkpoint`."""
+
+    path: Path  # the file or folder
+    tensors: Tensors  # by their keys, joined by dots
+    values: Mapping[str, Any] = field(default_factory=dict)  # numbers and texts, by their keys
+    files: dict[Path, Identity] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> dict[str, StoredTensor]:
+        """Return the tensors below a prefix, by the rest of their names; all without a prefix."""
+        if not prefix:
+            return dict(self.tensors)
+        start = f"{prefix}."
+        rest = len(start)
+        return {name[rest:]: one for name, one in self.tensors.items() if name.startswith(start)}
+
+    def groups(self, *outer: str) -> list[str]:
+        """Return the next keys after `outer` that are followed by further keys of tensors."""
+        level = len(outer)
+        found = dict[str, None]()
+        for tensor in self.tensors.values():
+            if tensor.keys[:level] == outer and len(tensor.keys) > level + 1:
+                found[tensor.keys[level]] = None
+        return list(found)
+
+
+def names_in(names: Sequence[str]) -> str:
+    """Return a few names, for a message."""
+    text = ", ".join(map(shown, names[:5]))
+    if len(names) > 5:
+        text += f" and {len(names) - 5} more"
+    return text
+
+
+# --- files and folders
+
+
+def open_checkpoint(path: Path) -> Content:
+    """Return the content of a checkpoint; raise FileFormatError if it cannot be read.
+
+    Values of a folder include the state of a Trainer and the configurations of its models.
+    """
+    if not path.is_dir():
+        content = _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
+        return replace(content, path=path)
+    if sets := sets_in(path):
+        content = _of_sets(path, sets)
+    else:
+        model = model_in(path)
+        if model is None:
+            reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
+            raise FileFormatError(path, reason)
+        if model == path:
+            content = _of_chunks(path)
+        elif model.name == DCP_METADATA:
+            content = _of_distributed(model)
+        else:
+            content = open_checkpoint(model)
+    state = path / TRAINER_STATE
+    if state.is_file():
+        of_trainer = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+        values = dict(content.values)
+        for name in ("global_step", "epoch"):
+            if type(of_trainer.get(name)) is int:
+                values[name] = of_trainer[name]
+        content = replace(content, values=values)
+    return replace(content, path=path)
+
+
+def _names_in(folder: Path) -> list[str]:
+    with named_on_error(folder, "read"):
+        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def may_be_weights(name: str) -> bool:
+    """Return whether a file has a name as of weights, also of a shard."""
+    return name.endswith(ENDINGS) and not NO_MODEL.search(name)
+
+
+def holds_model(folder: Path) -> bool:
+    """Return whether a folder seems to hold a model, and not the checkpoints of a training."""
+    try:
+        return model_in(folder) is not None or bool(sets_in(folder))
+    except FileFormatError:  # raised again when the folder is opened
+        return True
+
+
+def sets_in(folder: Path) -> dict[str, Path]:
+    """Return the models in a folder that also holds an average, by their names; else none.
+
+    They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and
+    `model`. accelerate stores an average among the states that were registered with it.
+    """
+    averages = dict[str, Path]()
+    folders = dict[str, Path]()
+    for name in _names_in(folder):
+        entry = folder / name
+        stem = name.split(".")[0]
+        if SHARD.search(name):
+            continue
+        is_file = name.endswith((*ENDINGS, INDEX_ENDING))
+        if is_file and (AVERAGE_WORD.search(stem) or _ACCELERATE_STATE.fullmatch(name)):
+            averages[stem] = entry
+        elif entry.is_dir() and _is_model(entry):
+            folders[name] = entry
+            if AVERAGE_WORD.search(name):
+                averages[name] = entry
+    if not averages:
+        return {}
+    weights = model_in(folder, skip=[entry.name for entry in averages.values()])
+    if weights is not None:
+        return averages | {"model": weights}
+    return averages | folders
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return model_in(folder) is not None
+    except FileFormatError:
+        return False
+
+
+def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
+    """Return the path of the weights in a folder: an index, a file, `.metadata`, or the folder
+    itself if it has chunks.
+
+    Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several
+    models.
+    """
+    names = [name for name in _names_in(folder) if name not in skip]
+    if (folder / DCP_METADATA).is_file():
+        return folder / DCP_METADATA
+    for ending in (SUFFIX, ""):  # safetensors before pickles
+        found = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
+        if not found:
+            found = [name for name in names if may_be_weights(name) and name.endswith(ending)]
+            found = [name for name in found if not _ACCELERATE_STATE.fullmatch(name)]
+        if len(found) == 1:
+            return folder / found[0]
+        if not found:
+            continue
+        if ending and all(_CHUNKS in _of_file(folder / name).values for name in found):
+            return folder
+        reason = f"holds several models: {names_in(found)}"
+        raise FileFormatError(folder, reason, "name one by a glob")
+    for name in names:
+        if name.startswith("pytorch_model_fsdp") and (folder / name / DCP_METADATA).is_file():
+            return folder / name / DCP_METADATA  # accelerate's
+    return None
+
+
+def _of_file(path: Path) -> Content:
+    """Return the content of a file that is no snapshot; the values include the metadata of
+    safetensors."""
+    values = dict[str, Any]()
+    with OpenedFile(path) as file:
+        if path.suffix == SUFFIX:
+            header = decode_file(file)
+            if header.kind == "snapshot":
+                raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
+            values.update(header.metadata)
+            if header.kind is not None:
+                values["ema.format"] = header.kind
+            leaves: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
+        else:
+            leaves = read_tensors(file)
+        identity = Identity(file.size, sampled_identity(file), file.stamp)
+        tensors = dict[str, StoredTensor]()
+        for keys, value in leaves.items():
+            if isinstance(value, Entry):
+                chunk = Chunk(path, value, Box.full(value.shape))
+                tensor = StoredTensor(path, keys, value.shape, (chunk,))
+                if keys[-1].rpartition(".")[2] in _COUNTERS and value.size == 1:
+                    values[tensor.name] = _number(file, value)
+            elif isinstance(value, Node):
+                kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
+                tensor = StoredTensor(path, keys, (), (), f"is of a kind that is not read ({kind})")
+            else:
+                values[".".join(keys)] = value
+                continue
+            tensors[tensor.name] = tensor
+    return Content(path, tensors, values, {path: identity})
+
+
+def _identity(path: Path) -> Identity:
+    with OpenedFile(path) as file:
+        return Identity(file.size, sampled_identity(file), file.stamp)
+
+
+def _number(file: OpenedFile, entry: Entry) -> float:
+    """Return the value of a tensor of one element."""
+    raw = np.frombuffer(file.read_at(entry.nbytes, entry.begin), np.uint8)
+    if entry.dtype == "BOOL":
+        return float(raw[0])
+    if entry.dtype == "C64":
+        return float("nan")
+    return float(decode_values(raw, entry.dtype)[0])
+
+
+def _of_sets(folder: Path, sets: Mapping[str, Path]) -> Content:
+    """Return the content of several models in a folder, by their names, with the configurations of
+    those in folders."""
+    tensors = dict[str, StoredTensor]()
+    values = dict[str, Any]()
+    opened = dict[Path, Identity]()
+    for key, place in sets.items():
+        content = open_checkpoint(place)
+        opened.update(content.files)
+        for tensor in content.tensors.values():
+            moved = replace(tensor, keys=(key, *tensor.keys))
+            tensors[moved.name] = moved
+        values.update({f"{key}.{name}": value for name, value in content.values.items()})
+        config = place / CONFIG
+        if place.is_dir() and config.is_file():
+            settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
+            values.update({f"{key}.{name}": value for name, value in settings.items()})
+            opened[config] = _identity(config)
+    return Content(folder, tensors, values, opened)
+
+
+def _of_shards(index: Path) -> Content:
+    tensors = dict[str, StoredTensor]()
+    values = dict[str, Any]()
+    opened = {index: _identity(index)}
+    for name, listed in decode_index(index, ENDINGS).items():
+        shard = _of_file(index.parent / name)
+        opened.update(shard.files)
+        for tensor in listed:
+            if tensor not in shard.tensors:
+                reason = f"tensor {shown(tensor)}: is not in it, as the index says"
+                raise FileFormatError(shard.path, reason)
+            tensors[tensor] = shard.tensors[tensor]
+        if "ema.format" in shard.values:
+            values["ema.format"] = shard.values["ema.format"]
+    return Content(index.parent, tensors, values, opened)
+
+
+# --- torch.distributed.checkpoint
+
+
+def _of_chunks(folder: Path) -> Content:
+    """Return the content of a folder of chunks that the HuggingFaceStorageWriter wrote."""
+    chunks = dict[str, list[Chunk]]()
+    opened = dict[Path, Identity]()
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        file = _of_file(path)
+        opened.update(file.files)
+        offsets = parse_object(path, file.values[_CHUNKS], _CHUNKS)
+        for name, tensor in file.tensors.items():
+            (chunk,) = tensor.chunks
+            place = offsets.get(name)
+            offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
+            if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
+                reason = f"tensor {shown(name)}: {_CHUNKS} must give its offsets"
+                raise FileFormatError(path, reason)
+            box = Box(tuple(offset), tensor.shape)
+            chunks.setdefault(name, []).append(replace(chunk, box=box))
+    tensors = dict[str, StoredTensor]()
+    for name, found in chunks.items():
+        boxes = [chunk.box for chunk in found]
+        shape = tuple(map(max, zip(*(box.end for box in boxes), strict=True)))
+        problem = cover_problem(shape, boxes) or ""
+        tensors[name] = StoredTensor(folder, (name,), shape, tuple(found), problem)
+    return Content(folder, tensors, {}, opened)
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object in a pickle; empty if it has none."""
+    if isinstance(value, Node) and isinstance(value.state, dict):
+        return value.state
+    return {}
+
+
+def _of_distributed(metadata: Path) -> Content:
+    with OpenedFile(metadata) as file:
+        state = _state(read_pickled(file, 0, file.size))
+        identity = Identity(file.size, sampled_identity(file), file.stamp)
+    listed = state.get("state_dict_metadata")
+    stored = state.get("storage_data")
+    planned = state.get("planner_data")
+    if not (isinstance(listed, dict) and isinstance(stored, dict)):
+        raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
+    places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]()
+    for index, place in stored.items():
+        fqn = _state(index).get("fqn")
+        offset = _state(index).get("offset") or ()
+        if isinstance(fqn, str) and is_sizes(offset):
+            places[fqn, tuple(offset)] = _state(place)
+    objects = _Objects(metadata, places, {metadata: identity})
+    tensors = dict[str, StoredTensor]()
+    values = dict[str, Any]()
+    for name, described in listed.items():
+        if not isinstance(name, str):
+            continue
+        if isinstance(_state(described).get("chunks"), list):
+            tensor = _described(name, _keys_of(name, planned), _state(described), objects)
+            tensors[tensor.name] = tensor
+        elif name.rpartition(".")[2] in _COUNTERS and not NO_MODEL.search(name):
+            values[name] = objects.read(name, ())[1]
+    return Content(metadata.parent, tensors, values, objects.files)
+
+
+def _keys_of(name: str, planned: Any) -> Keys:
+    """Return the keys that lead to a tensor, as the plan of a distributed checkpoint says."""
+    keys = planned.get(name) if isinstance(planned, dict) else None
+    if isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys):
+        return tuple(map(str, keys))
+    return (name,)
+
+
+@dataclass
+class _Objects:
+    """The objects in the files of a distributed checkpoint. They share no bytes, so that reading
+    all takes one pass."""
+
+    metadata: Path
+    # of objects in files, by their names and offsets
+    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
+    files: dict[Path, Identity] = field(default_factory=dict)
+    # of the objects that were read, sorted
+    spans: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
+        """Return the file and the object of a name at an offset, or of the name alone."""
+        place: Any = self.places.get((name, offset)) or self.places.get((name, ())) or {}
+        file_name = place.get("relative_path")
+        begin = place.get("offset")
+        length = place.get("length")
+        if not (isinstance(file_name, str) and is_sizes((begin, length))):
+            self._refuse(self.metadata, name, "its place is missing")
+        if Path(file_name).name != file_name or not file_name.isprintable():
+            problem = f"{shown(file_name)} is not the name of a file in its folder"
+            self._refuse(self.metadata, name, problem)
+        if place.get("transform_descriptors"):
+            self._refuse(self.metadata, name, "is compressed or encrypted, which is not read")
+        path = self.metadata.parent / file_name
+        with OpenedFile(path) as file:
+            if path not in self.files:
+                self.files[path] = Identity(file.size, sampled_identity(file), file.stamp)
+            end = begin + length
+            if end > file.size:
+                self._refuse(path, name, "truncated: it would end beyond the file")
+            spans = self.spans.setdefault(path, [])
+            at = bisect(spans, (begin, end))
+            for one, other in spans[max(at - 1, 0) : at + 1]:
+                if one < end and begin < other:
+                    self._refuse(path, name, "shares bytes with another object of the file")
+            spans.insert(at, (begin, end))
+            return path, read_pickled(file, begin, end)
+
+    def _refuse(self, path: Path, name: str, problem: str) -> None:
+        raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
+
+
+@dataclass(frozen=True, eq=False)
+class _DistributedTensor(StoredTensor):
+    """A tensor of a distributed checkpoint, whose chunks are looked for when they are needed."""
+
+    fqn: str = ""  # its name in the checkpoint
+    boxes: tuple[Box, ...] = ()
+    objects: _Objects | None = None
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self._read or super().chunks
+
+    @cached_property
+    def _read(self) -> tuple[Chunk, ...]:
+        if self.problem or self.objects is None:
+            return ()
+        chunks = []
+        for box in self.boxes:
+            path, entry = self.objects.read(self.fqn, box.offset)
+            if not isinstance(entry, Entry) or entry.shape != box.shape:
+                reason = f"tensor {shown(self.fqn)}: holds no tensor of shape {list(box.shape)}"
+                raise FileFormatError(path, reason)
+            chunks.append(Chunk(path, entry, box))
+        return tuple(chunks)
+
+
+def _described(
+    name: str, keys: Keys, described: Mapping[str, Any], objects: _Objects
+) -> _DistributedTensor:
+    """Return a tensor as the metadata of a distributed checkpoint describe it."""
+    size: Any = described.get("size")
+    if not is_sizes(size):
+        size = ()
+    problem = ""
+    boxes = []
+    for chunk in map(_state, described["chunks"]):
+        offset: Any = chunk.get("offsets")
+        shape: Any = chunk.get("sizes")
+        if not all(is_sizes(axes) and len(axes) == len(size) for axes in (offset, shape)):
+            problem = "its shape, or that of a chunk, is malformed"
+            break
+        boxes.append(Box(tuple(offset), tuple(shape)))
+    if not problem:
+        problem = cover_problem(size, boxes) or ""
+    metadata = objects.metadata
+    return _DistributedTensor(metadata, keys, tuple(size), (), problem, name, tuple(boxes), objects)

@@ -1,0 +1,423 @@
+"""Find the sets of tensors in a checkpoint: the weights of the model, and an average of them.
+
+A set is what lies below a key, or below a prefix of names. The average is a set whose key has a
+word for it, or the one that a user names; the weights are a set with the same names and shapes,
+anywhere outside of it. Both may have further keys or prefixes in front of their names. An average
+may have names without dots, or be a list in the order of the parameters, perhaps of the trained
+ones only: such a list is matched with the weights by its values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from posthoc_cli.checkpoints.content import (
+    AVERAGE_WORD,
+    NO_MODEL,
+    Content,
+    StoredTensor,
+    Tensors,
+    names_in,
+)
+from posthoc_cli.checkpoints.source import make_checkpoint
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.profiles import FloatArray, Point
+
+_MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
+"""Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
+an average, its weights are under `current_model_state`."""
+_STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
+"""Pattern of prefixes of names that are no model's: `opt` may be a module."""
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
+_LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An average and the weights of the same model, by the names of the weights."""
+
+    averaged: Tensors
+    weights: Tensors  # empty if the average is alone
+    average_key: str  # path of the average in the checkpoint
+    weights_key: str = ""
+
+
+class Sets:
+    """The sets of tensors of a checkpoint, without those of optimizers and the like.
+
+    A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots.
+    """
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+        self.tensors = {
+            name: tensor for name, tensor in content.tensors.items() if not _is_state(tensor)
+        }
+        self.counts = Counter[str]()
+        self.keys = dict[str, None]()  # paths of whole keys
+        in_group = Counter[str]()
+        for name, tensor in self.tensors.items():
+            in_group[".".join(tensor.keys[:-1])] += 1
+            for level in range(1, len(tensor.keys)):
+                self.keys[".".join(tensor.keys[:level])] = None
+            parts = name.split(".")
+            for level in range(len(parts)):
+                self.counts[".".join(parts[:level])] += 1
+        self.averages: list[str] = []
+        for path in sorted(self.counts, key=lambda path: path.count(".")):
+            if not AVERAGE_WORD.search(path.rpartition(".")[2]) or self.is_averaged(path):
+                continue
+            if path in self.keys or 4 * self.counts[path] >= in_group[self._group(path)]:
+                self.averages.append(path)  # a prefix of fewer names is that of a layer
+
+    def _group(self, path: str) -> str:
+        """Return the whole keys at the beginning of a path."""
+        while path and path not in self.keys:
+            path = path.rpartition(".")[0]
+        return path
+
+    def is_averaged(self, path: str) -> bool:
+        """Return whether a path is that of an average, or leads into one."""
+        return any(path == one or path.startswith(f"{one}.") for one in self.averages)
+
+    def below(self, path: str) -> dict[str, StoredTensor]:
+        """Return the tensors of a set by the rest of their names, without averages beside them."""
+        rest = len(path) + 1 if path else 0
+        start = f"{path}." if path else ""
+        is_average = bool(path) and self.is_averaged(path)
+        return {
+            name[rest:]: tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(start) and (is_average or not self.is_averaged(name))
+        }
+
+    def named(self, text: str) -> str:
+        """Return the path of the outermost set that a text or glob means; raise FileFormatError if
+        there is none, or are several."""
+        text = text.rstrip(".")
+        matching = [path for path in self.counts if path and _means(text, path)]
+        level = min((path.count(".") for path in matching), default=0)
+        outermost = [path for path in matching if path.count(".") == level]
+        if len(outermost) == 1:
+            return outermost[0]
+        wrong = "has several sets of tensors" if outermost else "has no set of tensors"
+        choices = names_in(outermost or [*self.keys])
+        raise FileFormatError(self.content.path, f"{wrong} {shown(text)}: {choices}")
+
+    # --- the model
+
+    def model_path(self) -> str:
+        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
+        groups = [name for name in self.content.groups() if self._may_be_model(name)]
+        for name in _MODEL_GROUPS:
+            if name in groups:
+                return name
+        if len(groups) == 1:
+            within = self.content.groups(groups[0])
+            for name in _MODEL_GROUPS:
+                if name in within:
+                    return f"{groups[0]}.{name}"
+        if any(len(tensor.keys) == 1 for tensor in self.tensors.values()):
+            return ""
+        if len(groups) == 1:
+            return groups[0]
+        reason = (
+            f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
+        )
+        raise FileFormatError(self.content.path, reason, "import with `prefix`, such as 'model.'")
+
+    def _may_be_model(self, group: str) -> bool:
+        return self.counts[group] > 0 and not self.is_averaged(group)
+
+    def model(self, prefix: str = "") -> dict[str, StoredTensor]:
+        """Return the weights of the model by name; all tensors if none of the model's names has a
+        prefix."""
+        if not self.content.tensors:
+            raise FileFormatError(self.content.path, "holds no tensors with names")
+        try:
+            path = self.model_path()
+        except FileFormatError:
+            if prefix:
+                return self.tensors
+            raise
+        found = self.below(path)
+        if not path:
+            found = {name: one for name, one in found.items() if len(one.keys) == 1}
+        if prefix and not any(name.startswith(prefix) for name in found):
+            return self.tensors
+        return found
+
+    # --- an average and the weights
+
+    def pair(self, average: str, weights: str | None = None, is_named: bool = False) -> Pair | None:
+        """Return an average and the weights that match it; None if no weights do.
+
+        Arguments:
+            average: the path of the average, or of what it lies in.
+            weights: the path of what the weights lie in; None to look everywhere.
+            is_named: whether the user has named the average, which then may be a small part.
+        """
+        path: str | None = average
+        while path is not None:
+            if found := self._pair_at(path, weights, is_named):
+                return found
+            path = self._main_part(path)
+        return None
+
+    def alone(self, average: str) -> Pair:
+        """Return an average without weights, without keys that all its names begin with."""
+        path = average
+        while (inner := self._main_part(path)) in self.keys:
+            if self.counts[inner] < self.counts[path]:
+                break
+            path = inner
+        return Pair(self.below(path), {}, path)
+
+    def _main_part(self, path: str) -> str | None:
+        """Return the path of the part of a set that has most of its tensors, or a word for it."""
+        parts = Counter[str]()
+        for name in self.below(path):
+            first, dot, _ = name.partition(".")
+            if dot:
+                parts[first] += 1
+        for part in parts:
+            if AVERAGE_WORD.search(part):
+                return f"{path}.{part}".lstrip(".")
+        for part, count in parts.most_common(1):
+            if 2 * count >= self.counts[path]:
+                return f"{path}.{part}".lstrip(".")
+        return None
+
+    def _pair_at(self, average: str, weights: str | None, is_named: bool) -> Pair | None:
+        averaged = self.below(average)
+        if all(name.isdecimal() for name in averaged):
+            path = self.model_path() if weights is None else weights
+            raw = self.below(path)
+            return Pair(match_list(self.content, averaged, raw), raw, average, path)
+        found = []
+        for path in self._roots(averaged, average):
+            if weights is None or path == weights or path.startswith(f"{weights}."):
+                raw = self.below(path)
+                matched = _matched(averaged, raw)
+                if matched and (is_named or 2 * len(matched) > len(raw)):
+                    found.append(Pair(matched, raw, average, path))
+        if not found:
+            return None
+        best = min(self._rank(one) for one in found)
+        found = [one for one in found if self._rank(one) == best]
+        if len(found) > 1:
+            names = names_in([one.weights_key for one in found])
+            reason = f"which of its sets of tensors is the model is unclear: {names}"
+            hint = "name the average by `average`, or both by `average` and `weights` in an import"
+            raise FileFormatError(self.content.path, reason, hint)
+        return found[0]
+
+    def _rank(self, pair: Pair) -> tuple[bool, bool, int]:
+        """Return how unlikely a set is to be the weights of an average: it is within an average,
+        has not its key without the word, or lies deep."""
+        outer, dot, last = pair.average_key.rpartition(".")
+        twin = outer + dot + AVERAGE_WORD.sub("", last).strip("_-.")
+        path = pair.weights_key
+        return self.is_averaged(path), path != twin, path.count(".")
+
+    def _roots(self, averaged: Tensors, average: str) -> list[str]:
+        """Return the paths below which a tensor has the longest name of an average."""
+        names = [name for name, tensor in averaged.items() if not _is_counter(tensor)]
+        if not names:
+            return []
+        longest = max(names, key=lambda name: (name.count("."), len(name), name))
+        squeezed = squeeze(longest)
+        last = squeeze(longest.rpartition(".")[2])
+        roots = dict[str, None]()
+        for name in self.tensors:
+            if name.startswith(f"{average}.") or not squeeze(name).endswith(last):
+                continue
+            parts = name.split(".")
+            for level in range(len(parts)):
+                if squeeze(".".join(parts[level:])) == squeezed:
+                    roots[".".join(parts[:level])] = None
+        return list(roots)
+
+
+def _is_state(tensor: StoredTensor) -> bool:
+    """Return whether a tensor is of an optimizer or the like."""
+    if any(NO_MODEL.search(key) for key in tensor.keys[:-1]):
+        return True
+    first, dot, _ = tensor.keys[-1].partition(".")
+    return bool(dot) and _STATES.search(first) is not None
+
+
+def _means(text: str, path: str) -> bool:
+    return fnmatchcase(path, text) or fnmatchcase(path, f"*.{text}")
+
+
+def squeeze(name: str) -> str:
+    """Return a name without dots and underscores: libraries that keep averages in buffers remove
+    the dots, or replace them."""
+    return name.replace(".", "").replace("_", "")
+
+
+def _is_counter(tensor: StoredTensor) -> bool:
+    return tensor.shape in ((), (1,))
+
+
+def _matched(averaged: Tensors, weights: Tensors) -> Tensors | None:
+    """Return an average by the names of weights, without counters of its own; None if it has a
+    tensor that they lack, or of another shape."""
+    by_squeezed = None
+    matched = dict[str, StoredTensor]()
+    for name, tensor in averaged.items():
+        full = name
+        if name not in weights:
+            if by_squeezed is None:
+                by_squeezed = {squeeze(one): one for one in weights}
+                if len(by_squeezed) < len(weights):
+                    return None  # two names are alike
+            full = by_squeezed.get(squeeze(name), "")
+        if full and weights[full].shape == tensor.shape:
+            matched[full] = tensor
+        elif not _is_counter(tensor):
+            return None
+    return matched
+
+
+# --- lists
+
+
+def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
+    """Return a list of averages by the names of the weights that they are of.
+
+    Of each shape, the assignment has the least distance to the weights, relative to their norms.
+    Raise FileFormatError if none is possible, or if another one is about as near.
+    """
+    known = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name.rpartition(".")[2] not in _STATISTICS and tensor.chunks[0].entry.dtype in EPS
+    }
+    in_order = [listed[position] for position in sorted(listed, key=int)]
+    is_complete = [one.shape for one in in_order] == [one.shape for one in known.values()]
+    if is_complete and _keeps_order(weights):
+        return dict(zip(known, in_order, strict=True))
+    by_shape = defaultdict[tuple[int, ...], list[str]](list)
+    for name, tensor in known.items():
+        by_shape[tensor.shape].append(name)
+    shapes = defaultdict[tuple[int, ...], list[StoredTensor]](list)
+    for tensor in in_order:
+        shapes[tensor.shape].append(tensor)
+    matched = dict[str, StoredTensor]()
+    for shape, tensors in shapes.items():
+        names = by_shape[shape]
+        if len(tensors) > len(names):
+            reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
+            reason += f" {list(shape)}, and {len(names)} such weights"
+            raise FileFormatError(content.path, reason)
+        matched.update(_match_shape(content, tensors, {name: known[name] for name in names}))
+    return matched
+
+
+def _keeps_order(weights: Tensors) -> bool:
+    """Return whether tensors are in the order of the model: safetensors files are sorted."""
+    return all(
+        chunk.path.suffix != ".safetensors" for one in weights.values() for chunk in one.chunks
+    )
+
+
+def _match_shape(
+    content: Content, tensors: Sequence[StoredTensor], weights: Tensors
+) -> dict[str, StoredTensor]:
+    """Return tensors of a shape by the names of the weights that they are nearest to."""
+    names = list(weights)
+    if len(tensors) == len(names) == 1:
+        return {names[0]: tensors[0]}
+    ours = _samples(content, {str(index): one for index, one in enumerate(tensors)})
+    theirs = _samples(content, weights)
+    norms = np.square(theirs).sum(axis=1) + 1e-30
+    squares = np.square(ours[:, None] - theirs).sum(axis=2)
+    distances = squares / np.maximum(norms, np.square(ours).sum(axis=1)[:, None])
+    # Among equal tensors the order decides: those that have not moved yet.
+    order = np.abs(np.arange(len(tensors))[:, None] - np.arange(len(names))) * 1e-12
+    rows, columns = linear_sum_assignment(distances + order)
+    chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
+    for row, column in chosen.items():
+        for other in range(len(names)):
+            if other != column and not np.array_equal(theirs[other], theirs[column]):
+                _check_clear(content, distances, chosen, row, other, names)
+    return {names[column]: tensors[row] for row, column in chosen.items()}
+
+
+def _check_clear(
+    content: Content,
+    distances: FloatArray,
+    chosen: Mapping[int, int],
+    row: int,
+    other: int,
+    names: Sequence[str],
+) -> None:
+    """Raise FileFormatError if it is about as near to give a row another column.
+
+    The row that has this column takes that of the first in exchange.
+    """
+    column = chosen[row]
+    before = distances[row, column]
+    after = distances[row, other]
+    for partner, held in chosen.items():
+        if held == other:
+            before += distances[partner, other]
+            after += distances[partner, column]
+    if after <= (1 + _LIKELY) * before:
+        reason = "holds an EMA without names, of which one fits two weights about equally"
+        raise FileFormatError(content.path, f"{reason}: {names_in([names[column], names[other]])}")
+
+
+def _samples(content: Content, tensors: Tensors) -> FloatArray:
+    """Return the first elements of tensors of one shape: [tensors, elements]."""
+    rows = []
+    for name, tensor in tensors.items():
+        source = make_checkpoint(content, {name: tensor}, Point(1.0), 1)
+        count = min(source.entries[name].size, _SAMPLED)
+        rows.append(source.values(name, 0, count))
+    return np.stack(rows)
+
+
+def tied_names(tensors: Tensors) -> dict[str, str]:
+    """Return the further names of tensors that have several, each with the first one."""
+    known = dict[object, str]()
+    ties = dict[str, str]()
+    for name, tensor in tensors.items():
+        place = tensor.place
+        if place is not None and known.setdefault(place, name) != name:
+            ties[name] = known[place]
+    return ties
+
+
+def completed(averaged: Tensors, weights: Tensors) -> Tensors:
+    """Return an average in the weights' order, with the weights' tensors that it lacks.
+
+    Names of one tensor are one place: the average of one of them is that of all.
+    """
+    if not weights:
+        return averaged
+    first_names = tied_names(weights)
+    groups = defaultdict[str, list[str]](list)
+    for name in weights:
+        groups[first_names.get(name, name)].append(name)
+    full = dict[str, StoredTensor]()
+    for names in groups.values():
+        known = _first(averaged[name] for name in names if name in averaged)
+        for name in names:
+            full[name] = weights[name] if known is None else known
+    return {name: full[name] for name in weights}
+
+
+def _first(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
+    return next(iter(tensors), None)
