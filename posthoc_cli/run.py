@@ -15,9 +15,9 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
+    describe_files,
     disk_sources,
     holds_checkpoints,
-    is_glob,
 )
 from posthoc_cli.errors import (
     DirectoryError,
@@ -213,21 +213,21 @@ class Run:
     def info(self) -> dict[str, Any]:
         """Return a description of the directory and its problems, from headers: see `describe`.
 
-        For checkpoints see `describe_checkpoints`.
+        For checkpoints see `describe_checkpoints`, and `describe_files` if they are no run.
         """
         place = self.directory
-        if is_import(place) or is_glob(place):
+        if is_import(place):
             return describe_checkpoints(place)
         is_own = place.is_dir() and any(map(is_snapshot_name, list_directory(place)))
         if is_own or not holds_checkpoints(place):
             return describe(place)
         try:
             return describe_checkpoints(place)
-        except PostHocError:
+        except PostHocError as error:
             with suppress(PostHocError):
                 # outputs, or models of other programs that are not checkpoints of one run
                 return describe(place)
-            raise
+            return describe_files(place, error)
 
     # --- averages
 

@@ -67,6 +67,7 @@ class Reading:
     unit: Unit  # empty if nothing states it
     origin: str  # where it was found, for a message
     epoch: int | None = None  # in its content
+    is_nameless: bool = False  # whether only its content has a number
     is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
 
 
@@ -100,7 +101,7 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
     except InvalidValueError:
         if epoch is None or epoch < 0:
             raise
-        return Reading(epoch, "epochs", "`epoch`", epoch)
+        return Reading(epoch, "epochs", "`epoch`", epoch, is_nameless=True)
 
 
 def _searched(path: Path, settings: ImportSettings) -> Reading:

@@ -131,6 +131,10 @@ class Content:
     values: Mapping[str, Any] = field(default_factory=dict)  # numbers and texts, by their keys
     files: dict[Path, Identity] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(identity.nbytes for identity in self.files.values())
+
     def under(self, prefix: str) -> dict[str, StoredTensor]:
         """Return the tensors below a prefix, by the rest of their names; all without a prefix."""
         if not prefix:

@@ -32,7 +32,7 @@ from posthoc_cli.checkpoints.content import (
     open_checkpoint,
 )
 from posthoc_cli.checkpoints.sets import Pair, Sets, completed, squeeze
-from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
@@ -572,6 +572,17 @@ def check_settings(kinds: list[str], settings: ImportSettings) -> None:
             if name in _OF_EMA:
                 hint = "averages that no name tells are said by kind 'ema', or by `average`"
             raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint)
+
+
+def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
+    """Raise InvalidValueError if the settings name another rule of the decay than the file."""
+    if found.updates is None or settings.ema_warmup is None:
+        return
+    of_file = found.updates.rule.get("warm_up")
+    given = warm_up_of(settings.ema_warmup) or {}
+    if of_file and given.get("warm_up") != of_file:
+        reason = f"contradicts {path.name}: averages of {found.kind} rise by {of_file}"
+        raise InvalidValueError("ema_warmup", reason, value=settings.ema_warmup)
 
 
 def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors, Tensors]:

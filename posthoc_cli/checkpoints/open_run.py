@@ -35,12 +35,14 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.checkpoints.layouts import (
     Found,
+    check_rule,
     check_settings,
     named_decay,
     recognise,
     select,
 )
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
+from posthoc_cli.checkpoints.sets import Sets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.errors import (
@@ -52,7 +54,7 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point
-from posthoc_cli.snapshots.directory import PICKLES, is_import, is_snapshot_name, read_directory
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 
@@ -74,11 +76,16 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
     path = files.expanded(place)
     if is_import(path):
         return checked_run(_imported(read_manifest(path)))
-    found = read_place(place, UNSPECIFIED, asks=unclaimed)
+    return _known_run(place, read_place(place, UNSPECIFIED, asks=unclaimed), unclaimed)
+
+
+def _known_run(place: str | Path, found: Place, unclaimed: bool = False) -> list[Checkpoint]:
+    """Return the checkpoints of a place as a run, without averages of unknown decay."""
     if unclaimed:
         return checked_run(found.checkpoints)
+    known = [one for one in found.checkpoints if one.is_known]
     left_out = [one for one in found.checkpoints if not one.is_known]
-    if len(left_out) == len(found.checkpoints):
+    if not known:
         reason = "holds EMAs, and neither their decay nor weights next to them"
         if found.lacks_steps:
             reason = f"holds EMAs, and {found.lacks_steps}"
@@ -89,7 +96,7 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
             what = f"1 EMA, {left_out[0].path.name}"
         reason = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
         log.warning("%s: %s, left out of averages: %s", place, what, found.lacks_steps or reason)
-    return checked_run([one for one in found.checkpoints if one.is_known])
+    return checked_run(known)
 
 
 def _imported(manifest: Manifest) -> list[Checkpoint]:
@@ -285,11 +292,32 @@ def _one_run(results: Sequence[_Opened | tuple[Path, PostHocError]]) -> _OneRun:
             raise error
         is_numberless = isinstance(error, InvalidValueError)
         left_out[path.name] = "no step" if is_numberless else error.reason
+    good = _aligned(good)
     for key, reason in ((_kind_of_number, "another kind of number"), (_model, "another model")):
         kept = _largest_group(good, key)
         left_out.update({one.path.name: reason for one in good if one not in kept})
         good = kept
     return _OneRun(good, left_out)
+
+
+def _aligned(opened: list[_Opened]) -> list[_Opened]:
+    """Return checkpoints with the numbers that files without one would have in their names, by the
+    epoch in their contents."""
+    apart = set()
+    for one in opened:
+        if one.reading.epoch is not None and not one.reading.is_nameless:
+            apart.add(one.reading.epoch - one.reading.number)
+    if len(apart) != 1:
+        return opened
+    named = next(one.reading for one in opened if not one.reading.is_nameless)
+    offset = apart.pop()
+    aligned = []
+    for one in opened:
+        if one.reading.is_nameless:
+            reading = replace(named, number=one.reading.number - offset, epoch=one.reading.epoch)
+            one = replace(one, reading=reading)
+        aligned.append(one)
+    return aligned
 
 
 def _stem(path: Path) -> str:
@@ -299,9 +327,9 @@ def _stem(path: Path) -> str:
 
 def _kind_of_number(one: _Opened) -> object:
     """Return what the number of a checkpoint is, without what only its source differs in."""
-    if one.found.step is not None or one.reading.unit == "steps":
+    if one.found.step is not None:
         return "steps"
-    return one.reading.unit, one.reading.is_marked
+    return one.reading.unit or one.reading.is_marked
 
 
 def _model(one: _Opened) -> object:
@@ -375,6 +403,7 @@ def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoi
     """Return the sources in a checkpoint: the weights, the average, or both."""
     found = one.found
     path = one.path
+    check_rule(found, path, settings)
     for setting, why in found.asks.items():
         if getattr(settings, setting) in (None, ()):
             raise InvalidValueError(setting, f"must be given{why}")
@@ -563,26 +592,16 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def describe_checkpoints(place: Path) -> dict[str, Any]:
-    """Return times, tensors and sizes from the indexes of files alone, for JSON.
-
-    The kind is "checkpoint" for a file whose step is not known.
-    """
+    """Return times, tensors and sizes from the indexes of files alone, for JSON."""
     says = ""
     notes: tuple[str, ...] = ()
-    try:
+    if is_import(place):
         checkpoints = open_checkpoints(place)
-        if not is_import(place):
-            found = read_place(place, UNSPECIFIED, asks=False)
-            says = found.says
-            notes = found.notes
-    except InvalidValueError:
-        if place.suffix not in PICKLES or not place.is_file():
-            raise
-        content = open_checkpoint(place)
-        found_in = recognise(content, UNSPECIFIED)
-        one = make_checkpoint(content, found_in.tensors, Point(1.0), 1)
-        described = describe_tensors(one)
-        return {"kind": "checkpoint", "path": str(place), **described, "bytes": one.file_bytes}
+    else:
+        found = read_place(place, UNSPECIFIED, asks=False)
+        says = found.says
+        notes = found.notes
+        checkpoints = _known_run(place, found)
     newest = checkpoints[-1]
     described = {
         "kind": "checkpoints",
@@ -603,6 +622,38 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         described["files"] = len(manifest.files)
         described["settings"] = manifest.settings.given
     return described
+
+
+def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
+    """Return what files hold that are no run as they are, for JSON, and what an import would have
+    to be told; raise the error that says so if none can be opened."""
+    paths = _candidates(place, _LeftOut(place))
+    rows: list[dict[str, Any]] = []
+    opened = []
+    for path in paths:
+        try:
+            content = open_checkpoint(path)
+        except FileFormatError as wrong:
+            rows.append({"file": path.name, "holds": wrong.reason})
+            continue
+        opened.append(content)
+        rows.append({"file": path.name, "holds": _sets_in(content), "bytes": content.nbytes})
+    if not opened:
+        raise error
+    described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
+    if len(paths) == 1:
+        one = make_checkpoint(opened[0], recognise(opened[0], UNSPECIFIED).tensors, Point(1.0), 1)
+        described |= {"kind": "checkpoint", **describe_tensors(one), "bytes": one.file_bytes}
+    if isinstance(error, InvalidValueError):
+        return {**described, "notes": [f"no run as it is: {error}"]}
+    return {**described, "problems": [str(error)]}
+
+
+def _sets_in(content: Content) -> str:
+    """Return the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
+    sets = Sets(content)
+    named = [f"{key} ({sets.counts[key]})" for key in sets.keys if sets.counts[key] > 1]
+    return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"
 
 
 def _row(one: Checkpoint) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -166,12 +167,21 @@ class Sets:
             weights: the path of what the weights lie in; None to look everywhere.
             is_named: whether the user has named the average, which then may be a small part.
         """
+        found = []
         path: str | None = average
         while path is not None:
-            if found := self._pair_at(path, weights, is_named):
-                return found
+            found += self._pairs_at(path, weights, is_named)
             path = self._main_part(path)
-        return None
+        if not found:
+            return None
+        best = min(self._rank(one) for one in found)
+        found = [one for one in found if self._rank(one) == best]
+        if len({one.weights_key for one in found}) > 1:
+            names = names_in([one.weights_key for one in found])
+            reason = f"which of its sets of tensors is the model is unclear: {names}"
+            hint = "name the average by `average`, or both by `average` and `weights` in an import"
+            raise FileFormatError(self.content.path, reason, hint)
+        return found[0]
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""
@@ -197,12 +207,12 @@ class Sets:
                 return f"{path}.{part}".lstrip(".")
         return None
 
-    def _pair_at(self, average: str, weights: str | None, is_named: bool) -> Pair | None:
+    def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:
         averaged = self.below(average)
         if all(name.isdecimal() for name in averaged):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
-            return Pair(match_list(self.content, averaged, raw), raw, average, path)
+            return [Pair(match_list(self.content, averaged, raw), raw, average, path)]
         found = []
         for path in self._roots(averaged, average):
             if weights is None or path == weights or path.startswith(f"{weights}."):
@@ -210,24 +220,23 @@ class Sets:
                 matched = _matched(averaged, raw)
                 if matched and (is_named or 2 * len(matched) > len(raw)):
                     found.append(Pair(matched, raw, average, path))
-        if not found:
-            return None
-        best = min(self._rank(one) for one in found)
-        found = [one for one in found if self._rank(one) == best]
-        if len(found) > 1:
-            names = names_in([one.weights_key for one in found])
-            reason = f"which of its sets of tensors is the model is unclear: {names}"
-            hint = "name the average by `average`, or both by `average` and `weights` in an import"
-            raise FileFormatError(self.content.path, reason, hint)
-        return found[0]
+        return found
 
-    def _rank(self, pair: Pair) -> tuple[bool, bool, int]:
+    def _rank(self, pair: Pair) -> tuple[bool, bool, bool, int]:
         """Return how unlikely a set is to be the weights of an average: it is within an average,
-        has not its key without the word, or lies deep."""
+        or outside of the model, has not its key without the word, or lies deep."""
         outer, dot, last = pair.average_key.rpartition(".")
         twin = outer + dot + AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
-        return self.is_averaged(path), path != twin, path.count(".")
+        is_model = f"{path}.".startswith(f"{self._likely_model}.")
+        return self.is_averaged(path), not is_model, path != twin, path.count(".")
+
+    @cached_property
+    def _likely_model(self) -> str:
+        try:
+            return self.model_path()
+        except FileFormatError:
+            return ""
 
     def _roots(self, averaged: Tensors, average: str) -> list[str]:
         """Return the paths below which a tensor has the longest name of an average."""
