@@ -547,7 +547,7 @@ def _find_edm2(indexed: IndexedCheckpoint, settings: ImportSettings) -> Found | 
 
 
 EMA_TAKES = (
-    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "steps", "ema_restarts",
+    "step_from", "sigma_rels", "ema_decay", "ema_warmup", "steps", "last_step", "ema_restarts",
     "ema_uncertainty", "ema_late", "update_every", "update_after_step", "steps_per_epoch",
 )  # fmt: skip
 
