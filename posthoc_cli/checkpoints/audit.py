@@ -42,6 +42,9 @@ from posthoc_cli.profiles import (
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
 _MOST_ELEMENTS = 100_000  # in the sample
+# In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
+# weight, and what one element leaves may be 0 by chance.
+_LEAST_ELEMENTS = 64
 _PIECES = 32  # least pieces of tensors, if the sample has enough elements
 # largest factor between the found and the claimed length of an average that is as claimed
 _SLACK = 1.1
@@ -346,7 +349,7 @@ def _explained(
     if rivals:
         settings = ", and as ".join(_setting(one) for one in (fit, *rivals))
         return replace(audit, text=f"the files show it about equally as {settings}")
-    shown = _shown(model, found, sigma, unit, is_rising)
+    shown = _shown(model, found, sigma, unit)
     restarts = audit.starts[audit.is_late :]
     steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
     if restarts:
@@ -397,14 +400,14 @@ def _setting(model: Model) -> str:
     return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
 
 
-def _shown(model: Model, found: float, sigma: float, unit: str, is_rising: bool) -> str:
+def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
     """Return what was found, for messages."""
     if model.is_power:
         return f"sigma_rel {found:.4g} (± {sigma:.1%})"
     rule = model.fitted.rule
     if model.rule.is_schedule:
         return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
-    if is_rising:
+    if model.parameter > found + 1e-9:
         return f"decay {found:.7g} at the end, still rising by {rule}"
     shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
     if model.rule.warm_up:
@@ -610,8 +613,9 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
     pieces = []
     for name in names:
         size = first.entries[name].size
-        each = max(1, min(size, most) // parts)
-        starts = np.unique(np.linspace(0, size - each, min(parts, size)).astype(np.int64))
+        count = min(parts, -(-size // _LEAST_ELEMENTS))
+        each = max(1, min(size, most) // count)
+        starts = np.unique(np.linspace(0, size - each, count).astype(np.int64))
         pieces += [ElementRange(name, start, start + each) for start in starts.tolist()]
     return pieces
 

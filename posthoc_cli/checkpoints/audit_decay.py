@@ -43,10 +43,11 @@ _EVERYTHING = 1000.0  # -log of the share that remains after a restart, which is
 # The first so many updates are added one by one, and as many groups of later ones: of 1,000,000
 # updates a group spans 1.5 %.
 _UPDATES = 512
-# Rules explain files about equally if their log residuals, summed over the intervals, differ by
-# less. Of 13 rules, 10 recorded trainings and 5 or 20 files the true rule was within 0.42 of the
-# best one, and within 0.23 with 20 files.
-_ALIKE = 0.3
+# Rules explain files about equally if their log residuals, summed over n intervals, differ by less
+# than this / sqrt(n). Of 13 rules and 10 recorded trainings the true rule was within 0.42 of the
+# best one with 5 files, and within 0.23 with 20.
+_ALIKE = 1.2
+_USUAL = ("", "ratio", "power", "ramp-up")
 # Rules are the same if their tails differ by less: a warm-up "power" and "ratio" up to 0.99 do by
 # 0.052 in the first of 20 intervals.
 _SAME = 0.06
@@ -341,9 +342,9 @@ class Intervals:
         motion."""
         products = self.products(model, bends=True)
         along = self.gram[..., 2, 3] / np.maximum(self.gram[..., 2, 2], 1e-300)
-        both = products[..., 4] - along * products[..., 3]
-        sizes = np.sqrt(np.maximum(products[..., 0], 0) * self.gram[..., 3, 3])
-        return float(np.mean(both[:-1] / np.maximum(sizes[:-1], 1e-300)))
+        both = (products[..., 4] - along * products[..., 3])[:-1]
+        motion = np.maximum(self.gram[:-1, :, 3, 3], 1e-300)
+        return float(np.mean(both * np.sqrt(self.weights(products[..., 0])[:-1] / motion)))
 
     def without_noise(self, model: Model) -> float:
         """Return the logarithm of the factor by which a value changes if noise is allowed for."""
@@ -379,15 +380,16 @@ def best_models(model: Model, rules: Sequence[DecayRule], rows: Intervals) -> li
     """Return the model of the rule that explains the intervals best, then those of other rules that
     explain them about as well.
 
-    A power function has an exponent with which it resembles warm-ups, and counts as `_ALIKE` worse.
+    Rules that few libraries have count as worse by as much as is about equal.
     """
+    alike = _ALIKE / math.sqrt(len(rows.begin))
     misfits = []
     for rule in rules:
         fitted = rows.fit(replace(model, rule=rule))
-        handicap = _ALIKE if fitted.is_power else 0.0
+        handicap = 0.0 if rule.warm_up in _USUAL else alike
         misfits.append((rows.misfit(fitted) + handicap, fitted))
     misfits.sort(key=lambda pair: pair[0])
-    limit = misfits[0][0] + _ALIKE
+    limit = misfits[0][0] + alike
     return [fitted for misfit, fitted in misfits if misfit <= limit]
 
 
@@ -404,9 +406,7 @@ def refutes(rows: Intervals, model: Model) -> bool:
     claim = replace(model, value=model.claimed)
     if abs(math.log(model.length / claim.length)) < math.log(_FAR):
         return False
-    return all(
-        rows.misfit(model, bends) + _ALIKE < rows.misfit(claim, bends) for bends in (False, True)
-    )
+    return all(rows.misfit(model, bends) + 1 < rows.misfit(claim, bends) for bends in (False, True))
 
 
 def refine(model: Model, rows: Intervals) -> tuple[Model, float]:
