@@ -409,6 +409,11 @@ class DecayRule:
     def is_schedule(self) -> bool:
         return _ALL_RULES[self.warm_up].is_schedule
 
+    def with_number(self, number: float) -> DecayRule:
+        """Return the rule with another number of its row in `WARM_UPS`."""
+        numbers: dict[str, Any] = {_ALL_RULES[self.warm_up].number: number}
+        return replace(self, **numbers)
+
     def longer(self, factor: float) -> DecayRule:
         """Return the rule of an average that is longer by a factor at its end."""
         if self.is_schedule:

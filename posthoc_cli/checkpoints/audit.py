@@ -10,21 +10,25 @@ far it has moved between two checkpoints gives its time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import compress
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.checkpoints.audit_decay import (
-    CONSTANT,
     Intervals,
     Model,
     Series,
+    are_the_same,
     best_models,
+    possible_rules,
     refine,
+    refutes,
 )
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
 from posthoc_cli.profiles import (
@@ -37,9 +41,11 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
 
-# most elements in the sample; least pieces of tensors if it has enough elements
-_MOST_ELEMENTS, _PIECES = (100_000, 32)
-_MOST_CHECKPOINTS = 24  # most checkpoints that are explained together
+_MOST_ELEMENTS = 100_000  # in the sample
+# In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
+# weight, and what one element leaves may be 0 by chance.
+_LEAST_ELEMENTS = 64
+_PIECES = 32  # least pieces of tensors, if the sample has enough elements
 # largest factor between the found and the claimed length of an average that is as claimed
 _SLACK = 1.1
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
@@ -48,8 +54,7 @@ _SHORTEST = 0.1
 _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residual is below this share of another one's
 _CLEARLY = 0.5
-# above this uncertainty a length is undetermined, unless so many times that off
-_VAGUE, _BEYOND_DOUBT = (0.25, 5.0)
+_VAGUE = 0.25  # above this uncertainty a length is undetermined
 
 _STILL = "was not updated"
 BAD = (
@@ -111,6 +116,12 @@ class Audit:
         )
 
     @property
+    def is_of_other_weights(self) -> bool:
+        """Whether most of the motion of an ordinary EMA is not that of the weights."""
+        shares = [interval.unexplained or 0.0 for interval in self.intervals if not interval.note]
+        return self.what == "decay" and bool(shares) and bool(np.median(shares) > _FOREIGN)
+
+    @property
     def is_bad(self) -> bool:
         return self.verdict in BAD
 
@@ -122,206 +133,317 @@ class Audit:
 # --- what an average did
 
 
-def _judge(name: str, series: Series, tensors: Sequence[str], model: Model, unit: str) -> Audit:
+@dataclass(frozen=True)
+class _Moves:
+    """Which pieces of weights moved, and which averages did not, by interval; and at which times
+    they were equal."""
+
+    weights: npt.NDArray[np.bool_]  # [intervals, pieces]
+    still: npt.NDArray[np.bool_]  # also where the weights stand still: [intervals, pieces]
+    copied: npt.NDArray[np.bool_]  # [times, pieces]
+
+    @classmethod
+    def of(cls, series: Series) -> _Moves:
+        weights = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in series.values]).T
+        same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in series.values]).T
+        copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in series.values]).T
+        return cls(weights, same | ~weights, copied)
+
+    @property
+    def stands(self) -> npt.NDArray[np.bool_]:
+        """Whether the average was not updated: [intervals]."""
+        return np.asarray(self.weights.any(axis=1) & self.still.all(axis=1))
+
+    @property
+    def equal(self) -> npt.NDArray[np.bool_]:
+        """Which pieces are always copied: [pieces]."""
+        return np.asarray((self.copied[1:] | ~self.weights).all(axis=0))
+
+    @property
+    def averaged(self) -> npt.NDArray[np.bool_]:
+        """Which pieces are averages: [pieces]."""
+        return ~self.still.all(axis=0) & ~self.equal
+
+    @property
+    def begun(self) -> int:
+        """The interval in which the average began, counted from 1; 0 if it began before."""
+        is_copy = (self.copied[:-1] | ~self.weights).all(axis=1) & ~self.stands
+        return int(np.argmin([*is_copy, False]))
+
+    @property
+    def begin(self) -> int | None:
+        """The interval within which the average began, if it was not at its end."""
+        begun = self.begun
+        if not begun or (self.copied[begun] | ~self.weights[begun - 1]).all():
+            return None
+        return begun - 1
+
+    @property
+    def fault(self) -> tuple[str, str] | None:
+        """The verdict and its text on an average that does not average at all."""
+        if not self.weights.any():
+            return "undetermined", "the weights stand still between these checkpoints"
+        if self.still.all():
+            text = (
+                "the average does not move while the weights do: is its update called, and on the "
+                "same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
+            )
+            return "does not move", text
+        if self.equal.all():
+            text = "the average is equal to the weights: it is copied, or its decay is 0"
+            return "equals the weights", text
+        return None
+
+
+@dataclass
+class _Explanation:
+    """The search for the rule, the length and the starts that explain how an average moved."""
+
+    rows: Intervals
+    model: Model  # of the claim
+    rules: Sequence[DecayRule]  # that are possible
+    moves: Sequence[int]  # the intervals in which weights move
+    notes: list[str]  # what else happened in an interval, by which it shows no decay
+    begin: int | None  # the interval in which the average began
+    starts: dict[int, float] = field(default_factory=dict)  # times of starts, by interval
+    alike: list[Model] = field(default_factory=list)  # the best model, and others about as good
+
+    def intervals(self) -> Iterator[Interval]:
+        for index, note in enumerate(self.notes):
+            yield _interval(self.rows[[index]], self.alike[0], note)
+
+    @property
+    def usable(self) -> list[int]:
+        clear = [index for index in self.moves if not self.notes[index]]
+        return clear or [index for index in self.moves if self.notes[index] != _STILL]
+
+    def find(self) -> None:
+        """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
+        for _ in range(2):
+            self._fit()
+            found = self._restarts()
+            if self.begin is not None and self.begin not in self.starts:
+                row = self.rows[[self.begin]]
+                found[self.begin] = _locate_start(self.alike[0], row, row)
+            self._note(found)
+            if not found:
+                return
+        self._fit()
+        self._note({})
+
+    def _fit(self) -> None:
+        rows = self.rows[self.usable]
+        self.alike = best_models(self.model.begun(*self.starts.values()), self.rules, rows)
+        if self.starts and self.alike[0].rule.warm_up:
+            for _ in range(3):
+                self._locate_by_later(rows)
+
+    def _locate_by_later(self, rows: Intervals) -> None:
+        """Locate the starts of a warm-up by all later intervals."""
+        best = replace(self.alike[0], starts=self.model.starts)
+        for index in self.starts:
+            others = [time for other, time in self.starts.items() if other != index]
+            self.starts[index] = _locate_start(best.begun(*others), rows, self.rows[[index]])
+        self.alike[0] = rows.fit(best.begun(*self.starts.values()))
+
+    def _note(self, found: dict[int, float]) -> None:
+        self.starts |= found
+        for index, time in self.starts.items():
+            event = "begins" if index in (0, self.begin) else "began again"
+            self.notes[index] = f"{event} near step {time:,.0f}"
+
+    def _restarts(self) -> dict[int, float]:
+        """Return the times at which the average restarted from the weights, by interval."""
+        model = self.alike[0]
+        usable = [index for index in self.usable if not self.notes[index]]
+        restarts: dict[int, float] = {}
+        if (model.is_power and model.claimed) or len(usable) < 3:
+            return restarts
+        kept = np.exp(model.forgotten(self.rows.begin) - model.forgotten(self.rows.end))
+        for index in usable:
+            row = self.rows[[index]]
+            own = row.unexplained(row.fit(model))[0]
+            limit = _CLEARLY * row.unexplained(model)[0]
+            # either another decay or a restart explains the interval
+            if kept[index] >= _SHORTEST and own < limit:
+                time = _locate_start(model, row, row)
+                if row.unexplained(model.begun(time))[0] < min(limit, 1.5 * own):
+                    restarts[index] = time
+        return restarts
+
+
+def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
+    """Return the time in one interval at which the average started from the weights, by the
+    residuals of `rows`."""
+    return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))
+
+
+def _judge(
+    name: str,
+    series: Series,
+    tensors: Sequence[str],
+    model: Model,
+    rules: Sequence[DecayRule],
+    unit: str,
+) -> Audit:
     """Return the audit of an average; `tensors` are the names of its pieces."""
-    # By interval and piece: whether weights move, and averages stand still; by time and piece:
-    # whether they are equal.
-    moved = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in series.values]).T
-    same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in series.values]).T | ~moved
-    copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in series.values]).T
-    still, equal = same.all(axis=0), (copied[1:] | ~moved).all(axis=0)
-    claimed = None if model.claimed is None else replace(model, value=model.claimed).parameter
-    audit = Audit(
-        name, "undetermined", "", "sigma_rel" if model.is_power else "decay", claimed=claimed
-    )
-    if not moved.any():
-        return replace(audit, text="the weights stand still between these checkpoints")
-    if still.all():
-        text = (
-            "the average does not move while the weights do: is its update called, and on "
-            "the same tensors that are"
-        )
-        text += " saved (names after torch.compile, shards of ZeRO-3)?"
-        return replace(audit, verdict="does not move", text=text)
-    if equal.all():
-        text = "the average is equal to the weights: it is copied, or its decay is 0"
-        return replace(audit, verdict="equals the weights", text=text)
-
-    kept, is_used = ~still & ~equal, moved.any(axis=0)
-    stands = moved.any(axis=1) & same.all(axis=1)
-    notes = [_STILL * bool(stand) for stand in stands]
-    begun = int(np.argmin([*(copied[:-1] | ~moved).all(axis=1) & ~stands, False]))
-    notes[:begun] = ["not begun"] * begun
-    begin = begun - 1 if begun and not (copied[begun] | ~moved[begun - 1]).all() else None
-    for restart in model.starts[1:]:
-        for index in np.flatnonzero((series.times[:-1] <= restart) & (restart < series.times[1:])):
-            notes[index] = f"began again near step {restart:,.0f}"
-    moves = np.flatnonzero(moved[:, kept].any(axis=1)).tolist()
-    if not any(notes[index] != _STILL for index in moves):
+    moves = _Moves.of(series)
+    what = "sigma_rel" if model.is_power else "decay"
+    audit = Audit(name, "undetermined", "", what)
+    if model.claimed is not None:
+        audit = replace(audit, claimed=replace(model, value=model.claimed).parameter)
+    if fault := moves.fault:
+        verdict, text = fault
+        return replace(audit, verdict=verdict, text=text)
+    notes = _first_notes(series.times, moves, model)
+    moving = np.flatnonzero(moves.weights[:, moves.averaged].any(axis=1)).tolist()
+    if not any(notes[index] != _STILL for index in moving):
         return replace(audit, text="in no interval do both the weights and the average move")
+    kept = Series(
+        series.times,
+        [*compress(series.values, moves.averaged)],
+        series.rounding[:, moves.averaged],
+    )
+    explanation = _Explanation(kept.intervals(), model, rules, moving, notes, moves.begin)
+    explanation.find()
+    is_lost = moves.weights.any(axis=0) & ~moves.averaged
+    lost = tuple(dict.fromkeys(compress(tensors, is_lost)))
+    return _explained(audit, explanation, series.times, lost, len(set(tensors)), unit)
 
-    series = Series(series.times, [*compress(series.values, kept)], series.rounding[:, kept])
-    rows = series.intervals()
-    (fit, *rivals), together, starts = _explain(series, rows, model, moves, notes, begin)
-    model, sigma = refine(fit, together)
-    found = model.parameter_at(series.times[-1])
+
+def _first_notes(times: npt.NDArray[np.float64], moves: _Moves, model: Model) -> list[str]:
+    """Return what the checkpoints or the settings say of each interval; empty if nothing."""
+    notes = [_STILL if stands else "" for stands in moves.stands]
+    notes[: moves.begun] = ["not begun"] * moves.begun
+    for restart in model.starts[1:]:
+        for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
+            notes[index] = f"began again near step {restart:,.0f}"
+    return notes
+
+
+def _explained(
+    audit: Audit,
+    explanation: _Explanation,
+    times: npt.NDArray[np.float64],
+    lost: tuple[str, ...],
+    tensors: int,
+    unit: str,
+) -> Audit:
+    """Return the audit of an average that moved as explained; it has `lost` some of its tensors."""
+    fit = explanation.alike[0]
+    model, sigma = refine(fit, explanation.rows[explanation.usable])
+    sigma = math.hypot(sigma, _spread(explanation.alike, times[-1]))
+    found = model.parameter_at(times[-1])
     is_rising = model.claimed is None and model.parameter > found + 1e-9
     audit = replace(
         audit,
         what="sigma_rel" if model.is_power else "decay",
         length=None if is_rising else model.length,
         uncertainty=None if is_rising else sigma,
-        warm_up=model.warm_up,
-        starts=tuple(sorted(starts.values())),
-        is_late=any(index in (0, begin) for index in starts),
-        intervals=tuple(_interval(rows[[index]], fit, note) for index, note in enumerate(notes)),
+        warm_up=_warm_up(model),
+        starts=tuple(sorted(explanation.starts.values())),
+        is_late=any(index in (0, explanation.begin) for index in explanation.starts),
+        intervals=tuple(explanation.intervals()),
     )
+    rivals = [one for one in explanation.alike[1:] if not are_the_same(one, fit, times)]
     if rivals:
-        settings = [
-            f"sigma_rel {one.parameter:.3g}"
-            if one.is_power
-            else f"decay {min(one.parameter, 0.999999):.6g} with warm-up {one.warm_up or 'none'}"
-            for one in (fit, *rivals)
-        ]
-        return replace(
-            audit, text=f"the files show it about equally as {', and as '.join(settings)}"
-        )
-    if is_rising:
-        shown = f"decay {found:.7g} at the end, still rising by {model.rule.rule}"
-    elif model.is_power:
-        shown = f"sigma_rel {found:.4g} (± {sigma:.1%})"
-    else:
-        shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
-        shown += f", reached by {model.rule.rule}" * bool(model.warm_up)
+        settings = ", and as ".join(_setting(one) for one in (fit, *rivals))
+        return replace(audit, text=f"the files show it about equally as {settings}")
+    shown = _shown(model, found, sigma, unit)
     restarts = audit.starts[audit.is_late :]
     steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
     if restarts:
-        text = (
-            f"began again from the weights near step {steps}: the average was lost, or "
-            f"reset, at a resume"
-        )
-        return replace(audit, verdict="began again", text=f"{text}; {shown}", found=found)
-    unexplained = [interval.unexplained or 0.0 for interval in audit.intervals if not interval.note]
-    if not model.is_power and np.median(unexplained or 0.0) > _FOREIGN:
-        text = (
-            "the weights at these checkpoints do not explain how the average moves between "
-            "them: they forget faster"
-        )
-        return replace(audit, text=f"{text} than checkpoints are apart, or are of another run")
-    if lost := tuple(dict.fromkeys(compress(tensors, is_used & ~kept))):
-        named = ", ".join(lost[:3]) + f" and {len(lost) - 3} more" * (len(lost) > 3)
-        text = (
-            f"{len(lost)} of {len(set(tensors))} tensors are not followed, or copied, while "
-            f"the others are averaged"
-        )
-        return replace(
-            audit, verdict="some tensors", text=f"{text}: {named}", tensors=lost, found=found
-        )
-    shown += f"; begun from the weights near step {steps}" * bool(steps)
-    shortest = _SHORTEST * float((rows.end - rows.begin).min())
-    verdict, text = _compare_lengths(model, audit.uncertainty or 0.0, shown, unit, shortest)
+        text = f"began again from the weights near step {steps}: the average was lost, or reset"
+        text += f", at a resume; {shown}"
+        return replace(audit, verdict="began again", text=text, found=found)
+    if audit.is_of_other_weights:
+        text = "the weights at these checkpoints do not explain how the average moves between them"
+        text += ": they forget faster than checkpoints are apart, or are of another run"
+        return replace(audit, text=text)
+    if lost:
+        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
+        text += f" averaged: {_listed(lost)}"
+        return replace(audit, verdict="some tensors", text=text, tensors=lost, found=found)
+    if steps:
+        shown += f"; begun from the weights near step {steps}"
+    rows = explanation.rows[explanation.usable]
+    verdict, text = _compare_lengths(model, audit, refutes(rows, model), shown, unit)
     return replace(
         audit, verdict=verdict, text=text, found=None if verdict == "undetermined" else found
     )
 
 
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    text = ", ".join(names[:3])
+    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
+
+
+def _spread(alike: Sequence[Model], end: float) -> float:
+    """Return the largest relative difference in length at the end between models."""
+    lengths = [model.length_at(end) for model in alike]
+    return max(abs(math.log(length / lengths[0])) for length in lengths)
+
+
+def _warm_up(model: Model) -> str:
+    text = warm_up_text(model.fitted)
+    return "" if text == "none" else text
+
+
+def _setting(model: Model) -> str:
+    """Return the settings of an import that say a model."""
+    if model.is_power:
+        return f"sigma_rel {model.parameter:.3g}"
+    warm_up = warm_up_text(model.fitted)
+    if model.rule.is_schedule:
+        return f"warm-up {warm_up}"
+    return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
+
+
+def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
+    """Return what was found, for messages."""
+    if model.is_power:
+        return f"sigma_rel {found:.4g} (± {sigma:.1%})"
+    rule = model.fitted.rule
+    if model.rule.is_schedule:
+        return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
+    if model.parameter > found + 1e-9:
+        return f"decay {found:.7g} at the end, still rising by {rule}"
+    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
+    if model.rule.warm_up:
+        shown += f", reached by {rule}"
+    return shown
+
+
 def _compare_lengths(
-    model: Model, sigma: float, shown: str, unit: str, shortest: float
+    model: Model, audit: Audit, is_refuted: bool, shown: str, unit: str
 ) -> tuple[str, str]:
     """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
+    sigma = audit.uncertainty or 0.0
     claim = replace(model, value=model.claimed or model.value)
-    length, claimed = model.length, claim.length
+    length = model.length
+    claimed = claim.length
     difference = abs(math.log(length / claimed))
+    shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
     if not model.is_power and max(length, claimed) < shortest:
-        text = (
-            f"its time constant is below {shortest:,.3g} {unit}, too short for the time "
-            f"between these checkpoints"
-        )
-        closer = f"checkpoints closer than {max(1, claimed / _SHORTEST):,.0f} {unit} would show it"
-        return "undetermined", f"{text}; {closer}"
-    if sigma > _VAGUE and difference < _BEYOND_DOUBT * sigma:
+        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
+        text += f" these checkpoints; checkpoints closer than {max(1, claimed / _SHORTEST):,.0f}"
+        return "undetermined", f"{text} {unit} would show it"
+    if sigma > _VAGUE and not is_refuted:
         return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
     if model.claimed is None:
         return "found", shown
-    if difference <= max(math.log(_SLACK), 3 * sigma):
+    if difference <= math.log(_SLACK) or (difference <= 3 * sigma and not is_refuted):
         return "as claimed", f"{shown}, as claimed"
     factors = " to ".join(f"{math.exp(difference + sign * sigma):.3g}" for sign in (-1, 1))
-    verdict, usual = (
-        "too short",
-        f"{factors} times a step: once a microbatch, or by each of so many processes",
-    )
     if length > claimed:
-        verdict, usual = (
-            "too long",
-            f"at every k-th step only, or of steps that are counted twice (k = {factors})",
-        )
-    shown += f", not {claim.parameter:.7g}"
-    return verdict, f"{math.exp(difference):.3g} times {verdict}: {shown}; as if updated {usual}"
-
-
-def _explain(
-    series: Series,
-    rows: Intervals,
-    model: Model,
-    moves: Sequence[int],
-    notes: list[str],
-    begin: int | None,
-) -> tuple[list[Model], Series, dict[int, float]]:
-    """Return the best model and its rivals, the checkpoints that show it, and by interval the times
-    of starts.
-
-    `moves` are the intervals in which weights move; those with notes show no decay, and starts are
-    noted. In interval `begin` the average began.
-    """
-    starts: dict[int, float] = {}
-    for is_last in (False, False, True):  # an average that restarted repeats its warm-up, too
-        usable = [i for i in moves if not notes[i]] or [i for i in moves if notes[i] != _STILL]
-        runs = np.split(usable, np.flatnonzero(np.diff(usable) > 1) + 1)
-        longest = max(reversed(runs), key=len)
-        last = int(longest[-1]) + 2
-        together = series[max(int(longest[0]), last - _MOST_CHECKPOINTS) : last]
-        best, *rivals = best_models(model.begun(*starts.values()), rows[usable], together)
-        base = replace(best, starts=model.starts)
-        for _ in range(3 * bool(starts and best.rule.warm_up)):  # by all later intervals
-            for index in starts:
-                others = (time for other, time in starts.items() if other != index)
-                trial = replace(base.begun(*others), value=best.value)
-                starts[index] = _locate_start(trial, rows[usable], rows[[index]])
-            best, _ = rows[usable].fit(base.begun(*starts.values()))
-        found = {} if is_last else _find_restarts(best, rows, [i for i in usable if not notes[i]])
-        if begin is not None and begin not in starts:
-            found[begin] = _locate_start(best, rows[[begin]], rows[[begin]])
-        starts |= found
-        for index, time in starts.items():
-            notes[index] = (
-                f"{'begins' if index in (0, begin) else 'began again'} near step {time:,.0f}"
-            )
-        if not found:
-            break
-    return [best, *rivals], together, starts
-
-
-def _find_restarts(model: Model, rows: Intervals, usable: Sequence[int]) -> dict[int, float]:
-    """Return the times at which the average restarted from the weights, by interval."""
-    restarts: dict[int, float] = {}
-    if (model.is_power and model.claimed) or len(usable) < 3:
-        return restarts
-    kept = np.exp(model.forgotten(rows.begin) - model.forgotten(rows.end))
-    for index in usable:
-        row = rows[[index]]
-        own, limit = row.shares(row.fit(model)[0])[0], _CLEARLY * row.shares(model)[0]
-        # either another decay or a restart explains the interval
-        if kept[index] >= _SHORTEST and own < limit:
-            time = _locate_start(model, row, row)
-            if row.shares(model.begun(time))[0] < min(limit, 1.5 * own):
-                restarts[index] = time
-    return restarts
-
-
-def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
-    """Return the time in one interval at which the average started from the weights, by the
-    residuals of `rows`."""
-    return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))[0]
+        verdict = "too long"
+        cause = f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    else:
+        verdict = "too short"
+        cause = f"{factors} times a step: once a microbatch, or by each of so many processes"
+    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
+    return verdict, f"{text}; as if updated {cause}"
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
@@ -331,27 +453,28 @@ def _interval(row: Intervals, model: Model, note: str) -> Interval:
     One interval may be explained by several values: its own is the one that the overall fit leads
     to.
     """
-    (begin,), (end,) = row.begin.tolist(), row.end.tolist()
-
-    def as_plain(model: Model) -> Model:
-        if model.is_power:
-            return replace(model, starts=(0.0,))
-        began = replace(
-            model, starts=tuple(start for start in model.starts if start <= begin) or (begin,)
-        )
-        lost = float(np.diff(began.forgotten(np.array([begin, end])))[0])
-        return Model(CONSTANT, value=lost / (end - begin), every=model.every)
-
-    plain = as_plain(model)
-    found = row.fit(plain, plain.value)[0].length if row.gram[..., 2, 2].any() else None
-    claimed = (
-        None if model.claimed is None else as_plain(replace(model, value=model.claimed)).length
-    )
+    begin = float(row.begin[0])
+    end = float(row.end[0])
+    plain = _as_plain(model, begin, end)
+    found = row.fit(plain, plain.value).length if row.gram[..., 2, 2].any() else None
+    claimed = None
+    if model.claimed is not None:
+        claimed = _as_plain(replace(model, value=model.claimed), begin, end).length
     moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
-    unexplained = (
-        math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved) if moved > 0 else None
-    )
+    unexplained = None
+    if moved > 0:
+        unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved)
     return Interval(begin, end, found, claimed, unexplained, note)
+
+
+def _as_plain(model: Model, begin: float, end: float) -> Model:
+    """Return a model that forgets as much in an interval, but evenly."""
+    if model.is_power:
+        return replace(model, starts=(0.0,))
+    starts = tuple(start for start in model.starts if start <= begin)
+    began = replace(model, starts=starts or (begin,))
+    before, after = began.forgotten(np.array([begin, end])).tolist()
+    return Model(value=max(after - before, 1e-12) / (end - begin), every=model.every)
 
 
 # --- sources
@@ -377,65 +500,87 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
 
 
 def audits_of(
-    checkpoints: Sequence[Any], claimed: float | None = None, every: int = 1
+    checkpoints: Sequence[Any],
+    claimed: float | None = None,
+    given: ImportSettings = UNSPECIFIED,
 ) -> Iterator[Audit]:
-    """Yield the audit of each average, by sigma_rel; `every` is the time between updates if nothing
-    says it."""
+    """Yield the audit of each average, by sigma_rel; `given` are the settings of an import."""
     weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
-    pairs = [
-        (weights[one.t], one)
-        for one in checkpoints
-        if not isinstance(one.profile, Point) and one.t in weights
-    ]
-    for width in sorted({one.sigma_rel for _, one in pairs}):
-        of_width = [pair for pair in pairs if pair[1].sigma_rel == width]
+    averages = [one for one in checkpoints if one.t in weights and one is not weights[one.t]]
+    for width in sorted({one.sigma_rel for one in averages}):
+        of_width = [one for one in averages if one.sigma_rel == width]
         if len(of_width) < 2:
             continue
-        averages = [one for _, one in of_width]
-        first, before = (
-            averages[0],
-            max((t for t in weights if t < averages[0].t), default=math.inf),
-        )
-        settings = getattr(first.profile, "settings", {"first": 0, "every": 0})
-        # Files without the average, then all with it: if nothing says that it began earlier, it
-        # began between them.
-        may_begin = (
-            first.updates
-            and first.updates.count is None
-            and settings["first"] - settings["every"] < before
-        )
-        if may_begin and len(averages) == sum(t > before for t in weights):
-            of_width.insert(0, (weights[before],) * 2)
-        model = _claim(averages, claimed, every)
-        yield _judge(
-            f"sigma_rel {width:g}" if width else "", *_read(of_width), model, averages[0].t_unit
-        )
+        pairs = [(weights[one.t], one) for one in of_width]
+        if (before := _last_before(of_width, weights)) is not None:
+            pairs.insert(0, (before, before))
+        claim = _claim(of_width, claimed, given)
+        rules = [claim.rule] if claim.claimed else _unsaid_rules(of_width[-1], given)
+        series, names = _read(pairs)
+        name = f"sigma_rel {width:g}" if width else ""
+        yield _judge(name, series, names, claim, rules, of_width[0].t_unit)
 
 
-def _claim(averages: Sequence[Checkpoint], claimed: float | None, every: float) -> Model:
+def _last_before(
+    averages: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]
+) -> Checkpoint | None:
+    """Return the last weights before an average that began between them and its first file.
+
+    So it is if it is in all later files, and nothing says that it began earlier.
+    """
+    first = averages[0]
+    earlier = [t for t in weights if t < first.t]
+    is_counted = first.updates is None or first.updates.count is not None
+    if not earlier or is_counted or not isinstance(first.profile, OrdinaryEMA):
+        return None
+    settings = first.profile.settings
+    if settings["first"] - settings["every"] >= max(earlier):
+        return None
+    later = sum(t > max(earlier) for t in weights)
+    return weights[max(earlier)] if len(averages) == later else None
+
+
+def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportSettings) -> Model:
     """Return the model that averages are claimed to follow, with the restarts that their settings
     say."""
+    newest = averages[-1]
     profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
-    width, settings = averages[-1].sigma_rel, profiles[-1].settings if profiles else {}
-    every = settings.get("every", 0.0 if width else every)
+    settings = profiles[-1].settings if profiles else {}
+    every = settings.get("every", 0.0 if newest.sigma_rel else given.update_every or 1)
     starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
     restarts = [
         start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t
     ]
     model = Model(every=every, starts=(starts[0], *restarts))
-    if width:
-        return replace(
-            model,
-            rule=DecayRule(UNLIMITED, POWER_FUNCTION),
-            claimed=gamma_from_sigma_rel(width) + 1,
-        )
-    if decay := claimed or averages[-1].decay:
-        names = {field.name for field in fields(DecayRule)} & settings.keys()
-        model = replace(
-            model, rule=DecayRule(**{name: settings[name] for name in names} | {"decay": decay})
-        )
-        return replace(model, claimed=1.0 if model.rises else -math.log(decay) / every)
-    return model
+    if newest.sigma_rel:
+        gamma = gamma_from_sigma_rel(newest.sigma_rel)
+        return replace(model, rule=DecayRule(warm_up=POWER_FUNCTION), claimed=gamma + 1)
+    decay = claimed or newest.decay
+    if not decay:
+        return model
+    rule = DecayRule(**{name: settings[name] for name in _FIELDS if name in settings})
+    rule = replace(rule, decay=decay, base=decay if rule.is_schedule else rule.base, before=0)
+    model = replace(model, rule=rule)
+    return replace(model, claimed=1.0 if model.changes else -math.log(decay) / every)
+
+
+def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
+    """Return the rules that an average of unknown decay may follow: the one that its file or the
+    settings say, else all."""
+    profile = newest.profile
+    every = given.update_every or 1
+    last = (given.steps or newest.t) / every
+    if not isinstance(profile, OrdinaryEMA):
+        return possible_rules(last)
+    rule = DecayRule(**{name: profile.settings[name] for name in _FIELDS})
+    is_said = given.ema_warmup is not None or bool(rule.warm_up)
+    if not is_said:
+        return possible_rules(last)
+    steps = rule.steps if rule.steps < math.inf else last
+    return [replace(rule, decay=UNLIMITED, copies=0, stride=1, before=0, steps=steps)]
+
+
+_FIELDS = tuple(field.name for field in fields(DecayRule))
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:
@@ -444,37 +589,41 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
 
     Raises NonFiniteError for nan or infinity.
     """
-    first = pairs[-1][1]
-    sizes = {
-        name: first.entries[name].size
-        for name in sorted(first.averages)
-        if first.entries[name].size
-    }
-    most, parts = _MOST_ELEMENTS // len(sizes), -(-_PIECES // len(sizes))
-    pieces = []
-    for name, size in sizes.items():
-        each = max(1, min(size, most) // parts)
-        starts = np.unique(np.linspace(0, size - each, min(parts, size)).astype(np.int64)).tolist()
-        pieces += [ElementRange(name, start, start + each) for start in starts]
-    ends = np.cumsum([piece.end - piece.begin for piece in pieces])
-    rows = np.empty((2, len(pairs), ends[-1]), np.float32)
+    pieces = _pieces(pairs[-1][1])
+    sizes = [piece.end - piece.begin for piece in pieces]
+    rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
-    for at, pair in enumerate(pairs):
-        for source, row in zip(pair, rows[:, at], strict=True):
-            with source:
-                held = [source.values(*piece) for piece in pieces]
-            for values, piece in zip(held, pieces, strict=True):
-                if not np.isfinite(values).all():
-                    raise NonFiniteError(
-                        source.path, f"tensor {piece.name!r}: holds nan or infinity"
-                    )
-            row[:] = np.concatenate(held)
-        dtypes = [source.entries[piece.name].dtype for piece in pieces]
-        rounding[at] = [
-            expected_rounding(values, dtype, "F32")
-            for values, dtype in zip(held, dtypes, strict=True)
-        ]
-    series = Series(
-        np.array([average.t for _, average in pairs]), np.split(rows, ends[:-1], axis=2), rounding
-    )
+    for at, (weights, average) in enumerate(pairs):
+        rows[0, at] = np.concatenate(_values(weights, pieces))
+        values = _values(average, pieces)
+        rows[1, at] = np.concatenate(values)
+        for column, (piece, part) in enumerate(zip(pieces, values, strict=True)):
+            dtype = average.entries[piece.name].dtype
+            rounding[at, column] = expected_rounding(part, dtype, "F32")
+    times = np.array([average.t for _, average in pairs])
+    series = Series(times, np.split(rows, np.cumsum(sizes)[:-1], axis=2), rounding)
     return series, [piece.name for piece in pieces]
+
+
+def _pieces(first: Checkpoint) -> list[ElementRange]:
+    """Return the ranges of elements that an audit reads, in the order of names."""
+    names = [name for name in sorted(first.averages) if first.entries[name].size]
+    most = _MOST_ELEMENTS // len(names)
+    parts = -(-_PIECES // len(names))
+    pieces = []
+    for name in names:
+        size = first.entries[name].size
+        count = min(parts, -(-size // _LEAST_ELEMENTS))
+        each = max(1, min(size, most) // count)
+        starts = np.unique(np.linspace(0, size - each, count).astype(np.int64))
+        pieces += [ElementRange(name, start, start + each) for start in starts.tolist()]
+    return pieces
+
+
+def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDArray[Any]]:
+    with source:
+        values = [source.values(*piece) for piece in pieces]
+    for part, piece in zip(values, pieces, strict=True):
+        if not np.isfinite(part).all():
+            raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")
+    return values

