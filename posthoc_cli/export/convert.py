@@ -23,8 +23,18 @@ from posthoc_cli.errors import (
     check_alone,
     shown,
 )
-from posthoc_cli.export.layouts import OutputOptions, check_shape, files_of, layout_of, nbytes
-from posthoc_cli.export.writing import Output, write_outputs
+from posthoc_cli.export.layouts import (
+    Arrangement,
+    Copied,
+    OutputOptions,
+    arranged,
+    check_ending,
+    check_shape,
+    layout_of,
+    nbytes,
+)
+from posthoc_cli.export.like import Like
+from posthoc_cli.export.writing import write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
@@ -43,10 +53,14 @@ class ExportReport:
     from_base: int  # the number of tensors that came from the base
     nbytes: int
     seconds: float
+    copied: Copied | None = None  # the checkpoint that it is a copy of
 
     def to_dict(self) -> dict[str, Any]:
         counts = {"tensors": self.tensors, "from_base": self.from_base, "bytes": self.nbytes}
-        return {"output": str(self.output), **counts, "seconds": self.seconds}
+        report = {"output": str(self.output), **counts, "seconds": self.seconds}
+        if self.copied is not None:
+            report["like"] = self.copied.to_dict()
+        return report
 
 
 def export_file(
@@ -61,6 +75,7 @@ def export_file(
     max_shard_size: str | None = None,
     weights: bool = False,
     average: str | None = None,
+    like: Path | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
     """Write a model in another layout; only "pt" and "dcp" need memory for all tensors.
@@ -78,62 +93,78 @@ def export_file(
             they are compared with those in `base`.
         overwrite: replace an existing output.
         max_shard_size: largest size of a shard, such as "5GB", which is the default.
-        weights: of a training's checkpoint take the raw weights, not the average.
+        weights: of a training's checkpoint take the raw weights, not the average; with `like`,
+            replace its weights.
         average: the key or prefix of the average in a training's checkpoint, or a glob of it, if no
-            word says it.
+            word says it; with `like`, that of the tensors to replace.
+        like: a checkpoint or model folder, which the output is a copy of, but for the tensors of
+            its average, or if it has none of its weights.
         progress: opens a progress bar of the bytes to write.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError,
         NonFiniteError.
     """
-    started, wanted = time.perf_counter(), parse_dtype(dtype)
+    started = time.perf_counter()
+    wanted = parse_dtype(dtype)
     check_alone(weights=weights, average=average)
-    options = OutputOptions(layout=layout, overwrite=overwrite, max_shard_size=max_shard_size)
-    layout = layout_of(out, layout)
+    check_alone(base=base, like=like)
+    options = OutputOptions(
+        layout=layout, overwrite=overwrite, max_shard_size=max_shard_size, like=like
+    )
+    options.check_like(dtype)
+    check_ending(out, options)
     files.check_parent("out", out)
     content: dict[str, Any] = {"format": FORMAT}
     with ExitStack() as stack:
-        if average is not None or _is_checkpoint(source):
-            tensors, info = (
-                _of_source(stack.enter_context(stored_in(source, weights, average))),
-                None,
-            )
-        elif weights:
-            raise InvalidValueError(
-                "weights", f"is for a training's checkpoint, and {source.name} is none"
-            )
-        else:
-            tensors, info = _read_model(stack, source)
-        renamed = {
-            prefix + name.removeprefix(strip_prefix): tensor for name, tensor in tensors.items()
-        }
-        is_used = not strip_prefix or any(name.startswith(strip_prefix) for name in tensors)
-        if not is_used or len(renamed) < len(tensors):
-            reason = (
-                f"must begin a name, and make no two alike; the first is "
-                f"{min(tensors, default='')!r}"
-            )
-            raise InvalidValueError("strip_prefix", reason, value=f"{strip_prefix!r}")
-        tensors, own = renamed, len(renamed)
+        chosen = (False, None) if like is not None else (weights, average)
+        tensors, info = _read_source(stack, source, *chosen)
+        tensors = _renamed(tensors, prefix, strip_prefix)
+        own = len(tensors)
         if base is not None:
             tensors |= _read_base(stack, base, tensors)
         entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
         if info is not None:
             copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
             content = replace(info, copies=copies).encoded()
-        parts, others = files_of(layout, entries, options)
+        if like is not None:
+            arrangement = _arranged_like(Like.find(like, tensors, weights, average), tensors)
+            entries = dict(arrangement.parts[""])
+            own = len(entries)
+        else:
+            arrangement = arranged(layout_of(out, layout), entries, options)
         advance = stack.enter_context(progress("exporting", nbytes(entries)))
 
-        def fill(outputs: Sequence[Output], in_file: Mapping[str, Entry]) -> None:
+        def fill(outputs: Sequence[Any], in_file: Mapping[str, Entry]) -> None:
             for name, entry in in_file.items():
-                outputs[0].write(name, tensors[name].read(entry.dtype))
+                outputs[0].write_tensor(name, tensors[name].read(entry.dtype))
                 advance(entry.nbytes)
 
-        write_outputs([out], layout, parts, [content], fill, others, overwrite)
-    return ExportReport(
-        out, len(entries), len(entries) - own, nbytes(entries), time.perf_counter() - started
-    )
+        write_outputs([out], arrangement, [content], fill, overwrite)
+    seconds = time.perf_counter() - started
+    added = len(entries) - own
+    return ExportReport(out, len(entries), added, nbytes(entries), seconds, arrangement.copied)
+
+
+def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
+    entries = {name: tensor.own for name, tensor in tensors.items()}
+    averages = [name for name, tensor in tensors.items() if tensor.role in ("average", "other")]
+
+    def are_equal(one: str, other: str) -> bool:
+        dtype = tensors[one].own.dtype
+        return torch.equal(tensors[one].read(dtype), tensors[other].read(dtype))
+
+    return like.arranged(entries, {name: [name] for name in tensors}, averages, are_equal)
+
+
+def _renamed(tensors: _Tensors, prefix: str, strip_prefix: str) -> _Tensors:
+    renamed = {prefix + name.removeprefix(strip_prefix): each for name, each in tensors.items()}
+    is_used = not strip_prefix or any(name.startswith(strip_prefix) for name in tensors)
+    if not is_used or len(renamed) < len(tensors):
+        first = repr(min(tensors, default=""))
+        reason = f"must begin a name, and make no two alike; the first is {first}"
+        raise InvalidValueError("strip_prefix", reason, value=repr(strip_prefix))
+    return renamed
 
 
 class _Tensor(NamedTuple):
@@ -165,6 +196,19 @@ class _Tensor(NamedTuple):
 
 
 _Tensors = dict[str, _Tensor]
+
+
+def _read_source(
+    stack: ExitStack, source: Path, weights: bool, average: str | None
+) -> tuple[_Tensors, OutputInfo | None]:
+    """Return the tensors of the model or of the training's checkpoint to export; see
+    `_read_model`."""
+    if average is not None or _is_checkpoint(source):
+        return _of_source(stack.enter_context(stored_in(source, weights, average))), None
+    if weights:
+        reason = f"is for a training's checkpoint, and {source.name} is none"
+        raise InvalidValueError("weights", reason)
+    return _read_model(stack, source)
 
 
 def _is_checkpoint(source: Path) -> bool:
