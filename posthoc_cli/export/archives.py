@@ -1,39 +1,30 @@
 """The checksums in the zip archives that `torch.save` writes, for changes of members in place.
 
-A file holds one archive, or several end to end (torch.distributed.checkpoint). An archive is
-
-    for each member a local header of 30 bytes, name and extra field; the content; and, if bit 3 of
-        its flags is set, a descriptor, which begins with a signature and the CRC-32 of the content
-    for each member an entry of the central directory: 46 bytes, name, extra field and comment
-    in newer ones a record of 56 bytes and its locator of 20, for sizes of 64 bits
-    the end, of 22 bytes
-
-Without a descriptor the CRC-32 is in the local header; it is always in the entry, too. torch's
-`.data/serialization_id`, a hash of all of them, identifies what was saved, and stays.
+A file is one archive, or several end to end (torch.distributed.checkpoint). The CRC-32 of a member
+is in its entry in the central directory, at the end of the archive, and either in the descriptor
+after its content, if bit 3 of its flags is set, or in the local header before it. torch's
+`.data/serialization_id`, a hash of all of them, says which save a file is of, and stays.
 """
 
 from __future__ import annotations
 
+import io
 import struct
+import zipfile
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.tensorfile import OpenedFile
 
-_LOCAL = struct.Struct("<4s2xH18xHH")  # signature, flags, lengths of name and extra field
-# signature, size, lengths of name, extra field and comment, place of the local header
-_ENTRY = struct.Struct("<4s20xL3H8xL")
-_RECORD = struct.Struct("<4s36xQQ")  # signature, size and place of the central directory
-_END = struct.Struct("<4s8xLL2x")  # the same
-_LOCATOR_BYTES = 20
+_LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _LOCAL_CRC = 14
-_ENTRY_CRC = 16
 _DESCRIPTOR_CRC = 4
+_ENTRY_CRC = 16
+_ENTRY_BYTES = 46  # of an entry of the central directory, without name, extra field and comment
 _HAS_DESCRIPTOR = 8
-_IN_EXTRA = 0xFFFFFFFF  # a size or place that takes 64 bits
-_EXTRA_64 = 1  # the kind of the extra field that holds these
+_IS_UTF8 = 0x800
 
 
 class Member(NamedTuple):
@@ -41,13 +32,7 @@ class Member(NamedTuple):
 
     begin: int
     end: int
-    checksums: tuple[int, ...]
-
-
-class _Entry(NamedTuple):
-    header: int  # the place of the local header
-    size: int
-    checksum: int
+    checksums: tuple[int, int]
 
 
 def is_archive(file: OpenedFile) -> bool:
@@ -55,83 +40,71 @@ def is_archive(file: OpenedFile) -> bool:
     return file.read_at(4, 0) == b"PK\3\4"
 
 
-def members_at(file: OpenedFile, places: Iterable[int]) -> list[Member]:
+def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     """Return the members that hold the bytes at these places of a file of archives."""
-    left = sorted(set(places))
-    members = dict[int, Member]()
+    left = sorted(places)
+    members = set[Member]()
     end = file.size
-    while left:
-        begin, entries = _read_directory(file, end)
-        _require(file, bool(entries))
-        while left and left[-1] >= begin:
-            place = left.pop()
-            entry = entries[bisect_right(entries, (place,)) - 1]
-            if entry.header not in members:
-                members[entry.header] = _member(file, entry)
-            found = members[entry.header]
-            _require(file, found.begin <= place < found.end)
-        end = begin
-    return [*members.values()]
-
-
-def _require(file: OpenedFile, is_right: bool) -> None:
-    if not is_right:
+    try:
+        while left:
+            archive = zipfile.ZipFile(io.BufferedReader(_Beginning(file, end)))
+            entries = _entries(archive)
+            headers = sorted(entries)
+            end = headers[0]
+            while left and left[-1] >= end:
+                place = left.pop()
+                header = headers[bisect_right(headers, place) - 1]
+                members.add(_member(file, *entries[header], place))
+    except (zipfile.BadZipFile, ValueError, LookupError, struct.error) as error:
         reason = "its tensors cannot be replaced in place: not an archive as torch.save writes it"
-        raise FileFormatError(file.path, reason)
+        raise FileFormatError(file.path, reason) from error
+    return members
 
 
-def _read_directory(file: OpenedFile, end: int) -> tuple[int, list[_Entry]]:
-    """Return where the archive begins that ends at `end`, and its entries by their places."""
-    at = end - _END.size
-    _require(file, at >= 0)
-    signature, size, place = _END.unpack(file.read_at(_END.size, at))
-    _require(file, signature == b"PK\5\6")
-    record = at - _LOCATOR_BYTES - _RECORD.size
-    if record >= 0:
-        start, *of_record = _RECORD.unpack(file.read_at(_RECORD.size, record))
-        if start == b"PK\6\6":
-            size, place = of_record
-            at = record
-    begin = at - size - place
-    _require(file, begin >= 0)
-    return begin, sorted(_read_entries(file, begin, begin + place, size))
+def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
+    """Return members, and the places of their entries, by the places of their local headers."""
+    entries = dict[int, tuple[zipfile.ZipInfo, int]]()
+    at = archive.start_dir
+    for info in archive.infolist():
+        entries[info.header_offset] = info, at
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _IS_UTF8 else "cp437")
+        at += _ENTRY_BYTES + len(name) + len(info.extra) + len(info.comment)
+    return entries
 
 
-def _read_entries(file: OpenedFile, begin: int, place: int, size: int) -> Iterable[_Entry]:
-    directory = file.read_at(size, place)
-    at = 0
-    while at < size:
-        _require(file, at + _ENTRY.size <= len(directory))
-        signature, nbytes, *lengths, header = _ENTRY.unpack_from(directory, at)
-        _require(file, signature == b"PK\1\2")
-        extra = at + _ENTRY.size + lengths[0]
-        wide = _wide_numbers(directory[extra : extra + lengths[1]])
-        if nbytes == _IN_EXTRA:
-            nbytes = wide[0]
-        if header == _IN_EXTRA:
-            header = wide[-1]
-        yield _Entry(begin + header, nbytes, place + at + _ENTRY_CRC)
-        at += _ENTRY.size + sum(lengths)
-
-
-def _wide_numbers(extra: bytes) -> tuple[int, ...]:
-    """Return the numbers of 64 bits in an extra field: the size first, the place last."""
-    while len(extra) >= 4:
-        kind, length = struct.unpack_from("<2H", extra)
-        if kind == _EXTRA_64 and length >= 8:
-            return struct.unpack_from(f"<{length // 8}Q", extra, 4)
-        extra = extra[4 + length :]
-    return (_IN_EXTRA,)
-
-
-def _member(file: OpenedFile, entry: _Entry) -> Member:
-    _require(file, entry.header + _LOCAL.size <= file.size)
-    signature, flags, *lengths = _LOCAL.unpack(file.read_at(_LOCAL.size, entry.header))
-    _require(file, signature == b"PK\3\4")
-    begin = entry.header + _LOCAL.size + sum(lengths)
-    end = begin + entry.size
-    checksum = entry.header + _LOCAL_CRC
-    if flags & _HAS_DESCRIPTOR:
-        _require(file, file.read_at(4, end) == b"PK\7\x08")
+def _member(file: OpenedFile, info: zipfile.ZipInfo, entry: int, place: int) -> Member:
+    header = info.header_offset
+    _, *lengths = _LOCAL.unpack(file.read_at(_LOCAL.size, header))
+    begin = header + _LOCAL.size + sum(lengths)
+    end = begin + info.file_size
+    checksum = header + _LOCAL_CRC
+    if info.flag_bits & _HAS_DESCRIPTOR:
         checksum = end + _DESCRIPTOR_CRC
-    return Member(begin, end, (checksum, entry.checksum))
+    if not begin <= place < end:
+        raise ValueError("a tensor is outside the members")
+    return Member(begin, end, (checksum, entry + _ENTRY_CRC))
+
+
+class _Beginning(io.RawIOBase):
+    """A file up to some place, as a standard stream."""
+
+    def __init__(self, file: OpenedFile, end: int) -> None:
+        self._file = file
+        self._end = end
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = readable
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}
+        self._at = max(0, starts[whence] + offset)
+        return self._at
+
+    def readinto(self, view: Any) -> int:
+        count = max(0, self._end - self._at)
+        count = self._file.read_into(memoryview(view)[:count], self._at)
+        self._at += count
+        return count

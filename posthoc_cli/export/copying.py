@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,20 +39,38 @@ _BLOCK = 4 << 20  # bytes copied at a time: enough that calls cost nothing next 
 class Chunk(NamedTuple):
     """A box of a tensor, and its place in a file."""
 
+    name: str
     path: Path
-    stamp: tuple[int, int | str]
+    stamp: tuple[int, int | str]  # that of the file when its index was read
     entry: Entry
     box: Box
 
     @property
+    def begin(self) -> int:
+        return self.entry.begin
+
+    @property
     def end(self) -> int:
         """The place in the file after the last byte."""
-        entry = self.entry
-        count = entry.size
-        if entry.strides:
-            steps = zip(entry.shape, entry.strides, strict=True)
-            count = 1 + sum((size - 1) * step for size, step in steps)
-        return entry.begin + count * ITEM_BYTES[entry.dtype]
+        strides = self.entry.strides
+        if not strides:
+            return self.begin + self.entry.nbytes
+        last = sum((size - 1) * step for size, step in zip(self.box.shape, strides, strict=True))
+        return self.begin + (1 + last) * ITEM_BYTES[self.entry.dtype]
+
+    def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
+        item = ITEM_BYTES[self.entry.dtype]
+        strides = self.entry.strides or row_major(self.box.shape)
+        steps = [item * step for step in strides]
+        return as_strided(data, (*self.box.shape, item), (*steps, 1))
+
+
+class Placed(NamedTuple):
+    """The dtype and shape of a tensor of a checkpoint, and its chunks."""
+
+    entry: Entry
+    chunks: list[Chunk]
 
 
 def chunks_of(source: Source) -> dict[str, list[Chunk]]:
@@ -61,67 +79,44 @@ def chunks_of(source: Source) -> dict[str, list[Chunk]]:
     for file in source.files:
         for name, entry in file.entries.items():
             box = file.box(name)
-            if box is not None:
-                chunks.setdefault(name, []).append(Chunk(file.path, file.stamp, entry, box))
+            assert box is not None, "each entry has one"
+            chunk = Chunk(name, file.path, file.stamp, entry, box)
+            chunks.setdefault(name, []).append(chunk)
     return chunks
 
 
-def check_apart(places: Mapping[str, Placed]) -> None:
-    """Raise a MismatchError if two tensors have an element in common."""
-    by_file = dict[Path, list[tuple[Chunk, str]]]()
-    for name, placed in places.items():
-        for chunk in placed.chunks:
-            if chunk.entry.size:
-                by_file.setdefault(chunk.path, []).append((chunk, name))
-    for path, found in by_file.items():
-        reaching = list[tuple[Chunk, str]]()
-        for chunk, name in sorted(found, key=lambda item: item[0].entry.begin):
-            reaching = [item for item in reaching if item[0].end > chunk.entry.begin]
-            for before, other in reaching:
-                if _share_bytes(before, chunk):
-                    reason = f"tensors {shown(other)} and {shown(name)} have bytes in common"
-                    raise MismatchError(path, reason, "and would get different values")
-            reaching.append((chunk, name))
-
-
-def _share_bytes(before: Chunk, after: Chunk) -> bool:
-    """Return whether two chunks that reach over the same bytes share some; those with strides may
-    only interleave."""
-    if not (before.entry.strides or after.entry.strides):
-        return True
-    reached = np.zeros(max(before.end, after.end) - before.entry.begin, bool)
-    _bytes_of(before, reached)[...] = True
-    return bool(_bytes_of(after, reached[after.entry.begin - before.entry.begin :]).any())
-
-
-def _bytes_of(chunk: Chunk, reached: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return the view of a chunk's bytes in an array that begins where the chunk does."""
-    item = ITEM_BYTES[chunk.entry.dtype]
-    steps = [item * step for step in chunk.entry.strides or row_major(chunk.entry.shape)]
-    return as_strided(reached, (*chunk.entry.shape, item), (*steps, 1))
-
-
-class _Collected:
-    """The bytes of a chunk in row-major order."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.data = np.empty(nbytes, np.uint8)
-        self.left = nbytes
+def _check_apart(chunks: Sequence[Chunk]) -> None:
+    """Raise a MismatchError if two chunks of a file, by their places, have bytes in common."""
+    reaching = list[Chunk]()
+    for chunk in chunks:
+        reaching = [before for before in reaching if before.end > chunk.begin]
+        for before in reaching:
+            # those with strides may only interleave
+            reached = np.zeros(max(before.end, chunk.end) - before.begin, bool)
+            before.view(reached)[...] = True
+            if chunk.view(reached[chunk.begin - before.begin :]).any():
+                reason = (
+                    f"tensors {shown(before.name)} and {shown(chunk.name)} have bytes in common"
+                )
+                raise MismatchError(chunk.path, reason, "and would get different values")
+        reaching.append(chunk)
 
 
 class CopiedFile:
     """A copy of a file, which is absent or complete, see `files.PendingFile`.
 
     The bytes of the chunks are not copied; each must be written once. Raises FileFormatError if
-    the file was changed since its index was read.
+    the file was changed since its index was read, and MismatchError if chunks overlap.
     """
 
     def __init__(self, path: Path, chunks: Sequence[Chunk], out: Path, overwrite: bool) -> None:
-        self._chunks = chunks
+        filled = [chunk for chunk in chunks if chunk.entry.size]
         self._path = path
-        self._collected = dict[int, _Collected]()
-        self._members = list[Member]()
+        self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
+        self._members = set[Member]()
+        self._collected = dict[Chunk, _Collected]()
         self._lock = threading.Lock()
+        _check_apart(self._chunks)
         self._file = files.PendingFile(out, overwrite)
 
     def __enter__(self) -> CopiedFile:
@@ -138,8 +133,7 @@ class CopiedFile:
             for begin, end in self._gaps(source.size):
                 self._copy_range(source, begin, end)
             if is_archive(source):
-                filled = (chunk.entry.begin for chunk in self._chunks if chunk.entry.size)
-                self._members = members_at(source, filled)
+                self._members = members_at(source, [chunk.begin for chunk in self._chunks])
             self._check(source, "changed while it was being read")
 
     def _check(self, source: OpenedFile, problem: str) -> None:
@@ -148,45 +142,34 @@ class CopiedFile:
 
     def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
         begin = 0
-        plain = [chunk for chunk in self._chunks if not chunk.entry.strides]
-        for chunk in sorted(plain, key=lambda chunk: chunk.entry.begin):
-            yield begin, chunk.entry.begin
-            begin = chunk.end
+        for chunk in self._chunks:
+            if not chunk.entry.strides:
+                yield begin, chunk.begin
+                begin = chunk.end
         yield begin, size
 
     def _copy_range(self, source: OpenedFile, begin: int, end: int) -> None:
-        room = memoryview(bytearray(min(_BLOCK, end - begin)))
         for at in range(begin, end, _BLOCK):
-            view = room[: end - at]
-            if source.read_into(view, at) < len(view):
-                raise FileFormatError(self._path, "became shorter while it was read")
-            self._file.write_at(view, at)
+            data = source.read_at(min(_BLOCK, end - at), at)
+            self._file.write_at(data, at)
 
     def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:
         """Write bytes of a chunk in row-major order, from byte `begin` on."""
-        entry = chunk.entry
         with self._lock:  # the bytes between those of a strided chunk are read and written back
-            if not entry.strides:
-                self._file.write_at(data, entry.begin + begin)
+            if not chunk.entry.strides:
+                self._file.write_at(data, chunk.begin + begin)
                 return
-            if entry.begin not in self._collected:
-                self._collected[entry.begin] = _Collected(entry.nbytes)
-            collected = self._collected[entry.begin]
-            collected.data[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
-            collected.left -= len(data)
+            if chunk not in self._collected:
+                self._collected[chunk] = _Collected(chunk.entry.nbytes)
+            collected = self._collected[chunk]
+            collected.add(data, begin)
             if not collected.left:
-                del self._collected[entry.begin]
-                self._write_strided(chunk, collected.data)
-
-    def _write_strided(self, chunk: Chunk, data: npt.NDArray[np.uint8]) -> None:
-        entry = chunk.entry
-        dtype = items(entry.dtype)
-        stored = np.empty(chunk.end - entry.begin, np.uint8)
-        self._read(stored.data, entry.begin)
-        steps = [dtype.itemsize * step for step in entry.strides]
-        values = data.view(dtype).reshape(entry.shape)
-        as_strided(stored.view(dtype), entry.shape, steps)[...] = values
-        self._file.write_at(stored.data, entry.begin)
+                stored = np.empty(chunk.end - chunk.begin, np.uint8)
+                self._read(stored.data, chunk.begin)
+                view = chunk.view(stored)
+                view[...] = collected.data.reshape(view.shape)
+                self._file.write_at(stored.data, chunk.begin)
+                del self._collected[chunk]
 
     def _read(self, view: memoryview, offset: int) -> None:
         """Read what was written."""
@@ -212,11 +195,16 @@ class CopiedFile:
         self._file.publish()
 
 
-class Placed(NamedTuple):
-    """The dtype and shape of a tensor of a checkpoint, and its chunks."""
+class _Collected:
+    """The bytes of a chunk in row-major order."""
 
-    entry: Entry
-    chunks: list[Chunk]
+    def __init__(self, nbytes: int) -> None:
+        self.data = np.empty(nbytes, np.uint8)
+        self.left = nbytes
+
+    def add(self, data: memoryview, begin: int) -> None:
+        self.data[begin : begin + len(data)] = data
+        self.left -= len(data)
 
 
 class Copy(FileOutput):
@@ -237,13 +225,13 @@ class Copy(FileOutput):
     ) -> None:
         self._places = places
         self._files = dict[Path, CopiedFile]()
-        by_file: dict[Path, list[Chunk]] = {path: [] for path in paths}
+        chunks: dict[Path, list[Chunk]] = {path: [] for path in paths}
         for placed in places.values():
             for chunk in placed.chunks:
-                by_file[chunk.path].append(chunk)
-        for path, chunks in by_file.items():
-            files.make_directory(paths[path].parent)
-            file = stack.enter_context(CopiedFile(path, chunks, paths[path], overwrite))
+                chunks[chunk.path].append(chunk)
+        for path, out in paths.items():
+            files.make_directory(out.parent)
+            file = stack.enter_context(CopiedFile(path, chunks[path], out, overwrite))
             file.copy()
             self._files[path] = file
 
@@ -252,25 +240,22 @@ class Copy(FileOutput):
             return
         entry, chunks = self._places[name]
         whole = Box.full(entry.shape)
-        for chunk in chunks:
-            if chunk.box == whole:
-                self._files[chunk.path].write(chunk, data, begin)
-            else:
-                self._put_parts(chunk, entry, data, begin // ITEM_BYTES[entry.dtype])
-
-    def _put_parts(self, chunk: Chunk, entry: Entry, data: memoryview, first: int) -> None:
-        """Write the elements that a chunk has of those from `first` on of its tensor."""
-        whole = Box.full(entry.shape)
         item = ITEM_BYTES[entry.dtype]
+        first = begin // item
         values = np.frombuffer(data, items(entry.dtype))
         steps = [item * step for step in row_major(entry.shape)]
-        for piece in boxes_of_range(whole, first, first + values.size):
-            part = chunk.box.intersection(piece)
-            if part.size:
-                begin, _ = whole.span(part)
-                cut = np.ascontiguousarray(as_strided(values[begin - first :], part.shape, steps))
-                at, _ = chunk.box.span(part)  # in a row: `piece` is complete in its last axes
-                self._files[chunk.path].write(chunk, cut.reshape(-1).view(np.uint8).data, at * item)
+        for chunk in chunks:
+            file = self._files[chunk.path]
+            if chunk.box == whole:
+                file.write(chunk, data, begin)
+                continue
+            for piece in boxes_of_range(whole, first, first + values.size):
+                part = chunk.box.intersection(piece)
+                if part.size:
+                    start, _ = whole.span(part)
+                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
+                    view = as_strided(values[start - first :], part.shape, steps)
+                    file.write(chunk, memoryview(view.tobytes()), at * item)
 
     def complete(self) -> None:
         for file in self._files.values():

@@ -17,7 +17,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
-from posthoc_cli.export.copying import Chunk, Placed, check_apart, chunks_of
+from posthoc_cli.export.copying import Chunk, Placed, chunks_of
 from posthoc_cli.export.layouts import INDEX_ENDING, Arrangement, Copied, check_shape
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source
@@ -45,15 +45,10 @@ class Like:
     place: Path  # of the model: the path itself, or the component of a pipeline
     source: Source  # the set
     word: str  # what it is: "average" or "weights"
-    chunks: Mapping[str, list[Chunk]]  # of the set, by stored name
 
     @classmethod
     def find(
-        cls,
-        like: Path | str,
-        tensors: Iterable[str],
-        weights: bool = False,
-        average: str | None = None,
+        cls, like: Path | str, tensors: Iterable[str], weights: bool, average: str | None
     ) -> Like:
         """Return the average of a checkpoint, or if it has none its weights; of a pipeline, that of
         the only component that has some of these tensors.
@@ -67,22 +62,32 @@ class Like:
         if not path.exists():
             raise InvalidValueError("like", "no such file or folder", value=path)
         place = _component(path, set(tensors))
-        word = "weights"
-        if weights or average is not None:
-            source: Source = stored_in(place, weights, average)
+        if weights:
+            found = cls(path, place, stored_in(place, True), "weights")
+        elif average is not None:
+            found = cls(path, place, stored_in(place, average=average), "average")
         else:
-            source, weights = _default_set(place)
-        found = chunks_of(source)
-        if not weights:
-            word = "average"
-            found = _own_chunks(found, place)
-        made = cls(path, place, source, word, found)
-        made._check_files()
-        return made
+            found = cls(path, place, *_default_set(place))
+        found._check_files()
+        return found
 
-    @property
-    def is_folder(self) -> bool:
-        return self.path.is_dir()
+    @cached_property
+    def chunks(self) -> dict[str, list[Chunk]]:
+        """The chunks of the set, by stored name; without those of the weights that complete an
+        average."""
+        chunks = chunks_of(self.source)
+        if self.word == "weights":
+            return chunks
+        try:
+            weights = chunks_of(stored_in(self.place, weights=True))
+        except FileFormatError:  # which of its tensors are the weights is unclear
+            return chunks
+        places = {(chunk.path, chunk.begin) for found in weights.values() for chunk in found}
+        own = dict[str, list[Chunk]]()
+        for name, found in chunks.items():
+            if (found[0].path, found[0].begin) not in places:
+                own[name] = found
+        return own or chunks
 
     @property
     def dtype(self) -> str | None:
@@ -92,16 +97,17 @@ class Like:
         words = [DTYPES[dtype].torch_name for dtype in dtypes]
         return words[0] if len(words) == 1 and words[0] in WORDS else None
 
-    @property
-    def _files(self) -> dict[Path, str]:
-        """The files of the model, with their paths in the folder."""
-        if not self.is_folder:
-            return {self.path: ""}
-        paths = sorted({file.path for file in self.source.files})
-        return {path: str(path.relative_to(self.path)) for path in paths}
+    # --- files
 
     @cached_property
-    def _beside(self) -> tuple[dict[str, Path], tuple[str, ...]]:
+    def files(self) -> dict[Path, str]:
+        """The files of the model, with their paths in the folder."""
+        if not self.path.is_dir():
+            return {self.path: ""}
+        return {file.path: str(file.path.relative_to(self.path)) for file in self.source.files}
+
+    @cached_property
+    def beside(self) -> tuple[dict[str, Path], list[str]]:
         """The other files of a folder to copy, by their paths in it, and what is left out."""
         copied = dict[str, Path]()
         left_out = list[str]()
@@ -111,47 +117,47 @@ class Like:
             for entry in entries:
                 name = str(entry.relative_to(self.path))
                 is_folder = entry.is_dir() and not entry.is_symlink()
-                if self._is_left_out(entry, is_folder):
+                if is_folder and self._is_other(entry) or self._is_stale(entry):
                     left_out.append(name)
-                elif not is_folder:
-                    copied[name] = entry
-                elif not entry.name.startswith("."):
+                elif is_folder and not entry.name.startswith("."):
                     folders.append(entry.name)
-        for name in self._files.values():
-            copied.pop(name, None)
-        return copied, tuple(left_out)
+                elif not is_folder and entry not in self.files:
+                    copied[name] = entry
+        return copied, left_out
 
-    def _is_left_out(self, entry: Path, is_folder: bool) -> bool:
-        if is_folder:
-            is_other = _OTHER_FOLDERS.fullmatch(entry.name) is not None
-            return is_other and entry not in (self.place, *self.place.parents)
-        if entry.parent != self.place or entry in self._files or not _MODEL.fullmatch(entry.name):
-            return False
-        names = [path.name for path in self._files if _MODEL.fullmatch(path.name)]
-        indices = {f"{Path(name).suffix}{INDEX_ENDING}" for name in names}
-        return bool(names) and not entry.name.endswith(tuple(indices))
+    def _is_other(self, folder: Path) -> bool:
+        holds_model = folder in (self.place, *self.place.parents)
+        return not holds_model and _OTHER_FOLDERS.fullmatch(folder.name) is not None
+
+    def _is_stale(self, file: Path) -> bool:
+        """Return whether a file holds the weights, too, and not as the model's other files do."""
+        endings = {path.suffix for path in self.files if _MODEL.fullmatch(path.name)}
+        is_weights = file.parent == self.place and _MODEL.fullmatch(file.name) is not None
+        is_index = file.name.endswith(tuple(f"{ending}{INDEX_ENDING}" for ending in endings))
+        return is_weights and bool(endings) and not is_index and file not in self.files
 
     def _check_files(self) -> None:
-        for path in {chunk.path for chunks in self.chunks.values() for chunk in chunks}:
-            if not self.is_folder and path != self.path:
+        for path in {file.path for file in self.source.files}:
+            if not path.is_relative_to(self.path):
                 reason = f"the tensors to replace are in {path}: name that file"
                 raise InvalidValueError("like", reason, value=self.path)
             if path.suffix == SUFFIX and read_file(path).kind is not None:
                 reason = f"{path.name} was written by this package, with checksums"
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
-        if not self.is_folder:
-            return
-        for path in (*self._beside[0].values(), *self._files):
-            if not _is_own(path, self.path):
-                name = path.relative_to(self.path)
-                reason = f"{name} is not a file of this folder, or leads out of it"
-                hint = "remove it, or put a copy of the file in its place"
-                raise InvalidValueError("like", reason, hint, value=self.path)
+        if self.path.is_dir():
+            for path in (*self.beside[0].values(), *self.files):
+                if not _is_own(path, self.path):
+                    name = path.relative_to(self.path)
+                    reason = f"{name} is not a file of this folder, or leads out of it"
+                    hint = "remove it, or put a copy of the file in its place"
+                    raise InvalidValueError("like", reason, hint, value=self.path)
+
+    # --- tensors
 
     def arranged(
         self,
-        entries: Mapping[str, Entry],
+        tensors: Mapping[str, Entry],
         names: Mapping[str, Sequence[str]],
         averages: Collection[str],
         are_equal: Callable[[str, str], bool],
@@ -159,90 +165,86 @@ class Like:
         """Return how an output with these tensors is laid out.
 
         Arguments:
-            entries: the shapes of the tensors.
             names: all names of each tensor.
             averages: the tensors that must be there, as floating-point numbers.
             are_equal: returns whether two tensors have the same values; they may then be tied.
 
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
-        two tensors that have bytes in common, or quantized weights.
+        two tensors that are one in it, or quantized weights.
         """
-        rename = self._renaming([names[name] for name in averages])
+        config = self.place / "config.json"
+        self._check_quantized(config.is_file() and b'"quantization_config"' in config.read_bytes())
+        old, new = self._beginnings([names[name] for name in averages])
         owners = dict[str, str]()
         places = dict[str, Placed]()
         for name, aliases in names.items():
-            stored = {self._stored(rename(alias)) for alias in aliases} & self.chunks.keys()
-            for one in sorted(stored):
-                owner = owners.setdefault(one, name)
+            known = {self._stored(_renamed(alias, old, new)) for alias in aliases}
+            for stored in sorted(known & self.chunks.keys()):
+                owner = owners.setdefault(stored, name)
                 if owner == name:
-                    self._place(places, name, one, entries[name], name in averages)
+                    self._check_quantized(
+                        name in averages and self.source.entries[stored].dtype not in EPS
+                    )
+                    self._place(places.setdefault, name, stored, tensors[name])
                 elif not are_equal(owner, name):
                     reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
                     raise MismatchError(self.place, reason, "and would get different values")
-        check_apart(places)
-        others, left_out = self._beside if self.is_folder else ({}, ())
         kept = tuple(name for name in self.chunks if name not in owners)
         parts = {"": {name: placed.entry for name, placed in places.items()}}
-        copied = Copied(self.path, self.word, kept, left_out, places, self._files)
-        return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
+        if not self.path.is_dir():
+            copied = Copied(self.path, self.word, kept, (), places, self.files)
+            return Arrangement("copy", parts, copied=copied)
+        others, left_out = self.beside
+        copied = Copied(self.path, self.word, kept, tuple(left_out), places, self.files)
+        return Arrangement("like", parts, others, copied)
+
+    def _check_quantized(self, is_quantized: bool) -> None:
+        if is_quantized:
+            reason = "its weights are quantized, as its quantization_config or their dtype says"
+            hint = "take a folder that the trained model itself was saved to"
+            raise MismatchError(self.place, reason, hint)
 
     def _stored(self, name: str) -> str:
         return self.source.aliases.get(name, name)
 
     def _place(
-        self, places: dict[str, Placed], name: str, stored: str, entry: Entry, is_average: bool
+        self, add: Callable[[str, Placed], Placed], name: str, stored: str, tensor: Entry
     ) -> None:
-        found = self.source.entries[stored]
-        path = self.chunks[stored][0].path
-        check_shape(path, stored, found.shape, entry.shape)
-        if is_average and found.dtype not in EPS:
-            self._refuse_quantized()
-        if (
-            not is_average
-            and found.dtype != entry.dtype
-            and not {found.dtype, entry.dtype} <= {*EPS}
-        ):
-            reason = f"tensor {shown(stored)} is {found.dtype}, and {entry.dtype} in the run"
-            raise MismatchError(path, reason)
-        placed = places.setdefault(name, Placed(found, []))
-        if placed.entry != found:
-            reason = f"tensor {shown(name)} is in it as {placed.entry.dtype} and {found.dtype}"
-            raise MismatchError(path, reason)
-        placed.chunks.extend(self.chunks[stored])
+        entry = self.source.entries[stored]
+        chunks = self.chunks[stored]
+        check_shape(chunks[0].path, stored, entry.shape, tensor.shape)
+        placed = add(name, Placed(entry, []))
+        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
+        if placed.entry != entry or not (are_numbers or entry.dtype == tensor.dtype):
+            dtypes = {tensor.dtype, placed.entry.dtype, entry.dtype}
+            reason = f"tensor {shown(name)} has the dtypes {' and '.join(sorted(dtypes))}"
+            raise MismatchError(chunks[0].path, reason)
+        placed.chunks.extend(chunks)
 
-    def _refuse_quantized(self) -> None:
-        reason = "its weights are quantized, as its quantization_config or their dtype says"
-        hint = "take a folder that the trained model itself was saved to"
-        raise MismatchError(self.place, reason, hint)
-
-    def _renaming(self, averages: Sequence[Sequence[str]]) -> Callable[[str], str]:
-        """Return what turns names of the run into those of the set, which may begin otherwise."""
-        config = self.place / "config.json"
-        if config.is_file() and b'"quantization_config"' in config.read_bytes():
-            self._refuse_quantized()
-        known = {*self.chunks} | {
-            alias for alias, name in self.source.aliases.items() if name in self.chunks
-        }
+    def _beginnings(self, averages: Sequence[Sequence[str]]) -> tuple[str, str]:
+        """Return the text that names of the run begin with, and that in its place in the set."""
+        aliases = self.source.aliases.items()
+        known = self.chunks.keys() | {name for name, stored in aliases if stored in self.chunks}
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
         if not absent:
-            return _Renaming("", "")
-        first = averages[0][0]
+            return "", ""
+        first = min(averages, key=len)[0]
         parts = first.split(".")
         for count in range(len(parts)):
-            end = ".".join(parts[count:])
-            beginnings = {
-                name.removesuffix(end) for name in known if f".{name}".endswith(f".{end}")
-            }
-            fitting = [
-                renaming
-                for beginning in sorted(beginnings)
-                if (renaming := _Renaming(first.removesuffix(end), beginning)).fits(averages, known)
-            ]
+            old = "".join(f"{part}." for part in parts[:count])
+            end = first.removeprefix(old)
+            fitting = list[str]()
+            for new in {name.removesuffix(end) for name in known if f".{name}".endswith(f".{end}")}:
+                if all(
+                    not known.isdisjoint([_renamed(name, old, new) for name in names])
+                    for names in averages
+                ):
+                    fitting.append(new)
             if len(fitting) > 1:
-                reason = f"the names of the run fit under {fitting[0].new} and {fitting[1].new}"
+                reason = f"the names of the run fit under {' and '.join(sorted(fitting)[:2])}"
                 raise MismatchError(self.place, reason, "name one of them by `average`")
             if fitting:
-                return fitting[0]
+                return old, fitting[0]
         reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
         hint = (
             "take a file or folder that the trained model itself was saved to; if transformers "
@@ -252,19 +254,8 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-@dataclass(frozen=True)
-class _Renaming:
-    """Names with another beginning."""
-
-    old: str
-    new: str
-
-    def __call__(self, name: str) -> str:
-        return self.new + name.removeprefix(self.old) if name.startswith(self.old) else name
-
-    def fits(self, tensors: Iterable[Sequence[str]], known: Collection[str]) -> bool:
-        """Return whether one of the names of each tensor becomes a known one."""
-        return all(any(self(name) in known for name in names) for names in tensors)
+def _renamed(name: str, old: str, new: str) -> str:
+    return new + name.removeprefix(old) if name.startswith(old) else name
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
@@ -272,7 +263,7 @@ def _component(path: Path, tensors: set[str]) -> Path:
     else the path itself."""
     if not path.is_dir() or weights_at(path) is not None:
         return path
-    components = []
+    components = list[Path]()
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
@@ -282,25 +273,14 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
-def _default_set(place: Path) -> tuple[Source, bool]:
+def _default_set(place: Path) -> tuple[Source, str]:
     """Return the average of a checkpoint, or its weights if it has no average, and which it is."""
     try:
-        return stored_in(place), False
+        return stored_in(place), "average"
     except FileFormatError as error:
         if not error.reason.startswith("holds no average"):
             raise
-    return stored_in(place, weights=True), True
-
-
-def _own_chunks(found: dict[str, list[Chunk]], place: Path) -> dict[str, list[Chunk]]:
-    """Return the chunks of an average without those that are the weights', which complete it."""
-    try:
-        weights = chunks_of(stored_in(place, weights=True))
-    except FileFormatError:  # which of its tensors are the weights is unclear
-        return found
-    shared = set(map(tuple, weights.values()))
-    own = {name: chunks for name, chunks in found.items() if tuple(chunks) not in shared}
-    return own or found
+    return stored_in(place, weights=True), "weights"
 
 
 def _is_own(path: Path, folder: Path) -> bool:
