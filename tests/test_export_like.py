@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checking import assert_same_tensors
 from checkpoint_layouts import distributed
 from ema_command import Ema
 from factories import contents, write_output
@@ -176,7 +177,8 @@ def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, k
 def test_a_file_of_pickle_dump_keeps_every_other_byte(
     tmp_path: Path, run: Run, protocol: int
 ) -> None:
-    like, out = tmp_path / "last.pkl", tmp_path / "averaged.pkl"
+    like = tmp_path / "last.pkl"
+    out = tmp_path / "averaged.pkl"
     content = {"model": other(5), "ema": other(6), "step": 7}
     like.write_bytes(pickle.dumps(content, protocol))
     run.write(TARGET, out, like=like)
@@ -185,46 +187,52 @@ def test_a_file_of_pickle_dump_keeps_every_other_byte(
     assert places.min() > first
     loaded = pickle.loads(out.read_bytes())
     check_replaced(loaded["ema"])
-    assert all(torch.equal(loaded["model"][name], value) for name, value in other(5).items())
+    assert_same_tensors(loaded["model"], other(5))
     assert loaded["step"] == 7
 
 
-def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    averaged = {name: value.clone() for name, value in model.state_dict().items()}
+class Training:
+    """A model and its optimizer."""
 
-    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        model(torch.randn(8, 6)).square().mean().backward()
-        optimizer.step()
+    def __init__(self) -> None:
+        self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
 
-    with PostHocEMA.from_model(
-        model, tmp_path / "run", update_every=1, checkpoint_every=5, checkpoint_dtype=None
-    ) as ema:
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(torch.randn(8, 6)).square().mean().backward()
+        self.optimizer.step()
+
+    @property
+    def moments(self) -> Tensors:
+        states = enumerate(self.optimizer.state.values())
+        return {f"{k} {name}": state[name] for k, state in states for name in state}
+
+
+@pytest.mark.parametrize(("replaced", "kept"), [("ema", "model"), ("model", "ema")])
+def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
+    tmp_path: Path, replaced: str, kept: str
+) -> None:
+    training = Training()
+    averaged = {name: value.clone() for name, value in training.model.state_dict().items()}
+    options: dict[str, Any] = {"update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None}
+    with PostHocEMA.from_model(training.model, tmp_path / "run", **options) as ema:
         for _ in range(20):
-            step(model, optimizer)
-            ema.update_(model)
-    content = {"model": model.state_dict(), "ema": averaged, "optimizer": optimizer.state_dict()}
-    torch.save(content | {"epoch": 20}, tmp_path / "last.pt")
+            training.step()
+            ema.update_(training.model)
+    content = {"model": training.model.state_dict(), "ema": averaged, "epoch": 20}
+    torch.save(content | {"optimizer": training.optimizer.state_dict()}, tmp_path / "last.pt")
     run = Run(tmp_path / "run")
-    run.write(0.1, tmp_path / "ema.pt", like=tmp_path / "last.pt")
-    run.write(0.1, tmp_path / "raw.pt", like=tmp_path / "last.pt", weights=True)
-    made = run.average(0.1)
-    for name, replaced in (("ema.pt", "ema"), ("raw.pt", "model")):
-        loaded = torch.load(tmp_path / name, weights_only=True)
-        for key in ("model", "ema"):
-            wanted = made if key == replaced else content[key]
-            assert all(torch.equal(value, wanted[n]) for n, value in loaded[key].items()), name
-        again = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
-        again.load_state_dict(loaded["model"])
-        resumed = torch.optim.AdamW(again.parameters(), lr=0.01)
-        resumed.load_state_dict(loaded["optimizer"])
-        for old, new in zip(optimizer.state.values(), resumed.state.values(), strict=True):
-            assert all(torch.equal(old[moment], new[moment]) for moment in old)
-        step(again, resumed)
-        assert loaded["epoch"] == 20
+    weights = replaced == "model"
+    run.write(0.1, tmp_path / "new.pt", like=tmp_path / "last.pt", weights=weights)
+    loaded = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert_same_tensors(loaded[replaced], run.average(0.1))
+    assert_same_tensors(loaded[kept], content[kept])
+    again = Training()
+    again.model.load_state_dict(loaded["model"])
+    again.optimizer.load_state_dict(loaded["optimizer"])
+    assert_same_tensors(again.moments, training.moments)
+    again.step()
 
 
 def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
@@ -239,7 +247,8 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
         "scale": flat[52],
         "empty": torch.zeros(0, 3),
     }
-    like, out = tmp_path / "last.pt", tmp_path / "averaged.pt"
+    like = tmp_path / "last.pt"
+    out = tmp_path / "averaged.pt"
     torch.save({"model": state, "flat": flat, "matrix": matrix}, like)
     run.write(TARGET, out, like=like)
     check_archive(like, out, 2)
@@ -262,7 +271,7 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     torch.save({"q": matrix[:, :3], "k": matrix[:, 3:]}, tmp_path / "last.pt")
     Run(run).write("last:1", tmp_path / "new.pt", like=tmp_path / "last.pt")
     loaded = torch.load(tmp_path / "new.pt", weights_only=True)
-    assert all(torch.equal(loaded[name], value) for name, value in parts.items())
+    assert_same_tensors(loaded, parts)
 
 
 def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
@@ -275,11 +284,20 @@ def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
     check_replaced(loaded)
     assert loaded["tied.weight"].data_ptr() == loaded["head.weight"].data_ptr()
+
+
+def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
+    tmp_path: Path, run: Run
+) -> None:
+    state = other(5)
+    state["tied.weight"] = state["head.weight"]
+    like = tmp_path / "last.pt"
+    torch.save({"model": state}, like)
     both = {name: truth(name, torch.float32) for name in SHAPES}
     both["tied.weight"] = both["head.weight"].clone()
     source = write_output(tmp_path / "both.safetensors", both)
     export_file(source, tmp_path / "b.pt", like=like)
-    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "a.pt").read_bytes()
+    check_replaced(torch.load(tmp_path / "b.pt", weights_only=True)["model"])
     both["tied.weight"][0] += 1
     source = write_output(tmp_path / "apart.safetensors", both)
     with pytest.raises(MismatchError, match=r"'head\.weight' and 'tied\.weight' are one in it"):
@@ -306,7 +324,7 @@ def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> N
     assert report.copied is not None
     assert report.copied.kept == ()
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert all(torch.equal(loaded["model"][name], value) for name, value in fresh.items())
+    assert_same_tensors(loaded["model"], fresh)
     assert all(value.any() for name, value in loaded["ema"].items() if "1.bias" not in name)
 
 
@@ -319,14 +337,15 @@ def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     check_replaced(loaded["ema2"])
     for key, seed in (("model", 4), ("ema1", 5)):
-        assert all(torch.equal(loaded[key][name], value) for name, value in other(seed).items())
+        assert_same_tensors(loaded[key], other(seed))
 
 
 # --- safetensors, folders
 
 
 def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
-    like, out = tmp_path / "model.safetensors", tmp_path / "new.safetensors"
+    like = tmp_path / "model.safetensors"
+    out = tmp_path / "new.safetensors"
     save_file(other(5, "model.", torch.float16) | {"model.frozen": torch.ones(2)}, like,
               {"format": "pt", "note": "mine"})  # fmt: skip
     report = run.write(TARGET, out, like=like)
@@ -340,21 +359,19 @@ def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
     assert torch.equal(load_file(out)["model.frozen"], torch.ones(2))
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("stem", "ending", "stale"),
+    [("model", "safetensors", "pytorch_model.bin"), ("pytorch_model", "bin", "tf_model.h5")],
+)
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
-    tmp_path: Path, run: Run, ending: str, ema: Ema
+    tmp_path: Path, run: Run, stem: str, ending: str, stale: str, ema: Ema
 ) -> None:
-    like = tmp_path / "out"
-    stem = "model" if ending == "safetensors" else "pytorch_model"
-    for folder in (like, like / "checkpoint-10", like / "checkpoint-20", like / "runs"):
-        folder.mkdir()
-        if folder.name != "runs":
-            write_shards(folder, stem, ending)
-        (folder / "events").write_text("e")
-    for name in ("config.json", "tokenizer.json", "trainer_state.json"):
-        (like / name).write_text("{}")
-    torch.save({"state": 1}, like / "training_args.bin")
-    stale = "pytorch_model.bin" if ending == "safetensors" else "tf_model.h5"
+    like = trainer_output(tmp_path / "out", stem, ending)
+    kept = contents(like)
+    for name in ("checkpoint-10", "checkpoint-20"):
+        trainer_output(like / name, stem, ending)
+    (like / "runs").mkdir()
+    (like / "runs/events").write_text("e")
     (like / stale).write_bytes(b"old")
     words = "synthesize", run.directory, "--target", TARGET, "--like", like
     done = ema(*words, "--out", tmp_path / "new")
@@ -362,18 +379,34 @@ def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
     left_out = sorted(["checkpoint-10", "checkpoint-20", "runs", stale])
     assert f"not copied: {', '.join(left_out[:3])}, ..." in done.err
     assert "replaced the weights in out" in done.err
-    before, after = contents(like), contents(tmp_path / "new")
-    left = {name for name in before if name.startswith(("checkpoint-", "runs")) or name == stale}
-    assert after.keys() == before.keys() - left
+    after = contents(tmp_path / "new")
+    assert after.keys() == kept.keys()
     merged: Tensors = {}
     for name, data in after.items():
-        path = tmp_path / "new" / name
-        if name.startswith(f"{stem}-"):
-            is_pickle = ending == "bin"
-            merged |= torch.load(path, weights_only=True) if is_pickle else load_file(path)
+        if not name.startswith(f"{stem}-"):
+            assert data == kept[name]
+        elif ending == "bin":
+            merged |= torch.load(tmp_path / "new" / name, weights_only=True)
         else:
-            assert data == before[name]
+            merged |= load_file(tmp_path / "new" / name)
     check_replaced(merged)
+
+
+def trainer_output(folder: Path, stem: str, ending: str) -> Path:
+    folder.mkdir()
+    write_shards(folder, stem, ending)
+    for name in ("config.json", "tokenizer.json", "trainer_state.json"):
+        (folder / name).write_text("{}")
+    torch.save({"state": 1}, folder / "training_args.bin")
+    return folder
+
+
+def changed_files(before: Path, after: Path) -> set[str]:
+    """Return the names of the files that differ in two folders, which have the same names."""
+    old = contents(before)
+    new = contents(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if old[name] != new[name]}
 
 
 def write_shards(folder: Path, stem: str, ending: str) -> None:
@@ -403,9 +436,7 @@ def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
     ):
         torch.save(optimizer_state(), like / name)
     run.write(TARGET, tmp_path / "new", like=like)
-    before, after = contents(like), contents(tmp_path / "new")
-    assert before.keys() == after.keys()
-    assert {name for name in before if before[name] != after[name]} == {"model.safetensors"}
+    assert changed_files(like, tmp_path / "new") == {"model.safetensors"}
     check_replaced(load_file(tmp_path / "new/model.safetensors"))
 
 
@@ -419,10 +450,8 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Ru
     for options, replaced in (({}, "unet_ema"), ({"weights": True}, "unet")):
         out = tmp_path / replaced
         run.write(TARGET, out, like=like, **options)
-        before, after = contents(like), contents(out)
         name = f"{replaced}/diffusion_pytorch_model.safetensors"
-        assert before.keys() == after.keys()
-        assert {each for each in before if before[each] != after[each]} == {name}
+        assert changed_files(like, out) == {name}
         check_replaced(load_file(out / name))
 
 
@@ -447,19 +476,18 @@ def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(
     tmp_path: Path, run: Run
 ) -> None:
     content = {"model": other(5), "ema": other(6), "optim": optimizer_state()["state"], "step": 4}
-    like, out = tmp_path / "like", tmp_path / "new"
+    like = tmp_path / "like"
+    out = tmp_path / "new"
     distributed(like, content)
     run.write(TARGET, out, like=like)
-    before, after = contents(like), contents(out)
-    assert before.keys() == after.keys()
-    assert before[".metadata"] == after[".metadata"]
+    (name,) = changed_files(like, out)
     state = loaded_distributed(out, content)
     check_replaced(state["ema"])
     for key in ("model", "optim"):
-        flat, wanted = flattened(state[key]), flattened(content[key])
-        assert all(torch.equal(flat[name], wanted[name]) for name in wanted)
-    (name,) = (name for name in before if name != ".metadata")
-    check_archives(before[name], after[name], 4)
+        found = flattened(state[key])
+        for each, value in flattened(content[key]).items():
+            assert torch.equal(found[each], value)
+    check_archives((like / name).read_bytes(), (out / name).read_bytes(), 4)
 
 
 def flattened(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
@@ -501,7 +529,8 @@ dcp.save({"model": state, "step": 3}, checkpoint_id=arguments[1])
 
 def test_chunks_of_several_processes(tmp_path: Path, run: Run) -> None:
     torch.save(other(5), tmp_path / "tensors.pt")
-    like, out = tmp_path / "like", tmp_path / "new"
+    like = tmp_path / "like"
+    out = tmp_path / "new"
     check_group(SHARDED, 3, tmp_path / "group", tmp_path / "tensors.pt", like)
     assert len([*like.glob("*.distcp")]) == 3
     run.write(TARGET, out, like=like)
@@ -509,8 +538,7 @@ def test_chunks_of_several_processes(tmp_path: Path, run: Run) -> None:
     check_replaced(state["model"])
     counts = 0
     for path in like.glob("*.distcp"):
-        before, after = path.read_bytes(), (out / path.name).read_bytes()
-        counts += before != after
+        counts += path.read_bytes() != (out / path.name).read_bytes()
     assert counts == 3
 
 
@@ -687,8 +715,8 @@ def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
     with zipfile.ZipFile(tmp_path / "new.pt") as archive:
         assert archive.testzip() is None
     check_replaced(torch.load(tmp_path / "new.pt", weights_only=True)["model"])
-    before, after = like.read_bytes(), (tmp_path / "new.pt").read_bytes()
-    assert changed(before, after).size
+    after = (tmp_path / "new.pt").read_bytes()
+    assert changed(like.read_bytes(), after).size
     with zipfile.ZipFile(tmp_path / "new.pt") as archive:
         infos = [info for info in archive.infolist() if "/data/" in info.filename]
     for info in infos:
