@@ -322,7 +322,7 @@ def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> N
     report = Run(tmp_path / "run").write(0.1, tmp_path / "a.pt", like=tmp_path / "last.pt")
     assert report is not None
     assert report.copied is not None
-    assert report.copied.kept == ()
+    assert report.copied.kept == []
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert_same_tensors(loaded["model"], fresh)
     assert all(value.any() for name, value in loaded["ema"].items() if "1.bias" not in name)
@@ -351,7 +351,7 @@ def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
     report = run.write(TARGET, out, like=like)
     assert report is not None
     assert report.copied is not None
-    assert report.copied.kept == ("model.frozen",)
+    assert report.copied.kept == ["model.frozen"]
     start = 8 + int.from_bytes(like.read_bytes()[:8], "little")
     assert out.read_bytes()[:start] == like.read_bytes()[:start]
     changed(like.read_bytes(), out.read_bytes())

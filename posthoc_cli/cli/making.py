@@ -370,6 +370,8 @@ def _note_copied(copied: dict[str, Any]) -> None:
         output.print_note(f"replaced the weights in {name}")
     if kept := copied["kept"]:
         output.print_note(f"kept {_listed(kept)} of {name}, which the run does not have")
+    if shared := copied["shared"]:
+        output.print_note(f"not written: {_listed(shared)}, which the average does not have apart")
     if left_out := copied["left_out"]:
         output.print_note(f"not copied: {_first(left_out)}")
 

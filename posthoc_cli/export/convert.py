@@ -148,7 +148,10 @@ def export_file(
 
 def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
     entries = {name: tensor.own for name, tensor in tensors.items()}
-    averages = [name for name, tensor in tensors.items() if tensor.role in ("average", "other")]
+    averages = list[str]()
+    for name, tensor in tensors.items():
+        if tensor.role in ("average", "other") and tensor.own.dtype in EPS:
+            averages.append(name)
 
     def are_equal(one: str, other: str) -> bool:
         dtype = tensors[one].own.dtype

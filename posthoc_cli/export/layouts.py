@@ -48,14 +48,20 @@ class Copied:
 
     path: Path  # the file or folder
     word: str  # which tensors are replaced: "average" or "weights"
-    kept: tuple[str, ...]  # those of them that stay, since there are no others
-    left_out: tuple[str, ...]  # what is not copied from a folder
+    kept: Sequence[str]  # those of them that stay, since the run does not have them
+    shared: Sequence[str]  # averages that have no place of their own: it is the weights', too
+    left_out: Sequence[str]  # what is not copied from a folder
     places: Mapping[str, Placed]
     files: Mapping[Path, str]  # the files of the model, with their paths in the output
 
     def to_dict(self) -> dict[str, Any]:
-        words = {"path": str(self.path), "replaced": self.word}
-        return words | {"kept": list(self.kept), "left_out": list(self.left_out)}
+        return {
+            "path": str(self.path),
+            "replaced": self.word,
+            "kept": self.kept,
+            "shared": self.shared,
+            "left_out": self.left_out,
+        }
 
 
 @dataclass(frozen=True)

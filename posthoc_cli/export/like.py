@@ -44,6 +44,7 @@ class Like:
     path: Path  # the file, or the folder
     place: Path  # of the model: the path itself, or the component of a pipeline
     source: Source  # the set
+    chunks: Mapping[str, list[Chunk]]  # of the set, by stored name
     word: str  # what it is: "average" or "weights"
 
     @classmethod
@@ -62,32 +63,15 @@ class Like:
         if not path.exists():
             raise InvalidValueError("like", "no such file or folder", value=path)
         place = _component(path, set(tensors))
-        if weights:
-            found = cls(path, place, stored_in(place, True), "weights")
-        elif average is not None:
-            found = cls(path, place, stored_in(place, average=average), "average")
+        source = _set_in(place, weights, average)
+        chunks = chunks_of(source)
+        own = {} if weights else _without_weights(chunks, place)
+        if own:
+            found = cls(path, place, source, own, "average")
         else:
-            found = cls(path, place, *_default_set(place))
+            found = cls(path, place, source, chunks, "weights")
         found._check_files()
         return found
-
-    @cached_property
-    def chunks(self) -> dict[str, list[Chunk]]:
-        """The chunks of the set, by stored name; without those of the weights that complete an
-        average."""
-        chunks = chunks_of(self.source)
-        if self.word == "weights":
-            return chunks
-        try:
-            weights = chunks_of(stored_in(self.place, weights=True))
-        except FileFormatError:  # which of its tensors are the weights is unclear
-            return chunks
-        places = {(chunk.path, chunk.begin) for found in weights.values() for chunk in found}
-        own = dict[str, list[Chunk]]()
-        for name, found in chunks.items():
-            if (found[0].path, found[0].begin) not in places:
-                own[name] = found
-        return own or chunks
 
     @property
     def dtype(self) -> str | None:
@@ -117,7 +101,7 @@ class Like:
             for entry in entries:
                 name = str(entry.relative_to(self.path))
                 is_folder = entry.is_dir() and not entry.is_symlink()
-                if is_folder and self._is_other(entry) or self._is_stale(entry):
+                if (is_folder and self._is_other(entry)) or self._is_stale(entry):
                     left_out.append(name)
                 elif is_folder and not entry.name.startswith("."):
                     folders.append(entry.name)
@@ -172,59 +156,61 @@ class Like:
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
         """
-        config = self.place / "config.json"
-        self._check_quantized(config.is_file() and b'"quantization_config"' in config.read_bytes())
         old, new = self._beginnings([names[name] for name in averages])
+        self._check_quantized(averages, names, old, new)
         owners = dict[str, str]()
         places = dict[str, Placed]()
+        shared = list[str]()
         for name, aliases in names.items():
-            known = {self._stored(_renamed(alias, old, new)) for alias in aliases}
-            for stored in sorted(known & self.chunks.keys()):
-                owner = owners.setdefault(stored, name)
-                if owner == name:
-                    self._check_quantized(
-                        name in averages and self.source.entries[stored].dtype not in EPS
-                    )
-                    self._place(places.setdefault, name, stored, tensors[name])
+            renamed = [_renamed(alias, old, new) for alias in aliases]
+            stored = {self.source.aliases.get(alias, alias) for alias in renamed}
+            if name in averages and self.chunks.keys().isdisjoint(stored):
+                shared.append(name)
+            for one in sorted(stored & self.chunks.keys()):
+                owner = owners.get(one)
+                if owner is None:
+                    if self._place(places, name, one, tensors[name]):
+                        owners[one] = name
                 elif not are_equal(owner, name):
                     reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
                     raise MismatchError(self.place, reason, "and would get different values")
-        kept = tuple(name for name in self.chunks if name not in owners)
+        kept = [name for name in self.chunks if name not in owners]
         parts = {"": {name: placed.entry for name, placed in places.items()}}
-        if not self.path.is_dir():
-            copied = Copied(self.path, self.word, kept, (), places, self.files)
-            return Arrangement("copy", parts, copied=copied)
-        others, left_out = self.beside
-        copied = Copied(self.path, self.word, kept, tuple(left_out), places, self.files)
-        return Arrangement("like", parts, others, copied)
+        others, left_out = self.beside if self.path.is_dir() else ({}, [])
+        copied = Copied(self.path, self.word, kept, shared, left_out, places, self.files)
+        return Arrangement("like" if self.path.is_dir() else "copy", parts, others, copied)
 
-    def _check_quantized(self, is_quantized: bool) -> None:
+    def _check_quantized(
+        self, averages: Iterable[str], names: Mapping[str, Sequence[str]], old: str, new: str
+    ) -> None:
+        config = self.place / "config.json"
+        is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
+        for name in averages:
+            for alias in names[name]:
+                entry = self.source.entries.get(_renamed(alias, old, new))
+                is_quantized |= entry is not None and entry.dtype not in EPS
         if is_quantized:
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _stored(self, name: str) -> str:
-        return self.source.aliases.get(name, name)
-
-    def _place(
-        self, add: Callable[[str, Placed], Placed], name: str, stored: str, tensor: Entry
-    ) -> None:
+    def _place(self, places: dict[str, Placed], name: str, stored: str, tensor: Entry) -> bool:
+        """Add the place of a tensor; return whether its dtype can become the stored one."""
         entry = self.source.entries[stored]
         chunks = self.chunks[stored]
         check_shape(chunks[0].path, stored, entry.shape, tensor.shape)
-        placed = add(name, Placed(entry, []))
-        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
-        if placed.entry != entry or not (are_numbers or entry.dtype == tensor.dtype):
-            dtypes = {tensor.dtype, placed.entry.dtype, entry.dtype}
-            reason = f"tensor {shown(name)} has the dtypes {' and '.join(sorted(dtypes))}"
+        if entry.dtype != tensor.dtype and not (entry.dtype in EPS and tensor.dtype in EPS):
+            return False
+        placed = places.setdefault(name, Placed(entry, []))
+        if placed.entry != entry:
+            reason = f"tensor {shown(name)} is {placed.entry.dtype} and {entry.dtype} in it"
             raise MismatchError(chunks[0].path, reason)
         placed.chunks.extend(chunks)
+        return True
 
     def _beginnings(self, averages: Sequence[Sequence[str]]) -> tuple[str, str]:
         """Return the text that names of the run begin with, and that in its place in the set."""
-        aliases = self.source.aliases.items()
-        known = self.chunks.keys() | {name for name, stored in aliases if stored in self.chunks}
+        known = self.source.entries.keys() | self.source.aliases.keys()
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
         if not absent:
             return "", ""
@@ -273,14 +259,29 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
-def _default_set(place: Path) -> tuple[Source, str]:
-    """Return the average of a checkpoint, or its weights if it has no average, and which it is."""
+def _set_in(place: Path, weights: bool, average: str | None) -> Source:
+    """Return a set of tensors of a checkpoint; by default its average, or its weights if it has no
+    average."""
     try:
-        return stored_in(place), "average"
+        return stored_in(place, weights, average)
     except FileFormatError as error:
-        if not error.reason.startswith("holds no average"):
+        if weights or average is not None or not error.reason.startswith("holds no average"):
             raise
-    return stored_in(place, weights=True), "weights"
+    return stored_in(place, weights=True)
+
+
+def _without_weights(chunks: Mapping[str, list[Chunk]], place: Path) -> dict[str, list[Chunk]]:
+    """Return the chunks of an average that are not also the weights', which complete it."""
+    try:
+        weights = chunks_of(stored_in(place, weights=True))
+    except FileFormatError:  # which of its tensors are the weights is unclear
+        return dict(chunks)
+    places = {(chunk.path, chunk.begin) for found in weights.values() for chunk in found}
+    own = dict[str, list[Chunk]]()
+    for name, found in chunks.items():
+        if (found[0].path, found[0].begin) not in places:
+            own[name] = found
+    return own
 
 
 def _is_own(path: Path, folder: Path) -> bool:

@@ -104,7 +104,7 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     (tmp_path / "like/tokenizer.json").write_text("{}")
     track(model, tmp_path / "run")
     report = Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
-    assert report.copied.kept == ()
+    assert report.copied.kept == []
     loaded, warnings = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not any(warnings.values()), warnings
     raw = answer(model)
