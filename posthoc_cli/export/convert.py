@@ -31,7 +31,6 @@ from posthoc_cli.export.layouts import (
     check_ending,
     check_shape,
     layout_of,
-    nbytes,
 )
 from posthoc_cli.export.like import Like
 from posthoc_cli.export.writing import write_outputs
@@ -115,35 +114,45 @@ def export_file(
     options.check_like(dtype)
     check_ending(out, options)
     files.check_parent("out", out)
-    content: dict[str, Any] = {"format": FORMAT}
     with ExitStack() as stack:
-        chosen = (False, None) if like is not None else (weights, average)
-        tensors, info = _read_source(stack, source, *chosen)
+        if like is None:
+            tensors, info = _read_source(stack, source, weights, average)
+        else:
+            tensors, info = _read_source(stack, source, False, None)
         tensors = _renamed(tensors, prefix, strip_prefix)
         own = len(tensors)
         if base is not None:
             tensors |= _read_base(stack, base, tensors)
-        entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
-        if info is not None:
-            copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-            content = replace(info, copies=copies).encoded()
-        if like is not None:
-            arrangement = _arranged_like(Like.find(like, tensors, weights, average), tensors)
-            entries = dict(arrangement.parts[""])
-            own = len(entries)
-        else:
+        if like is None:
+            entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
             arrangement = arranged(layout_of(out, layout), entries, options)
-        advance = stack.enter_context(progress("exporting", nbytes(entries)))
+        else:
+            arrangement = _arranged_like(Like.find(like, tensors, weights, average), tensors)
+            own = len(arrangement.entries)
+        written = sum(entry.nbytes for entry in arrangement.entries.values())
+        advance = stack.enter_context(progress("exporting", written))
 
         def fill(outputs: Sequence[Any], in_file: Mapping[str, Entry]) -> None:
             for name, entry in in_file.items():
                 outputs[0].write_tensor(name, tensors[name].read(entry.dtype))
                 advance(entry.nbytes)
 
-        write_outputs([out], arrangement, [content], fill, overwrite)
-    seconds = time.perf_counter() - started
-    added = len(entries) - own
-    return ExportReport(out, len(entries), added, nbytes(entries), seconds, arrangement.copied)
+        write_outputs([out], arrangement, [_header(tensors, info)], fill, overwrite)
+    return ExportReport(
+        out,
+        tensors=len(arrangement.entries),
+        from_base=len(arrangement.entries) - own,
+        nbytes=written,
+        seconds=time.perf_counter() - started,
+        copied=arrangement.copied,
+    )
+
+
+def _header(tensors: _Tensors, info: OutputInfo | None) -> dict[str, Any]:
+    if info is None:
+        return {"format": FORMAT}
+    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
+    return replace(info, copies=copies).encoded()
 
 
 def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:

@@ -52,11 +52,12 @@ class Chunk(NamedTuple):
     @property
     def end(self) -> int:
         """The place in the file after the last byte."""
-        strides = self.entry.strides
-        if not strides:
+        if not self.entry.strides:
             return self.begin + self.entry.nbytes
-        last = sum((size - 1) * step for size, step in zip(self.box.shape, strides, strict=True))
-        return self.begin + (1 + last) * ITEM_BYTES[self.entry.dtype]
+        last = 0
+        for size, step in zip(self.box.shape, self.entry.strides, strict=True):
+            last += (size - 1) * step
+        return self.begin + (last + 1) * ITEM_BYTES[self.entry.dtype]
 
     def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
@@ -253,8 +254,8 @@ class Copy(FileOutput):
                 part = chunk.box.intersection(piece)
                 if part.size:
                     start, _ = whole.span(part)
-                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
                     view = as_strided(values[start - first :], part.shape, steps)
+                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
                     file.write(chunk, memoryview(view.tobytes()), at * item)
 
     def complete(self) -> None:

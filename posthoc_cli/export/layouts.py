@@ -74,6 +74,14 @@ class Arrangement:
     copied: Copied | None = None
 
     @property
+    def entries(self) -> dict[str, Entry]:
+        """The tensors of all parts."""
+        entries = dict[str, Entry]()
+        for part in self.parts.values():
+            entries |= part
+        return entries
+
+    @property
     def sizes(self) -> list[int]:
         """The bytes of the parts."""
         if self.copied is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,51 +75,63 @@ class Like:
         return found
 
     @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @property
     def dtype(self) -> str | None:
         """The torch name of the dtype of all floating-point tensors; None if they have several
         dtypes."""
-        dtypes = {self.source.entries[name].dtype for name in self.chunks} & EPS.keys()
-        words = [DTYPES[dtype].torch_name for dtype in dtypes]
-        return words[0] if len(words) == 1 and words[0] in WORDS else None
+        dtypes = {self.source.entries[name].dtype for name in self.chunks}
+        dtypes &= EPS.keys()
+        if len(dtypes) != 1:
+            return None
+        word = DTYPES[dtypes.pop()].torch_name
+        return word if word in WORDS else None
 
     # --- files
 
     @cached_property
     def files(self) -> dict[Path, str]:
         """The files of the model, with their paths in the folder."""
-        if not self.path.is_dir():
+        if not self.is_folder:
             return {self.path: ""}
-        return {file.path: str(file.path.relative_to(self.path)) for file in self.source.files}
+        paths = [file.path for file in self.source.files]
+        return {path: str(path.relative_to(self.path)) for path in paths}
 
     @cached_property
     def beside(self) -> tuple[dict[str, Path], list[str]]:
         """The other files of a folder to copy, by their paths in it, and what is left out."""
         copied = dict[str, Path]()
         left_out = list[str]()
-        for base, folders, names in os.walk(self.path):
-            entries = sorted(Path(base, name) for name in (*folders, *names))
-            folders.clear()
-            for entry in entries:
+        folders = [self.path] if self.is_folder else []
+        while folders:
+            for entry in sorted(folders.pop().iterdir()):
                 name = str(entry.relative_to(self.path))
-                is_folder = entry.is_dir() and not entry.is_symlink()
-                if (is_folder and self._is_other(entry)) or self._is_stale(entry):
+                if self._is_left_out(entry):
                     left_out.append(name)
-                elif is_folder and not entry.name.startswith("."):
-                    folders.append(entry.name)
-                elif not is_folder and entry not in self.files:
+                elif _is_folder(entry):
+                    if not entry.name.startswith("."):
+                        folders.append(entry)
+                elif entry not in self.files:
                     copied[name] = entry
         return copied, left_out
 
-    def _is_other(self, folder: Path) -> bool:
-        holds_model = folder in (self.place, *self.place.parents)
-        return not holds_model and _OTHER_FOLDERS.fullmatch(folder.name) is not None
+    def _is_left_out(self, entry: Path) -> bool:
+        if _is_folder(entry):
+            if entry == self.place or entry in self.place.parents:
+                return False
+            return _OTHER_FOLDERS.fullmatch(entry.name) is not None
+        if entry.parent != self.place or entry in self.files:
+            return False
+        return self._is_stale(entry.name)
 
-    def _is_stale(self, file: Path) -> bool:
-        """Return whether a file holds the weights, too, and not as the model's other files do."""
-        endings = {path.suffix for path in self.files if _MODEL.fullmatch(path.name)}
-        is_weights = file.parent == self.place and _MODEL.fullmatch(file.name) is not None
-        is_index = file.name.endswith(tuple(f"{ending}{INDEX_ENDING}" for ending in endings))
-        return is_weights and bool(endings) and not is_index and file not in self.files
+    def _is_stale(self, name: str) -> bool:
+        """Return whether a file holds the model's weights, too, in another format."""
+        models = [path for path in self.files if _MODEL.fullmatch(path.name)]
+        indices = tuple(f"{path.suffix}{INDEX_ENDING}" for path in models)
+        is_model = _MODEL.fullmatch(name) is not None
+        return bool(models) and is_model and not name.endswith(indices)
 
     def _check_files(self) -> None:
         for path in {file.path for file in self.source.files}:
@@ -129,13 +142,12 @@ class Like:
                 reason = f"{path.name} was written by this package, with checksums"
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
-        if self.path.is_dir():
-            for path in (*self.beside[0].values(), *self.files):
-                if not _is_own(path, self.path):
-                    name = path.relative_to(self.path)
-                    reason = f"{name} is not a file of this folder, or leads out of it"
-                    hint = "remove it, or put a copy of the file in its place"
-                    raise InvalidValueError("like", reason, hint, value=self.path)
+        for path in (*self.beside[0].values(), *self.files):
+            if self.is_folder and not _is_own(path, self.path):
+                name = path.relative_to(self.path)
+                reason = f"{name} is not a file of this folder, or leads out of it"
+                hint = "remove it, or put a copy of the file in its place"
+                raise InvalidValueError("like", reason, hint, value=self.path)
 
     # --- tensors
 
@@ -156,81 +168,94 @@ class Like:
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
         """
-        old, new = self._beginnings([names[name] for name in averages])
-        self._check_quantized(averages, names, old, new)
-        owners = dict[str, str]()
-        places = dict[str, Placed]()
-        shared = list[str]()
+        rename = self._renaming([names[name] for name in averages])
+        stored = dict[str, set[str]]()
         for name, aliases in names.items():
-            renamed = [_renamed(alias, old, new) for alias in aliases]
-            stored = {self.source.aliases.get(alias, alias) for alias in renamed}
-            if name in averages and self.chunks.keys().isdisjoint(stored):
-                shared.append(name)
-            for one in sorted(stored & self.chunks.keys()):
-                owner = owners.get(one)
-                if owner is None:
-                    if self._place(places, name, one, tensors[name]):
-                        owners[one] = name
-                elif not are_equal(owner, name):
-                    reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
-                    raise MismatchError(self.place, reason, "and would get different values")
-        kept = [name for name in self.chunks if name not in owners]
+            renamed = [rename(alias) for alias in aliases]
+            stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
+        self._check_quantized([stored[name] for name in averages])
+        places = self._places(tensors, stored, are_equal)
+        written = set[str]()
+        for placed in places.values():
+            written.update(chunk.name for chunk in placed.chunks)
+        others, left_out = self.beside
+        copied = Copied(
+            path=self.path,
+            word=self.word,
+            kept=[name for name in self.chunks if name not in written],
+            shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
+            left_out=left_out,
+            places=places,
+            files=self.files,
+        )
         parts = {"": {name: placed.entry for name, placed in places.items()}}
-        others, left_out = self.beside if self.path.is_dir() else ({}, [])
-        copied = Copied(self.path, self.word, kept, shared, left_out, places, self.files)
-        return Arrangement("like" if self.path.is_dir() else "copy", parts, others, copied)
+        return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
 
-    def _check_quantized(
-        self, averages: Iterable[str], names: Mapping[str, Sequence[str]], old: str, new: str
-    ) -> None:
+    def _check_quantized(self, averages: Iterable[set[str]]) -> None:
         config = self.place / "config.json"
         is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
-        for name in averages:
-            for alias in names[name]:
-                entry = self.source.entries.get(_renamed(alias, old, new))
-                is_quantized |= entry is not None and entry.dtype not in EPS
+        for names in averages:
+            for name in names & self.source.entries.keys():
+                is_quantized |= self.source.entries[name].dtype not in EPS
         if is_quantized:
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _place(self, places: dict[str, Placed], name: str, stored: str, tensor: Entry) -> bool:
-        """Add the place of a tensor; return whether its dtype can become the stored one."""
+    def _places(
+        self,
+        tensors: Mapping[str, Entry],
+        stored: Mapping[str, set[str]],
+        are_equal: Callable[[str, str], bool],
+    ) -> dict[str, Placed]:
+        """Return the places of tensors, given their names in the checkpoint."""
+        places = dict[str, Placed]()
+        owners = dict[str, str]()
+        for name, names in stored.items():
+            for one in sorted(names & self.chunks.keys()):
+                owner = owners.setdefault(one, name)
+                if owner == name:
+                    self._place(places, name, one, tensors[name])
+                elif not are_equal(owner, name):
+                    reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
+                    raise MismatchError(self.place, reason, "and would get different values")
+        return places
+
+    def _place(self, places: dict[str, Placed], name: str, stored: str, tensor: Entry) -> None:
+        """Add the place of a tensor, unless its dtype cannot become the stored one."""
         entry = self.source.entries[stored]
         chunks = self.chunks[stored]
-        check_shape(chunks[0].path, stored, entry.shape, tensor.shape)
-        if entry.dtype != tensor.dtype and not (entry.dtype in EPS and tensor.dtype in EPS):
-            return False
+        path = chunks[0].path
+        check_shape(path, stored, entry.shape, tensor.shape)
+        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
+        if not are_numbers and entry.dtype != tensor.dtype:
+            return
         placed = places.setdefault(name, Placed(entry, []))
         if placed.entry != entry:
             reason = f"tensor {shown(name)} is {placed.entry.dtype} and {entry.dtype} in it"
-            raise MismatchError(chunks[0].path, reason)
+            raise MismatchError(path, reason)
         placed.chunks.extend(chunks)
-        return True
 
-    def _beginnings(self, averages: Sequence[Sequence[str]]) -> tuple[str, str]:
-        """Return the text that names of the run begin with, and that in its place in the set."""
+    def _renaming(self, averages: Sequence[Sequence[str]]) -> _Renaming:
+        """Return what turns names of the run into those of the set, which may begin otherwise."""
         known = self.source.entries.keys() | self.source.aliases.keys()
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
         if not absent:
-            return "", ""
+            return _Renaming("", "")
         first = min(averages, key=len)[0]
-        parts = first.split(".")
-        for count in range(len(parts)):
-            old = "".join(f"{part}." for part in parts[:count])
-            end = first.removeprefix(old)
-            fitting = list[str]()
-            for new in {name.removesuffix(end) for name in known if f".{name}".endswith(f".{end}")}:
-                if all(
-                    not known.isdisjoint([_renamed(name, old, new) for name in names])
-                    for names in averages
-                ):
-                    fitting.append(new)
+        ends = [first]
+        while "." in ends[-1]:
+            ends.append(ends[-1].partition(".")[2])
+        for end in ends:
+            old = first.removesuffix(end)
+            beginnings = [name.removesuffix(end) for name in known if _ends_with(name, end)]
+            renamings = [_Renaming(old, new) for new in sorted(beginnings)]
+            fitting = [renaming for renaming in renamings if renaming.fits(averages, known)]
             if len(fitting) > 1:
-                reason = f"the names of the run fit under {' and '.join(sorted(fitting)[:2])}"
+                reason = f"the names of the run fit under {fitting[0].new} and {fitting[1].new}"
                 raise MismatchError(self.place, reason, "name one of them by `average`")
             if fitting:
-                return old, fitting[0]
+                return fitting[0]
         reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
         hint = (
             "take a file or folder that the trained model itself was saved to; if transformers "
@@ -240,8 +265,29 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-def _renamed(name: str, old: str, new: str) -> str:
-    return new + name.removeprefix(old) if name.startswith(old) else name
+@dataclass(frozen=True)
+class _Renaming:
+    """Another beginning of names."""
+
+    old: str
+    new: str
+
+    def __call__(self, name: str) -> str:
+        if not name.startswith(self.old):
+            return name
+        return self.new + name.removeprefix(self.old)
+
+    def fits(self, tensors: Iterable[Sequence[str]], known: AbstractSet[str]) -> bool:
+        """Return whether one of the names of each tensor becomes a known one."""
+        return not [names for names in tensors if known.isdisjoint(map(self, names))]
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _component(path: Path, tensors: set[str]) -> Path:

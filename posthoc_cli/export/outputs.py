@@ -4,7 +4,6 @@ torch.distributed.checkpoint."""
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,7 @@ from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_byt
 from posthoc_cli.synthesis.engine import InMemory, Tile
 
 
-class FileOutput(ABC):
+class FileOutput:
     """Files that tensors are written to as they come, in tiles or complete.
 
     After the last one `complete` does what may fail, and `publish` gives the files their names.
@@ -38,15 +37,9 @@ class FileOutput(ABC):
     def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self.put(name, tensor_bytes(tensor), 0)
 
-    @abstractmethod
     def put(self, name: str, data: memoryview, begin: int) -> None:
         """Write bytes of a tensor, from byte `begin` on, if the output has one of this name."""
-
-    @abstractmethod
-    def complete(self) -> None: ...
-
-    @abstractmethod
-    def publish(self) -> None: ...
+        raise NotImplementedError
 
 
 class SafetensorsOutput(FileOutput):

@@ -322,14 +322,7 @@ def write_synthesis(
     In a job this rank's share of the files is made. `like` is what outputs are copies of.
     """
     started = time.perf_counter()
-    wanted = options.device
-    workers = options.workers
-    if ranks.world > 1:  # those of one machine share its cores, and each uses another device
-        rank = int(os.environ.get("LOCAL_RANK", 0))
-        workers = max(1, worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if str(wanted) == "cuda":
-            wanted = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-    device = check_device(wanted)
+    device, workers = _resources(options, ranks)
     copied = None
     if like is not None:
         plan, arrangement = _arranged_like(plan, like)
@@ -357,10 +350,25 @@ def write_synthesis(
     return None if ranks.rank else report
 
 
+def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
+    """Return the device and the number of threads of this process; those of one machine share its
+    cores, and each uses another device."""
+    if ranks.world == 1:
+        return check_device(options.device), options.workers
+    device = options.device
+    if str(device) == "cuda":
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return check_device(device), max(1, worker_count() // count)
+
+
 def _arranged_like(plan: Plan, like: Like) -> tuple[Plan, Arrangement]:
     """Return a plan whose tensors have the dtypes of a checkpoint, and the layout of its copy."""
-    averages = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
-    own = {name: plan.entries[name] for name in plan.names}
-    arrangement = like.arranged(own, plan.names, averages, operator.is_)
+    averages = list[str]()
+    for name, tensor in plan.tensors.items():
+        if tensor.role == "average":
+            averages.append(name)
+    arrangement = like.arranged(plan.entries, plan.names, averages, operator.is_)
     dtypes = {name: entry.dtype for name, entry in arrangement.parts[""].items()}
     return replace(plan, dtypes=dtypes), arrangement
