@@ -67,8 +67,11 @@ def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]
     at = archive.start_dir
     for info in archive.infolist():
         entries[info.header_offset] = info, at
-        name = info.orig_filename.encode("utf-8" if info.flag_bits & _IS_UTF8 else "cp437")
-        at += _ENTRY_BYTES + len(name) + len(info.extra) + len(info.comment)
+        encoding = "utf-8" if info.flag_bits & _IS_UTF8 else "cp437"
+        at += _ENTRY_BYTES
+        at += len(info.orig_filename.encode(encoding))
+        at += len(info.extra)
+        at += len(info.comment)
     return entries
 
 
@@ -99,8 +102,11 @@ class _Beginning(io.RawIOBase):
     seekable = readable
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._end}
-        self._at = max(0, starts[whence] + offset)
+        if whence == io.SEEK_CUR:
+            offset += self._at
+        elif whence == io.SEEK_END:
+            offset += self._end
+        self._at = max(0, offset)
         return self._at
 
     def readinto(self, view: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from posthoc_cli.export.layouts import (
     check_ending,
     check_shape,
     layout_of,
+    nbytes,
 )
 from posthoc_cli.export.like import Like
 from posthoc_cli.export.writing import write_outputs
@@ -128,20 +129,22 @@ def export_file(
             arrangement = arranged(layout_of(out, layout), entries, options)
         else:
             arrangement = _arranged_like(Like.find(like, tensors, weights, average), tensors)
-            own = len(arrangement.entries)
-        written = sum(entry.nbytes for entry in arrangement.entries.values())
+            entries = arrangement.entries
+            own = len(entries)
+        written = nbytes(entries)
         advance = stack.enter_context(progress("exporting", written))
 
-        def fill(outputs: Sequence[Any], in_file: Mapping[str, Entry]) -> None:
-            for name, entry in in_file.items():
-                outputs[0].write_tensor(name, tensors[name].read(entry.dtype))
-                advance(entry.nbytes)
+        def fill(outputs: Sequence[Any], in_file: Iterable[str]) -> None:
+            for name in in_file:
+                tensor = tensors[name].read(entries[name].dtype)
+                outputs[0].write_tensor(name, tensor)
+                advance(entries[name].nbytes)
 
         write_outputs([out], arrangement, [_header(tensors, info)], fill, overwrite)
     return ExportReport(
         out,
-        tensors=len(arrangement.entries),
-        from_base=len(arrangement.entries) - own,
+        tensors=len(entries),
+        from_base=len(entries) - own,
         nbytes=written,
         seconds=time.perf_counter() - started,
         copied=arrangement.copied,
@@ -194,7 +197,8 @@ class _Tensor(NamedTuple):
     def read(self, dtype: str) -> torch.Tensor:
         """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too
         small dtype."""
-        tensor, wanted = self.file.tensor(self.name), torch_dtype(dtype)
+        tensor = self.file.tensor(self.name)
+        wanted = torch_dtype(dtype)
         # torch lacks functions for 8-bit dtypes
         values = tensor.float() if tensor.element_size() == 1 else tensor
         reason = ""
@@ -249,42 +253,52 @@ def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | No
     an output."""
     path, *more = models_at(path)
     if more:
-        raise InvalidValueError(
-            path.parent, f"holds {1 + len(more)} models", f"name one of them, such as {path.name}"
-        )
-    opened, info = ([], None) if is_parts_folder(path) else read_model(path)
-    if not opened or opened[0].kind == "snapshot":
-        snapshot = stack.enter_context(read_snapshot(path))
-        if snapshot.part is not None:
-            raise FileFormatError(
-                path, "is a part of a snapshot", "export the folder of all its parts"
-            )
-        return _of_source(snapshot), OutputInfo(
-            snapshot.run_id,
-            f"sigma_rel {snapshot.sigma_rel!r}",
-            snapshot.sigma_rel,
-            snapshot.gamma,
-            snapshot.t,
-            snapshot.t_unit,
-            "tracked",
-            profile_error=0.0,
-            predicted_error=None,
-            snapshots=(Used(path.name, 1.0),),
-        )
+        hint = f"name one of them, such as {path.name}"
+        raise InvalidValueError(path.parent, f"holds {1 + len(more)} models", hint)
+    if is_parts_folder(path):
+        return _of_snapshot(stack, path)
+    opened, info = read_model(path)
+    if opened[0].kind == "snapshot":
+        return _of_snapshot(stack, path)
     tensors = _Tensors()
-    for file in map(stack.enter_context, opened):
-        roles = dict.fromkeys(file.entries, "other" if info is None else "average")
-        if info is not None:
-            roles |= dict.fromkeys(running_statistics(file.entries), "statistic") | dict.fromkeys(
-                info.copies, "copy"
-            )
+    for file in opened:
+        stack.enter_context(file)
+        roles = _roles_in(file, info)
         for name, entry in file.entries.items():
             if name in tensors:
-                raise FileFormatError(
-                    file.path, f"tensor {shown(name)} is in {tensors[name].file.path} too"
-                )
+                other = tensors[name].file.path
+                raise FileFormatError(file.path, f"tensor {shown(name)} is in {other} too")
             tensors[name] = _Tensor(file, name, Entry(entry.dtype, entry.shape), roles[name])
     return tensors, info
+
+
+def _of_snapshot(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo]:
+    snapshot = stack.enter_context(read_snapshot(path))
+    if snapshot.part is not None:
+        hint = "export the folder of all its parts"
+        raise FileFormatError(path, "is a part of a snapshot", hint)
+    info = OutputInfo(
+        run_id=snapshot.run_id,
+        profile=f"sigma_rel {snapshot.sigma_rel!r}",
+        sigma_rel=snapshot.sigma_rel,
+        gamma=snapshot.gamma,
+        t=snapshot.t,
+        t_unit=snapshot.t_unit,
+        method="tracked",
+        profile_error=0.0,
+        predicted_error=None,
+        snapshots=(Used(path.name, 1.0),),
+    )
+    return _of_source(snapshot), info
+
+
+def _roles_in(file: TensorFile, info: OutputInfo | None) -> dict[str, str]:
+    if info is None:
+        return dict.fromkeys(file.entries, "other")
+    roles = dict.fromkeys(file.entries, "average")
+    roles |= dict.fromkeys(running_statistics(file.entries), "statistic")
+    roles |= dict.fromkeys(info.copies, "copy")
+    return roles
 
 
 def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:

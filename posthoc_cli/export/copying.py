@@ -62,9 +62,10 @@ class Chunk(NamedTuple):
     def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
         item = ITEM_BYTES[self.entry.dtype]
-        strides = self.entry.strides or row_major(self.box.shape)
+        shape = self.box.shape
+        strides = self.entry.strides or row_major(shape)
         steps = [item * step for step in strides]
-        return as_strided(data, (*self.box.shape, item), (*steps, 1))
+        return as_strided(data, (*shape, item), (*steps, 1))
 
 
 class Placed(NamedTuple):
@@ -93,9 +94,11 @@ def _check_apart(chunks: Sequence[Chunk]) -> None:
         reaching = [before for before in reaching if before.end > chunk.begin]
         for before in reaching:
             # those with strides may only interleave
-            reached = np.zeros(max(before.end, chunk.end) - before.begin, bool)
+            end = max(before.end, chunk.end)
+            reached = np.zeros(end - before.begin, bool)
             before.view(reached)[...] = True
-            if chunk.view(reached[chunk.begin - before.begin :]).any():
+            rest = reached[chunk.begin - before.begin :]
+            if chunk.view(rest).any():
                 reason = (
                     f"tensors {shown(before.name)} and {shown(chunk.name)} have bytes in common"
                 )
@@ -138,8 +141,9 @@ class CopiedFile:
             self._check(source, "changed while it was being read")
 
     def _check(self, source: OpenedFile, problem: str) -> None:
-        if any(source.stamp != chunk.stamp for chunk in self._chunks):
-            raise FileFormatError(self._path, f"was {problem}", "run again")
+        for chunk in self._chunks:
+            if chunk.stamp != source.stamp:
+                raise FileFormatError(self._path, f"was {problem}", "run again")
 
     def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
         begin = 0
@@ -151,7 +155,8 @@ class CopiedFile:
 
     def _copy_range(self, source: OpenedFile, begin: int, end: int) -> None:
         for at in range(begin, end, _BLOCK):
-            data = source.read_at(min(_BLOCK, end - at), at)
+            count = min(_BLOCK, end - at)
+            data = source.read_at(count, at)
             self._file.write_at(data, at)
 
     def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:

@@ -139,10 +139,11 @@ class OutputOptions:
     @property
     def makes_folders(self) -> bool:
         """Whether every output is a folder."""
-        if self.like is not None:
-            like = files.local_path("like", files.expanded(self.like))
-            return like.is_dir() or like.name.endswith(INDEX_ENDING)
-        return self.distributed or self.layout in FOLDERS
+        if self.like is None:
+            return self.distributed or self.layout in FOLDERS
+        like = files.expanded(self.like)
+        like = files.local_path("like", like)
+        return like.is_dir() or like.name.endswith(INDEX_ENDING)
 
     @property
     def ending(self) -> str:

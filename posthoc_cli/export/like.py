@@ -128,10 +128,12 @@ class Like:
 
     def _is_stale(self, name: str) -> bool:
         """Return whether a file holds the model's weights, too, in another format."""
-        models = [path for path in self.files if _MODEL.fullmatch(path.name)]
-        indices = tuple(f"{path.suffix}{INDEX_ENDING}" for path in models)
-        is_model = _MODEL.fullmatch(name) is not None
-        return bool(models) and is_model and not name.endswith(indices)
+        names = [path.name for path in self.files]
+        names = list(filter(_MODEL.fullmatch, names))
+        if not names or not _MODEL.fullmatch(name):
+            return False
+        indices = [Path(each).suffix + INDEX_ENDING for each in names]
+        return not name.endswith(tuple(indices))
 
     def _check_files(self) -> None:
         for path in {file.path for file in self.source.files}:
@@ -322,10 +324,10 @@ def _without_weights(chunks: Mapping[str, list[Chunk]], place: Path) -> dict[str
         weights = chunks_of(stored_in(place, weights=True))
     except FileFormatError:  # which of its tensors are the weights is unclear
         return dict(chunks)
-    places = {(chunk.path, chunk.begin) for found in weights.values() for chunk in found}
+    places = {found[0][1:] for found in weights.values()}
     own = dict[str, list[Chunk]]()
     for name, found in chunks.items():
-        if (found[0].path, found[0].begin) not in places:
+        if found[0][1:] not in places:
             own[name] = found
     return own
 
@@ -340,6 +342,9 @@ def _is_own(path: Path, folder: Path) -> bool:
     root = Path(os.path.realpath(folder))
     if not real.is_file():
         return False
-    caches = [parent.parent for parent in root.parents if parent.name == "snapshots"]
-    is_blob = bool(caches) and real.parent == caches[0] / "blobs"
-    return is_blob or real.is_relative_to(root)
+    if real.is_relative_to(root):
+        return True
+    for parent in root.parents:
+        if parent.name == "snapshots":
+            return real.parent == parent.parent / "blobs"
+    return False

@@ -18,10 +18,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ from posthoc_cli.export.like import Like
 from posthoc_cli.export.outputs import DistributedOutput, PickledOutput, SafetensorsOutput
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
-from posthoc_cli.synthesis.engine import check_device, synthesize_into
+from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
+from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
 # --- processes
@@ -77,7 +78,8 @@ class Ranks:
 
         It gets a list, which afterwards holds in all ranks what the first rank has put into it.
         """
-        failure, shared = None, list[Any]()
+        failure = None
+        shared = list[Any]()
         try:
             yield shared
         except PostHocError as error:
@@ -233,7 +235,7 @@ def write_outputs(
     paths: Sequence[Path],
     arrangement: Arrangement,
     headers: Sequence[Mapping[str, Any]],
-    fill: Callable[[Sequence[Any], Mapping[str, Entry]], None],
+    fill: Callable[[Sequence[Any], Iterable[str]], None],
     overwrite: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
@@ -245,10 +247,9 @@ def write_outputs(
     disk.
     """
     is_remote = files.is_url(paths[0])
-    is_first = ranks.rank == 0
-    is_owner = is_first or is_remote
+    is_owner = ranks.rank == 0 or is_remote
+    outputs = list[_PendingOutput]()
     with ExitStack() as stack:
-        outputs = list[_PendingOutput]()
         with ranks.together() as places:
             if is_owner:
                 stack.enter_context(files.new_directory(paths[0].parent))
@@ -265,10 +266,10 @@ def write_outputs(
                 for output in outputs:
                     output.finish()
         with ranks.together():
-            if is_first:
+            if ranks.rank == 0:
                 for output in outputs:
                     output.publish(arrangement.others)
-        if is_remote and not is_first:
+        if is_remote and ranks.rank != 0:
             for output in outputs:
                 output.publish({})  # nothing is left to send
 
@@ -323,31 +324,44 @@ def write_synthesis(
     """
     started = time.perf_counter()
     device, workers = _resources(options, ranks)
-    copied = None
+    arrangement = None
     if like is not None:
         plan, arrangement = _arranged_like(plan, like)
-        copied = arrangement.copied
     elif paths:
         layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
         arrangement = arranged(layout, plan.entries, options, ranks.world)
-
-    def fill(outputs: Sequence[Any], entries: Mapping[str, Entry]) -> None:
-        subset = {
-            name for name, names in plan.names.items() if not entries.keys().isdisjoint(names)
-        }
-        part = replace(plan, subset=frozenset(subset))
-        with closing(synthesize_into(part, outputs, device, workers, advance)) as tiles:
-            for _ in tiles:
-                pass
-
-    if paths:
-        headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
+    if arrangement is not None and paths:
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
+            fill = partial(_synthesize_names, plan, device, workers, advance)
+            headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
             write_outputs(paths, arrangement, headers, fill, options.overwrite, ranks)
-    seconds = time.perf_counter() - started
-    report = SynthesisReport(plan, tuple(paths), copied, str(device), seconds)
-    return None if ranks.rank else report
+    if ranks.rank:
+        return None
+    return SynthesisReport(
+        plan,
+        outputs=tuple(paths),
+        copied=None if arrangement is None else arrangement.copied,
+        device=str(device),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _synthesize_names(
+    plan: Plan,
+    device: torch.device,
+    workers: int | None,
+    advance: Progress,
+    outputs: Sequence[Any],
+    in_file: Iterable[str],
+) -> None:
+    """Synthesize the tensors of these names into outputs."""
+    wanted = {*in_file}
+    subset = {name for name, aliases in plan.names.items() if not wanted.isdisjoint(aliases)}
+    part = replace(plan, subset=frozenset(subset))
+    with closing(synthesize_into(part, outputs, device, workers, advance)) as tiles:
+        for _ in tiles:
+            pass
 
 
 def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
@@ -370,5 +384,5 @@ def _arranged_like(plan: Plan, like: Like) -> tuple[Plan, Arrangement]:
         if tensor.role == "average":
             averages.append(name)
     arrangement = like.arranged(plan.entries, plan.names, averages, operator.is_)
-    dtypes = {name: entry.dtype for name, entry in arrangement.parts[""].items()}
+    dtypes = {name: entry.dtype for name, entry in arrangement.entries.items()}
     return replace(plan, dtypes=dtypes), arrangement
