@@ -76,11 +76,28 @@ TARGET = "last:2"
 def truth(name: str, dtype: torch.dtype) -> torch.Tensor:
     """Return the mean of both checkpoints in float64, rounded once."""
     first = values(1)[name].double()
-    return ((first + values(2)[name].double()) / 2).to(dtype)
+    second = values(2)[name].double()
+    mean = (first + second) / 2
+    return mean.to(dtype)
 
 
 def other(seed: int, prefix: str = "", dtype: torch.dtype = torch.float32) -> Tensors:
-    return {prefix + name: value.to(dtype) for name, value in values(seed).items()}
+    found = {}
+    for name, value in values(seed).items():
+        found[prefix + name] = value.to(dtype)
+    return found
+
+
+def load(path: Path) -> Any:
+    """Load a checkpoint as a careful training does."""
+    return torch.load(path, weights_only=True)
+
+
+def saved(folder: Path, **content: Any) -> Path:
+    """Write a checkpoint by torch.save; return its path."""
+    path = folder / "last.pt"
+    torch.save(content, path)
+    return path
 
 
 def check_replaced(tensors: Tensors, prefix: str = "") -> None:
@@ -92,8 +109,9 @@ def check_replaced(tensors: Tensors, prefix: str = "") -> None:
 def changed(before: bytes, after: bytes) -> np.ndarray:
     """Return the places of the bytes that differ; the lengths must be equal."""
     assert len(before) == len(after)
-    arrays = [np.frombuffer(data, np.uint8) for data in (before, after)]
-    return np.flatnonzero(arrays[0] != arrays[1])
+    old = np.frombuffer(before, np.uint8)
+    new = np.frombuffer(after, np.uint8)
+    return np.flatnonzero(old != new)
 
 
 def check_archive(before: Path, after: Path, replaced: int) -> None:
@@ -121,8 +139,11 @@ def check_archive(before: Path, after: Path, replaced: int) -> None:
 
 
 def optimizer_state() -> dict[str, Any]:
-    moments = {number: {"exp_avg": value} for number, value in enumerate(values(9).values())}
-    return {"state": moments, "param_groups": [{"lr": 0.1, "params": [0, 1, 2, 3, 4]}]}
+    moments = {}
+    for number, value in enumerate(values(9).values()):
+        moments[number] = {"exp_avg": value}
+    group = {"lr": 0.1, "params": [*moments]}
+    return {"state": moments, "param_groups": [group]}
 
 
 # --- files of torch.save
@@ -165,7 +186,7 @@ def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, k
     assert report.to_dict()["like"]["kept"] == []
     check_archive(like, out, sum(bool(value.numel()) for value in values(1).values()))
     loads = (
-        torch.load(out, weights_only=True), torch.load(out, weights_only=True, mmap=True),
+        load(out), torch.load(out, weights_only=True, mmap=True),
         torch.load(out, weights_only=False),
     )  # fmt: skip
     for loaded in loads:
@@ -195,8 +216,11 @@ class Training:
     """A model and its optimizer."""
 
     def __init__(self) -> None:
-        self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        linear = torch.nn.Linear(6, 5)
+        norm = torch.nn.BatchNorm1d(5)
+        self.model = torch.nn.Sequential(linear, norm)
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=0.01)
 
     def step(self) -> None:
         self.optimizer.zero_grad()
@@ -220,12 +244,11 @@ def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
         for _ in range(20):
             training.step()
             ema.update_(training.model)
-    content = {"model": training.model.state_dict(), "ema": averaged, "epoch": 20}
-    torch.save(content | {"optimizer": training.optimizer.state_dict()}, tmp_path / "last.pt")
+    content = {"model": training.model.state_dict(), "ema": averaged}
+    like = saved(tmp_path, **content, optimizer=training.optimizer.state_dict(), epoch=20)
     run = Run(tmp_path / "run")
-    weights = replaced == "model"
-    run.write(0.1, tmp_path / "new.pt", like=tmp_path / "last.pt", weights=weights)
-    loaded = torch.load(tmp_path / "new.pt", weights_only=True)
+    run.write(0.1, tmp_path / "new.pt", like=like, weights=replaced == "model")
+    loaded = load(tmp_path / "new.pt")
     assert_same_tensors(loaded[replaced], run.average(0.1))
     assert_same_tensors(loaded[kept], content[kept])
     again = Training()
@@ -252,7 +275,7 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
     torch.save({"model": state, "flat": flat, "matrix": matrix}, like)
     run.write(TARGET, out, like=like)
     check_archive(like, out, 2)
-    loaded = torch.load(out, weights_only=True)
+    loaded = load(out)
     check_replaced(loaded["model"])
     for name, value in loaded["model"].items():
         assert value.stride() == state[name].stride()
@@ -270,18 +293,17 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     matrix = torch.zeros(50, 7)
     torch.save({"q": matrix[:, :3], "k": matrix[:, 3:]}, tmp_path / "last.pt")
     Run(run).write("last:1", tmp_path / "new.pt", like=tmp_path / "last.pt")
-    loaded = torch.load(tmp_path / "new.pt", weights_only=True)
+    loaded = load(tmp_path / "new.pt")
     assert_same_tensors(loaded, parts)
 
 
 def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
     state = other(5)
     state["tied.weight"] = state["head.weight"]
-    like = tmp_path / "last.pt"
-    torch.save({"model": state}, like)
+    like = saved(tmp_path, model=state)
     run.write(TARGET, tmp_path / "a.pt", like=like)
     check_archive(like, tmp_path / "a.pt", 4)
-    loaded = torch.load(tmp_path / "a.pt", weights_only=True)["model"]
+    loaded = load(tmp_path / "a.pt")["model"]
     check_replaced(loaded)
     assert loaded["tied.weight"].data_ptr() == loaded["head.weight"].data_ptr()
 
@@ -291,13 +313,12 @@ def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
 ) -> None:
     state = other(5)
     state["tied.weight"] = state["head.weight"]
-    like = tmp_path / "last.pt"
-    torch.save({"model": state}, like)
+    like = saved(tmp_path, model=state)
     both = {name: truth(name, torch.float32) for name in SHAPES}
     both["tied.weight"] = both["head.weight"].clone()
     source = write_output(tmp_path / "both.safetensors", both)
     export_file(source, tmp_path / "b.pt", like=like)
-    check_replaced(torch.load(tmp_path / "b.pt", weights_only=True)["model"])
+    check_replaced(load(tmp_path / "b.pt")["model"])
     both["tied.weight"][0] += 1
     source = write_output(tmp_path / "apart.safetensors", both)
     with pytest.raises(MismatchError, match=r"'head\.weight' and 'tied\.weight' are one in it"):
@@ -311,30 +332,72 @@ def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
 
 def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> None:
     """An EMA of parameters has no buffers; those of the weights stay."""
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
-    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+    training = Training()
+    options: dict[str, Any] = {"update_every": 1, "checkpoint_every": 1}
+    with PostHocEMA.from_model(training.model, tmp_path / "run", **options) as ema:
         for _ in range(3):
-            model(torch.randn(4, 3))
-            ema.update_(model)
-    average = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
-    fresh = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).state_dict()
-    torch.save({"model": fresh, "ema": average}, tmp_path / "last.pt")
-    report = Run(tmp_path / "run").write(0.1, tmp_path / "a.pt", like=tmp_path / "last.pt")
+            training.step()
+            ema.update_(training.model)
+    average = {}
+    for name, value in training.model.named_parameters():
+        average[name] = torch.zeros_like(value)
+    fresh = Training().model.state_dict()
+    like = saved(tmp_path, model=fresh, ema=average)
+    report = Run(tmp_path / "run").write(0.1, tmp_path / "a.pt", like=like)
     assert report is not None
     assert report.copied is not None
     assert report.copied.kept == []
-    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    loaded = load(tmp_path / "a.pt")
     assert_same_tensors(loaded["model"], fresh)
-    assert all(value.any() for name, value in loaded["ema"].items() if "1.bias" not in name)
+    for value in loaded["ema"].values():
+        assert value.any()
+
+
+def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
+    tmp_path: Path, run: Run, ema: Ema
+) -> None:
+    weights = other(5)
+    average = other(6)
+    average["conv.bias"] = weights["conv.bias"]
+    like = saved(tmp_path, model=weights, ema=average)
+    words = "synthesize", run.directory, "--target", TARGET, "--like", like
+    done = ema(*words, "--out", tmp_path / "new.pt")
+    assert "not written: 1 tensor (conv.bias), which the average does not have apart" in done.err
+    loaded = load(tmp_path / "new.pt")
+    assert_same_tensors(loaded["model"], weights)
+    assert torch.equal(loaded["ema"]["conv.bias"], weights["conv.bias"])
+    assert torch.equal(loaded["ema"]["conv.weight"], truth("conv.weight", torch.float32))
+
+
+def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path: Path, run: Run) -> None:
+    weights = other(5)
+    like = saved(tmp_path, model=weights, ema=weights)
+    report = run.write(TARGET, tmp_path / "new.pt", like=like)
+    assert report is not None
+    assert report.to_dict()["like"]["replaced"] == "weights"
+    check_replaced(load(tmp_path / "new.pt")["model"])
+
+
+def test_a_counter_of_another_dtype_stays(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    state = {"w": torch.ones(2), "count": torch.tensor(5)}
+    save_file(state, tmp_path / "run/step1.safetensors")
+    like = saved(tmp_path, model={"w": torch.zeros(2), "count": torch.tensor(3).int()})
+    report = Run(tmp_path / "run").write("last:1", tmp_path / "new.pt", like=like)
+    assert report is not None
+    assert report.copied is not None
+    assert report.copied.kept == ["count"]
+    loaded = load(tmp_path / "new.pt")["model"]
+    assert loaded["count"] == 3
+    assert loaded["w"].tolist() == [1, 1]
 
 
 def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
-    like = tmp_path / "last.pt"
-    torch.save({"model": other(4), "ema1": other(5), "ema2": other(6)}, like)
+    like = saved(tmp_path, model=other(4), ema1=other(5), ema2=other(6))
     with pytest.raises(FileFormatError, match="unclear: 'ema1', 'ema2'"):
         run.write(TARGET, tmp_path / "a.pt", like=like)
     run.write(TARGET, tmp_path / "a.pt", like=like, average="ema2")
-    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    loaded = load(tmp_path / "a.pt")
     check_replaced(loaded["ema2"])
     for key, seed in (("model", 4), ("ema1", 5)):
         assert_same_tensors(loaded[key], other(seed))
@@ -381,15 +444,18 @@ def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
     assert "replaced the weights in out" in done.err
     after = contents(tmp_path / "new")
     assert after.keys() == kept.keys()
-    merged: Tensors = {}
     for name, data in after.items():
-        if not name.startswith(f"{stem}-"):
-            assert data == kept[name]
-        elif ending == "bin":
-            merged |= torch.load(tmp_path / "new" / name, weights_only=True)
-        else:
-            merged |= load_file(tmp_path / "new" / name)
-    check_replaced(merged)
+        assert name.startswith(f"{stem}-") or data == kept[name]
+    check_replaced(merged(tmp_path / "new", f"{stem}-*.{ending}"))
+
+
+def merged(folder: Path, pattern: str) -> Tensors:
+    """Return the tensors of all shards."""
+    tensors: Tensors = {}
+    for path in folder.glob(pattern):
+        is_pickle = path.suffix == ".bin"
+        tensors |= load(path) if is_pickle else load_file(path)
+    return tensors
 
 
 def trainer_output(folder: Path, stem: str, ending: str) -> Path:
@@ -459,9 +525,12 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Ru
 
 
 def empty(content: Any) -> Any:
+    """Return the same with other values, as a training holds it before it loads."""
     if isinstance(content, dict):
         return {key: empty(value) for key, value in content.items()}
-    return torch.full_like(content, 3) if isinstance(content, torch.Tensor) else content
+    if isinstance(content, torch.Tensor):
+        return torch.full_like(content, 3)
+    return content
 
 
 def loaded_distributed(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -613,7 +682,7 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -
 def test_options_that_do_not_fit(
     tmp_path: Path, run: Run, out: str, options: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
-    torch.save({"model": other(5)}, tmp_path / "last.pt")
+    saved(tmp_path, model=other(5))
     with nothing_left(tmp_path), pytest.raises(kind, match=message):
         run.write(TARGET, tmp_path / out, **({"like": tmp_path / "last.pt"} | options))
 
@@ -633,8 +702,7 @@ def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
 def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
     tmp_path: Path, run: Run
 ) -> None:
-    like = tmp_path / "last.pt"
-    torch.save({"model": other(5), "ema": other(6)}, like)
+    like = saved(tmp_path, model=other(5), ema=other(6))
     run.write(TARGET, tmp_path / "new.pt", like=like)
     for at in range(12):
         for operation in ("write", "fsync", "rename"):
@@ -644,7 +712,7 @@ def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
                 (tmp_path / "other.pt").unlink()
         with failing("write", KeyboardInterrupt(), call_number(at)), suppress(KeyboardInterrupt):
             run.write(TARGET, like, like=like, overwrite=True)
-        assert torch.load(like, weights_only=True)["model"].keys() == SHAPES.keys()
+        assert load(like)["model"].keys() == SHAPES.keys()
     run.write(TARGET, like, like=like, overwrite=True)
     assert like.read_bytes() == (tmp_path / "new.pt").read_bytes()
     assert not [*tmp_path.glob(".ema-*")]
@@ -670,8 +738,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Before the copy begins, and while it is made."""
-    like = tmp_path / "last.pt"
-    torch.save({"model": other(5)}, like)
+    like = saved(tmp_path, model=other(5))
     name = ("open_new", "write")[at]
     original = getattr(files.system, name)
 
@@ -687,8 +754,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
 
 
 def test_damaged_and_compressed_archives_are_refused(tmp_path: Path, run: Run) -> None:
-    like = tmp_path / "last.pt"
-    torch.save({"model": other(5)}, like)
+    like = saved(tmp_path, model=other(5))
     data = like.read_bytes()
     packed = tmp_path / "packed.pt"
     with zipfile.ZipFile(like) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
@@ -712,17 +778,16 @@ def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
             with new.open(info.filename, "w", force_zip64="/data/1" in info.filename) as member:
                 member.write(old.read(info))
     run.write(TARGET, tmp_path / "new.pt", like=like)
-    with zipfile.ZipFile(tmp_path / "new.pt") as archive:
-        assert archive.testzip() is None
-    check_replaced(torch.load(tmp_path / "new.pt", weights_only=True)["model"])
+    check_replaced(load(tmp_path / "new.pt")["model"])
     after = (tmp_path / "new.pt").read_bytes()
     assert changed(like.read_bytes(), after).size
     with zipfile.ZipFile(tmp_path / "new.pt") as archive:
-        infos = [info for info in archive.infolist() if "/data/" in info.filename]
+        assert archive.testzip() is None
+        infos = archive.infolist()
     for info in infos:
         place = info.header_offset + 14
-        assert after[place : place + 4] == info.CRC.to_bytes(4, "little")
-    assert len(infos) == 5
+        stored = after[place : place + 4]
+        assert int.from_bytes(stored, "little") == info.CRC
 
 
 INTERRUPTED = """
@@ -741,8 +806,7 @@ main()
 
 
 def test_a_termination_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
-    like = tmp_path / "last.pt"
-    torch.save({"model": other(5)}, like)
+    like = saved(tmp_path, model=other(5))
     words = "synthesize", run.directory, "--target", TARGET, "--like", like
     with nothing_left(tmp_path), waiting(INTERRUPTED, *words, "--out", like, "--overwrite") as job:
         assert job.first_line() == "writing"
@@ -781,7 +845,7 @@ def test_an_export_writes_any_model_into_a_checkpoint(tmp_path: Path, run: Run, 
     report = ema(*words, "--json").json
     assert report["like"]["replaced"] == "weights"
     assert report["tensors"] == len(SHAPES)
-    loaded = torch.load(tmp_path / "c.pt", weights_only=True)
+    loaded = load(tmp_path / "c.pt")
     check_replaced(loaded["model"], "module.")
     assert torch.equal(loaded["ema"]["module.scale"], other(6)["scale"])
 
@@ -793,6 +857,6 @@ def test_several_targets_make_a_file_each(tmp_path: Path, run: Run) -> None:
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
         "last-1.ckpt", "last-2.ckpt",
     ]  # fmt: skip
-    check_replaced(torch.load(tmp_path / "made/last-2.ckpt", weights_only=True)["model"])
-    loaded = torch.load(tmp_path / "made/last-1.ckpt", weights_only=True)["model"]
+    check_replaced(load(tmp_path / "made/last-2.ckpt")["model"])
+    loaded = load(tmp_path / "made/last-1.ckpt")["model"]
     assert all(torch.equal(value, values(2)[name]) for name, value in loaded.items())
