@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,8 +56,13 @@ class ExportReport:
     copied: Copied | None = None  # the checkpoint that it is a copy of
 
     def to_dict(self) -> dict[str, Any]:
-        counts = {"tensors": self.tensors, "from_base": self.from_base, "bytes": self.nbytes}
-        report = {"output": str(self.output), **counts, "seconds": self.seconds}
+        report: dict[str, Any] = {
+            "output": str(self.output),
+            "tensors": self.tensors,
+            "from_base": self.from_base,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+        }
         if self.copied is not None:
             report["like"] = self.copied.to_dict()
         return report
@@ -132,15 +137,10 @@ def export_file(
             entries = arrangement.entries
             own = len(entries)
         written = nbytes(entries)
-        advance = stack.enter_context(progress("exporting", written))
-
-        def fill(outputs: Sequence[Any], in_file: Iterable[str]) -> None:
-            for name in in_file:
-                tensor = tensors[name].read(entries[name].dtype)
-                outputs[0].write_tensor(name, tensor)
-                advance(entries[name].nbytes)
-
-        write_outputs([out], arrangement, [_header(tensors, info)], fill, overwrite)
+        with progress("exporting", written) as advance:
+            fill = _Filling(tensors, entries, advance)
+            header = _header(tensors, info)
+            write_outputs([out], arrangement, [header], fill, overwrite)
     return ExportReport(
         out,
         tensors=len(entries),
@@ -151,11 +151,30 @@ def export_file(
     )
 
 
+@dataclass(frozen=True)
+class _Filling:
+    """What writes tensors into an output."""
+
+    tensors: _Tensors
+    entries: Mapping[str, Entry]  # in the output
+    advance: Callable[[int], object]
+
+    def __call__(self, outputs: Sequence[Any], names: Iterable[str]) -> None:
+        for name in names:
+            entry = self.entries[name]
+            tensor = self.tensors[name].read(entry.dtype)
+            outputs[0].write_tensor(name, tensor)
+            self.advance(entry.nbytes)
+
+
 def _header(tensors: _Tensors, info: OutputInfo | None) -> dict[str, Any]:
     if info is None:
         return {"format": FORMAT}
-    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-    return replace(info, copies=copies).encoded()
+    copies = list[str]()
+    for name, tensor in tensors.items():
+        if tensor.role == "copy":
+            copies.append(name)
+    return replace(info, copies=tuple(copies)).encoded()
 
 
 def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
@@ -167,17 +186,23 @@ def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
 
     def are_equal(one: str, other: str) -> bool:
         dtype = tensors[one].own.dtype
-        return torch.equal(tensors[one].read(dtype), tensors[other].read(dtype))
+        first = tensors[one].read(dtype)
+        second = tensors[other].read(dtype)
+        return torch.equal(first, second)
 
     return like.arranged(entries, {name: [name] for name in tensors}, averages, are_equal)
 
 
 def _renamed(tensors: _Tensors, prefix: str, strip_prefix: str) -> _Tensors:
-    renamed = {prefix + name.removeprefix(strip_prefix): each for name, each in tensors.items()}
-    is_used = not strip_prefix or any(name.startswith(strip_prefix) for name in tensors)
+    renamed = _Tensors()
+    is_used = not strip_prefix
+    for name, tensor in tensors.items():
+        is_used |= name.startswith(strip_prefix)
+        end = name.removeprefix(strip_prefix)
+        renamed[prefix + end] = tensor
     if not is_used or len(renamed) < len(tensors):
-        first = repr(min(tensors, default=""))
-        reason = f"must begin a name, and make no two alike; the first is {first}"
+        first = min(tensors, default="")
+        reason = f"must begin a name, and make no two alike; the first is {first!r}"
         raise InvalidValueError("strip_prefix", reason, value=repr(strip_prefix))
     return renamed
 
@@ -191,8 +216,11 @@ class _Tensor(NamedTuple):
     def entry(self, wanted: str | None) -> Entry:
         """Return its entry in the output: in the wanted dtype if it is a floating-point
         parameter."""
-        is_kept = wanted is None or self.role in ("statistic", "copy") or self.own.dtype not in EPS
-        return self.own if is_kept else Entry(str(wanted), self.own.shape)
+        if wanted is None or self.role in ("statistic", "copy"):
+            return self.own
+        if self.own.dtype not in EPS:
+            return self.own
+        return Entry(wanted, self.own.shape)
 
     def read(self, dtype: str) -> torch.Tensor:
         """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too
@@ -237,15 +265,13 @@ def _is_checkpoint(source: Path) -> bool:
 
 def _of_source(source: Source) -> _Tensors:
     """Return the tensors of a snapshot or checkpoint, under all their names."""
-    names = {name: name for name in source.tensors} | source.aliases
-    own = {
-        name: Entry(tensor.dtype, source.entries[name].shape)
-        for name, tensor in source.tensors.items()
-    }
-    return {
-        alias: _Tensor(source, name, own[name], source.tensors[name].role)
-        for alias, name in names.items()
-    }
+    tensors = _Tensors()
+    for name, tensor in source.tensors.items():
+        own = Entry(tensor.dtype, source.entries[name].shape)
+        tensors[name] = _Tensor(source, name, own, tensor.role)
+    for alias, name in source.aliases.items():
+        tensors[alias] = tensors[name]
+    return tensors
 
 
 def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | None]:

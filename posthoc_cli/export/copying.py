@@ -114,9 +114,9 @@ class CopiedFile:
     """
 
     def __init__(self, path: Path, chunks: Sequence[Chunk], out: Path, overwrite: bool) -> None:
-        filled = [chunk for chunk in chunks if chunk.entry.size]
         self._path = path
-        self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
+        self._chunks = [chunk for chunk in chunks if chunk.entry.size]
+        self._chunks.sort(key=lambda chunk: chunk.begin)
         self._members = set[Member]()
         self._collected = dict[Chunk, _Collected]()
         self._lock = threading.Lock()

@@ -84,15 +84,19 @@ class Arrangement:
     @property
     def sizes(self) -> list[int]:
         """The bytes of the parts."""
-        if self.copied is not None:
-            return [sum(path.stat().st_size for path in self.copied.files)]
-        return [nbytes(entries) for entries in self.parts.values()]
+        if self.copied is None:
+            return [nbytes(entries) for entries in self.parts.values()]
+        sizes = [path.stat().st_size for path in self.copied.files]
+        return [sum(sizes)]
 
     @property
     def bytes_beside(self) -> int:
         """The bytes of the other files to copy."""
-        paths = [other for other in self.others.values() if isinstance(other, Path)]
-        return sum(path.stat().st_size for path in paths)
+        total = 0
+        for other in self.others.values():
+            if isinstance(other, Path):
+                total += other.stat().st_size
+        return total
 
 
 @dataclass(frozen=True)

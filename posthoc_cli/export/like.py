@@ -96,8 +96,10 @@ class Like:
         """The files of the model, with their paths in the folder."""
         if not self.is_folder:
             return {self.path: ""}
-        paths = [file.path for file in self.source.files]
-        return {path: str(path.relative_to(self.path)) for path in paths}
+        names = dict[Path, str]()
+        for file in self.source.files:
+            names[file.path] = str(file.path.relative_to(self.path))
+        return names
 
     @cached_property
     def beside(self) -> tuple[dict[str, Path], list[str]]:
@@ -170,11 +172,7 @@ class Like:
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
         """
-        rename = self._renaming([names[name] for name in averages])
-        stored = dict[str, set[str]]()
-        for name, aliases in names.items():
-            renamed = [rename(alias) for alias in aliases]
-            stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
+        stored = self._stored_names(names, averages)
         self._check_quantized([stored[name] for name in averages])
         places = self._places(tensors, stored, are_equal)
         written = set[str]()
@@ -192,6 +190,17 @@ class Like:
         )
         parts = {"": {name: placed.entry for name, placed in places.items()}}
         return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
+
+    def _stored_names(
+        self, names: Mapping[str, Sequence[str]], averages: Collection[str]
+    ) -> dict[str, set[str]]:
+        """Return the names under which the checkpoint stores tensors; it may have no such names."""
+        rename = self._renaming([names[name] for name in averages])
+        stored = dict[str, set[str]]()
+        for name, aliases in names.items():
+            renamed = map(rename, aliases)
+            stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
+        return stored
 
     def _check_quantized(self, averages: Iterable[set[str]]) -> None:
         config = self.place / "config.json"
@@ -247,7 +256,8 @@ class Like:
         first = min(averages, key=len)[0]
         ends = [first]
         while "." in ends[-1]:
-            ends.append(ends[-1].partition(".")[2])
+            _, _, rest = ends[-1].partition(".")
+            ends.append(rest)
         for end in ends:
             old = first.removesuffix(end)
             beginnings = [name.removesuffix(end) for name in known if _ends_with(name, end)]
@@ -301,8 +311,8 @@ def _component(path: Path, tensors: set[str]) -> Path:
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
-            names = [name for file in model_files(weights) for name in read_file(file).entries]
-            if tensors.intersection(names):
+            found = [read_file(file) for file in model_files(weights)]
+            if any(not tensors.isdisjoint(file.entries) for file in found):
                 components.append(entry)
     return components[0] if len(components) == 1 else path
 

@@ -31,8 +31,9 @@ class FileOutput:
         view = tensor_bytes(values)
         item = ITEM_BYTES[tile.dtype]
         for name, begin, end in tile.spans:
+            data = view[begin * item : end * item]
             for alias in tile.plan.names[name]:
-                self.put(alias, view[begin * item : end * item], tile.begin * item)
+                self.put(alias, data, tile.begin * item)
 
     def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self.put(name, tensor_bytes(tensor), 0)
@@ -85,8 +86,10 @@ class CollectedOutput(InMemory):
 
     def all_tensors(self) -> dict[str, Any]:
         """Return the tensors under all names."""
-        tied = {alias: self.tensors[name] for alias, name in self._aliases.items()}
-        return self.tensors | tied
+        tensors = dict(self.tensors)
+        for alias, name in self._aliases.items():
+            tensors[alias] = self.tensors[name]
+        return tensors
 
     def publish(self) -> None:
         pass

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +258,9 @@ def write_outputs(
                 outputs.append(output)
                 places.append(output.place)
         with ranks.together():
-            for output, place in zip(outputs, places, strict=True):
-                output.place = output.place if is_owner else place
+            if not is_owner:
+                for output, place in zip(outputs, places, strict=True):
+                    output.place = place
             for name in [*arrangement.parts][ranks.rank :: ranks.world]:
                 fill([output.begin(name) for output in outputs], arrangement.parts[name])
                 for output in outputs:
@@ -333,8 +333,9 @@ def write_synthesis(
     if arrangement is not None and paths:
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
-            fill = partial(_synthesize_names, plan, device, workers, advance)
-            headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
+            fill = _Filling(plan, device, workers, advance)
+            infos = [plan.output_info(index) for index in range(len(plan.targets))]
+            headers = [info.encoded() for info in infos]
             write_outputs(paths, arrangement, headers, fill, options.overwrite, ranks)
     if ranks.rank:
         return None
@@ -347,21 +348,26 @@ def write_synthesis(
     )
 
 
-def _synthesize_names(
-    plan: Plan,
-    device: torch.device,
-    workers: int | None,
-    advance: Progress,
-    outputs: Sequence[Any],
-    in_file: Iterable[str],
-) -> None:
-    """Synthesize the tensors of these names into outputs."""
-    wanted = {*in_file}
-    subset = {name for name, aliases in plan.names.items() if not wanted.isdisjoint(aliases)}
-    part = replace(plan, subset=frozenset(subset))
-    with closing(synthesize_into(part, outputs, device, workers, advance)) as tiles:
-        for _ in tiles:
-            pass
+@dataclass(frozen=True)
+class _Filling:
+    """What synthesizes tensors into outputs."""
+
+    plan: Plan
+    device: torch.device
+    workers: int | None
+    advance: Progress
+
+    def __call__(self, outputs: Sequence[Any], names: Iterable[str]) -> None:
+        wanted = {*names}
+        subset = set[str]()
+        for name, aliases in self.plan.names.items():
+            if not wanted.isdisjoint(aliases):
+                subset.add(name)
+        part = replace(self.plan, subset=frozenset(subset))
+        made = synthesize_into(part, outputs, self.device, self.workers, self.advance)
+        with closing(made) as tiles:
+            for _ in tiles:
+                pass
 
 
 def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
