@@ -297,6 +297,15 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     assert_same_tensors(loaded, parts)
 
 
+def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path, run: Run) -> None:
+    """One byte cannot hold the values of several elements."""
+    repeated = torch.zeros(1, 900).expand(700, 900)
+    like = saved(tmp_path, model=other(5) | {"head.weight": repeated})
+    with pytest.raises(MismatchError, match=r"'head\.weight' repeats its elements, as `expand`"):
+        run.write(TARGET, tmp_path / "new.pt", like=like)
+    assert not [*tmp_path.glob(".ema-*")]
+
+
 def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
     state = other(5)
     state["tied.weight"] = state["head.weight"]

@@ -363,7 +363,7 @@ def _print_export(base: str | None, found: dict[str, Any]) -> None:
 
 def _note_copied(copied: dict[str, Any]) -> None:
     """Print what a copy of a checkpoint has of it."""
-    name = Path(copied["path"]).name
+    name = Path(copied["path"]).resolve().name
     if copied["replaced"] == "average":
         output.print_note(f"replaced the average in {name}; its weights stay as they are")
     else:

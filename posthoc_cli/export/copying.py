@@ -88,9 +88,16 @@ def chunks_of(source: Source) -> dict[str, list[Chunk]]:
 
 
 def _check_apart(chunks: Sequence[Chunk]) -> None:
-    """Raise a MismatchError if two chunks of a file, by their places, have bytes in common."""
+    """Raise a MismatchError if two elements have bytes in common; the chunks of a file are by their
+    places."""
     reaching = list[Chunk]()
     for chunk in chunks:
+        if chunk.entry.strides:
+            own = np.zeros(chunk.end - chunk.begin, bool)
+            chunk.view(own)[...] = True
+            if np.count_nonzero(own) < chunk.entry.nbytes:
+                reason = f"tensor {shown(chunk.name)} repeats its elements, as `expand` does"
+                raise MismatchError(chunk.path, reason, "and would get different values for them")
         reaching = [before for before in reaching if before.end > chunk.begin]
         for before in reaching:
             # those with strides may only interleave
