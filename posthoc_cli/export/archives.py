@@ -75,7 +75,12 @@ def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]
     return entries
 
 
-def _member(file: OpenedFile, info: zipfile.ZipInfo, entry: int, place: int) -> Member:
+def _member(
+    file: OpenedFile,
+    info: zipfile.ZipInfo,
+    entry: int,
+    place: int,
+) -> Member:
     header = info.header_offset
     _, *lengths = _LOCAL.unpack(file.read_at(_LOCAL.size, header))
     begin = header + _LOCAL.size + sum(lengths)

@@ -133,7 +133,8 @@ def export_file(
             entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
             arrangement = arranged(layout_of(out, layout), entries, options)
         else:
-            arrangement = _arranged_like(Like.find(like, tensors, weights, average), tensors)
+            found = Like.find(like, tensors, weights, average)
+            arrangement = _arranged_like(found, tensors)
             entries = arrangement.entries
             own = len(entries)
         written = nbytes(entries)
@@ -190,10 +191,15 @@ def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
         second = tensors[other].read(dtype)
         return torch.equal(first, second)
 
-    return like.arranged(entries, {name: [name] for name in tensors}, averages, are_equal)
+    names = {name: [name] for name in tensors}
+    return like.arranged(entries, names, averages, are_equal)
 
 
-def _renamed(tensors: _Tensors, prefix: str, strip_prefix: str) -> _Tensors:
+def _renamed(
+    tensors: _Tensors,
+    prefix: str,
+    strip_prefix: str,
+) -> _Tensors:
     renamed = _Tensors()
     is_used = not strip_prefix
     for name, tensor in tensors.items():
@@ -230,7 +236,8 @@ class _Tensor(NamedTuple):
         # torch lacks functions for 8-bit dtypes
         values = tensor.float() if tensor.element_size() == 1 else tensor
         reason = ""
-        if self.role in ("average", "statistic") and not bool(values.isfinite().all()):
+        is_average = self.role in ("average", "statistic")
+        if is_average and not bool(values.isfinite().all()):
             reason = "holds nan or infinity"
         elif tensor.dtype != wanted and not holds(wanted, values.nan_to_num(0.0, 0.0, 0.0)):
             reason = f"{wanted} cannot hold its largest value"
@@ -243,12 +250,16 @@ _Tensors = dict[str, _Tensor]
 
 
 def _read_source(
-    stack: ExitStack, source: Path, weights: bool, average: str | None
+    stack: ExitStack,
+    source: Path,
+    weights: bool,
+    average: str | None,
 ) -> tuple[_Tensors, OutputInfo | None]:
     """Return the tensors of the model or of the training's checkpoint to export; see
     `_read_model`."""
     if average is not None or _is_checkpoint(source):
-        return _of_source(stack.enter_context(stored_in(source, weights, average))), None
+        checkpoint = stack.enter_context(stored_in(source, weights, average))
+        return _of_source(checkpoint), None
     if weights:
         reason = f"is for a training's checkpoint, and {source.name} is none"
         raise InvalidValueError("weights", reason)
@@ -327,7 +338,11 @@ def _roles_in(file: TensorFile, info: OutputInfo | None) -> dict[str, str]:
     return roles
 
 
-def _read_base(stack: ExitStack, base: Path, own: _Tensors) -> _Tensors:
+def _read_base(
+    stack: ExitStack,
+    base: Path,
+    own: _Tensors,
+) -> _Tensors:
     """Return the tensors that only the base has; tensors in both must have the same shape."""
     tensors, _ = _read_model(stack, base)
     common = tensors.keys() & own.keys()

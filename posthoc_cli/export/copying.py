@@ -120,7 +120,13 @@ class CopiedFile:
     the file was changed since its index was read, and MismatchError if chunks overlap.
     """
 
-    def __init__(self, path: Path, chunks: Sequence[Chunk], out: Path, overwrite: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        chunks: Sequence[Chunk],
+        out: Path,
+        overwrite: bool,
+    ) -> None:
         self._path = path
         self._chunks = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks.sort(key=lambda chunk: chunk.begin)
@@ -160,13 +166,23 @@ class CopiedFile:
                 begin = chunk.end
         yield begin, size
 
-    def _copy_range(self, source: OpenedFile, begin: int, end: int) -> None:
+    def _copy_range(
+        self,
+        source: OpenedFile,
+        begin: int,
+        end: int,
+    ) -> None:
         for at in range(begin, end, _BLOCK):
             count = min(_BLOCK, end - at)
             data = source.read_at(count, at)
             self._file.write_at(data, at)
 
-    def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:
+    def write(
+        self,
+        chunk: Chunk,
+        data: memoryview,
+        begin: int,
+    ) -> None:
         """Write bytes of a chunk in row-major order, from byte `begin` on."""
         with self._lock:  # the bytes between those of a strided chunk are read and written back
             if not chunk.entry.strides:
@@ -244,11 +260,16 @@ class Copy(FileOutput):
                 chunks[chunk.path].append(chunk)
         for path, out in paths.items():
             files.make_directory(out.parent)
-            file = stack.enter_context(CopiedFile(path, chunks[path], out, overwrite))
+            file = CopiedFile(path, chunks[path], out, overwrite)
+            self._files[path] = stack.enter_context(file)
             file.copy()
-            self._files[path] = file
 
-    def put(self, name: str, data: memoryview, begin: int) -> None:
+    def put(
+        self,
+        name: str,
+        data: memoryview,
+        begin: int,
+    ) -> None:
         if name not in self._places:
             return
         entry, chunks = self._places[name]

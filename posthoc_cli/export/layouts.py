@@ -22,7 +22,12 @@ from posthoc_cli.targets import Target
 
 INDEX_ENDING = ".index.json"
 
-LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+LAYOUTS = {
+    "safetensors": (SUFFIX,),
+    "sharded": (),
+    "pt": (".pt", ".pth", ".bin"),
+    "dcp": (),
+}
 """The layouts of an output, each with the file name endings that it accepts; layouts without
 endings are folders."""
 
@@ -223,7 +228,11 @@ def check_ending(path: Path, options: OutputOptions) -> None:
         raise InvalidValueError("out", reason, value=path)
 
 
-def _paths_in(folder: Path, targets: Sequence[Target], ending: str) -> list[Path]:
+def _paths_in(
+    folder: Path,
+    targets: Sequence[Target],
+    ending: str,
+) -> list[Path]:
     """Return paths named after the targets."""
     paths = list[Path]()
     for target in targets:
@@ -237,7 +246,10 @@ def _paths_in(folder: Path, targets: Sequence[Target], ending: str) -> list[Path
 
 
 def arranged(
-    layout: str, entries: Mapping[str, Entry], options: OutputOptions, ranks: int = 1
+    layout: str,
+    entries: Mapping[str, Entry],
+    options: OutputOptions,
+    ranks: int = 1,
 ) -> Arrangement:
     """Return the files of an output with these tensors: shards, at least one for each rank, or one
     file.
@@ -272,7 +284,12 @@ def nbytes(entries: Mapping[str, Entry]) -> int:
     return sum(entry.nbytes for entry in entries.values())
 
 
-def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+def check_shape(
+    path: Path,
+    name: str,
+    found: Sequence[int],
+    average: Sequence[int],
+) -> None:
     """Raise a MismatchError that names the file if a tensor does not have the shape of its
     average."""
     if tuple(found) != tuple(average):

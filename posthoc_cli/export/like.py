@@ -50,7 +50,11 @@ class Like:
 
     @classmethod
     def find(
-        cls, like: Path | str, tensors: Iterable[str], weights: bool, average: str | None
+        cls,
+        like: Path | str,
+        tensors: Iterable[str],
+        weights: bool,
+        average: str | None,
     ) -> Like:
         """Return the average of a checkpoint, or if it has none its weights; of a pipeline, that of
         the only component that has some of these tensors.
@@ -192,7 +196,9 @@ class Like:
         return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
 
     def _stored_names(
-        self, names: Mapping[str, Sequence[str]], averages: Collection[str]
+        self,
+        names: Mapping[str, Sequence[str]],
+        averages: Collection[str],
     ) -> dict[str, set[str]]:
         """Return the names under which the checkpoint stores tensors; it may have no such names."""
         rename = self._renaming([names[name] for name in averages])
@@ -232,7 +238,13 @@ class Like:
                     raise MismatchError(self.place, reason, "and would get different values")
         return places
 
-    def _place(self, places: dict[str, Placed], name: str, stored: str, tensor: Entry) -> None:
+    def _place(
+        self,
+        places: dict[str, Placed],
+        name: str,
+        stored: str,
+        tensor: Entry,
+    ) -> None:
         """Add the place of a tensor, unless its dtype cannot become the stored one."""
         entry = self.source.entries[stored]
         chunks = self.chunks[stored]
@@ -317,7 +329,11 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
-def _set_in(place: Path, weights: bool, average: str | None) -> Source:
+def _set_in(
+    place: Path,
+    weights: bool,
+    average: str | None,
+) -> Source:
     """Return a set of tensors of a checkpoint; by default its average, or its weights if it has no
     average."""
     try:

@@ -38,7 +38,12 @@ class FileOutput:
     def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self.put(name, tensor_bytes(tensor), 0)
 
-    def put(self, name: str, data: memoryview, begin: int) -> None:
+    def put(
+        self,
+        name: str,
+        data: memoryview,
+        begin: int,
+    ) -> None:
         """Write bytes of a tensor, from byte `begin` on, if the output has one of this name."""
         raise NotImplementedError
 
@@ -56,9 +61,15 @@ class SafetensorsOutput(FileOutput):
     ) -> None:
         self._entries = entries
         files.make_directory(path.parent)
-        self._file = stack.enter_context(TensorFileWriter(path, entries, header, {}, overwrite))
+        writer = TensorFileWriter(path, entries, header, {}, overwrite)
+        self._file = stack.enter_context(writer)
 
-    def put(self, name: str, data: memoryview, begin: int) -> None:
+    def put(
+        self,
+        name: str,
+        data: memoryview,
+        begin: int,
+    ) -> None:
         if name in self._entries:
             self._file.write(name, data, begin)
 
@@ -98,7 +109,12 @@ class CollectedOutput(InMemory):
 class PickledOutput(CollectedOutput):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    def __init__(self, stack: ExitStack, path: Path, overwrite: bool) -> None:
+    def __init__(
+        self,
+        stack: ExitStack,
+        path: Path,
+        overwrite: bool,
+    ) -> None:
         super().__init__()
         self._file = stack.enter_context(files.PendingFile(path, overwrite))
         self._end = 0
@@ -138,4 +154,5 @@ class DistributedOutput(CollectedOutput):
             try:
                 save(self.all_tensors(), checkpoint_id=place, no_dist=True)
             except CheckpointException as error:
-                raise next(iter(error.failures.values()))[0] from error
+                first, *_ = error.failures.values()
+                raise first[0] from error

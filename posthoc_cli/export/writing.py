@@ -213,7 +213,11 @@ def _check_no_snapshot(path: Path) -> None:
         raise OutputExistsError(path, reason, "choose another name")
 
 
-def _check_room(place: Path, arrangement: Arrangement, count: int) -> None:
+def _check_room(
+    place: Path,
+    arrangement: Arrangement,
+    count: int,
+) -> None:
     """Raise a WriteError unless the disk has room for outputs; of those in a store, one file at a
     time is on this disk."""
     is_remote = files.is_url(place)
