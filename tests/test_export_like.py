@@ -73,7 +73,10 @@ def run(tmp_path: Path) -> Run:
 TARGET = "last:2"
 
 
-def truth(name: str, dtype: torch.dtype) -> torch.Tensor:
+def truth(
+    name: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """Return the mean of both checkpoints in float64, rounded once."""
     first = values(1)[name].double()
     second = values(2)[name].double()
@@ -81,7 +84,11 @@ def truth(name: str, dtype: torch.dtype) -> torch.Tensor:
     return mean.to(dtype)
 
 
-def other(seed: int, prefix: str = "", dtype: torch.dtype = torch.float32) -> Tensors:
+def other(
+    seed: int,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> Tensors:
     found = {}
     for name, value in values(seed).items():
         found[prefix + name] = value.to(dtype)
@@ -93,20 +100,29 @@ def load(path: Path) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def saved(folder: Path, **content: Any) -> Path:
+def saved(
+    folder: Path,
+    **content: Any,
+) -> Path:
     """Write a checkpoint by torch.save; return its path."""
     path = folder / "last.pt"
     torch.save(content, path)
     return path
 
 
-def check_replaced(tensors: Tensors, prefix: str = "") -> None:
+def check_replaced(
+    tensors: Tensors,
+    prefix: str = "",
+) -> None:
     for name in SHAPES:
         tensor = tensors[prefix + name]
         assert torch.equal(tensor, truth(name, tensor.dtype)), name
 
 
-def changed(before: bytes, after: bytes) -> np.ndarray:
+def changed(
+    before: bytes,
+    after: bytes,
+) -> np.ndarray:
     """Return the places of the bytes that differ; the lengths must be equal."""
     assert len(before) == len(after)
     old = np.frombuffer(before, np.uint8)
@@ -114,7 +130,11 @@ def changed(before: bytes, after: bytes) -> np.ndarray:
     return np.flatnonzero(old != new)
 
 
-def check_archive(before: Path, after: Path, replaced: int) -> None:
+def check_archive(
+    before: Path,
+    after: Path,
+    replaced: int,
+) -> None:
     """Check that two archives differ in the contents of so many storages, and in their CRC-32, by
     the standard library's reader."""
     data = before.read_bytes()
@@ -176,7 +196,11 @@ FILES: dict[str, Callable[[], tuple[dict[str, Any], str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, kind: str) -> None:
+def test_a_file_of_torch_save_keeps_every_other_byte(
+    tmp_path: Path,
+    run: Run,
+    kind: str,
+) -> None:
     content, key, prefix = FILES[kind]()
     like = tmp_path / "last.pt"
     torch.save(content, like)
@@ -196,7 +220,9 @@ def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, k
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 def test_a_file_of_pickle_dump_keeps_every_other_byte(
-    tmp_path: Path, run: Run, protocol: int
+    tmp_path: Path,
+    run: Run,
+    protocol: int,
 ) -> None:
     like = tmp_path / "last.pkl"
     out = tmp_path / "averaged.pkl"
@@ -235,7 +261,9 @@ class Training:
 
 @pytest.mark.parametrize(("replaced", "kept"), [("ema", "model"), ("model", "ema")])
 def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
-    tmp_path: Path, replaced: str, kept: str
+    tmp_path: Path,
+    replaced: str,
+    kept: str,
 ) -> None:
     training = Training()
     averaged = {name: value.clone() for name, value in training.model.state_dict().items()}
@@ -259,7 +287,8 @@ def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
 
 
 def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     flat = torch.arange(4 + 4 * 12 + 2, dtype=torch.float32)  # also one element that is no tensor's
     matrix = torch.full((900, 1400), 7.0)
@@ -297,7 +326,10 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     assert_same_tensors(loaded, parts)
 
 
-def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path, run: Run) -> None:
+def test_a_tensor_that_repeats_its_elements_is_refused(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     """One byte cannot hold the values of several elements."""
     repeated = torch.zeros(1, 900).expand(700, 900)
     like = saved(tmp_path, model=other(5) | {"head.weight": repeated})
@@ -306,7 +338,10 @@ def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path, run: Run)
     assert not [*tmp_path.glob(".ema-*")]
 
 
-def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
+def test_tied_tensors_are_one_place(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     state = other(5)
     state["tied.weight"] = state["head.weight"]
     like = saved(tmp_path, model=state)
@@ -318,7 +353,8 @@ def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
 
 
 def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     state = other(5)
     state["tied.weight"] = state["head.weight"]
@@ -363,7 +399,9 @@ def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> N
 
 
 def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
-    tmp_path: Path, run: Run, ema: Ema
+    tmp_path: Path,
+    run: Run,
+    ema: Ema,
 ) -> None:
     weights = other(5)
     average = other(6)
@@ -378,7 +416,10 @@ def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
     assert torch.equal(loaded["ema"]["conv.weight"], truth("conv.weight", torch.float32))
 
 
-def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path: Path, run: Run) -> None:
+def test_an_average_in_the_bytes_of_the_weights_is_no_average(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     weights = other(5)
     like = saved(tmp_path, model=weights, ema=weights)
     report = run.write(TARGET, tmp_path / "new.pt", like=like)
@@ -401,7 +442,10 @@ def test_a_counter_of_another_dtype_stays(tmp_path: Path) -> None:
     assert loaded["w"].tolist() == [1, 1]
 
 
-def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
+def test_one_of_several_averages_is_named(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = saved(tmp_path, model=other(4), ema1=other(5), ema2=other(6))
     with pytest.raises(FileFormatError, match="unclear: 'ema1', 'ema2'"):
         run.write(TARGET, tmp_path / "a.pt", like=like)
@@ -415,7 +459,10 @@ def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
 # --- safetensors, folders
 
 
-def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
+def test_a_safetensors_file_keeps_its_header(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = tmp_path / "model.safetensors"
     out = tmp_path / "new.safetensors"
     save_file(other(5, "model.", torch.float16) | {"model.frozen": torch.ones(2)}, like,
@@ -436,7 +483,12 @@ def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
     [("model", "safetensors", "pytorch_model.bin"), ("pytorch_model", "bin", "tf_model.h5")],
 )
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
-    tmp_path: Path, run: Run, stem: str, ending: str, stale: str, ema: Ema
+    tmp_path: Path,
+    run: Run,
+    stem: str,
+    ending: str,
+    stale: str,
+    ema: Ema,
 ) -> None:
     like = trainer_output(tmp_path / "out", stem, ending)
     kept = contents(like)
@@ -458,7 +510,10 @@ def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
     check_replaced(merged(tmp_path / "new", f"{stem}-*.{ending}"))
 
 
-def merged(folder: Path, pattern: str) -> Tensors:
+def merged(
+    folder: Path,
+    pattern: str,
+) -> Tensors:
     """Return the tensors of all shards."""
     tensors: Tensors = {}
     for path in folder.glob(pattern):
@@ -467,7 +522,11 @@ def merged(folder: Path, pattern: str) -> Tensors:
     return tensors
 
 
-def trainer_output(folder: Path, stem: str, ending: str) -> Path:
+def trainer_output(
+    folder: Path,
+    stem: str,
+    ending: str,
+) -> Path:
     folder.mkdir()
     write_shards(folder, stem, ending)
     for name in ("config.json", "tokenizer.json", "trainer_state.json"):
@@ -476,7 +535,10 @@ def trainer_output(folder: Path, stem: str, ending: str) -> Path:
     return folder
 
 
-def changed_files(before: Path, after: Path) -> set[str]:
+def changed_files(
+    before: Path,
+    after: Path,
+) -> set[str]:
     """Return the names of the files that differ in two folders, which have the same names."""
     old = contents(before)
     new = contents(after)
@@ -484,7 +546,11 @@ def changed_files(before: Path, after: Path) -> set[str]:
     return {name for name in old if old[name] != new[name]}
 
 
-def write_shards(folder: Path, stem: str, ending: str) -> None:
+def write_shards(
+    folder: Path,
+    stem: str,
+    ending: str,
+) -> None:
     weights = other(5)
     shards = {name: f"{stem}-0000{1 + k % 2}-of-00002.{ending}" for k, name in enumerate(weights)}
     for shard in set(shards.values()):
@@ -498,7 +564,8 @@ def write_shards(folder: Path, stem: str, ending: str) -> None:
 
 
 def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     like = tmp_path / "checkpoint_3"
     like.mkdir()
@@ -515,7 +582,10 @@ def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
     check_replaced(load_file(tmp_path / "new/model.safetensors"))
 
 
-def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Run) -> None:
+def test_the_average_of_diffusers_in_a_folder_of_its_own(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = tmp_path / "checkpoint-500"
     for number, name in enumerate(("unet", "unet_ema")):
         (like / name).mkdir(parents=True)
@@ -542,7 +612,10 @@ def empty(content: Any) -> Any:
     return content
 
 
-def loaded_distributed(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+def loaded_distributed(
+    folder: Path,
+    content: dict[str, Any],
+) -> dict[str, Any]:
     state: dict[str, Any] = empty(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -551,7 +624,8 @@ def loaded_distributed(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     content = {"model": other(5), "ema": other(6), "optim": optimizer_state()["state"], "step": 4}
     like = tmp_path / "like"
@@ -578,7 +652,11 @@ def flattened(content: dict[Any, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
-def check_archives(before: bytes, after: bytes, replaced: int) -> None:
+def check_archives(
+    before: bytes,
+    after: bytes,
+    replaced: int,
+) -> None:
     """Check that so many of the archives in a file have changed, and that all are sound."""
     assert len(before) == len(after)
     count = 0
@@ -605,7 +683,10 @@ dcp.save({"model": state, "step": 3}, checkpoint_id=arguments[1])
 """
 
 
-def test_chunks_of_several_processes(tmp_path: Path, run: Run) -> None:
+def test_chunks_of_several_processes(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     torch.save(other(5), tmp_path / "tensors.pt")
     like = tmp_path / "like"
     out = tmp_path / "new"
@@ -632,7 +713,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 
 def test_values_names_and_shapes_that_do_not_fit_are_errors_before_anything_is_written(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     like = tmp_path / "last.pt"
     out = tmp_path / "new.pt"
@@ -689,7 +771,12 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -
     ],
 )
 def test_options_that_do_not_fit(
-    tmp_path: Path, run: Run, out: str, options: dict[str, Any], kind: type[Exception], message: str
+    tmp_path: Path,
+    run: Run,
+    out: str,
+    options: dict[str, Any],
+    kind: type[Exception],
+    message: str,
 ) -> None:
     saved(tmp_path, model=other(5))
     with nothing_left(tmp_path), pytest.raises(kind, match=message):
@@ -697,7 +784,8 @@ def test_options_that_do_not_fit(
 
 
 def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     run.write(TARGET, tmp_path / "own.safetensors")
     with pytest.raises(InvalidValueError, match=r"own\.safetensors was written by this package"):
@@ -709,7 +797,8 @@ def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
 
 
 def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     like = saved(tmp_path, model=other(5), ema=other(6))
     run.write(TARGET, tmp_path / "new.pt", like=like)
@@ -728,7 +817,9 @@ def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The copy has the size of the checkpoint, not only that of the average."""
     like = tmp_path / "last.pt"
@@ -744,7 +835,10 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, at: int
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
 ) -> None:
     """Before the copy begins, and while it is made."""
     like = saved(tmp_path, model=other(5))
@@ -762,7 +856,10 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "last.pt"}
 
 
-def test_damaged_and_compressed_archives_are_refused(tmp_path: Path, run: Run) -> None:
+def test_damaged_and_compressed_archives_are_refused(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = saved(tmp_path, model=other(5))
     data = like.read_bytes()
     packed = tmp_path / "packed.pt"
@@ -778,7 +875,8 @@ def test_damaged_and_compressed_archives_are_refused(tmp_path: Path, run: Run) -
 
 
 def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     like = tmp_path / "last.pt"
     torch.save({"model": other(5)}, tmp_path / "plain.pt")
@@ -814,7 +912,10 @@ main()
 """
 
 
-def test_a_termination_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
+def test_a_termination_leaves_nothing_half_written(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = saved(tmp_path, model=other(5))
     words = "synthesize", run.directory, "--target", TARGET, "--like", like
     with nothing_left(tmp_path), waiting(INTERRUPTED, *words, "--out", like, "--overwrite") as job:
@@ -841,7 +942,11 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 # --- the other commands
 
 
-def test_an_export_writes_any_model_into_a_checkpoint(tmp_path: Path, run: Run, ema: Ema) -> None:
+def test_an_export_writes_any_model_into_a_checkpoint(
+    tmp_path: Path,
+    run: Run,
+    ema: Ema,
+) -> None:
     like = tmp_path / "last.pt"
     torch.save({"model": other(5, "module."), "ema": other(6, "module."), "step": 3}, like)
     run.write(TARGET, tmp_path / "made.safetensors")
@@ -859,7 +964,10 @@ def test_an_export_writes_any_model_into_a_checkpoint(tmp_path: Path, run: Run, 
     assert torch.equal(loaded["ema"]["module.scale"], other(6)["scale"])
 
 
-def test_several_targets_make_a_file_each(tmp_path: Path, run: Run) -> None:
+def test_several_targets_make_a_file_each(
+    tmp_path: Path,
+    run: Run,
+) -> None:
     like = tmp_path / "last.ckpt"
     torch.save({"model": other(5), "step": 3}, like)
     run.write(["last:1", "last:2"], tmp_path / "made", like=like)
