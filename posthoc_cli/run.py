@@ -287,13 +287,14 @@ class Run:
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
-        from posthoc_cli.export.layouts import ModelFolder, OutputOptions, output_paths
+        from posthoc_cli.export.layouts import OutputOptions, output_paths
+        from posthoc_cli.export.like import Like
         from posthoc_cli.export.writing import all_ranks, write_synthesis
 
         wanted, asked, like = as_targets(targets), OutputOptions(**options), None
         paths = output_paths(wanted, out, dtype, asked)
         if asked.like is not None:
-            like = ModelFolder.find(asked.like, self.tensors)
+            like = Like.find(asked.like, self.tensors, asked.weights, asked.average)
             dtype = like.dtype
         plan = functools.partial(
             self.plan, wanted, t=t, step=step, method=method, max_error=max_error, dtype=dtype

@@ -25,7 +25,7 @@ import torch
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.remote import store
-from posthoc_cli.synthesis.engine import REQUESTS, Writer, synthesize_into
+from posthoc_cli.synthesis.engine import REQUESTS, synthesize_into
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -38,9 +38,12 @@ def resident() -> int:
 IMPORTED = resident()
 
 
-def discarded(_: Any) -> Writer:
-    """Return a writer that discards a tile."""
-    return lambda _: None
+class Discarded:
+    """An output that discards its tiles."""
+
+    def prepare(self, tile: Any) -> None: ...
+
+    def write(self, tile: Any, values: Any) -> None: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
     plan, requests, peak = run.plan(targets), list[tuple[str, int, int]](), [0]
-    get, ended, openers = store.get, threading.Event(), [discarded] * len(targets)
+    get, ended, outputs = store.get, threading.Event(), [Discarded()] * len(targets)
 
     def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
         requests.append((url, begin, end))
@@ -86,7 +89,7 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
             requests.clear()
             peak[0], store.get = 0, counted
             ours, own = timed(
-                lambda: [None for _ in synthesize_into(plan, openers, torch.device("cpu"))]
+                lambda: [None for _ in synthesize_into(plan, outputs, torch.device("cpu"))]
             )
             memory, store.get = peak[0] - IMPORTED, get
             alone, theirs = timed(

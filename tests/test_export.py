@@ -389,7 +389,7 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run)
     ):
         report = run.write(0.2, tmp_path / name, like=source)
         assert report is not None
-        assert report.to_dict().get("from_model_folder") == (["frozen"] if name == "b" else None)
+        assert report.to_dict()["like"]["kept"] == (["frozen"] if name == "b" else [])
         assert texts(tmp_path / name) == wanted | more
         assert not any(
             path.is_symlink() or path.name == ".git" for path in (tmp_path / name).rglob("*")

@@ -81,6 +81,7 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
         "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --target beta:0.9999 --out "
         "averages/",
+        "ema synthesize run/ema --sigma-rel 0.1 --like last.pt --out averaged.pt",
     ),
     making.sweep: (
         "ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep",
@@ -96,6 +97,7 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
         "ema export model.safetensors --out model.pt",
         "ema export last.pt --out average.safetensors",
         "ema export avg.safetensors --base full.safetensors --out folder/",
+        "ema export avg.safetensors --like last.pt --out averaged.pt",
     ),
     showing.plan: (
         "ema plan --steps 400000 --params 1.2e9 --disk 60GB",

@@ -40,6 +40,8 @@ def synthesize(
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
     like: Path | None = options.LIKE_MODEL,
+    average: str | None = options.LIKE_AVERAGE,
+    weights: bool = options.LIKE_WEIGHTS,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     t: float | None = options.TIME,
@@ -98,6 +100,8 @@ def synthesize(
         dry_run=dry_run,
         distributed=is_rank(),
         like=like,
+        average=average,
+        weights=weights,
         progress=output.progress_bar(),
     )
     if report is not None:
@@ -109,10 +113,8 @@ def _print_synthesize(found: dict[str, Any]) -> None:
     targets = found["targets"]
     if found["choice"] is not None:
         output.print_line(f"from {found['choice']}")
-    if taken := found.get("from_model_folder"):
-        output.print_note(
-            f"{_listed(taken)} copied from the model folder, since the run does not have them"
-        )
+    if copied := found.get("like"):
+        _note_copied(copied)
     elif found["left_out"] and targets[0]["output"]:
         _note_left_out(found["left_out"], Path(targets[0]["output"]))
     shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
@@ -148,10 +150,12 @@ def _largest(errors: list[float | None]) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return (
-        f"{output.counted(len(names), 'tensor')} "
-        f"({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-    )
+    return f"{output.counted(len(names), 'tensor')} ({_first(names)})"
+
+
+def _first(names: list[str]) -> str:
+    more = ", ..." if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _note_left_out(names: list[str], path: Path) -> None:
@@ -297,19 +301,20 @@ def export(
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
+    like: Path | None = options.LIKE_MODEL,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     base: str | None = options.HOW(
         None, help="A full model (a file or folder), from which missing tensors are taken."
     ),
     weights: bool = options.HOW(
-        False, "--weights", help="Take the raw weights of a training's checkpoint."
+        False, "--weights", help="Take, or with --like replace, a checkpoint's raw weights."
     ),
     average: str | None = options.HOW(
         None,
         metavar="KEY",
         show_default="by its name",
-        help="The key, prefix or glob of a checkpoint's average.",
+        help="The key, prefix or glob of a checkpoint's average, that of --like if given.",
     ),
     prefix: str = options.HOW("", help="Put this in front of every name in FILE."),
     strip_prefix: str = options.HOW("", help="Remove this from the front of the names in FILE."),
@@ -317,7 +322,8 @@ def export(
     """Write averaged weights in another layout or dtype.
 
     Of a training's checkpoint, the average that it contains is written. Tensors can be renamed, and
-    a full model can supply the tensors that were not tracked.
+    a full model can supply the tensors that were not tracked. --like writes them into a copy of a
+    checkpoint, from which the training can go on.
 
     Layouts: one safetensors file; shards with an index, under the names that Hugging Face libraries
     expect (one file if all tensors fit into it); a .pt state dict for
@@ -338,16 +344,36 @@ def export(
         max_shard_size,
         weights,
         average,
+        like,
         output.progress_bar(),
     )
-    if as_json:
-        output.print_json(report.to_dict())
-        return
-    added = f", {report.from_base} of them from {base}" if base is not None else ""
-    size = resources.size_text(report.nbytes)
+    output.show(report.to_dict(), as_json, functools.partial(_print_export, base))
+
+
+def _print_export(base: str | None, found: dict[str, Any]) -> None:
+    if copied := found.get("like"):
+        _note_copied(copied)
+    added = f", {found['from_base']} of them from {base}" if base is not None else ""
+    size = resources.size_text(found["bytes"])
     output.print_line(
-        f"wrote {report.tensors} tensors{added}, {size}, in {report.seconds:.1f} s: {report.output}"
+        f"wrote {found['tensors']} tensors{added}, {size}, in {found['seconds']:.1f} s: "
+        f"{found['output']}"
     )
+
+
+def _note_copied(copied: dict[str, Any]) -> None:
+    """Print what a copy of a checkpoint has of it."""
+    name = Path(copied["path"]).resolve().name
+    if copied["replaced"] == "average":
+        output.print_note(f"replaced the average in {name}; its weights stay as they are")
+    else:
+        output.print_note(f"replaced the weights in {name}")
+    if kept := copied["kept"]:
+        output.print_note(f"kept {_listed(kept)} of {name}, which the run does not have")
+    if shared := copied["shared"]:
+        output.print_note(f"not written: {_listed(shared)}, which the average does not have apart")
+    if left_out := copied["left_out"]:
+        output.print_note(f"not copied: {_first(left_out)}")
 
 
 def import_(

@@ -66,9 +66,16 @@ DTYPE = OUTPUT(
 )
 LIKE_MODEL = OUTPUT(
     None,
-    metavar="MODEL_FOLDER",
-    help="Copy this model folder (transformers, diffusers or PEFT) with averaged weights.",
+    metavar="CHECKPOINT",
+    help="Make a copy of this checkpoint or model folder, with the average in place of its own.",
 )
+LIKE_AVERAGE = OUTPUT(
+    None,
+    metavar="KEY",
+    show_default="by its name",
+    help="The key, prefix or glob of the tensors of --like to replace.",
+)
+LIKE_WEIGHTS = OUTPUT(False, "--weights", help="Replace the raw weights of --like.")
 TIME = RUN(None, metavar="TIME", show_default="the last", help="The training time of the averages.")
 STEP = RUN(
     None, metavar="COUNT", help="The same time as a step (a call of update_): 50000, 5e4, 50K."

@@ -1,32 +1,33 @@
-"""The layouts of outputs: their options and names, and which tensors each of their files holds.
-
-A copy of a model folder (`ModelFolder`) has averaged weights in place of the folder's own. The
-folder determines their names, files, dtypes, and the name under which a tied tensor is stored. All
-other files are copied, except through links that lead out of the folder: an output may be uploaded.
-"""
+"""The layouts of outputs: their options and names, and which tensors each of their files holds."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files, resources
-from posthoc_cli.dtypes import DTYPES, EPS, WORDS, parse_dtype
-from posthoc_cli.errors import InvalidValueError, MismatchError, check_word
-from posthoc_cli.snapshots.outputs import INDEX_NAME, model_files, weights_at
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFile, read_file
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.dtypes import parse_dtype
+from posthoc_cli.errors import InvalidValueError, MismatchError, check_alone, check_word
+from posthoc_cli.export.copying import Placed
+from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": (SUFFIX,), "sharded": (), "pt": (".pt", ".pth", ".bin"), "dcp": ()}
+INDEX_ENDING = ".index.json"
+
+LAYOUTS = {
+    "safetensors": (SUFFIX,),
+    "sharded": (),
+    "pt": (".pt", ".pth", ".bin"),
+    "dcp": (),
+}
 """The layouts of an output, each with the file name endings that it accepts; layouts without
 endings are folders."""
 
@@ -35,21 +36,72 @@ FOLDERS = {
     "dcp": re.compile(r"\.metadata|.*\.distcp"),
     "like": re.compile("(?!)"),
 }
-"""The layouts that are folders ("like" is the copy of a model folder), each with a pattern of the
-names of its files: `overwrite` replaces a folder that holds no others."""
-
-_WEIGHTS = re.compile(
-    r"\.(safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt)$|(?<!\.safetensors)\.index\.json$"
-)
-"""The names of weights in a model folder, which are not copied next to the averaged weights: they
-are out of date."""
+"""The layouts that are folders ("like" is the copy of a folder), each with a pattern of the names
+of its files: `overwrite` replaces a folder that holds no others."""
 
 Parts = Mapping[str, Mapping[str, Entry]]
 """The tensors of each file of an output: its path within the folder, or "" for an output that is
 one file."""
 
-# the other files of a folder: their content, or the file to copy
 Others = Mapping[str, Path | bytes]
+"""The other files of a folder: their content, or the file to copy."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The checkpoint that an output is a copy of, but for some tensors."""
+
+    path: Path  # the file or folder
+    word: str  # which tensors are replaced: "average" or "weights"
+    kept: Sequence[str]  # those of them that stay, since the run does not have them
+    shared: Sequence[str]  # averages that have no place of their own: it is the weights', too
+    left_out: Sequence[str]  # what is not copied from a folder
+    places: Mapping[str, Placed]
+    files: Mapping[Path, str]  # the files of the model, with their paths in the output
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "replaced": self.word,
+            "kept": self.kept,
+            "shared": self.shared,
+            "left_out": self.left_out,
+        }
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The files of an output."""
+
+    layout: str  # one of `LAYOUTS`; "like", the copy of a folder; or "copy", that of a file
+    parts: Parts
+    others: Others = field(default_factory=dict)
+    copied: Copied | None = None
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """The tensors of all parts."""
+        entries = dict[str, Entry]()
+        for part in self.parts.values():
+            entries |= part
+        return entries
+
+    @property
+    def sizes(self) -> list[int]:
+        """The bytes of the parts."""
+        if self.copied is None:
+            return [nbytes(entries) for entries in self.parts.values()]
+        sizes = [path.stat().st_size for path in self.copied.files]
+        return [sum(sizes)]
+
+    @property
+    def bytes_beside(self) -> int:
+        """The bytes of the other files to copy."""
+        total = 0
+        for other in self.others.values():
+            if isinstance(other, Path):
+                total += other.stat().st_size
+        return total
 
 
 @dataclass(frozen=True)
@@ -65,15 +117,49 @@ class OutputOptions:
     dry_run: bool = False  # plan only
     # all processes of a torchrun job make this call, and each writes some of the shards
     distributed: bool = False
-    # A model folder of transformers, diffusers or PEFT; outputs are new folders like it, with
-    # averaged weights: the same names, files and dtypes, and copies of all other files. Tensors
-    # that the run lacks come from it.
+    # a checkpoint or model folder, which outputs are copies of but for the tensors of the average
     like: str | Path | None = None
+    weights: bool = False  # replace its weights, not its own average
+    average: str | None = None  # the key, prefix or glob of the tensors to replace
 
     def __post_init__(self) -> None:
         if self.layout is not None:
             check_word("layout", self.layout, LAYOUTS)
         self.shard_bytes  # noqa: B018  raises an error if invalid
+        check_alone(weights=self.weights, average=self.average)
+        if self.like is None and (self.weights or self.average is not None):
+            name = "weights" if self.weights else "average"
+            raise InvalidValueError(name, "says which tensors of `like` to replace: give that, too")
+
+    def check_like(self, dtype: torch.dtype | str | None) -> None:
+        """Raise an InvalidValueError for an option or a dtype that contradicts `like`."""
+        if self.like is None:
+            return
+        given = self.distributed, self.layout, self.max_shard_size, parse_dtype(dtype)
+        if any(given):
+            reason = (
+                "determines the output: layout, dtype, max_shard_size and torchrun cannot be "
+                "combined with it"
+            )
+            raise InvalidValueError("like", reason)
+        if self.overwrite and self.makes_folders:
+            raise InvalidValueError("overwrite", "a copy of a folder replaces no other folder")
+
+    @property
+    def makes_folders(self) -> bool:
+        """Whether every output is a folder."""
+        if self.like is None:
+            return self.distributed or self.layout in FOLDERS
+        like = files.expanded(self.like)
+        like = files.local_path("like", like)
+        return like.is_dir() or like.name.endswith(INDEX_ENDING)
+
+    @property
+    def ending(self) -> str:
+        """The ending of the name of an output that is a file, by default."""
+        if self.like is not None:
+            return Path(self.like).suffix
+        return LAYOUTS[self.layout or "safetensors"][0]
 
     @property
     def shard_bytes(self) -> int:
@@ -109,15 +195,7 @@ def output_paths(
     A folder of shards holds one model. Raises InvalidValueError if options contradict each other,
     or if two targets would have the same path.
     """
-    layout = "sharded" if options.distributed or options.like is not None else options.layout
-    if options.like is not None and any(
-        (options.distributed, options.overwrite, options.layout, parse_dtype(dtype))
-    ):
-        reason = (
-            "determines the output: layout, dtype, overwrite and torchrun cannot be "
-            "combined with it"
-        )
-        raise InvalidValueError("like", reason)
+    options.check_like(dtype)
     if out is None:
         if not options.dry_run:
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
@@ -131,26 +209,48 @@ def output_paths(
     if not options.dry_run:
         files.check_parent("out", path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
-    if len(targets) == 1 and (layout in FOLDERS or not is_folder):
-        if options.like is None:
-            layout_of(path, layout)
-        return [] if options.dry_run else [path]
-    if is_file and not is_folder:
+    if len(targets) == 1 and (options.makes_folders or not is_folder):
+        check_ending(path, options)
+        paths = [path]
+    elif is_file and not is_folder:
         raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
-    suffix = "".join(LAYOUTS[layout or "safetensors"][:1])
-    names = [
-        one.label if one.sigma_rel is None else f"sigma_rel-{one.sigma_rel!r}" for one in targets
-    ]
-    paths = [path / f"{name}{suffix}" for name in names]
-    if twice := next((one for one in paths if paths.count(one) > 1), None):
-        reason = f"two averages would both become {twice}; a profile is named after its file"
-        raise InvalidValueError("out", reason, "rename one", value=out)
+    else:
+        paths = _paths_in(path, targets, "" if options.makes_folders else options.ending)
     return [] if options.dry_run else paths
 
 
-def files_of(
-    layout: str, entries: Mapping[str, Entry], options: OutputOptions, ranks: int = 1
-) -> tuple[Parts, Others]:
+def check_ending(path: Path, options: OutputOptions) -> None:
+    """Raise InvalidValueError unless the name of an output has an ending of its layout."""
+    if options.like is None:
+        layout_of(path, "sharded" if options.distributed else options.layout)
+    elif not options.makes_folders and path.suffix != options.ending:
+        reason = f"must end in {options.ending}, as the file that it is a copy of"
+        raise InvalidValueError("out", reason, value=path)
+
+
+def _paths_in(
+    folder: Path,
+    targets: Sequence[Target],
+    ending: str,
+) -> list[Path]:
+    """Return paths named after the targets."""
+    paths = list[Path]()
+    for target in targets:
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
+        path = folder / f"{name}{ending}"
+        if path in paths:
+            reason = f"two averages would both become {path}; a profile is named after its file"
+            raise InvalidValueError("out", reason, "rename one", value=folder)
+        paths.append(path)
+    return paths
+
+
+def arranged(
+    layout: str,
+    entries: Mapping[str, Entry],
+    options: OutputOptions,
+    ranks: int = 1,
+) -> Arrangement:
     """Return the files of an output with these tensors: shards, at least one for each rank, or one
     file.
 
@@ -161,7 +261,7 @@ def files_of(
         if options.max_shard_size is not None:
             reason = f"is for a sharded output, and this layout is {layout}"
             raise InvalidValueError("max_shard_size", reason, value=options.max_shard_size)
-        return {"": entries}, {}
+        return Arrangement(layout, {"": entries})
     total = nbytes(entries)
     split = split_state_dict_into_shards_factory(
         dict(entries),
@@ -169,13 +269,14 @@ def files_of(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=min(options.shard_bytes, max(1, -(-total // ranks))),
     )
-    parts = {
-        file: {name: entries[name] for name in names}
-        for file, names in split.filename_to_tensors.items()
-    }
+    parts = dict[str, Mapping[str, Entry]]()
+    for file, names in split.filename_to_tensors.items():
+        parts[file] = {name: entries[name] for name in names}
+    if not split.is_sharded:
+        return Arrangement(layout, parts)
     index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    return parts, {INDEX_NAME: text.encode()} if split.is_sharded else {}
+    return Arrangement(layout, parts, {INDEX_NAME: text.encode()})
 
 
 def nbytes(entries: Mapping[str, Entry]) -> int:
@@ -183,140 +284,14 @@ def nbytes(entries: Mapping[str, Entry]) -> int:
     return sum(entry.nbytes for entry in entries.values())
 
 
-def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+def check_shape(
+    path: Path,
+    name: str,
+    found: Sequence[int],
+    average: Sequence[int],
+) -> None:
     """Raise a MismatchError that names the file if a tensor does not have the shape of its
     average."""
     if tuple(found) != tuple(average):
         reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
         raise MismatchError(path, reason)
-
-
-# --- model folders
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model folder, or a pipeline's with the component whose weights are averaged."""
-
-    path: Path
-    place: Path  # of the weights: the folder itself, or that of the component
-
-    @classmethod
-    def find(cls, like: Path | str, tensors: Iterable[str]) -> ModelFolder:
-        """Return a model folder; for a pipeline with the only component that has some of these
-        tensors.
-
-        Raises InvalidValueError for a path without weights in safetensors files, if no component,
-        or several, fit the tensors, or for something in the folder that is neither a file nor a
-        link to a file in the folder.
-        """
-        path, known = files.expanded(like), set(tensors)
-        found = [cls(path, path)]
-        if path.is_dir() and weights_at(path) is None:
-            parts = [
-                cls(path, entry)
-                for entry in sorted(path.iterdir())
-                if entry.is_dir() and weights_at(entry)
-            ]
-            found = [part for part in parts if known & part.stored.keys()]
-        if len(found) != 1 or not path.is_dir():
-            names = "model, diffusion_pytorch_model or adapter_model.safetensors, or their index"
-            reason = (
-                f"must be a folder with weights ({names}), or with one component that has "
-                f"tensors of the run"
-            )
-            raise InvalidValueError("like", reason, "name the folder of a component", value=path)
-        for file in (
-            *found[0].others.values(),
-            *{stored.path for stored in found[0].stored.values()},
-        ):
-            if not _is_own(file, path):
-                reason = (
-                    f"{file.relative_to(path)} is not a file of this folder, or leads out of it"
-                )
-                raise InvalidValueError(
-                    "like", reason, "remove it, or put a copy of the file in its place", value=path
-                )
-        return found[0]
-
-    @cached_property
-    def stored(self) -> dict[str, TensorFile]:
-        """The file of each tensor in the folder."""
-        weights = model_files(weights_at(self.place) or self.place)
-        return {name: file for file in map(read_file, weights) for name in file.entries}
-
-    @cached_property
-    def others(self) -> dict[str, Path]:
-        """The files to copy, by their path in the folder: all but the weights that are replaced,
-        and hidden folders."""
-        others = []
-        for base, folders, names in os.walk(self.path):
-            links = [name for name in folders if Path(base, name).is_symlink()]
-            folders[:] = [
-                name for name in folders if not name.startswith(".") and name not in links
-            ]
-            paths = [Path(base, name) for name in (*links, *names)]
-            others += [
-                path
-                for path in paths
-                if not (path.parent == self.place and _WEIGHTS.search(path.name))
-            ]
-        return {str(path.relative_to(self.path)): path for path in others}
-
-    @property
-    def dtype(self) -> str | None:
-        """The torch name of the dtype of all floating-point tensors; None if they have several
-        dtypes."""
-        dtypes = {file.entries[name].dtype for name, file in self.stored.items()} & EPS.keys()
-        words = [DTYPES[dtype].torch_name for dtype in dtypes]
-        return words[0] if len(words) == 1 and words[0] in WORDS else None
-
-    def arranged(self, plan: Plan) -> tuple[Plan, Parts, Others]:
-        """Return a plan whose tensors have the dtypes of this folder, the tensors of its files, and
-        the others.
-
-        Raises MismatchError for a tensor that has another shape in the folder or is not in it, or
-        quantized weights.
-        """
-        owners = {alias: name for name, aliases in plan.names.items() for alias in aliases}
-        dtypes = {
-            owners[name]: file.entries[name].dtype
-            for name, file in self.stored.items()
-            if name in owners
-        }
-        averaged = [name for name, tensor in plan.tensors.items() if tensor.role == "average"]
-        reason, hint = "", "take a folder that the trained model itself was saved to"
-        config = self.place / "config.json"
-        is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
-        if is_quantized or any(dtypes.get(name, "F32") not in EPS for name in averaged):
-            reason = "its weights are quantized, as its quantization_config or their dtype says"
-        elif absent := [name for name in averaged if name not in dtypes]:
-            reason = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}"
-            reason = f"{reason}; it has tensors such as {min(self.stored)!r}"
-            hint += (
-                "; if transformers renames them on disk, as the experts of a mixture, load the "
-                "averages into the model "
-                "(load_into) and save that by save_pretrained"
-            )
-        if reason:
-            raise MismatchError(self.place, reason, hint)
-        plan = replace(plan, dtypes=dtypes)
-        parts: dict[str, dict[str, Entry]] = {}
-        for name, file in self.stored.items():
-            entry = plan.entries.get(name, file.entries[name])
-            check_shape(file.path, name, file.entries[name].shape, entry.shape)
-            parts.setdefault(str(file.path.relative_to(self.path)), {})[name] = entry
-        return plan, parts, self.others
-
-
-def _is_own(path: Path, folder: Path) -> bool:
-    """Return whether a path in a folder is a file of the folder, or a link to one.
-
-    In the cache of the Hugging Face Hub, files are links to the blobs of their repository:
-    snapshots/<revision>/<name> -> ../../blobs/<hash>.
-    """
-    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    cache = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
-    return real.is_file() and (
-        real.is_relative_to(root) or (cache is not None and real.parent == cache / "blobs")
-    )

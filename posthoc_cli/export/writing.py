@@ -13,24 +13,22 @@ from __future__ import annotations
 
 import errno
 import logging
+import operator
 import os
 import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import (
     FileFormatError,
     OutputExistsError,
@@ -38,27 +36,22 @@ from posthoc_cli.errors import (
     RankError,
     WriteError,
 )
+from posthoc_cli.export.copying import Copy
 from posthoc_cli.export.layouts import (
     FOLDERS,
-    ModelFolder,
+    Arrangement,
+    Copied,
     Others,
     OutputOptions,
-    Parts,
-    files_of,
+    arranged,
     layout_of,
-    nbytes,
 )
+from posthoc_cli.export.like import Like
+from posthoc_cli.export.outputs import DistributedOutput, PickledOutput, SafetensorsOutput
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import (
-    SUFFIX,
-    Entry,
-    TensorFile,
-    TensorFileWriter,
-    read_file,
-    tensor_bytes,
-)
-from posthoc_cli.synthesis.engine import Tile, Writer, check_device, open_in_memory, synthesize_into
+from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
+from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
 # --- processes
@@ -84,7 +77,8 @@ class Ranks:
 
         It gets a list, which afterwards holds in all ranks what the first rank has put into it.
         """
-        failure, shared = None, list[Any]()
+        failure = None
+        shared = list[Any]()
         try:
             yield shared
         except PostHocError as error:
@@ -134,12 +128,10 @@ def all_ranks() -> Iterator[Ranks]:
 # --- outputs
 
 
-class Output:
+class _PendingOutput:
     """One output, written file by file under another name; the end of `stack` removes what was not
     published.
 
-    Tensors are written complete (`write`) or in tiles (`open_tile`, see `synthesis.engine.Opener`).
-    .pt files and DCP folders are collected in memory, since their libraries write them in one call.
     The first rank of a job is the owner of the folder, and the others get its `place`.
     """
 
@@ -147,84 +139,58 @@ class Output:
         self,
         stack: ExitStack,
         path: Path,
-        layout: str,
+        arrangement: Arrangement,
         header: Mapping[str, Any],
         overwrite: bool,
         is_owner: bool,
     ) -> None:
-        self._stack, self._path, self._layout = stack, path, layout
-        self._header, self._overwrite = header, overwrite
-        self._file: Any = None  # the current one: a TensorFileWriter, or a files.PendingFile
+        self._stack = stack
+        self._path = path
+        self._arrangement = arrangement
+        self._header = header
+        self._overwrite = overwrite
+        self._file: Any = None  # the current one
         self._folder: Any = None
-        self._memory: dict[str, torch.Tensor] | None = None
-        self._entries: Mapping[str, Entry] = {}
-        with suppress(FileFormatError):
-            if (
-                overwrite
-                and path.suffix == SUFFIX
-                and path.is_file()
-                and read_file(path).kind == "snapshot"
-            ):
-                raise OutputExistsError(
-                    path, "is a snapshot of a run and is not replaced", "choose another name"
-                )
+        if overwrite:
+            _check_no_snapshot(path)
         if is_owner:
             files.remove_leftovers(path.parent)
+            layout = arrangement.layout
             if layout in FOLDERS:
                 pending = files.PendingFolder(path, FOLDERS[layout] if overwrite else None)
                 self._folder = stack.enter_context(pending)
         self.place = path if self._folder is None else self._folder.temporary
 
-    def begin(self, name: str, entries: Mapping[str, Entry]) -> None:
-        """Begin a file, into which these tensors go from now on."""
-        self._entries, place = entries, self.place / name
-        if self._layout in ("pt", "dcp"):
-            self._memory = {}
-        if self._layout == "pt":
-            self._file = self._stack.enter_context(files.PendingFile(place, self._overwrite))
-        elif self._layout != "dcp":
-            files.make_directory(place.parent)
-            writer = TensorFileWriter(place, entries, self._header, {}, self._overwrite)
-            self._file = self._stack.enter_context(writer)
-
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        if self._memory is not None:
-            self._memory[name] = tensor
+    def begin(self, name: str) -> Any:
+        """Begin a file, and return what takes its tensors."""
+        layout = self._arrangement.layout
+        place = self.place / name
+        copied = self._arrangement.copied
+        if copied is not None:
+            paths = {file: place / name for file, name in copied.files.items()}
+            self._file = Copy(self._stack, copied.places, paths, self._overwrite)
+        elif layout == "pt":
+            self._file = PickledOutput(self._stack, place, self._overwrite)
+        elif layout == "dcp":
+            self._file = DistributedOutput(self._folder)
         else:
-            self._file.write(name, tensor_bytes(tensor))
-
-    def open_tile(self, tile: Tile) -> Writer:
-        """Return the function that writes a tile under all names that its tensors have in the
-        file."""
-        if self._memory is not None:
-            copy = open_in_memory(self._memory, torch.device("cpu"), tile)
-            for name in tile.names:
-                self._memory |= dict.fromkeys(tile.plan.names[name], self._memory[name])
-            return copy
-        item = ITEM_BYTES[tile.dtype]
-
-        def write(values: torch.Tensor) -> None:
-            view = tensor_bytes(values)
-            for name, start, stop in tile.spans:
-                for alias in tile.plan.names[name]:
-                    if alias in self._entries:
-                        self._file.write(alias, view[start * item : stop * item], tile.begin * item)
-
-        return write
+            entries = self._arrangement.parts[name]
+            arguments = self._stack, place, entries, self._header, self._overwrite
+            self._file = SafetensorsOutput(*arguments)
+        return self._file
 
     def finish(self) -> None:
         """Finish the file; in the folder it gets its name, and in an object store it appears."""
-        if self._memory is not None:
-            _save(self._memory, self._file, self._folder)
-        elif self._layout in FOLDERS:
-            self._file.commit()
+        self._file.complete()
+        if self._arrangement.layout in FOLDERS:
+            self._file.publish()
             if files.is_url(self._path):
                 self._folder.send()
 
     def publish(self, others: Others) -> None:
         """Add the other files of a folder, and give the output its name."""
         if self._folder is None:
-            self._file.commit() if self._memory is None else self._file.publish()
+            self._file.publish()
             return
         for name, other in others.items():
             place = self.place / name
@@ -237,93 +203,79 @@ class Output:
         self._folder.publish()
 
 
-def _save(tensors: dict[str, Any], file: Any, folder: Any) -> None:
-    """Save tensors as a .pt file or, without `file`, in a folder of
-    torch.distributed.checkpoint."""
-    if file is None:
-        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
-        from torch.distributed.checkpoint.state_dict_saver import save
+def _check_no_snapshot(path: Path) -> None:
+    kind = None
+    if path.suffix == SUFFIX and path.is_file():
+        with suppress(FileFormatError):
+            kind = read_file(path).kind
+    if kind == "snapshot":
+        reason = "is a snapshot of a run and is not replaced"
+        raise OutputExistsError(path, reason, "choose another name")
 
-        with files.reported_as_write_error(folder.path), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that there is only one process
-            try:
-                save(tensors, checkpoint_id=str(folder.temporary), no_dist=True)
-            except CheckpointException as error:
-                raise next(iter(error.failures.values()))[0] from error
-        return
-    end = 0
 
-    def write(data: Any) -> int:
-        nonlocal end
-        file.write_at(data, end)
-        size = memoryview(data).nbytes
-        end += size
-        return size
-
-    try:
-        torch.save(tensors, SimpleNamespace(write=write, flush=lambda: None))
-    # torch's own, which replaces that of `write`, and a KeyboardInterrupt
-    except RuntimeError as error:
-        raise error.__context__ or error from None
+def _check_room(
+    place: Path,
+    arrangement: Arrangement,
+    count: int,
+) -> None:
+    """Raise a WriteError unless the disk has room for outputs; of those in a store, one file at a
+    time is on this disk."""
+    is_remote = files.is_url(place)
+    sizes = [0, *arrangement.sizes]
+    needed = max(sizes) if is_remote else sum(sizes)
+    needed = count * (needed + arrangement.bytes_beside)
+    disk = Path(tempfile.gettempdir()) if is_remote else place
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
+        hint = ""
+        if is_remote:
+            hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
+        raise WriteError(disk, reason, hint, errno=errno.ENOSPC)
 
 
 def write_outputs(
     paths: Sequence[Path],
-    layout: str,
-    parts: Parts,
+    arrangement: Arrangement,
     headers: Sequence[Mapping[str, Any]],
-    fill: Callable[[Sequence[Output], Mapping[str, Entry]], None],
-    others: Others,
+    fill: Callable[[Sequence[Any], Iterable[str]], None],
     overwrite: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
     """Write outputs of the same tensors, each with its header, and create their folder.
 
-    `fill` writes the tensors of a file into each output. No output appears before all are complete,
-    except for shards in an object store, whose index comes last. Raises OutputExistsError, and
-    WriteError, before anything is written if the outputs do not fit on the disk.
+    `fill` writes the tensors of a file into that of each output. No output appears before all are
+    complete, except for shards in an object store, whose index comes last. Raises
+    OutputExistsError, and WriteError, before anything is written if the outputs do not fit on the
+    disk.
     """
-    is_remote, is_first = files.is_url(paths[0]), ranks.rank == 0
-    is_owner = is_first or is_remote
+    is_remote = files.is_url(paths[0])
+    is_owner = ranks.rank == 0 or is_remote
+    outputs = list[_PendingOutput]()
     with ExitStack() as stack:
         with ranks.together() as places:
             if is_owner:
                 stack.enter_context(files.new_directory(paths[0].parent))
-                copied = sum(
-                    other.stat().st_size for other in others.values() if isinstance(other, Path)
-                )
-                # of those in a store, one at a time is on this disk
-                sizes = [0, *map(nbytes, parts.values())]
-                needed = len(paths) * ((max if is_remote else sum)(sizes) + copied)
-                place = Path(tempfile.gettempdir()) if is_remote else paths[0].parent
-                if needed > (free := shutil.disk_usage(place).free):
-                    reason = (
-                        f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
-                    )
-                    hint = (
-                        "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
-                        * is_remote
-                    )
-                    raise WriteError(place, reason, hint, errno=errno.ENOSPC)
-            outputs = [
-                Output(stack, path, layout, header, overwrite, is_owner)
-                for path, header in zip(paths, headers, strict=True)
-            ]
-            places += [output.place for output in outputs]
+                _check_room(paths[0].parent, arrangement, len(paths))
+            for path, header in zip(paths, headers, strict=True):
+                output = _PendingOutput(stack, path, arrangement, header, overwrite, is_owner)
+                outputs.append(output)
+                places.append(output.place)
         with ranks.together():
-            for output, place in zip(outputs, places, strict=True):
-                output.place = output.place if is_owner else place
-            for name in [*parts][ranks.rank :: ranks.world]:
-                for output in outputs:
-                    output.begin(name, parts[name])
-                fill(outputs, parts[name])
+            if not is_owner:
+                for output, place in zip(outputs, places, strict=True):
+                    output.place = place
+            for name in [*arrangement.parts][ranks.rank :: ranks.world]:
+                fill([output.begin(name) for output in outputs], arrangement.parts[name])
                 for output in outputs:
                     output.finish()
         with ranks.together():
-            for output in outputs if is_first else ():
-                output.publish(others)
-        for output in outputs if is_remote and not is_first else ():
-            output.publish({})  # nothing is left to send
+            if ranks.rank == 0:
+                for output in outputs:
+                    output.publish(arrangement.others)
+        if is_remote and ranks.rank != 0:
+            for output in outputs:
+                output.publish({})  # nothing is left to send
 
 
 # --- the synthesis
@@ -335,8 +287,7 @@ class SynthesisReport:
 
     plan: Plan
     outputs: tuple[Path, ...] = ()  # one per target; empty in a dry run
-    # tensors that the run lacks and that were copied from the model folder
-    taken: tuple[str, ...] = ()
+    copied: Copied | None = None  # the checkpoint that they are copies of
     device: str = "cpu"  # computed the sums
     seconds: float = 0.0
 
@@ -347,73 +298,101 @@ class SynthesisReport:
             target["seconds"] = self.seconds
             target["bytes"] = self.plan.nbytes
         left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
-        later = (
-            f" (the newest is of {self.plan.last:,.12g})" if self.plan.last != self.plan.t else ""
-        )
-        return report | {
+        sources = counted(self.plan.sources)
+        if self.plan.last != self.plan.t:
+            sources += f" (the newest is of {self.plan.last:,.12g})"
+        report |= {
             "device": self.device,
-            "sources": counted(self.plan.sources) + later,
+            "sources": sources,
             "choice": self.plan.choice,
             "read_bytes": self.plan.read_bytes,
             "left_out": left_out,
-            **({"from_model_folder": list(self.taken)} if self.taken else {}),
         }
+        if self.copied is not None:
+            report["like"] = self.copied.to_dict()
+        return report
 
 
 def write_synthesis(
     plan: Plan,
     paths: Sequence[Path],
     options: OutputOptions = OutputOptions(),
-    like: ModelFolder | None = None,
+    like: Like | None = None,
     ranks: Ranks = ALONE,
     progress: ProgressBar = no_bar,
 ) -> SynthesisReport | None:
     """Synthesize every target of a plan into its path; see also `write_outputs`. Returns None in
     all ranks but one.
 
-    In a job this rank's share of the files is made. `like` is the model folder that outputs are
-    copies of.
+    In a job this rank's share of the files is made. `like` is what outputs are copies of.
     """
-    started, taken = time.perf_counter(), dict[str, TensorFile]()
-    wanted, workers = options.device, options.workers
-    if ranks.world > 1:  # those of one machine share its cores, and each uses another device
-        rank, count = (
-            int(os.environ.get("LOCAL_RANK", 0)),
-            int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        )
-        workers = max(1, worker_count() // count)
-        if str(wanted) == "cuda":
-            wanted = f"cuda:{rank % max(1, torch.cuda.device_count())}"
-    device = check_device(wanted)
+    started = time.perf_counter()
+    device, workers = _resources(options, ranks)
+    arrangement = None
+    if like is not None:
+        plan, arrangement = _arranged_like(plan, like)
+    elif paths:
+        layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
+        arrangement = arranged(layout, plan.entries, options, ranks.world)
+    if arrangement is not None and paths:
+        bar = no_bar if ranks.rank else progress
+        with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
+            fill = _Filling(plan, device, workers, advance)
+            infos = [plan.output_info(index) for index in range(len(plan.targets))]
+            headers = [info.encoded() for info in infos]
+            write_outputs(paths, arrangement, headers, fill, options.overwrite, ranks)
+    if ranks.rank:
+        return None
+    return SynthesisReport(
+        plan,
+        outputs=tuple(paths),
+        copied=None if arrangement is None else arrangement.copied,
+        device=str(device),
+        seconds=time.perf_counter() - started,
+    )
 
-    def fill(outputs: Sequence[Output], entries: Mapping[str, Entry]) -> None:
-        for name in filter(entries.__contains__, taken):
-            tensor = taken[name].tensor(name)
-            for output in outputs:
-                output.write(name, tensor)
-        subset = frozenset(
-            name for name, aliases in plan.names.items() if not entries.keys().isdisjoint(aliases)
-        )
-        openers = [output.open_tile for output in outputs]
-        with closing(
-            synthesize_into(replace(plan, subset=subset), openers, device, workers, advance)
-        ) as tiles:
+
+@dataclass(frozen=True)
+class _Filling:
+    """What synthesizes tensors into outputs."""
+
+    plan: Plan
+    device: torch.device
+    workers: int | None
+    advance: Progress
+
+    def __call__(self, outputs: Sequence[Any], names: Iterable[str]) -> None:
+        wanted = {*names}
+        subset = set[str]()
+        for name, aliases in self.plan.names.items():
+            if not wanted.isdisjoint(aliases):
+                subset.add(name)
+        part = replace(self.plan, subset=frozenset(subset))
+        made = synthesize_into(part, outputs, self.device, self.workers, self.advance)
+        with closing(made) as tiles:
             for _ in tiles:
                 pass
 
-    if paths:
-        if like is not None:
-            layout, (plan, parts, others) = "like", like.arranged(plan)
-            taken = {name: file for name, file in like.stored.items() if name not in plan.entries}
-        else:
-            layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
-            parts, others = files_of(layout, plan.entries, options, ranks.world)
-        headers = [plan.output_info(index).encoded() for index in range(len(plan.targets))]
-        with (no_bar if ranks.rank else progress)(
-            "synthesizing", plan.read_bytes // ranks.world
-        ) as advance:
-            write_outputs(paths, layout, parts, headers, fill, others, options.overwrite, ranks)
-    report = SynthesisReport(
-        plan, tuple(paths), tuple(taken), str(device), time.perf_counter() - started
-    )
-    return None if ranks.rank else report
+
+def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
+    """Return the device and the number of threads of this process; those of one machine share its
+    cores, and each uses another device."""
+    if ranks.world == 1:
+        return check_device(options.device), options.workers
+    device = options.device
+    if str(device) == "cuda":
+        rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = f"cuda:{rank % max(1, torch.cuda.device_count())}"
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return check_device(device), max(1, worker_count() // count)
+
+
+def _arranged_like(plan: Plan, like: Like) -> tuple[Plan, Arrangement]:
+    """Return a plan whose tensors have the dtypes of a checkpoint, and the layout of its copy."""
+    averages = list[str]()
+    for name, tensor in plan.tensors.items():
+        if tensor.role == "average":
+            averages.append(name)
+    arrangement = like.arranged(plan.entries, plan.names, averages, operator.is_)
+    dtypes = {name: entry.dtype for name, entry in arrangement.entries.items()}
+    return replace(plan, dtypes=dtypes), arrangement

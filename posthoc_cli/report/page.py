@@ -167,11 +167,14 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
             result["settings"],
         )
     like, t = settings.get("like"), settings.get("t", run.t)
+    out = "model.safetensors"
+    if like:
+        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
     options = {
         **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
         "--t": None if t == run.t else f"{t:.12g}",
         "--like": like,
-        "--out": "model" if like else "model.safetensors",
+        "--out": out,
     }
     given = (
         word for name, value in options.items() if value is not None for word in (name, str(value))

@@ -106,9 +106,9 @@ class Sweep:
                 report = search.report(self.metric.key or "metric", self._settings, self.again)
                 report.write(self.out)  # if the next round is interrupted, this is known
             best = self.out / f"best{self._suffix}"
-            if self.like is not None:  # a model folder is never overwritten
+            if not self._suffix:  # a folder is never overwritten
                 _remove(best)
-            self._write(report.best, best, overwrite=self.like is None)
+            self._write(report.best, best, overwrite=bool(self._suffix))
             report = replace(report, outputs=(best,))
             report.write(self.out)
             return report
@@ -160,7 +160,9 @@ class Sweep:
 
     @property
     def _suffix(self) -> str:
-        return ".safetensors" if self.like is None else ""
+        if self.like is None:
+            return ".safetensors"
+        return "" if self.like.is_dir() else self.like.suffix
 
     def _write(self, target: Target, path: Path | None, **options: Any) -> SynthesisReport:
         written = self.run.write(target, path, t=self.t, like=self.like, **options)

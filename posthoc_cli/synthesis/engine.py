@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate, cycle, pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -203,10 +203,17 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
 # --- tiles on threads
 
 Progress = Callable[[int], object]
-Writer = Callable[[torch.Tensor], object]
-"""Takes the values of a tile, once, in any thread; the caller reuses their memory afterwards."""
-Opener = Callable[[Tile], Writer]
-"""Returns the writer of a tile of one target; called in the thread that called the engine."""
+
+
+class TileOutput(Protocol):
+    """What takes the tiles of one target."""
+
+    def prepare(self, tile: Tile) -> None:
+        """Make room for a tile; called in the thread that called the engine, in order."""
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        """Take the values of a tile, once, in any thread; the caller reuses their memory."""
+
 
 # For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are
 # requested ahead for each thread, which are of one tile; so also the least number of threads, and
@@ -231,36 +238,43 @@ def synthesize(
     number. `progress` is called with the number of bytes just read, in the calling thread.
     """
     place = check_device(device)
-    made: list[dict[str, torch.Tensor]] = [{} for _ in plan.targets]
-    outputs = [partial(open_in_memory, tensors, place) for tensors in made]
+    outputs = [InMemory(place) for _ in plan.targets]
     with closing(synthesize_into(plan, outputs, place, workers, progress)) as tiles:
         for tile in tiles:
             for name in tile.names if tile.last else ():
-                values = [tensors.pop(name) for tensors in made]
+                values = [output.tensors.pop(name) for output in outputs]
                 for alias in tile.plan.names[name]:
                     yield alias, list(values)
                 del values  # release the memory before the next tensor is made
 
 
-def open_in_memory(tensors: dict[str, torch.Tensor], device: torch.device, tile: Tile) -> Writer:
-    """Return the writer of a tile into complete tensors by name, to which it adds those that
-    begin."""
-    with torch.inference_mode(False):  # the caller may have enabled it
-        for name in tile.names:
-            if name not in tensors:
-                tensors[name] = torch.empty(
-                    tile.plan.box(name).shape, dtype=torch_dtype(tile.dtype), device=device
-                )
-    flat = [tensors[name].view(-1) for name in tile.names]
-    if len(flat) == 1:
-        return flat[0][tile.begin : tile.begin + tile.size].copy_
-    sizes = [end - begin for _, begin, end in tile.spans]
-    return lambda values: torch._foreach_copy_(flat, torch.split(values, sizes))
+class InMemory:
+    """Complete tensors of one target, by their stored names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensors = dict[str, torch.Tensor]()
+        self._device = device
+
+    def prepare(self, tile: Tile) -> None:
+        dtype = torch_dtype(tile.dtype)
+        with torch.inference_mode(False):  # the caller may have enabled it
+            for name in tile.names:
+                if name not in self.tensors:
+                    shape = tile.plan.box(name).shape
+                    self.tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        flat = [self.tensors[name].view(-1) for name in tile.names]
+        if len(flat) == 1:
+            flat[0][tile.begin : tile.begin + tile.size].copy_(values)
+            return
+        sizes = [end - begin for _, begin, end in tile.spans]
+        torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
 def synthesize_into(
     plan: Plan,
-    outputs: Sequence[Opener],
+    outputs: Sequence[TileOutput],
     device: torch.device,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -286,12 +300,12 @@ def synthesize_into(
     # the first error of a thread comes first; any stops all threads
     errors: list[BaseException] = []
 
-    def work(tile: Tile, writers: Sequence[Writer], ready: Any) -> Tile:
+    def work(tile: Tile, ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
                     local.maker = Maker(tile.plan, device, size, errors, readers)
-                local.maker.make(tile, writers, ready)
+                local.maker.make(tile, outputs, ready)
             except BaseException as error:
                 errors.append(error)
                 raise
@@ -312,14 +326,15 @@ def synthesize_into(
         try:
             while tiles or queue:
                 if tiles and len(queue) < 2 * workers:
-                    writers = [open_tile(tiles[0]) for open_tile in outputs]
+                    for output in outputs:
+                        output.prepare(tiles[0])
                     # Recorded after all work so far in the calling thread's stream.
                     ready: Any = (
                         torch.cuda.current_stream(device).record_event()
                         if device.type == "cuda"
                         else None
                     )
-                    queue.append(pool.submit(work, tiles.popleft(), writers, ready))
+                    queue.append(pool.submit(work, tiles.popleft(), ready))
                     continue
                 tile = queue.popleft().result()
                 if progress is not None:
@@ -415,9 +430,9 @@ class Maker:
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if self._is_cuda else None
 
-    def make(self, tile: Tile, writers: Sequence[Writer], opened: Any) -> None:
-        """Make a tile of all targets and pass it to its writers, one per target; raise
-        CancelledError after errors.
+    def make(self, tile: Tile, outputs: Sequence[TileOutput], opened: Any) -> None:
+        """Make a tile of all targets and write it to their outputs; raise CancelledError after
+        errors.
 
         `opened` is the caller's event after which the sources can be read and the results written.
         """
@@ -431,15 +446,13 @@ class Maker:
                 (copy,) = self._values([self.plan.newest], tile)
                 if tile.wide != tile.dtype and tile.wide in EPS:
                     check_finite(tile, copy.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
-                results = [copy] * len(writers)
+                results = [copy] * len(outputs)
             else:
                 results = [*self._average(tile)]
-            for values, write in zip(results, writers, strict=True):
-                write(
-                    values
-                    if tile.dtype == tile.wide
-                    else self._buffer(tile.dtype, tile.size).copy_(values)
-                )
+            for values, output in zip(results, outputs, strict=True):
+                if tile.dtype != tile.wide:
+                    values = self._buffer(tile.dtype, tile.size).copy_(values)
+                output.write(tile, values)
 
     def _average(self, tile: Tile) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""

@@ -416,6 +416,18 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None
         )
 
 
+def test_a_trial_gets_a_copy_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    like = tmp_path / "last.pt"
+    weights = run.average(0.1)
+    torch.save({"model": {name: value + 1 for name, value in weights.items()}, "step": 7}, like)
+    command = shell("basename $1 | grep -q .pt && echo $2")
+    for _ in range(2):  # the second one replaces the best average
+        report = swept(run, tmp_path / "out", command, axis=GRID, like=like)
+        loaded = torch.load(tmp_path / "out/best.pt", weights_only=True)
+        assert loaded["step"] == 7
+        assert_same_tensors(loaded["model"], run.average(report.best))
+
+
 # --- in Python
 
 

@@ -1,0 +1,376 @@
+"""The checkpoint, or model folder, that an output is a copy of: which of its tensors are replaced,
+under which names, and which files beside them are copied.
+
+Links that lead out of a folder are not followed: an output may be uploaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints.layouts import stored_in
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
+from posthoc_cli.export.copying import Chunk, Placed, chunks_of
+from posthoc_cli.export.layouts import INDEX_ENDING, Arrangement, Copied, check_shape
+from posthoc_cli.snapshots.outputs import model_files, weights_at
+from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
+
+_MODEL = re.compile(
+    r"(?:(?:pytorch|tf|flax|diffusion|adapter|rust)_)*(?:model|consolidated)(?:[-.][-.\w]*)?"
+    r"\.(?:safetensors|bin|pt|pth|h5|msgpack|onnx|gguf|ckpt|index\.json)"
+)
+"""The names of weights in a model folder. Next to the averaged ones those in other formats are out
+of date."""
+
+_OTHER_FOLDERS = re.compile(
+    r"(?:checkpoint|ckpt|epoch|step)[-_]?\d+|runs|logs|wandb", re.IGNORECASE
+)
+"""The names of folders in the output of a training that are no part of its model: other
+checkpoints, of which a Trainer keeps many, and logs."""
+
+
+@dataclass(frozen=True)
+class Like:
+    """A checkpoint, and the set of its tensors that an output replaces."""
+
+    path: Path  # the file, or the folder
+    place: Path  # of the model: the path itself, or the component of a pipeline
+    source: Source  # the set
+    chunks: Mapping[str, list[Chunk]]  # of the set, by stored name
+    word: str  # what it is: "average" or "weights"
+
+    @classmethod
+    def find(
+        cls,
+        like: Path | str,
+        tensors: Iterable[str],
+        weights: bool,
+        average: str | None,
+    ) -> Like:
+        """Return the average of a checkpoint, or if it has none its weights; of a pipeline, that of
+        the only component that has some of these tensors.
+
+        Raises InvalidValueError if nothing is there, for something in a folder that is neither a
+        file nor a link to a file in it, or for a file of this package; and FileFormatError.
+        """
+        path = files.local_path("like", files.expanded(like))
+        if path.name.endswith(INDEX_ENDING):
+            path = path.parent
+        if not path.exists():
+            raise InvalidValueError("like", "no such file or folder", value=path)
+        place = _component(path, set(tensors))
+        source = _set_in(place, weights, average)
+        chunks = chunks_of(source)
+        own = {} if weights else _without_weights(chunks, place)
+        if own:
+            found = cls(path, place, source, own, "average")
+        else:
+            found = cls(path, place, source, chunks, "weights")
+        found._check_files()
+        return found
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.is_dir()
+
+    @property
+    def dtype(self) -> str | None:
+        """The torch name of the dtype of all floating-point tensors; None if they have several
+        dtypes."""
+        dtypes = {self.source.entries[name].dtype for name in self.chunks}
+        dtypes &= EPS.keys()
+        if len(dtypes) != 1:
+            return None
+        word = DTYPES[dtypes.pop()].torch_name
+        return word if word in WORDS else None
+
+    # --- files
+
+    @cached_property
+    def files(self) -> dict[Path, str]:
+        """The files of the model, with their paths in the folder."""
+        if not self.is_folder:
+            return {self.path: ""}
+        names = dict[Path, str]()
+        for file in self.source.files:
+            names[file.path] = str(file.path.relative_to(self.path))
+        return names
+
+    @cached_property
+    def beside(self) -> tuple[dict[str, Path], list[str]]:
+        """The other files of a folder to copy, by their paths in it, and what is left out."""
+        copied = dict[str, Path]()
+        left_out = list[str]()
+        folders = [self.path] if self.is_folder else []
+        while folders:
+            for entry in sorted(folders.pop().iterdir()):
+                name = str(entry.relative_to(self.path))
+                if self._is_left_out(entry):
+                    left_out.append(name)
+                elif _is_folder(entry):
+                    if not entry.name.startswith("."):
+                        folders.append(entry)
+                elif entry not in self.files:
+                    copied[name] = entry
+        return copied, left_out
+
+    def _is_left_out(self, entry: Path) -> bool:
+        if _is_folder(entry):
+            if entry == self.place or entry in self.place.parents:
+                return False
+            return _OTHER_FOLDERS.fullmatch(entry.name) is not None
+        if entry.parent != self.place or entry in self.files:
+            return False
+        return self._is_stale(entry.name)
+
+    def _is_stale(self, name: str) -> bool:
+        """Return whether a file holds the model's weights, too, in another format."""
+        names = [path.name for path in self.files]
+        names = list(filter(_MODEL.fullmatch, names))
+        if not names or not _MODEL.fullmatch(name):
+            return False
+        indices = [Path(each).suffix + INDEX_ENDING for each in names]
+        return not name.endswith(tuple(indices))
+
+    def _check_files(self) -> None:
+        for path in {file.path for file in self.source.files}:
+            if not path.is_relative_to(self.path):
+                reason = f"the tensors to replace are in {path}: name that file"
+                raise InvalidValueError("like", reason, value=self.path)
+            if path.suffix == SUFFIX and read_file(path).kind is not None:
+                reason = f"{path.name} was written by this package, with checksums"
+                hint = "name a file that the training or its library wrote"
+                raise InvalidValueError("like", reason, hint, value=self.path)
+        for path in (*self.beside[0].values(), *self.files):
+            if self.is_folder and not _is_own(path, self.path):
+                name = path.relative_to(self.path)
+                reason = f"{name} is not a file of this folder, or leads out of it"
+                hint = "remove it, or put a copy of the file in its place"
+                raise InvalidValueError("like", reason, hint, value=self.path)
+
+    # --- tensors
+
+    def arranged(
+        self,
+        tensors: Mapping[str, Entry],
+        names: Mapping[str, Sequence[str]],
+        averages: Collection[str],
+        are_equal: Callable[[str, str], bool],
+    ) -> Arrangement:
+        """Return how an output with these tensors is laid out.
+
+        Arguments:
+            names: all names of each tensor.
+            averages: the tensors that must be there, as floating-point numbers.
+            are_equal: returns whether two tensors have the same values; they may then be tied.
+
+        Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
+        two tensors that are one in it, or quantized weights.
+        """
+        stored = self._stored_names(names, averages)
+        self._check_quantized([stored[name] for name in averages])
+        places = self._places(tensors, stored, are_equal)
+        written = set[str]()
+        for placed in places.values():
+            written.update(chunk.name for chunk in placed.chunks)
+        others, left_out = self.beside
+        copied = Copied(
+            path=self.path,
+            word=self.word,
+            kept=[name for name in self.chunks if name not in written],
+            shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
+            left_out=left_out,
+            places=places,
+            files=self.files,
+        )
+        parts = {"": {name: placed.entry for name, placed in places.items()}}
+        return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
+
+    def _stored_names(
+        self,
+        names: Mapping[str, Sequence[str]],
+        averages: Collection[str],
+    ) -> dict[str, set[str]]:
+        """Return the names under which the checkpoint stores tensors; it may have no such names."""
+        rename = self._renaming([names[name] for name in averages])
+        stored = dict[str, set[str]]()
+        for name, aliases in names.items():
+            renamed = map(rename, aliases)
+            stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
+        return stored
+
+    def _check_quantized(self, averages: Iterable[set[str]]) -> None:
+        config = self.place / "config.json"
+        is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
+        for names in averages:
+            for name in names & self.source.entries.keys():
+                is_quantized |= self.source.entries[name].dtype not in EPS
+        if is_quantized:
+            reason = "its weights are quantized, as its quantization_config or their dtype says"
+            hint = "take a folder that the trained model itself was saved to"
+            raise MismatchError(self.place, reason, hint)
+
+    def _places(
+        self,
+        tensors: Mapping[str, Entry],
+        stored: Mapping[str, set[str]],
+        are_equal: Callable[[str, str], bool],
+    ) -> dict[str, Placed]:
+        """Return the places of tensors, given their names in the checkpoint."""
+        places = dict[str, Placed]()
+        owners = dict[str, str]()
+        for name, names in stored.items():
+            for one in sorted(names & self.chunks.keys()):
+                owner = owners.setdefault(one, name)
+                if owner == name:
+                    self._place(places, name, one, tensors[name])
+                elif not are_equal(owner, name):
+                    reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
+                    raise MismatchError(self.place, reason, "and would get different values")
+        return places
+
+    def _place(
+        self,
+        places: dict[str, Placed],
+        name: str,
+        stored: str,
+        tensor: Entry,
+    ) -> None:
+        """Add the place of a tensor, unless its dtype cannot become the stored one."""
+        entry = self.source.entries[stored]
+        chunks = self.chunks[stored]
+        path = chunks[0].path
+        check_shape(path, stored, entry.shape, tensor.shape)
+        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
+        if not are_numbers and entry.dtype != tensor.dtype:
+            return
+        placed = places.setdefault(name, Placed(entry, []))
+        if placed.entry != entry:
+            reason = f"tensor {shown(name)} is {placed.entry.dtype} and {entry.dtype} in it"
+            raise MismatchError(path, reason)
+        placed.chunks.extend(chunks)
+
+    def _renaming(self, averages: Sequence[Sequence[str]]) -> _Renaming:
+        """Return what turns names of the run into those of the set, which may begin otherwise."""
+        known = self.source.entries.keys() | self.source.aliases.keys()
+        absent = sorted(names[0] for names in averages if known.isdisjoint(names))
+        if not absent:
+            return _Renaming("", "")
+        first = min(averages, key=len)[0]
+        ends = [first]
+        while "." in ends[-1]:
+            _, _, rest = ends[-1].partition(".")
+            ends.append(rest)
+        for end in ends:
+            old = first.removesuffix(end)
+            beginnings = [name.removesuffix(end) for name in known if _ends_with(name, end)]
+            renamings = [_Renaming(old, new) for new in sorted(beginnings)]
+            fitting = [renaming for renaming in renamings if renaming.fits(averages, known)]
+            if len(fitting) > 1:
+                reason = f"the names of the run fit under {fitting[0].new} and {fitting[1].new}"
+                raise MismatchError(self.place, reason, "name one of them by `average`")
+            if fitting:
+                return fitting[0]
+        reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
+        hint = (
+            "take a file or folder that the trained model itself was saved to; if transformers "
+            "renames them on disk, as the experts of a mixture, load the averages into the model "
+            "(load_into) and save that by save_pretrained"
+        )
+        raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
+
+
+@dataclass(frozen=True)
+class _Renaming:
+    """Another beginning of names."""
+
+    old: str
+    new: str
+
+    def __call__(self, name: str) -> str:
+        if not name.startswith(self.old):
+            return name
+        return self.new + name.removeprefix(self.old)
+
+    def fits(self, tensors: Iterable[Sequence[str]], known: AbstractSet[str]) -> bool:
+        """Return whether one of the names of each tensor becomes a known one."""
+        return not [names for names in tensors if known.isdisjoint(map(self, names))]
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _component(path: Path, tensors: set[str]) -> Path:
+    """Return the component of a pipeline that has some of these tensors, if it is the only one;
+    else the path itself."""
+    if not path.is_dir() or weights_at(path) is not None:
+        return path
+    components = list[Path]()
+    for entry in sorted(path.iterdir()):
+        weights = weights_at(entry) if entry.is_dir() else None
+        if weights is not None:
+            found = [read_file(file) for file in model_files(weights)]
+            if any(not tensors.isdisjoint(file.entries) for file in found):
+                components.append(entry)
+    return components[0] if len(components) == 1 else path
+
+
+def _set_in(
+    place: Path,
+    weights: bool,
+    average: str | None,
+) -> Source:
+    """Return a set of tensors of a checkpoint; by default its average, or its weights if it has no
+    average."""
+    try:
+        return stored_in(place, weights, average)
+    except FileFormatError as error:
+        if weights or average is not None or not error.reason.startswith("holds no average"):
+            raise
+    return stored_in(place, weights=True)
+
+
+def _without_weights(chunks: Mapping[str, list[Chunk]], place: Path) -> dict[str, list[Chunk]]:
+    """Return the chunks of an average that are not also the weights', which complete it."""
+    try:
+        weights = chunks_of(stored_in(place, weights=True))
+    except FileFormatError:  # which of its tensors are the weights is unclear
+        return dict(chunks)
+    places = {found[0][1:] for found in weights.values()}
+    own = dict[str, list[Chunk]]()
+    for name, found in chunks.items():
+        if found[0][1:] not in places:
+            own[name] = found
+    return own
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Return whether a path in a folder is a file of the folder, or a link to one.
+
+    In the cache of the Hugging Face Hub, files are links to the blobs of their repository:
+    snapshots/<revision>/<name> -> ../../blobs/<hash>.
+    """
+    real = Path(os.path.realpath(path))
+    root = Path(os.path.realpath(folder))
+    if not real.is_file():
+        return False
+    if real.is_relative_to(root):
+        return True
+    for parent in root.parents:
+        if parent.name == "snapshots":
+            return real.parent == parent.parent / "blobs"
+    return False
