@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python scripts/bench_checkpoints.py [--only TEXT] [--seed 0] [--each]
 
-Each kind of motion is saved in each layout, as a training would, and opened by the public interface.
-The truth is the sum over every step in float64. *Plain* are the coefficients of sum 1 whose profile
-is nearest to the target's, step by step, computed here. A cell is one target of one run.
+Each kind of motion is saved in each layout, as a training would, and opened by the public
+interface. The truth is the sum over every step in float64. *Plain* are the coefficients of sum 1
+whose tail is nearest to the target's, step by step, computed here. A cell is one target of one run.
 
 - **within 2, 3**: the larger of actual / predicted and predicted / actual is below it.
 - **beyond 3**: the actual error is more than 3 times the predicted one.
@@ -42,6 +42,7 @@ Motion = Callable[[np.random.Generator], FloatArray]
 
 
 def walk(random: np.random.Generator) -> FloatArray:
+    """Independent steps of one size."""
     moves = random.standard_normal((STEPS + 1, SIZE))
     return np.cumsum(0.005 * moves, axis=0)
 
@@ -60,6 +61,7 @@ def drift(random: np.random.Generator) -> FloatArray:
 
 
 def minimum(memory: float) -> Motion:
+    """Return the motion about a minimum, whose restoring force takes so many steps."""
     return lambda random: 0.2 * restored(random, memory)
 
 
@@ -102,10 +104,12 @@ Times = Callable[[np.random.Generator], list[int]]
 
 
 def each_epoch(count: int = FILES) -> Times:
-    return lambda random: [STEPS * (index + 1) // count for index in range(count)]
+    """Return evenly spaced steps."""
+    return lambda _: [STEPS * (index + 1) // count for index in range(count)]
 
 
 def at_random(random: np.random.Generator) -> list[int]:
+    """Any steps, and the last one."""
     chosen = random.choice(np.arange(40, STEPS), FILES - 1, replace=False)
     return [*sorted(chosen.tolist()), STEPS]
 
@@ -162,7 +166,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 LAYOUTS |= {f"weights, {name}": Layout(times) for name, times in UNEVEN.items()}
 LAYOUTS |= {f"EMA 0.999, {name}": Layout(times, False, 0.999) for name, times in UNEVEN.items()}
-LAYOUTS |= {f"EMA 0.999, weights, {name}": Layout(times, decay=0.999) for name, times in UNEVEN.items()}
+LAYOUTS |= {
+    f"EMA 0.999, weights, {name}": Layout(times, decay=0.999) for name, times in UNEVEN.items()
+}
 LAYOUTS |= {f"weights, {name}": Layout(each_epoch(), dtype=dtype) for name, dtype in HALF.items()}
 LAYOUTS |= {
     "weights, 50 files, bf16": Layout(each_epoch(50), dtype=torch.bfloat16),
@@ -215,6 +221,7 @@ def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -
 
 
 def opened(folder: Path, layout: Layout) -> Run:
+    """Open the files, told what they do not say themselves."""
     if not layout.decay:
         return Run(folder)
     out = folder.with_name("run")
@@ -249,6 +256,7 @@ class Cell:
 
 
 def measure(motion: str, layout: str, seed: int) -> Iterator[Cell]:
+    """Return the cells of one run."""
     random = np.random.default_rng([seed, [*MOTIONS].index(motion), [*LAYOUTS].index(layout)])
     path = random.standard_normal(SIZE) + MOTIONS[motion](random)
     path = path.astype(np.float32).astype(np.float64)
@@ -275,6 +283,7 @@ def measure(motion: str, layout: str, seed: int) -> Iterator[Cell]:
 
 
 def row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Return the row of some cells."""
     ratios = np.array([cell.ratio for cell in cells])
     larger = np.maximum(ratios, 1 / ratios)
     against = [max(cell.error, LEAST) / max(cell.plain, LEAST) for cell in cells]
@@ -296,6 +305,7 @@ HEAD = ("", "cells", "within 2", "within 3", "beyond 3", "most",
 
 
 def table(cells: Sequence[Cell], names: Sequence[str], of: Callable[[Cell], str]) -> str:
+    """Return a table with a row for each name that cells have."""
     rows = [HEAD]
     for name in names:
         own = [cell for cell in cells if of(cell) == name]
@@ -306,6 +316,7 @@ def table(cells: Sequence[Cell], names: Sequence[str], of: Callable[[Cell], str]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all cells, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="layouts whose name contains this text")
     parser.add_argument("--seed", type=int, default=0)

@@ -112,7 +112,15 @@ def read_checkpoint(
     if reason:
         raise FileFormatError(path, reason)
     tensors, point = settings.select(_completed(averaged, weights)), Point(float(step))
-    make = functools.partial(make_checkpoint, path, step=step, kind=kind, t_unit=found.t_unit)
+    is_step = indexed.step is not None or found.step is not None or "step" in path.name
+    make = functools.partial(
+        make_checkpoint,
+        path,
+        step=step,
+        kind=kind,
+        t_unit=found.t_unit,
+        has_step_unit=is_step or bool(settings.step_from or settings.steps_per_epoch),
+    )
     made = [make({name: weights[name] for name in tensors}, profile=point)] if weights else []
     if averaged:
         profile = found.profile(step) if found.profile else point

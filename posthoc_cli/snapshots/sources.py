@@ -446,6 +446,10 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
     that never moved), as do all values if the stored dtype is as wide as the exact average: float64
     for a model's float64, else float32.
+
+    Weights in half precision count as copies of a float32 training's. A training whose own weights
+    are in half precision has exact ones, and an error below the predicted one: both have values of
+    this dtype, which move by whole spacings or not at all, so that no file tells them apart.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
@@ -483,10 +487,9 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
-            if not isinstance(source.profile, Point):  # a checkpoint holds the exact weights
-                rounding += expected_rounding(
-                    values, source.entries[name].dtype, source.tensors[name].dtype
-                )
+            rounding += expected_rounding(
+                values, source.entries[name].dtype, source.tensors[name].dtype
+            )
     values = np.concatenate(parts)
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
     return _Sample(source, values, scale, rounding * scale)
