@@ -321,6 +321,9 @@ class Motion:
     # Variance of a checkpoint about the path, from motion that is forgotten before the next one:
     # shape [segments]; None where no average of the weights between checkpoints shows it.
     scatter: FloatArray | None = None
+    # Variance of the value that an average takes in about the mean of the steps since its last
+    # update: shape [segments]; None if every average is updated at every step.
+    sampling: FloatArray | None = None
 
     @classmethod
     def even(
@@ -484,6 +487,48 @@ def fit_motion(
     scatter = share * walk * spacing
     expected = walks @ walk + noises @ noise + rounding + scatters @ scatter
     return Motion(edges, walk, noise, scatter if len(ordinary) else None), np.asarray(expected)
+
+
+def interval_of(profile: StoredProfile) -> int:
+    """Return the number of steps from one update of an average to the next."""
+    return int(profile.settings["every"]) if isinstance(profile, OrdinaryEMA) else 1
+
+
+_SAMPLED_OF_SCATTER, _SAMPLED_OF_WALK = 0.4, 0.25
+"""Variance of one value about the mean of the steps since the last update, relative to the scatter
+of checkpoints, and to the walk from one file to the next where no checkpoints show it.
+
+Noise that forgets in `tau` steps has the variance s about the mean of k steps: 1.1 of its own for
+tau far below k, 0.42 for tau = k, 0.2 for 3 k. Averages at files L steps apart show its spectrum at
+0, as a walk of v L = 6 tau / L of its own variance at least: for L = 10 k, s is 3.7 v L for tau far
+below k, 0.65 for tau = k, 0.11 for 3 k, and 0.03 for a walk."""
+
+
+def sampling_of(motion: Motion, times: Sequence[float], steps: Steps | None) -> FloatArray:
+    """Return `Motion.sampling` for averages at these times."""
+    if motion.scatter is not None:
+        return _SAMPLED_OF_SCATTER * motion.scatter
+    return _SAMPLED_OF_WALK * motion.walk * spacing_of(motion.edges, times, steps)
+
+
+def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatArray:
+    """Return a root of the covariance of the errors of averages that take in one value of several:
+    shape [n or less, n].
+
+    Their sum over updates k is sum_k m_k (theta_k - the mean of the steps since update k - 1), with
+    the masses m_k. Averages have it in common as far as they have masses in common.
+    """
+    intervals = np.array([interval_of(profile) for profile in profiles])
+    jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
+    if motion.sampling is None or not jumps:
+        return np.zeros((0, len(profiles)))
+    edges = _evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
+    tails = np.stack([profile.tail(edges) for profile in profiles], axis=1)
+    masses = -np.diff(tails, axis=0, prepend=1.0)
+    updates = np.maximum(np.diff(edges, prepend=edges[0])[:, None] / intervals, 1.0)
+    variance = motion.sampling[_segments(motion.edges, edges)]
+    rows = np.where(intervals > 1, np.sqrt(variance[:, None] / updates) * masses, 0.0)
+    return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
 def median_of_neighbours(values: FloatArray) -> FloatArray:
@@ -878,13 +923,8 @@ def measured_prior(
         # Other libraries' averages of one time take the mean of the same weights in late intervals:
         # with noise in place of a walk, combinations were up to 28 times as far off.
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
-        # An average that takes in one value of many has mass on single steps, whose noise is not
-        # that of a mean.
-        every = all(
-            isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1)
-            for p in profiles
-        )
-        beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
+        is_sparse = any(interval_of(profile) > 1 for profile in profiles)
+        beside = discrete if any(isinstance(p, Point) for p in profiles) else []
         start, times = (
             min(average.start for average in averages),
             [profile.t for profile in profiles],
@@ -896,7 +936,10 @@ def measured_prior(
             float(np.sqrt(np.mean(np.log((squares * expected + least) / (squares + least)) ** 2)))
             / 2
         )
-        motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
+        if is_sparse:
+            motion = replace(fitted, sampling=sampling_of(fitted, times, steps))
+        else:
+            motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(
             profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps

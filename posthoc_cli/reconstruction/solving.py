@@ -46,7 +46,14 @@ from posthoc_cli.profiles import (
     Profile,
     StoredProfile,
 )
-from posthoc_cli.reconstruction.motion import ASSUMED, Nodes, Prior, assumed_prior, rounding_factor
+from posthoc_cli.reconstruction.motion import (
+    ASSUMED,
+    Nodes,
+    Prior,
+    assumed_prior,
+    rounding_factor,
+    sampling_errors,
+)
 
 METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
@@ -532,15 +539,15 @@ class Problem:
 
     @cached_property
     def _errors(self) -> FloatArray:
-        """`_rounding`, and below it the errors of decays and beginnings that were estimated: shape
-        [n or more, n].
+        """`_rounding`, and below it the errors of values that averages took in, and of decays and
+        beginnings that were estimated: shape [n or more, n].
 
         If an estimated time constant is off by a factor 1 + e, each tail changes by e d tail / d
         log(tau), with the same e for all averages and the standard deviation that the profiles
         state. The motion turns these changes into errors that add up over the averages. The same
         holds for an estimated beginning that is off.
         """
-        rows = [self._rounding]
+        rows = [self._rounding, sampling_errors(self._stored, self._prior.motion)]
         for others in zip(
             *(p.others if isinstance(p, OrdinaryEMA) else (p, p) for p in self._stored), strict=True
         ):

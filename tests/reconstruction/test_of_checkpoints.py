@@ -196,3 +196,25 @@ def test_at_uneven_steps_no_interval_moves_for_nothing(
         plain = np.linalg.norm(nearest_tail(tails, width) @ values - exact) / np.linalg.norm(exact)
         assert actual < 1.05 * plain
         assert 1 / 2.5 < actual / predicted < 2.5
+
+
+# --- averages that take in one value of several
+
+
+@pytest.mark.parametrize("memory", [5, 10, 30])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_noise_between_the_updates_of_an_average_is_part_of_its_error(
+    with_weights: bool, memory: float, tmp_path: Path
+) -> None:
+    """The updated values were taken for the means of their steps: errors were 3.5 times the
+    predicted ones."""
+    path = about_a_minimum(memory, 0)
+    save_both(tmp_path / "files", path, range(100, STEPS + 1, 100), 0.9, every=10)
+    if not with_weights:
+        for file in (tmp_path / "files").iterdir():
+            content = torch.load(file)
+            torch.save({"step": content["step"], "ema": content["ema"]}, file)
+    import_checkpoints(tmp_path / "files", tmp_path / "run", ema_decay=0.9, update_every=10)
+    for width in (0.05, 0.1, 0.2):
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 2.5 < actual / predicted < 2.5
