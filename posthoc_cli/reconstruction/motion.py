@@ -844,17 +844,12 @@ class Prior:
     # The share of the rounding error of copy i that average j inherited, since the run was resumed
     # from it: [n, n].
     passed_on: FloatArray | None = None
-    # Squared displacements in squared spacings of the storage dtype, relative to their mean, of
-    # classes of elements with equal shares of the rounding: shape [classes]; None for equal ones.
-    uneven: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
         arrays: dict[str, Any] = {
-            name: v[index]
-            for name, v in vars(self).items()
-            if isinstance(v, np.ndarray) and name != "uneven"
+            name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)
         }
         if self.passed_on is not None:
             arrays["passed_on"] = arrays["passed_on"][:, index]
@@ -893,11 +888,7 @@ def assumed_prior(
 _NEGLIGIBLE = 1e-4
 
 
-def measured_prior(
-    averages: Sequence[StoredAverage],
-    sketch: Sketch | None = None,
-    uneven: FloatArray | None = None,
-) -> Prior:
+def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average
     has none.
 
@@ -949,7 +940,7 @@ def measured_prior(
     source = MEASURED if pairs or still or sketch is not None else ASSUMED
     shared, passed_on = _shared(averages, rounding, sketch)
     return Prior(
-        motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on, uneven
+        motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on
     )
 
 
@@ -1017,36 +1008,21 @@ def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> lis
 
 
 # --- correlated roundings
-# --------------------------------------------------------------------------
 #
-# If an element moves by several spacings of the storage dtype between two snapshots, its rounding
-# errors in them are independent. If it hardly moves, it is rounded to the same value, and combining
-# the snapshots does not average the error out. The errors are uniform within a spacing h, with
-# variance r = h^2 / 12, and periodic in the value with period h. By the Fourier series of that
-# sawtooth, their correlation after a Gaussian displacement of variance d is
-#
-#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2)
-#         = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
-#
-# With sums over all elements for d and r, it holds for a network whose elements move by equally
-# many spacings; where they do not, it is the mean over classes of elements that do. As a function
-# of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
-
-_FAR, _SLOWEST = 12.0, 1e-4
-"""Squared distance d / r beyond which the correlation is negligible, exp(-pi^2 / 6 * 12) = 3e-9;
-and the slowest class of elements."""
+# The rounding errors of an element in two copies are equal if it hardly moves between them, and
+# independent if it moves by several spacings h of the storage dtype; combining copies averages only
+# the latter out. If all elements move alike, half a spacing is enough for independence; but those
+# that move least keep their errors longest. So errors count as correlated until the copies are
+# about a spacing apart: by a Gaussian kernel, exp(-d / h^2) at the squared distance d, with sums
+# over all elements for d and for h^2, which is 12 times the variance of an error uniform within a
+# spacing. As a function of expected squared distances it is positive semidefinite.
 
 _LARGEST = 0.99
 """Correlation of the errors of two copies without motion between them. With 1, coefficients of
 opposite signs could cancel errors whose sizes differ a little, and grow without bound."""
 
 
-def rounding_factor(
-    rounding: FloatArray,
-    arithmetic: FloatArray,
-    apart: FloatArray,
-    uneven: FloatArray | None = None,
-) -> FloatArray:
+def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
     n].
 
@@ -1055,18 +1031,12 @@ def rounding_factor(
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    speeds = np.ones(1) if uneven is None else np.maximum(uneven, _SLOWEST)
-    with np.errstate(over="ignore"):  # infinity is a valid limit
-        near = (apart * speeds.min() < _FAR * scale) & ~np.eye(root.size, dtype=bool)
-    if not near.any():
-        return np.diag(np.sqrt(rounding + arithmetic))
-    correlation = np.eye(root.size)
-    distances = np.append(0.0, np.geomspace(1e-6, _FAR / speeds.min(), 512))
-    tabulated = np.mean([_correlation(speed * distances) for speed in speeds], axis=0)
-    correlation[near] = _LARGEST * np.interp(apart[near] / scale[near], distances, tabulated)
+    spacings = np.divide(apart, 12 * scale, out=np.full(apart.shape, np.inf), where=scale > 0)
+    covariance = _LARGEST * scale * np.exp(-spacings)
+    np.fill_diagonal(covariance, rounding + arithmetic)
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
-    values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
+    values, vectors = np.linalg.eigh(covariance)
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 

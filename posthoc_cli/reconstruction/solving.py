@@ -528,9 +528,7 @@ class Problem:
         rows = np.vstack(self._sketched or (self._expected,))
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
-        separate = rounding_factor(
-            self._prior.rounding, self._prior.arithmetic, apart, self._prior.uneven
-        )
+        separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
         if self._prior.passed_on is not None:
             separate = separate + separate @ self._prior.passed_on
         return (

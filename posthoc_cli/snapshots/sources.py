@@ -32,7 +32,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import decode_path, spacing, uneven_motion
+from posthoc_cli.snapshots.path import decode_path, spacing
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
@@ -348,16 +348,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
         replace(average, measurements=found.get(id(source), average.measurements))
         for source, average in zip(sources, averages, strict=True)
     ]
-    uneven = None
-    if text:
-        samples = defaultdict[float, list[str]](list)
-        for source in by_time(on_disk):
-            samples[source.sigma_rel].append(source.sample)
-        shown = (*on_disk, *sources)[0]
-        uneven = uneven_motion(
-            samples.values(), {name: shown.entries[name] for name in shown.averages}
-        )
-    prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
+    prior = measured_prior(averages, decode_path(text).sketch if text else None)
     return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
 
 
