@@ -81,13 +81,17 @@ class Checkpoint(Source):
         return ((self.step, self.t),)
 
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the input of a reconstruction, with its own or another profile, as if updated at
-        every step."""
+        """Return the input of a reconstruction, with its own or another profile.
+
+        Where steps are known, the weights change at every step and between none. Otherwise motion
+        is continuous: files whose numbers follow each other may be an epoch apart.
+        """
         used: Any = profile or self.profile
-        eps = EPS[
-            "F64" if {self.tensors[name].dtype for name in self.averages} == {"F64"} else "F32"
-        ]
-        steps = Steps(Clock([self.step], [self.t]), 1)
+        dtypes = {self.tensors[name].dtype for name in self.averages}
+        eps = EPS["F64" if dtypes == {"F64"} else "F32"]
+        steps = None
+        if self.has_step_unit:
+            steps = Steps(Clock([self.step], [self.t]), 1)
         return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
 
     @property

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from posthoc_cli.profiles import (
     LONGEST,
@@ -68,6 +69,12 @@ _EQUAL, _STEP = 1e-9, 1e-6
 of the difference quotient for a target's density, as a fraction of its interval."""
 
 
+INSTANT = 1e-3
+"""Time over which mass at one time is spread where steps are unknown. Times are whole numbers
+there, of steps or of epochs, so that it is far less than lies between two: noise of single values
+is then averaged out of a target, as if it forgot at once."""
+
+
 @dataclass(frozen=True)
 class Steps:
     """A run's clock, and the steps between its updates."""
@@ -85,8 +92,9 @@ class Nodes:
     for each power function to be a polynomial between them. Those of few updates have the updates
     as nodes, which follow all others.
 
-    `edges` are the ends of the intervals, [K + 1]; `interval` is that of each node, [M]; `weight`
-    the steps that it stands for, [M]; without `steps`, or if not `per_step`, its time.
+    `instant` is the number of steps, or the time without `steps`, that a point of mass is spread
+    over; `edges` are the ends of the intervals, [K + 1]; `interval` is that of each node, [M];
+    `weight` the steps that it stands for, [M]; without `steps`, or if not `per_step`, its time.
     """
 
     def __init__(
@@ -103,11 +111,12 @@ class Nodes:
             [np.zeros(0), *(getattr(profile, "jumps", ()) for profile in stored)]
         )
         points = _evenly_chosen(np.unique(jumps), MOST_POINTS)
-        before = (
-            points - 1
-            if steps is None
-            else steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
-        )
+        if steps is None:
+            self.instant = INSTANT
+            before = points - INSTANT
+        else:
+            self.instant = float(steps.stride)
+            before = steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
         steps = steps if per_step else None
         bends = () if steps is None else steps.clock.times
         cuts = np.concatenate((edges, [profile.t for profile in stored], points, before, bends))
@@ -312,6 +321,9 @@ class Motion:
     # Variance of a checkpoint about the path, from motion that is forgotten before the next one:
     # shape [segments]; None where no average of the weights between checkpoints shows it.
     scatter: FloatArray | None = None
+    # Variance of the value that an average takes in about the mean of the steps since its last
+    # update: shape [segments]; None if every average is updated at every step.
+    sampling: FloatArray | None = None
 
     @classmethod
     def even(
@@ -321,12 +333,14 @@ class Motion:
         count = t if steps is None else float(steps.clock.step_at(t))
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
-    def on(self, edges: FloatArray, alone: Sequence[float] = ()) -> tuple[FloatArray, FloatArray]:
+    def on(
+        self, edges: FloatArray, alone: Sequence[float] = (), instant: float = 1.0
+    ) -> tuple[FloatArray, FloatArray]:
         """Return walk and noise on intervals, each within one segment; the outer segments extend:
         [K + 1] to [K] each.
 
-        Intervals that end at the times `alone` are single steps with much of an average's mass, as
-        of a checkpoint: there noise is the scatter of one value.
+        Intervals that end at the times `alone` are single steps, as long as an `instant`, with much
+        of an average's mass, as of a checkpoint: there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
         segment = np.clip(
@@ -335,7 +349,8 @@ class Motion:
         walk, noise = self.walk[segment], self.noise[segment]
         if self.scatter is not None:
             steps = np.searchsorted(edges, alone) - 1
-            noise[steps[steps >= 0]] = self.scatter[segment[steps[steps >= 0]]]
+            steps = steps[steps >= 0]
+            noise[steps] = instant * self.scatter[segment[steps]]
         return walk, noise
 
     def with_forgotten(self, spacing: FloatArray) -> Motion:
@@ -377,6 +392,12 @@ _FIRST, _UPDATES = (1.0, 0.1), 1000
 and the number of updates of a fit. Of 120 averages of checkpoints, all were within 2 of the
 predicted error, with a first noise of 1 or 0.01 99 %, and with 100 updates in place of 300 to 3,000
 93 %."""
+
+_LEAST_OF_NEIGHBOURS = 0.3
+"""Least walk of a segment, relative to the median of the five about it. Where distances overlap,
+the best fit may have segments without any motion, which then cost nothing: coefficients of 46 used
+one, and were 50 times as far off as predicted. Of the 252 cells of `bench_checkpoints.py` with
+uneven steps, 5 are beyond 3 of predicted without it, and 2 with it."""
 
 _UNSHOWN = 1e-20
 """Influence of a segment on the distances, relative to the largest, that comes from rounding alone:
@@ -462,9 +483,59 @@ def fit_motion(
     for kind, values, size in fitted:
         shown = np.flatnonzero(size > _UNSHOWN * size.max())
         kind[:] = np.interp(np.arange(segments), shown, values[shown])
+    walk = np.maximum(walk, _LEAST_OF_NEIGHBOURS * median_of_neighbours(walk))
     scatter = share * walk * spacing
     expected = walks @ walk + noises @ noise + rounding + scatters @ scatter
     return Motion(edges, walk, noise, scatter if len(ordinary) else None), np.asarray(expected)
+
+
+def interval_of(profile: StoredProfile) -> int:
+    """Return the number of steps from one update of an average to the next."""
+    return int(profile.settings["every"]) if isinstance(profile, OrdinaryEMA) else 1
+
+
+_SAMPLED_OF_SCATTER, _SAMPLED_OF_WALK = 0.4, 0.25
+"""Variance of one value about the mean of the steps since the last update, relative to the scatter
+of checkpoints, and to the walk from one file to the next where no checkpoints show it.
+
+Noise that forgets in `tau` steps has the variance s about the mean of k steps: 1.1 of its own for
+tau far below k, 0.42 for tau = k, 0.2 for 3 k. Averages at files L steps apart show its spectrum at
+0, as a walk of v L = 6 tau / L of its own variance at least: for L = 10 k, s is 3.7 v L for tau far
+below k, 0.65 for tau = k, 0.11 for 3 k, and 0.03 for a walk."""
+
+
+def sampling_of(motion: Motion, times: Sequence[float], steps: Steps | None) -> FloatArray:
+    """Return `Motion.sampling` for averages at these times."""
+    if motion.scatter is not None:
+        return _SAMPLED_OF_SCATTER * motion.scatter
+    return _SAMPLED_OF_WALK * motion.walk * spacing_of(motion.edges, times, steps)
+
+
+def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatArray:
+    """Return a root of the covariance of the errors of averages that take in one value of several:
+    shape [n or less, n].
+
+    Their sum over updates k is sum_k m_k (theta_k - the mean of the steps since update k - 1), with
+    the masses m_k. Averages have it in common as far as they have masses in common.
+    """
+    intervals = np.array([interval_of(profile) for profile in profiles])
+    jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
+    if motion.sampling is None or not jumps:
+        return np.zeros((0, len(profiles)))
+    edges = _evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
+    tails = np.stack([profile.tail(edges) for profile in profiles], axis=1)
+    masses = -np.diff(tails, axis=0, prepend=1.0)
+    updates = np.maximum(np.diff(edges, prepend=edges[0])[:, None] / intervals, 1.0)
+    variance = motion.sampling[_segments(motion.edges, edges)]
+    rows = np.where(intervals > 1, np.sqrt(variance[:, None] / updates) * masses, 0.0)
+    return np.asarray(np.linalg.qr(rows, mode="r"))
+
+
+def median_of_neighbours(values: FloatArray) -> FloatArray:
+    """Return the median of each value, the two before and the two after it, as far as there are
+    such: shape of `values`."""
+    padded = np.pad(values, 2, constant_values=np.nan)
+    return np.asarray(np.nanmedian(sliding_window_view(padded, 5), axis=1))
 
 
 def influences(
@@ -726,11 +797,12 @@ class StoredAverage:
     @property
     def start(self) -> float:
         """The earliest time at which motion matters: a tracker's first update, otherwise the first
-        training step."""
+        training step, or the beginning if steps are unknown."""
         if isinstance(self.profile, PowerFunction):
             return self.t_first
-        first = self.profile.t_first
-        return first if self.steps is None else min(first, float(self.steps.clock.time_at(1)))
+        if self.steps is None:
+            return 0.0
+        return min(self.profile.t_first, float(self.steps.clock.time_at(1)))
 
     @property
     def roundings(self) -> float:
@@ -772,17 +844,12 @@ class Prior:
     # The share of the rounding error of copy i that average j inherited, since the run was resumed
     # from it: [n, n].
     passed_on: FloatArray | None = None
-    # Squared displacements in squared spacings of the storage dtype, relative to their mean, of
-    # classes of elements with equal shares of the rounding: shape [classes]; None for equal ones.
-    uneven: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
         arrays: dict[str, Any] = {
-            name: v[index]
-            for name, v in vars(self).items()
-            if isinstance(v, np.ndarray) and name != "uneven"
+            name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)
         }
         if self.passed_on is not None:
             arrays["passed_on"] = arrays["passed_on"][:, index]
@@ -821,11 +888,7 @@ def assumed_prior(
 _NEGLIGIBLE = 1e-4
 
 
-def measured_prior(
-    averages: Sequence[StoredAverage],
-    sketch: Sketch | None = None,
-    uneven: FloatArray | None = None,
-) -> Prior:
+def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
     """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average
     has none.
 
@@ -851,13 +914,8 @@ def measured_prior(
         # Other libraries' averages of one time take the mean of the same weights in late intervals:
         # with noise in place of a walk, combinations were up to 28 times as far off.
         discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
-        # An average that takes in one value of many has mass on single steps, whose noise is not
-        # that of a mean.
-        every = all(
-            isinstance(p, Point) or (isinstance(p, OrdinaryEMA) and p.settings["every"] == 1)
-            for p in profiles
-        )
-        beside = discrete if every and any(isinstance(p, Point) for p in profiles) else []
+        is_sparse = any(interval_of(profile) > 1 for profile in profiles)
+        beside = discrete if any(isinstance(p, Point) for p in profiles) else []
         start, times = (
             min(average.start for average in averages),
             [profile.t for profile in profiles],
@@ -869,7 +927,10 @@ def measured_prior(
             float(np.sqrt(np.mean(np.log((squares * expected + least) / (squares + least)) ** 2)))
             / 2
         )
-        motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
+        if is_sparse:
+            motion = replace(fitted, sampling=sampling_of(fitted, times, steps))
+        else:
+            motion = fitted.with_forgotten(spacing_of(fitted.edges, discrete, steps))
     else:
         motion = Motion.even(
             profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps
@@ -879,7 +940,7 @@ def measured_prior(
     source = MEASURED if pairs or still or sketch is not None else ASSUMED
     shared, passed_on = _shared(averages, rounding, sketch)
     return Prior(
-        motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on, uneven
+        motion, rounding, arithmetic, norm, source, steps, doubt, sketch, shared, passed_on
     )
 
 
@@ -947,36 +1008,21 @@ def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> lis
 
 
 # --- correlated roundings
-# --------------------------------------------------------------------------
 #
-# If an element moves by several spacings of the storage dtype between two snapshots, its rounding
-# errors in them are independent. If it hardly moves, it is rounded to the same value, and combining
-# the snapshots does not average the error out. The errors are uniform within a spacing h, with
-# variance r = h^2 / 12, and periodic in the value with period h. By the Fourier series of that
-# sawtooth, their correlation after a Gaussian displacement of variance d is
-#
-#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2)
-#         = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
-#
-# With sums over all elements for d and r, it holds for a network whose elements move by equally
-# many spacings; where they do not, it is the mean over classes of elements that do. As a function
-# of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
-
-_FAR, _SLOWEST = 12.0, 1e-4
-"""Squared distance d / r beyond which the correlation is negligible, exp(-pi^2 / 6 * 12) = 3e-9;
-and the slowest class of elements."""
+# The rounding errors of an element in two copies are equal if it hardly moves between them, and
+# independent if it moves by several spacings h of the storage dtype; combining copies averages only
+# the latter out. If all elements move alike, half a spacing is enough for independence; but those
+# that move least keep their errors longest. So errors count as correlated until the copies are
+# about a spacing apart: by a Gaussian kernel, exp(-d / h^2) at the squared distance d, with sums
+# over all elements for d and for h^2, which is 12 times the variance of an error uniform within a
+# spacing. As a function of expected squared distances it is positive semidefinite.
 
 _LARGEST = 0.99
 """Correlation of the errors of two copies without motion between them. With 1, coefficients of
 opposite signs could cancel errors whose sizes differ a little, and grow without bound."""
 
 
-def rounding_factor(
-    rounding: FloatArray,
-    arithmetic: FloatArray,
-    apart: FloatArray,
-    uneven: FloatArray | None = None,
-) -> FloatArray:
+def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
     """Return a matrix B such that B^T B is the covariance of the stored copies' errors: shape [n,
     n].
 
@@ -985,18 +1031,12 @@ def rounding_factor(
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    speeds = np.ones(1) if uneven is None else np.maximum(uneven, _SLOWEST)
-    with np.errstate(over="ignore"):  # infinity is a valid limit
-        near = (apart * speeds.min() < _FAR * scale) & ~np.eye(root.size, dtype=bool)
-    if not near.any():
-        return np.diag(np.sqrt(rounding + arithmetic))
-    correlation = np.eye(root.size)
-    distances = np.append(0.0, np.geomspace(1e-6, _FAR / speeds.min(), 512))
-    tabulated = np.mean([_correlation(speed * distances) for speed in speeds], axis=0)
-    correlation[near] = _LARGEST * np.interp(apart[near] / scale[near], distances, tabulated)
+    spacings = np.divide(apart, 12 * scale, out=np.full(apart.shape, np.inf), where=scale > 0)
+    covariance = _LARGEST * scale * np.exp(-spacings)
+    np.fill_diagonal(covariance, rounding + arithmetic)
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
-    values, vectors = np.linalg.eigh(correlation * scale + np.diag(arithmetic))
+    values, vectors = np.linalg.eigh(covariance)
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
@@ -21,10 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Sketch
-from posthoc_cli.snapshots.tensorfile import Box, Entry
+from posthoc_cli.snapshots.tensorfile import Box
 
 # --- the sample
 
@@ -131,52 +130,6 @@ def spacing(
     """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
     exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)
     return np.asarray(np.ldexp(1.0, exponent - np.asarray(mantissa_bits)))
-
-
-_CLASSES = 16  # of elements that move alike
-
-
-def uneven_motion(
-    samples: Iterable[Sequence[str]], stored: Mapping[str, Entry]
-) -> FloatArray | None:
-    """Return `Prior.uneven` from the samples of a run's averages; None if these show no motion or
-    are unknown.
-
-    `samples` are those of each profile, in the order of time, empty where unknown; `stored` are its
-    averages.
-    """
-    values = [
-        np.stack([decode_sample(text)[1] for text in profile])
-        for profile in samples
-        if all(profile)
-    ]
-    shapes = {name: entry.shape for name, entry in stored.items()}
-    dtypes = [DTYPES[stored[name].dtype] for name, _ in places(shapes)]
-    if not values or any(one.shape[1] != len(dtypes) for one in values):
-        return None
-    newest = values[0][-1].astype(np.float64)
-    bits, lowest = (
-        [dtype.mantissa_bits for dtype in dtypes],
-        [dtype.lowest_exponent for dtype in dtypes],
-    )
-    squares, share = spacing(newest, bits, lowest) ** 2, element_shares(shapes)
-    moved = np.sum(
-        [np.sum(np.diff(one.astype(np.float64), axis=0) ** 2, axis=0) for one in values], axis=0
-    )
-    if not moved.any():
-        return None
-    # Each element counts as its rounding does. Classes have equal weights; each moves as its
-    # elements do in the mean.
-    weight, speed = (
-        share * squares / (share @ squares),
-        moved / squares * (share @ squares) / (share @ moved),
-    )
-    order = np.argsort(speed)
-    until = np.cumsum(np.stack((weight, weight * speed))[:, order], axis=1)
-    ends = np.linspace(0.0, 1.0, _CLASSES + 1)
-    return np.asarray(
-        np.diff(np.interp(ends, np.append(0.0, until[0]), np.append(0.0, until[1]))) * _CLASSES
-    )
 
 
 # --- the sketch of the path

@@ -32,7 +32,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import decode_path, spacing, uneven_motion
+from posthoc_cli.snapshots.path import decode_path, spacing
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
@@ -348,16 +348,7 @@ def source_prior(sources: Sequence[Source]) -> Prior:
         replace(average, measurements=found.get(id(source), average.measurements))
         for source, average in zip(sources, averages, strict=True)
     ]
-    uneven = None
-    if text:
-        samples = defaultdict[float, list[str]](list)
-        for source in by_time(on_disk):
-            samples[source.sigma_rel].append(source.sample)
-        shown = (*on_disk, *sources)[0]
-        uneven = uneven_motion(
-            samples.values(), {name: shown.entries[name] for name in shown.averages}
-        )
-    prior = measured_prior(averages, decode_path(text).sketch if text else None, uneven)
+    prior = measured_prior(averages, decode_path(text).sketch if text else None)
     return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
 
 
@@ -446,6 +437,10 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
     that never moved), as do all values if the stored dtype is as wide as the exact average: float64
     for a model's float64, else float32.
+
+    Weights in half precision count as copies of a float32 training's. A training whose own weights
+    are in half precision has exact ones, and an error below the predicted one: both have values of
+    this dtype, which move by whole spacings or not at all, so that no file tells them apart.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
@@ -483,10 +478,9 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
-            if not isinstance(source.profile, Point):  # a checkpoint holds the exact weights
-                rounding += expected_rounding(
-                    values, source.entries[name].dtype, source.tensors[name].dtype
-                )
+            rounding += expected_rounding(
+                values, source.entries[name].dtype, source.tensors[name].dtype
+            )
     values = np.concatenate(parts)
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
     return _Sample(source, values, scale, rounding * scale)

@@ -2,18 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from factories import RUN_ID, read_snapshot, write_snapshot
 
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.reconstruction.motion import rounding_factor
-from posthoc_cli.snapshots.path import encode_sample, places, uneven_motion
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import expected_rounding, sample_measurements
-from posthoc_cli.snapshots.tensorfile import Entry
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -127,43 +123,6 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
         assert measured.rounding == pytest.approx(rounding, rel=0.15)
     exact = squares(*((values[20][n], values[10][n]) for n in shapes))
     assert found[1].distances[0].squared == pytest.approx(exact, rel=0.15)
-
-
-@pytest.mark.parametrize("spacings", [0.1, 0.3, 1.0])
-def test_where_elements_move_unevenly_the_slow_ones_keep_their_errors(spacings: float) -> None:
-    """A sample of 512 shows how unevenly: by log-normal distances, in few large values and many
-    small ones."""
-    generator, sizes = np.random.default_rng(0), {"large": 4_000, "small": 496_000}
-    values = np.concatenate(
-        [
-            scale * generator.uniform(1.1, 1.9, n)
-            for scale, n in zip((8, 1), sizes.values(), strict=True)
-        ]
-    )
-    steps = (
-        spacings
-        * 2.0**-10
-        * np.exp(generator.normal(0, 1, values.size))
-        * generator.normal(size=(20, values.size))
-    )
-    path = values + np.vstack((np.zeros(values.size), np.cumsum(steps / np.sqrt(20), axis=0)))
-    errors = [x.astype(np.float16).astype(np.float64) - x for x in path[[0, -1]]]
-    measured = np.array([[a @ b for b in errors] for a in errors])
-    apart = np.sum((path[-1] - path[0]) ** 2) * (1 - np.eye(2))
-    stored = {name: Entry("F16", (size,)) for name, size in sizes.items()}
-    chosen = [
-        index + sizes["large"] * (name == "small")
-        for name, index in places({n: e.shape for n, e in stored.items()})
-    ]
-    uneven = uneven_motion([[encode_sample(row[chosen], row[chosen]) for row in path]], stored)
-    found = [
-        rounding_factor(np.diag(measured), np.zeros(2), apart, each) for each in (uneven, None)
-    ]
-    right, even = ((factor.T @ factor)[0, 1] / measured[0, 0] for factor in found)
-    # A sample of 512 shows a correlation up to about 1 / sqrt(512).
-    true = measured[0, 1] / measured[0, 0]
-    assert abs(right - true) < 0.08
-    assert abs(even - true) > 0.1
 
 
 # --- values that cannot be measured

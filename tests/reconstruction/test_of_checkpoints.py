@@ -1,0 +1,220 @@
+"""The predicted error of averages made from checkpoints of other programs is the actual one.
+
+Files are written as a training writes them; the truth is summed here over every step, in float64.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import FloatArray, exact_gamma
+
+from posthoc_cli import Run, import_checkpoints
+
+SIZE, STEPS, WIDTHS = 500, 2000, (0.03, 0.1, 0.25)
+
+
+def walk(steps: int = STEPS, rate: float = 0.005, seed: int = 0) -> FloatArray:
+    """Return the weights after steps 0 to `steps`, as a float32 training has them."""
+    random = np.random.default_rng(seed)
+    moves = rate * random.standard_normal((steps + 1, SIZE))
+    path = random.standard_normal(SIZE) + np.cumsum(moves, axis=0)
+    return path.astype(np.float32).astype(np.float64)
+
+
+def cooled(seed: int = 0) -> FloatArray:
+    """Return a walk whose learning rate falls to 0 by a cosine: late, weights hardly move."""
+    random = np.random.default_rng(seed)
+    rates = 0.0025 * (1 + np.cos(np.pi * np.arange(STEPS + 1) / STEPS))
+    moves = rates[:, None] * random.standard_normal((STEPS + 1, SIZE))
+    path = random.standard_normal(SIZE) + np.cumsum(moves, axis=0)
+    return path.astype(np.float32).astype(np.float64)
+
+
+def truth(path: FloatArray, width: float) -> FloatArray:
+    """Return the average over all steps: step k has the profile's mass between k - 1 and k."""
+    count = len(path) - 1
+    return np.diff((np.arange(count + 1) / count) ** (exact_gamma(width) + 1)) @ path[1:]
+
+
+def weights(path: FloatArray, step: int, dtype: torch.dtype = torch.float32) -> dict[str, object]:
+    return {"model": {"w": torch.from_numpy(path[step]).to(dtype)}}
+
+
+def save(folder: Path, name: str, content: Mapping[str, object]) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.save(dict(content), folder / name)
+
+
+def errors(run: Run, path: FloatArray, width: float) -> tuple[float, float]:
+    """Return the actual and the predicted error of an average, relative to the truth."""
+    made, exact = run.average(width, dtype="float64"), truth(path, width)
+    assert made.predicted_error is not None
+    actual = np.linalg.norm(made["w"].double().numpy() - exact) / np.linalg.norm(exact)
+    return float(actual), made.predicted_error
+
+
+# --- the clock
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [(20, "model_{}.pth"), (10, "epoch_{}.pt"), (40, "{:04}.ckpt")],
+)
+def test_between_files_that_are_numbered_the_weights_move_on(
+    count: int, name: str, tmp_path: Path
+) -> None:
+    path = walk()
+    for number in range(1, count + 1):
+        save(tmp_path / "run", name.format(number), weights(path, STEPS // count * number))
+    for width in WIDTHS:
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 1.4 < actual / predicted < 1.4
+
+
+def test_the_unit_of_time_does_not_change_the_prediction(tmp_path: Path) -> None:
+    path = walk()
+    for number in range(1, 21):
+        save(tmp_path / "epochs", f"model_{number}.pth", weights(path, 100 * number))
+        save(tmp_path / "fives", f"model_{5 * number}.pth", weights(path, 100 * number))
+        content = {"step": 100 * number, **weights(path, 100 * number)}
+        save(tmp_path / "steps", f"model_{number}.pth", content)
+    for width in WIDTHS:
+        made = [errors(Run(tmp_path / name), path, width) for name in ("epochs", "fives", "steps")]
+        assert np.ptp(np.log(made), axis=0) == pytest.approx([0, 0], abs=0.1)
+
+
+@pytest.mark.parametrize("steps", [20, 60])
+def test_files_of_every_step_that_say_so_hold_every_update(steps: int, tmp_path: Path) -> None:
+    path = walk(steps)
+    for step in range(1, steps + 1):
+        save(tmp_path / "run", f"{step}.pt", {"step": step, **weights(path, step)})
+    for width in WIDTHS:
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert actual < 2e-7
+        assert predicted < 2e-7
+
+
+@pytest.mark.parametrize("stride", [2, 5])
+def test_a_few_steps_between_files_count_one_by_one(stride: int, tmp_path: Path) -> None:
+    path = walk(30 * stride)
+    for step in range(stride, len(path), stride):
+        save(tmp_path / "run", f"{step}.pt", {"step": step, **weights(path, step)})
+    for width in WIDTHS:
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 1.4 < actual / predicted < 1.4
+
+
+# --- copies in fewer bits
+
+
+@pytest.mark.parametrize("count", [20, 50])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_fewer_bits_than_the_training_has_are_rounded(
+    dtype: torch.dtype, count: int, tmp_path: Path
+) -> None:
+    path = cooled()
+    for step in range(STEPS // count, STEPS + 1, STEPS // count):
+        save(tmp_path / "run", f"{step}.pt", {"step": step, **weights(path, step, dtype)})
+    for width in WIDTHS:
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 1.5 < actual / predicted < 1.5
+
+
+def test_weights_that_stand_still_keep_their_rounding(tmp_path: Path) -> None:
+    path = walk(rate=1e-6)
+    for step in range(100, STEPS + 1, 100):
+        content = {"step": step, **weights(path, step, torch.bfloat16)}
+        save(tmp_path / "run", f"{step}.pt", content)
+    for width in WIDTHS:
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 1.5 < actual / predicted < 1.5
+        # One rounding of a bfloat16, whose spacing is 2^-7 of the power of two below a value.
+        assert actual == pytest.approx(2**-7 * 0.196, rel=0.15)
+
+
+# --- uneven steps
+
+
+def about_a_minimum(memory: float, seed: int) -> FloatArray:
+    """Return weights that are pulled back to a minimum within so many steps."""
+    random = np.random.default_rng(seed)
+    kept = np.exp(-1 / memory)
+    place = random.standard_normal(SIZE)
+    away = np.zeros((STEPS + 1, SIZE))
+    for step in range(1, STEPS + 1):
+        moved = 0.5 * np.sqrt(1 - kept**2) * random.standard_normal(SIZE)
+        away[step] = kept * away[step - 1] + moved
+    return (place + away).astype(np.float32).astype(np.float64)
+
+
+def save_both(
+    folder: Path, path: FloatArray, steps: Sequence[int], decay: float, every: int = 1
+) -> tuple[FloatArray, FloatArray]:
+    """Write files of weights and their EMA; return the stored values, and their tails: the mass
+    after steps 0, 1, ..., in a column each."""
+    average, later, before = path[0], np.zeros(STEPS), np.arange(STEPS)
+    values, tails = [], []
+    for step in range(1, STEPS + 1):
+        if step % every == 0:
+            average = decay * average + (1 - decay) * path[step]
+            later = decay * later + (1 - decay) * (before < step)
+        if step in steps:
+            stored = torch.from_numpy(average).float()
+            content = {"step": step, **weights(path, step), "ema": {"w": stored}}
+            save(folder, f"{step}.pt", content)
+            values += [path[step], stored.double().numpy()]
+            tails += [np.where(before < step, 1.0, 0.0), later]
+    return np.array(values), np.stack(tails, axis=1)
+
+
+def nearest_tail(tails: FloatArray, width: float) -> FloatArray:
+    """Return the coefficients of sum 1 whose tail is nearest to that of a power function."""
+    wanted = 1 - (np.arange(STEPS) / STEPS) ** (exact_gamma(width) + 1)
+    last = tails[:, -1:]
+    found, *_ = np.linalg.lstsq(tails[:, :-1] - last, wanted - last[:, 0], rcond=1e-12)
+    return np.append(found, 1 - found.sum())
+
+
+@pytest.mark.parametrize(
+    ("memory", "seed"), [(100, 3), (300, 0), (300, 1), (300, 2), (300, 4), (1000, 5)]
+)
+def test_at_uneven_steps_no_interval_moves_for_nothing(
+    memory: float, seed: int, tmp_path: Path
+) -> None:
+    """A fitted motion of 0 in one interval cost nothing: errors were 60 times the predicted."""
+    random = np.random.default_rng(100 + seed)
+    steps = {*random.choice(np.arange(40, STEPS), 19, replace=False).tolist(), STEPS}
+    path = about_a_minimum(memory, seed)
+    values, tails = save_both(tmp_path / "files", path, sorted(steps), 0.999)
+    import_checkpoints(tmp_path / "files", tmp_path / "run", ema_decay=0.999)
+    for width in (0.05, 0.1, 0.2):
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        exact = truth(path, width)
+        plain = np.linalg.norm(nearest_tail(tails, width) @ values - exact) / np.linalg.norm(exact)
+        assert actual < 1.05 * plain
+        assert 1 / 2.5 < actual / predicted < 2.5
+
+
+# --- averages that take in one value of several
+
+
+@pytest.mark.parametrize("memory", [5, 10, 30])
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_noise_between_the_updates_of_an_average_is_part_of_its_error(
+    with_weights: bool, memory: float, tmp_path: Path
+) -> None:
+    """The updated values were taken for the means of their steps: errors were 3.5 times the
+    predicted ones."""
+    path = about_a_minimum(memory, 0)
+    save_both(tmp_path / "files", path, range(100, STEPS + 1, 100), 0.9, every=10)
+    if not with_weights:
+        for file in (tmp_path / "files").iterdir():
+            content = torch.load(file)
+            torch.save({"step": content["step"], "ema": content["ema"]}, file)
+    import_checkpoints(tmp_path / "files", tmp_path / "run", ema_decay=0.9, update_every=10)
+    for width in (0.05, 0.1, 0.2):
+        actual, predicted = errors(Run(tmp_path / "run"), path, width)
+        assert 1 / 2.5 < actual / predicted < 2.5
