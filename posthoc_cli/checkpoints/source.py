@@ -67,14 +67,15 @@ class Checkpoint(Source):
 
     @property
     def t_first(self) -> float:  # type: ignore[override]
-        """The earliest time that has mass in averages of a run with this profile, on a clock of
-        steps or images."""
-        return float(getattr(self.profile, "t_first", min(1.0, self.t)))
+        """The earliest time that has mass in averages of a run with this profile: the first step,
+        or the thousandth part of an epoch."""
+        first = 1.0 if self.t_unit != "epochs" else 1e-3
+        return float(getattr(self.profile, "t_first", min(first, self.t)))
 
     @property
     def has_step_unit(self) -> bool:
-        """Whether `step` is known to count steps."""
-        return self.is_stated and self.t_unit == "steps"
+        """Whether `step` is known to count updates of the weights, or what they take in."""
+        return self.is_stated and self.t_unit != "epochs"
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
