@@ -97,7 +97,7 @@ def _check_apart(chunks: Sequence[Chunk]) -> None:
             chunk.view(own)[...] = True
             if np.count_nonzero(own) < chunk.entry.nbytes:
                 reason = f"tensor {shown(chunk.name)} repeats its elements, as `expand` does"
-                raise MismatchError(chunk.path, reason, "and would get different values for them")
+                raise MismatchError(chunk.path, reason, "they would get different values")
         reaching = [before for before in reaching if before.end > chunk.begin]
         for before in reaching:
             # those with strides may only interleave
@@ -109,7 +109,7 @@ def _check_apart(chunks: Sequence[Chunk]) -> None:
                 reason = (
                     f"tensors {shown(before.name)} and {shown(chunk.name)} have bytes in common"
                 )
-                raise MismatchError(chunk.path, reason, "and would get different values")
+                raise MismatchError(chunk.path, reason, "they would get different values")
         reaching.append(chunk)
 
 

@@ -235,7 +235,7 @@ class Like:
                     self._place(places, name, one, tensors[name])
                 elif not are_equal(owner, name):
                     reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
-                    raise MismatchError(self.place, reason, "and would get different values")
+                    raise MismatchError(self.place, reason, "they would get different values")
         return places
 
     def _place(
