@@ -191,6 +191,8 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
             used.append(one)
     lacks_steps = ""
     has_emas = any(one.found.updates is not None for one in used)
+    if times.unit == "steps" and has_emas:  # the decay is of the same steps
+        times = replace(times, is_stated=True)
     if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
         lacks_steps = f"their decay is of steps: {times.says}; give the steps of an epoch"
         if asks:

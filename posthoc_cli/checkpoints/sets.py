@@ -173,6 +173,7 @@ class Sets:
             found += self._pairs_at(path, weights, is_named)
             path = self._main_part(path)
         if not found:
+            self._check_unpaired(average)
             return None
         best = min(self._rank(one) for one in found)
         found = [one for one in found if self._rank(one) == best]
@@ -182,6 +183,19 @@ class Sets:
             hint = "name the average by `average`, or both by `average` and `weights` in an import"
             raise FileFormatError(self.content.path, reason, hint)
         return found[0]
+
+    def _check_unpaired(self, average: str) -> None:
+        """Raise FileFormatError if an average has most names of some weights, and others."""
+        path: str | None = average
+        while path is not None:
+            averaged = self.below(path)
+            for root in self._roots(averaged, path):
+                weights = self.below(root)
+                others = [name for name in averaged if name not in weights]
+                if others and 2 * len(others) < len(averaged) > len(weights) / 2:
+                    reason = "holds an EMA and weights of different models: only the EMA has"
+                    raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
+            path = self._main_part(path)
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""

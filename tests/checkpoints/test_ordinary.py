@@ -454,7 +454,7 @@ def test_the_interval_is_asked_for_where_counts_do_not_show_it(tmp_path: Path) -
 
 def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
     plain(tmp_path / "x")
-    with pytest.raises(errors.FileFormatError, match="is no file of timm"):
+    with pytest.raises(errors.FileFormatError, match="is no file of torchtitan"):
         import_checkpoints(tmp_path / "x", tmp_path / "run", kind="torchtitan")
     for path in (tmp_path / "x").iterdir():
         path.rename(path.with_name(f"ema_{path.name}"))

@@ -251,8 +251,8 @@ def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
     done = ema(*command, "--ema-decay", 0.99)
     assert done.code == 2
     reason = (
-        "--steps-per-epoch: must be given: checkpoint-0.pth.tar holds its epoch, 0 counted "
-        "from 0, and not"
+        "--steps-per-epoch: must be given: decays are of steps, and numbers are epochs, "
+        "counted from 0: "
     )
     assert reason in done.error
     done = ema(*command, "--steps-per-epoch", EVERY)
