@@ -103,7 +103,15 @@ def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
     assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
 
 
-@pytest.mark.parametrize("calls", ["multiples", "from first", "counted", "after copy"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "multiples",
+        "from first",
+        "counted",
+        "after copy",
+    ],
+)
 def test_which_calls_are_updates(calls: str) -> None:
     """The steps of the updates by step 97, every tenth call, as told by the profile's jumps."""
     count = 97 if calls == "counted" else None
@@ -145,7 +153,16 @@ def test_a_warm_up_reads_as_it_is_written(text: str) -> None:
     assert warm_up_text(DecayRule(0.99, **arguments)) == text
 
 
-WRONG = ["exp:0", "unbiased:3", "cosine:1", "cosine:2", "linear:", "none:1", "yolo", "exp:-5"]
+WRONG = [
+    "exp:0",
+    "unbiased:3",
+    "cosine:1",
+    "cosine:2",
+    "linear:",
+    "none:1",
+    "yolo",
+    "exp:-5",
+]
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -154,7 +171,17 @@ def test_other_warm_ups_are_refused(text: str) -> None:
         ImportSettings(ema_warmup=text)
 
 
-@pytest.mark.parametrize("text", ["99%", "99.9%", "5%", "half-life", "60k", "half-life:"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "99%",
+        "99.9%",
+        "5%",
+        "half-life",
+        "60k",
+        "half-life:",
+    ],
+)
 def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> None:
     """A training's share is a half-life, and says so."""
     folder = write(tmp_path / "x", train(), by(lambda _: 0.99))
@@ -266,7 +293,15 @@ def drifting(noise: float) -> np.ndarray:
     return train()[0] + 1e-3 * drift + noise * random.standard_normal(drift.shape)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        0.0,
+        0.01,
+        0.03,
+        0.1,
+    ],
+)
 @pytest.mark.parametrize("length", [3, 10, 20])
 def test_a_length_far_below_the_spacing_is_not_claimed(
     length: int, noise: float, tmp_path: Path
