@@ -364,9 +364,9 @@ WARM_UPS: dict[str, WarmUp] = {
         _linear, "a line from {base:.7g} to 1 in {steps:,.12g} updates", "base", 0.996, True
     ),
 }
-"""The rules that have a name in options and settings; `_ALL_RULES` has two more."""
+"""The rules that have a name in options and settings; `RULES` has two more."""
 
-_ALL_RULES = WARM_UPS | {
+RULES = WARM_UPS | {
     "": WarmUp(_constant, "a constant decay"),
     # after one copy it is equation 2 of arXiv 2312.02696, with power = gamma + 1
     POWER_FUNCTION: WarmUp(_power_function, "(n / (n + 1))^{power:.3g}", "power"),
@@ -407,11 +407,11 @@ class DecayRule:
 
     @property
     def is_schedule(self) -> bool:
-        return _ALL_RULES[self.warm_up].is_schedule
+        return RULES[self.warm_up].is_schedule
 
     def with_number(self, number: float) -> DecayRule:
         """Return the rule with another number of its row in `WARM_UPS`."""
-        numbers: dict[str, Any] = {_ALL_RULES[self.warm_up].number: number}
+        numbers: dict[str, Any] = {RULES[self.warm_up].number: number}
         return replace(self, **numbers)
 
     def longer(self, factor: float) -> DecayRule:
@@ -428,7 +428,7 @@ class DecayRule:
     def rule(self) -> str:
         """The warm-up in words, for messages."""
         n = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
-        return _ALL_RULES[self.warm_up].formula.format(n=n, **vars(self))
+        return RULES[self.warm_up].formula.format(n=n, **vars(self))
 
     def progress(self, n: FloatArray) -> FloatArray:
         """Return the share of a schedule that has passed before the n-th update."""
@@ -439,7 +439,7 @@ class DecayRule:
         shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
         n = numbers if self.is_schedule else np.maximum(numbers - self.copies, 0.0)
-        kept = _ALL_RULES[self.warm_up].decay(self, n)
+        kept = RULES[self.warm_up].decay(self, n)
         return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:

@@ -8,6 +8,8 @@ every step in float64; averages come from the folder alone, through the public i
 of HELD_OUT, by which no constant was chosen, are reported separately.
 
     OMP_NUM_THREADS=1 python scripts/any_ema.py --cache DIR [--steps 6000] [--only plain]
+
+Some minutes, a round and an odd decay: --steps 2000 --only plain --lengths 100,40
 """
 
 from __future__ import annotations
@@ -252,9 +254,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--steps", type=int, default=6000, help="a multiple of 2000")
     parser.add_argument("--only", help="a library, or plain")
+    parser.add_argument("--lengths", help="time constants of the EMA of a plain loop, in steps")
     options = parser.parse_args(arguments)
+    lengths = LENGTHS
+    if options.lengths:
+        lengths = tuple(float(steps) / options.steps for steps in options.lengths.split(","))
     jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
-    jobs += [("plain", name, length) for length in LENGTHS for name in NAMES]
+    jobs += [("plain", name, length) for length in lengths for name in NAMES]
     rows = [
         (
             "EMA of",

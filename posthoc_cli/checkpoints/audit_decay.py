@@ -224,6 +224,12 @@ class Intervals:
     def __getitem__(self, rows: Sequence[int]) -> Intervals:
         return Intervals(self.begin[rows], self.end[rows], self.gram[rows], self.rounding[rows])
 
+    @property
+    def _motion(self) -> FloatArray:
+        """The squared norms of v, above 0 also for a piece that stands still."""
+        motion = self.gram[..., 2, 2]
+        return np.asarray(np.maximum(motion, 1e-20 * motion.max() + 1e-300))
+
     def shares(self, model: Model) -> tuple[FloatArray, FloatArray]:
         """Return B and s, [intervals, 1]; s is a mean of at most `_POINTS` updates."""
         begin = self.begin[:, None]
@@ -247,7 +253,7 @@ class Intervals:
         b, s = self.shares(model)
         without = self.gram[..., 0, :] - b[..., None] * self.gram[..., 1, :]
         if bends:
-            s = without[..., 2] / np.maximum(self.gram[..., 2, 2], 1e-300)
+            s = without[..., 2] / self._motion
         products = without - s[..., None] * self.gram[..., 2, :]
         square = products[..., 0] - b * products[..., 1] - s * products[..., 2]
         return np.concatenate([square[..., None], products], axis=-1)
@@ -341,10 +347,10 @@ class Intervals:
         """Return the mean correlation of residuals, without their part along v, with the next
         motion."""
         products = self.products(model, bends=True)
-        along = self.gram[..., 2, 3] / np.maximum(self.gram[..., 2, 2], 1e-300)
+        along = self.gram[..., 2, 3] / self._motion
         both = (products[..., 4] - along * products[..., 3])[:-1]
-        motion = np.maximum(self.gram[:-1, :, 3, 3], 1e-300)
-        return float(np.mean(both * np.sqrt(self.weights(products[..., 0])[:-1] / motion)))
+        weights = self.weights(products[..., 0])[:-1]
+        return float(np.mean(both * np.sqrt(weights / self._motion[1:])))
 
     def without_noise(self, model: Model) -> float:
         """Return the logarithm of the factor by which a value changes if noise is allowed for."""
@@ -417,8 +423,10 @@ def refine(model: Model, rows: Intervals) -> tuple[Model, float]:
     noise = min(max(rows.reversion(model) / _REVERTING, 0.0), 1.0)
     noiseless = rows.without_noise(model)
     bent = math.log(rows.fit(model, model.value, bends=True).value / model.value)
-    # A value that bends make shorter comes from noise, and is not taken.
-    found = model.scaled((1 - noise) * min(bent, 0.0) + noise * noiseless / 2)
+    # A value that bends make shorter comes from noise, and is not taken. Little noise makes a value
+    # uncertain, and does not move it: of long averages that would cost more than it gains.
+    moved = max(2 * noise - 1, 0.0)
+    found = model.scaled((1 - moved) * min(bent, 0.0) + moved * noiseless / 2)
     parts = [noise * noiseless, (1 - noise) * bent, rows.spread(model, bends=False)]
     if noise < 1:
         parts.append(rows.spread(model, bends=True))

@@ -18,7 +18,7 @@ from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError
-from posthoc_cli.profiles import WARM_UPS, OrdinaryEMA, Point
+from posthoc_cli.profiles import RULES, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,9 @@ def import_checkpoints(
         given, findings = _find_decay(found, given)
         checks += findings
     elif any(isinstance(one.profile, OrdinaryEMA) for one in found):
+        if given.steps and not any(one.updates and one.updates.ends(given) for one in found):
+            reason = "is of no use: these averages have no decay that rises to 1"
+            raise InvalidValueError("steps", reason, value=given.steps)
         given, findings = _check_decay(found, given)
         checks += findings
     found = checked_run([one.with_settings(given) for one in found])
@@ -175,14 +178,13 @@ def _find_decay(
 def _with_decay(given: ImportSettings, audit: Audit, decay: float, sigma: float) -> ImportSettings:
     """Return the settings with a decay that was found, and the warm-up that was found if none is
     given."""
+    found = replace(given, ema_uncertainty=sigma)
     name = audit.warm_up.partition(":")[0]
-    if name in WARM_UPS and WARM_UPS[name].is_schedule:
+    if RULES[name].is_schedule:
         last = given.steps or round(audit.intervals[-1].end)
-        return replace(
-            given, ema_warmup=f"{name}:{decay:.12g}", last_step=last, ema_uncertainty=sigma
-        )
+        return replace(found, ema_warmup=f"{name}:{decay:.12g}", last_step=last)
     warm_up = given.ema_warmup or audit.warm_up or "none"
-    return replace(given, ema_decay=decay, ema_warmup=warm_up, ema_uncertainty=sigma)
+    return replace(found, ema_decay=decay, ema_warmup=warm_up)
 
 
 def _unknown_decay(

@@ -14,9 +14,11 @@ from posthoc_cli.checkpoints.content import Tensors
 from posthoc_cli.errors import InvalidValueError, brief, check_alone
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
+    RULES,
     UNLIMITED,
     WARM_UPS,
     DecayRule,
+    WarmUp,
     check_sigma_rel,
     gamma_from_sigma_rel,
 )
@@ -162,6 +164,14 @@ class ImportSettings:
         for sigma_rel in self.sigma_rels:
             check_sigma_rel(sigma_rel, "sigma_rels")
         check_alone(sigma_rels=self.sigma_rels or None, ema_decay=self.ema_decay)
+        if self.warm_up_row.is_schedule and self.ema_decay is not None:
+            reason = f"has no place beside ema_warmup {self.ema_warmup}, which has its own"
+            raise InvalidValueError("ema_decay", reason, value=self.ema_decay)
+
+    @property
+    def warm_up_row(self) -> WarmUp:
+        """The rule that `ema_warmup` names, or a constant decay."""
+        return RULES[(self.ema_warmup or "none").partition(":")[0].replace("none", "")]
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import UNLIMITED, WARM_UPS, DecayRule, OrdinaryEMA
+from posthoc_cli.profiles import RULES, UNLIMITED, DecayRule, OrdinaryEMA
 
 _ANY_DECAY = 0.999  # in place of an unknown decay
 
@@ -44,14 +44,15 @@ class Updates:
     def is_known(self, settings: ImportSettings) -> bool:
         """Whether the file and the settings say the decay of every update."""
         rule = self._rule(settings, 1)
-        if self._is_schedule(rule):
-            return "base" in rule and "steps" in rule
-        return "decay" in rule
+        return {"base", "steps"} <= rule.keys() if self.ends(settings) else "decay" in rule
+
+    def ends(self, settings: ImportSettings) -> bool:
+        """Whether the decay rises to 1 at a step of the training."""
+        return RULES[self._rule(settings, 1).get("warm_up", "")].is_schedule
 
     def needs_steps(self, settings: ImportSettings) -> bool:
         """Whether the decay rises until a step of the training that nothing says."""
-        rule = self._rule(settings, 1)
-        return self._is_schedule(rule) and "steps" not in rule
+        return self.ends(settings) and "steps" not in self._rule(settings, 1)
 
     def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
@@ -68,7 +69,7 @@ class Updates:
                 "update_every", f"must be given, and fit: {counted}", "1 if the EMA began late"
             )
         rule = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
-        if self._is_schedule(rule):
+        if RULES[rule.get("warm_up", "")].is_schedule:
             rule["before"] = (place.first - 1) // every
             rule["decay"] = rule.get("base", _ANY_DECAY)
             rule["steps"] = rule.get("steps", math.inf) / every
@@ -79,10 +80,6 @@ class Updates:
         if "decay" in said and self.rule.get("decay") == UNLIMITED:
             return said  # another kind of rule
         return self.rule | said
-
-    @staticmethod
-    def _is_schedule(rule: dict[str, Any]) -> bool:
-        return rule.get("warm_up", "") in WARM_UPS and WARM_UPS[rule["warm_up"]].is_schedule
 
     def _place(self, step: int, every: int, settings: ImportSettings) -> _Place:
         """Return where the updates of an EMA lie that has not restarted."""

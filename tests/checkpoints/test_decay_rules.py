@@ -16,14 +16,14 @@ from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.profiles import DecayRule, OrdinaryEMA, Point
 
 
-def ultralytics(decay: float, tau: float) -> Iterator[float]:
+def ultralytics(decay: float, tau: int) -> Iterator[float]:
     updates = 0
     while True:
         updates += 1
         yield decay * (1 - math.exp(-updates / tau))
 
 
-def audiocraft(decay: float) -> Iterator[float]:
+def audiocraft(decay: float, _: int) -> Iterator[float]:
     count = 0.0
     while True:
         count = count * decay + 1
@@ -43,47 +43,43 @@ def ijepa(base: float, steps: int) -> Iterator[float]:
         yield 1.0
 
 
-RULES: dict[str, tuple[DecayRule, Callable[[], Iterator[float]]]] = {
-    "exp:2000": (DecayRule(0.9999, "exp"), lambda: ultralytics(0.9999, 2000)),
-    "exp:500": (DecayRule(0.999, "exp", tau=500.0), lambda: ultralytics(0.999, 500)),
-    "exp:20": (DecayRule(0.98, "exp", tau=20.0), lambda: ultralytics(0.98, 20)),
-    "unbiased": (DecayRule(0.99, "unbiased"), lambda: audiocraft(0.99)),
-    "unbiased, long": (DecayRule(0.99999, "unbiased"), lambda: audiocraft(0.99999)),
-    "unbiased, short": (DecayRule(0.5, "unbiased"), lambda: audiocraft(0.5)),
-    "cosine": (
-        DecayRule(warm_up="cosine", base=0.996, steps=1000),
-        lambda: dino(0.996, 1000),
-    ),
-    "cosine, beyond the last file": (
-        DecayRule(warm_up="cosine", base=0.99, steps=5000),
-        lambda: dino(0.99, 5000),
-    ),
-    "cosine, over before the last file": (
-        DecayRule(warm_up="cosine", base=0.9, steps=300),
-        lambda: dino(0.9, 300),
-    ),
-    "linear": (
-        DecayRule(warm_up="linear", base=0.996, steps=1000),
-        lambda: ijepa(0.996, 1000),
-    ),
-    "linear, of a longer training": (
-        DecayRule(warm_up="linear", base=0.998, steps=1250),
-        lambda: ijepa(0.998, 1250),
-    ),
+LOOPS: dict[str, tuple[Callable[[float, int], Iterator[float]], float, int]] = {
+    "exp:2000": (ultralytics, 0.9999, 2000),
+    "exp:500": (ultralytics, 0.999, 500),
+    "exp:20": (ultralytics, 0.98, 20),
+    "unbiased": (audiocraft, 0.99, 0),
+    "unbiased, long": (audiocraft, 0.99999, 0),
+    "unbiased, short": (audiocraft, 0.5, 0),
+    "cosine:0.996": (dino, 0.996, 1000),
+    "cosine:0.99, beyond the last file": (dino, 0.99, 5000),
+    "cosine:0.9, over before the last file": (dino, 0.9, 300),
+    "linear:0.996": (ijepa, 0.996, 1000),
+    "linear:0.998, of a longer training": (ijepa, 0.998, 1250),
 }
+"""The decays of a library, by its decay or base, and by its second number if it has one."""
+
+
+def rule_of(name: str) -> DecayRule:
+    _, first, second = LOOPS[name]
+    arguments = warm_up_of(name.partition(",")[0])
+    assert arguments is not None
+    if "base" in arguments:
+        return DecayRule(steps=second, **arguments)
+    return DecayRule(first, **arguments)
 
 
 @pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
     """Of a random walk, the average by the loop and by the profile's masses are equal."""
-    rule, loop = RULES[name]
+    loop, first, second = LOOPS[name]
+    decays = loop(first, second)
     steps = 1000
     walk = np.cumsum(np.random.default_rng(0).standard_normal(steps + 1))
     average = walk[0]
-    for step, decay in zip(range(every, steps + 1, every), loop(), strict=False):
+    for step, decay in zip(range(every, steps + 1, every), decays, strict=False):
         average = decay * average + (1 - decay) * walk[step]
-    profile = rule.profile(steps, steps // every, every)
+    profile = rule_of(name).profile(steps, steps // every, every)
     tails = profile.tail(np.arange(steps + 1.0) - 1e-9)
     masses = tails - np.append(tails[1:], 0.0)
     masses[0] = 1 - masses[1:].sum()  # the initial weights
@@ -107,7 +103,15 @@ def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
     assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
 
 
-@pytest.mark.parametrize("calls", ["multiples", "from first", "counted", "after copy"])
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "multiples",
+        "from first",
+        "counted",
+        "after copy",
+    ],
+)
 def test_which_calls_are_updates(calls: str) -> None:
     """The steps of the updates by step 97, every tenth call, as told by the profile's jumps."""
     count = 97 if calls == "counted" else None
@@ -126,9 +130,20 @@ def test_which_calls_are_updates(calls: str) -> None:
 
 
 TEXTS = [
-    "none", "ratio", "power", "power:0.75", "ramp-up", "ramp-up:0.1", "exp", "exp:500",
-    "unbiased", "cosine", "cosine:0.99", "linear", "linear:0.9995",
-]  # fmt: skip
+    "none",
+    "ratio",
+    "power",
+    "power:0.75",
+    "ramp-up",
+    "ramp-up:0.1",
+    "exp",
+    "exp:500",
+    "unbiased",
+    "cosine",
+    "cosine:0.99",
+    "linear",
+    "linear:0.9995",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -138,7 +153,16 @@ def test_a_warm_up_reads_as_it_is_written(text: str) -> None:
     assert warm_up_text(DecayRule(0.99, **arguments)) == text
 
 
-WRONG = ["exp:0", "unbiased:3", "cosine:1", "cosine:2", "linear:", "none:1", "yolo", "exp:-5"]
+WRONG = [
+    "exp:0",
+    "unbiased:3",
+    "cosine:1",
+    "cosine:2",
+    "linear:",
+    "none:1",
+    "yolo",
+    "exp:-5",
+]
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -147,7 +171,17 @@ def test_other_warm_ups_are_refused(text: str) -> None:
         ImportSettings(ema_warmup=text)
 
 
-@pytest.mark.parametrize("text", ["99%", "99.9%", "5%", "half-life", "60k", "half-life:"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "99%",
+        "99.9%",
+        "5%",
+        "half-life",
+        "60k",
+        "half-life:",
+    ],
+)
 def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> None:
     """A training's share is a half-life, and says so."""
     folder = write(tmp_path / "x", train(), by(lambda _: 0.99))
@@ -212,6 +246,16 @@ def test_a_rule_that_is_said_fits_the_files(name: str, tmp_path: Path, ema: Ema)
     assert profile.tail(1400) == pytest.approx(1 - kept, abs=1e-12)
 
 
+def test_settings_that_a_rule_does_not_take_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        errors.InvalidValueError, match=r"ema_decay 0\.99: has no place beside ema_warmup cosine"
+    ):
+        ImportSettings(ema_decay=0.99, ema_warmup="cosine")
+    folder = write(tmp_path / "x", train(), ema(0.99))
+    with pytest.raises(errors.InvalidValueError, match=r"steps 1500: is of no use"):
+        import_checkpoints(folder, None, dry_run=True, ema_decay=0.99, steps=STEPS)
+
+
 def test_a_base_that_is_wrong_does_not_fit(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", train(), by(cosine), form=form)
     with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* too long"):
@@ -249,7 +293,15 @@ def drifting(noise: float) -> np.ndarray:
     return train()[0] + 1e-3 * drift + noise * random.standard_normal(drift.shape)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize(
+    "noise",
+    [
+        0.0,
+        0.01,
+        0.03,
+        0.1,
+    ],
+)
 @pytest.mark.parametrize("length", [3, 10, 20])
 def test_a_length_far_below_the_spacing_is_not_claimed(
     length: int, noise: float, tmp_path: Path
@@ -292,6 +344,7 @@ def test_five_files_show_a_length_within_the_uncertainty(
         return
     settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
     found = last_profile(tmp_path / "run")
-    true = sum(math.prod(FEW[name](k) for k in range(s, STEPS + 1)) for s in range(1, STEPS + 1))
-    length = sum(1 - float(found.tail(s - 0.5)) for s in range(1, STEPS + 1))
+    decays = np.array([FEW[name](step) for step in range(1, STEPS + 1)])
+    true = np.cumprod(decays[::-1]).sum()
+    length = (1 - found.tail(np.arange(STEPS) + 0.5)).sum()
     assert abs(math.log(length / true)) < max(2.5 * settings["ema_uncertainty"], 0.02)
