@@ -46,14 +46,9 @@ from posthoc_cli.profiles import (
     Profile,
     StoredProfile,
 )
-from posthoc_cli.reconstruction.motion import (
-    ASSUMED,
-    Nodes,
-    Prior,
-    assumed_prior,
-    rounding_factor,
-    sampling_errors,
-)
+from posthoc_cli.reconstruction.motion import sampling_errors
+from posthoc_cli.reconstruction.nodes import Nodes
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
 
 METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
@@ -253,42 +248,27 @@ class Problem:
     """
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        self._stored, self._prior = snapshots, prior
+        self._stored = snapshots
+        self._prior = prior
         times = np.array([profile.t for profile in snapshots])
         self._edges = np.unique(np.concatenate(([0.0, t], times)))
-        distinct = self._edges[np.isin(self._edges, times)]
-        gammas = {
-            profile.gamma if isinstance(profile, PowerFunction) else None for profile in snapshots
-        }
-        self._is_of_powers = None not in gammas
+        distinct = np.unique(times)
+        self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
+        gammas = {profile.gamma for profile in snapshots if isinstance(profile, PowerFunction)}
+        self._is_of_powers = all(isinstance(profile, PowerFunction) for profile in snapshots)
         if not self._is_of_powers:
             self._gains = _GAIN_OVER_NEAREST
         elif len(gammas) == 1 and distinct.size <= _FEW_TIMES:
             self._gains = _GAIN_OF_ONE
         else:
             self._gains = _GAIN
-        self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
         start = min(float(prior.motion.edges[0]), t)
-        self._nodes = Nodes(
-            np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t),
-            snapshots,
-            prior.steps,
-        )
-        alone = [
-            p.t if isinstance(p, Point) else p.t_first
-            for p in snapshots
-            if isinstance(p, Point | Discrete)
-        ]
+        edges = np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t)
+        self._nodes = Nodes(edges, snapshots, prior.steps)
         # The rows of the expected error; with a sketch the mean of expected and measured errors is
         # minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
-        intensities = prior.motion.on(self._nodes.edges, alone, self._nodes.instant)
-        sizes = zip((False, True), intensities, strict=True)
-        self._kinds = [
-            (mass, each, self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]))
-            for mass, each in sizes
-            if each.any() or not mass
-        ]
+        self._kinds = self._kinds_of_motion()
         self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and
         # unseen.
@@ -297,6 +277,23 @@ class Problem:
         self._factor = np.vstack(
             (self._expected, *(self._half * rows for rows in self._sketched), self._errors)
         )
+
+    def _kinds_of_motion(self) -> list[tuple[bool, FloatArray, FloatArray]]:
+        """Return walk, and noise if there is any: whether it acts on masses, its intensity in each
+        interval, and the factor of each node's row."""
+        alone = []
+        for profile in self._stored:
+            if isinstance(profile, Point):
+                alone.append(profile.t)
+            elif isinstance(profile, Discrete):
+                alone.append(profile.t_first)
+        nodes = self._nodes
+        walk, noise = self._prior.motion.on(nodes.edges, alone, nodes.instant)
+        kinds = [(False, walk), (True, noise)] if noise.any() else [(False, walk)]
+        return [
+            (mass, each, self._half * np.sqrt(nodes.weight * each[nodes.interval]))
+            for mass, each in kinds
+        ]
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the columns of stored profiles in the expected error: for the walk, and for noise
