@@ -237,6 +237,7 @@ class Goals(NamedTuple):
     # the column and the snapshot of each target that is a stored power function
     stored: Sequence[tuple[int, int]]
     columns: FloatArray
+    tails: FloatArray  # the targets' tails at the nodes, [nodes, targets]
     unreachable: FloatArray  # the part of each expected squared error that no coefficients change
 
 
@@ -304,14 +305,15 @@ class Problem:
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
-        columns, unreachable = (
-            np.zeros((self._factor.shape[0], len(targets))),
-            np.zeros(len(targets)),
-        )
+        columns = np.zeros((self._factor.shape[0], len(targets)))
+        tails = np.zeros((self._nodes.weight.size, len(targets)))
+        unreachable = np.zeros(len(targets))
         for k, target in enumerate(targets):
             rows = []
             for mass, sizes, roots in self._kinds:
                 values, missed = self._nodes.goal(target, mass)
+                if not mass:
+                    tails[:, k] = values
                 rows.append(roots * values)
                 unreachable[k] += sizes @ missed
             if self._prior.sketch is not None:
@@ -324,7 +326,7 @@ class Problem:
             if isinstance(snapshot, PowerFunction)
         }
         stored = [(k, place[target]) for k, target in enumerate(targets) if target in place]
-        return Goals(stored, columns, self._half**2 * unreachable)
+        return Goals(stored, columns, tails, self._half**2 * unreachable)
 
     def solve(
         self, targets: Sequence[Profile], method: str
@@ -348,7 +350,7 @@ class Problem:
         if method == METHODS[0]:
             optimal = self.optimum(goals)
             if not self._is_of_powers:
-                columns = self._nearest(targets)
+                columns = self._nearest(goals)
             columns = np.where(np.isnan(columns), optimal, columns)
             choose = self._blended if self._prior.sketch is None else self._best_measured
             columns, expected = choose(optimal, columns, goals)
@@ -418,12 +420,12 @@ class Problem:
         copies alone."""
         column = coefficients[:, None]
         squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
-        return float(
-            self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0]
-        )
+        goals = Goals((), self._factor @ column, np.zeros((0, 1)), np.zeros(1))
+        return float(self.relative(squares, column, goals)[0])
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
-        return Losses(self._factor, *self.goals(targets)[1:])
+        goals = self.goals(targets)
+        return Losses(self._factor, goals.columns, goals.unreachable)
 
     def _best_measured(
         self, optimal: FloatArray, published: FloatArray, goals: Goals
@@ -498,13 +500,12 @@ class Problem:
         factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
         return nodes, factor, LeastSquares(factor)
 
-    def _nearest(self, targets: Sequence[Profile]) -> FloatArray:
+    def _nearest(self, goals: Goals) -> FloatArray:
         """Return the coefficients of sum 1 whose tail is nearest to each target's: the best ones
         for a walk that is the same everywhere."""
-        roots = np.sqrt(self._nodes.weight)[:, None]
-        goals = np.stack([self._nodes.goal(target, mass=False)[0] for target in targets], axis=1)
         factor, problem = self._even
-        others = problem.solve(roots * goals - factor[:, -1:])
+        wanted = np.sqrt(self._nodes.weight)[:, None] * goals.tails
+        others = problem.solve(wanted - factor[:, -1:])
         return np.vstack((others, 1 - others.sum(axis=0)))
 
     @cached_property
