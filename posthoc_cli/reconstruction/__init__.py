@@ -1,26 +1,25 @@
 """The coefficients of the linear combination of stored averages that is nearest to a target.
 
-`solving` has both methods: the published one, and minimum variance, the default; `motion` what
-minimum variance knows about a run, and the nodes over which both integrate.
+`solving` has both methods: the published one, and minimum variance, the default. `prior` is what
+minimum variance knows about a run, from the `motion` of its network, fitted to distances, or from a
+`sketch` of its path; `nodes` are what both integrate over.
 """
 
-from posthoc_cli.reconstruction.motion import (
+from posthoc_cli.reconstruction.motion import Distance, Motion
+from posthoc_cli.reconstruction.nodes import Steps, relative_width
+from posthoc_cli.reconstruction.prior import (
     ASSUMED,
     MEASURED,
     ROUNDING,
     SAMPLED,
-    Distance,
     Measurements,
-    Motion,
     Prior,
-    Sketch,
-    Steps,
     StoredAverage,
     assumed_prior,
     error_after_rounding,
     measured_prior,
-    relative_width,
 )
+from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,

@@ -46,14 +46,9 @@ from posthoc_cli.profiles import (
     Profile,
     StoredProfile,
 )
-from posthoc_cli.reconstruction.motion import (
-    ASSUMED,
-    Nodes,
-    Prior,
-    assumed_prior,
-    rounding_factor,
-    sampling_errors,
-)
+from posthoc_cli.reconstruction.motion import sampling_errors
+from posthoc_cli.reconstruction.nodes import Nodes
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, rounding_factor
 
 METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
@@ -242,6 +237,7 @@ class Goals(NamedTuple):
     # the column and the snapshot of each target that is a stored power function
     stored: Sequence[tuple[int, int]]
     columns: FloatArray
+    tails: FloatArray  # the targets' tails at the nodes, [nodes, targets]
     unreachable: FloatArray  # the part of each expected squared error that no coefficients change
 
 
@@ -253,42 +249,27 @@ class Problem:
     """
 
     def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
-        self._stored, self._prior = snapshots, prior
+        self._stored = snapshots
+        self._prior = prior
         times = np.array([profile.t for profile in snapshots])
         self._edges = np.unique(np.concatenate(([0.0, t], times)))
-        distinct = self._edges[np.isin(self._edges, times)]
-        gammas = {
-            profile.gamma if isinstance(profile, PowerFunction) else None for profile in snapshots
-        }
-        self._is_of_powers = None not in gammas
+        distinct = np.unique(times)
+        self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
+        gammas = {profile.gamma for profile in snapshots if isinstance(profile, PowerFunction)}
+        self._is_of_powers = all(isinstance(profile, PowerFunction) for profile in snapshots)
         if not self._is_of_powers:
             self._gains = _GAIN_OVER_NEAREST
         elif len(gammas) == 1 and distinct.size <= _FEW_TIMES:
             self._gains = _GAIN_OF_ONE
         else:
             self._gains = _GAIN
-        self._newest = np.flatnonzero(times >= distinct[-_TIMES_ALONE:][0])
         start = min(float(prior.motion.edges[0]), t)
-        self._nodes = Nodes(
-            np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t),
-            snapshots,
-            prior.steps,
-        )
-        alone = [
-            p.t if isinstance(p, Point) else p.t_first
-            for p in snapshots
-            if isinstance(p, Point | Discrete)
-        ]
+        edges = np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t)
+        self._nodes = Nodes(edges, snapshots, prior.steps)
         # The rows of the expected error; with a sketch the mean of expected and measured errors is
         # minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
-        intensities = prior.motion.on(self._nodes.edges, alone, self._nodes.instant)
-        sizes = zip((False, True), intensities, strict=True)
-        self._kinds = [
-            (mass, each, self._half * np.sqrt(self._nodes.weight * each[self._nodes.interval]))
-            for mass, each in sizes
-            if each.any() or not mass
-        ]
+        self._kinds = self._kinds_of_motion()
         self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and
         # unseen.
@@ -297,6 +278,23 @@ class Problem:
         self._factor = np.vstack(
             (self._expected, *(self._half * rows for rows in self._sketched), self._errors)
         )
+
+    def _kinds_of_motion(self) -> list[tuple[bool, FloatArray, FloatArray]]:
+        """Return walk, and noise if there is any: whether it acts on masses, its intensity in each
+        interval, and the factor of each node's row."""
+        alone = []
+        for profile in self._stored:
+            if isinstance(profile, Point):
+                alone.append(profile.t)
+            elif isinstance(profile, Discrete):
+                alone.append(profile.t_first)
+        nodes = self._nodes
+        walk, noise = self._prior.motion.on(nodes.edges, alone, nodes.instant)
+        kinds = [(False, walk), (True, noise)] if noise.any() else [(False, walk)]
+        return [
+            (mass, each, self._half * np.sqrt(nodes.weight * each[nodes.interval]))
+            for mass, each in kinds
+        ]
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the columns of stored profiles in the expected error: for the walk, and for noise
@@ -307,14 +305,15 @@ class Problem:
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
-        columns, unreachable = (
-            np.zeros((self._factor.shape[0], len(targets))),
-            np.zeros(len(targets)),
-        )
+        columns = np.zeros((self._factor.shape[0], len(targets)))
+        tails = np.zeros((self._nodes.weight.size, len(targets)))
+        unreachable = np.zeros(len(targets))
         for k, target in enumerate(targets):
             rows = []
             for mass, sizes, roots in self._kinds:
                 values, missed = self._nodes.goal(target, mass)
+                if not mass:
+                    tails[:, k] = values
                 rows.append(roots * values)
                 unreachable[k] += sizes @ missed
             if self._prior.sketch is not None:
@@ -327,7 +326,7 @@ class Problem:
             if isinstance(snapshot, PowerFunction)
         }
         stored = [(k, place[target]) for k, target in enumerate(targets) if target in place]
-        return Goals(stored, columns, self._half**2 * unreachable)
+        return Goals(stored, columns, tails, self._half**2 * unreachable)
 
     def solve(
         self, targets: Sequence[Profile], method: str
@@ -351,7 +350,7 @@ class Problem:
         if method == METHODS[0]:
             optimal = self.optimum(goals)
             if not self._is_of_powers:
-                columns = self._nearest(targets)
+                columns = self._nearest(goals)
             columns = np.where(np.isnan(columns), optimal, columns)
             choose = self._blended if self._prior.sketch is None else self._best_measured
             columns, expected = choose(optimal, columns, goals)
@@ -421,12 +420,12 @@ class Problem:
         copies alone."""
         column = coefficients[:, None]
         squares = np.sum((self._rounding @ column) ** 2, axis=0, keepdims=True)
-        return float(
-            self.relative(squares, column, Goals((), self._factor @ column, np.zeros(1)))[0]
-        )
+        goals = Goals((), self._factor @ column, np.zeros((0, 1)), np.zeros(1))
+        return float(self.relative(squares, column, goals)[0])
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
-        return Losses(self._factor, *self.goals(targets)[1:])
+        goals = self.goals(targets)
+        return Losses(self._factor, goals.columns, goals.unreachable)
 
     def _best_measured(
         self, optimal: FloatArray, published: FloatArray, goals: Goals
@@ -501,13 +500,12 @@ class Problem:
         factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
         return nodes, factor, LeastSquares(factor)
 
-    def _nearest(self, targets: Sequence[Profile]) -> FloatArray:
+    def _nearest(self, goals: Goals) -> FloatArray:
         """Return the coefficients of sum 1 whose tail is nearest to each target's: the best ones
         for a walk that is the same everywhere."""
-        roots = np.sqrt(self._nodes.weight)[:, None]
-        goals = np.stack([self._nodes.goal(target, mass=False)[0] for target in targets], axis=1)
         factor, problem = self._even
-        others = problem.solve(roots * goals - factor[:, -1:])
+        wanted = np.sqrt(self._nodes.weight)[:, None] * goals.tails
+        others = problem.solve(wanted - factor[:, -1:])
         return np.vstack((others, 1 - others.sum(axis=0)))
 
     @cached_property

@@ -27,11 +27,9 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import (
-    ASSUMED_STRETCH,
-    Pair,
+from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, Pair, fit_motion
+from posthoc_cli.reconstruction.prior import (
     error_after_rounding,
-    fit_motion,
     inherited_factor,
     rounding_factor,
 )

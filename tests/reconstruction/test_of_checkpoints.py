@@ -13,7 +13,9 @@ from factories import FloatArray, exact_gamma
 
 from posthoc_cli import Run, import_checkpoints
 
-SIZE, STEPS, WIDTHS = 500, 2000, (0.03, 0.1, 0.25)
+SIZE = 500
+STEPS = 2000
+WIDTHS = (0.03, 0.1, 0.25)
 
 
 def walk(steps: int = STEPS, rate: float = 0.005, seed: int = 0) -> FloatArray:
@@ -50,7 +52,8 @@ def save(folder: Path, name: str, content: Mapping[str, object]) -> None:
 
 def errors(run: Run, path: FloatArray, width: float) -> tuple[float, float]:
     """Return the actual and the predicted error of an average, relative to the truth."""
-    made, exact = run.average(width, dtype="float64"), truth(path, width)
+    made = run.average(width, dtype="float64")
+    exact = truth(path, width)
     assert made.predicted_error is not None
     actual = np.linalg.norm(made["w"].double().numpy() - exact) / np.linalg.norm(exact)
     return float(actual), made.predicted_error
@@ -155,8 +158,11 @@ def save_both(
 ) -> tuple[FloatArray, FloatArray]:
     """Write files of weights and their EMA; return the stored values, and their tails: the mass
     after steps 0, 1, ..., in a column each."""
-    average, later, before = path[0], np.zeros(STEPS), np.arange(STEPS)
-    values, tails = [], []
+    average = path[0]
+    later = np.zeros(STEPS)
+    before = np.arange(STEPS)
+    values: list[FloatArray] = []
+    tails: list[FloatArray] = []
     for step in range(1, STEPS + 1):
         if step % every == 0:
             average = decay * average + (1 - decay) * path[step]

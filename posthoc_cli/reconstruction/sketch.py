@@ -1,0 +1,186 @@
+"""The path of the weights as the hook measured it, by random projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from posthoc_cli.profiles import (
+    LONGEST,
+    WINDOW,
+    FloatArray,
+    PowerFunction,
+    Profile,
+)
+from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, Motion
+from posthoc_cli.reconstruction.nodes import Steps, evenly_chosen
+
+_POINTS = 4  # number of points in a window at which tails are evaluated
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """The path of the weights as the hook measured it: random projections of their mean over each
+    window of updates.
+
+    The projection S is fixed and linear, and preserves squared lengths in expectation: D numbers do
+    up to a factor 1 +- sqrt(2 / D). Let m_k be the mean of the k-th window and x_k = S m_k.
+    Coefficients c give that window the mass g_k = sum_i c_i P_i(k) - P(k) too much, so that their
+    error is measured, whatever the motion is:
+
+        |error|^2 = |sum_k g_k m_k|^2 ~ |sum_k g_k x_k|^2 = |sum_k G_k (x_k+1 - x_k)|^2,    G =
+        sum_i c_i tail_i - tail,
+
+    with G at the ends of the windows. That assumes that G is linear within a window: the shorter
+    the windows, the more exact it is. Within window k, G departs from the line by b_k in the mean.
+    Steady motion, from the previous window to the next one, adds b_k times itself to the error. The
+    rest is unseen: motion that the neighbours do not predict, as of a walk, and the part of the
+    window's spread that is not steady motion, as of noise.
+
+    `edges` are the times of the first update and of the last one in each window, [K + 1]; of each
+    window `folds` is the number of folds, [K], `means` the projected mean, [K, D], and `spread` the
+    mean squared distance of the folds' weights from it, [K]."""
+
+    edges: FloatArray
+    folds: FloatArray
+    means: FloatArray
+    spread: FloatArray
+
+    def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Return a column per profile whose combinations are errors: projected, [D, n], and unseen,
+        [K + 2, n]."""
+        tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
+        place = (np.arange(_POINTS) + 0.5) / _POINTS
+        times = (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
+        within = np.stack(
+            [profile.tail(times).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1
+        )
+        bend = within - (tails[1:] + tails[:-1]) / 2
+        seen = (
+            np.diff(self.means, axis=0).T @ tails[1:-1]
+            + (self._across * self._inner[:, None]).T @ bend
+        )
+        # G, a parabola within a window, has the mean square departure 6/5 b^2 from its line. Noise
+        # of n folds of variance s adds 12 s / n, for b = 1.
+        walk = np.sqrt(6 / 5 * self._inner * self._squares)
+        noise = np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1))
+        # Noise may be equal in all windows, as of weights that alternate: then its contributions
+        # add up.
+        aligned = noise @ bend
+        # The mass of the first update lies on one value, not on the mean of its window.
+        first = np.sqrt(self.spread[0]) * tails[0]
+        return seen, np.vstack((np.hypot(walk, noise)[:, None] * bend, aligned, first))
+
+    def of_shared_means(
+        self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Return the errors of averages that share means with the weights of the `largest` gamma:
+        projected, unseen.
+
+        The shapes are [D, n] and [K, n]. Within a fold of relative length L the shared weights are
+        steeper by u = (largest - gamma) L. If the fold has the mass m in an average, the error
+        contains u m / 12 of the steady motion across the fold, which projections show. To the
+        squared error, noise that leaves the variance s in a fold's mean adds u^2 m^2 s / 12, and a
+        walk of variance v across the fold u^2 m^2 v / 120, a third of it seen as steady motion.
+        Averages of one profile share the errors of their common folds. `updates` counts the updates
+        until each edge: folds of two are exact, since the newest value has each profile's own
+        weight, and early in a run means are not shared.
+        """
+        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
+        part = (counts - 1) * (counts - 2) / counts**2
+        length = np.diff(self.edges) / self.folds / self.edges[1:]
+        steeper = np.array([largest - profile.gamma for profile in profiles])
+        masses = -np.diff(
+            np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0
+        )
+        late = np.logical_or.accumulate((length > 0) & (length * WINDOW <= LONGEST * counts))
+        part = np.where(late, part, 0.0)
+        bend = (part * length / self.folds / 12)[:, None] * steeper * masses
+        # For n folds, each with noise s and a walk v, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24
+        # n)) + 19/144 v (n - 1/n), and `_squares` is 6 s / n + v n.
+        n = np.maximum(self.folds, 2.0)
+        noise = np.maximum(self._beyond - 19 / 144 * self._inner * self._squares, 0.0)
+        noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
+        walk = np.maximum(self._squares - 6 * noise / n, 0.0) / n
+        unseen = 12 * noise / np.where(part > 0, part, 1.0) + 144 / 120 * 2 / 3 * walk
+        return self._across.T @ bend, np.sqrt(unseen * self.folds)[:, None] * bend
+
+    def motion(self, steps: Steps | None) -> Motion:
+        """Return the walk that the path makes beyond its main direction, without noise.
+
+        A projection shows motion in one direction fully, and coefficients fitted to it are right; a
+        walk in many directions has errors in those that it does not show. Without that distinction
+        errors of oscillations are up to 400 times larger; leaving out 4 or 16 directions in place
+        of 1 makes a few ordinary ones larger.
+        """
+        edges = evenly_chosen(
+            self.edges[np.diff(self.edges, prepend=-np.inf) > 0], MOST_SEGMENTS + 1
+        )
+        if edges.size < 2:
+            return Motion(np.array([self.edges[0] / 2, self.edges[0]]), np.zeros(1), np.zeros(1))
+        misses = self._misses
+        if misses.any():  # scaled up as if the main direction had been an average one
+            main = np.linalg.svd(misses, full_matrices=False)[2][:1]
+            misses = (misses - misses @ main.T @ main) * np.sqrt(
+                misses.shape[1] / (misses.shape[1] - 1)
+            )
+        counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
+        ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
+        squares = np.append(0.0, np.cumsum(self._squares_of(misses)))[ends]
+        return Motion(edges, np.diff(squares, prepend=0.0) / counts, 0 * counts)
+
+    @cached_property
+    def _inner(self) -> FloatArray:
+        """The share of a window's motion that lies inside it and not at its ends, 0 for a single
+        fold: shape [K]."""
+        return np.asarray(1 - 1 / self.folds**2)
+
+    @cached_property
+    def _middle(self) -> FloatArray:
+        return (self.edges[1:] + self.edges[:-1]) / 2
+
+    @cached_property
+    def _across(self) -> FloatArray:
+        """Projected steady motion across each window: shape [K, D]."""
+        if len(self.means) < 2:
+            return np.zeros_like(self.means)
+        return np.asarray(
+            np.gradient(self.means, self._middle, axis=0) * np.diff(self.edges)[:, None]
+        )
+
+    @cached_property
+    def _beyond(self) -> FloatArray:
+        """The part of each window's spread that is not steady motion: shape [K]."""
+        return np.asarray(
+            np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0)
+        )
+
+    @cached_property
+    def _misses(self) -> FloatArray:
+        """Twice the differences between inner windows' means and the line between their
+        neighbours': shape [K - 2, D].
+
+        A walk of variance V across a window has the expected square V. Of two windows, the
+        difference of their means.
+        """
+        if len(self.means) < 3:
+            return np.diff(self.means, axis=0)
+        place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
+        line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
+        return np.asarray(2 * (self.means[1:-1] - line))
+
+    @cached_property
+    def _squares(self) -> FloatArray:
+        """Squared length of a walk across each window: shape [K]."""
+        return self._squares_of(self._misses)
+
+    def _squares_of(self, misses: FloatArray) -> FloatArray:
+        """Return the squared lengths that misses stand for; the first and the last window are like
+        their neighbours."""
+        squares = np.sum(misses**2, axis=1)
+        if len(self.means) < 3:
+            return np.full(len(self.means), squares.sum())
+        return np.pad(squares, 1, mode="edge")
