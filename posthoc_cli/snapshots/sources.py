@@ -274,7 +274,8 @@ def run_clock(sources: Sequence[Source]) -> Clock:
                 f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = "
                 f"{next_t:,.12g}",
             )
-    kind = EpochClock if sources[0].t_unit == "epochs" else Clock
+    is_of_epochs = any(source.t_unit == "epochs" for source in sources)
+    kind = EpochClock if is_of_epochs else Clock
     return kind([step for step, _ in pairs], [t for _, t in pairs])
 
 
