@@ -27,7 +27,6 @@ from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
 from posthoc_cli.tracker.processes import (
     Members,
-    ShardOwners,
     held_box,
     is_sharded,
     local_tensors,
@@ -319,17 +318,13 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def nonfinite_error(
-    name: str | None, tracked: Mapping[str, TrackedTensor], step: int
-) -> NonFiniteError:
-    """Return the error for a tensor that holds nan or infinity; `name` is None if another process
-    holds it."""
-    subject, hint = "a parameter in another process" if name is None else f"parameter {name!r}", ""
-    if name is not None and name in tracked and tracked[name].role == "statistic":
-        subject, hint = f"running statistic {name!r}", "buffers='copy' copies running statistics"
-    return NonFiniteError(
-        subject, f"holds nan or infinity at step {step}; no average has taken it in", hint
-    )
+def nonfinite_error(name: str, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
+    """Return the error for a tensor that holds nan or infinity."""
+    reason = f"holds nan or infinity at step {step}; no average has taken it in"
+    if name in tracked and tracked[name].role == "statistic":
+        hint = "buffers='copy' copies running statistics"
+        return NonFiniteError(f"running statistic {name!r}", reason, hint)
+    return NonFiniteError(f"parameter {name!r}", reason)
 
 
 class ModelWatch:
@@ -371,21 +366,6 @@ class ModelWatch:
             number: flat[name][index].float().item()
             for number, (name, index) in tracked.sampled.items()
         }
-
-    def nonfinite_anywhere(self, found: ModelTensors | None, step: int) -> NonFiniteError | None:
-        """Return the error for which all processes of a sharded model skip an update together, or
-        None."""
-        name = (
-            None
-            if found is None or not self._members.is_chunked
-            else nonfinite_name(found.averaged)
-        )
-        is_anywhere = isinstance(self._members, ShardOwners) and self._members.any(name is not None)
-        return (
-            nonfinite_error(name, {} if found is None else found.tracked.tensors, step)
-            if is_anywhere
-            else None
-        )
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was

@@ -144,8 +144,8 @@ class Pipeline:
         else:
             self._counted = progress
 
-    def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
-        """Take in a model's values, after `wait_for_turn`; return the error of an update left out,
+    def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
+        """Take in a model's values, after `wait_for_turn`; raise the error of an update left out,
         if it is known.
 
         `tensors` must be the same object while the model is unchanged.
@@ -155,7 +155,8 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
-        values, refused = self._values_of(tensors), None
+        values = self._values_of(tensors)
+        refused: NonFiniteError | None = None
         pool = self._pool_for(values.layout)
 
         def update() -> NonFiniteError | None:  # while the training waits
@@ -172,7 +173,7 @@ class Pipeline:
             self._streams.last_events = events
             self._submit_if_due(progress)
             if refused is not None:
-                self._settings.skip_update(refused)
+                raise refused
 
         if self._is_async:
             events = self._streams.record_events(
@@ -194,20 +195,18 @@ class Pipeline:
         self._counted = progress
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
-        return refused
+        if refused is not None:
+            raise refused
 
-    def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
-        """Count a call whose update is left out; with `writes`, have snapshots written if they are
-        due."""
-        self.set(replace(self.tracking, progress=progress), writes)
+    def skip(self, progress: TrainingProgress) -> None:
+        """Count a call whose update is left out."""
+        self.set(replace(self.tracking, progress=progress))
 
-    def set(self, tracking: Tracking, writes: bool = False) -> None:
+    def set(self, tracking: Tracking) -> None:
 
         def work() -> None:
             self.check_open()
             self._counted, self.tracking = tracking.progress, tracking
-            if writes:
-                self._submit_if_due(tracking.progress)
 
         self._updates.call(work)
 

@@ -153,7 +153,6 @@ class PostHocEMA:
         max_checkpoints: int | None = 20,
         checkpoint_dtype: Dtype = torch.float16,
         t_unit: str = "steps",
-        on_nonfinite: str = "raise",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str = "statistics",
@@ -183,8 +182,6 @@ class PostHocEMA:
             checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for
                 each parameter's.
             t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the
-                update and warn.
             include, exclude: globs on names, such as "decoder.*": only tensors that match the
                 first, also those that require no gradients, and none that match the second. By
                 default all that require gradients.
@@ -214,7 +211,6 @@ class PostHocEMA:
             checkpoint_dtype,
             t_unit,
             make_selection(include, exclude, buffers),
-            on_nonfinite,
         )
         directory = check_path(checkpoint_dir)
         wait_for_writers(directory)
@@ -677,8 +673,6 @@ class PostHocEMA:
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
-            if settings.on_nonfinite == "skip":
-                self._watch.nonfinite_anywhere(None, progress.step)
         elif settings.update_is_due(progress.step):
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call
             # has no effect.
@@ -710,20 +704,13 @@ class PostHocEMA:
         self._has_begun = True
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
-        """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
+        """Queue the model's values for the averages; a model that has changed counts the call."""
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.skip(progress, writes=False)
-            raise
-        skips = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
-        nonfinite = self._watch.nonfinite_anywhere(tensors, progress.step) if skips else None
-        if nonfinite is None:
-            nonfinite = self._pipeline.update(tensors, progress)
-        else:
             self._pipeline.skip(progress)
-        if nonfinite is not None:
-            self.settings.skip_update(nonfinite)
+            raise
+        self._pipeline.update(tensors, progress)
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of

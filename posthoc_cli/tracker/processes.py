@@ -448,13 +448,6 @@ class ShardOwners(Members):
     def callers(self, call: str, *_: object) -> Group:
         return self.keepers(call)
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process; a collective operation, the only one of
-        tracking."""
-        flags = torch.tensor(float(flag), device=self._device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags.item())
-
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:
     """Return whether this process keeps a model's averages: the first of its

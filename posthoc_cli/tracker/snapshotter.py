@@ -169,7 +169,6 @@ def headers(
             aliases=tracked.aliases,
             left_out=tracked.left_out,
             selection=settings.selection,
-            skip_nonfinite=settings.on_nonfinite == "skip",
             updates=standing.updates,
             inherited=inherited,
             off_schedule=off_schedule,

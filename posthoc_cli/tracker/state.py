@@ -30,7 +30,6 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NonFiniteError,
     check_count,
-    check_word,
     percent,
     shown,
     warn,
@@ -98,7 +97,6 @@ class Settings:
     schedule: TrackingSchedule
     t_unit: str = "steps"
     selection: Selection = field(default_factory=Selection)
-    on_nonfinite: str = "raise"
 
     @classmethod
     def checked(
@@ -111,7 +109,6 @@ class Settings:
         checkpoint_dtype: torch.dtype | str | None,
         t_unit: str,
         selection: Selection,
-        on_nonfinite: str,
     ) -> Settings:
         """Return the settings, with profiles in ascending order; an InvalidValueError names an
         unfit argument."""
@@ -126,7 +123,6 @@ class Settings:
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
         dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
-        check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if snapshot_every % every and every == DEFAULT_UPDATE_EVERY:
             every = math.gcd(every, snapshot_every)
             warn(
@@ -155,19 +151,13 @@ class Settings:
         if name:
             raise InvalidValueError(name, f"must {must}", value=value)
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
-        return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
+        return cls(tuple(profiles), schedule, t_unit, selection)
 
     def update_is_due(self, step: int) -> bool:
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
 
     def snapshot_is_due(self, step: int) -> bool:
         return step % self.schedule.checkpoint_every == 0
-
-    def skip_update(self, error: NonFiniteError) -> None:
-        """Raise the error, or warn that the update is skipped, as `on_nonfinite` says."""
-        if self.on_nonfinite == "raise":
-            raise error
-        warn(f"update skipped: {error}")
 
     def first_update(self, step: int) -> str:
         """Return a sentence that says at which call, after `step` calls so far, the first update is
@@ -328,10 +318,7 @@ class Start:
         stored = read_directory(directory)
         newest = _until(stored, step)[-1]
         selection = (newest.selection or Selection()).resumed(newest.roles)
-        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
-        settings = Settings(
-            stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection, on_nonfinite
-        )
+        settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         names = tracking.tracked.known_names

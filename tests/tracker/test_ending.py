@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tracker.runs import Training, contents
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import NonFiniteError, NotReadyError
 from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {
@@ -126,17 +126,18 @@ def test_snapshots_off_the_schedule_change_no_others(
 
 
 def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
-    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the
+    """The update at call 10 is refused: the average of call 8 is due, which a snapshot off the
     schedule holds."""
     for name in ("complete", "run"):
         training = Training()
-        with begin(training, tmp_path / name, on_nonfinite="skip") as tracker:
+        with begin(training, tmp_path / name) as tracker:
             training.run(8, tracker)
             if name == "run":
                 tracker.snapshot()
             training.model[0].weight.data.fill_(float("nan"))
-            with pytest.warns(RuntimeWarning, match="update skipped"):
+            with pytest.raises(NonFiniteError):
                 training.run(10, tracker)
+                tracker.flush()
     assert contents(tmp_path / "run") == contents(tmp_path / "complete")
     assert written(tmp_path / "run") == [(8, False)]
 
