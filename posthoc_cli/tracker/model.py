@@ -12,15 +12,22 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+)
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
@@ -202,9 +209,50 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-swapped: list[frozenset[int]] = []
-"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that
-hold them; the block refers to all of these objects, so that no id is reused."""
+class Block:
+    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
+    that hold them; `undo` refers to all of these objects, so that no id is reused."""
+
+    def __init__(self, held: frozenset[int]) -> None:
+        self.held = held
+        self.undo = ExitStack()  # calls all callbacks even if one fails
+        self._thread = get_ident()
+
+    def enter(self) -> None:
+        """Begin the block; refuse it while another thread has a block of the same tensors.
+
+        That block would take the averages of this one for the raw weights.
+        """
+        swapped.append(self)
+        self.undo.callback(swapped.remove, self)
+        for other in swapped[: swapped.index(self)]:
+            if other.held & self.held and other._thread != self._thread:
+                reason = "another thread evaluates averaged weights of this model"
+                hint = "evaluate one average after the other, or another copy of the model"
+                raise NotReadyError("model", reason, hint)
+
+    def leave(self) -> None:
+        """Undo the block, unless one around it has undone both.
+
+        A later block of the same thread that is still open is undone first, and is an error: it
+        would restore this block's averages as raw weights.
+        """
+        if self not in swapped:
+            return
+        later = swapped[swapped.index(self) + 1 :]
+        within = [
+            other for other in later if other.held & self.held and other._thread == self._thread
+        ]
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for block in (self, *within):
+                stack.callback(block.undo.close)
+        if within:
+            reason = "a block was left before one that was entered within it; both are undone"
+            raise NotReadyError("model", reason, "leave blocks in reverse order")
+
+
+swapped: list[Block] = []
+"""The open blocks of this process."""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
@@ -212,7 +260,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
     if not swapped:
         return False
     ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
-    return any(ids & block for block in [*swapped])
+    return any(ids & block.held for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---

@@ -420,7 +420,6 @@ class PostHocEMA:
 
     # --- averaged weights
 
-    @contextmanager
     def model(
         self,
         model: Module,
@@ -429,7 +428,7 @@ class PostHocEMA:
         step: int | None = None,
         dtype: Dtype = None,
         method: str | None = None,
-    ) -> Iterator[Module]:
+    ) -> AbstractContextManager[Module]:
         """Give the model averaged weights, in eval mode, for a `with` block.
 
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
@@ -443,10 +442,14 @@ class PostHocEMA:
         Each fills the chunks that it holds.
         """
         asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        (group, weights), own_dtypes = (
-            self._average("model", check_model(model), sigma_rel, asked),
-            dtype is None,
-        )
+        return AveragedModel(self._evaluated(model, sigma_rel, asked))
+
+    @contextmanager
+    def _evaluated(
+        self, model: Module, sigma_rel: Wanted, asked: dict[str, Any]
+    ) -> Iterator[Module]:
+        own_dtypes = asked["dtype"] is None
+        group, weights = self._average("model", check_model(model), sigma_rel, asked)
         if not group.is_alone:  # else `swapped_in` checks
             group.together(lambda: check_weights(model, weights, own_dtypes))
         with swapped_in(model, weights, own_dtypes):
@@ -1014,6 +1017,23 @@ class PostHocEMA:
         """Return the sharded model, whose parameters say where each chunk is; None if the model is
         not sharded."""
         return self._present_model("state_dict") if self._members.is_chunked else None
+
+
+class AveragedModel(AbstractContextManager[Module]):
+    """A `with` block in which a model holds averaged weights."""
+
+    def __init__(self, block: AbstractContextManager[Module]) -> None:
+        self._block = block
+
+    def __enter__(self) -> Module:
+        return self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
+        raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
 
 
 def _check_raw(model: torch.nn.Module, call: str) -> None:
