@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import re
 import secrets
@@ -28,9 +27,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError, shown
+from posthoc_cli.errors import (
+    InvalidValueError,
+    Log,
+    OutputExistsError,
+    RemoteError,
+    WriteError,
+    shown,
+)
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 TEMPORARY_PREFIX = ".ema-"
 

@@ -9,7 +9,6 @@ atomic, and so is `dict.setdefault`.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 import time
@@ -24,9 +23,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import WriteError, warn
+from posthoc_cli.errors import Log, WriteError, keep_messages, warn
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PATIENCE = 10.0  # seconds that training waits before a warning
 
@@ -108,8 +107,8 @@ class Worker:
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later
-        jobs still run."""
+        """Queue `work`, and return at once. Its error is kept for the log and until `take_error`;
+        later jobs still run."""
         errors, seconds = self._errors, self.job_seconds  # a job must not keep the worker alive
 
         def guarded() -> None:
@@ -143,7 +142,7 @@ class Worker:
         if self._vacancy:
             arguments = (self._queue, self._vacancy)
             thread = threading.Thread(
-                target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True
+                target=_run_thread, args=arguments, name=f"ema-{self._name}", daemon=True
             )
             _threads[thread] = self._queue
             try:
@@ -203,13 +202,19 @@ def end_threads() -> None:
             thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again
 
 
-def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
-    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
-    vacancy; others end."""
+def _run_thread(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+    """Run queued jobs in a thread of their own."""
+    keep_messages()
     # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for
     # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()
     _openmp().limit(limits=1)
+    _run_jobs(queue, vacancy)
+
+
+def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
+    vacancy; others end."""
     while True:
         try:
             vacancy.pop()

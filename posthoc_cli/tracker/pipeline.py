@@ -23,7 +23,14 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, WriteError, check_word
+from posthoc_cli.errors import (
+    DirectoryError,
+    NonFiniteError,
+    NotReadyError,
+    WriteError,
+    check_word,
+    log_kept_messages,
+)
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
@@ -433,6 +440,7 @@ def wait_for_writers(directory: Path) -> None:
         with suppress(OSError):
             if pipeline.directory.samefile(directory):
                 pipeline.flush()
+    log_kept_messages()
 
 
 @atexit.register
@@ -444,3 +452,4 @@ def finish() -> None:
         pipeline.flush()
         pipeline.release()
     end_threads()
+    log_kept_messages()

@@ -34,6 +34,7 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NotReadyError,
     PostHocError,
+    log_kept_messages,
     shown,
     warn,
 )
@@ -734,6 +735,7 @@ class PostHocEMA:
         self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
+        log_kept_messages()
         failure, self._pending = self._pending, None
         if failure is not None:
             raise failure

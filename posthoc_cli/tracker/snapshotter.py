@@ -4,7 +4,6 @@ those on disk."""
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    Log,
     MismatchError,
     NonFiniteError,
     PostHocError,
@@ -59,7 +59,7 @@ from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.state import Settings, Tracking, ways_to_resume
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
