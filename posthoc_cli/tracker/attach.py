@@ -30,9 +30,11 @@ class Attachment:
         update: Callable[[float | None], None],
         t: Callable[[], float] | None,
     ) -> None:
-        # updating: within such a step
-        self.steps, self.is_updating, self._is_attached = (0, False, True)
-        self._optimizer, self._update, self._t = weakref.ref(optimizer), update, t
+        self.steps = 0
+        self.is_updating = False  # within such a step
+        self._optimizer = weakref.ref(optimizer)
+        self._update: Callable[[float | None], None] | None = update  # while attached
+        self._t = t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -40,16 +42,16 @@ class Attachment:
     def remove(self) -> None:
         """Detach the tracker. A second call does nothing."""
         self._handle.remove()
-        self._is_attached = False
+        self._update = None  # which holds the tracker
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
-        return self._optimizer() if self._is_attached else None
+        return None if self._update is None else self._optimizer()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
-            if _has_changed_weights(optimizer):
+            if self._update is not None and _has_changed_weights(optimizer):
                 self.is_updating = True
                 self.steps += 1
                 self._update(None if self._t is None else self._t())

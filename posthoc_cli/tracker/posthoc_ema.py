@@ -49,6 +49,7 @@ from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.counted import LastCount, last_counts
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
@@ -116,7 +117,8 @@ class PostHocEMA:
         # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
         # in that thread.
         weakref.finalize(self, self._pipeline.abandon).atexit = False
-        self._attachment: Attachment | None = None
+        # weak: the optimizer's hook holds the attachment, which holds the tracker
+        self._attachment: weakref.ref[Attachment] | None = None
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
@@ -126,8 +128,11 @@ class PostHocEMA:
         self._weights = start.weights if self._has_state else ()
         # of the model that was given or restored, until the first call
         self._sample: dict[int, float] | None = None
+        self._last = LastCount()
+        _all.add(self)
         if model is not None:
             if start.tracking.resumes:
+                self._start.counted = self._counted_before(model)
                 try:
                     self._sample = self._watch.sample(model, start.tracking.tracked)
                 except ModelMismatchError as error:
@@ -194,9 +199,11 @@ class PostHocEMA:
                 None for "cpu" on accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
                 snapshots at whose time the network had the model's weights, exactly or as float16
-                or bfloat16; for any other weights the first `update_` raises an error, unless
-                `load_state_dict` was called. A number to continue from the snapshots of that call
-                of `update_`, whatever the weights. None for a new run.
+                or bfloat16, or from the last step that an earlier tracker of this model and
+                directory has counted in this process, which is closed; for any other weights the
+                first `update_` raises an error, unless `load_state_dict` was called. A number to
+                continue from the snapshots of that call of `update_`, whatever the weights. None
+                for a new run.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -214,6 +221,8 @@ class PostHocEMA:
             make_selection(include, exclude, buffers),
         )
         directory = check_path(checkpoint_dir)
+        if resume is not None:
+            _end_earlier(directory)
         wait_for_writers(directory)
         return cls(Start.of_model(check_model(model), directory, settings, resume), model, device)
 
@@ -230,10 +239,13 @@ class PostHocEMA:
 
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
         `step`, whatever the weights; later ones are moved to the folder `superseded` at the first
-        `update_`. The model's tensors are checked against the snapshots. The call waits for due
-        snapshots of other trackers of this process.
+        `update_`. The model's tensors are checked against the snapshots. The call closes an earlier
+        tracker of the model and the directory in this process, and waits for due snapshots of
+        others.
         """
         directory = check_path(checkpoint_dir)
+        if model is not None:
+            _end_earlier(directory, check_model(model))
         wait_for_writers(directory)
         return cls(Start.of_run(directory, model, step), model, device)
 
@@ -313,8 +325,8 @@ class PostHocEMA:
             NotReadyError: the tracker is closed, attached or in use, or the model holds averaged
                 weights.
         """
-        attached = self._attachment
-        if attached is not None and attached.optimizer is not None and not attached.is_updating:
+        attached = self._attached
+        if attached is not None and not attached.is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError(
                 "update_", reason, "leave out either this call or attach(), or detach() first"
@@ -326,6 +338,8 @@ class PostHocEMA:
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
+            if self.step > self._last.progress.step:
+                self._note_count(unwrapped(model))
         self._raise_pending()
         self._run_callbacks()
 
@@ -346,15 +360,16 @@ class PostHocEMA:
             self.update_(self._present_model("attach"), time)
 
         unit, has_model = self.settings.t_unit, self._model is not None
-        self._attachment = attach(
-            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attachment
+        attachment = attach(
+            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attached
         )
-        return self._attachment
+        self._attachment = weakref.ref(attachment)
+        return attachment
 
     def detach(self) -> None:
         """Undo `attach`. Do nothing if the tracker is not attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
+        if self._attached is not None:
+            self._attached.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
         """Register `callback(ema)`: the next `update_` or `close` calls it, last, when new
@@ -618,10 +633,11 @@ class PostHocEMA:
 
         The averages can still be read. The end of a `with` block or of the process does the same.
         """
-        if self._attachment is not None and self._attachment.optimizer is not None:
-            counted = self._attachment.steps
+        if self._attached is not None:
             log.info(
-                "%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted
+                "%s: %d steps of the attached optimizer were counted",
+                self.checkpoint_dir,
+                self._attached.steps,
             )
         self.detach()
         if self._pipeline.is_forked:
@@ -656,7 +672,19 @@ class PostHocEMA:
             "PostHocEMA", "a tracker can be neither saved nor copied as an object", hint
         )
 
+    @property
+    def _attached(self) -> Attachment | None:
+        """The attachment to an optimizer that still exists, until it is removed."""
+        attachment = None if self._attachment is None else self._attachment()
+        if attachment is None or attachment.optimizer is None:
+            return None
+        return attachment
+
     # --- one call of `update_`
+
+    def _note_count(self, model: torch.nn.Module) -> None:
+        self._last.note(model, self.run_id, self._pipeline.progress)
+        last_counts.setdefault(model, {})[self.checkpoint_dir] = self._last
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
         if self.settings.snapshot_is_due(self.step + 1):
@@ -716,6 +744,11 @@ class PostHocEMA:
             raise
         self._pipeline.update(tensors, progress)
 
+    def _counts(self, model: torch.nn.Module | None) -> bool:
+        """Return whether this tracker counts steps, or is to, of this model if one is given."""
+        counts = self._has_begun or self._attached is not None
+        return counts and (model is None or self._tracked_model() is unwrapped(model))
+
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
         self._warned_of.add(cause)
@@ -741,6 +774,20 @@ class PostHocEMA:
             raise failure
 
     # --- where a resumed run continues
+
+    def _counted_before(self, model: torch.nn.Module) -> TrainingProgress | None:
+        """Return the last call that an earlier tracker of this model and directory has counted in
+        this process."""
+        last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
+        if last is None or last.run_id != self.run_id:
+            return None
+        if last.has_moved:
+            log.warning(
+                "%s: the model has moved since step %d, the last that was counted",
+                self.checkpoint_dir,
+                last.progress.step,
+            )
+        return last.progress
 
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
@@ -1045,6 +1092,30 @@ def _check_raw(model: torch.nn.Module, call: str) -> None:
         )
 
 
+_all: WeakSet[PostHocEMA] = WeakSet()
+
+
+def _end_earlier(directory: Path, model: torch.nn.Module | None = None) -> None:
+    """Close the trackers of a directory in this process that count steps, or those of a model."""
+    for tracker in [*_all]:
+        is_same = tracker.checkpoint_dir == directory or (
+            tracker.checkpoint_dir.exists()
+            and directory.exists()
+            and tracker.checkpoint_dir.samefile(directory)
+        )
+        if tracker.closed or not is_same or not tracker._counts(model):
+            continue
+        log.warning(
+            "%s: its earlier tracker is closed at step %d, as another one takes its place",
+            directory,
+            tracker.step,
+        )
+        try:
+            tracker.close()
+        except PostHocError as error:
+            log.error("%s", error)
+
+
 # by the bare model
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
@@ -1054,6 +1125,7 @@ def _note_restored(model: torch.nn.Module, _: object) -> None:
     be pickled."""
     for tracker in [*_trackers.get(model, ())]:
         resumes = tracker._pipeline.tracking.resumes
+        tracker._start.counted = None
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             # else other processes would have to take part

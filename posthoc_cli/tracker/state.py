@@ -265,6 +265,9 @@ class Start:
         recorded = None if step is None else recorded_weights(stored).get(step)
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
         self._stored, self._newest = stored, stored[-1].step if stored else 0
+        # of the last call that an earlier tracker of this model in this process has counted
+        self.counted: TrainingProgress | None = None
+        self._progress: TrainingProgress | None = None  # where the snapshots do not say it
 
     @classmethod
     def of_model(
@@ -345,6 +348,14 @@ class Start:
             return max(same, default=None), stored[-1].step
 
         found, newest = group.from_first(find)
+        self._progress = None
+        # a process that only counts may look before the newest are written
+        counted = self.counted
+        if counted is not None and not writes:
+            newest = max(newest, counted.updated)
+        if found is None and counted is not None and counted.updated == newest:
+            self._progress = counted
+            found = newest
         if is_first_call and (found is None or newest > self._newest):
             if group.leads and writes:
                 # a training that is still running here is the better reason
@@ -366,16 +377,16 @@ class Start:
             )
             raise ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
         self.step, self._newest = None if found == newest else found, newest
-        return (
-            now
-            if found is None
-            else replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
-        )
+        if found is None:
+            return now
+        progress = self._progress or _progress_at(_until(stored, self.step)[-1])
+        return replace(now, progress=progress)
 
     def read(self, now: Tracking) -> Tracking:
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
-        return _load(self.directory, self.settings.sigma_rels, now.tracked, self.step)
+        loaded = _load(self.directory, self.settings.sigma_rels, now.tracked, self.step)
+        return replace(loaded, progress=self._progress or loaded.progress)
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:

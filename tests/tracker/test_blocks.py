@@ -87,7 +87,8 @@ def test_blocks_left_in_another_order_are_undone_together(
     model, ema = tracked(tmp_path / "run")
     part = model if same else model[0]
     _, inner_ema = tracked(tmp_path / "part", part)
-    raw, modes = deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    raw = deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
     outer = evaluation(ema, model, 0.05, **options)
     inner = evaluation(inner_ema, part, 0.28, **options)
     next(outer)

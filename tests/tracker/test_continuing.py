@@ -723,24 +723,23 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
     access.assert_called_once_with(tmp_path, os.W_OK | os.X_OK)
 
 
-@pytest.mark.parametrize("way", ["auto", None])
-def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(
-    tmp_path: Path, way: str | None
+def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(
+    tmp_path: Path,
 ) -> None:
-    """A closed run continues at the model's weights."""
+    """To a new run, and to another model. A closed run continues at the model's weights."""
     training = Training()
     first = begin(training.model, tmp_path)
     training.run(9, first)  # there is no snapshot yet
     writes = r"another tracker of this process .* is writing here; "
     with pytest.raises(LockedError, match=writes):
-        begin(training.model, tmp_path, resume=way).update_(training.model)
+        begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
     with pytest.raises(MismatchError, match=r"up to step 9; restore the model.*resume='auto'"):
         begin(training.model, tmp_path)
     # that the training goes on is said before any other reason
-    for model in (training.model, Training(1).model):
+    for model in (training.at(9).model, Training(1).model):
         with pytest.raises(LockedError, match=writes):
-            resume(model, tmp_path).update_(model)
+            resume(model, tmp_path, "from_path").update_(model)
     first.close()
     with resume(training.model, tmp_path) as tracker:
         training.run(35, tracker)

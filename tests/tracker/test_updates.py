@@ -311,7 +311,8 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
     model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
     options = {"update_every": 1, "checkpoint_every": 1000, "device": device}
-    largest, generator = 0.0, torch.Generator().manual_seed(0)
+    largest = 0.0
+    generator = torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for step in range(1, 76):
             torch.nn.init.normal_(model["weight"], generator=generator)
