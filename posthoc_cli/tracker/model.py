@@ -147,10 +147,12 @@ class TrackedModel:
             self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members
         )
 
-    def check(self, found: TrackedModel) -> None:
+    def check(self, found: TrackedModel, elsewhere: Set[str] = frozenset()) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
-        not the same."""
-        for name in dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases)):
+        not the same; those of other processes, such as other stages of a pipeline, are
+        `elsewhere`."""
+        names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
+        for name in names.keys() - (elsewhere - found.known_names):
             was, now = self._described(name), found._described(name)
             if now != was:
                 without = name in found.frozen or (name in self.left_out and name in found.tensors)

@@ -693,6 +693,7 @@ class PostHocEMA:
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
+            self._members.check_model()
             now = self._pipeline.tracking
             read = (
                 (lambda: self._start.read(now))

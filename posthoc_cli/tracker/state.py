@@ -442,11 +442,8 @@ def _with_members(
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
     after a rendezvous."""
     if not tensors.tracked.chunks:
-        return replace(
-            tracking, tracked=replace(tracking.tracked, members=Members(model, directory))
-        )
-    if tracking.resumes:
-        tracking.tracked.check(tensors.tracked)
+        members = Members(model, directory, tensors.tracked.shapes)
+        return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
     left_out = ("schedule", "selection", "only_trainable")
@@ -457,10 +454,19 @@ def _with_members(
         else "nothing"
     )
     options |= {"checkpoint_dir": str(directory), "to resume": start}
-    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
-    members = ShardOwners(model, held, chunks, options, tracking.run_id)
-    part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
-    return replace(tracking, run_id=members.run_id, tracked=part)
+    owners = ShardOwners(
+        model,
+        tensors.averaged | tensors.copied,
+        tensors.tracked.chunks,
+        tensors.tracked.aliases,
+        tensors.tracked.complete_shapes,
+        options,
+        tracking.run_id,
+    )
+    if tracking.resumes:
+        tracking.tracked.check(tensors.tracked, owners.names)
+    part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
+    return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
 def ways_to_resume(step: int) -> str:
