@@ -10,7 +10,6 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from functools import cached_property
 from itertools import chain
 from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -190,7 +190,8 @@ def _only(named: Mapping[str, Value], names: Set[str]) -> dict[str, Value]:
     return {name: value for name, value in named.items() if name in names}
 
 
-class ModelTensors(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ModelTensors:
     """The tensors of a model that this process holds, averaged and copied ones, and what is tracked
     of them."""
 
@@ -378,31 +379,33 @@ def nonfinite_error(name: str, tracked: Mapping[str, TrackedTensor], step: int) 
 
 
 class ModelWatch:
-    """A cache of the model's tensors, invalidated when the model changes."""
+    """A cache of the model's tensors, invalidated when the model changes, and gone when it is."""
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._cached: (
-            tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors]
-            | None
-        ) = None
+        self._cached: WeakKeyDictionary[
+            torch.nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
+        ] = WeakKeyDictionary()
 
     def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, the same object unless it has changed; raise an error for
         others than tracked."""
-        if self._cached is not None:
-            cached, known, fingerprint, found = self._cached
-            if cached() is model and known is tracked and fingerprint.is_same():
+        if model in self._cached:
+            known, fingerprint, found = self._cached[model]
+            if known is tracked and fingerprint.is_same():
                 return found
-        self._cached = None
+        self.forget()
         found = self._collect(model)
         try:
             tracked.check(found.tracked)
         except ModelMismatchError as error:
             raise error.with_hint("begin a new directory for the changed model") from None
-        # Weak: the tracker may outlive the model.
-        self._cached = weakref.ref(model), tracked, _ModelFingerprint(model), found
+        self._cached[model] = tracked, _ModelFingerprint(model), found
         return found
+
+    def forget(self) -> None:
+        """Release the model's tensors."""
+        self._cached.clear()
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
         """Return the model's values in a snapshot's sample that this process holds, by number, of

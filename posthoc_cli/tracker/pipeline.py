@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
@@ -75,7 +75,8 @@ class Pipeline:
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
-        self._values: tuple[ModelTensors, Reader] | None = None
+        # of the model that was taken in last; gone when its tensors are
+        self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
@@ -84,7 +85,7 @@ class Pipeline:
         held["bytes"] += (
             0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
         )
-        held["bytes"] += 0 if self._values is None else self._values[1].nbytes
+        held["bytes"] += sum(reader.nbytes for reader in list(self._values.values()))
         writer, writes = self.snapshotter, self._writes
         if writer is None or not writer.times_written:
             return held
@@ -312,7 +313,8 @@ class Pipeline:
             undo.pop_all()
 
     def close(self) -> None:
-        """Finish all work, and release the directory."""
+        """Finish all work, and release the model's tensors and the directory."""
+        self._values.clear()
         self._updates.close()
         self._pool.close()
         self._writes.close()
@@ -372,12 +374,12 @@ class Pipeline:
     # scratch made in inference mode could not be written to outside it
     @torch.inference_mode(False)
     def _values_of(self, tensors: ModelTensors) -> Reader:
-        if self._values is None or self._values[0] is not tensors:
-            self._values = None  # the old reader must go even if making the next one fails
+        if tensors not in self._values:
+            self._values.clear()  # the old reader must go even if making the next one fails
             on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             threads = 0 if self._is_async else self._pool.size if on_cpu else 1
-            self._values = tensors, Reader.of_tensors(tensors.averaged, threads)
-        return self._values[1]
+            self._values[tensors] = Reader.of_tensors(tensors.averaged, threads)
+        return self._values[tensors]
 
     @torch.no_grad()
     def _take_in(

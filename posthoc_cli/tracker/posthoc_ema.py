@@ -649,6 +649,7 @@ class PostHocEMA:
             self.flush()
             self._run_callbacks()
         finally:
+            self._watch.forget()
             self._pipeline.close()
 
     def __enter__(self) -> PostHocEMA:
