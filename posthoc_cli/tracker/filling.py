@@ -157,7 +157,11 @@ def swapped_in(
         with torch.inference_mode(False), torch.no_grad():
             for name, target in targets.items():
                 _load(target.tensor, weights[name], own_dtypes)
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of torch.export
+            hint = "take the average by state_dict, or fill the model by load_into"
+            raise InvalidValueError("model", f"has no eval mode: {error}", hint) from error
         yield
 
 

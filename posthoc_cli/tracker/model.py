@@ -509,6 +509,9 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     ):
         way = "use fully_shard or DistributedDataParallel"
         raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
+    if any(isinstance(module, torch.jit.ScriptModule) for *_, module in modules):
+        hint = "track the module that it was made from, which has the same parameters"
+        raise InvalidValueError("model", "is compiled by torch.jit", hint)
     tensors = [
         NamedTensor(_join(path, key), _join(raw, key), parameter, True)
         for path, raw, module in modules

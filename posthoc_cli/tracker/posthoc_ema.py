@@ -18,7 +18,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -27,6 +27,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
+
+# Compiled code must not trace file operations and threads. Unlike torch.compiler.disable, this does
+# not import torch's compiler where no optimizer has done so, which takes two seconds.
+from torch._compile import _disable_dynamo as not_compiled
 
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
@@ -144,7 +148,7 @@ class PostHocEMA:
                 self._choose_start(model, is_first_call=False)
             bare: Any = unwrapped(model)
             if bare not in _trackers:
-                bare.register_load_state_dict_post_hook(_note_restored)
+                bare.register_load_state_dict_post_hook(_RestoredHook())
             _trackers.setdefault(bare, WeakSet()).add(self)
 
     @classmethod
@@ -309,6 +313,7 @@ class PostHocEMA:
 
     # --- tracking
 
+    @not_compiled
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
@@ -380,6 +385,7 @@ class PostHocEMA:
             )
         self._callbacks.append(callback)
 
+    @not_compiled
     def snapshot(self) -> None:
         """Write a snapshot of every profile now unless the newest ones hold this call; wait until
         it is durable.
@@ -514,6 +520,7 @@ class PostHocEMA:
         method: str | None = None,
     ) -> Weights: ...
 
+    @not_compiled
     def state_dict(
         self,
         sigma_rel: Wanted | None = None,
@@ -548,6 +555,7 @@ class PostHocEMA:
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
+    @not_compiled
     def load_into(
         self,
         model: torch.nn.Module,
@@ -627,6 +635,7 @@ class PostHocEMA:
             if self._weights and model is not None:
                 self._sample = self._watch.sample(model, loaded.tracked)
 
+    @not_compiled
     def close(self) -> None:
         """Write a last snapshot if there were updates since the newest, `flush`, release the
         directory, and detach.
@@ -1076,9 +1085,11 @@ class AveragedModel(AbstractContextManager[Module]):
     def __init__(self, block: AbstractContextManager[Module]) -> None:
         self._block = block
 
+    @not_compiled
     def __enter__(self) -> Module:
         return self._block.__enter__()
 
+    @not_compiled
     def __exit__(self, *error: Any) -> bool | None:
         return self._block.__exit__(*error)
 
@@ -1122,9 +1133,20 @@ def _end_earlier(directory: Path, model: torch.nn.Module | None = None) -> None:
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
 
-def _note_restored(model: torch.nn.Module, _: object) -> None:
-    """Handle the end of the model's `load_state_dict`; a function of the module, so that models can
-    be pickled."""
+class _RestoredHook:
+    """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
+    standard library takes its place that does nothing: they need no release of this package."""
+
+    def __call__(self, model: torch.nn.Module, _: object) -> None:
+        _note_restored(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _note_restored(model: torch.nn.Module, _: object = None) -> None:
+    """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
+    function."""
     for tracker in [*_trackers.get(model, ())]:
         resumes = tracker._pipeline.tracking.resumes
         tracker._start.counted = None
