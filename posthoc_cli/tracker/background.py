@@ -318,8 +318,10 @@ class DeviceStreams:
         with ExitStack() as stack:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
-            yield
-            self.last_events = self.record_events(streams)
+            try:
+                yield
+            finally:  # an update that has failed may have queued work
+                self.last_events = self.record_events(streams)
 
     @contextmanager
     def in_own_streams(self) -> Iterator[None]:
@@ -332,6 +334,6 @@ class DeviceStreams:
                     self._own[device] = cuda.Stream(device)
                 self._own[device].wait_event(event)
                 stack.enter_context(cuda.stream(self._own[device]))
+                # also after an error: the next update may change what is still being read
+                stack.callback(self._own[device].synchronize)
             yield
-            for device, _ in self.last_events:
-                self._own[device].synchronize()

@@ -174,11 +174,11 @@ class Pipeline:
             return refused
 
         def update_by_copy() -> None:
+            self._streams.last_events = events
             try:
                 refused = self._take_in(copy.arrived(), copies, progress)
             finally:
                 self._copier.give_back(copy)
-            self._streams.last_events = events
             self._submit_if_due(progress)
             if refused is not None:
                 raise refused

@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -372,3 +373,63 @@ def test_closing_a_tracker_whose_directory_was_deleted_says_what_is_lost(tmp_pat
     with pytest.raises(WriteError, match="run: was deleted: the averages of step 6 are lost"):
         tracker.close()
     assert not (tmp_path / "run").exists()
+
+
+class Streams:
+    """Replaces `torch.cuda`: its streams note their last event and whether they were waited for."""
+
+    def __init__(self) -> None:
+        self.waited = list[str]()
+        self.current = self.Stream(self, "training")
+
+    class Stream:
+        def __init__(self, cuda: Any, name: str) -> None:
+            self.cuda, self.name = cuda, name
+
+        def record_event(self) -> object:
+            return object()
+
+        def wait_event(self, event: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.cuda.waited.append(self.name)
+
+    def current_stream(self, _: torch.device) -> Any:
+        return self.current
+
+    @contextmanager
+    def stream(self, _: Any) -> Iterator[None]:
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Else the next update could change what an earlier reader still copies, or begin before the
+    work of one that ran out of memory has ended."""
+    cuda = Streams()
+    monkeypatch.setattr(cuda, "Stream", lambda device: Streams.Stream(cuda, f"own {device}"))
+    monkeypatch.setattr(background, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
+    streams = background.DeviceStreams()
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    failing_block = pytest.raises(ZeroDivisionError) if fails else nullcontext()
+    with failing_block, streams.in_streams_of_caller(streams.current(devices)):
+        assert not streams.last_events
+        if fails:
+            raise ZeroDivisionError
+    before = streams.last_events
+    assert {device for device, _ in before} == {*devices}
+    with failing_block, streams.in_own_streams():
+        assert cuda.waited == []
+        if fails:
+            raise ZeroDivisionError
+    assert sorted(cuda.waited) == ["own cuda:0", "own cuda:1"]
+    with failing_block, streams.in_streams_of_caller(streams.current(devices)):
+        if fails:
+            raise ZeroDivisionError
+    assert streams.last_events != before
