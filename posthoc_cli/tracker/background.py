@@ -140,16 +140,20 @@ class Worker:
         """Queue a job, and return at once; `Job.result` raises its error."""
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
-            arguments = (self._queue, self._vacancy)
+            cuda: Any = torch.cuda
+            device = cuda.current_device() if cuda.is_initialized() else None
             thread = threading.Thread(
-                target=_run_thread, args=arguments, name=f"ema-{self._name}", daemon=True
+                target=_run_thread,
+                args=(self._queue, self._vacancy, device),
+                name=f"ema-{self._name}",
+                daemon=True,
             )
             _threads[thread] = self._queue
             try:
                 thread.start()
             except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
                 self._queue.put(None)
-                _run_jobs(*arguments)
+                _run_jobs(self._queue, self._vacancy)
 
     def wait(self) -> None:
         """Wait until every job is done; return at once in a forked process, which has no thread."""
@@ -202,9 +206,13 @@ def end_threads() -> None:
             thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again
 
 
-def _run_thread(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
-    """Run queued jobs in a thread of their own."""
+def _run_thread(
+    queue: SimpleQueue[Job[object] | None], vacancy: deque[None], device: int | None
+) -> None:
+    """Run queued jobs in a thread of their own, whose current accelerator is the training's."""
     keep_messages()
+    if device is not None:  # else leaving a stream would make a context on the first one
+        torch.cuda.set_device(device)
     # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for
     # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()

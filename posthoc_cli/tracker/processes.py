@@ -38,8 +38,9 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-# seconds that the first call of several processes waits for trackers that are not made yet
-GRACE = 2.0
+# seconds after a tracker was made in which the trackers of other processes must be made, too:
+# longer than processes differ in what they import, and mostly over at the first evaluation
+GRACE = 30.0
 # seconds that a call waits for processes that have one before it warns, and gives up
 WARNING, LIMIT = (10.0, 300.0)
 
@@ -267,6 +268,7 @@ class Rendezvous:
         self._hint, self._calls = hint, 0
         self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
         self._tensors = tensors  # identifies the tensors of this process's model
+        self._begin = time.monotonic()
         self.store.set(f"tensors/{self._rank}", tensors)
         self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
 
@@ -292,6 +294,10 @@ class Rendezvous:
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
         makes another one."""
+        if self.store.check(["alone"]):
+            first = self.store.get("alone").decode()
+            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
+            raise RankError(f"rank {first}", reason, self._hint)
         self._calls += 1
         prefix = f"call/{self._calls}"
         self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
@@ -314,11 +320,19 @@ class Rendezvous:
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether no other process makes a tracker within `GRACE`."""
-        began = time.monotonic()
-        while not self._is_set("made") and time.monotonic() - began < GRACE:
+        """Whether no other process has made a tracker `GRACE` seconds after this one; they are
+        told."""
+        until = self._begin + GRACE
+        if not self._is_set("made") and time.monotonic() + WARNING < until:
+            log.warning(
+                "waiting for trackers of other processes, for %.0f s: %s", GRACE, self._hint
+            )
+        while not self._is_set("made") and time.monotonic() < until:
             time.sleep(0.02)
-        return len(self._absent("made")) == len(self._ranks) - 1
+        if len(self._absent("made")) < len(self._ranks) - 1:
+            return False
+        self.store.set("alone", str(self._rank))
+        return True
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False

@@ -433,3 +433,44 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
         if fails:
             raise ZeroDivisionError
     assert streams.last_events != before
+
+
+def test_threads_have_the_training_s_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with the first one as its current device, on which each process of a group
+    would make a context of some hundred megabytes."""
+    chosen = list[tuple[str, int]]()
+
+    def choose(device: int) -> None:
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    training, tracker = begin(tmp_path)
+    with tracker:
+        training.run(4, tracker)
+    assert {name.rstrip("-0123456789") for name, _ in chosen} == {"ema-averages", "ema-snapshots"}
+    assert {device for _, device in chosen} == {3}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_process_has_no_context_on_another_s_accelerator(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+torch.cuda.set_device(1)
+model = torch.nn.Linear(9, 9, device="cuda")
+for device in ("model", "cpu"):
+    with PostHocEMA.from_model(
+        model, f"{sys.argv[1]}/{device}", update_every=1, checkpoint_every=2, device=device
+    ) as ema:
+        for _ in range(4):
+            ema.update_(model)
+        with ema.model(model, 0.1):
+            pass
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+    assert forked.run(code, tmp_path).out.split() == ["False", "True"]

@@ -140,3 +140,33 @@ def test_replicas_are_no_stages(tmp_path: Path) -> None:
         assert first.endswith("closed True\n")
         assert second.endswith("closed False\n")
         assert "Error" not in first + second
+
+
+LATE = """
+import time
+from posthoc_cli.tracker import processes
+grace, pause = map(float, arguments)
+processes.GRACE = grace
+model = torch.nn.Linear(2, 2)
+if rank == 1:
+    time.sleep(pause)
+ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=100)
+try:
+    with ema.model(model, 0.1):
+        pass
+    ema.update_(model)
+    with ema.model(model, 0.1):
+        print("evaluated twice")
+except PostHocError as error:
+    print(type(error).__name__, error)
+dist.barrier()
+"""
+
+
+def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path: Path) -> None:
+    """The first one asks for an average before."""
+    outs = check_group(LATE, 2, tmp_path / "waits", 60, 3)
+    assert outs == ["evaluated twice\n"] * 2
+    first, second = check_group(LATE, 2, tmp_path / "told", 0.3, 3)
+    assert first == "evaluated twice\n"
+    assert second.startswith("RankError rank 0: evaluates alone: it found no other tracker 0 s")
