@@ -12,7 +12,9 @@ path in the same pass. No exception of a signal handler can stop a job of these 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,12 +27,14 @@ import torch
 
 from posthoc_cli.errors import (
     DirectoryError,
+    Log,
     NonFiniteError,
     NotReadyError,
     WriteError,
     check_word,
     log_kept_messages,
 )
+from posthoc_cli.files import remove_unfinished
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
@@ -53,6 +57,8 @@ from posthoc_cli.tracker.snapshotter import (
     stage,
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
+
+log = Log(__name__)
 
 
 class Pipeline:
@@ -276,9 +282,9 @@ class Pipeline:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""
         if not self._has_ended:
-            self._has_ended = True
             self._updates.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
+            self._has_ended = True  # last: an interrupted call is made again
 
     def flush(self) -> None:
         """Wait until all work is done and durable."""
@@ -448,10 +454,32 @@ def wait_for_writers(directory: Path) -> None:
 @atexit.register
 def finish() -> None:
     """Finish the work of every tracker, release its directory, and end all threads; called when the
-    process ends."""
+    process ends.
+
+    A first Ctrl-C is answered by what is still being written, and a second one ends the process.
+    """
+    try:
+        _finish_all()
+    except KeyboardInterrupt:
+        log.warning("writing the last snapshots of %s; interrupt again to lose them", _unwritten())
+        try:
+            _finish_all()
+        except KeyboardInterrupt:
+            log.error("interrupted: the last snapshots of %s are lost", _unwritten())
+            remove_unfinished()
+            logging.shutdown()
+            os._exit(128 + signal.SIGINT)  # an exception here would leave the exit code at 0
+
+
+def _finish_all() -> None:
     for pipeline in list(_writers):
         pipeline.end()
+    for pipeline in list(_writers):
         pipeline.flush()
         pipeline.release()
     end_threads()
     log_kept_messages()
+
+
+def _unwritten() -> str:
+    return ", ".join(str(pipeline.directory) for pipeline in list(_writers))

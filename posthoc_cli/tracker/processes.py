@@ -295,9 +295,9 @@ class Rendezvous:
         """Return all processes, which make this `call`; a RankError names one that does not, or
         makes another one."""
         if self.store.check(["alone"]):
-            first = self.store.get("alone").decode()
+            other = self.store.get("alone").decode()
             reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
-            raise RankError(f"rank {first}", reason, self._hint)
+            raise RankError(f"rank {other}", reason, self._hint)
         self._calls += 1
         prefix = f"call/{self._calls}"
         self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
