@@ -206,7 +206,8 @@ class PostHocEMA:
                 or bfloat16, or from the last step that an earlier tracker of this model and
                 directory has counted in this process, which is closed; for any other weights the
                 first `update_` raises an error, unless `load_state_dict` was called. A number to
-                continue from the snapshots of that call of `update_`, whatever the weights. None
+                continue from the snapshots of that call of `update_`, whatever the weights; 0 to
+                begin anew, with the directory's snapshots set aside at the first `update_`. None
                 for a new run.
 
         Raises:
@@ -292,7 +293,9 @@ class PostHocEMA:
     def has_average(self) -> bool:
         """Whether an update has been due. Before the first one, calls for averages return the raw
         weights and warn."""
-        return self._pipeline.tracking.resumes or self._pipeline.progress.updated > 0
+        if self._pipeline.tracking.resumes:
+            return self._start.step != 0
+        return self._pipeline.progress.updated > 0
 
     @property
     def run(self) -> Run:

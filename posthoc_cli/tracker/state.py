@@ -278,16 +278,16 @@ class Start:
         # an existing run may be absent only without a step
         step = None if resume in (None, "auto") else resume
         if isinstance(step, bool | str):
-            reason = "must be 'auto', a call of update_ that has snapshots, or None"
+            reason = "must be 'auto', a call of update_ that has snapshots, 0, or None"
             raise InvalidValueError("resume", reason, value=f"{resume!r}")
-        stored = (
-            read_directory(directory)
-            if step is not None
-            else find_snapshots(directory)
-            if resume
-            else []
-        )
-        if stored:
+        if step is not None:
+            step = check_count("resume", step, 0)
+        stored: Sequence[Snapshot] = []
+        if step:
+            stored = read_directory(directory)
+        elif resume is not None:
+            stored = find_snapshots(directory)
+        if stored and step != 0:
             settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
         check_globs(settings.selection, [tensor.name for tensor in named_tensors(model)])
         tensors = collect_tensors(model, settings.selection)
@@ -299,6 +299,9 @@ class Start:
             )
             return cls(directory, settings, None, stored, tracking, model, tensors)
         newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
+        anew = Tracking(newest.run_id, tensors.tracked, Averages.none_yet(sigma_rels), resumes=True)
+        if step == 0:
+            return cls(directory, settings, 0, stored, anew, model, tensors)
         if newest.t_unit != settings.t_unit:
             reason = f"the run in {directory} counts {shown(newest.t_unit)}"
             raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
@@ -308,10 +311,7 @@ class Start:
         if step is None and is_first and len(stored) < len(sigma_rels):
             # The run was killed while it wrote its first snapshots: they are set aside when it
             # begins again.
-            tracking, step = (
-                replace(tracking, tracked=tensors.tracked, progress=TrainingProgress()),
-                0,
-            )
+            return cls(directory, settings, 0, stored, anew, model, tensors)
         return cls(directory, settings, step, stored, tracking, model, tensors)
 
     @classmethod
@@ -375,7 +375,9 @@ class Start:
                 f"its weights are those of no snapshot of the run in {self.directory} "
                 f"({times}; {compared})"
             )
-            raise ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
+            anew = "to begin anew say resume=0, which sets the snapshots aside"
+            hint = f"{anew}; else {ways_to_resume(steps[-1])}"
+            raise ModelMismatchError("model", reason, hint)
         self.step, self._newest = None if found == newest else found, newest
         if found is None:
             return now
@@ -480,7 +482,7 @@ def ways_to_resume(step: int) -> str:
         "is exact at any step"
     )
     anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
-    return f"{restored}; {state}; {anyway}; for a new run name another directory"
+    return f"{restored}; {state}; {anyway}; for a new run name another directory, or resume=0"
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
