@@ -357,6 +357,8 @@ class Snapshotter:
         """Thin the times whose snapshots are complete: another process may die before it has
         written its part."""
         schedule = self._settings.schedule
+        if self._leads:
+            remove_leftovers(self.directory)  # which were too young when the training began
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
