@@ -51,7 +51,7 @@ class Attachment:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
-            if self._update is not None and _has_changed_weights(optimizer):
+            if self._update is not None and changes_weights(optimizer):
                 self.is_updating = True
                 self.steps += 1
                 self._update(None if self._t is None else self._t())
@@ -142,12 +142,12 @@ def _refusal(optimizer: Any) -> str:
     return ""
 
 
-def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends now counts: see `Attachment`.
+def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the step that ends or begins now counts: see `Attachment`.
 
     A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An
     optimizer's state is made by a step with rates and gradients of 0; the first step of a warm-up
-    may have a rate of 0, too.
+    may have a rate of 0, too. Some optimizers have no rates.
     """
     if getattr(optimizer, "found_inf", None):
         return False
@@ -162,6 +162,7 @@ def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
     gradients = [
         parameter.grad for group in optimizer.param_groups for parameter in group["params"]
     ]
-    return any(
-        grad.layout != torch.strided or bool(grad.any()) for grad in gradients if grad is not None
-    )
+    kept = [grad for grad in gradients if grad is not None]
+    if not kept:  # an optimizer may free them in its step
+        return not rates
+    return any(grad.layout != torch.strided or bool(grad.any()) for grad in kept)

@@ -60,6 +60,9 @@ from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
 log = Log(__name__)
 
+STILL = 10
+"""Updates without any change of a weight: an optimizer moves most of them at each step."""
+
 
 class Pipeline:
     """Takes in a model's values, lets any thread read the averages, and has snapshots written in
@@ -84,6 +87,9 @@ class Pipeline:
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
+        # the number, the step and the sample of this tracker's first update
+        self._first: tuple[int, int, Sequence[torch.Tensor] | None] | None = None
+        self._moves = False  # whether weights were compared, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
@@ -415,7 +421,32 @@ class Pipeline:
         pool, sample = self._pool_for(values.layout), storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
+        if name is None and not self._moves:
+            self._note_standstill(averages)
         return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
+
+    def _note_standstill(self, averages: Averages) -> None:
+        """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
+
+        Compared are those of a snapshot's sample, once.
+        """
+        updates, step, sample = averages.standing.updates, averages.standing.step, averages.sample
+        if self._first is None:
+            self._first = updates, step, sample
+        first_updates, first_step, first_sample = self._first
+        if updates < first_updates + STILL or sample is None or first_sample is None:
+            return
+        self._moves = True  # or the warning says that they do not
+        self._first = None
+        pairs = list(zip(first_sample, sample, strict=True))
+        if sum(now.numel() for now in sample) and all(torch.equal(*pair) for pair in pairs):
+            log.warning(
+                "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
+                "this the model that it trains?",
+                self.directory,
+                step,
+                first_step,
+            )
 
     def _submit_if_due(self, progress: TrainingProgress) -> None:
         if self._settings.snapshot_is_due(progress.step):

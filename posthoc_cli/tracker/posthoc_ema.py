@@ -14,6 +14,7 @@ else holds a lock."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import weakref
@@ -229,7 +230,11 @@ class PostHocEMA:
         if resume is not None:
             _end_earlier(directory)
         wait_for_writers(directory)
-        return cls(Start.of_model(check_model(model), directory, settings, resume), model, device)
+        tracker = cls(
+            Start.of_model(check_model(model), directory, settings, resume), model, device
+        )
+        tracker._last.watch(unwrapped(model))
+        return tracker
 
     @classmethod
     def from_path(
@@ -654,6 +659,7 @@ class PostHocEMA:
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
+        self._note_uncounted(at_end=True)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         try:
@@ -663,6 +669,9 @@ class PostHocEMA:
         finally:
             self._watch.forget()
             self._pipeline.close()
+            # one was raised, and all are in the log: later reads have nothing to do with them
+            while self._pipeline.take_error() is not None:
+                pass
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -757,6 +766,19 @@ class PostHocEMA:
             self._pipeline.skip(progress)
             raise
         self._pipeline.update(tensors, progress)
+
+    def _note_uncounted(self, at_end: bool = False) -> None:
+        """Warn, once, of a model that has moved since the last counted step; of one that was never
+        counted, at the end."""
+        step = self._last.progress.step
+        is_heard = not self.closed and self.keeps_averages and (at_end or step > 0)
+        if is_heard and self._last.has_moved and self._is_first_warning("uncounted"):
+            log.warning(
+                "%s: the model has moved since step %d, the last that was counted: call update_ "
+                "after every step, or attach the optimizer that takes them",
+                self.checkpoint_dir,
+                step,
+            )
 
     def _counts(self, model: torch.nn.Module | None) -> bool:
         """Return whether this tracker counts steps, or is to, of this model if one is given."""
@@ -929,6 +951,7 @@ class PostHocEMA:
         A tracked length at the present time is the live average alone. A process that is alone
         makes it by `use`.
         """
+        self._note_uncounted()
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)
         if not group.from_first(lambda: self.has_average):
@@ -1132,6 +1155,14 @@ def _end_earlier(directory: Path, model: torch.nn.Module | None = None) -> None:
             log.error("%s", error)
 
 
+@atexit.register
+def _note_uncounted_steps() -> None:
+    """Warn of uncounted steps of trackers that the end of the process closes."""
+    for tracker in [*_all]:
+        if not tracker._pipeline.is_forked:
+            tracker._note_uncounted(at_end=True)
+
+
 # by the bare model
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
@@ -1153,6 +1184,7 @@ def _note_restored(model: torch.nn.Module, _: object = None) -> None:
     for tracker in [*_trackers.get(model, ())]:
         resumes = tracker._pipeline.tracking.resumes
         tracker._start.counted = None
+        tracker._last.watch(model)
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             # else other processes would have to take part

@@ -237,6 +237,35 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     assert times(tmp_path) == {8}
 
 
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_errors_of_a_closed_tracker_are_raised_once(tmp_path: Path, device: str) -> None:
+    """A due snapshot has failed, and so has the last one."""
+    training, tracker = begin(tmp_path, device)
+    with failing("fsync", errno.ENOSPC):
+        training.run(6, tracker)
+        with pytest.raises(WriteError, match="no space left"):
+            tracker.close()
+    for _ in range(2):
+        assert tracker.state_dict(0.05)
+        tracker.flush()
+        tracker.close()
+
+
+def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path: Path) -> None:
+    """The training goes on at once, when another process could still be writing the file."""
+    training, tracker = begin(tmp_path)
+    with tracker:
+        left = tmp_path / ".ema-0123456789abcdef.tmp"
+        left.write_bytes(b"a part")
+        training.run(4, tracker)
+        tracker.flush()
+        assert left.exists()
+        os.utime(left, (0, 0))
+        training.run(8, tracker)
+        tracker.flush()
+        assert not left.exists()
+
+
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

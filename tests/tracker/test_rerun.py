@@ -24,9 +24,12 @@ class Notebook:
 
     def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "plain") -> None:
         self.folder, self.settings, self.kind = folder, settings, kind
-        self.training = Training()
         self.ema: PostHocEMA | None = None
-        self.optimizer = torch.optim.SGD(self.training.model.parameters(), lr=1.0)
+        self.use(Training())
+
+    def use(self, training: Training) -> None:
+        self.training = training
+        self.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
 
     def begin(self) -> PostHocEMA:
         if self.kind == "from_path" and self.folder.exists():
@@ -50,15 +53,18 @@ class Notebook:
 
     def train(self, ema: PostHocEMA, steps: int) -> None:
         for _ in range(steps):
-            before = self.training.state()
-            self.training.run(len(self.training.path) + 1)
+            self.step()
             if self.kind != "attached":
                 ema.update_(self.training.model)
-                continue
-            for name, parameter in self.training.model.named_parameters():
-                parameter.grad = before[name] - parameter.detach()
-                parameter.data.copy_(before[name])
-            self.optimizer.step()
+
+    def step(self) -> None:
+        """Take the training's next step by an optimizer, whose rounding is undone."""
+        before = self.training.state()
+        self.training.run(len(self.training.path) + 1)
+        for name, parameter in self.training.model.named_parameters():
+            parameter.grad = before[name] - parameter.detach()
+            parameter.data.copy_(before[name])
+        self.optimizer.step()
 
 
 KINDS = ["plain", "closed", "attached", "function", "from_path", "wrapped"]
@@ -102,7 +108,7 @@ def test_an_interrupted_cell_is_run_again(
     training = notebook.training
     assert ema is not None
     if where != "before the step":
-        training.run(8)
+        notebook.step()
     if where == "in update_":
 
         def interrupt(*_: object) -> None:
@@ -127,10 +133,10 @@ def test_a_new_model_in_a_cell_that_is_run_again_is_no_continuation(tmp_path: Pa
     notebook = Notebook(tmp_path / "run", EVERY)
     notebook.cell(4)
     weights = notebook.training.path
-    notebook.training = Training()
+    notebook.use(Training())
     with pytest.raises(ModelMismatchError, match="its weights are those of no snapshot"):
         notebook.cell(1)
-    notebook.training = Training(seed=5, path=weights[:4])
+    notebook.use(Training(seed=5, path=weights[:4]))
     notebook.training.model.load_state_dict(weights[3])
     notebook.cell(3)
     assert notebook.ema is not None
@@ -149,7 +155,8 @@ def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> 
         notebook.ema = notebook.begin()
         model.load_state_dict(path[19])
         notebook.training.path = path[:20]
-        notebook.train(notebook.ema, 3)
+        for _ in range(3):
+            notebook.training.run(len(notebook.training.path) + 1, notebook.ema)
         assert notebook.ema.step == 23
     notebook.ema = notebook.begin()
     model.load_state_dict(path[12])  # which has no snapshot
