@@ -152,7 +152,8 @@ class TrackedModel:
         not the same; those of other processes, such as other stages of a pipeline, are
         `elsewhere`."""
         names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
-        for name in names.keys() - (elsewhere - found.known_names):
+        others = elsewhere - found.known_names
+        for name in [name for name in names if name not in others]:
             was, now = self._described(name), found._described(name)
             if now != was:
                 without = name in found.frozen or (name in self.left_out and name in found.tensors)

@@ -294,10 +294,7 @@ class Rendezvous:
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
         makes another one."""
-        if self.store.check(["alone"]):
-            other = self.store.get("alone").decode()
-            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
-            raise RankError(f"rank {other}", reason, self._hint)
+        self._check_in_time()
         self._calls += 1
         prefix = f"call/{self._calls}"
         self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
@@ -333,6 +330,12 @@ class Rendezvous:
             return False
         self.store.set("alone", str(self._rank))
         return True
+
+    def _check_in_time(self) -> None:
+        if self.store.check(["alone"]):
+            other = self.store.get("alone").decode()
+            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
+            raise RankError(f"rank {other}", reason, self._hint)
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False

@@ -413,7 +413,8 @@ class Streams:
 
     class Stream:
         def __init__(self, cuda: Any, name: str) -> None:
-            self.cuda, self.name = cuda, name
+            self.cuda = cuda
+            self.name = name
 
         def record_event(self) -> object:
             return object()

@@ -867,9 +867,6 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     assert times(tmp_path) == {10, 20}
     assert superseded(tmp_path) == 4
     assert {s.sigma_rel for s in Run(tmp_path).snapshots} == {*sigma_rels}
-    with begin(training.model, tmp_path, resume="auto", sigma_rels=sigma_rels) as ema:
-        training.run(22, ema)
-        assert training.error(ema) < 1e-6
 
 
 def test_a_new_beginning_takes_any_model_and_an_empty_directory(tmp_path: Path) -> None:

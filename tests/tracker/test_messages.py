@@ -4,6 +4,7 @@ import errno
 import gc
 import logging
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import forked
@@ -117,6 +118,14 @@ def test_an_error_in_the_background_is_logged_by_the_next_call_of_any_tracker(
     assert "no space left" in caplog.text
 
 
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_two_threads")
 def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +137,6 @@ def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
     def threads() -> list[int]:
         return [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
 
-    torch.set_num_threads(2)
     before = threads()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     model = torch.nn.Linear(2, 2)

@@ -23,7 +23,9 @@ class Notebook:
     """Variables that stay from cell to cell, and a training whose cell can be run again."""
 
     def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "plain") -> None:
-        self.folder, self.settings, self.kind = folder, settings, kind
+        self.folder = folder
+        self.settings = settings
+        self.kind = kind
         self.ema: PostHocEMA | None = None
         self.use(Training())
 
