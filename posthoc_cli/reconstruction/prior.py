@@ -186,15 +186,18 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     arithmetic = norm * (ROUNDING * eps) ** 2 * counts
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
     newest = averages[in_order[-1]]
+    # Weights whose file does not say the unit of its number have that of averages next to them.
+    known = [averages[i].steps for i in in_order if averages[i].steps is not None]
+    steps = known[-1] if known else None
     pairs: list[Pair] = []
     doubt = 0.0
     if sketch is not None:
-        motion = sketch.motion(newest.steps)
+        motion = sketch.motion(steps)
     elif pairs := _pairs([(profiles[i], measured[i], arithmetic[i]) for i in in_order]):
-        motion, doubt = _fitted(averages, pairs, newest.steps)
+        motion, doubt = _fitted(averages, pairs, steps)
     else:
         variance = ASSUMED_STRETCH**2 * float(norm.mean())
-        motion = Motion.even(newest.profile.t, variance, newest.steps)
+        motion = Motion.even(newest.profile.t, variance, steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     source = MEASURED if pairs or still or sketch is not None else ASSUMED
@@ -205,7 +208,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         arithmetic=arithmetic,
         norm=norm,
         source=source,
-        steps=newest.steps,
+        steps=steps,
         doubt=doubt,
         sketch=sketch,
         shared=shared,
