@@ -42,7 +42,7 @@ from posthoc_cli.snapshots.tensorfile import (
     sampled_identity,
 )
 
-ENDINGS = (SUFFIX, ".pth.tar", *PICKLES, ".th", ".tar")
+ENDINGS = (SUFFIX, ".pth.tar", *PICKLES)
 DCP_METADATA = ".metadata"
 CONFIG = "config.json"
 TRAINER_STATE = "trainer_state.json"

@@ -118,6 +118,9 @@ class Sets:
     def model_path(self) -> str:
         """Return the path of the model's weights; raise FileFormatError if it is unclear."""
         groups = [name for name in self.content.groups() if self._may_be_model(name)]
+        newest = [name for name in groups if not name.startswith("best_")]
+        if newest:
+            groups = newest
         for name in _MODEL_GROUPS:
             if name in groups:
                 return name
@@ -206,18 +209,23 @@ class Sets:
         return Pair(self.below(path), {}, path)
 
     def _main_part(self, path: str) -> str | None:
-        """Return the path of the part of a set that has most of its tensors, or a word for it."""
+        """Return the path of the part of a set that a word calls an average; else of the one below
+        a key with most of its tensors, or below a prefix of all its names."""
         parts = Counter[str]()
-        for name in self.below(path):
+        total = 0
+        for name, tensor in self.below(path).items():
             first, dot, _ = name.partition(".")
             if dot:
                 parts[first] += 1
+            if not _is_counter(tensor):
+                total += 1
         for part in parts:
             if AVERAGE_WORD.search(part):
                 return f"{path}.{part}".lstrip(".")
         for part, count in parts.most_common(1):
-            if 2 * count >= self.counts[path]:
-                return f"{path}.{part}".lstrip(".")
+            inner = f"{path}.{part}".lstrip(".")
+            if count >= total or (inner in self.keys and 2 * count >= total):
+                return inner
         return None
 
     def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:

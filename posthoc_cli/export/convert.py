@@ -271,7 +271,7 @@ def _is_checkpoint(source: Path) -> bool:
     to an average."""
     if source.is_dir():
         return (source / DCP_METADATA).is_file() or bool(sets_in(source))
-    return source.name.endswith((*PICKLES, ".pth.tar")) and source.is_file()
+    return source.name.endswith(PICKLES) and source.is_file()
 
 
 def _of_source(source: Source) -> _Tensors:
