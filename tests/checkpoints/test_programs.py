@@ -320,15 +320,64 @@ def test_several_averages_of_demucs_are_asked_for(tmp_path: Path) -> None:
     assert_equal(exported(tmp_path / "checkpoint.th", weights=True), last.weights)
 
 
+SEVERAL: dict[str, tuple[Callable[[Save], dict[str, Any]], str, str]] = {
+    "by decay in keys": (
+        lambda save: {"ema_0.95": save.average, "ema_0.99": save.weights},
+        "ema_0.95",
+        "ema_0.99",
+    ),
+    "by decay in a key": (
+        lambda save: {"ema": {"0.95": save.average, "0.99": save.weights}},
+        "ema.0.95",
+        "ema.0.99",
+    ),
+    "a list": (lambda save: {"emas": [save.average, save.weights]}, "emas.0", "emas.1"),
+    "deep": (
+        lambda save: {"a": {"ema": save.average}, "b": ({"net_ema": save.weights},)},
+        "a.ema",
+        "b.0.net_ema",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_of_several_averages_one_is_chosen(name: str, tmp_path: Path) -> None:
+    content, key, other = SEVERAL[name]
+    for save in saves():
+        torch.save({"model": save.weights, **content(save)}, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
+        exported(tmp_path / "step400.pt")
+    with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
+        _ = Run(tmp_path).sources
+    check(tmp_path, last.average, last.weights, None, average=key)
+    assert_equal(exported(tmp_path / "step400.pt", average=key), last.average)
+    assert_equal(exported(tmp_path / "step400.pt", average=other), last.weights)
+    assert_equal(exported(tmp_path / "step400.pt", weights=True), last.weights)
+
+
+def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
+    last = saves()[-1]
+    for save in saves():
+        buffers = {f"bn.{index}.running_mean": torch.full((4,), 1.0 * index) for index in range(9)}
+        averaged = {name: value / 2 for name, value in buffers.items()}
+        parts = {"named_parameters_dict": save.average, "named_buffers_dict": averaged}
+        algorithms = [("EMA", {"ema_model": parts, "ema_weights_active": False})]
+        state = {"model": save.weights | buffers, "algorithms": algorithms}
+        torch.save({"state": state}, tmp_path / f"ep0-ba{save.step}-rank0.pt")
+    check(tmp_path, last.average | averaged, last.weights | buffers, None, step_from=r"ba(\d+)")
+    file = tmp_path / "ep0-ba400-rank0.pt"
+    check_export(file, last.average | averaged, last.weights | buffers)
+
+
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_buffers_of_mmcv(
     is_swapped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of the two sets the average is the one that moves less; a single file asks."""
     for save in saves():
-        model, buffers = save.weights, save.average
-        if is_swapped:
-            model, buffers = save.average, save.weights
+        model = save.average if is_swapped else save.weights
+        buffers = save.weights if is_swapped else save.average
         flat = {f"ema_{name.replace('.', '_')}": value for name, value in buffers.items()}
         meta = {"epoch": save.epoch, "iter": save.step}
         file = tmp_path / f"iter_{save.step}.pth"
@@ -338,48 +387,57 @@ def test_buffers_of_mmcv(
     assert "which moves less from file to file" in caplog.text
     with pytest.raises(FileFormatError, match="nothing tells which is the average"):
         exported(file)
-    key, other = ("state_dict", "ema_*") if is_swapped else ("ema_*", "state_dict")
-    assert_equal(exported(file, average=key), last.average)
-    assert_equal(exported(file, average=other), last.weights)
-    check(tmp_path, last.average, last.weights, None, average=key)
+    keys = ["ema_*", "state_dict"]
+    if is_swapped:
+        keys.reverse()
+    assert_equal(exported(file, average=keys[0]), last.average)
+    assert_equal(exported(file, average=keys[1]), last.weights)
+    check(tmp_path, last.average, last.weights, None, average=keys[0])
 
 
 def ramp(n: int) -> float:
     return 0.9999 * (1 - math.exp(-n / 2000))
 
 
+def of_ultralytics(save: Save, has_model: bool) -> object:
+    """Whole modules in half precision."""
+    net = new_net()
+    net.load_state_dict(save.weights)
+    averaged = new_net()
+    averaged.load_state_dict(save.average)
+    return {
+        "epoch": save.epoch - 1,
+        "model": net.half() if has_model else None,
+        "ema": averaged.half(),
+        "updates": save.step,
+        "optimizer": OPTIMIZER,
+        "train_args": {"epochs": 10},
+    }
+
+
+def halved(tensors: Tensors) -> Tensors:
+    return {name: value.half() for name, value in tensors.items()}
+
+
 @pytest.mark.parametrize("has_model", [False, True])
 def test_modules_of_ultralytics(has_model: bool, tmp_path: Path) -> None:
-    """Whole modules in half precision; `updates` of the average turn epochs into steps."""
+    """The `updates` of the average turn epochs into steps."""
     for save in saves(ramp):
-        net = new_net()
-        net.load_state_dict(save.weights)
-        averaged = new_net()
-        averaged.load_state_dict(save.average)
-        content = {
-            "epoch": save.epoch - 1,
-            "model": net.half() if has_model else None,
-            "ema": averaged.half(),
-            "updates": save.step,
-            "optimizer": OPTIMIZER,
-            "train_args": {"epochs": 10},
-        }
+        content = of_ultralytics(save, has_model)
         file = tmp_path / f"epoch{save.epoch - 1}.pt"
         torch.save(content, file)
     for copy in ("last.pt", "best.pt"):
         torch.save(content, tmp_path / copy)
     last = saves(ramp)[-1]
-    half = {name: value.half() for name, value in last.average.items()}
     found = import_checkpoints(tmp_path, None, dry_run=True).checkpoints
     averaged = [one for one in found if isinstance(one.profile, OrdinaryEMA)]
     assert [one.t for one in averaged] == [save.step for save in saves(ramp)]
     assert averaged[-1].decay == 0.9999
-    assert_equal(exported(file), half)
-    assert_equal(values_of(averaged[-1]), half)
+    assert_equal(exported(file), halved(last.average))
+    assert_equal(values_of(averaged[-1]), halved(last.average))
     if has_model:
-        raw = {name: value.half() for name, value in last.weights.items()}
-        check(tmp_path, half, raw, 0.9999)
-        check_export(file, half, raw)
+        check(tmp_path, halved(last.average), halved(last.weights), 0.9999)
+        check_export(file, halved(last.average), halved(last.weights))
 
 
 def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:
@@ -588,6 +646,22 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path
     check_export(tmp_path / "step400.pt", averaged, weights_of(net))
 
 
+def fit(module: Any) -> None:
+    lightning = pytest.importorskip("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module)
+
+
 def test_an_averaged_model_in_a_module_of_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
     swa_utils = torch.optim.swa_utils
@@ -615,14 +689,7 @@ def test_an_averaged_model_in_a_module_of_lightning(tmp_path: Path) -> None:
                 self.trainer.save_checkpoint(tmp_path / f"step={step}.ckpt")
 
     module = Module()
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
-            accelerator="cpu", max_epochs=1, enable_model_summary=False, **options
-        )
-        trainer.fit(module)
+    fit(module)
     averaged = weights_of(module.slow.module)
     check(tmp_path, averaged, weights_of(module.net), None)
     check_export(tmp_path / "step=400.ckpt", averaged, weights_of(module.net))
