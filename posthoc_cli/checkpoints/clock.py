@@ -69,6 +69,7 @@ class Reading:
     epoch: int | None = None  # in its content
     is_nameless: bool = False  # whether only its content has a number
     is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
+    is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,17 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
+    of_content = Reading(epoch or 0, "epochs", "`epoch`", epoch, is_nameless=True)
+    has_epoch = epoch is not None and epoch >= 0
     try:
-        return replace(named_time(path), epoch=epoch)
+        reading = named_time(path)
     except InvalidValueError:
-        if epoch is None or epoch < 0:
+        if not has_epoch:
             raise
-        return Reading(epoch, "epochs", "`epoch`", epoch, is_nameless=True)
+        return of_content
+    if has_epoch and reading.is_of_folder and reading.unit == "epochs":
+        return of_content  # the name may be that of an experiment
+    return replace(reading, epoch=epoch)
 
 
 def _searched(path: Path, settings: ImportSettings) -> Reading:
@@ -166,7 +172,8 @@ def named_time(path: Path) -> Reading:
     if not unit and _DATE.fullmatch(number):
         raise _doubt(path, f"{number!r} may be a date")
     origin = f"the word for {unit} in names" if unit else "the only number in names"
-    return Reading(int(number), unit, origin, is_marked=is_marked)
+    of_folder = not has_number
+    return Reading(int(number), unit, origin, is_marked=is_marked, is_of_folder=of_folder)
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:

@@ -42,14 +42,14 @@ from posthoc_cli.snapshots.tensorfile import (
     sampled_identity,
 )
 
-ENDINGS = (SUFFIX, ".pth.tar", *PICKLES, ".th", ".tar")
+ENDINGS = (SUFFIX, ".pth.tar", *PICKLES)
 DCP_METADATA = ".metadata"
 CONFIG = "config.json"
 TRAINER_STATE = "trainer_state.json"
 INDEX_ENDING = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(
-    r"(?<![a-z])(?:ema\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum|encoder_k)(?![a-z])",
+    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum|encoder_k)(?![a-z])",
     re.IGNORECASE,
 )
 """Pattern of a key, prefix or name that says that its tensors are an average."""

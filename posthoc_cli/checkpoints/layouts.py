@@ -121,9 +121,12 @@ def stored_in(path: Path, weights: bool = False, average: str | None = None) -> 
     """
     content = open_checkpoint(path)
     sets = Sets(content)
-    if weights and len(sets.averages) > 1:
-        return make_checkpoint(content, sets.model(), Point(1.0), 1)
-    found = recognise(content, replace(UNSPECIFIED, average=average))
+    try:
+        found = recognise(content, replace(UNSPECIFIED, average=average))
+    except FileFormatError:  # perhaps of several averages
+        if not weights:
+            raise
+        found = Found("checkpoints", weights=sets.model())
     if found.undecided:
         first, other = found.undecided
         reason = f"holds two sets, and nothing tells which is the average: {first} or {other}"
@@ -250,11 +253,7 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
         return _described(sets, pair or sets.alone(path), settings)
     candidates = [*sets.averages, *_anchored(sets)]
     pairs = [pair for one in candidates if (pair := sets.pair(one, weights)) is not None]
-    if len(pairs) > 1:
-        names = names_in([pair.average_key for pair in pairs])
-        reason = f"which of its sets of tensors is the average is unclear: {names}"
-        hint = "name the average by `average`, or both by `average` and `weights` in an import"
-        raise FileFormatError(content.path, reason, hint)
+    sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
     groups = [name for name in content.groups() if not NO_MODEL.search(name)]
@@ -303,7 +302,13 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(
-        library.kind, pair.averaged, pair.weights, updates, asks=asks, path=pair.weights_key
+        library.kind,
+        pair.averaged,
+        pair.weights,
+        updates,
+        asks=asks,
+        unused=tuple(others),
+        path=pair.weights_key,
     )
     if library.kind == "composer" and values["ema_weights_active"]:
         return found.swapped()

@@ -152,16 +152,15 @@ def write_manifest(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
         raise OutputExistsError(out, reason, "choose another name")
-    base = Path(os.path.realpath(out))
     values = {
         **_FORMAT,
-        "from": _relative(manifest.origin, base),
+        "from": _relative(manifest.origin, out),
         "settings": settings.given,
         "unit": [*unit],
         "checkpoints": [
-            [_relative(path, base), kind, time] for path, kind, time in manifest.checkpoints
+            [_relative(path, out), kind, time] for path, kind, time in manifest.checkpoints
         ],
-        "files": {_relative(path, base): [*identity] for path, identity in identities.items()},
+        "files": {_relative(path, out): [*identity] for path, identity in identities.items()},
     }
     content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
     with files.new_directory(out):
@@ -179,8 +178,12 @@ def _check_same(present: Manifest, manifest: Manifest) -> None:
         raise OutputExistsError(manifest.folder, reason, hint)
 
 
-def _relative(path: Path, base: Path) -> str:
-    text = str(path) if files.is_url(path) else os.path.relpath(path, base)
+def _relative(path: Path, folder: Path) -> str:
+    """Return a path relative to a folder, or a URL."""
+    if files.is_url(path):
+        text = str(path)
+    else:
+        text = os.path.relpath(path, os.path.realpath(folder))
     if text.encode(errors="ignore").decode() != text:
         raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
     return text

@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -294,11 +295,19 @@ def _one_run(results: Sequence[_Opened | tuple[Path, PostHocError]]) -> _OneRun:
             raise error
         is_numberless = isinstance(error, InvalidValueError)
         left_out[path.name] = "no step" if is_numberless else error.reason
-    good = _aligned(good)
-    for key, reason in ((_kind_of_number, "another kind of number"), (_model, "another model")):
+    # Next to files with numbers, the number of their folder is that of an experiment.
+    numbered = {one.path.parent for one in good if not one.reading.is_of_folder}
+    for one in good:
+        if one.reading.is_of_folder and one.path.parent in numbered:
+            left_out[one.path.name] = "no step"
+    good = _aligned([one for one in good if one.path.name not in left_out])
+    for key, reason in ((_model, "another model"), (_kind_of_number, "another kind of number")):
         kept = _largest_group(good, key)
         left_out.update({one.path.name: reason for one in good if one not in kept})
         good = kept
+    units = {one.reading.unit: one for one in good}
+    if "steps" in units and "epochs" in units:
+        raise _mismatch(units["steps"], units["epochs"], "are numbered by steps and by epochs")
     return _OneRun(good, left_out)
 
 
@@ -542,7 +551,9 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     return by_time([replace(one, run_id=run_id) for one in run])
 
 
-def _mismatch(one: Checkpoint, other: Checkpoint, difference: str) -> MismatchError:
+def _mismatch(
+    one: Checkpoint | _Opened, other: Checkpoint | _Opened, difference: str
+) -> MismatchError:
     hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
     return MismatchError(f"{one.path} and {other.path}", difference, hint)
 
@@ -644,8 +655,11 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
         raise error
     described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
     if len(paths) == 1:
-        one = make_checkpoint(opened[0], recognise(opened[0], UNSPECIFIED).tensors, Point(1.0), 1)
-        described |= {"kind": "checkpoint", **describe_tensors(one), "bytes": one.file_bytes}
+        described["kind"] = "checkpoint"
+        with suppress(FileFormatError):
+            tensors = recognise(opened[0], UNSPECIFIED).tensors
+            one = make_checkpoint(opened[0], tensors, Point(1.0), 1)
+            described |= {**describe_tensors(one), "bytes": one.file_bytes}
     if isinstance(error, InvalidValueError):
         return {**described, "notes": [f"no run as it is: {error}"]}
     return {**described, "problems": [str(error)]}

@@ -36,6 +36,8 @@ _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model
 an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are no model's: `opt` may be a module."""
+_PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
+_WHICH = "name the average by `average`, or both by `average` and `weights` in an import"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
 _LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
@@ -63,18 +65,20 @@ class Sets:
             name: tensor for name, tensor in content.tensors.items() if not _is_state(tensor)
         }
         self.counts = Counter[str]()
-        self.keys = dict[str, None]()  # paths of whole keys
+        self.keys = dict[str, str]()  # the last key of each path of whole keys
         in_group = Counter[str]()
-        for name, tensor in self.tensors.items():
-            in_group[".".join(tensor.keys[:-1])] += 1
-            for level in range(1, len(tensor.keys)):
-                self.keys[".".join(tensor.keys[:level])] = None
-            parts = name.split(".")
+        for tensor in self.tensors.values():
+            *outer, name = tensor.keys
+            in_group[".".join(outer)] += 1
+            for level, key in enumerate(outer, 1):
+                self.keys[".".join(outer[:level])] = key
+            parts = [*outer, *name.split(".")]
             for level in range(len(parts)):
                 self.counts[".".join(parts[:level])] += 1
         self.averages: list[str] = []
         for path in sorted(self.counts, key=lambda path: path.count(".")):
-            if not AVERAGE_WORD.search(path.rpartition(".")[2]) or self.is_averaged(path):
+            last = self.keys.get(path, path.rpartition(".")[2])
+            if not AVERAGE_WORD.search(last) or self.is_averaged(path):
                 continue
             if path in self.keys or 4 * self.counts[path] >= in_group[self._group(path)]:
                 self.averages.append(path)  # a prefix of fewer names is that of a layer
@@ -95,7 +99,7 @@ class Sets:
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
         return {
-            name[rest:]: tensor
+            _PARTS.sub("", name[rest:]): tensor
             for name, tensor in self.tensors.items()
             if name.startswith(start) and (is_average or not self.is_averaged(name))
         }
@@ -118,6 +122,9 @@ class Sets:
     def model_path(self) -> str:
         """Return the path of the model's weights; raise FileFormatError if it is unclear."""
         groups = [name for name in self.content.groups() if self._may_be_model(name)]
+        newest = [name for name in groups if not name.startswith("best_")]
+        if newest:
+            groups = newest
         for name in _MODEL_GROUPS:
             if name in groups:
                 return name
@@ -179,12 +186,12 @@ class Sets:
         if len({one.weights_key for one in found}) > 1:
             names = names_in([one.weights_key for one in found])
             reason = f"which of its sets of tensors is the model is unclear: {names}"
-            hint = "name the average by `average`, or both by `average` and `weights` in an import"
-            raise FileFormatError(self.content.path, reason, hint)
+            raise FileFormatError(self.content.path, reason, _WHICH)
         return found[0]
 
     def _check_unpaired(self, average: str) -> None:
-        """Raise FileFormatError if an average has most names of some weights, and others."""
+        """Raise FileFormatError if an average has most names of some weights, and others, or if it
+        holds several averages."""
         path: str | None = average
         while path is not None:
             averaged = self.below(path)
@@ -195,6 +202,14 @@ class Sets:
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
             path = self._main_part(path)
+        within = [path for path, key in self.keys.items() if path == f"{average}.{key}"]
+        self.check_one([path for path in within if self._pairs_at(path, None, False)])
+
+    def check_one(self, averages: Sequence[str]) -> None:
+        """Raise FileFormatError if there are several averages."""
+        if len(averages) > 1:
+            reason = "which of its sets of tensors is the average is unclear"
+            raise FileFormatError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""
@@ -206,18 +221,23 @@ class Sets:
         return Pair(self.below(path), {}, path)
 
     def _main_part(self, path: str) -> str | None:
-        """Return the path of the part of a set that has most of its tensors, or a word for it."""
+        """Return the path of the part of a set that a word calls an average; else of the one below
+        a key with most of its tensors, or below a prefix of all its names."""
         parts = Counter[str]()
-        for name in self.below(path):
+        total = 0
+        for name, tensor in self.below(path).items():
             first, dot, _ = name.partition(".")
             if dot:
                 parts[first] += 1
+            if not _is_counter(tensor):
+                total += 1
         for part in parts:
             if AVERAGE_WORD.search(part):
                 return f"{path}.{part}".lstrip(".")
         for part, count in parts.most_common(1):
-            if 2 * count >= self.counts[path]:
-                return f"{path}.{part}".lstrip(".")
+            inner = f"{path}.{part}".lstrip(".")
+            if count >= total or (inner in self.keys and 2 * count > total):
+                return inner
         return None
 
     def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:

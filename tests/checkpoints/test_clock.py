@@ -1,0 +1,421 @@
+"""What the numbers of checkpoints count, what files are a run, and how exact averages of weights by
+epoch are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_command import Ema
+from walks import STEPS, Tensors, distance, history, ratio, saves, true_average
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.profiles import OrdinaryEMA
+
+EPOCHS = 20
+EACH = STEPS // EPOCHS
+"""Steps of an epoch."""
+
+
+def store(path: Path, epoch: int, /, **values: Any) -> None:
+    """Write the weights after an epoch."""
+    torch.save({"model": weights_at(epoch), **values}, path)
+
+
+def weights_at(epoch: int) -> Tensors:
+    return history()[epoch * EACH - 1]
+
+
+def write(folder: Path, name: str, epochs: Mapping[int, int], content: Any = None) -> Path:
+    """Write the weights after some epochs, by the number that their file has; return the
+    folder.
+
+    `content` is what a file holds besides, of its number."""
+    folder.mkdir(exist_ok=True)
+    for number, epoch in epochs.items():
+        values = {} if content is None else content(number)
+        store(folder / name.format(number), epoch, **values)
+    return folder
+
+
+def same(*epochs: int) -> dict[int, int]:
+    return {epoch: epoch for epoch in epochs}
+
+
+def times(place: Path, **settings: Any) -> tuple[str, list[float]]:
+    """Return the unit and the times of an import."""
+    found = import_checkpoints(place, None, dry_run=True, **settings).checkpoints
+    return found[0].t_unit, [one.t for one in found]
+
+
+def says(place: Path, **settings: Any) -> str:
+    return import_checkpoints(place, None, dry_run=True, **settings).numbers
+
+
+# --- epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("model_{}.pth", "they follow each other without a gap"),
+        ("net-{:03}.pt", "they follow each other without a gap"),
+        ("{}.pt", "they follow each other without a gap"),
+        ("epoch_{}.pth", "by the word for epochs in names"),
+        ("ep{}.pt", "by the word for epochs in names"),
+        ("{}epoch.pth", "by the word for epochs in names"),
+        ("jepa-ep{}.pth.tar", "by the word for epochs in names"),
+        ("model.epoch={:04}.ckpt", "by the word for epochs in names"),
+    ],
+)
+def test_numbers_of_epochs(name: str, why: str, tmp_path: Path) -> None:
+    write(tmp_path, name, same(*range(1, 21)))
+    assert times(tmp_path) == ("epochs", [*range(1, 21)])
+    assert says(tmp_path) == f"numbers are epochs, counted from 1: {why}"
+    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", [EACH * e for e in range(1, 21)])
+    assert says(tmp_path, steps_per_epoch=EACH).endswith(f"the first checkpoint is of step {EACH}")
+
+
+def test_an_equal_epoch_in_the_contents(tmp_path: Path) -> None:
+    """Without it, such numbers are steps, which nothing states."""
+    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20))
+    assert times(tmp_path) == ("steps", [3, 7, 9, 20])
+    assert "taken for steps: they are the only number in names" in says(tmp_path)
+    assert "nothing states their unit" in says(tmp_path)
+    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch})
+    assert times(tmp_path) == ("epochs", [3, 7, 9, 20])
+    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20), lambda _: {"epoch": 2})
+    assert times(tmp_path) == ("steps", [3, 7, 9, 20])
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "content"),
+    [
+        ("model_{}.pth", {e: e + 1 for e in range(20)}, None),
+        ("epoch{}.pth", {e: e + 1 for e in range(20)}, lambda number: {"epoch": number}),
+        ("checkpoint{:04}.pth", {e: e + 1 for e in range(20)}, lambda n: {"epoch": n + 1}),
+        ("checkpoint{:04}.pth", {e: e + 1 for e in (2, 5, 8, 19)}, lambda n: {"epoch": n + 1}),
+        ("water_run-123_epoch-{}.pt", {e: e + 1 for e in range(1, 20, 2)}, None),
+        ("epoch_{}.pt", {e: e + 1 for e in (4, 9, 14, 19)}, None),
+    ],
+)
+def test_epochs_counted_from_0(
+    name: str, epochs: dict[int, int], content: Any, tmp_path: Path
+) -> None:
+    write(tmp_path, name, epochs, content)
+    assert times(tmp_path) == ("epochs", [*epochs.values()])
+    assert says(tmp_path).startswith("numbers are epochs, counted from 0: ")
+    steps = [EACH * epoch for epoch in epochs.values()]
+    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", steps)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_epoch_is_given(first: int, tmp_path: Path) -> None:
+    write(tmp_path, "epoch_{}.pt", same(5, 10, 15, 20))
+    assert times(tmp_path)[1] == [5, 10, 15, 20]
+    assert times(tmp_path, first_epoch=first)[1] == [e + 1 - first for e in (5, 10, 15, 20)]
+    steps = [EACH * (epoch + 1 - first) for epoch in (5, 10, 15, 20)]
+    assert times(tmp_path, first_epoch=first, steps_per_epoch=EACH) == ("steps", steps)
+
+
+def test_weights_before_the_training_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a first epoch 1, the number 0 is before the training; and of steps."""
+    write(tmp_path, "epoch_{}.pt", {0: 1} | same(1, 2, 3))
+    assert times(tmp_path, first_epoch=1) == ("epochs", [1, 2, 3])
+    assert "epoch_0.pt: left out, as its weights are those before the training" in caplog.text
+    write(tmp_path / "steps", "step_{}.pt", {0: 1, 100: 5, 250: 10})
+    assert times(tmp_path / "steps") == ("steps", [100, 250])
+
+
+@pytest.mark.parametrize("pattern", [r"epoch-(\d+)", r"-(\d+)\.pt", r"(\d+)\.pt$"])
+def test_a_pattern_and_the_steps_of_an_epoch(pattern: str, tmp_path: Path) -> None:
+    write(tmp_path, "run-123_epoch-{}.pt", same(3, 7, 9, 20))
+    steps = [60, 140, 180, 400]
+    assert times(tmp_path, step_from=pattern, steps_per_epoch=EACH) == ("steps", steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("model_{}.pt", lambda number: {"global_step": number}), ("step_{}.pt", None)],
+)
+def test_numbers_that_are_steps_take_no_epochs(name: str, content: Any, tmp_path: Path) -> None:
+    write(tmp_path, name, same(*range(1, 21)), content)
+    assert times(tmp_path) == ("steps", [*range(1, 21)])
+    assert says(tmp_path).startswith("numbers are steps, by ")
+    with pytest.raises(InvalidValueError, match="says nothing about numbers that are steps, by"):
+        times(tmp_path, steps_per_epoch=EACH)
+
+
+def test_an_average_needs_the_steps_of_an_epoch(tmp_path: Path) -> None:
+    """They are asked for, or are what the average has counted."""
+    for save in saves():
+        content = {"model": save.weights, "ema": {"params": save.average, "decay": 0.95}}
+        torch.save(content, tmp_path / f"epoch_{save.epoch}.pt")
+    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: must be given: decays are of"):
+        times(tmp_path)
+    unit, found = times(tmp_path, steps_per_epoch=40)
+    assert (unit, found) == ("steps", sorted(2 * [save.step for save in saves()]))
+    averaged = {one["t"]: one["holds"] for one in Run(tmp_path).info()["checkpoints"]}
+    assert set(averaged.values()) == {"weights"}
+    for save in saves(ratio):
+        counted = {"params": save.average, "decay": 0.95, "num_updates": save.step}
+        content = {"model": save.weights, "ema": counted}
+        torch.save(content, tmp_path / f"epoch_{save.epoch}.pt")
+    unit, found = times(tmp_path)
+    assert (unit, found) == ("steps", sorted(2 * [save.step for save in saves()]))
+    assert "steps are the updates that the averages have counted" in says(tmp_path)
+
+
+def test_averages_alone_by_epoch(tmp_path: Path) -> None:
+    """Files of MACE have an average only; steps of an epoch make a run of it."""
+    for save in saves():
+        torch.save({"model": save.average}, tmp_path / f"water_run-123_epoch-{save.epoch - 1}.pt")
+    settings = {"kind": "ema", "ema_decay": 0.95}
+    with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: must be given"):
+        times(tmp_path, **settings)
+    import_checkpoints(tmp_path, tmp_path / "new", steps_per_epoch=40, **settings)
+    run = Run(tmp_path / "new")
+    assert [one.t for one in run.sources] == [save.step for save in saves()]
+    assert all(isinstance(one.profile, OrdinaryEMA) for one in run.sources)
+    made = run.average(0.1, dtype="float64")
+    assert made.predicted_error is not None
+    assert distance(made, true_average(0.1)) < 3 * made.predicted_error
+
+
+# --- how exact averages of weights by epoch are
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("name", ["epoch_{}.pth", "model_{}.pth"])
+def test_errors_of_weights_by_epoch_are_known(
+    name: str, every: int, sigma_rel: float, tmp_path: Path
+) -> None:
+    """Between files the weights move on, whatever the numbers count."""
+    write(tmp_path, name, same(*range(every, 21, every)))
+    made = Run(tmp_path).average(sigma_rel, dtype="float64")
+    error = distance(made, true_average(sigma_rel))
+    assert made.predicted_error is not None
+    assert error / 3 < made.predicted_error < 3 * error
+    steps = import_checkpoints(tmp_path, tmp_path / "new", steps_per_epoch=EACH).checkpoints
+    assert steps[-1].t == STEPS
+    again = Run(tmp_path / "new").average(sigma_rel, dtype="float64")
+    assert again.predicted_error is not None
+    error = distance(again, true_average(sigma_rel))
+    assert error / 3 < again.predicted_error < 3 * error
+
+
+# --- odd files
+
+
+Odd = Callable[[Path], object]
+
+
+def another_model(path: Path) -> None:
+    torch.save({"model": {"x": torch.ones(3)}}, path)
+
+
+ODD: dict[str, tuple[Odd, str]] = {
+    "latest.ckpt": (lambda path: store(path, 20), "no step"),
+    "best.pt": (lambda path: store(path, 7), "no step"),
+    "model_last.pt": (lambda path: store(path, 19), "no step"),
+    "vae.pt": (another_model, "no step"),
+    "vae_30.pt": (another_model, "another model"),
+    "notes.pt": (lambda path: path.write_text("these are the good ones"), "cannot be"),
+    "broken.pt": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), ""),
+    "log_5.pt": (lambda path: torch.save({"losses": [1.0, 2.0]}, path), "holds no"),
+    "step_400.pt": (lambda path: store(path, 20), "another kind"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_file_is_left_out_and_named(
+    odd: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
+    make, reason = ODD[odd]
+    make(tmp_path / odd)
+    run = Run(tmp_path)
+    assert [one.t for one in run.sources] == [*range(1, 21)]
+    assert f"left out: {odd} ({reason}" in caplog.text
+    assert any(f"left out: {odd} ({reason}" in note for note in run.info()["notes"])
+
+
+@pytest.mark.parametrize("odd", ["optimizer_20.pt", "scheduler_20.pt", "rng_state_20.pth"])
+def test_states_of_a_training_are_no_models(odd: str, tmp_path: Path) -> None:
+    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
+    torch.save({"x": torch.ones(3)}, tmp_path / odd)
+    assert [one.t for one in Run(tmp_path).sources] == [*range(1, 21)]
+
+
+def test_a_copy_that_says_its_epoch_is_one_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Equal or not, a file without a number does not replace the numbered one."""
+    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)), lambda epoch: {"epoch": epoch})
+    store(tmp_path / "last.pt", 20, epoch=20)
+    store(tmp_path / "best.pt", 6, epoch=7)
+    run = Run(tmp_path)
+    assert [one.t for one in run.sources] == [*range(1, 21)]
+    assert all(one.path.name.startswith("epoch_") for one in run.sources)
+    assert "best.pt: left out, as epoch_7.pt has the same number" in caplog.text
+    assert "last.pt" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_a_truncated_file_of_the_run_is_an_error(size: int, tmp_path: Path) -> None:
+    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
+    file = tmp_path / "epoch_7.pt"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(FileFormatError, match=r"epoch_7\.pt"):
+        _ = Run(tmp_path).sources
+    described = Run(tmp_path).info()
+    assert len(described["checkpoints"]) == 20
+    assert any("epoch_7.pt" in problem for problem in described["problems"])
+
+
+def test_two_models_of_about_equally_many_files_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "epoch_{}.pt", same(*range(1, 6)))
+    for epoch in range(6, 10):
+        another_model(tmp_path / f"epoch_{epoch}.pt")
+    with pytest.raises(MismatchError, match=r"epoch_1\.pt and .*epoch_6\.pt"):
+        _ = Run(tmp_path).sources
+
+
+def test_epochs_and_steps_do_not_mix(tmp_path: Path) -> None:
+    write(tmp_path, "epoch_{}.pt", same(1, 2, 3))
+    write(tmp_path, "step_{}.pt", {80: 4, 100: 5})
+    with pytest.raises(MismatchError, match="are numbered by steps and by epochs"):
+        _ = Run(tmp_path).sources
+    assert len(Run(tmp_path).info()["checkpoints"]) == 5
+
+
+@pytest.mark.parametrize("folder", ["exp_100epochs", "lr-3_ep50", "of_9_steps", "checkpoint-7"])
+def test_the_number_of_an_experiment_is_none_of_its_files(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = write(tmp_path / folder, "epoch_{}.pt", same(*range(1, 21)))
+    store(place / "best.pt", 7)
+    assert times(place) == ("epochs", [*range(1, 21)])
+    assert "left out: best.pt (no step)" in caplog.text
+    store(place / "best.pt", 7, epoch=7)
+    assert times(place) == ("epochs", [*range(1, 21)])
+
+
+# --- files without a number
+
+
+WORDS = {"first": 5, "middle": 10, "newest": 20}
+
+
+def test_the_content_has_the_step(tmp_path: Path) -> None:
+    for word, epoch in WORDS.items():
+        store(tmp_path / f"{word}.pt", epoch, global_step=EACH * epoch)
+    assert times(tmp_path) == ("steps", [100, 200, 400])
+    assert says(tmp_path) == "numbers are steps, by `global_step`"
+    assert Run(tmp_path).sources[0].has_step_unit  # type: ignore[attr-defined]
+
+
+def test_the_content_has_the_epoch(tmp_path: Path) -> None:
+    for word, epoch in WORDS.items():
+        store(tmp_path / f"{word}.pt", epoch, epoch=epoch)
+    assert times(tmp_path) == ("epochs", [5, 10, 20])  # the folder has the word, too
+    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", [100, 200, 400])
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+def test_files_of_every_ending(ending: str, tmp_path: Path) -> None:
+    write(tmp_path, f"epoch_{{}}.{ending}", same(*range(1, 6)))
+    assert times(tmp_path) == ("epochs", [1, 2, 3, 4, 5])
+    for epoch in range(1, 6):
+        folder = tmp_path / "folders" / f"epoch_{epoch}"
+        folder.mkdir(parents=True)
+        (tmp_path / f"epoch_{epoch}.{ending}").rename(folder / f"model.{ending}")
+    assert times(tmp_path / "folders") == ("epochs", [1, 2, 3, 4, 5])
+
+
+# --- info
+
+
+def two_unknown_sets(folder: Path) -> None:
+    """Write averages of unknown decay, by epoch."""
+    for save in saves():
+        content = {"model": save.weights, "ema": save.average}
+        torch.save(content, folder / f"epoch_{save.epoch}.pt")
+
+
+def two_averages(folder: Path) -> None:
+    for save in saves():
+        content = {"model": save.weights, "ema": save.average, "ema2": save.average}
+        torch.save(content, folder / f"step_{save.step}.pt")
+
+
+def of_no_time(folder: Path) -> None:
+    for name in ("a", "b"):
+        store(folder / f"{name}.pt", 3)
+
+
+def of_one_time(folder: Path) -> None:
+    store(folder / "a_5.pt", 5)
+    store(folder / "b_5.pt", 6)
+
+
+def of_ema_pytorch(folder: Path) -> None:
+    for step in (1, 2):
+        torch.save({"initted": torch.tensor(True), "w": torch.ones(3)}, folder / f"0.{step}.pt")
+
+
+def of_modules_without_tensors(folder: Path) -> None:
+    torch.save({"model": None, "epoch": 3}, folder / "epoch_3.pt")
+
+
+def of_undecided_buffers(folder: Path) -> None:
+    for save in saves():
+        flat = {f"ema_{name.replace('.', '_')}": one for name, one in save.weights.items()}
+        torch.save({"state_dict": save.weights | flat}, folder / f"iter_{save.step}.pth")
+
+
+UNCLEAR: dict[str, tuple[Odd, str]] = {
+    "no steps": (two_unknown_sets, "steps of an epoch"),
+    "two averages": (two_averages, "average"),
+    "no time": (of_no_time, "its step"),
+    "one time": (of_one_time, "are both of step 5"),
+    "no width": (of_ema_pytorch, "sigma_rels"),
+    "no tensors": (of_modules_without_tensors, "no tensors"),
+    "undecided": (of_undecided_buffers, "average"),
+}
+
+
+@pytest.mark.parametrize("what", UNCLEAR)
+def test_info_answers_where_an_import_has_to_be_told_something(
+    what: str, tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, asked = UNCLEAR[what]
+    make(tmp_path)
+    described = Run(tmp_path).info()
+    assert described["checkpoints"]
+    texts = [*described.get("notes", []), *described.get("problems", []), caplog.text]
+    assert any(asked in text for text in texts), texts
+    shown = ema("info", tmp_path)
+    assert shown.code in (0, 1), shown.err
+    assert "Traceback" not in shown.err
+    assert asked in shown.out + shown.err
+    named = ema("info", tmp_path, "--json").json
+    assert len(named["checkpoints"]) == len(described["checkpoints"])
+
+
+def test_info_says_what_numbers_are_taken_for(tmp_path: Path, ema: Ema) -> None:
+    write(tmp_path, "model_{}.pth", same(*range(1, 21)))
+    sentence = "numbers are epochs, counted from 1: they follow each other without a gap"
+    assert Run(tmp_path).info()["numbers"] == sentence
+    assert sentence in " ".join(ema("info", tmp_path).out.split())
+    assert sentence in " ".join(ema("import", tmp_path, "--dry-run").out.split())

@@ -1,0 +1,712 @@
+"""What programs save is found: the average and the weights, tensor for tensor, and how the average
+was updated; written by the programs' libraries, or in their published structure."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from walks import (
+    EVERY,
+    STEPS,
+    Save,
+    Tensors,
+    constant,
+    copied,
+    distance,
+    new_net,
+    ratio,
+    saves,
+    true_average,
+    walk,
+    weights_of,
+)
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.profiles import OrdinaryEMA, Point
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(24, 24)}}, "param_groups": [{"params": [0]}]}
+
+
+def named(prefix: str, tensors: Tensors) -> Tensors:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def values_of(source: Checkpoint) -> Tensors:
+    """Return the tensors of a source, under all their names."""
+    names = {name: name for name in source.entries} | source.aliases
+    with source:
+        return {
+            alias: torch.from_numpy(source.values(name, 0, source.entries[name].size)).reshape(
+                source.entries[name].shape
+            )
+            for alias, name in names.items()
+        }
+
+
+def assert_equal(made: Tensors, stored: Tensors) -> None:
+    assert made.keys() == stored.keys()
+    for name, value in stored.items():
+        assert torch.equal(made[name].double(), value.double()), name
+
+
+def check(
+    place: Path, average: Tensors, weights: Tensors, decay: float | None = 0.95, /, **settings: Any
+) -> None:
+    """Check what an import finds at the last step; `decay` None if the file does not say it."""
+    given = dict(settings)
+    if decay is None:
+        given |= {"ema_decay": 0.95, "ema_warmup": "none"}
+    found = import_checkpoints(place, None, dry_run=True, **given).checkpoints
+    assert found[-1].t == STEPS
+    newest = [one for one in found if one.t == STEPS]
+    (raw,) = [one for one in newest if isinstance(one.profile, Point)]
+    (averaged,) = [one for one in newest if isinstance(one.profile, OrdinaryEMA)]
+    assert_equal(values_of(raw), weights)
+    assert_equal(values_of(averaged), average)
+    assert averaged.decay == pytest.approx(decay or 0.95, abs=1e-7)
+    assert len(found) >= 19  # an average that has not begun is none
+
+
+def exported(file: Path, **options: Any) -> Tensors:
+    out = file.with_name("exported.safetensors")
+    export_file(file, out, overwrite=True, **options)
+    return load_file(out)
+
+
+def check_export(file: Path, average: Tensors, weights: Tensors, /, **options: Any) -> None:
+    assert_equal(exported(file, **options), average)
+    assert_equal(exported(file, weights=True, **options), weights)
+
+
+# --- in their published structure
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a program writes at a save, and what its files do not say."""
+
+    file: str
+    content: Callable[[Save], object]
+    decay: Callable[[int], float] = constant
+    says: float | None = None  # the decay, as the import takes it from the file
+    prefix: str = ""  # of names in both sets
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def unbiased(n: int) -> float:
+    return 1.0 - (1 - 0.95) / float(1 - 0.95**n)
+
+
+def audiocraft(save: Save) -> object:
+    return {
+        "xp.cfg": {"optim": {"ema": {"use": True, "decay": 0.95, "updates": 1}}},
+        "xp.sig": "abc",
+        "history": [{"train": {"ce": 3.0}}],
+        "best_state": {"model": saves()[0].weights},
+        "fsdp_best_state": {},
+        "model": save.weights,
+        "optimizer": OPTIMIZER,
+        "ema": {"state": {"model": save.average}, "count": 20.0},
+    }
+
+
+def openfold(save: Save) -> object:
+    return {
+        "epoch": save.epoch - 1,
+        "global_step": save.step,
+        "state_dict": named("model.", save.weights),
+        "optimizer_states": [OPTIMIZER],
+        "ema": {"params": save.average, "decay": 0.95},
+    }
+
+
+def composer(save: Save, is_active: bool) -> object:
+    stored = save.weights if is_active else save.average
+    model = save.average if is_active else save.weights
+    states = {"ema_model": {"parameters_dict": stored, "buffers_dict": {}}}
+    return {
+        "state": {
+            "model": model,
+            "optimizers": {"Adam": OPTIMIZER},
+            "algorithms": [("EMA", states | {"ema_weights_active": is_active})],
+            "timestamp": {"Timestamp": {"epoch": save.epoch, "batch": save.step, "sample": 9}},
+        },
+        "rng": [{"torch": torch.get_rng_state()}],
+    }
+
+
+def ace(save: Save) -> object:
+    return {
+        "num_batches_seen": save.step,
+        "epoch": save.epoch,
+        "stepper": {"module": named("module.", save.weights), "config": {"type": "SFNO"}},
+        "optimization": {"optimizer_state_dict": OPTIMIZER},
+        "ema": {
+            "decay": torch.tensor(0.95),
+            "num_updates": torch.tensor(save.step),
+            "faster_decay_at_start": True,
+            "module_name_to_ema_name": {name: name.replace(".", "") for name in save.weights},
+            "ema_params": {name.replace(".", ""): one for name, one in save.average.items()},
+        },
+    }
+
+
+def lightning_like(*sets: Callable[[Save], Tensors]) -> Callable[[Save], object]:
+    def content(save: Save) -> object:
+        state = {name: value for one in sets for name, value in one(save).items()}
+        return {"state_dict": state, "global_step": save.step, "epoch": save.epoch - 1}
+
+    return content
+
+
+def moco(save: Save, online: str, slow: str) -> object:
+    state = named(f"module.{online}.", save.weights) | named(f"module.{slow}.", save.average)
+    state["module.queue"] = torch.zeros(4, 8)
+    state["module.queue_ptr"] = torch.zeros(1)
+    return {"epoch": save.epoch, "arch": "vit", "state_dict": state, "optimizer": OPTIMIZER}
+
+
+EPOCHS = {"steps_per_epoch": EVERY}
+PROGRAMS = {
+    "audiocraft": Program("checkpoint_{epoch}.th", audiocraft, unbiased, 0.95, "", EPOCHS),
+    "OpenFold": Program("{epoch}-{step}.ckpt", openfold, says=0.95),
+    "Composer": Program("ep{epoch}-ba{step}-rank0.pt", lambda save: composer(save, False)),
+    "Composer, active": Program("ep{epoch}-ba{step}-rank0.pt", lambda save: composer(save, True)),
+    "ACE": Program("ckpt_{epoch:04}.tar", ace, ratio, 0.95),
+    "DINO": Program(
+        "checkpoint{epoch:04}.pth",
+        lambda save: {
+            "student": named("module.", save.weights),
+            "teacher": save.average,
+            "optimizer": OPTIMIZER,
+            "epoch": save.epoch + 1,
+            "dino_loss": {"center": torch.zeros(1, 8)},
+        },
+        settings={**EPOCHS, "first_epoch": 1},
+    ),
+    "I-JEPA": Program(
+        "jepa-ep{epoch}.pth.tar",
+        lambda save: {
+            "encoder": named("module.", save.weights),
+            "predictor": {"module.embed.weight": torch.zeros(8, 32)},
+            "target_encoder": named("module.", save.average),
+            "opt": OPTIMIZER,
+            "epoch": save.epoch,
+        },
+        prefix="module.",
+        settings=EPOCHS,
+    ),
+    "BYOL": Program(
+        "byol-{step}.ckpt",
+        lightning_like(
+            lambda save: named("learner.online_encoder.net.", save.weights),
+            lambda _: {"learner.online_predictor.net.0.weight": torch.ones(8, 4)},
+            lambda save: named("learner.target_encoder.net.", save.average),
+        ),
+        prefix="net.",
+    ),
+    "MoCo v2": Program(
+        "checkpoint_{epoch:04}.pth.tar",
+        lambda save: moco(save, "encoder_q", "encoder_k"),
+        settings=EPOCHS,
+    ),
+    "MoCo v3": Program(
+        "checkpoint_{epoch:04}.pth.tar",
+        lambda save: moco(save, "base_encoder", "momentum_encoder"),
+        settings=EPOCHS,
+    ),
+    "DDP, weights": Program(
+        "step_{step}.pt",
+        lambda save: {"model": named("module.", save.weights), "model_ema": save.average},
+    ),
+    "DDP, average": Program(
+        "step_{step}.pt",
+        lambda save: {"model": save.weights, "ema": named("module.", save.average)},
+    ),
+    "BasicSR": Program(
+        "net_g_{step}.pth",
+        lambda save: {"params": save.weights, "params_ema": save.average},
+    ),
+    "LitEma of LDM": Program(
+        "step={step}.ckpt",
+        lightning_like(
+            lambda save: named("model.diffusion_model.", save.weights),
+            lambda save: {
+                f"model_ema.diffusion_model{name.replace('.', '')}": value
+                for name, value in save.average.items()
+            },
+            lambda save: {
+                "model_ema.decay": torch.tensor(0.95),
+                "model_ema.num_updates": torch.tensor(save.step),
+            },
+        ),
+        ratio,
+        0.95,
+        "diffusion_model.",
+    ),
+    "consistency models": Program(
+        "run-{step}.pt",
+        lambda save: {"online": {"unet": save.weights}, "target": {"unet": save.average}},
+        prefix="unet.",
+    ),
+}
+
+
+def write(folder: Path, program: Program) -> Path:
+    """Write the files of a program; return the last one."""
+    folder.mkdir(exist_ok=True)
+    for save in saves(program.decay):
+        file = folder / program.file.format(step=save.step, epoch=save.epoch)
+        torch.save(program.content(save), file)
+    return file
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_that_is_known_by_its_structure(name: str, tmp_path: Path) -> None:
+    program = PROGRAMS[name]
+    file = write(tmp_path / "run", program)
+    last = saves(program.decay)[-1]
+    average = named(program.prefix, last.average)
+    weights = named(program.prefix, last.weights)
+    check(file.parent, average, weights, program.says, **program.settings)
+    check_export(file, average, weights)
+
+
+@pytest.mark.parametrize("name", ["OpenFold", "ACE", "audiocraft"])
+def test_an_average_of_another_length_is_exact(name: str, tmp_path: Path) -> None:
+    program = PROGRAMS[name]
+    write(tmp_path / "run", program)
+    import_checkpoints(tmp_path / "run", tmp_path / "new", **program.settings)
+    made = Run(tmp_path / "new").average(0.1, dtype="float64")
+    error = distance(made, true_average(0.1))
+    assert made.predicted_error is not None
+    assert error < 0.02
+    assert error < 3 * made.predicted_error
+
+
+def test_composer_links_its_newest_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "run", PROGRAMS["Composer"])
+    (file.parent / "latest-rank0.pt").symlink_to(file.name)
+    last = saves()[-1]
+    check(file.parent, last.average, last.weights, None)
+
+
+def test_several_averages_of_demucs_are_asked_for(tmp_path: Path) -> None:
+    last = saves()[-1]
+    content = {
+        "state": last.weights,
+        "optimizer": OPTIMIZER,
+        "best_state": saves()[0].weights,
+        "ema_batch_0": {"state": last.average, "count": 20.0},
+        "ema_epoch_0": {"state": saves()[-2].average, "count": 2.0},
+    }
+    torch.save(content, tmp_path / "checkpoint.th")
+    with pytest.raises(FileFormatError, match=r"unclear: .*ema_batch_0.*, .*ema_epoch_0"):
+        exported(tmp_path / "checkpoint.th")
+    for key in ("ema_batch_0", "ema_batch_0.state"):
+        assert_equal(exported(tmp_path / "checkpoint.th", average=key), last.average)
+    assert_equal(exported(tmp_path / "checkpoint.th", weights=True), last.weights)
+
+
+SEVERAL: dict[str, tuple[Callable[[Save], dict[str, Any]], str, str]] = {
+    "by decay in keys": (
+        lambda save: {"ema_0.95": save.average, "ema_0.99": save.weights},
+        "ema_0.95",
+        "ema_0.99",
+    ),
+    "by decay in a key": (
+        lambda save: {"ema": {"0.95": save.average, "0.99": save.weights}},
+        "ema.0.95",
+        "ema.0.99",
+    ),
+    "a list": (lambda save: {"emas": [save.average, save.weights]}, "emas.0", "emas.1"),
+    "deep": (
+        lambda save: {"a": {"ema": save.average}, "b": ({"net_ema": save.weights},)},
+        "a.ema",
+        "b.0.net_ema",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_of_several_averages_one_is_chosen(name: str, tmp_path: Path) -> None:
+    content, key, other = SEVERAL[name]
+    for save in saves():
+        torch.save({"model": save.weights, **content(save)}, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
+        exported(tmp_path / "step400.pt")
+    with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
+        _ = Run(tmp_path).sources
+    check(tmp_path, last.average, last.weights, None, average=key)
+    assert_equal(exported(tmp_path / "step400.pt", average=key), last.average)
+    assert_equal(exported(tmp_path / "step400.pt", average=other), last.weights)
+    assert_equal(exported(tmp_path / "step400.pt", weights=True), last.weights)
+
+
+def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
+    last = saves()[-1]
+    for save in saves():
+        buffers = {f"bn.{index}.running_mean": torch.full((4,), 1.0 * index) for index in range(9)}
+        averaged = {name: value / 2 for name, value in buffers.items()}
+        parts = {"named_parameters_dict": save.average, "named_buffers_dict": averaged}
+        algorithms = [("EMA", {"ema_model": parts, "ema_weights_active": False})]
+        state = {"model": save.weights | buffers, "algorithms": algorithms}
+        torch.save({"state": state}, tmp_path / f"ep0-ba{save.step}-rank0.pt")
+    check(tmp_path, last.average | averaged, last.weights | buffers, None, step_from=r"ba(\d+)")
+    file = tmp_path / "ep0-ba400-rank0.pt"
+    check_export(file, last.average | averaged, last.weights | buffers)
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_buffers_of_mmcv(
+    is_swapped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the two sets the average is the one that moves less; a single file asks."""
+    for save in saves():
+        model = save.average if is_swapped else save.weights
+        buffers = save.weights if is_swapped else save.average
+        flat = {f"ema_{name.replace('.', '_')}": value for name, value in buffers.items()}
+        meta = {"epoch": save.epoch, "iter": save.step}
+        file = tmp_path / f"iter_{save.step}.pth"
+        torch.save({"meta": meta, "state_dict": model | flat, "optimizer": OPTIMIZER}, file)
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights, None)
+    assert "which moves less from file to file" in caplog.text
+    with pytest.raises(FileFormatError, match="nothing tells which is the average"):
+        exported(file)
+    keys = ["ema_*", "state_dict"]
+    if is_swapped:
+        keys.reverse()
+    assert_equal(exported(file, average=keys[0]), last.average)
+    assert_equal(exported(file, average=keys[1]), last.weights)
+    check(tmp_path, last.average, last.weights, None, average=keys[0])
+
+
+def ramp(n: int) -> float:
+    return 0.9999 * (1 - math.exp(-n / 2000))
+
+
+def of_ultralytics(save: Save, has_model: bool) -> object:
+    """Whole modules in half precision."""
+    net = new_net()
+    net.load_state_dict(save.weights)
+    averaged = new_net()
+    averaged.load_state_dict(save.average)
+    return {
+        "epoch": save.epoch - 1,
+        "model": net.half() if has_model else None,
+        "ema": averaged.half(),
+        "updates": save.step,
+        "optimizer": OPTIMIZER,
+        "train_args": {"epochs": 10},
+    }
+
+
+def halved(tensors: Tensors) -> Tensors:
+    return {name: value.half() for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("has_model", [False, True])
+def test_modules_of_ultralytics(has_model: bool, tmp_path: Path) -> None:
+    """The `updates` of the average turn epochs into steps."""
+    for save in saves(ramp):
+        content = of_ultralytics(save, has_model)
+        file = tmp_path / f"epoch{save.epoch - 1}.pt"
+        torch.save(content, file)
+    for copy in ("last.pt", "best.pt"):
+        torch.save(content, tmp_path / copy)
+    last = saves(ramp)[-1]
+    found = import_checkpoints(tmp_path, None, dry_run=True).checkpoints
+    averaged = [one for one in found if isinstance(one.profile, OrdinaryEMA)]
+    assert [one.t for one in averaged] == [save.step for save in saves(ramp)]
+    assert averaged[-1].decay == 0.9999
+    assert_equal(exported(file), halved(last.average))
+    assert_equal(values_of(averaged[-1]), halved(last.average))
+    if has_model:
+        check(tmp_path, halved(last.average), halved(last.weights), 0.9999)
+        check_export(file, halved(last.average), halved(last.weights))
+
+
+def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:
+    for save in saves():
+        folder = tmp_path / f"global_step{save.step}"
+        folder.mkdir()
+        state = {"module": save.weights, "optimizer": None, "global_steps": save.step}
+        torch.save(state, folder / "mp_rank_00_model_states.pt")
+        flat = {"optimizer_state_dict": {"fp32_flat_groups": [torch.zeros(9)]}}
+        torch.save(flat, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        torch.save(flat, folder / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    (tmp_path / "latest").write_text("global_step400")
+    (tmp_path / "zero_to_fp32.py").write_text("")
+    run = Run(tmp_path)
+    assert [one.step for one in run.sources] == [save.step for save in saves()]
+    newest = run.sources[-1]
+    assert isinstance(newest, Checkpoint)
+    assert_equal(values_of(newest), saves()[-1].weights)
+    assert distance(run.average(0.1, dtype="float64"), true_average(0.1)) < 0.05
+
+
+def test_target_networks_in_files_of_their_own(tmp_path: Path) -> None:
+    for save in saves():
+        torch.save(save.weights, tmp_path / f"model_{save.step}.pt")
+        torch.save(save.average, tmp_path / f"target_model_{save.step}.pt")
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights, None)
+    assert_equal(exported(tmp_path / "target_model_400.pt"), last.average)
+    assert_equal(exported(tmp_path / "model_400.pt", weights=True), last.weights)
+
+
+@pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
+def test_tied_parameters_have_one_average(kept: str, tmp_path: Path) -> None:
+    """An EMA of `named_parameters()` has one of the two names; both get the average."""
+    for save in saves():
+        state = dict(save.weights)
+        average = dict(save.average)
+        state["embed.weight"] = state["head.weight"]
+        average["embed.weight"] = average.pop("head.weight")
+        average[kept] = average.pop("embed.weight")
+        torch.save({"model": state, "ema": average}, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    weights = last.weights | {"embed.weight": last.weights["head.weight"]}
+    averaged = last.average | {"embed.weight": last.average["head.weight"]}
+    check(tmp_path, averaged, weights, None)
+    check_export(tmp_path / "step400.pt", averaged, weights)
+
+
+def test_an_average_of_a_part_of_the_model(tmp_path: Path) -> None:
+    """Names tell which part it is of; the run is of that part."""
+    text = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
+    for save in saves():
+        model = {"state_dict": named("net.", save.weights) | text}
+        torch.save(model | {"ema": named("net.", save.average)}, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights, None)
+    assert_equal(exported(tmp_path / "step400.pt"), last.average)
+
+
+def test_an_average_that_is_not_used_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An average of a small part of the model is used if the user names it."""
+    rest = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
+    for save in saves():
+        content = {"state_dict": save.weights | rest, "extra": {"deep": {"ema": save.average}}}
+        torch.save(content, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    Run(tmp_path).average(0.1)
+    assert "also holds extra.deep.ema, not used: `average` 'extra.deep.ema' names it" in caplog.text
+    for key in ("extra.deep.ema", "deep.ema", "ema"):
+        check(tmp_path, last.average | rest, last.weights | rest, None, average=key)
+        made = exported(tmp_path / "step400.pt", average=key)
+        assert_equal(made, last.average | rest)
+    assert_equal(exported(tmp_path / "step400.pt", weights=True), last.weights | rest)
+
+
+# --- written by the libraries
+
+
+def test_accelerate_with_an_average_of_diffusers(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    training = pytest.importorskip("diffusers.training_utils")
+    net = new_net()
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    prepared, _ = accelerator.prepare(net, optimizer)
+    average = training.EMAModel(net.parameters(), decay=0.95)
+    accelerator.register_for_checkpointing(average)
+    for step in walk(net):
+        average.step(net.parameters())
+        if step % EVERY == 0:
+            accelerator.save_state(str(tmp_path / f"checkpoint-{step}"))
+    assert prepared is net
+    names = [name for name, _ in net.named_parameters()]
+    averaged = dict(zip(names, average.shadow_params, strict=True))
+    check(tmp_path, averaged, weights_of(net))
+    check_export(tmp_path / "checkpoint-400", averaged, weights_of(net))
+
+
+@pytest.mark.parametrize("has_online", [False, True])
+def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
+    library = pytest.importorskip("ema_pytorch")
+    net = new_net()
+    average = library.EMA(
+        net,
+        beta=0.95,
+        power=1.0,
+        update_every=1,
+        update_after_step=0,
+        include_online_model=has_online,
+    )
+    for step in walk(net):
+        average.update()
+        if step % EVERY == 0:
+            state = named("diffusion.model.", net.state_dict())
+            state |= named("diffusion_ema.", average.state_dict())
+            state |= {"diffusion.text.weight": torch.ones(9, 9)}
+            content = {"state_dict": state, "global_step": step, "epoch": 0}
+            torch.save(content, tmp_path / f"epoch=0-step={step}.ckpt")
+    averaged = copied(average.ema_model.state_dict())
+    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
+    if has_online:
+        settings["weights"] = "diffusion.model"
+    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
+    file = tmp_path / "epoch=0-step=400.ckpt"
+    assert_equal(exported(file), averaged)
+    assert_equal(exported(file, average="diffusion_ema.ema_model"), averaged)
+
+
+@pytest.mark.parametrize("has_online", [False, True])
+def test_ema_pytorch_in_a_list_of_imagen(has_online: bool, tmp_path: Path) -> None:
+    library = pytest.importorskip("ema_pytorch")
+    net = new_net()
+    average = library.EMA(
+        net,
+        beta=0.95,
+        power=1.0,
+        update_every=1,
+        update_after_step=0,
+        include_online_model=has_online,
+    )
+    list_of_all = torch.nn.ModuleList([average])
+    for step in walk(net):
+        average.update()
+        if step % EVERY == 0:
+            content = {
+                "model": named("unets.0.", net.state_dict()),
+                "version": "1.26",
+                "steps": torch.tensor([step]),
+                "optim0": OPTIMIZER,
+                "ema": list_of_all.state_dict(),
+            }
+            torch.save(content, tmp_path / f"checkpoint.{step}.pt")
+    averaged = copied(average.ema_model.state_dict())
+    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
+    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
+    check_export(tmp_path / "checkpoint.400.pt", averaged, weights_of(net))
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_torch_ema_with_weights_set_aside(is_swapped: bool, tmp_path: Path) -> None:
+    """While the average is swapped in, the raw weights are in `collected_params`; afterwards old
+    ones are there."""
+    library = pytest.importorskip("torch_ema")
+    net = new_net()
+    average = library.ExponentialMovingAverage(net.parameters(), decay=0.95)
+    for step in walk(net):
+        average.update()
+        if step % EVERY == 0:
+            weights = weights_of(net)
+            if is_swapped:
+                average.store()
+                average.copy_to()
+            content = {"state_dict": net.state_dict(), "ema": average.state_dict()}
+            torch.save(content | {"global_step": step}, tmp_path / f"step={step}.ckpt")
+            if is_swapped:
+                average.restore()
+            else:
+                average.store()
+    names = list(weights)
+    averaged = dict(zip(names, copied_list(average.shadow_params), strict=True))
+    check(tmp_path, averaged, weights)
+    check_export(tmp_path / "step=400.ckpt", averaged, weights)
+
+
+def copied_list(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path) -> None:
+    """The list has one tensor of two of a shape, and is matched by values."""
+    net = new_net()
+    net.body[1].weight.requires_grad_(False)
+    net.body[0].bias.requires_grad_(False)
+    trained = {name: one for name, one in net.named_parameters() if one.requires_grad}
+    shadow = copied(trained)
+    for step in walk(net):
+        for name, value in shadow.items():
+            value.lerp_(trained[name].detach(), 1 - ratio(step))
+        if step % EVERY == 0:
+            state = {"decay": 0.95, "num_updates": step, "shadow_params": [*shadow.values()]}
+            torch.save({"model": net.state_dict(), "ema": state}, tmp_path / f"step{step}.pt")
+    averaged = weights_of(net) | shadow
+    check(tmp_path, averaged, weights_of(net))
+    check_export(tmp_path / "step400.pt", averaged, weights_of(net))
+
+
+def fit(module: Any) -> None:
+    lightning = pytest.importorskip("lightning")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module)
+
+
+def test_an_averaged_model_in_a_module_of_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    swa_utils = torch.optim.swa_utils
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.net = new_net()
+            average = swa_utils.get_ema_multi_avg_fn(0.95)
+            self.slow = swa_utils.AveragedModel(self.net, multi_avg_fn=average)
+            self.steps = walk(self.net)
+
+        def train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.zeros(STEPS, 1))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
+
+        def training_step(self, _: Any) -> None:
+            self.optimizers().step()
+            step = next(self.steps)
+            self.slow.update_parameters(self.net)
+            if step % EVERY == 0:
+                self.trainer.save_checkpoint(tmp_path / f"step={step}.ckpt")
+
+    module = Module()
+    fit(module)
+    averaged = weights_of(module.slow.module)
+    check(tmp_path, averaged, weights_of(module.net), None)
+    check_export(tmp_path / "step=400.ckpt", averaged, weights_of(module.net))
+
+
+def test_the_hook_of_mmengine(tmp_path: Path) -> None:
+    """Its checkpoints have the average in `state_dict`, and the weights in `ema_state_dict`."""
+    averages = pytest.importorskip("mmengine.model.averaged_model")
+    net = new_net()
+    average = averages.ExponentialMovingAverage(net, momentum=0.05)
+    for step in walk(net):
+        average.update_parameters(net)
+        if step % EVERY == 0:
+            weights = weights_of(net)
+            averaged = weights_of(average.module)
+            hook = {"steps": average.steps.clone()} | named("module.", weights)
+            content = {"meta": {"epoch": 1, "iter": step}, "state_dict": averaged}
+            torch.save(content | {"ema_state_dict": hook}, tmp_path / f"iter_{step}.pth")
+    check(tmp_path, averaged, weights, None)
+    check_export(tmp_path / "iter_400.pth", averaged, weights)

@@ -1,0 +1,108 @@
+"""A small model whose weights walk at random, an EMA of them, and what both were at some steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from factories import exact_weights
+
+Tensors = dict[str, torch.Tensor]
+Decay = Callable[[int], float]
+"""What the n-th update of an average keeps."""
+
+STEPS = 400
+EVERY = 40
+
+
+class Net(torch.nn.Module):
+    """A model whose tensors have pairs of equal shapes, so that shapes do not tell which is
+    which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 24))
+        self.head = torch.nn.Linear(24, 24, bias=False)
+
+
+def new_net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def walk(net: torch.nn.Module, steps: int = STEPS, rate: float = 0.004) -> Iterator[int]:
+    """Move the trained parameters of a model at random, and yield the number of each step."""
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.requires_grad:
+                    parameter += rate * noise
+        yield step
+
+
+def copied(tensors: Tensors) -> Tensors:
+    return {name: value.detach().clone() for name, value in tensors.items()}
+
+
+def weights_of(net: torch.nn.Module) -> Tensors:
+    return copied(dict(net.named_parameters()))
+
+
+@functools.cache
+def history(steps: int = STEPS) -> list[Tensors]:
+    """Return the weights after every step."""
+    net = new_net()
+    return [weights_of(net) for _ in walk(net, steps)]
+
+
+def true_average(sigma_rel: float, steps: int = STEPS) -> Tensors:
+    """Return the power function's sum over every step, in float64."""
+    masses = torch.from_numpy(exact_weights(sigma_rel, range(1, steps + 1)))
+    average = {}
+    for name in history(steps)[0]:
+        values = torch.stack([weights[name].double() for weights in history(steps)])
+        average[name] = torch.tensordot(masses, values, dims=1)
+    return average
+
+
+def distance(made: Tensors, truth: Tensors) -> float:
+    """Return the relative distance of an average from the true one."""
+    assert made.keys() == truth.keys()
+    squares = [float((made[name].double() - truth[name]).square().sum()) for name in truth]
+    norms = [float(values.square().sum()) for values in truth.values()]
+    return float((sum(squares) / sum(norms)) ** 0.5)
+
+
+@dataclass(frozen=True)
+class Save:
+    """What a training has when it saves."""
+
+    step: int
+    epoch: int  # from 1, of `EVERY` steps
+    weights: Tensors
+    average: Tensors
+
+
+def constant(_: int) -> float:
+    return 0.95
+
+
+def ratio(n: int) -> float:
+    return min(0.95, (1 + n) / (10 + n))
+
+
+@functools.cache
+def saves(decay: Decay = constant) -> list[Save]:
+    """Return what there is every `EVERY` steps, the average in float32 from the first weights."""
+    average = copied(dict(new_net().named_parameters()))
+    saved = []
+    for step, weights in enumerate(history(), 1):
+        for name, value in average.items():
+            value.lerp_(weights[name], 1 - decay(step))
+        if step % EVERY == 0:
+            saved.append(Save(step, step // EVERY, weights, copied(average)))
+    return saved
