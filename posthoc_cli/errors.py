@@ -15,8 +15,11 @@ import logging
 import math
 import operator
 import sys
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -198,6 +201,53 @@ def show_unhandled(_: str, text: str) -> None:
     `logging.lastResort` does."""
     if not logging.getLogger().handlers:
         sys.stderr.write(f"posthoc_cli: {text}\n")
+
+
+class Log:
+    """The log of a module, which keeps the messages of a tracker's threads for `log_kept_messages`.
+
+    Those threads must take no lock of Python's logging: the code that a signal handler has
+    interrupted may hold one, and the handler may wait for such a thread.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._logger = logging.getLogger(module)
+
+    def debug(self, text: str, *arguments: object) -> None:
+        self._log(logging.DEBUG, text, *arguments)
+
+    def info(self, text: str, *arguments: object) -> None:
+        self._log(logging.INFO, text, *arguments)
+
+    def warning(self, text: str, *arguments: object) -> None:
+        self._log(logging.WARNING, text, *arguments)
+
+    def error(self, text: str, *arguments: object) -> None:
+        self._log(logging.ERROR, text, *arguments)
+
+    def _log(self, level: int, text: str, *arguments: object) -> None:
+        if hasattr(_thread, "keeps_messages"):
+            _kept.append((self._logger, level, text, arguments))
+        else:
+            self._logger.log(level, text, *arguments, stacklevel=3)
+
+
+_thread = threading.local()
+_kept: deque[tuple[logging.Logger, int, str, tuple[object, ...]]] = deque()
+"""Messages of threads that keep them, in their order."""
+
+
+def keep_messages() -> None:
+    """Keep the messages of the present thread from now on."""
+    _thread.keeps_messages = True
+
+
+def log_kept_messages() -> None:
+    """Log the messages that other threads have kept."""
+    with suppress(IndexError):
+        while True:
+            logger, level, text, arguments = _kept.popleft()
+            logger.log(level, text, *arguments)
 
 
 # --- checks of arguments: the errors say what would be accepted

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import re
 import secrets
@@ -28,9 +27,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, RemoteError, WriteError, shown
+from posthoc_cli.errors import (
+    InvalidValueError,
+    Log,
+    OutputExistsError,
+    RemoteError,
+    WriteError,
+    shown,
+)
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 TEMPORARY_PREFIX = ".ema-"
 
@@ -396,10 +402,13 @@ class PendingFile(_Pending):
                     system.link(self.temporary, self.path)
             except OSError as error:
                 if os.path.lexists(self.path):
-                    raise _taken(self.path) from error
-                if error.errno not in NO_HARD_LINKS:
+                    # a network file system may have made the link, and lost its answer
+                    if not os.path.samestat(self.temporary.lstat(), self.path.lstat()):
+                        raise _taken(self.path) from error
+                elif error.errno in NO_HARD_LINKS:
+                    linked = False  # this check and the rename are not atomic
+                else:
                     raise
-                linked = False  # this check and the rename are not atomic
             if not linked:
                 system.rename(self.temporary, self.path)
             try:

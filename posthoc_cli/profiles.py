@@ -625,6 +625,14 @@ class Clock:
         return np.array([0.0, *self.times]), np.array([0.0, *self.steps])
 
 
+class EpochClock(Clock):
+    """The clock of checkpoints whose numbers are epochs: nothing says the steps of one."""
+
+    def step_at(self, s: npt.ArrayLike) -> FloatArray:  # noqa: ARG002
+        reason = "must be given to an import: the target is of steps, and the checkpoints of epochs"
+        raise InvalidValueError("steps_per_epoch", reason)
+
+
 def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
     """Interpolate linearly between knots: constant before the first one, with the last slope after
     the last."""

@@ -82,12 +82,14 @@ class Target:
             InvalidValueError: the run is too short for the target, or the target has no profile of
                 its own.
         """
-        t, now, step_at = float(t), float(clock.step_at(t)), clock.step_at
+        t = float(t)
+        step_at = clock.step_at
         if self.sigma_rel is not None:
             return PowerFunction.from_sigma_rel(self.sigma_rel, t)
         if self.beta is not None:
             # The logarithm keeps the digits of a beta near 1; all mass before the first update is
             # on the value then.
+            now = float(step_at(t))
             log, start = math.log(self.beta), min(float(t_first), t)
             return Formula(
                 lambda s: np.where(
@@ -97,6 +99,7 @@ class Target:
             )
         if self.kind == "window":
             (steps,) = self.values
+            now = float(step_at(t))
             most = math.floor(now)
             self._check(
                 steps <= now,

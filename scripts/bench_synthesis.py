@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import xxhash
-from bench_update import TRACKED, Layers, Shapes, cell, large_tensors, times
+from bench_update import TRACKED, Layers, Shapes, cell, is_installed, large_tensors, times
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
 
 from posthoc_cli import disk_sources
@@ -84,6 +84,8 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
     }
     show(runs, repeats, one.read_bytes)
     for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
+        if not is_installed(start.__name__):
+            continue
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
             update, average = start(
                 Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others

@@ -1,12 +1,12 @@
 """Measure what the hook costs training: an update, a call that takes snapshots, and memory.
 
-    python scripts/bench_update.py [--device cpu] [--repeats 5] [--quick]
+    python scripts/bench_update.py [--device cpu] [--repeats 5] [--folds 7] [--quick]
 
-This package and both PyPI peers track sigma_rel 0.05 and 0.28 of the same model, update after every
-step through public interfaces, and take turns. All checks of this package are on: names, shapes,
-dtypes, finiteness. A run is seven folds long, and ends when all work is done. A cell is the median
-over runs of an update's mean time, and in parentheses of the processor time of all threads, which
-other programs on the machine change less.
+This package and both PyPI peers, where they are installed, track sigma_rel 0.05 and 0.28 of the
+same model, update after every step through public interfaces, and take turns. All checks of this
+package are on: names, shapes, dtypes, finiteness. A run is seven folds of 256 updates long, and
+ends when all work is done. A cell is the median over runs of an update's mean time, and in
+parentheses of the processor time of all threads, which other programs on the machine change less.
 
 **Ours, late in a run** is at t = 10^6, where an update changes one mean; until t = 104,000, at one
 update a step, it changes two. `--device cuda` puts the models on the accelerator; `posthoc_ema`
@@ -15,6 +15,7 @@ keeps its averages on the CPU there."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import platform
 import statistics
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser.add_argument("--folds", type=int, default=7, help="length of a run, in folds")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
     device = str(check_device(asked.device))
@@ -61,13 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         columns = {
             f"{len(many):,} tensors of 64 x 64": updates(
-                many, torch.float32, device, folder / "many", repeats
+                many, torch.float32, device, folder / "many", repeats, asked.folds
             ),
             f"{50 / scale:g} M parameters in 24": updates(
-                large, torch.float32, device, folder / "large", repeats
+                large, torch.float32, device, folder / "large", repeats, asked.folds
             ),
             "the same in bfloat16": updates(
-                large, torch.bfloat16, device, folder / "half", repeats
+                large, torch.bfloat16, device, folder / "half", repeats, asked.folds
             ),
         }
         print(f"\n| one update, ms | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
@@ -137,16 +139,19 @@ class Layers(torch.nn.Module):
 
 
 def updates(
-    shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int
+    shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int, folds: int
 ) -> dict[str, str]:
     """Measure a column: an update of every library."""
     field: dict[str, Callable[[torch.nn.Module, Path], Begun]] = {
         "ours, late in a run": partial(ours, begin=1e6),
         "ours, at its beginning": ours,
-        "`ema_pytorch`": partial(peer, ema_pytorch),
-        "`posthoc_ema`": partial(peer, posthoc_ema, update_after_step=0),
     }
-    calls, runs = 7 * WINDOW, dict[str, Callable[[], object]]()
+    if is_installed("ema_pytorch"):
+        field["`ema_pytorch`"] = partial(peer, ema_pytorch)
+    if is_installed("posthoc_ema"):
+        field["`posthoc_ema`"] = partial(peer, posthoc_ema, update_after_step=0)
+    calls = folds * WINDOW
+    runs = dict[str, Callable[[], object]]()
     for index, (label, begin) in enumerate(field.items()):
         with without_noise():
             update, settle = begin(Layers(shapes).to(device, dtype), folder / str(index))
@@ -162,6 +167,11 @@ def updates(
         update()  # makes the averages
         runs[label] = run
     return {label: cell(*found) for label, found in times(runs, repeats, calls).items()}
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package that is no requirement of this one can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def tracked(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:

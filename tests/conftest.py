@@ -1,11 +1,11 @@
 """Fixtures that many tests share."""
 
 import gc
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
 
@@ -17,9 +17,12 @@ from integrations.programs import forget  # noqa: E402
 
 from posthoc_cli.tracker import memory, pipeline  # noqa: E402
 
-# other work runs at the same time
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+if importlib.util.find_spec("hypothesis") is not None:  # `make gpu` may run without it
+    import hypothesis
+
+    # other work runs at the same time
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:

@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -253,3 +254,35 @@ def test_a_url_that_names_no_place_in_a_store_is_an_error(
 def test_a_path_with_a_colon_is_no_url(name: str) -> None:
     assert files.given_path("x", name) == Path(name)
     assert files.expanded(name).name == Path(name).name
+
+
+@pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO, errno.ESTALE])
+def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(
+    tmp_path: Path, error: int
+) -> None:
+    """As by a network file system that repeats a request."""
+    path = tmp_path / "table.csv"
+    own = files.system.link
+
+    def link(source: Path, target: Path) -> None:
+        own(source, target)
+        raise OSError(error, os.strerror(error))
+
+    with mock.patch.object(files.system, "link", link):
+        files.write_atomically(path, b"ours")
+        assert path.read_bytes() == b"ours"
+        assert [*tmp_path.iterdir()] == [path]
+        with pytest.raises(OutputExistsError, match="already exists"):
+            files.write_atomically(path, b"others")
+    path.unlink()
+
+    def link_late(source: Path, target: Path) -> None:
+        target.write_bytes(b"of another")
+        raise OSError(errno.EEXIST, "File exists")
+
+    with (
+        mock.patch.object(files.system, "link", link_late),
+        pytest.raises(OutputExistsError, match="already exists"),
+    ):
+        files.write_atomically(path, b"ours")
+    assert path.read_bytes() == b"of another"

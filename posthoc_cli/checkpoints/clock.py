@@ -77,7 +77,7 @@ class Times:
 
     unit: str
     is_stated: bool  # whether files or the user state the unit
-    says: str  # what the numbers are taken for, as a sentence
+    says: str  # what "numbers are", as the rest of a sentence
     by_path: Mapping[Path, int]  # 0 before the training
 
 
@@ -198,15 +198,15 @@ def times_of(
         if settings.steps_per_epoch:
             reason = f"says nothing about numbers that are steps, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-        return Times("steps", True, f"numbers are steps, by {origin}", as_they_are)
+        return Times("steps", True, f"steps, by {origin}", as_they_are)
     why = _why_epochs(numbers)
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
     if not why:
-        says = f"numbers are taken for steps: they are {origin}, and nothing states their unit"
+        says = f"taken for steps: they are {origin}, and nothing states their unit"
         return Times("steps", False, says, as_they_are)
     offset = _offset(numbers, settings)
-    says = f"numbers are epochs, counted from {1 - offset}: {why}"
+    says = f"epochs, counted from {1 - offset}: {why}"
     epochs = {path: one.number + offset for path, one in readings.items()}
     if each := settings.steps_per_epoch:
         says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"

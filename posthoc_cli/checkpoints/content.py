@@ -61,6 +61,8 @@ NO_MODEL = re.compile(
 """Pattern of names of files and groups that hold no model: the state of a training."""
 _ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
+_USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
+"""Names of weights in folders of Hugging Face's libraries."""
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 _COUNTERS = (
@@ -264,6 +266,9 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
         if not found:
             found = [name for name in names if may_be_weights(name) and name.endswith(ending)]
             found = [name for name in found if not _ACCELERATE_STATE.fullmatch(name)]
+        usual = [name for name in found if name.split(".")[0] in _USUAL and name.count(".") == 1]
+        if len(found) > 1 and len(usual) == 1:  # beside it are variants, such as model.fp16
+            found = usual
         if len(found) == 1:
             return folder / found[0]
         if not found:

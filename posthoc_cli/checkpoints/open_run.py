@@ -194,9 +194,9 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     if times.unit == "steps" and has_emas:  # the decay is of the same steps
         times = replace(times, is_stated=True)
     if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
-        lacks_steps = f"their decay is of steps: {times.says}; give the steps of an epoch"
+        lacks_steps = f"their decay is of steps, and numbers are {times.says}"
         if asks:
-            reason = f"must be given: decays are of steps, and {times.says}"
+            reason = f"must be given: decays are of steps, and numbers are {times.says}"
             raise InvalidValueError("steps_per_epoch", reason)
     if left_out.text:
         log.warning("%s: %s", place, left_out.text)
@@ -229,7 +229,7 @@ def _times_of(
         raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
     unit = run[0].found.t_unit
     by_path = {path: checked_number(path, step) for path, step in named.items()}
-    return Times(unit, True, f"numbers are {unit}, by the names of files", by_path)
+    return Times(unit, True, f"{unit}, by the names of files", by_path)
 
 
 def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:

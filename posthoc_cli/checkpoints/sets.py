@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from posthoc_cli.checkpoints.content import (
     AVERAGE_WORD,
@@ -359,6 +358,8 @@ def _match_shape(
     content: Content, tensors: Sequence[StoredTensor], weights: Tensors
 ) -> dict[str, StoredTensor]:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
+    from scipy.optimize import linear_sum_assignment
+
     names = list(weights)
     if len(tensors) == len(names) == 1:
         return {names[0]: tensors[0]}

@@ -84,14 +84,15 @@ class Checkpoint(Source):
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the input of a reconstruction, with its own or another profile.
 
-        Where steps are known, the weights change at every step and between none. Otherwise motion
-        is continuous: files whose numbers follow each other may be an epoch apart.
+        Where steps are known, the weights change at every step and between none; the decay of an
+        average is one of steps. Otherwise motion is continuous: files whose numbers follow each
+        other may be an epoch apart.
         """
         used: Any = profile or self.profile
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64" if dtypes == {"F64"} else "F32"]
         steps = None
-        if self.has_step_unit:
+        if self.has_step_unit or not isinstance(used, Point):
             steps = Steps(Clock([self.step], [self.t]), 1)
         return StoredAverage(used, self.step, eps, None, steps, t_first=self.t_first)
 

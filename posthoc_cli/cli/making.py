@@ -442,7 +442,10 @@ def import_(
         help="A step at which the EMAs began anew. Repeatable.",
     ),
     steps_per_epoch: int | None = options.RUN(
-        None, help="Steps per epoch, for files that contain only their epoch."
+        None, help="Steps per epoch, for files whose numbers are epochs."
+    ),
+    first_epoch: int | None = options.RUN(
+        None, show_default="by the numbers", help="The number of the first epoch: 0 or 1."
     ),
     average: str | None = options.RUN(
         None,
@@ -494,13 +497,14 @@ def import_(
         steps=steps,
         ema_restarts=ema_restarts,
         steps_per_epoch=steps_per_epoch,
+        first_epoch=first_epoch,
         average=average,
         weights=weights,
     )
     if as_json:
         output.print_json(done.to_dict())
         return
-    output.print_line(done.numbers)
+    output.print_line(f"numbers are {done.numbers}")
     for what, count in done.counts.items():
         output.print_line(f"{count:,} x {what}")
     for check in done.checks:

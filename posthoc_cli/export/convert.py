@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import DCP_METADATA, sets_in
+from posthoc_cli.checkpoints.content import DCP_METADATA, ENDINGS, sets_in
 from posthoc_cli.checkpoints.layouts import stored_in
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
@@ -36,7 +36,7 @@ from posthoc_cli.export.layouts import (
 from posthoc_cli.export.like import Like
 from posthoc_cli.export.writing import write_outputs
 from posthoc_cli.resources import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import Source
@@ -271,7 +271,7 @@ def _is_checkpoint(source: Path) -> bool:
     to an average."""
     if source.is_dir():
         return (source / DCP_METADATA).is_file() or bool(sets_in(source))
-    return source.name.endswith((*PICKLES, ".pth.tar")) and source.is_file()
+    return source.name.endswith(ENDINGS[1:]) and source.is_file()
 
 
 def _of_source(source: Source) -> _Tensors:

@@ -61,8 +61,12 @@ def prepare(
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
 
+    held = ref(model)  # the accelerator, which keeps the hooks, may release the model
+
     def save(models: object, weights: object, folder: str) -> None:
-        write_state(ema, folder, model, number)
+        tracked = held()
+        if tracked is not None:
+            write_state(ema, folder, tracked, number)
 
     def load(models: object, folder: str) -> None:
         if not read_state(ema, folder, number) and accelerator.is_main_process:

@@ -127,11 +127,7 @@ class PostHocCallback(TrainerCallback):
             callbacks = trainer.callback_handler.callbacks
             # other callbacks' `on_evaluate` sees its metrics
             callbacks.insert(0, callbacks.pop(callbacks.index(self)))
-            # Not the `log` of a subclass such as TRL's, which would log its pending figures and
-            # clear them.
-            ema.on_snapshot(
-                lambda tracker: Trainer.log(trainer, figures(tracker, self._lengths.values()))
-            )
+            ema.on_snapshot(self._log_figures)
         if state.global_step:
             folder = _checkpoint(args, state)
             if not _is_of(folder, state) or not read_state(ema, folder):
@@ -143,6 +139,13 @@ class PostHocCallback(TrainerCallback):
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
+
+    def _log_figures(self, tracker: PostHocEMA) -> None:
+        trainer = self._installed()
+        if trainer is not None:
+            # Not the `log` of a subclass such as TRL's, which would log its pending figures and
+            # clear them.
+            Trainer.log(trainer, figures(tracker, self._lengths.values()))
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._is_left_out = was_left_out(optimizer)

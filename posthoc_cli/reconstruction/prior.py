@@ -186,15 +186,18 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     arithmetic = norm * (ROUNDING * eps) ** 2 * counts
     in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
     newest = averages[in_order[-1]]
+    # Weights whose file does not say the unit of its number have that of averages next to them.
+    known = [averages[i].steps for i in in_order if averages[i].steps is not None]
+    steps = known[-1] if known else None
     pairs: list[Pair] = []
     doubt = 0.0
     if sketch is not None:
-        motion = sketch.motion(newest.steps)
+        motion = sketch.motion(steps)
     elif pairs := _pairs([(profiles[i], measured[i], arithmetic[i]) for i in in_order]):
-        motion, doubt = _fitted(averages, pairs, newest.steps)
+        motion, doubt = _fitted(averages, pairs, steps)
     else:
         variance = ASSUMED_STRETCH**2 * float(norm.mean())
-        motion = Motion.even(newest.profile.t, variance, newest.steps)
+        motion = Motion.even(newest.profile.t, variance, steps)
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     source = MEASURED if pairs or still or sketch is not None else ASSUMED
@@ -205,7 +208,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         arithmetic=arithmetic,
         norm=norm,
         source=source,
-        steps=newest.steps,
+        steps=steps,
         doubt=doubt,
         sketch=sketch,
         shared=shared,
@@ -300,13 +303,21 @@ def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> lis
 
 # --- correlated roundings
 #
-# The rounding errors of an element in two copies are equal if it hardly moves between them, and
-# independent if it moves by several spacings h of the storage dtype; combining copies averages only
-# the latter out. If all elements move alike, half a spacing is enough for independence; but those
-# that move least keep their errors longest. So errors count as correlated until the copies are
-# about a spacing apart: by a Gaussian kernel, exp(-d / h^2) at the squared distance d, with sums
-# over all elements for d and for h^2, which is 12 times the variance of an error uniform within a
-# spacing. As a function of expected squared distances it is positive semidefinite.
+# If an element moves by several spacings of the storage dtype between two snapshots, its rounding
+# errors in them are independent. If it hardly moves, it is rounded to the same value, and combining
+# the snapshots does not average the error out. The errors are uniform within a spacing h, with
+# variance r = h^2 / 12, and periodic in the value with period h. By the Fourier series of that
+# sawtooth, their correlation after a Gaussian displacement of variance d is
+#
+#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2)
+#         = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
+#
+# With sums over all elements for d and r, it holds for a network whose elements move by equally
+# many spacings. As a function of expected squared distances it is a mixture of Gaussian kernels,
+# hence positive semidefinite.
+
+_FAR = 12.0
+"""Squared distance d / r beyond which the correlation is negligible, exp(-pi^2 / 6 * 12) = 3e-9."""
 
 _LARGEST = 0.99
 """Correlation of the errors of two copies without motion between them. With 1, coefficients of
@@ -322,9 +333,11 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    spacings = np.divide(apart, 12 * scale, out=np.full(apart.shape, np.inf), where=scale > 0)
-    covariance = _LARGEST * scale * np.exp(-spacings)
-    np.fill_diagonal(covariance, rounding + arithmetic)
+    near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+    if not near.any():
+        return np.diag(np.sqrt(rounding + arithmetic))
+    covariance = np.diag(rounding + arithmetic)
+    covariance[near] = _LARGEST * scale[near] * _correlation(apart[near] / scale[near])
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
     values, vectors = np.linalg.eigh(covariance)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import re
 import socket
@@ -31,6 +30,7 @@ from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
     LockedError,
+    Log,
     MismatchError,
     PostHocError,
     shown,
@@ -42,7 +42,7 @@ from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # the folder for snapshots from after the step at which training was resumed
 SUPERSEDED = "superseded"

@@ -223,7 +223,6 @@ class Snapshot(Source):
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
-    skip_nonfinite: bool = False  # whether the run skips updates with a nan or an infinity
     # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the
     # first, and between two, all steps are equally long, up to a tolerance: half a step where 256
     # pairs suffice. Empty if `t` is the step.

@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
-from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
+from posthoc_cli.profiles import Clock, Discrete, EpochClock, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
     MEASURED,
@@ -274,7 +274,9 @@ def run_clock(sources: Sequence[Source]) -> Clock:
                 f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = "
                 f"{next_t:,.12g}",
             )
-    return Clock([step for step, _ in pairs], [t for _, t in pairs])
+    is_of_epochs = any(source.t_unit == "epochs" for source in sources)
+    kind = EpochClock if is_of_epochs else Clock
+    return kind([step for step, _ in pairs], [t for _, t in pairs])
 
 
 def model_difference(one: Source, other: Source) -> str:

@@ -408,6 +408,9 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     check_alone(t=t, step=step)
     if t is not None:
         return check_within("t", t, times.values())
+    if step is not None and sources[0].t_unit == "epochs":
+        reason = "says nothing: the numbers of these checkpoints are epochs"
+        raise InvalidValueError("step", reason, "give t in epochs", value=step)
     if step is None:
         return max(times.values())
     check_within("step", step, times.keys())

@@ -30,9 +30,11 @@ class Attachment:
         update: Callable[[float | None], None],
         t: Callable[[], float] | None,
     ) -> None:
-        # updating: within such a step
-        self.steps, self.is_updating, self._is_attached = (0, False, True)
-        self._optimizer, self._update, self._t = weakref.ref(optimizer), update, t
+        self.steps = 0
+        self.is_updating = False  # within such a step
+        self._optimizer = weakref.ref(optimizer)
+        self._update: Callable[[float | None], None] | None = update  # while attached
+        self._t = t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
         self._handle = optimizer.register_step_post_hook(hook)
@@ -40,16 +42,16 @@ class Attachment:
     def remove(self) -> None:
         """Detach the tracker. A second call does nothing."""
         self._handle.remove()
-        self._is_attached = False
+        self._update = None  # which holds the tracker
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
-        return self._optimizer() if self._is_attached else None
+        return None if self._update is None else self._optimizer()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
-            if _has_changed_weights(optimizer):
+            if self._update is not None and changes_weights(optimizer):
                 self.is_updating = True
                 self.steps += 1
                 self._update(None if self._t is None else self._t())
@@ -140,12 +142,12 @@ def _refusal(optimizer: Any) -> str:
     return ""
 
 
-def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends now counts: see `Attachment`.
+def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the step that ends or begins now counts: see `Attachment`.
 
     A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An
     optimizer's state is made by a step with rates and gradients of 0; the first step of a warm-up
-    may have a rate of 0, too.
+    may have a rate of 0, too. Some optimizers have no rates.
     """
     if getattr(optimizer, "found_inf", None):
         return False
@@ -160,6 +162,7 @@ def _has_changed_weights(optimizer: torch.optim.Optimizer) -> bool:
     gradients = [
         parameter.grad for group in optimizer.param_groups for parameter in group["params"]
     ]
-    return any(
-        grad.layout != torch.strided or bool(grad.any()) for grad in gradients if grad is not None
-    )
+    kept = [grad for grad in gradients if grad is not None]
+    if not kept:  # an optimizer may free them in its step
+        return not rates
+    return any(grad.layout != torch.strided or bool(grad.any()) for grad in kept)

@@ -154,6 +154,8 @@ def exchanged(
 
     own, weights = group.together(make if makes_any else Weights), Weights()
     for name, names in plan.names.items():
+        if holders is not None and name not in tensors:
+            continue  # of another stage of a pipeline
         shape = held_part(tensors[name]).shape if name in tensors else plan.entries[name].shape
         value = (
             own[name]

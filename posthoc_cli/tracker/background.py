@@ -9,7 +9,6 @@ atomic, and so is `dict.setdefault`.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import threading
 import time
@@ -24,9 +23,9 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.errors import WriteError, warn
+from posthoc_cli.errors import Log, WriteError, keep_messages, warn
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PATIENCE = 10.0  # seconds that training waits before a warning
 
@@ -108,8 +107,8 @@ class Worker:
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue `work`, and return at once. Its error is logged and kept until `take_error`; later
-        jobs still run."""
+        """Queue `work`, and return at once. Its error is kept for the log and until `take_error`;
+        later jobs still run."""
         errors, seconds = self._errors, self.job_seconds  # a job must not keep the worker alive
 
         def guarded() -> None:
@@ -141,16 +140,20 @@ class Worker:
         """Queue a job, and return at once; `Job.result` raises its error."""
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
-            arguments = (self._queue, self._vacancy)
+            cuda: Any = torch.cuda
+            device = cuda.current_device() if cuda.is_initialized() else None
             thread = threading.Thread(
-                target=_run_jobs, args=arguments, name=f"ema-{self._name}", daemon=True
+                target=_run_thread,
+                args=(self._queue, self._vacancy, device),
+                name=f"ema-{self._name}",
+                daemon=True,
             )
             _threads[thread] = self._queue
             try:
                 thread.start()
             except RuntimeError:  # while the process ends, Python 3.12 and later start no thread
                 self._queue.put(None)
-                _run_jobs(*arguments)
+                _run_jobs(self._queue, self._vacancy)
 
     def wait(self) -> None:
         """Wait until every job is done; return at once in a forked process, which has no thread."""
@@ -203,13 +206,23 @@ def end_threads() -> None:
             thread.join(0.1)  # a job queued after the None has kept the thread alive: ask again
 
 
-def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
-    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
-    vacancy; others end."""
+def _run_thread(
+    queue: SimpleQueue[Job[object] | None], vacancy: deque[None], device: int | None
+) -> None:
+    """Run queued jobs in a thread of their own, whose current accelerator is the training's."""
+    keep_messages()
+    if device is not None:  # else leaving a stream would make a context on the first one
+        torch.cuda.set_device(device)
     # `torch.set_num_threads(1)` would also change all threads that start later. Asking torch for
     # the number makes torch set OpenMP's for this thread, which it does once.
     torch.get_num_threads()
     _openmp().limit(limits=1)
+    _run_jobs(queue, vacancy)
+
+
+def _run_jobs(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+    """Run queued jobs until None arrives. Of threads started at the same moment, one takes the
+    vacancy; others end."""
     while True:
         try:
             vacancy.pop()
@@ -313,8 +326,10 @@ class DeviceStreams:
         with ExitStack() as stack:
             for stream in streams.values():
                 stack.enter_context(torch.cuda.stream(stream))
-            yield
-            self.last_events = self.record_events(streams)
+            try:
+                yield
+            finally:  # an update that has failed may have queued work
+                self.last_events = self.record_events(streams)
 
     @contextmanager
     def in_own_streams(self) -> Iterator[None]:
@@ -327,6 +342,6 @@ class DeviceStreams:
                     self._own[device] = cuda.Stream(device)
                 self._own[device].wait_event(event)
                 stack.enter_context(cuda.stream(self._own[device]))
+                # also after an error: the next update may change what is still being read
+                stack.callback(self._own[device].synchronize)
             yield
-            for device, _ in self.last_events:
-                self._own[device].synchronize()

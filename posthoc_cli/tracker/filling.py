@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors, swapped
+from posthoc_cli.tracker.model import ON_META, Block, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import held_part, is_fully_sharded, is_sharded, reshard
 
 
@@ -137,19 +137,19 @@ def swapped_in(
             for one in chain(module.parameters(recurse=False), module.buffers(recurse=False))
         )
     )
-    changed = frozenset(chain(new_dtypes, holders))
-    with ExitStack() as stack:  # it calls all callbacks even if one fails
-        swapped.append(changed)
-        stack.callback(swapped.remove, changed)
+    block = Block(frozenset(chain(new_dtypes, holders)))
+    with ExitStack() as stack:
+        stack.callback(block.leave)
+        block.enter()
         with torch.inference_mode(False), torch.no_grad():
             for module in model.modules():
-                stack.callback(setattr, module, "training", module.training)
+                block.undo.callback(setattr, module, "training", module.training)
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
                         dtype = None if tensor is None else new_dtypes.get(id(tensor))
-                        stack.callback(_restorer(contents, key, dtype, own_dtypes))
+                        block.undo.callback(_restorer(contents, key, dtype, own_dtypes))
         # is called first: a forward pass may have replaced chunks by complete tensors
-        stack.callback(reshard, model)
+        block.undo.callback(reshard, model)
         # The gradients belong to the raw weights, not to the averaged ones, and may have another
         # dtype.
         for parameter in model.parameters():
@@ -157,7 +157,11 @@ def swapped_in(
         with torch.inference_mode(False), torch.no_grad():
             for name, target in targets.items():
                 _load(target.tensor, weights[name], own_dtypes)
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of torch.export
+            hint = "take the average by state_dict, or fill the model by load_into"
+            raise InvalidValueError("model", f"has no eval mode: {error}", hint) from error
         yield
 
 
@@ -169,21 +173,20 @@ def _restorer(
     tensor: torch.Tensor | None = contents[key]
     if tensor is None:
         return lambda: contents.__setitem__(key, None)
-    held, device = held_part(tensor), tensor.device
-    gradients = (
-        (tensor.requires_grad, tensor.grad) if isinstance(tensor, torch.nn.Parameter) else None
-    )
-    saves, is_replaced = (
-        new_dtype is not None,
-        not own_dtypes and new_dtype not in (None, tensor.dtype),
-    )
-    if gradients is None:  # a forward pass may change a buffer; on meta it has no values to save
-        saves, is_replaced = not tensor.is_meta and _is_writable(tensor), False
+    held = held_part(tensor)
+    device = tensor.device
+    gradients: tuple[bool, torch.Tensor | None] | None = None
+    if isinstance(tensor, torch.nn.Parameter):
+        gradients = tensor.requires_grad, tensor.grad
+        # Where elements share memory it is not written to: other memory takes its place.
+        saves = new_dtype is not None and _is_writable(held)
+        is_replaced = saves and not own_dtypes and new_dtype != tensor.dtype
+    else:  # a forward pass may change a buffer; on meta it has no values to save
+        is_replaced = False
+        saves = not tensor.is_meta and _is_writable(tensor)
     storage = None if is_replaced else held.data
     values = held.data.to("cpu", copy=True) if saves else None
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def restore() -> None:
         # moving a module between kinds of devices may replace the Parameter itself
         contents[key] = tensor

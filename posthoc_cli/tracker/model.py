@@ -10,24 +10,30 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
+from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+)
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Chunk
 from posthoc_cli.tracker.processes import (
     Members,
-    ShardOwners,
     held_box,
     is_sharded,
     local_tensors,
@@ -141,10 +147,13 @@ class TrackedModel:
             self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members
         )
 
-    def check(self, found: TrackedModel) -> None:
+    def check(self, found: TrackedModel, elsewhere: Set[str] = frozenset()) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
-        not the same."""
-        for name in dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases)):
+        not the same; those of other processes, such as other stages of a pipeline, are
+        `elsewhere`."""
+        names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
+        others = elsewhere - found.known_names
+        for name in [name for name in names if name not in others]:
             was, now = self._described(name), found._described(name)
             if now != was:
                 without = name in found.frozen or (name in self.left_out and name in found.tensors)
@@ -182,7 +191,8 @@ def _only(named: Mapping[str, Value], names: Set[str]) -> dict[str, Value]:
     return {name: value for name, value in named.items() if name in names}
 
 
-class ModelTensors(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ModelTensors:
     """The tensors of a model that this process holds, averaged and copied ones, and what is tracked
     of them."""
 
@@ -203,9 +213,50 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-swapped: list[frozenset[int]] = []
-"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that
-hold them; the block refers to all of these objects, so that no id is reused."""
+class Block:
+    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
+    that hold them; `undo` refers to all of these objects, so that no id is reused."""
+
+    def __init__(self, held: frozenset[int]) -> None:
+        self.held = held
+        self.undo = ExitStack()  # calls all callbacks even if one fails
+        self._thread = get_ident()
+
+    def enter(self) -> None:
+        """Begin the block; refuse it while another thread has a block of the same tensors.
+
+        That block would take the averages of this one for the raw weights.
+        """
+        swapped.append(self)
+        self.undo.callback(swapped.remove, self)
+        for other in swapped[: swapped.index(self)]:
+            if other.held & self.held and other._thread != self._thread:
+                reason = "another thread evaluates averaged weights of this model"
+                hint = "evaluate one average after the other, or another copy of the model"
+                raise NotReadyError("model", reason, hint)
+
+    def leave(self) -> None:
+        """Undo the block, unless one around it has undone both.
+
+        A later block of the same thread that is still open is undone first, and is an error: it
+        would restore this block's averages as raw weights.
+        """
+        if self not in swapped:
+            return
+        later = swapped[swapped.index(self) + 1 :]
+        within = [
+            other for other in later if other.held & self.held and other._thread == self._thread
+        ]
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for block in (self, *within):
+                stack.callback(block.undo.close)
+        if within:
+            reason = "a block was left before one that was entered within it; both are undone"
+            raise NotReadyError("model", reason, "leave blocks in reverse order")
+
+
+swapped: list[Block] = []
+"""The open blocks of this process."""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
@@ -213,7 +264,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
     if not swapped:
         return False
     ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
-    return any(ids & block for block in [*swapped])
+    return any(ids & block.held for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---
@@ -319,45 +370,43 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return None
 
 
-def nonfinite_error(
-    name: str | None, tracked: Mapping[str, TrackedTensor], step: int
-) -> NonFiniteError:
-    """Return the error for a tensor that holds nan or infinity; `name` is None if another process
-    holds it."""
-    subject, hint = "a parameter in another process" if name is None else f"parameter {name!r}", ""
-    if name is not None and name in tracked and tracked[name].role == "statistic":
-        subject, hint = f"running statistic {name!r}", "buffers='copy' copies running statistics"
-    return NonFiniteError(
-        subject, f"holds nan or infinity at step {step}; no average has taken it in", hint
-    )
+def nonfinite_error(name: str, tracked: Mapping[str, TrackedTensor], step: int) -> NonFiniteError:
+    """Return the error for a tensor that holds nan or infinity."""
+    reason = f"holds nan or infinity at step {step}; no average has taken it in"
+    if name in tracked and tracked[name].role == "statistic":
+        hint = "buffers='copy' copies running statistics"
+        return NonFiniteError(f"running statistic {name!r}", reason, hint)
+    return NonFiniteError(f"parameter {name!r}", reason)
 
 
 class ModelWatch:
-    """A cache of the model's tensors, invalidated when the model changes."""
+    """A cache of the model's tensors, invalidated when the model changes, and gone when it is."""
 
     def __init__(self, selection: Selection, members: Members) -> None:
         self._selection, self._members = selection, members
-        self._cached: (
-            tuple[weakref.ref[torch.nn.Module], TrackedModel, _ModelFingerprint, ModelTensors]
-            | None
-        ) = None
+        self._cached: WeakKeyDictionary[
+            torch.nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
+        ] = WeakKeyDictionary()
 
     def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, the same object unless it has changed; raise an error for
         others than tracked."""
-        if self._cached is not None:
-            cached, known, fingerprint, found = self._cached
-            if cached() is model and known is tracked and fingerprint.is_same():
+        if model in self._cached:
+            known, fingerprint, found = self._cached[model]
+            if known is tracked and fingerprint.is_same():
                 return found
-        self._cached = None
+        self.forget()
         found = self._collect(model)
         try:
             tracked.check(found.tracked)
         except ModelMismatchError as error:
             raise error.with_hint("begin a new directory for the changed model") from None
-        # Weak: the tracker may outlive the model.
-        self._cached = weakref.ref(model), tracked, _ModelFingerprint(model), found
+        self._cached[model] = tracked, _ModelFingerprint(model), found
         return found
+
+    def forget(self) -> None:
+        """Release the model's tensors."""
+        self._cached.clear()
 
     def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
         """Return the model's values in a snapshot's sample that this process holds, by number, of
@@ -371,21 +420,6 @@ class ModelWatch:
             number: flat[name][index].float().item()
             for number, (name, index) in tracked.sampled.items()
         }
-
-    def nonfinite_anywhere(self, found: ModelTensors | None, step: int) -> NonFiniteError | None:
-        """Return the error for which all processes of a sharded model skip an update together, or
-        None."""
-        name = (
-            None
-            if found is None or not self._members.is_chunked
-            else nonfinite_name(found.averaged)
-        )
-        is_anywhere = isinstance(self._members, ShardOwners) and self._members.any(name is not None)
-        return (
-            nonfinite_error(name, {} if found is None else found.tracked.tensors, step)
-            if is_anywhere
-            else None
-        )
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
@@ -476,6 +510,9 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     ):
         way = "use fully_shard or DistributedDataParallel"
         raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
+    if any(isinstance(module, torch.jit.ScriptModule) for *_, module in modules):
+        hint = "track the module that it was made from, which has the same parameters"
+        raise InvalidValueError("model", "is compiled by torch.jit", hint)
     tensors = [
         NamedTensor(_join(path, key), _join(raw, key), parameter, True)
         for path, raw, module in modules

@@ -12,18 +12,29 @@ path in the same pass. No exception of a signal handler can stop a job of these 
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, NonFiniteError, NotReadyError, WriteError, check_word
+from posthoc_cli.errors import (
+    DirectoryError,
+    Log,
+    NonFiniteError,
+    NotReadyError,
+    WriteError,
+    check_word,
+    log_kept_messages,
+)
+from posthoc_cli.files import remove_unfinished
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
@@ -47,6 +58,11 @@ from posthoc_cli.tracker.snapshotter import (
 )
 from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
 
+log = Log(__name__)
+
+STILL = 10
+"""Updates without any change of a weight: an optimizer moves most of them at each step."""
+
 
 class Pipeline:
     """Takes in a model's values, lets any thread read the averages, and has snapshots written in
@@ -68,8 +84,12 @@ class Pipeline:
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
         self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
-        self._values: tuple[ModelTensors, Reader] | None = None
+        # of the model that was taken in last; gone when its tensors are
+        self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
+        # the number, the step and the sample of this tracker's first update
+        self._first: tuple[int, int, Sequence[torch.Tensor] | None] | None = None
+        self._moves = False  # whether weights were compared, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
@@ -77,7 +97,7 @@ class Pipeline:
         held["bytes"] += (
             0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
         )
-        held["bytes"] += 0 if self._values is None else self._values[1].nbytes
+        held["bytes"] += sum(reader.nbytes for reader in list(self._values.values()))
         writer, writes = self.snapshotter, self._writes
         if writer is None or not writer.times_written:
             return held
@@ -144,8 +164,8 @@ class Pipeline:
         else:
             self._counted = progress
 
-    def update(self, tensors: ModelTensors, progress: TrainingProgress) -> NonFiniteError | None:
-        """Take in a model's values, after `wait_for_turn`; return the error of an update left out,
+    def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
+        """Take in a model's values, after `wait_for_turn`; raise the error of an update left out,
         if it is known.
 
         `tensors` must be the same object while the model is unchanged.
@@ -155,7 +175,8 @@ class Pipeline:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
-        values, refused = self._values_of(tensors), None
+        values = self._values_of(tensors)
+        refused: NonFiniteError | None = None
         pool = self._pool_for(values.layout)
 
         def update() -> NonFiniteError | None:  # while the training waits
@@ -165,14 +186,14 @@ class Pipeline:
             return refused
 
         def update_by_copy() -> None:
+            self._streams.last_events = events
             try:
                 refused = self._take_in(copy.arrived(), copies, progress)
             finally:
                 self._copier.give_back(copy)
-            self._streams.last_events = events
             self._submit_if_due(progress)
             if refused is not None:
-                self._settings.skip_update(refused)
+                raise refused
 
         if self._is_async:
             events = self._streams.record_events(
@@ -194,20 +215,18 @@ class Pipeline:
         self._counted = progress
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
-        return refused
+        if refused is not None:
+            raise refused
 
-    def skip(self, progress: TrainingProgress, writes: bool = True) -> None:
-        """Count a call whose update is left out; with `writes`, have snapshots written if they are
-        due."""
-        self.set(replace(self.tracking, progress=progress), writes)
+    def skip(self, progress: TrainingProgress) -> None:
+        """Count a call whose update is left out."""
+        self.set(replace(self.tracking, progress=progress))
 
-    def set(self, tracking: Tracking, writes: bool = False) -> None:
+    def set(self, tracking: Tracking) -> None:
 
         def work() -> None:
             self.check_open()
             self._counted, self.tracking = tracking.progress, tracking
-            if writes:
-                self._submit_if_due(tracking.progress)
 
         self._updates.call(work)
 
@@ -269,9 +288,9 @@ class Pipeline:
         """Refuse later calls that change the state, and queue the last snapshots of the training,
         once."""
         if not self._has_ended:
-            self._has_ended = True
             self._updates.submit(lambda: setattr(self, "closed", True))
             self.write_missing()
+            self._has_ended = True  # last: an interrupted call is made again
 
     def flush(self) -> None:
         """Wait until all work is done and durable."""
@@ -306,7 +325,8 @@ class Pipeline:
             undo.pop_all()
 
     def close(self) -> None:
-        """Finish all work, and release the directory."""
+        """Finish all work, and release the model's tensors and the directory."""
+        self._values.clear()
         self._updates.close()
         self._pool.close()
         self._writes.close()
@@ -366,12 +386,12 @@ class Pipeline:
     # scratch made in inference mode could not be written to outside it
     @torch.inference_mode(False)
     def _values_of(self, tensors: ModelTensors) -> Reader:
-        if self._values is None or self._values[0] is not tensors:
-            self._values = None  # the old reader must go even if making the next one fails
+        if tensors not in self._values:
+            self._values.clear()  # the old reader must go even if making the next one fails
             on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             threads = 0 if self._is_async else self._pool.size if on_cpu else 1
-            self._values = tensors, Reader.of_tensors(tensors.averaged, threads)
-        return self._values[1]
+            self._values[tensors] = Reader.of_tensors(tensors.averaged, threads)
+        return self._values[tensors]
 
     @torch.no_grad()
     def _take_in(
@@ -401,7 +421,32 @@ class Pipeline:
         pool, sample = self._pool_for(values.layout), storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
+        if name is None and not self._moves:
+            self._note_standstill(averages)
         return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
+
+    def _note_standstill(self, averages: Averages) -> None:
+        """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
+
+        Compared are those of a snapshot's sample, once.
+        """
+        updates, step, sample = averages.standing.updates, averages.standing.step, averages.sample
+        if self._first is None:
+            self._first = updates, step, sample
+        first_updates, first_step, first_sample = self._first
+        if updates < first_updates + STILL or sample is None or first_sample is None:
+            return
+        self._moves = True  # or the warning says that they do not
+        self._first = None
+        pairs = list(zip(first_sample, sample, strict=True))
+        if sum(now.numel() for now in sample) and all(torch.equal(*pair) for pair in pairs):
+            log.warning(
+                "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
+                "this the model that it trains?",
+                self.directory,
+                step,
+                first_step,
+            )
 
     def _submit_if_due(self, progress: TrainingProgress) -> None:
         if self._settings.snapshot_is_due(progress.step):
@@ -434,14 +479,38 @@ def wait_for_writers(directory: Path) -> None:
         with suppress(OSError):
             if pipeline.directory.samefile(directory):
                 pipeline.flush()
+    log_kept_messages()
 
 
 @atexit.register
 def finish() -> None:
     """Finish the work of every tracker, release its directory, and end all threads; called when the
-    process ends."""
+    process ends.
+
+    A first Ctrl-C is answered by what is still being written, and a second one ends the process.
+    """
+    try:
+        _finish_all()
+    except KeyboardInterrupt:
+        log.warning("writing the last snapshots of %s; interrupt again to lose them", _unwritten())
+        try:
+            _finish_all()
+        except KeyboardInterrupt:
+            log.error("interrupted: the last snapshots of %s are lost", _unwritten())
+            remove_unfinished()
+            logging.shutdown()
+            os._exit(128 + signal.SIGINT)  # an exception here would leave the exit code at 0
+
+
+def _finish_all() -> None:
     for pipeline in list(_writers):
         pipeline.end()
+    for pipeline in list(_writers):
         pipeline.flush()
         pipeline.release()
     end_threads()
+    log_kept_messages()
+
+
+def _unwritten() -> str:
+    return ", ".join(str(pipeline.directory) for pipeline in list(_writers))

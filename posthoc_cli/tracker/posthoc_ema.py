@@ -14,11 +14,12 @@ else holds a lock."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -28,12 +29,17 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import torch
 
+# Compiled code must not trace file operations and threads. Unlike torch.compiler.disable, this does
+# not import torch's compiler where no optimizer has done so, which takes two seconds.
+from torch._compile import _disable_dynamo as not_compiled
+
 from posthoc_cli.dtypes import parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NotReadyError,
     PostHocError,
+    log_kept_messages,
     shown,
     warn,
 )
@@ -48,6 +54,7 @@ from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.counted import LastCount, last_counts
 from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
@@ -115,7 +122,8 @@ class PostHocEMA:
         # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
         # in that thread.
         weakref.finalize(self, self._pipeline.abandon).atexit = False
-        self._attachment: Attachment | None = None
+        # weak: the optimizer's hook holds the attachment, which holds the tracker
+        self._attachment: weakref.ref[Attachment] | None = None
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[Any], None]] = []
         self._reported = 0
@@ -125,8 +133,11 @@ class PostHocEMA:
         self._weights = start.weights if self._has_state else ()
         # of the model that was given or restored, until the first call
         self._sample: dict[int, float] | None = None
+        self._last = LastCount()
+        _all.add(self)
         if model is not None:
             if start.tracking.resumes:
+                self._start.counted = self._counted_before(model)
                 try:
                     self._sample = self._watch.sample(model, start.tracking.tracked)
                 except ModelMismatchError as error:
@@ -138,7 +149,7 @@ class PostHocEMA:
                 self._choose_start(model, is_first_call=False)
             bare: Any = unwrapped(model)
             if bare not in _trackers:
-                bare.register_load_state_dict_post_hook(_note_restored)
+                bare.register_load_state_dict_post_hook(_RestoredHook())
             _trackers.setdefault(bare, WeakSet()).add(self)
 
     @classmethod
@@ -153,7 +164,6 @@ class PostHocEMA:
         max_checkpoints: int | None = 20,
         checkpoint_dtype: Dtype = torch.float16,
         t_unit: str = "steps",
-        on_nonfinite: str = "raise",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str = "statistics",
@@ -183,8 +193,6 @@ class PostHocEMA:
             checkpoint_dtype: dtype of stored averages, float32 where values do not fit; None for
                 each parameter's.
             t_unit: the unit of `t`, if you pass your own clock to `update_`.
-            on_nonfinite: where a parameter holds nan or infinity, "raise" an error, or "skip" the
-                update and warn.
             include, exclude: globs on names, such as "decoder.*": only tensors that match the
                 first, also those that require no gradients, and none that match the second. By
                 default all that require gradients.
@@ -196,9 +204,12 @@ class PostHocEMA:
                 None for "cpu" on accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
                 snapshots at whose time the network had the model's weights, exactly or as float16
-                or bfloat16; for any other weights the first `update_` raises an error, unless
-                `load_state_dict` was called. A number to continue from the snapshots of that call
-                of `update_`, whatever the weights. None for a new run.
+                or bfloat16, or from the last step that an earlier tracker of this model and
+                directory has counted in this process, which is closed; for any other weights the
+                first `update_` raises an error, unless `load_state_dict` was called. A number to
+                continue from the snapshots of that call of `update_`, whatever the weights; 0 to
+                begin anew, with the directory's snapshots set aside at the first `update_`. None
+                for a new run.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -214,11 +225,16 @@ class PostHocEMA:
             checkpoint_dtype,
             t_unit,
             make_selection(include, exclude, buffers),
-            on_nonfinite,
         )
         directory = check_path(checkpoint_dir)
+        if resume is not None:
+            _end_earlier(directory)
         wait_for_writers(directory)
-        return cls(Start.of_model(check_model(model), directory, settings, resume), model, device)
+        tracker = cls(
+            Start.of_model(check_model(model), directory, settings, resume), model, device
+        )
+        tracker._last.watch(unwrapped(model))
+        return tracker
 
     @classmethod
     def from_path(
@@ -233,10 +249,13 @@ class PostHocEMA:
 
         Tracking continues as with `resume="auto"` of `from_model`, or from the snapshots of a
         `step`, whatever the weights; later ones are moved to the folder `superseded` at the first
-        `update_`. The model's tensors are checked against the snapshots. The call waits for due
-        snapshots of other trackers of this process.
+        `update_`. The model's tensors are checked against the snapshots. The call closes an earlier
+        tracker of the model and the directory in this process, and waits for due snapshots of
+        others.
         """
         directory = check_path(checkpoint_dir)
+        if model is not None:
+            _end_earlier(directory, check_model(model))
         wait_for_writers(directory)
         return cls(Start.of_run(directory, model, step), model, device)
 
@@ -279,7 +298,9 @@ class PostHocEMA:
     def has_average(self) -> bool:
         """Whether an update has been due. Before the first one, calls for averages return the raw
         weights and warn."""
-        return self._pipeline.tracking.resumes or self._pipeline.progress.updated > 0
+        if self._pipeline.tracking.resumes:
+            return self._start.step != 0
+        return self._pipeline.progress.updated > 0
 
     @property
     def run(self) -> Run:
@@ -300,6 +321,7 @@ class PostHocEMA:
 
     # --- tracking
 
+    @not_compiled
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
@@ -316,8 +338,8 @@ class PostHocEMA:
             NotReadyError: the tracker is closed, attached or in use, or the model holds averaged
                 weights.
         """
-        attached = self._attachment
-        if attached is not None and attached.optimizer is not None and not attached.is_updating:
+        attached = self._attached
+        if attached is not None and not attached.is_updating:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError(
                 "update_", reason, "leave out either this call or attach(), or detach() first"
@@ -329,6 +351,8 @@ class PostHocEMA:
                 self._advance(model, t)
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
+            if self.step > self._last.progress.step:
+                self._note_count(unwrapped(model))
         self._raise_pending()
         self._run_callbacks()
 
@@ -349,15 +373,16 @@ class PostHocEMA:
             self.update_(self._present_model("attach"), time)
 
         unit, has_model = self.settings.t_unit, self._model is not None
-        self._attachment = attach(
-            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attachment
+        attachment = attach(
+            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attached
         )
-        return self._attachment
+        self._attachment = weakref.ref(attachment)
+        return attachment
 
     def detach(self) -> None:
         """Undo `attach`. Do nothing if the tracker is not attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
+        if self._attached is not None:
+            self._attached.remove()
 
     def on_snapshot(self, callback: Callable[[Any], None]) -> None:
         """Register `callback(ema)`: the next `update_` or `close` calls it, last, when new
@@ -368,6 +393,7 @@ class PostHocEMA:
             )
         self._callbacks.append(callback)
 
+    @not_compiled
     def snapshot(self) -> None:
         """Write a snapshot of every profile now unless the newest ones hold this call; wait until
         it is durable.
@@ -424,7 +450,6 @@ class PostHocEMA:
 
     # --- averaged weights
 
-    @contextmanager
     def model(
         self,
         model: Module,
@@ -433,7 +458,7 @@ class PostHocEMA:
         step: int | None = None,
         dtype: Dtype = None,
         method: str | None = None,
-    ) -> Iterator[Module]:
+    ) -> AbstractContextManager[Module]:
         """Give the model averaged weights, in eval mode, for a `with` block.
 
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
@@ -447,10 +472,14 @@ class PostHocEMA:
         Each fills the chunks that it holds.
         """
         asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        (group, weights), own_dtypes = (
-            self._average("model", check_model(model), sigma_rel, asked),
-            dtype is None,
-        )
+        return AveragedModel(self._evaluated(model, sigma_rel, asked))
+
+    @contextmanager
+    def _evaluated(
+        self, model: Module, sigma_rel: Wanted, asked: dict[str, Any]
+    ) -> Iterator[Module]:
+        own_dtypes = asked["dtype"] is None
+        group, weights = self._average("model", check_model(model), sigma_rel, asked)
         if not group.is_alone:  # else `swapped_in` checks
             group.together(lambda: check_weights(model, weights, own_dtypes))
         with swapped_in(model, weights, own_dtypes):
@@ -499,6 +528,7 @@ class PostHocEMA:
         method: str | None = None,
     ) -> Weights: ...
 
+    @not_compiled
     def state_dict(
         self,
         sigma_rel: Wanted | None = None,
@@ -533,6 +563,7 @@ class PostHocEMA:
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
+    @not_compiled
     def load_into(
         self,
         model: torch.nn.Module,
@@ -612,20 +643,23 @@ class PostHocEMA:
             if self._weights and model is not None:
                 self._sample = self._watch.sample(model, loaded.tracked)
 
+    @not_compiled
     def close(self) -> None:
         """Write a last snapshot if there were updates since the newest, `flush`, release the
         directory, and detach.
 
         The averages can still be read. The end of a `with` block or of the process does the same.
         """
-        if self._attachment is not None and self._attachment.optimizer is not None:
-            counted = self._attachment.steps
+        if self._attached is not None:
             log.info(
-                "%s: %d steps of the attached optimizer were counted", self.checkpoint_dir, counted
+                "%s: %d steps of the attached optimizer were counted",
+                self.checkpoint_dir,
+                self._attached.steps,
             )
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
+        self._note_uncounted(at_end=True)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         try:
@@ -633,7 +667,11 @@ class PostHocEMA:
             self.flush()
             self._run_callbacks()
         finally:
+            self._watch.forget()
             self._pipeline.close()
+            # one was raised, and all are in the log: later reads have nothing to do with them
+            while self._pipeline.take_error() is not None:
+                pass
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -656,7 +694,19 @@ class PostHocEMA:
             "PostHocEMA", "a tracker can be neither saved nor copied as an object", hint
         )
 
+    @property
+    def _attached(self) -> Attachment | None:
+        """The attachment to an optimizer that still exists, until it is removed."""
+        attachment = None if self._attachment is None else self._attachment()
+        if attachment is None or attachment.optimizer is None:
+            return None
+        return attachment
+
     # --- one call of `update_`
+
+    def _note_count(self, model: torch.nn.Module) -> None:
+        self._last.note(model, self.run_id, self._pipeline.progress)
+        last_counts.setdefault(model, {})[self.checkpoint_dir] = self._last
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
         if self.settings.snapshot_is_due(self.step + 1):
@@ -665,6 +715,7 @@ class PostHocEMA:
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
+            self._members.check_model()
             now = self._pipeline.tracking
             read = (
                 (lambda: self._start.read(now))
@@ -677,8 +728,6 @@ class PostHocEMA:
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
-            if settings.on_nonfinite == "skip":
-                self._watch.nonfinite_anywhere(None, progress.step)
         elif settings.update_is_due(progress.step):
             # Nothing is counted during the wait: if it is interrupted, as for a slow disk, the call
             # has no effect.
@@ -710,20 +759,31 @@ class PostHocEMA:
         self._has_begun = True
 
     def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
-        """Queue the model's values for the averages, or skip the update as `on_nonfinite` says."""
+        """Queue the model's values for the averages; a model that has changed counts the call."""
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.skip(progress, writes=False)
-            raise
-        skips = self.settings.on_nonfinite == "skip" and self.settings.update_is_due(progress.step)
-        nonfinite = self._watch.nonfinite_anywhere(tensors, progress.step) if skips else None
-        if nonfinite is None:
-            nonfinite = self._pipeline.update(tensors, progress)
-        else:
             self._pipeline.skip(progress)
-        if nonfinite is not None:
-            self.settings.skip_update(nonfinite)
+            raise
+        self._pipeline.update(tensors, progress)
+
+    def _note_uncounted(self, at_end: bool = False) -> None:
+        """Warn, once, of a model that has moved since the last counted step; of one that was never
+        counted, at the end."""
+        step = self._last.progress.step
+        is_heard = not self.closed and self.keeps_averages and (at_end or step > 0)
+        if is_heard and self._last.has_moved and self._is_first_warning("uncounted"):
+            log.warning(
+                "%s: the model has moved since step %d, the last that was counted: call update_ "
+                "after every step, or attach the optimizer that takes them",
+                self.checkpoint_dir,
+                step,
+            )
+
+    def _counts(self, model: torch.nn.Module | None) -> bool:
+        """Return whether this tracker counts steps, or is to, of this model if one is given."""
+        counts = self._has_begun or self._attached is not None
+        return counts and (model is None or self._tracked_model() is unwrapped(model))
 
     def _is_first_warning(self, cause: str) -> bool:
         is_first = cause not in self._warned_of
@@ -744,11 +804,26 @@ class PostHocEMA:
         self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
+        log_kept_messages()
         failure, self._pending = self._pending, None
         if failure is not None:
             raise failure
 
     # --- where a resumed run continues
+
+    def _counted_before(self, model: torch.nn.Module) -> TrainingProgress | None:
+        """Return the last call that an earlier tracker of this model and directory has counted in
+        this process."""
+        last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
+        if last is None or last.run_id != self.run_id:
+            return None
+        if last.has_moved:
+            log.warning(
+                "%s: the model has moved since step %d, the last that was counted",
+                self.checkpoint_dir,
+                last.progress.step,
+            )
+        return last.progress
 
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
@@ -876,6 +951,7 @@ class PostHocEMA:
         A tracked length at the present time is the live average alone. A process that is alone
         makes it by `use`.
         """
+        self._note_uncounted()
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)
         if not group.from_first(lambda: self.has_average):
@@ -1029,6 +1105,25 @@ class PostHocEMA:
         return self._present_model("state_dict") if self._members.is_chunked else None
 
 
+class AveragedModel(AbstractContextManager[Module]):
+    """A `with` block in which a model holds averaged weights."""
+
+    def __init__(self, block: AbstractContextManager[Module]) -> None:
+        self._block = block
+
+    @not_compiled
+    def __enter__(self) -> Module:
+        return self._block.__enter__()
+
+    @not_compiled
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._block.__exit__(*error)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
+        raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
+
+
 def _check_raw(model: torch.nn.Module, call: str) -> None:
     if is_swapped(model):
         raise NotReadyError(
@@ -1036,15 +1131,60 @@ def _check_raw(model: torch.nn.Module, call: str) -> None:
         )
 
 
+_all: WeakSet[PostHocEMA] = WeakSet()
+
+
+def _end_earlier(directory: Path, model: torch.nn.Module | None = None) -> None:
+    """Close the trackers of a directory in this process that count steps, or those of a model."""
+    for tracker in [*_all]:
+        is_same = tracker.checkpoint_dir == directory or (
+            tracker.checkpoint_dir.exists()
+            and directory.exists()
+            and tracker.checkpoint_dir.samefile(directory)
+        )
+        if tracker.closed or not is_same or not tracker._counts(model):
+            continue
+        log.warning(
+            "%s: its earlier tracker is closed at step %d, as another one takes its place",
+            directory,
+            tracker.step,
+        )
+        try:
+            tracker.close()
+        except PostHocError as error:
+            log.error("%s", error)
+
+
+@atexit.register
+def _note_uncounted_steps() -> None:
+    """Warn of uncounted steps of trackers that the end of the process closes."""
+    for tracker in [*_all]:
+        if not tracker._pipeline.is_forked:
+            tracker._note_uncounted(at_end=True)
+
+
 # by the bare model
 _trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
 
-def _note_restored(model: torch.nn.Module, _: object) -> None:
-    """Handle the end of the model's `load_state_dict`; a function of the module, so that models can
-    be pickled."""
+class _RestoredHook:
+    """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
+    standard library takes its place that does nothing: they need no release of this package."""
+
+    def __call__(self, model: torch.nn.Module, _: object) -> None:
+        _note_restored(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _note_restored(model: torch.nn.Module, _: object = None) -> None:
+    """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
+    function."""
     for tracker in [*_trackers.get(model, ())]:
         resumes = tracker._pipeline.tracking.resumes
+        tracker._start.counted = None
+        tracker._last.watch(model)
         if (resumes or tracker._weights) and not tracker.closed:
             tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             # else other processes would have to take part

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,8 +38,9 @@ Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
-# seconds that the first call of several processes waits for trackers that are not made yet
-GRACE = 2.0
+# seconds after a tracker was made in which the trackers of other processes must be made, too:
+# longer than processes differ in what they import, and mostly over at the first evaluation
+GRACE = 30.0
 # seconds that a call waits for processes that have one before it warns, and gives up
 WARNING, LIMIT = (10.0, 300.0)
 
@@ -243,6 +244,12 @@ def _describe(error: BaseException) -> str:
 THIS_PROCESS = Group()
 
 
+_STAGES = (
+    "shard stages of a pipeline by fully_shard, or give each its own directory, and wrap it in "
+    "DistributedDataParallel with the group of its replicas"
+)
+
+
 class Rendezvous:
     """A meeting point for trackers of several processes, of which the one that `keeps` averages
     leads.
@@ -251,7 +258,7 @@ class Rendezvous:
     would wait in silence.
     """
 
-    def __init__(self, name: str, keeps: bool, hint: str) -> None:
+    def __init__(self, name: str, keeps: bool, hint: str, tensors: str = "") -> None:
         # torch has no public name for the store. A release without this name could not make
         # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
@@ -260,11 +267,34 @@ class Rendezvous:
         self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
         self._hint, self._calls = hint, 0
         self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
+        self._tensors = tensors  # identifies the tensors of this process's model
+        self._begin = time.monotonic()
+        self.store.set(f"tensors/{self._rank}", tensors)
         self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
+
+    def check_tensors(self) -> None:
+        """Raise a RankError if the model of this process or of rank 0, as far as trackers are made,
+        has other tensors than another one.
+
+        Of two processes, the one whose first update is the later sees the other's tracker.
+        """
+        for rank in self._ranks if self._rank == 0 else (0,):
+            key = f"tensors/{rank}"
+            if self.store.check([key]) and self.store.get(key).decode() != self._tensors:
+                reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
+                raise RankError(f"rank {rank}", reason, _STAGES)
+
+    def check_keeper(self) -> None:
+        """Raise a RankError if no process that has made a tracker keeps averages."""
+        made = [rank for rank in self._ranks if self.store.check([f"made/{rank}"])]
+        if not any(self.store.get(f"made/{rank}").decode() == "keeps" for rank in made):
+            reason = "only counts steps, and no process that keeps averages has made a tracker"
+            raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
         makes another one."""
+        self._check_in_time()
         self._calls += 1
         prefix = f"call/{self._calls}"
         self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
@@ -287,11 +317,25 @@ class Rendezvous:
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether no other process makes a tracker within `GRACE`."""
-        began = time.monotonic()
-        while not self._is_set("made") and time.monotonic() - began < GRACE:
+        """Whether no other process has made a tracker `GRACE` seconds after this one; they are
+        told."""
+        until = self._begin + GRACE
+        if not self._is_set("made") and time.monotonic() + WARNING < until:
+            log.warning(
+                "waiting for trackers of other processes, for %.0f s: %s", GRACE, self._hint
+            )
+        while not self._is_set("made") and time.monotonic() < until:
             time.sleep(0.02)
-        return len(self._absent("made")) == len(self._ranks) - 1
+        if len(self._absent("made")) < len(self._ranks) - 1:
+            return False
+        self.store.set("alone", str(self._rank))
+        return True
+
+    def _check_in_time(self) -> None:
+        if self.store.check(["alone"]):
+            other = self.store.get("alone").decode()
+            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
+            raise RankError(f"rank {other}", reason, self._hint)
 
     def _wait_for_all(self, prefix: str) -> None:
         began, pause, warned = time.monotonic(), 0.001, False
@@ -322,7 +366,12 @@ class Members:
 
     is_chunked = False  # whether each process keeps chunks of the averages, see `ShardOwners`
 
-    def __init__(self, model: torch.nn.Module | None = None, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        directory: Path | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.keeps = is_first_of_group(model)  # averages, and writes them to the directory
         # among those that keep averages; the first has the directory's lock, and thins
         self.rank = 0
@@ -330,13 +379,15 @@ class Members:
         self.part: tuple[int, int] | None = None
         # of this training, set when processes meet; later trainings have larger numbers
         self.session = 0
-        self.names: frozenset[str] = frozenset()  # of all tracked tensors of a sharded model
+        # of all tracked tensors of a sharded model, also of other stages of a pipeline
+        self.names: frozenset[str] = frozenset()
         self.mesh: dict[str, Any] = {}  # the processes' arrangement, as a snapshot's header has it
         self._meeting: Rendezvous | None = None
         if model is not None and dist.is_initialized() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
-            self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint)
+            tensors = _digest(repr(sorted((shapes or {}).items())))
+            self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint, tensors)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return those of the model's tensors that this process averages and writes, or has a chunk
@@ -346,8 +397,15 @@ class Members:
     def announce_failure(self, error: BaseException) -> None:
         """Announce to the other processes that this one's part is missing."""
 
+    def check_model(self) -> None:
+        """Raise a RankError if another process tracks a model of other tensors."""
+        if self._meeting is not None and dist.is_initialized():
+            self._meeting.check_tensors()
+
     def check(self) -> None:
-        """Raise a RankError if another process has announced a failure."""
+        """Raise a RankError if another process has announced a failure, or if none writes."""
+        if self._meeting is not None and not self.keeps and dist.is_initialized():
+            self._meeting.check_keeper()
 
     def keepers(self, _call: str) -> Group:
         """Return the processes that keep averages, all of which make this call."""
@@ -367,7 +425,8 @@ class ShardOwners(Members):
     All processes make this object, in the same order of trackers, with their part of each tensor
     and, unless complete, its chunk. The owner of a chunk is the lowest rank that holds it
     (`holders`, by name, ascending); a chunk without elements has none, unless its tensor has no
-    elements. A RankError names a process that has other `options`.
+    elements. Stages of a pipeline have tensors of their own: `shapes` are the complete ones of the
+    weights of all. A RankError names a process that has other `options`.
     """
 
     is_chunked = True
@@ -377,11 +436,13 @@ class ShardOwners(Members):
         model: torch.nn.Module,
         tensors: Mapping[str, torch.Tensor],
         chunks: Mapping[str, Chunk],
+        aliases: Iterable[str],
+        shapes: Mapping[str, tuple[int, ...]],
         options: Mapping[str, str],
         run_id: str,
     ) -> None:
         super().__init__()
-        self.rank, self.names = dist.get_rank(), frozenset(tensors)
+        self.rank = dist.get_rank()
         meshes: list[Any] = [
             tensor.device_mesh for tensor in model.parameters() if hasattr(tensor, "device_mesh")
         ]
@@ -396,11 +457,14 @@ class ShardOwners(Members):
             for name, tensor in tensors.items()
             if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
         }
-        own = dict(options), [*held.values()], run_id, time.time_ns()
+        own = dict(options), [*held.values()], run_id, time.time_ns(), [*tensors, *aliases], shapes
         everyone = self.keepers("a tracker of this model").from_all(own)
-        first, _, self.run_id, self.session = everyone[0]  # those of rank 0
+        first, _, self.run_id, self.session, *_ = everyone[0]  # those of rank 0
+        self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)
-        for rank, (others, digests, *_) in enumerate(everyone):
+        for rank, (others, digests, _, _, names, complete) in enumerate(everyone):
+            self.names |= frozenset(names)
+            self.shapes |= complete
             for option, value in first.items():
                 if others[option] != value:
                     raise RankError(
@@ -447,13 +511,6 @@ class ShardOwners(Members):
 
     def callers(self, call: str, *_: object) -> Group:
         return self.keepers(call)
-
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set in any process; a collective operation, the only one of
-        tracking."""
-        flags = torch.tensor(float(flag), device=self._device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags.item())
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:

@@ -4,7 +4,6 @@ those on disk."""
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
+    Log,
     MismatchError,
     NonFiniteError,
     PostHocError,
@@ -59,7 +59,7 @@ from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.state import Settings, Tracking, ways_to_resume
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PATIENCE = 60.0  # seconds that a network file system may take to show a file
 
@@ -169,7 +169,6 @@ def headers(
             aliases=tracked.aliases,
             left_out=tracked.left_out,
             selection=settings.selection,
-            skip_nonfinite=settings.on_nonfinite == "skip",
             updates=standing.updates,
             inherited=inherited,
             off_schedule=off_schedule,
@@ -358,6 +357,8 @@ class Snapshotter:
         """Thin the times whose snapshots are complete: another process may die before it has
         written its part."""
         schedule = self._settings.schedule
+        if self._leads:
+            remove_leftovers(self.directory)  # which were too young when the training began
         if self._members.is_chunked:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:

@@ -30,7 +30,6 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NonFiniteError,
     check_count,
-    check_word,
     percent,
     shown,
     warn,
@@ -98,7 +97,6 @@ class Settings:
     schedule: TrackingSchedule
     t_unit: str = "steps"
     selection: Selection = field(default_factory=Selection)
-    on_nonfinite: str = "raise"
 
     @classmethod
     def checked(
@@ -111,7 +109,6 @@ class Settings:
         checkpoint_dtype: torch.dtype | str | None,
         t_unit: str,
         selection: Selection,
-        on_nonfinite: str,
     ) -> Settings:
         """Return the settings, with profiles in ascending order; an InvalidValueError names an
         unfit argument."""
@@ -126,7 +123,6 @@ class Settings:
         after = check_count("update_after_step", update_after_step, 0)
         most = None if max_checkpoints is None else check_count("max_checkpoints", max_checkpoints)
         dtype = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
-        check_word("on_nonfinite", on_nonfinite, ("raise", "skip"))
         if snapshot_every % every and every == DEFAULT_UPDATE_EVERY:
             every = math.gcd(every, snapshot_every)
             warn(
@@ -155,19 +151,13 @@ class Settings:
         if name:
             raise InvalidValueError(name, f"must {must}", value=value)
         schedule = TrackingSchedule(every, snapshot_every, after, most, dtype, range_of(profiles))
-        return cls(tuple(profiles), schedule, t_unit, selection, on_nonfinite)
+        return cls(tuple(profiles), schedule, t_unit, selection)
 
     def update_is_due(self, step: int) -> bool:
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
 
     def snapshot_is_due(self, step: int) -> bool:
         return step % self.schedule.checkpoint_every == 0
-
-    def skip_update(self, error: NonFiniteError) -> None:
-        """Raise the error, or warn that the update is skipped, as `on_nonfinite` says."""
-        if self.on_nonfinite == "raise":
-            raise error
-        warn(f"update skipped: {error}")
 
     def first_update(self, step: int) -> str:
         """Return a sentence that says at which call, after `step` calls so far, the first update is
@@ -275,6 +265,9 @@ class Start:
         recorded = None if step is None else recorded_weights(stored).get(step)
         self.weights: tuple[float, ...] = () if recorded is None else tuple(recorded.tolist())
         self._stored, self._newest = stored, stored[-1].step if stored else 0
+        # of the last call that an earlier tracker of this model in this process has counted
+        self.counted: TrainingProgress | None = None
+        self._progress: TrainingProgress | None = None  # where the snapshots do not say it
 
     @classmethod
     def of_model(
@@ -285,16 +278,16 @@ class Start:
         # an existing run may be absent only without a step
         step = None if resume in (None, "auto") else resume
         if isinstance(step, bool | str):
-            reason = "must be 'auto', a call of update_ that has snapshots, or None"
+            reason = "must be 'auto', a call of update_ that has snapshots, 0, or None"
             raise InvalidValueError("resume", reason, value=f"{resume!r}")
-        stored = (
-            read_directory(directory)
-            if step is not None
-            else find_snapshots(directory)
-            if resume
-            else []
-        )
-        if stored:
+        if step is not None:
+            step = check_count("resume", step, 0)
+        stored: Sequence[Snapshot] = []
+        if step:
+            stored = read_directory(directory)
+        elif resume is not None:
+            stored = find_snapshots(directory)
+        if stored and step != 0:
             settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
         check_globs(settings.selection, [tensor.name for tensor in named_tensors(model)])
         tensors = collect_tensors(model, settings.selection)
@@ -306,6 +299,9 @@ class Start:
             )
             return cls(directory, settings, None, stored, tracking, model, tensors)
         newest, schedule, sigma_rels = stored[-1], settings.schedule, settings.sigma_rels
+        anew = Tracking(newest.run_id, tensors.tracked, Averages.none_yet(sigma_rels), resumes=True)
+        if step == 0:
+            return cls(directory, settings, 0, stored, anew, model, tensors)
         if newest.t_unit != settings.t_unit:
             reason = f"the run in {directory} counts {shown(newest.t_unit)}"
             raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
@@ -315,10 +311,7 @@ class Start:
         if step is None and is_first and len(stored) < len(sigma_rels):
             # The run was killed while it wrote its first snapshots: they are set aside when it
             # begins again.
-            tracking, step = (
-                replace(tracking, tracked=tensors.tracked, progress=TrainingProgress()),
-                0,
-            )
+            return cls(directory, settings, 0, stored, anew, model, tensors)
         return cls(directory, settings, step, stored, tracking, model, tensors)
 
     @classmethod
@@ -328,10 +321,7 @@ class Start:
         stored = read_directory(directory)
         newest = _until(stored, step)[-1]
         selection = (newest.selection or Selection()).resumed(newest.roles)
-        on_nonfinite = "skip" if newest.skip_nonfinite else "raise"
-        settings = Settings(
-            stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection, on_nonfinite
-        )
+        settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
         # By the names in the snapshots: a model that is only to be filled may be frozen.
         names = tracking.tracked.known_names
@@ -358,6 +348,14 @@ class Start:
             return max(same, default=None), stored[-1].step
 
         found, newest = group.from_first(find)
+        self._progress = None
+        # a process that only counts may look before the newest are written
+        counted = self.counted
+        if counted is not None and not writes:
+            newest = max(newest, counted.updated)
+        if found is None and counted is not None and counted.updated == newest:
+            self._progress = counted
+            found = newest
         if is_first_call and (found is None or newest > self._newest):
             if group.leads and writes:
                 # a training that is still running here is the better reason
@@ -377,18 +375,20 @@ class Start:
                 f"its weights are those of no snapshot of the run in {self.directory} "
                 f"({times}; {compared})"
             )
-            raise ModelMismatchError("model", reason, ways_to_resume(steps[-1]))
+            anew = "to begin anew say resume=0, which sets the snapshots aside"
+            hint = f"{anew}; else {ways_to_resume(steps[-1])}"
+            raise ModelMismatchError("model", reason, hint)
         self.step, self._newest = None if found == newest else found, newest
-        return (
-            now
-            if found is None
-            else replace(now, progress=_progress_at(_until(stored, self.step)[-1]))
-        )
+        if found is None:
+            return now
+        progress = self._progress or _progress_at(_until(stored, self.step)[-1])
+        return replace(now, progress=progress)
 
     def read(self, now: Tracking) -> Tracking:
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
-        return _load(self.directory, self.settings.sigma_rels, now.tracked, self.step)
+        loaded = _load(self.directory, self.settings.sigma_rels, now.tracked, self.step)
+        return replace(loaded, progress=self._progress or loaded.progress)
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
@@ -444,11 +444,8 @@ def _with_members(
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
     after a rendezvous."""
     if not tensors.tracked.chunks:
-        return replace(
-            tracking, tracked=replace(tracking.tracked, members=Members(model, directory))
-        )
-    if tracking.resumes:
-        tracking.tracked.check(tensors.tracked)
+        members = Members(model, directory, tensors.tracked.shapes)
+        return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
     # the last one says whether there is an `include`
     left_out = ("schedule", "selection", "only_trainable")
@@ -459,10 +456,19 @@ def _with_members(
         else "nothing"
     )
     options |= {"checkpoint_dir": str(directory), "to resume": start}
-    held, chunks = tensors.averaged | tensors.copied, tensors.tracked.chunks
-    members = ShardOwners(model, held, chunks, options, tracking.run_id)
-    part = replace(tensors.tracked.of(members), everywhere=tensors.tracked.complete_shapes)
-    return replace(tracking, run_id=members.run_id, tracked=part)
+    owners = ShardOwners(
+        model,
+        tensors.averaged | tensors.copied,
+        tensors.tracked.chunks,
+        tensors.tracked.aliases,
+        tensors.tracked.complete_shapes,
+        options,
+        tracking.run_id,
+    )
+    if tracking.resumes:
+        tracking.tracked.check(tensors.tracked, owners.names)
+    part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
+    return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
 def ways_to_resume(step: int) -> str:
@@ -476,7 +482,7 @@ def ways_to_resume(step: int) -> str:
         "is exact at any step"
     )
     anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
-    return f"{restored}; {state}; {anyway}; for a new run name another directory"
+    return f"{restored}; {state}; {anyway}; for a new run name another directory, or resume=0"
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:

@@ -1,7 +1,9 @@
 """The callback for the transformers Trainer, with the real library."""
 
+import gc
 import itertools
 import shutil
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -283,3 +285,18 @@ def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
     # such steps only make it worse, and the second one ends it
     assert worse == [False] * (len(worse) - 2) + [True] * 2
     assert trainer.state.global_step == len(losses) < 10
+
+
+@pytest.mark.parametrize("evaluate", [None, 0.15])
+def test_a_finished_training_frees_its_model_and_trainer(
+    tmp_path: Path, evaluate: float | None
+) -> None:
+    callback = PostHocCallback(tmp_path / "ema", evaluate=evaluate, **EVERY)
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    callback.install(trainer)
+    trainer.train()
+    references = [weakref.ref(trainer.model), weakref.ref(trainer)]
+    del trainer
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]
+    assert callback.ema is not None

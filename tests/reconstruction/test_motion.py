@@ -201,31 +201,21 @@ def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | No
 # --- correlated rounding errors of stored copies, against values that are really rounded
 
 
-@pytest.mark.parametrize("unevenness", [0.0, 1.0])
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
-def test_errors_are_as_correlated_as_those_of_values_that_move_or_more(
-    spacings: float, unevenness: float
-) -> None:
-    """Displacements are Gaussian, in units of the spacing, alike or log-normal ones; 200,000
-    elements of one binade are rounded to float16."""
+def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
+    """Displacements are Gaussian, in units of the spacing; 200,000 elements of one binade are
+    rounded to float16."""
     generator = np.random.default_rng(0)
+    spacing = 2.0**-10
     values = generator.uniform(1.1, 1.9, 200_000)
-    sizes = spacings * 2.0**-10 * np.exp(unevenness * generator.normal(size=values.size))
-    moved = values + sizes * generator.normal(size=values.size)
+    moved = values + spacings * spacing * generator.normal(size=values.size)
     errors = [x.astype(np.float16).astype(np.float64) - x for x in (values, moved)]
     measured = np.array([[a @ b for b in errors] for a in errors])
     apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
-    covariance = factor.T @ factor
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is
     # limited to 0.99.
-    size = measured[0, 0]
-    apart_in_spacings = apart[0, 1] / (12 * size)
-    assert np.diag(covariance) == pytest.approx(np.diag(measured))
-    kernel = 0.99 * np.exp(-apart_in_spacings)
-    assert covariance[0, 1] / size == pytest.approx(kernel, rel=0.01, abs=1e-3)
-    if apart_in_spacings < 1:
-        assert covariance[0, 1] > measured[0, 1] - (0.02 + 0.1 * unevenness) * size
+    np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
 
 
 def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:

@@ -100,6 +100,19 @@ def test_files_of_every_step_that_say_so_hold_every_update(steps: int, tmp_path:
         assert predicted < 2e-7
 
 
+def test_weights_beside_an_average_of_known_decay_are_steps_apart(tmp_path: Path) -> None:
+    path = about_a_minimum(30, 1)
+    save_both(tmp_path / "files", path, range(100, STEPS + 1, 100), 0.99)
+    for file in [*(tmp_path / "files").iterdir()]:
+        content = torch.load(file)
+        save(tmp_path / "unsaid", file.name, {key: content[key] for key in ("model", "ema")})
+    found = []
+    for name in ("files", "unsaid"):
+        import_checkpoints(tmp_path / name, tmp_path / f"{name} run", ema_decay=0.99)
+        found.append([errors(Run(tmp_path / f"{name} run"), path, width) for width in WIDTHS])
+    assert found[1] == pytest.approx(np.array(found[0]), rel=0.02)
+
+
 @pytest.mark.parametrize("stride", [2, 5])
 def test_a_few_steps_between_files_count_one_by_one(stride: int, tmp_path: Path) -> None:
     path = walk(30 * stride)

@@ -216,7 +216,7 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     measurements = None if sums is None else Measurements(*sums)
     alias, *stored = tensor_names
     optional = {"clock": ((step // 2, t * early), (step, t)), "inherited": early}
-    optional |= {"off_schedule": True, "skip_nonfinite": True}
+    optional |= {"off_schedule": True}
     info = make_info(
         {name: torch.zeros(1) for name in stored},
         t,

@@ -325,3 +325,27 @@ def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None
         train(tracker, model, optimizer)
         assert tracker.step == 4
     assert torch.equal(model.weight, plain.weight)
+
+
+class WithoutRates(torch.optim.Optimizer):
+    """Has no `lr`, and frees the gradients in its step."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"size": 0.1})
+
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(group["size"] * parameter.grad)
+                    parameter.grad = None
+
+
+def test_steps_of_an_optimizer_without_rates_that_frees_its_gradients_count(
+    tmp_path: Path,
+) -> None:
+    model = network()
+    optimizer = WithoutRates(model.parameters())
+    with attached(model, tmp_path, optimizer) as tracker:
+        step(model, optimizer, 3)
+        assert tracker.step == 3

@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forked
@@ -236,6 +237,35 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     assert times(tmp_path) == {8}
 
 
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_errors_of_a_closed_tracker_are_raised_once(tmp_path: Path, device: str) -> None:
+    """A due snapshot has failed, and so has the last one."""
+    training, tracker = begin(tmp_path, device)
+    with failing("fsync", errno.ENOSPC):
+        training.run(6, tracker)
+        with pytest.raises(WriteError, match="no space left"):
+            tracker.close()
+    for _ in range(2):
+        assert tracker.state_dict(0.05)
+        tracker.flush()
+        tracker.close()
+
+
+def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path: Path) -> None:
+    """The training goes on at once, when another process could still be writing the file."""
+    training, tracker = begin(tmp_path)
+    with tracker:
+        left = tmp_path / ".ema-0123456789abcdef.tmp"
+        left.write_bytes(b"a part")
+        training.run(4, tracker)
+        tracker.flush()
+        assert left.exists()
+        os.utime(left, (0, 0))
+        training.run(8, tracker)
+        tracker.flush()
+        assert not left.exists()
+
+
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -372,3 +402,105 @@ def test_closing_a_tracker_whose_directory_was_deleted_says_what_is_lost(tmp_pat
     with pytest.raises(WriteError, match="run: was deleted: the averages of step 6 are lost"):
         tracker.close()
     assert not (tmp_path / "run").exists()
+
+
+class Streams:
+    """Replaces `torch.cuda`: its streams note their last event and whether they were waited for."""
+
+    def __init__(self) -> None:
+        self.waited = list[str]()
+        self.current = self.Stream(self, "training")
+
+    class Stream:
+        def __init__(self, cuda: Any, name: str) -> None:
+            self.cuda = cuda
+            self.name = name
+
+        def record_event(self) -> object:
+            return object()
+
+        def wait_event(self, event: object) -> None:
+            pass
+
+        def synchronize(self) -> None:
+            self.cuda.waited.append(self.name)
+
+    def current_stream(self, _: torch.device) -> Any:
+        return self.current
+
+    @contextmanager
+    def stream(self, _: Any) -> Iterator[None]:
+        yield
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Else the next update could change what an earlier reader still copies, or begin before the
+    work of one that ran out of memory has ended."""
+    cuda = Streams()
+    monkeypatch.setattr(cuda, "Stream", lambda device: Streams.Stream(cuda, f"own {device}"))
+    monkeypatch.setattr(background, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
+    streams = background.DeviceStreams()
+    devices = [torch.device("cuda", index) for index in (0, 1)]
+    failing_block = pytest.raises(ZeroDivisionError) if fails else nullcontext()
+    with failing_block, streams.in_streams_of_caller(streams.current(devices)):
+        assert not streams.last_events
+        if fails:
+            raise ZeroDivisionError
+    before = streams.last_events
+    assert {device for device, _ in before} == {*devices}
+    with failing_block, streams.in_own_streams():
+        assert cuda.waited == []
+        if fails:
+            raise ZeroDivisionError
+    assert sorted(cuda.waited) == ["own cuda:0", "own cuda:1"]
+    with failing_block, streams.in_streams_of_caller(streams.current(devices)):
+        if fails:
+            raise ZeroDivisionError
+    assert streams.last_events != before
+
+
+def test_threads_have_the_training_s_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread begins with the first one as its current device, on which each process of a group
+    would make a context of some hundred megabytes."""
+    chosen = list[tuple[str, int]]()
+
+    def choose(device: int) -> None:
+        chosen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    training, tracker = begin(tmp_path)
+    with tracker:
+        training.run(4, tracker)
+    assert {name.rstrip("-0123456789") for name, _ in chosen} == {"ema-averages", "ema-snapshots"}
+    assert {device for _, device in chosen} == {3}
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_process_has_no_context_on_another_s_accelerator(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+torch.cuda.set_device(1)
+model = torch.nn.Linear(9, 9, device="cuda")
+for device in ("model", "cpu"):
+    with PostHocEMA.from_model(
+        model, f"{sys.argv[1]}/{device}", update_every=1, checkpoint_every=2, device=device
+    ) as ema:
+        for _ in range(4):
+            ema.update_(model)
+        with ema.model(model, 0.1):
+            pass
+print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
+"""
+    assert forked.run(code, tmp_path).out.split() == ["False", "True"]

@@ -667,7 +667,7 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
     (tmp_path / "empty").mkdir()
     ways = (
         r"restore the model's checkpoint first, .*resume='auto'.*load_state_dict.*resume=10 "
-        r".*another directory"
+        r".*another directory, or resume=0"
     )
     for folder, wrong, kind, message in (
         (run, {}, MismatchError, f"{ways}$"),
@@ -683,7 +683,7 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
         ),
         *(
             (run, {"resume": one}, InvalidValueError, f"resume {one}: must be a whole number")
-            for one in (0, 3.5)
+            for one in (-1, 3.5)
         ),
         (
             run,
@@ -723,24 +723,23 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
     access.assert_called_once_with(tmp_path, os.W_OK | os.X_OK)
 
 
-@pytest.mark.parametrize("way", ["auto", None])
-def test_a_cell_that_is_run_again_is_told_to_close_its_first_tracker(
-    tmp_path: Path, way: str | None
+def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(
+    tmp_path: Path,
 ) -> None:
-    """A closed run continues at the model's weights."""
+    """To a new run, and to another model. A closed run continues at the model's weights."""
     training = Training()
     first = begin(training.model, tmp_path)
     training.run(9, first)  # there is no snapshot yet
     writes = r"another tracker of this process .* is writing here; "
     with pytest.raises(LockedError, match=writes):
-        begin(training.model, tmp_path, resume=way).update_(training.model)
+        begin(training.model, tmp_path).update_(training.model)
     first.snapshot()
     with pytest.raises(MismatchError, match=r"up to step 9; restore the model.*resume='auto'"):
         begin(training.model, tmp_path)
     # that the training goes on is said before any other reason
-    for model in (training.model, Training(1).model):
+    for model in (training.at(9).model, Training(1).model):
         with pytest.raises(LockedError, match=writes):
-            resume(model, tmp_path).update_(model)
+            resume(model, tmp_path, "from_path").update_(model)
     first.close()
     with resume(training.model, tmp_path) as tracker:
         training.run(35, tracker)
@@ -838,3 +837,48 @@ def test_a_failing_resume_releases_the_directory(
     with PostHocEMA.from_path(tmp_path, again.model, step=10) as ema:
         again.run(12, ema)
         assert again.error(ema) < 1e-6
+
+
+@pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.1, 0.2)])
+def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and_does(
+    tmp_path: Path, sigma_rels: tuple[float, ...]
+) -> None:
+    """A script runs again, with weights of its beginning, which no snapshot has."""
+    training = Training()
+    with begin(training.model, tmp_path) as ema:
+        training.run(13, ema)
+    training = Training()
+    tracker = resume(training.model, tmp_path)
+    training.run(1)
+    anew = r"\); to begin anew say resume=0, which sets the snapshots aside; else restore "
+    with pytest.raises(ModelMismatchError, match=anew):
+        tracker.update_(training.model)
+    with pytest.raises(MismatchError, match=r"for a new run name another directory, or resume=0$"):
+        begin(training.model, tmp_path)
+    training = Training(seed=1)
+    with begin(training.model, tmp_path, resume=0, sigma_rels=sigma_rels) as ema:
+        assert not ema.has_average
+        with pytest.warns(RuntimeWarning, match="no average yet"), ema.model(training.model, 0.1):
+            pass
+        assert times(tmp_path) == {10, 12}
+        training.run(20, ema)
+        assert ema.step == 20
+        assert training.error(ema) < 1e-6
+    assert times(tmp_path) == {10, 20}
+    assert superseded(tmp_path) == 4
+    assert {s.sigma_rel for s in Run(tmp_path).snapshots} == {*sigma_rels}
+
+
+def test_a_new_beginning_takes_any_model_and_an_empty_directory(tmp_path: Path) -> None:
+    training = Training()
+    with begin(training.model, tmp_path / "run", resume=0) as ema:
+        training.run(12, ema)
+    other = torch.nn.Linear(3, 2)
+    with begin(other, tmp_path / "run", resume=0, t_unit="images") as ema:
+        for number in range(1, 5):
+            ema.update_(other, t=10.0 * number)
+    assert times(tmp_path / "run") == {40}
+    assert {*Run(tmp_path / "run").average(0.1)} == {"weight", "bias"}
+    for bad in (-1, 0.5, True, "0"):
+        with pytest.raises(InvalidValueError, match="resume"):
+            begin(other, tmp_path / "run", resume=bad)

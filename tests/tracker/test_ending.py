@@ -2,16 +2,18 @@
 asks for."""
 
 import gc
+import shutil
 import threading
 from pathlib import Path
 
+import forked
 import pytest
 from factories import exact_average
 from safetensors.torch import load_file
 from tracker.runs import Training, contents
 
-from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli import PostHocEMA, Run, files
+from posthoc_cli.errors import NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {
@@ -126,17 +128,18 @@ def test_snapshots_off_the_schedule_change_no_others(
 
 
 def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: Path) -> None:
-    """The update at call 10 is skipped: the average of call 8 is due, which a snapshot off the
+    """The update at call 10 is refused: the average of call 8 is due, which a snapshot off the
     schedule holds."""
     for name in ("complete", "run"):
         training = Training()
-        with begin(training, tmp_path / name, on_nonfinite="skip") as tracker:
+        with begin(training, tmp_path / name) as tracker:
             training.run(8, tracker)
             if name == "run":
                 tracker.snapshot()
             training.model[0].weight.data.fill_(float("nan"))
-            with pytest.warns(RuntimeWarning, match="update skipped"):
+            with pytest.raises(NonFiniteError):
                 training.run(10, tracker)
+                tracker.flush()
     assert contents(tmp_path / "run") == contents(tmp_path / "complete")
     assert written(tmp_path / "run") == [(8, False)]
 
@@ -159,3 +162,76 @@ def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
             assert len(found) == len(spared) + scheduled
         training.run(44, tracker)
     assert [t for t, is_off in written(tmp_path) if is_off] == [14, 44]
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time, torch
+from posthoc_cli import PostHocEMA, files
+
+folder, interrupts = sys.argv[1], int(sys.argv[2])
+trackers = []
+for name in ("one", "two", "three"):
+    model = torch.nn.Linear(2, 2)
+    trackers.append(PostHocEMA.from_model(model, f"{folder}/{name}", update_every=1))
+    trackers[-1].update_(model)
+own, sent, disk = files.system.fsync, [], threading.Lock()
+
+def slow(descriptor):  # one after the other, slow enough for all interrupts
+    with disk:
+        if len(sent) < interrupts:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+            time.sleep(0.5)
+    own(descriptor)
+
+files.system.fsync = slow
+"""
+
+
+@pytest.mark.parametrize("interrupts", [0, 1, 2])
+def test_an_interrupt_while_the_exit_writes_loses_nothing_and_a_second_one_says_what_is_lost(
+    tmp_path: Path, interrupts: int
+) -> None:
+    done = forked.run(INTERRUPTED, tmp_path, interrupts)
+    said = "writing the last snapshots of" in done.err
+    assert said == (interrupts > 0)
+    if interrupts < 2:
+        assert done.code == 0
+        for name in ("one", "two", "three"):
+            assert [snapshot.step for snapshot in Run(tmp_path / name).snapshots] == [1, 1]
+    else:
+        assert done.code == 130
+        assert f"the last snapshots of {tmp_path}" in done.err
+        assert "are lost" in done.err
+    assert not [*tmp_path.rglob("*.tmp")]
+
+
+OPERATIONS = ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_directory_that_is_deleted_while_a_snapshot_is_written_is_named(
+    tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By errors of this package, once for each time that is lost; the averages can be read."""
+    folder = tmp_path / "run"
+    training = Training()
+    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    training.run(3, tracker)
+    tracker.flush()
+    own = getattr(files.system, operation)
+
+    def deleting(*arguments: object) -> object:
+        monkeypatch.setattr(files.system, operation, own)
+        shutil.rmtree(folder)
+        return own(*arguments)
+
+    monkeypatch.setattr(files.system, operation, deleting)
+    for last in (4, 6):
+        training.run(last - 1, tracker)
+        with pytest.raises(WriteError, match="run"):
+            training.run(last, tracker)
+            tracker.flush()
+    training.run(7, tracker)
+    with pytest.raises(WriteError, match="run: was deleted: the averages of step 7 are lost"):
+        tracker.close()
+    assert tracker.state_dict(0.05)

@@ -4,11 +4,13 @@ Of models with PEFT adapters, the adapters alone are tracked, under the names by
 and loads them.
 """
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -223,3 +225,106 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
     assert {
         name for name, _ in model.named_parameters() if ".second" in name or ".default" in name
     } <= several
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+@pytest.mark.parametrize("call", ["update_", "model", "state_dict", "flush"])
+def test_a_compiled_function_may_call_a_tracker(tmp_path: Path, call: str) -> None:
+    model = torch.nn.Linear(2, 2)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+
+    def step() -> float:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        ema.update_(model)
+        if call == "model":
+            with ema.model(model, 0.05) as averaged:
+                return float(averaged.bias.detach().sum())
+        if call == "state_dict":
+            ema.state_dict(0.05)
+        if call == "flush":
+            ema.flush()
+        return 0.0
+
+    compiled = torch.compile(step, backend="eager")
+    for _ in range(4):
+        compiled()
+    assert ema.step == 4
+
+
+@pytest.mark.parametrize(
+    "compile", [torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(1, 2))]
+)
+@pytest.mark.parametrize("part", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
+    tmp_path: Path, compile: Any, part: bool
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    compiled = compile(model)
+    with pytest.raises(InvalidValueError, match=r"is compiled by torch\.jit; track the module"):
+        PostHocEMA.from_model(torch.nn.Sequential(compiled) if part else compiled, tmp_path)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        for value in (1.0, 3.0):
+            for parameter in compiled.parameters():
+                parameter.data.fill_(value)
+            ema.update_(model)
+        assert 1 < float(ema.state_dict(0.28)["bias"][0]) < 3
+
+
+def test_an_exported_model_is_tracked_and_filled_but_has_no_eval_mode(tmp_path: Path) -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    model = torch.export.export(inner, (torch.ones(1, 2),)).module()
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+        ema.update_(model)
+        with (
+            pytest.raises(InvalidValueError, match=r"has no eval mode: .*; take the average by"),
+            ema.model(model, 0.28),
+        ):
+            pass
+        assert_same_tensors(model.state_dict(), raw)
+        ema.update_(model)
+        ema.load_into(model, 0.28)
+
+
+WITHOUT_THE_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "posthoc_cli":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+for name in [name for name in sys.modules if name.split(".")[0] == "posthoc_cli"]:
+    del sys.modules[name]
+import copy, torch
+for path in sys.argv[1:]:
+    model = torch.load(path, weights_only=False)
+    model.load_state_dict(copy.deepcopy(model).state_dict())
+    print(type(model).__name__)
+"""
+
+
+def test_a_pickled_model_does_not_need_this_package(tmp_path: Path) -> None:
+    """Pickled, or copied and pickled, before the first update, later, and after the end."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    paths = [tmp_path / f"{number}.pt" for number in range(5)]
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1) as ema:
+        torch.save(model, paths[0])
+        torch.save(torch.nn.Sequential(model), paths[1])
+        ema.update_(model)
+        torch.save(copy.deepcopy(model), paths[2])
+        with ema.model(model, 0.1):
+            torch.save(model, paths[3])
+    torch.save(model, paths[4])
+    done = forked.run(WITHOUT_THE_PACKAGE, *paths)
+    assert done.code == 0, done.err
+    assert done.out.split() == ["Sequential"] * 5
+    # the tracker still notes when weights are restored
+    again = PostHocEMA.from_model(model, tmp_path / "run", resume="auto")
+    model.load_state_dict(torch.load(paths[2], weights_only=False).state_dict())
+    with torch.no_grad():
+        model[0].bias += 1
+    again.update_(model)
+    assert again.step == 2

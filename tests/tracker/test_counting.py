@@ -1,0 +1,177 @@
+"""Steps that a tracker does not count, and weights that do not move, are said in one warning."""
+
+import gc
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from posthoc_cli import PostHocEMA
+
+MOVED = "the model has moved since step "
+SAME = "the weights of step "
+
+
+def network() -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+    )
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 3)).square().mean().backward()
+        optimizer.step()
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[torch.nn.Module, PostHocEMA]:
+    """Return a model after some steps that were counted, and its tracker."""
+    model = network()
+    ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=100, **settings)
+    for _ in range(steps):
+        train(model, sgd(model))
+        ema.update_(model)
+    return model, ema
+
+
+def evaluate(model: torch.nn.Module, ema: PostHocEMA) -> None:
+    with ema.model(model, 0.05):
+        pass
+
+
+ASKING: list[Callable[[Any, PostHocEMA], object]] = [
+    evaluate,
+    lambda _, ema: ema.state_dict(0.05),
+    lambda _, ema: ema.state_dict(0.15),
+    lambda model, ema: ema.load_into(model, 0.05),
+    lambda _, ema: ema.close(),
+]
+
+
+@pytest.mark.parametrize("ask", ASKING)
+def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
+    tmp_path: Path, ask: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where phases of a training have an optimizer each."""
+    model = network()
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100)
+    optimizer = sgd(model)
+    ema.attach(optimizer)
+    train(model, optimizer, 5)
+    ask(deepcopy(model), ema) if ask is not ASKING[-1] else None
+    assert MOVED not in caplog.text
+    optimizer = sgd(model)
+    gc.collect()
+    train(model, optimizer, 3)
+    ask(model, ema)
+    assert f"{MOVED}5, the last that was counted" in caplog.text
+    ema.close()
+    assert caplog.text.count(MOVED) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sgd,
+        lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
+        lambda model: torch.optim.AdamW(model.parameters(), fused=True),
+        lambda model: torch.optim.SGD(model[2].parameters(), lr=0.1),
+        lambda model: torch.optim.Adafactor(model.parameters()),
+    ],
+)
+def test_a_forgotten_call_is_noticed_of_any_optimizer(
+    tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = made(tmp_path)
+    train(model, make(model))
+    evaluate(model, ema)
+    assert f"{MOVED}5," in caplog.text
+
+
+def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = made(tmp_path)
+    best = deepcopy(model.state_dict())
+    evaluate(model, ema)
+    model.train()
+    model(torch.randn(8, 3)).mean().backward()  # BatchNorm's statistics move, and gradients come
+    model.load_state_dict(best)
+    ema.load_into(model, 0.05)
+    get_optimizer_state_dict(model, sgd(model))  # takes a step of gradients of zero
+    for parameter in model.parameters():
+        parameter.data.clamp_(-5, 5)
+    other = network()
+    train(other, sgd(other))
+    model.to(torch.float64).to(torch.float32)
+    ema.state_dict(0.15)
+    ema.close()
+    train(model, sgd(model))
+    ema.state_dict(0.15)  # of a tracker that has ended
+    assert MOVED not in caplog.text
+
+
+def test_a_tracker_whose_steps_were_never_counted_says_so_at_its_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, ema = made(tmp_path / "run", steps=0)
+    restored = network().state_dict()
+    model.load_state_dict(restored)
+    with pytest.warns(RuntimeWarning, match="no average yet"):
+        evaluate(model, ema)
+    unused = PostHocEMA.from_model(model, tmp_path / "unused")
+    unused.close()
+    assert MOVED not in caplog.text
+    train(model, sgd(model))
+    ema.close()
+    assert f"run: {MOVED}0," in caplog.text
+
+
+def test_the_end_of_the_process_says_it_too(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+model = torch.nn.Linear(2, 2)
+ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(4):
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    if step < 3:
+        ema.update_(model)
+"""
+    assert f"{MOVED}3, the last that was counted" in forked.run(code, tmp_path).err
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize("way", ["no step", "another instance", "another's optimizer", "moves"])
+def test_weights_that_never_change_are_said_once(
+    tmp_path: Path, way: str, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    other = network()
+    trained = model if way == "moves" else other
+    optimizer = sgd(trained)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=2, device=device)
+    if way == "another's optimizer":
+        ema.attach(optimizer)
+    for step in range(1, 61):
+        if way != "no step":
+            train(trained, optimizer)
+        if way != "another's optimizer":
+            ema.update_(model)
+        if step == 20:
+            ema.flush()
+            assert SAME not in caplog.text  # ten updates, of which nine had one before them
+    ema.close()
+    assert caplog.text.count(f"{SAME}22 are those of step 2: does an optimizer") == (way != "moves")

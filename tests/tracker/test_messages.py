@@ -1,0 +1,148 @@
+"""What a tracker's threads have to say is logged by the next call, and never by these threads."""
+
+import errno
+import gc
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import forked
+import pytest
+import threadpoolctl
+import torch
+from snapshots.recorded import failing
+from tracker.runs import wait_for_writers
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import WriteError
+from posthoc_cli.tracker import pipeline
+
+IN_A_HANDLER = """
+import faulthandler, logging, os, signal, sys, torch
+from posthoc_cli import PostHocEMA, files
+
+folder, call, level, device = sys.argv[1:]
+faulthandler.dump_traceback_later(30, exit=True)
+
+class Interrupted(logging.StreamHandler):
+    def emit(self, record):  # within the handler's lock
+        if "loss" in record.getMessage():
+            os.kill(os.getpid(), signal.SIGTERM)
+        super().emit(record)
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+logging.basicConfig(level=level, handlers=[Interrupted(sys.stdout)])
+model = torch.nn.Linear(3, 3)
+ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=4, device=device)
+for _ in range(3):
+    ema.update_(model)
+if level == "WARNING":
+    files.system.write = full
+
+def handler(*_):
+    try:
+        if call == "update_":
+            ema.update_(model)
+        getattr(ema, "flush" if call == "update_" else call)()
+    except OSError as error:
+        print(type(error).__name__)
+    print("handled")
+
+signal.signal(signal.SIGTERM, handler)
+logging.getLogger("mine").warning("loss is nan")
+print("goes on")
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("level", ["INFO", "WARNING"])
+@pytest.mark.parametrize(
+    ("call", "device"), [("close", "model"), ("snapshot", "cpu"), ("update_", "cpu")]
+)
+def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
+    tmp_path: Path, call: str, level: str, device: str
+) -> None:
+    """At INFO each snapshot has a message, and at any level a disk that is full."""
+    done = forked.run(IN_A_HANDLER, tmp_path / "run", call, level, device)
+    assert done.code == 0, done.err
+    assert "handled" in done.out
+    assert done.out.endswith("goes on\n")
+    assert ("wrote" if level == "INFO" else "no space left") in done.out
+
+
+def test_no_thread_of_a_tracker_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A buffer with nan, a snapshot, one that is thinned, a folder that cannot be removed."""
+    caplog.set_level(logging.DEBUG)
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("copied", torch.tensor(torch.nan))
+    (tmp_path / ".ema-old.tmp").mkdir()
+    for device in ("cpu", "model"):
+        with PostHocEMA.from_model(
+            model,
+            tmp_path / device,
+            update_every=1,
+            checkpoint_every=1,
+            max_checkpoints=1,
+            device=device,
+        ) as ema:
+            for _ in range(8):
+                ema.update_(model)
+    for text in ("wrote", "holds nan, and is copied unchanged", "thinning: removing"):
+        assert text in caplog.text
+    assert {record.threadName for record in caplog.records} == {threading.main_thread().name}
+
+
+@pytest.mark.parametrize("heard", ["update_", "other", "exit"])
+def test_an_error_in_the_background_is_logged_by_the_next_call_of_any_tracker(
+    tmp_path: Path, heard: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
+    with failing("fsync", errno.ENOSPC):
+        ema.update_(model)
+        ema._pipeline.flush()
+    if heard == "update_":
+        with pytest.raises(WriteError, match="no space left"):
+            ema.update_(model)
+    elif heard == "other":
+        wait_for_writers(tmp_path)
+        PostHocEMA.from_model(model, tmp_path / "other").flush()
+    else:
+        del ema
+        gc.collect()
+        pipeline.finish()
+    assert "in the background" in caplog.text
+    assert "no space left" in caplog.text
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of the process, or at a limit of threads: the calling thread does the work."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def threads() -> list[int]:
+        return [pool["num_threads"] for pool in threadpoolctl.threadpool_info()]
+
+    before = threads()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
+        for _ in range(4):
+            ema.update_(model)
+    assert threads() == before
+    assert torch.get_num_threads() == 2
+    assert [snapshot.step for snapshot in ema.run.snapshots] == [2, 2, 4, 4]

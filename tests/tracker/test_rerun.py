@@ -1,0 +1,219 @@
+"""A notebook's cell or a function that trains is run again, in the same process: the tracker that
+takes the place of the earlier one continues from the last step that was counted."""
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tracker.runs import Training, times
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
+
+EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
+SECOND: dict[str, Any] = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+ROUNDED = 1e-6  # float32, once at each of the ends
+
+
+class Notebook:
+    """Variables that stay from cell to cell, and a training whose cell can be run again."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], kind: str = "plain") -> None:
+        self.folder = folder
+        self.settings = settings
+        self.kind = kind
+        self.ema: PostHocEMA | None = None
+        self.use(Training())
+
+    def use(self, training: Training) -> None:
+        self.training = training
+        self.optimizer = torch.optim.SGD(training.model.parameters(), lr=1.0)
+
+    def begin(self) -> PostHocEMA:
+        if self.kind == "from_path" and self.folder.exists():
+            return PostHocEMA.from_path(self.folder, self.training.model)
+        model = self.training.model
+        if self.kind == "wrapped":
+            model = torch.nn.DataParallel(model)
+        return PostHocEMA.from_model(model, self.folder, resume="auto", **self.settings)
+
+    def cell(self, steps: int) -> None:
+        """Make a tracker, and train some steps."""
+        if self.kind == "function":  # whose variables do not stay
+            self.train(self.begin(), steps)
+            return
+        self.ema = self.begin()
+        if self.kind == "attached":
+            self.ema.attach(self.optimizer)
+        self.train(self.ema, steps)
+        if self.kind == "closed":
+            self.ema.close()
+
+    def train(self, ema: PostHocEMA, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+            if self.kind != "attached":
+                ema.update_(self.training.model)
+
+    def step(self) -> None:
+        """Take the training's next step by an optimizer, whose rounding is undone."""
+        before = self.training.state()
+        self.training.run(len(self.training.path) + 1)
+        for name, parameter in self.training.model.named_parameters():
+            parameter.grad = before[name] - parameter.detach()
+            parameter.data.copy_(before[name])
+        self.optimizer.step()
+
+
+KINDS = ["plain", "closed", "attached", "function", "from_path", "wrapped"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
+def test_a_cell_that_is_run_again_continues(
+    tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    """After 4, 5 and 7 steps, the first ones in the middle between two updates or snapshots."""
+    notebook = Notebook(tmp_path / "run", settings, kind)
+    count = 0
+    for steps in (4, 5, 7):
+        notebook.cell(steps)
+        count += steps
+    if notebook.ema is None:
+        gc.collect()
+        notebook.ema = notebook.begin()
+    assert (notebook.ema.step, notebook.ema.t) == (count, count)
+    every = settings["update_every"]
+    updates = range(every, count + 1, every)
+    assert notebook.training.error(notebook.ema, updates) < ROUNDED
+    notebook.ema.close()
+    assert times(tmp_path / "run") >= {updates[-1]}
+
+
+@pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
+@pytest.mark.parametrize("where", ["before the step", "after the step", "in update_"])
+def test_an_interrupted_cell_is_run_again(
+    tmp_path: Path,
+    settings: dict[str, Any],
+    where: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A step that was taken, and not counted, is named."""
+    notebook = Notebook(tmp_path / "run", settings)
+    notebook.cell(7)
+    ema = notebook.ema
+    training = notebook.training
+    assert ema is not None
+    if where != "before the step":
+        notebook.step()
+    if where == "in update_":
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ema._pipeline, "wait_for_turn", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ema.update_(training.model)
+    caplog.clear()
+    notebook.cell(6)
+    assert notebook.ema is not None
+    assert notebook.ema.step == 13
+    moved = "the model has moved since step 7, the last that was counted" in caplog.text
+    assert moved == (where != "before the step")
+    if not moved:
+        every = settings["update_every"]
+        assert training.error(notebook.ema, range(every, 14, every)) < ROUNDED
+
+
+def test_a_new_model_in_a_cell_that_is_run_again_is_no_continuation(tmp_path: Path) -> None:
+    """Unless it has the weights of a snapshot."""
+    notebook = Notebook(tmp_path / "run", EVERY)
+    notebook.cell(4)
+    weights = notebook.training.path
+    notebook.use(Training())
+    with pytest.raises(ModelMismatchError, match="its weights are those of no snapshot"):
+        notebook.cell(1)
+    notebook.use(Training(seed=5, path=weights[:4]))
+    notebook.training.model.load_state_dict(weights[3])
+    notebook.cell(3)
+    assert notebook.ema is not None
+    assert notebook.training.error(notebook.ema, range(1, 8)) < ROUNDED
+
+
+def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> None:
+    """Restored before the tracker is made, or after that; and of no snapshot."""
+    notebook = Notebook(tmp_path / "run", SECOND)
+    notebook.cell(25)
+    model = notebook.training.model
+    path = notebook.training.path
+    for restores_first in (True, False):
+        if restores_first:
+            model.load_state_dict(path[19])
+        notebook.ema = notebook.begin()
+        model.load_state_dict(path[19])
+        notebook.training.path = path[:20]
+        for _ in range(3):
+            notebook.training.run(len(notebook.training.path) + 1, notebook.ema)
+        assert notebook.ema.step == 23
+    notebook.ema = notebook.begin()
+    model.load_state_dict(path[12])  # which has no snapshot
+    with pytest.raises(ModelMismatchError, match="its weights are those of no snapshot"):
+        notebook.ema.update_(model)
+
+
+def test_the_earlier_tracker_says_that_it_was_closed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    notebook = Notebook(tmp_path / "run", EVERY)
+    notebook.cell(4)
+    earlier = notebook.ema
+    assert earlier is not None
+    notebook.cell(1)
+    assert "its earlier tracker is closed at step 4, as another one takes its place" in caplog.text
+    with pytest.raises(NotReadyError, match="this tracker was closed"):
+        earlier.update_(notebook.training.model)
+    reader = PostHocEMA.from_path(tmp_path / "run")
+    copy = PostHocEMA.from_path(tmp_path / "run", Training().model)
+    assert notebook.ema is not None
+    assert not notebook.ema.closed  # a reader, also with a model of its own, takes no place
+    assert reader.step == copy.step == 4
+    with pytest.raises(InvalidValueError, match="sigma_rels"):
+        PostHocEMA.from_model(
+            notebook.training.model, tmp_path / "run", (0.05, 0.1), resume="auto", **EVERY
+        )
+
+
+def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path / "run", EVERY)
+    notebook.cell(4)
+    assert notebook.ema is not None
+    notebook.ema.flush()
+    shutil.rmtree(tmp_path / "run")
+    notebook.cell(3)
+    assert notebook.ema.step == 3
+
+
+def test_a_tracker_and_its_attachment_form_no_cycle(tmp_path: Path) -> None:
+    gc.disable()
+    try:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = PostHocEMA.from_model(model, tmp_path / "one", update_every=1)
+        handle = ema.attach(optimizer)
+        reference = weakref.ref(ema)
+        del ema
+        assert reference() is not None  # which the optimizer updates
+        handle.remove()
+        assert reference() is None
+        other = PostHocEMA.from_model(model, tmp_path / "two", update_every=1)
+        other.attach(optimizer)
+        reference = weakref.ref(other)
+        del other, optimizer, handle
+        assert reference() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,172 @@
+"""Stages of a pipeline: processes whose models have different tensors."""
+
+from pathlib import Path
+
+import torch
+from groups import check_group, truth
+from tracker.runs import assert_near
+
+from posthoc_cli import Run
+
+SHARDED = """
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+exact = torch.load(folder / "truth.pt")
+mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("pp", "dp"))
+
+def stage():
+    model = groups.Net()
+    for name in ("second", "odd") if rank < world // 2 else ("first", "short"):
+        delattr(model, name)
+    return fully_shard(model, mesh=mesh["dp"])
+
+def check(model, ema):
+    with ema.model(model, 0.2):
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                own = groups.local(parameter, exact[name])
+                assert torch.allclose(groups.own_part(parameter).double(), own, atol=1e-6), name
+    with ema.model(model, 0.15):
+        pass
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names <= {*ema.state_dict(0.15)} <= names | {"mean", "count"}
+
+model = stage()
+with PostHocEMA.from_model(model, folder / "run", **groups.SETTINGS) as ema:
+    train(model, 1, 6, ema)
+    dcp.save({"ema": ema}, checkpoint_id=folder / "state")
+    train(model, 7, 8, ema)
+    check(model, ema)
+model = stage()  # from the snapshots of step 4
+for part in sorted((folder / "run").glob("*8-0.*/*")) if rank == 0 else ():
+    part.unlink()
+dist.barrier()
+move(model, 4)
+with PostHocEMA.from_model(model, folder / "run", resume="auto", **groups.SETTINGS) as ema:
+    train(model, 5, 8, ema)
+    check(model, ema)
+model = stage()  # from the exact state of step 6
+move(model, 6)
+with PostHocEMA.from_model(model, folder / "run", resume="auto", **groups.SETTINGS) as ema:
+    dcp.load({"ema": ema}, checkpoint_id=folder / "state")
+    train(model, 7, 8, ema)
+    assert ema.step == 8
+    check(model, ema)
+"""
+
+
+def test_sharded_stages_are_tracked_together_and_continue(tmp_path: Path) -> None:
+    """Two stages on two processes each, which have a buffer in common."""
+    torch.save(dict(truth(0.2, [2, 4, 6, 8])), tmp_path / "truth.pt")
+    check_group(SHARDED, 4, tmp_path)
+    run = Run(tmp_path / "run")
+    assert [snapshot.step for snapshot in run.snapshots] == [4, 4, 8, 8]
+    assert_near(run.average(0.2), truth(0.2, [2, 4, 6, 8]))
+
+
+PLAIN = """
+kind, late = arguments
+model = torch.nn.ModuleDict({f"layer{rank}": torch.nn.Linear(2, 2)})
+if kind == "shape":
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2 + rank)})
+if kind == "same":
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2)})
+directory = folder / "run"
+if kind in ("directories", "wrapped"):
+    directory = folder / f"run-{rank}"
+if kind == "wrapped":
+    alone = [dist.new_group([other]) for other in range(world)]
+    model = torch.nn.parallel.DistributedDataParallel(model, process_group=alone[rank])
+options = {"update_every": 1, "checkpoint_every": 2}
+for turn in range(world):  # one makes its tracker and first update after the other, or all at once
+    if turn == rank or late == "False":
+        ema = PostHocEMA.from_model(model, directory, **options)
+        if late == "True":
+            try:
+                ema.update_(model)
+                print("updated")
+            except PostHocError as error:
+                print(type(error).__name__, error)
+    dist.barrier()
+    if late == "False":
+        break
+try:
+    for _ in range(2):
+        ema.update_(model)
+    ema.close()
+    print("closed", ema.keeps_averages)
+except PostHocError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def stages(folder: Path, kind: str, late: bool = False) -> list[str]:
+    return check_group(PLAIN, 2, folder, kind, late)
+
+
+def test_stages_that_are_not_sharded_are_refused_at_the_first_update(tmp_path: Path) -> None:
+    """By every process that sees the other's tracker, and so by at least one."""
+    for kind in ("names", "shape"):
+        for out in stages(tmp_path / kind, kind):
+            assert "RankError" in out
+            assert "has other tensors than rank" in out
+            assert "shard stages of a pipeline by fully_shard" in out
+        first, second = stages(tmp_path / f"late-{kind}", kind, late=True)
+        assert first.startswith("updated\n")
+        assert second.startswith("RankError rank 0: has other tensors than rank 1")
+
+
+def test_a_process_that_only_counts_needs_one_that_writes(tmp_path: Path) -> None:
+    """Of stages in directories of their own only the first process's would be written."""
+    first, second = stages(tmp_path, "directories")
+    assert first == "closed True\n"
+    assert second.startswith("RankError rank 1: only counts steps, and no process that keeps")
+
+
+def test_stages_in_directories_of_their_own_are_tracked_by_the_first_of_their_replicas(
+    tmp_path: Path,
+) -> None:
+    assert stages(tmp_path, "wrapped") == ["closed True\n"] * 2
+    for rank in range(2):
+        average = Run(tmp_path / f"run-{rank}").average(0.1)
+        assert {*average} == {f"layer{rank}.weight", f"layer{rank}.bias"}
+
+
+def test_replicas_are_no_stages(tmp_path: Path) -> None:
+    for late in (False, True):
+        first, second = stages(tmp_path / f"{late}", "same", late)
+        assert first.endswith("closed True\n")
+        assert second.endswith("closed False\n")
+        assert "Error" not in first + second
+
+
+LATE = """
+import time
+from posthoc_cli.tracker import processes
+grace, pause = map(float, arguments)
+processes.GRACE = grace
+model = torch.nn.Linear(2, 2)
+if rank == 1:
+    time.sleep(pause)
+ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=100)
+try:
+    with ema.model(model, 0.1):
+        pass
+    ema.update_(model)
+    with ema.model(model, 0.1):
+        print("evaluated twice")
+except PostHocError as error:
+    print(type(error).__name__, error)
+dist.barrier()
+"""
+
+
+def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path: Path) -> None:
+    """The first one asks for an average before."""
+    outs = check_group(LATE, 2, tmp_path / "waits", 60, 3)
+    assert outs == ["evaluated twice\n"] * 2
+    first, second = check_group(LATE, 2, tmp_path / "told", 0.3, 3)
+    assert first == "evaluated twice\n"
+    assert second.startswith("RankError rank 0: evaluates alone: it found no other tracker 0 s")
