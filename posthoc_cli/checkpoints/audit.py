@@ -217,6 +217,13 @@ class _Explanation:
         clear = [index for index in self.moves if not self.notes[index]]
         return clear or [index for index in self.moves if self.notes[index] != _STILL]
 
+    @property
+    def together(self) -> list[int]:
+        """The most intervals without a gap that are usable."""
+        usable = self.usable
+        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
+        return [*max(np.split(usable, gaps), key=len)]
+
     def find(self) -> None:
         """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
         for _ in range(2):
@@ -308,7 +315,7 @@ def _judge(
     explanation.find()
     is_lost = moves.weights.any(axis=0) & ~moves.averaged
     lost = tuple(dict.fromkeys(compress(tensors, is_lost)))
-    return _explained(audit, explanation, series.times, lost, len(set(tensors)), unit)
+    return _explained(audit, explanation, kept, lost, len(set(tensors)), unit)
 
 
 def _first_notes(times: npt.NDArray[np.float64], moves: _Moves, model: Model) -> list[str]:
@@ -324,14 +331,16 @@ def _first_notes(times: npt.NDArray[np.float64], moves: _Moves, model: Model) ->
 def _explained(
     audit: Audit,
     explanation: _Explanation,
-    times: npt.NDArray[np.float64],
+    series: Series,
     lost: tuple[str, ...],
     tensors: int,
     unit: str,
 ) -> Audit:
     """Return the audit of an average that moved as explained; it has `lost` some of its tensors."""
     fit = explanation.alike[0]
-    model, sigma = refine(fit, explanation.rows[explanation.usable])
+    times = series.times
+    together = explanation.together
+    model, sigma = refine(fit, series[together[0] : together[-1] + 2], explanation.rows[together])
     sigma = math.hypot(sigma, _spread(explanation.alike, times[-1]))
     found = model.parameter_at(times[-1])
     is_rising = model.claimed is None and model.parameter > found + 1e-9

@@ -12,12 +12,14 @@ and the weights' next motion over the elements of a piece of a tensor (Gram matr
 best value has the smallest residuals, each weighted by the inverse of its piece's. Rounding of
 stored averages adds a known variance to d and y, which is subtracted.
 
-Weights do not move on lines. Where they slow down within an interval, or go on as they did, the
-residual is a multiple of v, and the value is too short; with an s of its own for each piece and
-interval it is right. Where they go back and forth (noise), both are too long, the latter more: then
-the residual goes with the next motion. The noise n of x and n' of x' leaves -(1 - B - s) n - s n'
-in the residual, whose products with d and v are (1 - B - s) and (1 - B - 2 s) times the variance of
-n. A third value makes the two agree. The differences of the three are a part of the uncertainty.
+Weights do not move on lines: they go back and forth (noise), which makes this value too long, or go
+on as they did, which makes it too short, by 11 % of a length that is 0.4 of the time between
+checkpoints. So it is where the search for the most likely value begins.
+
+The path is a sum of independent impulses; of each one a share stays, decays, or builds up with the
+time (`_response`), and so the covariance of all weights and averages is a sum of known matrices C,
+each times a variance q: one for each response and interval. With S the covariance of the sample and
+P the inverse of that sum, the variances follow from q <- q sqrt(tr(P S P C) / tr(P C)).
 """
 
 from __future__ import annotations
@@ -51,13 +53,20 @@ _USUAL = ("", "ratio", "power", "ramp-up")
 # Rules are the same if their tails differ by less: a warm-up "power" and "ratio" up to 0.99 do by
 # 0.052 in the first of 20 intervals.
 _SAME = 0.06
-# Correlation of residuals with the next motion from which on weights count as going back and forth:
-# -0.04 to 0.06 in trainings with momentum, 0.10 without it, 0.25 at batches of 16, 0.4 for white
-# noise.
-_REVERTING = 0.1
-# Optimizers with momentum move a length by this share of the time between checkpoints: 1.2 to 1.9
-# steps of 100, for lengths from 10 to 300.
-_MOMENTUM = 0.015
+_CELLS = 16  # cells of time between two checkpoints, in which impulses count as uniform
+# times in which impulses decay, and build up, relative to that between two checkpoints
+_NOISE = (0.01, 0.3)
+_BUILD_UP = 0.2
+_DEGREE = 3  # of a polynomial of time, for motion that all of a training shares
+_ROUNDS = 40  # to find variances: with 100 no length changed by 0.5 %
+_LEAST = 1e-6  # least share of variance: the covariance of a path on a line is singular
+# With r = time between two checkpoints / length, other paths than such sums move a length by this,
+# times r (1 + r^2 / 5): trainings by 0.1 % at r 0.27, 0.4 % at 1, 2 % at 2.5, 13 % at 10,
+_UNLIKE = 0.0035
+# and for each unit of divergence by this: that is about 0.1 in trainings, and 2.5 for a drift with
+# white noise, which moves a length by 13 % at r 2.5.
+_UNEXPLAINED = 0.03
+_PART = 0.25  # share of what the likelihood moves a length that counts as uncertain
 _FAR = 3.0  # factor in length that no noise explains
 _STEP = 0.01  # difference of logarithms for the derivatives of a sum of residuals
 
@@ -194,6 +203,26 @@ class Series:
     values: Sequence[npt.NDArray[np.floating]]
     rounding: FloatArray  # squared rounding error of each piece of the averages: [n, pieces]
 
+    def __getitem__(self, times: slice) -> Series:
+        values = [values[:, times] for values in self.values]
+        return Series(self.times[times], values, self.rounding[times])
+
+    def covariance(self) -> tuple[FloatArray, FloatArray]:
+        """Return that of the later weights and the averages, without the first weights, and its
+        part from rounding; elements count relative to their piece's motion."""
+        count = len(self.times)
+        total = np.zeros((2 * count - 1, 2 * count - 1))
+        rounding = np.zeros(2 * count - 1)
+        for values, errors in zip(self.values, self.rounding.T, strict=True):
+            x, e = values.astype(np.float64)
+            moved = np.concatenate([x[1:], e]) - x[0]
+            gram = moved @ moved.T
+            share = moved.shape[1] / max(float(np.trace(gram)), 1e-300)
+            total += gram * share
+            rounding[count - 1 :] += errors * share
+        least = _LEAST * np.trace(total) / len(total) * np.eye(len(total))
+        return total + least, np.diag(rounding) + least
+
     def intervals(self) -> Intervals:
         """Return the Gram matrices between successive times, without the variance of rounding in
         them."""
@@ -201,8 +230,7 @@ class Series:
         for values in self.values:
             x, e = values.astype(np.float64)
             motion = x[1:] - x[:-1]
-            following = np.vstack([motion[1:], np.zeros_like(motion[:1])])
-            rows = np.stack([e[1:] - x[:-1], e[:-1] - x[:-1], motion, following], axis=1)
+            rows = np.stack([e[1:] - x[:-1], e[:-1] - x[:-1], motion], axis=1)
             grams.append(rows @ rows.swapaxes(1, 2))
         gram = np.stack(grams, axis=1)
         before = self.rounding[:-1]
@@ -218,17 +246,11 @@ class Intervals:
 
     begin: FloatArray  # [intervals]
     end: FloatArray  # [intervals]
-    gram: FloatArray  # of y, d, v and the next interval's v: [intervals, pieces, 4, 4]
+    gram: FloatArray  # of y, d and v: [intervals, pieces, 3, 3]
     rounding: FloatArray  # its variance: [intervals, pieces]
 
     def __getitem__(self, rows: Sequence[int]) -> Intervals:
         return Intervals(self.begin[rows], self.end[rows], self.gram[rows], self.rounding[rows])
-
-    @property
-    def _motion(self) -> FloatArray:
-        """The squared norms of v, above 0 also for a piece that stands still."""
-        motion = self.gram[..., 2, 2]
-        return np.asarray(np.maximum(motion, 1e-20 * motion.max() + 1e-300))
 
     def shares(self, model: Model) -> tuple[FloatArray, FloatArray]:
         """Return B and s, [intervals, 1]; s is a mean of at most `_POINTS` updates."""
@@ -244,28 +266,24 @@ class Intervals:
         kept = np.exp(np.minimum(forgotten[:, :-1] - forgotten[:, -1:], 0))
         return kept[:, -1:], 1 - kept[:, :-1].mean(axis=1, keepdims=True)
 
-    def products(self, model: Model, bends: bool = False) -> FloatArray:
-        """Return the products of y - B d - s v with itself and with y, d, v and the next v:
-        [intervals, pieces, 5].
+    def residuals(self, model: Model, bends: bool = False) -> FloatArray:
+        """Return the squared norms of y - B d - s v: [intervals, pieces].
 
         With `bends` each piece has in each interval the s that makes its residual least.
         """
         b, s = self.shares(model)
         without = self.gram[..., 0, :] - b[..., None] * self.gram[..., 1, :]
         if bends:
-            s = without[..., 2] / self._motion
+            motion = self.gram[..., 2, 2]  # taken as above 0 also for a piece that stands still
+            s = without[..., 2] / np.maximum(motion, 1e-20 * motion.max() + 1e-300)
         products = without - s[..., None] * self.gram[..., 2, :]
         square = products[..., 0] - b * products[..., 1] - s * products[..., 2]
-        return np.concatenate([square[..., None], products], axis=-1)
-
-    def residuals(self, model: Model, bends: bool = False) -> FloatArray:
-        """Return the squared norms of y - B d - s v: [intervals, pieces]."""
-        return np.asarray(self.products(model, bends)[..., 0])
+        return np.asarray(square)
 
     def unexplained(self, model: Model) -> FloatArray:
         """Return the sums of residuals, each divided by that of its piece if nothing is explained:
         [intervals]."""
-        moved = np.einsum("ipjj->ip", self.gram[..., :3, :3]).clip(1e-300)
+        moved = np.einsum("ipjj->ip", self.gram).clip(1e-300)
         return np.asarray((self.residuals(model) / moved).sum(axis=1))
 
     def weights(self, residuals: FloatArray) -> FloatArray:
@@ -281,7 +299,6 @@ class Intervals:
         model_of: Callable[[float], Model],
         grid: FloatArray,
         near: float | None = None,
-        bends: bool = False,
     ) -> float:
         """Return the value whose model has the smallest residuals, each weighted by its inverse.
 
@@ -290,7 +307,7 @@ class Intervals:
         weights = self.weights(self.gram[..., 0, 0] + self.gram[..., 2, 2])
 
         def cost(value: float) -> float:
-            return float((self.residuals(model_of(value), bends) * weights).sum())
+            return float((self.residuals(model_of(value)) * weights).sum())
 
         for _ in range(4):
             costs = [cost(value) for value in grid.tolist()]
@@ -304,12 +321,12 @@ class Intervals:
             value = float(found.x)
             if near is not None:
                 near = value
-            weights = self.weights(self.residuals(model_of(value), bends))
+            weights = self.weights(self.residuals(model_of(value)))
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value
 
-    def fit(self, model: Model, near: float | None = None, bends: bool = False) -> Model:
+    def fit(self, model: Model, near: float | None = None) -> Model:
         """Return the model with the value that explains the intervals best.
 
         Values to try are those of lengths from 1/100 of the least interval to 100 times the run.
@@ -318,9 +335,7 @@ class Intervals:
         if not model.is_power:
             shortest = max(float((self.end - self.begin).min()) / 100, model.every / 20)
             grid = np.geomspace(0.01 / (self.end[-1] - self.begin[0]), 1 / shortest, 60)
-        value = self.search(
-            lambda value: replace(model, value=value), grid / model.unit, near, bends
-        )
+        value = self.search(lambda value: replace(model, value=value), grid / model.unit, near)
         return replace(model, value=value)
 
     def misfit(self, model: Model, bends: bool = False) -> float:
@@ -330,45 +345,18 @@ class Intervals:
 
     # --- the uncertainty of a value
 
-    def spread(self, model: Model, bends: bool) -> float:
+    def spread(self, model: Model) -> float:
         """Return how far a value that fits best varies if intervals, or pieces, are left out,
         relative: the larger jackknife estimate, from derivatives."""
-        weights = self.weights(self.residuals(model, bends))
+        weights = self.weights(self.residuals(model))
         less, middle, more = (
-            weights * self.residuals(model.scaled(log), bends) for log in (-_STEP, 0.0, _STEP)
+            weights * self.residuals(model.scaled(log)) for log in (-_STEP, 0.0, _STEP)
         )
         slope = (more - less) / (2 * _STEP)
         curvature = float((more + less - 2 * middle).sum()) / _STEP**2
         if curvature <= 0:
             return math.inf
         return max(float(np.linalg.norm(slope.sum(axis=axis))) for axis in (0, 1)) / curvature
-
-    def reversion(self, model: Model) -> float:
-        """Return the mean correlation of residuals, without their part along v, with the next
-        motion."""
-        products = self.products(model, bends=True)
-        along = self.gram[..., 2, 3] / self._motion
-        both = (products[..., 4] - along * products[..., 3])[:-1]
-        weights = self.weights(products[..., 0])[:-1]
-        return float(np.mean(both * np.sqrt(weights / self._motion[1:])))
-
-    def without_noise(self, model: Model) -> float:
-        """Return the logarithm of the factor by which a value changes if noise is allowed for."""
-        weights = self.weights(self.residuals(model))
-        logs = np.linspace(-2.0, 2.0, 81)
-        differences = np.array([self._disagreement(model.scaled(log), weights) for log in logs])
-        changes = np.flatnonzero(differences[1:] * differences[:-1] <= 0)
-        if changes.size:
-            before = changes[np.abs(logs[changes]).argmin()]
-            low, high = differences[before : before + 2]
-            return float(logs[before] + 0.05 * low / (low - high or 1.0))
-        return float(logs[np.abs(differences).argmin()])
-
-    def _disagreement(self, model: Model, weights: FloatArray) -> float:
-        b, s = self.shares(model)
-        products = self.products(model)
-        noise = products[..., 2] * (1 - b - 2 * s) - products[..., 3] * (1 - b - s)
-        return float((weights * noise).sum())
 
 
 def _descend(costs: Sequence[float], index: int) -> int:
@@ -415,21 +403,85 @@ def refutes(rows: Intervals, model: Model) -> bool:
     return all(rows.misfit(model, bends) + 1 < rows.misfit(claim, bends) for bends in (False, True))
 
 
-def refine(model: Model, rows: Intervals) -> tuple[Model, float]:
-    """Return the model with the value that allows for bends and noise between checkpoints, and its
-    length's relative uncertainty."""
+# --- the likelihood of all checkpoints together
+
+
+def _responses(at: FloatArray, edges: FloatArray, spacing: float) -> FloatArray:
+    """Return what is left at each time of impulses in each cell, if it stays, decays, or builds up:
+    [responses, cells, times]."""
+    length = np.diff(edges)[:, None]
+    begun = np.maximum(at - edges[:-1, None], 0)
+    ended = np.maximum(at - edges[1:, None], 0)
+    stays = (begun - ended) / length
+
+    def decays(share: float) -> FloatArray:
+        time = share * spacing
+        return np.asarray(time / length * (np.exp(-ended / time) - np.exp(-begun / time)))
+
+    responses = [stays, *map(decays, _NOISE), stays - decays(_BUILD_UP)]
+    return np.stack(responses) * np.sqrt(length / spacing)
+
+
+def _divergence(sample: FloatArray, known: FloatArray, parts: FloatArray) -> float:
+    """Return how far a sample's covariance is from the known one and the likeliest sum of parts:
+    twice the Kullback-Leibler divergence, for each row."""
+    traces = np.trace(parts, axis1=1, axis2=2)
+    flat = parts.reshape(-1, sample.size)
+    variances = np.trace(sample) / np.maximum(traces, 1e-300) * (traces > 0) / len(parts)
+    for _ in range(_ROUNDS):
+        total = known + (variances @ flat).reshape(sample.shape)
+        inverse = np.linalg.inv(total)
+        explained = inverse @ sample
+        measured = flat @ (explained @ inverse).ravel()
+        expected = flat @ inverse.ravel()
+        variances *= np.sqrt(np.maximum(measured, 0) / np.maximum(expected, 1e-300))
+    logs = np.linalg.slogdet(total)[1] - np.linalg.slogdet(sample)[1]
+    return float(logs + np.trace(explained)) / len(sample) - 1
+
+
+def _likelihood(model: Model, series: Series) -> Callable[[float], float]:
+    """Return the divergence of all checkpoints from a model, by log(value / the model's value)."""
+    times = series.times
+    count = len(times)
+    sample, known = series.covariance()
+    ends = np.append(2 * times[0] - times[1], times)  # the past counts for one interval
+    edges = np.interp(np.arange(count * _CELLS + 1) / _CELLS, np.arange(count + 1), ends)
+    middles = (edges[:-1] + edges[1:] + model.every) / 2
+    spacing = float(np.median(np.diff(times)))
+    responses = _responses(np.append(middles, times), edges, spacing)
+    path, first, later = np.split(responses, [-count, 1 - count], axis=2)
+
+    def powers(at: FloatArray) -> FloatArray:
+        """Return those of time, less than at the first checkpoint: [powers, times]."""
+        exponents = np.arange(1, _DEGREE + 1)[:, None]
+        return np.asarray((at / times[-1]) ** exponents - (times[0] / times[-1]) ** exponents)
+
+    def divergence(log: float) -> float:
+        lost = model.scaled(log).forgotten(edges)
+        kept = np.exp(np.minimum(lost[:, None] - lost[_CELLS::_CELLS], 0))
+        masses = np.diff(kept, axis=0)
+        moved = np.concatenate([later, path @ masses], axis=2) - first
+        moved = moved.reshape(-1, _CELLS, len(sample))
+        begin = np.append(np.zeros(count - 1), kept[_CELLS])
+        shared = powers(middles) @ masses
+        lasting = np.vstack([begin, np.hstack([powers(times[1:]), shared])])
+        parts = [moved.swapaxes(1, 2) @ moved, lasting[:, :, None] * lasting[:, None]]
+        return _divergence(sample, known, np.concatenate(parts))
+
+    return divergence
+
+
+def refine(model: Model, series: Series, rows: Intervals) -> tuple[Model, float]:
+    """Return the model with the value that explains all checkpoints together best, and its length's
+    relative uncertainty."""
     if len(rows.begin) < 2:  # one interval shows none
         return model, math.inf
-    noise = min(max(rows.reversion(model) / _REVERTING, 0.0), 1.0)
-    noiseless = rows.without_noise(model)
-    bent = math.log(rows.fit(model, model.value, bends=True).value / model.value)
-    # A value that bends make shorter comes from noise, and is not taken. Little noise makes a value
-    # uncertain, and does not move it: of long averages that would cost more than it gains.
-    moved = max(2 * noise - 1, 0.0)
-    found = model.scaled((1 - moved) * min(bent, 0.0) + moved * noiseless / 2)
-    parts = [noise * noiseless, (1 - noise) * bent, rows.spread(model, bends=False)]
-    if noise < 1:
-        parts.append(rows.spread(model, bends=True))
-    if not model.is_power:
-        parts.append(_MOMENTUM * float(np.median(rows.end - rows.begin)) / found.length)
-    return found, math.hypot(*parts)
+    divergence = _likelihood(model, series)
+    best = minimize_scalar(divergence, bounds=(-1, 1), method="bounded", options={"xatol": 1e-4})
+    spread = rows.spread(model)
+    if model.is_power:  # its first averages are too short for the distance between checkpoints
+        return model, math.hypot(spread, best.x)
+    found = model.scaled(float(best.x))
+    share = float(np.median(rows.end - rows.begin)) / found.length
+    unlike = (_UNLIKE + _UNEXPLAINED * max(best.fun, 0.0)) * share * (1 + share**2 / 5)
+    return found, math.hypot(spread, unlike, _PART * best.x)
