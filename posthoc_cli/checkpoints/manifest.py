@@ -180,9 +180,8 @@ def _check_same(present: Manifest, manifest: Manifest) -> None:
 
 def _relative(path: Path, folder: Path) -> str:
     """Return a path relative to a folder, or a URL."""
-    if files.is_url(path):
-        text = str(path)
-    else:
+    text = str(path)
+    if not files.is_url(path):
         text = os.path.relpath(path, os.path.realpath(folder))
     if text.encode(errors="ignore").decode() != text:
         raise InvalidValueError(repr(text), "its name is no valid text", "rename it")
