@@ -62,6 +62,7 @@ from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 log = logging.getLogger(__name__)
 
 _COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
+_EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
@@ -192,8 +193,12 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
             used.append(one)
     lacks_steps = ""
     has_emas = any(one.found.updates is not None for one in used)
-    if times.unit == "steps" and has_emas:  # the decay is of the same steps
-        times = replace(times, is_stated=True)
+    may_be_epochs = not (times.is_stated or counts) and max(times.by_path.values()) <= _EPOCHS
+    if times.unit == "steps" and has_emas:
+        if may_be_epochs and not asks:
+            lacks_steps = f"their decay is of steps, and {times.says}; `ema import` checks it"
+        else:
+            times = replace(times, is_stated=True)  # the decay is of the same steps
     if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
         lacks_steps = f"their decay is of steps, and numbers are {times.says}"
         if asks:
@@ -541,7 +546,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
             raise _mismatch(first, other, difference)
         if twin is not other and _are_unequal(twin, other):
             if re.search("[0-9]", other.path.name):
-                raise _mismatch(twin, other, f"are both of step {twin.t:,.12g}")
+                raise _mismatch(twin, other, f"are both of {twin.t_unit[:-1]} {twin.t:,.12g}")
             log.warning("%s: left out, as %s has the same number", other.path, twin.name)
     weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
     run = [one for one in kept.values() if one.t not in weights or not is_copy(one)]

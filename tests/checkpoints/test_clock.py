@@ -172,6 +172,25 @@ def test_an_average_needs_the_steps_of_an_epoch(tmp_path: Path) -> None:
     assert "steps are the updates that the averages have counted" in says(tmp_path)
 
 
+def test_a_decay_and_numbers_that_may_be_epochs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of kept best epochs the averages are left out, and an import sees that the decay does not
+    fit; with the steps of an epoch it does."""
+    for epoch in (3, 4, 6, 7, 9, 10):
+        kept = saves()[epoch - 1]
+        content = {"model": kept.weights, "ema": {"params": kept.average, "decay": 0.95}}
+        torch.save(content, tmp_path / f"net_{epoch}.pt")
+    made = Run(tmp_path).average(0.1, dtype="float64")
+    assert made.predicted_error is not None
+    assert distance(made, true_average(0.1)) < 3 * made.predicted_error
+    assert "6 EMAs, such as net_10.pt, left out of averages: their decay is of" in caplog.text
+    assert "nothing states their unit" in caplog.text
+    with pytest.raises(InvalidValueError, match=r"^ema_decay 0\.95: does not fit the files"):
+        times(tmp_path)
+    assert times(tmp_path, steps_per_epoch=40)[1][-1] == STEPS
+
+
 def test_averages_alone_by_epoch(tmp_path: Path) -> None:
     """Files of MACE have an average only; steps of an epoch make a run of it."""
     for save in saves():

@@ -375,19 +375,20 @@ def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:
         )
         averages = {"state.a.ema_params": torch.zeros(3)}
         distributed(
-            tmp_path / f"t-{step}", {"a": torch.full((3,), float(step)), "ema_optimizer": averages}
+            tmp_path / f"iter-{step}",
+            {"a": torch.full((3,), float(step)), "ema_optimizer": averages},
         )
     run = Run(tmp_path / "step*" / "model.safetensors")
     assert [source.name for source in run.sources] == [
         "step10/model.safetensors",
         "step20/model.safetensors",
     ]
-    run = Run(tmp_path / "t-*")
+    run = Run(tmp_path / "iter-*")
     assert [source.name for source in run.sources] == [
-        "t-10",
-        "t-10 (average)",
-        "t-20",
-        "t-20 (average)",
+        "iter-10",
+        "iter-10 (average)",
+        "iter-20",
+        "iter-20 (average)",
     ]
     assert run.average("last:2")["a"].tolist() == [15.0] * 3
 
