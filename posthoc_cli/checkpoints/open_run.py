@@ -196,11 +196,14 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     may_be_epochs = not (times.is_stated or counts) and max(times.by_path.values()) <= _EPOCHS
     if times.unit == "steps" and has_emas:
         if may_be_epochs and not asks:
-            lacks_steps = f"their decay is of steps, and {times.says}; `ema import` checks it"
+            lacks_steps = (
+                f"their decay is of steps, and numbers are {times.says}; `ema import` checks it"
+            )
         else:
             times = replace(times, is_stated=True)  # the decay is of the same steps
     if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
         lacks_steps = f"their decay is of steps, and numbers are {times.says}"
+        lacks_steps += "; import with `steps_per_epoch`"
         if asks:
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
             raise InvalidValueError("steps_per_epoch", reason)
@@ -656,7 +659,7 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
             continue
         opened.append(content)
         rows.append({"file": path.name, "holds": _sets_in(content), "bytes": content.nbytes})
-    if not opened:
+    if not opened or (place.is_file() and not opened[0].tensors):
         raise error
     described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
     if len(paths) == 1:

@@ -75,7 +75,7 @@ def says(place: Path, **settings: Any) -> str:
 def test_numbers_of_epochs(name: str, why: str, tmp_path: Path) -> None:
     write(tmp_path, name, same(*range(1, 21)))
     assert times(tmp_path) == ("epochs", [*range(1, 21)])
-    assert says(tmp_path) == f"numbers are epochs, counted from 1: {why}"
+    assert says(tmp_path) == f"epochs, counted from 1: {why}"
     assert times(tmp_path, steps_per_epoch=EACH) == ("steps", [EACH * e for e in range(1, 21)])
     assert says(tmp_path, steps_per_epoch=EACH).endswith(f"the first checkpoint is of step {EACH}")
 
@@ -108,7 +108,7 @@ def test_epochs_counted_from_0(
 ) -> None:
     write(tmp_path, name, epochs, content)
     assert times(tmp_path) == ("epochs", [*epochs.values()])
-    assert says(tmp_path).startswith("numbers are epochs, counted from 0: ")
+    assert says(tmp_path).startswith("epochs, counted from 0: ")
     steps = [EACH * epoch for epoch in epochs.values()]
     assert times(tmp_path, steps_per_epoch=EACH) == ("steps", steps)
 
@@ -147,7 +147,7 @@ def test_a_pattern_and_the_steps_of_an_epoch(pattern: str, tmp_path: Path) -> No
 def test_numbers_that_are_steps_take_no_epochs(name: str, content: Any, tmp_path: Path) -> None:
     write(tmp_path, name, same(*range(1, 21)), content)
     assert times(tmp_path) == ("steps", [*range(1, 21)])
-    assert says(tmp_path).startswith("numbers are steps, by ")
+    assert says(tmp_path).startswith("steps, by ")
     with pytest.raises(InvalidValueError, match="says nothing about numbers that are steps, by"):
         times(tmp_path, steps_per_epoch=EACH)
 
@@ -337,7 +337,7 @@ def test_the_content_has_the_step(tmp_path: Path) -> None:
     for word, epoch in WORDS.items():
         store(tmp_path / f"{word}.pt", epoch, global_step=EACH * epoch)
     assert times(tmp_path) == ("steps", [100, 200, 400])
-    assert says(tmp_path) == "numbers are steps, by `global_step`"
+    assert says(tmp_path) == "steps, by `global_step`"
     assert Run(tmp_path).sources[0].has_step_unit  # type: ignore[attr-defined]
 
 
@@ -404,7 +404,7 @@ def of_undecided_buffers(folder: Path) -> None:
 
 
 UNCLEAR: dict[str, tuple[Odd, str]] = {
-    "no steps": (two_unknown_sets, "steps of an epoch"),
+    "no steps": (two_unknown_sets, "steps_per_epoch"),
     "two averages": (two_averages, "average"),
     "no time": (of_no_time, "its step"),
     "one time": (of_one_time, "are both of step 5"),
@@ -434,7 +434,7 @@ def test_info_answers_where_an_import_has_to_be_told_something(
 
 def test_info_says_what_numbers_are_taken_for(tmp_path: Path, ema: Ema) -> None:
     write(tmp_path, "model_{}.pth", same(*range(1, 21)))
-    sentence = "numbers are epochs, counted from 1: they follow each other without a gap"
+    sentence = "epochs, counted from 1: they follow each other without a gap"
     assert Run(tmp_path).info()["numbers"] == sentence
     assert sentence in " ".join(ema("info", tmp_path).out.split())
     assert sentence in " ".join(ema("import", tmp_path, "--dry-run").out.split())
