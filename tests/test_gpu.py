@@ -73,6 +73,7 @@ def test_tests_for_a_device_are_found_without_plug_ins(tmp_path: Path) -> None:
         "--collect-only",
         PYTHONPATH=f"{tmp_path}{os.pathsep}{gpu.ROOT}",
         PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+        PYTEST_ADDOPTS="",  # which may have options of absent plug-ins
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "test_engine.py" in done.stdout
