@@ -54,7 +54,7 @@ _SHORTEST = 0.1
 _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residual is below this share of another one's
 _CLEARLY = 0.5
-_VAGUE = 0.25  # above this uncertainty a length is undetermined
+_VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
 _STILL = "was not updated"
 BAD = (
@@ -442,6 +442,9 @@ def _compare_lengths(
         return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
     if model.claimed is None:
         return "found", shown
+    if _VAGUE < difference <= 3 * sigma and not is_refuted:
+        text = f"the checkpoints show it too vaguely: {shown}, not {claim.parameter:.7g}"
+        return "undetermined", text
     if difference <= math.log(_SLACK) or (difference <= 3 * sigma and not is_refuted):
         return "as claimed", f"{shown}, as claimed"
     factors = " to ".join(f"{math.exp(difference + sign * sigma):.3g}" for sign in (-1, 1))
