@@ -33,6 +33,7 @@ from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
+    RULES,
     UNLIMITED,
     DecayRule,
     OrdinaryEMA,
@@ -588,6 +589,10 @@ def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
     is_said = given.ema_warmup is not None or bool(rule.warm_up)
     if not is_said:
         return possible_rules(last)
+    number = RULES[rule.warm_up].number
+    said = newest.updates.rule if newest.updates else {}
+    if number and given.ema_warmup is None and number not in said:  # one of ema-pytorch's powers
+        return [one for one in possible_rules(last) if one.warm_up == rule.warm_up]
     steps = rule.steps if rule.steps < math.inf else last
     return [replace(rule, decay=UNLIMITED, copies=0, stride=1, before=0, steps=steps)]
 
