@@ -125,7 +125,6 @@ class Place:
 
     checkpoints: list[Checkpoint]
     says: str  # what the numbers of files are taken for
-    is_stated: bool  # whether files or the user state what they count
     notes: tuple[str, ...] = ()  # what is not used
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
 
@@ -147,7 +146,6 @@ class _Opened:
 class _LeftOut:
     """What is left out of a run, with the reasons."""
 
-    place: str | Path
     reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, path: Path, reason: str) -> None:
@@ -169,7 +167,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
 
     `asks`: raise InvalidValueError if EMAs need the steps of an epoch, which nothing says.
     """
-    left_out = _LeftOut(place)
+    left_out = _LeftOut()
     opened = _one_run(_open_all(_of_one_average(_candidates(place, left_out), settings), settings))
     run = opened.checkpoints
     left_out.reasons.update(opened.left_out)
@@ -207,15 +205,13 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         if asks:
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
             raise InvalidValueError("steps_per_epoch", reason)
-    if left_out.text:
-        log.warning("%s: %s", place, left_out.text)
     notes = [text for text in (left_out.text, _unused(used)) if text]
-    if unused := _unused(used):
-        log.warning("%s: %s", place, unused)
+    for note in notes:
+        log.warning("%s: %s", place, note)
     checkpoints = _with_roles(used, times, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
-    return Place(checkpoints, times.says, times.is_stated, tuple(notes), lacks_steps)
+    return Place(checkpoints, times.says, tuple(notes), lacks_steps)
 
 
 def _unused(opened: Sequence[_Opened]) -> str:
@@ -487,7 +483,7 @@ def holds_checkpoints(place: str | Path) -> bool:
     """Return whether a directory, file or glob seems to name checkpoints or an import, without
     opening a file."""
     try:
-        return is_import(place) or bool(_candidates(place, _LeftOut(place)))
+        return is_import(place) or bool(_candidates(place, _LeftOut()))
     except DirectoryError:
         return False
 
@@ -648,7 +644,7 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
 def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
     """Return what files hold that are no run as they are, for JSON, and what an import would have
     to be told; raise the error that says so if none can be opened."""
-    paths = _candidates(place, _LeftOut(place))
+    paths = _candidates(place, _LeftOut())
     rows: list[dict[str, Any]] = []
     opened = []
     for path in paths:

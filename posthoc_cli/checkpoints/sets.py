@@ -26,7 +26,7 @@ from posthoc_cli.checkpoints.content import (
     Tensors,
     names_in,
 )
-from posthoc_cli.checkpoints.source import make_checkpoint
+from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.profiles import FloatArray, Point
@@ -38,7 +38,6 @@ _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are no model's: `opt` may be a module."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
 _WHICH = "name the average by `average`, or both by `average` and `weights` in an import"
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
 _LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
 
@@ -344,7 +343,7 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     known = {
         name: tensor
         for name, tensor in weights.items()
-        if name.rpartition(".")[2] not in _STATISTICS and tensor.chunks[0].entry.dtype in EPS
+        if name.rpartition(".")[2] not in STATISTICS and tensor.chunks[0].entry.dtype in EPS
     }
     in_order = [listed[position] for position in sorted(listed, key=int)]
     is_complete = [one.shape for one in in_order] == [one.shape for one in known.values()]
@@ -431,17 +430,6 @@ def _samples(content: Content, tensors: Tensors) -> FloatArray:
         count = min(source.entries[name].size, _SAMPLED)
         rows.append(source.values(name, 0, count))
     return np.stack(rows)
-
-
-def tied_names(tensors: Tensors) -> dict[str, str]:
-    """Return the further names of tensors that have several, each with the first one."""
-    known = dict[object, str]()
-    ties = dict[str, str]()
-    for name, tensor in tensors.items():
-        place = tensor.place
-        if place is not None and known.setdefault(place, name) != name:
-            ties[name] = known[place]
-    return ties
 
 
 def completed(averaged: Tensors, weights: Tensors) -> Tensors:

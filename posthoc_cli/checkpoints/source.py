@@ -30,7 +30,7 @@ from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
 # of BatchNorm: a variance is not extrapolated
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,13 +140,24 @@ class Checkpoint(Source):
         )
 
 
+def tied_names(tensors: Tensors) -> dict[str, str]:
+    """Return the further names of tensors that have several, each with the first one: names of one
+    tensor have the same bytes."""
+    known = dict[tuple[Path, Entry], str]()
+    ties = dict[str, str]()
+    for name, tensor in tensors.items():
+        place = tensor.place
+        if place is not None and known.setdefault(place, name) != name:
+            ties[name] = known[place]
+    return ties
+
+
 def make_checkpoint(
     content: Content, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any
 ) -> Checkpoint:
     """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
     specs = dict[str, Entry]()
-    aliases = dict[str, str]()
-    known = dict[tuple[Path, Entry], str]()
+    aliases = tied_names(tensors)
     # of a file that has several chunks of a tensor
     layers = dict[tuple[Path, int], dict[str, Chunk]]()
     for name, tensor in tensors.items():
@@ -158,9 +169,7 @@ def make_checkpoint(
         if any(chunk.entry.dtype != first.dtype for chunk in chunks):
             reason = f"tensor {shown(name)}: its chunks are of several dtypes"
             raise FileFormatError(content.path, reason)
-        place = tensor.place
-        if place is not None and known.setdefault(place, name) != name:
-            aliases[name] = known[place]  # tied weights: both names have the same bytes
+        if name in aliases:
             continue
         specs[name] = Entry(first.dtype, tensor.shape)
         counts = Counter[Path]()
@@ -206,4 +215,4 @@ def _is_statistic(name: str, names: Collection[str]) -> bool:
     stem = name[:-1]
     is_vector = name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names
     is_of_norm = f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
-    return name.rpartition(".")[2] in _STATISTICS or (is_vector and is_of_norm)
+    return name.rpartition(".")[2] in STATISTICS or (is_vector and is_of_norm)
