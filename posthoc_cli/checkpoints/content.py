@@ -49,10 +49,11 @@ TRAINER_STATE = "trainer_state.json"
 INDEX_ENDING = ".index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(
-    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum|encoder_k)(?![a-z])",
+    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum(?!_classifier)|encoder_k)(?![a-z])",
     re.IGNORECASE,
 )
-"""Pattern of a key, prefix or name that says that its tensors are an average."""
+"""Pattern of a key, prefix or name that says that its tensors are an average; solo-learn trains its
+`momentum_classifier` like any other layer."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
     r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d",
@@ -155,11 +156,11 @@ class Content:
         return list(found)
 
 
-def names_in(names: Sequence[str]) -> str:
+def names_in(names: Sequence[str], most: int = 5) -> str:
     """Return a few names, for a message."""
-    text = ", ".join(map(shown, names[:5]))
-    if len(names) > 5:
-        text += f" and {len(names) - 5} more"
+    text = ", ".join(map(shown, names[:most]))
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
     return text
 
 

@@ -348,3 +348,59 @@ def test_five_files_show_a_length_within_the_uncertainty(
     true = np.cumprod(decays[::-1]).sum()
     length = (1 - found.tail(np.arange(STEPS) + 0.5)).sum()
     assert abs(math.log(length / true)) < max(2.5 * settings["ema_uncertainty"], 0.02)
+
+
+# --- a rule that is given, and that the files contradict
+
+
+def line(step: int) -> float:
+    return 0.99 + 0.01 * (step - 1) / STEPS
+
+
+CONTRADICTED: dict[str, tuple[Callable[[int], float], dict[str, object], str]] = {
+    "constant": (cosine, {"ema_decay": 0.99}, "cosine"),
+    "the mean": (cosine, {"ema_decay": 0.995}, "cosine"),
+    "a longer one": (cosine, {"ema_decay": 0.999}, "cosine"),
+    "a warm-up": (cosine, {"ema_decay": 0.99, "ema_warmup": "ratio"}, "cosine"),
+    "another schedule": (cosine, {"ema_warmup": "linear:0.99"}, "cosine"),
+    "of a line": (line, {"ema_decay": 0.99}, "linear"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTED)
+def test_a_rule_that_explains_the_files_worse_is_refused(name: str, tmp_path: Path) -> None:
+    decay, settings, true = CONTRADICTED[name]
+    training = train(falls=True, seed=7)
+    folder = write(tmp_path / "x", training, by(decay), form=form)
+    pattern = rf"does not fit the files: they show it as .*warm-up {true}:0\.(99|989)"
+    with pytest.raises(errors.InvalidValueError, match=pattern):
+        import_checkpoints(folder, None, dry_run=True, **settings)
+
+
+TRUE: dict[str, tuple[Callable[[int], float], dict[str, object]]] = {
+    "constant": (lambda _: 0.99, {"ema_decay": 0.99}),
+    "short": (lambda _: 0.95, {"ema_decay": 0.95}),
+    "ratio": (FEW["ratio"], {"ema_decay": 0.995, "ema_warmup": "ratio"}),
+    "of a line": (line, {"ema_warmup": "linear:0.99"}),
+    "exp": (exponential, {"ema_decay": 0.995, "ema_warmup": "exp:500"}),
+}
+
+
+@pytest.mark.parametrize("training", [{"falls": True, "seed": 7}, {"rate": 1e-2, "seed": 3}])
+@pytest.mark.parametrize("name", TRUE)
+def test_a_rule_that_is_true_is_taken(
+    name: str, training: dict[str, object], tmp_path: Path
+) -> None:
+    """Also where the path of the weights shows another length, by more than the uncertainty says:
+    the claim explains the intervals better."""
+    decay, settings = TRUE[name]
+    folder = write(tmp_path / "x", train(**training), by(decay), form=form)  # type: ignore[arg-type]
+    done = import_checkpoints(folder, None, dry_run=True, **settings)
+    assert done.checks[-1].startswith("given: ")
+
+
+def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> None:
+    """An average of 1 step for 200 claimed ones: the factor between them has no upper bound."""
+    folder = write(tmp_path / "x", train(falls=True, seed=7), by(exponential), form=form)
+    with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* times too sh"):
+        import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
