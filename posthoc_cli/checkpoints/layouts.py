@@ -253,6 +253,9 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
         return _described(sets, pair or sets.alone(path), settings)
     candidates = [*sets.averages, *_anchored(sets)]
     pairs = [pair for one in candidates if (pair := sets.pair(one, weights)) is not None]
+    if len(pairs) > 1 and len({repr(_updates_of(content, pair)) for pair in pairs}) == 1:
+        whole = sets.joined(pairs)
+        pairs = [whole] if whole else pairs
     sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
@@ -281,38 +284,41 @@ def _anchored(sets: Sets) -> list[str]:
     return found
 
 
-def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
-    """Return a pair with what the values beside it say of its updates."""
-    content = sets.content
+def _updates_of(content: Content, pair: Pair) -> tuple[str, Updates]:
+    """Return the kind of an average, and what the values beside it say of its updates."""
     library, values = _library_of(content, pair.average_key)
-    others = [key for key in sets.averages if not f"{pair.average_key}.".startswith(f"{key}.")]
     if library is None:
-        updates = _named_updates(content)
-        return Found(
-            "ema",
-            pair.averaged,
-            pair.weights,
-            updates,
-            unused=tuple(others),
-            path=pair.weights_key,
-        )
-    updates = library.read(values)
+        return "ema", _named_updates(content)
+    return library.kind, library.read(values)
+
+
+def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
+    content = sets.content
+    kind, updates = _updates_of(content, pair)
     asks = dict[str, str]()
-    if library.kind == "ema-pytorch-ema" and settings.ema_decay:
+    if kind == "ema-pytorch-ema" and settings.ema_decay:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(
-        library.kind,
+        kind,
         pair.averaged,
         pair.weights,
         updates,
         asks=asks,
-        unused=tuple(others),
+        unused=tuple(key for key in sets.averages if not pair.is_in(key)),
         path=pair.weights_key,
     )
-    if library.kind == "composer" and values["ema_weights_active"]:
+    if kind == "ema":
+        return found
+    if kind == "composer" and _is_active(content):
         return found.swapped()
     return _with_collected(sets, found, pair)
+
+
+def _is_active(content: Content) -> bool:
+    """Return whether Composer wrote a checkpoint while its average was swapped in."""
+    flags = [name for name in content.values if name.endswith(".ema_weights_active")]
+    return any(content.values[name] for name in flags)
 
 
 def _named_updates(content: Content) -> Updates:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -50,6 +50,11 @@ class Pair:
     weights: Tensors  # empty if the average is alone
     average_key: str  # path of the average in the checkpoint
     weights_key: str = ""
+    parts: tuple[str, ...] = ()  # paths of the average if it has several
+
+    def is_in(self, path: str) -> bool:
+        """Return whether the average, or a part of it, lies at a path or below."""
+        return any(f"{part}.".startswith(f"{path}.") for part in self.parts or [self.average_key])
 
 
 class Sets:
@@ -75,12 +80,18 @@ class Sets:
             for level in range(len(parts)):
                 self.counts[".".join(parts[:level])] += 1
         self.averages: list[str] = []
-        for path in sorted(self.counts, key=lambda path: path.count(".")):
-            last = self.keys.get(path, path.rpartition(".")[2])
-            if not AVERAGE_WORD.search(last) or self.is_averaged(path):
+        words = set[tuple[str, str]]()
+        by_size = sorted(self.counts, key=lambda path: (path.count("."), -self.counts[path]))
+        for path in by_size:
+            outer, _, last = path.rpartition(".")
+            word = AVERAGE_WORD.search(self.keys.get(path, last))
+            if word is None or self.is_averaged(path):
                 continue
-            if path in self.keys or 4 * self.counts[path] >= in_group[self._group(path)]:
-                self.averages.append(path)  # a prefix of fewer names is that of a layer
+            is_large = 4 * self.counts[path] >= in_group[self._group(path)]
+            # a prefix of few names is that of a layer, unless it is a part beside a large one
+            if path in self.keys or is_large or (outer, word[0]) in words:
+                self.averages.append(path)
+                words.add((outer, word[0]))
 
     def _group(self, path: str) -> str:
         """Return the whole keys at the beginning of a path."""
@@ -173,10 +184,8 @@ class Sets:
             is_named: whether the user has named the average, which then may be a small part.
         """
         found = []
-        path: str | None = average
-        while path is not None:
+        for path in self._within(average):
             found += self._pairs_at(path, weights, is_named)
-            path = self._main_part(path)
         if not found:
             self._check_unpaired(average)
             return None
@@ -191,8 +200,7 @@ class Sets:
     def _check_unpaired(self, average: str) -> None:
         """Raise FileFormatError if an average has most names of some weights, and others, or if it
         holds several averages."""
-        path: str | None = average
-        while path is not None:
+        for path in self._within(average):
             averaged = self.below(path)
             for root in self._roots(averaged, path):
                 weights = self.below(root)
@@ -200,7 +208,6 @@ class Sets:
                 if others and 2 * len(others) < len(averaged) > len(weights) / 2:
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
-            path = self._main_part(path)
         within = [path for path, key in self.keys.items() if path == f"{average}.{key}"]
         self.check_one([path for path in within if self._pairs_at(path, None, False)])
 
@@ -213,11 +220,36 @@ class Sets:
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""
         path = average
-        while (inner := self._main_part(path)) in self.keys:
-            if self.counts[inner] < self.counts[path]:
+        for inner in self._within(average):
+            if inner not in self.keys or self.counts[inner] < self.counts[path]:
                 break
             path = inner
         return Pair(self.below(path), {}, path)
+
+    def joined(self, pairs: Sequence[Pair]) -> Pair | None:
+        """Return the average of which these are parts, such as `momentum_backbone` and
+        `momentum_projector`; None if they are averages of their own."""
+        changes = {_change(pair) for pair in pairs}
+        roots = [pair.weights_key for pair in pairs]
+        are_keys = any(pair.average_key in self.keys for pair in pairs)
+        if len(changes) > 1 or None in changes or len({*roots}) < len(roots) or are_keys:
+            return None
+        averaged = dict[str, StoredTensor]()
+        weights = dict[str, StoredTensor]()
+        for pair in pairs:
+            part = pair.weights_key.rpartition(".")[2]
+            averaged |= {f"{part}.{name}": tensor for name, tensor in pair.averaged.items()}
+            weights |= {f"{part}.{name}": tensor for name, tensor in pair.weights.items()}
+        outer = roots[0].rpartition(".")[0]
+        keys = [pair.average_key for pair in pairs]
+        return Pair(averaged, weights, keys[0], outer, tuple(keys))
+
+    def _within(self, path: str) -> Iterator[str]:
+        """Yield a path, and those of the main parts within it."""
+        inner: str | None = path
+        while inner is not None:
+            yield inner
+            inner = self._main_part(inner)
 
     def _main_part(self, path: str) -> str | None:
         """Return the path of the part of a set that a word calls an average; else of the one below
@@ -305,6 +337,23 @@ def squeeze(name: str) -> str:
     """Return a name without dots and underscores: libraries that keep averages in buffers remove
     the dots, or replace them."""
     return name.replace(".", "").replace("_", "")
+
+
+def _change(pair: Pair) -> tuple[str, str, str] | None:
+    """Return where the sets of a pair lie, and the word of the average with that of the weights
+    which takes its place in their keys; None if more is different."""
+    outer, _, average = pair.average_key.rpartition(".")
+    weights_outer, _, weights = pair.weights_key.rpartition(".")
+    word = AVERAGE_WORD.search(average)
+    if word is None or outer != weights_outer:
+        return None
+    before = average[: word.start()]
+    after = average[word.end() :]
+    if weights == (before + after).strip("_-"):
+        return outer, word[0], ""
+    if weights.startswith(before) and weights.endswith(after):
+        return outer, word[0], weights[len(before) : len(weights) - len(after)]
+    return None
 
 
 def _is_counter(tensor: StoredTensor) -> bool:

@@ -356,6 +356,76 @@ def test_of_several_averages_one_is_chosen(name: str, tmp_path: Path) -> None:
     assert_equal(exported(tmp_path / "step400.pt", weights=True), last.weights)
 
 
+PARTS = {
+    "solo-learn": ("backbone", "projector", "momentum_backbone", "momentum_projector"),
+    "lightly": (
+        "backbone",
+        "projection_head",
+        "backbone_momentum",
+        "projection_head_momentum",
+    ),
+    "DINO": ("student_backbone", "student_head", "teacher_backbone", "teacher_head"),
+}
+"""Keys of the two parts of a model, and of their averages."""
+OTHERS = {"predictor.bias": torch.ones(3), "momentum_classifier.bias": torch.ones(3)}
+
+
+def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
+    parts = {}
+    for name, value in tensors.items():
+        key = body if name.startswith("body") else head
+        parts[f"{key}.{name}"] = value
+    return parts
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_average_in_two_parts_is_one(name: str, tmp_path: Path) -> None:
+    """Also beside a layer that has no average, and a trained one of an average's features."""
+    keys = PARTS[name][:2]
+    content = lightning_like(
+        lambda save: in_parts(save.weights, *keys),
+        lambda save: in_parts(save.average, *PARTS[name][2:]),
+        lambda _: OTHERS | {f"{keys[0].replace('backbone', 'classifier')}.bias": torch.ones(3)},
+    )
+    file = write(tmp_path / "run", Program("step={step}.ckpt", content))
+    last = saves()[-1]
+    average = in_parts(last.average, *keys)
+    weights = in_parts(last.weights, *keys)
+    check(file.parent, average, weights, None)
+    assert_equal(exported(file), average)
+    assert_equal(
+        exported(file, average=PARTS[name][3]), {"head.weight": last.average["head.weight"]}
+    )
+
+
+LIT_EMA = {"decay": torch.tensor(0.95), "num_updates": torch.tensor(3)}
+NOT_ONE: dict[str, tuple[list[str], Tensors]] = {
+    "of two rules": (["unet_ema", "vae_ema"], named("unet_ema.", LIT_EMA)),
+    "of two words": (["unet_ema", "teacher_vae"], {}),
+    "of two words, in turn": (["ema_unet", "vae_ema"], {"vae_ema.decay": torch.tensor(0.9)}),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE)
+def test_averages_of_two_rules_are_asked_for(name: str, tmp_path: Path) -> None:
+    keys, values = NOT_ONE[name]
+    last = saves()[-1]
+    state = named("unet.", last.weights) | named("vae.", last.weights) | values
+    for key in keys:
+        state |= named(f"{key}.", last.average)
+    torch.save({"state_dict": state}, tmp_path / "step400.ckpt")
+    with pytest.raises(FileFormatError, match=f"unclear: '.*({'|'.join(keys)})', '.*_"):
+        exported(tmp_path / "step400.ckpt")
+
+
+def test_averages_of_two_models_are_asked_for(tmp_path: Path) -> None:
+    last = saves()[-1]
+    content = {"G": last.weights, "D": saves()[0].weights, "G_ema": last.average}
+    torch.save(content | {"D_ema": saves()[0].average}, tmp_path / "step400.pt")
+    with pytest.raises(FileFormatError, match="unclear: 'G_ema', 'D_ema'"):
+        exported(tmp_path / "step400.pt")
+
+
 def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
     last = saves()[-1]
     for save in saves():
