@@ -488,15 +488,11 @@ def _compare_lengths(
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
-    much.
-
-    One interval may be explained by several values: its own is the one that the overall fit leads
-    to.
-    """
+    much."""
     begin = float(row.begin[0])
     end = float(row.end[0])
     plain = _as_plain(model, begin, end)
-    found = row.fit(plain, plain.value).length if row.gram[..., 2, 2].any() else None
+    found = row.fit_near(plain).length if row.gram[..., 2, 2].any() else None
     claimed = None
     if model.claimed is not None:
         claimed = _as_plain(model.claim, begin, end).length
@@ -637,8 +633,9 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
     rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
     for at, (weights, average) in enumerate(pairs):
-        rows[0, at] = np.concatenate(_values(weights, pieces))
-        values = _values(average, pieces)
+        with weights, average:  # which share their files
+            rows[0, at] = np.concatenate(_values(weights, pieces))
+            values = _values(average, pieces)
         rows[1, at] = np.concatenate(values)
         for column, (piece, part) in enumerate(zip(pieces, values, strict=True)):
             dtype = average.entries[piece.name].dtype
@@ -664,8 +661,7 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
 
 
 def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDArray[Any]]:
-    with source:
-        values = [source.values(*piece) for piece in pieces]
+    values = [source.values(*piece) for piece in pieces]
     for part, piece in zip(values, pieces, strict=True):
         if not np.isfinite(part).all():
             raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")

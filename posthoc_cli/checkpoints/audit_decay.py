@@ -75,6 +75,7 @@ _UNLIKE = 0.0035
 _UNEXPLAINED = 0.03
 _PART = 0.25  # share of what the likelihood moves a length that counts as uncertain
 _FAR = 3.0  # factor in length that no noise explains
+_SETTLED = 1e-4  # relative difference of successive values at which their weights are settled
 _STEP = 0.01  # difference of logarithms for the derivatives of a sum of residuals
 
 CONSTANT = DecayRule()
@@ -311,37 +312,28 @@ class Intervals:
         left = np.maximum(residuals, 0) + self.rounding
         return np.asarray(1 / np.maximum(left, 1e-4 * self.gram[..., 2, 2] + self._nothing))
 
-    def search(
-        self,
-        model_of: Callable[[float], Model],
-        grid: FloatArray,
-        near: float | None = None,
-    ) -> float:
-        """Return the value whose model has the smallest residuals, each weighted by its inverse.
-
-        With `near` it is the minimum that leads down from there.
-        """
+    def search(self, model_of: Callable[[float], Model], grid: FloatArray) -> float:
+        """Return the value whose model has the smallest residuals, each weighted by its inverse."""
         weights = self.weights(self._moved)
 
         def cost(value: float) -> float:
             return float((self.residuals(model_of(value)) * weights).sum())
 
+        value = 0.0
         for _ in range(4):
-            costs = [cost(value) for value in grid.tolist()]
-            best = int(np.argmin(costs))
-            if near is not None:
-                best = _descend(costs, int(np.abs(np.log(grid / max(near, grid[0]))).argmin()))
+            before = value
+            best = int(np.argmin([cost(value) for value in grid.tolist()]))
             low = grid[max(best - 1, 0)]
             high = grid[min(best + 1, len(grid) - 1)]
             value = float(_least(cost, low, high, 1e-5 * (high - low)).x)
-            if near is not None:
-                near = value
+            if abs(value - before) <= _SETTLED * value:
+                return value
             weights = self.weights(self.residuals(model_of(value)))
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value
 
-    def fit(self, model: Model, near: float | None = None) -> Model:
+    def fit(self, model: Model) -> Model:
         """Return the model with the value that explains the intervals best.
 
         Values to try are those of lengths from 1/100 of the least interval to 100 times the run.
@@ -352,8 +344,13 @@ class Intervals:
             low = 0.01 / (self.end[-1] - self.begin[0])
             high = 1 / max(float((self.end - self.begin).min()) / 100, model.every / 20)
         grid = np.geomspace(low, high, 60)
-        value = self.search(lambda value: replace(model, value=value), grid, near)
-        return replace(model, value=value)
+        return replace(model, value=self.search(lambda value: replace(model, value=value), grid))
+
+    def fit_near(self, model: Model) -> Model:
+        """Return the model with the value that explains the intervals best, up to a factor of three
+        from its own: one interval may be explained by several values."""
+        grid = model.value * np.geomspace(1 / 3, 3, 24)
+        return replace(model, value=self.search(lambda value: replace(model, value=value), grid))
 
     def misfit(self, model: Model, bends: bool = False) -> float:
         """Return the log residuals, a mean over the pieces, summed over the intervals."""
@@ -377,14 +374,6 @@ class Intervals:
 def _least(function: Callable[[float], float], low: float, high: float, exact: float) -> Any:
     """Return the place `x` and the value `fun` of a minimum."""
     return minimize_scalar(function, bounds=(low, high), method="bounded", options={"xatol": exact})
-
-
-def _descend(costs: Sequence[float], index: int) -> int:
-    """Return the place of the minimum that leads down from an index."""
-    while costs[index] > min(costs[max(index - 1, 0) : index + 2]):
-        is_next_less = index + 1 < len(costs) and costs[index + 1] < costs[index]
-        index += 1 if is_next_less else -1
-    return index
 
 
 # --- the rule, and the length with its uncertainty

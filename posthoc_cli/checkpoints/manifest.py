@@ -63,11 +63,14 @@ class Manifest:
         """Raise FileFormatError unless a file is the one that was imported."""
         try:
             with OpenedFile(path) as file:
-                identity = file.size, sampled_identity(file)
+                self.check_identity(path, file.size, sampled_identity(file))
         except VanishedError:  # a caller would try again, as for a directory that a tracker writes
             reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from None
-        if identity != self.files[path]:
+
+    def check_identity(self, path: Path, nbytes: int, sample: str) -> None:
+        """Raise FileFormatError unless a file with this identity is the one that was imported."""
+        if self.files.get(path) != (nbytes, sample):
             reason = f"was replaced, or has changed, since {self.folder} was imported"
             raise FileFormatError(path, reason, _AGAIN)
 

@@ -9,9 +9,10 @@ ones only: such a list is matched with the weights by its values.
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -70,16 +71,22 @@ class Sets:
         }
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
-        in_group = Counter[str]()
         for tensor in self.tensors.values():
             *outer, name = tensor.keys
-            in_group[".".join(outer)] += 1
-            for level, key in enumerate(outer, 1):
-                self.keys[".".join(outer[:level])] = key
             parts = [*outer, *name.split(".")]
             for level in range(len(parts)):
                 self.counts[".".join(parts[:level])] += 1
-        self.averages: list[str] = []
+            for level, key in enumerate(outer, 1):
+                self.keys[".".join(outer[:level])] = key
+        self.averages = self._averages()
+
+    def _averages(self) -> list[str]:
+        """Return the outermost paths that a word calls an average.
+
+        A prefix of few names is that of a layer, unless it is a part beside a large one.
+        """
+        in_group = Counter(".".join(tensor.keys[:-1]) for tensor in self.tensors.values())
+        self.averages = []
         words = set[tuple[str, str]]()
         by_size = sorted(self.counts, key=lambda path: (path.count("."), -self.counts[path]))
         for path in by_size:
@@ -88,10 +95,10 @@ class Sets:
             if word is None or self.is_averaged(path):
                 continue
             is_large = 4 * self.counts[path] >= in_group[self._group(path)]
-            # a prefix of few names is that of a layer, unless it is a part beside a large one
             if path in self.keys or is_large or (outer, word[0]) in words:
                 self.averages.append(path)
                 words.add((outer, word[0]))
+        return self.averages
 
     def _group(self, path: str) -> str:
         """Return the whole keys at the beginning of a path."""
@@ -394,25 +401,28 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
         for name, tensor in weights.items()
         if name.rpartition(".")[2] not in STATISTICS and tensor.chunks[0].entry.dtype in EPS
     }
-    in_order = [listed[position] for position in sorted(listed, key=int)]
-    is_complete = [one.shape for one in in_order] == [one.shape for one in known.values()]
+    in_order = {position: listed[position] for position in sorted(listed, key=int)}
+    is_complete = list(map(_shape, in_order.values())) == list(map(_shape, known.values()))
     if is_complete and _keeps_order(weights):
-        return dict(zip(known, in_order, strict=True))
-    by_shape = defaultdict[tuple[int, ...], list[str]](list)
-    for name, tensor in known.items():
-        by_shape[tensor.shape].append(name)
-    shapes = defaultdict[tuple[int, ...], list[StoredTensor]](list)
-    for tensor in in_order:
-        shapes[tensor.shape].append(tensor)
+        return dict(zip(known, in_order.values(), strict=True))
     matched = dict[str, StoredTensor]()
-    for shape, tensors in shapes.items():
-        names = by_shape[shape]
-        if len(tensors) > len(names):
+    for shape in dict.fromkeys(map(_shape, in_order.values())):
+        tensors = _of_shape(in_order, shape)
+        candidates = _of_shape(known, shape)
+        if len(tensors) > len(candidates):
             reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
-            reason += f" {list(shape)}, and {len(names)} such weights"
+            reason += f" {list(shape)}, and {len(candidates)} such weights"
             raise FileFormatError(content.path, reason)
-        matched.update(_match_shape(content, tensors, {name: known[name] for name in names}))
+        matched.update(_match_shape(content, tensors, candidates))
     return matched
+
+
+def _shape(tensor: StoredTensor) -> tuple[int, ...]:
+    return tensor.shape
+
+
+def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.shape == shape}
 
 
 def _keeps_order(weights: Tensors) -> bool:
@@ -422,43 +432,40 @@ def _keeps_order(weights: Tensors) -> bool:
     )
 
 
-def _match_shape(
-    content: Content, tensors: Sequence[StoredTensor], weights: Tensors
-) -> dict[str, StoredTensor]:
+def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> dict[str, StoredTensor]:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
     from scipy.optimize import linear_sum_assignment
 
     names = list(weights)
+    tensors = list(listed.values())
     if len(tensors) == len(names) == 1:
         return {names[0]: tensors[0]}
-    ours = _samples(content, {str(index): one for index, one in enumerate(tensors)})
+    ours = _samples(content, listed)
     theirs = _samples(content, weights)
-    norms = np.square(theirs).sum(axis=1) + 1e-30
-    squares = np.square(ours[:, None] - theirs).sum(axis=2)
-    distances = squares / np.maximum(norms, np.square(ours).sum(axis=1)[:, None])
+    norms = np.maximum(_squares(theirs) + 1e-30, _squares(ours)[:, None])
+    distances = _squares(ours[:, None] - theirs) / norms
     # Among equal tensors the order decides: those that have not moved yet.
     order = np.abs(np.arange(len(tensors))[:, None] - np.arange(len(names))) * 1e-12
     rows, columns = linear_sum_assignment(distances + order)
     chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     for row, column in chosen.items():
         for other in range(len(names)):
-            if other != column and not np.array_equal(theirs[other], theirs[column]):
-                _check_clear(content, distances, chosen, row, other, names)
+            is_same = np.array_equal(theirs[other], theirs[column])
+            if not is_same and not _is_clear(distances, chosen, row, other):
+                reason = "holds an EMA without names, of which one fits two weights about equally"
+                pair = names_in([names[column], names[other]])
+                raise FileFormatError(content.path, f"{reason}: {pair}")
     return {names[column]: tensors[row] for row, column in chosen.items()}
 
 
-def _check_clear(
-    content: Content,
-    distances: FloatArray,
-    chosen: Mapping[int, int],
-    row: int,
-    other: int,
-    names: Sequence[str],
-) -> None:
-    """Raise FileFormatError if it is about as near to give a row another column.
+def _squares(values: FloatArray) -> FloatArray:
+    """Return the sums of squares over the last axis."""
+    return np.asarray(np.square(values).sum(axis=-1))
 
-    The row that has this column takes that of the first in exchange.
-    """
+
+def _is_clear(distances: FloatArray, chosen: Mapping[int, int], row: int, other: int) -> bool:
+    """Return whether another column of a row is clearly farther; the row that has that column takes
+    the first one's in exchange."""
     column = chosen[row]
     before = distances[row, column]
     after = distances[row, other]
@@ -466,18 +473,16 @@ def _check_clear(
         if held == other:
             before += distances[partner, other]
             after += distances[partner, column]
-    if after <= (1 + _LIKELY) * before:
-        reason = "holds an EMA without names, of which one fits two weights about equally"
-        raise FileFormatError(content.path, f"{reason}: {names_in([names[column], names[other]])}")
+    return bool(after > (1 + _LIKELY) * before)
 
 
 def _samples(content: Content, tensors: Tensors) -> FloatArray:
     """Return the first elements of tensors of one shape: [tensors, elements]."""
     rows = []
-    for name, tensor in tensors.items():
-        source = make_checkpoint(content, {name: tensor}, Point(1.0), 1)
-        count = min(source.entries[name].size, _SAMPLED)
-        rows.append(source.values(name, 0, count))
+    with make_checkpoint(content, tensors, Point(1.0), 1) as source:
+        for name, tensor in tensors.items():
+            count = min(math.prod(tensor.shape), _SAMPLED)
+            rows.append(source.values(source.aliases.get(name, name), 0, count))
     return np.stack(rows)
 
 
@@ -489,16 +494,10 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
     if not weights:
         return averaged
     first_names = tied_names(weights)
-    groups = defaultdict[str, list[str]](list)
+    by_place = dict[str, StoredTensor]()
     for name in weights:
-        groups[first_names.get(name, name)].append(name)
-    full = dict[str, StoredTensor]()
-    for names in groups.values():
-        known = _first(averaged[name] for name in names if name in averaged)
-        for name in names:
-            full[name] = weights[name] if known is None else known
-    return {name: full[name] for name in weights}
-
-
-def _first(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
-    return next(iter(tensors), None)
+        if name in averaged:
+            by_place.setdefault(first_names.get(name, name), averaged[name])
+    return {
+        name: by_place.get(first_names.get(name, name), tensor) for name, tensor in weights.items()
+    }
