@@ -18,6 +18,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def recognise(content: Content, settings: ImportSettings) -> Found:
                 if found is not None and settings.kind in (None, found.kind):
                     return found
         if settings.kind == "ema":
-            model = sets.model(settings.prefix)
-            return Found("ema", model, updates=_named_updates(content))
+            return _all_averaged(sets, settings)
         if settings.kind in (None, "checkpoints"):
             return _weights(sets, settings)
     except (TypeError, ValueError, OverflowError) as error:
@@ -112,32 +112,46 @@ def _weights(sets: Sets, settings: ImportSettings) -> Found:
     return Found("checkpoints", weights=weights, unused=unused)
 
 
-def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
-    """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw
-    weights.
+class Stored:
+    """The average and the weights that a training's checkpoint holds, as they are.
 
     `average` is the key or prefix of the average's tensors, or a glob of it; by default the one
-    whose key says it.
+    whose key says it. Each of the two may raise FileFormatError.
     """
-    content = open_checkpoint(path)
-    sets = Sets(content)
-    try:
-        found = recognise(content, replace(UNSPECIFIED, average=average))
-    except FileFormatError:  # perhaps of several averages
-        if not weights:
-            raise
-        found = Found("checkpoints", weights=sets.model())
-    if found.undecided:
-        first, other = found.undecided
-        reason = f"holds two sets, and nothing tells which is the average: {first} or {other}"
-        raise FileFormatError(path, reason, "name it by `average`, or name the folder of all files")
-    if weights:
-        return make_checkpoint(content, found.weights or sets.model(), Point(1.0), 1)
-    if not found.averaged:
-        reason = f"holds no average that its keys name ({names_in(content.groups())})"
-        hint = "name its key by `average`, or say `weights` for the raw ones"
-        raise FileFormatError(path, reason, hint)
-    return make_checkpoint(content, found.tensors, Point(1.0), 1)
+
+    def __init__(self, path: Path, average: str | None = None) -> None:
+        self._content = open_checkpoint(path)
+        self._settings = replace(UNSPECIFIED, average=average)
+
+    @cached_property
+    def average(self) -> Checkpoint | None:
+        """The average; None if there is none."""
+        found = recognise(self._content, self._settings)
+        self._check_decided(found)
+        return self._made(found.tensors) if found.averaged else None
+
+    @cached_property
+    def weights(self) -> Checkpoint:
+        try:
+            found = recognise(self._content, self._settings)
+        except FileFormatError:  # perhaps of several averages
+            return self._made(Sets(self._content).model())
+        self._check_decided(found)
+        return self._made(found.weights or Sets(self._content).model())
+
+    def _check_decided(self, found: Found) -> None:
+        if found.undecided:
+            first, other = found.undecided
+            reason = "holds two sets, and nothing tells which is the average"
+            hint = "name it by `average`, or name the folder of all files"
+            raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
+
+    def _made(self, tensors: Tensors) -> Checkpoint:
+        return make_checkpoint(self._content, tensors, Point(1.0), 1)
+
+    @property
+    def groups(self) -> str:
+        return names_in(self._content.groups())
 
 
 # --- ordinary EMAs, whose sets are found by their keys
@@ -241,36 +255,43 @@ def _is_number(value: Any) -> bool:
 
 def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     """Return the average that the settings name, or a word, and the weights that match it."""
-    content = sets.content
     weights = None if settings.weights is None else sets.named(settings.weights)
     if settings.average is not None:
-        path = sets.named(settings.average)
-        pair = sets.pair(path, weights, is_named=True)
-        if pair is None and weights is not None:
-            lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
-            reason = f"holds an EMA and weights of different models: only {path} has"
-            raise FileFormatError(content.path, f"{reason} {names_in(lacking)}")
-        return _described(sets, pair or sets.alone(path), settings)
+        return _described(sets, _named_pair(sets, settings.average, weights), settings)
+    content = sets.content
     candidates = [*sets.averages, *_anchored(sets)]
-    pairs = [pair for one in candidates if (pair := sets.pair(one, weights)) is not None]
+    found = [sets.pair(one, weights) for one in candidates]
+    pairs = [pair for pair in found if pair is not None]
     if len(pairs) > 1 and len({repr(_updates_of(content, pair)) for pair in pairs}) == 1:
         whole = sets.joined(pairs)
-        pairs = [whole] if whole else pairs
+        pairs = pairs if whole is None else [whole]
     sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
     groups = [name for name in content.groups() if not NO_MODEL.search(name)]
-    if len(groups) == 1 and (candidates == groups or _is_inside(candidates, groups[0])):
-        return _described(sets, sets.alone(candidates[0]), settings)
+    if len(groups) == 1 and candidates:
+        first, *more = candidates
+        # the only average is all that a group holds
+        if candidates == groups or (not more and first.startswith(f"{groups[0]}.")):
+            return _described(sets, sets.alone(first), settings)
     if not candidates and AVERAGE_WORD.search(content.path.name):
-        model = sets.model(settings.prefix)
-        return Found("ema", model, updates=_named_updates(content))
+        return _all_averaged(sets, settings)
     return None
 
 
-def _is_inside(candidates: list[str], group: str) -> bool:
-    """Return whether the only average is all that a group holds."""
-    return len(candidates) == 1 and candidates[0].startswith(f"{group}.")
+def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
+    path = sets.named(average)
+    pair = sets.pair(path, weights, is_named=True)
+    if pair is None and weights is not None:
+        lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
+        reason = f"holds an EMA and weights of different models: only {path} has"
+        raise FileFormatError(sets.content.path, f"{reason} {names_in(lacking)}")
+    return pair or sets.alone(path)
+
+
+def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:
+    """Return the model in a file of averages alone."""
+    return Found("ema", sets.model(settings.prefix), updates=_named_updates(sets.content))
 
 
 def _anchored(sets: Sets) -> list[str]:

@@ -127,7 +127,7 @@ def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None 
     with _reading(file):
         budget = budget or _Budget(end - begin)
         archive = None
-        if file.read_at(4, begin) == _ZIP:
+        if is_archive(file, begin):
             archive = _Archive(file, begin, end)
             pickled = archive.member("data.pkl")
             begin = pickled.begin
@@ -226,7 +226,7 @@ def _items(value: Any) -> dict[Any, Any]:
 # --- archives, and storages in pickles
 
 
-class _Stream(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A file from some place to some end, as a standard stream; places are those in the file."""
 
     def __init__(self, file: OpenedFile, at: int, end: int) -> None:
@@ -250,6 +250,19 @@ class _Stream(io.RawIOBase):
         return count
 
 
+def is_archive(file: OpenedFile, begin: int = 0) -> bool:
+    """Return whether an archive of torch.save begins at a place of a file."""
+    return file.read_at(4, begin) == _ZIP
+
+
+def member_begin(file: OpenedFile, info: zipfile.ZipInfo) -> int:
+    """Return where the content of a member of an archive begins."""
+    header = file.read_at(_LOCAL_HEADER.size, info.header_offset)
+    magic, name, extra = _LOCAL_HEADER.unpack(header)
+    _check(magic == _ZIP, f"member {info.filename!r} is not where it should be")
+    return int(info.header_offset + _LOCAL_HEADER.size + name + extra)
+
+
 class _Archive:
     """An archive of torch.save in a range of a file."""
 
@@ -257,7 +270,7 @@ class _Archive:
         self.file = file
         self.begin = begin
         self.end = end
-        listed = zipfile.ZipFile(io.BufferedReader(_Stream(file, begin, end))).infolist()
+        listed = zipfile.ZipFile(io.BufferedReader(FileRange(file, begin, end))).infolist()
         self.members = {info.filename: info for info in listed}
         _check(len(self.members) == len(listed), "a damaged archive: two members of one name")
         self.root = ""
@@ -275,12 +288,10 @@ class _Archive:
         info = self.members.get(self.root + name)
         if info is None:
             raise _PickleError(f"a damaged archive, or not of torch.save: it has no {name!r}")
-        header = self.file.read_at(_LOCAL_HEADER.size, info.header_offset)
-        magic, *lengths = _LOCAL_HEADER.unpack(header)
-        start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
+        start = member_begin(self.file, info)
         is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
         is_inside = self.begin <= info.header_offset and start + info.file_size <= self.end
-        if not (is_plain and is_inside and magic == _ZIP):
+        if not (is_plain and is_inside):
             problem = "is not where it should be, or is compressed or encrypted"
             raise _PickleError(f"member {name!r} {problem}")
         return _Bytes(start, info.file_size)
@@ -323,7 +334,7 @@ class _Machine:
         self.budget = budget
         self.archive = archive
         self.is_storage = is_storage
-        self.stream = io.BufferedReader(_Stream(file, begin, end))
+        self.stream = io.BufferedReader(FileRange(file, begin, end))
 
     def run(self) -> Any:
         """Run the next program, and return the object that it leaves."""
