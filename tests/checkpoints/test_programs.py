@@ -608,31 +608,42 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path: Path) -> None:
     check_export(tmp_path / "checkpoint-400", averaged, weights_of(net))
 
 
-@pytest.mark.parametrize("has_online", [False, True])
-def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
+def by_ema_pytorch(
+    has_online: bool, save: Callable[[int, torch.nn.Module, torch.nn.Module], None]
+) -> tuple[Tensors, Tensors]:
+    """Train with the library's EMA, and call `save` with the step, model and EMA at each save;
+    return the last average and weights."""
     library = pytest.importorskip("ema_pytorch")
     net = new_net()
-    average = library.EMA(
-        net,
-        beta=0.95,
-        power=1.0,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=has_online,
-    )
+    settings = {"beta": 0.95, "power": 1.0, "update_every": 1, "update_after_step": 0}
+    average = library.EMA(net, include_online_model=has_online, **settings)
     for step in walk(net):
         average.update()
         if step % EVERY == 0:
-            state = named("diffusion.model.", net.state_dict())
-            state |= named("diffusion_ema.", average.state_dict())
-            state |= {"diffusion.text.weight": torch.ones(9, 9)}
-            content = {"state_dict": state, "global_step": step, "epoch": 0}
-            torch.save(content, tmp_path / f"epoch=0-step={step}.ckpt")
-    averaged = copied(average.ema_model.state_dict())
-    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
-    if has_online:
-        settings["weights"] = "diffusion.model"
-    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
+            save(step, net, average)
+    return copied(average.ema_model.state_dict()), weights_of(net)
+
+
+OF_EMA_PYTORCH: dict[str, Any] = {
+    "ema_decay": 0.95,
+    "ema_warmup": "power:1",
+    "update_every": 1,
+    "update_after_step": 0,
+}
+
+
+@pytest.mark.parametrize("has_online", [False, True])
+def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
+    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+        state = named("diffusion.model.", net.state_dict())
+        state |= named("diffusion_ema.", average.state_dict())
+        state["diffusion.text.weight"] = torch.ones(9, 9)
+        content = {"state_dict": state, "global_step": step, "epoch": 0}
+        torch.save(content, tmp_path / f"epoch=0-step={step}.ckpt")
+
+    averaged, weights = by_ema_pytorch(has_online, save)
+    settings = {"weights": "diffusion.model"} if has_online else {}
+    check(tmp_path, averaged, weights, **OF_EMA_PYTORCH, **settings)
     file = tmp_path / "epoch=0-step=400.ckpt"
     assert_equal(exported(file), averaged)
     assert_equal(exported(file, average="diffusion_ema.ema_model"), averaged)
@@ -640,32 +651,19 @@ def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("has_online", [False, True])
 def test_ema_pytorch_in_a_list_of_imagen(has_online: bool, tmp_path: Path) -> None:
-    library = pytest.importorskip("ema_pytorch")
-    net = new_net()
-    average = library.EMA(
-        net,
-        beta=0.95,
-        power=1.0,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=has_online,
-    )
-    list_of_all = torch.nn.ModuleList([average])
-    for step in walk(net):
-        average.update()
-        if step % EVERY == 0:
-            content = {
-                "model": named("unets.0.", net.state_dict()),
-                "version": "1.26",
-                "steps": torch.tensor([step]),
-                "optim0": OPTIMIZER,
-                "ema": list_of_all.state_dict(),
-            }
-            torch.save(content, tmp_path / f"checkpoint.{step}.pt")
-    averaged = copied(average.ema_model.state_dict())
-    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
-    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
-    check_export(tmp_path / "checkpoint.400.pt", averaged, weights_of(net))
+    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+        content = {
+            "model": named("unets.0.", net.state_dict()),
+            "version": "1.26",
+            "steps": torch.tensor([step]),
+            "optim0": OPTIMIZER,
+            "ema": torch.nn.ModuleList([average]).state_dict(),
+        }
+        torch.save(content, tmp_path / f"checkpoint.{step}.pt")
+
+    averaged, weights = by_ema_pytorch(has_online, save)
+    check(tmp_path, averaged, weights, **OF_EMA_PYTORCH)
+    check_export(tmp_path / "checkpoint.400.pt", averaged, weights)
 
 
 @pytest.mark.parametrize("is_swapped", [False, True])
