@@ -285,11 +285,19 @@ class Rendezvous:
                 raise RankError(f"rank {rank}", reason, _STAGES)
 
     def check_keeper(self) -> None:
-        """Raise a RankError if no process that has made a tracker keeps averages."""
+        """Raise a RankError if no process keeps averages: if all have made a tracker, or `GRACE`
+        seconds after this one."""
+        until = self._begin + GRACE
+        while not self._is_kept():
+            if self._is_set("made") or time.monotonic() > until:
+                reason = "only counts steps, and no process that keeps averages has made a tracker"
+                raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
+            time.sleep(0.02)
+
+    def _is_kept(self) -> bool:
+        """Return whether a process that has made a tracker keeps averages."""
         made = [rank for rank in self._ranks if self.store.check([f"made/{rank}"])]
-        if not any(self.store.get(f"made/{rank}").decode() == "keeps" for rank in made):
-            reason = "only counts steps, and no process that keeps averages has made a tracker"
-            raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
+        return any(self.store.get(f"made/{rank}").decode() == "keeps" for rank in made)
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
