@@ -35,7 +35,6 @@ def commands() -> dict:
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta",
-        "Between",
         "Decay",
         "Groups",
         "HalfLife",

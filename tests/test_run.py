@@ -11,18 +11,19 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from ema_command import Ema
-from factories import random_walk, write_run
+from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import Beta, Between, Groups, PostHocEMA, PowerFunction, Run, Window
+from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, OutputExistsError
 from posthoc_cli.run import plan_training
+from posthoc_cli.targets import GivenProfile
 
 TARGETS = {
     "0.15": 0.15,
     "beta-0.9": Beta(0.9),
     "window-50": Window(50),
-    "between-20-80": Between(20, 80),
+    "span": GivenProfile(Span(20, 80), "span"),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
 }
 

@@ -57,7 +57,7 @@ def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
 
 
 def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:
-    made = ema("synthesize", run / "own", "--target", "between:383:387", "--dry-run")
+    made = ema("synthesize", run / "own", "--target", "decay:linear:383:387", "--dry-run")
     assert made.out.startswith("file ")
     described = ema("info", run / "own", "--json").json
     assert len(described["checkpoints"]) == 40

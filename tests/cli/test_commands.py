@@ -352,7 +352,7 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 
 
 def test_targets_are_points(ema: Ema, run: Path, tmp_path: Path) -> None:
-    titles = ["beta:0.99", "beta:0.999", "window:500", "between:500:1500", "decay:linear:100%"]
+    titles = ["beta:0.99", "beta:0.999", "window:500", "decay:linear:500:1500", "decay:linear:100%"]
     others = [
         "--target",
         "beta:0.99,0.999",
