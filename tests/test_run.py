@@ -173,12 +173,8 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema) -> Non
     curve = run.error_curve((0.05, 0.28), others=Window(50))
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
     assert ema("error-plot", run.directory, *words.split()).json == {"curves": [curve.to_dict()]}
-    printed = ema(
-        "plan",
-        *["--steps", "1000", "--params", "100", "--disk", "10kB", "--json", "--like"],
-        run.directory,
-    ).json
-    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000, like=run).to_dict()))
+    printed = ema("plan", "--steps", "1000", "--params", "100", "--disk", "10kB", "--json").json
+    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000).to_dict()))
 
 
 def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:

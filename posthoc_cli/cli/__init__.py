@@ -101,7 +101,7 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     ),
     showing.plan: (
         "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
-        "ema plan --steps 400000 --params 1.2B --disk 60GB --like run/ema --out plan.png",
+        "ema plan --steps 400000 --params 1.2B --disk 60GB --out plan.png",
     ),
     making.prune: (
         "ema prune run/ema --keep 20 --dry-run",

@@ -123,7 +123,7 @@ for line in (
     "export a.safetensors --out c.safetensors",
     "error-plot run --out a.png",
     "error-plot run --out a.svg",
-    "plan --steps 1000 --params 10 --like run --out a.pdf",
+    "plan --steps 1000 --params 10 --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
     try:
