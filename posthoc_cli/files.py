@@ -20,6 +20,7 @@ import errno
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,6 +44,15 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Error numbers of `link` on a file system without hard links."""
 
 
+# of `os.open`; 0 where the system has no such flag, as Windows
+CLOSED_IN_CHILDREN: int = getattr(os, "O_CLOEXEC", 0)
+NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
+_BYTES: int = getattr(os, "O_BINARY", 0)
+
+_seeking = threading.Lock()
+
+
 class FileSystem:
     """The operating system's file operations; each raises OSError if the system refuses."""
 
@@ -54,24 +64,37 @@ class FileSystem:
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOSED_IN_CHILDREN | _BYTES
+        return os.open(path, flags, 0o666)
 
     def open(self, path: Path) -> int:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | _NO_WAIT | CLOSED_IN_CHILDREN | _BYTES)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end
         of the file."""
-        return os.preadv(descriptor, [view], offset)
+        if hasattr(os, "preadv"):
+            return os.preadv(descriptor, [view], offset)
+        with _seeking:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Write the beginning of `view` at `offset`; return the number of bytes written."""
-        return os.pwrite(descriptor, view, offset)
+        if hasattr(os, "pwrite"):
+            return os.pwrite(descriptor, view, offset)
+        with _seeking:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, view)
 
     def fsync_directory(self, path: Path) -> None:
         """Wait until the directory's entries are on the disk, where the file system supports
         that."""
+        if os.name == "nt":
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -376,6 +399,7 @@ class PendingFile(_Pending):
         fails."""
         with reported_as_write_error(self.path):
             system.fsync(self.descriptor)
+            self._close()  # Windows renames and removes no open file
             linked, replaces = not self._overwrite, self._overwrite and os.path.lexists(self.path)
             try:
                 if linked:
@@ -394,7 +418,6 @@ class PendingFile(_Pending):
             try:
                 if linked:
                     system.unlink(self.temporary)
-                self._close()
                 system.fsync_directory(self.path.parent)
                 _unfinished.pop(self.temporary, None)
             except BaseException:
