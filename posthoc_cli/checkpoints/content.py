@@ -211,7 +211,8 @@ def _of_folder(folder: Path) -> Content:
     state = folder / TRAINER_STATE
     if not state.is_file():
         return content
-    of_trainer = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+    text = read_small_file(state, _MOST_STATE)
+    of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
     times = {name: of_trainer.get(name) for name in ("global_step", "epoch")}
     known = {name: value for name, value in times.items() if type(value) is int}
     return replace(content, values={**content.values, **known})

@@ -88,11 +88,8 @@ def import_checkpoints(
     """
     given = ImportSettings(**settings)
     origin = files.expanded(files.given_path("directory", directory))
-    target = None
-    if out is not None:
-        target = files.expanded(files.given_path("out", out))
-        _check_target(origin, target)
-    elif not dry_run:
+    target = None if out is None else files.output_path("out", out)
+    if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
@@ -106,16 +103,6 @@ def import_checkpoints(
         files.check_parent("out", target)
         written = write_manifest(target, origin, given, found, overwrite)
     return Import(tuple(found), target, place.says, tuple(checks), written)
-
-
-def _check_target(origin: Path, target: Path) -> None:
-    if not files.is_url(target):
-        return
-    files.check_writable("out", target)
-    if not files.is_url(origin):
-        reason = "is a URL, and would refer to files of this machine"
-        hint = "upload the files, and import them by URL"
-        raise InvalidValueError("out", reason, hint, value=target)
 
 
 # --- the decay
