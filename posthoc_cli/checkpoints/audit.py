@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import numpy as np
@@ -358,14 +358,17 @@ def _judge(
     if moves.fault is not None:
         verdict, text = moves.fault
         return replace(audit, verdict=verdict, text=text)
-    notes = moves.notes(series.times, model.starts[1:])
     averaged = moves.averaged
-    moving = np.flatnonzero(moves.weights[:, averaged].any(axis=1)).tolist()
-    if all(notes[index] == _STILL for index in moving):
+    explanation = _Explanation(
+        series=series.of(averaged),
+        model=model,
+        rules=rules,
+        moves=np.flatnonzero(moves.weights[:, averaged].any(axis=1)).tolist(),
+        notes=moves.notes(series.times, model.starts[1:]),
+        begin=moves.begin,
+    )
+    if all(explanation.notes[index] == _STILL for index in explanation.moves):
         return replace(audit, text="in no interval do both the weights and the average move")
-    values = [*compress(series.values, averaged)]
-    kept = Series(series.times, values, series.rounding[:, averaged])
-    explanation = _Explanation(kept, model, rules, moving, notes, moves.begin)
     explanation.find()
     is_lost = moves.weights.any(axis=0) & ~averaged
     lost = tuple(dict.fromkeys(compress(tensors, is_lost)))
@@ -474,16 +477,16 @@ def _compare_lengths(
         return "undetermined", text
     if (is_likely and not is_refuted) or difference <= math.log(_SLACK):
         return "as claimed", f"{shown}, as claimed"
-    sigma = min(sigma, 1.0)
-    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
-    if model.length > claim.length:
-        verdict = "too long"
-        cause = f"at every k-th step only, or of steps that are counted twice (k = {factors})"
-    else:
-        verdict = "too short"
-        cause = f"{factors} times a step: once a microbatch, or by each of so many processes"
+    verdict = "too long" if model.length > claim.length else "too short"
     text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
-    return verdict, f"{text}; as if updated {cause}"
+    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
+
+
+def _cause(verdict: str, difference: float, sigma: float) -> str:
+    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
+    if verdict == "too long":
+        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    return f"{factors} times a step: once a microbatch, or by each of so many processes"
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
@@ -637,9 +640,8 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
             rows[0, at] = np.concatenate(_values(weights, pieces))
             values = _values(average, pieces)
         rows[1, at] = np.concatenate(values)
-        for column, (piece, part) in enumerate(zip(pieces, values, strict=True)):
-            dtype = average.entries[piece.name].dtype
-            rounding[at, column] = expected_rounding(part, dtype, "F32")
+        dtypes = [average.entries[piece.name].dtype for piece in pieces]
+        rounding[at] = [*map(expected_rounding, values, dtypes, repeat("F32"))]
     times = np.array([average.t for _, average in pairs])
     series = Series(times, np.split(rows, np.cumsum(sizes)[:-1], axis=2), rounding)
     return series, [piece.name for piece in pieces]

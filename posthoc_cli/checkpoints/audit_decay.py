@@ -29,6 +29,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -217,6 +218,10 @@ class Series:
     def __getitem__(self, times: slice) -> Series:
         values = [values[:, times] for values in self.values]
         return Series(self.times[times], values, self.rounding[times])
+
+    def of(self, pieces: npt.NDArray[np.bool_]) -> Series:
+        values = [*compress(self.values, pieces)]
+        return Series(self.times, values, self.rounding[:, pieces])
 
     def covariance(self) -> tuple[FloatArray, FloatArray]:
         """Return that of the later weights and the averages, without the first weights, and its

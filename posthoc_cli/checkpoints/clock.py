@@ -32,6 +32,8 @@ STEP_VALUES = (
 """Names of values that state the step of a checkpoint; the first that is there counts."""
 _EPOCH_VALUES = ("epoch", "meta.epoch")
 
+Unit = Literal["steps", "epochs", "images", ""]
+
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
 _EPOCH = r"ep(?:och)?s?"
@@ -47,7 +49,10 @@ def _marked_by(word: str) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
 
 
-_MARKED = {"steps": _marked_by(_STEP), "epochs": _marked_by(_EPOCH)}
+_MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
+    "steps": _marked_by(_STEP),
+    "epochs": _marked_by(_EPOCH),
+}
 _CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
@@ -55,8 +60,6 @@ _ALONE = re.compile(
 )
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
 _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
-
-Unit = Literal["steps", "epochs", "images", ""]
 
 
 @dataclass(frozen=True)
@@ -150,15 +153,7 @@ def named_time(path: Path) -> Reading:
         stem = stem.removesuffix(ending)
     has_number = re.search("[0-9]", stem) is not None
     name = _FRACTION.sub("", stem if has_number else path.parent.name)
-    unit: Unit = ""
-    matches: list[re.Match[str]] = []
-    for known in ("steps", "epochs"):
-        if not matches:
-            matches = [match for one in _MARKED[known] for match in one.finditer(name)]
-            unit = "steps" if known == "steps" else "epochs"
-    if not matches:
-        unit = ""
-        matches = [*_CHECKPOINT.finditer(name)]
+    unit, matches = _marked(name)
     is_marked = bool(matches)
     if not matches and has_number:
         matches = [*_ALONE.finditer(name)]
@@ -174,6 +169,15 @@ def named_time(path: Path) -> Reading:
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
     return Reading(int(number), unit, origin, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
+    """Return the numbers next to a word, and what it says that they count."""
+    for unit, patterns in _MARKED.items():
+        matches = [match for one in patterns for match in one.finditer(name)]
+        if matches:
+            return unit, matches
+    return "", [*_CHECKPOINT.finditer(name)]
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:
@@ -214,7 +218,7 @@ def times_of(
         return Times("steps", False, says, as_they_are)
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
-    epochs = {path: one.number + offset for path, one in readings.items()}
+    epochs = {path: number + offset for path, number in as_they_are.items()}
     if each := settings.steps_per_epoch:
         says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"
         return Times("steps", True, says, {path: each * one for path, one in epochs.items()})

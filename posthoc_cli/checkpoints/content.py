@@ -411,12 +411,7 @@ def _of_chunks(folder: Path) -> Content:
         offsets = parse_object(path, file.values[_CHUNKS], _CHUNKS)
         for name, tensor in file.tensors.items():
             (chunk,) = tensor.chunks
-            place = offsets.get(name)
-            offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
-            if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
-                reason = f"tensor {shown(name)}: {_CHUNKS} must give its offsets"
-                raise FileFormatError(path, reason)
-            box = Box(tuple(offset), tensor.shape)
+            box = _saved_box(tensor, offsets.get(name))
             chunks.setdefault(name, []).append(replace(chunk, box=box))
     tensors = dict[str, StoredTensor]()
     for name, found in chunks.items():
@@ -425,6 +420,14 @@ def _of_chunks(folder: Path) -> Content:
         problem = cover_problem(shape, boxes) or ""
         tensors[name] = StoredTensor(folder, (name,), shape, tuple(found), problem)
     return Content(folder, tensors, {}, opened)
+
+
+def _saved_box(tensor: StoredTensor, place: Any) -> Box:
+    offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
+    if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
+        reason = f"tensor {shown(tensor.name)}: {_CHUNKS} must give its offsets"
+        raise FileFormatError(tensor.path, reason)
+    return Box(tuple(offset), tensor.shape)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -442,13 +445,7 @@ def _of_distributed(metadata: Path) -> Content:
     stored = state.get("storage_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
-    places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]()
-    for index, place in stored.items():
-        fqn = _state(index).get("fqn")
-        offset = _state(index).get("offset") or ()
-        if isinstance(fqn, str) and is_sizes(offset):
-            places[fqn, tuple(offset)] = _state(place)
-    objects = _Objects(metadata, places, {metadata: identity})
+    objects = _Objects(metadata, _places_in(stored), {metadata: identity})
     tensors = dict[str, StoredTensor]()
     values = dict[str, Any]()
     for name, described in listed.items():
@@ -461,6 +458,16 @@ def _of_distributed(metadata: Path) -> Content:
         elif _last_part(name) in _COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
     return Content(metadata.parent, tensors, values, objects.files)
+
+
+def _places_in(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
+    places = {}
+    for index, place in stored.items():
+        fqn = _state(index).get("fqn")
+        offset = _state(index).get("offset") or ()
+        if isinstance(fqn, str) and is_sizes(offset):
+            places[fqn, tuple(offset)] = _state(place)
+    return places
 
 
 def _keys_of(name: str, planned: Any) -> Keys:

@@ -233,19 +233,17 @@ LIBRARIES = (
 
 def _library_of(content: Content, average_key: str) -> tuple[Library | None, Values]:
     """Return the program that stored an average, and the values beside its marks."""
+    places = [average_key]
+    while places[-1]:
+        places.append(places[-1].rpartition(".")[0])
+    values = content.values
     for library in LIBRARIES:
-        if library.key not in ("", average_key):
-            continue
-        place = average_key
-        while True:
+        for place in places if library.key in ("", average_key) else []:
             start = f"{place}." if place else ""
-            if all(_is_number(content.values.get(start + mark)) for mark in library.marks):
+            if all(_is_number(values.get(start + mark)) for mark in library.marks):
                 rest = len(start)
-                named = content.values.items()
-                return library, {name[rest:]: v for name, v in named if name.startswith(start)}
-            if not place:
-                break
-            place = place.rpartition(".")[0]
+                inner = [name for name in values if name.startswith(start)]
+                return library, {name[rest:]: values[name] for name in inner}
     return None, {}
 
 
@@ -487,27 +485,29 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     if file.is_file():
         options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
     batch = int(_option(options, "batch_size"))
+    asks = dict[str, str]()
+    if not batch:
+        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+        asks["update_every"] = f", the images of a batch: {reason}"
+    if settings.ema_decay is not None and not options:
+        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
+        asks["ema_warmup"] = f", ramp-up or none: {reason}"
+    every = settings.update_every or batch or 1
+    # names count thousands, rounded down
+    step = -(-1000 * int(match["step"]) // every) * every
+    weights = content.under("net") or content.under("G")
+    updates = Updates(_edm_rule(options, batch), every=batch)
+    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
+
+
+def _edm_rule(options: Values, batch: int) -> dict[str, Any]:
     rule: dict[str, Any] = {"copies": 1}
     if options:
         rule |= _edm_warm_up(options)
     thousands = _option(options, "ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    asks = dict[str, str]()
-    if not batch:
-        asks["update_every"] = (
-            f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        )
-    if settings.ema_decay is not None and not options:
-        asks["ema_warmup"] = (
-            f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
-        )
-    every = settings.update_every or batch or 1
-    # names count thousands, rounded down
-    step = -(-1000 * int(match["step"]) // every) * every
-    weights = content.under("net") or content.under("G")
-    updates = Updates(rule, every=batch)
-    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
+    return rule
 
 
 def _option(options: Values, *names: str, default: float = 0) -> Any:

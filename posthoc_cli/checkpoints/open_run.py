@@ -545,23 +545,33 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     a copy of the weights, and is left out next to them. A MismatchError names the first two that
     are of different models, or of one time with different values.
     """
-    kept = dict[tuple[float, str], Checkpoint]()
     ordered = by_time(_with_names(checkpoints))
-    for other in sorted(ordered, key=lambda one: not re.search("[0-9]", one.path.name)):
-        first = ordered[0]
-        twin = kept.setdefault((other.t, other.holds), other)
+    first = ordered[0]
+    for other in ordered:
         if difference := model_difference(first, other):
             raise _mismatch(first, other, difference)
+    kept = _without_duplicates(ordered)
+    weights = {one.t for one in kept if isinstance(one.profile, Point)}
+    run = [one for one in kept if one.t not in weights or not is_copy(one)]
+    _warn_of_growth(run)
+    names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
+    return by_time([replace(one, run_id=run_id) for one in run])
+
+
+def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    kept = dict[tuple[float, str], Checkpoint]()
+    for other in sorted(checkpoints, key=lambda one: not _has_number(one)):
+        twin = kept.setdefault((other.t, other.holds), other)
         if twin is not other and _are_unequal(twin, other):
-            if re.search("[0-9]", other.path.name):
+            if _has_number(other):
                 raise _mismatch(twin, other, f"are both of {twin.t_unit[:-1]} {twin.t:,.12g}")
             log.warning("%s: left out, as %s has the same number", other.path, twin.name)
-    weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
-    run = [one for one in kept.values() if one.t not in weights or not is_copy(one)]
-    _warn_of_growth(run)
-    names = [(name, entry.shape) for name, entry in sorted(ordered[0].entries.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, ordered[0].identity)).encode())
-    return by_time([replace(one, run_id=run_id) for one in run])
+    return [*kept.values()]
+
+
+def _has_number(one: Checkpoint) -> bool:
+    return re.search("[0-9]", one.path.name) is not None
 
 
 def _mismatch(

@@ -344,12 +344,12 @@ class _Machine:
         while True:
             opcode = _OPCODES[self.stream.read(1)]
             self.budget.spend(opcode.cost)
-            argument = None
-            if opcode.read is not None:
-                argument = opcode.read(self.stream)
             if opcode.do is _Machine.stop:
                 return self.stack.pop()
-            opcode.do(self, argument)
+            if opcode.read is None:
+                opcode.do(self)
+            else:
+                opcode.do(self, opcode.read(self.stream))
 
     def pop_marked(self) -> list[Any]:
         """Return what lies above the last mark, and remove both."""
@@ -361,31 +361,34 @@ class _Machine:
     # are refused: the extension registry may hold real functions, and buffers are elsewhere.
     # torch.save writes protocol 2.
 
-    def proto(self, _: Any) -> None:
+    def proto(self, _: int) -> None:
         """Do nothing, like frames."""
 
     frame = proto
 
-    def mark(self, _: Any) -> None:
+    def mark(self) -> None:
         self.outer.append(self.stack)
         self.stack = []
 
-    def pop(self, _: Any) -> None:
+    def pop(self) -> None:
         self.stack.pop()
 
-    def pop_mark(self, _: Any) -> None:
+    def pop_mark(self) -> None:
         self.pop_marked()
 
     def binint(self, value: Any) -> None:
         self.stack.append(value)
 
     binint1 = binint2 = long1 = long4 = binfloat = binint
-    short_binunicode = binunicode = binunicode8 = none = binint
+    short_binunicode = binunicode = binunicode8 = binint
 
-    def newtrue(self, _: Any) -> None:
+    def none(self) -> None:
+        self.stack.append(None)
+
+    def newtrue(self) -> None:
         self.stack.append(True)
 
-    def newfalse(self, _: Any) -> None:
+    def newfalse(self) -> None:
         self.stack.append(False)
 
     def binbytes(self, count: int) -> None:
@@ -397,53 +400,53 @@ class _Machine:
 
     short_binbytes = binbytes8 = bytearray8 = binbytes
 
-    def empty_list(self, _: Any) -> None:
+    def empty_list(self) -> None:
         self.stack.append([])
 
     empty_set = empty_list  # a set would hash its items
 
-    def frozenset(self, _: Any) -> None:
+    def frozenset(self) -> None:
         items = self.pop_marked()
         self.stack.append(items)
 
-    def append(self, _: Any) -> None:
+    def append(self) -> None:
         item = self.stack.pop()
         self.stack[-1].extend([item])
 
-    def appends(self, _: Any) -> None:
+    def appends(self) -> None:
         items = self.pop_marked()
         self.stack[-1].extend(items)
 
     additems = appends
 
-    def empty_tuple(self, _: Any) -> None:
+    def empty_tuple(self) -> None:
         self.stack.append(())
 
-    def tuple(self, _: Any) -> None:
+    def tuple(self) -> None:
         items = self.pop_marked()
         self.stack.append((*items,))
 
-    def tuple1(self, _: Any) -> None:
+    def tuple1(self) -> None:
         self.stack.append((self.stack.pop(),))
 
-    def tuple2(self, _: Any) -> None:
+    def tuple2(self) -> None:
         last = self.stack.pop()
         self.stack.append((self.stack.pop(), last))
 
-    def tuple3(self, _: Any) -> None:
-        self.tuple2(None)
+    def tuple3(self) -> None:
+        self.tuple2()
         last = self.stack.pop()
         self.stack.append((self.stack.pop(), *last))
 
-    def empty_dict(self, _: Any) -> None:
+    def empty_dict(self) -> None:
         self.stack.append({})
 
-    def setitem(self, _: Any) -> None:
+    def setitem(self) -> None:
         value = self.stack.pop()
         key = self.stack.pop()
         self.stack[-1].update(_dict_of([(key, value)]))
 
-    def setitems(self, _: Any) -> None:
+    def setitems(self) -> None:
         items = self.pop_marked()
         pairs = zip(items[::2], items[1::2], strict=True)
         self.stack[-1].update(_dict_of(pairs))
@@ -458,19 +461,19 @@ class _Machine:
 
     long_binput = binput
 
-    def memoize(self, _: Any) -> None:
+    def memoize(self) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
     def GLOBAL(self, names: str) -> None:  # noqa: N802 - a keyword in lower case
         module, name = names.split(" ", 1)
         self.stack.append(self.named(module, name))
 
-    def stack_global(self, _: Any) -> None:
+    def stack_global(self) -> None:
         name = self.stack.pop()
         module = self.stack.pop()
         self.stack.append(self.named(module, name))
 
-    def reduce(self, _: Any) -> None:
+    def reduce(self) -> None:
         """Call a function, or make an object without `__init__`, which is the same here."""
         arguments = self.stack.pop()
         function = self.stack.pop()
@@ -478,17 +481,17 @@ class _Machine:
 
     newobj = reduce
 
-    def newobj_ex(self, _: Any) -> None:
+    def newobj_ex(self) -> None:
         self.stack.pop()
-        self.reduce(None)
+        self.reduce()
 
-    def build(self, _: Any) -> None:
+    def build(self) -> None:
         """Give an object its state, which only nodes have."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Node):
             self.stack[-1].state = state
 
-    def binpersid(self, _: Any) -> None:
+    def binpersid(self) -> None:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
         pid = self.stack.pop()
         problem = "refers to objects outside the file, or to a storage without a size"
@@ -503,7 +506,7 @@ class _Machine:
             raise _PickleError(problem)
         self.stack.append(replace(self.archive.member(f"data/{pid[2]}"), dtype=dtype))
 
-    def stop(self, _: Any) -> None:
+    def stop(self) -> None:
         """End the program, see `run`."""
 
     def named(self, module: Any, name: Any) -> Any:
@@ -540,7 +543,7 @@ def _is_plain_key(key: Any) -> bool:
 class _Opcode:
     cost: int
     read: Callable[[Any], Any] | None  # what reads its argument
-    do: Callable[[_Machine, Any], None]
+    do: Callable[..., None]
 
 
 _LENGTHS: dict[str, Callable[[Any], int]] = {

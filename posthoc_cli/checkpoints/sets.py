@@ -55,7 +55,12 @@ class Pair:
 
     def is_in(self, path: str) -> bool:
         """Return whether the average, or a part of it, lies at a path or below."""
-        return any(f"{part}.".startswith(f"{path}.") for part in self.parts or [self.average_key])
+        return any(lies_in(part, path) for part in self.parts or [self.average_key])
+
+
+def lies_in(path: str, outer: str) -> bool:
+    """Return whether a path is another one, or leads on from it."""
+    return f"{path}.".startswith(f"{outer}.")
 
 
 class Sets:
@@ -108,7 +113,7 @@ class Sets:
 
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
-        return any(path == one or path.startswith(f"{one}.") for one in self.averages)
+        return any(lies_in(path, one) for one in self.averages)
 
     def below(self, path: str) -> dict[str, StoredTensor]:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
@@ -286,7 +291,7 @@ class Sets:
             return [Pair(match_list(self.content, averaged, raw), raw, average, path)]
         found = []
         for path in self._roots(averaged, average):
-            if weights is None or path == weights or path.startswith(f"{weights}."):
+            if weights is None or lies_in(path, weights):
                 raw = self.below(path)
                 matched = _matched(averaged, raw)
                 if matched and (is_named or 2 * len(matched) > len(raw)):
@@ -299,8 +304,8 @@ class Sets:
         outer, dot, last = pair.average_key.rpartition(".")
         twin = outer + dot + AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
-        is_model = f"{path}.".startswith(f"{self._likely_model}.")
-        return self.is_averaged(path), not is_model, path != twin, path.count(".")
+        is_outside = not lies_in(path, self._likely_model)
+        return self.is_averaged(path), is_outside, path != twin, path.count(".")
 
     @cached_property
     def _likely_model(self) -> str:

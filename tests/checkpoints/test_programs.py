@@ -3,9 +3,7 @@ was updated; written by the programs' libraries, or in their published structure
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,6 +253,14 @@ PROGRAMS = {
         ratio,
         0.95,
         "diffusion_model.",
+    ),
+    "AveragedModel in a module of Lightning": Program(
+        "step={step}.ckpt",
+        lightning_like(
+            lambda save: named("net.", save.weights),
+            lambda save: named("slow.module.", save.average),
+            lambda save: {"slow.n_averaged": torch.tensor(save.step)},
+        ),
     ),
     "consistency models": Program(
         "run-{step}.pt",
@@ -712,69 +718,3 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path
     averaged = weights_of(net) | shadow
     check(tmp_path, averaged, weights_of(net))
     check_export(tmp_path / "step400.pt", averaged, weights_of(net))
-
-
-def fit(module: Any) -> None:
-    lightning = pytest.importorskip("lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module)
-
-
-def test_an_averaged_model_in_a_module_of_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
-    swa_utils = torch.optim.swa_utils
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.net = new_net()
-            average = swa_utils.get_ema_multi_avg_fn(0.95)
-            self.slow = swa_utils.AveragedModel(self.net, multi_avg_fn=average)
-            self.steps = walk(self.net)
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.zeros(STEPS, 1))
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
-
-        def training_step(self, _: Any) -> None:
-            self.optimizers().step()
-            step = next(self.steps)
-            self.slow.update_parameters(self.net)
-            if step % EVERY == 0:
-                self.trainer.save_checkpoint(tmp_path / f"step={step}.ckpt")
-
-    module = Module()
-    fit(module)
-    averaged = weights_of(module.slow.module)
-    check(tmp_path, averaged, weights_of(module.net), None)
-    check_export(tmp_path / "step=400.ckpt", averaged, weights_of(module.net))
-
-
-def test_the_hook_of_mmengine(tmp_path: Path) -> None:
-    """Its checkpoints have the average in `state_dict`, and the weights in `ema_state_dict`."""
-    averages = pytest.importorskip("mmengine.model.averaged_model")
-    net = new_net()
-    average = averages.ExponentialMovingAverage(net, momentum=0.05)
-    for step in walk(net):
-        average.update_parameters(net)
-        if step % EVERY == 0:
-            weights = weights_of(net)
-            averaged = weights_of(average.module)
-            hook = {"steps": average.steps.clone()} | named("module.", weights)
-            content = {"meta": {"epoch": 1, "iter": step}, "state_dict": averaged}
-            torch.save(content | {"ema_state_dict": hook}, tmp_path / f"iter_{step}.pth")
-    check(tmp_path, averaged, weights, None)
-    check_export(tmp_path / "iter_400.pth", averaged, weights)
