@@ -76,7 +76,6 @@ _UNLIKE = 0.0035
 _UNEXPLAINED = 0.03
 _PART = 0.25  # share of what the likelihood moves a length that counts as uncertain
 _FAR = 3.0  # factor in length that no noise explains
-_SETTLED = 1e-4  # relative difference of successive values at which their weights are settled
 _STEP = 0.01  # difference of logarithms for the derivatives of a sum of residuals
 
 CONSTANT = DecayRule()
@@ -324,15 +323,11 @@ class Intervals:
         def cost(value: float) -> float:
             return float((self.residuals(model_of(value)) * weights).sum())
 
-        value = 0.0
         for _ in range(4):
-            before = value
             best = int(np.argmin([cost(value) for value in grid.tolist()]))
             low = grid[max(best - 1, 0)]
             high = grid[min(best + 1, len(grid) - 1)]
             value = float(_least(cost, low, high, 1e-5 * (high - low)).x)
-            if abs(value - before) <= _SETTLED * value:
-                return value
             weights = self.weights(self.residuals(model_of(value)))
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
