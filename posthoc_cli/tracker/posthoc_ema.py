@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet
@@ -46,16 +45,15 @@ from posthoc_cli.errors import (
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
-from posthoc_cli.snapshots.snapshot import make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import Snapshot, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.counted import LastCount, last_counts
-from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
+from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
@@ -456,7 +454,6 @@ class PostHocEMA:
         sigma_rel: Wanted,
         t: float | None = None,
         step: int | None = None,
-        dtype: Dtype = None,
         method: str | None = None,
     ) -> AbstractContextManager[Module]:
         """Give the model averaged weights, in eval mode, for a `with` block.
@@ -464,25 +461,24 @@ class PostHocEMA:
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
         Others are made of it and of snapshots. After the block weights, buffers, train or eval mode
         and device are as before, also on an error. Meanwhile the model's raw weights are kept in
-        host memory. Blocks may be nested. The arguments are those of `state_dict`, except that
-        without `dtype` the weights take the model's dtypes.
+        host memory. The weights take the model's dtypes. Blocks may be nested. The arguments are
+        those of `state_dict`.
 
         In a group of processes all that have made a tracker of this directory make the call,
         between the same two calls of `update_`, within 300 s; an error in one is raised in all.
         Each fills the chunks that it holds.
         """
-        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
+        asked = {"t": t, "step": step, "method": method}
         return AveragedModel(self._evaluated(model, sigma_rel, asked))
 
     @contextmanager
     def _evaluated(
         self, model: Module, sigma_rel: Wanted, asked: dict[str, Any]
     ) -> Iterator[Module]:
-        own_dtypes = asked["dtype"] is None
         group, weights = self._average("model", check_model(model), sigma_rel, asked)
         if not group.is_alone:  # else `swapped_in` checks
-            group.together(lambda: check_weights(model, weights, own_dtypes))
-        with swapped_in(model, weights, own_dtypes):
+            group.together(lambda: check_weights(model, weights))
+        with swapped_in(model, weights):
             notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
             if notice is not None and self._is_first_warning("statistics"):
                 warn(notice)
@@ -498,14 +494,17 @@ class PostHocEMA:
         warning. In a group of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        group, refusals = (
-            self._callers("models", check_model(model), [*wanted.values()], {}),
-            dict[str, str](),
-        )
-        if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(
-                group, lambda sources: averaged.plan_possible(sources, wanted)[1]
-            )
+        group = self._callers("models", check_model(model), [*wanted.values()], {})
+
+        def find_refusals() -> dict[str, str]:
+            if not self.has_average:
+                return {}
+            sources: Sequence[Source] = []
+            if self._members.is_chunked:
+                sources = self._live() or self._stored()
+            return averaged.plan_possible(sources or self._sources(), wanted)[1]
+
+        refusals = group.from_first(find_refusals)
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -556,10 +555,8 @@ class PostHocEMA:
         """
         if sigma_rel is None:
             return self._own_state()
-        model, asked = (
-            self._chunked_model(),
-            {"t": t, "step": step, "dtype": dtype, "method": method},
-        )
+        model = self._chunked_model()
+        asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
@@ -570,34 +567,18 @@ class PostHocEMA:
         sigma_rel: Wanted,
         t: float | None = None,
         step: int | None = None,
-        dtype: Dtype = None,
         method: str | None = None,
     ) -> None:
-        """Fill a model with averaged weights permanently, in memory for one tensor. The arguments
-        are those of `model`.
+        """Fill a model with averaged weights permanently. The arguments are those of `model`.
 
         Parameters stay the same objects, so that the optimizer keeps its state, and later updates
-        average the new weights: between two training steps this is the switch of Switch EMA. Names,
-        shapes and `dtype` are checked first; a damaged snapshot, or a value that does not fit the
-        model's dtype, leaves the tensors before it filled.
+        average the new weights: between two training steps this is the switch of Switch EMA. An
+        error leaves the model unchanged.
         """
-        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        own_dtypes, in_place = dtype is None, Weights()
-
-        def fill_at_once(plan: Plan) -> Weights:
-            targets_of(model, {name: entry.shape for name, entry in plan.entries.items()}, dtype)
-            values = ((name, value) for name, (value,) in synthesize(plan))
-            with torch.inference_mode(False):
-                first = list(islice(values, 1))  # now all files are open, so that none can vanish
-            fill(model, chain(first, values), own_dtypes)
-            return in_place
-
-        group, weights = self._average(
-            "load_into", check_model(model), sigma_rel, asked, fill_at_once
-        )
-        if weights is not in_place:
-            group.together(lambda: check_weights(model, weights, own_dtypes))
-            fill(model, weights.items(), own_dtypes)
+        asked = {"t": t, "step": step, "method": method}
+        group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
+        group.together(lambda: check_weights(model, weights))
+        load_weights(model, weights)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
@@ -942,46 +923,85 @@ class PostHocEMA:
         call: str,
         model: torch.nn.Module | None,
         wanted: Wanted,
-        given: dict[str, Any],
-        use: Callable[[Plan], Weights] = make_weights,
+        given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
         """Return the processes that make a call, and the average; of a sharded `model` the chunks
         in this process.
 
-        A tracked length at the present time is the live average alone. A process that is alone
-        makes it by `use`.
+        A tracked length at the present time is the live average alone.
         """
         self._note_uncounted()
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)
         if not group.from_first(lambda: self.has_average):
             return group, self._raw_weights(model, asked.get("dtype"))
-        tracking, target, live = self._pipeline.tracking, as_target(wanted), None
-        if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
-            # float32's
-            near = (
-                math.isclose(target.sigma_rel, one, rel_tol=1e-6)
-                for one in self.settings.sigma_rels
-            )
-            live = next((index for index, is_near in enumerate(near) if is_near), None)
+        live = self._live_index(wanted, asked)
+        if self._members.is_chunked:
+            assert model is not None
+            return group, self._chunks(group, model, wanted, live, asked)
 
-        def plan(sources: list[Source]) -> Plan:
+        def plan() -> Plan:
+            sources: list[Source] = self._sources()
             if live is not None:
-                return averaged.logged(
-                    plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked)
-                )
+                sources = sources[live : live + 1]
             return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
-        if group.is_alone and not self._members.is_chunked:
-            return group, with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
-        return group, with_consistent_plan(
-            lambda: self._in_first(
-                group, lambda sources: averaged.to_send(plan(sources)), live is not None
-            ),
-            lambda found: averaged.exchanged(
-                group, *found, wanted, tracking.tracked, model, self.checkpoint_dir
-            ),
+        return group, averaged.from_first(group, lambda: with_consistent_plan(plan, make_weights))
+
+    def _live_index(self, wanted: Wanted, asked: Mapping[str, Any]) -> int | None:
+        """Return the index of the live average that is wanted; None if it is to be made."""
+        sigma_rel = as_target(wanted).sigma_rel
+        if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
+            return None
+        for index, tracked in enumerate(self.settings.sigma_rels):
+            if math.isclose(sigma_rel, tracked, rel_tol=1e-6):  # float32's
+                return index
+        return None
+
+    def _chunks(
+        self,
+        group: Group,
+        model: torch.nn.Module,
+        wanted: Wanted,
+        live: int | None,
+        asked: Mapping[str, Any],
+    ) -> Weights:
+        """Return the chunks in this process of an average of a sharded model."""
+        tracked = self._pipeline.tracking.tracked
+        tensors = group.together(lambda: averaged.chunks_of(model, tracked))
+        members: Any = self._members
+        if live is not None:
+
+            def own() -> Weights:
+                for source in self._live()[live : live + 1]:
+                    return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
+                return Weights()
+
+            now = self._pipeline.progress
+            chunks = group.together(own)
+            return averaged.with_replicas(group, chunks, tensors, members, (now.step, now.t))
+        group.together(self.flush)
+        return with_consistent_plan(
+            lambda: group.from_first(lambda: averaged.to_send(self._plan_stored(wanted, asked))),
+            lambda sent: averaged.read_chunks(group, sent, wanted, tensors, self.checkpoint_dir),
         )
+
+    def _plan_stored(self, wanted: Wanted, asked: Mapping[str, Any]) -> Plan:
+        """Plan an average from snapshots alone; warn once if the newest are behind."""
+        stored = self._stored()
+        if not stored:
+            reason = "of a sharded model other lengths than the tracked ones need a snapshot"
+            raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
+        step, now = stored[-1].step, self._pipeline.progress
+        is_present = not {"t", "step"} & asked.keys()
+        if is_present and step < now.updated and self._is_first_warning("behind"):
+            log.warning(
+                "%s: averages of other lengths than the tracked ones are those of the newest "
+                "snapshots, of step %d: ema.snapshot() writes some of the present step",
+                self.checkpoint_dir,
+                step,
+            )
+        return averaged.logged(plan_synthesis(stored, [wanted], **asked))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1007,71 +1027,44 @@ class PostHocEMA:
         weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
         return weights
 
-    def _sources(
-        self, live_only: bool = False, live: Sequence[LiveSource] | None = None
-    ) -> list[Source]:
-        """Return the live averages, and unless `live_only` the snapshots of others up to their
-        time; at least one."""
-        resumes, start = self._pipeline.tracking.resumes, self._start.step
-        if live is None:
-            if not (resumes or self.keeps_averages):
-                reason = "this process keeps no averages, the first one of its group does"
-                hint = (
-                    "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
-                    "before any update_ of it"
-                )
-                raise NotReadyError(reason, hint)
-            live = self._live()
-        last = start if resumes and start is not None else math.inf
-        now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [] if live_only else averaged.run_snapshots(self.checkpoint_dir, self.run_id)
-        until = (
-            s
-            for s in stored
-            if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles))
-        )
-        sources: list[Source] = [*live, *until]
+    def _sources(self) -> list[Source]:
+        """Return the live averages, and the snapshots of others up to their time; at least one."""
+        if not (self._pipeline.tracking.resumes or self.keeps_averages):
+            reason = "this process keeps no averages, the first one of its group does"
+            hint = (
+                "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
+                "before any update_ of it"
+            )
+            raise NotReadyError(reason, hint)
+        live = self._live()
+        now = live[0].t if live else math.inf
+        profiles = {source.sigma_rel for source in live}
+        sources: list[Source] = [*live]
+        for snapshot in self._stored():
+            if snapshot.t < now or (snapshot.t == now and snapshot.sigma_rel not in profiles):
+                sources.append(snapshot)
         if not sources:
             raise NotReadyError(
                 "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"
             )
         return sources
 
+    def _stored(self) -> list[Snapshot]:
+        """Return the snapshots on disk, up to the step from which the run is to resume."""
+        last = self._start.step if self._pipeline.tracking.resumes else None
+        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id)
+        return [s for s in snapshots if last is None or s.step <= last]
+
     def _live(self) -> list[LiveSource]:
         self.flush()
         return self._pipeline.live()
-
-    def _in_first(
-        self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
-    ) -> tuple[Result, dict[str, Source]]:
-        """Return in each process what `work` returns in the first one, for the sources of complete
-        tensors.
-
-        Return also this process's sources by name: live averages of its chunks of a sharded model,
-        or in the first all.
-        """
-        live: Sequence[LiveSource] | None = None
-        local: dict[str, Source] = {}
-        if self._members.is_chunked:
-            own, progress = group.together(self._live), self._pipeline.progress
-            local = {source.name: source for source in own}
-            parts = group.from_all_at(progress.step, progress.t, [source.header for source in own])
-            live = [averaged.joined(profile) for profile in zip(*filter(None, parts), strict=True)]
-
-        def in_first() -> Result:
-            sources = self._sources(live_only, live)
-            if live is None:
-                local.update((source.name, source) for source in sources)
-            return work(sources)
-
-        return group.from_first(in_first), local
 
     def _callers(
         self,
         call: str,
         model: torch.nn.Module | None,
         wanted: Sequence[Wanted],
-        asked: dict[str, Any],
+        asked: Mapping[str, Any],
     ) -> Group:
         """Return the processes that make a call for averages, of parts or as replicas, after
         checking its options."""

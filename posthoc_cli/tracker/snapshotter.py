@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -93,11 +93,6 @@ class LiveSource(Snapshot):
     @property
     def name(self) -> str:
         return f"live average of sigma_rel {self.sigma_rel:g}"
-
-    @property
-    def header(self) -> Snapshot:
-        """The same without values, to be sent to other processes."""
-        return Snapshot(**{each.name: getattr(self, each.name) for each in fields(Snapshot)})
 
     def read_box(
         self,

@@ -72,6 +72,9 @@ reshard(model)
 train(model, 9, 10, ema)
 with ema.model(model, sigma_rel=0.15, t=8):
     close(model, folder / "average-8.pt")
+with ema.model(model, sigma_rel=0.15):  # of the newest snapshots, as a warning says
+    close(model, folder / "average-8.pt")
+ema.snapshot()
 single = torch.load(folder / "average-10.pt")
 blocks = ema.models(model, [0.15, 0.2, "window:1000"])
 assert [*blocks] == ["0.15", "0.2"]
@@ -338,16 +341,13 @@ assert equal(held(model), raw)
 weights = other.state_dict(0.15, dtype=torch.float32)
 assert weights["0.weight"].dtype == torch.float32
 assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
-refused(lambda: other.load_into(model, 0.15, dtype=torch.float32))
 other.close()
 dist.barrier()
 dist.destroy_process_group()
 refused(lambda: other.state_dict(0.15))
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
-        dtype, destroyed = out.splitlines()
-        assert "keeps the dtypes it has" in dtype
-        assert "their group was destroyed" in destroyed
+        assert "their group was destroyed" in out
 
 
 REFUSED = """
