@@ -72,6 +72,11 @@ class Target:
         return float(self.values[0]) if self.kind == "beta" else None
 
     @property
+    def counts_steps(self) -> bool:
+        """Whether it depends on how many steps there were in a time."""
+        return self.beta is not None or self.kind == "window"
+
+    @property
     def widths(self) -> dict[str, float]:
         return dict(self.values)
 

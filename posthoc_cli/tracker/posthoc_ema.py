@@ -52,6 +52,7 @@ from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.counted import LastCount, last_counts
 from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
 from posthoc_cli.tracker.memory import HOST
@@ -64,19 +65,9 @@ from posthoc_cli.tracker.model import (
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
+from posthoc_cli.tracker.resume import Start, check_path, sample_of_all
 from posthoc_cli.tracker.snapshotter import LiveSource
-from posthoc_cli.tracker.state import (
-    Settings,
-    Start,
-    StateInfo,
-    Tracking,
-    TrainingProgress,
-    check_path,
-    least_distance,
-    pack_state,
-    sample_of_all,
-    unpack_state,
-)
+from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, unpack_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,17 +118,13 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        # at a given step or in a loaded state
-        self._weights = start.weights if self._has_state else ()
-        # of the model that was given or restored, until the first call
-        self._sample: dict[int, float] | None = None
         self._last = LastCount()
         _all.add(self)
         if model is not None:
             if start.tracking.resumes:
                 self._start.counted = self._counted_before(model)
                 try:
-                    self._sample = self._watch.sample(model, start.tracking.tracked)
+                    self._start.sample = self._watch.sample(model, start.tracking.tracked)
                 except ModelMismatchError as error:
                     hint = (
                         f"the run in {self.checkpoint_dir} is of another model; use its "
@@ -597,8 +584,8 @@ class PostHocEMA:
         Later snapshots, or those of another attempt that continued from an earlier state, move to
         the folder `superseded`. This tracker's settings hold, such as another `update_every`, or
         fewer `sigma_rels`. Where the model has other weights than the network had then, the first
-        `update_` warns, and later predicted errors contain the distance. For a sharded model all
-        processes make the call, also with a state of complete tensors.
+        `update_` warns. For a sharded model all processes make the call, also with a state of
+        complete tensors.
         """
         self._pipeline.check_open()
         now = self._pipeline.tracking
@@ -620,9 +607,10 @@ class PostHocEMA:
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
             self._become_writer(group, loaded.run_id, lambda: loaded)
-            self._weights, model = weights if self._has_state else (), self._tracked_model()
-            if self._weights and model is not None:
-                self._sample = self._watch.sample(model, loaded.tracked)
+            self._start.recorded = np.array(weights, np.float32)
+            model = self._tracked_model()
+            if weights and model is not None:
+                self._start.sample = self._watch.sample(model, loaded.tracked)
 
     @not_compiled
     def close(self) -> None:
@@ -704,8 +692,8 @@ class PostHocEMA:
                 else (lambda: None)
             )
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
-        if self._weights:
-            self._note_missing(model)
+        if self._start.recorded.size and self._has_state:
+            self._note_other_network(model)
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
@@ -809,49 +797,29 @@ class PostHocEMA:
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
         `Start.choose`."""
-        if self._start.is_given:
+        start, now = self._start, self._pipeline.tracking
+        if start.is_given:
             return
-        group, now = (
-            self._members.keepers("update_" if is_first_call else "this tracker"),
-            self._pipeline.tracking,
-        )
-        if self._sample is None:
-            self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
-        values = sample_of_all(group, self._sample)
+        group = self._members.keepers("update_" if is_first_call else "this tracker")
+        if start.sample is None:
+            start.sample = group.together(lambda: self._watch.sample(model, now.tracked))
         if is_first_call:
             wait_for_writers(self.checkpoint_dir)
-        chosen = self._start.choose(now, values, group, self.keeps_averages, is_first_call)
+        chosen = start.choose(now, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
-    def _note_missing(self, model: torch.nn.Module) -> None:
-        """Note how far the model is from the network of a loaded state or a given step; later
-        predicted errors have it.
-
-        If nobody noticed that the model was restored in place, the present one, one step later, is
-        the nearer one.
-        """
-        group, now = self._members.keepers("update_"), self._pipeline.tracking
-        present = group.together(lambda: self._watch.sample(model, now.tracked))
-        samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
-        if missing := least_distance(
-            samples, np.array(self._weights, np.float32), now.tracked.complete_shapes
-        ):
-            standing = now.averages.standing
-            standing = replace(standing, missing=standing.missing + missing * now.tracked.leads)
-            self._pipeline.set(replace(now, averages=replace(now.averages, standing=standing)))
-            if group.leads:
-                text = (
-                    "the model has other weights than the network had then, and later "
-                    "predicted errors contain that"
-                )
-                log.warning(
-                    "%s: the averages continue from step %d; %s",
-                    self.checkpoint_dir,
-                    now.progress.step,
-                    text,
-                )
-        self._weights = ()
+    def _note_other_network(self, model: torch.nn.Module) -> None:
+        """Warn if the model is not the network of the loaded state or of the given step."""
+        group, tracked = self._members.keepers("update_"), self._pipeline.tracking.tracked
+        present = group.together(lambda: self._watch.sample(model, tracked))
+        if self._start.is_other_network(group, present) and group.leads:
+            log.warning(
+                "%s: the averages continue from step %d; the model has other weights than the "
+                "network had then",
+                self.checkpoint_dir,
+                self._pipeline.progress.step,
+            )
 
     # --- the tracker's own state
 
@@ -873,48 +841,41 @@ class PostHocEMA:
             return tracking
 
         tracking = group.together(read)
-        averages, standing = tracking.averages, tracking.averages.standing
-        part = standing.inherited, standing.missing, encode_path(averages.known_path, exact=True)
-        # Each process knows the errors and the path of its own part, and some processes have no
-        # average.
-        inherited, missing, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        standing = replace(
-            standing, inherited=tuple(map(sum, zip(*inherited, strict=True))), missing=sum(missing)
-        )
-        weights, snapshotter = self._present_weights(group), self._pipeline.snapshotter
+        averages, snapshotter = tracking.averages, self._pipeline.snapshotter
+        # Each process knows the path of its own part, and some processes have no average.
+        own_path = encode_path(averages.known_path, exact=True)
+        paths = group.from_all_at(self.step, self.t, own_path)
+        weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
             stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
             return StateInfo(
-                tracking.run_id,
-                self.settings.t_unit,
-                averages.sigma_rels,
-                standing,
-                tracking.progress.clock.state(),
-                joined_paths([*filter(None, sketches)]),
-                tuple(sorted(stored)),
-                weights,
+                run_id=tracking.run_id,
+                t_unit=self.settings.t_unit,
+                sigma_rels=averages.sigma_rels,
+                standing=averages.standing,
+                step=tracking.progress.step,
+                t=tracking.progress.t,
+                sketch=joined_paths([path for path in paths if path]),
+                snapshots=tuple(sorted(stored)),
+                weights=weights,
             )
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
     def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
-        if self._weights or not self._pipeline.progress.updated:
-            return self._weights
-        model, own, tracked = (
-            self._tracked_model(),
-            dict[int, float](),
-            self._pipeline.tracking.tracked,
-        )
-        if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
+        now, recorded, model = self._pipeline.tracking, self._start.recorded, self._tracked_model()
+        if recorded.size or not self._pipeline.progress.updated:
+            return tuple(recorded.tolist())
+        own: dict[int, float] = {}
+        if model is not None and not now.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
-                own = self._watch.sample(model, tracked)
+                own = self._watch.sample(model, now.tracked)
         values = sample_of_all(group, own)
-        is_known = len(values) == len(places(tracked.complete_shapes)) and bool(
-            np.isfinite(values).all()
-        )
-        return tuple(values.tolist()) if is_known else ()
+        if len(values) < len(places(now.tracked.complete_shapes)) or not np.isfinite(values).all():
+            return ()
+        return tuple(values.tolist())
 
     # --- one average from sources
 
@@ -1175,11 +1136,11 @@ def _note_restored(model: torch.nn.Module, _: object = None) -> None:
     """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
     function."""
     for tracker in [*_trackers.get(model, ())]:
-        resumes = tracker._pipeline.tracking.resumes
-        tracker._start.counted = None
+        resumes, start = tracker._pipeline.tracking.resumes, tracker._start
+        start.counted = None
         tracker._last.watch(model)
-        if (resumes or tracker._weights) and not tracker.closed:
-            tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
+        if (resumes or start.recorded.size) and not tracker.closed:
+            start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             # else other processes would have to take part
             if resumes and not tracker._members.is_chunked:
                 tracker._choose_start(model, is_first_call=False)
