@@ -45,7 +45,7 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
     assert -signal.SIGKILL in codes
     assert 0 not in codes  # the other process may fail without the killed one
     assert [*tmp_path.glob("ema/*4-*")]  # snapshots that are later than the checkpoint of `batches`
-    if kind == "sharded":
+    if kind == "sharded" and program != "digits":  # which continues from a snapshot
         (state,) = (one for one in tmp_path.rglob("posthoc_ema") if "complete" not in str(one))
         assert len([*state.glob("*.distcp")]) == 2
     assert train(program, tmp_path, kind, resumes=True) == [0 for _ in ranks]
