@@ -27,7 +27,7 @@ projections alone are worse in the other directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -103,6 +103,7 @@ def reconstruct(
     method: str | None = None,
     prior: Prior | None = None,
     t: float | None = None,
+    others: Mapping[int, Profile] | None = None,
 ) -> Reconstruction:
     """Return the coefficients of the snapshots that reconstruct each target.
 
@@ -114,6 +115,8 @@ def reconstruct(
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last
             snapshot.
+        others: by the index of a target what it may be as well, as far as the run's clock is
+            unknown: predicted errors contain the distance.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
@@ -144,8 +147,9 @@ def reconstruct(
         if isinstance(target, np.ndarray):
             columns[:, k], predicted[k] = target, problem.error_of(target)
         else:
+            unknown = problem.apart(target, others[k]) if others and k in others else 0.0
             columns[:, k : k + 1], profile[k : k + 1], predicted[k : k + 1] = problem.solve(
-                [target], method
+                [target], method, unknown
             )
     return Reconstruction(columns, profile, predicted, prior)
 
@@ -329,10 +333,10 @@ class Problem:
         return Goals(stored, columns, tails, self._half**2 * unreachable)
 
     def solve(
-        self, targets: Sequence[Profile], method: str
+        self, targets: Sequence[Profile], method: str, unknown: float = 0.0
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets]
-        each."""
+        each; the targets are `unknown` by that squared distance."""
         goals = self.goals(targets)
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
@@ -372,7 +376,17 @@ class Problem:
         for column, row in goals.stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, errors, self.relative(expected, columns, goals)
+        unknown_too = expected + np.array([[unknown], [0.0]])
+        return columns, errors, self.relative(unknown_too, columns, goals)
+
+    def apart(self, target: Profile, other: Profile) -> float:
+        """Return the expected squared distance between the averages of two targets."""
+        goals = self.goals([target, other])
+        difference = goals.columns[:, 0] - goals.columns[:, 1]
+        first, last = len(self._expected), len(self._factor) - len(self._errors)
+        if self._prior.sketch is None:
+            return float(np.sum(difference[:last] ** 2))
+        return float(np.sum(difference[first:last] ** 2)) / self._half**2
 
     def optimum(self, goals: Goals) -> FloatArray:
         """Return the coefficients of least expected error; the coefficients of each target sum to
@@ -580,12 +594,18 @@ class Losses:
         self._unreachable, self._left = unreachable, np.arange(factor.shape[1])
         self._solve()
 
-    def squares_without_each(self) -> FloatArray:
-        """Return the expected squared errors after the loss of each snapshot; `squares` if it is
-        lost: [targets, n]."""
-        spread = np.sum(self._root**2, axis=1)
-        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
-        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
+    def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
+        """Return the expected squared errors after the loss of each group of snapshots; `squares`
+        if they are lost: [targets, groups]."""
+        squares = np.repeat(self.squares[:, None], len(groups), axis=1)
+        sizes = np.array([len(group) for group in groups])
+        for size in set(sizes.tolist()):
+            members = np.array([group for group in groups if len(group) == size])
+            root = self._root[members]
+            costs = np.linalg.pinv(root @ root.transpose(0, 2, 1), hermitian=True)
+            lost = self._columns[:, members]
+            squares[:, sizes == size] += np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
+        return squares
 
     def lose(self, snapshot: int) -> None:
         """Continue without one of the remaining snapshots."""
