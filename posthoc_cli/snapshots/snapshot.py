@@ -223,12 +223,6 @@ class Snapshot(Source):
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()  # names in the model's state that the run does not track
     selection: Selection | None = None  # which tensors the run tracks
-    # Pairs of a step and its time, both increasing, up to (step, t). From step 0 at time 0 to the
-    # first, and between two, all steps are equally long, up to a tolerance: half a step where 256
-    # pairs suffice. Empty if `t` is the step.
-    clock: tuple[tuple[int, float], ...] = ()
-    # expected squared norm of the error from the rounding of snapshots it was resumed from
-    inherited: float = 0.0
     # written at the end or on request; later ones on the schedule do not depend on it
     off_schedule: bool = False
     # Float64 sums over the elements of all averages in the file (not of statistics and copies), for
@@ -270,12 +264,6 @@ class Snapshot(Source):
         return sum(file.nbytes for file in self.files)
 
     @property
-    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """The known pairs of step and time, increasing: the clock's knots, or the snapshot's own
-        pair without them."""
-        return self.clock or ((self.step, self.t),)
-
-    @property
     def profile(self) -> PowerFunction:  # type: ignore[override]  # in a frozen class no field can be assigned either
         return PowerFunction(self.gamma, self.t)
 
@@ -284,16 +272,14 @@ class Snapshot(Source):
         power function."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
-        steps, times = zip(*self.clock_pairs, strict=True)
         return StoredAverage(
-            profile if isinstance(profile, Point | Discrete) else self.profile,
-            self.updates,
-            EPS["F64" if is_float64 else "F32"],
-            self.measurements,
-            Steps(Clock(steps, times), self.schedule.update_every),
-            self.inherited,
-            () if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
-            self.t_first,
+            profile=profile if isinstance(profile, Point | Discrete) else self.profile,
+            updates=self.updates,
+            eps=EPS["F64" if is_float64 else "F32"],
+            measurements=self.measurements,
+            steps=Steps(Clock([self.step], [self.t]), self.schedule.update_every),
+            gammas=() if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            t_first=self.t_first,
         )
 
     def encoded(self) -> dict[str, Any]:

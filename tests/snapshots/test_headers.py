@@ -223,7 +223,6 @@ IMPOSSIBLE = {
         "selection": ["{}"],
         "measurements": ['{"norm":-1,"rounding":0}', '{"norm":1e999,"rounding":0}'],
         "sigma_rels": ["[]", "[true]"],
-        "clock": ["[4,10]"],
         "kind": ['"output"', '"elsewhere"'],
     },
     "output": {"t": ["1e300"], "predicted_error": ["-1e-9"]},
