@@ -399,7 +399,11 @@ def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
 
 
 def _verdict(
-    audit: Audit, explanation: _Explanation, lost: Sequence[str], tensors: int, unit: str
+    audit: Audit,
+    explanation: _Explanation,
+    lost: Sequence[str],
+    tensors: int,
+    unit: str,
 ) -> tuple[str, str]:
     """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
     its tensors."""
@@ -438,7 +442,12 @@ def _setting(model: Model) -> str:
     return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
 
 
-def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
+def _shown(
+    model: Model,
+    found: float,
+    sigma: float,
+    unit: str,
+) -> str:
     """Return what was found, for messages."""
     if model.is_power:
         return f"sigma_rel {found:.4g} (± {sigma:.1%})"
@@ -454,7 +463,11 @@ def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
 
 
 def _compare_lengths(
-    audit: Audit, model: Model, rows: Intervals, shown: str, unit: str
+    audit: Audit,
+    model: Model,
+    rows: Intervals,
+    shown: str,
+    unit: str,
 ) -> tuple[str, str]:
     """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
     sigma = audit.uncertainty or 0.0

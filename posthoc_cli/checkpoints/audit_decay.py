@@ -371,7 +371,12 @@ class Intervals:
         return max(float(np.linalg.norm(slope.sum(axis=axis))) for axis in (0, 1)) / curvature
 
 
-def _least(function: Callable[[float], float], low: float, high: float, exact: float) -> Any:
+def _least(
+    function: Callable[[float], float],
+    low: float,
+    high: float,
+    exact: float,
+) -> Any:
     """Return the place `x` and the value `fun` of a minimum."""
     return minimize_scalar(function, bounds=(low, high), method="bounded", options={"xatol": exact})
 
@@ -403,7 +408,12 @@ def are_the_same(one: Model, other: Model, times: FloatArray) -> bool:
     return bool(np.abs(one.tails(times) - other.tails(times)).max() <= _SAME)
 
 
-def explains_more(rows: Intervals, one: Model, other: Model, bends: bool = False) -> bool:
+def explains_more(
+    rows: Intervals,
+    one: Model,
+    other: Model,
+    bends: bool = False,
+) -> bool:
     """Return whether a model explains the intervals clearly better than another one."""
     least = 1 + _CLEARLY * len(rows.begin)
     return rows.misfit(one, bends) + least < rows.misfit(other, bends)

@@ -541,7 +541,13 @@ class _Objects:
             self._take(path, name, begin, end)
             return path, read_pickled(file, begin, end)
 
-    def _take(self, path: Path, name: str, begin: int, end: int) -> None:
+    def _take(
+        self,
+        path: Path,
+        name: str,
+        begin: int,
+        end: int,
+    ) -> None:
         spans = self.spans.setdefault(path, [])
         at = bisect(spans, (begin, end))
         for one, other in spans[max(at - 1, 0) : at + 1]:

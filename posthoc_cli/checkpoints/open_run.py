@@ -363,7 +363,10 @@ def _model(one: _Opened) -> object:
 
 
 def _largest_group(
-    opened: list[_Opened], key: Callable[[_Opened], object], reason: str, left_out: _LeftOut
+    opened: list[_Opened],
+    key: Callable[[_Opened], object],
+    reason: str,
+    left_out: _LeftOut,
 ) -> list[_Opened]:
     """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
     that an error names what is different."""

@@ -117,7 +117,12 @@ class _Bytes:
 # --- the content of a file
 
 
-def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None = None) -> Any:
+def read_pickled(
+    file: OpenedFile,
+    begin: int,
+    end: int,
+    budget: _Budget | None = None,
+) -> Any:
     """Return the object in a range of a file, written by torch.save since release 1.6, or by
     pickle.
 
@@ -581,7 +586,14 @@ def _dtype_of(kind: Any) -> str | None:
     return _DTYPES[name]
 
 
-def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Entry:
+def _tensor(
+    _: _Machine,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    *more: Any,
+) -> Entry:
     """Return the entry of a tensor in a storage; one of bytes is followed by the dtype, among other
     things."""
     is_valid = isinstance(storage, _Bytes) and all(map(is_sizes, (shape, strides, (offset,))))
@@ -619,7 +631,13 @@ def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
     return value
 
 
-def _of_type(machine: _Machine, function: Any, _: Any, arguments: Any, __: Any) -> Any:
+def _of_type(
+    machine: _Machine,
+    function: Any,
+    _: Any,
+    arguments: Any,
+    __: Any,
+) -> Any:
     """Return a tensor with attributes, or of a subclass."""
     return machine.call(function, arguments)
 

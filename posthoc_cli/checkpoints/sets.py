@@ -468,7 +468,12 @@ def _squares(values: FloatArray) -> FloatArray:
     return np.asarray(np.square(values).sum(axis=-1))
 
 
-def _is_clear(distances: FloatArray, chosen: Mapping[int, int], row: int, other: int) -> bool:
+def _is_clear(
+    distances: FloatArray,
+    chosen: Mapping[int, int],
+    row: int,
+    other: int,
+) -> bool:
     """Return whether another column of a row is clearly farther; the row that has that column takes
     the first one's in exchange."""
     column = chosen[row]

@@ -149,7 +149,11 @@ def tied_names(tensors: Tensors) -> dict[str, str]:
 
 
 def make_checkpoint(
-    content: Content, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any
+    content: Content,
+    tensors: Tensors,
+    profile: StoredProfile,
+    step: int,
+    **fields: Any,
 ) -> Checkpoint:
     """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
     path = content.path
