@@ -427,8 +427,11 @@ def _verdict(
     if steps:
         shown += f"; begun from the weights near step {steps}"
     if explanation.better_rules:
-        settings = ", or as ".join(map(_setting, explanation.better_rules))
-        return "another rule", f"they show it as {settings}, not {_setting(model.claim)}"
+        settings = " or ".join(map(_setting, explanation.better_rules))
+        return (
+            "another rule",
+            f"the average moves as by {settings}, not as by {_setting(model.claim)}",
+        )
     return _compare_lengths(audit, model, explanation.rows[explanation.usable], shown, unit)
 
 
