@@ -28,8 +28,11 @@ _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 STEP_VALUES = (
     "global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter",
     "ss_steps", "num_batches_seen", "state.timestamp.Timestamp.batch",
+    "optimizer_history.*.num_updates",
 )  # fmt: skip
-"""Names of values that state the step of a checkpoint; the first that is there counts."""
+"""Names of values that state the step of a checkpoint; the first that is there counts, and of a
+list the last item."""
+_IMAGE_VALUES = ("state.cur_nimg",)  # of EDM
 _EPOCH_VALUES = ("epoch", "meta.epoch")
 
 Unit = Literal["steps", "epochs", "images", ""]
@@ -95,11 +98,14 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
     for name in STEP_VALUES:
-        value = content.values.get(name)
+        value = content.values.get(_last_of_list(content, name))
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
+    images = _whole(content, _IMAGE_VALUES)
+    if images:
+        return Reading(checked_number(path, images), "images", f"`{_IMAGE_VALUES[0]}`")
     of_content = Reading(epoch or 0, "epochs", "`epoch`", epoch, is_nameless=True)
     has_epoch = epoch is not None and epoch >= 0
     try:
@@ -111,6 +117,17 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
     if has_epoch and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=epoch)
+
+
+def _last_of_list(content: Content, name: str) -> str:
+    """Return the name of a value; that of the last item in place of `*`."""
+    before, star, after = name.partition("*")
+    if not star:
+        return name
+    count = 0
+    while f"{before}{count}{after}" in content.values:
+        count += 1
+    return f"{before}{count - 1}{after}"
 
 
 def _searched(path: Path, settings: ImportSettings) -> Reading:
@@ -205,11 +222,13 @@ def times_of(
     numbers = [*readings.values()]
     origin = numbers[0].origin
     as_they_are = {path: one.number for path, one in readings.items()}
-    if any(one.unit == "steps" for one in numbers):
+    stated = {one.unit for one in numbers} & {"steps", "images"}
+    if stated:
+        unit = stated.pop()
         if settings.steps_per_epoch:
-            reason = f"says nothing about numbers that are steps, by {origin}"
+            reason = f"says nothing about numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-        return Times("steps", True, f"steps, by {origin}", as_they_are)
+        return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"

@@ -52,17 +52,21 @@ INDEX_ENDING = ".index.json"
 KIND = "ema.format"  # name of a value: what this package wrote a file as
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(
-    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum(?!_classifier)|encoder_k)(?![a-z])",
+    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|"
+    r"momentum(?!_classifier)|encoder_k)(?![a-z])"
+    r"|(?-i:(?<=[a-z])(?:EMA|Ema|Teacher|Target|Momentum)(?![a-z]))",
     re.IGNORECASE,
 )
-"""Pattern of a key, prefix or name that says that its tensors are an average; solo-learn trains its
-`momentum_classifier` like any other layer."""
+"""Pattern of a key, prefix or name that says that its tensors are an average, also `modelTeacher`;
+solo-learn trains its `momentum_classifier` like any other layer."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
     r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+_MODEL_AND_STATE = re.compile(r"model_optim_rng\.pt|training-state-\d+\.pt")
+"""Pattern of names of states that hold the model, too: those of Megatron and of EDM."""
 _ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
@@ -225,7 +229,8 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    return name.endswith(ENDINGS) and not NO_MODEL.search(name)
+    is_state = NO_MODEL.search(name) and not _MODEL_AND_STATE.match(name)
+    return name.endswith(ENDINGS) and not is_state
 
 
 def holds_model(folder: Path) -> bool:

@@ -186,12 +186,13 @@ def _diffusers(values: Values) -> Updates:
 
 
 def _with_decay(values: Values) -> Updates:
-    """Return the updates of torch-ema, LitEma, ACE and OpenFold: a count says that a warm-up was
-    used."""
+    """Return the updates of torch-ema, LitEma, ACE, OpenFold and NeMo: a count says that a warm-up
+    was used."""
     count = _count(values.get("num_updates"))
     is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
     decay = round(float(values["decay"]), 7)
-    return Updates({"decay": decay, "warm_up": "ratio" if is_rising else ""}, count)
+    rule = {"decay": decay, "warm_up": "ratio" if is_rising else ""}
+    return Updates(rule, count, every=_count(values.get("every_n_steps")) or 1)
 
 
 def _ema_pytorch(values: Values) -> Updates:
@@ -266,6 +267,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
+    if len(candidates) == 1 and sets.is_all(candidates[0]):
+        return _described(sets, sets.alone(candidates[0]), settings)
     groups = [name for name in content.groups() if not NO_MODEL.search(name)]
     if len(groups) == 1 and candidates:
         first, *more = candidates

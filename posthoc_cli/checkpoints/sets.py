@@ -111,6 +111,11 @@ class Sets:
             path = path.rpartition(".")[0]
         return path
 
+    def is_all(self, path: str) -> bool:
+        """Return whether a set has all tensors but counters."""
+        others = [one for name, one in self.tensors.items() if not lies_in(name, path)]
+        return all(map(_is_counter, others))
+
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
         return any(lies_in(path, one) for one in self.averages)
@@ -333,10 +338,14 @@ class Sets:
         return list(roots)
 
 
+_KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
+"""Keys of an average among the states of an optimizer that keeps it, as NeMo's does."""
+
+
 def _is_state(tensor: StoredTensor) -> bool:
     """Return whether a tensor is of an optimizer or the like."""
     if any(NO_MODEL.search(key) for key in tensor.keys[:-1]):
-        return True
+        return _KEPT_BY_OPTIMIZERS.isdisjoint(tensor.keys[:-1])
     first, dot, _ = tensor.keys[-1].partition(".")
     return bool(dot) and _STATES.search(first) is not None
 

@@ -30,7 +30,7 @@ from walks import (
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
@@ -262,6 +262,41 @@ PROGRAMS = {
             lambda save: {"slow.n_averaged": torch.tensor(save.step)},
         ),
     ),
+    "fairseq": Program(
+        "checkpoint_{epoch}_{step}.pt",
+        lambda save: {
+            "model": save.weights,
+            "optimizer_history": [{"num_updates": 3}, {"num_updates": save.step}],
+            "extra_state": {"train_iterator": {"epoch": save.epoch}, "ema": save.average},
+            "last_optimizer_state": OPTIMIZER,
+        },
+    ),
+    "NeMo": Program(
+        "model--epoch={epoch}-step={step}.ckpt",
+        lambda save: {
+            "global_step": save.step,
+            "epoch": save.epoch,
+            "state_dict": save.weights,
+            "optimizer_states": [
+                {
+                    "opt": OPTIMIZER,
+                    "ema": tuple(save.average.values()),
+                    "current_step": save.step,
+                    "decay": 0.95,
+                    "every_n_steps": 1,
+                }
+            ],
+        },
+        says=0.95,
+    ),
+    "Unbiased Teacher": Program(
+        "model_{step:07}.pth",
+        lambda save: {
+            "model": named("modelTeacher.", save.average) | named("modelStudent.", save.weights),
+            "optimizer": OPTIMIZER,
+            "iteration": save.step,
+        },
+    ),
     "consistency models": Program(
         "run-{step}.pt",
         lambda save: {"online": {"unet": save.weights}, "target": {"unet": save.average}},
@@ -300,6 +335,34 @@ def test_an_average_of_another_length_is_exact(name: str, tmp_path: Path) -> Non
     assert made.predicted_error is not None
     assert error < 0.02
     assert error < 3 * made.predicted_error
+
+
+def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
+    """Its object has nothing but the average and counters."""
+    for save in saves():
+        torch.save({"model": save.weights}, tmp_path / f"model-{save.step}.pt")
+        state = named("ema_model.", save.average)
+        state |= {"initted": torch.tensor(True), "step": torch.tensor(save.step)}
+        torch.save(state, tmp_path / f"ema-{save.step}.pt")
+    with pytest.raises(
+        InvalidValueError, match=r"update_every: must be given: ema-\d+.pt does not"
+    ):
+        import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.95)
+    last = saves()[-1]
+    file = tmp_path / f"ema-{last.step}.pt"
+    assert_equal(exported(file), last.average)
+
+
+def test_states_of_edm_hold_the_weights(tmp_path: Path) -> None:
+    """Their names count thousands of images, rounded."""
+    for save in saves():
+        state = {"cur_nimg": 640 * save.step, "total_elapsed_time": 1.0}
+        content = {"net": save.weights, "optimizer_state": OPTIMIZER, "state": state}
+        torch.save(content, tmp_path / f"training-state-{640 * save.step // 1000:07}.pt")
+    run = Run(tmp_path)
+    assert [(one.t, one.t_unit) for one in run.sources] == [
+        (640 * save.step, "images") for save in saves()
+    ]
 
 
 def test_composer_links_its_newest_file(tmp_path: Path) -> None:
