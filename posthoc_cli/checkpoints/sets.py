@@ -420,14 +420,15 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     if is_complete and _keeps_order(weights):
         return dict(zip(known, in_order.values(), strict=True))
     matched = dict[str, StoredTensor]()
-    for shape in dict.fromkeys(map(_shape, in_order.values())):
-        tensors = _of_shape(in_order, shape)
-        candidates = _of_shape(known, shape)
-        if len(tensors) > len(candidates):
-            reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
-            reason += f" {list(shape)}, and {len(candidates)} such weights"
-            raise FileFormatError(content.path, reason)
-        matched.update(_match_shape(content, tensors, candidates))
+    with make_checkpoint(content, known, Point(1.0), 1):  # the files stay open
+        for shape in dict.fromkeys(map(_shape, in_order.values())):
+            tensors = _of_shape(in_order, shape)
+            candidates = _of_shape(known, shape)
+            if len(tensors) > len(candidates):
+                reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
+                reason += f" {list(shape)}, and {len(candidates)} such weights"
+                raise FileFormatError(content.path, reason)
+            matched.update(_match_shape(content, tensors, candidates))
     return matched
 
 
