@@ -24,7 +24,9 @@ from posthoc_cli.profiles import (
     sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
 )
+from posthoc_cli.sweep.search import Axis
 from posthoc_cli.targets import (
+    KINDS,
     Beta,
     Decay,
     GivenProfile,
@@ -363,6 +365,28 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
 )
 def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
     assert parse_targets(text) == targets
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_kind_is_made_named_and_searched(name: str) -> None:
+    """Its text form gives it back, it has a profile or coefficients in a small run, and a search of
+    its range proposes values that it takes."""
+    kind = KINDS[name]
+    (target,) = parse_targets(kind.example)
+    assert parse_targets(target.title) == [target]
+    assert target.label == target.title.replace(":", "-")
+    axis = Axis.parse(f"{name}:{kind.range}", "target")
+    assert (axis.kind, axis.low < axis.high) == (name, True)
+    for place in (0.0, 0.3, 1.0):
+        assert axis.place([float(axis.at(place))]) == pytest.approx([place], abs=1e-12)
+        searched = axis.target(axis.value_at(place))
+        assert type(searched) is type(target)
+        if isinstance(searched, Mean):
+            stored = [Point(float(t)) for t in range(20)]
+            assert searched.coefficients_of(stored).sum() == pytest.approx(1)
+        else:
+            profile = searched.profile(1e6, Clock.of_steps(), 1.0)
+            assert profile.tail(np.array([-1.0, 1e6])).tolist() == [1, 0]
 
 
 def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> None:
