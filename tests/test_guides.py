@@ -36,6 +36,12 @@ print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """
 """An evaluation that is faster than one that loads a model."""
+SAMPLES = """
+import sys
+with open(sys.argv[2] + "/sample.png", "wb") as file:
+    file.write(b"\\x89PNG")
+"""
+"""A program that needs no library to write what begins as a picture."""
 
 
 def code_blocks(page: Path) -> list[tuple[str, str]]:
@@ -103,6 +109,7 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     part of it."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
+    (tmp_path / "sample.py").write_text(SAMPLES)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")
     torch.save({"model": weights, "ema": weights}, tmp_path / "last.pt")

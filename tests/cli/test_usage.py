@@ -68,7 +68,7 @@ def test_the_number_of_options_is_limited() -> None:
         for name, command in commands().items()
     }
     assert counts["synthesize"] <= 22
-    assert counts["sweep"] <= 13
+    assert counts["sweep"] <= 14
     assert sum(counts.values()) <= 103
 
 
