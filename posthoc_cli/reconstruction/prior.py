@@ -141,18 +141,6 @@ class Prior:
             arrays["shared"] = lost if self.shared is None else np.hstack((arrays["shared"], lost))
         return replace(self, **arrays)
 
-    def stretched(self, steps: float, t: float, norm: float) -> Motion:
-        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to
-        a squared norm."""
-        motion = self.motion
-        edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
-        factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
-        # The new run moves from its start, even if the averages of this run began later.
-        edges = np.concatenate(([0.0], edges[1:] * factor))
-        # Increments over dn steps have the variance v dn, so that v shrinks as the number of steps
-        # grows. Densities shrink, too, and integral w p^2 dn with them, so that w grows.
-        return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
-
 
 def assumed_prior(
     snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None

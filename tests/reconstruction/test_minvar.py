@@ -10,14 +10,14 @@ import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import FloatArray, power_functions, solved, squared_error
+from factories import FloatArray, Span, power_functions, solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
-from posthoc_cli.targets import Beta, Between, Decay, Window
+from posthoc_cli.targets import Beta, Decay, Window
 
 T = 1000.0
 START = 3.0
@@ -84,7 +84,7 @@ def expected_square(
         (Beta(0.99).profile(T, STEPS, START), ()),
         (Beta(0.5).profile(T, STEPS, START), ()),
         (Window(150).profile(T, STEPS, START), (850.0,)),
-        (Between(200, 620).profile(T, STEPS, START), (200.0, 620.0)),
+        (Span(200, 620), (200.0, 620.0)),
     ],
     ids=["power", "beta 0.99", "beta 0.5", "window", "span"],
 )

@@ -14,14 +14,13 @@ from safetensors.torch import load_file
 from scipy import integrate
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.profiles import Clock, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Motion,
     Prior,
     Sketch,
-    Steps,
     StoredAverage,
     assumed_prior,
     measured_prior,
@@ -175,27 +174,6 @@ def test_without_motion_or_without_distances_the_prior_is_defined() -> None:
     assert assumed.edges[-1] == 10.0
     # Over all of training the path has the length ASSUMED_STRETCH of the norm.
     assert np.sum(assumed.walk * np.diff(assumed.edges)) == pytest.approx(ASSUMED_STRETCH**2 * 4.0)
-
-
-@pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])
-def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | None) -> None:
-    """The same snapshots, at the same fractions of both runs, give averages of equal error,
-    relative to the norm."""
-    motion = Motion(np.array([1.0, 300.0, 1000.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
-    zeros, norm = np.zeros(6), 9.0
-    prior = Prior(motion, zeros, zeros, np.full(6, norm), "measured", steps)
-    found = []
-    relative = replace(motion, walk=motion.walk / norm, noise=motion.noise / norm)
-    for t, expected in ((1000.0, relative), (4000.0, prior.stretched(4000.0, 1000.0, norm))):
-        snapshots = power_functions([0.5 * t, 0.8 * t, t], (0.05, 0.28))
-        targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
-        found.append(
-            reconstruct(
-                snapshots, targets, prior=assumed_prior(snapshots, motion=expected)
-            ).predicted_error
-        )
-    # the short run begins with its first update, at 1
-    assert found[1] == pytest.approx(found[0], rel=0.01)
 
 
 # --- correlated rounding errors of stored copies, against values that are really rounded

@@ -67,7 +67,9 @@ def test_sharded_stages_are_tracked_together_and_continue(tmp_path: Path) -> Non
 
 
 PLAIN = """
+from posthoc_cli.tracker import processes
 kind, late = arguments
+processes.GRACE = 0.5  # seconds
 model = torch.nn.ModuleDict({f"layer{rank}": torch.nn.Linear(2, 2)})
 if kind == "shape":
     model = torch.nn.ModuleDict({"layer": torch.nn.Linear(2, 2 + rank)})
@@ -161,6 +163,22 @@ except PostHocError as error:
     print(type(error).__name__, error)
 dist.barrier()
 """
+
+
+FIRST_LATE = """
+import time
+model = torch.nn.Linear(2, 2)
+if rank == 0:
+    time.sleep(1)
+with PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1) as ema:
+    ema.update_(model)
+"""
+
+
+def test_a_process_that_only_counts_waits_for_the_one_that_writes(tmp_path: Path) -> None:
+    """Its first snapshot is due before the first process has made its tracker."""
+    check_group(FIRST_LATE, 2, tmp_path)
+    assert len(Run(tmp_path / "run").snapshots) == 2
 
 
 def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path: Path) -> None:
