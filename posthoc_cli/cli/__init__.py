@@ -60,6 +60,8 @@ class _Command(_Flags, typer.core.TyperCommand):
             options = {
                 option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"
             }
+            if not isinstance(error.args[0], str):  # a path, which may be named like an option
+                raise
             error.subject = " and ".join(
                 options.get(name, name) for name in error.subject.split(" and ")
             )
@@ -188,7 +190,7 @@ def main() -> NoReturn:
         code = 2
         context = getattr(error, "ctx", None)
         see = "" if context is None else f" (see {context.command_path} --help)"
-        _print_message("error", f"{error.format_message()}{see}")
+        _print_message("error", f"{error.format_message().replace('Value error, ', '')}{see}")
     if code == 130:  # from the handler above, or returned by typer
         output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)

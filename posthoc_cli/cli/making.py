@@ -597,6 +597,8 @@ def prune(
 
     check_alone(1, keep=keep, max_error=max_error)
     count = options.optional(options.parse_count, keep, "--keep", "20")
+    if count == 0:
+        raise InvalidValueError("--keep", "must be at least 1", value="0")
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))

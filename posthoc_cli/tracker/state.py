@@ -278,7 +278,8 @@ class Start:
         # an existing run may be absent only without a step
         step = None if resume in (None, "auto") else resume
         if isinstance(step, bool | str):
-            reason = "must be 'auto', a call of update_ that has snapshots, 0, or None"
+            reason = "must be 'auto', to go on where the weights fit, a step that has snapshots, "
+            reason += "0, to begin anew, or None"
             raise InvalidValueError("resume", reason, value=f"{resume!r}")
         if step is not None:
             step = check_count("resume", step, 0)
@@ -376,7 +377,7 @@ class Start:
                 f"({times}; {compared})"
             )
             anew = "to begin anew say resume=0, which sets the snapshots aside"
-            hint = f"{anew}; else {ways_to_resume(steps[-1])}"
+            hint = f"{anew}; else {_RESTORE}; {_rarer_ways(steps[-1])}"
             raise ModelMismatchError("model", reason, hint)
         self.step, self._newest = None if found == newest else found, newest
         if found is None:
@@ -471,18 +472,19 @@ def _with_members(
     return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
+_RESTORE = "restore the model's checkpoint first, then from_model(..., resume='auto')"
+_ANEW = "for a new run resume=0, which sets these snapshots aside, or another directory"
+
+
 def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, or to begin another, for the hints of errors."""
-    restored = (
-        "restore the model's checkpoint first, of a step with a snapshot, then "
-        "from_model(..., resume='auto')"
-    )
-    state = (
-        "or ema.load_state_dict(state), where the checkpoint holds ema.state_dict(), which "
-        "is exact at any step"
-    )
+    return f"{_RESTORE}; {_ANEW}; {_rarer_ways(step)}"
+
+
+def _rarer_ways(step: int) -> str:
+    state = "or ema.load_state_dict(state), if the checkpoint holds ema.state_dict()"
     anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
-    return f"{restored}; {state}; {anyway}; for a new run name another directory, or resume=0"
+    return f"{state}; {anyway}"
 
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
@@ -713,7 +715,12 @@ def unpack_state(
             f"must come from state_dict() of a process that keeps averages, of version "
             f"{STATE_VERSION}"
         )
-        reason += f", not {shown(version)}"
+        if isinstance(state, Mapping) and version is None:
+            names = ", ".join(map(shown, [*state][:3]))
+            reason = f"is none of a tracker, but of a model or optimizer: it holds {names}; load "
+            reason += "what ema.state_dict() has returned"
+        else:
+            reason += f", not {shown(version)}"
     else:
         try:
             info = converted(dict(state), StateInfo)
@@ -787,8 +794,11 @@ def _own_part(
     expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
     (local, held), wanted = held_box(name, stored), tracked.box(name)
     if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
-        model = torch_dtype(tracked.tensors[name].dtype)
-        reason = f"is {found} in the state, not {expected}; the model's is {model}"
+        reason = f"is {found} in the state, not {expected}"
+        if list(stored.shape) != list(tracked.complete_shape(name)):
+            hint = "the state is of another model"
+        else:
+            hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
     elif held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"

@@ -51,6 +51,13 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
         "several",
         [("directory", "run"), ("file", "model.safetensors")],
     )
+    wrong = ema("verify", "absent", "run", Path(__file__))
+    assert wrong.code == 2
+    assert wrong.err.splitlines()[0] == "ema: error: absent: no such file or directory"
+    assert wrong.err.splitlines()[1].startswith(
+        "ema: error: " + str(Path(__file__)) + ": is a text"
+    )
+    assert "all intact" in wrong.out
     flip_bit(sorted(Path("other").glob("*.safetensors"))[0])
     result = ema("verify", "other", "run")
     assert result.code == 1
@@ -193,6 +200,9 @@ def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (places / folder).mkdir()
     for model in ("model", "foreign/model"):
         save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
+    (places / "above").mkdir()
+    (places / "above/ema").symlink_to(places / "run")
+    (places / "nothing.pt").touch()
     (places / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (places / "broken.safetensors").write_bytes(b"no header")
     for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):
