@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checking import refused
 from factories import Span, exact_weights
 from safetensors.torch import save_file
 
