@@ -117,17 +117,36 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     making.demo: ("ema demo --out ema-demo",),
     showing.guide: ("ema guide training",),
 }
-"""The commands in the order of the help, with the examples at its end."""
+"""The examples at the end of each command's help."""
 
-for _function, _examples in EXAMPLES.items():
-    # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example
-    # starts a new line.
-    app.command(
-        _function.__name__.strip("_").replace("_", "-"),
-        cls=_Command,
-        help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
-        epilog="Example:  " + "\n\nor:       ".join(_examples),
-    )(_function)
+_PANELS = {
+    "Checkpoints that you have": (
+        showing.audit,
+        making.import_,
+        making.synthesize,
+        making.sweep,
+        showing.error_plot,
+        showing.report,
+        making.export,
+        showing.info,
+        showing.verify,
+    ),
+    "A training with the hook": (showing.plan, making.prune, showing.profile),
+    "Learn": (making.demo, showing.guide),
+}
+"""The commands in the order of the help."""
+
+for _panel, _functions in _PANELS.items():
+    for _function in _functions:
+        # Each paragraph of the help becomes one line, which is wrapped to the terminal; each
+        # example starts a new line.
+        app.command(
+            _function.__name__.strip("_").replace("_", "-"),
+            cls=_Command,
+            help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
+            epilog="Example:  " + "\n\nor:       ".join(EXAMPLES[_function]),
+            rich_help_panel=_panel,
+        )(_function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -158,6 +177,8 @@ def main() -> NoReturn:
     # is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
+    if arguments == ["version"]:
+        arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
     warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)

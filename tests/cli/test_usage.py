@@ -88,7 +88,10 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
     wrong = ema("synthesise")
     assert wrong.code == 2
     assert "synthesise" in wrong.error
-    assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
+    version = f"ema {posthoc_cli.__version__}\n"
+    assert ema("-V").out == ema("--version").out == ema("version").out == version
+    groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
+    assert len(groups) == 3
     assert re.search(
         rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out
     )
