@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,7 +38,6 @@ from posthoc_cli.reconstruction import (
     check_method,
     one_blas_thread,
     relative_width,
-    thinned_subset,
 )
 
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
@@ -127,6 +127,29 @@ _TARGETS, _NORM = 12, 8
 but all count."""
 
 
+@dataclass(frozen=True)
+class Removable:
+    """Snapshots of one time that are dropped together, by their indices: one of a profile, or those
+    of all profiles. `kind` is that profile's gamma; of all profiles -1."""
+
+    t: float
+    kind: float
+    indices: tuple[int, ...]
+
+
+def alone(snapshots: Sequence[PowerFunction], indices: Iterable[int]) -> list[Removable]:
+    """Return snapshots that are dropped one by one."""
+    return [Removable(snapshots[i].t, snapshots[i].gamma, (i,)) for i in indices]
+
+
+def times_of(snapshots: Sequence[PowerFunction]) -> list[Removable]:
+    """Return the times of snapshots, in order, whose profiles are dropped together."""
+    members: dict[float, list[int]] = {}
+    for index, snapshot in enumerate(snapshots):
+        members.setdefault(snapshot.t, []).append(index)
+    return [Removable(t, -1.0, tuple(members[t])) for t in sorted(members)]
+
+
 @one_blas_thread()
 def snapshots_to_drop(
     snapshots: Sequence[PowerFunction],
@@ -135,55 +158,51 @@ def snapshots_to_drop(
     sigma_range: tuple[float, float] = USEFUL_RANGE,
     spared: int = 1,
 ) -> list[int]:
-    """Return the indices of the snapshots to drop so that `keep` of each profile remain, in the
-    order to drop.
+    """Return the indices of the snapshots to drop so that `keep` times remain, in the order to
+    drop: all profiles keep the same times, from each of which a training can continue.
 
-    Always the snapshot goes whose loss raises the predicted error over `sigma_range`, at the time
-    of the last snapshot, least; among equals (where nothing moved) the one whose neighbours are
-    closest together. Then `exchanged` improves the rest. The last `spared` snapshots of each
-    profile stay. Of very many, those outside a `thinned_subset` go first.
+    Always the time goes whose loss raises the predicted error over `sigma_range`, at the time of
+    the last snapshot, least; among equals (where nothing moved) the one whose neighbours are
+    closest together. Then `exchanged` improves the rest. The last `spared` times stay. Of very
+    many, those that are not evenly chosen go first.
     """
-    left, gammas = list(range(len(snapshots))), {p.gamma for p in snapshots}
-    newest = {i for gamma in gammas for i in _by_time(snapshots, left, gamma)[-spared:]}
-    if len(left) > MOST_SOLVED:
-        most = min(MOST_SOLVED, _SIMULATED * keep * len(gammas))
-        left = sorted({*thinned_subset(snapshots, most, keep), *newest})
-    beyond = sorted({*range(len(snapshots))} - {*left})
-    dropped = removal_order(snapshots, prior, left, keep, newest, sigma_range)
-    kept = sorted({*left} - {*dropped})
-    return [*beyond, *exchanged(snapshots, prior, kept, dropped, newest, sigma_range)]
-
-
-def _by_time(snapshots: Sequence[PowerFunction], among: Sequence[int], gamma: float) -> list[int]:
-    return sorted((i for i in among if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
+    left = times_of(snapshots)
+    needed = left[-spared:]
+    beyond: list[Removable] = []
+    if len(snapshots) > MOST_SOLVED:
+        most = min(MOST_SOLVED * len(left) // len(snapshots), _SIMULATED * keep)
+        count = min(len(left), max(most, keep))
+        chosen = {left[-1 - number * len(left) // count].t for number in range(count)}
+        beyond = [time for time in left if time.t not in chosen and time not in needed]
+        left = [time for time in left if time not in beyond]
+    dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
+    kept = [time for time in left if time not in dropped]
+    better = exchanged(snapshots, prior, kept, dropped, needed, sigma_range)
+    return [index for time in (*beyond, *better) for index in time.indices]
 
 
 def removal_order(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    among: Sequence[int],
+    among: Sequence[Removable],
     keep: int,
-    needed: Collection[int],
+    needed: Collection[Removable],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> list[int]:
-    """Return which of the snapshots `among` to drop, the least needed first, until `keep` of each
-    profile remain.
-
-    `needed` snapshots stay.
-    """
+) -> list[Removable]:
+    """Return which ones to drop, the least needed first, until `keep` of each kind remain; `needed`
+    ones stay."""
     left = list(among)
-    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
-    column = {index: number for number, index in enumerate(left)}
-    counts = Counter(snapshots[i].gamma for i in left)
-    dropped: list[int] = []
-    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in needed]:
-        errors = _combined(losses.squares_without_each())[[column[i] for i in may_go]]
-        equals = [may_go[k] for k in np.flatnonzero(errors == errors.min())]
-        index = _closest_together(snapshots, left, equals)
-        losses.lose(column[index])
-        left.remove(index)
-        dropped.append(index)
-        counts[snapshots[index].gamma] -= 1
+    chosen = _Chosen(snapshots, prior, among, sigma_range)
+    counts = Counter(one.kind for one in left)
+    dropped: list[Removable] = []
+    while may_go := [one for one in left if counts[one.kind] > keep and one not in needed]:
+        errors = chosen.errors_without(may_go)
+        equals = [one for one, error in zip(may_go, errors, strict=True) if error == errors.min()]
+        least = _closest_together(left, equals)
+        chosen.lose(least)
+        left.remove(least)
+        dropped.append(least)
+        counts[least.kind] -= 1
     return dropped
 
 
@@ -196,54 +215,86 @@ best, with 20 of 40 they gain nothing."""
 def exchanged(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    kept: Sequence[int],
-    dropped: Sequence[int],
-    needed: Collection[int],
+    kept: Sequence[Removable],
+    dropped: Sequence[Removable],
+    needed: Collection[Removable],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> list[int]:
-    """Return the snapshots to drop, in order, after exchanging dropped ones for kept ones of the
-    same profile.
+) -> list[Removable]:
+    """Return the ones to drop, in order, after exchanging dropped ones for kept ones of the same
+    kind.
 
-    Greedy drops do not always find the best set: a snapshot that was kept early may be of little
-    use in the end.
+    Greedy drops do not always find the best set: one that was kept early may be of little use in
+    the end.
     """
     kept, order = list(kept), list(dropped)
-    if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
+    count = sum(len(one.indices) for one in kept)
+    if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    everyone = sorted([*kept, *order])
-    losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
-    place = {index: number for number, index in enumerate(everyone)}
-    least = float(_combined(losses.of([place[i] for i in kept]).squares[:, None])[0])
-    for _ in range(_MOST_TRIED // max(len(order), 1)):
-        trials = []
+    everyone = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
+    least = everyone.of(kept).error
+    for _ in range(_MOST_TRIED // len(order)):
+        best: tuple[Removable, Removable] | None = None
+        smallest = least
         for coming in order:
-            errors = _combined(
-                losses.of([place[i] for i in (*kept, coming)]).squares_without_each()
-            )
-            trials += [
-                (float(error), coming, leaving)
-                for error, leaving in zip(errors, kept, strict=False)
-                if leaving not in needed and snapshots[leaving].gamma == snapshots[coming].gamma
-            ]
-        error, coming, leaving = min(trials, default=(least, -1, -1))
-        if error >= _LEAST_GAIN * least:
+            may_go = [one for one in kept if one not in needed and one.kind == coming.kind]
+            if not may_go:
+                continue
+            errors = everyone.of([*kept, coming]).errors_without(may_go)
+            if errors.min() < smallest:
+                smallest = float(errors.min())
+                best = coming, may_go[int(errors.argmin())]
+        if best is None or smallest >= _LEAST_GAIN * least:
             break
-        least = error
+        least = smallest
+        coming, leaving = best
         kept[kept.index(leaving)] = coming
         order[order.index(coming)] = leaving
     return order
 
 
-def _closest_together(
-    snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]
-) -> int:
-    """Return the snapshot whose neighbours of the same profile are closest together."""
+class _Chosen:
+    """Snapshots that are dropped together or one by one, and the errors without some of them."""
+
+    def __init__(
+        self,
+        snapshots: Sequence[PowerFunction],
+        prior: Prior,
+        among: Sequence[Removable],
+        sigma_range: tuple[float, float],
+    ) -> None:
+        indices = sorted(index for one in among for index in one.indices)
+        self._losses = losses_of([snapshots[i] for i in indices], prior.of(indices), sigma_range)
+        self._column = {index: number for number, index in enumerate(indices)}
+
+    @property
+    def error(self) -> float:
+        return float(_combined(self._losses.squares[:, None])[0])
+
+    def of(self, among: Sequence[Removable]) -> _Chosen:
+        """Return the same for some of them."""
+        indices = [index for one in among for index in one.indices]
+        chosen = copy(self)
+        chosen._losses = self._losses.of([self._column[index] for index in indices])
+        chosen._column = {index: number for number, index in enumerate(indices)}
+        return chosen
+
+    def errors_without(self, each: Sequence[Removable]) -> FloatArray:
+        columns = [[self._column[index] for index in one.indices] for one in each]
+        return _combined(self._losses.squares_without(columns))
+
+    def lose(self, one: Removable) -> None:
+        for index in one.indices:
+            self._losses.lose(self._column[index])
+
+
+def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) -> Removable:
+    """Return the one whose neighbours of the same kind are closest together."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
-    for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
-        of_profile = _by_time(snapshots, left, gamma)
-        for before, index, after in zip(of_profile, of_profile[1:], of_profile[2:], strict=False):
-            if index in gaps:
-                gaps[index] = snapshots[after].t - snapshots[before].t
+    for kind in {one.kind for one in equals}:
+        in_order = sorted((one for one in left if one.kind == kind), key=lambda one: one.t)
+        for before, one, after in zip(in_order, in_order[1:], in_order[2:], strict=False):
+            if one in gaps:
+                gaps[one] = after.t - before.t
     return min(equals, key=gaps.__getitem__)
 
 

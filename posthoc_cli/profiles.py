@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -588,6 +587,13 @@ def convert(
 
 # --- steps over training time, for averages over steps on a clock in images or tokens
 
+BENT = 0.25
+"""The error of a clock between two pairs, as a share of the steps by which the rate of its steps
+changes: between that of a ramp and that of random batches, see `Clock.bent`."""
+
+EQUAL_STEPS = 1e-9
+"""Bends below this share of all steps are rounding errors."""
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -620,6 +626,31 @@ class Clock:
         times, steps = self._nodes
         return _interpolated(np.asarray(step, dtype=np.float64), steps, times)
 
+    def bent(self) -> Clock:
+        """Return the clock that is off as far as is probable between known pairs: with more steps
+        at the middle of each. It is the same where steps are equally long.
+
+        A clock that turns evenly is off by 1/8 of the change of steps per time, times the time
+        between two pairs; one of random batches by some 0.35 of it. The change is the root mean
+        square of the nearest four.
+        """
+        times, steps = self._nodes
+        apart, rates = np.diff(times), np.diff(steps) / np.diff(times)
+        changes = np.square(np.diff(rates))
+        around = [changes[max(0, k - 2) : k + 2] for k in range(rates.size)]
+        change = np.sqrt([near.mean() if near.size else 0.0 for near in around])
+        # steps at the middle are between those at both ends
+        off = np.minimum(BENT * change * apart, 0.4 * np.maximum(np.diff(steps) - 1, 0.0))
+        bends = np.flatnonzero(off > EQUAL_STEPS * steps[-1])
+        if not bends.size:
+            return self
+        middle_times = times[bends] + apart[bends] / 2
+        middle_steps = (steps[bends] + steps[bends + 1]) / 2 + off[bends]
+        return Clock(
+            np.insert(steps, bends + 1, middle_steps)[1:].tolist(),
+            np.insert(times, bends + 1, middle_times)[1:].tolist(),
+        )
+
     @cached_property
     def _nodes(self) -> tuple[FloatArray, FloatArray]:
         return np.array([0.0, *self.times]), np.array([0.0, *self.steps])
@@ -639,124 +670,6 @@ def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> Float
     slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
     beyond = values[-1] + (x - knots[-1]) * slope
     return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
-
-
-MOST_KNOTS, TOLERANCE = 256, 0.5
-"""Limit of the pairs that a ClockRecorder keeps, the newest one included; and the largest error of
-a clock between its knots, in steps, until there are so many."""
-
-Knots = tuple[tuple[int, float], ...]
-
-
-@dataclass(slots=True, eq=False)
-class ClockRecorder:
-    """A clock, recorded call by call as knots: pairs of step and time, with a line between
-    neighbours. Immutable.
-
-    A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every
-    later pair within the tolerance. The possible slopes form an interval, which each pair narrows,
-    so that no pair is stored. When the interval is empty, the previous pair becomes the next knot.
-    At `MOST_KNOTS` knots the one nearest to the line between its neighbours is dropped, and the
-    tolerance grows to that distance, so that the rest of training is not recorded more precisely
-    than its past.
-
-    `step` and `t` are the newest pair; 0 before the first pair.
-    """
-
-    step: int = 0
-    t: float = 0.0
-    _knots: Knots = ()
-    _lowest: float = 0.0
-    _highest: float = math.inf
-    _tolerance: float = TOLERANCE
-
-    @classmethod
-    def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
-        """Return a recorder that continues from the result of `knots_until`, at least one knot.
-
-        Of the possible slopes only the mean is known, so that the last pair becomes a knot unless
-        later steps have exactly that length.
-        """
-        *earlier, (step, t) = knots
-        kept, tolerance = _with_room(earlier, TOLERANCE)
-        begin, begin_t = kept[-1] if kept else (0, 0.0)
-        slope = (step - begin) / (t - begin_t)
-        return cls(step, t, kept, slope, slope, tolerance)
-
-    def add(self, step: int, t: float) -> ClockRecorder:
-        """Return a recorder that also has the next pair, which must be above the last one."""
-        knots, lowest, highest, tolerance = (
-            self._knots,
-            self._lowest,
-            self._highest,
-            self._tolerance,
-        )
-        begin, begin_t = knots[-1] if knots else (0, 0.0)
-        if not lowest <= (step - begin) / (t - begin_t) <= highest:
-            knots, tolerance = _with_room([*knots, (self.step, self.t)], tolerance)
-            (begin, begin_t), lowest, highest = knots[-1], 0.0, math.inf
-        lowest = max(lowest, (step - begin - tolerance) / (t - begin_t))
-        highest = min(highest, (step - begin + tolerance) / (t - begin_t))
-        return ClockRecorder(step, t, knots, lowest, highest, tolerance)
-
-    def knots_until(self, step: int, t: float) -> Knots:
-        """Return the knots up to an added pair, which becomes the last one; nothing for the step
-        clock."""
-        knots = (*(knot for knot in self._knots if knot[0] < step), (step, t))
-        return () if all(knot[0] == knot[1] for knot in knots) else knots
-
-    def state(self) -> list[float]:
-        """Return tolerance, slopes, and each knot's step and time, from which `of_state` continues
-        exactly."""
-        pairs = (*self._knots, (self.step, self.t))
-        return [
-            self._tolerance,
-            self._lowest,
-            self._highest,
-            *(number for pair in pairs for number in pair),
-        ]
-
-    @classmethod
-    def of_state(cls, state: Sequence[float]) -> ClockRecorder:
-        """Return the recorder with this `state`; raise an InvalidValueError if the value, from a
-        file, is none."""
-        if not _is_state(state):
-            expected = (
-                f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its "
-                f"time, both ascending"
-            )
-            raise InvalidValueError("clock", f"must be a list of {expected}")
-        tolerance, lowest, highest = map(float, state[:3])
-        *earlier, (step, t) = (
-            (int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True)
-        )
-        return cls(step, t, tuple(earlier), lowest, highest, tolerance)
-
-
-def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots, float]:
-    """Drop knots until there is room for the newest pair; return the rest and their tolerance."""
-    while len(knots) >= MOST_KNOTS:
-        changes = [
-            abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
-            for (a, a_t), (step, t), (b, b_t) in zip(
-                [(0, 0.0), *knots], knots, knots[1:], strict=False
-            )
-        ]
-        tolerance = max(tolerance, min(changes))
-        del knots[changes.index(min(changes))]
-    return tuple(knots), tolerance
-
-
-def _is_state(state: object) -> bool:
-    if not isinstance(state, list) or len(state) not in range(5, 4 + 2 * MOST_KNOTS, 2):
-        return False
-    if not all(type(x) is float or (type(x) is int and x < 2**63) for x in state):
-        return False
-    tolerance, lowest, highest, *pairs = state
-    steps, times = [0, *pairs[::2]], [0.0, *pairs[1::2]]
-    growing = all(a < b < math.inf for values in (steps, times) for a, b in pairwise(values))
-    has_pairs = pairs == [0, 0] or (growing and all(type(step) is int for step in steps))
-    return TOLERANCE <= tolerance < math.inf and 0 <= lowest <= highest and has_pairs
 
 
 # --- folding updates into tracked averages

@@ -65,10 +65,12 @@ class Target:
         label: its name in tables and file names: `0.15`, `beta-0.9999`.
         sigma_rel: the width of a power function; None for any other profile.
         beta: the decay of one step of a classical average; None for any other profile.
+        counts_steps: whether it depends on how many steps there were in a time.
     """
 
     sigma_rel: float | None = None
     beta: float | None = None
+    counts_steps = False
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -141,6 +143,7 @@ class Beta(Target):
     """
 
     beta: float
+    counts_steps = True
 
     def __init__(self, beta: float) -> None:
         accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
@@ -173,6 +176,8 @@ class HalfLife(Beta):
 
 class Window(Target):
     """The mean of the last `steps` steps: a whole number from 1 to the run's number of steps."""
+
+    counts_steps = True
 
     def __init__(self, steps: int) -> None:
         accepted = "be a whole number of steps, at least 1"

@@ -177,7 +177,6 @@ def split_snapshot(
             info,
             tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
-            inherited=info.inherited if first else 0.0,
             measurements=info.measurements if first else nothing,
             part=(number, parts),
             sketch=info.sketch if first else no_path,

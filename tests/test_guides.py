@@ -5,10 +5,12 @@ import re
 import shlex
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -90,8 +92,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     model = make_model()
 
-    def evaluate(network: torch.nn.Module) -> None:
+    def evaluate(network: torch.nn.Module) -> float:
         assert not network.training
+        return 0.5
 
     optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-2), list(torch.randn(20, 8, 4))
     return {
@@ -117,9 +120,18 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def loggers(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What stands in for two programs that log figures."""
+    loggers = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", loggers.wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", loggers.tensorboard)
+    return loggers
+
+
 @pytest.mark.usefixtures("folder")
 def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
-    ema: Ema, names: dict[str, Any]
+    ema: Ema, names: dict[str, Any], loggers: Mock
 ) -> None:
     order = re.findall(r"^\| \[\w+\]\(posthoc_cli/guides/(\w+)\.md\)", README.read_text(), re.M)
     assert sorted(order) == [page.stem for page in GUIDES]
@@ -133,6 +145,11 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
                 assert program == "ema"
                 result = ema(*arguments)
                 assert result.code == 0, (name, arguments, result.err)
+    (figures,), step = loggers.wandb.log.call_args
+    assert (step, figures["step"]) == ({"step": 20}, 20.0)
+    assert figures["predicted_error_0.1"] > 0
+    scalars = [call.args for call in loggers.tensorboard.SummaryWriter().add_scalar.mock_calls]
+    assert scalars[-3:] == [(f"loss/{width}", 0.5, 20) for width in (0.05, 0.1, 0.28)]
 
 
 def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mpmath
@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 from checking import refused
 from factories import Span
-from hypothesis import given
-from hypothesis import strategies as st
 
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     Clock,
-    ClockRecorder,
     DecayRule,
     Point,
     PowerFunction,
@@ -124,106 +121,29 @@ def test_steps_between_known_pairs_have_equal_lengths() -> None:
         np.testing.assert_array_equal(clock.step_at(at), at)
 
 
-# --- recording a clock ---------------------------------------------------------------------------
-
-
-def recorded(times: np.ndarray) -> ClockRecorder:
-    recorder = ClockRecorder()
-    for step, t in enumerate(times.tolist(), 1):
-        recorder = recorder.add(step, t)
-    return recorder
-
-
-def worst(knots: Sequence[tuple[int, float]], times: np.ndarray) -> float:
-    """Return the largest error of the knots in steps, at the times of all steps."""
-    steps, knot_times = zip(*knots, strict=True)
-    return float(
-        np.abs(Clock(steps, knot_times).step_at(times) - np.arange(1, len(times) + 1)).max()
-    )
-
-
-@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=200))
-def test_the_error_of_a_recorded_clock_is_at_most_half_a_step(intervals: list[float]) -> None:
-    times = np.cumsum(intervals)
-    times = times[np.diff(times, prepend=0) > 0]
-    recorder = recorded(times)
-    for count in {1, len(times) // 2 + 1, len(times)}:
-        knots = recorder.knots_until(count, float(times[count - 1]))
-        if knots:
-            assert knots[-1] == (count, times[count - 1])
-            assert all(times[step - 1] == t for step, t in knots)
-            assert worst(knots, times[:count]) <= 0.5 + 1e-6
-    assert ClockRecorder.of_state(recorder.state()).state() == recorder.state()
-
-
-@pytest.mark.parametrize(
-    ("lengths", "steps_off"),
-    [
-        (np.linspace(1, 16, 50_000), 0.5),
-        (np.exp(np.random.default_rng(0).normal(0, 1, 50_000)), 40),
-    ],
-)
-def test_256_knots_are_enough_and_recording_continues_exactly_from_a_state_and_closely_from_knots(
-    lengths: np.ndarray, steps_off: float
+@pytest.mark.parametrize("every", [5, 40])
+@pytest.mark.parametrize("kind", ["ramp", "random", "jump"])
+def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(
+    kind: str, every: int
 ) -> None:
-    """A clock of 50,000 steps is recorded with an error of at most `steps_off`."""
-    times = np.cumsum(lengths)
-    complete, part = recorded(times), recorded(times[:10_000])
-    exact, near = (
-        ClockRecorder.of_state(part.state()),
-        ClockRecorder.of_knots(part.knots_until(part.step, part.t)),
-    )
-    for step, t in enumerate(times[10_000:].tolist(), 10_001):
-        exact, near = exact.add(step, t), near.add(step, t)
-        if step % 1000 == 0:  # the tolerance, the first number of a state, never shrinks
-            assert part.state()[0] <= exact.state()[0]
-            part = exact
-    assert exact.state() == complete.state()
-    for recorder in (complete, near):
-        knots = recorder.knots_until(recorder.step, recorder.t)
-        assert len(knots) <= 256
-        assert worst(knots, times) <= steps_off + (recorder is near)
+    """Both in the root mean square over all steps, from straight lines between the pairs."""
+    batches = {
+        "ramp": np.linspace(16, 128, 2000),
+        "random": np.random.default_rng(0).integers(8, 129, 2000),
+        "jump": np.where(np.arange(2000) < 1021, 64, 256),
+    }
+    times = np.cumsum(batches[kind])
+    straight = Clock(range(every, 2001, every), times[every - 1 :: every])
+    steps = straight.step_at(times)
+    off = np.sqrt(np.mean((steps - np.arange(1, 2001)) ** 2))
+    bent = np.sqrt(np.mean((straight.bent().step_at(times) - steps) ** 2))
+    assert off / 3 < bent < 4 * off
 
 
-@pytest.mark.parametrize(
-    ("times", "knots"),
-    [
-        (np.arange(1.0, 1001), ()),  # the step clock
-        (7.0 * np.arange(1, 1001), ((1000, 7000.0),)),
-        (
-            3.0 * np.arange(1, 1001) + 4.0 * np.arange(-99, 901).clip(min=0),
-            ((100, 300.0), (1000, 6600.0)),
-        ),
-    ],
-)
-def test_steps_of_equal_length_make_no_knots_however_often_a_run_is_continued(
-    times: np.ndarray, knots: tuple
-) -> None:
-    """A run that continues from its knots has the slope of the last line, not of all training."""
-    recorder = ClockRecorder()
-    for step, t in enumerate(times.tolist(), 1):
-        recorder = recorder.add(step, t)
-        if step % 50 == 0 and recorder.knots_until(step, t):
-            recorder = ClockRecorder.of_knots(recorder.knots_until(step, t))
-    assert recorder.knots_until(1000, times[-1]) == knots
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {},
-        [0.5, 0.0, math.inf],
-        [0.5, 0.0, math.inf, 0, "0"],
-        [0.5, 0.9, 1.1, 2**63, 4.0],
-        [math.nan, 0.9, 1.1, 4, 4.0],
-        [0.5, 1.2, 1.1, 4, 4.0],
-        [0.5, 0.9, 1.1, 4, 4.0, 4, 5.0],
-        [0.5, 0.9, 1.1, 4, 4.0, 5, 4.0],
-    ],
-)
-def test_a_value_that_is_no_state_is_refused(state: list[float]) -> None:
-    with refused("clock", "must be a list"):
-        ClockRecorder.of_state(state)
+def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent() -> None:
+    uneven = Clock(range(1, 101), np.cumsum(np.random.default_rng(0).integers(8, 129, 100)))
+    for clock in (Clock.of_steps(), Clock([40, 70], [0.4, 0.7]), Clock([7], [91.0]), uneven):
+        assert clock.bent() is clock
 
 
 # --- other profiles ------------------------------------------------------------------------------

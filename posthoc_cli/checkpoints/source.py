@@ -77,10 +77,6 @@ class Checkpoint(Source):
         """Whether `step` is known to count updates of the weights, or what they take in."""
         return self.is_stated and self.t_unit != "epochs"
 
-    @property
-    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        return ((self.step, self.t),)
-
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the input of a reconstruction, with its own or another profile.
 

@@ -28,8 +28,8 @@ def prepare(
 
     Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2,
     afterwards. Give each of several models its own directory, and make the calls in the same order
-    whenever the script runs. A second tracker of one model closes the first one, with a warning,
-    and takes its place in checkpoints.
+    whenever the script runs. A second tracker of one directory, as of a notebook's cell that runs
+    again, takes the place of the first one.
 
     Arguments:
         model: the model to track, wrapped or bare.
@@ -38,25 +38,12 @@ def prepare(
             GradScaler skips do not. None: call `ema.update_(model)` after each step that was taken.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-    places = _prepared.setdefault(accelerator, [])
-    # A place in checkpoints is free of the same model's tracker, or else of one that is closed or
-    # has lost its model.
-    free = [number for number, (_, other, _) in enumerate(places) if other() is bare]
-    for number, (tracker, other, _) in enumerate(places):
-        if other() is None or (earlier := tracker()) is None or earlier.closed:
-            free.append(number)
-    number = [*free, len(places)][0]
-    for tracker, _, earlier_hooks in places[number : number + 1]:
-        earlier_hooks.close()
-        # as when a notebook's cell runs again
-        if (earlier := tracker()) is not None and not earlier.closed:
-            log.warning(
-                "%s: closed, as another tracker of its model replaces this one",
-                earlier.checkpoint_dir,
-            )
-            earlier.close()
+    prepared = _prepared.setdefault(accelerator, {})
+    directory = Path(checkpoint_dir).absolute()
+    # the place in checkpoints
+    number, earlier_hooks = prepared.get(directory, (len(prepared), ExitStack()))
     ema = make_tracker(model, checkpoint_dir, options)
+    earlier_hooks.close()
     if optimizer is not None:
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker), step=tracker.step))
@@ -77,10 +64,9 @@ def prepare(
     hooks = ExitStack()
     hooks.callback(accelerator.register_save_state_pre_hook(save).remove)
     hooks.callback(accelerator.register_load_state_pre_hook(load).remove)
-    places[number : number + 1] = [(ref(ema), ref(bare), hooks)]
+    prepared[directory] = number, hooks
     return ema
 
 
-# the hooks put the tracker into checkpoints
-_Place = tuple[ref[PostHocEMA], ref[torch.nn.Module], ExitStack]
-_prepared: WeakKeyDictionary[Accelerator, list[_Place]] = WeakKeyDictionary()
+_prepared: WeakKeyDictionary[Accelerator, dict[Path, tuple[int, ExitStack]]] = WeakKeyDictionary()
+"""By directory, the number of its tracker in checkpoints, and the hooks that put it there."""

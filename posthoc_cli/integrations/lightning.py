@@ -7,7 +7,6 @@ import logging
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
@@ -18,9 +17,7 @@ from posthoc_cli.integrations import (
     figures,
     is_sharded,
     make_tracker,
-    read_state,
     was_left_out,
-    write_state,
 )
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import PostHocEMA
@@ -43,7 +40,6 @@ class PostHocWeightAveraging(Callback):
         copy_at_end: copy that average into the module when training ends.
         update_every_n_steps: steps between two updates of the averages; override `should_update`
             for other rules.
-        update_starting_at_step, update_starting_at_epoch: there is no update before both.
         use_buffers: average all floating-point buffers; else average BatchNorm's running statistics
             and copy others.
         device: "model" for averages on the module's device, "cpu" for the host; None: see
@@ -57,8 +53,6 @@ class PostHocWeightAveraging(Callback):
         validate: float | str | None = None,
         copy_at_end: bool = False,
         update_every_n_steps: int = 10,
-        update_starting_at_step: int | None = None,
-        update_starting_at_epoch: int | None = None,
         use_buffers: bool = False,
         device: str | None = None,
         **options: Any,
@@ -68,15 +62,9 @@ class PostHocWeightAveraging(Callback):
                 "copy_at_end", "needs the length of the average", "say validate=0.15"
             )
         self._wanted = [] if validate is None else [as_target(validate)]
-        self.checkpoint_dir, self.validate, self.copy_at_end = (
-            Path(checkpoint_dir),
-            validate,
-            copy_at_end,
-        )
-        self.update_starting_at_step, self.update_starting_at_epoch = (
-            update_starting_at_step,
-            update_starting_at_epoch,
-        )
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self.validate = validate
+        self.copy_at_end = copy_at_end
         buffers = "average" if use_buffers else "statistics"
         self.options = {
             "update_every": update_every_n_steps,
@@ -85,27 +73,24 @@ class PostHocWeightAveraging(Callback):
             **options,
         }
         self.ema: PostHocEMA | None = None
-        self._steps, self._epoch, self._stepped, self._resumed = 0, 0, False, False
+        self._steps = 0
+        self._stepped = False  # whether an optimizer has stepped in this batch
+        self._resumed = False  # whether a checkpoint was loaded
         self._state: dict[str, Any] | None = None
         self._handles = ExitStack()  # hooks to remove when training ends
         self._swapped = ExitStack()  # averaged weights to swap out when validation ends
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Return whether to call `update_` after a step, or at the end of an epoch; override it for
-        other rules.
+        """Return whether to call `update_` after a step, or at the end of an epoch: after each
+        step; override it for other rules.
 
         One of the arguments is passed, counted from 0. Each update covers the time since the last
         one.
         """
-        return (
-            step_idx is not None
-            and step_idx >= (self.update_starting_at_step or 0)
-            and self._epoch >= (self.update_starting_at_epoch or 0)
-        )
+        return step_idx is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a second such callback, since checkpoints have room for one, and note where those
-        are saved."""
+        """Refuse a second such callback, since checkpoints have room for one."""
         kinds = (
             PostHocWeightAveraging,
             getattr(callbacks, "WeightAveraging", PostHocWeightAveraging),
@@ -121,34 +106,17 @@ class PostHocWeightAveraging(Callback):
             raise InvalidValueError(
                 "callbacks", reason, "leave one; averages of all lengths come from its snapshots"
             )
-        if trainer not in _saving:
-            _watch_saving(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, unless this is a `fast_dev_run`, and continue from the checkpoint that
         was loaded."""
         if trainer.fast_dev_run:  # such a run writes no checkpoints and no logs either
             return
-        if is_sharded(pl_module) and not getattr(
-            trainer.strategy, "_save_distributed_checkpoint", False
-        ):
-            reason = (
-                "saves a checkpoint to one file, and processes of a sharded model save "
-                "theirs to a folder"
-            )
-            raise InvalidValueError(
-                "strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)"
-            )
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
         # `ckpt_path` is None where a tuner loads its own checkpoint, before there are averages.
-        elif (
-            self._resumed
-            and trainer.ckpt_path is not None
-            and not read_state(ema, trainer.ckpt_path)
-            and not ema.step
-        ):
+        elif self._resumed and trainer.ckpt_path is not None and not ema.step:
             log.warning(
                 "%s was made without this callback: the averages begin with this training",
                 trainer.ckpt_path,
@@ -175,7 +143,7 @@ class PostHocWeightAveraging(Callback):
         """Count a step if an optimizer has taken one."""
         if not self._stepped or self.ema is None:
             return
-        self._stepped, self._epoch = False, trainer.current_epoch
+        self._stepped = False
         self._steps += 1
         if self.should_update(step_idx=self._steps - 1):
             self.ema.update_(pl_module, t=self._steps)
@@ -224,15 +192,15 @@ class PostHocWeightAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average as `state_dict`, the raw weights as `current_model_state`, and the
-        tracker's state."""
+        tracker's state; for a sharded module write a snapshot, from which a training with the
+        checkpoint's weights continues."""
         ema = self.ema
         if ema is None:
             return
-        # such a checkpoint is a folder with one set of tensors, the raw weights
+        # such a checkpoint has one set of tensors, the raw weights
         if is_sharded(pl_module):
-            folder = trainer.strategy.broadcast(_saving[trainer])
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            write_state(ema, folder, pl_module)
+            if ema.has_average:
+                ema.snapshot()
             return
         checkpoint["averaging_state"] = ema.state_dict()
         for block in (
@@ -266,18 +234,3 @@ class PostHocWeightAveraging(Callback):
         self._handles.close()
         if self.ema is not None:
             self.ema.close()
-
-
-# the last checkpoint that each has begun to save
-_saving: WeakKeyDictionary[Trainer, Any] = WeakKeyDictionary()
-
-
-def _watch_saving(trainer: Trainer) -> None:
-    save = trainer.save_checkpoint
-
-    def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
-        _saving[trainer] = filepath
-        save(filepath, *args, **kwargs)
-
-    _saving[trainer] = None
-    trainer.save_checkpoint = save_checkpoint

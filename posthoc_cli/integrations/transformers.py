@@ -43,8 +43,6 @@ class PostHocCallback(TrainerCallback):
             `metric_for_best_model`, checkpoints hold the averaged model, and
             `load_best_model_at_end` loads it. Before the first update the raw weights are evaluated
             and saved.
-        folders: save the model with that average in each checkpoint, as the folder `ema`, or of a
-            list `ema_0.15`.
         options: other arguments of `PostHocEMA.from_model`; `resume` is "auto" by default.
     """
 
@@ -52,13 +50,8 @@ class PostHocCallback(TrainerCallback):
         self,
         checkpoint_dir: str | Path,
         evaluate: float | str | Sequence[float | str] | None = None,
-        folders: bool = False,
         **options: Any,
     ) -> None:
-        if folders and evaluate is None:
-            raise InvalidValueError(
-                "folders", "needs the length of the average to save", "say evaluate=0.15"
-            )
         wanted: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
         self._lengths = (
             {} if evaluate is None else {target.label: target for target in map(as_target, wanted)}
@@ -67,12 +60,9 @@ class PostHocCallback(TrainerCallback):
         self._names = {
             label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths
         }
-        self.checkpoint_dir, self.evaluate, self.folders, self.options = (
-            str(checkpoint_dir),
-            evaluate,
-            folders,
-            options,
-        )
+        self.checkpoint_dir = str(checkpoint_dir)
+        self.evaluate = evaluate
+        self.options = options
         self.ema: PostHocEMA | None = None
         self._installed: Callable[[], Trainer | None] = lambda: None  # the trainer of `install`
         self._is_left_out = False
@@ -197,8 +187,8 @@ class PostHocCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
     ) -> None:
-        """Add the tracker's state to the checkpoint that was just saved, and averaged models if
-        requested."""
+        """Add the tracker's state to the checkpoint that was just saved, and the averaged model if
+        its metric chooses the best one."""
         if self.ema is None:
             return
         if state.is_hyper_param_search:
@@ -212,11 +202,10 @@ class PostHocCallback(TrainerCallback):
         if trainer is None:
             return
         chosen = self._chosen(args)
-        saved = [
-            length for label, length in self._lengths.items() if self.folders or label == chosen
-        ]
-        for label, block in (self.ema.models(trainer.model, saved) if saved else {}).items():
-            path = str(folder / self._names[label])
+        if chosen is None:
+            return
+        path = str(folder / self._names[chosen])
+        for block in self.ema.models(trainer.model, [self._lengths[chosen]]).values():
             with block:
                 trainer.save_model(path, _internal_call=True)
                 # in the form from which the trainer loads its best model

@@ -27,7 +27,7 @@ projections alone are worse in the other directions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -103,6 +103,7 @@ def reconstruct(
     method: str | None = None,
     prior: Prior | None = None,
     t: float | None = None,
+    others: Mapping[int, Profile] | None = None,
 ) -> Reconstruction:
     """Return the coefficients of the snapshots that reconstruct each target.
 
@@ -114,6 +115,8 @@ def reconstruct(
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last
             snapshot.
+        others: by the index of a target what it may be as well, as far as the run's clock is
+            unknown: predicted errors contain the distance.
 
     Raises:
         InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no
@@ -144,8 +147,9 @@ def reconstruct(
         if isinstance(target, np.ndarray):
             columns[:, k], predicted[k] = target, problem.error_of(target)
         else:
+            unknown = problem.apart(target, others[k]) if others and k in others else 0.0
             columns[:, k : k + 1], profile[k : k + 1], predicted[k : k + 1] = problem.solve(
-                [target], method
+                [target], method, unknown
             )
     return Reconstruction(columns, profile, predicted, prior)
 
@@ -230,6 +234,14 @@ e**1.3 (measured: for oscillations in step with the snapshots they were up to 80
 number would hold, and be too high, more often)."""
 
 
+class _Rows(NamedTuple):
+    """The part of the expected error that comes from the walk, or from noise: its intensity in each
+    interval, and the factor of each node's row."""
+
+    intensity: FloatArray
+    roots: FloatArray
+
+
 class Goals(NamedTuple):
     """Targets as columns of the least-squares problem of minimum variance: expected rows, then
     measured ones."""
@@ -269,7 +281,7 @@ class Problem:
         # The rows of the expected error; with a sketch the mean of expected and measured errors is
         # minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
-        self._kinds = self._kinds_of_motion()
+        self._walk, self._noise = self._rows_of_motion()
         self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and
         # unseen.
@@ -279,9 +291,8 @@ class Problem:
             (self._expected, *(self._half * rows for rows in self._sketched), self._errors)
         )
 
-    def _kinds_of_motion(self) -> list[tuple[bool, FloatArray, FloatArray]]:
-        """Return walk, and noise if there is any: whether it acts on masses, its intensity in each
-        interval, and the factor of each node's row."""
+    def _rows_of_motion(self) -> tuple[_Rows, _Rows | None]:
+        """Return the rows of the walk, and those of the noise if there is any."""
         alone = []
         for profile in self._stored:
             if isinstance(profile, Point):
@@ -289,19 +300,21 @@ class Problem:
             elif isinstance(profile, Discrete):
                 alone.append(profile.t_first)
         nodes = self._nodes
+
+        def rows(intensity: FloatArray) -> _Rows:
+            sizes = nodes.weight * intensity[nodes.interval]
+            return _Rows(intensity, self._half * np.sqrt(sizes))
+
         walk, noise = self._prior.motion.on(nodes.edges, alone, nodes.instant)
-        kinds = [(False, walk), (True, noise)] if noise.any() else [(False, walk)]
-        return [
-            (mass, each, self._half * np.sqrt(nodes.weight * each[nodes.interval]))
-            for mass, each in kinds
-        ]
+        return rows(walk), rows(noise) if noise.any() else None
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the columns of stored profiles in the expected error: for the walk, and for noise
         if there is any."""
-        return np.vstack(
-            [roots[:, None] * self._nodes.columns(profiles, mass) for mass, _, roots in self._kinds]
-        )
+        rows = [self._walk.roots[:, None] * self._nodes.tails(profiles)]
+        if self._noise is not None:
+            rows.append(self._noise.roots[:, None] * self._nodes.masses(profiles))
+        return np.vstack(rows)
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
@@ -309,13 +322,13 @@ class Problem:
         tails = np.zeros((self._nodes.weight.size, len(targets)))
         unreachable = np.zeros(len(targets))
         for k, target in enumerate(targets):
-            rows = []
-            for mass, sizes, roots in self._kinds:
-                values, missed = self._nodes.goal(target, mass)
-                if not mass:
-                    tails[:, k] = values
-                rows.append(roots * values)
-                unreachable[k] += sizes @ missed
+            tails[:, k], missed = self._nodes.goal_of_tail(target)
+            rows = [self._walk.roots * tails[:, k]]
+            unreachable[k] = self._walk.intensity @ missed
+            if self._noise is not None:
+                masses, missed = self._nodes.goal_of_mass(target)
+                rows.append(self._noise.roots * masses)
+                unreachable[k] += self._noise.intensity @ missed
             if self._prior.sketch is not None:
                 rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
@@ -329,15 +342,15 @@ class Problem:
         return Goals(stored, columns, tails, self._half**2 * unreachable)
 
     def solve(
-        self, targets: Sequence[Profile], method: str
+        self, targets: Sequence[Profile], method: str, unknown: float = 0.0
     ) -> tuple[FloatArray, FloatArray, FloatArray]:
         """Return coefficients, [snapshots, targets], profile errors and predicted errors, [targets]
-        each."""
+        each; the targets are `unknown` by that squared distance."""
         goals = self.goals(targets)
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
         for k, target in enumerate(targets):
-            mass, missed = nodes.goal(target, mass=True)
+            mass, missed = nodes.goal_of_mass(target)
             profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
         # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
         solution = problem.solve(profiles)
@@ -372,7 +385,17 @@ class Problem:
         for column, row in goals.stored:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
-        return columns, errors, self.relative(expected, columns, goals)
+        unknown_too = expected + np.array([[unknown], [0.0]])
+        return columns, errors, self.relative(unknown_too, columns, goals)
+
+    def apart(self, target: Profile, other: Profile) -> float:
+        """Return the expected squared distance between the averages of two targets."""
+        goals = self.goals([target, other])
+        difference = goals.columns[:, 0] - goals.columns[:, 1]
+        first, last = len(self._expected), len(self._factor) - len(self._errors)
+        if self._prior.sketch is None:
+            return float(np.sum(difference[:last] ** 2))
+        return float(np.sum(difference[first:last] ** 2)) / self._half**2
 
     def optimum(self, goals: Goals) -> FloatArray:
         """Return the coefficients of least expected error; the coefficients of each target sum to
@@ -497,7 +520,7 @@ class Problem:
         """The nodes, the factor and the least-squares problem of the published method, over
         time."""
         nodes = Nodes(self._edges, self._stored, self._prior.steps, per_step=False)
-        factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
+        factor = np.sqrt(nodes.weight)[:, None] * nodes.masses(self._stored)
         return nodes, factor, LeastSquares(factor)
 
     def _nearest(self, goals: Goals) -> FloatArray:
@@ -510,9 +533,7 @@ class Problem:
 
     @cached_property
     def _even(self) -> tuple[FloatArray, LeastSquares]:
-        factor = np.sqrt(self._nodes.weight)[:, None] * self._nodes.columns(
-            self._stored, mass=False
-        )
+        factor = np.sqrt(self._nodes.weight)[:, None] * self._nodes.tails(self._stored)
         return factor, LeastSquares(factor[:, :-1] - factor[:, -1:])
 
     @cached_property
@@ -527,11 +548,9 @@ class Problem:
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        if self._prior.passed_on is not None:
-            separate = separate + separate @ self._prior.passed_on
-        return (
-            separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
-        )
+        if self._prior.shared is None:
+            return separate
+        return np.vstack((separate, self._prior.shared.T))
 
     @cached_property
     def _errors(self) -> FloatArray:
@@ -580,12 +599,18 @@ class Losses:
         self._unreachable, self._left = unreachable, np.arange(factor.shape[1])
         self._solve()
 
-    def squares_without_each(self) -> FloatArray:
-        """Return the expected squared errors after the loss of each snapshot; `squares` if it is
-        lost: [targets, n]."""
-        spread = np.sum(self._root**2, axis=1)
-        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
-        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
+    def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
+        """Return the expected squared errors after the loss of each group of snapshots; `squares`
+        if they are lost: [targets, groups]."""
+        squares = np.repeat(self.squares[:, None], len(groups), axis=1)
+        sizes = np.array([len(group) for group in groups])
+        for size in set(sizes.tolist()):
+            members = np.array([group for group in groups if len(group) == size])
+            root = self._root[members]
+            costs = np.linalg.pinv(root @ root.transpose(0, 2, 1), hermitian=True)
+            lost = self._columns[:, members]
+            squares[:, sizes == size] += np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
+        return squares
 
     def lose(self, snapshot: int) -> None:
         """Continue without one of the remaining snapshots."""

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, 
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import by_time, model_difference
+from posthoc_cli.snapshots.sources import averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file
 
 log = Log(__name__)
@@ -255,7 +255,7 @@ def read_directory(directory: Path) -> list[Snapshot]:
 
 # The fields in which parts may differ.
 _OWN = (
-    "tensors", "aliases", "inherited", "measurements", "sample", "sketch", "part", "chunks", "mesh",
+    "tensors", "aliases", "measurements", "sample", "sketch", "part", "chunks", "mesh",
     "path", "files", "entries",
 )  # fmt: skip
 
@@ -266,7 +266,7 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
 
     If it is incomplete, return what is there, such as "2 of 4 parts"; the text is empty if that is
     something else. Parts are equal in all of their headers but for what describes their own tensors
-    (`_OWN`). Readers add their measurements and `inherited`. Sketches add up, too: the projected
+    (`_OWN`). Readers add their measurements. Sketches add up, too: the projected
     numbers and the squared distances. Raises FileFormatError if elements of a tensor are missing,
     MismatchError if two parts do not belong together.
     """
@@ -356,7 +356,6 @@ def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
         "tensors": {name: tensor for part in parts for name, tensor in part.tensors.items()},
         "aliases": {alias: name for part in parts for alias, name in part.aliases.items()},
         "measurements": measured if len(known) == len(parts) else None,
-        "inherited": sum(part.inherited for part in parts),
         "part": None,
         "chunks": {},
     }
@@ -578,39 +577,33 @@ def thin(
     max_checkpoints: int | None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> list[Snapshot]:
-    """Keep the `max_checkpoints` snapshots per profile that reconstruction needs most; delete the
+    """Keep the snapshots of the `max_checkpoints` times that reconstruction needs most; delete the
     others.
 
-    Snapshots on the schedule are chosen as if there were no others, so that a training that was
-    stopped in between keeps the same ones. Of those off the schedule, the latest stay if there is
-    room, and in any case those of the newest `SPARED_TIMES`: a checkpoint of the training may
-    belong to them. Returns the remaining ones in order of time.
+    Times on the schedule are chosen as if there were no others, so that a training that was stopped
+    in between keeps the same ones. Of those off the schedule, the latest stay if there is room, and
+    in any case the newest `SPARED_TIMES`: a checkpoint of the training may belong to them. Returns
+    the remaining snapshots in order of time.
     """
     if max_checkpoints is None or not stored:
         return list(stored)
-    scheduled, surplus = (
-        [snapshot for snapshot in stored if not snapshot.off_schedule],
-        list[Snapshot](),
-    )
-    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
-    if max(counts.values(), default=0) > max_checkpoints:
-        sketch = scheduled[-1].sketch
-        averages = [snapshot.average() for snapshot in scheduled]
-        prior = measured_prior(averages, decode_path(sketch).sketch if sketch else None)
-        profiles, spared = (
-            [snapshot.profile for snapshot in scheduled],
-            spared_times(max_checkpoints),
-        )
-        surplus = [
-            scheduled[i]
-            for i in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
-        ]
+    scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
+    count = len({snapshot.t for snapshot in scheduled})
+    gone: set[float] = set()
+    if count > max_checkpoints:
+        text = scheduled[-1].sketch
+        sketch = decode_path(text).sketch if text else None
+        prior = measured_prior(averages_of(scheduled), sketch)
+        profiles = [snapshot.profile for snapshot in scheduled]
+        spared = spared_times(max_checkpoints)
+        dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
+        gone = {scheduled[index].t for index in dropped}
     oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
-    for sigma_rel in {snapshot.sigma_rel for snapshot in stored}:
-        off_schedule = [s for s in stored if s.off_schedule and s.sigma_rel == sigma_rel]
-        excess = max(len(off_schedule) - max(max_checkpoints - counts[sigma_rel], 0), 0)
-        surplus += [s for s in off_schedule[:excess] if s.t < oldest_spared]
+    off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
+    excess = max(len(off_schedule) - max(max_checkpoints - count, 0), 0)
+    gone |= {t for t in off_schedule[:excess] if t < oldest_spared}
+    surplus = [snapshot for snapshot in stored if snapshot.t in gone]
     for snapshot in surplus:
         log.debug("thinning: removing %s", snapshot.path)
         remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot not in surplus]
+    return [snapshot for snapshot in stored if snapshot.t not in gone]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -105,23 +104,6 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
     return any(
         torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16)
     )
-
-
-def element_shares(shapes: Mapping[str, Sequence[int]]) -> FloatArray:
-    """Return the number of elements that each element of a sample of these tensors stands for."""
-    names = [name for name, _ in places(shapes)]
-    sizes = {name: math.prod(shapes[name]) for name in shapes}
-    sampled = sum(sizes[name] for name in dict.fromkeys(names))
-    scale = sum(sizes.values()) / sampled if sampled else 1.0
-    count = Counter(names)
-    return np.array([scale * sizes[name] / count[name] for name in names], np.float64)
-
-
-def squared_distance(model: Floats, recorded: Floats, shapes: Mapping[str, Sequence[int]]) -> float:
-    """Estimate the squared distance of a model from the recorded weights, over all elements of
-    these tensors."""
-    squares: FloatArray = (model.astype(np.float64) - recorded) ** 2
-    return float(squares @ element_shares(shapes))
 
 
 def spacing(

@@ -30,6 +30,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
+    alone,
     check_sigma_range,
     error_curve,
     exchanged,
@@ -140,16 +141,18 @@ def plan_pruning(
         raise InexactError("max_error", reason, value=f"{max_error:g}")
 
     # The least needed first. The errors grow with the number of deletions.
-    gone = removal_order(profiles, prior, used, keep or 1, needed, sigma_range)
+    among, stay = alone(profiles, used), alone(profiles, needed)
+    order = removal_order(profiles, prior, among, keep or 1, stay, sigma_range)
+    gone = [index for one in order for index in one.indices]
     if max_error is not None:
         gone = gone[
             : bisect_left(
                 range(1, len(gone) + 1), True, key=lambda n: after(gone[:n]).worst > bound
             )
         ]
-    better = exchanged(
-        profiles, prior, [index for index in used if index not in gone], gone, needed, sigma_range
-    )
+    kept_now = [one for one in among if not {*one.indices} & {*gone}]
+    exchange = exchanged(profiles, prior, kept_now, alone(profiles, gone), stay, sigma_range)
+    better = [index for one in exchange for index in one.indices]
     gone = better if after(better).worst <= bound else gone
     deleted = [*sorted({*range(len(snapshots))} - {*used}), *gone]
     kept = tuple(snapshot for index, snapshot in enumerate(snapshots) if index not in {*deleted})

@@ -122,11 +122,6 @@ class Source(ABC):
     def identity(self) -> str:
         """16 hexadecimal digits that identify its content."""
 
-    @property
-    @abstractmethod
-    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """The known pairs of step and time, increasing."""
-
     @abstractmethod
     def average(self, profile: StoredProfile | None = None) -> StoredAverage:
         """Return the average as reconstruction uses it; `profile` replaces a profile that is no
@@ -261,15 +256,14 @@ def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], lis
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
-    """Return the run's clock from the clocks of all its snapshots; raise MismatchError if two
-    contradict each other."""
-    pairs = sorted({pair for source in sources for pair in source.clock_pairs})
+    """Return the run's clock from the steps and times of all its snapshots; raise MismatchError if
+    two contradict each other."""
+    pairs = sorted({(source.step, source.t) for source in sources})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             raise MismatchError(
                 "the snapshots are not of one training",
-                f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = "
-                f"{next_t:,.12g}",
+                f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
             )
     is_of_epochs = any(source.t_unit == "epochs" for source in sources)
     kind = EpochClock if is_of_epochs else Clock
@@ -342,13 +336,26 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     found = (
         dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True)) if is_sampled else {}
     )
-    averages = [source.average(source.profile) for source in sources]
     averages = [
         replace(average, measurements=found.get(id(source), average.measurements))
-        for source, average in zip(sources, averages, strict=True)
+        for source, average in zip(sources, averages_of(sources), strict=True)
     ]
     prior = measured_prior(averages, decode_path(text).sketch if text else None)
     return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
+
+
+def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
+    """Return the averages of one run as reconstruction uses them, with the clock of all of them."""
+    averages = [source.average(source.profile) for source in sources]
+    if all(source.t == source.step for source in sources):
+        return averages
+    clock = run_clock(sources)
+    if isinstance(clock, EpochClock):
+        return averages
+    return [
+        replace(average, steps=replace(average.steps, clock=clock)) if average.steps else average
+        for average in averages
+    ]
 
 
 @dataclass(frozen=True)

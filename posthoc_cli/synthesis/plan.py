@@ -353,8 +353,14 @@ def plan_synthesis(
         else target.profile(time, clock, first)
         for index, target in enumerate(separated)
     ]
+    bent = clock.bent()
+    others: dict[int, Profile] = {}
+    if bent is not clock:
+        for index, target in enumerate(separated):
+            if target.counts_steps:
+                others[index] = target.profile(time, bent, first)
     result = reconstruct(
-        snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time
+        snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time, others
     )
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     # copies are those of the newest one

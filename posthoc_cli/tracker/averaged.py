@@ -1,14 +1,16 @@
 """The average that several processes ask for together.
 
-The first process plans it, and sends the plan. Of replicas it also makes the average; of a sharded
-model each process makes the chunks that it owns, and other holders of the same elements receive
-them, tensor by tensor. An error in one process is raised in all of them before a model has changed.
+Of replicas the first process makes it, and sends it to the others. Of a sharded model each process
+fills its chunks: of a tracked length from its own averages, which holders of the same elements
+receive from the one that keeps them; of other lengths from snapshots, by a plan of the first
+process. An error in one process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
 from posthoc_cli.run import Wanted, Weights, make_weights
-from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot, shared_fields
+from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import Target, as_target
 from posthoc_cli.tracker.model import TrackedModel, named_tensors
@@ -33,7 +35,6 @@ from posthoc_cli.tracker.processes import (
     held_part,
     reshard,
 )
-from posthoc_cli.tracker.snapshotter import LiveSource
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +71,83 @@ def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
     return snapshots if snapshots and snapshots[0].run_id == run_id else []
 
 
-def joined(parts: Sequence[Snapshot]) -> LiveSource:
-    """Return the live average of complete tensors, without values, from the headers of its owners'
-    chunks."""
-    entries = {
-        n: replace(e, shape=part.chunks[n].shape) for part in parts for n, e in part.entries.items()
-    }
-    return LiveSource(**vars(parts[0]) | shared_fields(parts) | {"entries": entries})
+@torch.inference_mode(False)
+@torch.no_grad()
+def from_first(group: Group, make: Callable[[], Weights]) -> Weights:
+    """Return in every process the weights that the first one makes, with names that share a
+    tensor."""
+    if group.is_alone:
+        return make()
+    made: list[Weights] = []
+
+    def outline() -> tuple[dict[str, torch.Tensor], float | None, float]:
+        made.append(make())
+        shapes = {id(value): value.to("meta") for value in made[0].values()}
+        named = {name: shapes[id(value)] for name, value in made[0].items()}
+        return named, made[0].predicted_error, made[0].profile_error
+
+    named, predicted_error, profile_error = group.from_first(outline)
+    sent: dict[int, torch.Tensor] = {}
+    weights = Weights()
+    for name, shape in named.items():
+        if id(shape) not in sent:
+            value = made[0][name] if made else torch.empty_like(shape, device="cpu")
+            group.exchange(value, group.ranks)
+            sent[id(shape)] = value
+        weights[name] = sent[id(shape)]
+    weights.predicted_error = predicted_error
+    weights.profile_error = profile_error
+    return weights
+
+
+# --- chunks of a sharded model
+
+
+def chunks_of(model: torch.nn.Module, tracked: TrackedModel) -> dict[str, torch.Tensor]:
+    """Return a sharded model's tensors by name; raise a ModelMismatchError if an owned chunk is
+    not where it was when it was tracked."""
+    reshard(model)
+    tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
+    for name, box in tracked.boxes.items():
+        tensor = tensors.get(name)
+        expected = (tracked.complete_shape(name), box)
+        if tensor is None or (tuple(tensor.shape), held_box(name, tensor)[1]) != expected:
+            where = "spread over the processes in another way than when tracked"
+            reason = f"is missing in the model, of another shape, or {where}"
+            raise ModelMismatchError(f"tensor {name!r}", reason)
+    return tensors
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def with_replicas(
+    group: Group,
+    own: Weights,
+    tensors: Mapping[str, torch.Tensor],
+    members: ShardOwners,
+    now: tuple[int, float],
+) -> Weights:
+    """Return the chunks of all `tensors` that this process holds, from its `own` averages and from
+    those of other processes at the same step and time."""
+    said = {name: value.dtype for name, value in own.items()}, own.predicted_error
+    dtypes, errors = zip(*group.from_all_at(*now, said), strict=True)
+    dtype = ChainMap(*dtypes)
+    weights = Weights(own)
+    names: dict[int, str] = {}  # by tensor, which tied names share
+    for name in sorted(members.holders):  # in the same order in all processes
+        tensor = tensors[name]
+        value = own.get(name)
+        if value is None:
+            value = torch.empty(held_part(tensor).shape, dtype=dtype[name])
+        group.exchange(value, members.holders[name])
+        weights[name] = value
+        names[id(tensor)] = name
+    for name, tensor in tensors.items():
+        if id(tensor) in names:
+            weights[name] = weights[names[id(tensor)]]
+    weights.predicted_error = max(filter(None, errors), default=None)
+    weights.profile_error = 0.0
+    return weights
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
@@ -101,71 +172,36 @@ def to_send(plan: Plan) -> SentPlan:
     object, and with the newest header as its only source; and the name and the checksum of each
     source."""
     newest: Any = plan.newest
-    header = (
-        newest.header
-        if isinstance(newest, LiveSource)
-        else replace(newest, files=(), sketch="", sample="")
-    )
-    return replace(plan, sources=(header,), targets=()), [
-        (source.name, source.identity) for source in plan.sources
-    ]
+    header = replace(newest, files=(), sketch="", sample="")
+    used = [(source.name, source.identity) for source in plan.sources]
+    return replace(plan, sources=(header,), targets=()), used
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def exchanged(
+def read_chunks(
     group: Group,
     sent: SentPlan,
-    live: Mapping[str, Source],
     wanted: Wanted,
-    tracked: TrackedModel,
-    model: torch.nn.Module | None,
+    tensors: Mapping[str, torch.Tensor],
     directory: Path,
 ) -> Weights:
-    """Return all that this process holds of an average, under all names, on the host, after
-    exchanging it.
-
-    `live` are the live averages in this process, by name: of its chunks of a sharded `model`, or in
-    the first one all.
-    """
-    plan, used = replace(sent[0], targets=(as_target(wanted),)), sent[1]
-    tensors, holders, boxes = dict[str, torch.Tensor](), None, {}
-    makes_any = group.leads
-    if isinstance(tracked.members, ShardOwners):
-        assert model is not None
-        reshard(model)  # so that this process holds its chunks
-        tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-        holders = tracked.members.holders
-        boxes = {name: tracked.box(name) for name in plan.tensors if name in tracked.tensors}
-        makes_any = bool(boxes)
+    """Return the chunks of all `tensors` that this process holds, from snapshots in a directory."""
+    plan, used = sent
+    boxes: dict[str, Box] = {}
+    for name, tensor in tensors.items():
+        if name in plan.newest.tensors:  # else of another name, or not tracked
+            boxes[name] = held_box(name, tensor)[1]
 
     def make() -> Weights:
-        for name, box in boxes.items():
-            tensor, expected = tensors.get(name), (tracked.complete_shape(name), box)
-            if tensor is None or (tuple(tensor.shape), held_box(name, tensor)[1]) != expected:
-                where = "spread over the processes in another way than when tracked"
-                reason = f"is missing in the model, of another shape, or {where}"
-                raise ModelMismatchError(f"tensor {name!r}", reason)
-        sources = tuple(
-            live.get(name) or _read_again(directory / name, checksum) for name, checksum in used
+        sources = tuple(_read_again(directory / name, checksum) for name, checksum in used)
+        target = as_target(wanted)
+        own = replace(
+            plan, sources=sources, targets=(target,), boxes=boxes, subset=frozenset(boxes)
         )
-        subset = None if holders is None else frozenset(boxes)
-        return make_weights(replace(plan, sources=sources, boxes=boxes, subset=subset))
+        return make_weights(own)
 
-    own, weights = group.together(make if makes_any else Weights), Weights()
-    for name, names in plan.names.items():
-        if holders is not None and name not in tensors:
-            continue  # of another stage of a pipeline
-        shape = held_part(tensors[name]).shape if name in tensors else plan.entries[name].shape
-        value = (
-            own[name]
-            if name in own
-            else torch.empty(shape, dtype=torch_dtype(plan.output_dtype(name)))
-        )
-        group.exchange(value, group.ranks if holders is None else holders.get(name, ()))
-        weights.update(dict.fromkeys(names, value))
-    weights.predicted_error, weights.profile_error = plan.predicted_error(0), plan.profile_error(0)
-    return weights
+    return group.together(make)
 
 
 def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:

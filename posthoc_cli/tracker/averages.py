@@ -73,27 +73,14 @@ class Standing:
     folds: int = 0
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
-    # expected squared norms of the errors left by resumes, and by lost steps
-    inherited: tuple[float, ...] = ()
-    # the squared distance of the model, after a resume, from the network of the last update
-    missing: float = 0.0
 
-    @property
-    def errors(self) -> tuple[float, ...]:
-        return tuple(error + self.missing for error in self.inherited)
-
-    def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
-        """Return the standing after an update in which the new values have these shares, before a
-        fold."""
-        errors = zip(self.inherited, shares, strict=True)
-        inherited = tuple(error * (1 - share) ** 2 + self.missing for error, share in errors)
+    def after(self, t: float, step: int) -> Standing:
+        """Return the standing after an update, before a fold."""
         return replace(
             self,
             t=t,
             step=step,
             t_first=self.t_first or t,
-            inherited=inherited,
-            missing=0.0,
             window=self.window + 1,
             max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
             updates=self.updates + 1,
@@ -165,7 +152,7 @@ class Averages:
 
     @classmethod
     def none_yet(cls, sigma_rels: Sequence[float]) -> Averages:
-        return cls(tuple(sigma_rels), Standing(inherited=(0.0,) * len(sigma_rels)))
+        return cls(tuple(sigma_rels), Standing())
 
     @property
     def exist(self) -> bool:
@@ -197,7 +184,7 @@ class Averages:
         # after an update that is refused or fails, the next one checks all values first
         self._limits = []
         shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
-        after = before.after(shares, t, step)
+        after = before.after(t, step)
         masses = after.masses(gammas)
         factors = [
             share / mass if before.window else 1.0

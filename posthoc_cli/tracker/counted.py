@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo as not_compiled
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from posthoc_cli.tracker.attach import changes_weights
-from posthoc_cli.tracker.state import TrainingProgress
+from posthoc_cli.tracker.clock import TrainingProgress
 
 
 class LastCount:

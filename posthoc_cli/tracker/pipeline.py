@@ -45,6 +45,7 @@ from posthoc_cli.tracker.background import (
     Worker,
     end_threads,
 )
+from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
@@ -56,7 +57,7 @@ from posthoc_cli.tracker.snapshotter import (
     measured_now,
     stage,
 )
-from posthoc_cli.tracker.state import Settings, Tracking, TrainingProgress
+from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 

@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet
@@ -46,16 +45,16 @@ from posthoc_cli.errors import (
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
-from posthoc_cli.snapshots.snapshot import make_selection, statistics_notice
+from posthoc_cli.snapshots.snapshot import Snapshot, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import Attachment, attach
 from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.counted import LastCount, last_counts
-from posthoc_cli.tracker.filling import check_weights, fill, swapped_in, targets_of
+from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
@@ -66,19 +65,9 @@ from posthoc_cli.tracker.model import (
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.processes import Group
+from posthoc_cli.tracker.resume import Start, check_path, sample_of_all
 from posthoc_cli.tracker.snapshotter import LiveSource
-from posthoc_cli.tracker.state import (
-    Settings,
-    Start,
-    StateInfo,
-    Tracking,
-    TrainingProgress,
-    check_path,
-    least_distance,
-    pack_state,
-    sample_of_all,
-    unpack_state,
-)
+from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, unpack_state
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,17 +128,13 @@ class PostHocEMA:
         self._reported = 0
         self._warned_of: set[str] = set()
         self._has_begun = False  # whether this process is a writer, or knows the writers
-        # at a given step or in a loaded state
-        self._weights = start.weights if self._has_state else ()
-        # of the model that was given or restored, until the first call
-        self._sample: dict[int, float] | None = None
         self._last = LastCount()
         _all.add(self)
         if model is not None:
             if start.tracking.resumes:
                 self._start.counted = self._counted_before(model)
                 try:
-                    self._sample = self._watch.sample(model, start.tracking.tracked)
+                    self._start.sample = self._watch.sample(model, start.tracking.tracked)
                 except ModelMismatchError as error:
                     hint = (
                         f"the run in {self.checkpoint_dir} is of another model; use its "
@@ -430,6 +415,7 @@ class PostHocEMA:
             raise NotReadyError("snapshot", "there was no update yet")
         self.flush()
 
+    @not_compiled
     def flush(self) -> None:
         """Wait until all updates are in the averages and all due snapshots, or this process's
         parts, are durable.
@@ -471,7 +457,6 @@ class PostHocEMA:
         sigma_rel: Wanted,
         t: float | None = None,
         step: int | None = None,
-        dtype: Dtype = None,
         method: str | None = None,
     ) -> AbstractContextManager[Module]:
         """Give the model averaged weights, in eval mode, for a `with` block.
@@ -479,25 +464,24 @@ class PostHocEMA:
         A tracked length, without `t` or `step`, is the current average: exact, and from memory.
         Others are made of it and of snapshots. After the block weights, buffers, train or eval mode
         and device are as before, also on an error. Meanwhile the model's raw weights are kept in
-        host memory. Blocks may be nested. The arguments are those of `state_dict`, except that
-        without `dtype` the weights take the model's dtypes.
+        host memory. The weights take the model's dtypes. Blocks may be nested. The arguments are
+        those of `state_dict`.
 
         In a group of processes all that have made a tracker of this directory make the call,
         between the same two calls of `update_`, within 300 s; an error in one is raised in all.
         Each fills the chunks that it holds.
         """
-        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
+        asked = {"t": t, "step": step, "method": method}
         return AveragedModel(self._evaluated(model, sigma_rel, asked))
 
     @contextmanager
     def _evaluated(
         self, model: Module, sigma_rel: Wanted, asked: dict[str, Any]
     ) -> Iterator[Module]:
-        own_dtypes = asked["dtype"] is None
         group, weights = self._average("model", check_model(model), sigma_rel, asked)
         if not group.is_alone:  # else `swapped_in` checks
-            group.together(lambda: check_weights(model, weights, own_dtypes))
-        with swapped_in(model, weights, own_dtypes):
+            group.together(lambda: check_weights(model, weights))
+        with swapped_in(model, weights):
             notice = statistics_notice(self._pipeline.tracking.tracked.dtypes(copied=True))
             if notice is not None and self._is_first_warning("statistics"):
                 warn(notice)
@@ -513,14 +497,17 @@ class PostHocEMA:
         warning. In a group of processes all make the call, and enter the blocks in their order.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        group, refusals = (
-            self._callers("models", check_model(model), [*wanted.values()], {}),
-            dict[str, str](),
-        )
-        if group.from_first(lambda: self.has_average):
-            refusals, _ = self._in_first(
-                group, lambda sources: averaged.plan_possible(sources, wanted)[1]
-            )
+        group = self._callers("models", check_model(model), [*wanted.values()], {})
+
+        def find_refusals() -> dict[str, str]:
+            if not self.has_average:
+                return {}
+            sources: Sequence[Source] = []
+            if self._members.is_chunked:
+                sources = self._live() or self._stored()
+            return averaged.plan_possible(sources or self._sources(), wanted)[1]
+
+        refusals = group.from_first(find_refusals)
         for label, reason in refusals.items() if self.keeps_averages else ():
             if self._is_first_warning(label):
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
@@ -571,10 +558,8 @@ class PostHocEMA:
         """
         if sigma_rel is None:
             return self._own_state()
-        model, asked = (
-            self._chunked_model(),
-            {"t": t, "step": step, "dtype": dtype, "method": method},
-        )
+        model = self._chunked_model()
+        asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 
@@ -585,34 +570,18 @@ class PostHocEMA:
         sigma_rel: Wanted,
         t: float | None = None,
         step: int | None = None,
-        dtype: Dtype = None,
         method: str | None = None,
     ) -> None:
-        """Fill a model with averaged weights permanently, in memory for one tensor. The arguments
-        are those of `model`.
+        """Fill a model with averaged weights permanently. The arguments are those of `model`.
 
         Parameters stay the same objects, so that the optimizer keeps its state, and later updates
-        average the new weights: between two training steps this is the switch of Switch EMA. Names,
-        shapes and `dtype` are checked first; a damaged snapshot, or a value that does not fit the
-        model's dtype, leaves the tensors before it filled.
+        average the new weights: between two training steps this is the switch of Switch EMA. An
+        error leaves the model unchanged.
         """
-        asked: dict[str, Any] = {"t": t, "step": step, "dtype": dtype, "method": method}
-        own_dtypes, in_place = dtype is None, Weights()
-
-        def fill_at_once(plan: Plan) -> Weights:
-            targets_of(model, {name: entry.shape for name, entry in plan.entries.items()}, dtype)
-            values = ((name, value) for name, (value,) in synthesize(plan))
-            with torch.inference_mode(False):
-                first = list(islice(values, 1))  # now all files are open, so that none can vanish
-            fill(model, chain(first, values), own_dtypes)
-            return in_place
-
-        group, weights = self._average(
-            "load_into", check_model(model), sigma_rel, asked, fill_at_once
-        )
-        if weights is not in_place:
-            group.together(lambda: check_weights(model, weights, own_dtypes))
-            fill(model, weights.items(), own_dtypes)
+        asked = {"t": t, "step": step, "method": method}
+        group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
+        group.together(lambda: check_weights(model, weights))
+        load_weights(model, weights)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
@@ -631,8 +600,8 @@ class PostHocEMA:
         Later snapshots, or those of another attempt that continued from an earlier state, move to
         the folder `superseded`. This tracker's settings hold, such as another `update_every`, or
         fewer `sigma_rels`. Where the model has other weights than the network had then, the first
-        `update_` warns, and later predicted errors contain the distance. For a sharded model all
-        processes make the call, also with a state of complete tensors.
+        `update_` warns. For a sharded model all processes make the call, also with a state of
+        complete tensors.
         """
         self._pipeline.check_open()
         now = self._pipeline.tracking
@@ -654,9 +623,10 @@ class PostHocEMA:
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
             self._become_writer(group, loaded.run_id, lambda: loaded)
-            self._weights, model = weights if self._has_state else (), self._tracked_model()
-            if self._weights and model is not None:
-                self._sample = self._watch.sample(model, loaded.tracked)
+            self._start.recorded = np.array(weights, np.float32)
+            model = self._tracked_model()
+            if weights and model is not None:
+                self._start.sample = self._watch.sample(model, loaded.tracked)
 
     @not_compiled
     def close(self) -> None:
@@ -738,8 +708,8 @@ class PostHocEMA:
                 else (lambda: None)
             )
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
-        if self._weights:
-            self._note_missing(model)
+        if self._start.recorded.size and self._has_state:
+            self._note_other_network(model)
         settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
@@ -843,49 +813,29 @@ class PostHocEMA:
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
         `Start.choose`."""
-        if self._start.is_given:
+        start, now = self._start, self._pipeline.tracking
+        if start.is_given:
             return
-        group, now = (
-            self._members.keepers("update_" if is_first_call else "this tracker"),
-            self._pipeline.tracking,
-        )
-        if self._sample is None:
-            self._sample = group.together(lambda: self._watch.sample(model, now.tracked))
-        values = sample_of_all(group, self._sample)
+        group = self._members.keepers("update_" if is_first_call else "this tracker")
+        if start.sample is None:
+            start.sample = group.together(lambda: self._watch.sample(model, now.tracked))
         if is_first_call:
             wait_for_writers(self.checkpoint_dir)
-        chosen = self._start.choose(now, values, group, self.keeps_averages, is_first_call)
+        chosen = start.choose(now, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
 
-    def _note_missing(self, model: torch.nn.Module) -> None:
-        """Note how far the model is from the network of a loaded state or a given step; later
-        predicted errors have it.
-
-        If nobody noticed that the model was restored in place, the present one, one step later, is
-        the nearer one.
-        """
-        group, now = self._members.keepers("update_"), self._pipeline.tracking
-        present = group.together(lambda: self._watch.sample(model, now.tracked))
-        samples = [sample_of_all(group, one) for one in (self._sample or {}, present)]
-        if missing := least_distance(
-            samples, np.array(self._weights, np.float32), now.tracked.complete_shapes
-        ):
-            standing = now.averages.standing
-            standing = replace(standing, missing=standing.missing + missing * now.tracked.leads)
-            self._pipeline.set(replace(now, averages=replace(now.averages, standing=standing)))
-            if group.leads:
-                text = (
-                    "the model has other weights than the network had then, and later "
-                    "predicted errors contain that"
-                )
-                log.warning(
-                    "%s: the averages continue from step %d; %s",
-                    self.checkpoint_dir,
-                    now.progress.step,
-                    text,
-                )
-        self._weights = ()
+    def _note_other_network(self, model: torch.nn.Module) -> None:
+        """Warn if the model is not the network of the loaded state or of the given step."""
+        group, tracked = self._members.keepers("update_"), self._pipeline.tracking.tracked
+        present = group.together(lambda: self._watch.sample(model, tracked))
+        if self._start.is_other_network(group, present) and group.leads:
+            log.warning(
+                "%s: the averages continue from step %d; the model has other weights than the "
+                "network had then",
+                self.checkpoint_dir,
+                self._pipeline.progress.step,
+            )
 
     # --- the tracker's own state
 
@@ -907,48 +857,41 @@ class PostHocEMA:
             return tracking
 
         tracking = group.together(read)
-        averages, standing = tracking.averages, tracking.averages.standing
-        part = standing.inherited, standing.missing, encode_path(averages.known_path, exact=True)
-        # Each process knows the errors and the path of its own part, and some processes have no
-        # average.
-        inherited, missing, sketches = zip(*group.from_all_at(self.step, self.t, part), strict=True)
-        standing = replace(
-            standing, inherited=tuple(map(sum, zip(*inherited, strict=True))), missing=sum(missing)
-        )
-        weights, snapshotter = self._present_weights(group), self._pipeline.snapshotter
+        averages, snapshotter = tracking.averages, self._pipeline.snapshotter
+        # Each process knows the path of its own part, and some processes have no average.
+        own_path = encode_path(averages.known_path, exact=True)
+        paths = group.from_all_at(self.step, self.t, own_path)
+        weights = self._present_weights(group)
 
         def read_info() -> StateInfo:
             stored = tracking.snapshots if snapshotter is None else snapshotter.checksums
             return StateInfo(
-                tracking.run_id,
-                self.settings.t_unit,
-                averages.sigma_rels,
-                standing,
-                tracking.progress.clock.state(),
-                joined_paths([*filter(None, sketches)]),
-                tuple(sorted(stored)),
-                weights,
+                run_id=tracking.run_id,
+                t_unit=self.settings.t_unit,
+                sigma_rels=averages.sigma_rels,
+                standing=averages.standing,
+                step=tracking.progress.step,
+                t=tracking.progress.t,
+                sketch=joined_paths([path for path in paths if path]),
+                snapshots=tuple(sorted(stored)),
+                weights=weights,
             )
 
         return pack_state(tracking, group.from_first(read_info), self._chunked_model())
 
     def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
-        if self._weights or not self._pipeline.progress.updated:
-            return self._weights
-        model, own, tracked = (
-            self._tracked_model(),
-            dict[int, float](),
-            self._pipeline.tracking.tracked,
-        )
-        if model is not None and not self._pipeline.tracking.resumes and not is_swapped(model):
+        now, recorded, model = self._pipeline.tracking, self._start.recorded, self._tracked_model()
+        if recorded.size or not self._pipeline.progress.updated:
+            return tuple(recorded.tolist())
+        own: dict[int, float] = {}
+        if model is not None and not now.resumes and not is_swapped(model):
             with suppress(ModelMismatchError):
-                own = self._watch.sample(model, tracked)
+                own = self._watch.sample(model, now.tracked)
         values = sample_of_all(group, own)
-        is_known = len(values) == len(places(tracked.complete_shapes)) and bool(
-            np.isfinite(values).all()
-        )
-        return tuple(values.tolist()) if is_known else ()
+        if len(values) < len(places(now.tracked.complete_shapes)) or not np.isfinite(values).all():
+            return ()
+        return tuple(values.tolist())
 
     # --- one average from sources
 
@@ -957,46 +900,85 @@ class PostHocEMA:
         call: str,
         model: torch.nn.Module | None,
         wanted: Wanted,
-        given: dict[str, Any],
-        use: Callable[[Plan], Weights] = make_weights,
+        given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
         """Return the processes that make a call, and the average; of a sharded `model` the chunks
         in this process.
 
-        A tracked length at the present time is the live average alone. A process that is alone
-        makes it by `use`.
+        A tracked length at the present time is the live average alone.
         """
         self._note_uncounted()
         asked = {name: value for name, value in given.items() if value is not None}
         group = self._callers(call, model, [wanted], asked)
         if not group.from_first(lambda: self.has_average):
             return group, self._raw_weights(model, asked.get("dtype"))
-        tracking, target, live = self._pipeline.tracking, as_target(wanted), None
-        if target.sigma_rel is not None and not (tracking.resumes or {"t", "step"} & asked.keys()):
-            # float32's
-            near = (
-                math.isclose(target.sigma_rel, one, rel_tol=1e-6)
-                for one in self.settings.sigma_rels
-            )
-            live = next((index for index, is_near in enumerate(near) if is_near), None)
+        live = self._live_index(wanted, asked)
+        if self._members.is_chunked:
+            assert model is not None
+            return group, self._chunks(group, model, wanted, live, asked)
 
-        def plan(sources: list[Source]) -> Plan:
+        def plan() -> Plan:
+            sources: list[Source] = self._sources()
             if live is not None:
-                return averaged.logged(
-                    plan_synthesis([sources[live]], [sources[live].sigma_rel], **asked)
-                )
+                sources = sources[live : live + 1]
             return averaged.logged(plan_synthesis(sources, [wanted], **asked))
 
-        if group.is_alone and not self._members.is_chunked:
-            return group, with_consistent_plan(lambda: plan(self._sources(live is not None)), use)
-        return group, with_consistent_plan(
-            lambda: self._in_first(
-                group, lambda sources: averaged.to_send(plan(sources)), live is not None
-            ),
-            lambda found: averaged.exchanged(
-                group, *found, wanted, tracking.tracked, model, self.checkpoint_dir
-            ),
+        return group, averaged.from_first(group, lambda: with_consistent_plan(plan, make_weights))
+
+    def _live_index(self, wanted: Wanted, asked: Mapping[str, Any]) -> int | None:
+        """Return the index of the live average that is wanted; None if it is to be made."""
+        sigma_rel = as_target(wanted).sigma_rel
+        if sigma_rel is None or self._pipeline.tracking.resumes or {"t", "step"} & asked.keys():
+            return None
+        for index, tracked in enumerate(self.settings.sigma_rels):
+            if math.isclose(sigma_rel, tracked, rel_tol=1e-6):  # float32's
+                return index
+        return None
+
+    def _chunks(
+        self,
+        group: Group,
+        model: torch.nn.Module,
+        wanted: Wanted,
+        live: int | None,
+        asked: Mapping[str, Any],
+    ) -> Weights:
+        """Return the chunks in this process of an average of a sharded model."""
+        tracked = self._pipeline.tracking.tracked
+        tensors = group.together(lambda: averaged.chunks_of(model, tracked))
+        members: Any = self._members
+        if live is not None:
+
+            def own() -> Weights:
+                for source in self._live()[live : live + 1]:
+                    return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
+                return Weights()
+
+            now = self._pipeline.progress
+            chunks = group.together(own)
+            return averaged.with_replicas(group, chunks, tensors, members, (now.step, now.t))
+        group.together(self.flush)
+        return with_consistent_plan(
+            lambda: group.from_first(lambda: averaged.to_send(self._plan_stored(wanted, asked))),
+            lambda sent: averaged.read_chunks(group, sent, wanted, tensors, self.checkpoint_dir),
         )
+
+    def _plan_stored(self, wanted: Wanted, asked: Mapping[str, Any]) -> Plan:
+        """Plan an average from snapshots alone; warn once if the newest are behind."""
+        stored = self._stored()
+        if not stored:
+            reason = "of a sharded model other lengths than the tracked ones need a snapshot"
+            raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
+        step, now = stored[-1].step, self._pipeline.progress
+        is_present = not {"t", "step"} & asked.keys()
+        if is_present and step < now.updated and self._is_first_warning("behind"):
+            log.warning(
+                "%s: averages of other lengths than the tracked ones are those of the newest "
+                "snapshots, of step %d: ema.snapshot() writes some of the present step",
+                self.checkpoint_dir,
+                step,
+            )
+        return averaged.logged(plan_synthesis(stored, [wanted], **asked))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1022,71 +1004,44 @@ class PostHocEMA:
         weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
         return weights
 
-    def _sources(
-        self, live_only: bool = False, live: Sequence[LiveSource] | None = None
-    ) -> list[Source]:
-        """Return the live averages, and unless `live_only` the snapshots of others up to their
-        time; at least one."""
-        resumes, start = self._pipeline.tracking.resumes, self._start.step
-        if live is None:
-            if not (resumes or self.keeps_averages):
-                reason = "this process keeps no averages, the first one of its group does"
-                hint = (
-                    "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
-                    "before any update_ of it"
-                )
-                raise NotReadyError(reason, hint)
-            live = self._live()
-        last = start if resumes and start is not None else math.inf
-        now, profiles = live[0].t if live else math.inf, {source.sigma_rel for source in live}
-        stored = [] if live_only else averaged.run_snapshots(self.checkpoint_dir, self.run_id)
-        until = (
-            s
-            for s in stored
-            if s.step <= last and (s.t < now or (s.t == now and s.sigma_rel not in profiles))
-        )
-        sources: list[Source] = [*live, *until]
+    def _sources(self) -> list[Source]:
+        """Return the live averages, and the snapshots of others up to their time; at least one."""
+        if not (self._pipeline.tracking.resumes or self.keeps_averages):
+            reason = "this process keeps no averages, the first one of its group does"
+            hint = (
+                "read the snapshots on disk with a new PostHocEMA.from_path(directory), "
+                "before any update_ of it"
+            )
+            raise NotReadyError(reason, hint)
+        live = self._live()
+        now = live[0].t if live else math.inf
+        profiles = {source.sigma_rel for source in live}
+        sources: list[Source] = [*live]
+        for snapshot in self._stored():
+            if snapshot.t < now or (snapshot.t == now and snapshot.sigma_rel not in profiles):
+                sources.append(snapshot)
         if not sources:
             raise NotReadyError(
                 "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"
             )
         return sources
 
+    def _stored(self) -> list[Snapshot]:
+        """Return the snapshots on disk, up to the step from which the run is to resume."""
+        last = self._start.step if self._pipeline.tracking.resumes else None
+        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id)
+        return [s for s in snapshots if last is None or s.step <= last]
+
     def _live(self) -> list[LiveSource]:
         self.flush()
         return self._pipeline.live()
-
-    def _in_first(
-        self, group: Group, work: Callable[[list[Source]], Result], live_only: bool = False
-    ) -> tuple[Result, dict[str, Source]]:
-        """Return in each process what `work` returns in the first one, for the sources of complete
-        tensors.
-
-        Return also this process's sources by name: live averages of its chunks of a sharded model,
-        or in the first all.
-        """
-        live: Sequence[LiveSource] | None = None
-        local: dict[str, Source] = {}
-        if self._members.is_chunked:
-            own, progress = group.together(self._live), self._pipeline.progress
-            local = {source.name: source for source in own}
-            parts = group.from_all_at(progress.step, progress.t, [source.header for source in own])
-            live = [averaged.joined(profile) for profile in zip(*filter(None, parts), strict=True)]
-
-        def in_first() -> Result:
-            sources = self._sources(live_only, live)
-            if live is None:
-                local.update((source.name, source) for source in sources)
-            return work(sources)
-
-        return group.from_first(in_first), local
 
     def _callers(
         self,
         call: str,
         model: torch.nn.Module | None,
         wanted: Sequence[Wanted],
-        asked: dict[str, Any],
+        asked: Mapping[str, Any],
     ) -> Group:
         """Return the processes that make a call for averages, of parts or as replicas, after
         checking its options."""
@@ -1197,11 +1152,11 @@ def _note_restored(model: torch.nn.Module, _: object = None) -> None:
     """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
     function."""
     for tracker in [*_trackers.get(model, ())]:
-        resumes = tracker._pipeline.tracking.resumes
-        tracker._start.counted = None
+        resumes, start = tracker._pipeline.tracking.resumes, tracker._start
+        start.counted = None
         tracker._last.watch(model)
-        if (resumes or tracker._weights) and not tracker.closed:
-            tracker._sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
+        if (resumes or start.recorded.size) and not tracker.closed:
+            start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
             # else other processes would have to take part
             if resumes and not tracker._members.is_chunked:
                 tracker._choose_start(model, is_first_call=False)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ from posthoc_cli.snapshots.tensorfile import (
 )
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
 from posthoc_cli.tracker.memory import FlatTensors, Layout, Tile, on_host, ranges_of, tiles_of
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
-from posthoc_cli.tracker.state import Settings, Tracking, ways_to_resume
+from posthoc_cli.tracker.resume import ways_to_resume
+from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 
@@ -93,11 +95,6 @@ class LiveSource(Snapshot):
     @property
     def name(self) -> str:
         return f"live average of sigma_rel {self.sigma_rel:g}"
-
-    @property
-    def header(self) -> Snapshot:
-        """The same without values, to be sent to other processes."""
-        return Snapshot(**{each.name: getattr(self, each.name) for each in fields(Snapshot)})
 
     def read_box(
         self,
@@ -149,7 +146,7 @@ def headers(
 ) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile."""
     averages, standing, tracked = state.averages, state.averages.standing, state.tracked
-    knots, members = state.progress.clock.knots_until(standing.step, standing.t), tracked.members
+    members = tracked.members
     chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
     sketch = encode_path(averages.known_path)
     return [
@@ -161,7 +158,6 @@ def headers(
             t=standing.t,
             t_unit=settings.t_unit,
             step=standing.step,
-            clock=knots,
             t_first=standing.t_first,
             max_interval=standing.max_interval,
             schedule=settings.schedule,
@@ -170,7 +166,6 @@ def headers(
             left_out=tracked.left_out,
             selection=settings.selection,
             updates=standing.updates,
-            inherited=inherited,
             off_schedule=off_schedule,
             measurements=measured,
             sketch=sketch,
@@ -179,8 +174,8 @@ def headers(
             mesh=members.mesh,
             session=members.session,
         )
-        for sigma_rel, gamma, inherited, measured in zip(
-            averages.sigma_rels, averages.gammas, standing.errors, measurements, strict=True
+        for sigma_rel, gamma, measured in zip(
+            averages.sigma_rels, averages.gammas, measurements, strict=True
         )
     ]
 

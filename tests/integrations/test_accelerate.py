@@ -71,3 +71,18 @@ def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> Non
     (tmp_path / STATE_NAME).mkdir()
     with pytest.raises(MismatchError, match=rf"{STATE_NAME}\.pt and .*{STATE_NAME}.*two saves"):
         read_state(ema, tmp_path)
+
+
+def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path: Path) -> None:
+    """As a notebook's cell that runs again: the earlier tracker is closed, and saves nothing."""
+    accelerator, ((model, optimizer, first), *_) = generator_and_critic(tmp_path)
+    again = prepare(accelerator, model, tmp_path / "generator", optimizer, **EVERY)
+    assert first.closed
+    accelerator.backward(model(X[:4]).square().mean())
+    optimizer.step()
+    accelerator.save_state(str(tmp_path / "saved"))
+    states = {path.name: torch.load(path) for path in (tmp_path / "saved").glob("posthoc_ema*")}
+    assert {name: state["run_id"] == again.run_id for name, state in states.items()} == {
+        "posthoc_ema.pt": True,
+        "posthoc_ema_1.pt": False,
+    }

@@ -126,18 +126,12 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
     assert_exact(callback.ema, module, recorder.weights)
 
 
-def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
+def test_accumulation_and_a_stride(tmp_path: Path) -> None:
     options = EVERY | {"update_every_n_steps": 2}
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
     module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
     assert len(recorder.weights) == 12
     assert_exact(callback.ema, module, recorder.weights, every=2)
-    late = PostHocWeightAveraging(
-        tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY
-    )
-    fit(tmp_path / "other", late)
-    assert (late.ema.step, late.ema.t) == (12, 18)
-    assert {snapshot.t_first for snapshot in Run(tmp_path / "late").snapshots} == {7}
 
 
 class AtEpochEnds(PostHocWeightAveraging):

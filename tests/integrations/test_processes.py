@@ -45,7 +45,7 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
     assert -signal.SIGKILL in codes
     assert 0 not in codes  # the other process may fail without the killed one
     assert [*tmp_path.glob("ema/*4-*")]  # snapshots that are later than the checkpoint of `batches`
-    if kind == "sharded":
+    if kind == "sharded" and program != "digits":  # which continues from a snapshot
         (state,) = (one for one in tmp_path.rglob("posthoc_ema") if "complete" not in str(one))
         assert len([*state.glob("*.distcp")]) == 2
     assert train(program, tmp_path, kind, resumes=True) == [0 for _ in ranks]
@@ -60,7 +60,9 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
                 (evaluated, step),
                 *([stored[::-1]] if stored else []),
             ):
-                assert distance(found, exact(history[:last], 0.2)) < 1e-6
+                # snapshots are rounded to float16
+                within = 1e-4 if (program, kind) == ("digits", "sharded") else 1e-6
+                assert distance(found, exact(history[:last], 0.2)) < within
             # This release of Lightning restarts the data of an epoch when it resumes within one.
             # accelerate 1.10 saves no state of the optimizer with FSDP2, and continues without it.
             if program in ("llama", "unet") or (

@@ -128,7 +128,6 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Pat
         aliases={"tied": "a"},
         left_out=("frozen",),
         measurements=Measurements(7.25, 1e-7),
-        clock=((10, 10.0),),
         sketch=encode_path(PathSketch(1, sketch)),
     )
 

@@ -166,7 +166,7 @@ def gap(part: Path) -> None:
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (with_fields(run_id=OTHER_RUN_ID), "differ in 'run_id'"),
-    (with_fields(t=59.0, step=59, updates=59, clock=(), measurements=None), "differ in '(t|step)'"),
+    (with_fields(t=59.0, step=59, updates=59, measurements=None), "differ in '(t|step)'"),
     (
         elsewhere(shape=(21, 30)),
         r"'0.weight': its chunks are of the shapes \[\(20, 30\), \(21, 30\)\]",

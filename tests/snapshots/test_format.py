@@ -156,7 +156,6 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
         tensors={"w": "average BF16"},
         schedule=TrackingSchedule(5, 10, 15, None, "F16"),
         sigma_rels=(0.1, 0.28),
-        clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(1 / 3, 1e-9),
     )
     assert read_by_the_book(path).content == {
@@ -169,7 +168,6 @@ def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
         "t": 1234.5,
         "t_unit": "images",
         "step": 77,
-        "clock": [[3, 0.1], [77, 1234.5]],
         "t_first": 0.1,
         "max_interval": 32.5,
         "updates": 12,
@@ -215,8 +213,7 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     t, early, interval = times
     measurements = None if sums is None else Measurements(*sums)
     alias, *stored = tensor_names
-    optional = {"clock": ((step // 2, t * early), (step, t)), "inherited": early}
-    optional |= {"off_schedule": True}
+    optional = {"off_schedule": True}
     info = make_info(
         {name: torch.zeros(1) for name in stored},
         t,

@@ -14,7 +14,7 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, error_curve, plan_synthesis, synthesize
 from posthoc_cli.errors import FileFormatError, MismatchError, WriteError
-from posthoc_cli.planning import ErrorCurve, removal_order
+from posthoc_cli.planning import ErrorCurve, alone, removal_order
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
@@ -57,6 +57,14 @@ def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
     return {(s.t, s.sigma_rel) for s in snapshots}
 
 
+def dropped(snapshots: Sequence[Snapshot], keep: int) -> list[int]:
+    """Return the snapshots that go one after the other; those of the newest time stay."""
+    profiles = [snapshot.profile for snapshot in snapshots]
+    among = alone(profiles, range(24))
+    order = removal_order(profiles, source_prior(snapshots), among, keep, among[22:])
+    return [one.indices[0] for one in order]
+
+
 # --- the choice
 
 
@@ -82,24 +90,12 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.t < 240.0 for s in pruning.kept)
-    order = removal_order(
-        [snapshot.profile for snapshot in snapshots],
-        source_prior(snapshots),
-        range(24),
-        1,
-        {22, 23},
-    )
+    order = dropped(snapshots, 1)
     one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
     # half of `max_error`, since a prediction may be too low by 2
     assert errors_of(one_less).worst > 1e-3
     # Exchanges find better ones than deleting the least needed one after another.
-    order = removal_order(
-        [snapshot.profile for snapshot in snapshots],
-        source_prior(snapshots),
-        range(24),
-        4,
-        {22, 23},
-    )
+    order = dropped(snapshots, 4)
     greedy = [snapshot for index, snapshot in enumerate(snapshots) if index not in order]
     assert errors_of(plan_pruning(snapshots, keep=4).kept).worst < 0.9 * errors_of(greedy).worst
 

@@ -202,7 +202,7 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
 def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> None:
     rewrite_snapshot(snapshot_files(run)[0], step=11)
     (problem,) = problems(run)
-    assert problem.endswith("by their clocks step 10 was at t = 10, and step 11 at t = 10")
+    assert problem.endswith("step 10 was at t = 10, and step 11 at t = 10")
 
 
 # --- errors of the system

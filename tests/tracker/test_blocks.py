@@ -28,9 +28,9 @@ def tracked(folder: Path, model: Any = None, **settings: Any) -> tuple[Any, Post
     return model, ema
 
 
-def evaluation(ema: PostHocEMA, model: Any, sigma_rel: float, **options: Any) -> Iterator[Any]:
+def evaluation(ema: PostHocEMA, model: Any, sigma_rel: float) -> Iterator[Any]:
     """Evaluate as a generator does that yields within the block."""
-    with ema.model(model, sigma_rel, **options) as averaged:
+    with ema.model(model, sigma_rel) as averaged:
         yield averaged
 
 
@@ -78,19 +78,16 @@ def test_blocks_of_different_models_may_be_open_in_several_threads(tmp_path: Pat
     assert_same_tensors(two.state_dict(), raw)
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}])
 @pytest.mark.parametrize("same", [True, False])
-def test_blocks_left_in_another_order_are_undone_together(
-    tmp_path: Path, options: dict[str, Any], same: bool
-) -> None:
+def test_blocks_left_in_another_order_are_undone_together(tmp_path: Path, same: bool) -> None:
     """The outer one of two generators ends first; the inner one is of the model or of a part."""
     model, ema = tracked(tmp_path / "run")
     part = model if same else model[0]
     _, inner_ema = tracked(tmp_path / "part", part)
     raw = deepcopy(model.state_dict())
     modes = [module.training for module in model.modules()]
-    outer = evaluation(ema, model, 0.05, **options)
-    inner = evaluation(inner_ema, part, 0.28, **options)
+    outer = evaluation(ema, model, 0.05)
+    inner = evaluation(inner_ema, part, 0.28)
     next(outer)
     next(inner)
     with pytest.raises(NotReadyError, match="a block was left before one that was entered within"):
@@ -131,9 +128,8 @@ class Shared(torch.nn.Module):
         self.plain = torch.nn.Parameter(torch.zeros(2))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.float64}, {"dtype": torch.float32}])
 def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_block(
-    tmp_path: Path, options: dict[str, Any]
+    tmp_path: Path,
 ) -> None:
     model = Shared()
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
@@ -142,7 +138,7 @@ def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_
         model.columns.data[:, 0] = value
         ema.update_(model)
     pointers = [model.rows.data_ptr(), model.columns.data_ptr()]
-    with ema.model(model, 0.28, **options):
+    with ema.model(model, 0.28):
         assert 1 < float(model.rows.detach()[0, 0]) < 5
     for parameter in (model.rows, model.columns):
         assert torch.equal(parameter, torch.full((3, 4), 5.0))

@@ -72,6 +72,9 @@ reshard(model)
 train(model, 9, 10, ema)
 with ema.model(model, sigma_rel=0.15, t=8):
     close(model, folder / "average-8.pt")
+with ema.model(model, sigma_rel=0.15):  # of the newest snapshots, as a warning says
+    close(model, folder / "average-8.pt")
+ema.snapshot()
 single = torch.load(folder / "average-10.pt")
 blocks = ema.models(model, [0.15, 0.2, "window:1000"])
 assert [*blocks] == ["0.15", "0.2"]
@@ -338,16 +341,13 @@ assert equal(held(model), raw)
 weights = other.state_dict(0.15, dtype=torch.float32)
 assert weights["0.weight"].dtype == torch.float32
 assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
-refused(lambda: other.load_into(model, 0.15, dtype=torch.float32))
 other.close()
 dist.barrier()
 dist.destroy_process_group()
 refused(lambda: other.state_dict(0.15))
 """
     for out in check_group(BEGIN + code, 2, tmp_path):
-        dtype, destroyed = out.splitlines()
-        assert "keeps the dtypes it has" in dtype
-        assert "their group was destroyed" in destroyed
+        assert "their group was destroyed" in out
 
 
 REFUSED = """
@@ -556,8 +556,8 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert [
             name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)
         ] == []
-        assert found["clock"] == expected["clock"]
-        assert found["standing"] == expected["standing"] | {"inherited": [0.0, 0.0]}
+        for key in ("step", "t", "standing"):
+            assert found[key] == expected[key]
     single_run, run = (
         {(s.t, s.sigma_rel): s for s in Run(tmp_path / name).snapshots}
         for name in ("single", "run")
@@ -587,28 +587,6 @@ def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     assert found["resumed"].t == 8
     assert sketch_of(found["straight"]).folds.sum() > 2
     assert found["resumed"].sketch == found["straight"].sketch
-
-
-def test_errors_of_resumes_are_those_of_one_process(tmp_path: Path) -> None:
-    """Each process has a part of them: of rounded snapshots, in a state, and of weights that are
-    not the network's."""
-    code = """
-options = {"checkpoint_every": 2, "checkpoint_dtype": "float16", "max_checkpoints": None}
-for first, last, resume in ((1, 20, "auto"), (17, 20, 16), (21, 24, "auto")):
-    with tracker("run", **options, resume=resume) as ema:
-        train(model, first, last - 2, ema)
-        ema.load_state_dict(ema.state_dict())
-        train(model, last - 1, last, ema)
-    dist.barrier()
-"""
-    found = []
-    for kind, ranks in (("single", 1), ("fsdp", 2)):
-        check_group(BEGIN + code, ranks, tmp_path / kind, kind)
-        found.append(
-            {(s.t, s.sigma_rel): s.inherited for s in Run(tmp_path / kind / "run").snapshots}
-        )
-    assert found[0][24, 0.2] > 0
-    assert found[1] == pytest.approx(found[0], rel=0.1)
 
 
 def test_a_state_of_complete_or_equally_sharded_tensors_is_loaded_and_others_are_named(
