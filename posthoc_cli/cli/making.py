@@ -263,9 +263,9 @@ def sweep(
 
     def say(trial: Trial, number: int, expected: int) -> None:
         if trial.error is not None:
-            logs = f"{out / 'logs' / trial.name}.err"
-            output.print_note(f"ema: warning: {trial.target}, seed {trial.seed}: {trial.error}")
-            output.print_note(f"see {logs}")
+            name = f"{trial.target}, seed {trial.seed}"
+            see = f"see {out / 'logs' / trial.name}.err"
+            output.print_note(f"ema: warning: {name}: {trial.error}; {see}")
         left = _time_left(trial.seconds * (expected - number))
         show(f"trial {number} of about {expected}: {_result(trial)}{left}")
 
