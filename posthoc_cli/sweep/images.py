@@ -63,7 +63,7 @@ def _images(folder: Path, glob: str | None) -> Iterator[Path]:
 def _matching(folder: Path, glob: str | None) -> Iterator[Path]:
     for path in folder.rglob("*"):
         name = path.relative_to(folder)
-        is_wanted = name.suffix.lower() in ENDINGS if glob is None else name.match(glob)
+        is_wanted = name.match(glob) if glob else name.suffix.lower() in ENDINGS
         if is_wanted and path.is_file() and not path.is_symlink():
             yield path
 
