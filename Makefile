@@ -18,6 +18,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 FRAMEWORKS := $(VENV)-integrations
 JOBS ?= auto
@@ -30,15 +31,21 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@sed -n 's/^# //p' Makefile
 
-$(READY): pyproject.toml Makefile
+$(INSTALLED): pyproject.toml Makefile
+	@echo "installing the package into $(VENV), most of it torch: some minutes, and 1.3 GB with torch's"
+	@echo "CPU build, 6 GB with CUDA"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . "$(TORCH)"
+	@touch $(INSTALLED)
+
+$(READY): $(INSTALLED)
+	@echo "installing what the tests need, too"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" "$(TORCH)"
 	@touch $(READY)
 
-demo: $(READY)
-	rm -rf ema-demo
-	$(BIN)/ema demo --out ema-demo
+demo: $(INSTALLED)
+	$(BIN)/ema demo
 
 test: lint types unit
 
@@ -105,4 +112,4 @@ audit: $(READY)
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel $(FRAMEWORKS) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-wheel $(FRAMEWORKS) build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

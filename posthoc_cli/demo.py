@@ -11,8 +11,10 @@ an average."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -28,16 +30,26 @@ from torch import nn
 from posthoc_cli import files, plots
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.resources import ProgressBar
-from posthoc_cli.sweep import sweep
+from posthoc_cli.run import Run
+from posthoc_cli.sweep import SweepReport, images, sweep
 from posthoc_cli.sweep.search import RAW, Trial
 from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]  # prints a line
 
-IMAGES, VALIDATION_IMAGES = 1400, 360
+STEPS = 6000  # half a minute on one core
+IMAGES = 1400
+VALIDATION_IMAGES = 360
 
-# the lengths to measure: 0.025, 0.05, ..., 0.275
-SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
+TRACKED = (0.05, 0.28)
+SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.28)
+"""The lengths to measure, those that are tracked among them."""
+
+
+def free_folder() -> Path:
+    """Return the first of ema-demo, ema-demo-2, ... that does not exist."""
+    names = itertools.chain(["ema-demo"], (f"ema-demo-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
 
 
 def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
@@ -46,75 +58,86 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     `out` is a new or empty folder, `steps` a multiple of 100; `watch` opens a progress bar of the
     steps. Returns the results as data for JSON.
     """
-    started, threads = time.perf_counter(), torch.get_num_threads()
+    started = time.perf_counter()
+    threads = torch.get_num_threads()
     if steps < 100 or steps % 100:
         raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
     files.check_parent("out", out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
     files.make_directory(out)
-    snapshots, every = out / "snapshots", checkpoint_every(steps)
-    say(
-        f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook "
-        f"updates two averages"
-    )
-    say(
-        f"every {UPDATE_EVERY} steps and writes snapshots of both every {every:,} steps to "
-        f"{snapshots}"
-    )
+    snapshots = out / "snapshots"
+    every = checkpoint_every(steps)
+    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
+    say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
+    say(f"{every:,} steps to {snapshots}")
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
         with watch("training", steps) as advance:
             model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
         lines = [run_command(say, "info", snapshots)]
         say("")
-        say(
-            f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training "
-            f"never saw"
-        )
-        validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)
-
-        def loss(measured: Denoiser) -> float:
-            return float(validation(measured).mean())
-
-        raw = Trial(RAW, 0.0, 0, loss(model))  # the model has the raw weights
-        swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-        swept = replace(swept, trials=(raw, *swept.trials))
+        say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
+        say("never saw")
+        swept = _measured(model, snapshots)
+        swept.write(out / "sweep")
+        _draw_samples(model, snapshots, swept, out)
     finally:
         torch.set_num_threads(threads)
-    swept.write(out / "sweep")
-    files.write_atomically(
-        out / "loss.png", plots.as_file(partial(plots.sweep_figure, swept.to_dict()), ".png")
-    )
-    width, best = f"{swept.found.best:.6g}", out / "best.safetensors"
+    figure = partial(plots.sweep_figure, swept.to_dict())
+    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
+    width = f"{swept.found.best:.6g}"
+    best = out / "best.safetensors"
+    page = out / "report.html"
     for words in (
         ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
         ("error-plot", snapshots, "--out", out / "error.png"),
-        ("report", snapshots, "--sweep", out / "sweep", "--out", out / "report.html"),
+        ("report", snapshots, "--sweep", out / "sweep", "--out", page),
     ):
         lines.append(run_command(say, *words, "--overwrite"))
-    found = swept.found
+    averages = [trial for trial in swept.trials if trial.x is not None]
     return {
         "out": str(out),
         "steps": steps,
         "checkpoint_every": every,
+        "tracked": list(TRACKED),
         "raw": swept.raw,
-        "averages": [
-            {"sigma_rel": trial.x, "loss": trial.value} for trial in swept.trials if trial.x
-        ],
-        "best": found.best,
-        "equal_within_noise": [found.low, found.high],
+        "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in averages],
+        "best": swept.found.best,
+        "equal_within_noise": [swept.found.low, swept.found.high],
         "commands": lines,
         "files": [str(path) for path in sorted(out.iterdir())],
         "seconds": time.perf_counter() - started,
     }
 
 
+def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
+    """Measure the loss of averages and of the raw weights, which the model has."""
+    validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
+
+    def loss(measured: Denoiser) -> float:
+        return float(validation(measured).mean())
+
+    raw = Trial(RAW, None, 0, loss(model))
+    swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
+    return replace(swept, trials=(raw, *swept.trials))
+
+
+def command_name() -> str:
+    """Return how this program was called, so that a command line works as pasted."""
+    given = Path(sys.argv[0])
+    if given.name not in ("ema", "posthoc-cli"):
+        return "ema"
+    found = shutil.which(given.name)
+    is_on_path = found is not None and Path(found).samefile(given)
+    return given.name if is_on_path or not given.exists() else str(given)
+
+
 def run_command(say: Say, *words: str | Path) -> str:
     """Run `ema` in another process, print its output, and return the command line; a PostHocError
     if it fails."""
     arguments = list(map(str, words))
-    line = shlex.join(["ema", *arguments])
+    line = shlex.join([command_name(), *arguments])
     say("")
     say(f"$ {line}")
     command = [sys.executable, "-m", "posthoc_cli", *arguments]
@@ -124,6 +147,65 @@ def run_command(say: Say, *words: str | Path) -> str:
     if done.returncode != 0:
         raise PostHocError(f"`{line}`", f"ended with exit code {done.returncode}")
     return line
+
+
+# --- samples
+# ----------------------------------------------------------------------------------------
+
+DRAWN_CLASSES = 8
+SAMPLER_STEPS = 18
+LOWEST_NOISE, HIGHEST_NOISE, RHO = 0.002, 20.0, 7
+"""Of arXiv 2206.00364, table 1, but for the highest: training sees no noise above 20."""
+_SCALE = 8  # pixels of a picture a pixel of a sample
+
+
+@torch.no_grad()
+def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return an image of each class, shape [classes, 64], by Heun's method: arXiv 2206.00364,
+    algorithm 1."""
+    ramp = torch.linspace(1, 0, SAMPLER_STEPS)
+    ends = HIGHEST_NOISE ** (1 / RHO), LOWEST_NOISE ** (1 / RHO)
+    sigmas: list[float] = [*((ends[1] + ramp * (ends[0] - ends[1])) ** RHO).tolist(), 0.0]
+    random = torch.Generator().manual_seed(seed)
+    images = sigmas[0] * torch.randn(len(labels), PIXELS, generator=random)
+
+    def slope_at(images: torch.Tensor, sigma: float) -> torch.Tensor:
+        levels = torch.full((len(labels), 1), sigma)
+        denoised: torch.Tensor = model(images, levels, labels)
+        return (images - denoised) / sigma
+
+    for sigma, after in itertools.pairwise(sigmas):
+        first = slope_at(images, sigma)
+        ahead = images + (after - sigma) * first
+        if after > 0:
+            ahead = images + (after - sigma) * (first + slope_at(ahead, after)) / 2
+        images = ahead
+    return images
+
+
+def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Path) -> None:
+    """Draw samples of the raw weights and of five lengths, each from the same noise: as images of
+    the sweep, and as samples.png."""
+    labels = torch.arange(DRAWN_CLASSES)
+    widths = list(dict.fromkeys([swept.found.best, *TRACKED, 0.1, 0.2, 0.025]))[:5]
+    run = Run(snapshots)
+    rows = {}
+    for trial in swept.trials:
+        if trial.x is not None and trial.x not in widths:
+            continue
+        averaged = make_denoiser(seed=0)
+        weights = model.state_dict() if trial.x is None else run.average(trial.x)
+        averaged.load_state_dict(weights)
+        pictures = sample(averaged, labels, seed=0).reshape(-1, SIDE, SIDE).numpy()
+        rows[trial.target] = pictures
+        folder = out / "sweep" / images.FOLDER / trial.name
+        files.make_directory(folder)
+        for number, picture in enumerate(pictures):
+            files.write_atomically(
+                folder / f"class-{number}.png", plots.as_picture(picture, _SCALE)
+            )
+    figure = partial(plots.samples_figure, rows, best=swept.best.title)
+    files.write_atomically(out / "samples.png", plots.as_file(figure, ".png"))
 
 
 # --- the model and its data
@@ -260,9 +342,10 @@ def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
 UPDATE_EVERY = 10
 SNAPSHOTS = 40  # kept a tracked profile; no more are taken if the number of steps allows that
 
-BATCH, LEARNING_RATE = 32, 8e-3
-"""The learning rate is high and falls late, so that the network circles around good weights, and
-their mean is better than any of them."""
+BATCH = 32
+LEARNING_RATE = 8e-3
+"""It is constant, so that the network circles around good weights, and their mean is better than
+any of them. With 12e-3 the best length is 0.05, which is tracked."""
 
 
 def checkpoint_every(steps: int) -> int:
@@ -277,20 +360,18 @@ def train(steps: int, data: Images, directory: Path, advance: Callable[[int], No
     """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called
     with done steps."""
     model = make_denoiser(seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
-    every, random = checkpoint_every(steps), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, (0.9, 0.99), fused=True)
+    every = checkpoint_every(steps)
+    random = torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(
         model,
         directory,
+        sigma_rels=TRACKED,
         update_every=UPDATE_EVERY,
         checkpoint_every=every,
         max_checkpoints=SNAPSHOTS,
     ) as ema:
         for step in range(1, steps + 1):
-            # alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696
-            optimizer.param_groups[0]["lr"] = LEARNING_RATE / math.sqrt(
-                max(step / (steps * 3 // 10), 1.0)
-            )
             chosen = torch.randint(len(data.images), (BATCH,), generator=random)
             sigma = random_noise_levels(BATCH, random)
             images = Images(data.images[chosen], data.labels[chosen])

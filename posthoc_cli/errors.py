@@ -62,6 +62,8 @@ class InvalidValueError(PostHocError, ValueError):
 class DirectoryError(PostHocError):
     """A snapshot directory that is absent, empty or foreign."""
 
+    exit_code = 2
+
 
 class FileFormatError(PostHocError):
     """A file that is damaged, truncated or of another format."""
@@ -273,7 +275,7 @@ def check_count(name: str, value: object, least: int = 1) -> int:
         count = least - 1
     if count < least:
         raise InvalidValueError(
-            name, f"must be a whole number, at least {least}", value=brief(value)
+            name, f"must be a whole number, at least {least}", value=shown(value)
         )
     return count
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -52,6 +53,10 @@ _LONGEST_TEXT = 200
 _WIDTH, _HEIGHT, _LINE = (8.0, 4.4, 0.16)
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
+# of samples: a fifth of the width for their titles
+_CLOSE = {
+    "wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.01, "top": 0.99,
+}  # fmt: skip
 
 
 class _Figure(Figure):
@@ -173,7 +178,7 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         (place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]
     ]
     widths, means, errors = np.array(curve, float).T
-    measured = [trial for trial in found["trials"] if trial["value"] is not None and trial["x"]]
+    measured = [trial for trial in found["trials"] if None not in (trial["value"], trial["x"])]
     points = [
         (place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in measured
@@ -214,6 +219,36 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     )
     axes.set_ylabel(_text(found["metric"]))
     return _finish(figure, axes.xaxis)
+
+
+def samples_figure(
+    rows: Mapping[str, npt.NDArray[np.floating[Any]]], best: str | None = None
+) -> Figure:
+    """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
+    columns = max(map(len, rows.values()))
+    size = (_WIDTH, 0.1 + len(rows) * 0.8 * _WIDTH / columns)
+    figure = _Figure(figsize=size, dpi=150, facecolor="white")
+    layout = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=_CLOSE)
+    for line, (title, images) in zip(layout, rows.items(), strict=True):
+        for axes, image in zip(line, images, strict=False):
+            axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+        line[0].set_ylabel(
+            _text(title, 16),
+            rotation=0,
+            horizontalalignment="right",
+            verticalalignment="center",
+            fontweight="bold" if title == best else "normal",
+        )
+    return figure
+
+
+def as_picture(image: npt.NDArray[np.floating[Any]], scale: int) -> bytes:
+    """Return a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
+    stream = io.BytesIO()
+    large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    imsave(stream, large, vmin=-1, vmax=1, cmap="gray", format="png")
+    return stream.getvalue()
 
 
 def audit_figure(audit: dict[str, Any]) -> Figure:

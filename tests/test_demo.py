@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import forked
+import matplotlib.image
 import pytest
 import torch
 from checking import assert_same_tensors
@@ -22,6 +23,7 @@ from posthoc_cli.demo import (
     Validation,
     make_denoiser,
     make_waves,
+    sample,
     train,
 )
 
@@ -63,7 +65,7 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
 ) -> None:
     out = demo.base / "my demo"
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10
-    for name in ("loss.png", "error.png"):
+    for name in ("loss.png", "error.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     result = json.loads((out / "sweep" / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
@@ -80,14 +82,93 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
     assert losses == {
-        f"{trial['x']:g}" if trial["x"] else "raw weights": round(trial["value"], 5)
+        "raw weights" if trial["x"] is None else f"{trial['x']:g}": round(trial["value"], 5)
         for trial in result["trials"]
     }
     assert [width for width, _, _, mark in rows if mark] == [f"{best:g}"]
     model = make_denoiser(seed=1)
     model.load_state_dict(weights)
-    found = float(Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0)(model).mean())
+    validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
+    found = float(validation(model).mean())
     assert found == pytest.approx(losses[f"{best:g}"], abs=1e-5)
+
+
+def test_a_demo_compares_the_best_length_with_the_tracked_ones(demo: Demo) -> None:
+    losses = {one["sigma_rel"]: f"{one['loss']:.5f}" for one in demo.report["averages"]}
+    best = demo.report["best"]
+    line = f"a plain EMA of 0.05 or 0.28: {losses[0.05]} or {losses[0.28]}"
+    assert f"{line}; yours, of {best:g}: {losses[best]}" in demo.text
+
+
+def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_lengths(
+    demo: Demo,
+) -> None:
+    out = demo.base / "my demo"
+    page = (out / "report.html").read_text()
+    titles = re.findall(r"<figcaption>(raw weights|sigma_rel [\d.]+),", page)
+    assert titles[0] == "raw weights"
+    assert {f"sigma_rel {width:g}" for width in (0.05, 0.28, demo.report["best"])} <= {*titles}
+    assert len(titles) == 6
+    assert page.count("data:image/png;base64,") == 6 * 8
+    result = json.loads((out / "sweep/sweep.json").read_text())
+    model = make_denoiser(seed=1)
+    model.load_state_dict(load_file(out / "best.safetensors"))
+    drawn = sample(model, torch.arange(8), seed=0).reshape(-1, 8, 8)
+    folder = out / "sweep/images" / f"sigma_rel-{result['best']['sigma_rel']:g}-seed-0"
+    for number, image in enumerate(drawn):
+        pixels = matplotlib.image.imread(folder / f"class-{number}.png")[::8, ::8, 0]
+        assert abs(pixels - (image.clamp(-1, 1).numpy() + 1) / 2).max() < 0.01
+
+
+def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of data of mean m and standard deviation s, D(x; sigma) = (s^2 x + sigma^2 m) / (s^2 +
+    sigma^2), and the solution of the differential equation is m + (x - m) times the ratio of
+    sqrt(s^2 + sigma^2), from the highest noise to none."""
+
+    class Known(torch.nn.Module):
+        def forward(
+            self, noisy: torch.Tensor, sigma: torch.Tensor, _: torch.Tensor
+        ) -> torch.Tensor:
+            return (0.25 * noisy + sigma**2 * 3.0) / (0.25 + sigma**2)
+
+    start = room.HIGHEST_NOISE * torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
+    exact = 3 + (start.double() - 3) * (0.25 / (0.25 + room.HIGHEST_NOISE**2)) ** 0.5
+    errors = []
+    for steps in (18, 36):
+        monkeypatch.setattr(room, "SAMPLER_STEPS", steps)
+        drawn = sample(Known(), torch.arange(4), seed=5).double()
+        errors.append(float((drawn - exact).abs().max()))
+    assert errors[0] < 0.05
+    assert errors[1] < errors[0] / 3  # of the second order, so about a quarter
+
+
+def test_a_second_demo_takes_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(room.free_folder()) == "ema-demo"
+    Path("ema-demo").mkdir()
+    Path("ema-demo-2").touch()
+    assert str(room.free_folder()) == "ema-demo-3"
+
+
+def test_commands_are_printed_as_the_program_was_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    program = Path(".venv/bin/ema")
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    for given, path, name in (
+        (program, "", ".venv/bin/ema"),
+        (program, tmp_path / program.parent, "ema"),
+        ("/usr/lib/posthoc_cli/__main__.py", "", "ema"),
+    ):
+        monkeypatch.setattr("sys.argv", [str(given), "demo"])
+        monkeypatch.setenv("PATH", str(path))
+        assert room.command_name() == name
 
 
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:

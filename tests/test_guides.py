@@ -1,14 +1,16 @@
 """README and guides: their code runs, the links and tests that they name exist, and no line is
 repeated."""
 
-import os
 import re
 import shlex
 import shutil
 import socket
+import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import forked
 import pytest
@@ -36,12 +38,18 @@ print(loss)
 print(json.dumps({"loss": loss, "loss_stderr": 1e-3}))
 """
 """An evaluation that is faster than one that loads a model."""
+SAMPLES = """
+import sys
+with open(sys.argv[2] + "/sample.png", "wb") as file:
+    file.write(b"\\x89PNG")
+"""
+"""A program that needs no library to write what begins as a picture."""
 
 
 def code_blocks(page: Path) -> list[tuple[str, str]]:
     """Return language and text of the blocks to run, in order."""
     return re.findall(
-        r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
+        r"^```(python|console)(?: shown)?\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE
     )
 
 
@@ -84,8 +92,9 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     model = make_model()
 
-    def evaluate(network: torch.nn.Module) -> None:
+    def evaluate(network: torch.nn.Module) -> float:
         assert not network.training
+        return 0.5
 
     optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-2), list(torch.randn(20, 8, 4))
     return {
@@ -103,6 +112,7 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     part of it."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
+    (tmp_path / "sample.py").write_text(SAMPLES)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")
     torch.save({"model": weights, "ema": weights}, tmp_path / "last.pt")
@@ -110,19 +120,36 @@ def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+@pytest.fixture
+def loggers(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """What stands in for two programs that log figures."""
+    loggers = Mock()
+    monkeypatch.setitem(sys.modules, "wandb", loggers.wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", loggers.tensorboard)
+    return loggers
+
+
 @pytest.mark.usefixtures("folder")
-def test_the_code_of_a_page_runs_from_top_to_bottom(
-    page: Path, ema: Ema, names: dict[str, Any]
+def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
+    ema: Ema, names: dict[str, Any], loggers: Mock
 ) -> None:
-    for language, block in code_blocks(page):
-        if language == "python":
-            exec(compile(block, page.name, "exec"), names)
-            continue
-        for program, *arguments in commands(block):
-            assert program == "ema"
-            result = ema(*arguments)
-            assert result.code == 0, (arguments, result.err)
+    order = re.findall(r"^\| \[\w+\]\(posthoc_cli/guides/(\w+)\.md\)", README.read_text(), re.M)
+    assert sorted(order) == [page.stem for page in GUIDES]
+    for name in order:
+        page = PACKAGE / "guides" / f"{name}.md"
+        for language, block in code_blocks(page):
+            if language == "python":
+                exec(compile(block, page.name, "exec"), names)
+                continue
+            for program, *arguments in commands(block):
+                assert program == "ema"
+                result = ema(*arguments)
+                assert result.code == 0, (name, arguments, result.err)
+    (figures,), step = loggers.wandb.log.call_args
+    assert (step, figures["step"]) == ({"step": 20}, 20.0)
+    assert figures["predicted_error_0.1"] > 0
+    scalars = [call.args for call in loggers.tensorboard.SummaryWriter().add_scalar.mock_calls]
+    assert scalars[-3:] == [(f"loss/{width}", 0.5, 20) for width in (0.05, 0.1, 0.28)]
 
 
 def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:
@@ -170,8 +197,10 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(
     for name, text in programs.items():
         Path(name).write_text(text)
     Path("eval.py").write_text(EVALUATION)
-    blocks = [text for language, text in code_blocks(README) if language == "console"]
-    shown, printed = [line for block in blocks for line in block.splitlines() if line[0] != "$"], []
+    first, before, train = (text for language, text in code_blocks(README) if language == "console")
+    blocks = [before, first, train]  # the first block uses the files of a program further down
+    shown = [line for block in blocks for line in block.splitlines() if line[0] != "$"]
+    printed: list[str] = []
     for program, *arguments in [words for block in blocks for words in commands(block)]:
         done = ema(*arguments) if program == "ema" else forked.check(programs[arguments[0]])
         assert program in ("ema", "python3")
@@ -179,38 +208,48 @@ def test_the_readme_runs_as_pasted_in_an_empty_folder(
         printed += done.out.splitlines()
     # These lines do not depend on the evaluation, which is replaced here, nor on times and
     # machines.
-    assert set(printed) >= {
-        line for line in shown if line.startswith(("20 x", "imported:", "  tracked", "wrote a run"))
-    }
+    fixed = ("20 x", "numbers are", "wrote a run")
+    assert set(printed) >= {line for line in shown if line.startswith(fixed)}
     # Both examples end with the same training, whose losses are those shown, up to the last digits.
-    losses = {name: float(value) for name, value in (line.split(": ") for line in printed[-2:])}
-    expected = dict(line.split(": ") for line in shown[-2:])
-    assert losses == {
-        name: pytest.approx(float(value), rel=0.1) for name, value in expected.items()
-    }
-    evaluated = forked.check(programs["eval.py"], "--weights", "model.safetensors")
-    # the same length, from checkpoints
-    assert float(evaluated.out) == pytest.approx(losses["average"], rel=0.1)
+    names = ("last weights", "average")
+    losses = {name: number_after(name, printed) for name in names}
+    assert losses == {name: pytest.approx(number_after(name, shown), rel=0.1) for name in names}
+    for name in ("averaged", "from-hook"):  # the same length, from checkpoints and from snapshots
+        evaluated = forked.check(programs["eval.py"], "--weights", f"{name}.safetensors")
+        assert float(evaluated.out) == pytest.approx(losses["average"], rel=0.1)
 
 
-def test_the_hook_in_the_readme_saves_the_final_averages_and_continues_when_it_is_run_again(
+def number_after(name: str, lines: Sequence[str]) -> float:
+    (number,) = (line.partition(": ")[2] for line in lines if line.startswith(f"{name}: "))
+    return float(number)
+
+
+def test_the_training_in_the_readme_goes_on_after_an_interrupt_and_ends_when_it_is_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is interrupted before its first checkpoint, and after one."""
     monkeypatch.chdir(tmp_path)
     programs = programs_of_the_readme()
-    for count in (295, 20):
-        Path("task.py").write_text(
-            programs["task.py"].replace("torch.randn(2000,", f"torch.randn({count},")
-        )
-        # a cached module of equal size and time would be used instead
-        os.utime("task.py", (count, count))
-        forked.check(programs["train.py"])
-        assert {s.t for s in Run("run/ema").snapshots} >= {100, 200, 290}
-    assert Run("run/ema").t == 290 + 20
+    task = programs["task.py"].replace("torch.randn(2000,", "torch.randn(230,")
+    Path("task.py").write_text(task)
+    train = programs["train.py"]
+    update = "    ema.update_(model)"
+    for count in (50, 150):
+        fails = train.replace(update, f"    print(step)\n    assert step < {count}\n{update}")
+        failed = forked.run(fails)
+        assert failed.code == 1
+        first, *_, last = failed.out.split()
+        assert (first, last) == ("1", str(count))
+    done = forked.check(train.replace(update, f"    print(step)\n{update}"))
+    assert done.out.split()[:130] == [str(step) for step in range(101, 231)]
+    assert {snapshot.t for snapshot in Run("run/ema").snapshots} == {100, 200, 230}
+    again = forked.run(train)
+    assert again.code == 1
+    assert again.err == "this training is finished; to begin anew, remove run/checkpoint.pt\n"
 
 
 def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere() -> None:
-    assert len(README.read_text().splitlines()) <= 197
+    assert len(README.read_text().splitlines()) <= 227
     assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
     for page in (README, *GUIDES):
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):

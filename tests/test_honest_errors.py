@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from checking import refused
 from factories import Span, exact_weights
 from safetensors.torch import save_file
 
@@ -434,3 +435,20 @@ def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path) -> No
     found, predicted = made(tmp_path / "run", [*WIDTHS], "minvar")
     actual = errors(found, true(path.astype(np.float32), 1))
     assert np.all(np.abs(np.log(actual / predicted)) < np.log(2)), actual / predicted
+
+
+def test_usual_mistakes_with_a_tracker_name_what_was_meant(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5)
+    for name in ("update", "update_parameters"):
+        with pytest.raises(AttributeError, match=r"call ema.update_\(model\) after each step"):
+            getattr(ema, name)
+    with refused("step", "number of steps so far", "call ema.update_(model)"):
+        ema.step(model)  # type: ignore[operator]
+    assert ema.step == 0
+    with refused("state", "none of a tracker", "'weight', 'bias'", "ema.state_dict()"):
+        ema.load_state_dict(model.state_dict())
+    with refused("device", "'cuda'", "or 'model' for the model's own device"):
+        PostHocEMA.from_model(model, tmp_path / "other", device="cuda")
+    with refused("checkpoint_every", "checkpoint_every 100.0: must be a whole number"):
+        PostHocEMA.from_model(model, tmp_path / "other", checkpoint_every=100.0)  # type: ignore[arg-type]

@@ -60,6 +60,8 @@ class _Command(_Flags, typer.core.TyperCommand):
             options = {
                 option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"
             }
+            if not isinstance(error.args[0], str):  # a path, which may be named like an option
+                raise
             error.subject = " and ".join(
                 options.get(name, name) for name in error.subject.split(" and ")
             )
@@ -115,17 +117,36 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     making.demo: ("ema demo --out ema-demo",),
     showing.guide: ("ema guide training",),
 }
-"""The commands in the order of the help, with the examples at its end."""
+"""The examples at the end of each command's help."""
 
-for _function, _examples in EXAMPLES.items():
-    # Each paragraph of the help becomes one line, which is wrapped to the terminal; each example
-    # starts a new line.
-    app.command(
-        _function.__name__.strip("_").replace("_", "-"),
-        cls=_Command,
-        help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
-        epilog="Example:  " + "\n\nor:       ".join(_examples),
-    )(_function)
+_PANELS = {
+    "Checkpoints that you have": (
+        showing.audit,
+        making.import_,
+        making.synthesize,
+        making.sweep,
+        showing.error_plot,
+        showing.report,
+        making.export,
+        showing.info,
+        showing.verify,
+    ),
+    "A training with the hook": (showing.plan, making.prune, showing.profile),
+    "Learn": (making.demo, showing.guide),
+}
+"""The commands in the order of the help."""
+
+for _panel, _functions in _PANELS.items():
+    for _function in _functions:
+        # Each paragraph of the help becomes one line, which is wrapped to the terminal; each
+        # example starts a new line.
+        app.command(
+            _function.__name__.strip("_").replace("_", "-"),
+            cls=_Command,
+            help=re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(_function.__doc__ or "")),
+            epilog="Example:  " + "\n\nor:       ".join(EXAMPLES[_function]),
+            rich_help_panel=_panel,
+        )(_function)
 
 
 def _print_version(wanted: bool) -> None:
@@ -156,6 +177,8 @@ def main() -> NoReturn:
     # is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
+    if arguments == ["version"]:
+        arguments = ["--version"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
     warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
@@ -188,7 +211,7 @@ def main() -> NoReturn:
         code = 2
         context = getattr(error, "ctx", None)
         see = "" if context is None else f" (see {context.command_path} --help)"
-        _print_message("error", f"{error.format_message()}{see}")
+        _print_message("error", f"{error.format_message().replace('Value error, ', '')}{see}")
     if code == 130:  # from the handler above, or returned by typer
         output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)

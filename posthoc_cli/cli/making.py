@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +205,9 @@ def sweep(
     minimize: bool | None = options.HOW(
         None, "--minimize/--maximize", help="Whether lower or higher is better."
     ),
+    look: bool = options.HOW(
+        False, "--look", help="No metric: only show the images of some lengths, side by side."
+    ),
     repeats: int = options.HOW(
         1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."
     ),
@@ -217,32 +220,55 @@ def sweep(
     ),
     like: Path | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
+    images: str | None = options.OUTPUT(
+        None,
+        metavar="GLOB",
+        show_default="png, jpg, webp, gif",
+        help="The images in {dir} to keep, the newest 16 of each trial; or none.",
+    ),
     t: float | None = options.TIME,
+    raw: str | None = options.RUN(
+        None, metavar="CHECKPOINT", help="The raw weights, to measure them too: last.pt."
+    ),
 ) -> None:
-    """Find the best length by your own metric.
+    """Find the best length by your own metric, or by eye.
 
     Runs the command for averages of several lengths, one after another, and measures more lengths
     where the best may be, until it is known within the noise of the metric. It also prints the
     range that is equal within the noise.
 
-    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial is
-    reported and does not count. The same call continues an earlier one. OUT receives trials.jsonl,
-    sweep.json, logs and the best average.
+    Images that the command writes to {dir} are kept, and a page shows them with a slider over the
+    length. --look makes this page without a metric.
+
+    A standard error next to the metric (acc_stderr) is used as its noise. A failed trial does not
+    count; two in a row that fail alike end the sweep. The same call continues an earlier one. OUT
+    receives trials.jsonl, sweep.json, logs, images, their page and the best average.
     """
+    from posthoc_cli.report.page import render
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
 
-    if minimize is None:
-        raise InvalidValueError(
-            "--minimize", "say whether lower or higher is better", "add --minimize or --maximize"
-        )
+    check_alone(**{"--look": look, "--minimize": minimize is not None})
+    if minimize is None and not look:
+        reason = "say whether lower or higher is better"
+        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
+        raise InvalidValueError("--minimize", reason, hint)
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
     out = files.output_path("--out", out)
     run = options.open_run(directory)
     output.warn_of_statistics(run.sources[-1].copies)
-    say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
+    show = output.print_note if as_json else output.print_line
+
+    def say(trial: Trial, number: int, expected: int) -> None:
+        if trial.error is not None:
+            name = f"{trial.target}, seed {trial.seed}"
+            see = f"see {out / 'logs' / trial.name}.err"
+            output.print_note(f"ema: warning: {name}: {trial.error}; {see}")
+        left = _time_left(trial.seconds * (expected - number))
+        show(f"trial {number} of about {expected}: {_result(trial)}{left}")
+
     report = Sweep(
         run,
         command,
@@ -254,37 +280,58 @@ def sweep(
         budget=budget,
         t=t,
         like=None if like is None else files.expanded(like),
+        raw=options.optional(options.existing, raw),
+        images=images,
         again=shlex.join(["ema", *sys.argv[1:]]),
         say=say,
         progress=output.progress_bar("trials"),
     ).run_all()
+    if (out / "images").is_dir():
+        page = render(run, [out], out / "report.html").encode()
+        files.write_atomically(out / "report.html", page, overwrite=True)
+        report = replace(report, outputs=(*report.outputs, out / "report.html"))
     output.show(report.to_dict(), as_json, _print_sweep)
 
 
-def _print_trial(out: Path, show: Callable[[str], None], trial: Trial) -> None:
+def _result(trial: Trial) -> str:
     title = f"{trial.target}, seed {trial.seed}"
-    if trial.value is None:
-        output.print_note(f"ema: warning: {title}: {trial.error}; see {out / trial.log}.err")
-    else:
-        error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
-        show(f"{title}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
+    if trial.error is not None:
+        return f"{title} failed"
+    if trial.value is not None:
+        title += f": {trial.value:.6g}"
+    if trial.standard_error is not None:
+        title += f" ± {trial.standard_error:.2g}"
+    return f"{title} ({trial.seconds:.1f} s)"
+
+
+def _time_left(seconds: float) -> str:
+    if seconds < 1:
+        return ""
+    for length, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * length:
+            return f", about {seconds / length:.0f} {unit} left"
+    return f", about {seconds:.0f} s left"
 
 
 def _print_sweep(found: dict[str, Any]) -> None:
     from posthoc_cli.sweep.search import answer
 
     texts = answer(found)
-    output.print_line()
-    output.print_pairs(
-        [
+    pairs = [("measured", texts["measured"]), ("wrote", ", ".join(found["outputs"]))]
+    if "best" in texts:
+        if found["raw"] is None:
+            texts["raw"] += ": the run lacks them; name their file by --raw"
+        pairs = [
             ("best", texts["best"]),
-            (f"estimate of {texts['metric']}", texts["estimate"]),
+            (texts["metric"], texts["value"]),
+            ("raw weights", texts["raw"]),
+            ("gain", texts["gain"]),
+            ("estimate", texts["estimate"]),
             ("equal within the noise", texts["equal"]),
-            ("raw weights", texts["raw"] + ": the run lacks them" * (found["raw"] is None)),
-            ("measured", texts["measured"]),
-            ("wrote", ", ".join(found["outputs"])),
+            *pairs,
         ]
-    )
+    output.print_line()
+    output.print_pairs([(name, text) for name, text in pairs if text])
 
 
 def export(
@@ -550,6 +597,8 @@ def prune(
 
     check_alone(1, keep=keep, max_error=max_error)
     count = options.optional(options.parse_count, keep, "--keep", "20")
+    if count == 0:
+        raise InvalidValueError("--keep", "must be at least 1", value="0")
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))
@@ -617,66 +666,61 @@ def _print_end(found: dict[str, Any], dry_run: bool) -> None:
 
 
 def demo(
-    out: Path = options.OUTPUT(
-        "ema-demo", "--out", "-o", help="The folder for all files of the demo; new, or empty."
+    out: Path | None = options.OUTPUT(
+        None,
+        "--out",
+        "-o",
+        show_default="ema-demo, ema-demo-2, ...",
+        help="The folder for all files of the demo; new, or empty.",
     ),
     as_json: bool = options.JSON,
-    steps: str = options.HOW("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
+    steps: str = options.HOW("6000", metavar="COUNT", help="Steps of training: a multiple of 100."),
 ) -> None:
     """Train a small diffusion model and choose its average.
 
     Takes less than a minute and downloads nothing. Trains with the hook on generated images,
-    measures the validation loss of averages of many lengths, makes the best one, and draws pictures
-    and a page. Prints every command that it runs.
+    measures the validation loss of averages of many lengths, makes the best one, and draws
+    pictures, samples and a page. Prints every command that it runs.
     """
-    from posthoc_cli.demo import run
+    from posthoc_cli.demo import free_folder, run
 
-    count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
+    count = options.parse_count(steps, "--steps", "6000, 6e3 or 6K")
     say = output.print_note if as_json else output.print_line
-    out = files.output_path("--out", out)
-    output.show(run(out, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
+    folder = free_folder() if out is None else files.output_path("--out", out)
+    output.show(run(folder, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
 
 
 def _print_demo(found: dict[str, Any]) -> None:
+    from posthoc_cli.demo import command_name
+
     output.print_line()
     output.print_line("Which length is best? The loss on images that the training has not seen:")
     rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}", "versus": "", "mark": ""}]
+    losses = {}
     for one in found["averages"]:
-        mark = "<- best" if one["sigma_rel"] == found["best"] else ""
-        versus = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
-        rows.append(
-            {
-                "what": f"{one['sigma_rel']:g}",
-                "loss": f"{one['loss']:.5f}",
-                "versus": versus,
-                "mark": mark,
-            }
-        )
+        width = one["sigma_rel"]
+        losses[width] = one["loss"]
+        row = {"what": f"{width:g}", "loss": f"{one['loss']:.5f}"}
+        row["versus"] = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
+        row["mark"] = "<- best" if width == found["best"] else ""
+        rows.append(row)
     output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
     low, high = found["equal_within_noise"]
+    output.print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise")
+    tracked = " or ".join(f"{width:g}" for width in found["tracked"])
+    plain = " or ".join(f"{losses[width]:.5f}" for width in found["tracked"])
     output.print_line(
-        f"sigma_rel {low:g} to {high:g} are equal within the noise; ema sweep searches with a "
-        f"command of yours"
+        f"a plain EMA of {tracked}: {plain}; yours, of {found['best']:g}: "
+        f"{losses[found['best']]:.5f}"
     )
     out = Path(found["out"])
     output.print_line()
-    output.print_line(
-        f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, look at the pictures, "
-        f"and try:"
-    )
+    output.print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, and try:")
+    mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
+    schedule = ["--steps", "100000", "--params", "100K", "--disk", "10MB"]
     for words in (
-        ["synthesize", out / "snapshots", "--sigma-rel", "0.13", "--out", out / "mine.safetensors"],
+        ["synthesize", out / "snapshots", *mine],
         ["info", out / "best.safetensors"],
-        [
-            "plan",
-            "--steps",
-            "100000",
-            "--params",
-            "100K",
-            "--disk",
-            "10MB",
-            "--out",
-            out / "plan.png",
-        ],
+        ["plan", *schedule, "--out", out / "plan.png"],
     ):
-        output.print_line(f"  {shlex.join(['ema', *map(str, words)])}")
+        output.print_line(f"  {shlex.join([command_name(), *map(str, words)])}")

@@ -3,6 +3,7 @@ values."""
 
 from __future__ import annotations
 
+import glob
 import stat
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from typer import Argument, Option
 
-from posthoc_cli import files, resources, targets
+from posthoc_cli import errors, files, resources, targets
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.targets import SigmaRel, Target, bad, parse_numbers
 
@@ -171,9 +172,24 @@ def existing(place: str | Path, directory: bool = False, name: str = "DIR") -> P
     except (FileNotFoundError, NotADirectoryError):
         reason = "no such directory" if directory else "no such file or directory"
     if reason:
-        hint = "name the directory that a tracker writes its snapshots to" if directory else ""
+        hint = "name that of snapshots, or of checkpoints" if directory else ""
         raise InvalidValueError(path, reason, hint)
+    if stat.S_ISREG(mode) and not files.is_url(path):
+        _check_content(path)
     return path
+
+
+def _check_content(path: Path) -> None:
+    """Raise an InvalidValueError for an empty file, and for a text, but the index of shards."""
+    with path.open("rb") as file:
+        beginning = file.read(256)
+    if not beginning:
+        raise InvalidValueError(path, "is an empty file")
+    text = beginning.decode(errors="replace")
+    is_text = "\ufffd" not in text and all(c.isprintable() or c.isspace() for c in text)
+    if is_text and path.suffix != ".json":
+        reason = f"is a text, not a file of tensors: {errors.shown(text[:40])}"
+        raise InvalidValueError(path, reason)
 
 
 def new_picture(out: Path | None, overwrite: bool) -> Path | None:
@@ -189,4 +205,22 @@ def open_run(place: str, directory: bool = True) -> Run:
     from posthoc_cli.run import Run
 
     path = files.expanded(files.given_path("DIR", place))
-    return Run(path if is_glob(path) else existing(path, directory))
+    if is_glob(path):
+        if not glob.glob(str(path), recursive=True):  # noqa: PTH207 - the pattern may be absolute
+            raise InvalidValueError(path, "no file or folder has such a name")
+        return Run(path)
+    path = existing(path, directory)
+    if path.is_dir() and not holds_snapshots(path):
+        for folder in sorted(path.iterdir()):
+            if folder.is_dir() and holds_snapshots(folder):
+                raise InvalidValueError(
+                    path, "holds no snapshots itself", f"did you mean {folder}?"
+                )
+    return Run(path)
+
+
+def holds_snapshots(folder: Path) -> bool:
+    """Return whether a folder has files that are named as snapshots are."""
+    from posthoc_cli.snapshots.directory import is_snapshot_name
+
+    return any(map(is_snapshot_name, folder.iterdir()))

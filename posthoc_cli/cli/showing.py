@@ -13,7 +13,7 @@ from typer import Argument
 
 from posthoc_cli import files, resources
 from posthoc_cli.cli import options, output
-from posthoc_cli.errors import InvalidValueError, check_alone, check_word
+from posthoc_cli.errors import InvalidValueError, PostHocError, check_alone, check_word
 from posthoc_cli.planning import ErrorCurve
 from posthoc_cli.report.facts import facts
 from posthoc_cli.targets import bad, parse_numbers, parse_targets
@@ -85,9 +85,16 @@ def verify(
 
     reports: list[dict[str, Any]] = []
     is_fine = True
-    # All paths are checked first, since reading takes long.
-    for path in [options.existing(path, name="DIR|FILE") for path in paths]:
-        check = Run(path).check(output.progress_bar())
+    code = 0
+    for path in paths:
+        try:
+            check = Run(options.existing(path, name="DIR|FILE")).check(output.progress_bar())
+        except PostHocError as error:
+            if len(paths) == 1:
+                raise
+            output.print_note(f"ema: error: {error}")
+            code = max(code, error.exit_code)
+            continue
         reports.append(check.to_dict())
         is_fine = is_fine and check.is_fine
         if not as_json:
@@ -100,7 +107,7 @@ def verify(
         output.print_json(
             reports[0] if len(reports) == 1 else {"kind": "several", "paths": reports}
         )
-    return int(not is_fine)
+    return max(code, int(not is_fine))
 
 
 def _print_verify(found: dict[str, Any]) -> None:

@@ -179,7 +179,10 @@ def layout_of(path: Path, layout: str | None) -> str:
     fits = named == wanted or (named is None and (layout is not None or not path.suffix))
     if not (fits or path.is_dir()):
         hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
-        raise InvalidValueError(path, f"its ending does not fit the layout {wanted}", hint)
+        reason = f"its ending does not fit the layout {wanted}"
+        if layout is None:
+            reason = f"the ending {path.suffix} says no layout"
+        raise InvalidValueError(path, reason, hint)
     return wanted
 
 

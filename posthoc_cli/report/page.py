@@ -4,11 +4,14 @@ elsewhere."""
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
+import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,13 +30,25 @@ from posthoc_cli.errors import (
     printable,
     shown,
 )
-from posthoc_cli.report.facts import facts, text
+from posthoc_cli.report.facts import facts, text, title_of
 from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
-from posthoc_cli.sweep.search import RESULT, answer
+from posthoc_cli.sweep import images
+from posthoc_cli.sweep.search import RAW, RESULT, answer, name_of
+from posthoc_cli.sweep.sweeps import LOGS
 
-_MOST_BYTES = 50_000_000
+_MOST_BYTES = 50_000_000  # of the result of a sweep
+_COMPARED = [
+    ("sweep", "folder"),
+    ("best", "best"),
+    ("metric", "metric"),
+    ("value", "value"),
+    ("equal within the noise", "equal"),
+    ("raw weights", "raw"),
+]
+"""The columns of the table of several sweeps, with their keys."""
+_MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
 def render(
@@ -58,14 +73,20 @@ def render(
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )
     environment.filters["size"] = size_text
+    script = (Path(__file__).parent / "page.js").read_text()
     packages = ("posthoc-cli", "torch", "numpy", "safetensors")
     return environment.get_template("page.html").render(
         title=printable(" and ".join(str(part["run"].directory) for part in parts)),
         parts=parts,
         sweeps=swept,
+        columns=_COMPARED,
+        compared=[one for one in swept if "best" in one],
         errors=_picture(partial(plots.error_figure, [part["curve"] for part in parts]))
         if len(parts) > 1
         else None,
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        date=time.strftime("%d %B %Y"),
         commands=[line for part in parts for line in part["commands"] or [_command(part["run"])]],
         versions=[
             ("Python", platform.python_version()),
@@ -104,14 +125,19 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
             names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
             raise MismatchError(path, f"is of another run: {' and '.join(names)}")
         part = parts[run_ids.index(result["settings"]["run"])]
-        swept = answer(result) | {
+        stops = _stops(result, folder)
+        swept: dict[str, Any] = answer(result) | {
             "folder": folder,
             "axis": str(result["axis"]),
-            "rows": _rows(result),
-            "picture": _picture(partial(plots.sweep_figure, result)),
+            "rows": _rows(result, folder),
+            "stops": stops,
+            "start": [*(stop["best"] for stop in stops), True].index(True) % max(1, len(stops)),
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
         }
-        part["commands"] += [*filter(None, [result["again"]]), _command(part["run"], result)]
+        part["commands"] += filter(None, [result["again"]])
+        if "best" in result:
+            swept["picture"] = _picture(partial(plots.sweep_figure, result))
+            part["commands"].append(_command(part["run"], result))
     except PostHocError:
         raise
     except (
@@ -127,46 +153,92 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     return swept
 
 
-def _rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials and the estimated best one of a sweep, by length, with their values as
-    texts."""
-    best = {
-        "target": f"best: {result['best']['target']}",
-        "x": float(result["best"][result["axis"]]),
-        "best": True,
-        "value": result["estimate"],
-        "standard_error": result["standard_error"],
-        "error": "estimate",
-        "log": "",
-    }
-    keys = ("target", "seed", "value", "standard_error", "predicted_error", "seconds")
-    rows = sorted([*result["trials"], best], key=lambda row: (row["x"], row["target"]))
-    return [
-        {
-            "best": False,
-            **row,
-            "log": str(row["log"]),
-            "error": row["error"] or "",
-            "cells": ["" if row.get(key) is None else text(key, row[key]) for key in keys],
-        }
-        for row in rows
-    ]
+def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return the trials of a sweep, by length, with their values as texts."""
+    keys = ["target", "seed", "value", "standard_error", "predicted_error", "seconds"]
+    keys = [key for key in keys if any(trial[key] is not None for trial in result["trials"])]
+    names = [result["metric"] if key == "value" else title_of(key) for key in keys]
+    best = result.get("best", {}).get("target")
+    rows = []
+    for trial in _sorted(result):
+        texts = ["" if trial[key] is None else text(key, trial[key]) for key in keys]
+        log = f"{LOGS}/{name_of(trial['target'], trial['seed'])}"
+        rows.append(
+            {
+                "best": trial["target"] == best,
+                "error": trial["error"] or "",
+                "log": log if (folder / f"{log}.out").exists() else "",
+                "cells": [*zip(names, texts, strict=True)],
+            }
+        )
+    return rows
+
+
+def _sorted(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials of a sweep: those of raw weights, then the others by length."""
+    trials: list[dict[str, Any]] = result["trials"]
+
+    def place(trial: dict[str, Any]) -> tuple[bool, float, int]:
+        return trial["x"] is not None, trial["x"] or 0.0, trial["seed"]
+
+    return sorted(trials, key=place)
+
+
+def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Return the images of each length, raw weights first, with a title that names its metric.
+
+    Of many large images the first of each length are shown, by their names.
+    """
+    stops = dict[str, dict[str, Any]]()
+    size = 0
+    for trial in _sorted(result):
+        target = trial["target"]
+        kept = folder / images.FOLDER / name_of(target, trial["seed"])
+        paths = sorted(kept.iterdir()) if kept.is_dir() else []
+        if not paths:
+            continue
+        if target not in stops:
+            title = "raw weights" if target == RAW else target
+            if trial["value"] is not None:
+                title += f", {result['metric']} {trial['value']:.6g}"
+            is_best = target == result.get("best", {}).get("target")
+            stops[target] = {"title": title, "best": is_best, "images": []}
+        size += sum(path.stat().st_size for path in paths)
+        stops[target]["images"] += paths
+    for stop in stops.values():
+        count = math.ceil(len(stop["images"]) * min(1, _MOST_IMAGES / size))
+        stop["left"] = len(stop["images"]) - count
+        stop["images"] = [(path.name, _image(path)) for path in stop["images"][:count]]
+    return [*stops.values()]
+
+
+def _image(path: Path) -> str:
+    content = read_small_file(path, images.MOST_BYTES)
+    kind = images.image_type(content)
+    if kind is None:
+        raise FileFormatError(path, "is no PNG, JPEG, WebP or GIF image")
+    return _as_url(kind, content)
+
+
+def _as_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _picture(draw: Callable[[], Figure]) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(plots.as_file(draw, '.svg')).decode()}"
+    return _as_url("image/svg+xml", plots.as_file(draw, ".svg"))
 
 
 def _command(run: Run, result: dict[str, Any] | None = None) -> str:
     """Return the command that makes the best average of a sweep; without a sweep an example."""
-    kind, best, settings = "sigma_rel", "0.1", dict[str, Any]()
+    kind = "sigma_rel"
+    best = "0.1"
+    settings = dict[str, Any]()
     if result is not None:
-        kind, best, settings = (
-            result["axis"],
-            f"{result['best'][result['axis']]:.12g}",
-            result["settings"],
-        )
-    like, t = settings.get("like"), settings.get("t", run.t)
+        kind = result["axis"]
+        best = f"{result['best'][kind]:.12g}"
+        settings = result["settings"]
+    like = settings.get("like")
+    t = settings.get("t", run.t)
     out = "model.safetensors"
     if like:
         out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"

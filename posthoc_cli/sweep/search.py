@@ -6,7 +6,8 @@ Gaussian process with a Matern 5/2 kernel for the deviation from it, plus an off
 plus noise. (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: sections 2.7 and
 4.2.) The hyperparameters are not fitted but averaged over a grid, weighted by their likelihood:
 with seven points many of them explain the data, and a single choice would state too narrow a range.
-All reported numbers are statistics of curves drawn from the model.
+All reported numbers are statistics of curves drawn from the model, but for the metric of the best
+length, which is measured.
 
 The trials are the only state of a search: it can be continued from a list of them.
 """
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,27 +26,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number
+from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number, percent
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
 from posthoc_cli.targets import KINDS, WIDTH, Target, bad, kind_of, parse_numbers
 
-RAW, RESULT = "raw", "sweep.json"
-"""The target of trials of raw weights, which are not an average; and the file of a report in the
-folder of a sweep."""
+log = logging.getLogger(__name__)
+
+RAW = "raw"  # the target of trials of raw weights, which are not an average
+RESULT = "sweep.json"  # the file of a report in the folder of a sweep
 
 POINTS = 101  # the number of points of the grid over the range, on which curves are drawn
 _GRID = np.linspace(0, 1, POINTS)
 
-# the number of lengths in the first batch, which are spread evenly, and in each further batch
-FIRST, NEXT = (6, 2)
+FIRST = 6  # lengths in the first batch, which are spread evenly
+NEXT = 2  # lengths in each further batch
+USUAL = 12  # lengths after which 98 % of searches have found the best (scripts/bench_sweep.py)
 
-CONFIDENCE, GOOD_ERROR = 0.95, 0.01
-"""The probability that the best length lies in the stated range; the largest predicted error in the
-default range."""
+CONFIDENCE = 0.95  # the probability that the best length lies in the stated range
+GOOD_ERROR = 0.01  # the largest predicted error in the default range
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)  # length scales of the kernel, as a fraction of the range
 _SIZES = (0.01, 0.1, 0.3, 1.0, 3.0)
@@ -56,11 +60,11 @@ _TRENDS = (10.0, 1.0, 1.0)  # prior standard deviations of the coefficients of t
 _FAR = 12.0
 """The largest distance of a value above the upper quartile, in distances of that from the second
 best value. Larger values are clipped: they only show that a length is bad."""
-_DRAWS, _MIXED = 1024, 32
+_DRAWS = 1024
 _STATED = 1e-3, 1e6  # bounds of stated standard errors, relative to the spread of the values
 _SAME = 0.02
-"""The distance from a measured length, as a fraction of the range, below which a proposal repeats
-that length."""
+"""The distance from a measured length, as a fraction of the range, below which that length is
+meant."""
 
 _KINDS = {WIDTH.name: WIDTH, **KINDS}
 
@@ -80,21 +84,18 @@ class Axis:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("low", "high"):
-            self.target(getattr(self, name))  # raises an InvalidValueError for a bad value
-            # NumPy's numbers become Python's
-            object.__setattr__(self, name, float(getattr(self, name)))
+        for value in (self.low, self.high, *(self.values or ())):
+            self.target(value)  # raises an InvalidValueError for a bad value
         if not self.low < self.high:
             ends = f"{self.low:g}:{self.high:g}"
             raise InvalidValueError(self.kind, "the first must be below the second", value=ends)
 
     @classmethod
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
-        """Return the axis of given values, which are all measured; an InvalidValueError names a bad
-        one."""
-        for value in values:
-            _KINDS[kind].make(value)  # raises an InvalidValueError for a bad value
-        unique = sorted(set(map(float, values)))
+        """Return the axis of given values, which are all measured."""
+        unique = sorted(
+            {check_number(kind, value, math.isfinite, "be a number") for value in values}
+        )
         if len(unique) < 2:
             raise InvalidValueError("values", "name at least two lengths", value=list(values))
         return cls(kind, unique[0], unique[-1], tuple(unique))
@@ -110,13 +111,12 @@ class Axis:
         if found is None:
             raise bad(name, text, f"must be a range or a list of {', '.join(KINDS)}")
         searched, rest = found
-        is_range = rest.count(":") == 1
         form = f"a range LOW:HIGH, such as {searched.range}, or a list"
         try:
-            values = parse_numbers(rest.replace(":", ",") if is_range else rest, name, form)
-            if is_range:
-                return cls(searched.name, values[0], values[-1])
-            return cls.of_values(searched.name, values)
+            if rest.count(":") != 1:
+                return cls.of_values(searched.name, parse_numbers(rest, name, form))
+            low, high = parse_numbers(rest.replace(":", ","), name, form)
+            return cls(searched.name, low, high)
         except InvalidValueError as error:
             raise bad(name, text, error.reason, error.hint) from error
 
@@ -169,25 +169,33 @@ def good_range(run: Run, t: float | None = None) -> Axis:
 def has_raw(run: Run, t: float | None = None) -> bool:
     """Return whether a checkpoint holds the weights themselves at a time, by default at the newest
     snapshot's."""
-    time = run.sources[-1].t if t is None else t
-    return any(isinstance(source.profile, Point) and source.t == time for source in run.sources)
+    sources = run.sources
+    time = sources[-1].t if t is None else t
+    return any(isinstance(source.profile, Point) and source.t == time for source in sources)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measurement of a metric."""
+    """One measurement of a metric; or images without a metric."""
 
     target: str  # the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights
-    x: float  # the searched value; 0 for raw weights
+    x: float | None  # the searched value; None for raw weights
     seed: int  # as given to the command; trials of one seed share an offset
-    # the metric, finite; None for a failed trial, of which `error` says why
-    value: float | None = None
+    value: float | None = None  # the metric, finite; None without a metric, and of a failed trial
     standard_error: float | None = None
     predicted_error: float | None = None  # of the weights; None if unknown
     seconds: float = 0.0
-    error: str | None = None
-    # the path of its logs without the endings .out and .err, relative to the folder of the sweep
-    log: str = ""
+    error: str | None = None  # why it failed
+
+    @property
+    def name(self) -> str:
+        """The name of its logs and of the folder of its images."""
+        return name_of(self.target, self.seed)
+
+
+def name_of(target: str, seed: int) -> str:
+    """Return the name of a trial for files."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{target}-seed-{seed}")
 
 
 # --- the estimate from trials
@@ -201,19 +209,13 @@ class Estimate:
     best: float  # the value with the best estimate, which may not be that of the best measurement
     mean: float  # the estimated metric at `best`
     standard_error: float
-    # the range that contains the best with a probability of CONFIDENCE; it is equal within the
-    # noise
-    low: float
-    high: float
-    # how much worse than the true best the metric at `best` is expected to be; not negative
-    regret: float
+    low: float  # of the range that contains the best with a probability of CONFIDENCE,
+    high: float  # which is equal within the noise
+    regret: float  # how much worse than the true best `best` is expected to be; not negative
     noise: float  # the standard deviation of one measurement, without the offset of its seed
-    # the range: shape [POINTS], as are the estimated metric over it, and its standard error
-    xs: FloatArray
-    curve: FloatArray
-    errors: FloatArray
-    # curves drawn from the model, standardized so that lower is better: shape [draws, POINTS]
-    draws: FloatArray
+    curve: FloatArray  # the estimated metric over the range: shape [POINTS]
+    errors: FloatArray  # its standard errors
+    draws: FloatArray  # curves drawn from the model, of which lower is better: [draws, POINTS]
 
     @property
     def settled(self) -> bool:
@@ -224,49 +226,59 @@ class Estimate:
     def edge(self) -> float | None:
         """The end of the range at or beyond which the best lies with a probability above one half;
         None if neither."""
-        places, margin = self.draws.argmin(axis=1), _SAME * (POINTS - 1)
-        ends = {self.axis.low: places <= margin, self.axis.high: places >= POINTS - 1 - margin}
-        return next((end for end, is_best in ends.items() if is_best.mean() > 0.5), None)
+        places = _GRID[self.draws.argmin(axis=1)]
+        if np.mean(places <= _SAME) > 0.5:
+            return self.axis.low
+        return self.axis.high if np.mean(places >= 1 - _SAME) > 0.5 else None
 
 
 def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Estimate:
-    """Estimate the best value from at least three successful trials."""
-    measured = [(trial, trial.value) for trial in trials if trial.value is not None and trial.x]
+    """Estimate the best value from at least three successful trials with different metrics."""
+    measured = [trial for trial in trials if trial.value is not None and trial.x is not None]
     sign = 1.0 if minimize else -1.0
-    values = sign * np.array([value for _, value in measured])
-    upper = float(np.quantile(values, 0.75))
-    reach = upper - float(np.sort(values)[1])
-    values = np.minimum(values, upper + _FAR * reach) if reach > 0 else values
-    centre = float(values.mean())
-    scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
-    errors = np.array([trial.standard_error or math.nan for trial, _ in measured]) / scale
-    _, seeds = np.unique([trial.seed for trial, _ in measured], return_inverse=True)
-    places = axis.place([trial.x for trial, _ in measured])
+    values = _clipped(sign * np.array([trial.value for trial in measured], float))
+    centre, scale = float(values.mean()), float(values.std())
+    errors = np.array([trial.standard_error or math.nan for trial in measured]) / scale
+    _, seeds = np.unique([trial.seed for trial in measured], return_inverse=True)
+    xs = [float(trial.x or 0) for trial in measured]
+    places = axis.place(xs)
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp))
-    curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
-    choices = axis.place(axis.values) if axis.values else _GRID
-    points = np.abs(_GRID - choices[:, None]).argmin(axis=1)
-    chosen = int(curve[points].argmin())
-    point, best = (
-        int(points[chosen]),
-        axis.values[chosen] if axis.values else axis.value_at(float(_GRID[chosen])),
-    )
+    curve = centre + scale * draws.mean(axis=0)
+    spread = scale * draws.std(axis=0)
+    if axis.values:
+        points = np.abs(_GRID - axis.place(axis.values)[:, None]).argmin(axis=1)
+        chosen = int(curve[points].argmin())
+        point, best = int(points[chosen]), axis.values[chosen]
+    else:
+        point = int(curve.argmin())
+        best = _known_or_new(axis, point, xs)
     low, high = map(axis.value_at, _likely(draws).tolist())
-    regret = scale * float((draws[:, point] - draws.min(axis=1)).mean())
     return Estimate(
         axis,
         best,
-        sign * float(curve[point]),
-        float(spread[point]),
-        min(low, best),
-        max(high, best),
-        regret,
-        scale * noise,
-        axis.at(_GRID),
-        sign * curve,
-        spread,
-        draws,
+        mean=sign * float(curve[point]),
+        standard_error=float(spread[point]),
+        low=min(low, best),
+        high=max(high, best),
+        regret=scale * float((draws[:, point] - draws.min(axis=1)).mean()),
+        noise=scale * noise,
+        curve=sign * curve,
+        errors=spread,
+        draws=draws,
     )
+
+
+def _clipped(values: FloatArray) -> FloatArray:
+    upper = float(np.quantile(values, 0.75))
+    reach = upper - float(np.sort(values)[1])
+    return np.minimum(values, upper + _FAR * reach) if reach > 0 else values
+
+
+def _known_or_new(axis: Axis, point: int, known: Sequence[float]) -> float:
+    """Return the measured value next to a point of the grid, or else the value there."""
+    distances = np.abs(axis.place(known) - _GRID[point])
+    nearest = int(distances.argmin())
+    return known[nearest] if distances[nearest] < _SAME else axis.value_at(float(_GRID[point]))
 
 
 def first_batch(axis: Axis) -> list[float]:
@@ -285,19 +297,18 @@ def next_batch(
     2010.) With `repeat`, and if the metric varies by less than the noise where the best may be, a
     measured value replaces one next to it, for another seed.
     """
-    known = sorted({trial.x for trial in trials if trial.value is not None and trial.x})
-    places = found.axis.place(known)
+    axis = found.axis
+    known = [trial.x for trial in trials if trial.value is not None and trial.x is not None]
     low, high = _likely(found.draws)
     within = found.curve[(low <= _GRID) & (high >= _GRID)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    lowest = found.draws[:, np.abs(_GRID - found.axis.place([found.best])).argmin()]
+    lowest = found.draws[:, np.abs(_GRID - axis.place([found.best])).argmin()]
     for _ in range(count):
         pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
         lowest = np.minimum(lowest, found.draws[:, pick])
-        nearest = int(np.abs(places - _GRID[pick]).argmin())
-        near = flat and abs(places[nearest] - _GRID[pick]) < _SAME
-        wanted.append(known[nearest] if near else found.axis.value_at(float(_GRID[pick])))
+        new = axis.value_at(float(_GRID[pick]))
+        wanted.append(_known_or_new(axis, pick, known) if flat else new)
     return list(dict.fromkeys(wanted))
 
 
@@ -305,10 +316,9 @@ def _likely(draws: FloatArray) -> FloatArray:
     """Return the ends of the range that contains the best with a probability of CONFIDENCE, as
     places; shape [2]."""
     tail = (1 - CONFIDENCE) / 2
-    ends = np.quantile(_GRID[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (
-        POINTS - 1
-    )
-    return np.asarray(np.clip(ends, 0, 1))
+    ends = np.quantile(_GRID[draws.argmin(axis=1)], [tail, 1 - tail])
+    half = 0.5 / (POINTS - 1)
+    return np.asarray(np.clip(ends + np.array([-half, half]), 0, 1))
 
 
 def _draw(
@@ -317,10 +327,10 @@ def _draw(
     """Return curves on _GRID drawn from the mixture over all hyperparameters, [draws, POINTS], and
     the noise."""
     given = bool(np.isfinite(errors).all())
-    same_seed = (seeds[:, None] == seeds[None]).astype(float)
+    scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
     offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
     options = list(itertools.product(_LENGTHS, _SIZES, (1.0,) if given else _NOISES, offsets))
-    scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
+    same_seed = (seeds[:, None] == seeds[None]).astype(float)
 
     both, count = np.concatenate([places, _GRID]), len(values)
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
@@ -332,33 +342,27 @@ def _draw(
 
     def factor(length: float, size: float, noise: float, offset: float) -> FloatArray:
         """Return the Cholesky factor of the covariance of the measured values."""
-        within = (
-            covariance(length, size)[:count]
-            + np.diag((noise * scales) ** 2)
-            + offset**2 * same_seed
-        )
+        within = covariance(length, size)[:count] + offset**2 * same_seed
+        within += np.diag((noise * scales) ** 2)
         return np.asarray(cholesky(within, lower=True, check_finite=False))
 
     logs = []
     # one at a time: all for hundreds of trials would take gigabytes
     for root in itertools.starmap(factor, options):
-        whitened = solve_triangular(root, values, lower=True, check_finite=False)
-        logs.append(-0.5 * (whitened**2).sum() - np.log(np.diagonal(root)).sum())
+        square = values @ cho_solve((root, True), values, check_finite=False)
+        logs.append(-0.5 * square - np.log(np.diagonal(root)).sum())
     weights = np.exp(np.array(logs) - max(logs))
     weights /= weights.sum()
-    random = np.random.default_rng(0)
-    # Systematic resampling: the count of each option differs by less than one from its weight times
-    # _MIXED.
-    levels = (np.arange(_MIXED) + random.random()) / _MIXED
-    chosen = np.searchsorted(np.cumsum(weights), levels).clip(max=len(options) - 1)
     roots = {
-        length: np.linalg.cholesky(kernels[length] + 1e-9 * np.eye(len(both)))
-        for length in _LENGTHS
+        length: np.linalg.cholesky(kernel + 1e-9 * np.eye(len(both)))
+        for length, kernel in kernels.items()
     }
+    random = np.random.default_rng(0)
     draws = []
-    for index, times in zip(*np.unique(chosen, return_counts=True), strict=True):
-        length, size, noise, offset = options[index]
-        shape = _DRAWS // _MIXED * int(times)
+    for option, shape in zip(options, random.multinomial(_DRAWS, weights), strict=True):
+        if shape == 0:
+            continue
+        length, size, noise, offset = option
         # Draws from the prior, corrected by the measurements to draws from the posterior
         # (Matheron's rule).
         curves = size * roots[length] @ random.standard_normal((len(both), shape))
@@ -366,12 +370,10 @@ def _draw(
         chance = noise * scales[:, None] * random.standard_normal((count, shape))
         chance += offset * random.standard_normal((count, shape))[seeds]
         missing = values[:, None] - curves[:count] - chance
-        moved = covariance(length, size)[count:] @ cho_solve(
-            (factor(*options[index]), True), missing
-        )
+        moved = covariance(length, size)[count:] @ cho_solve((factor(*option), True), missing)
         draws.append((curves[count:] + moved).T)
-    sizes = np.array([noise for _, _, noise, _ in options])
-    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * sizes).sum())
+    noises = np.array([noise for _, _, noise, _ in options])
+    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * noises).sum())
 
 
 def _matern(x: FloatArray, length: float) -> FloatArray:
@@ -381,67 +383,76 @@ def _matern(x: FloatArray, length: float) -> FloatArray:
 
 # --- the search
 
-Measure = Callable[[Sequence[tuple[float, int]]], Iterable[Trial]]
-"""A function that measures values, each with a seed, and returns a trial of each."""
+Wanted = Sequence[tuple[float | None, int]]  # values to measure, or None for raw weights, and seeds
+Measure = Callable[[Wanted], Iterable[Trial]]  # measures them, and returns a trial of each
 
 
 class Search:
     """A search for the best value of an axis, which continues from successful `trials` that are
     added to it.
 
-    At most `budget` lengths are measured, each `repeats` times; with `again`, also once more with
-    another seed, which counts again. With `raw` the raw weights are measured as well. `found` is
-    the estimate after the latest round, and `stopped` why the search ended.
+    At most `budget` lengths are measured, the best one last, each `repeats` times; with `again`,
+    also once more with another seed, which counts again. With `raw` the raw weights are measured as
+    well. `found` is the estimate after the latest round, and `stopped` why
+    the search ended. If `minimize` is None, nothing is searched: the first lengths are tried.
     """
 
-    found: Estimate
+    found: Estimate | None = None
     stopped = "it is still measuring"
 
     def __init__(
         self,
         axis: Axis,
         *,
-        minimize: bool,
+        minimize: bool | None,
         budget: int,
         repeats: int,
         again: bool,
         raw: bool = False,
     ) -> None:
-        least = FIRST if axis.values is None else 1  # all values of a list are measured
-        reason = f"be at least {least}, the number of lengths that a search begins with"
+        least = FIRST + 1 if axis.values is None else 1  # all values of a list are measured
+        reason = f"be at least {least}: those that a search begins with, and the best one"
         check_number("budget", check_count("budget", budget), lambda count: count >= least, reason)
-        self.axis, self.trials = axis, list[Trial]()
-        self._minimize, self._budget, self._repeats = (
-            minimize,
-            budget,
-            check_count("repeats", repeats),
-        )
-        self._again, self._raw = again, raw
+        self.axis = axis
+        self.trials = list[Trial]()
+        self._minimize = minimize
+        self._budget = budget
+        self._repeats = check_count("repeats", repeats)
+        self._again = again
+        self._raw = raw
 
     @property
-    def most(self) -> int:
-        """The largest number of trials."""
-        return self._repeats * (
-            self._raw + (self._budget if self.axis.values is None else len(self.axis.values))
-        )
+    def expected(self) -> int:
+        """About how many trials there will be; of a list, exactly."""
+        lengths = len(first_batch(self.axis))
+        if self.axis.values is None and self._minimize is not None:
+            lengths = min(self._budget, USUAL)
+        return max(self._repeats * (self._raw + lengths), len(self.trials))
 
-    def rounds(self, measure: Measure) -> Iterator[Estimate]:
-        """Measure until the best is known within the noise or the budget is spent; yield the
-        estimate of each round."""
+    def rounds(self, measure: Measure) -> Iterator[None]:
+        """Measure until the best is known within the noise or the budget is spent; yield after each
+        round."""
         first = first_batch(self.axis)
-        pairs = itertools.product([0.0] * self._raw + first, range(self._repeats))
-        wanted = [(x, seed) for x, seed in pairs if seed not in self._seeds(x)]
+        self._take(measure(self._missing([None, *first] if self._raw else first)))
+        if self._minimize is None:
+            self.stopped = "no metric was asked for"
+            yield
+            return
         while True:
-            self.trials += measure(wanted)
-            self.found = self._estimate(min(3, len(first)))
-            wanted = self._next()
-            yield self.found
+            found = self._estimate(min(3, len(first)), self._minimize)
+            self.found = found
+            yield
+            wanted = self._next(found)
             if not wanted:
-                return
+                break
+            self._take(measure(wanted))
+        self._take(measure(self._missing([found.best])))
+        yield
 
     def report(self, metric: str, settings: dict[str, Any], again: str = "") -> SweepReport:
         """Return the report after the latest round; `metric` is the name of what was measured."""
         return SweepReport(
+            self.axis,
             metric,
             self._minimize,
             tuple(self.trials),
@@ -451,56 +462,89 @@ class Search:
             again=again,
         )
 
-    def _seeds(self, x: float) -> set[int]:
+    def _seeds(self, x: float | None) -> set[int]:
         return {trial.seed for trial in self.trials if trial.x == x}
 
-    def _next(self) -> list[tuple[float, int]]:
+    def _missing(self, values: Sequence[float | None]) -> Wanted:
+        pairs = itertools.product(values, range(self._repeats))
+        return [(x, seed) for x, seed in pairs if seed not in self._seeds(x)]
+
+    def _take(self, trials: Iterable[Trial]) -> None:
+        """Add trials; raise a PostHocError after two that failed alike, as all others would."""
+        for trial in trials:
+            before = self.trials[-1].error if self.trials else None
+            self.trials.append(trial)
+            if trial.error and before and _cause(trial.error) == _cause(before):
+                reason = f"two trials in a row have failed alike; the last one: {trial.target}"
+                raise PostHocError("the sweep", f"{reason}: {trial.error}")
+            values = self._values()
+            if len(values) == 2 and len({*values.values()}) == 1:
+                same = f"the first two lengths have the same metric, {trial.value}"
+                log.warning("%s: does the evaluation use the weights?", same)
+
+    def _values(self) -> dict[float, float]:
+        """Return the latest metric of each length."""
+        return {
+            trial.x: trial.value
+            for trial in self.trials
+            if trial.x is not None and trial.value is not None
+        }
+
+    def _next(self, found: Estimate) -> Wanted:
         """Return the values of the next round with seeds; none if the search has ended, for the
         reason in `stopped`."""
-        spent = (
-            math.ceil(len(self._seeds(x)) / self._repeats)
-            for x in {trial.x for trial in self.trials} - {0.0}
-        )
-        left = self._budget - sum(spent)
+        lengths = {trial.x for trial in self.trials} - {None}
+        spent = sum(math.ceil(len(self._seeds(x)) / self._repeats) for x in lengths)
+        left = self._budget - spent - 1  # the best length is measured last
         if self.axis.values is not None:
             reason = "all given lengths are measured"
-        elif self.found.settled:
+        elif found.settled:
             reason = "the best length is known within the noise"
         elif left <= 0:
             reason = "the budget is spent"
         else:
             reason = "nothing is left to measure between the measured lengths"
-            failed = {trial.x for trial in self.trials if trial.value is None}
-            proposed = next_batch(self.found, self.trials, min(NEXT, left), self._again)
-            values = [
-                x for x in proposed if x not in failed and (self._again or not self._seeds(x))
-            ]
-            after = {x: max(self._seeds(x), default=-1) + 1 for x in values}
-            if values:
-                return [(x, after[x] + index) for x in values for index in range(self._repeats)]
-        if (edge := self.found.edge) is not None:
-            kind, title = "list" if self.axis.values else "range", self.axis.target(edge).title
+            if wanted := self._proposed(
+                next_batch(found, self.trials, min(NEXT, left), self._again)
+            ):
+                return wanted
+        if found.edge is not None:
+            kind = "list" if self.axis.values else "range"
+            title = self.axis.target(found.edge).title
             reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
         self.stopped = reason
         return []
 
-    def _estimate(self, least: int) -> Estimate:
+    def _proposed(self, values: Sequence[float]) -> Wanted:
+        """Return proposed values with the next seeds, but those that have failed, or that may not
+        be measured again."""
+        failed = {trial.x for trial in self.trials if trial.error}
+        wanted = list[tuple[float | None, int]]()
+        for x in values:
+            seeds = self._seeds(x)
+            if x not in failed and (self._again or not seeds):
+                after = max(seeds, default=-1) + 1
+                wanted += [(x, after + index) for index in range(self._repeats)]
+        return wanted
+
+    def _estimate(self, least: int, minimize: bool) -> Estimate:
         """Estimate the best value, or raise a PostHocError if less than `least` lengths allow
         it."""
-        trials = [trial for trial in self.trials if trial.x]
-        good = {trial.x: trial.value for trial in trials if trial.value is not None}
-        values = {trial.value for trial in trials} - {None}
-        if len(good) < least:
-            failed = [trial for trial in trials if trial.value is None]
-            reason = (
-                f"{len(failed)} of {len(trials)} trials have failed, too many to choose; "
-                f"the last one: "
-            )
-            raise PostHocError("the sweep", f"{reason}{failed[-1].target}: {failed[-1].error}")
-        if len(values) == 1:
-            reason = f"every trial has the same metric, {next(iter(good.values())):.12g}"
+        values = self._values()
+        if len(values) < least:
+            failed = [trial for trial in self.trials if trial.error]
+            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose"
+            last = f"the last one: {failed[-1].target}: {failed[-1].error}"
+            raise PostHocError("the sweep", reason, last)
+        if len({*values.values()}) == 1:
+            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        return estimate(trials, self.axis, self._minimize)
+        return estimate(self.trials, self.axis, minimize)
+
+
+def _cause(error: str) -> str:
+    """Return why a trial has failed, without what its program wrote."""
+    return error.partition(": ")[0]
 
 
 # --- the report
@@ -512,21 +556,30 @@ class SweepReport:
     the best average.
 
     `settings` are what the trials share; `again` is the command line that repeats the sweep.
+    `estimate` is None without a metric.
     """
 
+    axis: Axis
     metric: str
-    minimize: bool
+    minimize: bool | None
     trials: tuple[Trial, ...]
-    found: Estimate
+    estimate: Estimate | None
     stopped: str
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     again: str = ""
 
     @property
+    def found(self) -> Estimate:
+        """The estimate; raises an InvalidValueError without a metric."""
+        if self.estimate is None:
+            raise InvalidValueError("found", "there is no estimate without a metric")
+        return self.estimate
+
+    @property
     def best(self) -> Target:
         """The average whose metric is estimated to be best, which was written."""
-        return self.found.axis.target(self.found.best)
+        return self.axis.target(self.found.best)
 
     def __repr__(self) -> str:
         texts = [f"{name}: {text}" for name, text in answer(self.to_dict()).items()]
@@ -535,55 +588,80 @@ class SweepReport:
     @property
     def raw(self) -> float | None:
         """The mean metric of the raw weights; None if they were not measured."""
-        values = [
-            trial.value for trial in self.trials if trial.target == RAW and trial.value is not None
-        ]
+        return self._mean(None)
+
+    @property
+    def value(self) -> float | None:
+        """The mean metric of the best average, as measured; None if that failed."""
+        return None if self.estimate is None else self._mean(self.estimate.best)
+
+    def _mean(self, x: float | None) -> float | None:
+        values = [trial.value for trial in self.trials if trial.x == x and trial.value is not None]
         return sum(values) / len(values) if values else None
 
     def write(self, folder: str | Path) -> None:
         """Write the report to a folder, for `ema report`; raise a WriteError if that fails."""
         folder = files.expanded(folder)
         files.make_directory(folder)
-        files.write_atomically(
-            folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True
-        )
+        text = f"{json.dumps(self.to_dict(), indent=1)}\n"
+        files.write_atomically(folder / RESULT, text.encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.found
-        curve = zip(found.xs.tolist(), found.curve.tolist(), found.errors.tolist(), strict=True)
         return {
             "metric": self.metric,
             "minimize": self.minimize,
-            "axis": found.axis.kind,
-            "best": {"target": self.best.title, found.axis.kind: found.best},
+            "axis": self.axis.kind,
+            "raw": self.raw,
+            "stopped": self.stopped,
+            "trials": [vars(trial) for trial in self.trials],
+            "again": self.again,
+            "outputs": list(map(str, self.outputs)),
+            "settings": self.settings,
+            **({} if self.estimate is None else self._result(self.estimate)),
+        }
+
+    def _result(self, found: Estimate) -> dict[str, Any]:
+        xs = self.axis.at(_GRID).tolist()
+        curve = zip(xs, found.curve.tolist(), found.errors.tolist(), strict=True)
+        return {
+            "best": {"target": self.best.title, self.axis.kind: found.best},
+            "value": self.value,
             "estimate": found.mean,
             "standard_error": found.standard_error,
             "equal_within_noise": [found.low, found.high],
             "expected_regret": found.regret,
             "noise": found.noise,
-            "raw": self.raw,
-            "stopped": self.stopped,
-            "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in curve],
-            "again": self.again,
-            "outputs": list(map(str, self.outputs)),
-            "settings": self.settings,
         }
 
 
 def answer(found: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
-    low, high = found["equal_within_noise"]
     trials = found["trials"]
-    failed = sum(trial["value"] is None for trial in trials)
-    measured = {trial["target"] for trial in trials if trial["value"] is not None} - {RAW}
-    return {
+    failed = sum(trial["error"] is not None for trial in trials)
+    measured = {trial["target"] for trial in trials if trial["error"] is None} - {RAW}
+    count = f"{len(measured)} averages in {len(trials)} trials"
+    if failed:
+        count += f", {failed} of which failed"
+    texts = {"metric": str(found["metric"]), "measured": f"{count}; {found['stopped']}"}
+    if "best" not in found:
+        return texts
+    raw, value = found["raw"], found["value"]
+    low, high = found["equal_within_noise"]
+    return texts | {
         "best": str(found["best"]["target"]),
-        "metric": str(found["metric"]),
+        "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
         "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
         "equal": f"{low:.12g} to {high:.12g}",
-        "raw": "not measured" if found["raw"] is None else f"{found['raw']:.6g}",
-        "measured": f"{len(measured)} averages in {len(trials)} trials"
-        + f", {failed} of which failed" * bool(failed)
-        + f"; {found['stopped']}",
+        "raw": "not measured" if raw is None else f"{raw:.6g}",
+        "gain": _gain(raw, value, found["minimize"]),
     }
+
+
+def _gain(raw: float | None, value: float | None, minimize: bool) -> str:
+    """Return how much better than the raw weights the best average is; empty if that is unknown."""
+    if raw is None or value is None or raw == 0:
+        return ""
+    change = (value - raw) / abs(raw)
+    better = "better" if (change < 0) == minimize else "worse"
+    return f"{percent(abs(change))} {better} than the raw weights"

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,51 +21,66 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, shown, warn
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    OutputExistsError,
+    PostHocError,
+    shown,
+    warn,
+)
+from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.writing import SynthesisReport
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.directory import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.snapshot import statistics_notice
+from posthoc_cli.snapshots.tensorfile import read_file
+from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import (
     RAW,
-    RESULT,
     Axis,
     Search,
     SweepReport,
     Trial,
+    Wanted,
     good_range,
     has_raw,
+    name_of,
 )
-from posthoc_cli.sweep.trials import Metric, MissingMetricError, TrialError, measure
+from posthoc_cli.sweep.trials import Metric, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.filling import swapped_in
 
-TRIALS = "trials.jsonl"
+TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
+LOGS = "logs"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
-_SCRATCH, _LOGS = ".scratch", "logs"
+_SCRATCH = ".scratch"
 
 
 @dataclass(eq=False)
 class Sweep:
-    """A search for the best length of an average by a user's command."""
+    """A search for the best length of an average by a user's command; or, if `minimize` is None, a
+    look at the images that it makes of some lengths."""
 
     run: Run  # the snapshots. Raw weights are measured, too, if it has a checkpoint of the time `t`
-    command: (
-        str  # the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`
-    )
+    # the command line, with `{weights}` and optionally `{sigma_rel}`, `{seed}`, `{dir}`
+    command: str
     metric: Metric
-    out: Path  # folder for the records, logs and the best average
+    out: Path  # folder for the records, logs, images and the best average
     # the lengths; by default every sigma_rel whose predicted error is below 1 %
     axis: Axis | None = None
-    minimize: bool = True
+    minimize: bool | None = True
     repeats: int = 1  # trials of each length, with the seeds 0, 1, ...
     budget: int = 20  # the most lengths to measure
     t: float | None = None
     like: Path | None = None  # as in `Run.write`
+    raw: Path | None = None  # a checkpoint with the raw weights, if the run lacks them
+    images: str | None = None  # a glob of the images to keep; "none", or None for all
     again: str = ""  # the command line that repeats this sweep
-    say: Callable[[Trial], None] = lambda _: None  # called with every trial when it ends
+    # called with every trial when it ends, its number, and about how many there will be
+    say: Callable[[Trial, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
     _settings: dict[str, Any] = field(init=False)
 
@@ -74,67 +89,77 @@ class Sweep:
 
         Raises:
             InvalidValueError: an argument cannot be used.
+            OutputExistsError: the folder holds something else, such as another sweep.
             LockedError: another sweep is running in this folder.
-            PostHocError: too few trials have succeeded, or all have the same metric.
+            PostHocError: two trials in a row have failed alike, or all have the same metric.
         """
-        self._check()
+        self._check_command()
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
-        # as --metric takes it
+        axis = self.axis or good_range(self.run, self.t)
         self._settings = {
             "run": self.run.sources[-1].run_id,
             "t": self.t,
             "command": self.command,
-            "metric": ":".join(filter(None, (self.metric.file, self.metric.key))),
+            "metric": self.metric.text,
+            "kind of length": axis.kind,
             "like": None if self.like is None else str(self.like.resolve()),
         }
-        axis = self.axis or good_range(self.run, self.t)
         search = Search(
             axis,
             minimize=self.minimize,
             budget=self.budget,
             repeats=self.repeats,
             again=self.repeats > 1 or "{seed}" in self.command,
-            raw=has_raw(self.run, self.t),
+            raw=self.raw is not None or has_raw(self.run, self.t),
         )
-        with self._locked_folder(), self.progress("measuring", search.most) as advance:
-            for trial in self._recorded():  # of any kind of length
-                if trial.target == RAW or (trial.target.startswith(axis.kind) and trial.x in axis):
-                    search.trials.append(trial)
+        with self._locked_folder(), self.progress("measuring", search.expected) as advance:
+            recorded = self._recorded()
+            search.trials += [t for t in recorded if t.x is None or t.x in axis]
             advance(len(search.trials))
-            for _ in search.rounds(functools.partial(self._measure, axis, advance)):
+            for _ in search.rounds(functools.partial(self._measure, search, advance)):
                 report = search.report(self.metric.key or "metric", self._settings, self.again)
                 report.write(self.out)  # if the next round is interrupted, this is known
-            best = self.out / f"best{self._suffix}"
-            if not self._suffix:  # a folder is never overwritten
-                _remove(best)
-            self._write(report.best, best, overwrite=bool(self._suffix))
-            report = replace(report, outputs=(best,))
-            report.write(self.out)
+            if report.estimate is not None:
+                report = replace(report, outputs=(self._write_best(report.best),))
+                report.write(self.out)
+            elif not (self.out / images.FOLDER).is_dir():
+                reason = "no trial has left an image in {dir}"
+                raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
             return report
 
-    def _check(self) -> None:
-        """Raise an InvalidValueError that names an argument that cannot be used."""
-        value, reason, hint = self.command or "(empty)", "", ""
+    def _write_best(self, best: Target) -> Path:
+        path = self.out / f"best{self._suffix}"
+        if not self._suffix:  # a folder is never overwritten
+            images.remove(path)
+        self._write(best, path, overwrite=bool(self._suffix))
+        return path
+
+    def _check_command(self) -> None:
+        """Raise an InvalidValueError if the command cannot be used."""
         try:
             words = shlex.split(self.command)
         except ValueError as error:
-            reason = f"cannot be split into words: {error}"
-        else:
-            if not any("{weights}" in word for word in words):
-                reason = "must contain {weights}, which becomes the path of the average"
-            elif self.metric.file is not None and "{dir}" not in self.command:
-                reason = (
-                    "must contain {dir}, the folder that is searched for the file with the metric"
-                )
-            elif not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-                value, reason = (
-                    words[0],
-                    "its first word is neither a program on the PATH nor an executable file",
-                )
-                hint = "a script may need its interpreter first: python3"
-        if reason:
-            raise InvalidValueError("command", reason, hint, value=value)
+            raise self._unusable(f"cannot be split into words: {error}") from error
+        if not any("{weights}" in word for word in words):
+            raise self._unusable("must contain {weights}, which becomes the path of the average")
+        if "{dir}" not in self.command:
+            if self.metric.file is not None:
+                file = "the folder that is searched for the file with the metric"
+                raise self._unusable(f"must contain {{dir}}, {file}")
+            if self.minimize is None:
+                raise self._unusable("must contain {dir}, the folder for the images to look at")
+        if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+            reason = "its first word is neither a program on the PATH nor an executable file"
+            hint = "a script may need its interpreter first: python3"
+            raise InvalidValueError("command", reason, hint, value=words[0])
+        script = words[1] if len(words) > 1 else ""
+        is_named = script.endswith((".py", ".sh")) and not _PLACEHOLDER.search(script)
+        if is_named and not Path(script).is_file():
+            raise InvalidValueError("command", "no such file", value=script)
+
+    def _unusable(self, reason: str) -> InvalidValueError:
+        return InvalidValueError("command", reason, value=self.command or "(empty)")
 
     @contextmanager
     def _locked_folder(self) -> Iterator[None]:
@@ -144,19 +169,18 @@ class Sweep:
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
         names = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
-        if names - {LOCK_NAME, _LOGS, _SCRATCH} and not names & {TRIALS, RESULT}:
+        if names - {LOCK_NAME, LOGS, _SCRATCH} and TRIALS not in names:
             # A sweep might replace or remove files of other programs that have the same names as
             # its own.
-            raise OutputExistsError(
-                self.out, "is not empty, and not the folder of a sweep", "name another folder"
-            )
-        files.make_directory(self.out / _LOGS)
+            reason = "is not empty, and not the folder of a sweep"
+            raise OutputExistsError(self.out, reason, "name another folder")
+        files.make_directory(self.out / LOGS)
         with DirectoryLock(self.out):
             try:
-                _remove(self.out / _SCRATCH)
+                images.remove(self.out / _SCRATCH)
                 yield
             finally:
-                _remove(self.out / _SCRATCH)
+                images.remove(self.out / _SCRATCH)
 
     @property
     def _suffix(self) -> str:
@@ -169,97 +193,116 @@ class Sweep:
         assert written is not None  # as of a process other than the first one
         return written
 
+    # --- trials
+
     def _measure(
-        self, axis: Axis, advance: Callable[[int], None], wanted: Sequence[tuple[float, int]]
+        self, search: Search, advance: Callable[[int], None], wanted: Wanted
     ) -> Iterator[Trial]:
         """Make one average after another, run the command with each seed, and yield the recorded
         results."""
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
+        weights = scratch / f"weights{self._suffix}"
         for x, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
             files.make_directory(scratch)
-            target, weights = axis.target(x) if x else Mean(1), scratch / f"weights{self._suffix}"
-            predicted = self._write(target, weights).plan.predicted_error(0)
-            title, error = (target.title, predicted) if x else (RAW, None)
+            title, error = RAW, None
+            if x is not None:
+                title = search.axis.target(x).title
+                error = self._write(search.axis.target(x), weights).plan.predicted_error(0)
+            elif self.raw is not None:
+                self._write_raw(self.raw, weights)
+            else:
+                self._write(Mean(1), weights)
             for _, seed in pairs:
-                started, name = (
-                    time.monotonic(),
-                    re.sub(r"[^A-Za-z0-9_.-]", "-", f"{title}-seed-{seed}"),
-                )
-                value, noise, reason = self._evaluate(
-                    name, weights, sigma_rel=str(x), seed=str(seed)
-                )
+                started = time.monotonic()
+                value, noise, reason = self._evaluate(title, seed, x, weights)
                 seconds = time.monotonic() - started
-                trial = Trial(
-                    title, x, seed, value, noise, error, seconds, reason, f"{_LOGS}/{name}"
-                )
+                trial = Trial(title, x, seed, value, noise, error, seconds, reason)
                 self._record(trial)
-                self.say(trial)
+                number = len(search.trials) + 1
+                self.say(trial, number, max(number, search.expected))
                 advance(1)
                 yield trial
-            _remove(scratch)
+            images.remove(scratch)
+
+    def _write_raw(self, raw: Path, weights: Path) -> None:
+        """Write the raw weights of a checkpoint as averages are written."""
+        plain = weights.with_name("raw.safetensors")
+        try:
+            export_file(raw, plain, weights=True)
+        except InvalidValueError:  # a file of nothing but weights
+            export_file(raw, plain)
+        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
+        if lacking:
+            reason = f"lacks tensor {shown(min(lacking))} of the averages"
+            raise InvalidValueError("raw", reason, value=raw)
+        if self.like is None:
+            plain.rename(weights)
+        else:
+            export_file(plain, weights, like=self.like)
 
     def _evaluate(
-        self, name: str, weights: Path, **texts: str
+        self, title: str, seed: int, x: float | None, weights: Path
     ) -> tuple[float | None, float | None, str | None]:
         """Run the command; return the metric and its standard error, or the reason why there is
         none."""
+        name = name_of(title, seed)
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=weights.parent))
-        texts |= {"weights": str(weights), "dir": str(folder)}
+        texts = {
+            "weights": str(weights),
+            "sigma_rel": RAW if x is None else str(x),
+            "seed": str(seed),
+            "dir": str(folder),
+        }
         words = [
             _PLACEHOLDER.sub(lambda match: texts[match[1]], word)
             for word in shlex.split(self.command)
         ]
+        metric = None if self.minimize is None else self.metric
         try:
-            return *measure(words, folder, self.out / _LOGS / name, self.metric), None
-        except TrialError as error:
-            # further trials would fail, too
-            if isinstance(error, MissingMetricError) and not self._recorded():
-                raise InvalidValueError("metric", str(error), value=self.metric.key or "") from None
-            return None, None, str(error)
+            value, error = measure(words, folder, self.out / LOGS / name, metric)
+            if self.images != "none":
+                images.keep_images(folder, self.out / images.FOLDER / name, self.images)
+            return value, error, None
+        except TrialError as failure:
+            return None, None, str(failure)
         finally:
-            _remove(folder)
+            images.remove(folder)
+
+    # --- the record
 
     def _recorded(self) -> list[Trial]:
-        """Return the successful trials with these settings, the last of repeated ones; skip lines
-        of any other content.
-
-        The file may have trials with other settings, which are not comparable.
-        """
-        path, settings = self.out / TRIALS, json.loads(json.dumps(self._settings))
+        """Return the recorded trials that succeeded, the last of repeated ones; raise an
+        OutputExistsError if they are of another sweep."""
+        path = self.out / TRIALS
+        if not path.exists():
+            self._write_lines([json.dumps(self._settings)])
+            return []
         found = {}
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
-                entry = json.loads(line)
-                trial = Trial(**entry["trial"])
-                # The sum of what is no number raises a TypeError, also of the value of a failed
-                # trial, None.
-                numbers: Any = trial.x, trial.seed, trial.value, trial.standard_error or 0.0
-                is_ours = entry["settings"] == settings and isinstance(trial.target, str)
-                if is_ours and math.isfinite(math.fsum(numbers)):
-                    found[trial.target, trial.x, trial.seed] = trial
-        return [*found.values()]
+        try:
+            first, *trials = map(json.loads, path.read_text().splitlines())
+            settings = {**first}
+            for entry in trials:
+                trial = Trial(**entry)
+                if trial.error is None:
+                    found[trial.target, trial.seed] = trial
+        except (ValueError, TypeError) as error:
+            raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
+                raise OutputExistsError(self.out, reason, "name another folder")
+        is_look = self.minimize is None
+        return [trial for trial in found.values() if (trial.value is None) == is_look]
 
     def _record(self, trial: Trial) -> None:
         """Add a trial durably to the file; raise a WriteError if that fails."""
-        path = self.out / TRIALS
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        lines.append(
-            json.dumps(
-                {"settings": self._settings, "trial": asdict(trial)}, allow_nan=False
-            ).encode()
-        )
-        files.write_atomically(path, b"".join(line + b"\n" for line in lines), overwrite=True)
+        lines = (self.out / TRIALS).read_text().splitlines()
+        self._write_lines([*lines, json.dumps(asdict(trial), allow_nan=False)])
 
-
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder with its contents, if it exists; raise a WriteError if that
-    fails."""
-    with files.reported_as_write_error(path, "removed"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            files.unlink_if_exists(path)
+    def _write_lines(self, lines: Sequence[str]) -> None:
+        text = "".join(f"{line}\n" for line in lines)
+        files.write_atomically(self.out / TRIALS, text.encode(), overwrite=True)
 
 
 # --- in Python
@@ -299,72 +342,89 @@ def sweep(
         PostHocError: the metric was finite for too few lengths, or the same for all.
     """
     if not callable(metric):
-        raise InvalidValueError(
-            "metric", "must be a function of a model, or of weights by name", value=shown(metric)
-        )
-    tracker = run if isinstance(run, PostHocEMA) else None
-    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
-    newest = stored.sources[-1]
+        reason = "must be a function of a model, or of weights by name"
+        raise InvalidValueError("metric", reason, value=shown(metric))
+    averages = _Averages(run, model)
+    stored = averages.run
     if values is not None:
         axis = Axis.of_values("sigma_rel", values)
+    elif low is None or high is None:
+        good = good_range(stored)
+        axis = Axis("sigma_rel", low or good.low, high or good.high)
     else:
-        good = good_range(stored) if low is None or high is None else Axis("sigma_rel", low, high)
-        axis = Axis(
-            "sigma_rel", good.low if low is None else low, good.high if high is None else high
-        )
+        axis = Axis("sigma_rel", low, high)
+    newest = stored.sources[-1]
     if notice := statistics_notice(newest.copies):
         warn(notice)
-    is_tracked = model is not None and tracker is not None and tracker.tracks(model)
-    raw = is_tracked or has_raw(stored)
     search = Search(
-        axis, minimize=minimize, budget=budget, repeats=repeats, again=repeats > 1, raw=raw
+        axis,
+        minimize=minimize,
+        budget=budget,
+        repeats=repeats,
+        again=repeats > 1,
+        raw=averages.are_raw_known,
     )
-    averages = functools.partial(_average, stored, tracker, model, is_tracked)
 
-    def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Trial]:
-        for length, seed in wanted:
+    def measure(wanted: Wanted) -> Iterator[Trial]:
+        for x, seed in wanted:
             started = time.perf_counter()
-            with averages(length) as (average, error):
+            with averages.at(x) as (average, error):
                 value, noise = _checked(metric(average))
-            title, seconds = (
-                SigmaRel(length).title if length else RAW,
-                time.perf_counter() - started,
-            )
-            reason = None if math.isfinite(value) else f"its metric is {value}"
-            yield Trial(
-                title, length, seed, None if reason else value, noise, error, seconds, reason
-            )
+            title = RAW if x is None else SigmaRel(x).title
+            seconds = time.perf_counter() - started
+            if math.isfinite(value):
+                yield Trial(title, x, seed, value, noise, error, seconds)
+            else:
+                reason = f"its metric is {value}"
+                yield Trial(title, x, seed, None, noise, error, seconds, reason)
 
     for _ in search.rounds(measure):
         pass
-    return search.report(
-        name,
-        {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None},
-    )
+    settings = {"run": newest.run_id, "t": averages.t, "command": None}
+    return search.report(name, settings)
 
 
-@contextmanager
-def _average(
-    run: Run,
-    tracker: PostHocEMA | None,
-    model: torch.nn.Module | None,
-    is_tracked: bool,
-    length: float,
-) -> Iterator[tuple[Any, float | None]]:
-    """Yield the argument of the metric, and the predicted error of the average; the length 0 means
-    the raw weights."""
-    if model is not None and tracker is not None and (length or is_tracked):
-        # Without a length the model keeps its weights, and is only put into eval mode.
-        with tracker.model(model, sigma_rel=length) if length else swapped_in(model, {}):
-            yield model, None
-        return
-    weights = (
-        tracker.state_dict(sigma_rel=length)
-        if tracker and length
-        else run.average(length or Mean(1))
-    )
-    with nullcontext() if model is None else swapped_in(model, weights):
-        yield (weights if model is None else model), weights.predicted_error if length else None
+class _Averages:
+    """The arguments of the metric of a sweep in Python."""
+
+    def __init__(self, run: Run | PostHocEMA | str | Path, model: torch.nn.Module | None) -> None:
+        self.tracker = run if isinstance(run, PostHocEMA) else None
+        if isinstance(run, PostHocEMA):
+            self.run = run.run
+        else:
+            self.run = run if isinstance(run, Run) else Run(run)
+        self.model = model
+        self._is_tracked = (
+            model is not None and self.tracker is not None and self.tracker.tracks(model)
+        )
+
+    @property
+    def t(self) -> float:
+        return self.run.t if self.tracker is None else self.tracker.t
+
+    @property
+    def are_raw_known(self) -> bool:
+        return self._is_tracked or has_raw(self.run)
+
+    @contextmanager
+    def at(self, x: float | None) -> Iterator[tuple[Any, float | None]]:
+        """Yield the argument of the metric for a length, or None for the raw weights, and the
+        predicted error."""
+        model, tracker = self.model, self.tracker
+        if model is not None and self._is_tracked and x is None:
+            with swapped_in(model, {}):  # keeps its weights, and is only put into eval mode
+                yield model, None
+        elif model is not None and tracker is not None and x is not None:
+            with tracker.model(model, sigma_rel=x):
+                yield model, None
+        else:
+            if tracker is not None and x is not None:
+                weights = tracker.state_dict(sigma_rel=x)
+            else:
+                weights = self.run.average(Mean(1) if x is None else x)
+            error = None if x is None else weights.predicted_error
+            with nullcontext() if model is None else swapped_in(model, weights):
+                yield weights if model is None else model, error
 
 
 def _checked(result: Any) -> tuple[float, float | None]:

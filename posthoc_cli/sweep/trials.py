@@ -22,46 +22,42 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, printable, shown
 
-_GRACE, _TICK = 0.5, 0.01  # seconds between SIGTERM and SIGKILL, and between looks at a process
-_TAIL, _END_OF_LOG, _MOST_NAMES = 10_000_000, 300, 5
-"""Bytes at the end of standard output that are searched for the metric, and of a log and names that
-a message shows."""
-_BEGIN_OF_JSON, _REST_OF_LINE = (
-    re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)'),
-    re.compile(r"[^\S\n]*(?=\n|$)"),
-)
+_GRACE = 0.5  # seconds between SIGTERM and SIGKILL
+_TICK = 0.01  # seconds between looks at a process
+_TAIL = 10_000_000  # bytes at the end of standard output that are searched for the metric
+_END_OF_LOG = 300  # bytes at the end of a log that a message shows
+_MOST_NAMES = 5  # names that a message shows
+_BEGIN_OF_JSON = re.compile(r'[^\S\n]*(?=\{\s*["}]|\[)')
+_REST_OF_LINE = re.compile(r"[^\S\n]*(?=\n|$)")
+_NUMBER = r"([-+]?(?:\d*\.?\d+(?:e[-+]?\d+)?|nan|inf))(?!\w)"
 
 
 class TrialError(Exception):
     """A trial has no usable metric; the text says why."""
 
 
-class MissingMetricError(TrialError):
-    """The command succeeded, but its output or files have no member with the metric's name."""
-
-
 def measure(
-    words: Sequence[str], folder: Path, log: Path, metric: Metric
-) -> tuple[float, float | None]:
-    """Run a command, and return its metric and the standard error of that, if any; a TrialError
-    says why it has none.
+    words: Sequence[str], folder: Path, log: Path, metric: Metric | None
+) -> tuple[float | None, float | None]:
+    """Run a command, and return its metric, if one is asked for, and the standard error of that, if
+    any; a TrialError says why it has none.
 
     `folder` is where files with the metric may be; `log` the path of the logs of standard output
     and error, without the endings .out and .err.
     """
-    out, err = (log.with_name(log.name + ending) for ending in (".out", ".err"))
+    out = log.with_name(f"{log.name}.out")
+    err = log.with_name(f"{log.name}.err")
     for path in (out, err):
         # the process of a killed sweep may still write to the old file
         files.unlink_if_exists(path)
     try:
         _run(words, out, err)
-        return metric.read(out, folder)
+        return (None, None) if metric is None else metric.read(out, folder)
     except TrialError as error:
-        texts = (" ".join(_read_tail(path, _END_OF_LOG).split()) for path in (err, out))
-        text = next(filter(None, texts), "")
-        raise type(error)(
-            f"{error}: {printable(text)}" if text else f"{error}, and wrote nothing"
-        ) from error
+        for path in (err, out):
+            if text := " ".join(_read_tail(path, _END_OF_LOG).split()):
+                raise TrialError(f"{error}: {printable(text)}") from error
+        raise TrialError(f"{error}, and wrote nothing") from error
 
 
 def _run(words: Sequence[str], out: Path, err: Path) -> None:
@@ -115,13 +111,18 @@ class Metric:
     """The place where a command prints or writes the metric.
 
     `key` is the key of a member of a JSON object, with dots between the keys of nested objects:
-    `results.acc`; None if the metric is a line of standard output that is a number. `file` is the
-    name or pattern of JSON files in the trial's folder or below, of which the newest is used; None
-    for standard output, whose last number or object with the key is.
+    `results.acc`, or the word before a number, as in `loss: 2.67`; None if the metric is a line of
+    standard output that is a number. `file` is the name or pattern of JSON files in the trial's
+    folder or below, of which the newest is used; None for standard output, where the last counts.
     """
 
     key: str | None = None
     file: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The metric as --metric takes it."""
+        return ":".join(filter(None, (self.file, self.key)))
 
     @classmethod
     def parse(cls, text: str) -> Metric:
@@ -139,39 +140,50 @@ class Metric:
         """Return the metric and its standard error, if any; raise a TrialError if there is no
         metric."""
         if self.file is None:
-            values, wanted = [*_printed(_read_tail(stdout, _TAIL))], "a number"
+            values = [*_printed(_read_tail(stdout, _TAIL), self.key)]
+            wanted = "a number"
             if self.key is not None:
-                wanted += f" or a JSON object with {shown(self.key)}"
+                wanted += f", nor {self.key} and a number, nor a JSON object with {shown(self.key)}"
             reason = f"no line of its output is {wanted}"
         else:
             path, value = _stored(folder, self.file)
-            values, reason = [value], f"{path.name} has no member {shown(self.key)}"
+            values = [value]
+            reason = f"{path.name} has no member {shown(self.key)}"
         names: list[str] = []
         for value in reversed(values):
             members = _members(value)
             name = self.key if self.key in members else ""
             if name in members:
-                number = _number(members[name])
-                if number is None:
-                    raise TrialError(f"{shown(name)} is {shown(members[name])}, not a number")
-                if not math.isfinite(number):
-                    raise TrialError(f"its metric is {number}")
-                return number, _standard_error(members, name)
+                return _checked(members, name)
             names += members
         inside = "".join((self.key or "").rpartition(".")[:2])
-        raise MissingMetricError(
-            reason + _listed([name for name in names if name.startswith(inside)] or names)
-        )
+        raise TrialError(reason + _listed([n for n in names if n.startswith(inside)] or names))
 
 
-def _printed(text: str) -> Iterator[Any]:
-    """Yield the numbers, and the JSON objects and lists, that take one or more complete lines."""
-    text, end = text.replace("\r", "\n"), 0
+def _checked(members: dict[str, Any], name: str) -> tuple[float, float | None]:
+    number = _number(members[name])
+    if number is None:
+        raise TrialError(f"{shown(name)} is {shown(members[name])}, not a number")
+    if not math.isfinite(number):
+        raise TrialError(f"its metric is {number}")
+    return number, _standard_error(members, name)
+
+
+def _printed(text: str, key: str | None) -> Iterator[Any]:
+    """Yield the numbers, the JSON objects and lists, and the numbers after the key, each on one or
+    more complete lines."""
+    text = text.replace("\r", "\n")
+    end = 0
+    named = re.compile(
+        rf"(?<![\w.]){re.escape(key or '')}(?:\s*[:=]\s*|\s+){_NUMBER}", re.IGNORECASE
+    )
     for line in re.finditer(r"^.+$", text, re.MULTILINE):
         if line.start() < end:
             continue  # within a JSON value
         with suppress(ValueError):
             yield float(line[0])
+        if key:
+            yield from ({key: number} for number in named.findall(line[0])[-1:])
         with suppress(ValueError, RecursionError):
             if begin := _BEGIN_OF_JSON.match(text, line.start()):
                 value, end_of_value = json.JSONDecoder().raw_decode(text, begin.end())
@@ -181,19 +193,19 @@ def _printed(text: str) -> Iterator[Any]:
 
 
 def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
-    """Return the newest matching file and its JSON value; raise a MissingMetricError if there is
+    """Return the newest matching file and its JSON value; raise a TrialError if there is
     none."""
     paths = {
         str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
     }
     matching = [path for name, path in paths.items() if Path(name).match(pattern)]
     if not matching:
-        raise MissingMetricError(f"there is no {pattern} in its folder{_listed([*paths])}")
+        raise TrialError(f"there is no {pattern} in its folder{_listed([*paths])}")
     newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
     try:
         return newest, json.loads(newest.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise MissingMetricError(f"{newest.name} cannot be read: {error}") from error
+        raise TrialError(f"{newest.name} cannot be read: {error}") from error
 
 
 def _read_tail(path: Path, count: int) -> str:
@@ -209,9 +221,9 @@ def _members(value: Any) -> dict[str, Any]:
     if isinstance(value, float):
         return {"": value}
     found: dict[str, Any] = {}
-    objects = [("", value)]
+    objects = [("", value)] if isinstance(value, dict) else []
     for prefix, holder in objects:  # it grows meanwhile
-        for name, member in holder.items() if isinstance(holder, dict) else ():
+        for name, member in holder.items():
             if isinstance(member, dict):
                 objects.append((f"{prefix}{name}.", member))
             else:
@@ -241,5 +253,7 @@ def _number(value: Any) -> float | None:
 def _listed(names: list[str]) -> str:
     """Return the end of a message that lists names."""
     unique = list(dict.fromkeys(names))
-    shown_names = ", ".join(map(shown, unique[:_MOST_NAMES]))
-    return f"; found {shown_names}{', ...' * (len(unique) > _MOST_NAMES)}" if names else ""
+    if not unique:
+        return ""
+    more = ", ..." if len(unique) > _MOST_NAMES else ""
+    return f"; found {', '.join(map(shown, unique[:_MOST_NAMES]))}{more}"

@@ -368,6 +368,8 @@ def check_device(device: torch.device | str) -> torch.device:
     # AssertionError: torch was built without the device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
+        if "device string" in reason:  # torch lists some twenty kinds
+            reason = "is no device"
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     available += ["mps"] * torch.backends.mps.is_available()
     raise InvalidValueError(

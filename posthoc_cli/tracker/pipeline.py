@@ -27,11 +27,11 @@ import torch
 
 from posthoc_cli.errors import (
     DirectoryError,
+    InvalidValueError,
     Log,
     NonFiniteError,
     NotReadyError,
     WriteError,
-    check_word,
     log_kept_messages,
 )
 from posthoc_cli.files import remove_unfinished
@@ -72,7 +72,9 @@ class Pipeline:
     def __init__(
         self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None
     ) -> None:
-        check_word("device", device, ("cpu", "model", None))
+        if device not in ("cpu", "model", None):
+            reason = "must be 'cpu', or 'model' for the model's own device"
+            raise InvalidValueError("device", reason, value=f"{str(device)!r}")
         # the state after the last update; only jobs of the averages' thread change it
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer

@@ -214,7 +214,7 @@ class Start:
         elements = f"{compared} elements compared, also rounded to half precision"
         reason = f"its weights are those of no snapshot of the run in {self.directory}"
         anew = "to begin anew say resume=0, which sets the snapshots aside"
-        hint = f"{anew}; else {ways_to_resume(steps[-1])}"
+        hint = f"{anew}; else {_RESTORE}; {_rarer_ways(steps[-1])}"
         return ModelMismatchError("model", f"{reason} ({times}; {elements})", hint)
 
 
@@ -232,7 +232,8 @@ def _checked_step(resume: str | int | None) -> int | None:
     if resume in (None, "auto"):
         return None
     if isinstance(resume, bool | str):
-        reason = "must be 'auto', a call of update_ that has snapshots, 0, or None"
+        reason = "must be 'auto', to go on where the weights fit, a step that has snapshots, "
+        reason += "0, to begin anew, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
     return check_count("resume", resume, 0)
 
@@ -300,18 +301,19 @@ def _with_members(
     return replace(tracking, run_id=owners.run_id, tracked=part)
 
 
+_RESTORE = "restore the model's checkpoint first, then from_model(..., resume='auto')"
+_ANEW = "for a new run resume=0, which sets these snapshots aside, or another directory"
+
+
 def ways_to_resume(step: int) -> str:
     """Return the ways to resume a run, or to begin another, for the hints of errors."""
-    restored = (
-        "restore the model's checkpoint first, of a step with a snapshot, then "
-        "from_model(..., resume='auto')"
-    )
-    state = (
-        "or ema.load_state_dict(state), where the checkpoint holds ema.state_dict(), which "
-        "is exact at any step"
-    )
+    return f"{_RESTORE}; {_ANEW}; {_rarer_ways(step)}"
+
+
+def _rarer_ways(step: int) -> str:
+    state = "or ema.load_state_dict(state), if the checkpoint holds ema.state_dict()"
     anyway = f"or whatever the weights with resume={step} or from_path(..., step={step})"
-    return f"{restored}; {state}; {anyway}; for a new run name another directory, or resume=0"
+    return f"{state}; {anyway}"
 
 
 # --- snapshots to resume from

@@ -152,6 +152,10 @@ def unpack_state(
 def _checked_info(state: Any, settings: Settings) -> StateInfo:
     """Return the numbers and texts of a state; raise an InvalidValueError if it is none."""
     version = state.get("version") if isinstance(state, Mapping) else None
+    if isinstance(state, Mapping) and version is None:
+        names = ", ".join(map(shown, [*state][:3]))
+        reason = f"is none of a tracker, but of a model or optimizer: it holds {names}"
+        raise InvalidValueError("state", reason, "load what ema.state_dict() has returned")
     if version != STATE_VERSION:
         reason = (
             f"must come from state_dict() of a process that keeps averages, of version "
@@ -199,8 +203,11 @@ def _own_part(
     expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
     (local, held), wanted = held_box(name, stored), tracked.box(name)
     if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
-        model = torch_dtype(tracked.tensors[name].dtype)
-        reason = f"is {found} in the state, not {expected}; the model's is {model}"
+        reason = f"is {found} in the state, not {expected}"
+        if list(stored.shape) != list(tracked.complete_shape(name)):
+            hint = "the state is of another model"
+        else:
+            hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
     elif held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"

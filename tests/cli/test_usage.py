@@ -51,6 +51,13 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
         "several",
         [("directory", "run"), ("file", "model.safetensors")],
     )
+    wrong = ema("verify", "absent", "run", Path(__file__))
+    assert wrong.code == 2
+    assert wrong.err.splitlines()[0] == "ema: error: absent: no such file or directory"
+    assert wrong.err.splitlines()[1].startswith(
+        "ema: error: " + str(Path(__file__)) + ": is a text"
+    )
+    assert "all intact" in wrong.out
     flip_bit(sorted(Path("other").glob("*.safetensors"))[0])
     result = ema("verify", "other", "run")
     assert result.code == 1
@@ -68,7 +75,7 @@ def test_the_number_of_options_is_limited() -> None:
         for name, command in commands().items()
     }
     assert counts["synthesize"] <= 22
-    assert counts["sweep"] <= 13
+    assert counts["sweep"] <= 14
     assert sum(counts.values()) <= 103
 
 
@@ -81,7 +88,10 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
     wrong = ema("synthesise")
     assert wrong.code == 2
     assert "synthesise" in wrong.error
-    assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
+    version = f"ema {posthoc_cli.__version__}\n"
+    assert ema("-V").out == ema("--version").out == ema("version").out == version
+    groups = re.findall("Checkpoints that you have|A training with the hook|Learn", ema("-h").out)
+    assert len(groups) == 3
     assert re.search(
         rf"--method +<{re.escape('|'.join(METHODS))}> ", ema("synthesize", "--help").out
     )
@@ -193,6 +203,9 @@ def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (places / folder).mkdir()
     for model in ("model", "foreign/model"):
         save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
+    (places / "above").mkdir()
+    (places / "above/ema").symlink_to(places / "run")
+    (places / "nothing.pt").touch()
     (places / "m.pt").write_bytes(pickle.dumps({"w": 1}))
     (places / "broken.safetensors").write_bytes(b"no header")
     for name in ("text", "there.safetensors", "there.png", "other/notes.txt"):

@@ -2,6 +2,7 @@
 refused."""
 
 import base64
+import hashlib
 import json
 import re
 import shlex
@@ -10,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from browser import CHROMIUM, Browser, browser
 from checking import refused
 from ema_command import Ema
 from factories import random_walk, write_run
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
 
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, MismatchError
@@ -29,7 +34,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.text = ""
-        self.feed(re.sub("<style>.*?</style>", "", text, flags=re.DOTALL))
+        self.feed(re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL))
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
@@ -98,17 +103,104 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(
     assert "ema sweep --run <b>" in page.text
 
 
-def test_a_page_makes_no_request_and_runs_no_script(text: str) -> None:
+def test_a_page_makes_no_request_and_runs_no_script_but_its_own(text: str) -> None:
     page = Page(text)
-    loading = {"script", "iframe", "object", "embed", "base", "form", "svg"}
+    loading = {"iframe", "object", "embed", "base", "form", "svg"}
     assert not {tag for tag, _ in page.tags} & loading
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
     assert not re.search(r"https?://|@import|url\(", text)
     for _, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes)
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv"))
-    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    assert policy == (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
+        f"script-src 'sha256-{digest}'"
+    )
     assert "alert(1)" in page.text
+
+
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of a run of checkpoints and a sweep whose trials have left two pictures, the raw
+    weights' among them."""
+    folder = tmp_path_factory.mktemp("looks")
+    for step in (5, 10, 15, 20):
+        save_file({"a": torch.full((9,), float(step))}, folder / f"step-{step}.safetensors")
+    figure = Figure((0.4, 0.4))
+    figure.savefig(folder / "one.png")
+    command = f'cp {folder}/one.png "$3/{EVIL[:8]}.png"; cp {folder}/one.png "$3/two.png"; echo $2'
+    Sweep(
+        Run(folder / "step-*.safetensors"),
+        f"sh -c '{command} | sed s/raw/9/' sh {{weights}} {{sigma_rel}} {{dir}}",
+        Metric(),
+        folder / "sweep",
+        Axis.of_values("sigma_rel", [0.1, 0.05, 0.2]),
+        minimize=False,
+    ).run_all()
+    page = folder / "report.html"
+    page.write_text(render(Run(folder / "step-*.safetensors"), [folder / "sweep"], page))
+    return page
+
+
+def test_a_page_shows_the_images_of_each_length_after_those_of_raw_weights(looks: Path) -> None:
+    page = Page(looks.read_text())
+    image = base64.b64encode((looks.parent / "one.png").read_bytes()).decode()
+    shown = [one for one in page.all("img") if one["src"].startswith("data:image/png")]
+    assert {one["src"] for one in shown} == {f"data:image/png;base64,{image}"}
+    assert [one["alt"] for one in shown] == [f"{EVIL[:8]}.png", "two.png"] * 4
+    titles = re.findall(r"(?:raw weights|sigma_rel 0\.\d+), metric \d\S*", page.text)
+    assert titles == [
+        "raw weights, metric 9",
+        "sigma_rel 0.05, metric 0.05",
+        "sigma_rel 0.1, metric 0.1",
+        "sigma_rel 0.2, metric 0.2",
+    ]
+    assert "Best: sigma_rel 0.2 98 % worse than the raw weights metric: 0.2." in " ".join(
+        page.text.split()
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
+def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
+    looks: Path, tmp_path: Path
+) -> None:
+    backgrounds = set()
+    with browser(tmp_path) as page:
+        for width, is_dark in ((400, False), (1200, True)):
+            page.open(looks, width, is_dark)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            choose_lengths(page)
+            assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
+            asked = [one["params"] for one in page.events if "request" in one["params"]]
+            assert {one["request"]["url"].partition(":")[0] for one in asked} == {"file", "data"}
+            assert not [one for one in page.events if one["method"] == "Log.entryAdded"]
+    assert len(backgrounds) == 2
+
+
+ALL = "[...document.querySelectorAll('*')]"
+SCROLLS = (
+    "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"
+)
+SHOWN = f"{ALL}.filter(one => one.tagName == 'FIGURE').map(one => one.checkVisibility())"
+
+
+def choose_lengths(page: Browser) -> None:
+    """Go through the four lengths of a page: at first the best one, which is the last, is shown."""
+    assert page.evaluate(SHOWN) == [False, False, False, True]
+    page.press("ArrowLeft")
+    assert page.evaluate(SHOWN) == [False, False, True, False]
+    for _ in range(4):
+        page.press("ArrowLeft")
+    assert page.evaluate(SHOWN) == [True, False, False, False]
+    page.evaluate("document.querySelector('input[type=range]').focus()")
+    page.press("ArrowRight")
+    assert page.evaluate(SHOWN) == [False, True, False, False]
+    page.evaluate("document.querySelector('input[type=checkbox]').click()")
+    assert page.evaluate(SHOWN) == [True] * 4
 
 
 def test_a_page_needs_no_sweep_and_replaces_none_unasked(ema: Ema, tmp_path: Path) -> None:

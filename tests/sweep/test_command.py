@@ -1,6 +1,7 @@
 """A sweep by commands: what a command receives, how failures are handled, and which files are
 kept."""
 
+import base64
 import fcntl
 import json
 import math
@@ -8,9 +9,11 @@ import os
 import re
 import shlex
 import signal
+import struct
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,7 +29,7 @@ from forked import Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError, PostHocError
+from posthoc_cli.errors import FileFormatError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
 from posthoc_cli.sweep.trials import TrialError
@@ -91,51 +94,71 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
     assert (kept / "counts").read_text().split() == ["2"] * 6
 
 
-def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
+def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
+    run: Run, tmp_path: Path
+) -> None:
     calls, out = tmp_path / "calls", tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
     first = swept(run, out, command, axis=GRID)
     again = swept(run, out, command, axis=GRID)
     assert again.to_dict() == first.to_dict()
     assert calls.read_text().split() == [str(x) for x in LENGTHS]
-    more = swept(
-        run, out, command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.25]), minimize=False
-    )
+    longer = Axis.of_values("sigma_rel", [*LENGTHS, 0.25])
+    more = swept(run, out, command, axis=longer, minimize=False)
     assert calls.read_text().split()[3:] == ["0.25"]
     assert len(more.trials) == 4
-    swept(run, out, command, axis=GRID, t=15)
-    assert len(calls.read_text().split()) == 7
-    swept(run, out, command, axis=Axis("half-life", 2, 20))  # 3.17 is no window
-    windows = swept(run, out, command, axis=Axis("window", 2, 20)).trials
-    assert {trial.target for trial in windows} == {f"window:{trial.x}" for trial in windows}
 
 
-def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(
-    run: Run, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("command", {"command": "true {weights}"}),
+        ("metric", {"metric": Metric("loss")}),
+        ("t", {"t": 15}),
+        ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
+    ],
+)
+def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
+    run: Run, tmp_path: Path, name: str, changed: dict[str, Any]
 ) -> None:
-    calls, out = tmp_path / "calls", tmp_path / "out"
-    command = shell(f"echo $2 >> {calls}; echo $2")
-    first = swept(run, out, command, axis=GRID)
-    path = out / "trials.jsonl"
-    path.write_bytes(path.read_bytes()[:-20])
-    again = swept(run, out, command, axis=GRID)
-    assert calls.read_text().split() == [*map(str, LENGTHS), "0.2"]
-    entry = json.loads(path.read_text().splitlines()[0])
-    changes = (
-        {"x": "0.1"},
-        {"x": [1]},
-        {"seed": "0"},
-        {"value": "a"},
-        {"value": 10**400},
-        {"standard_error": "1"},
-    )
-    odd = [json.dumps(entry | {"trial": entry["trial"] | change}) for change in changes]
-    odd += ['{"settings": {}, "trial": {"x": 1}}', "[" * 100_000, "[]", ""]
-    path.write_text(path.read_text() + "\n".join(odd))
-    assert [trial.value for trial in swept(run, out, command, axis=GRID).trials] == [
-        t.value for t in again.trials
-    ]
-    assert [t.value for t in first.trials] == [t.value for t in again.trials]
+    swept(run, tmp_path / "out", axis=GRID)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
+    with refused(str(tmp_path / "out"), f"a sweep of another {name}", kind=OutputExistsError):
+        swept(run, tmp_path / "out", **({"axis": GRID} | changed))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
+
+
+def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_run(other, random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
+    swept(run, tmp_path / "out", axis=GRID)
+    with refused(str(tmp_path / "out"), "a sweep of another run", kind=OutputExistsError):
+        swept(Run(other), tmp_path / "out", axis=GRID)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"run": 1}\n{"target": "a"}', '{"run"'])
+def test_a_record_that_is_none_is_refused(run: Run, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "trials.jsonl"
+    path.write_text(content)
+    with refused(str(path), "is no record of a sweep", kind=FileFormatError):
+        swept(run, tmp_path, axis=GRID)
+    assert path.read_text() == content
+
+
+def test_the_best_length_of_a_search_is_measured_last(run: Run, tmp_path: Path) -> None:
+    """A best value between measured lengths is only an estimate until then."""
+    bowl_at = BOWL.replace("0.1)", "0.13)")
+    report = swept(run, tmp_path / "out", bowl_at, axis=Axis("sigma_rel", 0.02, 0.28))
+    *before, last = report.trials
+    assert (last.x, last.value) == (report.found.best, report.value)
+    assert last.x not in {trial.x for trial in before}
+    assert report.value == pytest.approx(math.log(report.found.best / 0.13) ** 2, abs=1e-6)
+    assert report.value < min(trial.value for trial in before)
+    result = json.loads((tmp_path / "out/sweep.json").read_text())
+    assert result["value"] == report.value != result["estimate"]
+    again = swept(run, tmp_path / "out", bowl_at, axis=Axis("sigma_rel", 0.02, 0.28))
+    assert (again.found.best, again.value) == (report.found.best, report.value)
+    assert len(again.trials) == len(report.trials)
 
 
 @pytest.mark.parametrize(
@@ -149,23 +172,42 @@ def test_a_line_that_a_crash_has_cut_off_or_that_is_no_trial_costs_one_trial(
 def test_a_trial_that_fails_is_reported_and_has_no_value(
     run: Run, tmp_path: Path, script: str, message: str
 ) -> None:
-    reported: list[Trial] = []
+    reported: list[tuple[Trial, int, int]] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
-    report = swept(run, tmp_path / "out", command, axis=axis, say=reported.append)
+    say = lambda *said: reported.append(said)  # noqa: E731
+    report = swept(run, tmp_path / "out", command, axis=axis, say=say)
     (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
-    assert failed in reported
-    assert (tmp_path / "out" / f"{failed.log}.err").exists()
+    assert [trial for trial, _, _ in reported] == [*report.trials]
+    assert [counts for _, *counts in reported] == [[1, 4], [2, 4], [3, 4], [4, 4]]
+    assert (tmp_path / "out/logs" / f"{failed.name}.err").exists()
 
 
-def test_a_metric_of_a_wrong_name_ends_after_one_trial_and_names_what_is_there(
-    run: Run, tmp_path: Path
+@pytest.mark.parametrize(
+    ("script", "metric", "words"),
+    [
+        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "no line .*; found 'acc', 'f1'"),
+        ("echo at $2; exit 3", PRINTED, "ended with exit code 3: at 0.1"),
+        ("echo nan", PRINTED, "its metric is nan"),
+    ],
+)
+def test_two_failures_in_a_row_of_one_cause_end_a_sweep(
+    run: Run, tmp_path: Path, script: str, metric: Metric, words: str
 ) -> None:
-    command = shell(f'echo $2 >> {tmp_path}/calls; echo "{{\\"acc\\": 1, \\"f1\\": 2}}"')
-    with pytest.raises(InvalidValueError, match=r"metric loss: no line .*; found 'acc', 'f1'"):
-        swept(run, tmp_path / "out", command, Metric("loss"), axis=GRID)
-    assert len((tmp_path / "calls").read_text().split()) == 1
+    command = shell(f"echo $2 >> {tmp_path}/calls; {script}")
+    with pytest.raises(
+        PostHocError, match=f"two trials .* failed alike; .*: sigma_rel 0.1: {words}"
+    ):
+        swept(run, tmp_path / "out", command, metric, axis=GRID)
+    assert len((tmp_path / "calls").read_text().split()) == 2
+
+
+def test_failures_of_different_causes_do_not(run: Run, tmp_path: Path) -> None:
+    axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.22, 0.25])
+    script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
+    with pytest.raises(PostHocError, match="3 of 5 trials have failed, too many to choose"):
+        swept(run, tmp_path / "out", shell(script), axis=axis)
 
 
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
@@ -203,9 +245,8 @@ def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_
     assert [trial.target for trial in report.trials][:1] == ["raw"]
     more = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
     assert sorted(trial.seed for trial in more.trials if trial.target == "raw") == [0, 1]
-    assert (
-        len((tmp_path / "out" / "trials.jsonl").read_text().splitlines()) == len(more.trials) == 8
-    )
+    lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    assert len(lines) - 1 == len(more.trials) == 8  # the first line has the settings
     options = (
         "--run",
         command,
@@ -226,7 +267,7 @@ def test_raw_weights_that_the_run_contains_are_measured(ema: Ema, run: Run, tmp_
         ("#!/bin/sh\necho 5", ["every trial has the same metric, 5; does the evaluation use"]),
         (
             "#!/no/such/interpreter",
-            ["3 of 3 trials have failed", "cannot be started: No such file"],
+            ["two trials in a row have failed alike", "cannot be started: No such file"],
         ),
     ],
 )
@@ -251,6 +292,8 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
         ("true {weights", {}, "must contain {weights}"),
         ("true '{weights}", {}, "cannot be split into words"),
         ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
+        ("true {weights}", {"minimize": None}, "must contain {dir}, the folder for the images"),
+        ("python3 absent.py {weights}", {}, "absent.py: no such file"),
     ],
 )
 def test_an_unusable_command_is_refused_before_anything_is_made(
@@ -320,8 +363,8 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
     assert gone(tmp_path / "hangs")
     assert gone(tmp_path / "child")
     assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
-    (line,) = (out / "trials.jsonl").read_text().splitlines()
-    assert json.loads(line)["trial"]["x"] == 0.05
+    _, line = (out / "trials.jsonl").read_text().splitlines()
+    assert json.loads(line)["x"] == 0.05
 
 
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
@@ -341,7 +384,7 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
         wait_for(tmp_path / "pid", process)
     report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
     assert [trial.value for trial in report.trials] == list(LENGTHS)
-    assert (out / f"{report.trials[0].log}.out").read_text() == "0.05\n"
+    assert (out / "logs" / f"{report.trials[0].name}.out").read_text() == "0.05\n"
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
@@ -378,7 +421,7 @@ def test_each_length_of_a_narrow_range_is_measured_once(
     run: Run, tmp_path: Path, axis: Axis, count: int
 ) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
-    report = swept(run, tmp_path / "out", command, axis=axis, budget=6)
+    report = swept(run, tmp_path / "out", command, axis=axis, budget=7)
     assert not any(trial.error for trial in report.trials)
     assert len(report.trials) == len({trial.x for trial in report.trials})
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
@@ -428,6 +471,92 @@ def test_a_trial_gets_a_copy_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
         assert_same_tensors(loaded["model"], run.average(report.best))
 
 
+# --- raw weights, and images
+
+
+def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
+    """Of a training's checkpoint the weights, not the average; or of a file that holds nothing
+    else."""
+    weights = run.average(0.1)
+    raw = {name: torch.full_like(value, 7.0) for name, value in weights.items()}
+    torch.save({"model": raw, "ema": dict(weights)}, tmp_path / "last.pt")
+    save_file(raw, tmp_path / "last.safetensors")
+    (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
+    command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
+    for name in ("last.pt", "last.safetensors"):
+        report = swept(run, tmp_path / f"out-{name}", command, axis=GRID, raw=tmp_path / name)
+        assert report.raw == 7.0
+        assert report.trials[0] == Trial("raw", None, 0, 7.0, seconds=report.trials[0].seconds)
+    better = (7.0 - report.value) / 7.0
+    assert f"{100 * better:.2g} % better than the raw weights" in repr(report)
+
+
+def test_a_file_without_the_tensors_of_the_averages_is_refused(run: Run, tmp_path: Path) -> None:
+    raw = tmp_path / "other.safetensors"
+    save_file({"b": torch.zeros(7)}, raw)
+    with refused("raw", str(raw), "lacks tensor 'a'"):
+        swept(run, tmp_path / "out", axis=GRID, raw=raw)
+
+
+def picture(colour: int) -> str:
+    """Return the base64 text of a PNG of one grey pixel."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes([0, colour]))
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
+
+
+DRAW = f'cd "$4"; mkdir b; echo {picture(9)} | base64 -d > a.png; cp a.png b/c.PNG; touch d.txt'
+
+
+def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
+    run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    report = swept(run, out, shell(DRAW), axis=GRID, minimize=None)
+    assert [(trial.x, trial.value, trial.error) for trial in report.trials] == [
+        (x, None, None) for x in LENGTHS
+    ]
+    assert names(out) == {"images", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
+    assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LENGTHS}
+    assert names(out / "images/sigma_rel-0.1-seed-0") == {"a.png", "b-c.PNG"}
+    assert "best" not in json.loads((out / "sweep.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("glob", "kept"),
+    [(None, {"a.png", "b-c.PNG"}), ("b/*", {"b-c.PNG"}), ("none", set()), ("*.txt", set())],
+)
+def test_the_images_to_keep_can_be_chosen(
+    run: Run, tmp_path: Path, glob: str | None, kept: set[str]
+) -> None:
+    swept(run, tmp_path / "out", shell(f"{DRAW}; echo $2"), axis=GRID, images=glob)
+    folder = tmp_path / "out/images/sigma_rel-0.05-seed-0"
+    assert (names(folder) if folder.exists() else set()) == kept
+
+
+def test_the_newest_images_are_kept_and_none_that_is_large(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dated = "cp a.png $i.png; touch -d 2030-01-01T00:00:$i $i.png"
+    large = "truncate -s 3M 20.png; touch -d 2031-01-01 20.png"
+    script = f"{DRAW}; for i in $(seq 20); do {dated}; done; {large}"
+    swept(run, tmp_path / "out", shell(script), axis=GRID, minimize=None)
+    kept = names(tmp_path / "out/images/sigma_rel-0.05-seed-0")
+    assert kept == {f"{i}.png" for i in range(4, 20)}
+    assert "20.png: 3.15 MB, too large to be kept: at most 2 MB" in caplog.text
+
+
+def test_a_look_without_images_says_so(run: Run, tmp_path: Path) -> None:
+    with refused("the sweep", "no trial has left an image in {dir}", kind=PostHocError):
+        swept(run, tmp_path / "out", "true {weights} {dir}", axis=GRID, minimize=None)
+
+
 # --- in Python
 
 
@@ -437,7 +566,7 @@ def test_a_trial_gets_a_copy_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
         *[("values", "two lengths", {"values": values}) for values in ([0.1], [0.1, 0.1], [])],
         ("sigma_rel", "must be a number", {"values": ["0.1", 0.2]}),
         ("budget", "must be a whole number", {"low": 0.1, "high": 0.2, "budget": 6.5}),
-        ("budget", "at least 6", {"low": 0.1, "high": 0.2, "budget": 3}),
+        ("budget", "at least 7", {"low": 0.1, "high": 0.2, "budget": 3}),
         *[
             ("metric", "must ", {"metric": lambda _, result=result: result})
             for result in ("a", (1.0, "a"), (1, 0, 2))
@@ -565,8 +694,10 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
     assert found.low <= 0.09 <= found.high < 1.1 * found.low
     assert abs(found.mean) < 0.01
     assert found.settled
-    assert found.xs.shape == found.curve.shape == found.errors.shape == (POINTS,)
-    assert np.allclose(found.curve, [sign * bowl(x) for x in found.xs.tolist()], atol=0.02)
+    assert found.curve.shape == found.errors.shape == (POINTS,)
+    assert np.allclose(
+        found.curve, [sign * bowl(x) for x in np.geomspace(LOW, HIGH, POINTS).tolist()], atol=0.02
+    )
     for unit in (1e-9, 1e9):  # the unit of the metric changes nothing
         other = estimate(
             [trial(t.x, unit * (t.value or 0)) for t in trials(0, 6, sign=sign)],
@@ -610,8 +741,8 @@ def test_the_offset_of_a_seed_is_not_noise() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [[1.0] * 12, [0.0] * 6 + [1.0] * 6, [1, 0] * 6, [100.0 if k == 3 else 0.0 for k in range(12)]],
-    ids=["constant", "a-step", "two-values", "an-outlier"],
+    [[0.0] * 6 + [1.0] * 6, [1, 0] * 6, [100.0 if k == 3 else 0.0 for k in range(12)]],
+    ids=["a-step", "two-values", "an-outlier"],
 )
 def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
     given = [trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
@@ -658,7 +789,7 @@ def searched(
 
     def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
         return [
-            trial(x, bowl(x or LOW) + noise * random.normal(), seed=number) for x, number in wanted
+            Trial("", x, number, bowl(x or LOW) + noise * random.normal()) for x, number in wanted
         ]
 
     *_, _ = search.rounds(measure)
@@ -680,18 +811,14 @@ def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
 
 @pytest.mark.parametrize(("repeats", "raw"), [(1, False), (1, True), (2, True)])
 def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool) -> None:
-    """A length that is measured again with other seeds counts again; raw weights do not count."""
+    """A length that is measured again with other seeds counts again; raw weights do not count. The
+    last one is for the best length, which may have been measured before."""
     done, most = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)], (7 + raw) * repeats
     assert any(search.stopped == "the budget is spent" for search in done)
     for search in done:
-        assert (
-            len({(one.x, one.seed) for one in search.trials})
-            == len(search.trials)
-            <= most
-            == search.most
-        )
+        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= most
         if search.stopped == "the budget is spent":
-            assert len(search.trials) == most
+            assert len(search.trials) in (most, most - repeats)
 
 
 # --- the metric of a trial: on standard output or in JSON files, with its standard error
@@ -714,6 +841,19 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
         ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", (0.5, None)),
         ("x" * 3_000_000 + "\n0.5\n", None, (0.5, None)),
         ('{"loss": 0.5, "loss_se": NaN}', "loss", (0.5, None)),
+        *[
+            (f"epoch 3{line}\nval_loss 9\nloss_2: 9", "loss", (2.67, None))
+            for line in (
+                "\nloss 2.67",
+                "\nloss: 2.67",
+                "\nloss=2.67",
+                "\nLoss = 2.67, acc: 1",
+                ", loss: 2.67.",
+                "\nloss: 9, loss: +2.67e0 (best)",
+            )
+        ],
+        ("loss 0.5\n2\n", "loss", (2.0, None)),
+        ("results.acc: .5", "results.acc", (0.5, None)),
     ],
 )
 def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
@@ -729,9 +869,11 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
         (
             '{"acc": 1, "f1": 2}',
             "loss",
-            "no line of its output is a number or a JSON object with 'loss'; found",
+            "nor loss and a number, nor a JSON object with 'loss'; found 'acc', 'f1'",
         ),
         ("0.5\nnan\n", None, "its metric is nan"),
+        ("loss: nan", "loss", "its metric is nan"),
+        ("loss: 5x", "loss", "no line"),
         ('{"loss": "bad"}', "loss", "'loss' is 'bad', not a number"),
         ('{"loss": true}', "loss", "'loss' is True, not a number"),
         ("{" * 100_000, "loss", "no line"),

@@ -614,8 +614,8 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     ways = (
-        r"restore the model's checkpoint first, .*resume='auto'.*load_state_dict.*resume=10 "
-        r".*another directory, or resume=0"
+        r"restore the model's checkpoint first, .*resume='auto'.*; for a new run resume=0, .* "
+        r"another directory; .*load_state_dict.*resume=10 .*step=10\)"
     )
     for folder, wrong, kind, message in (
         (run, {}, MismatchError, f"{ways}$"),
@@ -626,7 +626,7 @@ def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
             r"t_unit 'images': the run in .* counts",
         ),
         *(
-            (run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', a ca")
+            (run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', to go on")
             for one in ("yes", True)
         ),
         *(
@@ -801,7 +801,7 @@ def test_a_training_killed_before_its_first_checkpoint_is_told_to_begin_anew_and
     anew = r"\); to begin anew say resume=0, which sets the snapshots aside; else restore "
     with pytest.raises(ModelMismatchError, match=anew):
         tracker.update_(training.model)
-    with pytest.raises(MismatchError, match=r"for a new run name another directory, or resume=0$"):
+    with pytest.raises(MismatchError, match=r"for a new run resume=0, "):
         begin(training.model, tmp_path)
     training = Training(seed=1)
     with begin(training.model, tmp_path, resume=0, sigma_rels=sigma_rels) as ema:

@@ -1,0 +1,78 @@
+"""Images that trials leave in their folders, kept in the folder of the sweep."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.resources import size_text
+
+log = logging.getLogger(__name__)
+
+FOLDER = "images"  # in the folder of a sweep: a folder for each trial
+MOST = 16  # images kept of a trial
+MOST_BYTES = 2_000_000  # of one image: a page with 16 of a dozen lengths can still be opened
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_BEGINNINGS = {
+    b"\x89PNG": "png",
+    b"\xff\xd8\xff": "jpeg",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+}
+"""The media type of an image by its first bytes."""
+
+
+def image_type(content: bytes) -> str | None:
+    """Return the media type of an image, or None for other content."""
+    for beginning, name in _BEGINNINGS.items():
+        if content.startswith(beginning):
+            return f"image/{name}"
+    return None
+
+
+def keep_images(folder: Path, kept: Path, glob: str | None) -> None:
+    """Move the newest MOST images of a trial from its folder to `kept`, which is made anew.
+
+    `glob` is a pattern of their names, by default ENDINGS. Files that are no images, or are larger
+    than MOST_BYTES, are left, with a warning.
+    """
+    remove(kept)
+    paths = sorted(_images(folder, glob), key=lambda path: path.stat().st_mtime_ns)
+    if paths:
+        files.make_directory(kept)
+    for path in paths[-MOST:]:
+        path.rename(kept / str(path.relative_to(folder)).replace("/", "-"))
+
+
+def _images(folder: Path, glob: str | None) -> Iterator[Path]:
+    for path in _matching(folder, glob):
+        name = path.relative_to(folder)
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            most = size_text(MOST_BYTES)
+            log.warning("%s: %s, too large to be kept: at most %s", name, size_text(size), most)
+        elif image_type(path.read_bytes()) is None:
+            log.warning("%s: not kept, since it is no PNG, JPEG, WebP or GIF image", name)
+        else:
+            yield path
+
+
+def _matching(folder: Path, glob: str | None) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        is_wanted = name.match(glob) if glob else name.suffix.lower() in ENDINGS
+        if is_wanted and path.is_file() and not path.is_symlink():
+            yield path
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with its contents, if it exists; raise a WriteError if that
+    fails."""
+    with files.reported_as_write_error(path, "removed"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            files.unlink_if_exists(path)
