@@ -121,6 +121,14 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
     return result
 
 
+def numbers_of(values: Sequence[torch.Tensor], tiles: Sequence[Tile]) -> list[float]:
+    """Return the numbers of all tiles, waiting once a bucket."""
+    numbers: list[float] = []
+    for _, of_bucket in groupby(tiles, attrgetter("bucket")):
+        numbers += torch.stack([values[tile.number] for tile in of_bucket]).tolist()
+    return numbers
+
+
 def _edges(count: int, most: int) -> list[int]:
     """Cut elements into powers of two of at most `most`, largest first; the last piece is at most a
     CPU tile."""
@@ -241,9 +249,7 @@ class Reader:
             norms[tile.number] = torch.linalg.vector_norm(self._flat(tile, thread))
 
         pool.each(measure, self.tiles)
-        buckets = groupby(self.tiles, attrgetter("bucket"))
-        stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
-        return [norm for bucket in stacked for norm in bucket.tolist()]
+        return numbers_of(norms, self.tiles)
 
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
         """Return the first tensor with a nan or an infinity in the tiles whose norms are not
@@ -284,7 +290,9 @@ class _Ring:
 
     def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
         cuda: Any = torch.cuda
-        free = cuda.mem_get_info(device)[0]
+        # torch keeps memory that it has freed
+        kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        free = cuda.mem_get_info(device)[0] + kept
         count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
         self._device, self._stream = device, cuda.Stream(device)
         self._buffers = [

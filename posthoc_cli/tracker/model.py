@@ -10,6 +10,7 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -416,10 +417,15 @@ class ModelWatch:
         flat = {
             name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()
         }
-        return {
-            number: flat[name][index].float().item()
-            for number, (name, index) in tracked.sampled.items()
-        }
+        numbers: dict[torch.device, list[int]] = defaultdict(list)
+        for number, (name, _) in tracked.sampled.items():
+            numbers[flat[name].device].append(number)
+        values: dict[int, float] = {}
+        for of_device in numbers.values():  # each of which is waited for once
+            places = [tracked.sampled[number] for number in of_device]
+            picked = torch.stack([flat[name][index].float() for name, index in places])
+            values.update(zip(of_device, picked.tolist(), strict=True))
+        return values
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was

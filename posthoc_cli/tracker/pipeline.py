@@ -175,6 +175,8 @@ class Pipeline:
         if self._is_async is None:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
+            if self._is_async and not all_on_cpu:
+                self._updates.call(self._use_cores)
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         values = self._values_of(tensors)
         refused: NonFiniteError | None = None
@@ -218,6 +220,15 @@ class Pipeline:
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
         if refused is not None:
             raise refused
+
+    def _use_cores(self) -> None:
+        """Let averages on the host use this process's share of the cores, which an accelerator's
+        training leaves idle: torchrun sets OMP_NUM_THREADS to 1."""
+        threads = worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if threads > self._pool.size:
+            self._pool.close()
+            self._pool = ThreadPool(threads)
+            self._copier = ModelCopier(threads)
 
     def skip(self, progress: TrainingProgress) -> None:
         """Count a call whose update is left out."""

@@ -185,8 +185,8 @@ class PostHocEMA:
                 with their values at the time of the average; "copy" all of them; or "average"
                 floating-point ones like parameters.
             device: "model" for averages on the parameters' devices, updated by the training thread;
-                "cpu" for averages on the host, updated by a background thread, with the same bits;
-                None for "cpu" on accelerators.
+                "cpu" for averages on the host, updated by background threads; None for "cpu" on
+                accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
                 snapshots at whose time the network had the model's weights, exactly or as float16
                 or bfloat16, or from the last step that an earlier tracker of this model and
@@ -330,6 +330,9 @@ class PostHocEMA:
                 "update_", reason, "leave out either this call or attach(), or detach() first"
             )
         _check_raw(check_model(model), "update_")
+        if _is_capturing():
+            reason = "a CUDA graph is being captured, which would count and average this step once"
+            raise NotReadyError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._pipeline.lock("update_"):
@@ -1076,6 +1079,11 @@ class AveragedModel(AbstractContextManager[Module]):
     def __call__(self, *_: object, **__: object) -> NoReturn:
         hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"
         raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
+
+
+def _is_capturing() -> bool:
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
 def _check_raw(model: torch.nn.Module, call: str) -> None:

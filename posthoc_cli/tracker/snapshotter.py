@@ -55,7 +55,15 @@ from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
-from posthoc_cli.tracker.memory import FlatTensors, Layout, Tile, on_host, ranges_of, tiles_of
+from posthoc_cli.tracker.memory import (
+    FlatTensors,
+    Layout,
+    Tile,
+    numbers_of,
+    on_host,
+    ranges_of,
+    tiles_of,
+)
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.resume import ways_to_resume
@@ -474,12 +482,10 @@ def stage(
     pool.each(stage_tile, tiles)
     result = []
     for index, stored in enumerate(memory):
-        doubtful = {
-            piece.name
-            for tile, norm in zip(tiles, norms[index], strict=True)
-            if not float(norm) <= torch.finfo(storage.stored[tile.bucket].dtype).max
-            for piece in ranges[tile.number]
-        }
+        doubtful = set[str]()
+        for tile, norm in zip(tiles, numbers_of(norms[index], tiles), strict=True):
+            if not norm <= torch.finfo(storage.stored[tile.bucket].dtype).max:
+                doubtful.update(piece.name for piece in ranges[tile.number])
         exact = joined(measured[index])
         pairs = zip(measured[index], storage.stored, strict=True)
         rounded = joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs])

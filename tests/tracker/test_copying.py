@@ -59,6 +59,7 @@ class SimulatedDevice:
 
     def __init__(self, seed: int) -> None:
         self.draw, self.free = random.Random(seed), 2**40
+        self.kept = 0  # by torch, of what it has freed
         self.streams: list[Stream] = []
         self.used_by: set[tuple[int, Stream]] = set()
         self.training = self.current = self.stream()
@@ -96,6 +97,8 @@ class SimulatedDevice:
             current_stream=lambda _: self.current,
             stream=self.on,
             mem_get_info=lambda _: (self.free, self.free),
+            memory_reserved=lambda _: self.kept,
+            memory_allocated=lambda _: 0,
         )
 
         class OnDevice(torch.Tensor):
@@ -213,6 +216,14 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     stager.copy(on_devices(values))
     device.run(only=device.training)
     assert bool(device.training.work) == (not device.free)
+
+
+@pytest.mark.parametrize("device", [6], indirect=True)
+def test_memory_that_torch_has_freed_and_kept_counts_as_free(device: SimulatedDevice) -> None:
+    device.kept = 2**40
+    stager = ModelCopier()
+    stager.copy(on_devices(tensors()))
+    assert stager.nbytes == 2 * sum(value.nbytes for value in tensors().values())
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

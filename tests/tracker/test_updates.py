@@ -14,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+)
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -394,3 +399,51 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
         tracker.flush()
         assert tracker.step == 2
         assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_step_that_a_cuda_graph_captures_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count once, however often the graph is replayed."""
+    model = torch.nn.Linear(2, 2)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema.update_(model)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
+            ema.update_(model)
+    ema.update_(model)
+    assert ema.step == 2
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2, device="cuda")
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema.update_(model)
+    ema.flush()
+    with pytest.raises(NotReadyError, match="graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ema.update_(model)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_an_update_by_copy_never_waits_for_the_device(tmp_path: Path) -> None:
+    """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300)).cuda()
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=4)
+    for _ in range(6):
+        ema.update_(model)
+    ema.flush()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            ema.update_(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ema.close()
