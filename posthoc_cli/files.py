@@ -20,7 +20,7 @@ import errno
 import os
 import re
 import secrets
-import tempfile
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -44,6 +44,15 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Error numbers of `link` on a file system without hard links."""
 
 
+# of `os.open`; 0 where the system has no such flag, as Windows
+CLOSED_IN_CHILDREN: int = getattr(os, "O_CLOEXEC", 0)
+NO_LINK: int = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT: int = getattr(os, "O_NONBLOCK", 0)
+_BYTES: int = getattr(os, "O_BINARY", 0)
+
+_seeking = threading.Lock()
+
+
 class FileSystem:
     """The operating system's file operations; each raises OSError if the system refuses."""
 
@@ -55,24 +64,37 @@ class FileSystem:
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | CLOSED_IN_CHILDREN | _BYTES
+        return os.open(path, flags, 0o666)
 
     def open(self, path: Path) -> int:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | _NO_WAIT | CLOSED_IN_CHILDREN | _BYTES)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Read from `offset` into the beginning of `view`; return the number of bytes, 0 at the end
         of the file."""
-        return os.preadv(descriptor, [view], offset)
+        if hasattr(os, "preadv"):
+            return os.preadv(descriptor, [view], offset)
+        with _seeking:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            data = os.read(descriptor, len(view))
+        view[: len(data)] = data
+        return len(data)
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Write the beginning of `view` at `offset`; return the number of bytes written."""
-        return os.pwrite(descriptor, view, offset)
+        if hasattr(os, "pwrite"):
+            return os.pwrite(descriptor, view, offset)
+        with _seeking:  # Windows
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, view)
 
     def fsync_directory(self, path: Path) -> None:
         """Wait until the directory's entries are on the disk, where the file system supports
         that."""
+        if os.name == "nt":
+            return
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -140,32 +162,35 @@ def local_path(name: str, path: str | Path) -> Path:
     """Return an argument as a path like `given_path`; raise InvalidValueError also for a URL."""
     local = given_path(name, path)
     if is_url(local):
-        raise InvalidValueError(
-            name, "is a URL; must be a path on a file system of this machine", value=local
-        )
+        reason = "is a URL; must be a path on a file system of this machine"
+        raise InvalidValueError(name, reason, value=local)
     return local
 
 
-def check_writable(name: str, path: Path) -> None:
-    """Raise an InvalidValueError about the argument of that `name` for a URL that can only be
-    read."""
-    if is_url(path) and not str(path).startswith(("s3:", "gs:", "az:")):
-        raise InvalidValueError(
-            name, "must be a path, or begin with s3://, gs:// or az://", value=path
-        )
+def output_path(name: str, path: str | Path) -> Path:
+    """Return the argument of an output as a path, with a leading ~ replaced by the home directory.
+
+    Raises InvalidValueError for a URL: outputs are written to this machine.
+    """
+    given = given_path(name, path)
+    if is_url(given):
+        reason = "is a URL; must be a path on a file system of this machine"
+        hint = "copy it to the store afterwards, by `rclone copy` or `aws s3 cp`"
+        raise InvalidValueError(name, reason, hint, value=given)
+    return expanded(given)
 
 
 def check_parent(name: str, path: Path) -> None:
     """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does
     not exist."""
-    if not (is_url(path.parent) or path.parent.is_dir()):  # object stores have no folders
+    if not path.parent.is_dir():
         raise InvalidValueError(name, "its folder does not exist", value=path)
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     """Return the path of an output after checking its ending, that its folder exists, and that it
     may be written."""
-    path = expanded(given_path("out", out))
+    path = output_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
@@ -204,7 +229,7 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and its missing parents durably; in a store there are none."""
+    """Create a directory and its missing parents durably."""
     with new_directory(path):
         pass
 
@@ -216,9 +241,7 @@ def new_directory(path: Path) -> Iterator[None]:
     made: list[Path] = []
     try:
         with reported_as_write_error(path):
-            missing = []
-            if not is_url(path):
-                missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
+            missing = [p for p in (path, *path.parents) if not os.path.exists(p)]  # noqa: PTH110
             for directory in reversed(missing):
                 _unfinished[directory] = os.getpid()
                 system.make_directory(directory)
@@ -240,7 +263,7 @@ def unlink_if_exists(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a complete folder, if it exists."""
-    if not is_url(path) and path.is_dir() and not path.is_symlink():
+    if path.is_dir() and not path.is_symlink():
         for entry in system.list(path):
             _remove(entry)
         system.remove_directory(path)
@@ -292,7 +315,7 @@ def remove_leftovers(directory: Path, still: float = 3600.0) -> None:
     """
     found: list[Path] = []
     with suppress(PermissionError):  # a folder that may not be listed
-        found = [] if is_url(directory) else system.list(directory)  # uploads leave none
+        found = system.list(directory)
     for path in filter(lambda path: is_temporary(path.name), found):
         try:
             inside = () if path.is_symlink() else path.rglob("*")
@@ -320,29 +343,16 @@ def write_atomically(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 class _Pending:
     """A file or folder with a temporary name, which readers ignore, until it is published or the
-    `with` block ends.
-
-    For an object store it is in the system's folder for temporary files.
-    """
+    `with` block ends."""
 
     def __init__(self, path: Path) -> None:
-        check_writable("out", path)
-        folder = Path(tempfile.gettempdir()) if is_url(path) else path.parent
-        self.path, self.temporary = path, folder / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
-        self._uploaded: list[Path] = []
-
-    def _upload(self, file: Path, target: Path, create: bool) -> None:
-        from posthoc_cli.remote import store
-
-        try:
-            store.put(str(target), file, create=create)
-        except FileExistsError as error:
-            raise _taken(target) from error
+        self.path = path
+        self.temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}.tmp"
 
     def discard(self) -> None:
         """Remove what is there. The next call completes one that a signal interrupted."""
         if self.temporary in _unfinished:
-            discard([*self._uploaded, self.temporary])
+            discard([self.temporary])
 
     def __enter__(self: _P) -> _P:
         return self
@@ -368,7 +378,7 @@ class PendingFile(_Pending):
         self._overwrite, self.descriptor = overwrite, -1
         with reported_as_write_error(path):
             is_file = path.is_file() or (path.is_symlink() and not path.is_dir())
-            if not is_file and not is_url(path) and os.path.lexists(path):
+            if not is_file and os.path.lexists(path):
                 raise OutputExistsError(
                     path, "is a directory, pipe, socket or device", "choose another name"
                 )
@@ -386,16 +396,10 @@ class PendingFile(_Pending):
 
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step
-        fails.
-
-        A file for an object store is uploaded, and exists in the store when the upload is complete.
-        """
+        fails."""
         with reported_as_write_error(self.path):
-            if is_url(self.path):
-                self._upload(self.temporary, self.path, create=not self._overwrite)
-                self.discard()
-                return
             system.fsync(self.descriptor)
+            self._close()  # Windows renames and removes no open file
             linked, replaces = not self._overwrite, self._overwrite and os.path.lexists(self.path)
             try:
                 if linked:
@@ -414,7 +418,6 @@ class PendingFile(_Pending):
             try:
                 if linked:
                     system.unlink(self.temporary)
-                self._close()
                 system.fsync_directory(self.path.parent)
                 _unfinished.pop(self.temporary, None)
             except BaseException:
@@ -434,7 +437,7 @@ class PendingFile(_Pending):
 
 
 class PendingFolder(_Pending):
-    """A folder that is being written. `publish` gives it its name; in a store it replaces nothing.
+    """A folder that is being written. `publish` gives it its name.
 
     Raises OutputExistsError if there is something at `path` but an empty folder, or one whose files
     all have names of the pattern `replaces`, which is replaced.
@@ -442,7 +445,7 @@ class PendingFolder(_Pending):
 
     def __init__(self, path: Path, replaces: re.Pattern[str] | None = None) -> None:
         super().__init__(path)
-        self._replaces = None if is_url(path) else replaces
+        self._replaces = replaces
         with reported_as_write_error(path):
             self._is_taken()
             _unfinished[self.temporary] = os.getpid()
@@ -451,43 +454,28 @@ class PendingFolder(_Pending):
     def _is_taken(self) -> bool:
         """Return whether something is at `path`; raise OutputExistsError unless it may be
         replaced."""
-        path, in_store, problem = self.path, is_url(self.path), ""
-        if not (path.exists() if in_store else os.path.lexists(path)):
+        path = self.path
+        if not os.path.lexists(path):
             return False
         if path.is_symlink() or not path.is_dir():
-            problem = "is a file or a link; must be a folder"
-        elif not in_store and (os.path.ismount(path) or path.samefile(".")):
-            problem = "is a disk's or the working directory, which is not replaced"
-        for entry in [] if problem else sorted(system.list(path), reverse=True):
+            raise self._refused("is a file or a link; must be a folder")
+        if os.path.ismount(path) or path.samefile("."):
+            raise self._refused("is a disk's or the working directory, which is not replaced")
+        for entry in sorted(system.list(path)):
             if self._replaces is None or entry.is_dir() or not self._replaces.fullmatch(entry.name):
-                problem = f"already exists, and holds {shown(entry.name)}"
-        if problem:
-            hint = "name a new folder" + ", or `overwrite` to replace a model" * (
-                not (self._replaces or in_store)
-            )
-            raise OutputExistsError(path, problem, hint)
+                raise self._refused(f"already exists, and holds {shown(entry.name)}")
         return True
 
-    def send(self) -> None:
-        """Upload the complete files to the store, those that lead to others last, and remove them
-        here."""
-        complete = [file for file in self.temporary.rglob("*") if file.is_file()]
-        for file in sorted(
-            complete, key=lambda file: (file.suffix == ".json", file.name == ".metadata", file)
-        ):
-            target = self.path / file.relative_to(self.temporary)
-            self._upload(file, target, create=True)
-            self._uploaded.append(target)
-            system.unlink(file)
+    def _refused(self, reason: str) -> OutputExistsError:
+        hint = "name a new folder"
+        if self._replaces is None:
+            hint += ", or `overwrite` to replace a model"
+        return OutputExistsError(self.path, reason, hint)
 
     def publish(self) -> None:
-        """Make the content durable and give the folder its name, or upload it; a failure leaves
-        what was there."""
+        """Make the content durable and give the folder its name; a failure leaves what was
+        there."""
         with reported_as_write_error(self.path):
-            if is_url(self.path):
-                self.send()
-                self._uploaded.clear()
-                return
             for base, _, names in os.walk(self.temporary):
                 for name in names:
                     descriptor = system.open(Path(base, name))

@@ -72,10 +72,9 @@ class Schedule:
         """The number of snapshots of each profile at the end."""
         return min(self.taken, self.max_checkpoints or self.taken)
 
-    def snapshots(self, motion: Motion | None = None) -> list[PowerFunction]:
-        """Return the snapshots at the end, by time; `motion` is relative to the norm, by default
-        even."""
-        motion = motion or Motion.even(self.steps)
+    def snapshots(self) -> list[PowerFunction]:
+        """Return the snapshots at the end of a run that moves evenly, by time."""
+        motion = Motion.even(self.steps)
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         left: list[PowerFunction] = []
         for count in range(1, self.taken + 1):
@@ -562,7 +561,6 @@ class PlanReport:
 
     proposals: tuple[Proposal, ...]
     disk: int | None = None  # the most bytes of snapshots at any moment; None if any size will do
-    assumption: str = EVENLY  # about the motion of the network, worded to follow "if"
 
     @property
     def within_disk(self) -> Proposal | None:
@@ -577,7 +575,7 @@ class PlanReport:
         chosen = self.within_disk
         return {
             "disk": self.disk,
-            "assumption": self.assumption,
+            "assumption": EVENLY,
             "within_disk": None if chosen is None else chosen.name,
             "schedules": [proposal.to_dict() for proposal in self.proposals],
         }
@@ -588,30 +586,27 @@ def propose(
     steps: int,
     params: int,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-    motion: Motion | None = None,
-    rounding: Mapping[str, float] | None = None,
 ) -> list[Proposal]:
     """Return the schedules of `NAMES` for a training of so many steps, and averaged elements of the
     network.
 
-    The ends of the range are tracked, of a single profile its geometric mean. `motion` is over (0,
-    steps], relative to the norm; None for even motion. `rounding` is the measured error of stored
-    averages by dtype, in place of `relative_rounding`.
+    The ends of the range are tracked, of a single profile its geometric mean.
     """
     for name, count in (("steps", steps), ("params", params)):
         check_number(
             name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15"
         )
     low, high = check_sigma_range(sigma_range)
-    middle, motion = float(f"{math.sqrt(low * high):.2g}"), motion or Motion.even(steps)
+    middle = float(f"{math.sqrt(low * high):.2g}")
+    motion = Motion.even(steps)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
-        error = (rounding or {}).get(dtype, relative_rounding(dtype))
+        error = relative_rounding(dtype)
         schedule = Schedule(
             tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error
         )
-        snapshots = schedule.snapshots(motion)
+        snapshots = schedule.snapshots()
         label = f"{name}: {schedule.kept} each in {dtype}"
         errors = error_curve(
             label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81

@@ -28,7 +28,6 @@ from posthoc_cli.errors import (
     percent,
 )
 from posthoc_cli.planning import (
-    EVENLY,
     USEFUL_RANGE,
     ErrorCurve,
     PlanReport,
@@ -53,7 +52,6 @@ from posthoc_cli.snapshots.sources import (
     chosen_up_to,
     counted,
     run_clock,
-    scaled_run,
     source_prior,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
@@ -411,7 +409,6 @@ def plan_training(
     disk: int | None = None,
     *,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-    like: Run | None = None,
 ) -> PlanReport:
     """Return named schedules of a training with their sizes and predicted errors, as `ema plan`
     does.
@@ -420,19 +417,10 @@ def plan_training(
         steps: length of training, in calls of `update_`.
         params: averaged elements of the network.
         disk: the most bytes of snapshots at any moment.
-        like: an earlier run, of a network that moved as it will in the new run; by default it moves
-            evenly.
     """
     if disk is not None:
         check_count("disk", disk)
-    motion, rounding, assumption = None, dict[str, float](), EVENLY
-    if like is not None:
-        motion, rounding = scaled_run(like.sources, steps)
-        assumption = f"the network moves as in {like.directory}"
-        if motion is None:
-            assumption = f"{EVENLY}: the motion of {like.directory} is not known"
-    proposals = tuple(propose(steps, params, sigma_range, motion, rounding))
-    return PlanReport(proposals, disk, assumption)
+    return PlanReport(tuple(propose(steps, params, sigma_range)), disk)
 
 
 def _check_import(manifest: Manifest) -> Verification:

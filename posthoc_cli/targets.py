@@ -1,13 +1,14 @@
-"""Targets: averages by their width, their decay, a window, a span of time, a decay of the learning
-rate, or a profile; and their text form, KIND:VALUE.
+"""Targets: averages by their width, their decay, a window, a decay of the learning rate, or a
+profile; and their text form, KIND:VALUES, by the table `KINDS`.
 
 A target is independent of the run; its profile follows from the time of the average, the run's
-clock and the time of the first update. The functions that make targets check what does not depend
-on the run, `Target.profile` the rest.
+clock and the time of the first update. The classes check what does not depend on the run when a
+target is made, and the rest in `Target.profile`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 import re
@@ -31,7 +32,6 @@ from posthoc_cli.profiles import (
 )
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
-SHORTEST_SPAN = 1e-9  # the least duration of `Between`, as a fraction of the time of the average
 
 SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
     "1-sqrt": lambda x: 1 - np.sqrt(x),
@@ -43,7 +43,10 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
 
 @dataclass(frozen=True)
 class Formula:
-    """A profile given by its tail in closed form, for times from 0 to the time of the average."""
+    """A profile given by its tail in closed form for times from 0 to the time of the average.
+
+    The tail is 1 before 0 and 0 from `t` on, and values of the formula outside [0, 1] are clipped.
+    """
 
     formula: Callable[[FloatArray], FloatArray]
     t: float
@@ -54,31 +57,33 @@ class Formula:
         return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
 
 
-@dataclass(frozen=True)
 class Target:
-    """An average that the user wants, as the functions below make it."""
+    """An average that the user wants: one of the classes below.
 
-    kind: str  # "sigma_rel", one of `KINDS`, "profile" or "groups"
-    values: tuple[Any, ...]  # its parameters
-    title: str  # its name in messages, `sigma_rel 0.15`; or its text form, `beta:0.9999`
-    label: str  # its name in tables and file names: `0.15`, `beta-0.9999`
-    sigma_rel: float | None = None  # the width of a power function; None for any other profile
+    Attributes:
+        title: its name in messages, `sigma_rel 0.15`; or its text form, `beta:0.9999`.
+        label: its name in tables and file names: `0.15`, `beta-0.9999`.
+        sigma_rel: the width of a power function; None for any other profile.
+        beta: the decay of one step of a classical average; None for any other profile.
+        counts_steps: whether it depends on how many steps there were in a time.
+    """
 
-    @property
-    def beta(self) -> float | None:
-        """The decay of one step of a classical average; None for any other profile."""
-        if self.kind == "half-life":
-            return float(0.5 ** (1 / self.values[0]))
-        return float(self.values[0]) if self.kind == "beta" else None
+    sigma_rel: float | None = None
+    beta: float | None = None
+    counts_steps = False
 
-    @property
-    def counts_steps(self) -> bool:
-        """Whether it depends on how many steps there were in a time."""
-        return self.beta is not None or self.kind == "window"
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.label = title.replace(":", "-")
 
-    @property
-    def widths(self) -> dict[str, float]:
-        return dict(self.values)
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.title))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.title}>"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
         """Return the profile at a time `t` of a run whose first update was at `t_first`, in (0, t].
@@ -87,68 +92,286 @@ class Target:
             InvalidValueError: the run is too short for the target, or the target has no profile of
                 its own.
         """
-        t = float(t)
-        step_at = clock.step_at
-        if self.sigma_rel is not None:
-            return PowerFunction.from_sigma_rel(self.sigma_rel, t)
-        if self.beta is not None:
-            # The logarithm keeps the digits of a beta near 1; all mass before the first update is
-            # on the value then.
-            now = float(step_at(t))
-            log, start = math.log(self.beta), min(float(t_first), t)
-            return Formula(
-                lambda s: np.where(
-                    s < start, 1.0, -np.expm1(log * np.maximum(now - step_at(s), 0.0))
-                ),
-                t,
-            )
-        if self.kind == "window":
-            (steps,) = self.values
-            now = float(step_at(t))
-            most = math.floor(now)
-            self._check(
-                steps <= now,
-                f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that",
-            )
-            return Formula(lambda s: (now - step_at(s)) / steps, t)
-        if self.kind == "profile":
-            _try(self.values[0], t, self.title)
-            return self.values[0]  # type: ignore[no-any-return]
-        self._check(self.kind != "groups", "has a profile for each group; name one sigma_rel")
-        self._check(self.kind != "last", "names checkpoints, and has no profile without them")
-        # the mean of a span is linear
-        shape, over = self.values if self.kind == "decay" else ("linear", self.values)
-        start, end = over if isinstance(over, tuple) else (t * (1 - over), t)
-        self._check(end <= t, f"ends after t = {t:,.12g}; must end at t or before")
-        is_long = self.kind == "decay" or end - start >= SHORTEST_SPAN * t
-        self._check(is_long, f"must span at least {SHORTEST_SPAN:g} of t = {t:,.12g}")
-        return Formula(lambda s: SHAPES[shape](np.clip((s - start) / (end - start), 0.0, 1.0)), end)
+        raise NotImplementedError
 
-    def _check(self, holds: bool, reason: str) -> None:
-        """Raise an InvalidValueError about this target if a condition does not hold."""
-        if not holds:
-            raise InvalidValueError("target", reason, value=self.title)
+    def _error(self, reason: str) -> InvalidValueError:
+        return InvalidValueError("target", reason, value=self.title)
+
+
+class SigmaRel(Target):
+    """The power function with a width in (0, 0.2887), a fraction of training time."""
+
+    sigma_rel: float
+
+    def __init__(self, sigma_rel: float) -> None:
+        try:
+            self.sigma_rel = check_sigma_rel(sigma_rel)
+        except InvalidValueError as error:
+            if isinstance(sigma_rel, numbers.Real) and SHORTEST_BETA <= sigma_rel < 1:
+                decay = repr(float(sigma_rel))
+                hint = f"for a decay of {decay} per step use beta:{decay}"
+                raise error.with_hint(hint) from error
+            raise
+        super().__init__(f"sigma_rel {self.sigma_rel!r}")
+        self.label = repr(self.sigma_rel)
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        return PowerFunction.from_sigma_rel(self.sigma_rel, float(t))
+
+
+class HalfLifeShare(SigmaRel):
+    """The power function whose half-life is a share f of the training so far: gamma + 1 = ln 2 / f.
+
+    torchtitan's `half_life_fraction` and arXiv 2602.03702 name averages so; f = 0.05 is sigma_rel
+    0.0629.
+    """
+
+    def __init__(self, share: float) -> None:
+        most = math.log(2)
+        accepted = f"lie in (0, {most:.2%}), a share of training; the bound is the uniform average"
+        share = check_number("half-life", share, lambda value: 0 < value < most, accepted)
+        power = PowerFunction(most / share - 1, 1.0)
+        super().__init__(power.sigma_rel)
+        Target.__init__(self, f"half-life:{_plain(100 * share)}%")
+
+
+class Beta(Target):
+    """The classical average x <- beta x + (1 - beta) theta at every step, with a beta in [0.5, 1).
+
+    Below 0.5 the mean age is less than a step. It starts as a copy of the weights at the first
+    update. With n(s) the step at time s, the mass after s is 1 - beta**(n(t) - n(s)).
+    """
+
+    beta: float
+    counts_steps = True
+
+    def __init__(self, beta: float) -> None:
+        accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
+        self.beta = check_number("beta", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
+        super().__init__(f"beta:{self.beta!r}")
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        now = float(clock.step_at(t))
+        start = min(float(t_first), t)
+        rate = math.log(self.beta)  # the logarithm keeps the digits of a beta near 1
+
+        def tail(s: FloatArray) -> FloatArray:
+            ages = np.maximum(now - clock.step_at(s), 0.0)
+            # all mass before the first update is on the value then
+            return np.where(s < start, 1.0, -np.expm1(rate * ages))
+
+        return Formula(tail, float(t))
+
+
+class HalfLife(Beta):
+    """The classical average in which weights lose half of their share every `steps` steps, from 1
+    to 1e15."""
+
+    def __init__(self, steps: float) -> None:
+        accepted = "be from 1 to 1e15 steps"
+        self.steps = check_number("half-life", steps, lambda n: 1 <= n <= 1e15, accepted)
+        self.beta = float(0.5 ** (1 / self.steps))
+        Target.__init__(self, f"half-life:{_plain(self.steps)}")
+
+
+class Window(Target):
+    """The mean of the last `steps` steps: a whole number from 1 to the run's number of steps."""
+
+    counts_steps = True
+
+    def __init__(self, steps: int) -> None:
+        accepted = "be a whole number of steps, at least 1"
+        self.steps = int(check_number("window", steps, _is_count, accepted))
+        super().__init__(f"window:{_plain(self.steps)}")
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        now = float(clock.step_at(t))
+        if self.steps > now:
+            most = math.floor(now)
+            raise self._error(
+                f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that"
+            )
+        return Formula(lambda s: (now - clock.step_at(s)) / self.steps, float(t))
+
+
+class Decay(Target):
+    """The average that emulates a decay of the learning rate that was not run.
+
+    An average multiplies the update at time s by tail(s). So one with tail(s) = d(x), x = (s -
+    start) / (end - start), equals the weights of a run whose learning rate is multiplied by d from
+    `start` on, if the updates themselves are otherwise the same. `SHAPES` has d. As a combination
+    of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier of the
+    updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
+
+    Arguments:
+        shape: one of `SHAPES`.
+        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's
+            clock.
+
+    Raises:
+        InvalidValueError: an unknown shape, or a part of training that is out of range.
+    """
+
+    def __init__(self, shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> None:
+        check_word("decay", shape, SHAPES)
+        self.shape = shape
+        accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
+        if isinstance(over, tuple):
+            start, end = over if len(over) == 2 else (None, None)
+            begin = check_number("over", start, lambda time: 0 <= time < math.inf, accepted)
+            finish = check_number("over", end, lambda time: begin < time < math.inf, accepted)
+            self.over: float | tuple[float, float] = (begin, finish)
+            text = _plain(begin, finish)
+        else:
+            self.over = check_number("over", over, lambda value: 0 < value <= 1, accepted)
+            text = f"{_plain(100 * self.over)}%"
+        super().__init__(f"decay:{shape}:{text}")
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        t = float(t)
+        if isinstance(self.over, tuple):
+            start, end = self.over
+        else:
+            start, end = t * (1 - self.over), t
+        if end > t:
+            raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
+        multiplier = SHAPES[self.shape]
+        return Formula(lambda s: multiplier(np.clip((s - start) / (end - start), 0.0, 1.0)), end)
+
+
+class Mean(Target):
+    """The plain mean of the last checkpoints at or before the time of the average, whatever their
+    distances.
+
+    In a run without checkpoints and with a single tracked profile, it is the mean of that profile's
+    last snapshots. It has no profile: `coefficients_of` makes it from the stored averages.
+    """
+
+    def __init__(self, last: int) -> None:
+        accepted = "be a whole number of checkpoints, at least 1"
+        self.last = int(check_number("last", last, _is_count, accepted))
+        super().__init__(f"last:{_plain(self.last)}")
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        raise self._error("names checkpoints, and has no profile without them")
 
     def coefficients_of(self, stored: Sequence[StoredProfile]) -> FloatArray:
-        """Return the coefficients of `Mean` for stored averages, in their order: 1 / last for the
-        last, otherwise 0.
+        """Return the coefficients of stored averages, in their order: 1 / last for the last,
+        otherwise 0.
 
         Raises:
             InvalidValueError: there are fewer checkpoints, or none but more than one average at
                 each time.
         """
-        (last,) = self.values
         points = [isinstance(profile, Point) for profile in stored]
-        is_clear = any(points) or len({profile.t for profile in stored}) == len(stored)
-        self._check(
-            is_clear,
-            "is for checkpoints; this run has none, but more than one average at each time",
-        )
+        times = {profile.t for profile in stored}
+        if not any(points) and len(times) < len(stored):
+            raise self._error(
+                "is for checkpoints; this run has none, but more than one average at each time"
+            )
         usable = [index for index, is_point in enumerate(points) if is_point == any(points)]
-        self._check(len(usable) >= last, f"the run has only {len(usable)} up to this time")
+        if len(usable) < self.last:
+            raise self._error(f"the run has only {len(usable)} up to this time")
+        usable.sort(key=lambda index: stored[index].t)
         coefficients = np.zeros(len(stored))
-        coefficients[sorted(usable, key=lambda index: stored[index].t)[-last:]] = 1 / last
+        coefficients[usable[-self.last :]] = 1 / self.last
         return coefficients
+
+
+class GivenProfile(Target):
+    """The target with a profile: any object with a function `tail`, see `profiles.Profile`.
+
+    Arguments:
+        given: the object; its mass must lie within (0, t] of the run, and may end before t.
+        name: its name in tables and file names: letters, digits and `._+-`, starting with a letter
+            or digit.
+    """
+
+    def __init__(self, given: Profile, name: str = "given") -> None:
+        if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
+            reason = "the name must be letters, digits and ._+-, a letter or digit first"
+            raise InvalidValueError("profile", reason, value=brief(name))
+        super().__init__(f"profile {name}")
+        self.given = given
+        self.label = name
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        _check_profile(self.given, float(t), self.title)
+        return self.given
+
+
+_SLACK = 1e-9  # accepted rounding error of a tail, whose digits end at 1e-16
+
+
+def _check_profile(profile: Profile, t: float, title: str) -> None:
+    """Check a user's profile at about 1,200 times from before the run to after `t`, which are
+    denser near 0 and `t`.
+
+    Its tail must take arrays, be 1 before 0 and 0 from `t` on, and never grow. Mass at time 0 is
+    allowed.
+
+    Raises:
+        InvalidValueError: with `title` as its subject.
+    """
+    near = np.geomspace(1e-9, 1e-3, 61)
+    outside = [-1.0, -1e-6, 0.0, 1.5]
+    places = np.concatenate((outside, np.arange(1, 1025) / 1024, near, 1 - near))
+    times = np.unique(places) * t
+    tail = _tail_of(profile, times, title)
+    before = np.concatenate(([1.0], tail[:-1]))
+    least = np.where(times < 0, 1.0, 0.0)
+    most = np.where(times >= t, 0.0, np.minimum(before, 1.0))
+    is_wrong = ~((tail >= least - _SLACK) & (tail <= most + _SLACK))
+    if is_wrong.any():
+        first = is_wrong.argmax()
+        accepted = f"must be 1 before 0, never grow, and be 0 from t = {t:,.12g} on"
+        reason = f"tail is {tail[first]:.6g} at s = {times[first]:,.12g}; {accepted}"
+        raise InvalidValueError(title, reason)
+
+
+def _tail_of(profile: Profile, times: FloatArray, title: str) -> FloatArray:
+    refused = "tail fails for an array of times: {}; must take any shape"
+    try:
+        tail = np.asarray(profile.tail(times), dtype=np.float64)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise InvalidValueError(title, refused.format(lines[0])) from error
+    if tail.shape != times.shape:
+        fault = f"times of shape {times.shape} give the shape {tail.shape}"
+        raise InvalidValueError(title, refused.format(fault))
+    return tail
+
+
+class Groups(Target):
+    """Averages with different lengths by tensor: sigma_rels by glob on tensors' names; the first
+    match counts.
+
+    `Groups({"unet.up.*": 0.12, "*": 0.08})`
+    """
+
+    def __init__(self, widths: Mapping[str, float]) -> None:
+        if not widths or not all(isinstance(glob, str) for glob in widths):
+            accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
+            raise InvalidValueError("group", accepted, value=brief(widths))
+        self.widths = {glob: check_sigma_rel(width, "group") for glob, width in widths.items()}
+        named = ", ".join(f"{width!r} ({glob})" for glob, width in self.widths.items())
+        super().__init__(f"sigma_rel {named}")
+        self.label = f"groups-{'-'.join(map(repr, self.widths.values()))}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        raise self._error("has a profile for each group; name one sigma_rel")
+
+
+def separate(targets: Sequence[Target]) -> list[Target]:
+    """Return the targets, with those of `Groups` replaced by the power functions of their
+    groups."""
+    single: list[Target] = []
+    for target in targets:
+        if isinstance(target, Groups):
+            single += map(SigmaRel, target.widths.values())
+        else:
+            single.append(target)
+    return single
 
 
 def as_target(value: object) -> Target:
@@ -165,9 +388,8 @@ def as_target(value: object) -> Target:
     if isinstance(value, str):
         targets = parse_targets(value)
         if len(targets) != 1:
-            raise InvalidValueError(
-                "target", f"must name one average, not {len(targets)}", value=repr(value)
-            )
+            reason = f"must name one average, not {len(targets)}"
+            raise InvalidValueError("target", reason, value=repr(value))
         return targets[0]
     if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # which checks the value
@@ -178,209 +400,6 @@ def as_target(value: object) -> Target:
     raise InvalidValueError("target", f"must be {accepted}", value=brief(value))
 
 
-# --- the kinds
-
-
-def SigmaRel(sigma_rel: float) -> Target:
-    """Return the power function with a width in (0, 0.2887), a fraction of training time."""
-    try:
-        width = check_sigma_rel(sigma_rel)
-    except InvalidValueError as error:
-        is_decay = isinstance(sigma_rel, numbers.Real) and SHORTEST_BETA <= sigma_rel < 1
-        decay = repr(float(sigma_rel)) if is_decay else ""
-        raise error.with_hint(
-            f"for a decay of {decay} per step use beta:{decay}" if decay else ""
-        ) from error
-    return Target("sigma_rel", (width,), f"sigma_rel {width!r}", repr(width), width)
-
-
-def Beta(beta: float) -> Target:
-    """Return the classical average x <- beta x + (1 - beta) theta at every step, with a beta in
-    [0.5, 1).
-
-    Below 0.5 the mean age is less than a step. It starts as a copy of the weights at the first
-    update. With n(s) the step at time s, the mass after s is 1 - beta**(n(t) - n(s)).
-    """
-    accepted = f"lie in [{SHORTEST_BETA:g}, 1); below that the mean age is less than one step"
-    beta = check_number("beta", beta, lambda value: SHORTEST_BETA <= value < 1, accepted)
-    return _of("beta", beta, text=repr(beta))
-
-
-def HalfLife(steps: float) -> Target:
-    """Return the classical average in which weights lose half of their share every `steps`
-    steps."""
-    return _of(
-        "half-life",
-        check_number("half-life", steps, lambda n: 1 <= n <= 1e15, "be from 1 to 1e15 steps"),
-    )
-
-
-def HalfLifeShare(share: float) -> Target:
-    """Return the power function whose half-life is a share f of the training so far: gamma + 1 = ln
-    2 / f.
-
-    torchtitan's `half_life_fraction` and arXiv 2602.03702 name averages so; f = 0.05 is sigma_rel
-    0.0629.
-    """
-    accepted = (
-        f"lie in (0, {math.log(2):.2%}), a share of training; the bound is the uniform average"
-    )
-    share = check_number("half-life", share, lambda value: 0 < value < math.log(2), accepted)
-    width = check_sigma_rel(PowerFunction(math.log(2) / share - 1, 1.0).sigma_rel)
-    text = f"half-life:{_plain(100 * share)}%"
-    return Target("sigma_rel", (width,), text, text.replace(":", "-"), width)
-
-
-def Window(steps: int) -> Target:
-    """Return the mean of the last `steps` steps: a whole number from 1 to the run's number of
-    steps."""
-    return _of(
-        "window",
-        int(check_number("window", steps, _is_count, "be a whole number of steps, at least 1")),
-    )
-
-
-def Between(start: float, end: float) -> Target:
-    """Return the mean of all weights from time `start` to time `end`, on the run's clock: 0 <=
-    start < end."""
-    start, end = (
-        check_number("between", time, math.isfinite, "be finite") for time in (start, end)
-    )
-    target = _of("between", start, end)
-    target._check(0 <= start < end, "must start at 0 or later, and end after its start")
-    return target
-
-
-def Decay(shape: str = "1-sqrt", over: float | tuple[float, float] = 0.2) -> Target:
-    """Return the average that emulates a decay of the learning rate that was not run.
-
-    An average multiplies the update at time s by tail(s). So one with tail(s) = d(x), x = (s -
-    start) / (end - start), equals the weights of a run whose learning rate is multiplied by d from
-    `start` on, if the updates themselves are otherwise the same. `SHAPES` has d. As a combination
-    of checkpoints, sum_j c_j theta_j, it has the sums w_i = sum_(j >= i) c_j, the multiplier of the
-    updates up to theta_i (WSM, arXiv 2507.17634, for evenly spaced ones).
-
-    Arguments:
-        shape: one of `SHAPES`.
-        over: the fraction of training at its end, in (0, 1], or two times (start, end) on the run's
-            clock.
-
-    Raises:
-        InvalidValueError: an unknown shape, or a part of training that is out of range.
-    """
-    check_word("decay", shape, SHAPES)
-    accepted = "be a part of training in (0, 1], such as 0.2, or two ascending times"
-    if not isinstance(over, tuple):
-        part = check_number("over", over, lambda value: 0 < value <= 1, accepted)
-        return _of("decay", shape, part, text=f"{shape}:{_plain(100 * part)}%")
-    start, end = over if len(over) == 2 else (None, None)
-    begin = check_number("over", start, lambda time: 0 <= time < math.inf, accepted)
-    finish = check_number("over", end, lambda time: begin < time < math.inf, accepted)
-    return _of("decay", shape, (begin, finish), text=f"{shape}:{_plain(begin, finish)}")
-
-
-def Mean(last: int) -> Target:
-    """Return the plain mean of the last checkpoints at or before the time of the average, whatever
-    their distances.
-
-    In a run without checkpoints and with a single tracked profile, it is the mean of that profile's
-    last snapshots. It has no profile: `Target.coefficients_of` makes it from the stored averages.
-    """
-    return _of(
-        "last",
-        int(check_number("last", last, _is_count, "be a whole number of checkpoints, at least 1")),
-    )
-
-
-def GivenProfile(given: Profile, name: str = "given") -> Target:
-    """Return the target with a profile: any object with a function `tail`, see `profiles.Profile`.
-
-    Arguments:
-        given: the object; its mass must lie within (0, t] of the run, and may end before t.
-        name: its name in tables and file names: letters, digits and `._+-`, starting with a letter
-            or digit.
-    """
-    if not (isinstance(name, str) and re.fullmatch(r"\w[\w.+-]*", name)):
-        reason = "the name must be letters, digits and ._+-, a letter or digit first"
-        raise InvalidValueError("profile", reason, value=brief(name))
-    return Target("profile", (given,), f"profile {name}", name)
-
-
-_SLACK = 1e-9  # accepted rounding error of a tail
-
-
-def _try(profile: Profile, t: float, title: str) -> None:
-    """Check a user's profile at about 1,200 times from before the run to after `t`, which are
-    denser near 0 and `t`.
-
-    Its tail must take arrays, be 1 before 0 and 0 from `t` on, and never grow. Mass at time 0 is
-    allowed.
-
-    Raises:
-        InvalidValueError: with `title` as its subject.
-    """
-    near = np.geomspace(1e-9, 1e-3, 61)
-    times = (
-        np.unique(
-            np.concatenate(([-1.0, -1e-6, 0.0, 1.5], np.arange(1, 1025) / 1024, near, 1 - near))
-        )
-        * t
-    )
-    try:
-        tail, cause = np.asarray(profile.tail(times), dtype=np.float64), None
-        fault = (
-            f"times of shape {times.shape} give the shape {tail.shape}"
-            if tail.shape != times.shape
-            else ""
-        )
-    except (TypeError, ValueError, ArithmeticError) as error:
-        fault, cause = (str(error).splitlines() or [type(error).__name__])[0], error
-    if fault:
-        raise InvalidValueError(
-            title, f"tail fails for an array of times: {fault}; must take any shape"
-        ) from cause
-    before = np.concatenate(([1.0], tail[:-1]))
-    least, most = np.where(times < 0, 1.0, 0.0), np.where(times >= t, 0.0, np.minimum(before, 1.0))
-    is_wrong = ~((tail >= least - _SLACK) & (tail <= most + _SLACK))
-    if is_wrong.any():
-        first = is_wrong.argmax()
-        accepted = f"must be 1 before 0, never grow, and be 0 from t = {t:,.12g} on"
-        raise InvalidValueError(
-            title, f"tail is {tail[first]:.6g} at s = {times[first]:,.12g}; {accepted}"
-        )
-
-
-def Groups(widths: Mapping[str, float]) -> Target:
-    """Return averages with different lengths by tensor: sigma_rels by glob on tensors' names; the
-    first match counts.
-
-    `Groups({"unet.up.*": 0.12, "*": 0.08})`
-    """
-    if not widths or not all(isinstance(glob, str) for glob in widths):
-        accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
-        raise InvalidValueError("group", accepted, value=brief(widths))
-    checked = {glob: check_sigma_rel(width, "group") for glob, width in widths.items()}
-    title = "sigma_rel " + ", ".join(f"{width!r} ({glob})" for glob, width in checked.items())
-    return Target(
-        "groups", tuple(checked.items()), title, f"groups-{'-'.join(map(repr, checked.values()))}"
-    )
-
-
-def separate(targets: Sequence[Target]) -> list[Target]:
-    """Return the targets, with those of `Groups` replaced by the power functions of their
-    groups."""
-    single: list[Target] = []
-    for target in targets:
-        single += map(SigmaRel, target.widths.values()) if target.kind == "groups" else [target]
-    return single
-
-
-def _of(kind: str, *values: Any, text: str = "") -> Target:
-    """Return the target that is named by its text form KIND:VALUES."""
-    title = f"{kind}:{text or _plain(*values)}"
-    return Target(kind, values, title, title.replace(":", "-"))
-
-
 def _plain(*values: float) -> str:
     return ":".join(f"{value:.12g}" for value in values)
 
@@ -389,86 +408,160 @@ def _is_count(value: float) -> bool:
     return 1 <= value < math.inf and value == math.floor(value)
 
 
-# --- text form
+# --- the table of kinds
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+def _time_constant(beta: Any) -> Any:
+    return 1 / (1 - beta)
+
+
+def _beta_of(time_constant: Any) -> Any:
+    return 1 - 1 / time_constant
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Targets that one number distinguishes, which a text names as NAME:VALUES.
+
+    Attributes:
+        make: the target of a number.
+        example: a text form.
+        accepted: what a value is.
+        range: an example of a range to search.
+        make_of_share: the target of a number that is written with a percent sign, if it is
+            another one.
+        make_of_span: the target of two times START:END, if there is one.
+        is_whole: whether the numbers are whole ones.
+        length, value: a search is even in the logarithm of length(number); value is its inverse.
+    """
+
+    name: str
+    make: Callable[[float], Target]
+    example: str
+    accepted: str
+    range: str
+    make_of_share: Callable[[float], Target] | None = None
+    make_of_span: Callable[[tuple[float, float]], Target] | None = None
+    is_whole: bool = False
+    length: Callable[[Any], Any] = _unchanged
+    value: Callable[[Any], Any] = _unchanged
+
+    def parse(self, text: str) -> list[Target]:
+        """Return the targets of the text after the colon, or raise an InvalidValueError about a
+        part of it."""
+        if self.make_of_span is None:
+            make = self.make_of_share if self.make_of_share and "%" in text else self.make
+            return [*map(make, _numbers(text, self.accepted))]
+        targets: list[Target] = []
+        for part in text.split(","):
+            if ":" in part and "%" not in part:
+                targets.append(self.make_of_span(_span(part, self.accepted)))
+            else:
+                targets += map(self.make, _numbers(part, self.accepted))
+        return targets
+
 
 _MANY = "a list such as 5,10 or a range START:STOP:STEP"
+_SIGMA_FORMS = (
+    "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
+)
 
-KINDS = {
-    "beta": ("beta:0.9999", f"a number, {_MANY}"),
-    "half-life": ("half-life:5000", f"a number of steps or a share such as 5%, {_MANY}"),
-    "window": ("window:1000", f"a whole number of steps, {_MANY}"),
-    "between": ("between:50000:80000", "START:END, two training times, such as 50000:80000"),
-    "last": ("last:10", f"a whole number of checkpoints, {_MANY}"),
-    "decay": (
-        "decay:linear:20%",
-        f"SHAPE:PART with a shape of {', '.join(SHAPES)}, and 20%, {_MANY}",
+WIDTH = Kind("sigma_rel", SigmaRel, "0.15", _SIGMA_FORMS, "0.02:0.28")
+"""The kind whose name is left out."""
+
+_NAMED = [
+    Kind(
+        "beta",
+        Beta,
+        "beta:0.9999",
+        f"a number, {_MANY}",
+        "0.99:0.9999",
+        length=_time_constant,
+        value=_beta_of,
     ),
-}
-"""The kinds of targets other than sigma_rel that a text can name: an example, and what is accepted
-after the colon."""
+    Kind(
+        "half-life",
+        HalfLife,
+        "half-life:5000",
+        f"a number of steps or a share such as 5%, {_MANY}",
+        "100:10000",
+        make_of_share=HalfLifeShare,
+    ),
+    Kind(
+        "window",
+        Window,  # type: ignore[arg-type]  # which checks that the number is whole
+        "window:1000",
+        f"a whole number of steps, {_MANY}",
+        "1000:50000",
+        is_whole=True,
+    ),
+    Kind(
+        "last",
+        Mean,  # type: ignore[arg-type]  # as `Window`
+        "last:10",
+        f"a whole number of checkpoints, {_MANY}",
+        "2:20",
+        is_whole=True,
+    ),
+    *(
+        Kind(
+            f"decay:{shape}",
+            functools.partial(Decay, shape),
+            f"decay:{shape}:20%",
+            f"a part of training such as 20%, two times START:END, {_MANY}",
+            "5%:50%",
+            make_of_span=functools.partial(Decay, shape),
+        )
+        for shape in SHAPES
+    ),
+]
+KINDS = {kind.name: kind for kind in _NAMED}
+"""The kinds of targets that a text can name, by the part of the text before the values."""
 
 MOST_VALUES = 10_000
 _MOST_DIGITS = 1_000
 """Limit of the digits before and after the point: far more than a float has, and few enough for
 exact arithmetic."""
-_SIGMA_FORMS = (
-    "a number, a list such as 0.05,0.10 or 0.05,0.06,...,0.25, or a range such as 0.05:0.25:0.05"
-)
+
+
+def kind_of(text: str) -> tuple[Kind, str] | None:
+    """Return the kind that a text names, and the rest of the text; None if it names none."""
+    for name, kind in KINDS.items():
+        before, colon, values = text.partition(f"{name}:")
+        if colon and not before.strip():
+            return kind, values.strip()
+    return None
 
 
 def parse_targets(text: str, name: str = "target") -> list[Target]:
-    """Return the distinct targets of a text KIND:VALUES, see `KINDS`, or of numbers, which are
+    """Return the distinct targets of a text NAME:VALUES, see `KINDS`, or of numbers, which are
     sigma_rels.
 
     VALUES are a number, a list 0.999,0.9999 or a range START:STOP:STEP (for `decay` in percent);
-    `between` and `decay` take lists of START:END. For other texts, raise an InvalidValueError about
-    `name` that says what is accepted.
+    `decay` takes lists of START:END, too. For other texts, raise an InvalidValueError about `name`
+    that says what is accepted.
     """
-    kind, colon, rest = (part.strip() for part in text.partition(":"))
+    kind, values = kind_of(text) or (WIDTH, text)
+    if kind is WIDTH and any(character.isalpha() for character in text.partition(":")[0]):
+        examples = ", ".join(kind.example for kind in KINDS.values())
+        reason = f"must be a sigma_rel in (0, 0.2887), or one of {examples}"
+        raise bad(name, text, reason)
     try:
-        if colon and kind in KINDS:
-            targets = _targets_of(kind, rest, KINDS[kind][1])
-        elif any(character.isalpha() for character in kind):
-            examples = ", ".join(example for example, _ in KINDS.values())
-            raise InvalidValueError(
-                name, f"must be a sigma_rel in (0, 0.2887), or one of {examples}"
-            )
-        else:
-            targets = [*map(SigmaRel, _numbers(text, _SIGMA_FORMS))]
+        targets = kind.parse(values)
     except InvalidValueError as error:
-        # of a list, the number that is refused
-        number = f"{error.value} " * (error.subject != name and "," in text)
-        raise bad(name, text, number + error.reason, error.hint) from error
+        reason = error.reason
+        if "," in text:  # the number that is refused
+            reason = f"{error.value} {reason}"
+        raise bad(name, text, reason, error.hint) from error
     return list(dict.fromkeys(targets))
 
 
-def _targets_of(kind: str, text: str, accepted: str) -> list[Target]:
-    """Return the targets of one of `KINDS` that the text after its colon names."""
-    shape, _, parts = text.partition(":")
-    if kind == "between":
-        return [Between(*_ends(part, accepted)) for part in text.split(",")]
-    if kind == "decay":
-        if shape not in SHAPES or not parts:
-            raise InvalidValueError(text, f"must be {accepted}")
-        targets: list[Target] = []
-        for part in parts.split(","):
-            is_span = ":" in part and "%" not in part
-            overs = [_ends(part, accepted)] if is_span else _numbers(part, accepted)
-            targets += [Decay(shape, over) for over in overs]
-        return targets
-    half_life = HalfLifeShare if "%" in text else HalfLife
-    make: Callable[[Any], Target] = {
-        "beta": Beta,
-        "half-life": half_life,
-        "window": Window,
-        "last": Mean,
-    }[kind]
-    return [*map(make, _numbers(text, accepted))]
-
-
-def _ends(text: str, accepted: str) -> tuple[float, float]:
-    # times, no parts of training
-    start, _, end = ("", "", "") if "%" in text else text.partition(":")
+def _span(text: str, accepted: str) -> tuple[float, float]:
+    start, _, end = text.partition(":")
     return float(_decimal(start, accepted)), float(_decimal(end, accepted))
 
 

@@ -34,7 +34,7 @@ import torch
 from trajectories import PEER_RUNS, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.targets import Decay, Target, Window, as_target
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -110,20 +110,12 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
     now, end = run.times[seen - 1], run.times[-1]
     if target.beta is not None:
         return np.asarray(target.beta ** (run.steps - seen).astype(np.float64))
-    if target.kind == "window":
-        (steps,) = target.values
-        return np.clip((seen - (run.steps - steps)) / steps, 0.0, 1.0)
-    if target.kind == "between":
-        start, finish = target.values
-        return np.clip((now - start) / (finish - start), 0.0, 1.0)
-    if (
-        target.kind == "decay"
-        and target.values[0] in ("linear", "1-sqrt")
-        and not isinstance(target.values[1], tuple)
-    ):
-        shape, over = target.values
-        x = np.clip((now / end - 1 + over) / over, 0.0, 1.0)
-        return x if shape == "linear" else np.sqrt(x)
+    if isinstance(target, Window):
+        return np.clip((seen - (run.steps - target.steps)) / target.steps, 0.0, 1.0)
+    if isinstance(target, Decay) and not isinstance(target.over, tuple):
+        x = np.clip((now / end - 1 + target.over) / target.over, 0.0, 1.0)
+        if target.shape in ("linear", "1-sqrt"):
+            return x if target.shape == "linear" else np.sqrt(x)
     if target.sigma_rel is None:
         raise ValueError(f"{target.title}: no definition of it here")
     return np.asarray((now / end) ** (gamma_of(target.sigma_rel) + 1))

@@ -21,7 +21,7 @@ from compare_peers import distances, true_averages
 from fidelity_runs import FloatArray, Tracking, compare, quiet, stored, track
 from trajectories import Trajectory
 
-from posthoc_cli import Between, Decay, Window
+from posthoc_cli import Decay, Window
 from posthoc_cli.targets import Target, as_target
 
 TWO, CLOSE, ONE = (0.05, 0.28), (0.05, 0.10), (0.10,)
@@ -233,7 +233,7 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
     trackings = [
         Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices
     ]
-    others = [Window(800), Between(960, 1920), Decay("1-sqrt", 0.2)]
+    others = [Window(800), Decay("linear", 0.5), Decay("1-sqrt", 0.2)]
     wanted = [*map(as_target, (0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886)), *others]
     return (Study(run, trackings, wanted) for run in made)
 

@@ -6,7 +6,7 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +400,14 @@ def solved(solver: Problem, target: Profile) -> FloatArray:
 def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
     """Return the expected squared error of any coefficients for one target."""
     return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
+
+
+@dataclass(frozen=True)
+class Span:
+    """The profile of the mean over a span of time."""
+
+    start: float
+    end: float
+
+    def tail(self, s: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        return np.clip((self.end - np.asarray(s)) / (self.end - self.start), 0.0, 1.0)

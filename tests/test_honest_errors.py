@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from factories import exact_weights
+from factories import Span, exact_weights
 from safetensors.torch import save_file
 
 from posthoc_cli import (
-    Between,
     Decay,
     PostHocEMA,
     Run,
@@ -311,7 +310,7 @@ def test_weights_drawn_anew_right_after_a_snapshot_are_expected(
     )
     track(tmp_path, path, sigma_rels=tracked, checkpoint_dtype="float32")
     windows = [(moment, moment + 200), (moment, moment + 800)]
-    wanted = [*WIDTHS[2:], *(Between(*window) for window in windows)]
+    wanted = [*WIDTHS[2:], *(Span(*window) for window in windows)]
     (found, predicted), (published, _) = (
         made(tmp_path, wanted, method) for method in ("minvar", "paper")
     )

@@ -35,7 +35,6 @@ def commands() -> dict:
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta",
-        "Between",
         "Decay",
         "Groups",
         "HalfLife",
@@ -118,7 +117,8 @@ def test_imports_point_towards_errors(path: Path) -> None:
     assert {name.split(".")[1] for name in ours} <= allowed | {"__version__"}
     if room == "integrations":
         assert {name for name in ours if "posthoc_cli.tracker." in name} <= {
-            "posthoc_cli.tracker.PostHocEMA"
+            "posthoc_cli.tracker.PostHocEMA",
+            "posthoc_cli.tracker.abstain",
         }
 
 

@@ -172,17 +172,13 @@ def test_named_schedules_state_their_size_and_are_marked_if_they_fit(
     assert PlanReport(tuple(proposals)).within_disk is None
 
 
-@pytest.mark.parametrize(
-    "motion",
-    [None, Motion(np.array([0.0, 20_000.0, 40_000.0]), np.array([8e-6, 1e-7]), np.zeros(2))],
-)
-def test_named_schedules_are_better_than_even_spacing(motion: Motion | None) -> None:
-    for proposal in propose(40_000, 10**6, motion=motion):
+def test_named_schedules_are_better_than_even_spacing() -> None:
+    for proposal in propose(40_000, 10**6):
         schedule = proposal.schedule
         even = replace(
             schedule, checkpoint_every=-(-40_000 // schedule.kept), max_checkpoints=None
         ).snapshots()
-        prior = assumed_prior(even, schedule.rounding, motion or Motion.even(40_000))
+        prior = assumed_prior(even, schedule.rounding, Motion.even(40_000))
         assert proposal.errors.worst < 1.1 * error_curve("", even, prior, (0.05, 0.28)).worst
 
 

@@ -9,6 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 from checking import refused
+from factories import Span
 
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -25,7 +26,6 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.targets import (
     Beta,
-    Between,
     Decay,
     GivenProfile,
     Groups,
@@ -208,7 +208,7 @@ STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 
-NINE = Between(0, 9).profile(9.0, STEPS, 1.0)
+NINE = Span(0, 9)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,6 @@ NINE = Between(0, 9).profile(9.0, STEPS, 1.0)
         (SigmaRel(0.15), "0.15", "sigma_rel 0.15", 0.15),
         (Beta(0.9999), "beta-0.9999", "beta:0.9999", None),
         (Window(1000), "window-1000", "window:1000", None),
-        (Between(5e4, 8e4), "between-50000-80000", "between:50000:80000", None),
         (Decay("linear", 0.2), "decay-linear-20%", "decay:linear:20%", None),
         (Decay("1-sqrt", (5e4, 8e4)), "decay-1-sqrt-50000-80000", "decay:1-sqrt:50000:80000", None),
         (GivenProfile(NINE, "mine"), "mine", "profile mine", None),
@@ -228,16 +227,12 @@ def test_each_target_has_its_names(
 ) -> None:
     assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
     assert as_target(target) is target
-    if target.kind != "profile":
+    if not isinstance(target, GivenProfile):
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
-def test_the_mean_of_a_span_weighs_its_times_the_same_and_a_partial_decay_ends_with_the_run() -> (
-    None
-):
+def test_a_decay_over_a_part_of_training_ends_with_it() -> None:
     times = np.linspace(-1, 1.1e6, 1000)
-    profile = Between(5e4, 8e4).profile(1e6, IMAGES, 1280.0)
-    np.testing.assert_allclose(profile.tail(times), np.clip((8e4 - times) / 3e4, 0, 1), atol=1e-12)
     part, span = (Decay("1-sqrt", over).profile(1e6, IMAGES, 1280.0) for over in (0.2, (8e5, 1e6)))
     np.testing.assert_allclose(part.tail(times), span.tail(times), atol=1e-12)
 
@@ -271,24 +266,19 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
         ),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (
-            lambda: as_target("between:50:20"),
+            lambda: as_target("decay:linear:50:20"),
             "target",
-            "target between:50:20: must start at 0 or later",
+            "target decay:linear:50:20: must be a part of training in (0, 1], such as 0.2, or two",
         ),
         (
-            lambda: as_target("between:5%:20%"),
+            lambda: as_target("decay:linear:5%:20%"),
             "target",
-            "target between:5%:20%: must be START:END, two training times",
+            "target decay:linear:5%:20%: must be a part of training such as 20%, two times",
         ),
         (
-            lambda: Between(5, 2e6).profile(1e6, IMAGES, 1280.0),
+            lambda: Decay("linear", (5, 2e6)).profile(1e6, IMAGES, 1280.0),
             "target",
-            "target between:5:2000000: ends after t",
-        ),
-        (
-            lambda: Between(0, 1e-300).profile(1e6, IMAGES, 1280.0),
-            "target",
-            "between:0:1e-300: must span at least",
+            "target decay:linear:5:2000000: ends after t",
         ),
         (
             lambda: Window(10**4 + 1).profile(1e6, IMAGES, 1280.0),
@@ -314,7 +304,7 @@ def test_an_impossible_target_is_refused(
 class Written:
     """A profile that is uniform on (0, 100], unless a test replaces its tail."""
 
-    tail: Callable = Between(0, 100).profile(100.0, STEPS, 1.0).tail
+    tail: Callable = Span(0, 100).tail
 
 
 def test_valid_profiles_are_used_unchanged() -> None:
@@ -363,13 +353,12 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
         (" beta: 0.99 , 0.999,0.99", [Beta(0.99), Beta(0.999)]),
         ("half-life:100,200,...,400", [HalfLife(100), HalfLife(200), HalfLife(300), HalfLife(400)]),
         ("window:500:1500:500", [Window(500), Window(1000), Window(1500)]),
-        ("between:0:1e3,500:2000", [Between(0, 1000), Between(500, 2000)]),
         ("last:10", [Mean(10)]),
         (
             "decay:1-sqrt:5%:15%:5%",
             [Decay("1-sqrt", 0.05), Decay("1-sqrt", 0.1), Decay("1-sqrt", 0.15)],
         ),
-        ("decay:cosine:100:200", [Decay("cosine", (100, 200))]),
+        ("decay:cosine:100:200,5%", [Decay("cosine", (100, 200)), Decay("cosine", 0.05)]),
     ],
 )
 def test_a_text_names_targets(text: str, targets: list[Target]) -> None:

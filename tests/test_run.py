@@ -11,18 +11,19 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from ema_command import Ema
-from factories import random_walk, write_run
+from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import Beta, Between, Groups, PostHocEMA, PowerFunction, Run, Window
+from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, OutputExistsError
 from posthoc_cli.run import plan_training
+from posthoc_cli.targets import GivenProfile
 
 TARGETS = {
     "0.15": 0.15,
     "beta-0.9": Beta(0.9),
     "window-50": Window(50),
-    "between-20-80": Between(20, 80),
+    "span": GivenProfile(Span(20, 80), "span"),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
 }
 
@@ -172,12 +173,8 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema) -> Non
     curve = run.error_curve((0.05, 0.28), others=Window(50))
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
     assert ema("error-plot", run.directory, *words.split()).json == {"curves": [curve.to_dict()]}
-    printed = ema(
-        "plan",
-        *["--steps", "1000", "--params", "100", "--disk", "10kB", "--json", "--like"],
-        run.directory,
-    ).json
-    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000, like=run).to_dict()))
+    printed = ema("plan", "--steps", "1000", "--params", "100", "--disk", "10kB", "--json").json
+    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000).to_dict()))
 
 
 def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:

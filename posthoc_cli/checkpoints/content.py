@@ -189,7 +189,8 @@ def open_checkpoint(path: Path) -> Content:
             content = open_checkpoint(model)
     state = path / TRAINER_STATE
     if state.is_file():
-        of_trainer = parse_object(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+        text = read_small_file(state, _MOST_STATE)
+        of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
         values = dict(content.values)
         for name in ("global_step", "epoch"):
             if type(of_trainer.get(name)) is int:

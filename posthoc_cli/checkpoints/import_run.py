@@ -91,16 +91,9 @@ def import_checkpoints(
         ImportSettings(**settings),
         files.expanded(files.given_path("directory", directory)),
     )
-    target = None if out is None else files.expanded(files.given_path("out", out))
+    target = None if out is None else files.output_path("out", out)
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
-    if target is not None and files.is_url(target):
-        files.check_writable("out", target)
-        if not files.is_url(origin):
-            reason = "is a URL, and would refer to files of this machine"
-            raise InvalidValueError(
-                "out", reason, "upload the files, and import them by URL", value=target
-            )
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
         raise DirectoryError(origin, reason, "import the files of other programs themselves")

@@ -11,7 +11,6 @@ import inspect
 import io
 import os
 import re
-import resource
 import signal
 import sys
 import traceback
@@ -101,7 +100,7 @@ EXAMPLES: dict[Callable[..., int | None], tuple[str, ...]] = {
     ),
     showing.plan: (
         "ema plan --steps 400000 --params 1.2e9 --disk 60GB",
-        "ema plan --steps 400000 --params 1.2B --disk 60GB --like run/ema --out plan.png",
+        "ema plan --steps 400000 --params 1.2B --disk 60GB --out plan.png",
     ),
     making.prune: (
         "ema prune run/ema --keep 20 --dry-run",
@@ -239,6 +238,10 @@ def _prepare_streams() -> None:
 def _allow_many_files() -> None:
     """Raise the limit of open files: a run may have more snapshots than the usual limit of
     1,024."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(65_536, hard)
     with suppress(ValueError, OSError):  # some systems allow less than they report
@@ -247,6 +250,7 @@ def _allow_many_files() -> None:
 
 def _clean_up_on_signals() -> None:
     """Exit as after an error, without partial outputs, on SIGTERM and when the terminal closes."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has one
+    for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, _: sys.exit(128 + received))

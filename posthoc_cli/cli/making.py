@@ -239,7 +239,7 @@ def sweep(
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
-    out = files.expanded(files.local_path("--out", out))
+    out = files.output_path("--out", out)
     run = options.open_run(directory)
     output.warn_of_statistics(run.sources[-1].copies)
     say = functools.partial(_print_trial, out, output.print_note if as_json else output.print_line)
@@ -334,7 +334,7 @@ def export(
     source = options.existing(file, name="FILE")
     report = export_file(
         source,
-        files.expanded(files.given_path("--out", out)),
+        files.output_path("--out", out),
         layout,
         dtype,
         options.optional(options.existing, base),
@@ -633,7 +633,7 @@ def demo(
 
     count = options.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else output.print_line
-    out = files.expanded(files.local_path("--out", out))
+    out = files.output_path("--out", out)
     output.show(run(out, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
 
 

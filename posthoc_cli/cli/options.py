@@ -83,12 +83,6 @@ STEP = RUN(
 MAX_SHARD_SIZE = OUTPUT(
     None, metavar="SIZE", show_default="5GB", help="The largest shard of a sharded output."
 )
-LIKE = RUN(
-    None,
-    metavar="DIR|GLOB",
-    show_default="even motion",
-    help="An earlier run, as in which the network will move.",
-)
 SIGMA_RANGE = TARGETS(
     "0.05:0.28", metavar="LOW:HIGH", help="The range of sigma_rel that you will want."
 )

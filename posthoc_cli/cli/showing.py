@@ -324,7 +324,6 @@ def plan(
     disk: str | None = options.RUN(
         None, metavar="SIZE", help="Mark the most exact schedule within this disk space."
     ),
-    like: str | None = options.LIKE,
     sigma_range: str = options.SIGMA_RANGE,
     out: Path | None = options.PICTURE,
     overwrite: bool = options.OVERWRITE,
@@ -337,10 +336,8 @@ def plan(
     profile.
 
     Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm
-    of its weights during training. --like uses the motion of an earlier run instead, stretched over
-    --steps, and the rounding of its stored averages. The disk space is that of all averages while
-    the last ones are written: one more of each profile than is kept. Headers and buffers are not
-    counted.
+    of its weights during training. The disk space is that of all averages while the last ones are
+    written: one more of each profile than is kept. Headers and buffers are not counted.
     """
     from posthoc_cli.run import plan_training
 
@@ -350,7 +347,6 @@ def plan(
         options.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
         options.optional(resources.parse_bytes, disk, "--disk"),
         sigma_range=options.parse_sigma_range(sigma_range),
-        like=options.optional(options.open_run, like),
     )
     if picture is not None:
         from posthoc_cli import plots

@@ -118,6 +118,7 @@ def export_file(
         layout=layout, overwrite=overwrite, max_shard_size=max_shard_size, like=like
     )
     options.check_like(dtype)
+    out = files.output_path("out", out)
     check_ending(out, options)
     files.check_parent("out", out)
     with ExitStack() as stack:

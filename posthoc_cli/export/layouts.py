@@ -200,12 +200,11 @@ def output_paths(
         if not options.dry_run:
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
         return []
-    path = files.expanded(files.given_path("out", out))
+    path = files.output_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
     if options.distributed and (is_file or options.layout not in (None, "sharded")):
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
-    files.check_writable("out", path)
     if not options.dry_run:
         files.check_parent("out", path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")

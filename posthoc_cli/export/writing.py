@@ -16,7 +16,6 @@ import logging
 import operator
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -180,12 +179,10 @@ class _PendingOutput:
         return self._file
 
     def finish(self) -> None:
-        """Finish the file; in the folder it gets its name, and in an object store it appears."""
+        """Finish the file; in the folder it gets its name."""
         self._file.complete()
         if self._arrangement.layout in FOLDERS:
             self._file.publish()
-            if files.is_url(self._path):
-                self._folder.send()
 
     def publish(self, others: Others) -> None:
         """Add the other files of a folder, and give the output its name."""
@@ -218,20 +215,12 @@ def _check_room(
     arrangement: Arrangement,
     count: int,
 ) -> None:
-    """Raise a WriteError unless the disk has room for outputs; of those in a store, one file at a
-    time is on this disk."""
-    is_remote = files.is_url(place)
-    sizes = [0, *arrangement.sizes]
-    needed = max(sizes) if is_remote else sum(sizes)
-    needed = count * (needed + arrangement.bytes_beside)
-    disk = Path(tempfile.gettempdir()) if is_remote else place
-    free = shutil.disk_usage(disk).free
+    """Raise a WriteError unless the disk has room for outputs."""
+    needed = count * (sum(arrangement.sizes) + arrangement.bytes_beside)
+    free = shutil.disk_usage(place).free
     if needed > free:
         reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
-        hint = ""
-        if is_remote:
-            hint = "set TMPDIR to a folder with room, or make smaller shards: max_shard_size"
-        raise WriteError(disk, reason, hint, errno=errno.ENOSPC)
+        raise WriteError(place, reason, errno=errno.ENOSPC)
 
 
 def write_outputs(
@@ -245,12 +234,10 @@ def write_outputs(
     """Write outputs of the same tensors, each with its header, and create their folder.
 
     `fill` writes the tensors of a file into that of each output. No output appears before all are
-    complete, except for shards in an object store, whose index comes last. Raises
-    OutputExistsError, and WriteError, before anything is written if the outputs do not fit on the
-    disk.
+    complete. Raises OutputExistsError, and WriteError, before anything is written if the outputs
+    do not fit on the disk.
     """
-    is_remote = files.is_url(paths[0])
-    is_owner = ranks.rank == 0 or is_remote
+    is_owner = ranks.rank == 0
     outputs = list[_PendingOutput]()
     with ExitStack() as stack:
         with ranks.together() as places:
@@ -270,12 +257,9 @@ def write_outputs(
                 for output in outputs:
                     output.finish()
         with ranks.together():
-            if ranks.rank == 0:
+            if is_owner:
                 for output in outputs:
                     output.publish(arrangement.others)
-        if is_remote and ranks.rank != 0:
-            for output in outputs:
-                output.publish({})  # nothing is left to send
 
 
 # --- the synthesis

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.integrations import STATE_NAME, is_sharded, make_tracker, read_state, write_state
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.tracker import PostHocEMA
+from posthoc_cli.tracker import PostHocEMA, abstain
 
 _FOLDER = "state_in"  # the key of the folder of a state that was not read yet
 
@@ -54,9 +54,11 @@ class PostHocEMAModel:
         wrapper = torch.nn.parallel.DistributedDataParallel
         self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         keeps = not dist.is_initialized() or dist.get_rank() == 0 or is_sharded(model)
-        self.ema: PostHocEMA | None = (
-            make_tracker(model, checkpoint_dir, options) if keeps else None
-        )
+        self.ema: PostHocEMA | None = None
+        if keeps:
+            self.ema = make_tracker(model, checkpoint_dir, options)
+        else:
+            abstain(Path(checkpoint_dir).absolute())
         self.temp_stored_params: list[torch.Tensor] | None = None
         self._folder: Path | None = None
 

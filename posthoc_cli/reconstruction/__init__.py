@@ -16,7 +16,6 @@ from posthoc_cli.reconstruction.prior import (
     Prior,
     StoredAverage,
     assumed_prior,
-    error_after_rounding,
     measured_prior,
 )
 from posthoc_cli.reconstruction.sketch import Sketch
@@ -35,6 +34,6 @@ from posthoc_cli.reconstruction.solving import (
 __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
     "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
-    "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "measured_prior",
+    "StoredAverage", "assumed_prior", "check_method", "measured_prior",
     "one_blas_thread", "reconstruct", "relative_width", "thinned_subset",
 ]  # fmt: skip

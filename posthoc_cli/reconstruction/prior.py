@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,8 +66,6 @@ class StoredAverage:
     eps: float  # distance from 1 to the next number of the accumulator's dtype
     measurements: Measurements | None
     steps: Steps | None = None
-    # expected squared error that remains from rounded snapshots it was resumed from
-    inherited: float = 0.0
     # exponents of all profiles that share means with it; empty if it has its own
     gammas: tuple[float, ...] = ()
     # time of a power function's first update: its mass before that applies to those values
@@ -121,9 +118,6 @@ class Prior:
     sketch: Sketch | None = None
     # errors that averages have in common, independent ones: shape [n, components]
     shared: FloatArray | None = None
-    # The share of the rounding error of copy i that average j inherited, since the run was resumed
-    # from it: [n, n].
-    passed_on: FloatArray | None = None
 
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
@@ -131,27 +125,7 @@ class Prior:
         arrays: dict[str, Any] = {
             name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)
         }
-        if self.passed_on is not None:
-            arrays["passed_on"] = arrays["passed_on"][:, index]
-            # What came from copies outside the subset is an error that those inside have in common.
-            outside = np.setdiff1d(np.arange(len(self.norm)), index)
-            lost = (
-                np.sqrt(self.rounding[outside, None]) * self.passed_on[np.ix_(outside, index)]
-            ).T
-            arrays["shared"] = lost if self.shared is None else np.hstack((arrays["shared"], lost))
         return replace(self, **arrays)
-
-    def stretched(self, steps: float, t: float, norm: float) -> Motion:
-        """Return the motion of a run with `steps` steps that takes the path up to `t`, relative to
-        a squared norm."""
-        motion = self.motion
-        edges = motion.edges if self.steps is None else self.steps.clock.step_at(motion.edges)
-        factor = steps / (t if self.steps is None else float(self.steps.clock.step_at(t)))
-        # The new run moves from its start, even if the averages of this run began later.
-        edges = np.concatenate(([0.0], edges[1:] * factor))
-        # Increments over dn steps have the variance v dn, so that v shrinks as the number of steps
-        # grows. Densities shrink, too, and integral w p^2 dn with them, so that w grows.
-        return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)
 
 
 def assumed_prior(
@@ -201,7 +175,6 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     # Weights that are all 0 have distances, but all of these are 0.
     still = not norm.any() and any(measurements.distances for measurements in measured)
     source = MEASURED if pairs or still or sketch is not None else ASSUMED
-    shared, passed_on = _shared(averages, rounding, sketch)
     return Prior(
         motion=motion,
         rounding=rounding,
@@ -211,8 +184,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         steps=steps,
         doubt=doubt,
         sketch=sketch,
-        shared=shared,
-        passed_on=passed_on,
+        shared=_shared(averages, sketch),
     )
 
 
@@ -238,35 +210,24 @@ def _fitted(
     return motion.with_forgotten(spacing_of(motion.edges, discrete, steps)), doubt
 
 
-def _shared(
-    averages: Sequence[StoredAverage], rounding: FloatArray, sketch: Sketch | None
-) -> tuple[FloatArray | None, FloatArray | None]:
-    """Return `Prior.shared`, from inherited errors and from means that profiles share, and
-    `Prior.passed_on`."""
+def _shared(averages: Sequence[StoredAverage], sketch: Sketch | None) -> FloatArray | None:
+    """Return `Prior.shared`, from means that profiles share; None if there are none."""
+    steps = averages[-1].steps
+    largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
     powers = {
-        i: average.profile
-        for i, average in enumerate(averages)
+        index: average.profile
+        for index, average in enumerate(averages)
         if isinstance(average.profile, PowerFunction)
     }
-    tracked, profiles = list(powers), list(powers.values())
-    gammas, times = np.array([p.gamma for p in profiles]), np.array([p.t for p in profiles])
-    rows, passed_on = [np.zeros((0, len(tracked)))], np.zeros((len(averages), len(averages)))
-    inherited = np.array([average.inherited for average in averages])
-    if inherited.any():
-        factor, passed_on[np.ix_(tracked, tracked)] = inherited_factor(
-            inherited[tracked], rounding[tracked], gammas, times
-        )
-        rows.append(factor)
-    largest = max((gamma for average in averages for gamma in average.gammas), default=0.0)
-    steps = averages[-1].steps
-    if sketch is not None and steps is not None and np.any(gammas < largest):
-        updates = steps.clock.step_at(sketch.edges) / steps.stride
-        rows += (
-            errors for errors in sketch.of_shared_means(profiles, largest, updates) if errors.any()
-        )
-    shared = np.zeros((len(averages), sum(map(len, rows))))
-    shared[tracked] = np.vstack(rows).T
-    return shared if shared.any() else None, passed_on if passed_on.any() else None
+    if sketch is None or steps is None or all(p.gamma >= largest for p in powers.values()):
+        return None
+    updates = steps.clock.step_at(sketch.edges) / steps.stride
+    rows = np.vstack(sketch.of_shared_means([*powers.values()], largest, updates))
+    if not rows.any():
+        return None
+    shared = np.zeros((len(averages), len(rows)))
+    shared[[*powers]] = rows.T
+    return shared
 
 
 def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
@@ -342,68 +303,6 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     # spectra.
     values, vectors = np.linalg.eigh(covariance)
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
-
-
-_ALIKE = 0.9
-"""Correlation of what averages inherited with the errors of the copy, and among each other. Where
-weights hardly move, copies are rounded back to the earlier one's values; with 1, large coefficients
-of opposite signs would cancel errors that depart by that: errors were up to 14 times the predicted
-ones, and at most 1.9 times with 0.9 (288 averages)."""
-
-_SAME = 0.98  # ratio of two variances that are one, up to the estimate of the share of each process
-
-
-def inherited_factor(
-    inherited: FloatArray, rounding: FloatArray, gamma: FloatArray, times: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return the errors that averages inherited from rounded snapshots, in two parts: shapes [2 n,
-    n] and [n, n].
-
-    An average at t keeps the share (t_i / t)^(gamma + 1) of the error of an earlier average of its
-    profile. If as much as the earlier one's rounding was added between the two, the run was resumed
-    from that copy, and the rounding errors are the same: the second result R has the shares, R_ij
-    of copy i in average j. The rest arose from copies that are gone; B^T B is its covariance, with
-    B the first result. Arguments are variances, exponents, and times.
-    """
-    factor, passed_on = np.zeros((2, times.size, times.size))
-    by_time = np.argsort(times, kind="stable")
-    for profile in (by_time[gamma[by_time] == exponent].tolist() for exponent in np.unique(gamma)):
-        factor[profile[0], profile[0]] = np.sqrt(inherited[profile[0]])
-        for before, after in pairwise(profile):
-            share = (times[before] / times[after]) ** (gamma[after] + 1)
-            kept, copied = share**2 * inherited[before], share**2 * rounding[before]
-            part = share * np.sqrt(min(1.0, inherited[after] / kept)) if kept > 0 else 0.0
-            factor[:, after], passed_on[:, after] = (
-                part * factor[:, before],
-                part * passed_on[:, before],
-            )
-            added = max(inherited[after] - kept, 0.0)
-            # The errors of two resumes may add up, see `error_after_rounding`.
-            if 0 < _SAME * copied <= added <= (copied + 2 * np.sqrt(kept * copied)) / _SAME:
-                passed_on[before, after] += share
-                added = max(added - copied, 0.0)
-            factor[after, after] = np.sqrt(added)
-    own = np.diag(np.sqrt((1 - _ALIKE**2) * inherited))
-    return np.vstack((_ALIKE * factor, own)), _ALIKE * passed_on
-
-
-def error_after_rounding(
-    error: float, rounding: float, spread: float, moved: float, share: float
-) -> float:
-    """Return the expected squared error of an average that resumes from its stored copy, `error`
-    before the rounding.
-
-    A copy's values are representable in the storage dtype, so that the next rounding depends only
-    on the displacement from them: `share`, the mass of the values since the last resume, times the
-    average's lag, of which the same share is forgotten. Two consecutive displacements differ by 2
-    share times their square; where that is small, the errors have one sign and add up. `rounding`
-    is the last squared error, `spread` its expectation for arbitrary values, and `moved` the
-    squared distance from the copy of the last resume.
-    """
-    correlation = (
-        float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
-    )
-    return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))
 
 
 def _correlation(distance: FloatArray) -> FloatArray:

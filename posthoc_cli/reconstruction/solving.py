@@ -541,11 +541,9 @@ class Problem:
         squared = np.sum(rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
         separate = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        if self._prior.passed_on is not None:
-            separate = separate + separate @ self._prior.passed_on
-        return (
-            separate if self._prior.shared is None else np.vstack((separate, self._prior.shared.T))
-        )
+        if self._prior.shared is None:
+            return separate
+        return np.vstack((separate, self._prior.shared.T))
 
     @cached_property
     def _errors(self) -> FloatArray:

@@ -4,8 +4,8 @@
 later. Credentials and endpoints come from the environment, under the names that the stores' own
 tools use.
 
-A failed request raises an OSError: a FileNotFoundError, a FileExistsError of `put`, or else a
-`RemoteError`, whose text holds nothing of what was sent.
+A failed request raises an OSError: a FileNotFoundError, or else a `RemoteError`, whose text holds
+nothing of what was sent.
 """
 
 from __future__ import annotations
@@ -148,9 +148,6 @@ class RemotePath(PosixPath):
         return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, info.size if info else 0, 0, 0, 0))
 
     lstat = stat
-
-    def unlink(self, missing_ok: bool = True) -> None:  # noqa: ARG002 - a store does not report a missing object
-        delete(str(self))
 
     def iterdir(self) -> Generator[RemotePath, None, None]:
         """Yield the paths in the folder; raise a FileNotFoundError without one, a
@@ -312,42 +309,6 @@ class RemoteBytes:
         self._start = memoryview(b"")
 
 
-_PART, _MOST_PARTS = 8 * 1024 * 1024, 9_000
-"""Least bytes of a part of a multipart upload, and the largest number of parts; S3 accepts 10,000.
-"""
-
-
-def put(url: str, data: bytes | Path, *, create: bool = True) -> None:
-    """Write an object, complete or not at all.
-
-    With `create`, raise a FileExistsError if the object exists. Up to 8 MiB are sent by one
-    conditional request, which the store refuses then. `obstore` has no conditional multipart
-    upload: for more it is checked before that the object does not exist.
-    """
-    size = data.stat().st_size if isinstance(data, Path) else len(data)
-    store, key = _place(url)
-    options: dict[str, Any] = {
-        "chunk_size": max(_PART, -(-size // _MOST_PARTS)),
-        "max_concurrency": 4,
-    }
-    if create and size <= _PART:
-        data = data.read_bytes() if isinstance(data, Path) else data
-        options = {"mode": "create", "use_multipart": False}
-    elif create:
-        with suppress(FileNotFoundError):
-            head(url)
-            raise _system_error(errno.EEXIST, url)
-    with request_errors(url, "written"):
-        store.put(key, data, **options)
-
-
-def delete(url: str) -> None:
-    """Delete an object, if it exists."""
-    store, key = _place(url)
-    with request_errors(url, "removed"), suppress(FileNotFoundError):
-        store.delete(key)
-
-
 def _info(facts: Any) -> ObjectInfo:
     return ObjectInfo(facts["size"], facts["e_tag"] or "")
 
@@ -361,7 +322,6 @@ def _system_error(number: int, url: str) -> OSError:
 
 
 _REASONS = (
-    ("^(FileExistsError|AlreadyExistsError):", errno.EEXIST, "", ""),
     ("status code: 416 ", errno.ERANGE, "it is shorter than the range asked for", ""),
     (
         "<Code>(NoSuchBucket|ContainerNotFound)<",
@@ -435,7 +395,7 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
             for pattern, number, reason, hint in _REASONS
             if (match := re.search(pattern, text, re.DOTALL))
         )
-        if number in (errno.ENOENT, errno.EEXIST):
+        if number == errno.ENOENT:
             raise _system_error(number, url) from None
         reason = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
         # the library's text holds the request

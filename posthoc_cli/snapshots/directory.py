@@ -9,10 +9,10 @@ snapshots, and these are compared with each other.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import socket
+import sys
 import time
 import weakref
 from collections import defaultdict
@@ -423,7 +423,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
         own = f"process {os.getpid()} on {socket.gethostname()}"
         with files.reported_as_write_error(directory), ExitStack() as stack:
             # A link would lead to a file of somebody else.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CREAT | files.CLOSED_IN_CHILDREN | files.NO_LINK
             descriptor = os.open(directory / LOCK_NAME, flags, 0o666)
             stack.callback(os.close, descriptor)
             if os.fstat(descriptor).st_nlink > 1:
@@ -435,9 +435,9 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
                 # lock.
                 for wait in (*[0.01] * 100, 0):
                     with suppress(BlockingIOError):
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        _lock(descriptor)
                         break
-                    if (name := os.pread(descriptor, 100, 0).decode(errors="replace")) or not wait:
+                    if (name := _holder(descriptor)) or not wait:
                         holder = (
                             f"another tracker of this {own}" if name == own else shown(name)[1:-1]
                         )
@@ -456,7 +456,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
                     why,
                 )
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, own.encode(), 0)
+            files.system.write(descriptor, memoryview(own.encode()), 0)
             stack.pop_all()
         # Releases it also when the process ends or the last reference is gone.
         self.release = weakref.finalize(self, _release, descriptor, os.getpid())
@@ -470,8 +470,46 @@ def _release(descriptor: int, process: int) -> None:
     with suppress(OSError):
         if os.getpid() == process:
             os.ftruncate(descriptor, 0)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            _unlock(descriptor)
     os.close(descriptor)
+
+
+def _holder(descriptor: int) -> str:
+    """Return the name in a lock's file; empty while its holder takes or releases the lock."""
+    name = bytearray(100)
+    count = files.system.read(descriptor, memoryview(name), 0)
+    return name[:count].decode(errors="replace")
+
+
+_LOCKED_BYTE = 2**30  # on Windows: far from the name, which others could not read otherwise
+
+
+def _lock(descriptor: int) -> None:
+    """Take the lock of an open file; raise a BlockingIOError if another has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(descriptor: int) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 # --- removing from a directory

@@ -3,7 +3,6 @@ what several of them show together: their order, their clock, and the prior of a
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
@@ -21,12 +20,10 @@ from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import Clock, Discrete, EpochClock, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
-    ASSUMED,
     MEASURED,
     SAMPLED,
     Distance,
     Measurements,
-    Motion,
     Prior,
     StoredAverage,
     measured_prior,
@@ -359,28 +356,6 @@ def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
         replace(average, steps=replace(average.steps, clock=clock)) if average.steps else average
         for average in averages
     ]
-
-
-def scaled_run(snapshots: Sequence[Source], steps: float) -> tuple[Motion | None, dict[str, float]]:
-    """Scale the snapshots of one run to a run of `steps`. Reads a sample if headers lack
-    measurements.
-
-    Returns the motion, relative to the norm, None if too little is known; and the root mean square
-    errors of stored averages by dtype, relative to their norm.
-    """
-    snapshots, _ = chosen_up_to(snapshots, max(snapshot.t for snapshot in snapshots))
-    prior = source_prior(snapshots)
-    times = np.array([snapshot.t for snapshot in snapshots])
-    norm = float(prior.norm[times == times.max()].mean())
-    if prior.source == ASSUMED or norm <= 0:
-        return None, {}
-    by_dtype = defaultdict(list)
-    for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
-        if len(dtypes) == 1 and rounding > 0 and squared > 0:
-            by_dtype[DTYPES[dtypes.pop()].torch_name].append(float(rounding / squared))
-    errors = {name: math.sqrt(float(np.mean(values))) for name, values in by_dtype.items()}
-    return prior.stretched(steps, float(times.max()), norm), errors
 
 
 @dataclass(frozen=True)

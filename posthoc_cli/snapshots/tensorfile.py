@@ -66,6 +66,8 @@ for any dtype."""
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
+# of a header: a tensor of ten dimensions has 16. A parsed value takes up to 90 bytes of memory.
+MAX_VALUES = 16 * MAX_TENSORS
 """The largest number of tensors in a file: twice that of the largest models. It bounds the time to
 read a header."""
 
@@ -681,13 +683,17 @@ def is_sizes(value: Any) -> bool:
 # --- JSON
 
 
-def parse_object(path: Path, data: bytes | str, what: str) -> dict[str, Any]:
-    """Parse an object in strict JSON: no duplicate keys, no NaN, no zero bytes, no text that is not
-    Unicode."""
+def parse_object(
+    path: Path, data: bytes | str, what: str, most: int = MAX_VALUES
+) -> dict[str, Any]:
+    """Parse an object of at most so many values in strict JSON: no duplicate keys, no NaN, no zero
+    bytes, no text that is not Unicode."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
         _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
+        values = text.count(",")
+        _require(values <= most, f"holds {values:,} values; at most {most:,} are allowed")
         value: dict[str, Any] = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce such text
             _check_text(compact(value))

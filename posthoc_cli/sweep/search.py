@@ -13,7 +13,6 @@ The trials are the only state of a search: it can be continued from a list of th
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -30,18 +29,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
-from posthoc_cli.targets import (
-    SHAPES,
-    Beta,
-    Decay,
-    HalfLife,
-    Mean,
-    SigmaRel,
-    Target,
-    Window,
-    bad,
-    parse_numbers,
-)
+from posthoc_cli.targets import KINDS, WIDTH, Target, bad, kind_of, parse_numbers
 
 RAW, RESULT = "raw", "sweep.json"
 """The target of trials of raw weights, which are not an average; and the file of a report in the
@@ -74,15 +62,7 @@ _SAME = 0.02
 """The distance from a measured length, as a fraction of the range, below which a proposal repeats
 that length."""
 
-_KINDS: dict[str, tuple[Callable[[Any], Target], str]] = {
-    "sigma_rel": (SigmaRel, "0.02:0.28"),
-    "beta": (Beta, "0.99:0.9999"),
-    "half-life": (HalfLife, "100:10000"),
-    "window": (Window, "1000:50000"),
-    "last": (Mean, "2:20"),
-    **{f"decay:{shape}": (functools.partial(Decay, shape), "5%:50%") for shape in SHAPES},
-}
-"""The kinds of targets that can be searched: the target of a value, and an example of a range."""
+_KINDS = {WIDTH.name: WIDTH, **KINDS}
 
 
 @dataclass(frozen=True)
@@ -90,8 +70,8 @@ class Axis:
     """The lengths to search: a kind of target with one parameter, its range, and the values to
     measure, if given.
 
-    `kind` is "sigma_rel", "beta", "half-life", "window" or "last"; or "decay:1-sqrt",
-    "decay:linear" or "decay:cosine", whose values are fractions of training.
+    `kind` is "sigma_rel" or one of `targets.KINDS`. The values of "decay:linear" and its like are
+    fractions of training.
     """
 
     kind: str
@@ -113,7 +93,7 @@ class Axis:
         """Return the axis of given values, which are all measured; an InvalidValueError names a bad
         one."""
         for value in values:
-            _KINDS[kind][0](value)  # raises an InvalidValueError for a bad value
+            _KINDS[kind].make(value)  # raises an InvalidValueError for a bad value
         unique = sorted(set(map(float, values)))
         if len(unique) < 2:
             raise InvalidValueError("values", "name at least two lengths", value=list(values))
@@ -126,18 +106,17 @@ class Axis:
 
         Raises an InvalidValueError about `name` that says what is accepted.
         """
-        whole = f"{kind}:{text}" if kind else text
-        kind = next((kind for kind in _KINDS if whole.startswith(f"{kind}:")), "")
-        if not kind:
-            raise bad(name, text, f"must be a range or a list of {', '.join([*_KINDS][1:])}")
-        rest = whole[len(kind) + 1 :]
+        found = (_KINDS[kind], text) if kind else kind_of(text)
+        if found is None:
+            raise bad(name, text, f"must be a range or a list of {', '.join(KINDS)}")
+        searched, rest = found
+        is_range = rest.count(":") == 1
+        form = f"a range LOW:HIGH, such as {searched.range}, or a list"
         try:
-            form, is_range = (
-                f"a range LOW:HIGH, such as {_KINDS[kind][1]}, or a list",
-                rest.count(":") == 1,
-            )
             values = parse_numbers(rest.replace(":", ",") if is_range else rest, name, form)
-            return cls(kind, values[0], values[-1]) if is_range else cls.of_values(kind, values)
+            if is_range:
+                return cls(searched.name, values[0], values[-1])
+            return cls.of_values(searched.name, values)
         except InvalidValueError as error:
             raise bad(name, text, error.reason, error.hint) from error
 
@@ -145,38 +124,35 @@ class Axis:
         return value in self.values if self.values else self.low <= value <= self.high
 
     def target(self, value: float) -> Target:
-        return _KINDS[self.kind][0](value)
+        return _KINDS[self.kind].make(value)
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
-        """Return the places of values in the range, from 0 to 1 by the logarithm of `_scaled`."""
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        return np.asarray(np.log(self._scaled(np.asarray(values)) / low) / math.log(high / low))
+        """Return the places of values in the range, from 0 to 1 by the logarithm of the length."""
+        low, high = self._lengths()
+        lengths = _KINDS[self.kind].length(np.asarray(values))
+        return np.asarray(np.log(lengths / low) / math.log(high / low))
 
     def at(self, places: FloatArray | float) -> FloatArray:
         """Return the exact values at places in [0, 1], the inverse of `place`."""
-        low, high = self._scaled(self.low), self._scaled(self.high)
-        scaled = low * (high / low) ** places
-        return np.asarray(1 - 1 / scaled if self.kind == "beta" else scaled)
+        low, high = self._lengths()
+        return np.asarray(_KINDS[self.kind].value(low * (high / low) ** places))
 
     def value_at(self, place: float) -> float:
         """Return the value at a place, rounded to three digits (more in a narrow range)."""
+        low, high = self._lengths()
         exact = float(self.at(place))
-        digits = max(
-            3,
-            2 - math.floor(math.log10(math.log(self._scaled(self.high) / self._scaled(self.low)))),
-        )
-        if self.kind == "beta":
+        digits = max(3, 2 - math.floor(math.log10(math.log(high / low))))
+        if self.kind == "beta":  # the digits of 1 - beta
             rounded = round(1 - float(f"{1 - exact:.{digits}g}"), 12)
+        elif _KINDS[self.kind].is_whole:
+            rounded = round(exact)
         else:
-            rounded = (
-                round(exact) if self.kind in ("window", "last") else float(f"{exact:.{digits}g}")
-            )
+            rounded = float(f"{exact:.{digits}g}")
         return min(max(rounded, self.low), self.high)
 
-    def _scaled(self, value: Any) -> Any:
-        """Return the quantity whose logarithm is scaled: for a beta its time constant in steps,
-        else the value."""
-        return 1 / (1 - value) if self.kind == "beta" else value
+    def _lengths(self) -> tuple[float, float]:
+        kind = _KINDS[self.kind]
+        return kind.length(self.low), kind.length(self.high)
 
 
 def good_range(run: Run, t: float | None = None) -> Axis:

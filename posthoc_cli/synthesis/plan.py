@@ -39,7 +39,7 @@ from posthoc_cli.snapshots.sources import (
     source_prior,
 )
 from posthoc_cli.snapshots.tensorfile import Box, Entry
-from posthoc_cli.targets import Target, as_target, separate
+from posthoc_cli.targets import Groups, Mean, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,7 @@ class Plan:
         """For each target the index of its column by glob on tensor names; only targets of `Groups`
         have several."""
         numbers = count()
-        globs = [target.widths if target.kind == "groups" else "*" for target in self.targets]
+        globs = [target.widths if isinstance(target, Groups) else "*" for target in self.targets]
         return [{glob: next(numbers) for glob in each} for each in globs]
 
     def passes(self) -> list[Plan]:
@@ -133,7 +133,7 @@ class Plan:
 
         Raises an InvalidValueError if a tensor is in no group, or a group has no tensor.
         """
-        if not any(target.kind == "groups" for target in self.targets):
+        if not any(isinstance(target, Groups) for target in self.targets):
             return [self]
         subsets = defaultdict[tuple[int, ...], list[str]](list)
         for name, aliases in self.names.items():
@@ -337,7 +337,7 @@ def plan_synthesis(
     # of a `Mean`, whose coefficients are known: by target and source
     given: dict[int, dict[int, float]] = {}
     for index, target in enumerate(separated):
-        if target.kind == "last":
+        if isinstance(target, Mean):
             column = target.coefficients_of([source.profile for source in available])
             given[index] = dict(zip(map(id, available), column.tolist(), strict=True))
     needed = [

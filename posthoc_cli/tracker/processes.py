@@ -255,10 +255,11 @@ class Rendezvous:
     leads.
 
     It is in the group's store, so that errors can name a process that is missing; a collective
-    would wait in silence.
+    would wait in silence. A process `keeps` averages, `counts` steps, or `abstains`: it has no
+    tracker.
     """
 
-    def __init__(self, name: str, keeps: bool, hint: str, tensors: str = "") -> None:
+    def __init__(self, name: str, role: str, hint: str, tensors: str = "") -> None:
         # torch has no public name for the store. A release without this name could not make
         # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
@@ -269,8 +270,9 @@ class Rendezvous:
         self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
         self._tensors = tensors  # identifies the tensors of this process's model
         self._begin = time.monotonic()
-        self.store.set(f"tensors/{self._rank}", tensors)
-        self.store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
+        if tensors:
+            self.store.set(f"tensors/{self._rank}", tensors)
+        self.store.set(f"made/{self._rank}", role)
 
     def check_tensors(self) -> None:
         """Raise a RankError if the model of this process or of rank 0, as far as trackers are made,
@@ -296,8 +298,12 @@ class Rendezvous:
 
     def _is_kept(self) -> bool:
         """Return whether a process that has made a tracker keeps averages."""
-        made = [rank for rank in self._ranks if self.store.check([f"made/{rank}"])]
-        return any(self.store.get(f"made/{rank}").decode() == "keeps" for rank in made)
+        return "keeps" in self._roles()
+
+    def _roles(self) -> list[str]:
+        """Return the roles of the processes that have announced theirs."""
+        keys = [f"made/{rank}" for rank in self._ranks]
+        return [self.store.get(key).decode() for key in keys if self.store.check([key])]
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -334,7 +340,8 @@ class Rendezvous:
             )
         while not self._is_set("made") and time.monotonic() < until:
             time.sleep(0.02)
-        if len(self._absent("made")) < len(self._ranks) - 1:
+        trackers = [role for role in self._roles() if role != "abstains"]
+        if len(trackers) > 1:
             return False
         self.store.set("alone", str(self._rank))
         return True
@@ -395,7 +402,8 @@ class Members:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
             tensors = _digest(repr(sorted((shapes or {}).items())))
-            self._meeting = Rendezvous(_digest(str(directory)), self.keeps, hint, tensors)
+            role = "keeps" if self.keeps else "counts"
+            self._meeting = Rendezvous(_digest(str(directory)), role, hint, tensors)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return those of the model's tensors that this process averages and writes, or has a chunk
@@ -458,7 +466,7 @@ class ShardOwners(Members):
             self.mesh = {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
-        self._owners_meeting = Rendezvous("members", self.rank == 0, hint)
+        self._owners_meeting = Rendezvous("members", "keeps" if self.rank == 0 else "counts", hint)
         # By name, a hash that identifies a chunk in all processes.
         held = {
             name: _digest(repr((name, chunks.get(name), tuple(tensor.shape))))
@@ -519,6 +527,13 @@ class ShardOwners(Members):
 
     def callers(self, call: str, *_: object) -> Group:
         return self.keepers(call)
+
+
+def abstain(directory: Path) -> None:
+    """Announce that this process makes no tracker of an absolute directory, so that the one that
+    does waits for no other."""
+    if dist.is_initialized():
+        Rendezvous(_digest(str(directory)), "abstains", "")
 
 
 def is_first_of_group(model: torch.nn.Module | None) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_layouts import check_average
-from factories import exact_weights
+from factories import Span, exact_weights
 
 from posthoc_cli import Run, errors, import_checkpoints, synthesize
 from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
@@ -190,5 +190,5 @@ def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path: Path) -> N
     path = 100 + (increments * torch.linspace(1, 0.1, 4000, dtype=torch.float64)[:, None]).cumsum(0)
     for t in (1000, 2000, 3000, 4000):
         torch.save({"w": path[t - 1].bfloat16()}, tmp_path / f"step{t}.pt")
-    plan = Run(tmp_path).plan("between:3000:4000")
+    plan = Run(tmp_path).plan(Span(3000, 4000))
     assert plan.reconstruction.coefficients[-2:, 0] == pytest.approx([0.5, 0.5], abs=0.02)

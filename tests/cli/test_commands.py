@@ -352,7 +352,7 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
 
 
 def test_targets_are_points(ema: Ema, run: Path, tmp_path: Path) -> None:
-    titles = ["beta:0.99", "beta:0.999", "window:500", "between:500:1500", "decay:linear:100%"]
+    titles = ["beta:0.99", "beta:0.999", "window:500", "decay:linear:500:1500", "decay:linear:100%"]
     others = [
         "--target",
         "beta:0.99,0.999",
@@ -405,10 +405,6 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
         assert settings.schedule.max_checkpoints == each["max_checkpoints"]
         assert each["worst_error"] == max(each["predicted_error"])
     assert report["assumption"] == "the network moves evenly"
-    like = ema(*PLANNED, "--like", run, "--json").json
-    for one, other in zip(report["schedules"], like["schedules"], strict=True):
-        assert one["worst_error"] != pytest.approx(other["worst_error"], rel=0.05)
-    assert like["assumption"] == f"the network moves as in {run}"
     drawn = ema(*PLANNED[:-1], "1kB", "--out", "plan.png")
     assert "none is within --disk" in drawn.out
     assert drawn.out.splitlines()[-1] == "wrote plan.png"

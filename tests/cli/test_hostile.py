@@ -12,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from checking import assert_same_tensors, load_output
 from ema_command import Ema, run_ema, unmeasured_environment
 from factories import RUN_ID, contents, flip_bit, write_snapshot
 from safetensors.torch import save_file
@@ -123,7 +124,7 @@ for line in (
     "export a.safetensors --out c.safetensors",
     "error-plot run --out a.png",
     "error-plot run --out a.svg",
-    "plan --steps 1000 --params 10 --like run --out a.pdf",
+    "plan --steps 1000 --params 10 --out a.pdf",
 ):
     sys.argv = ["ema", *line.split()]
     try:
@@ -155,6 +156,44 @@ def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: 
         picture = [b"Date", b"Matplotlib v"] if name.endswith((".png", ".svg", ".pdf")) else []
         for word in (*map(str.encode, words), *picture):
             assert word not in content, (name, word)
+
+
+AS_ON_WINDOWS = """
+import os, signal, sys
+
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+for name in ("preadv", "pread", "pwrite", "O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "killpg"):
+    delattr(os, name)
+del signal.SIGHUP
+from posthoc_cli.cli import main
+
+for line in LINES.splitlines():
+    sys.argv = ["ema", *line.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, line
+"""
+READING = """\
+info run
+verify run
+synthesize run --sigma-rel 0.1 --layout sharded --out shards
+synthesize run --sigma-rel 0.1 --layout dcp --out dcp
+export shards --out a.pt
+error-plot run --out a.svg"""
+
+
+def test_commands_that_read_a_run_need_no_module_that_windows_lacks(
+    run: Path, tmp_path: Path
+) -> None:
+    code = AS_ON_WINDOWS.replace("LINES", repr(READING))
+    assert run.parent == tmp_path
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_tensors(load_output(tmp_path / "a.pt"), load_output(tmp_path / "shards"))
 
 
 EVIL = """

@@ -1,13 +1,13 @@
 """Trainings in separate processes, which can be killed, and what accelerate expects of a group."""
 
 import os
-import socket
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Forked
 
 heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
@@ -28,13 +28,21 @@ def start(program: str, *arguments: object, **environment: str) -> Forked:
 
 
 def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> list[int]:
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    """Run a program in two processes, which meet at a store of this one; print their errors."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    environment |= {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the first process opens no store of its own
+    }
     processes = [
         start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"
     ]
-    return [process.wait(250) for process in processes]
+    for process in processes:
+        _, errors = process.communicate(250)
+        print(errors)
+    return [process.wait() for process in processes]
 
 
 def task() -> tuple[Path, int, str, bool]:

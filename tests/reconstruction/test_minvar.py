@@ -10,14 +10,14 @@ import flint
 import numpy as np
 import pytest
 from checking import refused
-from factories import FloatArray, power_functions, solved, squared_error
+from factories import FloatArray, Span, power_functions, solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
 from posthoc_cli.reconstruction import METHODS, Motion, Prior, Problem, Steps, reconstruct
-from posthoc_cli.targets import Beta, Between, Decay, Window
+from posthoc_cli.targets import Beta, Decay, Window
 
 T = 1000.0
 START = 3.0
@@ -84,7 +84,7 @@ def expected_square(
         (Beta(0.99).profile(T, STEPS, START), ()),
         (Beta(0.5).profile(T, STEPS, START), ()),
         (Window(150).profile(T, STEPS, START), (850.0,)),
-        (Between(200, 620).profile(T, STEPS, START), (200.0, 620.0)),
+        (Span(200, 620), (200.0, 620.0)),
     ],
     ids=["power", "beta 0.99", "beta 0.5", "window", "span"],
 )
@@ -211,19 +211,6 @@ def problems(draw: st.DrawFn) -> Case:
     return snapshots, prior, power(draw(st.floats(0.02, 0.288)), float(times[-1]))
 
 
-def test_a_rounding_that_averages_inherited_counts_in_each_of_them() -> None:
-    """Averages that resumed from copies: e_j = own_j + sum_i share_ij own_i, where copies are
-    rounded independently."""
-    snapshots, rounding = power_functions((500, 1000)), np.array([1.0, 2.0, 3.0, 4.0])
-    shares = np.zeros((4, 4))
-    shares[0, 2], shares[0, 3], shares[1, 3] = 0.5, 0.1, 0.25
-    prior = replace(prior_of(snapshots, even_motion(1.0, T, 1e6), rounding), passed_on=shares)
-    solver = Problem(snapshots, prior, T)
-    for c in (np.array([0.0, 0.0, 1.0, 0.0]), np.array([0.4, -0.3, 0.7, 0.2])):
-        _, squares = solver.expected_squares(c[:, None], solver.goals([power(0.1, T)]))
-        assert squares[0] == pytest.approx(np.sum(rounding * (c + shares @ c) ** 2), rel=1e-6)
-
-
 @given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=25, deadline=None)
 def test_units_of_time_and_of_weights_change_nothing(
@@ -304,7 +291,7 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(
     losses = Problem(snapshots, prior, target.t).losses([target])
     left = list(range(len(snapshots)))
     while len(left) > 1:
-        after = losses.squares_without_each()[0]
+        after = losses.squares_without([[index] for index in range(len(snapshots))])[0]
         lost = random.choice(left)
         left.remove(lost)
         anew = Problem([snapshots[i] for i in left], prior.of(left), target.t)

@@ -14,23 +14,19 @@ from safetensors.torch import load_file
 from scipy import integrate
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.profiles import Clock, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Motion,
     Prior,
     Sketch,
-    Steps,
     StoredAverage,
-    assumed_prior,
     measured_prior,
     reconstruct,
 )
 from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, Pair, fit_motion
 from posthoc_cli.reconstruction.prior import (
-    error_after_rounding,
-    inherited_factor,
     rounding_factor,
 )
 
@@ -177,27 +173,6 @@ def test_without_motion_or_without_distances_the_prior_is_defined() -> None:
     assert np.sum(assumed.walk * np.diff(assumed.edges)) == pytest.approx(ASSUMED_STRETCH**2 * 4.0)
 
 
-@pytest.mark.parametrize("steps", [None, Steps(Clock.of_steps())])
-def test_a_longer_run_of_the_same_training_has_the_same_errors(steps: Steps | None) -> None:
-    """The same snapshots, at the same fractions of both runs, give averages of equal error,
-    relative to the norm."""
-    motion = Motion(np.array([1.0, 300.0, 1000.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
-    zeros, norm = np.zeros(6), 9.0
-    prior = Prior(motion, zeros, zeros, np.full(6, norm), "measured", steps)
-    found = []
-    relative = replace(motion, walk=motion.walk / norm, noise=motion.noise / norm)
-    for t, expected in ((1000.0, relative), (4000.0, prior.stretched(4000.0, 1000.0, norm))):
-        snapshots = power_functions([0.5 * t, 0.8 * t, t], (0.05, 0.28))
-        targets = [PowerFunction.from_sigma_rel(width, t) for width in (0.08, 0.15)]
-        found.append(
-            reconstruct(
-                snapshots, targets, prior=assumed_prior(snapshots, motion=expected)
-            ).predicted_error
-        )
-    # the short run begins with its first update, at 1
-    assert found[1] == pytest.approx(found[0], rel=0.01)
-
-
 # --- correlated rounding errors of stored copies, against values that are really rounded
 
 
@@ -216,94 +191,6 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is
     # limited to 0.99.
     np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
-
-
-def test_inherited_errors_are_correlated_as_far_as_averages_contain_the_same_values() -> None:
-    """100,000 averages of three profiles continue from a rounded value at each time; the last
-    profile only at first."""
-    generator, times, gammas = (
-        np.random.default_rng(0),
-        np.array([100.0, 110.0, 150.0, 400.0]),
-        (0.1, 4.0, 2.0),
-    )
-    errors: list[np.ndarray] = []
-    for index, (gamma, fresh) in enumerate(zip(gammas, (1.0, 2.0, 0.0), strict=True)):
-        error = generator.normal(size=100_000)
-        for place, t in enumerate(times):
-            if place:
-                error = error * (times[place - 1] / t) ** (gamma + 1) + fresh * generator.normal(
-                    size=error.size
-                )
-            errors.insert(place * (index + 1) + index, error)  # in the order of time
-    measured = np.array([[np.mean(a * b) for b in errors] for a in errors])
-    gamma, t = np.tile(gammas, 4), np.repeat(times, 3)
-    factor, passed_on = inherited_factor(np.diag(measured), np.zeros(12), gamma, t)
-    assert not passed_on.any()
-    np.testing.assert_allclose(np.diag(factor.T @ factor), np.diag(measured), rtol=1e-12)
-    # Means of 100,000 products scatter by 1 / sqrt(100,000); correlations count as 0.9 of a
-    # standard deviation.
-    scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
-    trusted = np.where(np.eye(12) > 0, 1.0, 0.9**2)
-    np.testing.assert_allclose(factor.T @ factor / scale, trusted * measured / scale, atol=0.015)
-
-
-def test_errors_inherited_from_a_snapshot_are_its_rounding_errors() -> None:
-    """100,000 averages are rounded at four times, and continue from the rounded value of the
-    second."""
-    generator, times, rounding = (
-        np.random.default_rng(0),
-        np.array([100.0, 110.0, 150.0, 400.0]),
-        np.ones(4),
-    )
-    own = generator.normal(size=(4, 100_000))
-    shares = np.array([0.0, 0.0, (110 / 150) ** 1.5, (110 / 400) ** 1.5])
-    inherited = shares[:, None] * own[1]
-    factor, passed_on = inherited_factor(shares**2, rounding, np.full(4, 0.5), times)
-    stored, errors = np.eye(4) + passed_on, own + inherited
-    expected, measured = stored.T @ stored + factor.T @ factor, errors @ errors.T / 100_000
-    np.testing.assert_allclose(np.diag(expected), np.diag(measured), atol=0.015)
-    np.testing.assert_allclose(expected[1, 2:], 0.9 * measured[1, 2:], atol=0.015)
-    # Without the second and its rounding, what came from it is still an error that the later two
-    # have in common.
-    prior = replace(
-        assumed_prior([PowerFunction(0.5, t) for t in times], 0.5), passed_on=passed_on
-    ).of([0, 2, 3])
-    assert prior.shared is not None and prior.passed_on is not None
-    kept = np.ix_([0, 2, 3], [0, 2, 3])
-    np.testing.assert_allclose(
-        prior.shared @ prior.shared.T, 0.5**2 * 0.81 * np.outer(shares, shares)[kept]
-    )
-    assert not prior.passed_on.any()
-
-
-@pytest.mark.parametrize(
-    ("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)]
-)
-def test_the_error_of_resumes_is_that_of_averages_that_are_rounded_repeatedly(
-    share: float, resumes: int
-) -> None:
-    """20,000 averages on a grid of spacing 1 move towards values 3 to 30 away, and are rounded
-    after every step: averages that move by less than half a spacing do not change, and their errors
-    add up.
-    """
-    generator = np.random.default_rng(4)
-    values = generator.uniform(3, 30, 20_000)
-    exact = begun = np.round(generator.uniform(-0.5, 0.5, 20_000))
-    error = 0.0
-    for _ in range(resumes):
-        exact = exact + share * (values - exact)
-        moving = begun + share * (values - begun)
-        rounded = np.round(moving)
-        error = error_after_rounding(
-            error * (1 - share) ** 2,
-            float(np.sum((rounded - moving) ** 2)),
-            rounded.size / 12,
-            float(np.sum((moving - begun) ** 2)),
-            share,
-        )
-        begun = rounded
-    true = float(np.sum((rounded - exact) ** 2))
-    assert 0.5 < np.sqrt(true / error) < 2
 
 
 # --- errors measured by a sketch of the weights' path, against averages that the tests sum in

@@ -1,5 +1,4 @@
-"""Commands that write to a bucket: an import, and a synthesis by several processes; pruning is
-refused."""
+"""Nothing is written to a bucket; an import on this machine refers to its objects."""
 
 import errno
 import subprocess
@@ -8,18 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import assert_same_tensors, load_output
 from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
-from groups import check_group
 from remote.faulty import FaultyServer
+from remote.objects import put, upload
 from safetensors.torch import save_file
 
-from posthoc_cli import Run, export_file, import_checkpoints
+from posthoc_cli import Run
 from posthoc_cli.errors import (
     FileFormatError,
-    InvalidValueError,
-    OutputExistsError,
     PostHocError,
     RemoteError,
 )
@@ -29,12 +25,6 @@ from posthoc_cli.remote.store import remote_path
 STEPS = (10, 20, 30, 40)
 RUN = "s3://bucket/run"
 FIRST = "0000000000000010-0.05.safetensors"
-
-
-def upload(folder: Path, url: str) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            store.put(f"{url}/{path.relative_to(folder).as_posix()}", path)
 
 
 def names(url: str) -> set[str]:
@@ -60,87 +50,55 @@ def test_a_run_in_a_bucket_is_not_pruned_there(local: Path, ema: Ema) -> None:
     assert names(RUN) == before
 
 
-def test_an_import_into_a_bucket_refers_to_objects(
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["synthesize", RUN, "--sigma-rel", "0.1", "--out", "s3://bucket/a.safetensors"],
+        ["synthesize", RUN, "--sigma-rel", "0.1", "--layout", "dcp", "--out", "s3://bucket/a"],
+        ["export", f"{RUN}/{FIRST}", "--out", "hf://org/model/a.pt"],
+        ["import", RUN, "--out", "s3://bucket/new"],
+        ["error-plot", RUN, "--out", "s3://bucket/error.png"],
+    ],
+)
+def test_an_output_in_a_store_is_refused(local: Path, ema: Ema, command: list[str]) -> None:
+    before = names("s3://bucket")
+    error = ema(*command).error
+    assert f"out {command[-1]}: is a URL; must be a path on a file system of this machine" in error
+    assert "copy it to the store afterwards, by `rclone copy` or `aws s3 cp`" in error
+    assert names("s3://bucket") == before
+
+
+def test_an_import_on_this_machine_refers_to_objects(
     server: FaultyServer, tmp_path: Path, ema: Ema
 ) -> None:
     for step in STEPS:
         save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
     upload(tmp_path, "s3://bucket/old")
-    assert (
-        f"wrote a run that refers to these files: {RUN}"
-        in ema("import", "s3://bucket/old", "--out", RUN).out
-    )
-    assert names(RUN) == {"ema-import.json"}
-    assert torch.equal(Run(RUN).average("last:2")["w"], torch.full((3,), 35.0))
-    assert "is this import already" in ema("import", "s3://bucket/old", "--out", RUN).out
-    with pytest.raises(OutputExistsError, match="with other settings"):
-        import_checkpoints("s3://bucket/old", RUN, include=["w"])
-    assert import_checkpoints("s3://bucket/old", RUN, include=["w"], overwrite=True).written
-    with pytest.raises(
-        InvalidValueError, match="would refer to files of this machine; upload the files"
-    ):
-        import_checkpoints(tmp_path, "s3://bucket/local")
-    server.answer = lambda request: "403 AccessDenied" if request["METHOD"] == "PUT" else None
-    assert "access is denied" in ema("import", "s3://bucket/old", "--out", "s3://bucket/new").error
-    server.answer = lambda _: None
-    assert not names("s3://bucket/new")
-    store.put("s3://bucket/old/step20.safetensors", b"replaced", create=False)
+    run = tmp_path / "run"
+    imported = ema("import", "s3://bucket/old", "--out", run)
+    assert f"wrote a run that refers to these files: {run}" in imported.out
+    assert torch.equal(Run(run).average("last:2")["w"], torch.full((3,), 35.0))
+    assert "is this import already" in ema("import", "s3://bucket/old", "--out", run).out
+    put("s3://bucket/old/step20.safetensors", b"replaced")
     with pytest.raises(
         FileFormatError, match=r"step20.safetensors: was replaced, or has changed, since"
     ):
-        Run(RUN).average("last:2")
+        Run(run).average("last:2")
 
 
-PROCESSES = """
-try:
-    url, out = arguments
-    Run(url).write(0.15, out, distributed=True, max_shard_size="4KB")
-except PostHocError as error:
-    print(error)
-"""
-
-
-def test_processes_send_their_own_shards_and_the_index_comes_last(
-    local: Path, server: FaultyServer, tmp_path: Path
-) -> None:
-    out, index = "s3://bucket/out", "model.safetensors.index.json"
-    Run(RUN).write(0.15, tmp_path / "one.safetensors")
-    server.answer = lambda request: (
-        403 if request["METHOD"] == "PUT" and "00002-of" in request["KEY"] else None
-    )
-    for text in check_group(PROCESSES, 2, tmp_path, RUN, out):
-        assert "cannot be written: access is denied" in text
-    assert names(out) == set()
-    server.answer, server.seen = (lambda _: None), []
-    assert check_group(PROCESSES, 2, tmp_path, RUN, out) == ["", ""]
-    sent = [line.removeprefix("PUT out/") for line in server.seen if line.startswith("PUT out/")]
-    assert (len(sent), sent[-1]) == (3, index)
-    export_file(remote_path(out), tmp_path / "merged.safetensors")
-    assert_same_tensors(
-        load_output(tmp_path / "merged.safetensors"), load_output(tmp_path / "one.safetensors")
-    )
-
-
-# --- objects by URL: put, read, listed and deleted, against an S3 server
-
-
-def test_an_object_is_put_once_read_by_ranges_and_deleted(bucket: str) -> None:
+def test_an_object_is_read_by_ranges(bucket: str) -> None:
     url = f"{bucket}/run/a b%20+ü"
-    store.put(url, b"0123456789")
+    put(url, b"0123456789")
     tag = store.head(url).tag
-    with pytest.raises(FileExistsError):
-        store.put(url, b"other")
     data, info = store.get(url, 2, 100, tag)
     assert (bytes(data), info.size, info.tag, info) == (b"23456789", 10, tag, store.head(url))
     assert bytes(store.get(url, 10, 12)[0]) == b""
-    store.put(url, b"replaced", create=False)
+    put(url, b"replaced")
     with pytest.raises(RemoteError, match="was replaced while it was being used") as caught:
         store.get(url, 0, 1, tag)
     assert caught.value.errno == errno.ESTALE
-    store.delete(url)
-    store.delete(url)
     with pytest.raises(FileNotFoundError):
-        store.head(url)
+        store.head(f"{url}/none")
 
 
 def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(

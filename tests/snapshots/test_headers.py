@@ -119,6 +119,19 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
         read_file(path)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
+    tmp_path: Path, hidden: bool
+) -> None:
+    """A value takes up to 90 bytes of memory, and two in the file."""
+    values = b'{"a":[%b0]}' % (3_300_000 * b"0,")
+    if hidden:  # within a text
+        values = b'{"__metadata__":{"a":"%b"}}' % values.replace(b'"', b'\\"')
+    path = craft(tmp_path / "a.safetensors", values)
+    with pytest.raises(FileFormatError, match="holds 3,300,000 values; at most 3,200,000 are"):
+        read_file(path)
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -19,7 +19,7 @@ from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import scaled_run, source_prior
+from posthoc_cli.snapshots.sources import source_prior
 
 
 @pytest.fixture(scope="session")
@@ -173,16 +173,6 @@ def test_an_interruption_leaves_a_directory_that_works(
         tracker.state_dict(sigma_rel=0.15)
     prune(run, plan_pruning(left, keep=4))
     assert len(read_directory(run)) == 8
-
-
-# --- an earlier run as the model for a plan
-
-
-def test_a_scaled_run_has_the_motion_and_the_rounding_of_the_run(run: Path) -> None:
-    motion, rounding = scaled_run(read_directory(run), 2400)
-    assert motion.edges[-1] == pytest.approx(2400)
-    # An average of values spread around zero is stored about as well as any.
-    assert rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
 
 
 # --- the choice of the snapshots that a reconstruction uses if there are very many

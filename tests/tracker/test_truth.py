@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import exact_weights
+from factories import Span, exact_weights
 from trajectories import Replay, Trajectory, record
 
-from posthoc_cli import Beta, Between, PostHocEMA, Window, disk_sources, plan_synthesis
+from posthoc_cli import Beta, PostHocEMA, Window, disk_sources, plan_synthesis
+from posthoc_cli.targets import GivenProfile
 
 pytestmark = pytest.mark.xdist_group("trajectories")
 
@@ -83,7 +84,7 @@ def test_synthesized_weights_are_near_the_true_ones(
         Beta(0.995): np.where(seen < stride, 1.0, 1 - 0.995 ** (STEPS - seen)),
         Beta(0.9975): np.where(seen < stride, 1.0, 1 - 0.9975 ** (STEPS - seen)),
         Window(400): np.clip((STEPS - seen) / 400, 0, 1),
-        Between(600, 1400): np.clip((1400 - seen) / 800, 0, 1),
+        GivenProfile(Span(600, 1400)): np.clip((1400 - seen) / 800, 0, 1),
     }
     weights = [exact_weights(s, seen[1:]) for s in BOUNDS] + [
         -np.diff(tail) for tail in tails.values()
