@@ -88,14 +88,13 @@ def attach(
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
-    attached, hint = None if before is None else before.optimizer, ""
+    attached = None if before is None else before.optimizer
+    hint = ""
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
     elif not has_model:
-        reason, hint = (
-            "this tracker was made without a model",
-            "pass the model to from_model or from_path",
-        )
+        reason = "this tracker was made without a model"
+        hint = "pass the model to from_model or from_path"
     elif not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
         hint = "such as attach(optimizer, t=lambda: seen)"

@@ -99,7 +99,8 @@ class AverageTensors:
     since then."""
 
     def __init__(self, layout: Layout, profiles: int) -> None:
-        self.layout, wide = layout, tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
+        self.layout = layout
+        wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
         self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
         for tensors in (*self.mean, *self.high):
             for (flat,) in tensors.slabs:
@@ -180,7 +181,9 @@ class Averages:
         If a value is nan or infinite, nothing changes, and the first tensor with such a value is
         returned.
         """
-        before, gammas, limits = self.standing, self.gammas, self._limits
+        before = self.standing
+        gammas = self.gammas
+        limits = self._limits
         # after an update that is refused or fails, the next one checks all values first
         self._limits = []
         shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
@@ -197,7 +200,8 @@ class Averages:
         if (name := values.nonfinite_name(norms)) is not None:
             return name
         tensors = self._allocated(values.layout, pool.size)
-        self.sketcher, self.known_path = sketcher, None
+        self.sketcher = sketcher
+        self.known_path = None
         sample = None if sampled is None else sampled.buffers()
 
         def take(tile: Tile, value: torch.Tensor, thread: int) -> None:
@@ -267,7 +271,9 @@ class Averages:
         if folds:
             shared = may_share_mean(after.window, after.folded_t, t)
             after = replace(after, window=0, folds=after.folds + 1, folded_t=t, shared=shared)
-        self.copies, self.sample, self.standing = copies, sample, after
+        self.copies = copies
+        self.sample = sample
+        self.standing = after
         if sketcher is not None and not before.shared:
             sketcher.end_value(gammas, t, after.shared)
         elif sketcher is not None and folds:
@@ -278,7 +284,9 @@ class Averages:
     def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
         """Return a tile of an average, flat, rounded once, in scratch that is valid until the
         thread's next call."""
-        tensors, standing, result = self.tensors, self.standing, self._scratch_of(tile, thread)[0]
+        tensors = self.tensors
+        standing = self.standing
+        result = self._scratch_of(tile, thread)[0]
         assert tensors is not None
         high = tensors.high[profile].tile(tile)
         if not standing.window:
@@ -327,12 +335,10 @@ class Averages:
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is
         closed there."""
-        tensors, sketcher, standing, path = (
-            self.tensors,
-            self.sketcher,
-            self.standing,
-            self.known_path,
-        )
+        tensors = self.tensors
+        sketcher = self.sketcher
+        standing = self.standing
+        path = self.known_path
         if tensors is not None and sketcher is not None:
             is_open = standing.window > 0 and not exact and standing.shared
             if is_open:

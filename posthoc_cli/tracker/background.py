@@ -93,16 +93,15 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.wait_seconds = self._waited = 0.0
-        self._name, self._process, self._begin, self._has_warned = (
-            name,
-            os.getpid(),
-            time.monotonic(),
-            False,
-        )
+        self._name = name
+        self._process = os.getpid()
+        self._begin = time.monotonic()
+        self._has_warned = False
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
         # of the last submitted job
-        self._errors, self.job_seconds = (deque[Exception](), deque([0.0], maxlen=1))
+        self._errors = deque[Exception]()
+        self.job_seconds = deque([0.0], maxlen=1)
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
@@ -171,7 +170,8 @@ class Worker:
     def warn_of_waiting(self, what: str) -> None:
         """Warn, once, if the training has waited for long; call it last: a filter may turn a
         warning into an error."""
-        passed, waited = time.monotonic() - self._begin, self._waited
+        passed = time.monotonic() - self._begin
+        waited = self._waited
         if not self._has_warned and waited >= max(PATIENCE, 0.1 * (passed - waited)):
             self._has_warned = True
             times = (

@@ -26,7 +26,8 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 HOST = torch.device("cpu")
 
 # Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
-TILE, DEVICE_TILE = 2**19, 2**22
+TILE = 2**19
+DEVICE_TILE = 2**22
 SLAB = 2**26  # elements of the largest slabs of pinned memory
 # of an accelerator's free memory, the most that is used as a buffer for copies to the host
 FREE_SHARE = 0.1
@@ -175,7 +176,8 @@ class FlatTensors:
     def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
         some of them."""
-        edges, slabs = self.edges[bucket], self.slabs[bucket]
+        edges = self.edges[bucket]
+        slabs = self.slabs[bucket]
         numbers = range(bisect_right(edges, begin) - 1, bisect_left(edges, end))
         return [
             slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers
@@ -197,7 +199,9 @@ class Reader:
     def __init__(
         self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1
     ) -> None:
-        self.layout, self.tiles, self._parts = layout, tiles_of(layout), parts
+        self.layout = layout
+        self.tiles = tiles_of(layout)
+        self._parts = parts
         self._scratch = [
             [torch.empty(min(b.size, b.tile), dtype=b.wide, device=b.device) for b in layout]
             for _ in range(threads)
@@ -237,7 +241,8 @@ class Reader:
     def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
-        flat, scratch = self._flat(tile, thread), self._scratch_of(tile, thread)
+        flat = self._flat(tile, thread)
+        scratch = self._scratch_of(tile, thread)
         return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
@@ -294,7 +299,8 @@ class _Ring:
         kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
         free = cuda.mem_get_info(device)[0] + kept
         count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
-        self._device, self._stream = device, cuda.Stream(device)
+        self._device = device
+        self._stream = cuda.Stream(device)
         self._buffers = [
             torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device)
             for i in range(count)
@@ -306,7 +312,8 @@ class _Ring:
         """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
         after the copy."""
         cuda: Any = torch.cuda
-        index, training = number % len(self._buffers), cuda.current_stream(self._device)
+        index = number % len(self._buffers)
+        training = cuda.current_stream(self._device)
         if self._sent[index] is not None:
             training.wait_event(self._sent[index])
         buffer = self._buffers[index]
@@ -366,7 +373,9 @@ class ModelCopier:
     def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
         """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
         `SINGLE_THREAD`."""
-        layout, host, sizes = model.layout, on_host(model.layout), defaultdict(list)
+        layout = model.layout
+        host = on_host(model.layout)
+        sizes = defaultdict(list)
         if layout != self._layout:
             for tile in model.tiles:
                 if (bucket := layout[tile.bucket]).device.type == "cuda":
@@ -377,16 +386,17 @@ class ModelCopier:
         if copy is None or copy.memory.layout != host:
             memory = FlatTensors(host, pinned=bool(self._rings))
             reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
-            self._host_bytes, copy = memory.nbytes, ModelCopy(memory, reader)
-        memory, events, counts = (
-            copy.memory,
-            dict[torch.device, Any](),
-            defaultdict[torch.device, int](int),
-        )
+            self._host_bytes = memory.nbytes
+            copy = ModelCopy(memory, reader)
+        memory = copy.memory
+        events = dict[torch.device, Any]()
+        counts = defaultdict[torch.device, int](int)
 
         def copy_tile(tile: Tile, _: int) -> None:
             # Tiles of an accelerator are larger than the reader's, which are the host's.
-            device, values, out = layout[tile.bucket].device, model.current(tile), memory.tile(tile)
+            device = layout[tile.bucket].device
+            values = model.current(tile)
+            out = memory.tile(tile)
             if device in self._rings:  # a stream keeps order: the last event is enough
                 events[device] = self._rings[device].send(counts[device], values, out)
                 counts[device] += 1

@@ -50,7 +50,8 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
-    gate, real = threading.Event(), getattr(owner, name)
+    gate = threading.Event()
+    real = getattr(owner, name)
     monkeypatch.setattr(
         owner, name, lambda *arguments, **keywords: gate.wait(60) and real(*arguments, **keywords)
     )

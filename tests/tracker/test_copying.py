@@ -22,7 +22,8 @@ class Event:
     """An event of a stream, which is done after the work before it."""
 
     def __init__(self, device: SimulatedDevice) -> None:
-        self.device, self.done = device, False
+        self.device = device
+        self.done = False
 
     def finish(self) -> None:
         self.done = True
@@ -58,7 +59,8 @@ class SimulatedDevice:
     """Streams whose work is done in a random order of those that streams and events allow."""
 
     def __init__(self, seed: int) -> None:
-        self.draw, self.free = random.Random(seed), 2**40
+        self.draw = random.Random(seed)
+        self.free = 2**40
         self.kept = 0  # by torch, of what it has freed
         self.streams: list[Stream] = []
         self.used_by: set[tuple[int, Stream]] = set()
@@ -84,7 +86,8 @@ class SimulatedDevice:
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
+        before = self.current
+        self.current = stream
         yield
         self.current = before
 
@@ -174,7 +177,8 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
     """Training overwrites the values at each step; up to two copies of earlier values wait to be
     read."""
     values = tensors()
-    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
+    stager = ModelCopier()
+    waiting = deque[tuple[int, ModelCopy]]()
 
     def check() -> None:
         number, staged = waiting.popleft()
@@ -195,7 +199,8 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
 def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
     """A buffer holds all of a copy, or two tiles a device."""
-    values, stager = tensors(), ModelCopier()
+    values = tensors()
+    stager = ModelCopier()
     first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
@@ -239,7 +244,8 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         str(k): torch.zeros(2**24, device="cuda", dtype=d)
         for k, d in enumerate((torch.float32, torch.bfloat16))
     }
-    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
+    stager = ModelCopier()
+    waiting = deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()) if own_stream else nullcontext():
         for number in range(1, 12):

@@ -424,10 +424,8 @@ if rank == 1:
 def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
-    asks, hint = (
-        "RankError rank 1: asks for model(sigma_rel 0.",
-        "rank 0 for model(sigma_rel 0.15); make the same call",
-    )
+    asks = "RankError rank 1: asks for model(sigma_rel 0."
+    hint = "rank 0 for model(sigma_rel 0.15); make the same call"
     expected = [
         "holds snapshots of run",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
@@ -551,7 +549,8 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         for tensor in tensors_of(found).values():
             tensor.zero_()
         dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
-        loaded, right = tensors_of(found), tensors_of(expected)
+        loaded = tensors_of(found)
+        right = tensors_of(expected)
         assert loaded.keys() == right.keys()
         assert [
             name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)
@@ -572,7 +571,8 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert all(
             torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries
         ), key
-        measured, true = run[key].measurements, snapshot.measurements
+        measured = run[key].measurements
+        true = snapshot.measurements
         assert measured is not None
         assert true is not None
         assert measured.norm == pytest.approx(true.norm)

@@ -59,7 +59,8 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
     unit: str,
 ) -> None:
     steps = (warm_up // update_every + 1) * update_every + more
-    values, model = walk(steps), Scalar()
+    values = walk(steps)
+    model = Scalar()
     clock = (
         np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps))
         if unit == "images"
@@ -89,7 +90,9 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
 ) -> None:
     """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to
     nearest, by none."""
-    base, begin, updates = torch.linspace(1, 1.9, 1000).to(dtype), 1e6 * change / 1e-4, 5120
+    base = torch.linspace(1, 1.9, 1000).to(dtype)
+    begin = 1e6 * change / 1e-4
+    updates = 5120
     model = Scalar(dtype)
     model.weight.data = base.clone()
     options = {"update_every": 1, "checkpoint_every": 10**6, "t_unit": "images"}
@@ -113,9 +116,12 @@ def test_float32_averages_are_right_wherever_windows_end(
 ) -> None:
     """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
     another clock."""
-    model, path, times = Scalar(torch.float32), [], []
+    model = Scalar(torch.float32)
+    path = []
+    times = []
     model.weight.data = torch.zeros(2000)
-    generator, t = torch.Generator().manual_seed(0), float(begin)
+    generator = torch.Generator().manual_seed(0)
+    t = float(begin)
     value = torch.randn(2000, generator=generator)
     options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images"}
     with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
@@ -146,9 +152,12 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 ) -> None:
     """They share it from t = 104,000 on; a run resumes within a window before, from a state with
     more profiles."""
-    model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
+    model = Scalar(torch.float32)
+    generator = torch.Generator().manual_seed(0)
     model.weight.data = torch.randn(500, generator=generator)
-    path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
+    path = []
+    times = []
+    options = {"update_every": 1, "checkpoint_every": 10**6}
 
     def train(tracker: PostHocEMA, until: int) -> None:
         for t in range(int(times[-1] if times else 103_600) + 1, until + 1):
@@ -182,10 +191,15 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
     """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty
     float32 snapshots."""
-    model, size, first, updates = Scalar(torch.float32), 1000, 104_000, 4500
+    model = Scalar(torch.float32)
+    size = 1000
+    first = 104_000
+    updates = 4500
     model.weight.data = torch.zeros(size)
-    generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
-    center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
+    generator = torch.Generator().manual_seed(0)
+    kept = np.zeros(size)
+    center = torch.randn(size, generator=generator)
+    share = exact_gamma(0.28) + 1
     options = {"update_every": 1, "checkpoint_every": 225, "checkpoint_dtype": torch.float32}
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for k in range(1, updates + 1):
@@ -231,7 +245,8 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
     range."""
     kept = {}
     for name, sigma_rels in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
-        model, generator = torch.nn.Linear(30, 30), torch.Generator().manual_seed(0)
+        model = torch.nn.Linear(30, 30)
+        generator = torch.Generator().manual_seed(0)
         with PostHocEMA.from_model(
             model,
             tmp_path / name,
@@ -332,7 +347,8 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
             with pytest.raises(NonFiniteError, match=named):
                 tracker.update_(model, begin + step)
                 tracker.flush()
-            after, tensors = tracker.state_dict(), ("mean", "high", "copies")
+            after = tracker.state_dict()
+            tensors = ("mean", "high", "copies")
             # the model's own weights have changed
             plain = before.keys() - {*tensors, "step", "t", "weights"}
             assert {name: after[name] for name in plain} == {name: before[name] for name in plain}
@@ -388,7 +404,8 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
     tmp_path: Path, change: Any, message: str
 ) -> None:
     model = Scalar()
-    model.other_weight, model.frozen = parameter(2), parameter(2).requires_grad_(False)
+    model.other_weight = parameter(2)
+    model.frozen = parameter(2).requires_grad_(False)
     with PostHocEMA.from_model(
         model, tmp_path, (0.28,), update_every=1, checkpoint_every=2
     ) as tracker:
