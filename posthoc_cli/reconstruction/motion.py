@@ -301,7 +301,8 @@ def influences(
     nodes = Nodes(edges, list(place), steps)
     first = np.searchsorted(nodes.edges, edges[:-1])
     segment = np.searchsorted(first, nodes.interval, side="right") - 1
-    tails, masses = (nodes.columns(list(place), mass) for mass in (False, True))
+    tails = nodes.tails(list(place))
+    masses = nodes.masses(list(place))
     walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
     for row, ((profile, each), (later, earlier)) in enumerate(zip(pairs, columns, strict=True)):
         for kind, values in ((walk, tails), (noise, masses)):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,49 @@ class Steps:
     stride: int = 1
 
 
+@dataclass(frozen=True)
+class _Updates:
+    """Updates that are nodes themselves: the times before and after each, [L], and the steps that
+    each stands for."""
+
+    before: FloatArray
+    after: FloatArray
+    stride: float
+
+    @classmethod
+    def none(cls) -> _Updates:
+        return cls(np.zeros(0), np.zeros(0), 0.0)
+
+    @classmethod
+    def numbered(cls, numbers: FloatArray, steps: Steps, low: float) -> _Updates:
+        """Return the updates that follow so many updates each; none begins before `low`."""
+        before = np.maximum(steps.clock.time_at(numbers * steps.stride), low)
+        after = steps.clock.time_at((numbers + 1) * steps.stride)
+        return cls(before, after, float(steps.stride))
+
+    def tails(self, profile: Profile) -> FloatArray:
+        return self._at(self.before, profile)
+
+    def masses(self, profile: Profile) -> FloatArray:
+        """Return a profile's mass on each update, per step."""
+        return (self.tails(profile) - self._at(self.after, profile)) / (self.stride or 1.0)
+
+    def _at(self, times: FloatArray, profile: Profile) -> FloatArray:
+        """Return a profile's tail; 0 for power functions that end before the update."""
+        end = np.inf
+        if isinstance(profile, PowerFunction):
+            end = profile.t * (1 + EQUAL)
+        return np.where(self.after <= end, profile.tail(times), 0.0)
+
+
+class _Points(NamedTuple):
+    """Points at which a target is integrated: times, weights and the interval of each, [P]."""
+
+    s: FloatArray
+    weights: FloatArray
+    home: npt.NDArray[np.intp]
+
+
 class Nodes:
     """Times within (edges[0], edges[-1]], by which integrals over stored profiles and targets are
     sums.
@@ -82,141 +126,151 @@ class Nodes:
         steps: Steps | None = None,
         per_step: bool = True,
     ) -> None:
-        low, high = float(edges.min()), float(edges.max())
+        low = float(edges.min())
+        high = float(edges.max())
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
         self._gamma = max((profile.gamma for profile in powers), default=-1.0)
-        jumps = np.concatenate(
-            [np.zeros(0), *(getattr(profile, "jumps", ()) for profile in stored)]
-        )
-        points = evenly_chosen(np.unique(jumps), MOST_POINTS)
+        jumps = [getattr(profile, "jumps", ()) for profile in stored]
+        points = evenly_chosen(np.unique(np.concatenate([np.zeros(0), *jumps])), MOST_POINTS)
         if steps is None:
             self.instant = INSTANT
             before = points - INSTANT
         else:
             self.instant = float(steps.stride)
             before = steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
-        steps = steps if per_step else None
+        if not per_step:
+            steps = None
         bends = () if steps is None else steps.clock.times
         cuts = np.concatenate((edges, [profile.t for profile in stored], points, before, bends))
         base = np.unique(np.clip(cuts, low, high))
         few = np.zeros(base.size - 1, dtype=bool)
         count = np.zeros(base.size, dtype=np.int64)
-        self._before = np.zeros(0)
-        self._after = np.zeros(0)
-        self._stride = 0.0
+        self._updates = _Updates.none()
         if steps is not None:
-            # An update exactly at an edge belongs to the interval that ends there.
-            count = np.floor(steps.clock.step_at(base) / steps.stride * (1 + EQUAL) + EQUAL).astype(
-                np.int64
-            )
+            count = _updates_until(base, steps)
             few = np.diff(count) <= FEW
             spans = zip(count[:-1][few], count[1:][few], strict=True)
-            number = np.concatenate([np.zeros(0), *(np.arange(a, b) for a, b in spans)])
-            self._before = np.maximum(steps.clock.time_at(number * steps.stride), low)
-            self._after, self._stride = (
-                steps.clock.time_at((number + 1) * steps.stride),
-                float(steps.stride),
-            )
+            numbers = np.concatenate([np.zeros(0), *(np.arange(a, b) for a, b in spans)])
+            self._updates = _Updates.numbered(numbers, steps, low)
         self.edges = _cut(base, few, powers)
-        widths = np.diff(self.edges)
-        # Steps per time in each interval.
-        self._density = (
-            np.ones(widths.size)
-            if steps is None
-            else np.diff(steps.clock.step_at(self.edges)) / widths
-        )
-        listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
+        self._density = _steps_per_time(self.edges, steps)
+        self._cells = np.flatnonzero(~few[np.searchsorted(base, self.edges[1:]) - 1])
         x, w = _gauss(_ORDER if powers else 1)
-        self._order, self._cells = (
-            x.size,
-            np.flatnonzero(~few[np.searchsorted(base, self.edges[1:]) - 1]),
-        )
-        half = widths[self._cells, None] / 2
+        self._order = x.size
+        half = np.diff(self.edges)[self._cells, None] / 2
         self._s = (self.edges[self._cells, None] + half * (1 + x)).ravel()
         self._width = half * w
+        listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
         self.interval = np.append(np.repeat(self._cells, x.size), listed)
         by_time = (self._width * self._density[self._cells, None]).ravel()
-        self.weight = np.append(by_time, np.full(listed.size, self._stride))
+        self.weight = np.append(by_time, np.full(listed.size, self._updates.stride))
 
-    def columns(self, profiles: Sequence[Profile], mass: bool) -> FloatArray:
-        """Return each stored profile's mass after each node, or its `mass` there per step, per time
-        without a clock.
-
-        The shape is [M, n].
-        """
-        begin, end = self.edges[self._cells], self.edges[self._cells + 1]
-        columns = []
-        for profile in profiles:
-            if not mass:
-                inside = profile.tail(self._s)
-            elif isinstance(profile, PowerFunction):
-                inside = profile.density(self._s) / self._density[self.interval[: self._s.size]]
-            else:
-                inside = np.repeat(
-                    (profile.tail(begin) - profile.tail(end)) / (end - begin), self._order
-                )
-                inside /= self._density[self.interval[: self._s.size]]
-            columns.append(np.append(inside, self._listed(profile, mass)))
+    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return each stored profile's mass after each node: shape [M, n]."""
+        columns = [
+            np.append(profile.tail(self._s), self._updates.tails(profile)) for profile in profiles
+        ]
         return np.stack(columns, axis=1)
 
-    def goal(self, target: Profile, mass: bool) -> tuple[FloatArray, FloatArray]:
-        """Return a target's values for `columns`, [M], and the integral of the square that they
+    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return each stored profile's mass at each node per step, or per time without a clock:
+        shape [M, n]."""
+        columns = [
+            np.append(self._masses_inside(profile), self._updates.masses(profile))
+            for profile in profiles
+        ]
+        return np.stack(columns, axis=1)
+
+    def _masses_inside(self, profile: Profile) -> FloatArray:
+        density = self._density[self.interval[: self._s.size]]
+        if isinstance(profile, PowerFunction):
+            return profile.density(self._s) / density
+        begin = self.edges[self._cells]
+        end = self.edges[self._cells + 1]
+        mean = (profile.tail(begin) - profile.tail(end)) / (end - begin)
+        return np.repeat(mean, self._order) / density
+
+    def goal_of_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
+        """Return a target's values for `tails`, [M], and the integral of the square that they miss,
+        [K]; see `_projected`."""
+        if self._is_polynomial(target):
+            return self.tails([target])[:, 0], np.zeros(self.edges.size - 1)
+        points = self._points_of(target)
+        inside, missed = self._projected(points, target.tail(points.s))
+        return np.append(inside, self._updates.tails(target)), missed
+
+    def goal_of_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
+        """Return a target's values for `masses`, [M], and the integral of the square that they
         miss, [K].
 
-        Values inside intervals are those of the nearest polynomial there: sum_j value_j l_j with
-        Lagrange's l_j, which are orthogonal with squared norms `_width`, and with Legendre's P_k
-        l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
+        The mass of an update is spread over it: a density that grows without bound, as at the start
+        of a 1-sqrt decay, has no integrable square, although the mass of each update is finite.
         """
-        if (
-            isinstance(target, PowerFunction)
-            and target.gamma <= self._gamma
-            and target.t in self.edges
-        ):
-            return self.columns([target], mass)[:, 0], np.zeros(self.edges.size - 1)
-        s, weights, home = _resolving_nodes(target, self.edges)
-        inside = np.isin(home, self._cells)
-        s, weights, home = s[inside], weights[inside], home[inside]
-        begin, end, density = self.edges[home], self.edges[home + 1], self._density[home]
-        if mass:
-            # The mass of an update is spread over it: a density that grows without bound, as at the
-            # start of a 1-sqrt decay, has no integrable square, although the mass of each update is
-            # finite.
-            reach = np.maximum(_STEP * (end - begin), self._stride / 2 / density)
-            low, high = np.maximum(s - reach, begin), np.minimum(s + reach, end)
-            steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
-            values = (target.tail(low) - target.tail(high)) / steps
-        else:
-            values = target.tail(s)
+        if self._is_polynomial(target):
+            return self.masses([target])[:, 0], np.zeros(self.edges.size - 1)
+        points = self._points_of(target)
+        begin = self.edges[points.home]
+        end = self.edges[points.home + 1]
+        density = self._density[points.home]
+        reach = np.maximum(_STEP * (end - begin), self._updates.stride / 2 / density)
+        low = np.maximum(points.s - reach, begin)
+        high = np.minimum(points.s + reach, end)
+        steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
+        inside, missed = self._projected(points, (target.tail(low) - target.tail(high)) / steps)
+        return np.append(inside, self._updates.masses(target)), missed
+
+    def _is_polynomial(self, target: Profile) -> bool:
+        if not isinstance(target, PowerFunction):
+            return False
+        return target.gamma <= self._gamma and target.t in self.edges
+
+    def _points_of(self, target: Profile) -> _Points:
+        """Return points that resolve a target, in intervals whose updates are not nodes."""
+        points = _resolving_points(target, self.edges)
+        inside = np.isin(points.home, self._cells)
+        return _Points(points.s[inside], points.weights[inside], points.home[inside])
+
+    def _projected(self, points: _Points, values: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the nearest polynomial's values at the nodes inside intervals, and the integral of
+        the square that it misses, [K].
+
+        The polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared
+        norms `_width`, and with Legendre's P_k l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
+        """
+        begin = self.edges[points.home]
+        end = self.edges[points.home + 1]
+        x = (2 * points.s - begin - end) / (end - begin)
         nodes, w = _gauss(self._order)
-        x = (2 * s - begin - end) / (end - begin)
-        at, of = (
-            np.polynomial.legendre.legvander(points, self._order - 1) for points in (x, nodes)
-        )
+        at = np.polynomial.legendre.legvander(x, self._order - 1)
+        of = np.polynomial.legendre.legvander(nodes, self._order - 1)
         lagrange = at @ ((np.arange(self._order) + 0.5)[:, None] * of.T * w)
-        cells, sums = np.searchsorted(self._cells, home), np.zeros_like(self._width)
-        np.add.at(sums, cells, lagrange * (values * weights)[:, None])
+        cells = np.searchsorted(self._cells, points.home)
+        sums = np.zeros_like(self._width)
+        np.add.at(sums, cells, lagrange * (values * points.weights)[:, None])
         at_nodes = sums / self._width
         left = values - np.sum(lagrange * at_nodes[cells], axis=1)
-        missed = np.bincount(home, left**2 * weights * density, self.edges.size - 1)
-        return np.append(at_nodes.ravel(), self._listed(target, mass)), np.asarray(
-            missed, dtype=np.float64
-        )
+        squares = left**2 * points.weights * self._density[points.home]
+        missed = np.bincount(points.home, squares, self.edges.size - 1)
+        return at_nodes.ravel(), np.asarray(missed, dtype=np.float64)
 
-    def _listed(self, profile: Profile, mass: bool) -> FloatArray:
-        """Return what `columns` has of each listed update; 0 for power functions that end before
-        the update."""
-        end = profile.t * (1 + EQUAL) if isinstance(profile, PowerFunction) else np.inf
-        before, after = (
-            np.where(self._after <= end, profile.tail(s), 0.0) for s in (self._before, self._after)
-        )
-        return (before - after) / (self._stride or 1.0) if mass else before
+
+def _updates_until(times: FloatArray, steps: Steps) -> npt.NDArray[np.int64]:
+    """Return the number of updates until each time; one exactly at a time is before it."""
+    count = steps.clock.step_at(times) / steps.stride
+    return np.floor(count * (1 + EQUAL) + EQUAL).astype(np.int64)
+
+
+def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
+    widths = np.diff(edges)
+    if steps is None:
+        return np.ones(widths.size)
+    return np.asarray(np.diff(steps.clock.step_at(edges)) / widths)
 
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
     """Return at most so many of the values, both ends included."""
-    return np.asarray(
-        values[np.linspace(0, values.size - 1, min(values.size, most)).round().astype(np.intp)]
-    )
+    places = np.linspace(0, values.size - 1, min(values.size, most)).round()
+    return np.asarray(values[places.astype(np.intp)])
 
 
 def _cut(
@@ -228,19 +282,16 @@ def _cut(
     for steep in {profile.gamma + 1 for profile in powers}:
         for begin, end in zip(edges[:-1][~few].tolist(), edges[1:][~few].tolist(), strict=True):
             fall = min(_FALLEN, steep * np.log(end / begin)) if begin > 0 else _FALLEN
-            if fall > _FALL:
-                count = np.ceil(fall / _FALL)
-                cuts.append(
-                    end * np.exp(-np.arange(1, count + (begin <= 0)) * fall / count / steep)
-                )
+            if fall <= _FALL:
+                continue
+            count = np.ceil(fall / _FALL)
+            places = np.arange(1, count + (begin <= 0))
+            cuts.append(end * np.exp(-places * fall / count / steep))
     return np.unique(np.concatenate(cuts))
 
 
-def _resolving_nodes(
-    profile: Profile, edges: FloatArray
-) -> tuple[FloatArray, FloatArray, npt.NDArray[np.intp]]:
-    """Return nodes and weights for integrals of a target between `edges`, and each node's interval:
-    shape [M] each.
+def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
+    """Return points for integrals of a target between `edges`.
 
     The intervals are cut at quantiles of the mass, evenly spaced ones and others that approach 0
     and 1 geometrically: that resolves an average over a few of thousands of steps, and finds the
@@ -248,22 +299,27 @@ def _resolving_nodes(
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
-    if isinstance(profile, PowerFunction):
-        quantiles = np.clip(
-            profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), edges[0], edges[-1]
-        )
-    else:
-        low, quantiles = np.full(levels.size, edges[0]), np.full(levels.size, edges[-1])
-        for _ in range(100):  # bisections, to the last bit
-            middle = (low + quantiles) / 2
-            above = profile.tail(middle) > levels
-            low, quantiles = np.where(above, middle, low), np.where(above, quantiles, middle)
+    quantiles = _quantiles(profile, levels, float(edges[0]), float(edges[-1]))
     cuts = np.unique(np.concatenate((edges, quantiles)))
     abscissae, weights = _gauss(_FINE)
     half = np.diff(cuts)[:, None] / 2
     points = (cuts[:-1, None] + half) + half * abscissae
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    return points.ravel(), (half * weights).ravel(), np.repeat(interval, _FINE)
+    return _Points(points.ravel(), (half * weights).ravel(), np.repeat(interval, _FINE))
+
+
+def _quantiles(profile: Profile, levels: FloatArray, low: float, high: float) -> FloatArray:
+    """Return the times within [low, high] after which a profile has the mass of each level."""
+    if isinstance(profile, PowerFunction):
+        return np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), low, high)
+    begin = np.full(levels.size, low)
+    end = np.full(levels.size, high)
+    for _ in range(100):  # bisections, to the last bit
+        middle = (begin + end) / 2
+        above = profile.tail(middle) > levels
+        begin = np.where(above, middle, begin)
+        end = np.where(above, end, middle)
+    return end
 
 
 _gauss = lru_cache(np.polynomial.legendre.leggauss)
@@ -274,7 +330,7 @@ def relative_width(profile: Profile, t: float) -> float:
     start included."""
     # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 -
     # 2 integral s F.
-    points, weights, _ = _resolving_nodes(profile, np.array([0.0, t]))
-    below = (1 - profile.tail(points)) * weights
+    points = _resolving_points(profile, np.array([0.0, t]))
+    below = (1 - profile.tail(points.s)) * points.weights
     mean = t - float(below.sum())
-    return float(np.sqrt(max(t * t - 2 * float(below @ points) - mean**2, 0.0))) / t
+    return float(np.sqrt(max(t * t - 2 * float(below @ points.s) - mean**2, 0.0))) / t

@@ -234,6 +234,14 @@ e**1.3 (measured: for oscillations in step with the snapshots they were up to 80
 number would hold, and be too high, more often)."""
 
 
+class _Rows(NamedTuple):
+    """The part of the expected error that comes from the walk, or from noise: its intensity in each
+    interval, and the factor of each node's row."""
+
+    intensity: FloatArray
+    roots: FloatArray
+
+
 class Goals(NamedTuple):
     """Targets as columns of the least-squares problem of minimum variance: expected rows, then
     measured ones."""
@@ -273,7 +281,7 @@ class Problem:
         # The rows of the expected error; with a sketch the mean of expected and measured errors is
         # minimised.
         self._half = np.sqrt(0.5) if prior.sketch is not None else 1.0
-        self._kinds = self._kinds_of_motion()
+        self._walk, self._noise = self._rows_of_motion()
         self._expected = self._expected_rows(snapshots)
         # The measured error, whose rows are the expected ones if there is no sketch: seen and
         # unseen.
@@ -283,9 +291,8 @@ class Problem:
             (self._expected, *(self._half * rows for rows in self._sketched), self._errors)
         )
 
-    def _kinds_of_motion(self) -> list[tuple[bool, FloatArray, FloatArray]]:
-        """Return walk, and noise if there is any: whether it acts on masses, its intensity in each
-        interval, and the factor of each node's row."""
+    def _rows_of_motion(self) -> tuple[_Rows, _Rows | None]:
+        """Return the rows of the walk, and those of the noise if there is any."""
         alone = []
         for profile in self._stored:
             if isinstance(profile, Point):
@@ -293,19 +300,21 @@ class Problem:
             elif isinstance(profile, Discrete):
                 alone.append(profile.t_first)
         nodes = self._nodes
+
+        def rows(intensity: FloatArray) -> _Rows:
+            sizes = nodes.weight * intensity[nodes.interval]
+            return _Rows(intensity, self._half * np.sqrt(sizes))
+
         walk, noise = self._prior.motion.on(nodes.edges, alone, nodes.instant)
-        kinds = [(False, walk), (True, noise)] if noise.any() else [(False, walk)]
-        return [
-            (mass, each, self._half * np.sqrt(nodes.weight * each[nodes.interval]))
-            for mass, each in kinds
-        ]
+        return rows(walk), rows(noise) if noise.any() else None
 
     def _expected_rows(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the columns of stored profiles in the expected error: for the walk, and for noise
         if there is any."""
-        return np.vstack(
-            [roots[:, None] * self._nodes.columns(profiles, mass) for mass, _, roots in self._kinds]
-        )
+        rows = [self._walk.roots[:, None] * self._nodes.tails(profiles)]
+        if self._noise is not None:
+            rows.append(self._noise.roots[:, None] * self._nodes.masses(profiles))
+        return np.vstack(rows)
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """Return the targets as columns of the problem, the argument of the other methods."""
@@ -313,13 +322,13 @@ class Problem:
         tails = np.zeros((self._nodes.weight.size, len(targets)))
         unreachable = np.zeros(len(targets))
         for k, target in enumerate(targets):
-            rows = []
-            for mass, sizes, roots in self._kinds:
-                values, missed = self._nodes.goal(target, mass)
-                if not mass:
-                    tails[:, k] = values
-                rows.append(roots * values)
-                unreachable[k] += sizes @ missed
+            tails[:, k], missed = self._nodes.goal_of_tail(target)
+            rows = [self._walk.roots * tails[:, k]]
+            unreachable[k] = self._walk.intensity @ missed
+            if self._noise is not None:
+                masses, missed = self._nodes.goal_of_mass(target)
+                rows.append(self._noise.roots * masses)
+                unreachable[k] += self._noise.intensity @ missed
             if self._prior.sketch is not None:
                 rows += (self._half * each[:, 0] for each in self._prior.sketch.measured([target]))
             column = np.concatenate(rows)
@@ -341,7 +350,7 @@ class Problem:
         nodes, factor, problem = self._published
         profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
         for k, target in enumerate(targets):
-            mass, missed = nodes.goal(target, mass=True)
+            mass, missed = nodes.goal_of_mass(target)
             profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
         # Algorithm 3 of the paper, divided by the sum; nan for a target without mass here.
         solution = problem.solve(profiles)
@@ -511,7 +520,7 @@ class Problem:
         """The nodes, the factor and the least-squares problem of the published method, over
         time."""
         nodes = Nodes(self._edges, self._stored, self._prior.steps, per_step=False)
-        factor = np.sqrt(nodes.weight)[:, None] * nodes.columns(self._stored, mass=True)
+        factor = np.sqrt(nodes.weight)[:, None] * nodes.masses(self._stored)
         return nodes, factor, LeastSquares(factor)
 
     def _nearest(self, goals: Goals) -> FloatArray:
@@ -524,9 +533,7 @@ class Problem:
 
     @cached_property
     def _even(self) -> tuple[FloatArray, LeastSquares]:
-        factor = np.sqrt(self._nodes.weight)[:, None] * self._nodes.columns(
-            self._stored, mass=False
-        )
+        factor = np.sqrt(self._nodes.weight)[:, None] * self._nodes.tails(self._stored)
         return factor, LeastSquares(factor[:, :-1] - factor[:, -1:])
 
     @cached_property

@@ -407,6 +407,7 @@ class PostHocEMA:
             raise NotReadyError("snapshot", "there was no update yet")
         self.flush()
 
+    @not_compiled
     def flush(self) -> None:
         """Wait until all updates are in the averages and all due snapshots, or this process's
         parts, are durable.
