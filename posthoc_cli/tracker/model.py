@@ -334,38 +334,32 @@ def _check(entry: NamedTensor) -> None:
     averaged here."""
     name = entry.name
     tensor = entry.tensor
-    subject = "tensor"
-    reason = ""
-    hint = ""
-    has_fractions = tensor.is_complex() or tensor.is_floating_point()
+    value = repr(name)
     if name == "__metadata__":
-        subject = "parameter" if entry.is_parameter else "buffer"
-        reason = "safetensors files reserve this name"
-        hint = f"rename it in the model, or leave it out with exclude={name!r}"
-    elif torch.nn.parameter.is_lazy(tensor):
-        reason = "has no shape yet"
+        kind = "parameter" if entry.is_parameter else "buffer"
+        hint = f"rename it in the model, or leave it out with exclude={value}"
+        raise InvalidValueError(kind, "safetensors files reserve this name", hint, value=value)
+    if torch.nn.parameter.is_lazy(tensor):
         hint = "run a batch through the model first"
-    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        reason = (
-            "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no "
-            "values between steps"
-        )
+        raise InvalidValueError("tensor", "has no shape yet", hint, value=value)
+    if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
+        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values"
         hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
-    elif tensor.layout != torch.strided:
+        raise InvalidValueError("tensor", f"{reason} between steps", hint, value=value)
+    if tensor.layout != torch.strided:
         reason = f"is {tensor.layout}; only dense tensors can be tracked"
-    elif tensor.is_meta:
-        reason, hint = ON_META
-    elif entry.is_parameter and has_fractions and tensor.dtype not in AVERAGED_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
-        subject = "parameter"
-        reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
-        if tensor.is_complex():
-            hint = (
-                f"let the model hold torch.view_as_real of it, or leave it out with "
-                f"exclude={name!r}"
-            )
-    if reason:
-        raise InvalidValueError(subject, reason, hint, value=f"{name!r}")
+        raise InvalidValueError("tensor", reason, value=value)
+    if tensor.is_meta:
+        raise InvalidValueError("tensor", *ON_META, value=value)
+    has_fractions = tensor.is_complex() or tensor.is_floating_point()
+    if not entry.is_parameter or not has_fractions or tensor.dtype in AVERAGED_DTYPES:
+        return
+    accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
+    reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
+    hint = ""
+    if tensor.is_complex():
+        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={value}"
+    raise InvalidValueError("parameter", reason, hint, value=value)
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:

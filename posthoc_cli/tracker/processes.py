@@ -86,39 +86,38 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     from torch.distributed.tensor import Shard
 
     dtensor: Any = tensor
-    mesh = dtensor.device_mesh
-    reason = ""
-    hint = ""
     for axis, placement in enumerate(dtensor.placements):
         if placement.is_partial():
             reason = f"has the placement {placement}: no process holds its values"
-            hint = "reduce it first"
-        # this process's rows may be apart
-        elif not placement.is_replicate() and type(placement) is not Shard:
-            dim = placement.dim
-            sharing = [
-                at
-                for at, other in enumerate(dtensor.placements)
-                if getattr(other, "dim", None) == dim
-            ]
-            inner = math.prod(mesh.size(at) for at in sharing if at > axis)
-            rows = dtensor.shape[dim]
-            processes = math.prod(map(mesh.size, sharing))
-            if placement.split_factor != inner or rows % processes:
-                reason = (
-                    f"has {rows} rows in dimension {dim}, of which {placement} gives a "
-                    f"process several pieces"
-                )
-                hint = (
-                    f"shard it by Shard, in one mesh dimension, or make the dimension a "
-                    f"multiple of {processes}"
-                )
-    if reason:
-        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
+            raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
+        if not placement.is_replicate() and type(placement) is not Shard:
+            _check_strided(name, dtensor, axis)
     with torch.no_grad():
         local = dtensor.to_local()
     (chunk,) = dtensor.__create_chunk_list__()
     return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _check_strided(name: str, dtensor: Any, axis: int) -> None:
+    """Raise an InvalidValueError if a process's rows are apart."""
+    mesh = dtensor.device_mesh
+    placement = dtensor.placements[axis]
+    dim = placement.dim
+    sharing = [
+        at for at, other in enumerate(dtensor.placements) if getattr(other, "dim", None) == dim
+    ]
+    inner = math.prod(mesh.size(at) for at in sharing if at > axis)
+    rows = dtensor.shape[dim]
+    processes = math.prod(map(mesh.size, sharing))
+    if placement.split_factor == inner and rows % processes == 0:
+        return
+    reason = (
+        f"has {rows} rows in dimension {dim}, of which {placement} gives a process several pieces"
+    )
+    hint = (
+        f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
+    )
+    raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -202,17 +202,17 @@ def _own_part(
     """Return the part of a tensor of a state that this process owns, after checking it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
-    reason = ""
-    hint = ""
     expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
-    (local, held), wanted = held_box(name, stored), tracked.box(name)
-    if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
+    found = f"{stored.dtype} of shape {list(stored.shape)}"
+    if found != expected:
         model = torch_dtype(tracked.tensors[name].dtype)
         reason = f"is {found} in the state, not {expected}; the model's is {model}"
-    elif held.intersection(wanted) != wanted:
+        raise ModelMismatchError(subject, reason)
+    local, held = held_box(name, stored)
+    wanted = tracked.box(name)
+    if held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"
-    if reason:
         raise ModelMismatchError(subject, reason, hint)
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[
