@@ -641,15 +641,16 @@ class Clock:
         at the middle of each. It is the same where steps are equally long.
 
         A clock that turns evenly is off by 1/8 of the change of steps per time, times the time
-        between two pairs; one of random batches by some 0.35 of it. The change is the root mean
-        square of the nearest four.
+        between two pairs; one of random batches by some 0.35 of it. The change is the largest of
+        the nearest four.
         """
         times, steps = self._nodes
         apart = np.diff(times)
         rates = np.diff(steps) / np.diff(times)
-        changes = np.square(np.diff(rates))
-        around = [changes[max(0, k - 2) : k + 2] for k in range(rates.size)]
-        change = np.sqrt([near.mean() if near.size else 0.0 for near in around])
+        changes = np.abs(np.diff(rates))
+        change = np.array(
+            [changes[max(0, k - 2) : k + 2].max(initial=0) for k in range(rates.size)]
+        )
         # steps at the middle are between those at both ends
         off = np.minimum(BENT * change * apart, 0.4 * np.maximum(np.diff(steps) - 1, 0.0))
         bends = np.flatnonzero(off > EQUAL_STEPS * steps[-1])
