@@ -580,6 +580,34 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
 
 
+def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:
+    """On other processes than those that saved it, with a model that was not restored: stored and
+    synthesized averages are those of one process."""
+    code = """
+before, after = map(int, arguments[1:])
+model = spread(Net(), kind)
+ema = tracker("run", resume="auto")
+if before:
+    move(model, 1000)
+    dcp.load({"ema": ema}, checkpoint_id=folder / "saved")
+train(model, before + 1, after, ema)
+dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
+ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path, "fsdp", 0, 9)
+    check_group(BEGIN + code, 3, tmp_path, "fsdp", 9, 16)
+    alone(tmp_path / "single", 16)
+    run, single = (Run(tmp_path / name) for name in ("run", "single"))
+    for t in (12, 16):
+        exact = truth(0.2, [*range(2, t + 1, 2)])
+        stored = run.average(0.2, t=t)
+        assert_near(stored, exact)
+        assert stored.predicted_error is not None
+        assert stored.predicted_error < 1e-6
+    made, right = (each.average(0.15) for each in (run, single))
+    assert_near(made, {name: tensor.double() for name, tensor in right.items()}, within=1e-5)
+
+
 def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
     check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "resumed", 0, 5, 8)
     check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "straight", 0, 8)
