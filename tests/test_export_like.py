@@ -287,8 +287,7 @@ def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
 
 
 def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     flat = torch.arange(4 + 4 * 12 + 2, dtype=torch.float32)  # also one element that is no tensor's
     matrix = torch.full((900, 1400), 7.0)
@@ -326,10 +325,7 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     assert_same_tensors(loaded, parts)
 
 
-def test_a_tensor_that_repeats_its_elements_is_refused(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_tensor_that_repeats_its_elements_is_refused(tmp_path: Path, run: Run) -> None:
     """One byte cannot hold the values of several elements."""
     repeated = torch.zeros(1, 900).expand(700, 900)
     like = saved(tmp_path, model=other(5) | {"head.weight": repeated})
@@ -338,13 +334,13 @@ def test_a_tensor_that_repeats_its_elements_is_refused(
     assert not [*tmp_path.glob(".ema-*")]
 
 
-def test_tied_tensors_are_one_place(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def tied() -> Tensors:
     state = other(5)
-    state["tied.weight"] = state["head.weight"]
-    like = saved(tmp_path, model=state)
+    return state | {"tied.weight": state["head.weight"]}
+
+
+def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
+    like = saved(tmp_path, model=tied())
     run.write(TARGET, tmp_path / "a.pt", like=like)
     check_archive(like, tmp_path / "a.pt", 4)
     loaded = load(tmp_path / "a.pt")["model"]
@@ -353,11 +349,9 @@ def test_tied_tensors_are_one_place(
 
 
 def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
-    state = other(5)
-    state["tied.weight"] = state["head.weight"]
+    state = tied()
     like = saved(tmp_path, model=state)
     both = {name: truth(name, torch.float32) for name in SHAPES}
     both["tied.weight"] = both["head.weight"].clone()
@@ -416,10 +410,7 @@ def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
     assert torch.equal(loaded["ema"]["conv.weight"], truth("conv.weight", torch.float32))
 
 
-def test_an_average_in_the_bytes_of_the_weights_is_no_average(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path: Path, run: Run) -> None:
     weights = other(5)
     like = saved(tmp_path, model=weights, ema=weights)
     report = run.write(TARGET, tmp_path / "new.pt", like=like)
@@ -442,10 +433,7 @@ def test_a_counter_of_another_dtype_stays(tmp_path: Path) -> None:
     assert loaded["w"].tolist() == [1, 1]
 
 
-def test_one_of_several_averages_is_named(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
     like = saved(tmp_path, model=other(4), ema1=other(5), ema2=other(6))
     with pytest.raises(FileFormatError, match="unclear: 'ema1', 'ema2'"):
         run.write(TARGET, tmp_path / "a.pt", like=like)
@@ -459,10 +447,7 @@ def test_one_of_several_averages_is_named(
 # --- safetensors, folders
 
 
-def test_a_safetensors_file_keeps_its_header(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
     like = tmp_path / "model.safetensors"
     out = tmp_path / "new.safetensors"
     save_file(other(5, "model.", torch.float16) | {"model.frozen": torch.ones(2)}, like,
@@ -564,8 +549,7 @@ def write_shards(
 
 
 def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     like = tmp_path / "checkpoint_3"
     like.mkdir()
@@ -582,10 +566,7 @@ def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
     check_replaced(load_file(tmp_path / "new/model.safetensors"))
 
 
-def test_the_average_of_diffusers_in_a_folder_of_its_own(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Run) -> None:
     like = tmp_path / "checkpoint-500"
     for number, name in enumerate(("unet", "unet_ema")):
         (like / name).mkdir(parents=True)
@@ -624,8 +605,7 @@ def loaded_distributed(
 
 
 def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     content = {"model": other(5), "ema": other(6), "optim": optimizer_state()["state"], "step": 4}
     like = tmp_path / "like"
@@ -683,10 +663,7 @@ dcp.save({"model": state, "step": 3}, checkpoint_id=arguments[1])
 """
 
 
-def test_chunks_of_several_processes(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_chunks_of_several_processes(tmp_path: Path, run: Run) -> None:
     torch.save(other(5), tmp_path / "tensors.pt")
     like = tmp_path / "like"
     out = tmp_path / "new"
@@ -713,8 +690,7 @@ def nothing_left(folder: Path) -> Iterator[None]:
 
 
 def test_values_names_and_shapes_that_do_not_fit_are_errors_before_anything_is_written(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     like = tmp_path / "last.pt"
     out = tmp_path / "new.pt"
@@ -784,8 +760,7 @@ def test_options_that_do_not_fit(
 
 
 def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     run.write(TARGET, tmp_path / "own.safetensors")
     with pytest.raises(InvalidValueError, match=r"own\.safetensors was written by this package"):
@@ -797,8 +772,7 @@ def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
 
 
 def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     like = saved(tmp_path, model=other(5), ema=other(6))
     run.write(TARGET, tmp_path / "new.pt", like=like)
@@ -856,10 +830,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "last.pt"}
 
 
-def test_damaged_and_compressed_archives_are_refused(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_damaged_and_compressed_archives_are_refused(tmp_path: Path, run: Run) -> None:
     like = saved(tmp_path, model=other(5))
     data = like.read_bytes()
     packed = tmp_path / "packed.pt"
@@ -875,8 +846,7 @@ def test_damaged_and_compressed_archives_are_refused(
 
 
 def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
-    tmp_path: Path,
-    run: Run,
+    tmp_path: Path, run: Run
 ) -> None:
     like = tmp_path / "last.pt"
     torch.save({"model": other(5)}, tmp_path / "plain.pt")
@@ -912,10 +882,7 @@ main()
 """
 
 
-def test_a_termination_leaves_nothing_half_written(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_termination_leaves_nothing_half_written(tmp_path: Path, run: Run) -> None:
     like = saved(tmp_path, model=other(5))
     words = "synthesize", run.directory, "--target", TARGET, "--like", like
     with nothing_left(tmp_path), waiting(INTERRUPTED, *words, "--out", like, "--overwrite") as job:
@@ -964,10 +931,7 @@ def test_an_export_writes_any_model_into_a_checkpoint(
     assert torch.equal(loaded["ema"]["module.scale"], other(6)["scale"])
 
 
-def test_several_targets_make_a_file_each(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_several_targets_make_a_file_each(tmp_path: Path, run: Run) -> None:
     like = tmp_path / "last.ckpt"
     torch.save({"model": other(5), "step": 3}, like)
     run.write(["last:1", "last:2"], tmp_path / "made", like=like)

@@ -52,12 +52,18 @@ def train(
     return found
 
 
+@functools.cache
+def shapes() -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in network().named_parameters()}
+
+
 def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
-    found, begin = {}, 0
-    for name, parameter in network().named_parameters():
-        part = torch.from_numpy(vector[begin : begin + parameter.numel()].copy())
-        found[name] = part.reshape(parameter.shape).to(dtype)
-        begin += parameter.numel()
+    found = {}
+    begin = 0
+    for name, shape in shapes().items():
+        part = torch.from_numpy(vector[begin : begin + shape.numel()].copy())
+        found[name] = part.reshape(shape).to(dtype)
+        begin += shape.numel()
     return found
 
 
@@ -114,9 +120,7 @@ def error_of(
     """Return the relative distance of an average from the sum over every step in float64, and the
     predicted error."""
     made = run.average(sigma_rel, dtype="float64")
-    vector = np.concatenate(
-        [made[prefix + name].numpy().ravel() for name, _ in network().named_parameters()]
-    )
+    vector = np.concatenate([made[prefix + name].numpy().ravel() for name in shapes()])
     truth = true_average(train() if weights is None else weights, sigma_rel)
     assert made.predicted_error is not None
     return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import compress
+from functools import cached_property
+from itertools import compress, repeat
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,12 @@ from posthoc_cli.checkpoints.audit_decay import (
     Series,
     are_the_same,
     best_models,
+    explains_more,
     possible_rules,
     refine,
     refutes,
 )
+from posthoc_cli.checkpoints.content import names_in
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
@@ -36,6 +39,7 @@ from posthoc_cli.profiles import (
     RULES,
     UNLIMITED,
     DecayRule,
+    FloatArray,
     OrdinaryEMA,
     Point,
     gamma_from_sigma_rel,
@@ -55,6 +59,7 @@ _SHORTEST = 0.1
 _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residual is below this share of another one's
 _CLEARLY = 0.5
+_RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
 _STILL = "was not updated"
@@ -65,6 +70,7 @@ BAD = (
     "equals the weights",
     "began again",
     "some tensors",
+    "another rule",
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
@@ -145,10 +151,15 @@ class _Moves:
 
     @classmethod
     def of(cls, series: Series) -> _Moves:
-        weights = np.array([(x[1:] != x[:-1]).any(axis=1) for x, _ in series.values]).T
-        same = np.array([(e[1:] == e[:-1]).mean(axis=1) >= _ALL for _, e in series.values]).T
-        copied = np.array([(x == e).mean(axis=1) >= _ALL for x, e in series.values]).T
-        return cls(weights, same | ~weights, copied)
+        moved = []
+        same = []
+        copied = []
+        for x, e in series.values:
+            moved.append((x[1:] != x[:-1]).any(axis=1))
+            same.append((e[1:] == e[:-1]).mean(axis=1) >= _ALL)
+            copied.append((x == e).mean(axis=1) >= _ALL)
+        weights = np.stack(moved, axis=1)
+        return cls(weights, np.stack(same, axis=1) | ~weights, np.stack(copied, axis=1))
 
     @property
     def stands(self) -> npt.NDArray[np.bool_]:
@@ -185,22 +196,29 @@ class _Moves:
         if not self.weights.any():
             return "undetermined", "the weights stand still between these checkpoints"
         if self.still.all():
-            text = (
-                "the average does not move while the weights do: is its update called, and on the "
-                "same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
-            )
+            text = "the average does not move while the weights do: is its update called, and on "
+            text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
             return "does not move", text
         if self.equal.all():
             text = "the average is equal to the weights: it is copied, or its decay is 0"
             return "equals the weights", text
         return None
 
+    def notes(self, times: FloatArray, restarts: Sequence[float]) -> list[str]:
+        """Return what the checkpoints or the settings say of each interval; empty if nothing."""
+        notes = [_STILL if stands else "" for stands in self.stands]
+        notes[: self.begun] = ["not begun"] * self.begun
+        for restart in restarts:
+            for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
+                notes[index] = f"began again near step {restart:,.0f}"
+        return notes
+
 
 @dataclass
 class _Explanation:
     """The search for the rule, the length and the starts that explain how an average moved."""
 
-    rows: Intervals
+    series: Series
     model: Model  # of the claim
     rules: Sequence[DecayRule]  # that are possible
     moves: Sequence[int]  # the intervals in which weights move
@@ -209,21 +227,14 @@ class _Explanation:
     starts: dict[int, float] = field(default_factory=dict)  # times of starts, by interval
     alike: list[Model] = field(default_factory=list)  # the best model, and others about as good
 
-    def intervals(self) -> Iterator[Interval]:
-        for index, note in enumerate(self.notes):
-            yield _interval(self.rows[[index]], self.alike[0], note)
+    @cached_property
+    def rows(self) -> Intervals:
+        return self.series.intervals()
 
     @property
     def usable(self) -> list[int]:
         clear = [index for index in self.moves if not self.notes[index]]
         return clear or [index for index in self.moves if self.notes[index] != _STILL]
-
-    @property
-    def together(self) -> list[int]:
-        """The most intervals without a gap that are usable."""
-        usable = self.usable
-        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        return [*max(np.split(usable, gaps), key=len)]
 
     def find(self) -> None:
         """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
@@ -270,14 +281,59 @@ class _Explanation:
         kept = np.exp(model.forgotten(self.rows.begin) - model.forgotten(self.rows.end))
         for index in usable:
             row = self.rows[[index]]
-            own = row.unexplained(row.fit(model))[0]
-            limit = _CLEARLY * row.unexplained(model)[0]
+            own = row.unexplained(row.fit(model))
+            limit = _CLEARLY * row.unexplained(model)
             # either another decay or a restart explains the interval
             if kept[index] >= _SHORTEST and own < limit:
                 time = _locate_start(model, row, row)
-                if row.unexplained(model.begun(time))[0] < min(limit, 1.5 * own):
+                if row.unexplained(model.begun(time)) < min(limit, 1.5 * own):
                     restarts[index] = time
         return restarts
+
+    # --- the findings
+
+    @cached_property
+    def refined(self) -> tuple[Model, float]:
+        """The model with the value that all checkpoints show, and its uncertainty."""
+        # the most intervals without a gap
+        usable = self.usable
+        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
+        together = max(np.split(usable, gaps), key=len).tolist()
+        series = self.series[together[0] : together[-1] + 2]
+        model, sigma = refine(self.alike[0], series, self.rows[together])
+        end = self.series.times[-1]
+        lengths = [one.length_at(end) for one in self.alike]
+        apart = max(abs(math.log(length / lengths[0])) for length in lengths)
+        return model, math.hypot(sigma, apart)
+
+    @property
+    def rivals(self) -> list[Model]:
+        """The best model and others that explain the files about as well, if there are any."""
+        best, *others = self.alike
+        times = self.series.times
+        rivals = [one for one in others if not are_the_same(one, best, times)]
+        return [best, *rivals] if rivals else []
+
+    @cached_property
+    def better_rules(self) -> list[Model]:
+        """The best models of another rule, if a claimed one explains the files clearly worse."""
+        claim = self.alike[0]
+        if claim.claimed is None or claim.is_power:
+            return []
+        times = self.series.times
+        rows = self.rows[self.usable]
+        rules = possible_rules(times[-1] / (claim.every or 1))
+        better = best_models(replace(claim, claimed=None), rules, rows)
+        is_other = not are_the_same(better[0], claim, times)
+        if is_other and all(
+            explains_more(rows, better[0], claim, bends) for bends in (False, True)
+        ):
+            return better
+        return []
+
+    def intervals(self) -> Iterator[Interval]:
+        for index, note in enumerate(self.notes):
+            yield _interval(self.rows[[index]], self.alike[0], note)
 
 
 def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
@@ -296,108 +352,87 @@ def _judge(
 ) -> Audit:
     """Return the audit of an average; `tensors` are the names of its pieces."""
     moves = _Moves.of(series)
-    what = "sigma_rel" if model.is_power else "decay"
-    audit = Audit(name, "undetermined", "", what)
+    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay")
     if model.claimed is not None:
-        audit = replace(audit, claimed=replace(model, value=model.claimed).parameter)
-    if fault := moves.fault:
-        verdict, text = fault
+        audit = replace(audit, claimed=model.claim.parameter)
+    if moves.fault is not None:
+        verdict, text = moves.fault
         return replace(audit, verdict=verdict, text=text)
-    notes = _first_notes(series.times, moves, model)
-    moving = np.flatnonzero(moves.weights[:, moves.averaged].any(axis=1)).tolist()
-    if not any(notes[index] != _STILL for index in moving):
-        return replace(audit, text="in no interval do both the weights and the average move")
-    kept = Series(
-        series.times,
-        [*compress(series.values, moves.averaged)],
-        series.rounding[:, moves.averaged],
+    averaged = moves.averaged
+    explanation = _Explanation(
+        series=series.of(averaged),
+        model=model,
+        rules=rules,
+        moves=np.flatnonzero(moves.weights[:, averaged].any(axis=1)).tolist(),
+        notes=moves.notes(series.times, model.starts[1:]),
+        begin=moves.begin,
     )
-    explanation = _Explanation(kept.intervals(), model, rules, moving, notes, moves.begin)
+    if all(explanation.notes[index] == _STILL for index in explanation.moves):
+        return replace(audit, text="in no interval do both the weights and the average move")
     explanation.find()
-    is_lost = moves.weights.any(axis=0) & ~moves.averaged
+    is_lost = moves.weights.any(axis=0) & ~averaged
     lost = tuple(dict.fromkeys(compress(tensors, is_lost)))
-    return _explained(audit, explanation, kept, lost, len(set(tensors)), unit)
+    audit = _with_findings(audit, explanation)
+    verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
+    audit = replace(audit, verdict=verdict, text=text)
+    if verdict == "undetermined":
+        return replace(audit, found=None)
+    return replace(audit, tensors=lost if verdict == "some tensors" else ())
 
 
-def _first_notes(times: npt.NDArray[np.float64], moves: _Moves, model: Model) -> list[str]:
-    """Return what the checkpoints or the settings say of each interval; empty if nothing."""
-    notes = [_STILL if stands else "" for stands in moves.stands]
-    notes[: moves.begun] = ["not begun"] * moves.begun
-    for restart in model.starts[1:]:
-        for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
-            notes[index] = f"began again near step {restart:,.0f}"
-    return notes
-
-
-def _explained(
-    audit: Audit,
-    explanation: _Explanation,
-    series: Series,
-    lost: tuple[str, ...],
-    tensors: int,
-    unit: str,
-) -> Audit:
-    """Return the audit of an average that moved as explained; it has `lost` some of its tensors."""
-    fit = explanation.alike[0]
-    times = series.times
-    together = explanation.together
-    model, sigma = refine(fit, series[together[0] : together[-1] + 2], explanation.rows[together])
-    sigma = math.hypot(sigma, _spread(explanation.alike, times[-1]))
-    found = model.parameter_at(times[-1])
-    is_rising = model.claimed is None and model.parameter > found + 1e-9
+def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
+    model, sigma = explanation.refined
+    found = model.parameter_at(explanation.series.times[-1])
+    starts = explanation.starts
     audit = replace(
         audit,
         what="sigma_rel" if model.is_power else "decay",
-        length=None if is_rising else model.length,
-        uncertainty=None if is_rising else sigma,
-        warm_up=_warm_up(model),
-        starts=tuple(sorted(explanation.starts.values())),
-        is_late=any(index in (0, explanation.begin) for index in explanation.starts),
+        found=found,
+        warm_up=warm_up_text(model.fitted).replace("none", ""),
+        starts=tuple(sorted(starts.values())),
+        is_late=any(index in (0, explanation.begin) for index in starts),
         intervals=tuple(explanation.intervals()),
     )
-    rivals = [one for one in explanation.alike[1:] if not are_the_same(one, fit, times)]
-    if rivals:
-        settings = ", and as ".join(_setting(one) for one in (fit, *rivals))
-        return replace(audit, text=f"the files show it about equally as {settings}")
-    shown = _shown(model, found, sigma, unit)
+    if model.claimed is None and model.parameter > found + _RISES:
+        return audit
+    return replace(audit, length=model.length, uncertainty=sigma)
+
+
+def _verdict(
+    audit: Audit,
+    explanation: _Explanation,
+    lost: Sequence[str],
+    tensors: int,
+    unit: str,
+) -> tuple[str, str]:
+    """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
+    its tensors."""
+    if explanation.rivals:
+        settings = ", and as ".join(map(_setting, explanation.rivals))
+        return "undetermined", f"the files show it about equally as {settings}"
+    model, sigma = explanation.refined
+    shown = _shown(model, audit.found or 0.0, sigma, unit)
     restarts = audit.starts[audit.is_late :]
     steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
     if restarts:
         text = f"began again from the weights near step {steps}: the average was lost, or reset"
-        text += f", at a resume; {shown}"
-        return replace(audit, verdict="began again", text=text, found=found)
+        return "began again", f"{text}, at a resume; {shown}"
     if audit.is_of_other_weights:
         text = "the weights at these checkpoints do not explain how the average moves between them"
         text += ": they forget faster than checkpoints are apart, or are of another run"
-        return replace(audit, text=text)
+        return "undetermined", text
     if lost:
         text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
-        text += f" averaged: {_listed(lost)}"
-        return replace(audit, verdict="some tensors", text=text, tensors=lost, found=found)
+        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
     if steps:
         shown += f"; begun from the weights near step {steps}"
-    rows = explanation.rows[explanation.usable]
-    verdict, text = _compare_lengths(model, audit, refutes(rows, model), shown, unit)
-    return replace(
-        audit, verdict=verdict, text=text, found=None if verdict == "undetermined" else found
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
-    text = ", ".join(names[:3])
-    return f"{text} and {len(names) - 3} more" if len(names) > 3 else text
-
-
-def _spread(alike: Sequence[Model], end: float) -> float:
-    """Return the largest relative difference in length at the end between models."""
-    lengths = [model.length_at(end) for model in alike]
-    return max(abs(math.log(length / lengths[0])) for length in lengths)
-
-
-def _warm_up(model: Model) -> str:
-    text = warm_up_text(model.fitted)
-    return "" if text == "none" else text
+    if explanation.better_rules:
+        settings = " or ".join(map(_setting, explanation.better_rules))
+        return (
+            "another rule",
+            f"the average moves as by {settings}, not as by {_setting(model.claim)}",
+        )
+    return _compare_lengths(audit, model, explanation.rows[explanation.usable], shown, unit)
 
 
 def _setting(model: Model) -> str:
@@ -406,18 +441,23 @@ def _setting(model: Model) -> str:
         return f"sigma_rel {model.parameter:.3g}"
     warm_up = warm_up_text(model.fitted)
     if model.rule.is_schedule:
-        return f"warm-up {warm_up}"
+        return f"warm-up {model.rule.warm_up}:{model.parameter:.5g}"
     return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
 
 
-def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
+def _shown(
+    model: Model,
+    found: float,
+    sigma: float,
+    unit: str,
+) -> str:
     """Return what was found, for messages."""
     if model.is_power:
         return f"sigma_rel {found:.4g} (± {sigma:.1%})"
     rule = model.fitted.rule
     if model.rule.is_schedule:
         return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
-    if model.parameter > found + 1e-9:
+    if model.parameter > found + _RISES:
         return f"decay {found:.7g} at the end, still rising by {rule}"
     shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
     if model.rule.warm_up:
@@ -426,53 +466,55 @@ def _shown(model: Model, found: float, sigma: float, unit: str) -> str:
 
 
 def _compare_lengths(
-    model: Model, audit: Audit, is_refuted: bool, shown: str, unit: str
+    audit: Audit,
+    model: Model,
+    rows: Intervals,
+    shown: str,
+    unit: str,
 ) -> tuple[str, str]:
     """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
     sigma = audit.uncertainty or 0.0
-    claim = replace(model, value=model.claimed or model.value)
-    length = model.length
-    claimed = claim.length
-    difference = abs(math.log(length / claimed))
+    claim = model.claim
+    is_refuted = refutes(rows, model)
     shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
-    if not model.is_power and max(length, claimed) < shortest:
+    if not model.is_power and max(model.length, claim.length) < shortest:
         text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
-        text += f" these checkpoints; checkpoints closer than {max(1, claimed / _SHORTEST):,.0f}"
+        text += f" these checkpoints; checkpoints closer than {claim.length / _SHORTEST:,.0f}"
         return "undetermined", f"{text} {unit} would show it"
     if sigma > _VAGUE and not is_refuted:
         return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
     if model.claimed is None:
         return "found", shown
-    if _VAGUE < difference <= 3 * sigma and not is_refuted:
+    difference = abs(math.log(model.length / claim.length))
+    # The ± does not hold how far the paths of all weights together bend.
+    is_likely = difference <= 3 * sigma or not explains_more(rows, model, claim)
+    if is_likely and not is_refuted and difference > _VAGUE:
         text = f"the checkpoints show it too vaguely: {shown}, not {claim.parameter:.7g}"
         return "undetermined", text
-    if difference <= math.log(_SLACK) or (difference <= 3 * sigma and not is_refuted):
+    if (is_likely and not is_refuted) or difference <= math.log(_SLACK):
         return "as claimed", f"{shown}, as claimed"
-    factors = " to ".join(f"{math.exp(difference + sign * sigma):.3g}" for sign in (-1, 1))
-    if length > claimed:
-        verdict = "too long"
-        cause = f"at every k-th step only, or of steps that are counted twice (k = {factors})"
-    else:
-        verdict = "too short"
-        cause = f"{factors} times a step: once a microbatch, or by each of so many processes"
+    verdict = "too long" if model.length > claim.length else "too short"
     text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
-    return verdict, f"{text}; as if updated {cause}"
+    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
+
+
+def _cause(verdict: str, difference: float, sigma: float) -> str:
+    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
+    if verdict == "too long":
+        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    return f"{factors} times a step: once a microbatch, or by each of so many processes"
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
     """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
-    much.
-
-    One interval may be explained by several values: its own is the one that the overall fit leads
-    to.
-    """
+    much."""
     begin = float(row.begin[0])
     end = float(row.end[0])
     plain = _as_plain(model, begin, end)
-    found = row.fit(plain, plain.value).length if row.gram[..., 2, 2].any() else None
+    found = row.fit_near(plain).length if row.gram[..., 2, 2].any() else None
     claimed = None
     if model.claimed is not None:
-        claimed = _as_plain(replace(model, value=model.claimed), begin, end).length
+        claimed = _as_plain(model.claim, begin, end).length
     moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
     unexplained = None
     if moved > 0:
@@ -573,8 +615,7 @@ def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportS
         return model
     rule = DecayRule(**{name: settings[name] for name in _FIELDS if name in settings})
     rule = replace(rule, decay=decay, base=decay if rule.is_schedule else rule.base, before=0)
-    model = replace(model, rule=rule)
-    return replace(model, claimed=1.0 if model.changes else -math.log(decay) / every)
+    return replace(model, rule=rule, claimed=-math.log(decay) / every)
 
 
 def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
@@ -611,12 +652,12 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
     rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
     for at, (weights, average) in enumerate(pairs):
-        rows[0, at] = np.concatenate(_values(weights, pieces))
-        values = _values(average, pieces)
+        with weights, average:  # which share their files
+            rows[0, at] = np.concatenate(_values(weights, pieces))
+            values = _values(average, pieces)
         rows[1, at] = np.concatenate(values)
-        for column, (piece, part) in enumerate(zip(pieces, values, strict=True)):
-            dtype = average.entries[piece.name].dtype
-            rounding[at, column] = expected_rounding(part, dtype, "F32")
+        dtypes = [average.entries[piece.name].dtype for piece in pieces]
+        rounding[at] = [*map(expected_rounding, values, dtypes, repeat("F32"))]
     times = np.array([average.t for _, average in pairs])
     series = Series(times, np.split(rows, np.cumsum(sizes)[:-1], axis=2), rounding)
     return series, [piece.name for piece in pieces]
@@ -638,8 +679,7 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
 
 
 def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDArray[Any]]:
-    with source:
-        values = [source.values(*piece) for piece in pieces]
+    values = [source.values(*piece) for piece in pieces]
     for part, piece in zip(values, pieces, strict=True):
         if not np.isfinite(part).all():
             raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")

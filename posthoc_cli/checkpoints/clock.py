@@ -28,9 +28,14 @@ _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 STEP_VALUES = (
     "global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter",
     "ss_steps", "num_batches_seen", "state.timestamp.Timestamp.batch",
+    "optimizer_history.*.num_updates",
 )  # fmt: skip
-"""Names of values that state the step of a checkpoint; the first that is there counts."""
+"""Names of values that state the step of a checkpoint; the first that is there counts, and of a
+list the last item."""
+_IMAGE_VALUES = ("state.cur_nimg",)  # of EDM
 _EPOCH_VALUES = ("epoch", "meta.epoch")
+
+Unit = Literal["steps", "epochs", "images", ""]
 
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
@@ -47,7 +52,10 @@ def _marked_by(word: str) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
 
 
-_MARKED = {"steps": _marked_by(_STEP), "epochs": _marked_by(_EPOCH)}
+_MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
+    "steps": _marked_by(_STEP),
+    "epochs": _marked_by(_EPOCH),
+}
 _CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
@@ -55,8 +63,6 @@ _ALONE = re.compile(
 )
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
 _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
-
-Unit = Literal["steps", "epochs", "images", ""]
 
 
 @dataclass(frozen=True)
@@ -92,11 +98,14 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
     for name in STEP_VALUES:
-        value = content.values.get(name)
+        value = content.values.get(_last_of_list(content, name))
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
+    images = _whole(content, _IMAGE_VALUES)
+    if images:
+        return Reading(checked_number(path, images), "images", f"`{_IMAGE_VALUES[0]}`")
     of_content = Reading(epoch or 0, "epochs", "`epoch`", epoch, is_nameless=True)
     has_epoch = epoch is not None and epoch >= 0
     try:
@@ -108,6 +117,17 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
     if has_epoch and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=epoch)
+
+
+def _last_of_list(content: Content, name: str) -> str:
+    """Return the name of a value; that of the last item in place of `*`."""
+    before, star, after = name.partition("*")
+    if not star:
+        return name
+    count = 0
+    while f"{before}{count}{after}" in content.values:
+        count += 1
+    return f"{before}{count - 1}{after}"
 
 
 def _searched(path: Path, settings: ImportSettings) -> Reading:
@@ -150,15 +170,7 @@ def named_time(path: Path) -> Reading:
         stem = stem.removesuffix(ending)
     has_number = re.search("[0-9]", stem) is not None
     name = _FRACTION.sub("", stem if has_number else path.parent.name)
-    unit: Unit = ""
-    matches: list[re.Match[str]] = []
-    for known in ("steps", "epochs"):
-        if not matches:
-            matches = [match for one in _MARKED[known] for match in one.finditer(name)]
-            unit = "steps" if known == "steps" else "epochs"
-    if not matches:
-        unit = ""
-        matches = [*_CHECKPOINT.finditer(name)]
+    unit, matches = _marked(name)
     is_marked = bool(matches)
     if not matches and has_number:
         matches = [*_ALONE.finditer(name)]
@@ -174,6 +186,15 @@ def named_time(path: Path) -> Reading:
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
     return Reading(int(number), unit, origin, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
+    """Return the numbers next to a word, and what it says that they count."""
+    for unit, patterns in _MARKED.items():
+        matches = [match for one in patterns for match in one.finditer(name)]
+        if matches:
+            return unit, matches
+    return "", [*_CHECKPOINT.finditer(name)]
 
 
 def _doubt(path: Path, doubt: str) -> InvalidValueError:
@@ -201,11 +222,13 @@ def times_of(
     numbers = [*readings.values()]
     origin = numbers[0].origin
     as_they_are = {path: one.number for path, one in readings.items()}
-    if any(one.unit == "steps" for one in numbers):
+    stated = {one.unit for one in numbers} & {"steps", "images"}
+    if stated:
+        unit = stated.pop()
         if settings.steps_per_epoch:
-            reason = f"says nothing about numbers that are steps, by {origin}"
+            reason = f"says nothing about numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-        return Times("steps", True, f"steps, by {origin}", as_they_are)
+        return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
@@ -214,7 +237,7 @@ def times_of(
         return Times("steps", False, says, as_they_are)
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
-    epochs = {path: one.number + offset for path, one in readings.items()}
+    epochs = {path: number + offset for path, number in as_they_are.items()}
     if each := settings.steps_per_epoch:
         says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"
         return Times("steps", True, says, {path: each * one for path, one in epochs.items()})

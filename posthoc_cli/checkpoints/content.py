@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
     Box,
     Entry,
+    Handle,
     OpenedFile,
     cover_problem,
     decode_file,
@@ -47,18 +49,24 @@ DCP_METADATA = ".metadata"
 CONFIG = "config.json"
 TRAINER_STATE = "trainer_state.json"
 INDEX_ENDING = ".index.json"
+KIND = "ema.format"  # name of a value: what this package wrote a file as
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(
-    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|momentum|encoder_k)(?![a-z])",
+    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|"
+    r"momentum(?!_classifier)|encoder_k)(?![a-z])"
+    r"|(?-i:(?<=[a-z])(?:EMA|Ema|Teacher|Target|Momentum)(?![a-z]))",
     re.IGNORECASE,
 )
-"""Pattern of a key, prefix or name that says that its tensors are an average."""
+"""Pattern of a key, prefix or name that says that its tensors are an average, also `modelTeacher`;
+solo-learn trains its `momentum_classifier` like any other layer."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
     r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+_MODEL_AND_STATE = re.compile(r"model_optim_rng\.pt|training-state-\d+\.pt")
+"""Pattern of names of states that hold the model, too: those of Megatron and of EDM."""
 _ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
@@ -79,9 +87,17 @@ _COUNTERS = (
 class Identity:
     """What a file is recognised by."""
 
-    nbytes: int
+    stamp: tuple[int, int | str]  # its size, and what changes when it is written to
     sample: str  # `sampled_identity`
-    stamp: tuple[int, int | str]  # changes when the file is written to
+    handle: Handle = field(default_factory=Handle, compare=False)  # for all tensors in it
+
+    @classmethod
+    def of(cls, file: OpenedFile) -> Identity:
+        return cls(file.stamp, sampled_identity(file))
+
+    @property
+    def nbytes(self) -> int:
+        return self.stamp[0]
 
 
 @dataclass(frozen=True)
@@ -102,23 +118,25 @@ class StoredTensor:
     shape: tuple[int, ...]
     parts: tuple[Chunk, ...] = ()
     problem: str = ""  # why it cannot be read
+    find_parts: Callable[[], tuple[Chunk, ...]] | None = None  # if they are not known yet
 
     @property
     def name(self) -> str:
         return ".".join(self.keys)
 
-    @property
+    @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         if self.problem:
             raise FileFormatError(self.path, f"tensor {shown(self.name)}: {self.problem}")
-        return self.parts
+        return self.parts if self.find_parts is None else self.find_parts()
 
     @property
     def place(self) -> tuple[Path, Entry] | None:
         """The place of the tensor if it is in one piece: tied tensors have the same."""
-        if len(self.chunks) > 1 or not self.chunks[0].entry.nbytes:
+        first, *more = self.chunks
+        if more or not first.entry.nbytes:
             return None
-        return self.chunks[0].path, self.chunks[0].entry
+        return first.path, first.entry
 
 
 Tensors = Mapping[str, StoredTensor]
@@ -155,11 +173,11 @@ class Content:
         return list(found)
 
 
-def names_in(names: Sequence[str]) -> str:
+def names_in(names: Sequence[str], most: int = 5) -> str:
     """Return a few names, for a message."""
-    text = ", ".join(map(shown, names[:5]))
-    if len(names) > 5:
-        text += f" and {len(names) - 5} more"
+    text = ", ".join(map(shown, names[:most]))
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
     return text
 
 
@@ -171,32 +189,37 @@ def open_checkpoint(path: Path) -> Content:
 
     Values of a folder include the state of a Trainer and the configurations of its models.
     """
-    if not path.is_dir():
-        content = _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path)
-        return replace(content, path=path)
-    if sets := sets_in(path):
-        content = _of_sets(path, sets)
+    if path.is_dir():
+        content = _of_folder(path)
+    elif path.name.endswith(INDEX_ENDING):
+        content = _of_shards(path)
     else:
-        model = model_in(path)
+        content = _of_file(path)
+    return replace(content, path=path)
+
+
+def _of_folder(folder: Path) -> Content:
+    if sets := sets_in(folder):
+        content = _of_sets(folder, sets)
+    else:
+        model = model_in(folder)
         if model is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
-            raise FileFormatError(path, reason)
-        if model == path:
-            content = _of_chunks(path)
+            raise FileFormatError(folder, reason)
+        if model == folder:
+            content = _of_chunks(folder)
         elif model.name == DCP_METADATA:
             content = _of_distributed(model)
         else:
             content = open_checkpoint(model)
-    state = path / TRAINER_STATE
-    if state.is_file():
-        text = read_small_file(state, _MOST_STATE)
-        of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
-        values = dict(content.values)
-        for name in ("global_step", "epoch"):
-            if type(of_trainer.get(name)) is int:
-                values[name] = of_trainer[name]
-        content = replace(content, values=values)
-    return replace(content, path=path)
+    state = folder / TRAINER_STATE
+    if not state.is_file():
+        return content
+    text = read_small_file(state, _MOST_STATE)
+    of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
+    times = {name: of_trainer.get(name) for name in ("global_step", "epoch")}
+    known = {name: value for name, value in times.items() if type(value) is int}
+    return replace(content, values={**content.values, **known})
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -206,7 +229,8 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    return name.endswith(ENDINGS) and not NO_MODEL.search(name)
+    is_state = NO_MODEL.search(name) and not _MODEL_AND_STATE.match(name)
+    return name.endswith(ENDINGS) and not is_state
 
 
 def holds_model(folder: Path) -> bool:
@@ -227,16 +251,14 @@ def sets_in(folder: Path) -> dict[str, Path]:
     folders = dict[str, Path]()
     for name in _names_in(folder):
         entry = folder / name
-        stem = name.split(".")[0]
-        if SHARD.search(name):
-            continue
-        is_file = name.endswith((*ENDINGS, INDEX_ENDING))
-        if is_file and (AVERAGE_WORD.search(stem) or _ACCELERATE_STATE.fullmatch(name)):
-            averages[stem] = entry
-        elif entry.is_dir() and _is_model(entry):
-            folders[name] = entry
-            if AVERAGE_WORD.search(name):
-                averages[name] = entry
+        if entry.is_dir():
+            if _is_model(entry):
+                folders[name] = entry
+        elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
+            stem = name.split(".")[0]
+            if AVERAGE_WORD.search(stem) or _ACCELERATE_STATE.fullmatch(name):
+                averages[stem] = entry
+    averages |= {name: entry for name, entry in folders.items() if AVERAGE_WORD.search(name)}
     if not averages:
         return {}
     weights = model_in(folder, skip=[entry.name for entry in averages.values()])
@@ -246,10 +268,9 @@ def sets_in(folder: Path) -> dict[str, Path]:
 
 
 def _is_model(folder: Path) -> bool:
-    try:
+    with suppress(FileFormatError):
         return model_in(folder) is not None
-    except FileFormatError:
-        return False
+    return False
 
 
 def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
@@ -259,67 +280,79 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
     Entries whose names are in `skip` are ignored. Raise FileFormatError if there are several
     models.
     """
-    names = [name for name in _names_in(folder) if name not in skip]
     if (folder / DCP_METADATA).is_file():
         return folder / DCP_METADATA
+    names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
-        found = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
-        if not found:
-            found = [name for name in names if may_be_weights(name) and name.endswith(ending)]
-            found = [name for name in found if not _ACCELERATE_STATE.fullmatch(name)]
-        usual = [name for name in found if name.split(".")[0] in _USUAL and name.count(".") == 1]
-        if len(found) > 1 and len(usual) == 1:  # beside it are variants, such as model.fp16
-            found = usual
+        found = _models_among(names, ending)
         if len(found) == 1:
             return folder / found[0]
-        if not found:
-            continue
-        if ending and all(_CHUNKS in _of_file(folder / name).values for name in found):
+        if found and ending and all(_CHUNKS in _of_file(folder / name).values for name in found):
             return folder
-        reason = f"holds several models: {names_in(found)}"
-        raise FileFormatError(folder, reason, "name one by a glob")
+        if found:
+            reason = f"holds several models: {names_in(found)}"
+            raise FileFormatError(folder, reason, "name one by a glob")
     for name in names:
         if name.startswith("pytorch_model_fsdp") and (folder / name / DCP_METADATA).is_file():
             return folder / name / DCP_METADATA  # accelerate's
     return None
 
 
+def _models_among(names: Sequence[str], ending: str) -> list[str]:
+    """Return the names of indexes, else of files of weights, with an ending; the usual one of them
+    if there are variants beside it, such as model.fp16."""
+    found = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
+    if not found:
+        files = [name for name in names if may_be_weights(name) and name.endswith(ending)]
+        found = [name for name in files if not _ACCELERATE_STATE.fullmatch(name)]
+    usual = [name for name in found if name.split(".")[0] in _USUAL and name.count(".") == 1]
+    return usual if len(usual) == 1 else found
+
+
 def _of_file(path: Path) -> Content:
     """Return the content of a file that is no snapshot; the values include the metadata of
     safetensors."""
     values = dict[str, Any]()
+    tensors = dict[str, StoredTensor]()
     with OpenedFile(path) as file:
+        leaves: dict[Keys, Any]
         if path.suffix == SUFFIX:
             header = decode_file(file)
             if header.kind == "snapshot":
                 raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
             values.update(header.metadata)
             if header.kind is not None:
-                values["ema.format"] = header.kind
-            leaves: dict[Keys, Any] = {(name,): entry for name, entry in header.entries.items()}
+                values[KIND] = header.kind
+            leaves = {(name,): entry for name, entry in header.entries.items()}
         else:
             leaves = read_tensors(file)
-        identity = Identity(file.size, sampled_identity(file), file.stamp)
-        tensors = dict[str, StoredTensor]()
         for keys, value in leaves.items():
-            if isinstance(value, Entry):
-                chunk = Chunk(path, value, Box.full(value.shape))
-                tensor = StoredTensor(path, keys, value.shape, (chunk,))
-                if keys[-1].rpartition(".")[2] in _COUNTERS and value.size == 1:
-                    values[tensor.name] = _number(file, value)
-            elif isinstance(value, Node):
-                kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
-                tensor = StoredTensor(path, keys, (), (), f"is of a kind that is not read ({kind})")
-            else:
-                values[".".join(keys)] = value
+            name = ".".join(keys)
+            if not isinstance(value, Entry | Node):
+                values[name] = value
                 continue
-            tensors[tensor.name] = tensor
+            tensors[name] = _stored(path, keys, value)
+            if isinstance(value, Entry) and value.size == 1 and _last_part(name) in _COUNTERS:
+                values[name] = _number(file, value)
+        identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
+
+
+def _stored(path: Path, keys: Keys, value: Entry | Node) -> StoredTensor:
+    if isinstance(value, Node):
+        kind = shown(value.name.removeprefix("torch._utils._rebuild_"))
+        return StoredTensor(path, keys, (), problem=f"is of a kind that is not read ({kind})")
+    chunk = Chunk(path, value, Box.full(value.shape))
+    return StoredTensor(path, keys, value.shape, (chunk,))
+
+
+def _last_part(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _identity(path: Path) -> Identity:
     with OpenedFile(path) as file:
-        return Identity(file.size, sampled_identity(file), file.stamp)
+        return Identity.of(file)
 
 
 def _number(file: OpenedFile, entry: Entry) -> float:
@@ -365,8 +398,8 @@ def _of_shards(index: Path) -> Content:
                 reason = f"tensor {shown(tensor)}: is not in it, as the index says"
                 raise FileFormatError(shard.path, reason)
             tensors[tensor] = shard.tensors[tensor]
-        if "ema.format" in shard.values:
-            values["ema.format"] = shard.values["ema.format"]
+        if KIND in shard.values:
+            values[KIND] = shard.values[KIND]
     return Content(index.parent, tensors, values, opened)
 
 
@@ -383,12 +416,7 @@ def _of_chunks(folder: Path) -> Content:
         offsets = parse_object(path, file.values[_CHUNKS], _CHUNKS)
         for name, tensor in file.tensors.items():
             (chunk,) = tensor.chunks
-            place = offsets.get(name)
-            offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
-            if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
-                reason = f"tensor {shown(name)}: {_CHUNKS} must give its offsets"
-                raise FileFormatError(path, reason)
-            box = Box(tuple(offset), tensor.shape)
+            box = _saved_box(tensor, offsets.get(name))
             chunks.setdefault(name, []).append(replace(chunk, box=box))
     tensors = dict[str, StoredTensor]()
     for name, found in chunks.items():
@@ -397,6 +425,14 @@ def _of_chunks(folder: Path) -> Content:
         problem = cover_problem(shape, boxes) or ""
         tensors[name] = StoredTensor(folder, (name,), shape, tuple(found), problem)
     return Content(folder, tensors, {}, opened)
+
+
+def _saved_box(tensor: StoredTensor, place: Any) -> Box:
+    offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
+    if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
+        reason = f"tensor {shown(tensor.name)}: {_CHUNKS} must give its offsets"
+        raise FileFormatError(tensor.path, reason)
+    return Box(tuple(offset), tensor.shape)
 
 
 def _state(value: Any) -> dict[str, Any]:
@@ -409,30 +445,34 @@ def _state(value: Any) -> dict[str, Any]:
 def _of_distributed(metadata: Path) -> Content:
     with OpenedFile(metadata) as file:
         state = _state(read_pickled(file, 0, file.size))
-        identity = Identity(file.size, sampled_identity(file), file.stamp)
+        identity = Identity.of(file)
     listed = state.get("state_dict_metadata")
     stored = state.get("storage_data")
-    planned = state.get("planner_data")
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
-    places = dict[tuple[str, tuple[int, ...]], dict[str, Any]]()
-    for index, place in stored.items():
-        fqn = _state(index).get("fqn")
-        offset = _state(index).get("offset") or ()
-        if isinstance(fqn, str) and is_sizes(offset):
-            places[fqn, tuple(offset)] = _state(place)
-    objects = _Objects(metadata, places, {metadata: identity})
+    objects = _Objects(metadata, _places_in(stored), {metadata: identity})
     tensors = dict[str, StoredTensor]()
     values = dict[str, Any]()
     for name, described in listed.items():
         if not isinstance(name, str):
             continue
         if isinstance(_state(described).get("chunks"), list):
-            tensor = _described(name, _keys_of(name, planned), _state(described), objects)
+            keys = _keys_of(name, state.get("planner_data"))
+            tensor = objects.described(name, keys, _state(described))
             tensors[tensor.name] = tensor
-        elif name.rpartition(".")[2] in _COUNTERS and not NO_MODEL.search(name):
+        elif _last_part(name) in _COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
     return Content(metadata.parent, tensors, values, objects.files)
+
+
+def _places_in(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
+    places = {}
+    for index, place in stored.items():
+        fqn = _state(index).get("fqn")
+        offset = _state(index).get("offset") or ()
+        if isinstance(fqn, str) and is_sizes(offset):
+            places[fqn, tuple(offset)] = _state(place)
+    return places
 
 
 def _keys_of(name: str, planned: Any) -> Keys:
@@ -451,9 +491,37 @@ class _Objects:
     metadata: Path
     # of objects in files, by their names and offsets
     places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
-    files: dict[Path, Identity] = field(default_factory=dict)
+    files: dict[Path, Identity]
     # of the objects that were read, sorted
     spans: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)
+
+    def described(self, name: str, keys: Keys, described: Mapping[str, Any]) -> StoredTensor:
+        """Return a tensor as the metadata describe it; its chunks are looked for when they are
+        needed."""
+        size: Any = described.get("size")
+        if not is_sizes(size):
+            size = ()
+        boxes = []
+        problem: str | None = None
+        for chunk in map(_state, described["chunks"]):
+            offset: Any = chunk.get("offsets")
+            shape: Any = chunk.get("sizes")
+            if not all(is_sizes(axes) and len(axes) == len(size) for axes in (offset, shape)):
+                problem = "its shape, or that of a chunk, is malformed"
+                break
+            boxes.append(Box(tuple(offset), tuple(shape)))
+        problem = problem or cover_problem(size, boxes) or ""
+        chunks = partial(self.chunks, name, boxes)
+        return StoredTensor(self.metadata, keys, tuple(size), (), problem, chunks)
+
+    def chunks(self, name: str, boxes: Sequence[Box]) -> tuple[Chunk, ...]:
+        chunks = []
+        for box in boxes:
+            path, entry = self.read(name, box.offset)
+            if not isinstance(entry, Entry) or entry.shape != box.shape:
+                self._refuse(path, name, f"holds no tensor of shape {list(box.shape)}")
+            chunks.append(Chunk(path, entry, box))
+        return tuple(chunks)
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
@@ -471,65 +539,26 @@ class _Objects:
         path = self.metadata.parent / file_name
         with OpenedFile(path) as file:
             if path not in self.files:
-                self.files[path] = Identity(file.size, sampled_identity(file), file.stamp)
+                self.files[path] = Identity.of(file)
             end = begin + length
             if end > file.size:
                 self._refuse(path, name, "truncated: it would end beyond the file")
-            spans = self.spans.setdefault(path, [])
-            at = bisect(spans, (begin, end))
-            for one, other in spans[max(at - 1, 0) : at + 1]:
-                if one < end and begin < other:
-                    self._refuse(path, name, "shares bytes with another object of the file")
-            spans.insert(at, (begin, end))
+            self._take(path, name, begin, end)
             return path, read_pickled(file, begin, end)
 
-    def _refuse(self, path: Path, name: str, problem: str) -> None:
+    def _take(
+        self,
+        path: Path,
+        name: str,
+        begin: int,
+        end: int,
+    ) -> None:
+        spans = self.spans.setdefault(path, [])
+        at = bisect(spans, (begin, end))
+        for one, other in spans[max(at - 1, 0) : at + 1]:
+            if one < end and begin < other:
+                self._refuse(path, name, "shares bytes with another object of the file")
+        spans.insert(at, (begin, end))
+
+    def _refuse(self, path: Path, name: str, problem: str) -> NoReturn:
         raise FileFormatError(path, f"tensor {shown(name)}: {problem}")
-
-
-@dataclass(frozen=True, eq=False)
-class _DistributedTensor(StoredTensor):
-    """A tensor of a distributed checkpoint, whose chunks are looked for when they are needed."""
-
-    fqn: str = ""  # its name in the checkpoint
-    boxes: tuple[Box, ...] = ()
-    objects: _Objects | None = None
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return self._read or super().chunks
-
-    @cached_property
-    def _read(self) -> tuple[Chunk, ...]:
-        if self.problem or self.objects is None:
-            return ()
-        chunks = []
-        for box in self.boxes:
-            path, entry = self.objects.read(self.fqn, box.offset)
-            if not isinstance(entry, Entry) or entry.shape != box.shape:
-                reason = f"tensor {shown(self.fqn)}: holds no tensor of shape {list(box.shape)}"
-                raise FileFormatError(path, reason)
-            chunks.append(Chunk(path, entry, box))
-        return tuple(chunks)
-
-
-def _described(
-    name: str, keys: Keys, described: Mapping[str, Any], objects: _Objects
-) -> _DistributedTensor:
-    """Return a tensor as the metadata of a distributed checkpoint describe it."""
-    size: Any = described.get("size")
-    if not is_sizes(size):
-        size = ()
-    problem = ""
-    boxes = []
-    for chunk in map(_state, described["chunks"]):
-        offset: Any = chunk.get("offsets")
-        shape: Any = chunk.get("sizes")
-        if not all(is_sizes(axes) and len(axes) == len(size) for axes in (offset, shape)):
-            problem = "its shape, or that of a chunk, is malformed"
-            break
-        boxes.append(Box(tuple(offset), tuple(shape)))
-    if not problem:
-        problem = cover_problem(size, boxes) or ""
-    metadata = objects.metadata
-    return _DistributedTensor(metadata, keys, tuple(size), (), problem, name, tuple(boxes), objects)

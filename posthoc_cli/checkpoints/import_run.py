@@ -23,7 +23,6 @@ from posthoc_cli.snapshots.directory import inspect_directory, is_import
 
 log = logging.getLogger(__name__)
 
-
 # largest relative uncertainty of a long time constant that an import accepts
 _VAGUE = 0.05
 
@@ -87,10 +86,8 @@ def import_checkpoints(
         FileFormatError, MismatchError: there are no checkpoints, or they are not of one run.
         OutputExistsError: `out` exists, and holds something else. WriteError: the system refused.
     """
-    given, origin = (
-        ImportSettings(**settings),
-        files.expanded(files.given_path("directory", directory)),
-    )
+    given = ImportSettings(**settings)
+    origin = files.expanded(files.given_path("directory", directory))
     target = None if out is None else files.output_path("out", out)
     if target is None and not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
@@ -99,27 +96,7 @@ def import_checkpoints(
         raise DirectoryError(origin, reason, "import the files of other programs themselves")
     place = read_place(origin, given)
     found = checked_run(place.checkpoints)
-    if given.update_after_step and all(
-        isinstance(one.profile, Point) or is_copy(one) for one in found
-    ):
-        reason = (
-            f"is not before the last checkpoint, of step {found[-1].step:,}: no average has begun"
-        )
-        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
-    checks: list[str] = []
-    if any(one.updates and one.updates.needs_steps(given) for one in found):
-        given = replace(given, last_step=found[-1].step)
-        found = [one.with_settings(given) for one in found]
-        checks = [f"steps: taken as {found[-1].step:,}, the last checkpoint's"]
-    if not all(one.is_known for one in found):
-        given, findings = _find_decay(found, given)
-        checks += findings
-    elif any(isinstance(one.profile, OrdinaryEMA) for one in found):
-        if given.steps and not any(one.updates and one.updates.ends(given) for one in found):
-            reason = "is of no use: these averages have no decay that rises to 1"
-            raise InvalidValueError("steps", reason, value=given.steps)
-        given, findings = _check_decay(found, given)
-        checks += findings
+    given, checks = _with_decay(found, given)
     found = checked_run([one.with_settings(given) for one in found])
     written = False
     if target is not None and not dry_run:
@@ -131,53 +108,80 @@ def import_checkpoints(
 # --- the decay
 
 
-def _find_decay(
+def _with_decay(
     sources: Sequence[Checkpoint], given: ImportSettings
 ) -> tuple[ImportSettings, list[str]]:
+    """Return the settings with what determines the decay of ordinary EMAs: said, and then checked,
+    or found; and lines about it."""
+    averages = [one for one in sources if not isinstance(one.profile, Point)]
+    last = sources[-1].step
+    if given.update_after_step and all(map(is_copy, averages)):
+        reason = f"is not before the last checkpoint, of step {last:,}: no average has begun"
+        raise InvalidValueError("update_after_step", reason, value=given.update_after_step)
+    updates = [one.updates for one in averages if one.updates is not None]
+    checks: list[str] = []
+    if any(one.needs_steps(given) for one in updates):
+        given = replace(given, last_step=last)
+        sources = [one.with_settings(given) for one in sources]
+        checks = [f"steps: taken as {last:,}, the last checkpoint's"]
+    if not all(one.is_known for one in sources):
+        given, text = _find_decay(sources, given)
+        return given, [*checks, text]
+    if not any(isinstance(one.profile, OrdinaryEMA) for one in averages):
+        return given, checks
+    if given.steps and not any(one.ends(given) for one in updates):
+        reason = "is of no use: these averages have no decay that rises to 1"
+        raise InvalidValueError("steps", reason, value=given.steps)
+    given, texts = _check_decay(sources, given)
+    return given, checks + texts
+
+
+def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, str]:
     """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about
     it."""
+    audit = _audit(sources, given)
+    found = audit.found or 0.0
+    sigma = audit.uncertainty or 0.0
+    text = f"found: {audit.text}"
+    given = _with_starts(given, audit)
+    if audit.what == "sigma_rel":
+        width = float(f"{found:.4g}")
+        return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
+    decay = _round_decay(found, sigma)
+    if decay != found:  # it is probably exact
+        sigma /= 2
+        text += f"; taken as {decay:g}"
+    given = replace(given, ema_uncertainty=sigma)
+    if any(one.updates and one.updates.calls == "counted" for one in sources):
+        every = given.update_every or 1
+        after = given.update_after_step or 0
+        given = replace(given, update_every=every, update_after_step=after)
+    name = audit.warm_up.partition(":")[0]
+    if RULES[name].is_schedule:
+        last = given.steps or round(audit.intervals[-1].end)
+        return replace(given, ema_warmup=f"{name}:{decay:.12g}", last_step=last), text
+    warm_up = given.ema_warmup or audit.warm_up or "none"
+    return replace(given, ema_decay=decay, ema_warmup=warm_up), text
+
+
+def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
+    """Return what an audit of ordinary EMAs of unknown decay finds; raise InvalidValueError if that
+    is nothing, or too vague."""
     # Some files may say their decay, of which all have the same.
     unclaimed = [replace(one, decay=0.0, sigma_rel=0.0) for one in sources]
     audit = next(audits_of(unclaimed, given=given), None)
     if audit is None:
         reason = "the files do not hold it, and it cannot be found without weights next to the "
-        reason += "averages"
-        raise _unknown_decay(sources, reason)
+        raise _unknown_decay(sources, f"{reason}averages")
     if audit.verdict not in ("found", "began again") or audit.found is None:
         raise _unknown_decay(sources, audit.text, audit)
-    sigma = audit.uncertainty or 0.0
-    is_power = audit.what == "sigma_rel"
-    # An average that is shorter than the time between checkpoints is almost the weights.
-    short = 1.0 if is_power else (1 + audit.spacing * (1 - audit.found)) ** 2
-    if sigma > _VAGUE * short:
+    limit = _VAGUE
+    if audit.what == "decay":
+        # An average that is shorter than the time between checkpoints is almost the weights.
+        limit *= (1 + audit.spacing * (1 - audit.found)) ** 2
+    if (audit.uncertainty or 0.0) > limit:
         raise _unknown_decay(sources, f"the files show it too vaguely: {audit.text}", audit)
-    if is_power:
-        width = float(f"{audit.found:.4g}")
-        settings = replace(given, sigma_rels=(width,), ema_uncertainty=sigma)
-        return _with_starts(settings, audit), [f"found: {audit.text}"]
-    decay = _round_decay(audit.found, sigma)
-    text = f"found: {audit.text}"
-    if decay != audit.found:  # it is probably exact
-        sigma /= 2
-        text += f"; taken as {decay:g}"
-    settings = _with_starts(_with_decay(given, audit, decay, sigma), audit)
-    if any(one.updates and one.updates.calls == "counted" for one in sources):
-        every = settings.update_every or 1
-        after = settings.update_after_step or 0
-        settings = replace(settings, update_every=every, update_after_step=after)
-    return settings, [text]
-
-
-def _with_decay(given: ImportSettings, audit: Audit, decay: float, sigma: float) -> ImportSettings:
-    """Return the settings with a decay that was found, and the warm-up that was found if none is
-    given."""
-    found = replace(given, ema_uncertainty=sigma)
-    name = audit.warm_up.partition(":")[0]
-    if RULES[name].is_schedule:
-        last = given.steps or round(audit.intervals[-1].end)
-        return replace(found, ema_warmup=f"{name}:{decay:.12g}", last_step=last)
-    warm_up = given.ema_warmup or audit.warm_up or "none"
-    return replace(found, ema_decay=decay, ema_warmup=warm_up)
+    return audit
 
 
 def _unknown_decay(
@@ -198,11 +202,11 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
     """Return the settings with the starts that an audit found, unless they say any."""
     if not audit.starts or given.ema_restarts or given.update_after_step is not None:
         return given
-    starts, late = tuple(map(round, audit.starts)), round(_LATE * audit.spacing)
-    begin = starts[0] if audit.is_late else None
-    return replace(
-        given, ema_late=late, update_after_step=begin, ema_restarts=starts[audit.is_late :]
-    )
+    starts = tuple(map(round, audit.starts))
+    given = replace(given, ema_late=round(_LATE * audit.spacing))
+    if audit.is_late:
+        return replace(given, update_after_step=starts[0], ema_restarts=starts[1:])
+    return replace(given, ema_restarts=starts)
 
 
 def _round_decay(decay: float, uncertainty: float) -> float:
@@ -219,11 +223,12 @@ def _round_decays(decay: float, distance: float) -> list[float]:
     relative distance, the nearest first."""
     rest = 1 - decay
     power = 10.0 ** math.floor(math.log10(rest))
-    digits = [0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0]
-    near = {abs(math.log(digit * power / rest)): digit * power for digit in digits}
-    return [
-        round(1 - near[far], 15) for far in sorted(near) if far <= distance and near[far] <= 0.5
-    ]
+    near = []
+    for digit in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
+        far = abs(math.log(digit * power / rest))
+        if far <= distance and digit * power <= 0.5:
+            near.append((far, round(1 - digit * power, 15)))
+    return [found for _, found in sorted(near)]
 
 
 def _check_decay(
@@ -234,17 +239,16 @@ def _check_decay(
     checks = []
     for audit in audits_of(found):
         if audit.is_bad:
-            raise InvalidValueError(
-                "ema_decay", f"does not fit the files: {audit.text}", value=audit.claimed
-            )
+            reason = f"does not fit the files: {audit.text}"
+            if given.warm_up_row.is_schedule:
+                raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
+            raise InvalidValueError("ema_decay", reason, value=audit.claimed)
         if audit.verdict == "undetermined":
-            reason = (
-                "ema_decay is taken as given, and could not be checked: predicted errors "
-                "hold if it is right"
-            )
-            log.warning("%s: %s", reason, audit.text)
+            reason = "ema_decay is taken as given, and could not be checked: predicted errors "
+            log.warning("%shold if it is right: %s", reason, audit.text)
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
-    return given, checks or [
-        "ema_decay is as given: without weights next to the averages it cannot be checked"
-    ]
+    if not checks:
+        reason = "ema_decay is as given: without weights next to the averages it cannot be checked"
+        checks.append(reason)
+    return given, checks

@@ -18,6 +18,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def recognise(content: Content, settings: ImportSettings) -> Found:
                 if found is not None and settings.kind in (None, found.kind):
                     return found
         if settings.kind == "ema":
-            model = sets.model(settings.prefix)
-            return Found("ema", model, updates=_named_updates(content))
+            return _all_averaged(sets, settings)
         if settings.kind in (None, "checkpoints"):
             return _weights(sets, settings)
     except (TypeError, ValueError, OverflowError) as error:
@@ -112,32 +112,46 @@ def _weights(sets: Sets, settings: ImportSettings) -> Found:
     return Found("checkpoints", weights=weights, unused=unused)
 
 
-def stored_in(path: Path, weights: bool = False, average: str | None = None) -> Checkpoint:
-    """Return the average that a training's checkpoint holds, as it is, or with `weights` its raw
-    weights.
+class Stored:
+    """The average and the weights that a training's checkpoint holds, as they are.
 
     `average` is the key or prefix of the average's tensors, or a glob of it; by default the one
-    whose key says it.
+    whose key says it. Each of the two may raise FileFormatError.
     """
-    content = open_checkpoint(path)
-    sets = Sets(content)
-    try:
-        found = recognise(content, replace(UNSPECIFIED, average=average))
-    except FileFormatError:  # perhaps of several averages
-        if not weights:
-            raise
-        found = Found("checkpoints", weights=sets.model())
-    if found.undecided:
-        first, other = found.undecided
-        reason = f"holds two sets, and nothing tells which is the average: {first} or {other}"
-        raise FileFormatError(path, reason, "name it by `average`, or name the folder of all files")
-    if weights:
-        return make_checkpoint(content, found.weights or sets.model(), Point(1.0), 1)
-    if not found.averaged:
-        reason = f"holds no average that its keys name ({names_in(content.groups())})"
-        hint = "name its key by `average`, or say `weights` for the raw ones"
-        raise FileFormatError(path, reason, hint)
-    return make_checkpoint(content, found.tensors, Point(1.0), 1)
+
+    def __init__(self, path: Path, average: str | None = None) -> None:
+        self._content = open_checkpoint(path)
+        self._settings = replace(UNSPECIFIED, average=average)
+
+    @cached_property
+    def average(self) -> Checkpoint | None:
+        """The average; None if there is none."""
+        found = recognise(self._content, self._settings)
+        self._check_decided(found)
+        return self._made(found.tensors) if found.averaged else None
+
+    @cached_property
+    def weights(self) -> Checkpoint:
+        try:
+            found = recognise(self._content, self._settings)
+        except FileFormatError:  # perhaps of several averages
+            return self._made(Sets(self._content).model())
+        self._check_decided(found)
+        return self._made(found.weights or Sets(self._content).model())
+
+    def _check_decided(self, found: Found) -> None:
+        if found.undecided:
+            first, other = found.undecided
+            reason = "holds two sets, and nothing tells which is the average"
+            hint = "name it by `average`, or name the folder of all files"
+            raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
+
+    def _made(self, tensors: Tensors) -> Checkpoint:
+        return make_checkpoint(self._content, tensors, Point(1.0), 1)
+
+    @property
+    def groups(self) -> str:
+        return names_in(self._content.groups())
 
 
 # --- ordinary EMAs, whose sets are found by their keys
@@ -172,12 +186,13 @@ def _diffusers(values: Values) -> Updates:
 
 
 def _with_decay(values: Values) -> Updates:
-    """Return the updates of torch-ema, LitEma, ACE and OpenFold: a count says that a warm-up was
-    used."""
+    """Return the updates of torch-ema, LitEma, ACE, OpenFold and NeMo: a count says that a warm-up
+    was used."""
     count = _count(values.get("num_updates"))
     is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
     decay = round(float(values["decay"]), 7)
-    return Updates({"decay": decay, "warm_up": "ratio" if is_rising else ""}, count)
+    rule = {"decay": decay, "warm_up": "ratio" if is_rising else ""}
+    return Updates(rule, count, every=_count(values.get("every_n_steps")) or 1)
 
 
 def _ema_pytorch(values: Values) -> Updates:
@@ -219,19 +234,17 @@ LIBRARIES = (
 
 def _library_of(content: Content, average_key: str) -> tuple[Library | None, Values]:
     """Return the program that stored an average, and the values beside its marks."""
+    places = [average_key]
+    while places[-1]:
+        places.append(places[-1].rpartition(".")[0])
+    values = content.values
     for library in LIBRARIES:
-        if library.key not in ("", average_key):
-            continue
-        place = average_key
-        while True:
+        for place in places if library.key in ("", average_key) else []:
             start = f"{place}." if place else ""
-            if all(_is_number(content.values.get(start + mark)) for mark in library.marks):
+            if all(_is_number(values.get(start + mark)) for mark in library.marks):
                 rest = len(start)
-                named = content.values.items()
-                return library, {name[rest:]: v for name, v in named if name.startswith(start)}
-            if not place:
-                break
-            place = place.rpartition(".")[0]
+                inner = [name for name in values if name.startswith(start)]
+                return library, {name[rest:]: values[name] for name in inner}
     return None, {}
 
 
@@ -241,33 +254,45 @@ def _is_number(value: Any) -> bool:
 
 def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     """Return the average that the settings name, or a word, and the weights that match it."""
-    content = sets.content
     weights = None if settings.weights is None else sets.named(settings.weights)
     if settings.average is not None:
-        path = sets.named(settings.average)
-        pair = sets.pair(path, weights, is_named=True)
-        if pair is None and weights is not None:
-            lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
-            reason = f"holds an EMA and weights of different models: only {path} has"
-            raise FileFormatError(content.path, f"{reason} {names_in(lacking)}")
-        return _described(sets, pair or sets.alone(path), settings)
+        return _described(sets, _named_pair(sets, settings.average, weights), settings)
+    content = sets.content
     candidates = [*sets.averages, *_anchored(sets)]
-    pairs = [pair for one in candidates if (pair := sets.pair(one, weights)) is not None]
+    found = [sets.pair(one, weights) for one in candidates]
+    pairs = [pair for pair in found if pair is not None]
+    if len(pairs) > 1 and len({repr(_updates_of(content, pair)) for pair in pairs}) == 1:
+        whole = sets.joined(pairs)
+        pairs = pairs if whole is None else [whole]
     sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
-    groups = [name for name in content.groups() if not NO_MODEL.search(name)]
-    if len(groups) == 1 and (candidates == groups or _is_inside(candidates, groups[0])):
+    if len(candidates) == 1 and sets.is_all(candidates[0]):
         return _described(sets, sets.alone(candidates[0]), settings)
+    groups = [name for name in content.groups() if not NO_MODEL.search(name)]
+    if len(groups) == 1 and candidates:
+        first, *more = candidates
+        # the only average is all that a group holds
+        if candidates == groups or (not more and first.startswith(f"{groups[0]}.")):
+            return _described(sets, sets.alone(first), settings)
     if not candidates and AVERAGE_WORD.search(content.path.name):
-        model = sets.model(settings.prefix)
-        return Found("ema", model, updates=_named_updates(content))
+        return _all_averaged(sets, settings)
     return None
 
 
-def _is_inside(candidates: list[str], group: str) -> bool:
-    """Return whether the only average is all that a group holds."""
-    return len(candidates) == 1 and candidates[0].startswith(f"{group}.")
+def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
+    path = sets.named(average)
+    pair = sets.pair(path, weights, is_named=True)
+    if pair is None and weights is not None:
+        lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
+        reason = f"holds an EMA and weights of different models: only {path} has"
+        raise FileFormatError(sets.content.path, f"{reason} {names_in(lacking)}")
+    return pair or sets.alone(path)
+
+
+def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:
+    """Return the model in a file of averages alone."""
+    return Found("ema", sets.model(settings.prefix), updates=_named_updates(sets.content))
 
 
 def _anchored(sets: Sets) -> list[str]:
@@ -281,38 +306,41 @@ def _anchored(sets: Sets) -> list[str]:
     return found
 
 
-def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
-    """Return a pair with what the values beside it say of its updates."""
-    content = sets.content
+def _updates_of(content: Content, pair: Pair) -> tuple[str, Updates]:
+    """Return the kind of an average, and what the values beside it say of its updates."""
     library, values = _library_of(content, pair.average_key)
-    others = [key for key in sets.averages if not f"{pair.average_key}.".startswith(f"{key}.")]
     if library is None:
-        updates = _named_updates(content)
-        return Found(
-            "ema",
-            pair.averaged,
-            pair.weights,
-            updates,
-            unused=tuple(others),
-            path=pair.weights_key,
-        )
-    updates = library.read(values)
+        return "ema", _named_updates(content)
+    return library.kind, library.read(values)
+
+
+def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
+    content = sets.content
+    kind, updates = _updates_of(content, pair)
     asks = dict[str, str]()
-    if library.kind == "ema-pytorch-ema" and settings.ema_decay:
+    if kind == "ema-pytorch-ema" and settings.ema_decay:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(
-        library.kind,
+        kind,
         pair.averaged,
         pair.weights,
         updates,
         asks=asks,
-        unused=tuple(others),
+        unused=tuple(key for key in sets.averages if not pair.is_in(key)),
         path=pair.weights_key,
     )
-    if library.kind == "composer" and values["ema_weights_active"]:
+    if kind == "ema":
+        return found
+    if kind == "composer" and _is_active(content):
         return found.swapped()
     return _with_collected(sets, found, pair)
+
+
+def _is_active(content: Content) -> bool:
+    """Return whether Composer wrote a checkpoint while its average was swapped in."""
+    flags = [name for name in content.values if name.endswith(".ema_weights_active")]
+    return any(content.values[name] for name in flags)
 
 
 def _named_updates(content: Content) -> Updates:
@@ -460,27 +488,29 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     if file.is_file():
         options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
     batch = int(_option(options, "batch_size"))
+    asks = dict[str, str]()
+    if not batch:
+        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+        asks["update_every"] = f", the images of a batch: {reason}"
+    if settings.ema_decay is not None and not options:
+        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
+        asks["ema_warmup"] = f", ramp-up or none: {reason}"
+    every = settings.update_every or batch or 1
+    # names count thousands, rounded down
+    step = -(-1000 * int(match["step"]) // every) * every
+    weights = content.under("net") or content.under("G")
+    updates = Updates(_edm_rule(options, batch), every=batch)
+    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
+
+
+def _edm_rule(options: Values, batch: int) -> dict[str, Any]:
     rule: dict[str, Any] = {"copies": 1}
     if options:
         rule |= _edm_warm_up(options)
     thousands = _option(options, "ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
-    asks = dict[str, str]()
-    if not batch:
-        asks["update_every"] = (
-            f", the images of a batch: neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        )
-    if settings.ema_decay is not None and not options:
-        asks["ema_warmup"] = (
-            f", ramp-up or none: without {_EDM_OPTIONS} {path.name} does not say it"
-        )
-    every = settings.update_every or batch or 1
-    # names count thousands, rounded down
-    step = -(-1000 * int(match["step"]) // every) * every
-    weights = content.under("net") or content.under("G")
-    updates = Updates(rule, every=batch)
-    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
+    return rule
 
 
 def _option(options: Values, *names: str, default: float = 0) -> Any:

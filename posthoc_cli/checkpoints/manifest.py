@@ -63,11 +63,14 @@ class Manifest:
         """Raise FileFormatError unless a file is the one that was imported."""
         try:
             with OpenedFile(path) as file:
-                identity = file.size, sampled_identity(file)
+                self.check_identity(path, file.size, sampled_identity(file))
         except VanishedError:  # a caller would try again, as for a directory that a tracker writes
             reason = f"is missing, and {self.folder} refers to it"
             raise FileFormatError(path, reason, f"move both together, or {_AGAIN}") from None
-        if identity != self.files[path]:
+
+    def check_identity(self, path: Path, nbytes: int, sample: str) -> None:
+        """Raise FileFormatError unless a file with this identity is the one that was imported."""
+        if self.files.get(path) != (nbytes, sample):
             reason = f"was replaced, or has changed, since {self.folder} was imported"
             raise FileFormatError(path, reason, _AGAIN)
 
@@ -152,20 +155,24 @@ def write_manifest(
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         reason = "already exists, and holds something else"
         raise OutputExistsError(out, reason, "choose another name")
-    values = {
-        **_FORMAT,
-        "from": _relative(manifest.origin, out),
-        "settings": settings.given,
-        "unit": [*unit],
-        "checkpoints": [
-            [_relative(path, out), kind, time] for path, kind, time in manifest.checkpoints
-        ],
-        "files": {_relative(path, out): [*identity] for path, identity in identities.items()},
-    }
-    content = json.dumps(values | {"checksum": _checksum(values)}, indent=1) + "\n"
+    content = json.dumps(_encoded(manifest), indent=1) + "\n"
     with files.new_directory(out):
         files.write_atomically(out / MANIFEST, content.encode(), overwrite=exists)
     return True
+
+
+def _encoded(manifest: Manifest) -> dict[str, Any]:
+    out = manifest.folder
+    listed = [(_relative(path, out), kind, time) for path, kind, time in manifest.checkpoints]
+    values = {
+        **_FORMAT,
+        "from": _relative(manifest.origin, out),
+        "settings": manifest.settings.given,
+        "unit": manifest.unit,
+        "checkpoints": listed,
+        "files": {_relative(path, out): one for path, one in manifest.files.items()},
+    }
+    return {**values, "checksum": _checksum(values)}
 
 
 def _check_same(present: Manifest, manifest: Manifest) -> None:

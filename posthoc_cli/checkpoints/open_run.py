@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ from posthoc_cli.errors import (
     PostHocError,
     VanishedError,
 )
-from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point
+from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
 from posthoc_cli.snapshots.outputs import describe_tensors
 from posthoc_cli.snapshots.sources import Source, by_time, model_difference
@@ -62,6 +62,7 @@ from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 log = logging.getLogger(__name__)
 
 _COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
+_NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
 _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
@@ -102,9 +103,21 @@ def _known_run(place: str | Path, found: Place, unclaimed: bool = False) -> list
 
 
 def _imported(manifest: Manifest) -> list[Checkpoint]:
+    """Return the checkpoints of an import; raise FileFormatError if a file is not as it was."""
+    try:
+        checkpoints = _opened_again(manifest)
+    except PostHocError:
+        for path in manifest.files:
+            manifest.check_file(path)
+        raise
+    for one in checkpoints:
+        for path, identity in one.opened.items():
+            manifest.check_identity(path, identity.nbytes, identity.sample)
+    return checkpoints
+
+
+def _opened_again(manifest: Manifest) -> list[Checkpoint]:
     """Return the checkpoints of an import, at the times that it has found."""
-    for file in manifest.files:
-        manifest.check_file(file)
     opened = []
     times = dict[Path, int]()
     for path, kind, time in manifest.checkpoints:
@@ -142,19 +155,13 @@ class _Opened:
         return self.content.path
 
 
-@dataclass
-class _LeftOut:
-    """What is left out of a run, with the reasons."""
-
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def add(self, path: Path, reason: str) -> None:
-        self.reasons[path.name] = reason
+class _LeftOut(dict[str, str]):
+    """The names of what is left out of a run, with the reasons."""
 
     @property
     def text(self) -> str:
         """All in one line; empty if there is nothing."""
-        named = [f"{name} ({reason})" for name, reason in self.reasons.items()]
+        named = [f"{name} ({reason})" for name, reason in self.items()]
         text = ", ".join(named[:6])
         if len(named) > 6:
             text += f" and {len(named) - 6:,} more"
@@ -168,43 +175,27 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     `asks`: raise InvalidValueError if EMAs need the steps of an epoch, which nothing says.
     """
     left_out = _LeftOut()
-    opened = _one_run(_open_all(_of_one_average(_candidates(place, left_out), settings), settings))
-    run = opened.checkpoints
-    left_out.reasons.update(opened.left_out)
+    paths = _of_one_average(_candidates(place, left_out), settings)
+    run = _one_run(_open_all(paths, settings), left_out)
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings(sorted({one.found.kind for one in run}), settings)
-    counts = {}
-    for one in run:
-        updates = one.found.updates
-        if updates is not None and updates.count and updates.calls != "counted":
-            counts[one.path] = updates.count
+    counts = _counts(run)
     times = _times_of(run, counts, settings)
     used = []
     for one in run:
-        if times.by_path[one.path] == 0:
-            log.warning(
-                "%s: left out, as its weights are those before the training, of step 0", one.path
-            )
-        else:
+        if times.by_path[one.path] > 0:
             used.append(one)
-    lacks_steps = ""
-    has_emas = any(one.found.updates is not None for one in used)
-    may_be_epochs = not (times.is_stated or counts) and max(times.by_path.values()) <= _EPOCHS
-    if times.unit == "steps" and has_emas:
-        if may_be_epochs and not asks:
-            lacks_steps = (
-                f"their decay is of steps, and numbers are {times.says}; `ema import` checks it"
-            )
         else:
+            reason = "left out, as its weights are those before the training, of step 0"
+            log.warning("%s: %s", one.path, reason)
+    has_decays = any(one.found.updates is not None for one in used)
+    lacks_steps = ""
+    if has_decays or settings.ema_decay is not None:
+        lacks_steps = _lacks_steps(times, bool(counts), asks)
+        if times.unit == "steps" and has_decays and not lacks_steps:
             times = replace(times, is_stated=True)  # the decay is of the same steps
-    if times.unit == "epochs" and (has_emas or settings.ema_decay is not None):
-        lacks_steps = f"their decay is of steps, and numbers are {times.says}"
-        lacks_steps += "; import with `steps_per_epoch`"
-        if asks:
-            reason = f"must be given: decays are of steps, and numbers are {times.says}"
-            raise InvalidValueError("steps_per_epoch", reason)
     notes = [text for text in (left_out.text, _unused(used)) if text]
     for note in notes:
         log.warning("%s: %s", place, note)
@@ -212,6 +203,31 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
     return Place(checkpoints, times.says, tuple(notes), lacks_steps)
+
+
+def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
+    """Return why the decays of averages, which are of steps, have no place in times; empty if they
+    have."""
+    decays = "their decay is of steps, and numbers are"
+    if times.unit == "epochs":
+        if asks:
+            reason = f"must be given: decays are of steps, and numbers are {times.says}"
+            raise InvalidValueError("steps_per_epoch", reason)
+        return f"{decays} {times.says}; import with `steps_per_epoch`"
+    is_said = times.is_stated or has_counts or times.unit != "steps"
+    if asks or is_said or max(times.by_path.values()) > _EPOCHS:
+        return ""
+    return f"{decays} {times.says}; `ema import` checks it"
+
+
+def _counts(run: Sequence[_Opened]) -> dict[Path, int]:
+    """Return the updates that averages have counted, one for each step."""
+    counts = {}
+    for one in run:
+        updates = one.found.updates
+        if updates is not None and updates.count and updates.calls != "counted":
+            counts[one.path] = updates.count
+    return counts
 
 
 def _unused(opened: Sequence[_Opened]) -> str:
@@ -279,13 +295,9 @@ def _open_all(
 # --- which of them are one run
 
 
-@dataclass(frozen=True)
-class _OneRun:
-    checkpoints: list[_Opened]
-    left_out: dict[str, str]
-
-
-def _one_run(results: Sequence[_Opened | tuple[Path, PostHocError]]) -> _OneRun:
+def _one_run(
+    results: Sequence[_Opened | tuple[Path, PostHocError]], left_out: _LeftOut
+) -> list[_Opened]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
     good = [one for one in results if isinstance(one, _Opened)]
@@ -293,26 +305,24 @@ def _one_run(results: Sequence[_Opened | tuple[Path, PostHocError]]) -> _OneRun:
     if bad and not good:
         raise bad[0][1]
     stems = {_stem(one.path) for one in good}
-    left_out = dict[str, str]()
     for path, error in bad:
         if _stem(path) in stems:
             raise error
-        is_numberless = isinstance(error, InvalidValueError)
-        left_out[path.name] = "no step" if is_numberless else error.reason
+        left_out[path.name] = error.reason
+        if isinstance(error, InvalidValueError):
+            left_out[path.name] = _NO_STEP
     # Next to files with numbers, the number of their folder is that of an experiment.
     numbered = {one.path.parent for one in good if not one.reading.is_of_folder}
     for one in good:
         if one.reading.is_of_folder and one.path.parent in numbered:
-            left_out[one.path.name] = "no step"
+            left_out[one.path.name] = _NO_STEP
     good = _aligned([one for one in good if one.path.name not in left_out])
-    for key, reason in ((_model, "another model"), (_kind_of_number, "another kind of number")):
-        kept = _largest_group(good, key)
-        left_out.update({one.path.name: reason for one in good if one not in kept})
-        good = kept
+    good = _largest_group(good, _model, "another model", left_out)
+    good = _largest_group(good, _kind_of_number, "another kind of number", left_out)
     units = {one.reading.unit: one for one in good}
     if "steps" in units and "epochs" in units:
         raise _mismatch(units["steps"], units["epochs"], "are numbered by steps and by epochs")
-    return _OneRun(good, left_out)
+    return good
 
 
 def _aligned(opened: list[_Opened]) -> list[_Opened]:
@@ -352,14 +362,23 @@ def _model(one: _Opened) -> object:
     return frozenset((name, tensor.shape) for name, tensor in one.found.tensors.items())
 
 
-def _largest_group(opened: list[_Opened], key: Callable[[_Opened], object]) -> list[_Opened]:
+def _largest_group(
+    opened: list[_Opened],
+    key: Callable[[_Opened], object],
+    reason: str,
+    left_out: _LeftOut,
+) -> list[_Opened]:
     """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
     that an error names what is different."""
-    keys = [key(one) for one in opened]
-    counts = Counter(keys).most_common(2)
-    if len(counts) < 2 or 2 * counts[1][1] > counts[0][1]:
+    groups = dict[object, list[_Opened]]()
+    for one in opened:
+        groups.setdefault(key(one), []).append(one)
+    by_size = sorted(groups.values(), key=len, reverse=True)
+    if len(by_size) < 2 or 2 * len(by_size[1]) > len(by_size[0]):
         return opened
-    return [one for one, of in zip(opened, keys, strict=True) if of == counts[0][0]]
+    for group in by_size[1:]:
+        left_out.update({one.path.name: reason for one in group})
+    return by_size[0]
 
 
 # --- which of two sets is the average
@@ -383,14 +402,11 @@ def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
 
     Raise InvalidValueError if neither does clearly: averages of any length move by a third less.
     """
-    squares = []
     first = opened[0].found.undecided
     in_order = sorted(opened, key=lambda one: times.by_path[one.path])
-    for is_weights in (False, True):
-        rows = [_start(one, is_weights) for one in in_order]
-        moved = [float(np.square(b - a).sum()) for a, b in pairwise(rows)]
-        squares.append(sum(moved))
-    average, weights = squares
+    rows = np.stack([_start(one) for one in in_order])
+    squares = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2))
+    average, weights = squares.tolist()
     path = opened[0].path
     if not first or min(squares) > 0.8 * max(squares):
         what = " or ".join(first)
@@ -398,15 +414,15 @@ def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
         raise InvalidValueError("average", reason)
     name = first[1] if weights < average else first[0]
     log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
-    return weights < average
+    return bool(weights < average)
 
 
-def _start(one: _Opened, is_weights: bool) -> FloatArray:
-    """Return the first elements of the tensors of the weights, or of the average."""
-    tensors = one.found.weights if is_weights else one.found.averaged
-    source = make_checkpoint(one.content, tensors, Point(1.0), 1)
-    with source:
-        return np.concatenate([*_starts(source)])
+def _start(one: _Opened) -> FloatArray:
+    """Return the first elements of the average and of the weights: [2, elements]."""
+    average = make_checkpoint(one.content, one.found.averaged, Point(1.0), 1)
+    weights = make_checkpoint(one.content, one.found.weights, Point(1.0), 1)
+    with average, weights:
+        return np.stack([np.concatenate([*_starts(source)]) for source in (average, weights)])
 
 
 def _starts(source: Checkpoint) -> Iterator[FloatArray]:
@@ -418,39 +434,35 @@ def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoi
     """Return the sources in a checkpoint: the weights, the average, or both."""
     found = one.found
     path = one.path
-    check_rule(found, path, settings)
-    for setting, why in found.asks.items():
-        if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}")
-    if settings.sigma_rels:
-        need = ""
-        if found.updates is not None and len(settings.sigma_rels) > 1:
-            need = "one, of the average"
-        elif found.profile is not None and not found.sigma_rel:
-            need = "one for each average, also for that"
-        if need:
-            raise InvalidValueError("sigma_rels", f"must be {need} in {path.name}")
+    _check_given(found, path, settings)
     time = times.by_path[path]
     averaged, weights = select(found, path, settings)
-    point = Point(float(time))
+    profile: StoredProfile = Point(float(time))
     about = {"kind": found.kind, "t_unit": times.unit, "is_stated": times.is_stated}
     made = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}
-        made.append(make_checkpoint(one.content, chosen, point, time, **about))
+        made.append(make_checkpoint(one.content, chosen, profile, time, **about))
     if averaged:
-        profile = found.profile(time) if found.profile else point
-        average = make_checkpoint(
-            one.content,
-            averaged,
-            profile,
-            time,
-            sigma_rel=found.sigma_rel,
-            updates=found.updates,
-            **about,
-        )
+        if found.profile is not None:
+            profile = found.profile(time)
+        about |= {"sigma_rel": found.sigma_rel, "updates": found.updates}
+        average = make_checkpoint(one.content, averaged, profile, time, **about)
         made.append(average.with_settings(settings))
     return made
+
+
+def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
+    """Raise InvalidValueError for a setting that a file lacks, or that contradicts it."""
+    check_rule(found, path, settings)
+    for setting, why in found.asks.items():
+        if getattr(settings, setting) in (None, ()):
+            raise InvalidValueError(setting, f"must be given{why}")
+    if found.updates is not None and len(settings.sigma_rels) > 1:
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
+    if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
+        reason = f"must be one for each average, also for that in {path.name}"
+        raise InvalidValueError("sigma_rels", reason)
 
 
 # --- what is at a place
@@ -521,7 +533,7 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
     if not folders:
         return loose
     for entry in loose:
-        left_out.add(entry, "a file beside folders")
+        left_out[entry.name] = "a file beside folders"
     return folders
 
 
@@ -536,23 +548,33 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     a copy of the weights, and is left out next to them. A MismatchError names the first two that
     are of different models, or of one time with different values.
     """
-    kept = dict[tuple[float, str], Checkpoint]()
     ordered = by_time(_with_names(checkpoints))
-    for other in sorted(ordered, key=lambda one: not re.search("[0-9]", one.path.name)):
-        first = ordered[0]
-        twin = kept.setdefault((other.t, other.holds), other)
+    first = ordered[0]
+    for other in ordered:
         if difference := model_difference(first, other):
             raise _mismatch(first, other, difference)
+    kept = _without_duplicates(ordered)
+    weights = {one.t for one in kept if isinstance(one.profile, Point)}
+    run = [one for one in kept if one.t not in weights or not is_copy(one)]
+    _warn_of_growth(run)
+    names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
+    return by_time([replace(one, run_id=run_id) for one in run])
+
+
+def _without_duplicates(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    kept = dict[tuple[float, str], Checkpoint]()
+    for other in sorted(checkpoints, key=lambda one: not _has_number(one)):
+        twin = kept.setdefault((other.t, other.holds), other)
         if twin is not other and _are_unequal(twin, other):
-            if re.search("[0-9]", other.path.name):
+            if _has_number(other):
                 raise _mismatch(twin, other, f"are both of {twin.t_unit[:-1]} {twin.t:,.12g}")
             log.warning("%s: left out, as %s has the same number", other.path, twin.name)
-    weights = {one.t for one in kept.values() if isinstance(one.profile, Point)}
-    run = [one for one in kept.values() if one.t not in weights or not is_copy(one)]
-    _warn_of_growth(run)
-    names = [(name, entry.shape) for name, entry in sorted(ordered[0].entries.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, ordered[0].identity)).encode())
-    return by_time([replace(one, run_id=run_id) for one in run])
+    return [*kept.values()]
+
+
+def _has_number(one: Checkpoint) -> bool:
+    return re.search("[0-9]", one.path.name) is not None
 
 
 def _mismatch(

@@ -117,7 +117,12 @@ class _Bytes:
 # --- the content of a file
 
 
-def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None = None) -> Any:
+def read_pickled(
+    file: OpenedFile,
+    begin: int,
+    end: int,
+    budget: _Budget | None = None,
+) -> Any:
     """Return the object in a range of a file, written by torch.save since release 1.6, or by
     pickle.
 
@@ -127,7 +132,7 @@ def read_pickled(file: OpenedFile, begin: int, end: int, budget: _Budget | None 
     with _reading(file):
         budget = budget or _Budget(end - begin)
         archive = None
-        if file.read_at(4, begin) == _ZIP:
+        if is_archive(file, begin):
             archive = _Archive(file, begin, end)
             pickled = archive.member("data.pkl")
             begin = pickled.begin
@@ -226,7 +231,7 @@ def _items(value: Any) -> dict[Any, Any]:
 # --- archives, and storages in pickles
 
 
-class _Stream(io.RawIOBase):
+class FileRange(io.RawIOBase):
     """A file from some place to some end, as a standard stream; places are those in the file."""
 
     def __init__(self, file: OpenedFile, at: int, end: int) -> None:
@@ -250,6 +255,19 @@ class _Stream(io.RawIOBase):
         return count
 
 
+def is_archive(file: OpenedFile, begin: int = 0) -> bool:
+    """Return whether an archive of torch.save begins at a place of a file."""
+    return file.read_at(4, begin) == _ZIP
+
+
+def member_begin(file: OpenedFile, info: zipfile.ZipInfo) -> int:
+    """Return where the content of a member of an archive begins."""
+    header = file.read_at(_LOCAL_HEADER.size, info.header_offset)
+    magic, name, extra = _LOCAL_HEADER.unpack(header)
+    _check(magic == _ZIP, f"member {info.filename!r} is not where it should be")
+    return int(info.header_offset + _LOCAL_HEADER.size + name + extra)
+
+
 class _Archive:
     """An archive of torch.save in a range of a file."""
 
@@ -257,7 +275,7 @@ class _Archive:
         self.file = file
         self.begin = begin
         self.end = end
-        listed = zipfile.ZipFile(io.BufferedReader(_Stream(file, begin, end))).infolist()
+        listed = zipfile.ZipFile(io.BufferedReader(FileRange(file, begin, end))).infolist()
         self.members = {info.filename: info for info in listed}
         _check(len(self.members) == len(listed), "a damaged archive: two members of one name")
         self.root = ""
@@ -275,12 +293,10 @@ class _Archive:
         info = self.members.get(self.root + name)
         if info is None:
             raise _PickleError(f"a damaged archive, or not of torch.save: it has no {name!r}")
-        header = self.file.read_at(_LOCAL_HEADER.size, info.header_offset)
-        magic, *lengths = _LOCAL_HEADER.unpack(header)
-        start = info.header_offset + _LOCAL_HEADER.size + sum(lengths)
+        start = member_begin(self.file, info)
         is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
         is_inside = self.begin <= info.header_offset and start + info.file_size <= self.end
-        if not (is_plain and is_inside and magic == _ZIP):
+        if not (is_plain and is_inside):
             problem = "is not where it should be, or is compressed or encrypted"
             raise _PickleError(f"member {name!r} {problem}")
         return _Bytes(start, info.file_size)
@@ -323,7 +339,7 @@ class _Machine:
         self.budget = budget
         self.archive = archive
         self.is_storage = is_storage
-        self.stream = io.BufferedReader(_Stream(file, begin, end))
+        self.stream = io.BufferedReader(FileRange(file, begin, end))
 
     def run(self) -> Any:
         """Run the next program, and return the object that it leaves."""
@@ -333,12 +349,12 @@ class _Machine:
         while True:
             opcode = _OPCODES[self.stream.read(1)]
             self.budget.spend(opcode.cost)
-            argument = None
-            if opcode.read is not None:
-                argument = opcode.read(self.stream)
             if opcode.do is _Machine.stop:
                 return self.stack.pop()
-            opcode.do(self, argument)
+            if opcode.read is None:
+                opcode.do(self)
+            else:
+                opcode.do(self, opcode.read(self.stream))
 
     def pop_marked(self) -> list[Any]:
         """Return what lies above the last mark, and remove both."""
@@ -350,31 +366,34 @@ class _Machine:
     # are refused: the extension registry may hold real functions, and buffers are elsewhere.
     # torch.save writes protocol 2.
 
-    def proto(self, _: Any) -> None:
+    def proto(self, _: int) -> None:
         """Do nothing, like frames."""
 
     frame = proto
 
-    def mark(self, _: Any) -> None:
+    def mark(self) -> None:
         self.outer.append(self.stack)
         self.stack = []
 
-    def pop(self, _: Any) -> None:
+    def pop(self) -> None:
         self.stack.pop()
 
-    def pop_mark(self, _: Any) -> None:
+    def pop_mark(self) -> None:
         self.pop_marked()
 
     def binint(self, value: Any) -> None:
         self.stack.append(value)
 
     binint1 = binint2 = long1 = long4 = binfloat = binint
-    short_binunicode = binunicode = binunicode8 = none = binint
+    short_binunicode = binunicode = binunicode8 = binint
 
-    def newtrue(self, _: Any) -> None:
+    def none(self) -> None:
+        self.stack.append(None)
+
+    def newtrue(self) -> None:
         self.stack.append(True)
 
-    def newfalse(self, _: Any) -> None:
+    def newfalse(self) -> None:
         self.stack.append(False)
 
     def binbytes(self, count: int) -> None:
@@ -386,53 +405,53 @@ class _Machine:
 
     short_binbytes = binbytes8 = bytearray8 = binbytes
 
-    def empty_list(self, _: Any) -> None:
+    def empty_list(self) -> None:
         self.stack.append([])
 
     empty_set = empty_list  # a set would hash its items
 
-    def frozenset(self, _: Any) -> None:
+    def frozenset(self) -> None:
         items = self.pop_marked()
         self.stack.append(items)
 
-    def append(self, _: Any) -> None:
+    def append(self) -> None:
         item = self.stack.pop()
         self.stack[-1].extend([item])
 
-    def appends(self, _: Any) -> None:
+    def appends(self) -> None:
         items = self.pop_marked()
         self.stack[-1].extend(items)
 
     additems = appends
 
-    def empty_tuple(self, _: Any) -> None:
+    def empty_tuple(self) -> None:
         self.stack.append(())
 
-    def tuple(self, _: Any) -> None:
+    def tuple(self) -> None:
         items = self.pop_marked()
         self.stack.append((*items,))
 
-    def tuple1(self, _: Any) -> None:
+    def tuple1(self) -> None:
         self.stack.append((self.stack.pop(),))
 
-    def tuple2(self, _: Any) -> None:
+    def tuple2(self) -> None:
         last = self.stack.pop()
         self.stack.append((self.stack.pop(), last))
 
-    def tuple3(self, _: Any) -> None:
-        self.tuple2(None)
+    def tuple3(self) -> None:
+        self.tuple2()
         last = self.stack.pop()
         self.stack.append((self.stack.pop(), *last))
 
-    def empty_dict(self, _: Any) -> None:
+    def empty_dict(self) -> None:
         self.stack.append({})
 
-    def setitem(self, _: Any) -> None:
+    def setitem(self) -> None:
         value = self.stack.pop()
         key = self.stack.pop()
         self.stack[-1].update(_dict_of([(key, value)]))
 
-    def setitems(self, _: Any) -> None:
+    def setitems(self) -> None:
         items = self.pop_marked()
         pairs = zip(items[::2], items[1::2], strict=True)
         self.stack[-1].update(_dict_of(pairs))
@@ -447,19 +466,19 @@ class _Machine:
 
     long_binput = binput
 
-    def memoize(self, _: Any) -> None:
+    def memoize(self) -> None:
         self.memo[len(self.memo)] = self.stack[-1]
 
     def GLOBAL(self, names: str) -> None:  # noqa: N802 - a keyword in lower case
         module, name = names.split(" ", 1)
         self.stack.append(self.named(module, name))
 
-    def stack_global(self, _: Any) -> None:
+    def stack_global(self) -> None:
         name = self.stack.pop()
         module = self.stack.pop()
         self.stack.append(self.named(module, name))
 
-    def reduce(self, _: Any) -> None:
+    def reduce(self) -> None:
         """Call a function, or make an object without `__init__`, which is the same here."""
         arguments = self.stack.pop()
         function = self.stack.pop()
@@ -467,17 +486,17 @@ class _Machine:
 
     newobj = reduce
 
-    def newobj_ex(self, _: Any) -> None:
+    def newobj_ex(self) -> None:
         self.stack.pop()
-        self.reduce(None)
+        self.reduce()
 
-    def build(self, _: Any) -> None:
+    def build(self) -> None:
         """Give an object its state, which only nodes have."""
         state = self.stack.pop()
         if isinstance(self.stack[-1], Node):
             self.stack[-1].state = state
 
-    def binpersid(self, _: Any) -> None:
+    def binpersid(self) -> None:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
         pid = self.stack.pop()
         problem = "refers to objects outside the file, or to a storage without a size"
@@ -492,7 +511,7 @@ class _Machine:
             raise _PickleError(problem)
         self.stack.append(replace(self.archive.member(f"data/{pid[2]}"), dtype=dtype))
 
-    def stop(self, _: Any) -> None:
+    def stop(self) -> None:
         """End the program, see `run`."""
 
     def named(self, module: Any, name: Any) -> Any:
@@ -529,7 +548,7 @@ def _is_plain_key(key: Any) -> bool:
 class _Opcode:
     cost: int
     read: Callable[[Any], Any] | None  # what reads its argument
-    do: Callable[[_Machine, Any], None]
+    do: Callable[..., None]
 
 
 _LENGTHS: dict[str, Callable[[Any], int]] = {
@@ -567,7 +586,14 @@ def _dtype_of(kind: Any) -> str | None:
     return _DTYPES[name]
 
 
-def _tensor(_: _Machine, storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Entry:
+def _tensor(
+    _: _Machine,
+    storage: Any,
+    offset: Any,
+    shape: Any,
+    strides: Any,
+    *more: Any,
+) -> Entry:
     """Return the entry of a tensor in a storage; one of bytes is followed by the dtype, among other
     things."""
     is_valid = isinstance(storage, _Bytes) and all(map(is_sizes, (shape, strides, (offset,))))
@@ -605,7 +631,13 @@ def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
     return value
 
 
-def _of_type(machine: _Machine, function: Any, _: Any, arguments: Any, __: Any) -> Any:
+def _of_type(
+    machine: _Machine,
+    function: Any,
+    _: Any,
+    arguments: Any,
+    __: Any,
+) -> Any:
     """Return a tensor with attributes, or of a subclass."""
     return machine.call(function, arguments)
 

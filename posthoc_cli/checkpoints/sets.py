@@ -9,9 +9,10 @@ ones only: such a list is matched with the weights by its values.
 
 from __future__ import annotations
 
+import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -50,6 +51,16 @@ class Pair:
     weights: Tensors  # empty if the average is alone
     average_key: str  # path of the average in the checkpoint
     weights_key: str = ""
+    parts: tuple[str, ...] = ()  # paths of the average if it has several
+
+    def is_in(self, path: str) -> bool:
+        """Return whether the average, or a part of it, lies at a path or below."""
+        return any(lies_in(part, path) for part in self.parts or [self.average_key])
+
+
+def lies_in(path: str, outer: str) -> bool:
+    """Return whether a path is another one, or leads on from it."""
+    return f"{path}.".startswith(f"{outer}.")
 
 
 class Sets:
@@ -65,22 +76,34 @@ class Sets:
         }
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
-        in_group = Counter[str]()
         for tensor in self.tensors.values():
             *outer, name = tensor.keys
-            in_group[".".join(outer)] += 1
-            for level, key in enumerate(outer, 1):
-                self.keys[".".join(outer[:level])] = key
             parts = [*outer, *name.split(".")]
             for level in range(len(parts)):
                 self.counts[".".join(parts[:level])] += 1
-        self.averages: list[str] = []
-        for path in sorted(self.counts, key=lambda path: path.count(".")):
-            last = self.keys.get(path, path.rpartition(".")[2])
-            if not AVERAGE_WORD.search(last) or self.is_averaged(path):
+            for level, key in enumerate(outer, 1):
+                self.keys[".".join(outer[:level])] = key
+        self.averages = self._averages()
+
+    def _averages(self) -> list[str]:
+        """Return the outermost paths that a word calls an average.
+
+        A prefix of few names is that of a layer, unless it is a part beside a large one.
+        """
+        in_group = Counter(".".join(tensor.keys[:-1]) for tensor in self.tensors.values())
+        self.averages = []
+        words = set[tuple[str, str]]()
+        by_size = sorted(self.counts, key=lambda path: (path.count("."), -self.counts[path]))
+        for path in by_size:
+            outer, _, last = path.rpartition(".")
+            word = AVERAGE_WORD.search(self.keys.get(path, last))
+            if word is None or self.is_averaged(path):
                 continue
-            if path in self.keys or 4 * self.counts[path] >= in_group[self._group(path)]:
-                self.averages.append(path)  # a prefix of fewer names is that of a layer
+            is_large = 4 * self.counts[path] >= in_group[self._group(path)]
+            if path in self.keys or is_large or (outer, word[0]) in words:
+                self.averages.append(path)
+                words.add((outer, word[0]))
+        return self.averages
 
     def _group(self, path: str) -> str:
         """Return the whole keys at the beginning of a path."""
@@ -88,9 +111,14 @@ class Sets:
             path = path.rpartition(".")[0]
         return path
 
+    def is_all(self, path: str) -> bool:
+        """Return whether a set has all tensors but counters."""
+        others = [one for name, one in self.tensors.items() if not lies_in(name, path)]
+        return all(map(_is_counter, others))
+
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
-        return any(path == one or path.startswith(f"{one}.") for one in self.averages)
+        return any(lies_in(path, one) for one in self.averages)
 
     def below(self, path: str) -> dict[str, StoredTensor]:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
@@ -173,10 +201,8 @@ class Sets:
             is_named: whether the user has named the average, which then may be a small part.
         """
         found = []
-        path: str | None = average
-        while path is not None:
+        for path in self._within(average):
             found += self._pairs_at(path, weights, is_named)
-            path = self._main_part(path)
         if not found:
             self._check_unpaired(average)
             return None
@@ -191,8 +217,7 @@ class Sets:
     def _check_unpaired(self, average: str) -> None:
         """Raise FileFormatError if an average has most names of some weights, and others, or if it
         holds several averages."""
-        path: str | None = average
-        while path is not None:
+        for path in self._within(average):
             averaged = self.below(path)
             for root in self._roots(averaged, path):
                 weights = self.below(root)
@@ -200,7 +225,6 @@ class Sets:
                 if others and 2 * len(others) < len(averaged) > len(weights) / 2:
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
-            path = self._main_part(path)
         within = [path for path, key in self.keys.items() if path == f"{average}.{key}"]
         self.check_one([path for path in within if self._pairs_at(path, None, False)])
 
@@ -213,11 +237,36 @@ class Sets:
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""
         path = average
-        while (inner := self._main_part(path)) in self.keys:
-            if self.counts[inner] < self.counts[path]:
+        for inner in self._within(average):
+            if inner not in self.keys or self.counts[inner] < self.counts[path]:
                 break
             path = inner
         return Pair(self.below(path), {}, path)
+
+    def joined(self, pairs: Sequence[Pair]) -> Pair | None:
+        """Return the average of which these are parts, such as `momentum_backbone` and
+        `momentum_projector`; None if they are averages of their own."""
+        changes = {_change(pair) for pair in pairs}
+        roots = [pair.weights_key for pair in pairs]
+        are_keys = any(pair.average_key in self.keys for pair in pairs)
+        if len(changes) > 1 or None in changes or len({*roots}) < len(roots) or are_keys:
+            return None
+        averaged = dict[str, StoredTensor]()
+        weights = dict[str, StoredTensor]()
+        for pair in pairs:
+            part = pair.weights_key.rpartition(".")[2]
+            averaged |= {f"{part}.{name}": tensor for name, tensor in pair.averaged.items()}
+            weights |= {f"{part}.{name}": tensor for name, tensor in pair.weights.items()}
+        outer = roots[0].rpartition(".")[0]
+        keys = [pair.average_key for pair in pairs]
+        return Pair(averaged, weights, keys[0], outer, tuple(keys))
+
+    def _within(self, path: str) -> Iterator[str]:
+        """Yield a path, and those of the main parts within it."""
+        inner: str | None = path
+        while inner is not None:
+            yield inner
+            inner = self._main_part(inner)
 
     def _main_part(self, path: str) -> str | None:
         """Return the path of the part of a set that a word calls an average; else of the one below
@@ -247,7 +296,7 @@ class Sets:
             return [Pair(match_list(self.content, averaged, raw), raw, average, path)]
         found = []
         for path in self._roots(averaged, average):
-            if weights is None or path == weights or path.startswith(f"{weights}."):
+            if weights is None or lies_in(path, weights):
                 raw = self.below(path)
                 matched = _matched(averaged, raw)
                 if matched and (is_named or 2 * len(matched) > len(raw)):
@@ -260,8 +309,8 @@ class Sets:
         outer, dot, last = pair.average_key.rpartition(".")
         twin = outer + dot + AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
-        is_model = f"{path}.".startswith(f"{self._likely_model}.")
-        return self.is_averaged(path), not is_model, path != twin, path.count(".")
+        is_outside = not lies_in(path, self._likely_model)
+        return self.is_averaged(path), is_outside, path != twin, path.count(".")
 
     @cached_property
     def _likely_model(self) -> str:
@@ -289,10 +338,14 @@ class Sets:
         return list(roots)
 
 
+_KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
+"""Keys of an average among the states of an optimizer that keeps it, as NeMo's does."""
+
+
 def _is_state(tensor: StoredTensor) -> bool:
     """Return whether a tensor is of an optimizer or the like."""
     if any(NO_MODEL.search(key) for key in tensor.keys[:-1]):
-        return True
+        return _KEPT_BY_OPTIMIZERS.isdisjoint(tensor.keys[:-1])
     first, dot, _ = tensor.keys[-1].partition(".")
     return bool(dot) and _STATES.search(first) is not None
 
@@ -305,6 +358,23 @@ def squeeze(name: str) -> str:
     """Return a name without dots and underscores: libraries that keep averages in buffers remove
     the dots, or replace them."""
     return name.replace(".", "").replace("_", "")
+
+
+def _change(pair: Pair) -> tuple[str, str, str] | None:
+    """Return where the sets of a pair lie, and the word of the average with that of the weights
+    which takes its place in their keys; None if more is different."""
+    outer, _, average = pair.average_key.rpartition(".")
+    weights_outer, _, weights = pair.weights_key.rpartition(".")
+    word = AVERAGE_WORD.search(average)
+    if word is None or outer != weights_outer:
+        return None
+    before = average[: word.start()]
+    after = average[word.end() :]
+    if weights == (before + after).strip("_-"):
+        return outer, word[0], ""
+    if weights.startswith(before) and weights.endswith(after):
+        return outer, word[0], weights[len(before) : len(weights) - len(after)]
+    return None
 
 
 def _is_counter(tensor: StoredTensor) -> bool:
@@ -345,25 +415,29 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
         for name, tensor in weights.items()
         if name.rpartition(".")[2] not in STATISTICS and tensor.chunks[0].entry.dtype in EPS
     }
-    in_order = [listed[position] for position in sorted(listed, key=int)]
-    is_complete = [one.shape for one in in_order] == [one.shape for one in known.values()]
+    in_order = {position: listed[position] for position in sorted(listed, key=int)}
+    is_complete = list(map(_shape, in_order.values())) == list(map(_shape, known.values()))
     if is_complete and _keeps_order(weights):
-        return dict(zip(known, in_order, strict=True))
-    by_shape = defaultdict[tuple[int, ...], list[str]](list)
-    for name, tensor in known.items():
-        by_shape[tensor.shape].append(name)
-    shapes = defaultdict[tuple[int, ...], list[StoredTensor]](list)
-    for tensor in in_order:
-        shapes[tensor.shape].append(tensor)
+        return dict(zip(known, in_order.values(), strict=True))
     matched = dict[str, StoredTensor]()
-    for shape, tensors in shapes.items():
-        names = by_shape[shape]
-        if len(tensors) > len(names):
-            reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
-            reason += f" {list(shape)}, and {len(names)} such weights"
-            raise FileFormatError(content.path, reason)
-        matched.update(_match_shape(content, tensors, {name: known[name] for name in names}))
+    with make_checkpoint(content, known, Point(1.0), 1):  # the files stay open
+        for shape in dict.fromkeys(map(_shape, in_order.values())):
+            tensors = _of_shape(in_order, shape)
+            candidates = _of_shape(known, shape)
+            if len(tensors) > len(candidates):
+                reason = f"holds an EMA without names, of which {len(tensors)} have the shape"
+                reason += f" {list(shape)}, and {len(candidates)} such weights"
+                raise FileFormatError(content.path, reason)
+            matched.update(_match_shape(content, tensors, candidates))
     return matched
+
+
+def _shape(tensor: StoredTensor) -> tuple[int, ...]:
+    return tensor.shape
+
+
+def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.shape == shape}
 
 
 def _keeps_order(weights: Tensors) -> bool:
@@ -373,43 +447,45 @@ def _keeps_order(weights: Tensors) -> bool:
     )
 
 
-def _match_shape(
-    content: Content, tensors: Sequence[StoredTensor], weights: Tensors
-) -> dict[str, StoredTensor]:
+def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> dict[str, StoredTensor]:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
     from scipy.optimize import linear_sum_assignment
 
     names = list(weights)
+    tensors = list(listed.values())
     if len(tensors) == len(names) == 1:
         return {names[0]: tensors[0]}
-    ours = _samples(content, {str(index): one for index, one in enumerate(tensors)})
+    ours = _samples(content, listed)
     theirs = _samples(content, weights)
-    norms = np.square(theirs).sum(axis=1) + 1e-30
-    squares = np.square(ours[:, None] - theirs).sum(axis=2)
-    distances = squares / np.maximum(norms, np.square(ours).sum(axis=1)[:, None])
+    norms = np.maximum(_squares(theirs) + 1e-30, _squares(ours)[:, None])
+    distances = _squares(ours[:, None] - theirs) / norms
     # Among equal tensors the order decides: those that have not moved yet.
     order = np.abs(np.arange(len(tensors))[:, None] - np.arange(len(names))) * 1e-12
     rows, columns = linear_sum_assignment(distances + order)
     chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
     for row, column in chosen.items():
         for other in range(len(names)):
-            if other != column and not np.array_equal(theirs[other], theirs[column]):
-                _check_clear(content, distances, chosen, row, other, names)
+            is_same = np.array_equal(theirs[other], theirs[column])
+            if not is_same and not _is_clear(distances, chosen, row, other):
+                reason = "holds an EMA without names, of which one fits two weights about equally"
+                pair = names_in([names[column], names[other]])
+                raise FileFormatError(content.path, f"{reason}: {pair}")
     return {names[column]: tensors[row] for row, column in chosen.items()}
 
 
-def _check_clear(
-    content: Content,
+def _squares(values: FloatArray) -> FloatArray:
+    """Return the sums of squares over the last axis."""
+    return np.asarray(np.square(values).sum(axis=-1))
+
+
+def _is_clear(
     distances: FloatArray,
     chosen: Mapping[int, int],
     row: int,
     other: int,
-    names: Sequence[str],
-) -> None:
-    """Raise FileFormatError if it is about as near to give a row another column.
-
-    The row that has this column takes that of the first in exchange.
-    """
+) -> bool:
+    """Return whether another column of a row is clearly farther; the row that has that column takes
+    the first one's in exchange."""
     column = chosen[row]
     before = distances[row, column]
     after = distances[row, other]
@@ -417,18 +493,16 @@ def _check_clear(
         if held == other:
             before += distances[partner, other]
             after += distances[partner, column]
-    if after <= (1 + _LIKELY) * before:
-        reason = "holds an EMA without names, of which one fits two weights about equally"
-        raise FileFormatError(content.path, f"{reason}: {names_in([names[column], names[other]])}")
+    return bool(after > (1 + _LIKELY) * before)
 
 
 def _samples(content: Content, tensors: Tensors) -> FloatArray:
     """Return the first elements of tensors of one shape: [tensors, elements]."""
     rows = []
-    for name, tensor in tensors.items():
-        source = make_checkpoint(content, {name: tensor}, Point(1.0), 1)
-        count = min(source.entries[name].size, _SAMPLED)
-        rows.append(source.values(name, 0, count))
+    with make_checkpoint(content, tensors, Point(1.0), 1) as source:
+        for name, tensor in tensors.items():
+            count = min(math.prod(tensor.shape), _SAMPLED)
+            rows.append(source.values(source.aliases.get(name, name), 0, count))
     return np.stack(rows)
 
 
@@ -440,16 +514,10 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
     if not weights:
         return averaged
     first_names = tied_names(weights)
-    groups = defaultdict[str, list[str]](list)
+    by_place = dict[str, StoredTensor]()
     for name in weights:
-        groups[first_names.get(name, name)].append(name)
-    full = dict[str, StoredTensor]()
-    for names in groups.values():
-        known = _first(averaged[name] for name in names if name in averaged)
-        for name in names:
-            full[name] = weights[name] if known is None else known
-    return {name: full[name] for name in weights}
-
-
-def _first(tensors: Iterable[StoredTensor]) -> StoredTensor | None:
-    return next(iter(tensors), None)
+        if name in averaged:
+            by_place.setdefault(first_names.get(name, name), averaged[name])
+    return {
+        name: by_place.get(first_names.get(name, name), tensor) for name, tensor in weights.items()
+    }

@@ -117,16 +117,16 @@ class Checkpoint(Source):
         if self.updates is None:
             return self
         profile = self.updates.profile(self.path, self.step, settings)
-        rule, decay, sigma_rel = profile.settings, 0.0, 0.0
-        if self.updates.is_known(settings):
-            power = (
-                rule["power"] if rule["warm_up"] == POWER_FUNCTION else math.log(2) / rule["power"]
-            )
-            if rule["decay"] == UNLIMITED and power > 1:
-                sigma_rel = sigma_rel_from_gamma(power - 1)
-            else:
-                decay = rule["decay"]
-        return replace(self, profile=profile, decay=decay, sigma_rel=sigma_rel)
+        found = replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
+        if not self.updates.is_known(settings):
+            return found
+        rule = profile.settings
+        power = rule["power"]
+        if rule["warm_up"] != POWER_FUNCTION:
+            power = math.log(2) / power
+        if rule["decay"] == UNLIMITED and power > 1:
+            return replace(found, sigma_rel=sigma_rel_from_gamma(power - 1))
+        return replace(found, decay=rule["decay"])
 
     @property
     def identity(self) -> str:
@@ -149,48 +149,34 @@ def tied_names(tensors: Tensors) -> dict[str, str]:
 
 
 def make_checkpoint(
-    content: Content, tensors: Tensors, profile: StoredProfile, step: int, **fields: Any
+    content: Content,
+    tensors: Tensors,
+    profile: StoredProfile,
+    step: int,
+    **fields: Any,
 ) -> Checkpoint:
     """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
-    specs = dict[str, Entry]()
+    path = content.path
     aliases = tied_names(tensors)
-    # of a file that has several chunks of a tensor
-    layers = dict[tuple[Path, int], dict[str, Chunk]]()
-    for name, tensor in tensors.items():
-        chunks = tensor.chunks
-        first = chunks[0].entry
+    for name in tensors:
         if name in ("", "__metadata__") or "\0" in name or not _is_text(name):
             reason = f"tensor {shown(name)}: a model's tensor cannot have this name"
-            raise FileFormatError(content.path, reason)
-        if any(chunk.entry.dtype != first.dtype for chunk in chunks):
-            reason = f"tensor {shown(name)}: its chunks are of several dtypes"
-            raise FileFormatError(content.path, reason)
-        if name in aliases:
-            continue
-        specs[name] = Entry(first.dtype, tensor.shape)
-        counts = Counter[Path]()
-        for chunk in chunks:
-            layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
-            counts[chunk.path] += 1
-    held = []
-    for (path, _), chunks_in in layers.items():
-        entries = {name: chunk.entry for name, chunk in chunks_in.items()}
-        boxes = {name: chunk.box for name, chunk in chunks_in.items()}
-        is_complete = all(box == Box.full(specs[name].shape) for name, box in boxes.items())
-        if len(layers) == 1 and is_complete:
-            boxes = {}
-        identity = content.files[path]
-        file = TensorFile(path, entries, identity.stamp, boxes=boxes, checksum=identity.sample)
-        held.append(file)
+            raise FileFormatError(path, reason)
+    stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
+    entries = dict[str, Entry]()
     roles = dict[str, TrackedTensor]()
-    for name, spec in specs.items():
-        is_copied = spec.dtype not in EPS or _is_statistic(name, specs)
-        roles[name] = TrackedTensor("copy" if is_copied else "average", spec.dtype)
-    path = content.path
+    for name, tensor in stored.items():
+        dtype, *others = {chunk.entry.dtype for chunk in tensor.chunks}
+        if others:
+            reason = f"tensor {shown(name)}: its chunks are of several dtypes"
+            raise FileFormatError(path, reason)
+        entries[name] = Entry(dtype, tensor.shape)
+        is_copied = dtype not in EPS or _is_statistic(name, tensors)
+        roles[name] = TrackedTensor("copy" if is_copied else "average", dtype)
     return Checkpoint(
         path,
-        tuple(held),
-        specs,
+        _files_of(content, stored),
+        entries,
         profile,
         step,
         roles,
@@ -199,6 +185,34 @@ def make_checkpoint(
         opened=content.files,
         **fields,
     )
+
+
+def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
+    """Return the files of tensors; one that has several chunks of a tensor counts as several."""
+    layers = dict[tuple[Path, int], dict[str, Chunk]]()
+    are_whole = True
+    for name, tensor in tensors.items():
+        counts = Counter[Path]()
+        for chunk in tensor.chunks:
+            layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
+            counts[chunk.path] += 1
+            are_whole = are_whole and chunk.box == Box.full(tensor.shape)
+    held = []
+    for (path, _), chunks in layers.items():
+        boxes = dict[str, Box]()
+        if len(layers) > 1 or not are_whole:
+            boxes = {name: chunk.box for name, chunk in chunks.items()}
+        identity = content.files[path]
+        file = TensorFile(
+            path,
+            {name: chunk.entry for name, chunk in chunks.items()},
+            identity.stamp,
+            boxes=boxes,
+            checksum=identity.sample,
+            handle=identity.handle,
+        )
+        held.append(file)
+    return tuple(held)
 
 
 def _is_text(name: str) -> bool:

@@ -95,7 +95,13 @@ class Updates:
             first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
         return _Place(first, self.count)
 
-    def _place_after(self, after: int, step: int, every: int, late: int) -> _Place:
+    def _place_after(
+        self,
+        after: int,
+        step: int,
+        every: int,
+        late: int,
+    ) -> _Place:
         """Return where updates lie that begin after a step that settings name."""
         rule = {"late": late} if after else {}
         if self.calls == "after copy" and after:

@@ -13,12 +13,12 @@ import struct
 import zipfile
 from bisect import bisect_right
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from posthoc_cli.checkpoints.pickles import FileRange, member_begin
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.tensorfile import OpenedFile
 
-_LOCAL = struct.Struct("<4s22xHH")  # signature, lengths of name and extra field
 _LOCAL_CRC = 14
 _DESCRIPTOR_CRC = 4
 _ENTRY_CRC = 16
@@ -35,11 +35,6 @@ class Member(NamedTuple):
     checksums: tuple[int, int]
 
 
-def is_archive(file: OpenedFile) -> bool:
-    """Return whether a file begins with an archive."""
-    return file.read_at(4, 0) == b"PK\3\4"
-
-
 def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     """Return the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
@@ -47,7 +42,7 @@ def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     end = file.size
     try:
         while left:
-            archive = zipfile.ZipFile(io.BufferedReader(_Beginning(file, end)))
+            archive = zipfile.ZipFile(io.BufferedReader(FileRange(file, 0, end)))
             entries = _entries(archive)
             headers = sorted(entries)
             end = headers[0]
@@ -81,41 +76,11 @@ def _member(
     entry: int,
     place: int,
 ) -> Member:
-    header = info.header_offset
-    _, *lengths = _LOCAL.unpack(file.read_at(_LOCAL.size, header))
-    begin = header + _LOCAL.size + sum(lengths)
+    begin = member_begin(file, info)
     end = begin + info.file_size
-    checksum = header + _LOCAL_CRC
+    checksum = info.header_offset + _LOCAL_CRC
     if info.flag_bits & _HAS_DESCRIPTOR:
         checksum = end + _DESCRIPTOR_CRC
     if not begin <= place < end:
         raise ValueError("a tensor is outside the members")
     return Member(begin, end, (checksum, entry + _ENTRY_CRC))
-
-
-class _Beginning(io.RawIOBase):
-    """A file up to some place, as a standard stream."""
-
-    def __init__(self, file: OpenedFile, end: int) -> None:
-        self._file = file
-        self._end = end
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    seekable = readable
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._at
-        elif whence == io.SEEK_END:
-            offset += self._end
-        self._at = max(0, offset)
-        return self._at
-
-    def readinto(self, view: Any) -> int:
-        count = max(0, self._end - self._at)
-        count = self._file.read_into(memoryview(view)[:count], self._at)
-        self._at += count
-        return count

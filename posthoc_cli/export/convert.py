@@ -13,7 +13,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.content import DCP_METADATA, sets_in
-from posthoc_cli.checkpoints.layouts import stored_in
+from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
 from posthoc_cli.errors import (
     FileFormatError,
@@ -259,8 +259,13 @@ def _read_source(
     """Return the tensors of the model or of the training's checkpoint to export; see
     `_read_model`."""
     if average is not None or _is_checkpoint(source):
-        checkpoint = stack.enter_context(stored_in(source, weights, average))
-        return _of_source(checkpoint), None
+        stored = Stored(source, average)
+        checkpoint = stored.weights if weights else stored.average
+        if checkpoint is None:
+            reason = f"holds no average that its keys name ({stored.groups})"
+            hint = "name its key by `average`, or say `weights` for the raw ones"
+            raise FileFormatError(source, reason, hint)
+        return _of_source(stack.enter_context(checkpoint)), None
     if weights:
         reason = f"is for a training's checkpoint, and {source.name} is none"
         raise InvalidValueError("weights", reason)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +18,17 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.pickles import is_archive
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
-from posthoc_cli.export.archives import Member, is_archive, members_at
+from posthoc_cli.export.archives import Member, members_at
 from posthoc_cli.export.outputs import FileOutput
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
     OpenedFile,
+    TensorFile,
     boxes_of_range,
     items,
     row_major,
@@ -37,13 +38,26 @@ _BLOCK = 4 << 20  # bytes copied at a time: enough that calls cost nothing next 
 
 
 class Chunk(NamedTuple):
-    """A box of a tensor, and its place in a file."""
+    """A box of a tensor in a file, by its name there."""
 
+    file: TensorFile
     name: str
-    path: Path
-    stamp: tuple[int, int | str]  # that of the file when its index was read
-    entry: Entry
-    box: Box
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+    @property
+    def entry(self) -> Entry:
+        return self.file.entries[self.name]
+
+    @property
+    def place(self) -> tuple[Path, Entry]:
+        return self.path, self.entry
+
+    @property
+    def box(self) -> Box:
+        return self.file.boxes.get(self.name) or Box.full(self.entry.shape)
 
     @property
     def begin(self) -> int:
@@ -79,11 +93,8 @@ def chunks_of(source: Source) -> dict[str, list[Chunk]]:
     """Return the chunks of the tensors of a checkpoint, by their stored names."""
     chunks = dict[str, list[Chunk]]()
     for file in source.files:
-        for name, entry in file.entries.items():
-            box = file.box(name)
-            assert box is not None, "each entry has one"
-            chunk = Chunk(name, file.path, file.stamp, entry, box)
-            chunks.setdefault(name, []).append(chunk)
+        for name in file.entries:
+            chunks.setdefault(name, []).append(Chunk(file, name))
     return chunks
 
 
@@ -114,19 +125,13 @@ def _check_apart(chunks: Sequence[Chunk]) -> None:
 
 
 class CopiedFile:
-    """A copy of a file, which is absent or complete, see `files.PendingFile`.
+    """A copy of a file in a pending one.
 
     The bytes of the chunks are not copied; each must be written once. Raises FileFormatError if
     the file was changed since its index was read, and MismatchError if chunks overlap.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        chunks: Sequence[Chunk],
-        out: Path,
-        overwrite: bool,
-    ) -> None:
+    def __init__(self, path: Path, chunks: Sequence[Chunk], out: files.PendingFile) -> None:
         self._path = path
         self._chunks = [chunk for chunk in chunks if chunk.entry.size]
         self._chunks.sort(key=lambda chunk: chunk.begin)
@@ -134,14 +139,7 @@ class CopiedFile:
         self._collected = dict[Chunk, _Collected]()
         self._lock = threading.Lock()
         _check_apart(self._chunks)
-        self._file = files.PendingFile(out, overwrite)
-
-    def __enter__(self) -> CopiedFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Remove what was written; do nothing after `publish`."""
-        self._file.discard()
+        self._file = out
 
     def copy(self) -> None:
         """Copy the file but for the bytes of the chunks; those stored in another order, too."""
@@ -155,7 +153,7 @@ class CopiedFile:
 
     def _check(self, source: OpenedFile, problem: str) -> None:
         for chunk in self._chunks:
-            if chunk.stamp != source.stamp:
+            if chunk.file.stamp != source.stamp:
                 raise FileFormatError(self._path, f"was {problem}", "run again")
 
     def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
@@ -166,23 +164,13 @@ class CopiedFile:
                 begin = chunk.end
         yield begin, size
 
-    def _copy_range(
-        self,
-        source: OpenedFile,
-        begin: int,
-        end: int,
-    ) -> None:
+    def _copy_range(self, source: OpenedFile, begin: int, end: int) -> None:
         for at in range(begin, end, _BLOCK):
             count = min(_BLOCK, end - at)
             data = source.read_at(count, at)
             self._file.write_at(data, at)
 
-    def write(
-        self,
-        chunk: Chunk,
-        data: memoryview,
-        begin: int,
-    ) -> None:
+    def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:
         """Write bytes of a chunk in row-major order, from byte `begin` on."""
         with self._lock:  # the bytes between those of a strided chunk are read and written back
             if not chunk.entry.strides:
@@ -240,36 +228,24 @@ class Copy(FileOutput):
     """Copies of all files that hold tensors to replace.
 
     Arguments:
-        stack: its end removes what was not published.
         places: the tensors to replace, by their names in the tiles.
-        paths: the output of each file.
+        pending: the output of each file.
     """
 
     def __init__(
-        self,
-        stack: ExitStack,
-        places: Mapping[str, Placed],
-        paths: Mapping[Path, Path],
-        overwrite: bool,
+        self, places: Mapping[str, Placed], pending: Mapping[Path, files.PendingFile]
     ) -> None:
         self._places = places
         self._files = dict[Path, CopiedFile]()
-        chunks: dict[Path, list[Chunk]] = {path: [] for path in paths}
+        chunks: dict[Path, list[Chunk]] = {path: [] for path in pending}
         for placed in places.values():
             for chunk in placed.chunks:
                 chunks[chunk.path].append(chunk)
-        for path, out in paths.items():
-            files.make_directory(out.parent)
-            file = CopiedFile(path, chunks[path], out, overwrite)
-            self._files[path] = stack.enter_context(file)
-            file.copy()
+        for path, out in pending.items():
+            self._files[path] = CopiedFile(path, chunks[path], out)
+            self._files[path].copy()
 
-    def put(
-        self,
-        name: str,
-        data: memoryview,
-        begin: int,
-    ) -> None:
+    def put(self, name: str, data: memoryview, begin: int) -> None:
         if name not in self._places:
             return
         entry, chunks = self._places[name]

@@ -10,12 +10,13 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.layouts import stored_in
+from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
 from posthoc_cli.export.copying import Chunk, Placed, chunks_of
@@ -68,13 +69,14 @@ class Like:
         if not path.exists():
             raise InvalidValueError("like", "no such file or folder", value=path)
         place = _component(path, set(tensors))
-        source = _set_in(place, weights, average)
-        chunks = chunks_of(source)
-        own = {} if weights else _without_weights(chunks, place)
-        if own:
+        stored = Stored(place, average)
+        source = None if weights else stored.average
+        own = {} if source is None else _own_chunks(source, stored)
+        if source is not None and own:
             found = cls(path, place, source, own, "average")
         else:
-            found = cls(path, place, source, chunks, "weights")
+            source = source or stored.weights
+            found = cls(path, place, source, chunks_of(source), "weights")
         found._check_files()
         return found
 
@@ -329,32 +331,16 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
-def _set_in(
-    place: Path,
-    weights: bool,
-    average: str | None,
-) -> Source:
-    """Return a set of tensors of a checkpoint; by default its average, or its weights if it has no
-    average."""
-    try:
-        return stored_in(place, weights, average)
-    except FileFormatError as error:
-        if weights or average is not None or not error.reason.startswith("holds no average"):
-            raise
-    return stored_in(place, weights=True)
-
-
-def _without_weights(chunks: Mapping[str, list[Chunk]], place: Path) -> dict[str, list[Chunk]]:
+def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
-    try:
-        weights = chunks_of(stored_in(place, weights=True))
-    except FileFormatError:  # which of its tensors are the weights is unclear
-        return dict(chunks)
-    places = {found[0][1:] for found in weights.values()}
+    places = set[tuple[Path, Entry]]()
+    with suppress(FileFormatError):  # which of its tensors are the weights is unclear
+        for chunks in chunks_of(stored.weights).values():
+            places.add(chunks[0].place)
     own = dict[str, list[Chunk]]()
-    for name, found in chunks.items():
-        if found[0][1:] not in places:
-            own[name] = found
+    for name, chunks in chunks_of(average).items():
+        if chunks[0].place not in places:
+            own[name] = chunks
     return own
 
 

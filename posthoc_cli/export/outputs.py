@@ -4,9 +4,7 @@ torch.distributed.checkpoint."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Container
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.tensorfile import TensorFileWriter, tensor_bytes
 from posthoc_cli.synthesis.engine import InMemory, Tile
 
 
@@ -38,12 +36,7 @@ class FileOutput:
     def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
         self.put(name, tensor_bytes(tensor), 0)
 
-    def put(
-        self,
-        name: str,
-        data: memoryview,
-        begin: int,
-    ) -> None:
+    def put(self, name: str, data: memoryview, begin: int) -> None:
         """Write bytes of a tensor, from byte `begin` on, if the output has one of this name."""
         raise NotImplementedError
 
@@ -51,33 +44,19 @@ class FileOutput:
 class SafetensorsOutput(FileOutput):
     """A safetensors file with checksums."""
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        path: Path,
-        entries: Mapping[str, Entry],
-        header: Mapping[str, Any],
-        overwrite: bool,
-    ) -> None:
-        self._entries = entries
-        files.make_directory(path.parent)
-        writer = TensorFileWriter(path, entries, header, {}, overwrite)
-        self._file = stack.enter_context(writer)
+    def __init__(self, writer: TensorFileWriter, names: Container[str]) -> None:
+        self._writer = writer
+        self._names = names
 
-    def put(
-        self,
-        name: str,
-        data: memoryview,
-        begin: int,
-    ) -> None:
-        if name in self._entries:
-            self._file.write(name, data, begin)
+    def put(self, name: str, data: memoryview, begin: int) -> None:
+        if name in self._names:
+            self._writer.write(name, data, begin)
 
     def complete(self) -> None:
         pass
 
     def publish(self) -> None:
-        self._file.commit()
+        self._writer.commit()
 
 
 class CollectedOutput(InMemory):
@@ -109,14 +88,9 @@ class CollectedOutput(InMemory):
 class PickledOutput(CollectedOutput):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        path: Path,
-        overwrite: bool,
-    ) -> None:
+    def __init__(self, file: files.PendingFile) -> None:
         super().__init__()
-        self._file = stack.enter_context(files.PendingFile(path, overwrite))
+        self._file = file
         self._end = 0
 
     def complete(self) -> None:

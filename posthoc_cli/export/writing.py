@@ -49,7 +49,7 @@ from posthoc_cli.export.like import Like
 from posthoc_cli.export.outputs import DistributedOutput, PickledOutput, SafetensorsOutput
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, read_file
+from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFileWriter, read_file
 from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 
@@ -166,17 +166,22 @@ class _PendingOutput:
         place = self.place / name
         copied = self._arrangement.copied
         if copied is not None:
-            paths = {file: place / name for file, name in copied.files.items()}
-            self._file = Copy(self._stack, copied.places, paths, self._overwrite)
+            pending = {file: self._pending(place / name) for file, name in copied.files.items()}
+            self._file = Copy(copied.places, pending)
         elif layout == "pt":
-            self._file = PickledOutput(self._stack, place, self._overwrite)
+            self._file = PickledOutput(self._pending(place))
         elif layout == "dcp":
             self._file = DistributedOutput(self._folder)
         else:
             entries = self._arrangement.parts[name]
-            arguments = self._stack, place, entries, self._header, self._overwrite
-            self._file = SafetensorsOutput(*arguments)
+            files.make_directory(place.parent)
+            writer = TensorFileWriter(place, entries, self._header, {}, self._overwrite)
+            self._file = SafetensorsOutput(self._stack.enter_context(writer), entries)
         return self._file
+
+    def _pending(self, path: Path) -> files.PendingFile:
+        files.make_directory(path.parent)
+        return self._stack.enter_context(files.PendingFile(path, self._overwrite))
 
     def finish(self) -> None:
         """Finish the file; in the folder it gets its name."""

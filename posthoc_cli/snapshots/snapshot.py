@@ -11,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
@@ -177,12 +177,15 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
 
 # --- the snapshot
 
+OUTSIDE_HEADER = ("path", "files", "entries")
+"""Fields of a `Snapshot` that say where it is; snapshots with the same header are equal."""
+
 
 @dataclass(frozen=True, repr=False)
 class Snapshot(Source):
     """A snapshot: the content of its header, and the files that hold its tensors.
 
-    The header's "ema" is a JSON object of the fields up to `session`, see `tensorfile`; those equal
+    The header's "ema" is a JSON object of all other fields than `OUTSIDE_HEADER`; those equal
     to their defaults are left out, and unknown ones are ignored. Dataclasses are objects, tuples
     lists. Numbers are finite, round-trip to the same float64 and, but for `gamma`, are not
     negative.
@@ -284,16 +287,17 @@ class Snapshot(Source):
 
     def encoded(self) -> dict[str, Any]:
         """Return the JSON object of its header, without the checksums of blocks."""
-        values = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.compare and (f.default is f.default_factory is MISSING or getattr(self, f.name))
-        }
+        values: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name not in OUTSIDE_HEADER and (value or _has_no_default(each)):
+                values[each.name] = value
         values["tensors"] = defaultdict(list)
         for name, tensor in self.tensors.items():
             values["tensors"][f"{tensor.role} {tensor.dtype}"].append(name)
-        if (own := self.measurements) is not None:
-            values["measurements"] = {"norm": own.norm, "rounding": own.rounding}
+        if self.measurements is not None:
+            norm = self.measurements.norm
+            values["measurements"] = {"norm": norm, "rounding": self.measurements.rounding}
         return {"kind": "snapshot", "format": FORMAT, **values}
 
     @property
@@ -318,8 +322,7 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
     snapshot = decode(file, "snapshot", Snapshot)
     if problem := _wrong_tables(snapshot, file.entries):
         raise FileFormatError(file.path, f"ema: {problem}")
-    vars(snapshot).update(path=file.path, files=(file,), entries=file.entries)
-    return snapshot
+    return replace(snapshot, path=file.path, files=(file,), entries=file.entries)
 
 
 def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
@@ -428,36 +431,56 @@ def converted(value: Any, kind: Any) -> Any:
         accepts, words = _PLAIN[kind]
         _check(accepts(value), words, value)
         return float(value) if kind is float else value
-    origin, args = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    args = get_args(kind)
     if origin is Annotated:
-        kind, rule = args
-        if not isinstance(rule, Rule):
-            return rule(value)
-        result = value if rule is ANY_SIGN else converted(value, kind)
-        _check(bool(rule.accepts(result)), rule.words, value)
-        return result
+        return _converted_by_rule(value, *args)
     if type(None) in args:
         return None if value is None else converted(value, args[0])
     if origin is tuple:
-        is_endless = args[-1] is ...
-        fits = isinstance(value, list | tuple) and (is_endless or len(value) == len(args))
-        _check(fits, "a list" if is_endless else f"a list of {len(args)}", value)
-        return tuple(map(converted, value, args[:1] * len(value) if is_endless else args))
+        return _converted_list(value, args)
     _check(isinstance(value, dict), "a JSON object", value)
-    form, result = kind if is_dataclass(kind) else None, dict[str, Any]()
-    for each in fields(kind) if form else ():
-        if (
-            each.name not in value
-            and each.default_factory is MISSING
-            and (each.default is MISSING or each.default)
-        ):
+    if is_dataclass(kind):
+        return _converted_object(value, kind)
+    return {name: _member(name, each, args[-1]) for name, each in value.items()}
+
+
+def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any]) -> Any:
+    if not isinstance(rule, Rule):
+        return rule(value)
+    result = value if rule is ANY_SIGN else converted(value, kind)
+    _check(bool(rule.accepts(result)), rule.words, value)
+    return result
+
+
+def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    is_list = isinstance(value, list | tuple)
+    if kinds[-1] is ...:
+        _check(is_list, "a list", value)
+        kinds = kinds[:1] * len(value)
+    else:
+        _check(is_list and len(value) == len(kinds), f"a list of {len(kinds)}", value)
+    return tuple(map(converted, value, kinds))
+
+
+def _converted_object(value: Mapping[str, Any], form: Any) -> Any:
+    for each in fields(form):
+        is_optional = each.default_factory is not MISSING or not each.default
+        if each.name not in value and not is_optional:
             raise ValueError(f"{each.name}: is missing")
-    for name, member in (kinds_of(kind) if form else dict.fromkeys(value, args[-1])).items():
-        try:
-            result |= {name: converted(value[name], member)} if name in value else {}
-        except ValueError as error:
-            raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
-    return kind(**result) if form else result
+    members = {name: kind for name, kind in kinds_of(form).items() if name in value}
+    return form(**{name: _member(name, value[name], kind) for name, kind in members.items()})
+
+
+def _member(name: str, value: Any, kind: Any) -> Any:
+    try:
+        return converted(value, kind)
+    except ValueError as error:
+        raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
+
+
+def _has_no_default(each: Field[Any]) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:

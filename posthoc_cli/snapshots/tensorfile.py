@@ -365,6 +365,17 @@ def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterat
 
 
 @dataclass(eq=False)
+class Handle:
+    """A file that is opened once for all who read it at a time, in any thread."""
+
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    file: OpenedFile | None = None
+    users: int = 0
+    # the last tensor that is stored in another order, and its bytes in row-major order
+    reordered: tuple[Entry, npt.NDArray[np.uint8]] | None = None
+
+
+@dataclass(eq=False)
 class TensorFile:
     """A file of tensors, each at a known place. As a context manager it stays open; else it is
     opened for each read."""
@@ -382,12 +393,8 @@ class TensorFile:
     content: Mapping[str, Any] = field(default_factory=dict)
     # identifies the content: the header's checksum, or for a checkpoint `sampled_identity`
     checksum: str = ""
-    _lock: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
-    _file: OpenedFile | None = field(default=None, init=False, repr=False)
-    _users: int = field(default=0, init=False, repr=False)
-    _reordered: tuple[str, npt.NDArray[np.uint8]] | None = field(
-        default=None, init=False, repr=False
-    )
+    # the sets of tensors of a checkpoint share it
+    handle: Handle = field(default_factory=Handle, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -406,33 +413,38 @@ class TensorFile:
         return Box.full(self.entries[name].shape) if name in self.entries else None
 
     def __enter__(self) -> TensorFile:
-        with self._lock:
-            if self._file is None:
-                with ExitStack() as stack:
-                    file = stack.enter_context(OpenedFile(self.path))
-                    # The header identifies a file whose blocks are verified, also if it was copied
-                    # over itself.
-                    is_same = (
-                        self.sums
-                        and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
-                    )
-                    if not is_same and file.stamp != self.stamp:
-                        raise FileFormatError(
-                            self.path, "was replaced while it was being used", "run again"
-                        )
-                    stack.pop_all()
-                self._file = file
-            self._users += 1
+        handle = self.handle
+        with handle.lock:
+            if handle.file is None:
+                handle.file = self._opened()
+            handle.users += 1
         return self
+
+    def _opened(self) -> OpenedFile:
+        """Open the file; raise FileFormatError if it is not the one whose header was read."""
+        with ExitStack() as stack:
+            file = stack.enter_context(OpenedFile(self.path))
+            # The header identifies a file whose blocks are verified, also if it was copied over
+            # itself.
+            is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+            if not is_same and file.stamp != self.stamp:
+                raise FileFormatError(
+                    self.path, "was replaced while it was being used", "run again"
+                )
+            stack.pop_all()
+        return file
 
     def __exit__(self, kind: object, *_: object) -> None:
         """Close the file; raise FileFormatError if it has no checksums and was changed
         meanwhile."""
-        with self._lock:
-            self._users -= 1
-            if self._users or self._file is None:
+        handle = self.handle
+        with handle.lock:
+            handle.users -= 1
+            file = handle.file
+            if handle.users or file is None:
                 return
-            file, self._file, self._reordered = self._file, None, None
+            handle.file = None
+            handle.reordered = None
         with file:
             if kind is None and not self.sums and file.stamp != self.stamp:
                 raise FileFormatError(self.path, "was changed while it was being read", "run again")
@@ -502,26 +514,28 @@ class TensorFile:
                 )
 
     def _fill(self, offset: int, view: memoryview) -> None:
-        assert self._file is not None, "each caller has opened it"
-        if self._file.read_into(view, offset) < len(view):
+        file = self.handle.file
+        assert file is not None, "each caller has opened it"
+        if file.read_into(view, offset) < len(view):
             raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
         """Return the bytes, in row-major order, of a tensor stored in another order; the last such
         tensor is kept."""
-        with self._lock:
-            if self._reordered is None or self._reordered[0] != name:
-                entry, dtype = self.entries[name], items(self.entries[name].dtype)
-                reach = 1 + sum(
-                    (size - 1) * step for size, step in zip(entry.shape, entry.strides, strict=True)
-                )
+        entry = self.entries[name]
+        handle = self.handle
+        with handle.lock:
+            if handle.reordered is None or handle.reordered[0] != entry:
+                dtype = items(entry.dtype)
+                reach = 1
+                for size, step in zip(entry.shape, entry.strides, strict=True):
+                    reach += (size - 1) * step
                 stored = np.empty(reach, dtype)
                 self._fill(entry.begin, stored.view(np.uint8).data)
-                strided = as_strided(
-                    stored, entry.shape, [dtype.itemsize * step for step in entry.strides]
-                )
-                self._reordered = name, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
-            return self._reordered[1]
+                steps = [dtype.itemsize * step for step in entry.strides]
+                strided = as_strided(stored, entry.shape, steps)
+                handle.reordered = entry, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
+            return handle.reordered[1]
 
     def verify(self, progress: Callable[[int], object]) -> None:
         """Read every byte, on several threads; raise the FileFormatError of the first damaged

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from checking import assert_same_tensors
 from checkpoint_layouts import STEPS, Weights, filled
 from ema_command import Ema
 from factories import contents
+from trained import TIMES, train
+from trained import ema as averaged
+from trained import write as write_trained
 
-from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli import Run, errors, files, import_checkpoints
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.layouts import FIXED, LIBRARIES, TAKES
 
@@ -333,3 +337,25 @@ def test_a_manifest_is_a_regular_file_of_limited_size(manifest: Path) -> None:
         make()
         with pytest.raises(errors.FileFormatError, match="is not a regular file"):
             _ = Run(manifest.parent).sources
+
+
+def test_a_file_is_opened_once_for_its_index_and_once_for_its_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an import that checks a decay, and by one that finds it; an opened run needs the index."""
+    folder = write_trained(tmp_path / "x", train(), averaged(0.99))
+    opens = Counter[Path]()
+
+    def opened(path: Path) -> int:
+        opens[path] += 1
+        return system_open(path)
+
+    system_open = files.system.open
+    monkeypatch.setattr(files.system, "open", opened)
+    for settings in ({"ema_decay": 0.99}, {}):
+        opens.clear()
+        import_checkpoints(folder, tmp_path / "run", overwrite=True, **settings)
+        assert {opens[path] for path in folder.iterdir()} == {2}
+    opens.clear()
+    assert len(Run(tmp_path / "run").sources) == 2 * len(TIMES)
+    assert {opens[path] for path in folder.iterdir()} == {1}

@@ -3,9 +3,7 @@ was updated; written by the programs' libraries, or in their published structure
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +30,7 @@ from walks import (
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
@@ -256,6 +254,49 @@ PROGRAMS = {
         0.95,
         "diffusion_model.",
     ),
+    "AveragedModel in a module of Lightning": Program(
+        "step={step}.ckpt",
+        lightning_like(
+            lambda save: named("net.", save.weights),
+            lambda save: named("slow.module.", save.average),
+            lambda save: {"slow.n_averaged": torch.tensor(save.step)},
+        ),
+    ),
+    "fairseq": Program(
+        "checkpoint_{epoch}_{step}.pt",
+        lambda save: {
+            "model": save.weights,
+            "optimizer_history": [{"num_updates": 3}, {"num_updates": save.step}],
+            "extra_state": {"train_iterator": {"epoch": save.epoch}, "ema": save.average},
+            "last_optimizer_state": OPTIMIZER,
+        },
+    ),
+    "NeMo": Program(
+        "model--epoch={epoch}-step={step}.ckpt",
+        lambda save: {
+            "global_step": save.step,
+            "epoch": save.epoch,
+            "state_dict": save.weights,
+            "optimizer_states": [
+                {
+                    "opt": OPTIMIZER,
+                    "ema": tuple(save.average.values()),
+                    "current_step": save.step,
+                    "decay": 0.95,
+                    "every_n_steps": 1,
+                }
+            ],
+        },
+        says=0.95,
+    ),
+    "Unbiased Teacher": Program(
+        "model_{step:07}.pth",
+        lambda save: {
+            "model": named("modelTeacher.", save.average) | named("modelStudent.", save.weights),
+            "optimizer": OPTIMIZER,
+            "iteration": save.step,
+        },
+    ),
     "consistency models": Program(
         "run-{step}.pt",
         lambda save: {"online": {"unet": save.weights}, "target": {"unet": save.average}},
@@ -294,6 +335,34 @@ def test_an_average_of_another_length_is_exact(name: str, tmp_path: Path) -> Non
     assert made.predicted_error is not None
     assert error < 0.02
     assert error < 3 * made.predicted_error
+
+
+def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
+    """Its object has nothing but the average and counters."""
+    for save in saves():
+        torch.save({"model": save.weights}, tmp_path / f"model-{save.step}.pt")
+        state = named("ema_model.", save.average)
+        state |= {"initted": torch.tensor(True), "step": torch.tensor(save.step)}
+        torch.save(state, tmp_path / f"ema-{save.step}.pt")
+    with pytest.raises(
+        InvalidValueError, match=r"update_every: must be given: ema-\d+.pt"
+    ):
+        import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.95)
+    last = saves()[-1]
+    file = tmp_path / f"ema-{last.step}.pt"
+    assert_equal(exported(file), last.average)
+
+
+def test_states_of_edm_hold_the_weights(tmp_path: Path) -> None:
+    """Their names count thousands of images, rounded."""
+    for save in saves():
+        state = {"cur_nimg": 640 * save.step, "total_elapsed_time": 1.0}
+        content = {"net": save.weights, "optimizer_state": OPTIMIZER, "state": state}
+        torch.save(content, tmp_path / f"training-state-{640 * save.step // 1000:07}.pt")
+    run = Run(tmp_path)
+    assert [(one.t, one.t_unit) for one in run.sources] == [
+        (640 * save.step, "images") for save in saves()
+    ]
 
 
 def test_composer_links_its_newest_file(tmp_path: Path) -> None:
@@ -354,6 +423,76 @@ def test_of_several_averages_one_is_chosen(name: str, tmp_path: Path) -> None:
     assert_equal(exported(tmp_path / "step400.pt", average=key), last.average)
     assert_equal(exported(tmp_path / "step400.pt", average=other), last.weights)
     assert_equal(exported(tmp_path / "step400.pt", weights=True), last.weights)
+
+
+PARTS = {
+    "solo-learn": ("backbone", "projector", "momentum_backbone", "momentum_projector"),
+    "lightly": (
+        "backbone",
+        "projection_head",
+        "backbone_momentum",
+        "projection_head_momentum",
+    ),
+    "DINO": ("student_backbone", "student_head", "teacher_backbone", "teacher_head"),
+}
+"""Keys of the two parts of a model, and of their averages."""
+OTHERS = {"predictor.bias": torch.ones(3), "momentum_classifier.bias": torch.ones(3)}
+
+
+def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
+    parts = {}
+    for name, value in tensors.items():
+        key = body if name.startswith("body") else head
+        parts[f"{key}.{name}"] = value
+    return parts
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_an_average_in_two_parts_is_one(name: str, tmp_path: Path) -> None:
+    """Also beside a layer that has no average, and a trained one of an average's features."""
+    keys = PARTS[name][:2]
+    content = lightning_like(
+        lambda save: in_parts(save.weights, *keys),
+        lambda save: in_parts(save.average, *PARTS[name][2:]),
+        lambda _: OTHERS | {f"{keys[0].replace('backbone', 'classifier')}.bias": torch.ones(3)},
+    )
+    file = write(tmp_path / "run", Program("step={step}.ckpt", content))
+    last = saves()[-1]
+    average = in_parts(last.average, *keys)
+    weights = in_parts(last.weights, *keys)
+    check(file.parent, average, weights, None)
+    assert_equal(exported(file), average)
+    assert_equal(
+        exported(file, average=PARTS[name][3]), {"head.weight": last.average["head.weight"]}
+    )
+
+
+LIT_EMA = {"decay": torch.tensor(0.95), "num_updates": torch.tensor(3)}
+NOT_ONE: dict[str, tuple[list[str], Tensors]] = {
+    "of two rules": (["unet_ema", "vae_ema"], named("unet_ema.", LIT_EMA)),
+    "of two words": (["unet_ema", "teacher_vae"], {}),
+    "of two words, in turn": (["ema_unet", "vae_ema"], {"vae_ema.decay": torch.tensor(0.9)}),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE)
+def test_averages_of_two_rules_are_asked_for(name: str, tmp_path: Path) -> None:
+    keys, values = NOT_ONE[name]
+    last = saves()[-1]
+    state = named("unet.", last.weights) | named("vae.", last.weights) | values
+    for key in keys:
+        state |= named(f"{key}.", last.average)
+    torch.save({"state_dict": state}, tmp_path / "step400.ckpt")
+    with pytest.raises(FileFormatError, match=f"unclear: '.*({'|'.join(keys)})', '.*_"):
+        exported(tmp_path / "step400.ckpt")
+
+
+def test_averages_of_two_models_are_asked_for(tmp_path: Path) -> None:
+    last = saves()[-1]
+    content = {"G": last.weights, "D": saves()[0].weights, "G_ema": last.average}
+    torch.save(content | {"D_ema": saves()[0].average}, tmp_path / "step400.pt")
+    with pytest.raises(FileFormatError, match="unclear: 'G_ema', 'D_ema'"):
+        exported(tmp_path / "step400.pt")
 
 
 def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
@@ -538,31 +677,42 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path: Path) -> None:
     check_export(tmp_path / "checkpoint-400", averaged, weights_of(net))
 
 
-@pytest.mark.parametrize("has_online", [False, True])
-def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
+def by_ema_pytorch(
+    has_online: bool, save: Callable[[int, torch.nn.Module, torch.nn.Module], None]
+) -> tuple[Tensors, Tensors]:
+    """Train with the library's EMA, and call `save` with the step, model and EMA at each save;
+    return the last average and weights."""
     library = pytest.importorskip("ema_pytorch")
     net = new_net()
-    average = library.EMA(
-        net,
-        beta=0.95,
-        power=1.0,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=has_online,
-    )
+    settings = {"beta": 0.95, "power": 1.0, "update_every": 1, "update_after_step": 0}
+    average = library.EMA(net, include_online_model=has_online, **settings)
     for step in walk(net):
         average.update()
         if step % EVERY == 0:
-            state = named("diffusion.model.", net.state_dict())
-            state |= named("diffusion_ema.", average.state_dict())
-            state |= {"diffusion.text.weight": torch.ones(9, 9)}
-            content = {"state_dict": state, "global_step": step, "epoch": 0}
-            torch.save(content, tmp_path / f"epoch=0-step={step}.ckpt")
-    averaged = copied(average.ema_model.state_dict())
-    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
-    if has_online:
-        settings["weights"] = "diffusion.model"
-    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
+            save(step, net, average)
+    return copied(average.ema_model.state_dict()), weights_of(net)
+
+
+OF_EMA_PYTORCH: dict[str, Any] = {
+    "ema_decay": 0.95,
+    "ema_warmup": "power:1",
+    "update_every": 1,
+    "update_after_step": 0,
+}
+
+
+@pytest.mark.parametrize("has_online", [False, True])
+def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
+    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+        state = named("diffusion.model.", net.state_dict())
+        state |= named("diffusion_ema.", average.state_dict())
+        state["diffusion.text.weight"] = torch.ones(9, 9)
+        content = {"state_dict": state, "global_step": step, "epoch": 0}
+        torch.save(content, tmp_path / f"epoch=0-step={step}.ckpt")
+
+    averaged, weights = by_ema_pytorch(has_online, save)
+    settings = {"weights": "diffusion.model"} if has_online else {}
+    check(tmp_path, averaged, weights, **OF_EMA_PYTORCH, **settings)
     file = tmp_path / "epoch=0-step=400.ckpt"
     assert_equal(exported(file), averaged)
     assert_equal(exported(file, average="diffusion_ema.ema_model"), averaged)
@@ -570,32 +720,19 @@ def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) 
 
 @pytest.mark.parametrize("has_online", [False, True])
 def test_ema_pytorch_in_a_list_of_imagen(has_online: bool, tmp_path: Path) -> None:
-    library = pytest.importorskip("ema_pytorch")
-    net = new_net()
-    average = library.EMA(
-        net,
-        beta=0.95,
-        power=1.0,
-        update_every=1,
-        update_after_step=0,
-        include_online_model=has_online,
-    )
-    list_of_all = torch.nn.ModuleList([average])
-    for step in walk(net):
-        average.update()
-        if step % EVERY == 0:
-            content = {
-                "model": named("unets.0.", net.state_dict()),
-                "version": "1.26",
-                "steps": torch.tensor([step]),
-                "optim0": OPTIMIZER,
-                "ema": list_of_all.state_dict(),
-            }
-            torch.save(content, tmp_path / f"checkpoint.{step}.pt")
-    averaged = copied(average.ema_model.state_dict())
-    settings = {"ema_decay": 0.95, "ema_warmup": "power:1", "update_every": 1}
-    check(tmp_path, averaged, weights_of(net), update_after_step=0, **settings)
-    check_export(tmp_path / "checkpoint.400.pt", averaged, weights_of(net))
+    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+        content = {
+            "model": named("unets.0.", net.state_dict()),
+            "version": "1.26",
+            "steps": torch.tensor([step]),
+            "optim0": OPTIMIZER,
+            "ema": torch.nn.ModuleList([average]).state_dict(),
+        }
+        torch.save(content, tmp_path / f"checkpoint.{step}.pt")
+
+    averaged, weights = by_ema_pytorch(has_online, save)
+    check(tmp_path, averaged, weights, **OF_EMA_PYTORCH)
+    check_export(tmp_path / "checkpoint.400.pt", averaged, weights)
 
 
 @pytest.mark.parametrize("is_swapped", [False, True])
@@ -644,69 +781,3 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path
     averaged = weights_of(net) | shadow
     check(tmp_path, averaged, weights_of(net))
     check_export(tmp_path / "step400.pt", averaged, weights_of(net))
-
-
-def fit(module: Any) -> None:
-    lightning = pytest.importorskip("lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module)
-
-
-def test_an_averaged_model_in_a_module_of_lightning(tmp_path: Path) -> None:
-    lightning = pytest.importorskip("lightning")
-    swa_utils = torch.optim.swa_utils
-
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.net = new_net()
-            average = swa_utils.get_ema_multi_avg_fn(0.95)
-            self.slow = swa_utils.AveragedModel(self.net, multi_avg_fn=average)
-            self.steps = walk(self.net)
-
-        def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.zeros(STEPS, 1))
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.1)
-
-        def training_step(self, _: Any) -> None:
-            self.optimizers().step()
-            step = next(self.steps)
-            self.slow.update_parameters(self.net)
-            if step % EVERY == 0:
-                self.trainer.save_checkpoint(tmp_path / f"step={step}.ckpt")
-
-    module = Module()
-    fit(module)
-    averaged = weights_of(module.slow.module)
-    check(tmp_path, averaged, weights_of(module.net), None)
-    check_export(tmp_path / "step=400.ckpt", averaged, weights_of(module.net))
-
-
-def test_the_hook_of_mmengine(tmp_path: Path) -> None:
-    """Its checkpoints have the average in `state_dict`, and the weights in `ema_state_dict`."""
-    averages = pytest.importorskip("mmengine.model.averaged_model")
-    net = new_net()
-    average = averages.ExponentialMovingAverage(net, momentum=0.05)
-    for step in walk(net):
-        average.update_parameters(net)
-        if step % EVERY == 0:
-            weights = weights_of(net)
-            averaged = weights_of(average.module)
-            hook = {"steps": average.steps.clone()} | named("module.", weights)
-            content = {"meta": {"epoch": 1, "iter": step}, "state_dict": averaged}
-            torch.save(content | {"ema_state_dict": hook}, tmp_path / f"iter_{step}.pth")
-    check(tmp_path, averaged, weights, None)
-    check_export(tmp_path / "iter_400.pth", averaged, weights)

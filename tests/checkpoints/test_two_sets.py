@@ -43,7 +43,7 @@ LAYOUTS: dict[str, Callable[[Weights, Weights], dict[str, Any]]] = {
     },
     "Self-Forcing": lambda w, a: {
         "generator": w,
-        "critic": named(train(seed=7)[-1]),
+        "critic": named(train()[7]),
         "generator_ema": a,
     },
     "Cosmos-Predict2": lambda w, a: prefixed("net.", w) | prefixed("net_ema.", a),
