@@ -1,4 +1,4 @@
-"""Worker threads that run jobs in order, a pool for large updates, and accelerators' streams.
+"""Worker threads that run jobs in order, and a pool for large updates.
 
 A signal handler runs in the main thread, between any two steps of its code, and may call the very
 function that it has interrupted. So no lock is held while Python code runs: a handler that waited
@@ -14,8 +14,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
@@ -290,58 +290,3 @@ class ThreadPool:
 
 
 SINGLE_THREAD = ThreadPool(1)  # the calling thread alone
-
-
-# --- accelerators
-
-Streams = dict[torch.device, Any]
-# a CUDA event a device: it ends when the work queued before it has
-DeviceEvents = tuple[tuple[torch.device, Any], ...]
-
-
-class DeviceStreams:
-    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
-    last update's end."""
-
-    def __init__(self) -> None:
-        self.last_events: DeviceEvents = ()
-        self._own: Streams = {}
-
-    @staticmethod
-    def current(devices: Iterable[torch.device]) -> Streams:
-        return {
-            device: torch.cuda.current_stream(device)
-            for device in {*devices}
-            if device.type == "cuda"
-        }
-
-    @staticmethod
-    def record_events(streams: Streams) -> DeviceEvents:
-        return tuple((device, stream.record_event()) for device, stream in streams.items())
-
-    @contextmanager
-    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits for the block; set `last_events` at
-        its end."""
-        with ExitStack() as stack:
-            for stream in streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            try:
-                yield
-            finally:  # an update that has failed may have queued work
-                self.last_events = self.record_events(streams)
-
-    @contextmanager
-    def in_own_streams(self) -> Iterator[None]:
-        """Work in separate streams, after the last update, and wait for that work at the end of the
-        block."""
-        cuda: Any = torch.cuda
-        with ExitStack() as stack:
-            for device, event in self.last_events:
-                if device not in self._own:
-                    self._own[device] = cuda.Stream(device)
-                self._own[device].wait_event(event)
-                stack.enter_context(cuda.stream(self._own[device]))
-                # also after an error: the next update may change what is still being read
-                stack.callback(self._own[device].synchronize)
-            yield

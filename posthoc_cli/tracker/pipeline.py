@@ -40,14 +40,14 @@ from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
-    DeviceStreams,
     ThreadPool,
     Worker,
     end_threads,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
+from posthoc_cli.tracker.host_copy import DeviceStreams, ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
-from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
+from posthoc_cli.tracker.memory import Layout, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,

@@ -344,9 +344,7 @@ def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
         state = named("ema_model.", save.average)
         state |= {"initted": torch.tensor(True), "step": torch.tensor(save.step)}
         torch.save(state, tmp_path / f"ema-{save.step}.pt")
-    with pytest.raises(
-        InvalidValueError, match=r"update_every: must be given: ema-\d+.pt"
-    ):
+    with pytest.raises(InvalidValueError, match=r"update_every: must be given: ema-\d+.pt"):
         import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.95)
     last = saves()[-1]
     file = tmp_path / f"ema-{last.step}.pt"

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.memory import ModelCopier, ModelCopy, Reader
+from posthoc_cli.tracker import host_copy, memory
+from posthoc_cli.tracker.host_copy import ModelCopier, ModelCopy
+from posthoc_cli.tracker.memory import Reader
 
 
 class Event:
@@ -92,7 +93,7 @@ class SimulatedDevice:
         self.current = before
 
     def as_torch(self) -> Any:
-        """Return the replacement of torch in `memory`."""
+        """Return the replacement of torch in `memory` and `host_copy`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
             Stream=self.stream,
@@ -149,7 +150,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
             monkeypatch.setattr(memory, name, elements)
 
-    monkeypatch.setattr(memory, "torch", simulated.as_torch())
+    for module in (memory, host_copy):
+        monkeypatch.setattr(module, "torch", simulated.as_torch())
     return simulated
 
 
