@@ -65,8 +65,9 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
-_MODEL_AND_STATE = re.compile(r"model_optim_rng\.pt|training-state-\d+\.pt")
-"""Pattern of names of states that hold the model, too: those of Megatron and of EDM."""
+_OF_MEGATRON = "model_optim_rng.pt"  # the model with its optimizer
+EDM_STATE = re.compile(r"training-state-\d+\.pt")
+"""Names of states that hold the weights, which are checkpoints where nothing else is one."""
 _ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
@@ -229,7 +230,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    is_state = NO_MODEL.search(name) and not _MODEL_AND_STATE.match(name)
+    is_state = NO_MODEL.search(name) and name != _OF_MEGATRON
     return name.endswith(ENDINGS) and not is_state
 
 

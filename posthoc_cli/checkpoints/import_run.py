@@ -242,7 +242,8 @@ def _check_decay(
             reason = f"does not fit the files: {audit.text}"
             if given.warm_up_row.is_schedule:
                 raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
-            raise InvalidValueError("ema_decay", reason, value=audit.claimed)
+            hint = "`ema_decay` and `ema_warmup` together replace what files say"
+            raise InvalidValueError("ema_decay", reason, hint, value=audit.claimed)
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "
             log.warning("%shold if it is right: %s", reason, audit.text)

@@ -27,6 +27,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.clock import Reading, Times, checked_number, read_time, times_of
 from posthoc_cli.checkpoints.content import (
     DCP_METADATA,
+    EDM_STATE,
     NO_MODEL,
     SHARD,
     Content,
@@ -518,7 +519,8 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
         return matches
     folders = []
     loose = []
-    for entry in sorted(files.system.list(path)):
+    entries = sorted(files.system.list(path))
+    for entry in entries:
         if entry.name.startswith(".") or is_snapshot_name(entry):
             continue
         if entry.is_dir():
@@ -526,6 +528,8 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
                 folders.append(entry)
         elif may_be_weights(entry.name) and not SHARD.search(entry.name):
             loose.append(entry)
+    if not folders and not loose:
+        return [entry for entry in entries if EDM_STATE.fullmatch(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     if loose and not any(re.search(r"\d", folder.name) for folder in folders):

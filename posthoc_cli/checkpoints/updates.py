@@ -77,6 +77,10 @@ class Updates:
 
     def _rule(self, settings: ImportSettings, every: int) -> dict[str, Any]:
         said = settings.rule(every)
+        of_file = self.rule.get("warm_up")
+        is_replaced = settings.ema_warmup is not None and said.get("warm_up", "") != of_file
+        if "decay" in said and of_file and is_replaced:
+            return said
         if "decay" in said and self.rule.get("decay") == UNLIMITED:
             return said  # another kind of rule
         return self.rule | said

@@ -409,3 +409,19 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> Non
     folder = write(tmp_path / "x", train(**FALLING), by(exponential), form=form)
     with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* times too sh"):
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
+
+
+def claiming_a_warm_up(step: int, weights: Weights, average: Weights) -> object:
+    ema = {"decay": 0.99, "num_updates": step, "shadow_params": list(average.values())}
+    return {"model": weights, "ema": ema, "step": step}
+
+
+def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -> None:
+    """A count of updates claims the warm-up of torch-ema; the average has none."""
+    folder = write(tmp_path / "x", train(), by(lambda _: 0.99), form=claiming_a_warm_up)
+    command = ("import", folder, "--out", tmp_path / "run")
+    refused = ema(*command).error
+    assert "does not fit the files" in refused
+    assert "`ema_decay` and `ema_warmup` together replace what files say" in refused
+    assert "contradicts" in ema(*command, "--ema-warmup", "none").error
+    assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
