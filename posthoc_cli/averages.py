@@ -91,11 +91,9 @@ class ExponentialMovingAverage(torch.nn.Module):
                 f"for a decay of"
             )
             warn(f"{text} {momentum:g} pass {1 - momentum:.4g}")
-        self.interval, self.update_buffers, self.warmup = (
-            check_count("interval", interval),
-            update_buffers,
-            warmup,
-        )
+        self.interval = check_count("interval", interval)
+        self.update_buffers = update_buffers
+        self.warmup = warmup
         self.module = make_average(model).to(device)
         self.register_buffer("steps", torch.tensor(0, device=device))
 
@@ -335,7 +333,9 @@ class SwitchEMA:
         if switch_every is not None and check_count(self._period, switch_every) % interval:
             reason = f"must be a multiple of the tracker's update_every {interval}"
             raise InvalidValueError(self._period, reason, value=switch_every)
-        self._average, self._every, self._sigma_rel = average, switch_every, sigma_rel
+        self._average = average
+        self._every = switch_every
+        self._sigma_rel = sigma_rel
         self.step = 0
 
     def update(self, model: torch.nn.Module) -> bool:
@@ -489,7 +489,8 @@ class DifferentiableEMA(WideBuffers):
                 "window", "the number of values to keep, must be given in mode 'window' only"
             )
         self.decay = check_decay(decay, "0.99 averages over about 100 values")
-        self.mode, self._window = mode, None if window is None else check_count("window", window)
+        self.mode = mode
+        self._window = None if window is None else check_count("window", window)
         self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
@@ -610,7 +611,8 @@ class DifferentiableEMA(WideBuffers):
             share * torch.stack(gradients).to(value.dtype) + self.decay * old
             for gradients, old in zip(zip(*each, strict=True), earlier, strict=True)
         ]
-        self._leaves, result = found, self._next(average, value.detach())
+        self._leaves = found
+        result = self._next(average, value.detach())
         for leaf, jacobian in zip(found, self._jacobians, strict=True):
             # 0, with the derivative J with respect to the leaf.
             nothing = torch.tensordot(
@@ -756,7 +758,9 @@ class EMAStats(WideBuffers):
         return self.cov_xy * torch.outer(scale_x, scale_y)
 
     def reset(self) -> None:
-        x, y, like = self.num_features_x, self.num_features_y, self.cov_xx
+        x = self.num_features_x
+        y = self.num_features_y
+        like = self.cov_xx
         empty = torch.zeros(x), torch.zeros(y), torch.eye(x), torch.eye(y), torch.zeros(x, y)
         for name, value in zip(_STATISTICS, empty, strict=True):
             setattr(self, name, value.to(like.device, like.dtype))

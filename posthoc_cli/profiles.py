@@ -59,7 +59,8 @@ class StoredProfile(Profile, Protocol):
 #
 # gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887, the longest one.
 
-UNIFORM_SIGMA_REL, SHORTEST_SIGMA_REL = 12**-0.5, 1e-12
+UNIFORM_SIGMA_REL = 12**-0.5
+SHORTEST_SIGMA_REL = 1e-12
 """sigma_rel of the uniform average, which is above every other, and the least one: shorter than one
 step of any training. Far below it the formulas overflow."""
 
@@ -203,8 +204,11 @@ class Discrete:
         masses: Sequence[float] | FloatArray,
         t: float = 0.0,
     ) -> None:
-        self.times, mass = np.array(times, dtype=np.float64), np.array(masses, dtype=np.float64)
-        self.jumps, self.masses, self.t = self.times, mass / mass.sum(), float(t or self.times[-1])
+        self.times = np.array(times, dtype=np.float64)
+        mass = np.array(masses, dtype=np.float64)
+        self.jumps = self.times
+        self.masses = mass / mass.sum()
+        self.t = float(t or self.times[-1])
 
     @property
     def t_first(self) -> float:
@@ -255,7 +259,8 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     logs = (gamma + 1) * np.log1p(-1 / (np.arange(1.0, count) * every + 2))
     # The mass after each update, from that before the first one.
     after = np.concatenate(([1.0], -np.expm1(np.cumsum(logs[::-1])[::-1]), [0.0]))
-    masses, size = -np.diff(after), -(-count // MOST_TIMES)
+    masses = -np.diff(after)
+    size = -(-count // MOST_TIMES)
     groups = np.arange(0, count, size)
     joined = np.add.reduceat(masses, groups)
     # Each group lies at its mean time. Far before the end of a short average, masses are 0 in
@@ -279,11 +284,13 @@ POWER_FUNCTION = "power function"
 UNLIMITED = 0.5**1e-9  # the decay of a rule without an upper limit
 RAMP_UP = 0.05  # the usual `DecayRule.power` of the warm-up "ramp-up"
 
-_FINEST, _STEPS_FINEST = 128, 512
+_FINEST = 128
+_STEPS_FINEST = 512
 """Number of times of an ordinary EMA in each of its time constants, and in each doubling of the
 steps."""
 
-_FORGOTTEN, _COPY = 30.0, -1e3
+_FORGOTTEN = 30.0
+_COPY = -1e3
 """Age in time constants from which on values are left out (mass below 1e-13), and the number used
 as log(0)."""
 
@@ -476,7 +483,8 @@ class OrdinaryEMA(Discrete):
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
-        self._rule, self._logs = decay, (logs := decay.kept_logs(updates))
+        self._rule = decay
+        self._logs = logs = decay.kept_logs(updates)
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {
             "updates": updates,
@@ -498,7 +506,8 @@ class OrdinaryEMA(Discrete):
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        at, logs = np.asarray(s, dtype=np.float64), self._logs
+        at = np.asarray(s, dtype=np.float64)
+        logs = self._logs
         done = np.floor((at - self.settings["first"]) / self.settings["every"]) + 1
         done = np.clip(done, 0, logs.size - 1).astype(np.intp)
         return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
@@ -508,10 +517,8 @@ class OrdinaryEMA(Discrete):
         """The averages with a longer time constant and a later start, by their uncertainties;
         itself for 0."""
         rule = replace(self._rule, uncertainty=0.0, late=0)
-        step, counts = (
-            int(self.t),
-            {name: self.settings[name] for name in ("updates", "every", "first")},
-        )
+        step = int(self.t)
+        counts = {name: self.settings[name] for name in ("updates", "every", "first")}
         late = min(self._rule.late // counts["every"], counts["updates"] - 1)
         return (
             rule.longer(1 + self._rule.uncertainty).profile(step, **counts)
@@ -532,8 +539,10 @@ def mean_age(gamma: float, steps: int) -> float:
     100,000 terms are added, those before by Euler-Maclaurin, which leaves out at most 1 / (6 T**2)
     of the age.
     """
-    x, ages = gamma + 1, np.arange(1, min(steps, 100_001))
-    age, before = float(np.sum(np.exp(x * np.log1p(-ages / steps)))), steps - 1 - len(ages)
+    x = gamma + 1
+    ages = np.arange(1, min(steps, 100_001))
+    age = float(np.sum(np.exp(x * np.log1p(-ages / steps))))
+    before = steps - 1 - len(ages)
     if before > 0:
         age += math.exp(x * math.log1p((before - steps) / steps)) * (
             before / (x + 1) + 0.5 + x / (12 * before)
@@ -577,7 +586,8 @@ def convert(
     rows = []
     for sigma_rel, beta in pairs:
         gamma = gamma_from_sigma_rel(sigma_rel)
-        age, std = mean_age(gamma, steps), sigma_rel * steps
+        age = mean_age(gamma, steps)
+        std = sigma_rel * steps
         beta = age / (1 + age) if beta is None else beta
         rows.append(
             {"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta}
@@ -631,14 +641,16 @@ class Clock:
         at the middle of each. It is the same where steps are equally long.
 
         A clock that turns evenly is off by 1/8 of the change of steps per time, times the time
-        between two pairs; one of random batches by some 0.35 of it. The change is the root mean
-        square of the nearest four.
+        between two pairs; one of random batches by some 0.35 of it. The change is the largest of
+        the nearest four.
         """
         times, steps = self._nodes
-        apart, rates = np.diff(times), np.diff(steps) / np.diff(times)
-        changes = np.square(np.diff(rates))
-        around = [changes[max(0, k - 2) : k + 2] for k in range(rates.size)]
-        change = np.sqrt([near.mean() if near.size else 0.0 for near in around])
+        apart = np.diff(times)
+        rates = np.diff(steps) / np.diff(times)
+        changes = np.abs(np.diff(rates))
+        change = np.array(
+            [changes[max(0, k - 2) : k + 2].max(initial=0) for k in range(rates.size)]
+        )
         # steps at the middle are between those at both ends
         off = np.minimum(BENT * change * apart, 0.4 * np.maximum(np.diff(steps) - 1, 0.0))
         bends = np.flatnonzero(off > EQUAL_STEPS * steps[-1])
@@ -674,13 +686,15 @@ def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> Float
 
 # --- folding updates into tracked averages
 
-WINDOW, LONGEST_OWN = 104, 1 / 8
+WINDOW = 104
+LONGEST_OWN = 1 / 8
 """Limits of the updates in a mean, and of the time that a mean of one profile covers, relative to
 all of training so far. Longer means round the average less often, but lag further behind a steady
 drift (measured after 1,000,000 updates, with 256: noise 9.6e-7, drift 3.1e-6; with 104: 1.3e-6 and
 1.4e-6)."""
 
-LONGEST, UNEVEN = 1 / 1000, 1 / 60
+LONGEST = 1 / 1000
+UNEVEN = 1 / 60
 """Limits of the time that a mean that profiles share may cover with more than two values, relative
 to all of training so far, and of the relative difference between the profiles in their weights
 within it."""

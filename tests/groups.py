@@ -198,7 +198,8 @@ def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
 def averages(folder: Path, *steps: int) -> None:
     """Return averages of one process at these steps: a synthesized one, a tracked one, and the true
     one."""
-    net, before = Net(), 0
+    net = Net()
+    before = 0
     with PostHocEMA.from_model(net, folder / "single", **SETTINGS) as ema:
         for step in steps:
             train(net, before + 1, step, ema)
@@ -236,7 +237,8 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
     """Fail if a model's tensors differ from the complete tensors of a file."""
     tensors = _tensors(model)
     for name, value in torch.load(path).items():
-        found, wanted = own_part(tensors[name]).double(), local(tensors[name], value).double()
+        found = own_part(tensors[name]).double()
+        wanted = local(tensors[name], value).double()
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 

@@ -44,7 +44,8 @@ def write_state(
     `number` is the tracker's index among those of its training.
     """
     path = Path(folder) / _state_names(number)[is_sharded(model)]
-    state, temporary = ema.state_dict(), path.with_name(f".{path.name}.tmp")
+    state = ema.state_dict()
+    temporary = path.with_name(f".{path.name}.tmp")
     if not is_sharded(model):
         if state:  # the state is empty in a process that keeps no averages
             torch.save(state, temporary)

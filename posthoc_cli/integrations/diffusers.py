@@ -150,12 +150,10 @@ class PostHocEMAModel:
                 "path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path
             )
         loaded = cls.__new__(cls)
-        loaded._folder, loaded.ema, loaded._model, loaded.temp_stored_params = (
-            Path(path),
-            None,
-            None,
-            None,
-        )
+        loaded._folder = Path(path)
+        loaded.ema = None
+        loaded._model = None
+        loaded.temp_stored_params = None
         return loaded
 
     def state_dict(self) -> dict[str, Any]:

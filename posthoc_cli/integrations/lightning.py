@@ -121,7 +121,8 @@ class PostHocWeightAveraging(Callback):
                 "%s was made without this callback: the averages begin with this training",
                 trainer.ckpt_path,
             )
-        self._state, self._resumed = None, False
+        self._state = None
+        self._resumed = False
         self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's time continues
         if self._wanted and any(
             getattr(saver, "save_weights_only", 0) for saver in trainer.checkpoint_callbacks
@@ -220,7 +221,8 @@ class PostHocWeightAveraging(Callback):
         raw ones."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._state, self._resumed = checkpoint.get("averaging_state"), True
+        self._state = checkpoint.get("averaging_state")
+        self._resumed = True
         if "current_model_state" in checkpoint:
             pl_module.load_state_dict(
                 checkpoint["current_model_state"], strict=pl_module.strict_loading

@@ -197,7 +197,8 @@ class PostHocCallback(TrainerCallback):
                 state.global_step,
             )
             return
-        folder, trainer = _checkpoint(args, state), self._installed()
+        folder = _checkpoint(args, state)
+        trainer = self._installed()
         write_state(self.ema, folder, model)
         if trainer is None:
             return
@@ -224,7 +225,9 @@ class PostHocCallback(TrainerCallback):
         if self.ema is None:
             return
         self.ema.close()
-        best, chosen, trainer = state.best_model_checkpoint, self._chosen(args), self._installed()
+        best = state.best_model_checkpoint
+        chosen = self._chosen(args)
+        trainer = self._installed()
         if best is not None and chosen is not None and trainer is not None:
             trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
             try:

@@ -456,7 +456,7 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
                     why,
                 )
             os.ftruncate(descriptor, 0)
-            files.system.write(descriptor, memoryview(own.encode()), 0)
+            os.write(descriptor, own.encode())
             stack.pop_all()
         # Releases it also when the process ends or the last reference is gone.
         self.release = weakref.finalize(self, _release, descriptor, os.getpid())

@@ -88,24 +88,22 @@ def attach(
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
         optimizer = optimizer.optimizer
-    attached, hint = None if before is None else before.optimizer, ""
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
-    elif not has_model:
-        reason, hint = (
-            "this tracker was made without a model",
-            "pass the model to from_model or from_path",
-        )
-    elif not callable(t) and (t is not None or unit != "steps"):
+        raise InvalidValueError("attach", reason, hint)
+    if not has_model:
+        reason = "this tracker was made without a model"
+        raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
+    if not callable(t) and (t is not None or unit != "steps"):
         reason = f"t {t!r}: must be a function that returns the training time in {unit}"
-        hint = "such as attach(optimizer, t=lambda: seen)"
-    elif attached not in (None, optimizer):
+        raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
+    attached = None if before is None else before.optimizer
+    if attached not in (None, optimizer):
         reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
         hint = (
             "of several that train one model, attach to the one that steps last in an "
             "iteration, or detach() first"
         )
-    if reason:
         raise InvalidValueError("attach", reason, hint)
     attachments = _attachments.setdefault(optimizer, {})
     for earlier in (before, attachments.get(directory)):

@@ -44,7 +44,8 @@ def plan_possible(
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """Plan averages by label, and say why others cannot be made yet, such as a window longer than
     the run so far."""
-    plans, refusals = dict[str, Plan](), dict[str, str]()
+    plans = dict[str, Plan]()
+    refusals = dict[str, str]()
     for label, target in wanted.items():
         try:
             plans[label] = plan_synthesis(sources, [target])
@@ -208,7 +209,8 @@ def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
     """Return the weights with DTensors on the host in place of chunks, sharded like the model's
     parameters."""
     weights = Weights()
-    weights.predicted_error, weights.profile_error = chunks.predicted_error, chunks.profile_error
+    weights.predicted_error = chunks.predicted_error
+    weights.profile_error = chunks.profile_error
     converted: dict[int, torch.Tensor] = {}  # by the chunk, which tied names share
     for name, _, tensor, *_ in named_tensors(model):
         if (chunk := chunks.get(name)) is not None:

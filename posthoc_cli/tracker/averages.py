@@ -99,7 +99,8 @@ class AverageTensors:
     since then."""
 
     def __init__(self, layout: Layout, profiles: int) -> None:
-        self.layout, wide = layout, tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
+        self.layout = layout
+        wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
         self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
         for tensors in (*self.mean, *self.high):
             for (flat,) in tensors.slabs:
@@ -180,94 +181,41 @@ class Averages:
         If a value is nan or infinite, nothing changes, and the first tensor with such a value is
         returned.
         """
-        before, gammas, limits = self.standing, self.gammas, self._limits
+        before = self.standing
+        gammas = self.gammas
+        limits = self._limits
         # after an update that is refused or fails, the next one checks all values first
         self._limits = []
-        shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
         after = before.after(t, step)
         masses = after.masses(gammas)
-        factors = [
-            share / mass if before.window else 1.0
-            for share, mass in zip(shares, masses, strict=True)
-        ]
+        factors = [1.0] * len(gammas)
+        if before.window:
+            shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
+            factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
         folds = window_ends(gammas, after.window, before.folded_t, t, before.shared)
         moves = self.tensors is None or self.tensors.layout != values.layout
         checks_first = folds or moves or not limits or max(factors) > MOST_UNDONE
         norms = values.norms(pool) if checks_first else [0.0] * len(limits)
         if (name := values.nonfinite_name(norms)) is not None:
             return name
-        tensors = self._allocated(values.layout, pool.size)
-        self.sketcher, self.known_path = sketcher, None
-        sample = None if sampled is None else sampled.buffers()
-
-        def take(tile: Tile, value: torch.Tensor, thread: int) -> None:
-            if sampled is not None and sample is not None:
-                sampled.take(tile, value, sample)
-            if sketcher is not None and not before.shared:
-                sketcher.take(tile, value)
-            if folds:
-                fold(tile, value, thread)
-            else:
-                interpolate(tile, value, factors)
-
-        def interpolate(tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
-            for own, weight in zip(tensors.means(tile, before.shared), weights, strict=False):
-                if before.window:
-                    torch.lerp(own, value, weight, out=own)
-                else:
-                    own.copy_(value)
-
-        def fold(tile: Tile, value: torch.Tensor, thread: int) -> None:
-            means, (change, digit) = (
-                tensors.means(tile, before.shared),
-                self._scratch_of(tile, thread),
-            )
-            dither = GOLDEN * (before.folds + 1) % 1 - 0.5
-            for profile, (factor, mass) in enumerate(zip(factors, masses, strict=True)):
-                mean = value
-                if before.window:
-                    mean = torch.lerp(
-                        means[min(profile, len(means) - 1)], value, factor, out=change
-                    )
-                if profile == 0 and sketcher is not None and before.shared:
-                    sketcher.take(tile, mean)
-                high = tensors.high[profile].tile(tile)
-                torch.sub(mean, high, out=change)
-                if high.dtype == torch.float64:
-                    high.add_(change, alpha=mass)
-                    continue
-                # The last digit away from 0, or towards it: towards it that of a power of two is
-                # half as large.
-                torch.sign(change, out=digit).abs_().mul_(high)
-                digit.mul_(1 if dither > 0 else 1 - 2**-24).view(torch.int32).bitwise_and_(
-                    SIGN_AND_EXPONENT
-                )
-                high.add_(change.mul_(mass).add_(digit, alpha=dither * 2**-23))
-
-        def take_if_small(tile: Tile, thread: int) -> None:
-            value = values.values(tile, thread)
-            norms[tile.number] = float(torch.linalg.vector_norm(value))
-            if norms[tile.number] <= limits[tile.number]:
-                take(tile, value, thread)
-                taken.append(tile)
-
-        taken = list[Tile]()
+        self._allocate(values.layout, pool.size)
+        self.sketcher = sketcher
+        self.known_path = None
+        update = _Update(self, values, factors, masses if folds else None, sampled)
         if not checks_first:
-            pool.each(take_if_small, values.tiles)
+            pool.each(lambda tile, thread: update.try_(tile, thread, norms, limits), values.tiles)
             if (name := values.nonfinite_name(norms)) is not None:
-                undo = [factor / (factor - 1) for factor in factors]
-                pool.each(
-                    lambda tile, thread: interpolate(tile, values.values(tile, thread), undo), taken
-                )
+                pool.each(update.undo, update.taken)
                 return name
-        others = {*values.tiles}.difference(taken)
-        pool.each(lambda tile, thread: take(tile, values.values(tile, thread), thread), others)
+        pool.each(update.take, {*values.tiles}.difference(update.taken))
         if all(bucket.device.type == "cpu" for bucket in values.layout):
             self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
         if folds:
             shared = may_share_mean(after.window, after.folded_t, t)
             after = replace(after, window=0, folds=after.folds + 1, folded_t=t, shared=shared)
-        self.copies, self.sample, self.standing = copies, sample, after
+        self.copies = copies
+        self.sample = update.sample
+        self.standing = after
         if sketcher is not None and not before.shared:
             sketcher.end_value(gammas, t, after.shared)
         elif sketcher is not None and folds:
@@ -278,7 +226,9 @@ class Averages:
     def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
         """Return a tile of an average, flat, rounded once, in scratch that is valid until the
         thread's next call."""
-        tensors, standing, result = self.tensors, self.standing, self._scratch_of(tile, thread)[0]
+        tensors = self.tensors
+        standing = self.standing
+        result = self.scratch_of(tile, thread)[0]
         assert tensors is not None
         high = tensors.high[profile].tile(tile)
         if not standing.window:
@@ -327,12 +277,10 @@ class Averages:
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
         """Return the path of the weights up to the last update; unless `exact`, an open window is
         closed there."""
-        tensors, sketcher, standing, path = (
-            self.tensors,
-            self.sketcher,
-            self.standing,
-            self.known_path,
-        )
+        tensors = self.tensors
+        sketcher = self.sketcher
+        standing = self.standing
+        path = self.known_path
         if tensors is not None and sketcher is not None:
             is_open = standing.window > 0 and not exact and standing.shared
             if is_open:
@@ -343,7 +291,7 @@ class Averages:
             path = sketcher.path(standing.t if is_open else None)
         return path if exact or path is None else closed(path)
 
-    def _allocated(self, layout: Layout, threads: int) -> AverageTensors:
+    def _allocate(self, layout: Layout, threads: int) -> None:
         """Allocate averages of a layout, and scratch for threads, before a value is changed: memory
         may run out."""
         if self.tensors is None:
@@ -352,10 +300,9 @@ class Averages:
             self.tensors = self.tensors.copied(layout)
         for bucket in range(len(layout)):
             for thread in range(threads):
-                self._scratch_of(Tile(0, bucket, 0, 0), thread)
-        return self.tensors
+                self.scratch_of(Tile(0, bucket, 0, 0), thread)
 
-    def _scratch_of(self, tile: Tile, thread: int) -> list[torch.Tensor]:
+    def scratch_of(self, tile: Tile, thread: int) -> list[torch.Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
         assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]
@@ -366,3 +313,94 @@ class Averages:
                     2, bucket.tile, dtype=bucket.wide, device=bucket.device
                 )
         return [*self._scratch[key][:, : tile.end - tile.begin]]
+
+
+class _Update:
+    """Takes the values of one update into averages, tile by tile, from any thread of a pool.
+
+    New values have the shares `factors` in the means; at a fold the means have the shares `masses`
+    in the averages.
+    """
+
+    def __init__(
+        self,
+        averages: Averages,
+        values: Reader,
+        factors: Sequence[float],
+        masses: Sequence[float] | None,
+        sampled: Elements | None,
+    ) -> None:
+        assert averages.tensors is not None
+        self.taken: list[Tile] = []  # before all values were known to be finite
+        self.sample = None if sampled is None else sampled.buffers()
+        self._averages = averages
+        self._tensors = averages.tensors
+        self._before = averages.standing
+        self._sketcher = averages.sketcher
+        self._values = values
+        self._factors = factors
+        self._masses = masses
+        self._sampled = sampled
+        self._dither = GOLDEN * (self._before.folds + 1) % 1 - 0.5
+
+    def try_(self, tile: Tile, thread: int, norms: list[float], limits: Sequence[float]) -> None:
+        """Note the norm of a tile, and take it if that is within its limit."""
+        value = self._values.values(tile, thread)
+        norms[tile.number] = float(torch.linalg.vector_norm(value))
+        if norms[tile.number] <= limits[tile.number]:
+            self._take(tile, value, thread)
+            self.taken.append(tile)
+
+    def take(self, tile: Tile, thread: int) -> None:
+        self._take(tile, self._values.values(tile, thread), thread)
+
+    def undo(self, tile: Tile, thread: int) -> None:
+        """Restore the means of a tile that was taken."""
+        weights = [factor / (factor - 1) for factor in self._factors]
+        self._interpolate(tile, self._values.values(tile, thread), weights)
+
+    def _take(self, tile: Tile, value: torch.Tensor, thread: int) -> None:
+        if self._sampled is not None and self.sample is not None:
+            self._sampled.take(tile, value, self.sample)
+        if self._sketcher is not None and not self._before.shared:
+            self._sketcher.take(tile, value)
+        if self._masses is None:
+            self._interpolate(tile, value, self._factors)
+        else:
+            self._fold(tile, value, thread, self._masses)
+
+    def _interpolate(self, tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
+        means = self._tensors.means(tile, self._before.shared)
+        for own, weight in zip(means, weights, strict=False):
+            if self._before.window:
+                torch.lerp(own, value, weight, out=own)
+            else:
+                own.copy_(value)
+
+    def _fold(self, tile: Tile, value: torch.Tensor, thread: int, masses: Sequence[float]) -> None:
+        means = self._tensors.means(tile, self._before.shared)
+        change, digit = self._averages.scratch_of(tile, thread)
+        for profile, (factor, mass) in enumerate(zip(self._factors, masses, strict=True)):
+            mean = value
+            if self._before.window:
+                own = means[min(profile, len(means) - 1)]
+                mean = torch.lerp(own, value, factor, out=change)
+            if profile == 0 and self._sketcher is not None and self._before.shared:
+                self._sketcher.take(tile, mean)
+            high = self._tensors.high[profile].tile(tile)
+            torch.sub(mean, high, out=change)
+            if high.dtype == torch.float64:
+                high.add_(change, alpha=mass)
+            else:
+                _add_dithered(high, change, digit, mass, self._dither)
+
+
+def _add_dithered(
+    high: torch.Tensor, change: torch.Tensor, digit: torch.Tensor, mass: float, dither: float
+) -> None:
+    """Add a share of the change, and of the last digit of each element that changes; `change` and
+    `digit` are overwritten."""
+    # The last digit away from 0, or towards it: towards it that of a power of two is half as large.
+    torch.sign(change, out=digit).abs_().mul_(high)
+    digit.mul_(1 if dither > 0 else 1 - 2**-24).view(torch.int32).bitwise_and_(SIGN_AND_EXPONENT)
+    high.add_(change.mul_(mass).add_(digit, alpha=dither * 2**-23))

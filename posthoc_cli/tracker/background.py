@@ -1,4 +1,4 @@
-"""Worker threads that run jobs in order, a pool for large updates, and accelerators' streams.
+"""Worker threads that run jobs in order, and a pool for large updates.
 
 A signal handler runs in the main thread, between any two steps of its code, and may call the very
 function that it has interrupted. So no lock is held while Python code runs: a handler that waited
@@ -14,8 +14,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache, partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
@@ -93,16 +93,15 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self.wait_seconds = self._waited = 0.0
-        self._name, self._process, self._begin, self._has_warned = (
-            name,
-            os.getpid(),
-            time.monotonic(),
-            False,
-        )
+        self._name = name
+        self._process = os.getpid()
+        self._begin = time.monotonic()
+        self._has_warned = False
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))  # empty while the worker has a thread
         # of the last submitted job
-        self._errors, self.job_seconds = (deque[Exception](), deque([0.0], maxlen=1))
+        self._errors = deque[Exception]()
+        self.job_seconds = deque([0.0], maxlen=1)
         # Not at exit: running jobs may still submit others.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
@@ -171,7 +170,8 @@ class Worker:
     def warn_of_waiting(self, what: str) -> None:
         """Warn, once, if the training has waited for long; call it last: a filter may turn a
         warning into an error."""
-        passed, waited = time.monotonic() - self._begin, self._waited
+        passed = time.monotonic() - self._begin
+        waited = self._waited
         if not self._has_warned and waited >= max(PATIENCE, 0.1 * (passed - waited)):
             self._has_warned = True
             times = (
@@ -290,58 +290,3 @@ class ThreadPool:
 
 
 SINGLE_THREAD = ThreadPool(1)  # the calling thread alone
-
-
-# --- accelerators
-
-Streams = dict[torch.device, Any]
-# a CUDA event a device: it ends when the work queued before it has
-DeviceEvents = tuple[tuple[torch.device, Any], ...]
-
-
-class DeviceStreams:
-    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
-    last update's end."""
-
-    def __init__(self) -> None:
-        self.last_events: DeviceEvents = ()
-        self._own: Streams = {}
-
-    @staticmethod
-    def current(devices: Iterable[torch.device]) -> Streams:
-        return {
-            device: torch.cuda.current_stream(device)
-            for device in {*devices}
-            if device.type == "cuda"
-        }
-
-    @staticmethod
-    def record_events(streams: Streams) -> DeviceEvents:
-        return tuple((device, stream.record_event()) for device, stream in streams.items())
-
-    @contextmanager
-    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits for the block; set `last_events` at
-        its end."""
-        with ExitStack() as stack:
-            for stream in streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            try:
-                yield
-            finally:  # an update that has failed may have queued work
-                self.last_events = self.record_events(streams)
-
-    @contextmanager
-    def in_own_streams(self) -> Iterator[None]:
-        """Work in separate streams, after the last update, and wait for that work at the end of the
-        block."""
-        cuda: Any = torch.cuda
-        with ExitStack() as stack:
-            for device, event in self.last_events:
-                if device not in self._own:
-                    self._own[device] = cuda.Stream(device)
-                self._own[device].wait_event(event)
-                stack.enter_context(cuda.stream(self._own[device]))
-                # also after an error: the next update may change what is still being read
-                stack.callback(self._own[device].synchronize)
-            yield

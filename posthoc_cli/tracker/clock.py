@@ -79,7 +79,8 @@ class Settings:
     def first_update(self, step: int) -> str:
         """Return a sentence that says at which call, after `step` calls so far, the first update is
         due."""
-        every, after = self.schedule.update_every, self.schedule.update_after_step
+        every = self.schedule.update_every
+        after = self.schedule.update_after_step
         return f"the first update is at call {(max(after, step) // every + 1) * every:,} of update_"
 
 
@@ -112,7 +113,8 @@ class TrainingProgress:
     def after(self, t: float | None, settings: Settings) -> TrainingProgress:
         """Return the progress after one more call, with the caller's `t`, which must be later than
         the last one."""
-        unit, step = settings.t_unit, self.step + 1
+        unit = settings.t_unit
+        step = self.step + 1
         if self.own_clock not in (None, t is not None):
             passed = "passed" if self.own_clock else "did not pass"
             reason = f"earlier calls of update_ in this run {passed} t"

@@ -74,7 +74,7 @@ def _load(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy one value into a model's tensor, for a DTensor into this process's part."""
     target = held_part(target)
     if _is_writable(target):
-        target.data.copy_(value)
+        target.data.copy_(value, non_blocking=target.is_cuda)
     else:
         target.data = value.to(target.device, target.dtype, copy=True)
 
@@ -122,6 +122,10 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> I
         with torch.inference_mode(False), torch.no_grad():
             for name, target in targets.items():
                 _load(target.tensor, weights[name])
+            # one wait for all copies, of the raw values and of the averages
+            for device in {target.tensor.device for target in targets.values()}:
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
         try:
             model.eval()
         except NotImplementedError as error:  # of torch.export
@@ -153,13 +157,14 @@ def _restorer(contents: dict[str, Any], key: str, is_replaced: bool) -> Callable
     else:  # a forward pass may change a buffer; on meta it has no values to save
         saves = not tensor.is_meta and _is_writable(tensor)
     storage = held.data
-    values = held.data.to("cpu", copy=True) if saves else None
+    # asynchronous copies are waited for together
+    values = held.data.to("cpu", non_blocking=held.is_cuda, copy=True) if saves else None
 
     def restore() -> None:
         # moving a module between kinds of devices may replace the Parameter itself
         contents[key] = tensor
         if values is not None:
-            storage.copy_(values)
+            storage.copy_(values, non_blocking=storage.is_cuda)
         if held is tensor:
             tensor.data = storage
         if gradients is not None:

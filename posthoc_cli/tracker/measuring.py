@@ -36,7 +36,8 @@ class Elements:
     """A selection of a layout's elements, given by sorted indices into each bucket."""
 
     def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:
-        self.layout, self._counts = layout, [len(selected) for selected in indices]
+        self.layout = layout
+        self._counts = [len(selected) for selected in indices]
         # numbers in the bucket, and indices in the tile
         self._of_tiles: list[tuple[int, int, torch.Tensor]] = []
         for tile in tiles_of(layout):
@@ -85,10 +86,8 @@ class Subset(Elements):
         ]
         # where there are elements
         self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}
-        most, share = (
-            -(-sum(self.sizes.values()) // MEASURED_ELEMENTS),
-            MEASURED_ELEMENTS // max(1, len(self.sizes)),
-        )
+        most = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS)
+        share = MEASURED_ELEMENTS // max(1, len(self.sizes))
         drawn = [
             [
                 begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share)))
@@ -188,7 +187,8 @@ class Sketcher:
         if path.projection != self._projection:
             return False
         self._sketch, self._open = _without_open(path.sketch)
-        self._begin, self._t = float(self._sketch.edges[-1]), float(path.sketch.edges[-1])
+        self._begin = float(self._sketch.edges[-1])
+        self._t = float(path.sketch.edges[-1])
         return True
 
     def take(self, tile: Tile, values: torch.Tensor) -> None:
@@ -197,14 +197,16 @@ class Sketcher:
     def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
         due or `is_last`."""
-        begin, before = self._begin, self._t
+        begin = self._begin
+        before = self._t
         share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
         self.end_window(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
 
     def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
         """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have
         been taken in."""
-        self._t, self._begin = t, t if ends else self._begin
+        self._t = t
+        self._begin = t if ends else self._begin
         self._pending.append((t, share, ends, self._project()))
         if len(self._pending) >= _PENDING:
             self._fetch()
@@ -235,7 +237,8 @@ class Sketcher:
         which lack float64."""
         sums = []
         for values, factors in zip(self._values, self._factors, strict=True):
-            signed, full = values * factors, len(values) // ROW * ROW
+            signed = values * factors
+            full = len(values) // ROW * ROW
             exact = torch.float32 if values.device.type == "mps" else torch.float64
             total = signed[:full].view(full // ROW, ROW).sum(dim=0, dtype=exact)
             total[: len(signed) - full] += signed[full:]
@@ -275,7 +278,8 @@ def _rounded(numbers: FloatArray) -> FloatArray:
 
 
 def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float = 1.0) -> Sketch:
-    edges, numbers = np.append(sketch.edges, t), np.append(sketch.folds, folds)
+    edges = np.append(sketch.edges, t)
+    numbers = np.append(sketch.folds, folds)
     return Sketch(edges, numbers, np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0))
 
 
@@ -297,7 +301,8 @@ def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
     end = begin + (len(sketch.folds) - begin) // 2 * 2
     values = sketch.folds, sketch.means, sketch.spread
     first, second = ([array[start:end:2] for array in values] for start in (begin, begin + 1))
-    folds, apart = first[0] + second[0], second[1] - first[1]
+    folds = first[0] + second[0]
+    apart = second[1] - first[1]
     share = second[0] / folds
     spread = (
         first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)

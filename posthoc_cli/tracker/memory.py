@@ -1,5 +1,4 @@
-"""The layout of a model's tensors in flat memory, the tiles that work is divided into, and copies
-on the host.
+"""The layout of a model's tensors in flat memory, and the tiles that work is divided into.
 
 Tensors of one device and dtype form a bucket and lie end to end in it. A tile is a range of a
 bucket that stays in the cache while a thread works on it, so that thousands of small tensors cost
@@ -10,13 +9,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,10 +25,9 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 HOST = torch.device("cpu")
 
 # Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
-TILE, DEVICE_TILE = 2**19, 2**22
+TILE = 2**19
+DEVICE_TILE = 2**22
 SLAB = 2**26  # elements of the largest slabs of pinned memory
-# of an accelerator's free memory, the most that is used as a buffer for copies to the host
-FREE_SHARE = 0.1
 
 # norms of ordinary values are finite in these dtypes
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
@@ -121,6 +119,14 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
     return result
 
 
+def numbers_of(values: Sequence[torch.Tensor], tiles: Sequence[Tile]) -> list[float]:
+    """Return the numbers of all tiles, waiting once a bucket."""
+    numbers: list[float] = []
+    for _, of_bucket in groupby(tiles, attrgetter("bucket")):
+        numbers += torch.stack([values[tile.number] for tile in of_bucket]).tolist()
+    return numbers
+
+
 def _edges(count: int, most: int) -> list[int]:
     """Cut elements into powers of two of at most `most`, largest first; the last piece is at most a
     CPU tile."""
@@ -167,7 +173,8 @@ class FlatTensors:
     def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
         some of them."""
-        edges, slabs = self.edges[bucket], self.slabs[bucket]
+        edges = self.edges[bucket]
+        slabs = self.slabs[bucket]
         numbers = range(bisect_right(edges, begin) - 1, bisect_left(edges, end))
         return [
             slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers
@@ -189,7 +196,9 @@ class Reader:
     def __init__(
         self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1
     ) -> None:
-        self.layout, self.tiles, self._parts = layout, tiles_of(layout), parts
+        self.layout = layout
+        self.tiles = tiles_of(layout)
+        self._parts = parts
         self._scratch = [
             [torch.empty(min(b.size, b.tile), dtype=b.wide, device=b.device) for b in layout]
             for _ in range(threads)
@@ -229,7 +238,8 @@ class Reader:
     def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
-        flat, scratch = self._flat(tile, thread), self._scratch_of(tile, thread)
+        flat = self._flat(tile, thread)
+        scratch = self._scratch_of(tile, thread)
         return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
@@ -241,9 +251,7 @@ class Reader:
             norms[tile.number] = torch.linalg.vector_norm(self._flat(tile, thread))
 
         pool.each(measure, self.tiles)
-        buckets = groupby(self.tiles, attrgetter("bucket"))
-        stacked = (torch.stack([norms[tile.number] for tile in tiles]) for _, tiles in buckets)
-        return [norm for bucket in stacked for norm in bucket.tolist()]
+        return numbers_of(norms, self.tiles)
 
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
         """Return the first tensor with a nan or an infinity in the tiles whose norms are not
@@ -270,125 +278,3 @@ class Reader:
 
     def _scratch_of(self, tile: Tile, thread: int) -> torch.Tensor:
         return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
-
-
-# --- copies of a model's values on the host
-
-
-class _Ring:
-    """A ring of buffers on an accelerator, through which tiles go to the host in a separate stream.
-
-    If the free memory is too small for all tiles, the training stream waits before it fills a
-    buffer again.
-    """
-
-    def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
-        cuda: Any = torch.cuda
-        free = cuda.mem_get_info(device)[0]
-        count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
-        self._device, self._stream = device, cuda.Stream(device)
-        self._buffers = [
-            torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device)
-            for i in range(count)
-        ]
-        self._sent: list[Any] = [None] * count  # each buffer's last event
-        self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
-
-    def send(self, number: int, values: list[torch.Tensor], out: torch.Tensor) -> Any:
-        """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
-        after the copy."""
-        cuda: Any = torch.cuda
-        index, training = number % len(self._buffers), cuda.current_stream(self._device)
-        if self._sent[index] is not None:
-            training.wait_event(self._sent[index])
-        buffer = self._buffers[index]
-        staged = buffer[: out.nbytes].view(out.dtype)
-        _fill(staged, values)
-        self._stream.wait_stream(training)
-        with cuda.stream(self._stream):
-            out.copy_(staged, non_blocking=True)
-        # A thread that waits for a blocking event sleeps, and takes no core from the training.
-        self._sent[index] = self._stream.record_event(cuda.Event(blocking=True))
-        # torch must not reuse a freed buffer's memory before both streams have finished with the
-        # buffer.
-        for user in (self._stream, training):
-            buffer.record_stream(user)
-        return self._sent[index]
-
-
-def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
-    torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
-
-
-@dataclass(frozen=True, eq=False)
-class ModelCopy:
-    """A model's values at one moment, on the host, in the model's dtypes; complete after the
-    `events`."""
-
-    memory: FlatTensors
-    values: Reader
-    events: tuple[Any, ...] = ()
-
-    def arrived(self) -> Reader:
-        """Wait until all values have arrived, and return a reader of them."""
-        for event in self.events:
-            event.synchronize()
-        return self.values
-
-
-class ModelCopier:
-    """Copies a model's values to memory on the host, which it reuses, for readers of `threads`
-    threads."""
-
-    def __init__(self, threads: int = 1) -> None:
-        self._threads = threads
-        # one is enough, and copies of old layouts drop out
-        self._free: deque[ModelCopy] = deque(maxlen=1)
-        self._layout: Layout = ()
-        self._rings: dict[torch.device, _Ring] = {}
-        self._host_bytes = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory on the host and on accelerators, including a copy that is in use."""
-        return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
-        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
-        `SINGLE_THREAD`."""
-        layout, host, sizes = model.layout, on_host(model.layout), defaultdict(list)
-        if layout != self._layout:
-            for tile in model.tiles:
-                if (bucket := layout[tile.bucket]).device.type == "cuda":
-                    sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
-            self._rings = {device: _Ring(device, nbytes) for device, nbytes in sizes.items()}
-            self._layout = layout
-        copy = self._free.pop() if self._free else None
-        if copy is None or copy.memory.layout != host:
-            memory = FlatTensors(host, pinned=bool(self._rings))
-            reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
-            self._host_bytes, copy = memory.nbytes, ModelCopy(memory, reader)
-        memory, events, counts = (
-            copy.memory,
-            dict[torch.device, Any](),
-            defaultdict[torch.device, int](int),
-        )
-
-        def copy_tile(tile: Tile, _: int) -> None:
-            # Tiles of an accelerator are larger than the reader's, which are the host's.
-            device, values, out = layout[tile.bucket].device, model.current(tile), memory.tile(tile)
-            if device in self._rings:  # a stream keeps order: the last event is enough
-                events[device] = self._rings[device].send(counts[device], values, out)
-                counts[device] += 1
-            else:
-                _fill(out, values)
-
-        pool.each(copy_tile, model.tiles)
-        return replace(copy, events=tuple(events.values()))
-
-    def give_back(self, copy: ModelCopy) -> None:
-        """Take back a copy that has arrived and is no longer needed; may be called from any
-        thread."""
-        self._free.append(copy)

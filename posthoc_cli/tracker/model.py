@@ -10,6 +10,7 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -137,11 +138,9 @@ class TrackedModel:
     def of(self, members: Members) -> TrackedModel:
         """Return the tensors that this process averages and writes."""
         names = members.owned(self.tensors.keys())
-        tensors, shapes, chunks = (
-            _only(self.tensors, names),
-            _only(self.shapes, names),
-            _only(self.chunks, names),
-        )
+        tensors = _only(self.tensors, names)
+        shapes = _only(self.shapes, names)
+        chunks = _only(self.chunks, names)
         aliases = {alias: name for alias, name in self.aliases.items() if name in names}
         return replace(
             self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members
@@ -154,7 +153,8 @@ class TrackedModel:
         names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
         others = elsewhere - found.known_names
         for name in [name for name in names if name not in others]:
-            was, now = self._described(name), found._described(name)
+            was = self._described(name)
+            now = found._described(name)
             if now != was:
                 without = name in found.frozen or (name in self.left_out and name in found.tensors)
                 dtypes = {
@@ -275,16 +275,20 @@ def collect_tensors(
 ) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
-    held, tracked = dict[str, torch.Tensor](), dict[str, TrackedTensor]()
-    aliases, left_out = dict[str, str](), list[str]()
-    first_name, chunks = dict[int, str](), dict[str, Chunk]()
+    held = dict[str, torch.Tensor]()
+    tracked = dict[str, TrackedTensor]()
+    aliases = dict[str, str]()
+    left_out = list[str]()
+    first_name = dict[int, str]()
+    chunks = dict[str, Chunk]()
     reshard(check_model(model))
     tensors = named_tensors(model)
     # A tied parameter is one tensor with several names, any of which may be selected.
     copy_only = {id(entry.tensor) for entry in tensors if selection.copies(entry.name)}
     running = running_statistics(entry.name for entry in tensors if not entry.is_parameter)
     for entry in tensors:
-        name, tensor = entry.name, entry.tensor
+        name = entry.name
+        tensor = entry.tensor
         if not entry.in_state:
             continue
         is_copied = id(tensor) in copy_only
@@ -311,12 +315,11 @@ def collect_tensors(
         tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
     frozen = frozenset(filter(selection.names, left_out))
     if all(one.role != "average" for one in tracked.values()):
-        reason, hint = (
-            "none of floating-point values requires gradients",
-            "include='*' takes frozen ones, too",
-        )
+        reason = "none of floating-point values requires gradients"
+        hint = "include='*' takes frozen ones, too"
         if not frozen and (selection.include or selection.exclude):
-            reason, hint = "include and exclude leave none", ""
+            reason = "include and exclude leave none"
+            hint = ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
     shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
     averaged = {name: tensor for name, tensor in held.items() if tracked[name].role != "copy"}
@@ -329,37 +332,34 @@ def collect_tensors(
 def _check(entry: NamedTensor) -> None:
     """Raise an InvalidValueError for a tensor that no snapshot can hold or whose values cannot be
     averaged here."""
-    name, tensor = entry.name, entry.tensor
-    subject, reason, hint = "tensor", "", ""
-    has_fractions = tensor.is_complex() or tensor.is_floating_point()
+    name = entry.name
+    tensor = entry.tensor
+    value = repr(name)
     if name == "__metadata__":
-        subject, reason = (
-            "parameter" if entry.is_parameter else "buffer",
-            "safetensors files reserve this name",
-        )
-        hint = f"rename it in the model, or leave it out with exclude={name!r}"
-    elif torch.nn.parameter.is_lazy(tensor):
-        reason, hint = "has no shape yet", "run a batch through the model first"
-    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        reason = (
-            "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no "
-            "values between steps"
-        )
+        kind = "parameter" if entry.is_parameter else "buffer"
+        hint = f"rename it in the model, or leave it out with exclude={value}"
+        raise InvalidValueError(kind, "safetensors files reserve this name", hint, value=value)
+    if torch.nn.parameter.is_lazy(tensor):
+        hint = "run a batch through the model first"
+        raise InvalidValueError("tensor", "has no shape yet", hint, value=value)
+    if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
+        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values"
         hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
-    elif tensor.layout != torch.strided:
+        raise InvalidValueError("tensor", f"{reason} between steps", hint, value=value)
+    if tensor.layout != torch.strided:
         reason = f"is {tensor.layout}; only dense tensors can be tracked"
-    elif tensor.is_meta:
-        reason, hint = ON_META
-    elif entry.is_parameter and has_fractions and tensor.dtype not in AVERAGED_DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
-        subject, reason = "parameter", f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
-        if tensor.is_complex():
-            hint = (
-                f"let the model hold torch.view_as_real of it, or leave it out with "
-                f"exclude={name!r}"
-            )
-    if reason:
-        raise InvalidValueError(subject, reason, hint, value=f"{name!r}")
+        raise InvalidValueError("tensor", reason, value=value)
+    if tensor.is_meta:
+        raise InvalidValueError("tensor", *ON_META, value=value)
+    has_fractions = tensor.is_complex() or tensor.is_floating_point()
+    if not entry.is_parameter or not has_fractions or tensor.dtype in AVERAGED_DTYPES:
+        return
+    accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
+    reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
+    hint = ""
+    if tensor.is_complex():
+        hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={value}"
+    raise InvalidValueError("parameter", reason, hint, value=value)
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -383,7 +383,8 @@ class ModelWatch:
     """A cache of the model's tensors, invalidated when the model changes, and gone when it is."""
 
     def __init__(self, selection: Selection, members: Members) -> None:
-        self._selection, self._members = selection, members
+        self._selection = selection
+        self._members = members
         self._cached: WeakKeyDictionary[
             torch.nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
         ] = WeakKeyDictionary()
@@ -416,10 +417,15 @@ class ModelWatch:
         flat = {
             name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()
         }
-        return {
-            number: flat[name][index].float().item()
-            for number, (name, index) in tracked.sampled.items()
-        }
+        numbers: dict[torch.device, list[int]] = defaultdict(list)
+        for number, (name, _) in tracked.sampled.items():
+            numbers[flat[name].device].append(number)
+        values: dict[int, float] = {}
+        for of_device in numbers.values():  # each of which is waited for once
+            places = [tracked.sampled[number] for number in of_device]
+            picked = torch.stack([flat[name][index].float() for name, index in places])
+            values.update(zip(of_device, picked.tolist(), strict=True))
+        return values
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
@@ -504,7 +510,8 @@ class NamedTensor(NamedTuple):
 
 def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included."""
-    modules, fsdp = list(_named_modules(model)), sys.modules.get("torch.distributed.fsdp")
+    modules = list(_named_modules(model))
+    fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(module, fsdp.FullyShardedDataParallel) for *_, module in modules
     ):

@@ -40,14 +40,14 @@ from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
-    DeviceStreams,
     ThreadPool,
     Worker,
     end_threads,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
+from posthoc_cli.tracker.host_copy import DeviceStreams, ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
-from posthoc_cli.tracker.memory import Layout, ModelCopier, Reader, on_host
+from posthoc_cli.tracker.memory import Layout, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
@@ -79,14 +79,19 @@ class Pipeline:
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
         self.closed = self._has_ended = False  # closed: calls that change the state are refused
-        self.directory, self._settings, self._device = directory, settings, device
+        self.directory = directory
+        self._settings = settings
+        self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
         self._counted = tracking.progress
-        self._process, self._lock = os.getpid(), threading.Lock()
+        self._process = os.getpid()
+        self._lock = threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
-        self._copier, self._streams = ModelCopier(self._pool.size), DeviceStreams()
-        self._updates, self._writes = Worker("averages"), Worker("snapshots")
+        self._copier = ModelCopier(self._pool.size)
+        self._streams = DeviceStreams()
+        self._updates = Worker("averages")
+        self._writes = Worker("snapshots")
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
@@ -101,7 +106,8 @@ class Pipeline:
             0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
         )
         held["bytes"] += sum(reader.nbytes for reader in list(self._values.values()))
-        writer, writes = self.snapshotter, self._writes
+        writer = self.snapshotter
+        writes = self._writes
         if writer is None or not writer.times_written:
             return held
         figures = {
@@ -115,7 +121,8 @@ class Pipeline:
     def progress(self) -> TrainingProgress:
         """The progress of the training; one update behind if a call was interrupted after it queued
         its update."""
-        counted, done = self._counted, self.tracking.progress
+        counted = self._counted
+        done = self.tracking.progress
         return counted if counted.step > done.step else done
 
     # --- which calls are admitted ---
@@ -177,6 +184,8 @@ class Pipeline:
         if self._is_async is None:
             all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
+            if self._is_async and not all_on_cpu:
+                self._updates.call(self._use_cores)
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         values = self._values_of(tensors)
         refused: NonFiniteError | None = None
@@ -221,6 +230,15 @@ class Pipeline:
         if refused is not None:
             raise refused
 
+    def _use_cores(self) -> None:
+        """Let averages on the host use this process's share of the cores, which an accelerator's
+        training leaves idle: torchrun sets OMP_NUM_THREADS to 1."""
+        threads = worker_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if threads > self._pool.size:
+            self._pool.close()
+            self._pool = ThreadPool(threads)
+            self._copier = ModelCopier(threads)
+
     def skip(self, progress: TrainingProgress) -> None:
         """Count a call whose update is left out."""
         self.set(replace(self.tracking, progress=progress))
@@ -229,7 +247,8 @@ class Pipeline:
 
         def work() -> None:
             self.check_open()
-            self._counted, self.tracking = tracking.progress, tracking
+            self._counted = tracking.progress
+            self.tracking = tracking
 
         self._updates.call(work)
 
@@ -241,10 +260,12 @@ class Pipeline:
 
         def work() -> list[LiveSource]:
             current = self._current()
-            averages, tensors = current.averages, current.averages.tensors
+            averages = current.averages
+            tensors = current.averages.tensors
             if tensors is None or not averages.exist:
                 return []
-            pool, state = self._pool_for(tensors.layout), self._without_averages(current)
+            pool = self._pool_for(tensors.layout)
+            state = self._without_averages(current)
             with self._streams.in_own_streams():
                 measured = measured_now(self._storage_of(tensors.layout).subset, averages, pool)
 
@@ -252,7 +273,8 @@ class Pipeline:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
-            copies, call = state.averages.copies, self._updates.call
+            copies = state.averages.copies
+            call = self._updates.call
             made = [
                 LiveSource.of(header, tensors.layout, copies, read=partial(read, index), call=call)
                 for index, header in enumerate(headers(self._settings, state, measured))
@@ -267,7 +289,8 @@ class Pipeline:
 
         def work() -> Tracking:
             current = self._current()
-            made, tensors = self._without_averages(current, exact=True), current.averages.tensors
+            made = self._without_averages(current, exact=True)
+            tensors = current.averages.tensors
             if tensors is not None and current.averages.exist:
                 with self._streams.in_own_streams():
                     made.averages.tensors = tensors.copied(on_host(tensors.layout))
@@ -281,7 +304,8 @@ class Pipeline:
 
         def work() -> None:
             self._writes.wait()
-            current, snapshotter = self._current(), self.snapshotter
+            current = self._current()
+            snapshotter = self.snapshotter
             if snapshotter is not None and snapshotter.is_behind(current):
                 self._submit_snapshots(current, is_due=False)
 
@@ -366,7 +390,8 @@ class Pipeline:
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update
         is queued."""
-        counted, now = self._counted, self.tracking
+        counted = self._counted
+        now = self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
 
@@ -378,7 +403,8 @@ class Pipeline:
         )
 
     def _storage_of(self, layout: Layout) -> Storage:
-        storage, tracked = self._storage, self.tracking.tracked
+        storage = self._storage
+        tracked = self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._storage = None  # its memory must go first
             storage = self._storage = Storage(
@@ -402,26 +428,27 @@ class Pipeline:
     ) -> NonFiniteError | None:
         """Update averages and counters; return the error of an update left out."""
         self.check_open()
-        now, averages, storage = (
-            self.tracking,
-            self.tracking.averages,
-            self._storage_of(values.layout),
-        )
+        now = self.tracking
+        averages = self.tracking.averages
+        storage = self._storage_of(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
             storage.allocate(len(averages.sigma_rels))
         for live in list(self._live.values()):
             live.copy()
         # The path is known from the first update on, or continues a known one.
-        path, sketcher = averages.known_path, averages.sketcher
+        path = averages.known_path
+        sketcher = averages.sketcher
         if sketcher is not None and sketcher.subset is not storage.subset:
-            path, sketcher = averages.path(exact=True), None
+            path = averages.path(exact=True)
+            sketcher = None
         if sketcher is None and (path is not None or not averages.exist):
             sketcher = Sketcher(storage.subset, now.tracked.members.rank)
             # the path of a model that was divided in another way
             if path is not None and not sketcher.resume(path):
                 sketcher = None
-        pool, sample = self._pool_for(values.layout), storage.sample
+        pool = self._pool_for(values.layout)
+        sample = storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
         if name is None and not self._moves:
@@ -433,7 +460,9 @@ class Pipeline:
 
         Compared are those of a snapshot's sample, once.
         """
-        updates, step, sample = averages.standing.updates, averages.standing.step, averages.sample
+        updates = averages.standing.updates
+        step = averages.standing.step
+        sample = averages.sample
         if self._first is None:
             self._first = updates, step, sample
         first_updates, first_step, first_sample = self._first
@@ -457,11 +486,13 @@ class Pipeline:
 
     def _submit_snapshots(self, current: Tracking, is_due: bool = True) -> None:
         """Stage the averages, and queue their snapshots."""
-        tensors, snapshotter = current.averages.tensors, self.snapshotter
+        tensors = current.averages.tensors
+        snapshotter = self.snapshotter
         if tensors is None or snapshotter is None or not current.averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
-        storage, state = self._storage_of(tensors.layout), self._without_averages(current)
+        storage = self._storage_of(tensors.layout)
+        state = self._without_averages(current)
         storage.allocate(len(current.averages.sigma_rels))
         with self._streams.in_own_streams():
             staged = stage(storage, current.averages, self._pool_for(tensors.layout))

@@ -113,7 +113,9 @@ class PostHocEMA:
             )
             reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             raise InvalidValueError("PostHocEMA(...)", reason)
-        self.checkpoint_dir, self.settings, self._start = start.directory, start.settings, start
+        self.checkpoint_dir = start.directory
+        self.settings = start.settings
+        self._start = start
         self._members = start.tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
         self._model = None if model is None else weakref.ref(unwrapped(model))
@@ -195,8 +197,8 @@ class PostHocEMA:
                 with their values at the time of the average; "copy" all of them; or "average"
                 floating-point ones like parameters.
             device: "model" for averages on the parameters' devices, updated by the training thread;
-                "cpu" for averages on the host, updated by a background thread, with the same bits;
-                None for "cpu" on accelerators.
+                "cpu" for averages on the host, updated by background threads; None for "cpu" on
+                accelerators.
             resume: "auto" to continue the directory's run, if it holds one, from the newest
                 snapshots at whose time the network had the model's weights, exactly or as float16
                 or bfloat16, or from the last step that an earlier tracker of this model and
@@ -345,6 +347,9 @@ class PostHocEMA:
                 "update_", reason, "leave out either this call or attach(), or detach() first"
             )
         _check_raw(check_model(model), "update_")
+        if _is_capturing():
+            reason = "a CUDA graph is being captured, which would count and average this step once"
+            raise NotReadyError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._pipeline.lock("update_"):
@@ -372,7 +377,8 @@ class PostHocEMA:
         def update(time: float | None) -> None:
             self.update_(self._present_model("attach"), time)
 
-        unit, has_model = self.settings.t_unit, self._model is not None
+        unit = self.settings.t_unit
+        has_model = self._model is not None
         attachment = attach(
             update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attached
         )
@@ -403,7 +409,8 @@ class PostHocEMA:
         it until five later times have some.
         """
         self._pipeline.check_open()
-        model, progress = self._tracked_model(), self._pipeline.progress
+        model = self._tracked_model()
+        progress = self._pipeline.progress
         if model is not None and self.keeps_averages and 0 < progress.updated < progress.step:
             _check_raw(model, "snapshot")
             with self._pipeline.lock("snapshot"):
@@ -710,7 +717,8 @@ class PostHocEMA:
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._start.recorded.size and self._has_state:
             self._note_other_network(model)
-        settings, progress = self.settings, self._pipeline.progress.after(t, self.settings)
+        settings = self.settings
+        progress = self._pipeline.progress.after(t, self.settings)
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
         elif settings.update_is_due(progress.step):
@@ -790,7 +798,8 @@ class PostHocEMA:
 
     def _raise_pending(self) -> None:
         log_kept_messages()
-        failure, self._pending = self._pending, None
+        failure = self._pending
+        self._pending = None
         if failure is not None:
             raise failure
 
@@ -813,7 +822,8 @@ class PostHocEMA:
     def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
         `Start.choose`."""
-        start, now = self._start, self._pipeline.tracking
+        start = self._start
+        now = self._pipeline.tracking
         if start.is_given:
             return
         group = self._members.keepers("update_" if is_first_call else "this tracker")
@@ -827,7 +837,8 @@ class PostHocEMA:
 
     def _note_other_network(self, model: torch.nn.Module) -> None:
         """Warn if the model is not the network of the loaded state or of the given step."""
-        group, tracked = self._members.keepers("update_"), self._pipeline.tracking.tracked
+        group = self._members.keepers("update_")
+        tracked = self._pipeline.tracking.tracked
         present = group.together(lambda: self._watch.sample(model, tracked))
         if self._start.is_other_network(group, present) and group.leads:
             log.warning(
@@ -857,7 +868,8 @@ class PostHocEMA:
             return tracking
 
         tracking = group.together(read)
-        averages, snapshotter = tracking.averages, self._pipeline.snapshotter
+        averages = tracking.averages
+        snapshotter = self._pipeline.snapshotter
         # Each process knows the path of its own part, and some processes have no average.
         own_path = encode_path(averages.known_path, exact=True)
         paths = group.from_all_at(self.step, self.t, own_path)
@@ -881,7 +893,9 @@ class PostHocEMA:
 
     def _present_weights(self, group: Group) -> tuple[float, ...]:
         """Return the network's sampled weights at the last call; empty if they are unknown."""
-        now, recorded, model = self._pipeline.tracking, self._start.recorded, self._tracked_model()
+        now = self._pipeline.tracking
+        recorded = self._start.recorded
+        model = self._tracked_model()
         if recorded.size or not self._pipeline.progress.updated:
             return tuple(recorded.tolist())
         own: dict[int, float] = {}
@@ -969,7 +983,8 @@ class PostHocEMA:
         if not stored:
             reason = "of a sharded model other lengths than the tracked ones need a snapshot"
             raise NotReadyError("no snapshot yet", reason, "ema.snapshot() writes one")
-        step, now = stored[-1].step, self._pipeline.progress
+        step = stored[-1].step
+        now = self._pipeline.progress
         is_present = not {"t", "step"} & asked.keys()
         if is_present and step < now.updated and self._is_first_warning("behind"):
             log.warning(
@@ -985,7 +1000,8 @@ class PostHocEMA:
     def _raw_weights(self, model: torch.nn.Module | None, dtype: Dtype) -> Weights:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with
         a warning."""
-        tracked, schedule = self._present_model("no average yet", model), self.settings.schedule
+        tracked = self._present_model("no average yet", model)
+        schedule = self.settings.schedule
         if self._is_first_warning("raw weights"):
             options = (
                 f"update_every={schedule.update_every}, "
@@ -995,7 +1011,8 @@ class PostHocEMA:
                 f"no average yet, so the raw weights are used: {self.settings.first_update(0)} "
                 f"({options})"
             )
-        stored, tensors = parse_dtype(dtype), collect_tensors(tracked, self.settings.selection)
+        stored = parse_dtype(dtype)
+        tensors = collect_tensors(tracked, self.settings.selection)
         wanted = None if stored is None else torch_dtype(stored)
         weights = Weights(
             (name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items()
@@ -1094,6 +1111,11 @@ class AveragedModel(AbstractContextManager[Module]):
         raise NotReadyError("model", "holds averaged weights only within a `with` block", hint)
 
 
+def _is_capturing() -> bool:
+    cuda: Any = torch.cuda
+    return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
+
+
 def _check_raw(model: torch.nn.Module, call: str) -> None:
     if is_swapped(model):
         raise NotReadyError(
@@ -1152,7 +1174,8 @@ def _note_restored(model: torch.nn.Module, _: object = None) -> None:
     """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
     function."""
     for tracker in [*_trackers.get(model, ())]:
-        resumes, start = tracker._pipeline.tracking.resumes, tracker._start
+        resumes = tracker._pipeline.tracking.resumes
+        start = tracker._start
         start.counted = None
         tracker._last.watch(model)
         if (resumes or start.recorded.size) and not tracker.closed:

@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 # longer than processes differ in what they import, and mostly over at the first evaluation
 GRACE = 30.0
 # seconds that a call waits for processes that have one before it warns, and gives up
-WARNING, LIMIT = (10.0, 300.0)
+WARNING = 10.0
+LIMIT = 300.0
 
 # stores for each purpose and directory, which all processes make in the same order
 _made: Counter[str] = Counter()
@@ -85,38 +86,38 @@ def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
     from torch.distributed.tensor import Shard
 
     dtensor: Any = tensor
-    mesh, reason, hint = dtensor.device_mesh, "", ""
     for axis, placement in enumerate(dtensor.placements):
         if placement.is_partial():
-            reason, hint = (
-                f"has the placement {placement}: no process holds its values",
-                "reduce it first",
-            )
-        # this process's rows may be apart
-        elif not placement.is_replicate() and type(placement) is not Shard:
-            dim = placement.dim
-            sharing = [
-                at
-                for at, other in enumerate(dtensor.placements)
-                if getattr(other, "dim", None) == dim
-            ]
-            inner = math.prod(mesh.size(at) for at in sharing if at > axis)
-            rows, processes = dtensor.shape[dim], math.prod(map(mesh.size, sharing))
-            if placement.split_factor != inner or rows % processes:
-                reason = (
-                    f"has {rows} rows in dimension {dim}, of which {placement} gives a "
-                    f"process several pieces"
-                )
-                hint = (
-                    f"shard it by Shard, in one mesh dimension, or make the dimension a "
-                    f"multiple of {processes}"
-                )
-    if reason:
-        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
+            reason = f"has the placement {placement}: no process holds its values"
+            raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
+        if not placement.is_replicate() and type(placement) is not Shard:
+            _check_strided(name, dtensor, axis)
     with torch.no_grad():
         local = dtensor.to_local()
     (chunk,) = dtensor.__create_chunk_list__()
     return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def _check_strided(name: str, dtensor: Any, axis: int) -> None:
+    """Raise an InvalidValueError if a process's rows are apart."""
+    mesh = dtensor.device_mesh
+    placement = dtensor.placements[axis]
+    dim = placement.dim
+    sharing = [
+        at for at, other in enumerate(dtensor.placements) if getattr(other, "dim", None) == dim
+    ]
+    inner = math.prod(mesh.size(at) for at in sharing if at > axis)
+    rows = dtensor.shape[dim]
+    processes = math.prod(map(mesh.size, sharing))
+    if placement.split_factor == inner and rows % processes == 0:
+        return
+    reason = (
+        f"has {rows} rows in dimension {dim}, of which {placement} gives a process several pieces"
+    )
+    hint = (
+        f"shard it by Shard, in one mesh dimension, or make the dimension a multiple of {processes}"
+    )
+    raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
 def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -266,8 +267,10 @@ class Rendezvous:
 
         _made[name] += 1
         self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
-        self._hint, self._calls = hint, 0
-        self._rank, self._ranks = dist.get_rank(), range(dist.get_world_size())
+        self._hint = hint
+        self._calls = 0
+        self._rank = dist.get_rank()
+        self._ranks = range(dist.get_world_size())
         self._tensors = tensors  # identifies the tensors of this process's model
         self._begin = time.monotonic()
         if tensors:
@@ -353,7 +356,9 @@ class Rendezvous:
             raise RankError(f"rank {other}", reason, self._hint)
 
     def _wait_for_all(self, prefix: str) -> None:
-        began, pause, warned = time.monotonic(), 0.001, False
+        began = time.monotonic()
+        pause = 0.001
+        warned = False
         while not (self._is_set(prefix) and self._is_set("made")):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
                 absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
@@ -506,7 +511,8 @@ class ShardOwners(Members):
             self._owners_meeting.store.set("failed", f"rank {self.rank}: {_describe(error)}")
 
     def check(self) -> None:
-        failed, store = "", self._owners_meeting.store
+        failed = ""
+        store = self._owners_meeting.store
         with suppress(RuntimeError):  # as in `announce_failure`
             failed = store.get("failed").decode() if store.check(["failed"]) else ""
         rank, _, reason = failed.partition(": ")
@@ -542,10 +548,8 @@ def is_first_of_group(model: torch.nn.Module | None) -> bool:
     model, of all."""
     if not dist.is_initialized():
         return True
-    ddp, modules = (
-        torch.nn.parallel.DistributedDataParallel,
-        () if model is None else model.modules(),
-    )
+    ddp = torch.nn.parallel.DistributedDataParallel
+    modules = () if model is None else model.modules()
     wrapper = next((module for module in modules if isinstance(module, ddp)), None)
     return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
 

@@ -55,7 +55,15 @@ from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
-from posthoc_cli.tracker.memory import FlatTensors, Layout, Tile, on_host, ranges_of, tiles_of
+from posthoc_cli.tracker.memory import (
+    FlatTensors,
+    Layout,
+    Tile,
+    numbers_of,
+    on_host,
+    ranges_of,
+    tiles_of,
+)
 from posthoc_cli.tracker.model import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.processes import Members
 from posthoc_cli.tracker.resume import ways_to_resume
@@ -129,10 +137,8 @@ class LiveSource(Snapshot):
             out = out[len(data) :]
 
     def _values(self, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
-        held, values = (
-            self.held,
-            iter(self.read([one for one in ranges if one.name not in self.held])),
-        )
+        held = self.held
+        values = iter(self.read([one for one in ranges if one.name not in self.held]))
         return [
             held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges
         ]
@@ -145,7 +151,9 @@ def headers(
     off_schedule: bool = False,
 ) -> list[Snapshot]:
     """Return the headers of snapshots of a state's averages, one a profile."""
-    averages, standing, tracked = state.averages, state.averages.standing, state.tracked
+    averages = state.averages
+    standing = state.averages.standing
+    tracked = state.tracked
     members = tracked.members
     chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
     sketch = encode_path(averages.known_path)
@@ -191,7 +199,8 @@ class Snapshotter:
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
         self.times_written = self.nbytes = 0  # how often; and the size of the last snapshots
-        self._settings, self._members = settings, members
+        self._settings = settings
+        self._members = members
         self._leads = members.rank == 0
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
@@ -240,7 +249,8 @@ class Snapshotter:
 
         Those that `close` wrote after it was saved belong to it if they hold its averages.
         """
-        stored, t = self._complete(), state.progress.t
+        stored = self._complete()
+        t = state.progress.t
         known = state.snapshots | {
             s.identity for s in stored if s.off_schedule and _holds_average(s, state)
         }
@@ -274,7 +284,8 @@ class Snapshotter:
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        standing, copies = state.averages.standing, state.averages.copies
+        standing = state.averages.standing
+        copies = state.averages.copies
         off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
         infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
         is_new = [
@@ -308,7 +319,8 @@ class Snapshotter:
     def _write(
         self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]
     ) -> int:
-        others, storage = staged.others | dict(copies), staged.storage
+        others = staged.others | dict(copies)
+        storage = staged.storage
         entries = {
             n: Entry(stored_name(dtype, n), storage.shapes[n])
             for n, dtype in storage.dtypes.items()
@@ -378,7 +390,8 @@ class Snapshotter:
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     """Return whether a snapshot's sample of its average equals a state's values, as far as this
     process has them."""
-    averages, sampled = state.averages, state.tracked.sampled
+    averages = state.averages
+    sampled = state.tracked.sampled
     if snapshot.t != averages.standing.t or snapshot.sigma_rel not in averages.sigma_rels:
         return False
     recorded = decode_sample(snapshot.sample)[1]
@@ -395,7 +408,8 @@ class Storage:
     snapshot's sample."""
 
     def __init__(self, layout: Layout, tracked: TrackedModel, dtype: str | None) -> None:
-        self.layout, self.tracked = layout, tracked
+        self.layout = layout
+        self.tracked = tracked
         # The same buckets on the host in the storage dtype, in which values are stored if they fit.
         self.stored = tuple(
             replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout)
@@ -450,12 +464,10 @@ def stage(
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
-    subset, memory, tiles, ranges = (
-        storage.subset,
-        storage.memory,
-        tiles_of(storage.layout),
-        ranges_of(storage.layout),
-    )
+    subset = storage.subset
+    memory = storage.memory
+    tiles = tiles_of(storage.layout)
+    ranges = ranges_of(storage.layout)
     measured, samples = (
         [elements.buffers() for _ in memory] for elements in (subset, storage.sample)
     )
@@ -463,7 +475,8 @@ def stage(
 
     def stage_tile(tile: Tile, thread: int) -> None:
         for index, stored in enumerate(memory):
-            exact, out = averages.values(tile, index, thread), stored.tile(tile)
+            exact = averages.values(tile, index, thread)
+            out = stored.tile(tile)
             out.copy_(
                 exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True
             )
@@ -474,17 +487,16 @@ def stage(
     pool.each(stage_tile, tiles)
     result = []
     for index, stored in enumerate(memory):
-        doubtful = {
-            piece.name
-            for tile, norm in zip(tiles, norms[index], strict=True)
-            if not float(norm) <= torch.finfo(storage.stored[tile.bucket].dtype).max
-            for piece in ranges[tile.number]
-        }
+        doubtful = set[str]()
+        for tile, norm in zip(tiles, numbers_of(norms[index], tiles), strict=True):
+            if not norm <= torch.finfo(storage.stored[tile.bucket].dtype).max:
+                doubtful.update(piece.name for piece in ranges[tile.number])
         exact = joined(measured[index])
         pairs = zip(measured[index], storage.stored, strict=True)
         rounded = joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs])
         others = _stored_in_other_dtypes(storage, averages, index, doubtful, exact, rounded)
-        weights, values = averages.sample, storage.in_order(samples[index])
+        weights = averages.sample
+        values = storage.in_order(samples[index])
         sample = "" if weights is None else encode_sample(storage.in_order(weights), values)
         measurements = subset.measured(exact, rounded)
         result.append(
@@ -503,7 +515,8 @@ def _stored_in_other_dtypes(
 ) -> dict[str, torch.Tensor]:
     """Return running statistics, and weights that their bucket's dtype cannot hold, whose values
     `stored` then gets."""
-    subset, found = storage.subset, {}
+    subset = storage.subset
+    found = {}
 
     def holds(dtype: torch.dtype) -> bool:
         error = exact - exact.to(dtype).to(exact.dtype)
@@ -513,14 +526,16 @@ def _stored_in_other_dtypes(
         return _is_accurate(norm, rounding, dtype)
 
     spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
-    norms, errors = subset.sums(measured), subset.sums(measured, stored)
+    norms = subset.sums(measured)
+    errors = subset.sums(measured, stored)
     for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
         if not _is_accurate(norm, error, storage.dtypes[name]):
             doubtful.add(name)
     for name in [
         name for name in storage.dtypes if name in doubtful or name not in storage.weights
     ]:
-        shape, usual = storage.shapes[name], storage.dtypes[name]
+        shape = storage.shapes[name]
+        usual = storage.dtypes[name]
         (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
         candidates = (usual, torch.float32) if name in storage.weights else ()
         dtype = next(filter(holds, candidates), exact.dtype)

@@ -73,15 +73,18 @@ def pack_state(
     that fill those of a fresh object's state, such as torch.distributed.checkpoint. Of a sharded
     `model` owned chunks are DTensors.
     """
-    averages, tracked = state.averages, state.tracked
-    kept, copies = averages.tensors, averages.copies
+    averages = state.averages
+    tracked = state.tracked
+    kept = averages.tensors
+    copies = averages.copies
     if kept is None or not averages.exist:
         kept = AverageTensors(host_layout(tracked), len(averages.sigma_rels))
         dtypes = tracked.dtypes(copied=True)
         copies = {
             name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()
         }
-    keys, dtensors = [repr(sigma_rel) for sigma_rel in averages.sigma_rels], {}
+    keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
+    dtensors = {}
     if model is not None:
         reshard(model)
         dtensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
@@ -93,7 +96,8 @@ def pack_state(
         }
 
     # the first mean may serve all profiles
-    first, is_shared = (kept.mean[0].views, averages.standing.shared)
+    first = kept.mean[0].views
+    is_shared = averages.standing.shared
     means = [
         {
             name: first[name] if is_shared and view.dtype == torch.float32 else view
@@ -123,7 +127,8 @@ def unpack_state(
     that it owns, also from complete tensors.
     """
     info = _checked_info(state, settings)
-    standing, wanted = info.standing, settings.sigma_rels
+    standing = info.standing
+    wanted = settings.sigma_rels
     averages = Averages.none_yet(wanted)
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
@@ -199,19 +204,20 @@ def _own_part(
     name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the part of a tensor of a state that this process owns, after checking it."""
-    subject, stored, reason, hint = f"tensor {name!r}", tensors[name], "", ""
+    subject = f"tensor {name!r}"
+    stored = tensors[name]
     expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
-    (local, held), wanted = held_box(name, stored), tracked.box(name)
-    if (found := f"{stored.dtype} of shape {list(stored.shape)}") != expected:
-        reason = f"is {found} in the state, not {expected}"
+    found = f"{stored.dtype} of shape {list(stored.shape)}"
+    if found != expected:
+        hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
         if list(stored.shape) != list(tracked.complete_shape(name)):
             hint = "the state is of another model"
-        else:
-            hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
-    elif held.intersection(wanted) != wanted:
+        raise ModelMismatchError(subject, f"is {found} in the state, not {expected}", hint)
+    local, held = held_box(name, stored)
+    wanted = tracked.box(name)
+    if held.intersection(wanted) != wanted:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"
-    if reason:
         raise ModelMismatchError(subject, reason, hint)
     starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
     tensor = local[

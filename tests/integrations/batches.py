@@ -36,10 +36,8 @@ class Training:
                 fsdp_version=2, cpu_ram_efficient_loading=False
             )
         self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
-        self.folder, bare = (
-            folder,
-            torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1)),
-        )
+        self.folder = folder
+        bare = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
         plain = torch.optim.Adam(bare.parameters(), lr=0.05)
         if before:
             self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)

@@ -55,7 +55,8 @@ class Recorder(Callback):
 
     def __init__(self, killed_at: int = 0) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
-        self._killed_at, self._step = killed_at, 0
+        self._killed_at = killed_at
+        self._step = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step > self._step:
@@ -88,17 +89,13 @@ class Sharded(Regression):
 
 if __name__ == "__main__":
     folder, killed_at, kind, resumes = task()
-    recorder, group = (
-        Recorder(killed_at),
-        {} if kind == "alone" else {"strategy": "ddp", "devices": 2},
-    )
+    recorder = Recorder(killed_at)
+    group = {} if kind == "alone" else {"strategy": "ddp", "devices": 2}
     if kind == "sharded":
         group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     callback = PostHocWeightAveraging(folder / "ema", validate=0.2, **EVERY)
-    trainer, module = (
-        make_trainer(folder, callback, recorder, **group),
-        (Sharded if kind == "sharded" else Regression)(),
-    )
+    trainer = make_trainer(folder, callback, recorder, **group)
+    module = (Sharded if kind == "sharded" else Regression)()
     trainer.fit(
         module, loader(), loader(), ckpt_path=folder / "out/step=4.ckpt" if resumes else None
     )

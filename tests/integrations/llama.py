@@ -31,7 +31,8 @@ class Recorder(TrainerCallback):
 
     def __init__(self, killed_at: int = 0, fails_at: int = 0) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
-        self._killed_at, self._fails_at = killed_at, fails_at
+        self._killed_at = killed_at
+        self._fails_at = fails_at
         self.before_end: Callable[[], None] = lambda: None
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
@@ -80,7 +81,9 @@ class Evaluated(TrainerCallback):
 
 if __name__ == "__main__":
     folder, killed_at, kind, resumes = task()
-    recorder, evaluated, options = Recorder(killed_at), Evaluated(), dict(BEST)
+    recorder = Recorder(killed_at)
+    evaluated = Evaluated()
+    options = dict(BEST)
     if kind == "sharded":
         use_fsdp_on_the_cpu()
         options |= {
@@ -91,10 +94,8 @@ if __name__ == "__main__":
     callback = PostHocCallback(folder / "ema", evaluate=0.2, **EVERY).install(trainer)
     recorder.before_end = lambda: callback.ema.flush()  # the snapshots of step 4 are on disk
     trainer.train(resume_from_checkpoint=resumes)
-    best, loaded = (
-        int(trainer.state.best_model_checkpoint.rpartition("-")[2]),
-        recorded(trainer.model),
-    )
+    best = int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+    loaded = recorded(trainer.model)
     with callback.ema.model(trainer.model, 0.2) as averaged:
         average = recorded(averaged)
     made = [recorder.weights, average, callback.ema.step, evaluated.weights, best, loaded]

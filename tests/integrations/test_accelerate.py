@@ -34,7 +34,8 @@ def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
     """Return an accelerator and, for each of two models, the model, its optimizer and its
     tracker."""
     forget()
-    accelerator, prepared = Accelerator(cpu=True), []
+    accelerator = Accelerator(cpu=True)
+    prepared = []
     for name in ("generator", "critic"):
         bare = torch.nn.Linear(4, 4)
         model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))

@@ -55,7 +55,8 @@ def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
                     {name: value.detach().clone() for name, value in self.named_parameters()}
                 )
 
-    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
+    recorder = Recorder()
     trainer = make_trainer(tmp_path, callback, recorder, num_sanity_val_steps=1)
     module = Watching()
     trainer.fit(module, loader(), loader())
@@ -120,7 +121,8 @@ class Manual(Regression):
 
 
 def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path: Path) -> None:
-    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **EVERY), Recorder()
+    callback = PostHocWeightAveraging(tmp_path / "ema", **EVERY)
+    recorder = Recorder()
     module = fit(tmp_path, callback, recorder, module=Manual())
     assert len(recorder.weights) == 9  # of 18 batches; the trainer counts 18 steps
     assert_exact(callback.ema, module, recorder.weights)
@@ -128,7 +130,8 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
 
 def test_accumulation_and_a_stride(tmp_path: Path) -> None:
     options = EVERY | {"update_every_n_steps": 2}
-    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
+    callback = PostHocWeightAveraging(tmp_path / "ema", **options)
+    recorder = Recorder()
     module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
     assert len(recorder.weights) == 12
     assert_exact(callback.ema, module, recorder.weights, every=2)
@@ -193,7 +196,8 @@ def test_a_fast_dev_run_writes_nothing_and_a_short_training_writes_snapshots(
     again = PostHocWeightAveraging(tmp_path / "short", **EVERY | {"resume": "auto"})
     fit(tmp_path, again, module=module, limit_train_batches=2, max_epochs=1)
     assert again.ema.t == 4
-    module, recorder = Regression(), Recorder()
+    module = Regression()
+    recorder = Recorder()
     fit(tmp_path, callback, recorder, module=module)
     assert_exact(callback.ema, module, recorder.weights)
 
@@ -227,7 +231,9 @@ def test_lightnings_own_checkpoints_are_opened_as_runs(kind: str | None, tmp_pat
     assert [source.profile for source in run.sources] == [
         Point(float(step)) for step in sorted(states)
     ]
-    plan, average, last = run.plan(0.2), run.average(0.2, dtype="float64"), states[max(states)]
+    plan = run.plan(0.2)
+    average = run.average(0.2, dtype="float64")
+    last = states[max(states)]
     coefficients = plan.reconstruction.coefficients[:, 0].tolist()
     assert average.keys() == last.keys()
     for name, value in average.items():

@@ -165,7 +165,8 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
     )
     from integrations.unet import network
 
-    unet, scheduler = network(), diffusers.DDPMScheduler(num_train_timesteps=10)
+    unet = network()
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=10)
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "like")
     track(unet, tmp_path / "run")
     Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")

@@ -105,7 +105,8 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
             if len(self.weights) == 5:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
 
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Large()
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    recorder = Large()
     trainer = make_trainer(
         tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no"
     )
@@ -123,7 +124,8 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(
     then."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    scaler, real = torch.amp.GradScaler("cpu"), AcceleratedOptimizer.__init__
+    scaler = torch.amp.GradScaler("cpu")
+    real = AcceleratedOptimizer.__init__
     monkeypatch.setattr(
         AcceleratedOptimizer,
         "__init__",
@@ -137,7 +139,8 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(
             if state.global_step in (1, 2):
                 next(model.parameters()).grad.fill_(torch.inf)
 
-    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Infinite()
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    recorder = Infinite()
     trainer = make_trainer(
         tmp_path,
         callback,
@@ -160,7 +163,8 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     """A linear decay over the last half is the mean of that half; a window is left out while
     training is too short."""
     wanted = [0.2, "decay:linear:50%", "window:5"]
-    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY), Recorder()
+    callback = PostHocCallback(tmp_path / "ema", evaluate=wanted, **EVERY)
+    recorder = Recorder()
     name = "eval_ema_decay-linear-50%_loss"
     arguments = BEST | {"metric_for_best_model": name}
     trainer = make_trainer(
@@ -223,10 +227,8 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         network(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
-    callback, recorder = (
-        PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY),
-        Recorder(),
-    )
+    callback = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY)
+    recorder = Recorder()
     trainer = make_trainer(tmp_path, recorder, model=model, max_steps=4, **BEST)
     callback.install(trainer)
     trainer.train()
@@ -247,7 +249,8 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(
     ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocCallback(tmp_path / "ema", evaluate=wanted)
-    one, two = PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two")
+    one = PostHocCallback(tmp_path / "one")
+    two = PostHocCallback(tmp_path / "two")
     for given in ((one, two), (one, one)):
         with pytest.raises(InvalidValueError, match="leave one out"):
             make_trainer(tmp_path, *given).train()

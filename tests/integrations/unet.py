@@ -39,7 +39,9 @@ def network() -> UNet2DModel:
 
 class Training:
     def __init__(self, folder: Path) -> None:
-        self.folder, self.accelerator, self.bare = folder, Accelerator(cpu=True), network()
+        self.folder = folder
+        self.accelerator = Accelerator(cpu=True)
+        self.bare = network()
         self.ema_model = PostHocEMAModel(
             self.bare,
             folder / "ema",
@@ -74,10 +76,8 @@ class Training:
         scheduler = DDPMScheduler(num_train_timesteps=10)
         for number in range(first, len(IMAGES)):
             generator = torch.manual_seed(number)
-            noise, times = (
-                torch.randn(2, 1, 8, 8, generator=generator),
-                torch.randint(0, 10, (2,), generator=generator),
-            )
+            noise = torch.randn(2, 1, 8, 8, generator=generator)
+            times = torch.randint(0, 10, (2,), generator=generator)
             with self.accelerator.accumulate(self.model):
                 predicted = self.model(
                     scheduler.add_noise(IMAGES[number], noise, times), times
@@ -96,7 +96,8 @@ class Training:
 
 if __name__ == "__main__":
     folder, killed_at, _, resumes = task()
-    training, other = Training(folder), network()
+    training = Training(folder)
+    other = network()
     if resumes:
         training.accelerator.load_state(str(folder / "saved"))
     training.run(4 if resumes else 0, killed_at)

@@ -29,7 +29,8 @@ class Training:
         torch.manual_seed(seed)
         layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
         self.model: Any = torch.nn.Sequential(*layers) if model is None else model
-        self.path, self.size = [*path], size
+        self.path = [*path]
+        self.size = size
 
     def run(
         self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0

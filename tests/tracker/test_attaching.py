@@ -72,7 +72,8 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(
     """The scaler calls a fused optimizer's `step` even then."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
-    scaler, counts = torch.amp.GradScaler("cpu", init_scale=4.0), []
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    counts = []
     with attached(model, tmp_path, optimizer) as tracker:
         for number in range(6):
             optimizer.zero_grad()
@@ -116,8 +117,10 @@ class ForwardingWrapper(torch.optim.Optimizer):
     hooks."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
-        self.inner, self.defaults = inner, inner.defaults
-        self.state, self.param_groups = inner.state, inner.param_groups
+        self.inner = inner
+        self.defaults = inner.defaults
+        self.state = inner.state
+        self.param_groups = inner.param_groups
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.inner, name)
@@ -201,7 +204,8 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
     tmp_path: Path,
 ) -> None:
     model, optimizer = sgd()
-    compiled, compiling = torch.compile(optimizer.step, backend="eager"), []
+    compiled = torch.compile(optimizer.step, backend="eager")
+    compiling = []
     with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
         with pytest.raises(
             InvalidValueError,

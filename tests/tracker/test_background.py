@@ -24,7 +24,7 @@ from tracker.runs import Training, contents, times, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
-from posthoc_cli.tracker import background
+from posthoc_cli.tracker import background, host_copy, pipeline
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -50,7 +50,8 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def held(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> Iterator[threading.Event]:
-    gate, real = threading.Event(), getattr(owner, name)
+    gate = threading.Event()
+    real = getattr(owner, name)
     monkeypatch.setattr(
         owner, name, lambda *arguments, **keywords: gate.wait(60) and real(*arguments, **keywords)
     )
@@ -445,8 +446,8 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
     work of one that ran out of memory has ended."""
     cuda = Streams()
     monkeypatch.setattr(cuda, "Stream", lambda device: Streams.Stream(cuda, f"own {device}"))
-    monkeypatch.setattr(background, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
-    streams = background.DeviceStreams()
+    monkeypatch.setattr(host_copy, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
+    streams = host_copy.DeviceStreams()
     devices = [torch.device("cuda", index) for index in (0, 1)]
     failing_block = pytest.raises(ZeroDivisionError) if fails else nullcontext()
     with failing_block, streams.in_streams_of_caller(streams.current(devices)):
@@ -477,6 +478,7 @@ def test_threads_have_the_training_s_accelerator(
         chosen.append((threading.current_thread().name, device))
 
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", choose)
     training, tracker = begin(tmp_path)
@@ -505,3 +507,20 @@ for device in ("model", "cpu"):
 print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
 """
     assert forked.run(code, tmp_path).out.split() == ["False", "True"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch has one thread, as under torchrun."""
+    monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    model = torch.nn.Linear(2048, 2048, device="cuda")
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema.update_(model)
+    ema.flush()
+    names = {thread.name for thread in threading.enumerate()}
+    assert {"ema-averages-1", "ema-averages-2"} <= names
+    ema.close()

@@ -36,7 +36,8 @@ def weights() -> torch.nn.ParameterDict:
 
 
 def track(folder: Path, times: np.ndarray, **settings: object) -> None:
-    model, values = weights(), torch.from_numpy(path(times))
+    model = weights()
+    values = torch.from_numpy(path(times))
     with (
         PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker,
         torch.no_grad(),

@@ -63,7 +63,8 @@ def resume(
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
     """A training of 200 steps, with snapshots at 20 times."""
-    training, folder = Training(), tmp_path_factory.mktemp("trained")
+    training = Training()
+    folder = tmp_path_factory.mktemp("trained")
     with begin(training.model, folder) as ema:
         training.run(200, ema)
     return training, folder
@@ -98,8 +99,10 @@ def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
     """Snapshots, also where some were thinned, are then those of a run without interruption."""
-    settings, last = {"checkpoint_every": 4, "max_checkpoints": 3, "device": device}, 18
-    training, states = Training(), []
+    settings = {"checkpoint_every": 4, "max_checkpoints": 3, "device": device}
+    last = 18
+    training = Training()
+    states = []
     with begin(training.model, tmp_path / "complete", **settings) as ema:
         for number in range(1, last + 1):
             training.run(number, ema)
@@ -110,7 +113,8 @@ def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> No
                 ignore=shutil.ignore_patterns(".ema*"),
             )
     for number, state in enumerate(states, 1):
-        again, folder = training.at(number), tmp_path / str(number)
+        again = training.at(number)
+        folder = tmp_path / str(number)
         with resume(again.model, folder, **settings) as ema:
             ema.load_state_dict(state)
             again.run(last, ema)
@@ -175,7 +179,8 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     # whose last snapshots the exact state does not list
     dropped = len(first.settings.sigma_rels) - len(profiles)
     assert superseded(tmp_path) == exactly * dropped
-    newest, wanted = Run(tmp_path).snapshots[-1], SETTINGS | after
+    newest = Run(tmp_path).snapshots[-1]
+    wanted = SETTINGS | after
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (
         wanted["update_every"],
         wanted["checkpoint_every"],
@@ -192,7 +197,8 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
 
 
 def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
-    early, three = Training(), (0.05, 0.1, 0.28)
+    early = Training()
+    three = (0.05, 0.1, 0.28)
     with begin(early.model, tmp_path / "early") as ema:
         states = [state_after(early, last, ema) for last in (1, 4)]
     late = early.at(1)
@@ -216,7 +222,8 @@ def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
 ) -> None:
     """On the user's own clock, also where it equals the steps; no pickles are needed; fewer
     profiles may be loaded."""
-    training, options = Training(), {"t_unit": "images"}
+    training = Training()
+    options = {"t_unit": "images"}
     ema = begin(training.model, tmp_path / "run", **options)
     expected = state_after(training, last, ema, scale=scale)
     ema.close()
@@ -291,7 +298,8 @@ def test_an_altered_state_or_one_of_another_run_is_refused(
     """The alteration is of an entry, or of one tensor."""
     with resume(finished.model, tmp_path) as ema:
         finished.run(201, ema)
-        before, files = ema.state_dict(), contents(tmp_path)
+        before = ema.state_dict()
+        files = contents(tmp_path)
         altered = copy.deepcopy(before)
         if isinstance(change, dict):
             altered |= change
@@ -362,7 +370,8 @@ def test_a_run_is_not_resumed_with_fresh_weights(
     elif weights == "permuted":
         order = [1, 0, *range(2, 24)]
         for layer in (inner, norm):
-            layer.weight.data, layer.bias.data = layer.weight.data[order], layer.bias.data[order]
+            layer.weight.data = layer.weight.data[order]
+            layer.bias.data = layer.bias.data[order]
         outer.weight.data = outer.weight.data[:, order]
     elif weights == "average":
         training.model.load_state_dict(PostHocEMA.from_path(tmp_path).state_dict(0.05))
@@ -370,7 +379,8 @@ def test_a_run_is_not_resumed_with_fresh_weights(
         training.run(170, salt=1)
     elif weights == "half":
         inner.weight.data[:12] = finished.path[149]["0.weight"][:12]
-    before, ema = contents(tmp_path), resume(training.model, tmp_path, way)
+    before = contents(tmp_path)
+    ema = resume(training.model, tmp_path, way)
     for _ in range(2):  # every call raises the error
         with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
             ema.update_(training.model)
@@ -385,7 +395,8 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     finished: Training, tmp_path: Path, way: str, late: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
-    again, checkpoint = finished.at(80), finished.path[79]
+    again = finished.at(80)
+    checkpoint = finished.path[79]
     if late:
         again.model.load_state_dict(finished.path[-1])
     if way == "step=80":
@@ -474,7 +485,8 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
         again.run(220, ema, salt=1)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
-    new, folder = Training(), tmp_path / "first"
+    new = Training()
+    folder = tmp_path / "first"
     remove(folder, *range(10, 201, 10))
     remove(folder, *range(20, 201, 10), sigma_rel=0.05)
     with resume(new.model, folder) as ema:
@@ -513,7 +525,8 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
     with begin(training.model, tmp_path, **settings) as ema:
         state = state_after(training, 100, ema, scale=scale)
         training.run(130, ema, scale=scale)
-    again, saved = training.at(10), training.path[weights - 1]
+    again = training.at(10)
+    saved = training.path[weights - 1]
     if way != "state first":
         again.model.load_state_dict(saved)
     way_in = {"resume": 100} if way == "step" else {"resume": "auto"}
@@ -535,7 +548,8 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
 def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(
     tmp_path: Path, dtype: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    training, settings = Training(), {"checkpoint_dtype": dtype}
+    training = Training()
+    settings = {"checkpoint_dtype": dtype}
     for last in (20, 25):
         with resume(training.model, tmp_path, **settings) as ema:
             training.run(last, ema)
@@ -553,7 +567,8 @@ def test_a_header_holds_the_weights_and_the_average_of_its_time(
     newest = Run(tmp_path).snapshots[-1]
     assert newest.t == at
     average = load_file(newest.path)
-    names, expected = sorted(newest.averages), []
+    names = sorted(newest.averages)
+    expected = []
     for number, name in enumerate(names):
         places = {
             xxhash.xxh3_64_intdigest(f"{k}/{name}".encode()) % average[name].numel()
@@ -608,8 +623,11 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
 def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training, other = begun(tmp_path / "run", 10), torch.nn.Linear(3, 4)
-    before, model, run = contents(tmp_path / "run"), training.model, tmp_path / "run"
+    training = begun(tmp_path / "run", 10)
+    other = torch.nn.Linear(3, 4)
+    before = contents(tmp_path / "run")
+    model = training.model
+    run = tmp_path / "run"
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     (tmp_path / "empty").mkdir()

@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import memory
-from posthoc_cli.tracker.memory import ModelCopier, ModelCopy, Reader
+from posthoc_cli.tracker import host_copy, memory
+from posthoc_cli.tracker.host_copy import ModelCopier, ModelCopy
+from posthoc_cli.tracker.memory import Reader
 
 
 class Event:
     """An event of a stream, which is done after the work before it."""
 
     def __init__(self, device: SimulatedDevice) -> None:
-        self.device, self.done = device, False
+        self.device = device
+        self.done = False
 
     def finish(self) -> None:
         self.done = True
@@ -58,7 +60,9 @@ class SimulatedDevice:
     """Streams whose work is done in a random order of those that streams and events allow."""
 
     def __init__(self, seed: int) -> None:
-        self.draw, self.free = random.Random(seed), 2**40
+        self.draw = random.Random(seed)
+        self.free = 2**40
+        self.kept = 0  # by torch, of what it has freed
         self.streams: list[Stream] = []
         self.used_by: set[tuple[int, Stream]] = set()
         self.training = self.current = self.stream()
@@ -83,12 +87,13 @@ class SimulatedDevice:
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
+        before = self.current
+        self.current = stream
         yield
         self.current = before
 
     def as_torch(self) -> Any:
-        """Return the replacement of torch in `memory`."""
+        """Return the replacement of torch in `memory` and `host_copy`."""
         used_by = self.used_by
         cuda = SimpleNamespace(
             Stream=self.stream,
@@ -96,6 +101,8 @@ class SimulatedDevice:
             current_stream=lambda _: self.current,
             stream=self.on,
             mem_get_info=lambda _: (self.free, self.free),
+            memory_reserved=lambda _: self.kept,
+            memory_allocated=lambda _: 0,
         )
 
         class OnDevice(torch.Tensor):
@@ -143,7 +150,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
         for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
             monkeypatch.setattr(memory, name, elements)
 
-    monkeypatch.setattr(memory, "torch", simulated.as_torch())
+    for module in (memory, host_copy):
+        monkeypatch.setattr(module, "torch", simulated.as_torch())
     return simulated
 
 
@@ -171,7 +179,8 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
     """Training overwrites the values at each step; up to two copies of earlier values wait to be
     read."""
     values = tensors()
-    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
+    stager = ModelCopier()
+    waiting = deque[tuple[int, ModelCopy]]()
 
     def check() -> None:
         number, staged = waiting.popleft()
@@ -192,7 +201,8 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
 def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
     """A buffer holds all of a copy, or two tiles a device."""
-    values, stager = tensors(), ModelCopier()
+    values = tensors()
+    stager = ModelCopier()
     first = stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
@@ -215,6 +225,14 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     assert bool(device.training.work) == (not device.free)
 
 
+@pytest.mark.parametrize("device", [6], indirect=True)
+def test_memory_that_torch_has_freed_and_kept_counts_as_free(device: SimulatedDevice) -> None:
+    device.kept = 2**40
+    stager = ModelCopier()
+    stager.copy(on_devices(tensors()))
+    assert stager.nbytes == 2 * sum(value.nbytes for value in tensors().values())
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -228,7 +246,8 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         str(k): torch.zeros(2**24, device="cuda", dtype=d)
         for k, d in enumerate((torch.float32, torch.bfloat16))
     }
-    stager, waiting = ModelCopier(), deque[tuple[int, ModelCopy]]()
+    stager = ModelCopier()
+    waiting = deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()) if own_stream else nullcontext():
         for number in range(1, 12):

@@ -99,7 +99,8 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
         tracker.snapshot()
         assert [s.path.stat().st_ino for s in Run(tmp_path).snapshots] == before
         training.run(21, tracker)
-    again, expected = training.at(20), [(4, True), (10, False), (20, False)]
+    again = training.at(20)
+    expected = [(4, True), (10, False), (20, False)]
     assert written(tmp_path) == expected
     with PostHocEMA.from_path(tmp_path, again.model) as tracker:
         again.run(21, tracker)

@@ -136,7 +136,8 @@ def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path
         tracker.run.average,
     ):
         for sigma_rel in (0.05, 0.1, 0.2, 0.28):
-            weights, exact = source(sigma_rel), training.exact(sigma_rel)
+            weights = source(sigma_rel)
+            exact = training.exact(sigma_rel)
             assert weights["1.num_batches_tracked"] == 60
             for name in STATISTICS:  # as exact as a reconstruction, and nearer than a copy
                 off = distance(weights, {name: exact[name]})
@@ -149,7 +150,8 @@ def test_statistics_are_averaged_by_the_profile_and_counts_copied(tmp_path: Path
 
 def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path) -> None:
     trained(tmp_path, 20)
-    paths, small = sorted(tmp_path.glob("*.safetensors")), torch.ones(24)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    small = torch.ones(24)
     small[0] = 1e-3
     for path in paths:
         value = small if path is paths[-1] else torch.full((24,), 2.0)
@@ -157,10 +159,8 @@ def test_a_variance_stays_positive_where_coefficients_extrapolate(tmp_path: Path
             path,
             lambda values, value=value: values.update({name: value.clone() for name in STATISTICS}),
         )
-    plan, wanted = (
-        plan_synthesis(disk_sources(tmp_path), [0.1]),
-        {paths[0].name: -0.3, paths[-1].name: 1.3},
-    )
+    plan = plan_synthesis(disk_sources(tmp_path), [0.1])
+    wanted = {paths[0].name: -0.3, paths[-1].name: 1.3}
     chosen = np.array([[wanted.get(source.name, 0.0)] for source in plan.sources])
     assert chosen.sum() == pytest.approx(1)
     plan = replace(plan, reconstruction=replace(plan.reconstruction, coefficients=chosen))
@@ -233,7 +233,8 @@ def test_metrics_include_the_measurements_of_the_last_snapshots(tmp_path: Path) 
 def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshots(
     tmp_path: Path,
 ) -> None:
-    training, calls = Training(), []
+    training = Training()
+    calls = []
     ema = PostHocEMA.from_model(training.model, tmp_path, update_every=1, checkpoint_every=10)
     ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
     for step in range(1, 26):

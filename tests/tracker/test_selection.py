@@ -133,7 +133,8 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
     )
 
     with PostHocEMA.from_path(tmp_path, model) as run:
-        raw, state = training.run(7, run).path[-1], run.state_dict()
+        raw = training.run(7, run).path[-1]
+        state = run.state_dict()
         training.run(8)
         with pytest.warns(RuntimeWarning, match="running statistics"):
             for block in (run.model(model, sigma_rel=0.15), run.model(model, 0.05)):
@@ -165,10 +166,8 @@ class Holder(torch.nn.Module):
 
 
 def check_average(folder: Path, training: Training) -> None:
-    weights, exact = (
-        PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32"),
-        training.exact(0.28, range(1, 7)),
-    )
+    weights = PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32")
+    exact = training.exact(0.28, range(1, 7))
     averaged = [name for name, role in roles(folder).items() if role == "average"]
     assert all(weights[name].shape == exact[name].shape for name in averaged)
     assert_near(weights, {name: exact[name] for name in averaged}, within=1e-5)
@@ -198,10 +197,8 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
         tmp_path / "wide", tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
     )
     run = PostHocEMA.from_path(tmp_path / "wide", model)
-    wide, own = (
-        run.state_dict(sigma_rel=0.28, dtype="float32")["w"],
-        run.state_dict(sigma_rel=0.28)["w"],
-    )
+    wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
+    own = run.state_dict(sigma_rel=0.28)["w"]
     assert own.dtype == dtype
     assert torch.equal(own.float(), wide.to(dtype).float())
     with run.model(model, sigma_rel=0.28) as averaged:
@@ -267,7 +264,8 @@ def test_the_originals_of_a_parametrized_module_are_averaged(
         <= averaged
         == {name for name, _ in model.named_parameters()}
     )
-    x, tracker = torch.randn(4, 3), PostHocEMA.from_path(tmp_path)
+    x = torch.randn(4, 3)
+    tracker = PostHocEMA.from_path(tmp_path)
     with tracker.model(model, sigma_rel=0.28), torch.no_grad():
         inside = model(x)
     model.load_state_dict(tracker.state_dict(sigma_rel=0.28))

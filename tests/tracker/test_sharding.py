@@ -424,10 +424,8 @@ if rank == 1:
 def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: Path) -> None:
     alone(tmp_path / "taken", 4)
     outs = check_group(BEGIN + REFUSED, 2, tmp_path)
-    asks, hint = (
-        "RankError rank 1: asks for model(sigma_rel 0.",
-        "rank 0 for model(sigma_rel 0.15); make the same call",
-    )
+    asks = "RankError rank 1: asks for model(sigma_rel 0."
+    hint = "rank 0 for model(sigma_rel 0.15); make the same call"
     expected = [
         "holds snapshots of run",
         "RankError rank 1: has sigma_rels (0.1,), and rank 0 has (0.05, 0.28)",
@@ -551,7 +549,8 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         for tensor in tensors_of(found).values():
             tensor.zero_()
         dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
-        loaded, right = tensors_of(found), tensors_of(expected)
+        loaded = tensors_of(found)
+        right = tensors_of(expected)
         assert loaded.keys() == right.keys()
         assert [
             name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)
@@ -572,12 +571,41 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert all(
             torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries
         ), key
-        measured, true = run[key].measurements, snapshot.measurements
+        measured = run[key].measurements
+        true = snapshot.measurements
         assert measured is not None
         assert true is not None
         assert measured.norm == pytest.approx(true.norm)
         assert measured.rounding == pytest.approx(true.rounding)
     assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
+
+
+def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:
+    """On other processes than those that saved it, with a model that was not restored: stored and
+    synthesized averages are those of one process."""
+    code = """
+before, after = map(int, arguments[1:])
+model = spread(Net(), kind)
+ema = tracker("run", resume="auto")
+if before:
+    move(model, 1000)
+    dcp.load({"ema": ema}, checkpoint_id=folder / "saved")
+train(model, before + 1, after, ema)
+dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
+ema.close()
+"""
+    check_group(BEGIN + code, 2, tmp_path, "fsdp", 0, 9)
+    check_group(BEGIN + code, 3, tmp_path, "fsdp", 9, 16)
+    alone(tmp_path / "single", 16)
+    run, single = (Run(tmp_path / name) for name in ("run", "single"))
+    for t in (12, 16):
+        exact = truth(0.2, [*range(2, t + 1, 2)])
+        stored = run.average(0.2, t=t)
+        assert_near(stored, exact)
+        assert stored.predicted_error is not None
+        assert stored.predicted_error < 1e-6
+    made, right = (each.average(0.15) for each in (run, single))
+    assert_near(made, {name: tensor.double() for name, tensor in right.items()}, within=1e-5)
 
 
 def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:

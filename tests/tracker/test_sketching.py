@@ -38,12 +38,10 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics
     do not count.
     """
-    net, t = (
-        torch.nn.Sequential(
-            torch.nn.Linear(50, 20, bias=False), torch.nn.BatchNorm1d(20, affine=False)
-        ),
-        first - 1,
+    net = torch.nn.Sequential(
+        torch.nn.Linear(50, 20, bias=False), torch.nn.BatchNorm1d(20, affine=False)
     )
+    t = first - 1
     with tracker_of(net, tmp_path, t_unit="images") as tracker:
         for _ in range(sum(windows)):
             torch.nn.init.normal_(net[0].weight)
@@ -160,7 +158,8 @@ def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 
 
 def check(folder: Path, known: Exact, norm: float = 1e-12, rounding: float = 1e-6) -> None:
     for snapshot in Run(folder).snapshots:
-        stored, found = load_file(snapshot.path), snapshot.measurements
+        stored = load_file(snapshot.path)
+        found = snapshot.measurements
         exact = {
             name: known[snapshot.t, snapshot.sigma_rel][name].cpu() for name in snapshot.averages
         }

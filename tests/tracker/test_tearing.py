@@ -33,7 +33,8 @@ SIGMA_RELS = (0.2, 0.21)
 """Two similar widths: profiles that share a mean then have nearly its weights and differ from the
 truth only by rounding, although the model's values jump."""
 
-MOST, EVERY = 100_000, 2
+MOST = 100_000
+EVERY = 2
 """The largest number of steps of a training, and the number of calls from one update to the next.
 """
 
@@ -90,10 +91,8 @@ def away(
     tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE
 ) -> list[str]:
     """Return a line if an element is too far from the average of the last update up to a step."""
-    low, high = (
-        min(float(t.min()) for t in tensors.values()),
-        max(float(t.max()) for t in tensors.values()),
-    )
+    low = min(float(t.min()) for t in tensors.values())
+    high = max(float(t.max()) for t in tensors.values())
     right = float(truth(sigma_rel)[step // EVERY - 1])
     is_near = max(right - low, high - right) <= tolerance * right
     return (
@@ -104,7 +103,9 @@ def away(
 
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
-    step, t, standing = state["step"], state["t"], state["standing"]
+    step = state["step"]
+    t = state["t"]
+    standing = state["standing"]
     updated = standing["step"]
     if not updated <= step < updated + EVERY or t != step or standing["t"] != updated:
         return [f"step {step} at t = {t} with averages of {updated} at {standing['t']}"]
@@ -121,10 +122,8 @@ def wrong_state(state: Mapping[str, Any]) -> list[str]:
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Return what is wrong with an average of any length: a sum of tracked ones with coefficients
     up to about 4."""
-    low, high = (
-        min(float(t.min()) for t in weights.values()),
-        max(float(t.max()) for t in weights.values()),
-    )
+    low = min(float(t.min()) for t in weights.values())
+    high = max(float(t.max()) for t in weights.values())
     return [] if high - low <= 8 * TOLERANCE * high else [f"from {low} to {high}"]
 
 
@@ -132,7 +131,10 @@ def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
 def test_averages_that_another_thread_reads_are_those_of_one_update(
     tmp_path: Path, device: str
 ) -> None:
-    model, other, wrong, chance = Equal(300_000), Equal(300_000), list[str](), random.Random(0)
+    model = Equal(300_000)
+    other = Equal(300_000)
+    wrong = list[str]()
+    chance = random.Random(0)
     tracker = start(tmp_path, model, device, 10 * MOST)
 
     def swapped_in(sigma_rel: float) -> list[str]:
@@ -174,7 +176,11 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
 ) -> None:
     """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own
     within the update."""
-    model, usual, wrong, chance, armed = Equal(3_000), 0.002, list[str](), random.Random(0), False
+    model = Equal(3_000)
+    usual = 0.002
+    wrong = list[str]()
+    chance = random.Random(0)
+    armed = False
     tracker = start(tmp_path, model, device, 10 * EVERY)
 
     def stop() -> list[str]:
@@ -201,7 +207,8 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
         for number in range(150):
             way = chance.choice([*ways]) if number < 149 else last
             model.go_to(tracker.step + 1)
-            started, armed = time.perf_counter(), True
+            started = time.perf_counter()
+            armed = True
             try:  # The statement after the update is inside, for a signal that comes just then.
                 signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1.5 * usual))
                 tracker.update_(model)
@@ -232,7 +239,8 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("size", [2, 7])
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
-    shapes, states = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}, []
+    shapes = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}
+    states = []
     dtypes = {"b": torch.bfloat16, "d": torch.float64}
     for threads in (1, size):
         torch.set_num_threads(threads)
@@ -299,8 +307,11 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call comes from another thread, while the worker is in the middle of an update."""
-    inside, proceed, real = threading.Event(), threading.Event(), torch.lerp
-    model, found = Equal(1000), []
+    inside = threading.Event()
+    proceed = threading.Event()
+    real = torch.lerp
+    model = Equal(1000)
+    found = []
     tracker = start(tmp_path, model, device, 100)
 
     def train(count: int) -> None:

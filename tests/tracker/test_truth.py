@@ -54,7 +54,8 @@ def tracked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         sigma_rels: tuple[float, ...] = (0.05, 0.10),
         dtype: Any = torch.float32,
     ) -> tuple[Trajectory, Path]:
-        run, folder = recorded(name), tmp_path_factory.mktemp(name)
+        run = recorded(name)
+        folder = tmp_path_factory.mktemp(name)
         model = Replay(run)
         options = {
             "update_every": stride,
@@ -89,7 +90,8 @@ def test_synthesized_weights_are_near_the_true_ones(
     weights = [exact_weights(s, seen[1:]) for s in BOUNDS] + [
         -np.diff(tail) for tail in tails.values()
     ]
-    exact, tracker = truth(run, seen[1:], weights), PostHocEMA.from_path(folder)
+    exact = truth(run, seen[1:], weights)
+    tracker = PostHocEMA.from_path(folder)
     found = [
         distance(tracker.state_dict(s, method="paper"), one)
         for s, one in zip(BOUNDS, exact, strict=False)
@@ -120,8 +122,10 @@ def test_minimum_variance_beats_the_published_method_and_knows_its_error(
     """Over all cells of scripts/bench_fidelity.py with two profiles, actual / predicted is between
     0.31 and 1.78."""
     run, folder = tracked(name, 10, sigma_rels, dtype)
-    targets, steps = (0.03, 0.07, 0.15, 0.20, 0.25), np.arange(10, STEPS + 1, 10)
-    plan, tracker = plan_synthesis(disk_sources(folder), targets), PostHocEMA.from_path(folder)
+    targets = (0.03, 0.07, 0.15, 0.20, 0.25)
+    steps = np.arange(10, STEPS + 1, 10)
+    plan = plan_synthesis(disk_sources(folder), targets)
+    tracker = PostHocEMA.from_path(folder)
     assert plan.method == "minvar"
     for index, exact in enumerate(truth(run, steps, [exact_weights(s, steps) for s in targets])):
         ours = distance(tracker.state_dict(targets[index]), exact)

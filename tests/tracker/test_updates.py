@@ -14,7 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import (
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+)
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -54,7 +59,8 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
     unit: str,
 ) -> None:
     steps = (warm_up // update_every + 1) * update_every + more
-    values, model = walk(steps), Scalar()
+    values = walk(steps)
+    model = Scalar()
     clock = (
         np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps))
         if unit == "images"
@@ -84,7 +90,9 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
 ) -> None:
     """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to
     nearest, by none."""
-    base, begin, updates = torch.linspace(1, 1.9, 1000).to(dtype), 1e6 * change / 1e-4, 5120
+    base = torch.linspace(1, 1.9, 1000).to(dtype)
+    begin = 1e6 * change / 1e-4
+    updates = 5120
     model = Scalar(dtype)
     model.weight.data = base.clone()
     options = {"update_every": 1, "checkpoint_every": 10**6, "t_unit": "images"}
@@ -108,9 +116,12 @@ def test_float32_averages_are_right_wherever_windows_end(
 ) -> None:
     """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
     another clock."""
-    model, path, times = Scalar(torch.float32), [], []
+    model = Scalar(torch.float32)
+    path = []
+    times = []
     model.weight.data = torch.zeros(2000)
-    generator, t = torch.Generator().manual_seed(0), float(begin)
+    generator = torch.Generator().manual_seed(0)
+    t = float(begin)
     value = torch.randn(2000, generator=generator)
     options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images"}
     with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
@@ -141,9 +152,12 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 ) -> None:
     """They share it from t = 104,000 on; a run resumes within a window before, from a state with
     more profiles."""
-    model, generator = Scalar(torch.float32), torch.Generator().manual_seed(0)
+    model = Scalar(torch.float32)
+    generator = torch.Generator().manual_seed(0)
     model.weight.data = torch.randn(500, generator=generator)
-    path, times, options = [], [], {"update_every": 1, "checkpoint_every": 10**6}
+    path = []
+    times = []
+    options = {"update_every": 1, "checkpoint_every": 10**6}
 
     def train(tracker: PostHocEMA, until: int) -> None:
         for t in range(int(times[-1] if times else 103_600) + 1, until + 1):
@@ -177,10 +191,15 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
     """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty
     float32 snapshots."""
-    model, size, first, updates = Scalar(torch.float32), 1000, 104_000, 4500
+    model = Scalar(torch.float32)
+    size = 1000
+    first = 104_000
+    updates = 4500
     model.weight.data = torch.zeros(size)
-    generator, kept = torch.Generator().manual_seed(0), np.zeros(size)
-    center, share = torch.randn(size, generator=generator), exact_gamma(0.28) + 1
+    generator = torch.Generator().manual_seed(0)
+    kept = np.zeros(size)
+    center = torch.randn(size, generator=generator)
+    share = exact_gamma(0.28) + 1
     options = {"update_every": 1, "checkpoint_every": 225, "checkpoint_dtype": torch.float32}
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for k in range(1, updates + 1):
@@ -226,7 +245,8 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
     range."""
     kept = {}
     for name, sigma_rels in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
-        model, generator = torch.nn.Linear(30, 30), torch.Generator().manual_seed(0)
+        model = torch.nn.Linear(30, 30)
+        generator = torch.Generator().manual_seed(0)
         with PostHocEMA.from_model(
             model,
             tmp_path / name,
@@ -327,7 +347,8 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
             with pytest.raises(NonFiniteError, match=named):
                 tracker.update_(model, begin + step)
                 tracker.flush()
-            after, tensors = tracker.state_dict(), ("mean", "high", "copies")
+            after = tracker.state_dict()
+            tensors = ("mean", "high", "copies")
             # the model's own weights have changed
             plain = before.keys() - {*tensors, "step", "t", "weights"}
             assert {name: after[name] for name in plain} == {name: before[name] for name in plain}
@@ -383,7 +404,8 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
     tmp_path: Path, change: Any, message: str
 ) -> None:
     model = Scalar()
-    model.other_weight, model.frozen = parameter(2), parameter(2).requires_grad_(False)
+    model.other_weight = parameter(2)
+    model.frozen = parameter(2).requires_grad_(False)
     with PostHocEMA.from_model(
         model, tmp_path, (0.28,), update_every=1, checkpoint_every=2
     ) as tracker:
@@ -394,3 +416,51 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
         tracker.flush()
         assert tracker.step == 2
         assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_step_that_a_cuda_graph_captures_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would count once, however often the graph is replayed."""
+    model = torch.nn.Linear(2, 2)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema.update_(model)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(NotReadyError, match=r"graph is being captured.*graph\.replay"):
+            ema.update_(model)
+    ema.update_(model)
+    assert ema.step == 2
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2, device="cuda")
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema.update_(model)
+    ema.flush()
+    with pytest.raises(NotReadyError, match="graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ema.update_(model)
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_an_update_by_copy_never_waits_for_the_device(tmp_path: Path) -> None:
+    """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300)).cuda()
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=4)
+    for _ in range(6):
+        ema.update_(model)
+    ema.flush()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(6):
+            ema.update_(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ema.close()

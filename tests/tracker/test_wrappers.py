@@ -111,7 +111,8 @@ def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
     tmp_path: Path, kind: str
 ) -> None:
-    bare, wrapped = network(), WRAPPERS[kind](network())
+    bare = network()
+    wrapped = WRAPPERS[kind](network())
     assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
     # made before the wrapper
     with (
@@ -126,10 +127,8 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
         {"head.1.weight": "head.0.weight"},
     )
     assert contents(tmp_path / "wrapped") == contents(tmp_path / "bare")
-    fresh, weights = (
-        network(),
-        PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15),
-    )
+    fresh = network()
+    weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
     fresh.load_state_dict(weights)
 
     x = torch.randn(6, 3)
@@ -155,7 +154,8 @@ def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
             FullyShardedDataParallel(network(), device_id=torch.device("cpu")), tmp_path
         )
     for shape in ((0,), (3, 4)):
-        model, head = network(), torch.nn.Parameter(torch.empty(shape))
+        model = network()
+        head = torch.nn.Parameter(torch.empty(shape))
         head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
         model.head[0].bias = head
         with pytest.raises(

@@ -1,0 +1,202 @@
+"""Copies of a model's values on the host, and the order of a tracker's threads on accelerators.
+
+On an accelerator training's own stream copies each tile to a buffer of a ring; another stream
+sends it to pinned memory, while training goes on.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, on_host, tiles_of
+
+# of an accelerator's free memory, the most that is used as a buffer for copies to the host
+FREE_SHARE = 0.1
+
+
+class _Ring:
+    """A ring of buffers on an accelerator, through which tiles go to the host in a separate stream.
+
+    If the free memory is too small for all tiles, the training stream waits before it fills a
+    buffer again.
+    """
+
+    def __init__(self, device: torch.device, sizes: Sequence[int]) -> None:
+        cuda: Any = torch.cuda
+        # torch keeps memory that it has freed
+        kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
+        free = cuda.mem_get_info(device)[0] + kept
+        count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
+        self._device = device
+        self._stream = cuda.Stream(device)
+        self._buffers = [
+            torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device)
+            for i in range(count)
+        ]
+        self._sent: list[Any] = [None] * count  # each buffer's last event
+        self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
+
+    def send(self, number: int, values: list[torch.Tensor], out: torch.Tensor) -> Any:
+        """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
+        after the copy."""
+        cuda: Any = torch.cuda
+        index = number % len(self._buffers)
+        training = cuda.current_stream(self._device)
+        if self._sent[index] is not None:
+            training.wait_event(self._sent[index])
+        buffer = self._buffers[index]
+        staged = buffer[: out.nbytes].view(out.dtype)
+        _fill(staged, values)
+        self._stream.wait_stream(training)
+        with cuda.stream(self._stream):
+            out.copy_(staged, non_blocking=True)
+        # A thread that waits for a blocking event sleeps, and takes no core from the training.
+        self._sent[index] = self._stream.record_event(cuda.Event(blocking=True))
+        # torch must not reuse a freed buffer's memory before both streams have finished with the
+        # buffer.
+        for user in (self._stream, training):
+            buffer.record_stream(user)
+        return self._sent[index]
+
+
+def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
+    torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCopy:
+    """A model's values at one moment, on the host, in the model's dtypes; complete after the
+    `events`."""
+
+    memory: FlatTensors
+    values: Reader
+    events: tuple[Any, ...] = ()
+
+    def arrived(self) -> Reader:
+        """Wait until all values have arrived, and return a reader of them."""
+        for event in self.events:
+            event.synchronize()
+        return self.values
+
+
+class ModelCopier:
+    """Copies a model's values to memory on the host, which it reuses, for readers of `threads`
+    threads."""
+
+    def __init__(self, threads: int = 1) -> None:
+        self._threads = threads
+        # one is enough, and copies of old layouts drop out
+        self._free: deque[ModelCopy] = deque(maxlen=1)
+        self._layout: Layout = ()
+        self._rings: dict[torch.device, _Ring] = {}
+        self._host_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory on the host and on accelerators, including a copy that is in use."""
+        return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
+        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
+        `SINGLE_THREAD`."""
+        layout = model.layout
+        host = on_host(model.layout)
+        sizes = defaultdict(list)
+        if layout != self._layout:
+            for tile in model.tiles:
+                if (bucket := layout[tile.bucket]).device.type == "cuda":
+                    sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
+            self._rings = {device: _Ring(device, nbytes) for device, nbytes in sizes.items()}
+            self._layout = layout
+        copy = self._free.pop() if self._free else None
+        if copy is None or copy.memory.layout != host:
+            memory = FlatTensors(host, pinned=bool(self._rings))
+            reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
+            self._host_bytes = memory.nbytes
+            copy = ModelCopy(memory, reader)
+        memory = copy.memory
+        events = dict[torch.device, Any]()
+        counts = defaultdict[torch.device, int](int)
+
+        def copy_tile(tile: Tile, _: int) -> None:
+            # Tiles of an accelerator are larger than the reader's, which are the host's.
+            device = layout[tile.bucket].device
+            values = model.current(tile)
+            out = memory.tile(tile)
+            if device in self._rings:  # a stream keeps order: the last event is enough
+                events[device] = self._rings[device].send(counts[device], values, out)
+                counts[device] += 1
+            else:
+                _fill(out, values)
+
+        pool.each(copy_tile, model.tiles)
+        return replace(copy, events=tuple(events.values()))
+
+    def give_back(self, copy: ModelCopy) -> None:
+        """Take back a copy that has arrived and is no longer needed; may be called from any
+        thread."""
+        self._free.append(copy)
+
+
+# --- streams
+
+Streams = dict[torch.device, Any]
+# a CUDA event a device: it ends when the work queued before it has
+DeviceEvents = tuple[tuple[torch.device, Any], ...]
+
+
+class DeviceStreams:
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
+    last update's end."""
+
+    def __init__(self) -> None:
+        self.last_events: DeviceEvents = ()
+        self._own: Streams = {}
+
+    @staticmethod
+    def current(devices: Iterable[torch.device]) -> Streams:
+        return {
+            device: torch.cuda.current_stream(device)
+            for device in {*devices}
+            if device.type == "cuda"
+        }
+
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
+
+    @contextmanager
+    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits for the block; set `last_events` at
+        its end."""
+        with ExitStack() as stack:
+            for stream in streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            try:
+                yield
+            finally:  # an update that has failed may have queued work
+                self.last_events = self.record_events(streams)
+
+    @contextmanager
+    def in_own_streams(self) -> Iterator[None]:
+        """Work in separate streams, after the last update, and wait for that work at the end of the
+        block."""
+        cuda: Any = torch.cuda
+        with ExitStack() as stack:
+            for device, event in self.last_events:
+                if device not in self._own:
+                    self._own[device] = cuda.Stream(device)
+                self._own[device].wait_event(event)
+                stack.enter_context(cuda.stream(self._own[device]))
+                # also after an error: the next update may change what is still being read
+                stack.callback(self._own[device].synchronize)
+            yield
