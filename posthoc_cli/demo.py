@@ -154,7 +154,9 @@ def run_command(say: Say, *words: str | Path) -> str:
 
 DRAWN_CLASSES = 8
 SAMPLER_STEPS = 18
-LOWEST_NOISE, HIGHEST_NOISE, RHO = 0.002, 20.0, 7
+LOWEST_NOISE = 0.002
+HIGHEST_NOISE = 20.0
+RHO = 7
 """Of arXiv 2206.00364, table 1, but for the highest: training sees no noise above 20."""
 _SCALE = 8  # pixels of a picture a pixel of a sample
 
@@ -240,7 +242,8 @@ def make_waves(count: int, seed: int) -> Images:
 
 
 # of the normal distribution of ln(sigma) in training and validation
-LOG_NOISE_MEAN, LOG_NOISE_STD = (-0.8, 1.2)
+LOG_NOISE_MEAN = -0.8
+LOG_NOISE_STD = 1.2
 
 _FREQUENCIES = 16
 _VARIANCE = STANDARD_DEVIATION**2

@@ -38,7 +38,10 @@ class PostHocError(Exception):
 
     def __init__(self, subject: object, reason: str, hint: str = "", *, value: object = "") -> None:
         super().__init__(subject, reason)
-        self.subject, self.reason, self.hint, self.value = str(subject), reason, hint, str(value)
+        self.subject = str(subject)
+        self.reason = reason
+        self.hint = hint
+        self.value = str(value)
 
     def __str__(self) -> str:
         what = f"{self.subject} {self.value}" if self.value else self.subject
@@ -115,7 +118,8 @@ class _SystemError(PostHocError, OSError):
     ) -> None:
         super().__init__(subject, reason, hint)
         # OSError would take them from its positional arguments
-        self.errno, self.strerror = (errno, reason)
+        self.errno = errno
+        self.strerror = reason
 
 
 class WriteError(_SystemError):
@@ -175,12 +179,14 @@ def percent(error: float | None) -> str:
 def warn(message: str) -> None:
     """Issue a RuntimeWarning that begins with the package's name and points to the line of the
     user's code."""
-    frame, level = sys._getframe(1), 2
+    frame = sys._getframe(1)
+    level = 2
     while (
         frame.f_back is not None
         and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN
     ):
-        frame, level = frame.f_back, level + 1
+        frame = frame.f_back
+        level = level + 1
     warnings.warn(f"posthoc_cli: {message}", RuntimeWarning, level)
 
 
@@ -190,7 +196,8 @@ class EachOnce(logging.Handler):
 
     def __init__(self, show: Callable[[str, str], None]) -> None:
         super().__init__(logging.WARNING)
-        self._show, self._seen = show, set[str]()
+        self._show = show
+        self._seen = set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
         if (text := record.getMessage()) not in self._seen:

@@ -375,7 +375,8 @@ class PendingFile(_Pending):
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         super().__init__(path)
-        self._overwrite, self.descriptor = overwrite, -1
+        self._overwrite = overwrite
+        self.descriptor = -1
         with reported_as_write_error(path):
             is_file = path.is_file() or (path.is_symlink() and not path.is_dir())
             if not is_file and os.path.lexists(path):
@@ -392,7 +393,8 @@ class PendingFile(_Pending):
         with reported_as_write_error(self.path):
             while view:
                 written = system.write(self.descriptor, view, offset)
-                view, offset = view[written:], offset + written
+                view = view[written:]
+                offset = offset + written
 
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step
@@ -400,7 +402,8 @@ class PendingFile(_Pending):
         with reported_as_write_error(self.path):
             system.fsync(self.descriptor)
             self._close()  # Windows renames and removes no open file
-            linked, replaces = not self._overwrite, self._overwrite and os.path.lexists(self.path)
+            linked = not self._overwrite
+            replaces = self._overwrite and os.path.lexists(self.path)
             try:
                 if linked:
                     system.link(self.temporary, self.path)
@@ -431,7 +434,8 @@ class PendingFile(_Pending):
         super().discard()
 
     def _close(self) -> None:
-        descriptor, self.descriptor = self.descriptor, -1
+        descriptor = self.descriptor
+        self.descriptor = -1
         if descriptor >= 0:
             system.close(descriptor)
 

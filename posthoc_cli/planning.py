@@ -80,7 +80,8 @@ class Schedule:
         for count in range(1, self.taken + 1):
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
-                prior, spared = assumed_prior(left, self.rounding, motion), spared_times(self.kept)
+                prior = assumed_prior(left, self.rounding, motion)
+                spared = spared_times(self.kept)
                 dropped = {
                     *snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared)
                 }
@@ -122,7 +123,8 @@ _SIMULATED = 8
 """Limit of the snapshots from which thinning chooses, as a multiple of those kept; more make little
 difference."""
 
-_TARGETS, _NORM = 12, 8
+_TARGETS = 12
+_NORM = 8
 """Number of targets over the range, and the norm that combines their errors: near the worst one,
 but all count."""
 
@@ -206,7 +208,9 @@ def removal_order(
     return dropped
 
 
-_MOST_EXCHANGED, _MOST_TRIED, _LEAST_GAIN = 16, 240, 0.99
+_MOST_EXCHANGED = 16
+_MOST_TRIED = 240
+_LEAST_GAIN = 0.99
 """Limits of the snapshots kept and of the solves for exchanges, one each, and the ratio of errors
 from which on none is made. They pay if few snapshots are left: with 3 of 20 they halve the error at
 best, with 20 of 40 they gain nothing."""
@@ -226,7 +230,8 @@ def exchanged(
     Greedy drops do not always find the best set: one that was kept early may be of little use in
     the end.
     """
-    kept, order = list(kept), list(dropped)
+    kept = list(kept)
+    order = list(dropped)
     count = sum(len(one.indices) for one in kept)
     if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
@@ -400,10 +405,8 @@ class ErrorCurve:
         texts = []
         for low, high in self.ranges_below(threshold):
             for digits in range(3, 9):
-                first, last = (
-                    math.ceil(round(low * 10**digits, 9)),
-                    math.floor(round(high * 10**digits, 9)),
-                )
+                first = math.ceil(round(low * 10**digits, 9))
+                last = math.floor(round(high * 10**digits, 9))
                 if first < last:
                     break
             texts.append(f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}")
@@ -432,26 +435,24 @@ def error_curve(
     are evenly spaced in the logarithm; tracked sigma_rels are added.
     """
     low, high = check_sigma_range(sigma_range)
-    t, others = time_between(snapshots, t), others or {}
+    t = time_between(snapshots, t)
+    others = others or {}
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
-    usable, assumption = (
-        [snapshots[index] for index in among],
-        EVENLY if prior.source == ASSUMED else "",
-    )
+    usable = [snapshots[index] for index in among]
+    assumption = EVENLY if prior.source == ASSUMED else ""
     tracked = tuple(
         sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)})
     )
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
-    problem, n = Problem(usable, prior.of(among), t), grid.size
+    problem = Problem(usable, prior.of(among), t)
+    n = grid.size
     _, profile_error, predicted = problem.solve(
         [*powers(grid, t), *others.values()], check_method(method)
     )
     # Weights of norm 0 are exact.
-    predicted, widths = (
-        np.nan_to_num(predicted, nan=0.0),
-        (relative_width(each, t) for each in others.values()),
-    )
+    predicted = np.nan_to_num(predicted, nan=0.0)
+    widths = (relative_width(each, t) for each in others.values())
     further = tuple(
         map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist())
     )
@@ -471,7 +472,8 @@ def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
 def check_within(name: str, value: float, known: Collection[float]) -> float:
     """Return a time or step; raise an InvalidValueError unless it lies between the least and the
     largest known one."""
-    low, high = min(known), max(known)
+    low = min(known)
+    high = max(known)
     accepted = f"lie between the first snapshot, {low:,.12g}, and the last, {high:,.12g}"
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
@@ -503,7 +505,8 @@ _TAKEN = 2
 """Snapshots taken, as a multiple of those kept. The worst error of these schedules of 400,000 steps
 is then at most 0.8 of that of snapshots that are all kept."""
 
-_UPDATE_EVERY, _UPDATES_IN_WIDTH = 10, 10
+_UPDATE_EVERY = 10
+_UPDATES_IN_WIDTH = 10
 """Upper limit of the steps between updates, and lower limit of the updates within the shortest
 average's width."""
 

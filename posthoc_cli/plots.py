@@ -41,7 +41,8 @@ STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
-_LEAST_ERRORS, _MOST_ERROR = (1e-8, 1e-4), 2.0
+_LEAST_ERRORS = (1e-8, 1e-4)
+_MOST_ERROR = 2.0
 """Bounds of the lower end of the error axis, and of the upper one; errors beyond the ends are drawn
 there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
@@ -50,7 +51,9 @@ _FAR = 3.0
 only in the legend."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
-_WIDTH, _HEIGHT, _LINE = (8.0, 4.4, 0.16)
+_WIDTH = 8.0
+_HEIGHT = 4.4
+_LINE = 0.16
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
 # of samples: a fifth of the width for their titles
@@ -169,7 +172,8 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
 
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
-    kind, raw = found["axis"], found["raw"]
+    kind = found["axis"]
+    raw = found["raw"]
 
     def place(value: Any) -> float:
         return 1 / (1 - float(value)) if kind == "beta" else float(value)
@@ -184,7 +188,8 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         for trial in measured
     ]
     lengths, values, noise = np.array(points, float).reshape(-1, 3).T
-    flat, best = [*map(place, found["equal_within_noise"])], place(found["best"][kind])
+    flat = [*map(place, found["equal_within_noise"])]
+    best = place(found["best"][kind])
     figure, axes = _figure()
     label = f"equal within the noise: {flat[0]:g} to {flat[1]:g}"
     axes.axvspan(*flat, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
@@ -206,13 +211,15 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         label="measured, bars: noise",
     )
     axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
-    low, high = float(np.min(values)), float(np.max(values))
+    low = float(np.min(values))
+    high = float(np.max(values))
     if raw is not None:
         axes.axhline(
             raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}"
         )
         if max(low - raw, raw - high) <= _FAR * (high - low):
-            low, high = min(low, raw), max(high, raw)
+            low = min(low, raw)
+            high = max(high, raw)
     axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
     axes.set(
         xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
@@ -257,7 +264,8 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
 
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
-    claimed, length = audit["intervals"][0]["claimed"], audit["length"] or 0.0
+    claimed = audit["intervals"][0]["claimed"]
+    length = audit["length"] or 0.0
     sigma = audit["uncertainty"] or 0.0
     figure, axes = _figure()
     drawn = [each for each in audit["intervals"] if each["found"]]
@@ -266,10 +274,8 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
         lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval"
     )
     if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
-        band, label = (
-            (length / math.exp(sigma), length * math.exp(sigma)),
-            f"found in all together: {length:,.4g}",
-        )
+        band = (length / math.exp(sigma), length * math.exp(sigma))
+        label = f"found in all together: {length:,.4g}"
         axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
     if claimed is not None:
         axes.axhline(

@@ -156,7 +156,8 @@ class Run:
             sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        widths, last = self.profiles, sources[-1]
+        widths = self.profiles
+        last = sources[-1]
         what = (
             f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
             if widths
@@ -289,7 +290,9 @@ class Run:
         from posthoc_cli.export.like import Like
         from posthoc_cli.export.writing import all_ranks, write_synthesis
 
-        wanted, asked, like = as_targets(targets), OutputOptions(**options), None
+        wanted = as_targets(targets)
+        asked = OutputOptions(**options)
+        like = None
         paths = output_paths(wanted, out, dtype, asked)
         if asked.like is not None:
             like = Like.find(asked.like, self.tensors, asked.weights, asked.average)
@@ -326,10 +329,12 @@ class Run:
         sources = self.sources
         t = time_between([source.profile for source in sources], t)
         usable, later = chosen_up_to(sources, t)
-        last, known = usable[-1].t, [*usable, *later]
+        last = usable[-1].t
+        known = [*usable, *later]
         found = counted(sources, len(usable), sum(source.t <= last for source in sources))
         label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
-        clock, first = run_clock(sources), min(source.t_first for source in sources)
+        clock = run_clock(sources)
+        first = min(source.t_first for source in sources)
         wanted = {target.title: target.profile(t, clock, first) for target in as_targets(others)}
         profiles = [source.profile for source in known]
         return error_curve(label, profiles, source_prior(known), sigma_range, t, method, wanted)

@@ -232,7 +232,8 @@ class Decay(Target):
         if isinstance(self.over, tuple):
             start, end = self.over
         else:
-            start, end = t * (1 - self.over), t
+            start = t * (1 - self.over)
+            end = t
         if end > t:
             raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
         multiplier = SHAPES[self.shape]
@@ -592,7 +593,8 @@ def _numbers(text: str, form: str) -> list[float]:
     for index, item in enumerate(items):
         ends = item.split(":")
         if item == "..." and 2 <= index < len(items) - 1:
-            last, step = numbers[-1], numbers[-1] - numbers[-2]
+            last = numbers[-1]
+            step = numbers[-1] - numbers[-2]
             numbers += _steps(last + step, _decimal(items[index + 1], form), step)
         elif len(ends) == 3:
             numbers += _steps(*(_decimal(end, form) for end in ends))

@@ -37,7 +37,8 @@ WIDTHS = (0.05, 0.10, 0.15, 0.25)
 LENGTHS = (0.1, 0.3, 0.03, 0.01)
 """Time constants as fractions of the run; EMAs of libraries have the first."""
 
-EPOCH, CHECKPOINTS = 100, 20
+EPOCH = 100
+CHECKPOINTS = 20
 Save = Callable[[int], object]
 Weights = dict[str, torch.Tensor]
 
@@ -166,7 +167,8 @@ LIBRARIES = (
 def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return coefficients with sum 1 for tails of stored averages, [steps, checkpoints]:
     [checkpoints, targets]."""
-    others, last = tails[:, :-1] - tails[:, -1:], tails[:, -1:]
+    others = tails[:, :-1] - tails[:, -1:]
+    last = tails[:, -1:]
     found, *_ = np.linalg.lstsq(others, wanted - last, rcond=1e-10)
     return np.vstack([found, 1 - found.sum(axis=0)])
 
@@ -176,13 +178,18 @@ def measure(
 ) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
     """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw,
     plain, predicted."""
-    steps, net, decay = run.steps, Replay(run), 1 - 1 / (length * run.steps)
+    steps = run.steps
+    net = Replay(run)
+    decay = 1 - 1 / (length * run.steps)
     times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
     at = decays(library, decay)
     with tempfile.TemporaryDirectory() as folder:
         (place := Path(folder) / "x").mkdir()
-        own, held = own_ema(library, net, decay, place), Replay(run)
-        average, forgot, ends = run.weights[0].astype(np.float64), [0.0], []
+        own = own_ema(library, net, decay, place)
+        held = Replay(run)
+        average = run.weights[0].astype(np.float64)
+        forgot = [0.0]
+        ends = []
         for step, weights in enumerate(run.weights, 1):
             average = at(step) * average + (1 - at(step)) * weights
             forgot.append(forgot[-1] + float(np.log(max(at(step), 1e-30))))
@@ -222,7 +229,8 @@ def measure(
     shares = (np.arange(steps + 1) / steps)[:, None] ** (
         np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1
     )
-    truth, logs = np.diff(shares, axis=0).T @ run.weights, np.array(forgot)
+    truth = np.diff(shares, axis=0).T @ run.weights
+    logs = np.array(forgot)
     tails = np.array(
         [
             np.where(np.arange(steps) < t, 1 - np.exp(logs[t] - np.minimum(logs[:-1], 1e9)), 0)

@@ -30,7 +30,9 @@ from posthoc_cli import Run, gamma_from_sigma_rel, import_checkpoints
 
 FloatArray = npt.NDArray[np.float64]
 
-STEPS, SIZE, FILES = 2000, 400, 20
+STEPS = 2000
+SIZE = 400
+FILES = 20
 EPOCH = STEPS // FILES
 WIDTHS = (0.02, 0.06, 0.12, 0.25)
 LEAST = 2.0**-23
@@ -193,7 +195,8 @@ def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -
     steps = np.arange(STEPS)
     average = path[0]
     later = np.zeros(STEPS)  # the average's mass after each step
-    values, tails = [], []
+    values = []
+    tails = []
 
     def stored(exact: FloatArray) -> torch.Tensor:
         tensor = torch.from_numpy(exact).float().to(layout.dtype)

@@ -125,7 +125,8 @@ def _in_processes(
     # Small problems side by side, whose threads would fight for the cores; a fork would inherit
     # this one's threads.
     os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    context, cells = multiprocessing.get_context("spawn"), []
+    context = multiprocessing.get_context("spawn")
+    cells = []
     with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
         for one, found in zip(asked, pool.map(work, asked), strict=True):
             print(getattr(one, "label", one), file=sys.stderr, flush=True)

@@ -67,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
-    plan, requests, peak = run.plan(targets), list[tuple[str, int, int]](), [0]
-    get, ended, outputs = store.get, threading.Event(), [Discarded()] * len(targets)
+    plan = run.plan(targets)
+    requests = list[tuple[str, int, int]]()
+    peak = [0]
+    get = store.get
+    ended = threading.Event()
+    outputs = [Discarded()] * len(targets)
 
     def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
         requests.append((url, begin, end))
@@ -91,7 +95,8 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
             ours, own = timed(
                 lambda: [None for _ in synthesize_into(plan, outputs, torch.device("cpu"))]
             )
-            memory, store.get = peak[0] - IMPORTED, get
+            memory = peak[0] - IMPORTED
+            store.get = get
             alone, theirs = timed(
                 lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4))
             )

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.search import Axis, Trial
 
-LOW, HIGH = 0.02, 0.28
+LOW = 0.02
+HIGH = 0.28
 AXIS = Axis("sigma_rel", LOW, HIGH)
 COUNTS = (8, 12, 20)
 PUBLISHED = 31
@@ -64,11 +65,9 @@ def made_up(shape: str, noise: float, number: int) -> Metric:
         steep = random.choice([-1, 1]) * random.uniform(3, 7)
         truth = np.exp(steep * off) - steep * off
     elif shape == "two minima":
-        first, second, width = (
-            random.uniform(0.1, 0.35),
-            random.uniform(0.6, 0.9),
-            random.uniform(0.1, 0.2),
-        )
+        first = random.uniform(0.1, 0.35)
+        second = random.uniform(0.6, 0.9)
+        width = random.uniform(0.1, 0.2)
         dips = (np.exp(-(((GRID - centre) / width) ** 2)) for centre in (first, second))
         truth = -sum(
             depth * dip for depth, dip in zip((1, random.uniform(0.9, 1.1)), dips, strict=True)
@@ -124,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = [searched(metric) for metric in metrics]
     for count in COUNTS:
         found = [estimates[count] for estimates in runs]
-        choices, even = [one.best for one in found], [grid(metric, count) for metric in metrics]
+        choices = [one.best for one in found]
+        even = [grid(metric, count) for metric in metrics]
         held = np.mean(
             [one.low <= metric.best <= one.high for one, metric in zip(found, metrics, strict=True)]
         )

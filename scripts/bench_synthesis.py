@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
-    device, million = str(check_device(asked.device)), 10_000 if asked.quick else 1_000_000
+    device = str(check_device(asked.device))
+    million = 10_000 if asked.quick else 1_000_000
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}"
     )
@@ -70,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
     """Measure one target and 31 targets of a model, and one with the peers, warm and cold."""
-    run, out, buffer = folder / "run", folder / "out.safetensors", mmap.mmap(-1, 4 * 2**20)
+    run = folder / "run"
+    out = folder / "out.safetensors"
+    buffer = mmap.mmap(-1, 4 * 2**20)
     write_snapshots(run, large_tensors(parameters))
-    one, many = planned(run, [0.15]), planned(run, MANY)
+    one = planned(run, [0.15])
+    many = planned(run, MANY)
     print(f"\n20 float16 snapshots of {parameters:,} parameters; one target")
     runs = {
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
@@ -93,7 +97,8 @@ def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> N
             for _ in range(10):
                 update()
             os.sync()  # writing back would compete for the disk
-            label, peer = f"{start.__name__}, 20 of its own", partial(average, 0.15)
+            label = f"{start.__name__}, 20 of its own"
+            peer = partial(average, 0.15)
             found = times(
                 {"ours, kept": lambda: dict(synthesize(one, device)), label: peer}, repeats
             )
@@ -109,7 +114,8 @@ def measure_memory(folder: Path, models: Sequence[int]) -> None:
     """Measure peak resident memory for models of very different sizes, from sparse files."""
     print("\nPeak resident memory above that of a process that imports torch; one target to a file")
     for parameters in models:
-        run, out = folder / "run", folder / "out.safetensors"
+        run = folder / "run"
+        out = folder / "out.safetensors"
         write_sparse_snapshots(run, parameters, tensors=20, snapshots=4)
         print(
             f"  {parameters:>13,} parameters, 4 snapshots: {peak_memory(run, out) / 1e6:6.1f} MB",

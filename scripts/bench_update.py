@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads"
     )
-    many, large = small_tensors(2000 // scale), large_tensors(50_000_000 // scale, 24)
+    many = small_tensors(2000 // scale)
+    large = large_tensors(50_000_000 // scale, 24)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         columns = {
@@ -89,7 +90,8 @@ def times(
     for _ in range(repeats):
         for label, run in runs.items():
             os.sync()
-            seconds, processor = time.perf_counter(), time.process_time()
+            seconds = time.perf_counter()
+            processor = time.process_time()
             run()
             found[label][0].append((time.perf_counter() - seconds) / each)
             found[label][1].append((time.process_time() - processor) / each)
@@ -181,7 +183,8 @@ def tracked(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
 
 def ours(model: torch.nn.Module, folder: Path, begin: float = 0.0) -> Begun:
     """Return an update of this package from a given time on."""
-    ema, clock = tracked(model, folder, update_every=1, checkpoint_every=NEVER), count(begin + 1)
+    ema = tracked(model, folder, update_every=1, checkpoint_every=NEVER)
+    clock = count(begin + 1)
     return lambda: ema.update_(model, t=next(clock)), ema.flush
 
 
@@ -198,7 +201,9 @@ def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
     """Measure the call at which two snapshots are due: until it returns, and until the snapshots
     are durable."""
     model = Layers(shapes).to(device)
-    usual, due, durable = list[float](), list[float](), list[float]()
+    usual = list[float]()
+    due = list[float]()
+    durable = list[float]()
     with tracked(model, folder, update_every=1, checkpoint_every=4) as ema:
         for call in range(1, 4 * (repeats + 1) + 1):
             began = time.perf_counter()

@@ -107,7 +107,8 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
     A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps,
     whatever time each took. A classical average begins as a copy of the first weights there are.
     """
-    now, end = run.times[seen - 1], run.times[-1]
+    now = run.times[seen - 1]
+    end = run.times[-1]
     if target.beta is not None:
         return np.asarray(target.beta ** (run.steps - seen).astype(np.float64))
     if isinstance(target, Window):

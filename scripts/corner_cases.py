@@ -24,7 +24,9 @@ from trajectories import Trajectory
 from posthoc_cli import Decay, Window
 from posthoc_cli.targets import Target, as_target
 
-TWO, CLOSE, ONE = (0.05, 0.28), (0.05, 0.10), (0.10,)
+TWO = (0.05, 0.28)
+CLOSE = (0.05, 0.10)
+ONE = (0.10,)
 """Tracked widths."""
 
 # --- synthetic runs
@@ -55,10 +57,8 @@ def walk(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
     """Return a walk of independent steps; at a constant rate its length is a quarter of the
     norm."""
     random = np.random.default_rng(seed)
-    place, path = (
-        SCALE * random.standard_normal(parameters),
-        random.standard_normal((steps, parameters)),
-    )
+    place = SCALE * random.standard_normal(parameters)
+    path = random.standard_normal((steps, parameters))
     path *= (SCALE / 4 / steps**0.5 * _rates(rate, steps))[:, None]
     return _trajectory(f"walk, {rate}, {seed}", place + np.cumsum(path, axis=0))
 
@@ -87,7 +87,9 @@ def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
     curvatures = np.geomspace(0.1, 10, parameters) / SCALE
     optimum = SCALE * random.standard_normal(parameters)
     weights = optimum + SCALE * random.standard_normal(parameters)
-    first, second, highest = np.zeros(parameters), np.zeros(parameters), SCALE / steps**0.5
+    first = np.zeros(parameters)
+    second = np.zeros(parameters)
+    highest = SCALE / steps**0.5
     path = random.standard_normal((steps, parameters))
     for step, (row, now) in enumerate(zip(path, _rates(rate, steps), strict=True), 1):
         gradient = row + curvatures * (weights - optimum)
@@ -103,7 +105,8 @@ def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> T
     """Return an Ornstein-Uhlenbeck path, a tenth of the norm wide, whose memory is `memory` of
     training."""
     random = np.random.default_rng(seed)
-    place, kept = SCALE * random.standard_normal(parameters), np.exp(-1 / (memory * steps))
+    place = SCALE * random.standard_normal(parameters)
+    kept = np.exp(-1 / (memory * steps))
     moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
     moves[0] = random.standard_normal(parameters)
     for before, row in pairwise(moves):
@@ -216,7 +219,9 @@ def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
 # --- the independent set
 # ---------------------------------------------------------------------------
 
-_STEPS, _EVERY, _SIZE = 3840, 6, 400
+_STEPS = 3840
+_EVERY = 6
+_SIZE = 400
 """Steps, steps between updates, and parameters. 20 and 64 snapshots are due every 192 and 60 steps.
 """
 

@@ -64,7 +64,8 @@ ROWS = {
 }
 SCHEDULES = {"constant": "constant rate", "decayed": "warm-up, stable, decay", "cosine": "cosine"}
 
-WEIGHTS, MEASURED = "weights.pt", "measured.json"
+WEIGHTS = "weights.pt"
+MEASURED = "measured.json"
 """Written last, when the records and the measurements of a folder are complete."""
 
 CHECKPOINTS = 40
@@ -111,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     if options.tables:
-        found, folders = json.loads(RECORD.read_text()), [PICTURES]
+        found = json.loads(RECORD.read_text())
+        folders = [PICTURES]
     else:
         folder = options.out / "quick" if options.quick else options.out
         found = run(folder, options.processes, options.quick)
@@ -162,7 +164,8 @@ class Task:
 
     def rate(self, schedule: str, step: int) -> float:
         """Return the learning rate of step 1, 2, ..., relative to the highest."""
-        fraction, warm = (step - 1) / self.steps, min(1.0, step / self.warm_up)
+        fraction = (step - 1) / self.steps
+        warm = min(1.0, step / self.warm_up)
         if schedule == "cosine":
             return warm * (1 + math.cos(math.pi * fraction)) / 2
         if schedule == "decayed":
@@ -186,20 +189,23 @@ STABLE = 0.8
 class Language(Task):
     """Predict the next token of the standard library's source text: byte pairs, contexts of 128."""
 
-    steps, schedules = 1600, ("constant", "decayed", "cosine")
-    vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
+    steps = 1600
+    schedules = ("constant", "decayed", "cosine")
+    vocabulary = 1024
+    width = 256
+    depth = 4
+    context = 128
+    batch = 8
     # of the test part to measure on, evenly over it; half as many of the validation part
     contexts = 512
 
     def __init__(self, cache: Path, quick: bool = False) -> None:
         if quick:
-            self.steps, self.width, self.depth, self.vocabulary, self.contexts = (
-                QUICK,
-                64,
-                1,
-                300,
-                8,
-            )
+            self.steps = QUICK
+            self.width = 64
+            self.depth = 1
+            self.vocabulary = 300
+            self.contexts = 8
         self.tokens = tokens(cache, self.vocabulary, 4 if quick else None)
 
     def model(self) -> nn.Module:
@@ -276,10 +282,8 @@ def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, t
             for part, paths in sources().items()
         }
         tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.ByteLevel(False),
-            decoders.ByteLevel(),
-        )
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+        tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False
@@ -315,7 +319,8 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the logits at all positions; none depends on a later token."""
-        states, rotation = self.token(tokens), _rotation(tokens.shape[1])
+        states = self.token(tokens)
+        rotation = _rotation(tokens.shape[1])
         for block in self.blocks:
             states = block(states, rotation)
         return F.linear(self.norm(states), self.token.weight)
@@ -341,7 +346,8 @@ def _rotated(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_norm = nn.RMSNorm(width)
+        self.mlp_norm = nn.RMSNorm(width)
         self.split = nn.Linear(width, 3 * width, bias=False)
         self.mixed = nn.Linear(width, width, bias=False)
         self.inward = nn.Linear(width, 4 * width, bias=False)
@@ -350,7 +356,8 @@ class _Block(nn.Module):
     def forward(self, states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         parts = self.split(self.attention_norm(states)).unflatten(2, (3, -1, HEAD))
         query, key, value = parts.permute(2, 0, 3, 1, 4)
-        query, key = _rotated(query, rotation), _rotated(key, rotation)
+        query = _rotated(query, rotation)
+        key = _rotated(key, rotation)
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         states = states + self.mixed(seen.transpose(1, 2).flatten(2))
         changed: torch.Tensor = states + self.outward(F.silu(self.inward(self.mlp_norm(states))))
@@ -366,26 +373,34 @@ def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     64]."""
     padded = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1), value=float(images.min()))
     down, right = torch.randint(3, (2, len(images), 1, 1), generator=random)
-    rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
+    rows = down + torch.arange(SIDE)[:, None]
+    columns = right + torch.arange(SIDE)
     return padded[torch.arange(len(images))[:, None, None], rows, columns].flatten(1)
 
 
 class Diffusion(Task):
     """Denoise shifted digits with the demo's denoiser, larger and longer."""
 
-    steps, schedules, max_checkpoints = 12_000, ("inverse-sqrt",), None
-    width, depth, batch, count = 192, 4, 128, 2000
+    steps = 12_000
+    schedules = ("inverse-sqrt",)
+    max_checkpoints = None
+    width = 192
+    depth = 4
+    batch = 128
+    count = 2000
 
     def __init__(self, _: Path, quick: bool = False) -> None:
         if quick:
-            self.steps, self.width, self.depth, self.count = QUICK, 16, 1, 100
+            self.steps = QUICK
+            self.width = 16
+            self.depth = 1
+            self.count = 100
         images, labels = digits()
-        order, held = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)), 360
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        held = 360
         images, labels = (6 * images[order] + 4.9).round() / 8 - 1, labels[order]  # from 0 .. 16
-        self.training, random = (
-            demo.Images(images[held:], labels[held:]),
-            torch.Generator().manual_seed(0),
-        )
+        self.training = demo.Images(images[held:], labels[held:])
+        random = torch.Generator().manual_seed(0)
         self.real = shifted(images[:held].repeat(6, 1), random)
         half = held // 2
         self.validations = {
@@ -498,12 +513,17 @@ class Classifier(Task):
     """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with
     momentum."""
 
-    steps, schedules = 4000, ("constant", "cosine")
-    batch, draws, renewing = 64, 20, 10
+    steps = 4000
+    schedules = ("constant", "cosine")
+    batch = 64
+    draws = 20
+    renewing = 10
 
     def __init__(self, _: Path, quick: bool = False) -> None:
         if quick:
-            self.steps, self.draws, self.renewing = QUICK, 1, 1
+            self.steps = QUICK
+            self.draws = 1
+            self.renewing = 1
         images, labels = digits()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         parts = {"validation": order[:360], "test": order[360:720], "training": order[720:]}
@@ -637,7 +657,9 @@ def mean(checkpoints: Sequence[Tensors]) -> Tensors:
 
 def measure(task: Task, training: Training, root: Path) -> None:
     """Measure every average of a training on the test data, unless that is done."""
-    folder, model, batches = training.folder(root), task.model(), task.batches()
+    folder = training.folder(root)
+    model = task.model()
+    batches = task.batches()
     if (folder / MEASURED).exists():
         return
 
@@ -649,7 +671,8 @@ def measure(task: Task, training: Training, root: Path) -> None:
             update_bn(batches, model)
         return task.measure(model, part)
 
-    run, weights = Run(folder / "ema"), torch.load(folder / WEIGHTS)
+    run = Run(folder / "ema")
+    weights = torch.load(folder / WEIGHTS)
     rows = {name: measured(one, renew=name != "last") for name, one in weights.items()}
     lengths = SHORT + LENGTHS if training.falls else LENGTHS
     low = min(SHORT) if training.falls else 0.02
@@ -853,7 +876,8 @@ def picture(found: dict[str, Any]) -> Figure:
             label="ours",
         )
         others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
-        mean, error = np.mean(others), _error(others)
+        mean = np.mean(others)
+        error = _error(others)
         axes.axhline(mean, color=plots.COLOURS[1], linestyle=plots.STYLES[1], label=ROWS["mean-5"])
         axes.axhspan(mean - error, mean + error, color=plots.COLOURS[1], alpha=0.2, linewidth=0)
         axes.axhline(0, color="0.5", linewidth=0.8)

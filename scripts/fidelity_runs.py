@@ -66,7 +66,8 @@ def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Pa
     Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from
     their states.
     """
-    replay, stride = Replay(run), trackings[0].update_every
+    replay = Replay(run)
+    stride = trackings[0].update_every
     folders = [Path(tempfile.mkdtemp(dir=root)) for _ in trackings]
     trackers = [
         one.tracker(replay, folder, run.t_unit)
@@ -235,7 +236,8 @@ def measure_setups(
     """Return error, paper, predicted and floor of each target, see `Cell`: [4, targets] for each
     setup."""
     run = record(job.name, steps, cache)
-    truth, found = true_averages(run, wanted, job.stride), []
+    truth = true_averages(run, wanted, job.stride)
+    found = []
     with tempfile.TemporaryDirectory() as root, quiet():
         trackings = [
             Tracking(tracked, dtype, steps // count, job.stride) for tracked, count, dtype in setups

@@ -222,7 +222,8 @@ def timed(
     for _ in range(3):  # the first calls allocate
         call()
         settle()
-    streams, hosts = list[float](), list[float]()
+    streams = list[float]()
+    hosts = list[float]()
     for _ in range(repeats):
         finish(settle, device)
         began = time.perf_counter()
@@ -259,7 +260,8 @@ def swap_seconds(
     ema: PostHocEMA, model: torch.nn.Module, device: torch.device, repeats: int
 ) -> tuple[float, float]:
     """Return the seconds until a block of a tracked average begins, and until it has ended."""
-    entering, leaving = list[float](), list[float]()
+    entering = list[float]()
+    leaving = list[float]()
     for _ in range(repeats):
         finish(ema.flush, device)
         began = time.perf_counter()

@@ -22,7 +22,8 @@ from compare_peers import distances, gamma_of
 from posthoc_cli import PostHocEMA
 
 Weights = npt.NDArray[np.float64]
-SIZE, SIGMA_RELS = 384, (0.05, 0.28)
+SIZE = 384
+SIGMA_RELS = (0.05, 0.28)
 
 
 def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
@@ -67,7 +68,8 @@ def still(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
 
 def drift(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
     """Move each weight along its own slow sine."""
-    weights, phase = rng.standard_normal(SIZE), rng.uniform(0, 2 * math.pi, SIZE)
+    weights = rng.standard_normal(SIZE)
+    phase = rng.uniform(0, 2 * math.pi, SIZE)
     for step in range(steps):
         yield weights * (1 + 0.5 * np.sin(3 * step / steps + phase))
 
@@ -102,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(path: Iterator[Weights], steps: int) -> tuple[Weights, Weights]:
     """Return the errors at the end, and the largest of 20 samples in each decade of updates."""
-    truth, worst, next_sample = [np.zeros(SIZE) for _ in SIGMA_RELS], np.zeros(len(SIGMA_RELS)), 1.0
+    truth = [np.zeros(SIZE) for _ in SIGMA_RELS]
+    worst = np.zeros(len(SIGMA_RELS))
+    next_sample = 1.0
     model = torch.nn.ParameterDict({"weights": torch.zeros(SIZE)})
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -267,8 +267,10 @@ class _Block(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mixed_in, self.mixed_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mixed_in = nn.Linear(width, 3 * width)
+        self.mixed_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -292,7 +294,8 @@ class _Transformer(nn.Module):
         self.token = nn.Embedding(PIXELS + CLASSES, width)
         self.place = nn.Parameter(0.1 * torch.randn(SIDE * SIDE // 2, width))
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
-        self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, PIXELS)
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Linear(width, PIXELS)
         nn.init.normal_(self.token.weight, std=0.1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -476,7 +479,8 @@ def _train(
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(vector, model.parameters())
     weights = np.empty((steps, vector.numel()), dtype=np.float32)
-    optimizer, loss = recipe.optimizer(model), recipe.task.loss()
+    optimizer = recipe.optimizer(model)
+    loss = recipe.task.loss()
     highest = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
         if step == restart:

@@ -53,11 +53,9 @@ def check_average(
 ) -> None:
     """Check that an average is the planned combination of weights, with the newest values of all
     other tensors."""
-    plan, made, key = (
-        run.plan(target),
-        run.average(target, dtype="float64"),
-        operator.attrgetter(*at.split()),
-    )
+    plan = run.plan(target)
+    made = run.average(target, dtype="float64")
+    key = operator.attrgetter(*at.split())
     terms = [
         (states[key(one)], c)
         for one, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)

@@ -65,7 +65,8 @@ def save(
     for name, values in modules.items():  # under the names of the training's modules
         module = types.ModuleType(name)
         for key, value in values.items():
-            value.__module__, value.__qualname__ = name, key
+            value.__module__ = name
+            value.__qualname__ = key
             setattr(module, key, value)
         sys.modules[name] = module
     sys.modules["torch_utils"], sys.modules["dnnlib"] = (

@@ -61,7 +61,9 @@ def as_command(*arguments: object) -> Iterator[None]:
 
 def run_ema(*arguments: object) -> Result:
     """Run `ema` and return its result; an uncaught exception is printed as by the interpreter."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
     with as_command(*arguments), redirect_stdout(out), redirect_stderr(err):
         try:
             main()

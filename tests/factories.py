@@ -159,13 +159,15 @@ def split_snapshot(
     chunks belong to the first parts, in order, without those that have no elements. The first part
     has all of the measurements.
     """
-    info, values = read_snapshot(path), load_file(path)
+    info = read_snapshot(path)
+    values = load_file(path)
     folder = path.with_name(path.name.removesuffix(".safetensors"))
     held: list[dict[str, tuple[torch.Tensor, Chunk]]] = [{} for _ in range(parts)]
     for name, value in values.items():
         for number, (offset, piece) in enumerate(cut(value, (grids or {}).get(name, (parts,)))):
             held[number][name] = (piece, Chunk(tuple(value.shape), offset))
-    nothing, no_path = info.measurements and Measurements(0.0, 0.0), ""
+    nothing = info.measurements and Measurements(0.0, 0.0)
+    no_path = ""
     if info.sketch:
         known = decode_path(info.sketch).sketch
         no_path = encode_path(
@@ -216,7 +218,8 @@ def rewrite_snapshot(
 ) -> None:
     """Write a snapshot again, with correct checksums and other values or other `fields` of its
     Snapshot."""
-    info, values = read_snapshot(path), load_file(path)
+    info = read_snapshot(path)
+    values = load_file(path)
     change(values)
     write_tensors(path, values, replace(info, **fields), overwrite=True)  # type: ignore[arg-type]
 
@@ -240,7 +243,8 @@ def write_output(
 ) -> Path:
     """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
     averages."""
-    width, used = (0.1, exact_gamma(0.1)), (Used("x", 1.0),)
+    width = (0.1, exact_gamma(0.1))
+    used = (Used("x", 1.0),)
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.1", *width, 10.0, "steps", "paper", 1e-3, None, used, copies
     )
@@ -376,7 +380,8 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     items = (f"{json.dumps(key)}:{value}" for key, value in own.items() if value is not None)
     header["__metadata__"] |= {"ema": "{" + ",".join(items) + "}", "ema.checksum": "0" * 16}
     text = json.dumps(header, separators=(",", ":")).encode()
-    blank, mark = len(text).to_bytes(8, "little") + text, b'"ema.checksum":"'
+    blank = len(text).to_bytes(8, "little") + text
+    mark = b'"ema.checksum":"'
     checksum = xxhash.xxh3_64_hexdigest(blank).encode()
     path.write_bytes(blank.replace(mark + b"0" * 16, mark + checksum) + data[end:])
     return path

@@ -63,10 +63,8 @@ class Forked:
         self._files = [_folder() / f"{next(_numbers)}" for _ in range(2)]
         for file in self._files:
             file.touch()
-        environment, folder = (
-            dict(unmeasured_environment() if env is None else env),
-            str(cwd or Path.cwd()),
-        )
+        environment = dict(unmeasured_environment() if env is None else env)
+        folder = str(cwd or Path.cwd())
         request = (code, [*map(str, arguments)], folder, environment, [*map(str, self._files)])
         self._process = multiprocessing.get_context("forkserver").Process(
             target=_become, args=request

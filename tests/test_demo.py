@@ -195,7 +195,8 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
 ) -> None:
     assert [steps % room.checkpoint_every(steps) for steps in (100, 3300)] == [0, 0]
     images = make_waves(200, seed=0)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
     first, second = (train(100, images, tmp_path / name, lambda _: None) for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads

@@ -120,7 +120,8 @@ def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expe
 
 
 def test_threads_of_any_number_give_the_same_bytes(mixed: Path) -> None:
-    plan, read = plan_of(mixed), list[int]()
+    plan = plan_of(mixed)
+    read = list[int]()
     assert bits(plan, workers=5, progress=read.append) == bits(plan, workers=1)
     assert sum(read) == plan.read_bytes  # no block is read twice
 
@@ -212,7 +213,8 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 
 
 def test_an_error_in_one_thread_stops_the_others_within_a_tile(mixed: Path) -> None:
-    plan, reads = plan_of(mixed), itertools.count()
+    plan = plan_of(mixed)
+    reads = itertools.count()
     with (
         failing("read", errno.EIO, lambda *_: next(reads) == 8),
         pytest.raises(FileFormatError, match="input/output"),
@@ -250,7 +252,8 @@ def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[to
 def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: Path) -> None:
     """Neither threads nor TF32 change sums."""
     plan = plan_of(mixed)
-    reference, many = made_on_the_gpu(plan, 1), made_on_the_gpu(plan, 5)
+    reference = made_on_the_gpu(plan, 1)
+    many = made_on_the_gpu(plan, 5)
     torch.cuda.empty_cache()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
@@ -278,7 +281,8 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
     mixed: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
-    plan, path = plan_of(run), sorted(run.iterdir())[1]
+    plan = plan_of(run)
+    path = sorted(run.iterdir())[1]
     large = as_bytes(load_file(path)["large"])
     flip_bit(path, path.read_bytes().index(large) + len(large) - 1)
     for _ in range(10):
@@ -306,7 +310,8 @@ def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
 def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(
     tmp_path: Path,
 ) -> None:
-    tracker, model = tracked(tmp_path), tiny_model(1)
+    tracker = tracked(tmp_path)
+    model = tiny_model(1)
     pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
     tracker.load_into(model, 0.15)
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == pointers
@@ -318,7 +323,8 @@ def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(
 
 
 def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
-    model, tracker = tiny_model().half(), tracked(tmp_path, scale=1e6)
+    model = tiny_model().half()
+    tracker = tracked(tmp_path, scale=1e6)
     before = model.embed.weight.clone()
     message = (
         r"'embed.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
@@ -340,7 +346,9 @@ def average(folder: Path) -> torch.Tensor:
 def one_vanishing(run: Path, listings: int) -> Iterator[list[Path]]:
     """Delete a snapshot, not the newest, as a writer that thins does, once all headers were read so
     many times."""
-    paths, opened, removed = snapshot_files(run), Counter[Path](), list[Path]()
+    paths = snapshot_files(run)
+    opened = Counter[Path]()
+    removed = list[Path]()
 
     def remove(path: Path) -> bool:
         opened[path] += 1
@@ -359,7 +367,8 @@ def test_weights_are_made_from_the_remaining_snapshots(
     tmp_path: Path, way: str, measured: bool, ema: Ema, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without measurements in headers, planning itself reads tensors."""
-    run, out = tmp_path / "run", tmp_path / "out.safetensors"
+    run = tmp_path / "run"
+    out = tmp_path / "out.safetensors"
     if measured:
         record(run, 20, checkpoint_every=2)
     else:
@@ -367,11 +376,13 @@ def test_weights_are_made_from_the_remaining_snapshots(
     # from_path reads headers, too
     with one_vanishing(run, 2 if way == "state_dict" else 1) as removed:
         if way == "state_dict":
-            found, said = average(run), caplog.text
+            found = average(run)
+            said = caplog.text
         else:
             result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
             assert result.code == 0
-            found, said = load_file(out)["0.weight"], result.err
+            found = load_file(out)["0.weight"]
+            said = result.err
     assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in said
     assert torch.equal(found, average(run))
     assert not list(tmp_path.rglob(".ema-*.tmp"))

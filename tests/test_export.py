@@ -71,8 +71,10 @@ def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copi
 ) -> None:
     own = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float64)
     expected = {**WEIGHTS, "a": WEIGHTS["a"].to(own), "b": WEIGHTS["b"].to(own)}
-    out, bar = tmp_path / OUTPUTS[layout], nullcontext((written := list[int]()).append)
-    source, size = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES), SIZE.get(layout)
+    out = tmp_path / OUTPUTS[layout]
+    bar = nullcontext((written := list[int]()).append)
+    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
+    size = SIZE.get(layout)
     made = export_file(source, out, dtype=dtype, max_shard_size=size, progress=lambda *_: bar)
     assert_same_tensors(load_output(out), expected)
     assert (made.tensors, made.from_base) == (4, 0)
@@ -167,10 +169,8 @@ def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written
 
 def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path: Path) -> None:
     """Attention masks hold infinity."""
-    mask, codes = (
-        {"mask": torch.tensor([0.0, float("-inf")])},
-        torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn),
-    )
+    mask = {"mask": torch.tensor([0.0, float("-inf")])}
+    codes = torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn)
     assert_same_tensors(exported(tmp_path, mask, ("mask",), dtype="fp16"), mask)
     save_file({**mask, "codes": codes}, tmp_path / "foreign.safetensors")
     export_file(tmp_path / "foreign.safetensors", tmp_path / "b.safetensors", dtype="fp16")
@@ -185,7 +185,8 @@ def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path
 
 
 def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
-    w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
+    w = torch.tensor([1 / 3, -2.0]).half()
+    var = torch.tensor([0.1])
     tensors = {"w": "average F32", "var": "copy F32"}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(
@@ -240,7 +241,8 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
     tmp_path: Path, layout: str, kind: str
 ) -> None:
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
-    out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
+    out = tmp_path / OUTPUTS[layout]
+    base = write_base(tmp_path, kind)
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     made = export_file(source, out, base=base, max_shard_size=SIZE.get(layout))
     assert_same_tensors(load_output(out), {**BASE, **WEIGHTS})
@@ -269,7 +271,8 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
     ],
 )
 def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
-    source, base = write_output(tmp_path / "in.safetensors", tensors), write_base(tmp_path, "file")
+    source = write_output(tmp_path / "in.safetensors", tensors)
+    base = write_base(tmp_path, "file")
     before = contents(tmp_path)
     with pytest.raises(MismatchError, match=message) as caught:
         export_file(source, tmp_path / "out", base=base)
@@ -283,7 +286,8 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, me
 
 def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path: Path) -> None:
     """Some libraries look for model.safetensors before an index, others for the index first."""
-    out, new = tmp_path / "out", write_output(tmp_path / "new.safetensors", WEIGHTS, COPIES)
+    out = tmp_path / "out"
+    new = write_output(tmp_path / "new.safetensors", WEIGHTS, COPIES)
     old = write_output(
         tmp_path / "old.safetensors", {f"old{k}": torch.full((10,), float(k)) for k in range(6)}
     )
@@ -411,10 +415,8 @@ def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path: Path, ru
 def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: Path) -> None:
     """torch itself would write 448, the largest value."""
     (tmp_path / "run").mkdir()
-    like, values = (
-        make_folder(tmp_path / "like"),
-        {"a": torch.tensor([448.0]), "b": torch.tensor([470.0])},
-    )
+    like = make_folder(tmp_path / "like")
+    values = {"a": torch.tensor([448.0]), "b": torch.tensor([470.0])}
     save_file(
         {name: torch.zeros(1).to(torch.float8_e4m3fn) for name in values},
         like / "model.safetensors",

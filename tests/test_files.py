@@ -17,7 +17,8 @@ from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.integrations import make_tracker
 
-NEW, OLD = b"new content", b"old content"
+NEW = b"new content"
+OLD = b"old content"
 STEPS_OF_A_NEW_FILE = ("open_new", "write", "fsync", "link", "unlink", "fsync_directory")
 
 
@@ -97,7 +98,8 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> Non
 def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reason(
     tmp_path: Path, operation: str, code: int | None
 ) -> None:
-    kind, before = KeyboardInterrupt if code is None else WriteError, free_descriptor()
+    kind = KeyboardInterrupt if code is None else WriteError
+    before = free_descriptor()
     with first(operation, code or KeyboardInterrupt()), pytest.raises(kind) as caught:
         files.write_atomically(tmp_path / "a", NEW)
     assert names(tmp_path) == []
@@ -227,7 +229,8 @@ def test_a_tracker_writes_to_no_url(
     assert names(tmp_path) == []
 
 
-UNKNOWN, SECRET = "is a URL of an unknown kind", "holds credentials"
+UNKNOWN = "is a URL of an unknown kind"
+SECRET = "holds credentials"
 URLS = {
     "file:///tmp/run": ("file://tmp/run", UNKNOWN), "az+v2.1://a": (r"az\+v2.1://a", UNKNOWN),
     "ftp://user:secret@a/b?secret": ("ftp://a/b", UNKNOWN),

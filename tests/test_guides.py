@@ -73,7 +73,8 @@ def train_step(
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 100,000 steps of weights that move slowly."""
-    directory, model = tmp_path_factory.mktemp("finished") / "ema", make_model()
+    directory = tmp_path_factory.mktemp("finished") / "ema"
+    model = make_model()
     with (
         PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema,
         torch.no_grad(),
@@ -96,7 +97,8 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         assert not network.training
         return 0.5
 
-    optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-2), list(torch.randn(20, 8, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    loader = list(torch.randn(20, 8, 4))
     return {
         "model": model,
         "optimizer": optimizer,

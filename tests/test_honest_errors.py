@@ -134,8 +134,10 @@ def errors(found: Floats, truth: Floats) -> Floats:
     return np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
 
 
-CLOSE, ONE = {"sigma_rels": (0.05, 0.10)}, {"sigma_rels": (0.10,)}
-EXACT, HALF = {"checkpoint_dtype": "float32"}, {"checkpoint_dtype": "float16"}
+CLOSE = {"sigma_rels": (0.05, 0.10)}
+ONE = {"sigma_rels": (0.10,)}
+EXACT = {"checkpoint_dtype": "float32"}
+HALF = {"checkpoint_dtype": "float16"}
 
 
 def paused() -> Floats:
@@ -260,7 +262,8 @@ def test_a_combination_replaces_the_newest_snapshot_only_if_it_is_clearly_better
     """The rounding of a combination is known; projections overestimate the snapshot's error by a
     fifth here."""
     place, direction = np.random.default_rng(23).normal(size=(2, SIZE)) / SIZE**0.5
-    steps, stride = np.arange(1.0, 3841), 6
+    steps = np.arange(1.0, 3841)
+    stride = 6
     path = (place + np.sin(40 * np.pi * steps / 3840 + 1)[:, None] * direction).astype(np.float32)
     track(tmp_path, path, stride, checkpoint_every=60, checkpoint_dtype="float16")
     truth = exact_weights(0.02, steps[stride - 1 :: stride])[None, :] @ path[
@@ -414,8 +417,10 @@ def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path) -> No
     """Weights wander about one place, as those of SGD at a constant rate; a walk explains their
     EMAs as well as noise does, and predicts half of the error.
     """
-    memory, decay = 5, 0.99
-    random, pull = np.random.default_rng(memory), 1 / memory
+    memory = 5
+    decay = 0.99
+    random = np.random.default_rng(memory)
+    pull = 1 / memory
     place = random.normal(size=SIZE) / SIZE**0.5
     path = np.empty((STEPS, SIZE))
     weights = average = place

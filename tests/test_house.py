@@ -101,7 +101,8 @@ FEW = {
 def test_imports_point_towards_errors(path: Path) -> None:
     """Integrations import only the public tracker; a framework is imported only by the integration
     of its name."""
-    room, names = path.relative_to(PACKAGE).parts[0].removesuffix(".py"), imported(path)
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    names = imported(path)
     frameworks = {name.split(".")[0] for name in names} & {
         "transformers",
         "lightning",
@@ -232,8 +233,8 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
 
 
 LIMITS = {
-    PACKAGE: {"tokens a line": 9.15, "packed": 180, "times": 30, "inner": 39, "big": 98},
-    ROOT / "tests": {"tokens a line": 10.05, "packed": 210, "times": 4, "inner": 38, "big": 86},
+    PACKAGE: {"tokens a line": 9.1, "packed": 12, "times": 26, "inner": 38, "big": 98},
+    ROOT / "tests": {"tokens a line": 9.95, "packed": 12, "times": 4, "inner": 38, "big": 84},
 }
 """The most that `density` may count. Lower a limit when code falls below it; never raise one."""
 

@@ -14,7 +14,8 @@ from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.profiles import MOST_TIMES, Discrete, ema_pytorch_profile, gamma_from_sigma_rel
 
 WIDTHS = (0.05, 0.28)
-STEPS, EVERY = 1000, 250
+STEPS = 1000
+EVERY = 250
 
 
 def walk(elements: int = 8) -> torch.Tensor:
@@ -102,7 +103,8 @@ def test_a_library_stores_the_average_of_its_profile(
                 value = stored["ema_model.weight"][0]
                 first = 1
             else:
-                value, after = stored["weight"][0], more["update_after_step"]
+                value = stored["weight"][0]
+                after = more["update_after_step"]
                 first = max(after, 1)
             profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every, first)
             torch.testing.assert_close(value, averaged(profile, path), rtol=0, atol=1e-9)
@@ -110,7 +112,8 @@ def test_a_library_stores_the_average_of_its_profile(
 
 
 def test_very_many_updates_are_joined() -> None:
-    gamma, step = gamma_from_sigma_rel(0.1), 10 * MOST_TIMES + 7
+    gamma = gamma_from_sigma_rel(0.1)
+    step = 10 * MOST_TIMES + 7
     profile = ema_pytorch_profile(gamma, step, 1)
     assert profile.times.size <= MOST_TIMES
     s = np.linspace(0, step, 1001)

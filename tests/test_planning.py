@@ -86,10 +86,8 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
 
 
 def test_exact_snapshots_of_a_network_that_stood_still_are_thinned() -> None:
-    snapshots, motion = (
-        power_functions(range(1, 17)),
-        Motion(np.array([0.0, 8, 16]), np.array([0.0, 1]), np.zeros(2)),
-    )
+    snapshots = power_functions(range(1, 17))
+    motion = Motion(np.array([0.0, 8, 16]), np.array([0.0, 1]), np.zeros(2))
     assert len(kept(snapshots, assumed_prior(snapshots, 0.0, motion), 3)) == 6
 
 
@@ -98,10 +96,8 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(
     tmp_path: Path, keep: int | None
 ) -> None:
     settings: dict = {"checkpoint_every": 100, "max_checkpoints": keep}
-    model, planned = (
-        torch.nn.Linear(1, 1),
-        Schedule((0.05, 0.28), steps=1050, **settings).snapshots(),
-    )
+    model = torch.nn.Linear(1, 1)
+    planned = Schedule((0.05, 0.28), steps=1050, **settings).snapshots()
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         for _ in range(1050):
             tracker.update_(model)
@@ -185,7 +181,8 @@ def test_named_schedules_are_better_than_even_spacing() -> None:
 def test_a_range_has_its_ends_tracked_and_short_averages_are_updated_more_often() -> None:
     for steps, low, every in ((3_000, 0.05, 5), (20, 0.05, 1)):
         for proposal in propose(steps, 1000, (low, 0.28)):
-            tracked, each = proposal.schedule.sigma_rels, proposal.update_every
+            tracked = proposal.schedule.sigma_rels
+            each = proposal.update_every
             assert tracked[:1] == (low,) or len(tracked) == 1
             assert tracked[-1:] == (0.28,) or len(tracked) == 1
             assert each <= every * (1 + (steps == 3_000))
@@ -263,7 +260,8 @@ def test_the_choice_is_spread_evenly_back_from_the_newest() -> None:
 def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
     """With half of the snapshots no average loses much more than what rounding alone would cost, a
     root of 2."""
-    snapshots, t = regular(150), 150.0
+    snapshots = regular(150)
+    t = 150.0
     edges = np.linspace(1, t, 33)
     walk = (1.02 - edges[1:] / t) ** cooling
     prior = assumed_prior(snapshots, rounding, Motion(edges, walk * 0.06 / t, np.zeros(32)))
@@ -275,5 +273,6 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
             [snapshots[i] for i in chosen], targets, prior=prior.of(chosen), t=t
         ).predicted_error
 
-    everything, found = errors(range(300)), errors(thinned_subset(snapshots, 150))
+    everything = errors(range(300))
+    found = errors(thinned_subset(snapshots, 150))
     assert (found / everything).max() < 1.7

@@ -65,7 +65,8 @@ def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smal
 
 def swept(kind: str = "sigma_rel") -> Figure:
     """The figure of a metric between 3.2 and 3.4 over a range of lengths."""
-    xs, means = np.geomspace(0.025, 0.275, 101), 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
+    xs = np.geomspace(0.025, 0.275, 101)
+    means = 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
     points = [*zip(xs.tolist(), means.tolist(), strict=True)]
     return plots.sweep_figure(
         {

@@ -82,10 +82,8 @@ def test_an_average_of_another_time_and_dtype_loads_without_this_package(
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
     torch.save(weights, tmp_path / "weights.pt")
     assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
-    curve, plan = (
-        run.error_curve((0.1, 0.2), others=[Window(50)]),
-        run.plan([0.1, Window(50)], dtype="float64"),
-    )
+    curve = run.error_curve((0.1, 0.2), others=[Window(50)])
+    plan = run.plan([0.1, Window(50)], dtype="float64")
     assert curve.predicted_error[0] == pytest.approx(plan.predicted_error(0))
     assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
 
@@ -108,10 +106,8 @@ def test_writing_several_averages_returns_what_the_command_prints(
         "--overwrite",
         "--json",
     )
-    printed, expected = (
-        ema("synthesize", run.directory, *arguments).json,
-        json.loads(json.dumps(report.to_dict())),
-    )
+    printed = ema("synthesize", run.directory, *arguments).json
+    expected = json.loads(json.dumps(report.to_dict()))
     for target in (*printed["targets"], *expected["targets"]):
         del target["seconds"]
     assert printed == expected

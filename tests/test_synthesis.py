@@ -134,7 +134,8 @@ def test_the_specs_of_a_plan_are_what_it_makes(
     """Tied tensors appear under each of their names."""
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
     plan = plan_of(tmp_path, dtype=dtype)
-    specs, tensors = plan.entries, dict(synthesize(plan))
+    specs = plan.entries
+    tensors = dict(synthesize(plan))
     assert (specs["tied"].dtype, specs["tied"].shape) == (own, (3, 7))
     assert (specs["count"].dtype, specs["count"].shape) == ("I64", ())
     assert specs.keys() == tensors.keys()
@@ -260,7 +261,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def grouped(run: Run, up: float, down: float) -> dict[str, torch.Tensor]:
-    wide, narrow = run.average(up), run.average(down)
+    wide = run.average(up)
+    narrow = run.average(down)
     return {name: wide[name] if name.startswith("up") else narrow[name] for name in SHAPES}
 
 
@@ -284,10 +286,8 @@ def test_the_command_makes_outputs_that_name_their_groups_and_verify(
     ema: Ema, run: Run, tmp_path: Path
 ) -> None:
     """In one file, or in shards."""
-    path, words = (
-        tmp_path / "model.safetensors",
-        ("--group", "up.*=0.2", "--group", "*=0.1", "--json"),
-    )
+    path = tmp_path / "model.safetensors"
+    words = ("--group", "up.*=0.2", "--group", "*=0.1", "--json")
     report = ema("synthesize", run.directory, *words, "--out", path).json
     assert_same_tensors(load_file(path), grouped(run, 0.2, 0.1))
     assert ema("verify", path).code == 0

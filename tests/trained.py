@@ -11,7 +11,8 @@ from factories import exact_weights
 
 from posthoc_cli import Run
 
-STEPS, EVERY = 1500, 100
+STEPS = 1500
+EVERY = 100
 TIMES = range(EVERY, STEPS + 1, EVERY)
 Average = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """What an average becomes at a step, from what it was and the weights after the step."""

@@ -38,7 +38,11 @@ class Checkpoint(Source):
     """A checkpoint, or an average that another program stored; see `Source` for what is not said
     here."""
 
-    word, sketch, sample, measurements, left_out = "checkpoint", "", "", None, ()
+    word = "checkpoint"
+    sketch = ""
+    sample = ""
+    measurements = None
+    left_out = ()
     path: Path
     files: tuple[TensorFile, ...] = field(compare=False)
     entries: Mapping[str, Entry]

@@ -42,7 +42,8 @@ class _Flags:
         params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         for option in params:
             if getattr(option, "is_flag", False):
-                option.metavar, option.hidden = "", option.name == "help"
+                option.metavar = ""
+                option.hidden = option.name == "help"
         return params
 
 

@@ -632,7 +632,8 @@ def prune(
 
 
 def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> None:
-    gone, kept = found["gone"], found["kept"]
+    gone = found["gone"]
+    kept = found["kept"]
     if gone:
         rows = sorted(gone, key=lambda one: (one["t"], one["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])

@@ -154,7 +154,8 @@ def progress_bar(unit: str = "") -> ProgressBar:
         numbers = (live.MofNCompleteColumn(), live.TextColumn(unit)) if unit else in_bytes
         columns = live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn()
         console = Console(stderr=True)
-        hidden, redirected = not console.is_terminal, sys.stdout.isatty()
+        hidden = not console.is_terminal
+        redirected = sys.stdout.isatty()
         with live.Progress(
             *columns, console=console, transient=True, disable=hidden, redirect_stdout=redirected
         ) as progress:

@@ -195,7 +195,8 @@ def _print_audits(found: dict[str, Any]) -> None:
 
 
 def _print_audit(found: dict[str, Any]) -> None:
-    name, intervals = found["name"], found["intervals"]
+    name = found["name"]
+    intervals = found["intervals"]
     of = f" of {name}" * bool(name)
     is_decay = found["what"] == "decay"
     rows = [
@@ -282,7 +283,8 @@ def error_plot(
     if out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or add --json")
     picture = options.new_picture(out, overwrite)
-    targets, ends = options.parse_targets([], target), options.parse_sigma_range(sigma_range)
+    targets = options.parse_targets([], target)
+    ends = options.parse_sigma_range(sigma_range)
     runs = list(map(options.open_run, directories))
     curves = [run.error_curve(ends, t=t, method=method, others=targets) for run in runs]
     if picture is not None:
@@ -367,7 +369,8 @@ def plan(
 
 
 def _print_plan(found: dict[str, Any]) -> None:
-    schedules, chosen = found["schedules"], found["within_disk"]
+    schedules = found["schedules"]
+    chosen = found["within_disk"]
     rows = [
         one
         | {
@@ -377,7 +380,8 @@ def _print_plan(found: dict[str, Any]) -> None:
         for one in schedules
     ]
     output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
-    low, high = schedules[0]["sigma_rel"][0], schedules[0]["sigma_rel"][-1]
+    low = schedules[0]["sigma_rel"][0]
+    high = schedules[0]["sigma_rel"][-1]
     output.print_line(
         f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}"
     )

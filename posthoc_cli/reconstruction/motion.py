@@ -74,7 +74,8 @@ class Motion:
         segment = np.clip(
             np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1
         )
-        walk, noise = self.walk[segment], self.noise[segment]
+        walk = self.walk[segment]
+        noise = self.noise[segment]
         if self.scatter is not None:
             steps = np.searchsorted(edges, alone) - 1
             steps = steps[steps >= 0]
@@ -115,7 +116,8 @@ _DISTANCES_FOR_NOISE = 1.5
 """Number of distances per segment from which on noise is fitted, too. One profile whose snapshots
 each have distances to the two previous ones has nearly 2."""
 
-_FIRST, _UPDATES = (1.0, 0.1), 1000
+_FIRST = (1.0, 0.1)
+_UPDATES = 1000
 """First walk, and first noise or scatter, each relative to what would explain the distances alone,
 and the number of updates of a fit. Of 120 averages of checkpoints, all were within 2 of the
 predicted error, with a first noise of 1 or 0.01 99 %, and with 100 updates in place of 300 to 3,000
@@ -189,7 +191,8 @@ def fit_motion(
         if may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments
         else [walks]
     )
-    influence, known = np.hstack(kinds)[explained], rounding[explained]
+    influence = np.hstack(kinds)[explained]
+    known = rounding[explained]
     walk, noise = unknowns = np.zeros((2, segments))
     if not influence.any():
         return Motion(edges, walk, noise), rounding
@@ -197,7 +200,8 @@ def fit_motion(
     parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
     x = np.repeat([share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts], segments)
     spacing = spacing_of(edges, ordinary, steps)
-    scattered, share = np.zeros_like(influence), _FIRST[1] if len(ordinary) else 0.0
+    scattered = np.zeros_like(influence)
+    share = _FIRST[1] if len(ordinary) else 0.0
     scattered[:, :segments] = (scatters * spacing)[explained]
     rows = influence + share * scattered
     for _ in range(_UPDATES):
@@ -243,7 +247,8 @@ def interval_of(profile: StoredProfile) -> int:
     return int(profile.settings["every"]) if isinstance(profile, OrdinaryEMA) else 1
 
 
-_SAMPLED_OF_SCATTER, _SAMPLED_OF_WALK = 0.4, 0.25
+_SAMPLED_OF_SCATTER = 0.4
+_SAMPLED_OF_WALK = 0.25
 """Variance of one value about the mean of the steps since the last update, relative to the scatter
 of checkpoints, and to the walk from one file to the next where no checkpoints show it.
 

@@ -27,11 +27,13 @@ FEW = 8
 """Intervals of at most this many updates are summed. With more updates, integral and sum differ by
 less than 10 %."""
 
-_ORDER, _FINE = 8, 16
+_ORDER = 8
+_FINE = 16
 """Gauss-Legendre nodes in an interval, one where all stored profiles are constant, and in a section
 for a target."""
 
-_FALL, _FALLEN = 2.0, 32.0
+_FALL = 2.0
+_FALLEN = 32.0
 """Limit of the change of log(mass) within an interval: the error of 8 nodes for exp(2 _FALL u), u
 in [0, 1], is then (2 _FALL)^16 8!^4 / (17 16!^3) = 1e-13 of the largest value. And the change after
 which a power function is 0."""

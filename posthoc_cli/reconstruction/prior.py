@@ -33,7 +33,9 @@ from posthoc_cli.reconstruction.sketch import Sketch
 
 # --- stored averages
 
-MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
+MEASURED = "measured"
+SAMPLED = "sampled"
+ASSUMED = "assumed"
 
 ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 """Root mean square error of one rounding to nearest, relative to the values, in units of eps:

@@ -178,7 +178,8 @@ class LeastSquares:
         if not limit * condition < 1:
             left, sizes, right = np.linalg.svd(r, full_matrices=False)
             kept = sizes > limit * sizes.max(initial=size)
-            self._q, self.inverse = self._q @ left[:, kept], right[kept].T / sizes[kept]
+            self._q = self._q @ left[:, kept]
+            self.inverse = right[kept].T / sizes[kept]
 
     def solve(self, goals: FloatArray) -> FloatArray:
         """Return the solutions for goals, [rows, goals]: shape [columns, goals]."""
@@ -203,7 +204,8 @@ _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, below which a copy is exact; that of any dtype is
 far larger."""
 
-_GAIN, _GAIN_OF_ONE = (0.8, 0.95), (0.4, 0.6)
+_GAIN = (0.8, 0.95)
+_GAIN_OF_ONE = (0.4, 0.6)
 """Predicted error of minimum variance, relative to that of the published coefficients. Up to the
 first number minimum variance is used alone, from the second on the published coefficients alone,
 and a blend in between: an imperfect fit of the motion costs more than so small a gain (measured:
@@ -227,7 +229,9 @@ _TIMES_ALONE = 16
 weights oscillate, an earlier one may be nearest (measured: 5 times nearer, for a sawtooth of 70
 steps and snapshots of 100)."""
 
-_SURE, _CAUTION, _WIDENING = 0.25, 6.0, 1.3
+_SURE = 0.25
+_CAUTION = 6.0
+_WIDENING = 1.3
 """Doubt up to which the motion is trusted: for recorded runs it is 0.05 to 0.29, for oscillations
 0.6 to 3. Each unit beyond makes a gain e**6 times less certain, and widens errors from motion by
 e**1.3 (measured: for oscillations in step with the snapshots they were up to 80 times off; a larger
@@ -348,7 +352,8 @@ class Problem:
         each; the targets are `unknown` by that squared distance."""
         goals = self.goals(targets)
         nodes, factor, problem = self._published
-        profiles, norms = np.zeros((factor.shape[0], len(targets))), np.zeros(len(targets))
+        profiles = np.zeros((factor.shape[0], len(targets)))
+        norms = np.zeros(len(targets))
         for k, target in enumerate(targets):
             mass, missed = nodes.goal_of_mass(target)
             profiles[:, k], norms[k] = np.sqrt(nodes.weight) * mass, missed.sum()
@@ -392,7 +397,8 @@ class Problem:
         """Return the expected squared distance between the averages of two targets."""
         goals = self.goals([target, other])
         difference = goals.columns[:, 0] - goals.columns[:, 1]
-        first, last = len(self._expected), len(self._factor) - len(self._errors)
+        first = len(self._expected)
+        last = len(self._factor) - len(self._errors)
         if self._prior.sketch is None:
             return float(np.sum(difference[:last] ** 2))
         return float(np.sum(difference[first:last] ** 2)) / self._half**2
@@ -418,7 +424,8 @@ class Problem:
         what they would be without their rows.
         """
         missed = self._factor @ coefficients - goals.columns
-        first, last = len(self._expected), len(self._factor) - len(self._errors)
+        first = len(self._expected)
+        last = len(self._factor) - len(self._errors)
         if self._prior.sketch is None:
             widening = np.exp(2 * _WIDENING * max(0.0, self._prior.doubt - _SURE))
             motion = (goals.unreachable + np.sum(missed[:last] ** 2, axis=0)) * widening
@@ -434,7 +441,8 @@ class Problem:
     def relative(self, squares: FloatArray, coefficients: FloatArray, goals: Goals) -> FloatArray:
         """Return the roots of `expected_squares`, relative to the targets' probable norms; nan if
         only that is 0."""
-        norms, errors = self._norms(coefficients, goals), np.sqrt(squares.sum(axis=0))
+        norms = self._norms(coefficients, goals)
+        errors = np.sqrt(squares.sum(axis=0))
         relative = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
         return np.where((norms > 0) | (errors > 0), relative, 0.0)
 
@@ -468,7 +476,8 @@ class Problem:
         squares = self.expected_squares(optimal, goals, solved=True)
         other_squares = np.stack([self.expected_squares(other, goals) for other in others])
         best = other_squares.sum(axis=1).argmin(axis=0)
-        is_better, unsure = np.ones(every.size, dtype=bool), np.sqrt(2 / len(self._seen))
+        is_better = np.ones(every.size, dtype=bool)
+        unsure = np.sqrt(2 / len(self._seen))
         for deviation in (-unsure, unsure):
             shown = np.array([1 + deviation, 1.0])
             is_better &= shown @ squares < _CLEARLY * np.min(shown @ other_squares, axis=0)
@@ -496,7 +505,8 @@ class Problem:
         expected of stored averages and of targets, and the result is at least half the smallest
         stored norm.
         """
-        norms, first = self._prior.norm, len(self._expected)
+        norms = self._prior.norm
+        first = len(self._expected)
         if self._prior.source == ASSUMED or not norms.any():
             return np.full(coefficients.shape[1], np.sqrt(norms.mean()))
         if (sketch := self._prior.sketch) is None:
@@ -595,8 +605,10 @@ class Losses:
     def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
         # An equivalent problem with at most as many rows as columns.
         triangle = np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"))
-        self._factor, self._goals = triangle[:, : factor.shape[1]], triangle[:, factor.shape[1] :]
-        self._unreachable, self._left = unreachable, np.arange(factor.shape[1])
+        self._factor = triangle[:, : factor.shape[1]]
+        self._goals = triangle[:, factor.shape[1] :]
+        self._unreachable = unreachable
+        self._left = np.arange(factor.shape[1])
         self._solve()
 
     def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
@@ -618,7 +630,8 @@ class Losses:
         if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
             self._solve()
             return
-        row, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        row = self._root[snapshot].copy()
+        lost = self._columns[:, snapshot].copy()
         square = row @ row
         pivot = self._root @ row / square
         self.squares = self.squares + lost * lost / square
@@ -633,19 +646,18 @@ class Losses:
     def _solve(self) -> None:
         """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and
         W."""
-        left, count = self._left, self._factor.shape[1]
-        others, last = (
-            self._factor[:, left[:-1]] - self._factor[:, left[-1:]],
-            self._factor[:, left[-1:]],
-        )
+        left = self._left
+        count = self._factor.shape[1]
+        others = self._factor[:, left[:-1]] - self._factor[:, left[-1:]]
+        last = self._factor[:, left[-1:]]
         problem = LeastSquares(others, float(np.abs(self._factor).max()))
-        solution, root = problem.solve(self._goals - last), problem.inverse
-        self._solved, self._is_degenerate = left.size, root.shape[1] < others.shape[1]
+        solution = problem.solve(self._goals - last)
+        root = problem.inverse
+        self._solved = left.size
+        self._is_degenerate = root.shape[1] < others.shape[1]
         self.squares = self._unreachable + problem.missed(self._goals - last)
-        self._columns, self._root = (
-            np.zeros((self._goals.shape[1], count)),
-            np.zeros((count, root.shape[1])),
-        )
+        self._columns = np.zeros((self._goals.shape[1], count))
+        self._root = np.zeros((count, root.shape[1]))
         self._columns[:, left[:-1]], self._columns[:, left[-1]] = (
             solution.T,
             1 - solution.sum(axis=0),

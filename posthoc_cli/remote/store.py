@@ -183,7 +183,9 @@ def remote_path(text: str) -> RemotePath:
     """
     scheme, _, rest = text.partition(":")
     host, slash, path = rest.strip("/").partition("/")
-    scheme, user, problem = scheme.lower(), "", ""
+    scheme = scheme.lower()
+    user = ""
+    problem = ""
     if scheme != "hf":  # whose revisions are behind an @
         user, _, host = host.rpartition("@")
     if scheme not in SCHEMES:
@@ -385,7 +387,8 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
     except (MissingDependencyError, RemoteError):
         raise
     except Exception as error:  # noqa: BLE001 - the libraries of three stores have different classes
-        kind, answer = type(error).__name__, getattr(error, "response", None)
+        kind = type(error).__name__
+        answer = getattr(error, "response", None)
         status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
         text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
         # the form of an error of a bulk deletion

@@ -96,7 +96,8 @@ def render(
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
-    curve, info = run.error_curve(), run.info()
+    curve = run.error_curve()
+    info = run.info()
     return {
         "run": run,
         "info": info,

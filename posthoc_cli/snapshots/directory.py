@@ -143,7 +143,8 @@ def listed(directory: Path) -> Directory:
     """List a directory and the folders of parts in it; raise the errors of `list_directory` about
     the directory."""
     entries = list_directory(directory)
-    candidates, everything = dict[Path, list[Path]](), [*entries]
+    candidates = dict[Path, list[Path]]()
+    everything = [*entries]
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
@@ -182,12 +183,10 @@ def inspect_directory(directory: Path) -> Directory:
 
 def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
     """Return a listing with what the headers of its files say, see `joined`."""
-    snapshots, problems, notes, incomplete = (
-        list[Snapshot](),
-        list[PostHocError](),
-        list[str](),
-        dict[Path, str](),
-    )
+    snapshots = list[Snapshot]()
+    problems = list[PostHocError]()
+    notes = list[str]()
+    incomplete = dict[Path, str]()
     header_of = dict(zip(listing.files, headers, strict=True))
     for path, paths in listing.candidates.items():
         try:
@@ -367,7 +366,8 @@ def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
 def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     """Return an error for each pair of snapshots that cannot be in one directory; `snapshots` are
     in order of time."""
-    errors, seen = list[MismatchError](), dict[tuple[float, float], Snapshot]()
+    errors = list[MismatchError]()
+    seen = dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
         first = snapshots[0]
         facts = [{"run_id": one.run_id, "t_unit": one.t_unit} for one in (first, snapshot)]
@@ -559,7 +559,8 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     with files.reported_as_write_error(folder):
         moved = []
         for path in (snapshot.path for snapshot in stored if not files.is_absent(snapshot.path)):
-            stem, suffix = path.name.removesuffix(SUFFIX), SUFFIX * path.name.endswith(SUFFIX)
+            stem = path.name.removesuffix(SUFFIX)
+            suffix = SUFFIX * path.name.endswith(SUFFIX)
             names = (f"{stem}{f'.{number}' * bool(number)}{suffix}" for number in count())
             moved.append(next(free for name in names if files.is_absent(free := folder / name)))
             files.system.rename(path, moved[-1])

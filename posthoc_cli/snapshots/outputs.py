@@ -164,7 +164,8 @@ def models_at(path: Path) -> list[Path]:
 def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
     """Return a model's files and their header as an output; raise an error if one is damaged,
     missing or of another."""
-    read, infos = list[TensorFile](), list[OutputInfo | None]()
+    read = list[TensorFile]()
+    infos = list[OutputInfo | None]()
     for file_path, names in model_files(weights_at(path) or path).items():
         file = read_file(file_path)
         if missing := set(names) - file.entries.keys():
@@ -250,7 +251,8 @@ def _of_model(path: Path) -> dict[str, Any]:
 
 
 def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
-    newest, runs = snapshots[-1], sorted({snapshot.run_id for snapshot in snapshots})
+    newest = snapshots[-1]
+    runs = sorted({snapshot.run_id for snapshot in snapshots})
     profiles = []
     for width in sorted({snapshot.sigma_rel for snapshot in snapshots}):
         tracked = [snapshot for snapshot in snapshots if snapshot.sigma_rel == width]
@@ -299,7 +301,8 @@ def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:
 def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
     """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many,
     and the mesh."""
-    dtype, parts = snapshot.schedule.checkpoint_dtype, dict[str, Any]()
+    dtype = snapshot.schedule.checkpoint_dtype
+    parts = dict[str, Any]()
     schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     del schedule["sigma_range"]  # which follows from the widths
     if snapshot.part or snapshot.path.suffix != SUFFIX:

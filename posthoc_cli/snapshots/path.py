@@ -82,7 +82,8 @@ def joined_sample(
 ) -> str:
     """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
     values."""
-    left, wanted = [zip(*decode_sample(sample), strict=True) for sample in samples], places(shapes)
+    left = [zip(*decode_sample(sample), strict=True) for sample in samples]
+    wanted = places(shapes)
     pairs = []
     for name, index in wanted:
         held = [
@@ -100,7 +101,8 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
 
     if np.array_equal(model, recorded):
         return True
-    values, exact = torch.from_numpy(model), torch.from_numpy(recorded)
+    values = torch.from_numpy(model)
+    exact = torch.from_numpy(recorded)
     return any(
         torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16)
     )
@@ -116,7 +118,8 @@ def spacing(
 
 # --- the sketch of the path
 
-MOST_WINDOWS, MOST_NUMBERS = 4_096, 1_024
+MOST_WINDOWS = 4_096
+MOST_NUMBERS = 1_024
 # the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
 _LARGEST = 2.0**14
 _MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
@@ -136,13 +139,15 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     numbers."""
     if path is None:
         return ""
-    sketch, means = path.sketch, path.sketch.means.astype("<f4")
+    sketch = path.sketch
+    means = path.sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
     factor = (
         float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
     )
-    steps, place = np.zeros((len(means) - 1, means.shape[1]), "<f2"), means[0] / factor
+    steps = np.zeros((len(means) - 1, means.shape[1]), "<f2")
+    place = means[0] / factor
     # from the rounded place, so errors do not add up
     for step, wanted in zip(steps, means[1:] / factor, strict=True):
         step[:] = wanted - place

@@ -72,7 +72,8 @@ class Pruning:
     deleted: bool = False
 
     def __repr__(self) -> str:
-        count, left = len(self.kept) + len(self.to_delete), len(self.kept)
+        count = len(self.kept) + len(self.to_delete)
+        left = len(self.kept)
         errors = f"worst error {percent(self.after.worst)}, before {percent(self.before.worst)}"
         return f"Pruning({left} of {count} snapshots stay: {errors})"
 
@@ -116,7 +117,8 @@ def plan_pruning(
     check_sigma_range(sigma_range)
     if keep is not None:
         check_count("keep", keep)
-    profiles, prior = [snapshot.profile for snapshot in snapshots], source_prior(snapshots)
+    profiles = [snapshot.profile for snapshot in snapshots]
+    prior = source_prior(snapshots)
     needed = _needed(profiles)
     used = sorted({*thinned_subset(profiles, keep=keep or 1), *needed})
 
@@ -141,7 +143,8 @@ def plan_pruning(
         raise InexactError("max_error", reason, value=f"{max_error:g}")
 
     # The least needed first. The errors grow with the number of deletions.
-    among, stay = alone(profiles, used), alone(profiles, needed)
+    among = alone(profiles, used)
+    stay = alone(profiles, needed)
     order = removal_order(profiles, prior, among, keep or 1, stay, sigma_range)
     gone = [index for one in order for index in one.indices]
     if max_error is not None:

@@ -37,7 +37,8 @@ from posthoc_cli.snapshots.sources import Dtype, Rule, Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Chunk, Entry, TensorFile, compact
 
 # the range of training times; products of times outside it overflow
-EARLIEST, LATEST = (1e-100, 1e100)
+EARLIEST = 1e-100
+LATEST = 1e100
 T = TypeVar("T")
 
 
@@ -328,7 +329,8 @@ def decode_snapshot(file: TensorFile) -> Snapshot:
 def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
     """Return how the tables of a header differ from the stored tensors; an empty text if they
     fit."""
-    tensors, chunks = snapshot.tensors, snapshot.chunks if snapshot.part else {}
+    tensors = snapshot.tensors
+    chunks = snapshot.chunks if snapshot.part else {}
     for key, table in {"tensors": tensors, "chunks": chunks if snapshot.part else tensors}.items():
         if differing := table.keys() ^ stored.keys():
             return (

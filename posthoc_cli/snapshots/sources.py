@@ -164,7 +164,9 @@ class Source(ABC):
     ) -> None:
         """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on,
         verified by default."""
-        dtype, wanted, pieces = self.entries[name].dtype, np.frombuffer(out, np.uint8), list[Box]()
+        dtype = self.entries[name].dtype
+        wanted = np.frombuffer(out, np.uint8)
+        pieces = list[Box]()
         for file in self.files:
             if (held := file.box(name)) is None:
                 continue
@@ -177,7 +179,8 @@ class Source(ABC):
             if not common:
                 continue
             spans = [held.span(part) for part in common]
-            first, last = min(a for a, _ in spans), max(b for _, b in spans)
+            first = min(a for a, _ in spans)
+            last = max(b for _, b in spans)
             stored = file.entries[name].dtype
             data = np.empty((last - first) * ITEM_BYTES[stored], np.uint8)
             file.read(name, first * ITEM_BYTES[stored], data.data, verify)
@@ -190,7 +193,8 @@ class Source(ABC):
                 )
             # Strides over the elements of the file, and over those of the box, so that both arrays
             # have part's shape.
-            values, item = data.view(items(dtype)), ITEM_BYTES[dtype]
+            values = data.view(items(dtype))
+            item = ITEM_BYTES[dtype]
             stored_steps, wanted_steps = (
                 [item * step for step in row_major(one.shape)] for one in (held, box)
             )
@@ -211,7 +215,8 @@ class Source(ABC):
 
     def tensor(self, name: str, box: Box | None = None) -> torch.Tensor:
         """Return a tensor, or a box of it, verified, in its stored dtype."""
-        dtype, box = self.entries[name].dtype, box or Box.full(self.entries[name].shape)
+        dtype = self.entries[name].dtype
+        box = box or Box.full(self.entries[name].shape)
         data = np.empty(box.size * ITEM_BYTES[dtype], np.uint8)
         self.read_box(name, box, data.data)
         return tensor_from_bytes(data, dtype, box.shape)
@@ -436,10 +441,13 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 def _sampled_ranges(source: Source) -> list[ElementRange]:
     """Choose the elements to read in every source of the run: runs, cut at the ends of tensors."""
     sizes = {name: source.entries[name].size for name in sorted(source.averages)}
-    total, names, ends = sum(sizes.values()), list(sizes), list(accumulate(sizes.values()))
+    total = sum(sizes.values())
+    names = list(sizes)
+    ends = list(accumulate(sizes.values()))
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
-    runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
+    runs = -(-total // RUN_ELEMENTS)
+    wanted = MOST_ELEMENTS // RUN_ELEMENTS
     chosen = {
         *np.random.default_rng(int(source.run_id, 16)).choice(runs, wanted, replace=False).tolist()
     }
@@ -454,7 +462,8 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
 
 
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
-    parts, rounding = [np.empty(0)], 0.0
+    parts = [np.empty(0)]
+    rounding = 0.0
     with source:
         for name, begin, end in ranges:
             values = source.values(name, begin, end)

@@ -264,14 +264,16 @@ class OpenedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.tag = path, ""
+        self.path = path
+        self.tag = ""
         self.remote: RemoteBytes | None = None
         with named_on_error(path, "opened"):
             if files.is_url(path):
                 from posthoc_cli.remote.store import RemoteBytes
 
                 self.remote = RemoteBytes(path)
-                self.size, self.tag = self.remote.size, self.remote.tag
+                self.size = self.remote.size
+                self.tag = self.remote.tag
                 return
             self._descriptor = files.system.open(path)
             status = os.fstat(self._descriptor)
@@ -291,10 +293,12 @@ class OpenedFile:
     def read_into(self, view: memoryview, offset: int) -> int:
         """Fill `view` with the bytes from an offset on; return the number read, smaller only at the
         end of the file."""
-        done, count = 0, 1
+        done = 0
+        count = 1
         with named_on_error(self.path, "read"):
             while done < len(view) and count:
-                rest, at = view[done:], offset + done
+                rest = view[done:]
+                at = offset + done
                 count = (
                     self.remote.read(rest, at)
                     if self.remote
@@ -335,7 +339,8 @@ def file_size(path: Path) -> int:
 
 
 # the number and size of the pieces of a file from which its identity is computed
-_SAMPLES, _SAMPLE = (16, 4096)
+_SAMPLES = 16
+_SAMPLE = 4096
 
 
 def sampled_identity(file: OpenedFile) -> str:
@@ -452,7 +457,8 @@ class TensorFile:
     def read(self, name: str, begin: int, view: memoryview, verify: bool = True) -> None:
         """Fill `view` with the bytes of a tensor, in row-major order, from `begin` on; verify all
         blocks of them."""
-        entry, end = self.entries[name], begin + len(view)
+        entry = self.entries[name]
+        end = begin + len(view)
         with self:
             if entry.strides:
                 view[:] = self._in_order(name)[begin:end].data
@@ -461,7 +467,8 @@ class TensorFile:
                 self._fill(entry.begin + begin, view)
                 return
             block = BLOCK * ITEM_BYTES[entry.dtype]
-            first, last = begin - begin % block, min(-(-end // block) * block, entry.nbytes)
+            first = begin - begin % block
+            last = min(-(-end // block) * block, entry.nbytes)
             room = view if (first, last) == (begin, end) else np.empty(last - first, np.uint8).data
             for at in range(first, last, _PIECE * block):
                 piece = room[at - first : at - first + _PIECE * block]
@@ -505,7 +512,8 @@ class TensorFile:
         checksums."""
         if not self.sums:
             return
-        size, sums = BLOCK * ITEM_BYTES[self.entries[name].dtype], self.sums[name]
+        size = BLOCK * ITEM_BYTES[self.entries[name].dtype]
+        sums = self.sums[name]
         for at in range(0, len(view), size):
             place = 16 * ((begin + at) // size)
             if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
@@ -583,7 +591,8 @@ def decode_file(file: OpenedFile) -> TensorFile:
         _require(are_strings, "__metadata__ must map names to strings")
         old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
         _require("ema.version" not in metadata, old)
-        own, mark = metadata.pop("ema", ""), metadata.pop("ema.checksum", "")
+        own = metadata.pop("ema", "")
+        mark = metadata.pop("ema.checksum", "")
         _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
         entries = _decode_entries(raw, len(start), file.size)
         content = parse_object(file.path, own, "ema") if checksum else {}
@@ -612,7 +621,8 @@ def _require_few(count: int) -> None:
 
 def _read_start(file: OpenedFile) -> bytes:
     """Return the first 8 + N bytes of a file, which precede the payload."""
-    prefix, hint = file.read_at(8, 0), ""
+    prefix = file.read_at(8, 0)
+    hint = ""
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8:
         reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
@@ -622,10 +632,8 @@ def _read_start(file: OpenedFile) -> bytes:
             return prefix + text
         reason = _SHORTER
     elif prefix.startswith(_PICKLES):
-        reason, hint = (
-            "is a pickle (.pt, .bin), not safetensors",
-            "rename it with the suffix of its format",
-        )
+        reason = "is a pickle (.pt, .bin), not safetensors"
+        hint = "rename it with the suffix of its format"
     else:
         taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
         reason = f"damaged, truncated or not safetensors: {taken}"
@@ -773,10 +781,13 @@ class TensorFileWriter:
         metadata: Mapping[str, str],
         overwrite: bool = False,
     ) -> None:
-        self.path, self._content, self._metadata = path, content, metadata
+        self.path = path
+        self._content = content
+        self._metadata = metadata
         laid_out = lay_out(entries)
         self._header = bytearray(encode_header(laid_out, content, metadata))
-        self._entries, self._sums_at = dict[str, Entry](), dict[str, int]()
+        self._entries = dict[str, Entry]()
+        self._sums_at = dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
             self._entries[name] = replace(entry, begin=len(self._header) + entry.begin)
@@ -790,14 +801,17 @@ class TensorFileWriter:
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
-        entry, digest, at = self._entries[name], xxhash.xxh3_64(), begin
+        entry = self._entries[name]
+        digest = xxhash.xxh3_64()
+        at = begin
         block = BLOCK * ITEM_BYTES[entry.dtype]
         for view in (part.cast("B") for part in parts):
             self._file.write_at(view, entry.begin + at)
             while view:
                 taken = view[: block - at % block]
                 digest.update(taken)
-                view, at = view[len(taken) :], at + len(taken)
+                view = view[len(taken) :]
+                at = at + len(taken)
                 if at % block == 0 or at == entry.nbytes:
                     place = self._sums_at[name] + 16 * ((at - 1) // block)
                     self._header[place : place + 16] = digest.hexdigest().encode()

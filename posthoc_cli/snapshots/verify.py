@@ -148,9 +148,12 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     ]
     content = inspected(listing, headers)
     problems = [str(error) for error in content.problems if error not in headers]
-    notes, incomplete = [*content.notes], {*content.incomplete}
+    notes = [*content.notes]
+    incomplete = {*content.incomplete}
     if path in incomplete:  # the parts of one snapshot were named
-        problems, notes, incomplete = notes, [], set()
+        problems = notes
+        notes = []
+        incomplete = set()
     checks: list[Callable[[], object]] = [partial(read_model, index) for index in indexes]
     checks += [] if problems else [partial(run_clock, content.snapshots)]
     for check in checks:
@@ -177,11 +180,9 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
 def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     """List a path; return also indexes of shards, and the files that belong to them; DirectoryError
     if nothing."""
-    listing, indexes, shards = (
-        Directory(path, candidates={path: [path]}),
-        list[Path](),
-        list[Path](),
-    )
+    listing = Directory(path, candidates={path: [path]})
+    indexes = list[Path]()
+    shards = list[Path]()
     if path.is_dir():
         listing = listed(path)
         others = (
@@ -197,7 +198,8 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     elif path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums", ACCEPTED)
     elif path.name.endswith(INDEX_SUFFIX):
-        listing, indexes = Directory(path), [path]
+        listing = Directory(path)
+        indexes = [path]
     leftovers = [*listing.leftovers]
     for index in indexes:
         with suppress(DirectoryError):  # the files that it names are read in any case
@@ -218,7 +220,8 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
 def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
     """Read every byte of a file and return the report; None if the file does not exist, or not any
     more."""
-    report, is_known = FileReport(path), True
+    report = FileReport(path)
+    is_known = True
     try:
         file = read_file(path)
         is_known = (

@@ -237,7 +237,8 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     measured = [trial for trial in trials if trial.value is not None and trial.x is not None]
     sign = 1.0 if minimize else -1.0
     values = _clipped(sign * np.array([trial.value for trial in measured], float))
-    centre, scale = float(values.mean()), float(values.std())
+    centre = float(values.mean())
+    scale = float(values.std())
     errors = np.array([trial.standard_error or math.nan for trial in measured]) / scale
     _, seeds = np.unique([trial.seed for trial in measured], return_inverse=True)
     xs = [float(trial.x or 0) for trial in measured]
@@ -248,7 +249,8 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     if axis.values:
         points = np.abs(_GRID - axis.place(axis.values)[:, None]).argmin(axis=1)
         chosen = int(curve[points].argmin())
-        point, best = int(points[chosen]), axis.values[chosen]
+        point = int(points[chosen])
+        best = axis.values[chosen]
     else:
         point = int(curve.argmin())
         best = _known_or_new(axis, point, xs)
@@ -332,7 +334,8 @@ def _draw(
     options = list(itertools.product(_LENGTHS, _SIZES, (1.0,) if given else _NOISES, offsets))
     same_seed = (seeds[:, None] == seeds[None]).astype(float)
 
-    both, count = np.concatenate([places, _GRID]), len(values)
+    both = np.concatenate([places, _GRID])
+    count = len(values)
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
     kernels = {length: _matern(both, length) for length in _LENGTHS}
 
@@ -646,7 +649,8 @@ def answer(found: dict[str, Any]) -> dict[str, str]:
     texts = {"metric": str(found["metric"]), "measured": f"{count}; {found['stopped']}"}
     if "best" not in found:
         return texts
-    raw, value = found["raw"], found["value"]
+    raw = found["raw"]
+    value = found["value"]
     low, high = found["equal_within_noise"]
     return texts | {
         "best": str(found["best"]["target"]),

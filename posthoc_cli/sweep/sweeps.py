@@ -204,7 +204,8 @@ class Sweep:
         weights = scratch / f"weights{self._suffix}"
         for x, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
             files.make_directory(scratch)
-            title, error = RAW, None
+            title = RAW
+            error = None
             if x is not None:
                 title = search.axis.target(x).title
                 error = self._write(search.axis.target(x), weights).plan.predicted_error(0)
@@ -410,7 +411,8 @@ class _Averages:
     def at(self, x: float | None) -> Iterator[tuple[Any, float | None]]:
         """Yield the argument of the metric for a length, or None for the raw weights, and the
         predicted error."""
-        model, tracker = self.model, self.tracker
+        model = self.model
+        tracker = self.tracker
         if model is not None and self._is_tracked and x is None:
             with swapped_in(model, {}):  # keeps its weights, and is only put into eval mode
                 yield model, None

@@ -69,7 +69,8 @@ class Sums:
     def start(self, size: int) -> None:
         """Begin the sums of a chunk of `size` elements."""
         if size != self._size:
-            self._size, self._padded = size, -(-size // COLUMNS) * COLUMNS
+            self._size = size
+            self._padded = -(-size // COLUMNS) * COLUMNS
             self._slots = [row[:size] for row in self._values.unbind()]
             self._terms = [row[: self._padded] for row in self._values.unbind()]
             self._rows = [row[: self._padded] for row in self.totals.unbind()]
@@ -184,7 +185,8 @@ def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
         wide = wide_dtype or ("F64" if tensor.dtype == "F64" or name not in plan.coarse else "F32")
         wide = plan.newest.entries[name].dtype if role == "copy" else wide
         stored = tuple(source.entries[name].dtype for source in plan.sources)
-        kind, count = (role, plan.output_dtype(name), wide, stored), plan.box(name).size
+        kind = (role, plan.output_dtype(name), wide, stored)
+        count = plan.box(name).size
         if count <= BLOCK and name not in plan.boxes:
             if sum(batches[kind].values()) + count > BLOCK or len(batches[kind]) == MAX_BATCH:
                 flush(kind)
@@ -218,7 +220,10 @@ class TileOutput(Protocol):
 # For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are
 # requested ahead for each thread, which are of one tile; so also the least number of threads, and
 # the most of these if sources are few.
-REQUESTS, AHEAD, REMOTE_THREADS, MOST_THREADS = 32, 24, 6, 16
+REQUESTS = 32
+AHEAD = 24
+REMOTE_THREADS = 6
+MOST_THREADS = 16
 
 
 def synthesize(
@@ -295,7 +300,8 @@ def synthesize_into(
         else 1
     )
     workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
-    local, torch_threads = threading.local(), torch.get_num_threads()
+    local = threading.local()
+    torch_threads = torch.get_num_threads()
     queue: deque[Future[Tile]] = deque()
     # the first error of a thread comes first; any stops all threads
     errors: list[BaseException] = []
@@ -385,7 +391,9 @@ class StoredBytes:
     values were copied."""
 
     def __init__(self, pinned: bool) -> None:
-        self._bytes, self._pinned, self.sent = torch.zeros(0, dtype=torch.uint8), pinned, None
+        self._bytes = torch.zeros(0, dtype=torch.uint8)
+        self._pinned = pinned
+        self.sent = None
         # to make one takes 10 us
         self._views: dict[tuple[int, str], tuple[memoryview, torch.Tensor]] = {}
 
@@ -394,10 +402,8 @@ class StoredBytes:
         if (count, dtype) not in self._views:
             nbytes = count * ITEM_BYTES[dtype]
             if self._bytes.numel() < nbytes:
-                self._bytes, self._views = (
-                    torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned),
-                    {},
-                )
+                self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+                self._views = {}
             data = self._bytes[:nbytes].numpy()
             self._views[count, dtype] = data.data, tensor_from_bytes(data, dtype, (count,))
         return self._views[count, dtype]
@@ -414,13 +420,11 @@ class Maker:
         errors: Sequence[BaseException],
         readers: ThreadPoolExecutor | None,
     ) -> None:
-        self.plan, self._device, self._size, self._errors, self._readers = (
-            plan,
-            device,
-            size,
-            errors,
-            readers,
-        )
+        self.plan = plan
+        self._device = device
+        self._size = size
+        self._errors = errors
+        self._readers = readers
         self._is_cuda = device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
         self._ahead = AHEAD * BLOCK if readers else 0  # in elements
@@ -495,7 +499,8 @@ class Maker:
     def _values(self, sources: Sequence[Source], tile: Tile) -> Iterator[torch.Tensor]:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
-        left, begun = deque(sources), deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
+        left = deque(sources)
+        begun = deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
         ahead = self._ahead // max(tile.size, self._size)
         buffers = cycle(self._stored[: ahead + 1 + self._is_cuda])
         while left or begun:
@@ -549,10 +554,8 @@ def check_finite(tile: Tile, sums: torch.Tensor) -> None:
     for name, begin, end in () if holds(dtype, sums) else tile.spans:
         if holds(dtype, values := sums[:, begin:end]):
             continue
-        reason, hint = (
-            "the result is not finite; a snapshot holds nan or infinity, or the sum overflows",
-            "",
-        )
+        reason = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
+        hint = ""
         if bool(values.isfinite().all()):
             reason = f"{dtype} cannot hold its largest value, {float(values.abs().max()):.6g}"
             hint = "take float32 or bfloat16"

@@ -145,10 +145,8 @@ class Plan:
                     if any(fnmatchcase(alias, glob) for alias in aliases)
                 ]
                 if not matching:
-                    reason, hint = (
-                        f"tensor {shown(name)} matches no group",
-                        "add '*=0.1' for the rest",
-                    )
+                    reason = f"tensor {shown(name)} matches no group"
+                    hint = "add '*=0.1' for the rest"
                     raise InvalidValueError("group", reason, hint, value=", ".join(columns))
                 found.append(matching[0])
             subsets[tuple(found)].append(name)
@@ -243,7 +241,8 @@ class Plan:
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output; the snapshots of groups are listed one group
         after another."""
-        newest, wanted = self.newest, self.targets[target]
+        newest = self.newest
+        wanted = self.targets[target]
         columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
         return OutputInfo(
             run_id=newest.run_id,
@@ -273,7 +272,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the run, its motion, and each target's coefficients and errors, as plain values
         for JSON."""
-        prior, motion = self.reconstruction.prior, self.reconstruction.prior.motion
+        prior = self.reconstruction.prior
+        motion = self.reconstruction.prior.motion
         infos = [self.output_info(index) for index in range(len(self.targets))]
         copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
@@ -325,7 +325,8 @@ def plan_synthesis(
         InvalidValueError: an argument is invalid; the error names it and what would be accepted.
         InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
-    method, output_dtype = check_method(method), parse_dtype(dtype)
+    method = check_method(method)
+    output_dtype = parse_dtype(dtype)
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
@@ -346,7 +347,8 @@ def plan_synthesis(
     usable = by_time({id(source): source for source in (*usable, *needed)}.values())
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
-    clock, first = run_clock(sources), min(source.t_first for source in usable)
+    clock = run_clock(sources)
+    first = min(source.t_first for source in usable)
     profiles = [
         np.array([given[index][id(source)] for source in usable])
         if index in given
@@ -423,7 +425,8 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     check_number("step", step, float.is_integer, "be a whole number")
     if step in times or all(t == s for s, t in times.items()):
         return times.get(step, float(step))
-    before, after = max(s for s in times if s < step), min(s for s in times if s > step)
+    before = max(s for s in times if s < step)
+    after = min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
     raise InvalidValueError(
         "step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step

@@ -14,7 +14,8 @@ from posthoc_cli.averages import DifferentiableEMA
 
 DECAY = 0.9
 STEPS = 30
-ROWS, WEIGHTS = 3, 5
+ROWS = 3
+WEIGHTS = 5
 EPS = np.finfo(np.float64).eps
 
 MODES: dict[str, dict[str, Any]] = {
@@ -82,7 +83,10 @@ def train(
 ) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
     """Take steps of SGD on |average - target|**2 / 2; return the weights, averages and gradients of
     each step."""
-    weight, weights, averages, gradients = problem.leaf(), [], [], []
+    weight = problem.leaf()
+    weights = []
+    averages = []
+    gradients = []
     optimizer = torch.optim.SGD([weight], lr=0.5)
     for step in range(STEPS):
         weights.append(weight.detach().numpy().copy())
@@ -101,7 +105,8 @@ def train(
 def test_the_average_has_memory_of_its_own(mode: str) -> None:
     """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
     window recomputes its average from kept values."""
-    weight, ema = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64)), make(mode)
+    weight = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
+    ema = make(mode)
     for number in (1.0, 2.0, 3.0):
         torch.nn.init.constant_(weight, number)
         result = take(ema, weight.view(ROWS), weight)
@@ -116,7 +121,8 @@ def test_the_average_has_memory_of_its_own(mode: str) -> None:
 def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) -> list[FloatArray]:
     """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average
     - target."""
-    values, derivatives = problem.values(seen), problem.derivatives(seen)
+    values = problem.values(seen)
+    derivatives = problem.derivatives(seen)
     found = []
     for t in range(1, len(seen) + 1):
         c = coefficients([DECAY] * t)
@@ -134,7 +140,8 @@ def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) 
 def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> None:
     """Each kept value's derivative is taken at the weight of its step, although the optimizer has
     changed it since."""
-    problem, ema = Problem(), make(mode)
+    problem = Problem()
+    ema = make(mode)
     weights, averages, gradients = train(ema, problem)
     assert np.linalg.norm(weights[-1] - weights[0]) > 0.2
     np.testing.assert_allclose(
@@ -166,7 +173,8 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
 
 
 def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
-    state, second = copy.deepcopy(first.state_dict()), make(first.mode)
+    state = copy.deepcopy(first.state_dict())
+    second = make(first.mode)
     assert state.keys() == {"average", "num_updates"}
     assert not state["average"].requires_grad
     second.load_state_dict(state)
@@ -178,11 +186,14 @@ def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
 def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
     mode: str, copied: Callable[[Any], Any]
 ) -> None:
-    problem, first = Problem(), make(mode)
-    weight, other = problem.leaf(), problem.leaf()
+    problem = Problem()
+    first = make(mode)
+    weight = problem.leaf()
+    other = problem.leaf()
     for step in range(5):
         take(first, problem.value(step, weight), weight)
-    second, before = copied(first), first.average.clone()
+    second = copied(first)
+    before = first.average.clone()
     average = take(second, problem.value(5, other), other)
     assert torch.equal(first.average, before)
     assert (first.num_updates, second.num_updates) == (5, 6)

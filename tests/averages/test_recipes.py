@@ -16,8 +16,11 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.averages import HareAndTortoise, SwitchEMA
 from posthoc_cli.errors import InvalidValueError
 
-STEPS, EVERY = 30, 6
-RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.8
+STEPS = 30
+EVERY = 6
+RATE = 0.1
+MOMENTUM = 0.9
+DECAY = 0.8
 CURVATURE = np.array([1.0, 0.3, 3.0])
 START = np.array([1.0, -2.0, 0.5])
 SIGMA_REL = 0.1
@@ -60,7 +63,10 @@ def averaged(model: torch.nn.Module, **options: Any) -> AveragedModel:
 
 def expected_path(forget_momentum: bool) -> list[FloatArray]:
     """Return the path of SGD with momentum and an average, with a switch at every 6th step."""
-    weight, velocity, average, path = START, np.zeros(3), None, []
+    weight = START
+    velocity = np.zeros(3)
+    average = None
+    path = []
     for step in range(1, STEPS + 1):
         velocity = MOMENTUM * velocity + CURVATURE * weight
         weight = weight - RATE * velocity
@@ -75,7 +81,8 @@ def expected_path(forget_momentum: bool) -> list[FloatArray]:
 @pytest.mark.parametrize("kind", ["switch", "hare", "hare and its optimizer"])
 def test_switching_keeps_the_momentum_unless_the_hares_optimizer_is_given(kind: str) -> None:
     model = Quadratic()
-    optimizer, average = sgd(model), averaged(model)
+    optimizer = sgd(model)
+    average = averaged(model)
     given = (optimizer,) if kind == "hare and its optimizer" else ()
     recipe = (
         SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
@@ -125,7 +132,9 @@ def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps
 def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None:
     paths = []
     for name, stops in (("whole", [STEPS]), ("parts", [10, STEPS])):
-        model, done, states = Quadratic(), 0, None
+        model = Quadratic()
+        done = 0
+        states = None
         weights: list[FloatArray] = []
         for stop in stops:
             optimizer = sgd(model)

@@ -36,7 +36,8 @@ def expected_statistics(
     for x, y in data:
         batch = {"mean_x": x.mean(axis=0), "mean_y": y.mean(axis=0)}
         center = state if state and running_mean else batch
-        x, y = x - center["mean_x"], y - center["mean_y"]
+        x = x - center["mean_x"]
+        y = y - center["mean_y"]
         degrees = max(len(x) - 1, 1)
         batch.update(
             {"cov_xx": x.T @ x / degrees, "cov_yy": y.T @ y / degrees, "cov_xy": x.T @ y / degrees}
@@ -164,7 +165,9 @@ def test_a_state_of_symm_learning_loads() -> None:
 
 
 def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
-    x, y, stats = torch.randn(5, 3), torch.randn(5, 2), EMAStats(3, 2).eval()
+    x = torch.randn(5, 3)
+    y = torch.randn(5, 2)
+    stats = EMAStats(3, 2).eval()
     assert stats(x, y) == (x, y)
     for batch, subject in (
         ((x[0], y), "x"),

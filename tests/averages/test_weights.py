@@ -61,7 +61,9 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
     ema = ExponentialMovingAverage(
         model, 0.2, interval, update_buffers=update_buffers, warmup=warmup
     )
-    weights, variances, momenta = [], [], []
+    weights = []
+    variances = []
+    momenta = []
     for step in random_steps(model, 40):  # the warm-up has ended by then
         ema.update_parameters(model)
         if step % interval == 0:
@@ -128,7 +130,8 @@ def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> Non
     ema = ExponentialMovingAverage(model)
     ema.update_parameters(model)
     before = copy.deepcopy(ema.state_dict())
-    other, shorter = tiny_model(1), tiny_model(1)
+    other = tiny_model(1)
+    shorter = tiny_model(1)
     del other.frozen
     with pytest.raises(ModelMismatchError) as caught:
         ema.update_parameters(other)
@@ -159,22 +162,23 @@ def test_the_shadow_is_tensorflows_formula(
 ) -> None:
     """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum
     of the weights."""
-    net, own, steps = (
-        ShadowModel(tiny_model(), decay, num_updates, debias),
-        isinstance(num_updates, int),
-        20,
-    )
-    shadow, mass = numbers(net.shadow.head.weight) * (not debias), 0.0
+    net = ShadowModel(tiny_model(), decay, num_updates, debias)
+    own = isinstance(num_updates, int)
+    steps = 20
+    shadow = numbers(net.shadow.head.weight) * (not debias)
+    mass = 0.0
     values = train(net, steps)
     for count, value in enumerate(values):
         clock = 1e9 if num_updates is None else int(num_updates) + count * own
         current = min(decay, (1 + clock) / (10 + clock))
-        shadow, mass = current * shadow + (1 - current) * value, current * mass + (1 - current)
+        shadow = current * shadow + (1 - current) * value
+        mass = current * mass + (1 - current)
     within = rounding(steps, float(np.abs(values).max()))
     if debias:
         # The mass is float32: its error, at most half a bit an update, is one of the share too.
         assert net.debias_mass.item() == pytest.approx(mass, rel=steps * 2.0**-24)
-        shadow, within = shadow / mass, 2 * within
+        shadow = shadow / mass
+        within = 2 * within
     assert (
         np.abs(numbers(net.shadow.head.weight) - shadow).max()
         < within
@@ -202,7 +206,8 @@ def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
     net = ShadowModel(Dropped(), 0.5)
     torch.nn.init.constant_(net.model.scale, 3.0)
     net.model.drop.p = 0.0
-    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    one = torch.tensor(1.0)
+    two = torch.tensor(2.0)
     assert net(one, two, shift=1.0).item() == 10.0
     assert net.shadow(one).item() == 1.0, "in eval mode always: nothing is dropped"
     assert net.eval()(one, two, shift=1.0).item() == 4.0

@@ -85,7 +85,8 @@ def test_weights_without_noise_show_the_decay_too(settling: float, tmp_path: Pat
 def test_steps_that_correlate_over_many_checkpoints(tmp_path: Path) -> None:
     """A random walk whose mean step lasts for ten intervals, against the decay that the average was
     made with."""
-    random, weights = np.random.default_rng(0), np.zeros_like(train())
+    random = np.random.default_rng(0)
+    weights = np.zeros_like(train())
     mean = random.standard_normal(weights.shape[1])
     for step in range(1, STEPS):
         mean += (2 / (10 * EVERY)) ** 0.5 * random.standard_normal(mean.size) - mean / (10 * EVERY)
@@ -204,7 +205,8 @@ def test_an_interval_with_two_explanations_has_the_one_near_the_others(tmp_path:
     for the decay's B of 0.61 as for 0.09; by a bend in their way, the latter explains this interval
     better.
     """
-    weights, average = train().copy(), train()[0].copy()
+    weights = train().copy()
+    average = train()[0].copy()
     signs = np.random.default_rng(0).choice([-0.05, 0.05], average.size)
     for step in range(1, STEPS + 1):
         if step == 701:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, Run, import_checkpoints
 
-STEPS, ELEMENTS = 400, 3000
+STEPS = 400
+ELEMENTS = 3000
 SETTINGS: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude": "skip.*"}
 
 

@@ -39,7 +39,8 @@ def read(run: Path) -> str:
 
 @pytest.mark.parametrize("place", ["archive", "plain", "root", "distributed", "metadata", "edm2"])
 def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
-    run, marker = tmp_path / "run", tmp_path / "executed"
+    run = tmp_path / "run"
+    marker = tmp_path / "executed"
     bomb = Bomb(marker)
     run.mkdir()
     for step in (10, 20):
@@ -372,7 +373,8 @@ def test_tensors_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_p
     """A file of 4 MB could hold 1,000 tensors of 4 MB, in one storage or in members of a zip; views
     and tied weights are read.
     """
-    values, path = torch.arange(1_000_000.0), tmp_path / "step2.pt"
+    values = torch.arange(1_000_000.0)
+    path = tmp_path / "step2.pt"
     few, many = ({f"w{i}": values[i : 990_000 + i] for i in range(count)} for count in (4, 1000))
     torch.save(few | {"tied": values[:990_000]}, path)
     assert torch.equal(Run(tmp_path).average(0.2)["w3"], few["w3"])

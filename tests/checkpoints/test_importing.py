@@ -85,7 +85,8 @@ def test_a_file_that_is_not_the_one_imported_is_named(
     change: str, tmp_path: Path, ema: Ema
 ) -> None:
     filled(tmp_path / "ck", 1, 2, 3, size=3000)
-    new, path = tmp_path / "new", tmp_path / "ck" / "step2.pt"
+    new = tmp_path / "new"
+    path = tmp_path / "ck" / "step2.pt"
     assert ema("import", tmp_path / "ck", "--out", new).code == 0
     change_it, reason = CHANGES[change]
     change_it(path)
@@ -126,7 +127,8 @@ def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> No
 def test_the_same_import_again_does_nothing_and_others_ask(
     write: Write, tmp_path: Path, ema: Ema
 ) -> None:
-    folder, new = write("safetensors"), tmp_path / "new"
+    folder = write("safetensors")
+    new = tmp_path / "new"
     first = ("import", folder, "--exclude", "*.bias", "--out", new)
     assert ema(*first, "--json").json["written"] is True
     before = contents(new)
@@ -159,7 +161,8 @@ def test_the_same_import_again_does_nothing_and_others_ask(
 def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_deleted(
     write: Write, tmp_path: Path, ema: Ema
 ) -> None:
-    folder, new = write("safetensors"), tmp_path / "new"
+    folder = write("safetensors")
+    new = tmp_path / "new"
     assert ema("import", folder, "--dry-run", "--out", new).out.endswith("nothing was written\n")
     assert ema("import", folder, "--out", new, "--dry-run", "--json").json["written"] is False
     assert not new.exists()
@@ -182,7 +185,8 @@ def test_unusual_places(
 ) -> None:
     """Files behind links as in a cache of models, a run within the folder or behind a link, a
     glob."""
-    cache, folder = tmp_path / "blobs", tmp_path / "a b'ü"
+    cache = tmp_path / "blobs"
+    folder = tmp_path / "a b'ü"
     for place in (cache, folder):
         place.mkdir()
     for step, state in weights.items():

@@ -92,8 +92,10 @@ def test_the_error_of_a_repair_is_known(
 ) -> None:
     """Stored averages are mostly of the first weights, which are far smaller than those of the
     synthesized average."""
-    steps, size = 6000, 300
-    fraction, random = np.arange(steps)[:, None] / steps, np.random.default_rng(5)
+    steps = 6000
+    size = 300
+    fraction = np.arange(steps)[:, None] / steps
+    random = np.random.default_rng(5)
     moves = (1 - fraction if rate == "falling" else 1) * random.standard_normal((steps, size))
     moves[0] *= 20
     for before, row in pairwise(moves):  # momentum
@@ -101,7 +103,8 @@ def test_the_error_of_a_repair_is_known(
     path = np.cumsum(moves, axis=0)
     calls = np.arange(1, steps + 1, update_every)
     for number, width in enumerate(WIDTHS):
-        average, shares = np.zeros(size), (calls / (calls + 1)) ** (gamma_from_sigma_rel(width) + 1)
+        average = np.zeros(size)
+        shares = (calls / (calls + 1)) ** (gamma_from_sigma_rel(width) + 1)
         for call, share in zip(calls, [0, *shares[1:]], strict=True):
             average = share * average + (1 - share) * path[call - 1]
             if (last := call + update_every - 1) % 300 == 0:

@@ -230,7 +230,8 @@ def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> 
     for folder in folders:
         folder.mkdir()
     for step in (1, 2):
-        module, adam = AmbiguousNames(step), {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
+        module = AmbiguousNames(step)
+        adam = {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
         state = {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
         torch.save(module, folders[0] / f"step{step}.pt")
         torch.save({"epoch": 9, "model": module, "optimizer": adam}, folders[1] / f"step{step}.pt")
@@ -345,7 +346,8 @@ def test_dtypes_may_differ(tmp_path: Path) -> None:
 
 def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path: Path) -> None:
     run = Run(filled(tmp_path, 1, 2, 3, size=1000))
-    source, path = run.sources[0], tmp_path / "step1.pt"
+    source = run.sources[0]
+    path = tmp_path / "step1.pt"
     torch.save({"w": torch.full((1000,), 7.0)}, path)
     with (
         pytest.raises(errors.FileFormatError, match="was replaced while it was being used"),
@@ -549,7 +551,8 @@ def test_chunks_of_processes_make_the_tensors(
 ) -> None:
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind, writer)
-    run, single = Run(tmp_path / "run"), Net()
+    run = Run(tmp_path / "run")
+    single = Net()
     states = {}
     for step in range(1, 4):
         move(single, step)

@@ -73,7 +73,8 @@ def test_the_profile_is_the_product_of_the_decays(
 ) -> None:
     decay, at = RULES[rule]
     first = step // every * every - (updates - 1) * every
-    times, masses = [max(first - every, 0.5)], [1.0]
+    times = [max(first - every, 0.5)]
+    masses = [1.0]
     for n in range(1, updates + 1):
         masses = [mass * at(n) for mass in masses] + [1 - at(n)]
         times.append(first + every * (n - 1))
@@ -191,7 +192,8 @@ def lightning(folder: Path) -> dict[str, Any]:
     class Replay(library.LightningModule):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.automatic_optimization = network(), False
+            self.net = network()
+            self.automatic_optimization = False
 
         def training_step(self, *_: object) -> None:
             self.optimizers().step()

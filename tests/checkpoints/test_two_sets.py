@@ -258,7 +258,8 @@ def test_the_vectors_of_spectral_norm_are_copied(
         for buffer in layer.buffers():
             buffer.copy_(torch.nn.functional.normalize(torch.randn(len(buffer)), dim=0))
         torch.save({"model": layer.state_dict()}, tmp_path / f"step{step}.pt")
-    found, vectors = Run(tmp_path).average(0.2), dict(layer.named_buffers())
+    found = Run(tmp_path).average(0.2)
+    vectors = dict(layer.named_buffers())
     assert found.keys() == layer.state_dict().keys() and len(vectors) == 2
     assert all(torch.equal(found[name], vector) for name, vector in vectors.items())
 

@@ -245,7 +245,8 @@ def timm(folder: Path) -> Path:
 
 
 def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
-    folder, command = timm(tmp_path / "x"), ("import", tmp_path / "x", "--out", tmp_path / "run")
+    folder = timm(tmp_path / "x")
+    command = ("import", tmp_path / "x", "--out", tmp_path / "run")
     done = ema(*command, "--ema-decay", 0.99)
     assert done.code == 2
     reason = (
@@ -267,7 +268,8 @@ def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
 
 # --- EDM and StyleGAN: pickles, a half-life in images, a ramp-up
 
-BATCH, HALF_LIFE = 400, 60_000
+BATCH = 400
+HALF_LIFE = 60_000
 
 
 def half_life(step: int) -> float:
@@ -288,11 +290,9 @@ def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half
     folder.mkdir()
     averages = follow(by(decay))
     for step in TIMES:
-        kimg, weights, average = (
-            f"{step * BATCH // 1000:06d}",
-            persistent(train()[step - 1]),
-            averages[step - 1],
-        )
+        kimg = f"{step * BATCH // 1000:06d}"
+        weights = persistent(train()[step - 1])
+        average = averages[step - 1]
         path = folder / f"network-snapshot-{kimg}.pkl"
         if library == "edm":
             edm2_layout.save(path, persistent(average), half=False)

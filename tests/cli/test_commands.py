@@ -173,7 +173,8 @@ def test_the_profiles_table_and_the_conversion_in_both_directions(ema: Ema) -> N
 def test_tables_are_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     """Texts to the left and numbers to the right, by their width on a terminal, and control
     characters escaped."""
-    keys, sizes = ("file", "bytes", "predicted_error"), (0, 999, 1500, 2.5e6, 3e9, 4e12, 1)
+    keys = ("file", "bytes", "predicted_error")
+    sizes = (0, 999, 1500, 2.5e6, 3e9, 4e12, 1)
     rows = zip(
         ["名\x1b", "長い名前です", *"abcd", ""],
         sizes,
@@ -243,7 +244,8 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
 
 def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_path: Path) -> None:
     """The picture of such a run assumes even motion, as that of a schedule."""
-    model, out = torch.nn.Linear(4, 3), tmp_path / "m.safetensors"
+    model = torch.nn.Linear(4, 3)
+    out = tmp_path / "m.safetensors"
     with PostHocEMA.from_model(
         model, tmp_path / "one", sigma_rels=(0.05,), checkpoint_every=100
     ) as tracker:
@@ -482,7 +484,8 @@ def test_nothing_is_changed_while_a_tracker_writes(ema: Ema, run: Path) -> None:
 
 
 def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
-    everything, before = {path.name for path in snapshot_files(run)}, contents(run)
+    everything = {path.name for path in snapshot_files(run)}
+    before = contents(run)
     dry = ema("prune", run, "--max-error", "30%", "--dry-run", "--json").json
     assert (dry["deleted"], bool(dry["gone"]), contents(run) == before) == (False, True, True)
     report = ema("prune", run, "--max-error", "30%", "--yes", "--json").json

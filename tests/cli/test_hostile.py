@@ -47,11 +47,9 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite
 
 
 def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path) -> None:
-    lock, absent, model = (
-        tmp_path / ".ema.lock",
-        precious.with_name("nothing"),
-        torch.nn.Linear(1, 1),
-    )
+    lock = tmp_path / ".ema.lock"
+    absent = precious.with_name("nothing")
+    model = torch.nn.Linear(1, 1)
     for make_link, message in (
         (lambda: lock.symlink_to(precious), str(tmp_path)),
         (lambda: lock.symlink_to(absent), str(tmp_path)),

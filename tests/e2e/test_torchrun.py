@@ -209,7 +209,8 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
 ) -> None:
     write(own_run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
     for target in (0.1, 0.2):
-        folder, file = tmp_path / "out" / f"sigma_rel-{target}", tmp_path / f"{target}.safetensors"
+        folder = tmp_path / "out" / f"sigma_rel-{target}"
+        file = tmp_path / f"{target}.safetensors"
         Run(own_run).write(target, file, dtype=dtype)
         torch.testing.assert_close(
             load_output(folder), load_file(file), rtol=0.01 * bool(dtype), atol=1e-6

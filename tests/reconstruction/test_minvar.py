@@ -95,7 +95,8 @@ def test_the_expected_error_is_the_integral(
     """From snapshots at the time of the target, and from earlier ones, which miss the motion since
     then."""
     snapshots = power_functions((250, 500, 800, last))
-    motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
+    motion = uneven_motion(noise)
+    rounding = np.linspace(0, 1e-3, 8)
     result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
     c = result.coefficients[:, 0]
     exact = expected_square(snapshots, c, target, motion, rounding, *kinks)
@@ -141,7 +142,8 @@ def test_the_minimum_is_that_of_sixty_digits(
     """
     flint.ctx.dps = 60
     snapshots = power_functions(np.linspace(0, T, count + 1)[1:], sigma_rels)
-    motion, n = uneven_motion(), len(snapshots)
+    motion = uneven_motion()
+    n = len(snapshots)
     solver = Problem(snapshots, prior_of(snapshots, motion, rounding), T)
     products = [[tail_product(p, q, motion) for q in snapshots] for p in snapshots]
     matrix = flint.arb_mat(
@@ -251,7 +253,8 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
 
     All long averages of a long path may be far shorter vectors than a late one.
     """
-    snapshots, motion = power_functions(np.linspace(100, T, 10)), uneven_motion()
+    snapshots = power_functions(np.linspace(100, T, 10))
+    motion = uneven_motion()
     origin = PowerFunction(1e9, float(motion.edges[0]))  # its tail is 0 where anything moves
 
     def norm(profile: PowerFunction) -> float:
@@ -260,7 +263,8 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
     norms = np.array([norm(snapshot) for snapshot in snapshots])
     solver = Problem(snapshots, replace(prior_of(snapshots, motion, 1e-6), norm=norms), T)
     for target in power_functions(T, (0.02, 0.05, 0.15, 0.28)):
-        c, goals = solved(solver, target)[:, None], solver.goals([target])
+        c = solved(solver, target)[:, None]
+        goals = solver.goals([target])
         squares = solver.expected_squares(c, goals)
         expected = np.sqrt(squares.sum() / norm(target))
         assert solver.relative(squares, c, goals) == pytest.approx(expected, rel=1e-6)
@@ -307,15 +311,18 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
     """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the
     published error."""
     times = np.arange(100.0, T + 1, 100.0)
-    snapshots, edges = power_functions(times), np.concatenate(([START], times))
+    snapshots = power_functions(times)
+    edges = np.concatenate(([START], times))
     random = np.random.default_rng(202)
-    walk, noise = 10 ** random.uniform(-1, 0, 10), 300 * 10 ** random.uniform(-1, 0, 10)
+    walk = 10 ** random.uniform(-1, 0, 10)
+    noise = 300 * 10 ** random.uniform(-1, 0, 10)
     fitted = Motion(
         edges,
         walk * 10.0 ** random.choice([-1, 0, 1], 10),
         noise * 10.0 ** random.choice([-1, 0, 1], 10),
     )
-    target, prior = power(0.1, T), prior_of(snapshots, fitted)
+    target = power(0.1, T)
+    prior = prior_of(snapshots, fitted)
     ours, paper = (
         expected_square(
             snapshots, result.coefficients[:, 0], target, Motion(edges, walk, noise), 0.0
@@ -328,7 +335,8 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
 def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones() -> (
     None
 ):
-    snapshots, target = power_functions(np.linspace(0, T, 21)[1:]), power(0.15, T)
+    snapshots = power_functions(np.linspace(0, T, 21)[1:])
+    target = power(0.15, T)
     prior = prior_of(snapshots, uneven_motion(), 1e-6)
     paper = reconstruct(snapshots, [target], "paper", prior).coefficients
     found = (
@@ -380,11 +388,13 @@ def distances_to_exact(
 ) -> Iterator[tuple[float, float, float]]:
     """Yield the relative distance from the exact reconstruction, the stated error and the exact
     error, at 50 digits."""
-    snapshots, targets = uniform_snapshots(count), power_functions(LAST, sigma_rels)
+    snapshots = uniform_snapshots(count)
+    targets = power_functions(LAST, sigma_rels)
     ours = reconstruct(snapshots, targets, "paper")
     flint.ctx.dps = 60
     products = [[product(a, b) for b in (*snapshots, *targets)] for a in (*snapshots, *targets)]
-    n, of_targets = len(snapshots), range(len(snapshots), len(products))
+    n = len(snapshots)
+    of_targets = range(len(snapshots), len(products))
     matrix = flint.arb_mat(n, n, [products[i][j] for i in range(n) for j in range(n)])
     solution = matrix.solve(
         flint.arb_mat(n, len(targets), [products[i][j] for i in range(n) for j in of_targets])
@@ -455,13 +465,15 @@ def masses(profile: Profile, steps: int) -> FloatArray:
 
 
 def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
-    zeros, motion = np.zeros(count), Motion(np.array([1.0, t]), np.ones(1), np.full(1, noise))
+    zeros = np.zeros(count)
+    motion = Motion(np.array([1.0, t]), np.ones(1), np.full(1, noise))
     return Prior(motion, zeros, zeros, zeros + 1, "measured", Steps(Clock.of_steps()))
 
 
 def test_a_known_motion_has_the_exact_expectation() -> None:
     """For a walk with noise, by sums over steps."""
-    steps, w = 1000, 15.0
+    steps = 1000
+    w = 15.0
     libraries = [ema_pytorch_profile(g, t, 25) for g in (2.0, 7.0) for t in (300, 600, 1000)]
     stored = [*libraries, Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
     target = PowerFunction(9.0, 1000.0)
@@ -492,7 +504,8 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(
 
     By WSM the sums of the later coefficients are the multipliers.
     """
-    steps, start = 600, 400
+    steps = 600
+    start = 400
     stored = [Point(float(t)) for t in range(start - 20, steps + 1)]
     target = Decay(shape, (start, steps)).profile(steps, Clock.of_steps(), 1.0)
     result = reconstruct(
@@ -507,10 +520,8 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(
 @pytest.mark.parametrize("method", METHODS)
 def test_given_coefficients_are_not_changed(method: str) -> None:
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
-    stored, target = (
-        [Point(t) for t in (1000, 2000, 3000, 4000)],
-        PowerFunction.from_sigma_rel(0.1, 4000),
-    )
+    stored = [Point(t) for t in (1000, 2000, 3000, 4000)]
+    target = PowerFunction.from_sigma_rel(0.1, 4000)
     result = reconstruct(stored, [target, wanted], method, even_prior(4, 4000.0), 4000.0)
     assert result.coefficients[:, 1].tolist() == wanted.tolist()
     assert (result.predicted_error[1], result.profile_error[1]) == (0, 0)

@@ -127,7 +127,8 @@ ALONE = average(10.0, 0.1, 4.0)
 
 
 def test_weights_that_stand_still_have_no_motion() -> None:
-    late, early = PowerFunction(6.9, 100.0), PowerFunction(6.9, 50.0)
+    late = PowerFunction(6.9, 100.0)
+    early = PowerFunction(6.9, 50.0)
     fitted = fit_motion(START, [50.0, 100.0], [(late, Distance(early, 1e-30, 1e-30))])[0]
     assert np.all(np.isfinite(fitted.walk))
     prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(power(0.1, 10.0), 0.0, 0.0))])
@@ -196,7 +197,8 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
 # --- errors measured by a sketch of the weights' path, against averages that the tests sum in
 # float64
 
-T, SIZE = 600, 40
+T = 600
+SIZE = 40
 
 
 def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
@@ -253,7 +255,8 @@ def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | 
 def test_the_error_of_single_updates_is_measured_exactly() -> None:
     path = wave(7, 0.3)
     sketch = sketch_of(path, 1)
-    stored, wanted = SNAPSHOTS[:3], TARGETS[:1]
+    stored = SNAPSHOTS[:3]
+    wanted = TARGETS[:1]
     seen, unseen = sketch.measured([*stored, *wanted])
     exact = averages(path, [*stored, *wanted]) - path[0]
     # The mass of power functions before the first update lies on that update, as in these sums.
@@ -265,7 +268,8 @@ def test_the_error_of_single_updates_is_measured_exactly() -> None:
 def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path: Path) -> None:
     """Weights that alternate, and an average that keeps much of its initial value, which is not its
     window's mean."""
-    random, steps = np.random.default_rng(0), 2000
+    random = np.random.default_rng(0)
+    steps = 2000
     place, side = random.standard_normal((2, 400)) * [[1], [0.1]]
     drift = np.cumsum(2e-4 * random.standard_normal((steps, 400)), axis=0)
     path = place + drift + side * np.where(np.arange(steps) % 2, 1, -1)[:, None]
@@ -302,7 +306,9 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
 
     From t = 104,000 on 104 updates are less than a thousandth of training.
     """
-    updates, before, random = 7201, 300_000, np.random.default_rng(6)
+    updates = 7201
+    before = 300_000
+    random = np.random.default_rng(6)
     free = random.standard_normal((updates, SIZE))
     slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
     path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
@@ -334,7 +340,8 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
     early = Sketch(edges + 1000, sketch.folds, sketch.means, spread)
     assert not early.of_shared_means([PowerFunction(0.2, 8e3)], short.gamma, edges)[1].any()
     seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
-    expected, actual = seen.T @ seen + unseen.T @ unseen, errors @ errors.T
+    expected = seen.T @ seen + unseen.T @ unseen
+    actual = errors @ errors.T
     size, true = (np.sqrt(np.diag(covariance)) for covariance in (expected, actual))
     np.testing.assert_allclose(size, true, rtol=0.4)
     # A walk of this length has few of the forty directions.
@@ -367,7 +374,8 @@ def test_the_published_coefficients_stay_where_others_are_hardly_better(
 def test_an_earlier_snapshot_alone_may_be_nearest(tmp_path: Path) -> None:
     """For a sawtooth out of step with the snapshots, coefficients of all of them were 5 times as
     far from the truth."""
-    updates, sigma_rel = 2000, 0.03
+    updates = 2000
+    sigma_rel = 0.03
     place, height = np.random.default_rng(0).normal(size=(2, 200))
     path = (place + height * (np.arange(1, updates + 1)[:, None] / 70 % 1)).astype(np.float32)
     model = torch.nn.Linear(20, 10, bias=False)

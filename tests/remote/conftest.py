@@ -38,7 +38,8 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
 @pytest.fixture
 def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> FaultyServer:
     """An S3 server that fails on request, with an empty bucket `bucket`."""
-    _s3_server.answer, _s3_server.seen = (lambda _: None), []
+    _s3_server.answer = lambda _: None
+    _s3_server.seen = []
     urllib.request.urlopen(f"{_s3_server.url}/moto-api/reset", b"")
     urllib.request.urlopen(urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT"))
     use_server(_s3_server.url)

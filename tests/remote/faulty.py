@@ -38,14 +38,13 @@ class FaultyServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def _serve(self, environ: dict[str, Any], start: Any) -> Any:
-        method, key = (
-            environ["REQUEST_METHOD"],
-            environ["PATH_INFO"].partition("/")[2].partition("/")[2],
-        )
+        method = environ["REQUEST_METHOD"]
+        key = environ["PATH_INFO"].partition("/")[2].partition("/")[2]
         # a bulk deletion, of one object
         if method == "POST" and "delete" in environ["QUERY_STRING"]:
             body = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
-            method, key = "DELETE", re.findall(r"<Key>(.*)</Key>", body.decode())[0]
+            method = "DELETE"
+            key = re.findall(r"<Key>(.*)</Key>", body.decode())[0]
             environ["wsgi.input"] = io.BytesIO(body)
         environ |= {"METHOD": method, "KEY": key}
         answer = self.answer(environ)

@@ -32,7 +32,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.asked, self.sent = folder, list[str](), 0
+        self.folder = folder
+        self.asked = list[str]()
+        self.sent = 0
         self.fault: Callable[[int, Any], bool] = lambda _number, _handler: False
         self.lock = threading.Lock()
 
@@ -65,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         url = urlsplit(self.path)
         place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # a path of the Hub
-        query, path = parse_qs(url.query), self.server.folder / place
+        query = parse_qs(url.query)
+        path = self.server.folder / place
         if url.path.startswith("/api/models/"):
             self._describe_repository(unquote(url.path).split("/")[3:])
         elif "list-type" in query:
@@ -76,17 +79,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "NoSuchKey")
 
     def _send(self, path: Path) -> None:
-        size, tag = (
-            path.stat().st_size,
-            f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"',
-        )
+        size = path.stat().st_size
+        tag = f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"'
         if self.headers.get("if-match", tag) != tag:
             self.refuse(412, "PreconditionFailed")
             return
-        begin, end, wanted = 0, size, self.headers.get("range")
+        begin = 0
+        end = size
+        wanted = self.headers.get("range")
         if wanted:
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            begin, end = int(first), min(int(last) + 1 if last else size, size)
+            begin = int(first)
+            end = min(int(last) + 1 if last else size, size)
             if begin >= size:
                 self.refuse(416, "InvalidRange")
                 return

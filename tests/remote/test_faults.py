@@ -110,7 +110,8 @@ def stall(handler: Any) -> bool:
     return handler.reset()
 
 
-LIST, READ = f"{RUN}: cannot be listed: ", f"{RUN}: cannot be read: "
+LIST = f"{RUN}: cannot be listed: "
+READ = f"{RUN}: cannot be read: "
 LOST = "cannot be read: the connection was lost, or the answer is incomplete"
 FAULTS = {
     "500s": (always(500, "InternalError"), READ + "the server answers 500"),
@@ -223,7 +224,8 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": "hf_topsecret",
     }
-    place, out = "hf://org/model-160m@step*", tmp_path / "mean.safetensors"
+    place = "hf://org/model-160m@step*"
+    out = tmp_path / "mean.safetensors"
 
     def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]

@@ -19,7 +19,8 @@ STEPS = (10, 20, 30, 40)
 
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, walk = tmp_path_factory.mktemp("made"), random_walk(max(STEPS), SHAPES)
+    folder = tmp_path_factory.mktemp("made")
+    walk = random_walk(max(STEPS), SHAPES)
     (folder / "run").mkdir()
     write_run(folder / "run", walk, STEPS, dtype=torch.float16)
     shutil.copytree(folder / "run", folder / "parted")
@@ -46,10 +47,12 @@ def made(_made: Path, bucket: str) -> Path:
 def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
     made: Path, bucket: str, name: str
 ) -> None:
-    local, remote = Run(made / name), Run(f"{bucket}/{name}")
+    local = Run(made / name)
+    remote = Run(f"{bucket}/{name}")
     assert repr(remote) == repr(local).replace(str(made), bucket)
     for target in (0.15, "window:10"):
-        wanted, found = local.average(target), remote.average(target)
+        wanted = local.average(target)
+        found = remote.average(target)
         assert found.predicted_error == wanted.predicted_error
         assert (
             all(torch.equal(found[key], wanted[key]) for key in wanted)
@@ -75,7 +78,8 @@ def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: st
 
 
 def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: Path) -> None:
-    run, out = f"{bucket}/run", tmp_path / "out.safetensors"
+    run = f"{bucket}/run"
+    out = tmp_path / "out.safetensors"
     assert ema("info", run, "--json").json["path"] == run
     assert ema("error-plot", run, "--out", tmp_path / "error.png").code == 0
     assert (

@@ -255,7 +255,8 @@ def test_a_file_that_is_no_result_of_a_sweep_is_refused(
     swept: tuple[Run, Path], tmp_path: Path
 ) -> None:
     run, out = swept
-    path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
+    path = tmp_path / "sweep.json"
+    result = json.loads((out / "sweep.json").read_text())
     harms = {
         "settings": None,
         "trials": [{}],

@@ -10,7 +10,8 @@ from snapshots.recorded import Walk, new_tracker, small_output, small_snapshot
 
 @pytest.fixture(scope="session")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, walk = tmp_path_factory.mktemp("recorded") / "run", Walk()
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    walk = Walk()
     with new_tracker(walk, folder) as tracker:
         walk.train(tracker, 60)
     return folder

@@ -218,7 +218,8 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:
     write_times(tmp_path / "run", [10, 20])
-    superseded, elsewhere = tmp_path / "run" / "superseded", tmp_path / "elsewhere"
+    superseded = tmp_path / "run" / "superseded"
+    elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     for make in (lambda: superseded.symlink_to(elsewhere), lambda: superseded.write_text("mine")):
         superseded.unlink(missing_ok=True)
@@ -261,7 +262,8 @@ def pruned(run: Path) -> None:
 def test_the_next_writer_removes_leftovers_that_no_longer_change(
     run: Path, tmp_path: Path, writer: Callable[[Path], None]
 ) -> None:
-    old, young = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 5)
+    old = leave(run / ".ema-1.tmp", 120)
+    young = leave(run / ".ema-2.tmp", 5)
     ahead = leave(run / ".ema-3.tmp", -3600)  # another host's clock is fast
     (tmp_path / "precious").write_text("x")
     (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
@@ -284,7 +286,8 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(
 
 
 def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None:
-    old, young = tmp_path / ".ema-1.tmp", leave(tmp_path / ".ema-2.tmp", 3000)
+    old = tmp_path / ".ema-1.tmp"
+    young = leave(tmp_path / ".ema-2.tmp", 3000)
     writers = (
         lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
         lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
@@ -300,7 +303,8 @@ def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None
 def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: Path) -> None:
     """Links in place of `superseded` and of a folder of shards lead to directories with other
     locks."""
-    other, shards = Path(shutil.copytree(run, tmp_path / "other")), tmp_path / "shards"
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    shards = tmp_path / "shards"
     Run(run).write(0.15, shards, layout="sharded", max_shard_size="1KB")
     flip_bit(snapshot_files(other)[0])
     flip_bit(min(shards.glob("*.safetensors")))

@@ -67,9 +67,11 @@ def test_all_results_from_parts_equal_those_from_single_files(
         for path in (*snapshot_files(run), *snapshot_files(unsplit)):
             rewrite_snapshot(path, measurements=None, sketch="")
     split_all(run, "grid" if how == "unmeasured" else how)
-    expected, split = Run(unsplit), Run(run)
+    expected = Run(unsplit)
+    split = Run(run)
     for target in (0.15, 0.27):
-        average, other = expected.average(target), split.average(target)
+        average = expected.average(target)
+        other = split.average(target)
         assert all(torch.equal(tensor, other[name]) for name, tensor in average.items())
         assert other.predicted_error == average.predicted_error is not None
     assert np.array_equal(*(each.error_curve().predicted_error for each in (expected, split)))
@@ -97,7 +99,8 @@ def test_all_results_from_parts_equal_those_from_single_files(
 
 
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
-    narrow, wide = torch.randn(3, 4).half(), 1e6 * torch.randn(2, 4)
+    narrow = torch.randn(3, 4).half()
+    wide = 1e6 * torch.randn(2, 4)
     values = {"w": torch.cat([narrow.float(), wide])}
     folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), 2)
     first = parts_of(folder)[0]

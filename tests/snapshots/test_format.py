@@ -46,7 +46,8 @@ def read_by_the_book(path: Path) -> Book:
     """Read a file by the specification, and check everything that it promises."""
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
-    header, payload = json.loads(data[8 : 8 + length]), data[8 + length :]
+    header = json.loads(data[8 : 8 + length])
+    payload = data[8 + length :]
     metadata = header.pop("__metadata__")
     assert length % 8 == 0
     assert length <= 100_000_000
@@ -58,7 +59,9 @@ def read_by_the_book(path: Path) -> Book:
 
     content = json.loads(metadata["ema"])
     sums = content.pop("sums")
-    found, position, at = Book(content, {}, {}, {}), 0, 0
+    found = Book(content, {}, {}, {})
+    position = 0
+    at = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert begin == position
@@ -116,7 +119,8 @@ def as_bits(tensor: torch.Tensor) -> np.ndarray:
 def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_path: Path) -> None:
     tensors = every_dtype()
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors)
-    book, by_torch = read_by_the_book(path), safetensors.torch.load_file(path)
+    book = read_by_the_book(path)
+    by_torch = safetensors.torch.load_file(path)
     assert book.tensors.keys() == by_torch.keys() == tensors.keys()
     assert len(book.sums["of three blocks"]) == 3 * 16
     # The value in xxHash's test vectors for empty input, which pins "XXH3, 64 bits, seed 0".

@@ -270,7 +270,8 @@ def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
     small: Small, kind: str
 ) -> None:
     path = small(kind)
-    made, content = path.read_bytes(), read_file(path).content
+    made = path.read_bytes()
+    content = read_file(path).content
     for key, texts in IMPOSSIBLE[kind].items():
         for text in texts:
             assert is_refused(path, made, key, text), (key, text)

@@ -162,7 +162,9 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
 
 
 def test_readers_need_no_lock_and_writers_get_an_error(tmp_path: Path, ema: Ema) -> None:
-    model, run, out = tiny_model(), tmp_path / "run", tmp_path / "out.safetensors"
+    model = tiny_model()
+    run = tmp_path / "run"
+    out = tmp_path / "out.safetensors"
     with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=1) as tracker:
         for _ in range(5):
             tracker.update_(model)

@@ -156,10 +156,8 @@ def test_an_interruption_leaves_a_directory_that_works(
     run: Path, stop: BaseException, after: int
 ) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
-    kind, is_next = (
-        KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError,
-        call_number(after),
-    )
+    kind = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError
+    is_next = call_number(after)
     with (
         failing("unlink", stop, lambda path: path.suffix == ".safetensors" and is_next()),
         pytest.raises(kind),
@@ -208,7 +206,8 @@ def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(many: P
         assert (plan.solved, plan.available) == (20, 56)
         assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
         assert [source.t for source in plan.sources] == chosen_times(many, 143.0)
-    one, other = dict(synthesize(alone))["0.weight"][0], dict(synthesize(company))["0.weight"][1]
+    one = dict(synthesize(alone))["0.weight"][0]
+    other = dict(synthesize(company))["0.weight"][1]
     torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
     few = plan_synthesis(sources, [0.15], 50.0)
     assert (few.solved, few.available, few.choice) == (20, 20, None)

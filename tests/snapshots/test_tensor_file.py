@@ -166,7 +166,8 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
 
     with file, ThreadPoolExecutor(4) as pool:
         assert {*pool.map(read, [True, False] * 20)} == {bytes(DATA[begin:end])}
-    start, stamp = file.entries["x"].begin, path.stat()
+    start = file.entries["x"].begin
+    stamp = path.stat()
     data = bytearray(path.read_bytes())
     for position in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 77, 3 * BLOCK - 1, 3 * BLOCK, SIZE - 1):
         data[start + position] ^= 1

@@ -112,7 +112,8 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     sizes = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000, *[7] * 2000, 1_048_575]
     values = {f"{k}": torch.randn(size).half() for k, size in enumerate(sizes)}
     values |= {"wide": torch.randn(300_001), "n": torch.tensor(3)}
-    path, advances = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), list[int]()
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
+    advances = list[int]()
     read_file(path).verify(advances.append)
     assert sum(advances) == sum(value.nbytes for value in values.values())
     assert max(advances) <= 4 * BLOCK
@@ -181,7 +182,8 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
         max_shard_size="1KB",
     )
     first, *_, last = sorted(path.name for path in shards.glob("*.safetensors"))
-    used, plain = read_file(shards / last).content["snapshots"], load_file(shards / last)
+    used = read_file(shards / last).content["snapshots"]
+    plain = load_file(shards / last)
     changes: list[tuple[str, Callable[[Path], object]]] = [
         (first, lambda path: shutil.copy(tmp_path / "others" / first, path)),
         (last, lambda path: shutil.copy(tmp_path / "others" / last, path)),

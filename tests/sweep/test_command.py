@@ -59,7 +59,9 @@ def names(folder: Path) -> set[str]:
 def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
-    low, best, high = report.found.low, report.found.best, report.found.high
+    low = report.found.low
+    best = report.found.best
+    high = report.found.high
     assert low <= 0.1 <= high < 1.15 * low
     assert best == pytest.approx(0.1, rel=0.05)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
@@ -97,7 +99,8 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
 def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
     run: Run, tmp_path: Path
 ) -> None:
-    calls, out = tmp_path / "calls", tmp_path / "out"
+    calls = tmp_path / "calls"
+    out = tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
     first = swept(run, out, command, axis=GRID)
     again = swept(run, out, command, axis=GRID)
@@ -369,7 +372,8 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
 
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
     """The trial then writes to its old folder and log, not to those of the repeated trial."""
-    go, out = tmp_path / "go", tmp_path / "out"
+    go = tmp_path / "go"
+    out = tmp_path / "out"
     late = f'while [ ! -e {go} ]; do sleep 0.01; done; echo 9; echo "{{\\"x\\": 9}}" > $4/m.json'
     first = f"if [ ! -e {tmp_path}/pid ]; then echo $$ > {tmp_path}/pid; {late}; exit; fi"
     last = f'echo $2; echo "{{\\"x\\": $2}}" > $4/m.json; touch {go}; sleep 0.2'
@@ -610,10 +614,8 @@ def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
             {"a": torch.full((4,), float(step))}, tmp_path / f"checkpoints/step-{step}.safetensors"
         )
     program = f"{FIRST}print(abs(first(sys.argv[1]) - 22.5))"
-    run, command = (
-        Run(tmp_path / "checkpoints"),
-        shlex.join([sys.executable, "-S", "-c", program, "{weights}"]),
-    )
+    run = Run(tmp_path / "checkpoints")
+    command = shlex.join([sys.executable, "-S", "-c", program, "{weights}"])
     report = swept(
         run, tmp_path / "out", command, axis=Axis.parse("last:2:24", "target"), budget=12
     )
@@ -639,7 +641,8 @@ def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(
         )
 
     assert "raw: not measured" in repr(sweep(run, size, values=LENGTHS))
-    model, modes = torch.nn.Linear(3, 3), []
+    model = torch.nn.Linear(3, 3)
+    modes = []
 
     def metric(averaged: torch.nn.Linear) -> float:
         modes.append(averaged.training)
@@ -667,7 +670,8 @@ def test_in_python_a_model_is_restored_and_known_raw_weights_are_measured(
 # --- the estimate of the best length: the stated range contains it, and is as wide as the noise
 # requires
 
-LOW, HIGH = 0.02, 0.28
+LOW = 0.02
+HIGH = 0.28
 AXIS = Axis("sigma_rel", LOW, HIGH)
 
 
@@ -813,7 +817,8 @@ def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
 def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool) -> None:
     """A length that is measured again with other seeds counts again; raw weights do not count. The
     last one is for the best length, which may have been measured before."""
-    done, most = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)], (7 + raw) * repeats
+    done = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)]
+    most = (7 + raw) * repeats
     assert any(search.stopped == "the budget is spent" for search in done)
     for search in done:
         assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= most

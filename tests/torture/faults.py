@@ -22,7 +22,9 @@ from posthoc_cli import Run, export_file, files
 from posthoc_cli.errors import PostHocError
 from torture.training import STATE, Tally, contents, train, wrong_output, wrong_snapshots
 
-STEPS, STOPS, SAVES = 10, 7, 5
+STEPS = 10
+STOPS = 7
+SAVES = 5
 """The last step of the training, the one at which it ends for the first time, and the one whose
 state is saved."""
 
@@ -89,7 +91,9 @@ class Work:
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     """Raise each kind of error at each operation of reading and writing; the user repeats what has
     failed."""
-    tally, counting, chance = Tally(), Faulty(), random.Random(seed)
+    tally = Tally()
+    counting = Faulty()
+    chance = random.Random(seed)
     reference = Work(folder / "reference")
     with installed(counting.do):
         reference.do()
@@ -116,7 +120,8 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
 @contextmanager
 def installed(do: Callable[..., Any]) -> Iterator[None]:
     """Let every file operation of the block be a call of `do` with its name and arguments."""
-    before, files.system = files.system, files.FileSystem()
+    before = files.system
+    files.system = files.FileSystem()
     for name in vars(files.FileSystem):
         if name[0] != "_":
             setattr(files.system, name, partial(do, name))
@@ -136,7 +141,8 @@ KINDS = (*ERRORS, "short", "torn", "full")
 """The faults: one error; a short read or write, which is allowed; half a write, then an error; a
 full disk until `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
-NEVER, TAKE_ROOM = ("close", "remove_directory"), ("open_new", "write", "make_directory")
+NEVER = ("close", "remove_directory")
+TAKE_ROOM = ("open_new", "write", "make_directory")
 """The operations that can be done by half, those that do not fail, and those that need room on the
 disk."""
 
@@ -146,7 +152,10 @@ class Faulty:
     if given."""
 
     def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
-        self._at, self._kind, self._full, self._lock = at, kind, False, threading.Lock()
+        self._at = at
+        self._kind = kind
+        self._full = False
+        self._lock = threading.Lock()
         self.operations: list[str] = []
         self.failed = ""  # the fault in words, once it has happened
 
@@ -182,7 +191,9 @@ class Faulty:
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     """Kill the process, or cut the power, between any two operations; then the user starts
     again."""
-    tally, chance, places = Tally(), random.Random(seed), list[tuple[str, Work, dict[str, bytes]]]()
+    tally = Tally()
+    chance = random.Random(seed)
+    places = list[tuple[str, Work, dict[str, bytes]]]()
 
     def crash(after: str) -> None:
         for kind in ("kill", "nothing", "names", "some"):
@@ -200,7 +211,8 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     for where, work, kept in places:
         tally.tried += 1
         with tally.judged(where, refusable=False):
-            current, superseded = contents(work.run), contents(work.run / "superseded")
+            current = contents(work.run)
+            superseded = contents(work.run / "superseded")
             gone = [
                 n
                 for n, content in kept.items()
@@ -232,7 +244,9 @@ class Disk:
     calls `after`."""
 
     def __init__(self, root: Path, after: Callable[[str], None]) -> None:
-        self._root, self._after, self._lock = root, after, threading.Lock()
+        self._root = root
+        self._after = after
+        self._lock = threading.Lock()
         # snapshots that were durable and have not been removed or replaced since
         self.kept: dict[str, bytes] = {}
         self._now: Entries = {}

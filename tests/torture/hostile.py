@@ -97,7 +97,10 @@ with --overwrite."""
 
 def replace_files(folder: Path, share: float, seed: int) -> Tally:
     """Put every special file at every place, and use it."""
-    tally, home, template, before = Tally(), folder / "home", folder / "template", Path.cwd()
+    tally = Tally()
+    home = folder / "home"
+    template = folder / "template"
+    before = Path.cwd()
     write_run(template / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
     Run(template / "run").write([0.05], template / "made.safetensors")
     export_file(template / "made.safetensors", template / "sharded", max_shard_size="14")
@@ -124,7 +127,8 @@ def replace_files(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> None:
-    path, what = home / place, f"{thing} as {place}: {command}"
+    path = home / place
+    what = f"{thing} as {place}: {command}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     THINGS[thing](path, home)
@@ -184,7 +188,10 @@ DAMAGES = 400  # for each layout
 
 def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
     """Truncate files of each layout, flip bits, replace files by a bomb."""
-    tally, chance, weights, marker = Tally(), random.Random(seed), walk(), folder / "executed"
+    tally = Tally()
+    chance = random.Random(seed)
+    weights = walk()
+    marker = folder / "executed"
     for layout, write in LAYOUTS.items():
         run = folder / layout.replace(" ", "-")
         run.mkdir()
@@ -193,7 +200,8 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
         paths = sorted(path for path in run.rglob("*") if path.is_file())
         for _ in range(max(2, round(share * DAMAGES))):
             path = chance.choice(paths)
-            intact, what = path.read_bytes(), f"{layout}: {path.name}"
+            intact = path.read_bytes()
+            what = f"{layout}: {path.name}"
             path.write_bytes(_changed(intact, chance, marker))
             tally.tried += 1
             with warnings.catch_warnings(), tally.judged(what, str(run)):
@@ -251,12 +259,14 @@ class Victim:
 
 def all_victims(folder: Path) -> dict[str, Victim]:
     """Write one file of each kind."""
-    snapshot, output = small_snapshot(folder / "snapshot"), small_output(folder / "output")
+    snapshot = small_snapshot(folder / "snapshot")
+    output = small_output(folder / "output")
     unsplit = small_snapshot(folder / "parts", SMALL | {"a": torch.tensor([[1.0], [-2.5]])})
     part = split_snapshot(unsplit, 2) / "part-00002-of-00002.safetensors"
     shards = folder / "shards"
     export_file(output, shards, max_shard_size="10")
-    index, shard = shards / INDEX, shards / "model-00001-of-00002.safetensors"
+    index = shards / INDEX
+    shard = shards / "model-00001-of-00002.safetensors"
     return {
         "snapshot": Victim(snapshot, snapshot.parent, snapshot),
         "output": Victim(output, output, output),
@@ -281,9 +291,11 @@ def _harm(
 ) -> Tally:
     """Damage each file in a share of the `ways` a byte: each damage is found or, in an index,
     changes nothing."""
-    tally, chance = Tally(), random.Random(seed)
+    tally = Tally()
+    chance = random.Random(seed)
     for kind, victim in all_victims(folder).items():
-        intact, data = victim.results(tally, kind), victim.path.read_bytes()
+        intact = victim.results(tally, kind)
+        data = victim.path.read_bytes()
         count = ways * len(data)
         for number in chance.sample(range(count), max(1, round(share * count))):
             victim.path.write_bytes(change(data, number))

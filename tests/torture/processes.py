@@ -37,7 +37,8 @@ train(
 
 def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
-    tally, run = Tally(), folder / "run"
+    tally = Tally()
+    run = folder / "run"
 
     def wrong(most: int, is_complete: bool) -> list[str]:
         # the others may be thinned
@@ -76,7 +77,8 @@ def _kill(
     tally.lost += wrong(0, True)
     shutil.rmtree(place)
     while tally.tried < max(1, round(times)):
-        most, codes = chance.choice((0, 3)), [1]
+        most = chance.choice((0, 3))
+        codes = [1]
         while any(codes):
             is_last = tally.tried >= max(1, round(times))  # runs to the end
             tally.tried += not is_last
@@ -150,7 +152,9 @@ with PostHocEMA.from_model(
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     """Kill any one process, 100 times in total; each training is resumed in other processes until
     it completes."""
-    tally, chance, place = Tally(), random.Random(seed), folder / "killed"
+    tally = Tally()
+    chance = random.Random(seed)
+    place = folder / "killed"
 
     def start(most: int) -> tuple[str, list[Forked]]:
         kind, ranks = chance.choice(SPREAD)
@@ -226,8 +230,12 @@ exists."""
 def readers(folder: Path, share: float, seed: int) -> Tally:
     """Synthesize 1,000 times: while a training writes and thins, and after it while another process
     prunes."""
-    tally, chance, times = Tally(), random.Random(seed), max(1, round(1_000 * share))
-    run, stop, out = folder / "run", folder / "stop", folder / "out.safetensors"
+    tally = Tally()
+    chance = random.Random(seed)
+    times = max(1, round(1_000 * share))
+    run = folder / "run"
+    stop = folder / "stop"
+    out = folder / "out.safetensors"
 
     def read(most: int) -> None:
         for _ in range(min(most, times - tally.tried)):
@@ -258,8 +266,10 @@ def readers(folder: Path, share: float, seed: int) -> Tally:
 def writers(folder: Path, share: float, seed: int) -> Tally:
     """Start two writers 300 times: one holds the directory, the other is refused; a third takes
     over when it ends."""
-    tally, chance = Tally(), random.Random(seed)
-    run, stop = folder / "run", folder / "stop"
+    tally = Tally()
+    chance = random.Random(seed)
+    run = folder / "run"
+    stop = folder / "stop"
     for number in range(max(1, round(300 * share))):
         tally.tried += 1
         stop.unlink(missing_ok=True)
@@ -267,8 +277,10 @@ def writers(folder: Path, share: float, seed: int) -> Tally:
             process.first_line(): process
             for process in [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in "ab"]
         }
-        refused, holds = min(both), max(both)
-        holder, wrongs = both[holds], []
+        refused = min(both)
+        holds = max(both)
+        holder = both[holds]
+        wrongs = []
         if not holds.startswith("trains") or f"process {holder.pid} on " not in refused:
             wrongs.append(f"{holds}, {refused}")
         if is_killed := chance.random() < 0.7:

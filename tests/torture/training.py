@@ -135,7 +135,8 @@ def train(
     The state is saved at the steps `save_at`. `note` is called with the durable snapshots at every
     second step.
     """
-    network, errors = Network(rows), []
+    network = Network(rows)
+    errors = []
     remove_half_begun(directory)
     tracker = begin(directory, network, **settings)
     try:
@@ -182,10 +183,8 @@ def wrong_snapshots(directory: Path) -> list[str]:
         line for path in directory.glob("superseded/*.safetensors") for line in problems(path)
     ]
     for snapshot in Run(directory).snapshots if holds and not wrong else ():
-        values, name = (
-            load_file(snapshot.path),
-            f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors",
-        )
+        values = load_file(snapshot.path)
+        name = f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors"
         if values.pop("count") != snapshot.step or snapshot.path.name != name:
             wrong.append(f"{snapshot.path.name}: has another count or name at step {snapshot.step}")
         every = snapshot.schedule.update_every
@@ -199,14 +198,16 @@ def wrong_output(path: Path) -> list[str]:
     """Return what is wrong with an output, or with shards, by the snapshots and coefficients that
     they name."""
     try:
-        wrong, info = problems(path), None if path.is_dir() else read_output(path)
+        wrong = problems(path)
+        info = None if path.is_dir() else read_output(path)
     except PostHocError as error:
         return [str(error)]
     if wrong or info is None:
         return wrong or [
             line for shard in path.glob("*.safetensors") for line in wrong_output(shard)
         ]
-    values, coefficients = load_file(path), [used.coefficient for used in info.snapshots]
+    values = load_file(path)
+    coefficients = [used.coefficient for used in info.snapshots]
     wrong = (
         []
         if abs(sum(coefficients) - 1) < 1e-9
