@@ -3,7 +3,6 @@ values."""
 
 from __future__ import annotations
 
-import glob
 import stat
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -206,8 +205,6 @@ def open_run(place: str, directory: bool = True) -> Run:
 
     path = files.expanded(files.given_path("DIR", place))
     if is_glob(path):
-        if not glob.glob(str(path), recursive=True):  # noqa: PTH207 - the pattern may be absolute
-            raise InvalidValueError(path, "no file or folder has such a name")
         return Run(path)
     path = existing(path, directory)
     if path.is_dir() and not holds_snapshots(path):

@@ -82,13 +82,6 @@ log = logging.getLogger(__name__)
 _UPDATE = "call ema.update_(model) after each step of the optimizer"
 
 
-class _Step(int):
-    """A number of steps, which says what to call instead of it."""
-
-    def __call__(self, *_: object) -> None:
-        raise InvalidValueError("step", f"is the number of steps so far; {_UPDATE}")
-
-
 class PostHocEMA:
     """Tracks power-function averages of a model and makes the average of any other length from
     them.
@@ -272,7 +265,7 @@ class PostHocEMA:
     @property
     def step(self) -> int:
         """The number of calls of `update_` so far in this run."""
-        return _Step(self._pipeline.progress.step)
+        return self._pipeline.progress.step
 
     def __getattr__(self, name: str) -> Any:
         if name in ("update", "update_parameters"):

@@ -234,7 +234,7 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path: Path, ema: Ema) -> None:
         "holds snapshots of a tracker: their headers hold the width exactly, and `ema "
         "info` shows it"
     )
-    assert (refused.code, refused.error) == (1, f"{tmp_path / 'ema'}: {reason}")
+    assert (refused.code, refused.error) == (2, f"{tmp_path / 'ema'}: {reason}")
 
 
 def test_the_command(tmp_path: Path, ema: Ema) -> None:

@@ -79,7 +79,7 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
 
 def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
     refused = ema("import", run / "ema", "--prefix", "w", "--out", tmp_path / "new")
-    assert (refused.code, f"{run / 'ema'}: holds a run already" in refused.error) == (1, True)
+    assert (refused.code, f"{run / 'ema'}: holds a run already" in refused.error) == (2, True)
     options = {
         "--sigma-rels": "0.05,0.28",
         "--update-every": 10,

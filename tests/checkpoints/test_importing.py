@@ -171,7 +171,7 @@ def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_delete
     before = contents(tmp_path)
     refused = ema("prune", new, "--keep", "2", "--yes")
     assert (refused.code, refused.error) == (
-        1,
+        2,
         f"{new}: refers to files of other programs, which are never deleted",
     )
     checked = ema("verify", new)

@@ -263,7 +263,7 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)
     assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
-    with pytest.raises(ModelMismatchError, match="another directory"):
+    with pytest.raises(ModelMismatchError, match="to begin anew"):
         make_trainer(
             tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no"
         ).train()

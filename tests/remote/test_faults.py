@@ -233,7 +233,9 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
             command, env=os.environ | home, capture_output=True, text=True, check=False
         )
 
-    info = json.loads(ema("info", place, "--json").stdout)
+    shown = ema("info", place, "--json")
+    assert shown.returncode == 0, shown.stderr
+    info = json.loads(shown.stdout)
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
     done = ema("synthesize", place, "--target", "last:2", "--out", out)
     assert done.returncode == 0, done.stderr
