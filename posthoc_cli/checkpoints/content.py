@@ -66,6 +66,7 @@ NO_MODEL = re.compile(
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
 _OF_MEGATRON = "model_optim_rng.pt"  # the model with its optimizer
+_RANK_OF_MEGATRON = "mp_rank_00"  # the folder of a model that is in one piece
 EDM_STATE = re.compile(r"training-state-\d+\.pt")
 """Names of states that hold the weights, which are checkpoints where nothing else is one."""
 _ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
@@ -296,6 +297,8 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
     for name in names:
         if name.startswith("pytorch_model_fsdp") and (folder / name / DCP_METADATA).is_file():
             return folder / name / DCP_METADATA  # accelerate's
+    if names == [_RANK_OF_MEGATRON]:
+        return model_in(folder / _RANK_OF_MEGATRON)
     return None
 
 

@@ -351,6 +351,16 @@ def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
     assert_equal(exported(file), last.average)
 
 
+def test_megatron_has_a_folder_for_each_rank(tmp_path: Path) -> None:
+    for save in saves():
+        folder = tmp_path / f"iter_{save.step:07}/mp_rank_00"
+        folder.mkdir(parents=True)
+        content = {"iteration": save.step, "model": {"language_model": save.weights}}
+        torch.save(content | {"optimizer": OPTIMIZER}, folder / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
+    assert [one.t for one in Run(tmp_path).sources] == [save.step for save in saves()]
+
+
 def test_states_of_edm_hold_the_weights(tmp_path: Path) -> None:
     """Their names count thousands of images, rounded."""
     for save in saves():
