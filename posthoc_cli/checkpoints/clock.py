@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,7 @@ class Reading:
     is_nameless: bool = False  # whether only its content has a number
     is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
     is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
+    is_from_0: bool = False  # whether it is of a program that counts epochs from 0
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,16 @@ class Times:
 # --- one checkpoint
 
 
+_MARKS_OF_TIMM = {"arch", "version", "epoch"}  # values in its files
+
+
 def read_time(content: Content, settings: ImportSettings) -> Reading:
     """Return the number of a checkpoint; raise InvalidValueError if nothing tells it."""
+    is_from_0 = content.values.keys() >= _MARKS_OF_TIMM
+    return replace(_read_number(content, settings), is_from_0=is_from_0)
+
+
+def _read_number(content: Content, settings: ImportSettings) -> Reading:
     path = content.path
     epoch = _whole(content, _EPOCH_VALUES)
     if settings.step_from is not None:
@@ -237,6 +247,8 @@ def times_of(
         return Times("steps", False, says, as_they_are)
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
+    if not (offset or settings.first_epoch is not None or _begin_at_1(as_they_are.values())):
+        says += ", and nothing shows the first: `first_epoch` is 0 if it is"
     epochs = {path: number + offset for path, number in as_they_are.items()}
     if each := settings.steps_per_epoch:
         says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"
@@ -261,11 +273,20 @@ def _why_epochs(numbers: Sequence[Reading]) -> str:
     return ""
 
 
+def _begin_at_1(numbers: Iterable[int]) -> bool:
+    """Return whether numbers are those of each epoch from 1 on, or of each k-th one: k, 2 k, ..."""
+    ascending = sorted({0, *numbers})
+    return len({after - before for before, after in pairwise(ascending)}) == 1
+
+
 def _offset(numbers: Sequence[Reading], settings: ImportSettings) -> int:
-    """Return 1 if epochs are counted from 0: if the content's number is one more, if there is an
-    epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1, ..."""
+    """Return 1 if epochs are counted from 0: by their program, if the content's number is one more,
+    if there is an epoch 0, or if checkpoints of each k-th epoch have the numbers k - 1, 2 k - 1,
+    ..."""
     if settings.first_epoch is not None:
         return 1 - settings.first_epoch
+    if all(one.is_from_0 for one in numbers):
+        return 1
     if all(one.epoch == one.number + 1 for one in numbers):
         return 1
     distinct = sorted({one.number for one in numbers})

@@ -92,6 +92,20 @@ def test_an_equal_epoch_in_the_contents(tmp_path: Path) -> None:
     assert times(tmp_path) == ("steps", [3, 7, 9, 20])
 
 
+def test_an_unknown_first_epoch_is_said(tmp_path: Path) -> None:
+    """Of files that were kept because they are the best; timm counts from 0."""
+    write(tmp_path, "checkpoint-{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch})
+    unknown = "nothing shows the first: `first_epoch` is 0 if it is"
+    assert unknown in says(tmp_path)
+    assert unknown not in says(tmp_path, first_epoch=1)
+    of_timm = {"arch": "vit", "version": 2}
+    write(
+        tmp_path, "checkpoint-{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch} | of_timm
+    )
+    assert times(tmp_path) == ("epochs", [4, 8, 10, 21])
+    assert unknown not in says(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "epochs", "content"),
     [
