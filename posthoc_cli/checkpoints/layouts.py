@@ -610,15 +610,19 @@ def check_settings(kinds: list[str], settings: ImportSettings) -> None:
 
 
 def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
-    """Raise InvalidValueError if the settings name another warm-up than the file, and no decay:
-    both together replace what the file says."""
-    if found.updates is None or settings.ema_warmup is None or settings.ema_decay:
+    """Raise InvalidValueError if the settings name another warm-up than the file.
+
+    With a decay it replaces what the file says, if weights beside the average can show that.
+    """
+    if found.updates is None or settings.ema_warmup is None:
+        return
+    if settings.ema_decay and found.weights:
         return
     of_file = found.updates.rule.get("warm_up")
     given = warm_up_of(settings.ema_warmup) or {}
     if of_file and given.get("warm_up") != of_file:
         reason = f"contradicts {path.name}: averages of {found.kind} rise by {of_file}"
-        hint = "if that is wrong, give `ema_decay`, too"
+        hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
         raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
 
 

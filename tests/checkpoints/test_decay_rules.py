@@ -425,3 +425,14 @@ def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -
     assert "`ema_decay` and `ema_warmup` together replace what files say" in refused
     assert "contradicts" in ema(*command, "--ema-warmup", "none").error
     assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
+
+
+def test_a_claim_that_nothing_can_check_is_not_replaced(tmp_path: Path) -> None:
+    """As of ultralytics, whose files hold no weights beside the average."""
+
+    def alone(step: int, weights: Weights, average: Weights) -> object:
+        return {"ema": average, "updates": step, "model": None}
+
+    folder = write(tmp_path / "x", train(), by(lambda _: 0.99), form=alone)
+    with pytest.raises(errors.InvalidValueError, match="ema_warmup ratio: contradicts"):
+        import_checkpoints(folder, tmp_path / "run", ema_warmup="ratio", ema_decay=0.9999)
