@@ -37,7 +37,6 @@ from posthoc_cli.tracker import PostHocEMA
 
 Say = Callable[[str], None]  # prints a line
 
-STEPS = 6000  # half a minute on one core
 IMAGES = 1400
 VALIDATION_IMAGES = 360
 

@@ -233,8 +233,11 @@ def times_of(
     origin = numbers[0].origin
     as_they_are = {path: one.number for path, one in readings.items()}
     stated = {one.unit for one in numbers} & {"steps", "images"}
+    if len(stated) > 1:
+        reason = "must be given: some files state their steps, and others images"
+        raise InvalidValueError("step_from", reason)
     if stated:
-        unit = stated.pop()
+        (unit,) = stated
         if settings.steps_per_epoch:
             reason = f"says nothing about numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)

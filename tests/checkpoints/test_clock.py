@@ -92,6 +92,13 @@ def test_an_equal_epoch_in_the_contents(tmp_path: Path) -> None:
     assert times(tmp_path) == ("steps", [3, 7, 9, 20])
 
 
+def test_steps_and_images_are_not_mixed(tmp_path: Path) -> None:
+    write(tmp_path, "model_{}.pth", same(3), lambda step: {"global_step": step})
+    write(tmp_path, "model_{}.pth", same(7), lambda _: {"state": {"cur_nimg": 640}})
+    with pytest.raises(InvalidValueError, match="some files state their steps, and others images"):
+        times(tmp_path)
+
+
 def test_an_unknown_first_epoch_is_said(tmp_path: Path) -> None:
     """Of files that were kept because they are the best; timm counts from 0."""
     write(tmp_path, "checkpoint-{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch})
