@@ -526,8 +526,10 @@ def finish() -> None:
     try:
         _finish_all()
     except KeyboardInterrupt:
-        log.warning("writing the last snapshots of %s; interrupt again to lose them", _unwritten())
         try:
+            log.warning(
+                "writing the last snapshots of %s; interrupt again to lose them", _unwritten()
+            )
             _finish_all()
         except KeyboardInterrupt:
             log.error("interrupted: the last snapshots of %s are lost", _unwritten())
