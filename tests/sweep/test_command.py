@@ -362,7 +362,7 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
     finally:
         thread.join()
         signal.signal(signal.SIGINT, usual)
-    assert time.monotonic() - stopped[0] < 5  # within 1 s where nothing else runs
+    assert time.monotonic() - stopped[0] < 30  # of 60; within 1 s where nothing else runs
     assert gone(tmp_path / "hangs")
     assert gone(tmp_path / "child")
     assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
