@@ -35,8 +35,8 @@ from posthoc_cli.reconstruction import (
     Prior,
     Problem,
     assumed_prior,
-    check_method,
     one_blas_thread,
+    reconstruct,
     relative_width,
 )
 
@@ -445,13 +445,12 @@ def error_curve(
     )
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
-    problem = Problem(usable, prior.of(among), t)
     n = grid.size
-    _, profile_error, predicted = problem.solve(
-        [*powers(grid, t), *others.values()], check_method(method)
-    )
+    targets = [*powers(grid, t), *others.values()]
+    reconstruction = reconstruct(usable, targets, method, prior.of(among), t)
+    profile_error = reconstruction.profile_error
     # Weights of norm 0 are exact.
-    predicted = np.nan_to_num(predicted, nan=0.0)
+    predicted = np.nan_to_num(reconstruction.predicted_error, nan=0.0)
     widths = (relative_width(each, t) for each in others.values())
     further = tuple(
         map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist())
