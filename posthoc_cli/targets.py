@@ -45,7 +45,8 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
 class Formula:
     """A profile given by its tail in closed form for times from 0 to the time of the average.
 
-    The tail is 1 before 0 and 0 from `t` on, and values of the formula outside [0, 1] are clipped.
+    The tail is 1 before 0 and 0 from `t` on. In between the formula must never grow; its values
+    outside [0, 1] are clipped.
     """
 
     formula: Callable[[FloatArray], FloatArray]
@@ -430,9 +431,9 @@ class Kind:
 
     Attributes:
         make: the target of a number.
-        example: a text form.
-        accepted: what a value is.
-        range: an example of a range to search.
+        example: a text form, which help and messages show.
+        accepted: what a value is: the end of "must be ...".
+        range: an example of a range to search, for a run of a million steps.
         make_of_share: the target of a number that is written with a percent sign, if it is
             another one.
         make_of_span: the target of two times START:END, if there is one.
@@ -489,7 +490,7 @@ _NAMED = [
         HalfLife,
         "half-life:5000",
         f"a number of steps or a share such as 5%, {_MANY}",
-        "100:10000",
+        "500:10000",
         make_of_share=HalfLifeShare,
     ),
     Kind(
@@ -522,6 +523,8 @@ _NAMED = [
 ]
 KINDS = {kind.name: kind for kind in _NAMED}
 """The kinds of targets that a text can name, by the part of the text before the values."""
+EXAMPLES = ", ".join(kind.example for kind in _NAMED)
+RANGES = ", ".join(f"{kind.name}:{kind.range}" for kind in _NAMED)
 
 MOST_VALUES = 10_000
 _MOST_DIGITS = 1_000
@@ -548,8 +551,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     """
     kind, values = kind_of(text) or (WIDTH, text)
     if kind is WIDTH and any(character.isalpha() for character in text.partition(":")[0]):
-        examples = ", ".join(kind.example for kind in KINDS.values())
-        reason = f"must be a sigma_rel in (0, 0.2887), or one of {examples}"
+        reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
         raise bad(name, text, reason)
     try:
         targets = kind.parse(values)
