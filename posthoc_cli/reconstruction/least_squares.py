@@ -38,7 +38,8 @@ class LeastSquares:
 
     def missed(self, goals: FloatArray) -> FloatArray:
         """Return the squared residuals: shape [goals]."""
-        return np.asarray(np.sum((goals - self._q @ (self._q.T @ goals)) ** 2, axis=0))
+        reached = self._q @ (self._q.T @ goals)
+        return np.asarray(np.sum((goals - reached) ** 2, axis=0))
 
     @property
     def leverage(self) -> FloatArray:
@@ -91,11 +92,13 @@ class Losses:
 
     def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
         # An equivalent problem with at most as many rows as columns.
-        triangle = np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"))
-        self._factor = triangle[:, : factor.shape[1]]
-        self._goals = triangle[:, factor.shape[1] :]
+        columns = np.hstack((factor, goals))
+        triangle = np.asarray(np.linalg.qr(columns, mode="r"))
+        count = factor.shape[1]
+        self._factor = triangle[:, :count]
+        self._goals = triangle[:, count:]
         self._unreachable = unreachable
-        self._left = np.arange(factor.shape[1])
+        self._left = np.arange(count)
         self._solve()
 
     def squares_without(self, groups: Sequence[Sequence[int]]) -> FloatArray:
@@ -106,9 +109,11 @@ class Losses:
         for size in set(sizes.tolist()):
             members = np.array([group for group in groups if len(group) == size])
             root = self._root[members]
-            costs = np.linalg.pinv(root @ root.transpose(0, 2, 1), hermitian=True)
+            inverse = root @ root.transpose(0, 2, 1)
+            costs = np.linalg.pinv(inverse, hermitian=True)
             lost = self._columns[:, members]
-            squares[:, sizes == size] += np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
+            added = np.einsum("tgi,gij,tgj->tg", lost, costs, lost)
+            squares[:, sizes == size] += added
         return squares
 
     def lose(self, snapshot: int) -> None:
@@ -133,20 +138,21 @@ class Losses:
     def _solve(self) -> None:
         """Solve the problem for the remaining snapshots, and set `squares`, the coefficients and
         W."""
-        left = self._left
+        *others, last = self._left.tolist()
         count = self._factor.shape[1]
-        others = self._factor[:, left[:-1]] - self._factor[:, left[-1:]]
-        last = self._factor[:, left[-1:]]
-        problem = LeastSquares(others, float(np.abs(self._factor).max()))
-        solution = problem.solve(self._goals - last)
+        goals = self._goals - self._factor[:, [last]]
+        differences = self._factor[:, others] - self._factor[:, [last]]
+        size = float(np.abs(self._factor).max())
+        problem = LeastSquares(differences, size)
+        solution = problem.solve(goals)
         root = problem.inverse
-        self._solved = left.size
-        self._is_degenerate = root.shape[1] < others.shape[1]
-        self.squares = self._unreachable + problem.missed(self._goals - last)
-        self._columns = np.zeros((self._goals.shape[1], count))
-        self._root = np.zeros((count, root.shape[1]))
-        self._columns[:, left[:-1]], self._columns[:, left[-1]] = (
-            solution.T,
-            1 - solution.sum(axis=0),
-        )
-        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
+        rank = root.shape[1]
+        self._solved = self._left.size
+        self._is_degenerate = rank < len(others)
+        self.squares = self._unreachable + problem.missed(goals)
+        self._columns = np.zeros((goals.shape[1], count))
+        self._columns[:, others] = solution.T
+        self._columns[:, last] = 1 - solution.sum(axis=0)
+        self._root = np.zeros((count, rank))
+        self._root[others] = root
+        self._root[last] = -root.sum(axis=0)

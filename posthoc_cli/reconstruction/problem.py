@@ -86,7 +86,7 @@ class Problem:
         }
         times = [profile.t for profile in snapshots]
         start = min(float(prior.motion.edges[0]), t)
-        edges = np.clip(np.concatenate((prior.motion.edges, times, [t])), start, t)
+        edges = np.concatenate((prior.motion.edges, times, [t])).clip(start, t)
         self._nodes = Nodes(edges, snapshots, prior.steps)
         # With a sketch the mean of expected and measured squares is minimised.
         self._half = 1.0 if prior.sketch is None else np.sqrt(0.5)
@@ -135,7 +135,8 @@ class Problem:
         """Return a root of the covariance of the stored copies' errors: shape [n or more, n]."""
         rows = np.vstack(self._sketched or (self._expected,))
         squared = np.sum(rows**2, axis=0)
-        apart = np.maximum(squared[:, None] + squared - 2 * rows.T @ rows, 0.0)
+        sums = squared[:, None] + squared
+        apart = np.maximum(sums - 2 * rows.T @ rows, 0.0)
         separate = rounding_factor(self.prior.rounding, self.prior.arithmetic, apart)
         if self.prior.shared is None:
             return separate
@@ -168,12 +169,13 @@ class Problem:
         """Return a target as a column of the problem, the argument of the other methods."""
         tail, rows, missed = self._rows_of_target(target)
         inside = self._basis.T @ rows
-        unreachable = missed + float(np.sum((rows - self._basis @ inside) ** 2))
+        outside = rows - self._basis @ inside
+        unreachable = missed + float(outside @ outside)
         column = np.zeros(len(self._factor))
         column[: inside.size] = inside
         if self.prior.sketch is not None:
-            seen, unseen = self.prior.sketch.measured([target])
-            column[self._motion_rows] = self._half * np.vstack((seen, unseen))[:, 0]
+            measured = np.vstack(self.prior.sketch.measured([target]))
+            column[self._motion_rows] = self._half * measured[:, 0]
         stored = self._place.get(target) if isinstance(target, PowerFunction) else None
         return Goal(column, tail, unreachable, stored)
 
@@ -207,12 +209,14 @@ class Problem:
 
     @cached_property
     def _even(self) -> SumOfOne:
-        return SumOfOne(np.sqrt(self._nodes.weight)[:, None] * self._nodes.tails(self.snapshots))
+        tails = self._nodes.tails(self.snapshots)
+        return SumOfOne(np.sqrt(self._nodes.weight)[:, None] * tails)
 
     def losses(self, targets: Sequence[Profile]) -> Losses:
         goals = [self.goal(target) for target in targets]
         columns = np.stack([goal.column for goal in goals], axis=1)
-        return Losses(self._factor, columns, np.array([goal.unreachable for goal in goals]))
+        unreachable = np.array([goal.unreachable for goal in goals])
+        return Losses(self._factor, columns, unreachable)
 
     # --- the error of any coefficients
 
@@ -230,12 +234,14 @@ class Problem:
         motion = missed[..., self._motion_rows]
         rounding = np.sum(missed[..., self._error_rows] ** 2, axis=-1)
         if self.prior.sketch is None:
-            widening = np.exp(2 * _WIDENING * max(0.0, self.prior.doubt - SURE))
-            return np.stack(((goal.unreachable + np.sum(motion**2, axis=-1)) * widening, rounding))
+            doubt = max(0.0, self.prior.doubt - SURE)
+            expected = goal.unreachable + np.sum(motion**2, axis=-1)
+            return np.stack((expected * np.exp(2 * _WIDENING * doubt), rounding))
         if solved:
             left = 1 - self._problem.leverage[self._motion_rows]
             motion = motion / np.maximum(left, _LEAST_LEFT)
-        return np.stack((np.sum(motion**2, axis=-1) / self._half**2, rounding))
+        measured = np.sum(motion**2, axis=-1) / self._half**2
+        return np.stack((measured, rounding))
 
     def relative(self, squares: FloatArray, coefficients: FloatArray, goal: Goal) -> float:
         """Return the root of the sum of `expected_squares`, [2], relative to the target's probable
@@ -258,7 +264,8 @@ class Problem:
         if self.prior.sketch is None:
             difference = self._rows_of_target(target)[1] - self._rows_of_target(other)[1]
         else:
-            difference = np.vstack(self.prior.sketch.measured([target, other])) @ [1, -1]
+            both = np.vstack(self.prior.sketch.measured([target, other]))
+            difference = both[:, 0] - both[:, 1]
         return float(np.sum(difference**2))
 
     @property
@@ -287,7 +294,9 @@ class Problem:
         wanted = np.sum((sketch.means[0] + projected) ** 2)
         shares = np.abs(coefficients)
         sketched = self._sketched_norms @ shares
-        return float(np.sqrt(wanted * (norms @ shares) / sketched)) if sketched > 0 else 0.0
+        if sketched == 0:
+            return 0.0
+        return float(np.sqrt(wanted * (norms @ shares) / sketched))
 
     @cached_property
     def _expected_norms(self) -> FloatArray:
@@ -298,7 +307,8 @@ class Problem:
     def _sketched_norms(self) -> FloatArray:
         """The squared norm of each stored average's projection: shape [n]."""
         assert self.prior.sketch is not None
-        return np.asarray(np.sum((self.prior.sketch.means[:1].T + self._seen) ** 2, axis=0))
+        begin = self.prior.sketch.means[:1].T
+        return np.asarray(np.sum((begin + self._seen) ** 2, axis=0))
 
 
 class PublishedGoal(NamedTuple):

@@ -65,9 +65,11 @@ class Reconstruction:
         count, wanted = self.coefficients.shape
         rows = list(range(count) if snapshots is None else snapshots)
         columns = list(range(wanted) if targets is None else targets)
-        errors = self.profile_error[columns], self.predicted_error[columns]
         return Reconstruction(
-            self.coefficients[np.ix_(rows, columns)], *errors, self.prior.of(rows)
+            self.coefficients[np.ix_(rows, columns)],
+            self.profile_error[columns],
+            self.predicted_error[columns],
+            self.prior.of(rows),
         )
 
     def known_error(self, target: int) -> float | None:
@@ -291,11 +293,13 @@ def thinned_subset(
     """
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: -snapshots[i].t):
-        groups.setdefault(getattr(snapshots[index], "gamma", np.inf), []).append(index)
+        gamma = getattr(snapshots[index], "gamma", np.inf)
+        groups.setdefault(gamma, []).append(index)
     subset: list[int] = []
     for group in groups.values():
-        count = min(len(group), max(keep, most * len(group) // len(snapshots)))
-        subset += [group[place * len(group) // count] for place in range(count)]
+        size = len(group)
+        count = min(size, max(keep, most * size // len(snapshots)))
+        subset += [group[place * size // count] for place in range(count)]
     return sorted(subset)
 
 
