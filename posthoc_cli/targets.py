@@ -54,8 +54,10 @@ class Formula:
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         times = np.asarray(s, dtype=np.float64)
-        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
-        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
+        values = self.formula(np.clip(times, 0.0, self.t))
+        tail = np.clip(values, 0.0, 1.0)
+        tail = np.where(times >= self.t, 0.0, tail)
+        return np.where(times < 0, 1.0, tail)
 
 
 class Target:
@@ -192,7 +194,11 @@ class Window(Target):
             raise self._error(
                 f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that"
             )
-        return Formula(lambda s: (now - clock.step_at(s)) / self.steps, float(t))
+
+        def tail(s: FloatArray) -> FloatArray:
+            return (now - clock.step_at(s)) / self.steps
+
+        return Formula(tail, float(t))
 
 
 class Decay(Target):
@@ -238,7 +244,12 @@ class Decay(Target):
         if end > t:
             raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
         multiplier = SHAPES[self.shape]
-        return Formula(lambda s: multiplier(np.clip((s - start) / (end - start), 0.0, 1.0)), end)
+
+        def tail(s: FloatArray) -> FloatArray:
+            place = (s - start) / (end - start)
+            return multiplier(np.clip(place, 0.0, 1.0))
+
+        return Formula(tail, end)
 
 
 class Mean(Target):
@@ -608,13 +619,15 @@ def _numbers(text: str, form: str) -> list[float]:
 def _decimal(text: str, form: str) -> Decimal:
     """Return a finite number of a moderate size, 5% as 0.05; raise an InvalidValueError about
     `form` for others."""
+    digits = text.strip()
     try:
-        number = Decimal(text.strip().removesuffix("%")).scaleb(
-            -2 if text.rstrip().endswith("%") else 0
-        )
+        number = Decimal(digits.removesuffix("%"))
+        if digits.endswith("%"):
+            number = number.scaleb(-2)
     except InvalidOperation:
         number = Decimal("nan")
-    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
+    is_moderate = number.is_finite() and abs(number.adjusted()) <= _MOST_DIGITS
+    if not is_moderate or math.isinf(float(number)):
         raise InvalidValueError(text, f"must be {form}")
     return number
 
