@@ -633,7 +633,7 @@ def _round_interval(steps: int, times: int) -> int:
     least = -(-steps // times)
     most = min(2 * least, steps)
     zeros = max(len(str(least)) - 2, 0)
-    unit: int = 10**zeros
+    unit = int(10**zeros)
     first = -(-least // unit) * unit
     candidates = {least, *range(first, most + 1, unit)}
     counts = range(max(1, steps // most), times + 1)
