@@ -635,7 +635,7 @@ def _round_interval(steps: int, times: int) -> int:
     zeros = max(len(str(least)) - 2, 0)
     unit = int(10**zeros)
     first = -(-least // unit) * unit
-    candidates = {least, *range(first, most + 1, unit)}
+    candidates: set[int] = {least, *range(first, most + 1, unit)}
     counts = range(max(1, steps // most), times + 1)
     candidates |= {steps // count for count in counts if steps % count == 0}
 
