@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
@@ -370,11 +371,42 @@ class _Sample:
 
     source: Source
     values: FloatArray
+    starts: npt.NDArray[np.intp]  # the first sampled element of each tensor
     scale: float
     rounding: float
 
     def squared(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
+
+
+_STILL = 1e-12
+"""Squared distance, relative to the squared norm, below which a tensor is constant: an average of
+equal values moves by roundings."""
+
+
+class _Norms:
+    """The squared norms of samples of one run, without the tensors that are constant in all of
+    them."""
+
+    def __init__(self) -> None:
+        self._first: FloatArray | None = None
+        self._squares: dict[int, FloatArray] = {}  # of each source's tensors
+        self._moved: FloatArray | float = 0.0
+
+    def add(self, sample: _Sample) -> None:
+        if self._first is None:
+            self._first = sample.values
+        squares = np.add.reduceat(sample.values**2, sample.starts)
+        distances = np.add.reduceat((sample.values - self._first) ** 2, sample.starts)
+        self._squares[id(sample.source)] = squares * sample.scale
+        self._moved = np.maximum(self._moved, distances > _STILL * squares)
+
+    def of_moving(self) -> dict[int, float]:
+        """Return the squared norm of each source, by its id; of all tensors if none moves."""
+        moving = np.asarray(self._moved, dtype=bool)
+        if not moving.any():
+            moving = ~moving
+        return {key: float(squares[moving].sum()) for key, squares in self._squares.items()}
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -387,8 +419,12 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
     another library's average, if at its time it is well above its rounding.
+
+    Norms, to which errors are relative, are those of the tensors that move: a constant table of
+    noise levels may be far longer than all weights.
     """
     measured: dict[int, Measurements] = {}
+    norms = _Norms()
     newest = defaultdict[tuple[float, bool], list[list[_Sample]]](list)
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
@@ -407,10 +443,12 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
                 distances.append(
                     Distance(other.source.profile, squared, sample.rounding + other.rounding)
                 )
-            norm = sample.squared(sample.values)
-            measured[id(sample.source)] = Measurements(norm, sample.rounding, tuple(distances))
+            norms.add(sample)
+            measured[id(sample.source)] = Measurements(0.0, sample.rounding, tuple(distances))
         for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.source)):
             newest[kind] = [*newest[kind], list(of_kind)][-2:]
+    for key, norm in norms.of_moving().items():
+        measured[key] = replace(measured[key], norm=norm)
     sums = [
         each
         for one in measured.values()
@@ -463,9 +501,11 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
 
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts = [np.empty(0)]
+    sizes: dict[str, int] = {}
     rounding = 0.0
     with source:
         for name, begin, end in ranges:
+            sizes[name] = sizes.get(name, 0) + end - begin
             values = source.values(name, begin, end)
             if not np.isfinite(values).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
@@ -475,8 +515,9 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 values, source.entries[name].dtype, source.tensors[name].dtype
             )
     values = np.concatenate(parts)
+    starts = np.cumsum([0, *sizes.values()])[:-1]
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
-    return _Sample(source, values, scale, rounding * scale)
+    return _Sample(source, values, starts, scale, rounding * scale)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other
