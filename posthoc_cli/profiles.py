@@ -130,8 +130,10 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     """
     if t_prev == 0:
         return 1.0
-    log_beta = (gamma + 1) * math.log1p(-(t - t_prev) / t)
-    return -math.expm1(log_beta)
+    passed = (t - t_prev) / t
+    if passed == 1:  # beta, below 1e-16, is lost in rounding
+        return 1.0
+    return -math.expm1((gamma + 1) * math.log1p(-passed))
 
 
 @dataclass(frozen=True)
