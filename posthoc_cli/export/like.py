@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
+
+import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
-from posthoc_cli.export.copying import Chunk, Placed, chunks_of
-from posthoc_cli.export.layouts import INDEX_ENDING, Arrangement, Copied, check_shape
+from posthoc_cli.export.copies import Chunk, Replaced, Replacement, chunks_of
+from posthoc_cli.export.options import INDEX_ENDING
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
+from posthoc_cli.synthesis.plan import Combination
+
+P = TypeVar("P", bound=Combination)
 
 _MODEL = re.compile(
     r"(?:(?:pytorch|tf|flax|diffusion|adapter|rust)_)*(?:model|consolidated)(?:[-.][-.\w]*)?"
@@ -161,41 +167,36 @@ class Like:
 
     # --- tensors
 
-    def arranged(
-        self,
-        tensors: Mapping[str, Entry],
-        names: Mapping[str, Sequence[str]],
-        averages: Collection[str],
-        are_equal: Callable[[str, str], bool],
-    ) -> Arrangement:
-        """Return how an output with these tensors is laid out.
-
-        Arguments:
-            names: all names of each tensor.
-            averages: the tensors that must be there, as floating-point numbers.
-            are_equal: returns whether two tensors have the same values; they may then be tied.
+    def fitted(self, plan: P) -> tuple[P, Replacement]:
+        """Return what an output of these tensors has in place of the checkpoint's, and the plan of
+        it.
 
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
         """
-        stored = self._stored_names(names, averages)
+        # a model of another program does not say which tensors are averages
+        averages = plan.newest.averages or [
+            name for name, tensor in plan.tensors.items() if tensor.dtype in EPS
+        ]
+        stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
-        places = self._places(tensors, stored, are_equal)
+        replaced = self._replaced(plan, stored)
         written = set[str]()
-        for placed in places.values():
-            written.update(chunk.name for chunk in placed.chunks)
-        others, left_out = self.beside
-        copied = Copied(
+        for tensor in replaced.values():
+            written.update(chunk.name for chunk in tensor.chunks)
+        beside, left_out = self.beside
+        replacement = Replacement(
             path=self.path,
             word=self.word,
+            tensors={plan.names[name][0]: tensor for name, tensor in replaced.items()},
             kept=[name for name in self.chunks if name not in written],
             shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
-            left_out=left_out,
-            places=places,
             files=self.files,
+            beside=beside,
+            left_out=left_out,
         )
-        parts = {"": {name: placed.entry for name, placed in places.items()}}
-        return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
+        dtypes = {name: tensor.entry.dtype for name, tensor in replaced.items()}
+        return replace(plan, dtypes=dtypes, subset=frozenset(replaced)), replacement
 
     def _stored_names(
         self,
@@ -221,45 +222,35 @@ class Like:
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _places(
-        self,
-        tensors: Mapping[str, Entry],
-        stored: Mapping[str, set[str]],
-        are_equal: Callable[[str, str], bool],
-    ) -> dict[str, Placed]:
+    def _replaced(self, plan: Combination, stored: Mapping[str, set[str]]) -> dict[str, Replaced]:
         """Return the places of tensors, given their names in the checkpoint."""
-        places = dict[str, Placed]()
+        replaced = dict[str, Replaced]()
         owners = dict[str, str]()
         for name, names in stored.items():
+            dtype = plan.output_dtype(name)
             for one in sorted(names & self.chunks.keys()):
                 owner = owners.setdefault(one, name)
-                if owner == name:
-                    self._place(places, name, one, tensors[name])
-                elif not are_equal(owner, name):
-                    reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
-                    raise MismatchError(self.place, reason, "they would get different values")
-        return places
+                if owner != name:
+                    self._check_equal(plan, owner, name)
+                    continue
+                entry = self.source.entries[one]
+                check_shape(self.chunks[one][0].path, one, entry.shape, plan.box(name).shape)
+                are_numbers = entry.dtype in EPS and dtype in EPS
+                if not are_numbers and entry.dtype != dtype:
+                    continue
+                place = replaced.setdefault(name, Replaced(entry, []))
+                if place.entry != entry:
+                    reason = f"tensor {shown(name)} is {place.entry.dtype} and {entry.dtype} in it"
+                    raise MismatchError(self.place, reason)
+                place.chunks.extend(self.chunks[one])
+        return replaced
 
-    def _place(
-        self,
-        places: dict[str, Placed],
-        name: str,
-        stored: str,
-        tensor: Entry,
-    ) -> None:
-        """Add the place of a tensor, unless its dtype cannot become the stored one."""
-        entry = self.source.entries[stored]
-        chunks = self.chunks[stored]
-        path = chunks[0].path
-        check_shape(path, stored, entry.shape, tensor.shape)
-        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
-        if not are_numbers and entry.dtype != tensor.dtype:
-            return
-        placed = places.setdefault(name, Placed(entry, []))
-        if placed.entry != entry:
-            reason = f"tensor {shown(name)} is {placed.entry.dtype} and {entry.dtype} in it"
-            raise MismatchError(path, reason)
-        placed.chunks.extend(chunks)
+    def _check_equal(self, plan: Combination, one: str, other: str) -> None:
+        """Raise a MismatchError unless two tensors have the same values; they may then be tied."""
+        for source in plan.sources:
+            if not torch.equal(source.tensor(one), source.tensor(other)):
+                reason = f"tensors {shown(one)} and {shown(other)} are one in it"
+                raise MismatchError(self.place, reason, "they would get different values")
 
     def _renaming(self, averages: Sequence[Sequence[str]]) -> _Renaming:
         """Return what turns names of the run into those of the set, which may begin otherwise."""
@@ -331,15 +322,23 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
+def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+    """Raise a MismatchError that names the file if a tensor does not have the shape of its
+    average."""
+    if tuple(found) != tuple(average):
+        reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
+        raise MismatchError(path, reason)
+
+
 def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
         for chunks in chunks_of(stored.weights).values():
-            places.add(chunks[0].place)
+            places.add((chunks[0].path, chunks[0].entry))
     own = dict[str, list[Chunk]]()
     for name, chunks in chunks_of(average).items():
-        if chunks[0].place not in places:
+        if (chunks[0].path, chunks[0].entry) not in places:
             own[name] = chunks
     return own
 

@@ -77,55 +77,19 @@ class ElementRange(NamedTuple):
     end: int
 
 
-class Source(ABC):
-    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread
-    may read it.
+class StoredTensors:
+    """Tensors in files, which any thread may read.
 
     As a context manager it keeps its files open; they must be those whose headers were read.
     """
 
-    word = "snapshot"
     path: Path  # the file or folder
     files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
     entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
-    profile: (
-        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
-    )
-    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
-    t: float
-    t_unit: str
-    step: int
-    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    t_first: (
-        float  # the earliest time with mass in averages of the run, as far as this source shows
-    )
     tensors: dict[str, TrackedTensor]
     # further names of tensors, each with the name under which the tensor is stored
     aliases: dict[str, str]
-    left_out: tuple[str, ...]  # names in the model's state that were not tracked
-    measurements: Measurements | None  # None if they must be estimated
-    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
-    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
-    sample: str
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
-        )
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """16 hexadecimal digits that identify its content."""
-
-    @abstractmethod
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
-        power function."""
+    t: float
 
     @property
     def copies(self) -> list[str]:
@@ -134,10 +98,6 @@ class Source(ABC):
     @property
     def averages(self) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
-
-    @property
-    def roles(self) -> dict[str, str]:
-        return {name: tensor.role for name, tensor in self.tensors.items()}
 
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
@@ -160,7 +120,12 @@ class Source(ABC):
                 stack.callback(file.__exit__, kind)
 
     def read_box(
-        self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True
+        self,
+        name: str,
+        box: Box,
+        out: memoryview,
+        begin: int = 0,
+        verify: bool = True,
     ) -> None:
         """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on,
         verified by default."""
@@ -228,6 +193,51 @@ class Source(ABC):
         data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
         self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
+
+
+class Source(StoredTensors, ABC):
+    """A stored average: a snapshot, a checkpoint of another program, or a live average."""
+
+    word = "snapshot"
+    profile: (
+        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    )
+    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
+    t: float
+    t_unit: str
+    step: int
+    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
+    t_first: (
+        float  # the earliest time with mass in averages of the run, as far as this source shows
+    )
+    left_out: tuple[str, ...]  # names in the model's state that were not tracked
+    measurements: Measurements | None  # None if they must be estimated
+    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
+    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
+    sample: str
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """16 hexadecimal digits that identify its content."""
+
+    @abstractmethod
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
+        power function."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 # --- several sources

@@ -116,6 +116,16 @@ class Entry:
     def blocks(self) -> int:
         return -(-math.prod(self.shape) // BLOCK)
 
+    @property
+    def reach(self) -> int:
+        """The number of elements from the first to the last in the file."""
+        if not self.strides:
+            return self.size
+        reach = 1
+        for length, step in zip(self.shape, self.strides, strict=True):
+            reach += (length - 1) * step
+        return reach
+
 
 # --- boxes
 #
@@ -535,10 +545,7 @@ class TensorFile:
         with handle.lock:
             if handle.reordered is None or handle.reordered[0] != entry:
                 dtype = items(entry.dtype)
-                reach = 1
-                for size, step in zip(entry.shape, entry.strides, strict=True):
-                    reach += (size - 1) * step
-                stored = np.empty(reach, dtype)
+                stored = np.empty(entry.reach, dtype)
                 self._fill(entry.begin, stored.view(np.uint8).data)
                 steps = [dtype.itemsize * step for step in entry.strides]
                 strided = as_strided(stored, entry.shape, steps)
@@ -782,15 +789,15 @@ class TensorFileWriter:
         overwrite: bool = False,
     ) -> None:
         self.path = path
+        self.entries = dict[str, Entry]()
         self._content = content
         self._metadata = metadata
         laid_out = lay_out(entries)
         self._header = bytearray(encode_header(laid_out, content, metadata))
-        self._entries = dict[str, Entry]()
         self._sums_at = dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
-            self._entries[name] = replace(entry, begin=len(self._header) + entry.begin)
+            self.entries[name] = replace(entry, begin=len(self._header) + entry.begin)
             self._sums_at[name] = at
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
@@ -801,7 +808,7 @@ class TensorFileWriter:
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
-        entry = self._entries[name]
+        entry = self.entries[name]
         digest = xxhash.xxh3_64()
         at = begin
         block = BLOCK * ITEM_BYTES[entry.dtype]
@@ -825,12 +832,12 @@ class TensorFileWriter:
         status = os.fstat(self._file.descriptor)
         self._file.publish()
         sums = {
-            name: self._header[at : at + 16 * self._entries[name].blocks].decode()
+            name: self._header[at : at + 16 * self.entries[name].blocks].decode()
             for name, at in self._sums_at.items()
         }
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(
-            self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum
+            self.path, self.entries, stamp, sums, {}, self._metadata, self._content, checksum
         )
 
     def __enter__(self) -> TensorFileWriter:

@@ -26,11 +26,12 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import check_within, error_curve
-from posthoc_cli.profiles import PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
+    StoredTensors,
     TrackedTensor,
     by_time,
     chosen_up_to,
@@ -50,14 +51,92 @@ log = logging.getLogger(__name__)
 POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The snapshots and the coefficients that make the targets.
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Tensors to make of sources: those of the newest one as they are; in a `Plan`, sums.
 
     Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and
     parameters in float64, are summed in float64: large coefficients of both signs would cost a
     float32 sum too many digits.
     """
+
+    sources: tuple[StoredTensors, ...]
+    # safetensors name of the averages' dtype in the outputs; None for each parameter's own
+    dtype: str | None = None
+    # those of outputs that do not follow from `dtype`
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    coarse: frozenset[str] = frozenset()
+    subset: frozenset[str] | None = None  # the stored tensors to make; None for all
+    # what to make in place of complete tensors
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    # the beginning of stored names, and what replaces it
+    strip_prefix: str = ""
+    prefix: str = ""
+
+    @property
+    def coefficients(self) -> FloatArray | None:
+        """Those of sums, [sources, targets]."""
+        return None
+
+    @property
+    def newest(self) -> StoredTensors:
+        """The newest source, from which copies (buffers) are taken."""
+        return max(self.sources, key=lambda source: source.t)
+
+    @cached_property
+    def tensors(self) -> dict[str, TrackedTensor]:
+        """The stored tensors to make."""
+        stored = self.newest.tensors
+        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """All names of each tensor to make, that of the stored one first."""
+        names = {name: [self._renamed(name)] for name in self.tensors}
+        for alias, name in self.newest.aliases.items():
+            if name in names:
+                names[name].append(self._renamed(alias))
+        return names
+
+    def _renamed(self, name: str) -> str:
+        return self.prefix + name.removeprefix(self.strip_prefix)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
+
+    def box(self, name: str) -> Box:
+        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
+
+    def output_dtype(self, name: str) -> str:
+        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
+        keep their own."""
+        tensor = self.tensors[name]
+        own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
+        return self.dtypes.get(name, own)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The dtype and shape of the tensors of each output, under all names."""
+        entries = dict[str, Entry]()
+        for name, aliases in self.names.items():
+            entry = Entry(self.output_dtype(name), self.box(name).shape)
+            entries |= dict.fromkeys(aliases, entry)
+        return entries
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.entries)
+
+
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Combination):
+    """The snapshots and the coefficients that make the targets."""
 
     # those in use, all at or before `t`; if there are copies, also the newest one
     sources: tuple[Source, ...]
@@ -66,20 +145,10 @@ class Plan:
     method: str
     # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
     reconstruction: Reconstruction
-    dtype: str | None = (
-        # safetensors name of the averages' dtype in the outputs; None for each parameter's own
-        None
-    )
     # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
     solved: int = 0
     available: int = 0  # number of all sources at or before `t`
     last: float = 0.0  # time of the newest source, used or not
-    coarse: frozenset[str] = frozenset()
-    subset: frozenset[str] | None = None  # the stored tensors to make; None for all
-    # what to make in place of complete tensors
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    # those of outputs that do not follow from `dtype`
-    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         each = [
@@ -99,25 +168,13 @@ class Plan:
             else f"{counts} up to t = {self.t:,.12g}, evenly in time"
         )
 
+    @property
+    def coefficients(self) -> FloatArray:
+        return self.reconstruction.coefficients
+
     @cached_property
     def newest(self) -> Source:
-        """The newest source, from which copies (buffers) are taken."""
         return max(self.sources, key=lambda source: source.t)
-
-    @cached_property
-    def tensors(self) -> dict[str, TrackedTensor]:
-        """The stored tensors to make."""
-        stored = self.newest.tensors
-        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
-
-    @cached_property
-    def names(self) -> dict[str, list[str]]:
-        """All names of each tensor to make, the stored name first."""
-        names = {name: [name] for name in self.tensors}
-        for alias, name in self.newest.aliases.items():
-            if name in names:
-                names[name].append(alias)
-        return names
 
     @cached_property
     def columns(self) -> list[dict[str, int]]:
@@ -171,33 +228,6 @@ class Plan:
             )
             for columns, names in subsets.items()
         ]
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
-
-    def box(self, name: str) -> Box:
-        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
-
-    def output_dtype(self, name: str) -> str:
-        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
-        keep their own."""
-        tensor = self.tensors[name]
-        own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
-        return self.dtypes.get(name, own)
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """The dtype and shape of the tensors of each output, under all names."""
-        return {
-            alias: Entry(self.output_dtype(name), self.box(name).shape)
-            for name, aliases in self.names.items()
-            for alias in aliases
-        }
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
 
     @cached_property
     def output_rounding(self) -> float:
