@@ -89,6 +89,11 @@ class OutputInfo:
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """Return the content of the index of a sharded model."""
+    return parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
+
+
 def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
     """Return the tensors of each shard that an index names, by file name; shards have these
     endings.
@@ -96,9 +101,7 @@ def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, 
     Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on
     every system.
     """
-    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get(
-        "weight_map"
-    )
+    weight_map = read_index(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(
             path, "is not an index of shards: it has no weight_map, or an empty one"

@@ -27,6 +27,7 @@ from posthoc_cli.snapshots.outputs import (
     INDEX_SUFFIX,
     OutputInfo,
     decode_index,
+    read_index,
     read_model,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
@@ -154,7 +155,7 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         problems = notes
         notes = []
         incomplete = set()
-    checks: list[Callable[[], object]] = [partial(read_model, index) for index in indexes]
+    checks: list[Callable[[], object]] = [partial(_check_index, index) for index in indexes]
     checks += [] if problems else [partial(run_clock, content.snapshots)]
     for check in checks:
         try:
@@ -212,6 +213,17 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
         raise DirectoryError(path, "holds no snapshots or outputs", ACCEPTED)
     candidates = {path: listing.files} if is_parts_folder(path) else listing.candidates
     return replace(listing, candidates=candidates, leftovers=leftovers), indexes, shards
+
+
+def _check_index(path: Path) -> None:
+    """Raise an error unless an index fits its shards; one of an output says their size."""
+    shards, output = read_model(path)
+    nbytes = 0
+    for shard in shards:
+        nbytes += sum(entry.nbytes for entry in shard.entries.values())
+    metadata = read_index(path).get("metadata")
+    if output is not None and metadata != {"total_size": nbytes}:
+        raise FileFormatError(path, f"damaged: its metadata must be the total_size {nbytes:,}")
 
 
 # --- a file

@@ -188,8 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 404:
             self.send_header("X-Error-Code", "RevisionNotFound")  # a header of the Hub
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        self.wfile.write(data[: len(data) // 2] if self.is_cut else data)
+        if self.is_cut:
+            self.reset()
 
     def cut(self) -> bool:
         """Let the answer end in the middle of its body."""

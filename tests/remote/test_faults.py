@@ -122,6 +122,7 @@ FAULTS = {
         always(400, "ExpiredToken"),
         READ + "the credentials are missing, expired or not accepted",
     ),
+    "short listings": (listing(lambda h: h.cut()), LIST + "the answer is incomplete"),
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (
         bodies(lambda h: h.refuse(403, "AccessDenied")),

@@ -162,6 +162,8 @@ def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
         ),
         (lambda c: c["weight_map"].clear(), "or an empty one"),
         (lambda c: c.clear(), "it has no weight_map"),
+        (lambda c: c["metadata"].update(total_size=1), "its metadata must be the total_size"),
+        (lambda c: c["metadata"].update(total_sizd=1), "its metadata must be the total_size"),
     ]
     for change, detail in changes:
         content = json.loads(text)
