@@ -105,7 +105,10 @@ def export_file(
     check_alone(weights=weights, average=average)
     check_alone(base=base, like=like)
     options = OutputOptions(
-        layout=layout, overwrite=overwrite, max_shard_size=max_shard_size, like=like
+        layout=layout,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        like=like,
     )
     options.check_like(dtype)
     out = files.output_path("out", out)
@@ -162,7 +165,11 @@ def _combination(
         floats = [name for name, entry in source.entries.items() if entry.dtype in EPS]
         dtypes = dict.fromkeys(floats, dtype)
     return Combination(
-        sources=(source,), dtype=dtype, dtypes=dtypes, prefix=prefix, strip_prefix=strip_prefix
+        sources=(source,),
+        dtype=dtype,
+        dtypes=dtypes,
+        prefix=prefix,
+        strip_prefix=strip_prefix,
     )
 
 

@@ -88,7 +88,8 @@ class Ranks:
                 dist.all_gather_object(results, results[0], self.group)
         except RuntimeError as error:
             raise failure or RankError(
-                "another process of this job", "failed or died; nothing was finished"
+                "another process of this job",
+                "failed or died; nothing was finished",
             ) from error
         for rank, (text, _) in enumerate(results):
             if text:

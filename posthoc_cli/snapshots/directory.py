@@ -208,11 +208,15 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
             {snapshot.sigma_rel for snapshot in snapshots} & {*newest.sigma_rels} - stored
         ):
             notes.append(
-                f"t = {newest.t:,.12g}, the newest: no snapshot of sigma_rel {sigma_rel:g}"
+                f"t = {newest.t:,.12g}, the newest: no snapshot of sigma_rel {sigma_rel:g}",
             )
     problems += contradictions(snapshots)
     return replace(
-        listing, snapshots=tuple(snapshots), problems=problems, notes=notes, incomplete=incomplete
+        listing,
+        snapshots=tuple(snapshots),
+        problems=problems,
+        notes=notes,
+        incomplete=incomplete,
     )
 
 
@@ -295,7 +299,10 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
     complete = [of_set for (number, *_), of_set in sets.items() if len(of_set) == number]
     if len(complete) > 1:
         raise _apart(
-            complete[0][0], complete[1][0], "are parts of two complete snapshots", "remove one"
+            complete[0][0],
+            complete[1][0],
+            "are parts of two complete snapshots",
+            "remove one",
         )
     if complete:
         return _join(path, complete[0])
@@ -428,7 +435,8 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
             stack.callback(os.close, descriptor)
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(
-                    errno.EMLINK, f"{LOCK_NAME} is not a lock: it is a hard link to another file"
+                    errno.EMLINK,
+                    f"{LOCK_NAME} is not a lock: it is a hard link to another file",
                 )
             try:
                 # Without a name in the file, its holder is about to write it or to release the
@@ -443,7 +451,9 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
                         )
                         reason = f"{holder or 'another process'} is writing here"
                         raise LockedError(
-                            directory, reason, "end that first, or take another directory"
+                            directory,
+                            reason,
+                            "end that first, or take another directory",
                         )
                     time.sleep(wait)
             except OSError as error:

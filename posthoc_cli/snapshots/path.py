@@ -164,7 +164,9 @@ def decode_path(text: str) -> PathSketch:
     (projection, total), *others = map(_decoded, text.split(_AND))
     for _, sketch in others:
         total = replace(
-            total, means=total.means + sketch.means, spread=total.spread + sketch.spread
+            total,
+            means=total.means + sketch.means,
+            spread=total.spread + sketch.spread,
         )
     return PathSketch(projection, total)
 
@@ -205,6 +207,6 @@ def _decoded(text: str) -> PathSketch:
     edges, folds, spread, factor = np.split(known, [windows + 1, 2 * windows + 1, 3 * windows + 1])
     means = means.reshape(-1, numbers)
     means = np.concatenate(
-        (means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0))
+        (means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0)),
     )
     return PathSketch(projection, Sketch(edges, folds, means, spread))

@@ -163,7 +163,12 @@ class _Choice:
         """Return the snapshots to delete, the least needed first: the errors grow with their
         number."""
         return removal_order(
-            self._profiles, self.prior, self._used, self._keep, self._needed, self._sigma_range
+            self._profiles,
+            self.prior,
+            self._used,
+            self._keep,
+            self._needed,
+            self._sigma_range,
         )
 
     def exchanged(self, gone: Sequence[Removable]) -> list[Removable]:
@@ -213,7 +218,9 @@ def prune(
         }
         if {snapshot.path: snapshot.identity for snapshot in read_directory(directory)} != planned:
             raise MismatchError(
-                directory, "has changed since it was read; nothing was deleted", "run again"
+                directory,
+                "has changed since it was read; nothing was deleted",
+                "run again",
             )
         for file in (file for snapshot in pruning.kept for file in snapshot.files):
             progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))

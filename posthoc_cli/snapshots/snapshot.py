@@ -98,7 +98,8 @@ class Selection:
     def names(self, name: str) -> bool:
         """Return whether the globs select a name. `*` matches any characters including dots."""
         return (not self.include or _matches(name, self.include)) and not _matches(
-            name, self.exclude
+            name,
+            self.exclude,
         )
 
     def copies(self, name: str) -> bool:

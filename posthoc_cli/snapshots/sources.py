@@ -415,7 +415,7 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
             ):
                 squared = sample.squared(sample.values - other.values)
                 distances.append(
-                    Distance(other.source.profile, squared, sample.rounding + other.rounding)
+                    Distance(other.source.profile, squared, sample.rounding + other.rounding),
                 )
             norm = sample.squared(sample.values)
             measured[id(sample.source)] = Measurements(norm, sample.rounding, tuple(distances))
@@ -482,7 +482,9 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
             rounding += expected_rounding(
-                values, source.entries[name].dtype, source.tensors[name].dtype
+                values,
+                source.entries[name].dtype,
+                source.tensors[name].dtype,
             )
     values = np.concatenate(parts)
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
@@ -534,5 +536,7 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
     return Distance(
-        Discrete(b.times, masses, b.t), sample.squared(sample.values - unmoved), rounding
+        Discrete(b.times, masses, b.t),
+        sample.squared(sample.values - unmoved),
+        rounding,
     )

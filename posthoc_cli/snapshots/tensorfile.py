@@ -258,11 +258,14 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
             else ""
         )
         raise kind(
-            path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint
+            path,
+            f"cannot be {verb}: {(error.strerror or str(error)).lower()}",
+            hint,
         ) from error
     except ValueError as error:
         raise FileFormatError(
-            f"{str(path)!r}", f"cannot be {verb}: no file can have this name"
+            f"{str(path)!r}",
+            f"cannot be {verb}: no file can have this name",
         ) from error
 
 
@@ -444,7 +447,9 @@ class TensorFile:
             is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
             if not is_same and file.stamp != self.stamp:
                 raise FileFormatError(
-                    self.path, "was replaced while it was being used", "run again"
+                    self.path,
+                    "was replaced while it was being used",
+                    "run again",
                 )
             stack.pop_all()
         return file
@@ -528,7 +533,8 @@ class TensorFile:
             place = 16 * ((begin + at) // size)
             if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
                 raise FileFormatError(
-                    self.path, f"tensor {shown(name)} is damaged: its checksum does not match"
+                    self.path,
+                    f"tensor {shown(name)} is damaged: its checksum does not match",
                 )
 
     def _fill(self, offset: int, view: memoryview) -> None:
@@ -678,7 +684,7 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
         if problem:
             raise ValueError(f"tensor {shown(name)}: {problem}")
     entries = dict(
-        sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
+        sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0])),
     )
     position = start
     for name, entry in entries.items():
@@ -760,7 +766,11 @@ def compact(value: object) -> str:
         return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
     return json.dumps(
-        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+        value,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+        default=plain,
     )
 
 
@@ -837,7 +847,14 @@ class TensorFileWriter:
         }
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(
-            self.path, self.entries, stamp, sums, {}, self._metadata, self._content, checksum
+            self.path,
+            self.entries,
+            stamp,
+            sums,
+            {},
+            self._metadata,
+            self._content,
+            checksum,
         )
 
     def __enter__(self) -> TensorFileWriter:
@@ -897,7 +914,8 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     placed: dict[str, Entry] = {}
     begin = 0
     for name, entry in sorted(
-        entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)
+        entries.items(),
+        key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK),
     ):
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes

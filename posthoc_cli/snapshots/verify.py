@@ -243,7 +243,11 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
         output = decode(file, "output", OutputInfo) if file.kind == "output" else None
         header = output or (None if file.kind is None else decode_snapshot(file))
         report = FileReport(
-            path, _words(header), INTACT if header else UNCHECKED, nbytes=file.nbytes, header=header
+            path,
+            _words(header),
+            INTACT if header else UNCHECKED,
+            nbytes=file.nbytes,
+            header=header,
         )
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
@@ -256,7 +260,10 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
             isinstance(cause, OSError) and cause.errno not in _BROKEN_FILE
         )
         return replace(
-            report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason, error=error
+            report,
+            state=DAMAGED if is_broken else UNREADABLE,
+            detail=error.reason,
+            error=error,
         )
 
 

@@ -101,7 +101,8 @@ class Sums:
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
                 (total.zero_() if index == 0 else total).add_(
-                    self._terms[index - first], alpha=scale
+                    self._terms[index - first],
+                    alpha=scale,
                 )
 
 
@@ -397,7 +398,11 @@ class _Threads:
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
                     local.maker = Maker(
-                        tile.plan, self._device, self._size, self._errors, self._readers
+                        tile.plan,
+                        self._device,
+                        self._size,
+                        self._errors,
+                        self._readers,
                     )
                 local.maker.make(tile, self._outputs, ready)
             except BaseException as error:
@@ -441,7 +446,10 @@ def check_device(device: torch.device | str) -> torch.device:
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     available += ["mps"] * torch.backends.mps.is_available()
     raise InvalidValueError(
-        "device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}"
+        "device",
+        reason,
+        f"choose from auto, {', '.join(available)}",
+        value=f"{str(device)!r}",
     )
 
 

@@ -457,7 +457,10 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     after = min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
     raise InvalidValueError(
-        "step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step
+        "step",
+        reason,
+        f"take one of them, or give t in {sources[0].t_unit}",
+        value=step,
     )
 
 
