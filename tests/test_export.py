@@ -191,16 +191,24 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     tensors = {"w": "average F32", "var": "copy F32"}
     aliases = {"tied": "w", "var too": "var"}
     source = write_snapshot(
-        tmp_path / "run", 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases=aliases
+        tmp_path / "run",
+        10,
+        0.05,
+        RUN_ID,
+        {"w": w, "var": var},
+        tensors=tensors,
+        aliases=aliases,
     )
     folder = split_snapshot(
-        Path(shutil.copytree(tmp_path / "run", tmp_path / "split")) / source.name, 2
+        Path(shutil.copytree(tmp_path / "run", tmp_path / "split")) / source.name,
+        2,
     )
     out = tmp_path / "out.safetensors"
     for path, name in ((source, source.name), (folder, folder.name)):
         export_file(path, out, overwrite=True)
         assert_same_tensors(
-            load_output(out), {"w": w.float(), "tied": w.float(), "var": var, "var too": var}
+            load_output(out),
+            {"w": w.float(), "tied": w.float(), "var": var, "var too": var},
         )
         info = read_output(out)
         assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
@@ -208,7 +216,8 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
         assert sorted(info.copies) == ["var", "var too"]
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_same_tensors(
-        load_output(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var}
+        load_output(tmp_path / "half.pt"),
+        {"w": w, "tied": w, "var": var, "var too": var},
     )
 
 
@@ -313,7 +322,8 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
     before = contents(tmp_path)
     for out in ("config", "folder", "link", "."):
         with pytest.raises(
-            OutputExistsError, match=r"config\.json|model\.safetensors|is a file or a link|working"
+            OutputExistsError,
+            match=r"config\.json|model\.safetensors|is a file or a link|working",
         ):
             export_file(source, Path(out), layout, overwrite=True)
     assert contents(tmp_path) == before
@@ -400,7 +410,8 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run)
             path.is_symlink() or path.name == ".git" for path in (tmp_path / name).rglob("*")
         )
         assert torch.equal(
-            load_file(tmp_path / name / "model.safetensors")["w"], run.average(0.2)["w"]
+            load_file(tmp_path / name / "model.safetensors")["w"],
+            run.average(0.2)["w"],
         )
 
 
@@ -408,7 +419,8 @@ def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path: Path, ru
     like = make_folder(tmp_path / "like")
     save_file({"w": torch.zeros(3, dtype=torch.bfloat16)}, like / "model.safetensors")
     with pytest.raises(
-        InexactError, match=r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %"
+        InexactError,
+        match=r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %",
     ):
         run.write(0.28, tmp_path / "new", max_error=1e-3, like=like)
 
@@ -425,7 +437,8 @@ def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: P
     for step in (1, 2):
         save_file(values, tmp_path / f"run/step{step}.safetensors")
     with pytest.raises(
-        NonFiniteError, match=r"tensor 'b': .*float8_e4m3fn cannot hold its largest value"
+        NonFiniteError,
+        match=r"tensor 'b': .*float8_e4m3fn cannot hold its largest value",
     ):
         Run(tmp_path / "run").write("last:1", tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
@@ -456,7 +469,8 @@ def test_no_link_out_of_the_folder_is_followed(
     (like / name).unlink(missing_ok=True)
     os.mkfifo(like / name) if target is None else (like / name).symlink_to(target)
     with pytest.raises(
-        InvalidValueError, match=f"like {like}: {name} is not a file of this folder, or leads out"
+        InvalidValueError,
+        match=f"like {like}: {name} is not a file of this folder, or leads out",
     ):
         run.write(0.2, tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
