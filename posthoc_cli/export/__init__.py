@@ -2,6 +2,6 @@
 export.
 
 `options` says what the user wants, and names the outputs. `writing` makes the tensors and writes
-them to `outputs`, one class a layout, or to a copy of a checkpoint (`copies`), whose tensors to
-replace `like` has found. `convert` exports a model. An output appears complete or not at all.
+them to `outputs`, one class a layout, or to a copy of a checkpoint (`like`). `convert` exports a
+model. An output appears complete or not at all.
 """

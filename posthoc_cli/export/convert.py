@@ -21,8 +21,7 @@ from posthoc_cli.errors import (
     check_alone,
     shown,
 )
-from posthoc_cli.export.copies import Replacement
-from posthoc_cli.export.like import Like, check_shape
+from posthoc_cli.export.like import Like, Replacement, check_shape
 from posthoc_cli.export.options import OutputOptions
 from posthoc_cli.export.writing import Writing
 from posthoc_cli.resources import ProgressBar, no_bar
@@ -127,7 +126,7 @@ def export_file(
     elif like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
         parts = [plan]
-    writing = Writing(parts, {out: _header(parts)}, options, copied)
+    writing = Writing(parts, {out: _header(plan)}, options, copied)
     with progress("exporting", sum(part.read_bytes for part in parts)) as advance:
         writing.write(advance)
     written = writing.entries
@@ -198,16 +197,14 @@ def _completing(own: Combination, base: Path, dtype: str | None) -> Combination:
     return replace(plan, subset=frozenset(subset))
 
 
-def _header(parts: Sequence[Combination]) -> dict[str, Any]:
-    """Return the content of the header: that of the model, with the names of all copies."""
-    info = _info_of(parts[0].newest)
+def _header(plan: Combination) -> dict[str, Any]:
+    """Return the content of the header: that of the model, with the names of its copies."""
+    info = _info_of(plan.newest)
     if info is None:
         return {"format": FORMAT}
     copies = list[str]()
-    for plan in parts:
-        if _info_of(plan.newest) is not None:
-            for name in plan.newest.copies:
-                copies += plan.names.get(name, ())
+    for name in plan.newest.copies:
+        copies += plan.names.get(name, ())
     return replace(info, copies=tuple(copies)).encoded()
 
 

@@ -35,8 +35,7 @@ from posthoc_cli.errors import (
     RankError,
     WriteError,
 )
-from posthoc_cli.export.copies import Copy, Replacement
-from posthoc_cli.export.like import Like
+from posthoc_cli.export.like import Copy, Like, Replacement
 from posthoc_cli.export.options import OutputOptions
 from posthoc_cli.export.outputs import (
     FOLDERS,
@@ -283,7 +282,7 @@ class Writing:
         for path in self.headers:
             if self.options.overwrite:
                 _check_no_snapshot(path)
-            if self.layout in FOLDERS or (self.copied is not None and self.copied.path.is_dir()):
+            if self.layout in FOLDERS or (self.copied is not None and self.copied.like.is_folder):
                 replaces = FOLDERS.get(self.layout) if self.options.overwrite else None
                 folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
         return folders

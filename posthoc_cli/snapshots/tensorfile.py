@@ -635,22 +635,20 @@ def _require_few(count: int) -> None:
 def _read_start(file: OpenedFile) -> bytes:
     """Return the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
-    hint = ""
-    length = int.from_bytes(prefix, "little")
     if len(prefix) < 8:
         reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
-    elif length <= MAX_HEADER_BYTES and 8 + length <= file.size:
+        raise FileFormatError(file.path, reason)
+    length = int.from_bytes(prefix, "little")
+    if length <= MAX_HEADER_BYTES and 8 + length <= file.size:
         text = file.read_at(length, 8)
-        if len(text) == length:
-            return prefix + text
-        reason = _SHORTER
-    elif prefix.startswith(_PICKLES):
+        if len(text) < length:
+            raise FileFormatError(file.path, _SHORTER)
+        return prefix + text
+    if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"
-        hint = "rename it with the suffix of its format"
-    else:
-        taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
-        reason = f"damaged, truncated or not safetensors: {taken}"
-    raise FileFormatError(file.path, reason, hint)
+        raise FileFormatError(file.path, reason, "rename it with the suffix of its format")
+    taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
+    raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 
 
 def _checksum(start: bytes) -> str:
@@ -661,42 +659,39 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     """Return the tensors in their order in the payload, which they must fill to the end of the file
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
-    entries: dict[str, Entry] = {}
-    for name, value in raw.items():
-        try:
-            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-            is_entry = (
-                len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
-            )
-        except (TypeError, KeyError, ValueError):
-            is_entry = False
-        problem = ""
-        # Sizes of 0 are ignored here, since no array library can represent the strides of such a
-        # shape.
-        if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
-            problem = "its header entry is malformed"
-        elif not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
-        else:
-            entries[name] = Entry(dtype, tuple(shape), start + begin)
-            if end - begin != entries[name].nbytes:
-                problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        if problem:
-            raise ValueError(f"tensor {shown(name)}: {problem}")
-    entries = dict(
-        sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0])),
-    )
+    found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
+    in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
     position = start
-    for name, entry in entries.items():
+    for name, entry in in_order:
         if entry.begin != position:
-            raise ValueError(
-                f"tensor {shown(name)}: begins at {entry.begin - start:,}, not at "
-                f"{position - start:,}"
-            )
+            places = f"{entry.begin - start:,}, not at {position - start:,}"
+            raise ValueError(f"tensor {shown(name)}: begins at {places}")
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
     _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
-    return entries
+    return dict(in_order)
+
+
+def _decode_entry(name: str, value: Any, start: int) -> Entry:
+    """Return a tensor's entry of a header; raise ValueError if it is malformed."""
+    try:
+        dtype = value["dtype"]
+        shape = value["shape"]
+        begin, end = value["data_offsets"]
+        is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+    except (TypeError, KeyError, ValueError):
+        is_entry = False
+    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+    if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
+        raise ValueError(f"tensor {shown(name)}: its header entry is malformed")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        accepted = ", ".join(ITEM_BYTES)
+        raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is none of {accepted}")
+    entry = Entry(dtype, tuple(shape), start + begin)
+    if end - begin != entry.nbytes:
+        made = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise ValueError(f"tensor {shown(name)}: {made}")
+    return entry
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
