@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.server.lock:
             self.server.asked.append(
-                f"{self.command} {self.path} {self.headers.get('range', '')}".strip()
+                f"{self.command} {self.path} {self.headers.get('range', '')}".strip(),
             )
             number = len(self.server.asked)
         if self.server.fault(number, self):
@@ -222,7 +222,9 @@ def serving_as_s3(folder: Path) -> Iterator[str]:
 def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
     thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        target=server.serve_forever,
+        kwargs={"poll_interval": 0.05},
+        daemon=True,
     )
     thread.start()
     try:
