@@ -129,9 +129,7 @@ def export_file(
     writing = Writing(parts, {out: _header(plan)}, options, copied)
     with progress("exporting", sum(part.read_bytes for part in parts)) as advance:
         writing.write(advance)
-    written = writing.entries
-    if copied is not None:
-        written = {name: replaced.entry for name, replaced in copied.tensors.items()}
+    written = writing.entries if copied is None else copied.entries
     return ExportReport(
         out,
         tensors=len(written),

@@ -212,13 +212,14 @@ class Like:
         stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
         replaced = self._replaced(plan, stored)
-        written = set[str]()
+        entries = dict[str, Entry]()
         for tensor in replaced.values():
-            written.update(chunk.name for chunk in tensor.chunks)
+            entries |= {chunk.name: tensor.entry for chunk in tensor.chunks}
         replacement = Replacement(
             self,
+            entries,
             tensors={plan.names[name][0]: tensor for name, tensor in replaced.items()},
-            kept=[name for name in self.chunks if name not in written],
+            kept=[name for name in self.chunks if name not in entries],
             shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
         )
         dtypes = {name: tensor.entry.dtype for name, tensor in replaced.items()}
@@ -429,6 +430,7 @@ class Replacement:
     """What an output that is a copy of a checkpoint has instead."""
 
     like: Like
+    entries: Mapping[str, Entry]  # those that are replaced, by their names in the checkpoint
     tensors: Mapping[str, Replaced]  # by their names in the output of a synthesis
     kept: Sequence[str]  # of the set that is replaced, those that the run does not have
     shared: Sequence[str]  # averages that have no place of their own: it is the weights', too

@@ -28,7 +28,7 @@ from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors
-from posthoc_cli.snapshots.tensorfile import BLOCK, Box, in_turn, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import BLOCK, in_turn, tensor_bytes, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Combination, Plan
 
 # --- sums
@@ -156,11 +156,6 @@ class Tile:
     @property
     def size(self) -> int:
         return self.bounds[-1]
-
-    @cached_property
-    def box(self) -> Box:
-        """What to make of the one tensor."""
-        return self.plan.box(self.names[0])
 
     @cached_property
     def spans(self) -> list[tuple[str, int, int]]:
@@ -616,7 +611,9 @@ class Maker:
         if buffer.sent:
             buffer.sent.synchronize()
         data, values = buffer.views(tile.size, source.entries[name].dtype)
-        read: Callable[[], None] = partial(source.read_box, name, tile.box, data, tile.begin)
+        read: Callable[[], None] = partial(
+            source.read_box, name, tile.plan.box(name), data, tile.begin
+        )
         if len(tile.names) > 1:
             read = partial(source.read_many, tile.names, data)
         if self._readers:
