@@ -61,6 +61,8 @@ from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 
+Calls = tuple[TrainingProgress, tuple[tuple[torch.Tensor, TrainingProgress], ...]]
+
 STILL = 10
 """Updates without any change of a weight: an optimizer moves most of them at each step."""
 
@@ -84,7 +86,8 @@ class Pipeline:
         self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
-        self._counted = tracking.progress
+        # the last call that was counted, and later ones, unless a GradScaler has skipped them
+        self._calls: Calls = (tracking.progress, ())
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
@@ -120,10 +123,27 @@ class Pipeline:
     @property
     def progress(self) -> TrainingProgress:
         """The progress of the training; one update behind if a call was interrupted after it queued
-        its update."""
-        counted = self._counted
+        its update. Waits for an accelerator that knows whether steps were skipped."""
+        counted, unread = self._calls
         done = self.tracking.progress
-        return counted if counted.step > done.step else done
+        if done.step > counted.step:
+            return done
+        if unread and unread[0][0].is_cuda:  # another thread's stream may have set them
+            torch.cuda.synchronize(unread[0][0].device)
+        for found_inf, latest in unread:
+            if not bool(found_inf):
+                counted = counted.after(latest.t if latest.own_clock else None, self._settings)
+        return counted
+
+    @property
+    def latest(self) -> TrainingProgress:
+        """The progress if no step was skipped that is not known yet; another object after each
+        call."""
+        counted, unread = self._calls
+        done = self.tracking.progress
+        if done.step > counted.step:
+            return done
+        return unread[-1][1] if unread else counted
 
     # --- which calls are admitted ---
 
@@ -172,7 +192,17 @@ class Pipeline:
         if self.tracking.resumes:
             self.set(replace(self.tracking, progress=progress, resumes=False))
         else:
-            self._counted = progress
+            self._calls = progress, ()
+
+    def defer(self, found_inf: torch.Tensor, t: float | None) -> bool:
+        """Count a call unless `found_inf` is 1, which is read later; return False if an update may
+        be due now."""
+        latest = self.latest.after(t, self._settings)
+        if self._settings.update_is_due(latest.step):
+            return False
+        counted, unread = self._calls
+        self._calls = counted, (*unread, (found_inf, latest))
+        return True
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
         """Take in a model's values, after `wait_for_turn`; raise the error of an update left out,
@@ -186,7 +216,9 @@ class Pipeline:
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
             if self._is_async and not all_on_cpu:
                 self._updates.call(self._use_cores)
-        copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
+        copies = {name: torch.empty_like(tensor) for name, tensor in tensors.copied.items()}
+        if copies:  # by one kernel: batch norms have many counters
+            torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
         values = self._values_of(tensors)
         refused: NonFiniteError | None = None
         pool = self._pool_for(values.layout)
@@ -224,7 +256,7 @@ class Pipeline:
             ]
             streams = self._streams.current(devices)
             refused = self._updates.call(update)
-        self._counted = progress
+        self._calls = progress, ()
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
         if refused is not None:
@@ -247,7 +279,7 @@ class Pipeline:
 
         def work() -> None:
             self.check_open()
-            self._counted = tracking.progress
+            self._calls = tracking.progress, ()
             self.tracking = tracking
 
         self._updates.call(work)
@@ -390,7 +422,7 @@ class Pipeline:
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update
         is queued."""
-        counted = self._counted
+        counted = self.progress
         now = self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
