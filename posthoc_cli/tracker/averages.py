@@ -250,17 +250,18 @@ class Averages:
         assert self.tensors is not None
         layout = self.tensors.layout
         places = {
-            name: (number, *place)
-            for number, b in enumerate(layout)
-            for name, place in b.places.items()
+            name: (number, place)
+            for number, bucket in enumerate(layout)
+            for name, place in bucket.places.items()
         }
         # for adjacent ranges: their bucket, and the bounds of each
         runs: list[tuple[int, list[int]]] = []
         for name, begin, end in ranges:
-            number, first, _ = places[name]
-            if not runs or runs[-1][0] != number or runs[-1][1][-1] != first + begin:
-                runs.append((number, [first + begin]))
-            runs[-1][1].append(first + end)
+            number, place = places[name]
+            first = place.begin + begin - begin % place.row
+            if not runs or runs[-1][0] != number or runs[-1][1][-1] != first:
+                runs.append((number, [first]))
+            runs[-1][1].append(place.begin + end + -end % place.row)
         values: list[torch.Tensor] = []
         items: list[tuple[Tile, torch.Tensor]] = []
         for number, bounds in runs:
@@ -271,7 +272,12 @@ class Averages:
             tiles = [Tile(0, number, begin, min(begin + bucket.tile, last)) for begin in starts]
             items += zip(tiles, torch.split(run, bucket.tile), strict=False)
         pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
-        return values
+        pieces = []
+        for (name, begin, end), rows in zip(ranges, values, strict=True):
+            place = places[name][1]
+            first = begin % place.row
+            pieces.append(place.row_major(rows)[first : first + end - begin])
+        return pieces
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -33,18 +33,25 @@ Values = npt.NDArray[Any]
 
 
 class Elements:
-    """A selection of a layout's elements, given by sorted indices into each bucket."""
+    """A selection of a layout's elements, given by positions in each bucket."""
 
-    def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:
+    def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
         self.layout = layout
-        self._counts = [len(selected) for selected in indices]
-        # numbers in the bucket, and indices in the tile
-        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []
+        self._counts = [len(selected) for selected in positions]
+        orders = [np.argsort(selected, kind="stable") for selected in positions]
+        # where in the tile, and where in the buffer
+        self._of_tiles: list[tuple[torch.Tensor, slice | torch.Tensor]] = []
         for tile in tiles_of(layout):
-            selected = indices[tile.bucket]
+            device = layout[tile.bucket].device
+            order = orders[tile.bucket]
+            selected = positions[tile.bucket][order]
             first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
             index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
-            self._of_tiles.append((first, last, index.to(layout[tile.bucket].device)))
+            target = order[first:last]
+            numbers: slice | torch.Tensor = slice(first, last)
+            if not np.array_equal(target, np.arange(first, last)):
+                numbers = torch.from_numpy(target).to(device)
+            self._of_tiles.append((index.to(device), numbers))
 
     def buffers(self) -> list[torch.Tensor]:
         """Return zeros for the values of the selected elements, one tensor a bucket."""
@@ -55,9 +62,12 @@ class Elements:
 
     def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
         """Copy the selected elements of a tile, which has these values, to the buffers."""
-        first, last, index = self._of_tiles[tile.number]
-        if first < last:
-            torch.index_select(values, 0, index, out=buffers[tile.bucket][first:last])
+        index, numbers = self._of_tiles[tile.number]
+        buffer = buffers[tile.bucket]
+        if isinstance(numbers, torch.Tensor):
+            buffer.index_copy_(0, numbers, values.index_select(0, index))
+        elif numbers.start < numbers.stop:
+            torch.index_select(values, 0, index, out=buffer[numbers])
 
 
 def joined(buffers: Sequence[torch.Tensor]) -> Values:
@@ -78,20 +88,22 @@ class Subset(Elements):
         wanted = frozenset(measured)
         spans = [
             [
-                (name, begin, end)
-                for name, (begin, end) in bucket.places.items()
-                if name in wanted and begin < end
+                (name, place)
+                for name, place in bucket.places.items()
+                if name in wanted and place.begin < place.end
             ]
             for bucket in layout
         ]
         # where there are elements
-        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}
+        self.sizes = {name: place.end - place.begin for bucket in spans for name, place in bucket}
         most = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS)
         share = MEASURED_ELEMENTS // max(1, len(self.sizes))
         drawn = [
             [
-                begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share)))
-                for name, begin, end in bucket
+                place.positions(
+                    _draw(name, self.sizes[name], min(most, self.sizes[name] // max(1, share)))
+                )
+                for name, place in bucket
             ]
             for bucket in spans
         ]
@@ -160,8 +172,10 @@ class Sketcher:
         """Begin the path of a model, or of the part of this number; the signs of parts are
         independent."""
         self.subset = subset
-        names = [(bucket.names, bucket.shapes, str(bucket.wide)) for bucket in subset.layout]
-        identity = repr((part, names, [*subset.sizes], subset.edges.tolist()))
+        dtypes = [(str(bucket.wide), len(bucket.places)) for bucket in subset.layout]
+        places = chain.from_iterable(bucket.places.values() for bucket in subset.layout)
+        shapes = [place.shape for place in places]
+        identity = repr((part, shapes, dtypes, [*subset.sizes], subset.edges.tolist()))
         self._projection = xxhash.xxh3_64_intdigest(identity.encode()) >> 1
         self._sketch: Sketch | None = None
         self._values = subset.buffers()

@@ -91,9 +91,9 @@ class LiveSource(Snapshot):
         cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any
     ) -> LiveSource:
         entries = {
-            name: Entry(stored_name(b.wide), shape)
-            for b in layout
-            for name, shape in b.named_shapes()
+            name: Entry(stored_name(bucket.wide), place.shape)
+            for bucket in layout
+            for name, place in bucket.places.items()
         }
         entries |= {
             name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()
@@ -341,8 +341,8 @@ class Snapshotter:
                 replaces = decode_snapshot(read_file(path)).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
             for number, bucket in enumerate(storage.stored):
-                for name in filter(lambda name: name not in others, bucket.names):
-                    parts = staged.memory.parts(number, *bucket.places[name])
+                for name in filter(lambda name: name not in others, bucket.places):
+                    parts = staged.memory.row_major(number, name)
                     writer.write_parts(name, map(tensor_bytes, parts))
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
@@ -417,21 +417,23 @@ class Storage:
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
-        self.shapes = {name: shape for bucket in layout for name, shape in bucket.named_shapes()}
-        self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
+        self.shapes = {
+            name: place.shape for bucket in layout for name, place in bucket.places.items()
+        }
+        self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.places}
         self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
         places = {
-            name: (index, begin)
-            for index, b in enumerate(layout)
-            for name, (begin, _) in b.places.items()
+            name: (number, place)
+            for number, bucket in enumerate(layout)
+            for name, place in bucket.places.items()
         }
-        sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
-        pairs = np.array(sampled, np.int64).reshape(-1, 2)
-        self._order = np.lexsort(pairs.T[::-1])
-        buckets, indices = pairs[self._order].T
-        self.sample = Elements(
-            layout, [indices[buckets == number] for number in range(len(layout))]
-        )
+        sampled = []
+        for name, index in tracked.sampled.values():
+            number, place = places[name]
+            sampled.append((number, *place.positions(np.array([index]))))
+        buckets, positions = np.array(sampled, np.int64).reshape(-1, 2).T
+        self._order = np.argsort(buckets, kind="stable")
+        self.sample = Elements(layout, [positions[buckets == n] for n in range(len(layout))])
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
