@@ -38,7 +38,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 
@@ -47,7 +46,7 @@ from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
-from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, tiles_of
+from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, places_of, tiles_of
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000
@@ -101,6 +100,7 @@ class AverageTensors:
     def __init__(self, layout: Layout, profiles: int) -> None:
         self.layout = layout
         wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
+        self.places = places_of(wide)
         self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
         for tensors in (*self.mean, *self.high):
             for (flat,) in tensors.slabs:
@@ -245,39 +245,27 @@ class Averages:
     def read(
         self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD
     ) -> list[torch.Tensor]:
-        """Return ranges of the average of that index, rounded once, on the host; adjacent ranges
-        share memory."""
+        """Return ranges of the average of that index, rounded once, on the host."""
         assert self.tensors is not None
-        layout = self.tensors.layout
-        places = {
-            name: (number, place)
-            for number, bucket in enumerate(layout)
-            for name, place in bucket.places.items()
-        }
-        # for adjacent ranges: their bucket, and the bounds of each
-        runs: list[tuple[int, list[int]]] = []
-        for name, begin, end in ranges:
-            number, place = places[name]
-            first = place.begin + begin - begin % place.row
-            if not runs or runs[-1][0] != number or runs[-1][1][-1] != first:
-                runs.append((number, [first]))
-            runs[-1][1].append(place.begin + end + -end % place.row)
-        values: list[torch.Tensor] = []
+        spans: list[torch.Tensor] = []  # of whole rows
         items: list[tuple[Tile, torch.Tensor]] = []
-        for number, bounds in runs:
-            bucket, (first, *_, last) = layout[number], bounds
-            run = torch.empty(last - first, dtype=bucket.wide)
-            values += torch.split(run, [end - begin for begin, end in pairwise(bounds)])
-            starts = range(first, last, bucket.tile)
-            tiles = [Tile(0, number, begin, min(begin + bucket.tile, last)) for begin in starts]
-            items += zip(tiles, torch.split(run, bucket.tile), strict=False)
+        for name, begin, end in ranges:
+            number, place = self.tensors.places[name]
+            bucket = self.tensors.layout[number]
+            first = begin - begin % place.row
+            flat = torch.empty(end + -end % place.row - first, dtype=bucket.wide)
+            start = place.begin + first
+            for piece in torch.split(flat, bucket.tile):
+                items.append((Tile(0, number, start, start + piece.numel()), piece))
+                start += piece.numel()
+            spans.append(flat)
         pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
-        pieces = []
-        for (name, begin, end), rows in zip(ranges, values, strict=True):
-            place = places[name][1]
+        read = []
+        for (name, begin, end), flat in zip(ranges, spans, strict=True):
+            place = self.tensors.places[name][1]
             first = begin % place.row
-            pieces.append(place.row_major(rows)[first : first + end - begin])
-        return pieces
+            read.append(place.row_major(flat)[first : first + end - begin])
+        return read
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:

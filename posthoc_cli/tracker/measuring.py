@@ -122,12 +122,12 @@ class Subset(Elements):
             squares = np.square(values if others is None else values - others, dtype=np.float64)
             return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
 
-    def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
-        """Return the measurements of an average that is stored with these values; None if its norm
-        is not finite."""
-        norm = float(self.sums(average).sum())
-        rounding = 0.0 if stored is None else float(self.sums(average, stored).sum())
-        return Measurements(norm, rounding) if math.isfinite(norm) else None
+
+def measured_as(squares: FloatArray, rounding: FloatArray | float = 0.0) -> Measurements | None:
+    """Return the measurements of an average with these squared norms and rounding errors of its
+    tensors; None if the norm is not finite."""
+    norm = float(squares.sum())
+    return Measurements(norm, float(np.sum(rounding))) if math.isfinite(norm) else None
 
 
 def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -125,6 +125,15 @@ def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
     return tuple(Bucket(*key, named, sizes[key]) for key, named in places.items())
 
 
+def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
+    """Return the bucket's index and the place of each tensor."""
+    places = {}
+    for number, bucket in enumerate(layout):
+        for name, place in bucket.places.items():
+            places[name] = number, place
+    return places
+
+
 def _order(tensor: torch.Tensor) -> tuple[int, ...]:
     """Return the dimensions from the outermost in memory, or in their order if elements are not
     end to end."""
