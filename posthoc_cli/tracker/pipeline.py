@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -205,8 +205,8 @@ class Pipeline:
         return True
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
-        """Take in a model's values, after `wait_for_turn`; raise the error of an update left out,
-        if it is known.
+        """Take in a model's values, after `wait_for_turn`; raise the error of values that are not
+        finite, if it is known.
 
         `tensors` must be the same object while the model is unchanged.
         """
@@ -220,47 +220,49 @@ class Pipeline:
         if copies:  # by one kernel: batch norms have many counters
             torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
         values = self._values_of(tensors)
-        refused: NonFiniteError | None = None
-        pool = self._pool_for(values.layout)
-
-        def update() -> NonFiniteError | None:  # while the training waits
-            with self._streams.in_streams_of_caller(streams):
-                refused = self._take_in(values, copies, progress)
-            self._submit_if_due(progress)
-            return refused
-
-        def update_by_copy() -> None:
-            self._streams.last_events = events
-            try:
-                refused = self._take_in(copy.arrived(), copies, progress)
-            finally:
-                self._copier.give_back(copy)
-            self._submit_if_due(progress)
-            if refused is not None:
-                raise refused
-
         if self._is_async:
             events = self._streams.record_events(
                 self._streams.current(c.device for c in copies.values())
             )
             # On an accelerator the training's own stream copies. On the CPU torch's threads would
             # wait for each other.
+            pool = self._pool_for(values.layout)
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)
             else:
                 copy = self._updates.call(lambda: self._copier.copy(values, pool))
-            self._updates.submit(update_by_copy)
+
+            def update_by_copy() -> None:
+                self._streams.last_events = events
+                try:
+                    self._take_in(copy.arrived(), copies, progress)
+                finally:
+                    self._copier.give_back(copy)
+
+            self._updates.submit(lambda: self._update(update_by_copy, progress))
         else:
             devices = [bucket.device for bucket in values.layout] + [
                 copy.device for copy in copies.values()
             ]
             streams = self._streams.current(devices)
-            refused = self._updates.call(update)
+
+            def update_in_place() -> None:  # while the training waits
+                with self._streams.in_streams_of_caller(streams):
+                    self._take_in(values, copies, progress)
+
+            self._updates.call(lambda: self._update(update_in_place, progress))
         self._calls = progress, ()
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
-        if refused is not None:
-            raise refused
+
+    def _update(self, take_in: Callable[[], None], progress: TrainingProgress) -> None:
+        """Take in values, and queue due snapshots, also if the values are refused."""
+        try:
+            take_in()
+        except NonFiniteError:
+            self._submit_if_due(progress)
+            raise
+        self._submit_if_due(progress)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -297,19 +299,20 @@ class Pipeline:
             if tensors is None or not averages.exist:
                 return []
             pool = self._pool_for(tensors.layout)
-            state = self._without_averages(current)
             with self._streams.in_own_streams():
-                measured = measured_now(self._storage_of(tensors.layout).subset, averages, pool)
+                subset = self._storage_of(tensors.layout).subset
+                measured = [(one, "") for one in measured_now(subset, averages, pool)]
+                copies = _on_cpu(averages.copies)
+                found = headers(self._settings, current, averages.path(pool), measured)
 
             def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
-            copies = state.averages.copies
             call = self._updates.call
             made = [
                 LiveSource.of(header, tensors.layout, copies, read=partial(read, index), call=call)
-                for index, header in enumerate(headers(self._settings, state, measured))
+                for index, header in enumerate(found)
             ]
             self._live.update((id(one), one) for one in made)
             return made
@@ -321,12 +324,16 @@ class Pipeline:
 
         def work() -> Tracking:
             current = self._current()
-            made = self._without_averages(current, exact=True)
-            tensors = current.averages.tensors
-            if tensors is not None and current.averages.exist:
-                with self._streams.in_own_streams():
-                    made.averages.tensors = tensors.copied(on_host(tensors.layout))
-            return made
+            averages = current.averages
+            tensors = averages.tensors
+            kept = None
+            with self._streams.in_own_streams():
+                if tensors is not None and averages.exist:
+                    kept = tensors.copied(on_host(tensors.layout))
+                copies = _on_cpu(averages.copies)
+                path = averages.path(exact=True)
+            exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
+            return replace(current, averages=exact)
 
         return self._updates.call(work)
 
@@ -339,7 +346,8 @@ class Pipeline:
             current = self._current()
             snapshotter = self.snapshotter
             if snapshotter is not None and snapshotter.is_behind(current):
-                self._submit_snapshots(current, is_due=False)
+                step = current.averages.standing.step
+                self._submit_snapshots(current, not self._settings.snapshot_is_due(step))
 
         self._updates.submit(work)
 
@@ -404,21 +412,6 @@ class Pipeline:
         if self.snapshotter is not None:
             self.snapshotter.close()
 
-    def _without_averages(self, current: Tracking, exact: bool = False) -> Tracking:
-        """Return the state without averages, with copies on the host; unless `exact`, with the path
-        as stored."""
-        averages = current.averages
-        with self._streams.in_own_streams():
-            pool = (
-                SINGLE_THREAD
-                if averages.tensors is None
-                else self._pool_for(averages.tensors.layout)
-            )
-            path = averages.path(pool, exact=exact)
-            copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        state = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
-        return replace(current, averages=state)
-
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update
         is queued."""
@@ -457,8 +450,9 @@ class Pipeline:
     @torch.no_grad()
     def _take_in(
         self, values: Reader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
-    ) -> NonFiniteError | None:
-        """Update averages and counters; return the error of an update left out."""
+    ) -> None:
+        """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
+        finite."""
         self.check_open()
         now = self.tracking
         averages = self.tracking.averages
@@ -483,9 +477,10 @@ class Pipeline:
         sample = storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is None and not self._moves:
+        if name is not None:
+            raise nonfinite_error(name, now.tracked.tensors, progress.step)
+        if not self._moves:
             self._note_standstill(averages)
-        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _note_standstill(self, averages: Averages) -> None:
         """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
@@ -516,19 +511,27 @@ class Pipeline:
         if self._settings.snapshot_is_due(progress.step):
             self._submit_snapshots(self.tracking)
 
-    def _submit_snapshots(self, current: Tracking, is_due: bool = True) -> None:
+    def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
         """Stage the averages, and queue their snapshots."""
-        tensors = current.averages.tensors
+        averages = current.averages
+        tensors = averages.tensors
         snapshotter = self.snapshotter
-        if tensors is None or snapshotter is None or not current.averages.exist:
+        if tensors is None or snapshotter is None or not averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
         storage = self._storage_of(tensors.layout)
-        state = self._without_averages(current)
-        storage.allocate(len(current.averages.sigma_rels))
+        storage.allocate(len(averages.sigma_rels))
+        pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():
-            staged = stage(storage, current.averages, self._pool_for(tensors.layout))
-        self._writes.submit(lambda: snapshotter.record(state, staged, is_due))
+            staged = stage(storage, averages, pool)
+            measured = [(one.measurements, one.sample) for one in staged]
+            copies = _on_cpu(averages.copies)
+            found = headers(self._settings, current, averages.path(pool), measured, off_schedule)
+        self._writes.submit(lambda: snapshotter.record(found, staged, copies))
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
 
 _writers: set[Pipeline] = set()  # each of its directory

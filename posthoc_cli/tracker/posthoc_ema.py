@@ -625,7 +625,7 @@ class PostHocEMA:
             self.flush()
             loaded, weights = unpack_state(state, self.settings, now.tracked)
             if not self.keeps_averages:
-                loaded = replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
+                loaded = replace(loaded, averages=Averages(self.settings.sigma_rels))
             return loaded, weights
 
         with self._pipeline.lock("load_state_dict"):

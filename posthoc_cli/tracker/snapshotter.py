@@ -41,7 +41,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
+from posthoc_cli.snapshots.path import PathSketch, decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import (
@@ -149,16 +149,18 @@ class LiveSource(Snapshot):
 def headers(
     settings: Settings,
     state: Tracking,
-    measurements: Sequence[Measurements | None],
+    path: PathSketch | None,
+    measured: Sequence[tuple[Measurements | None, str]],
     off_schedule: bool = False,
 ) -> list[Snapshot]:
-    """Return the headers of snapshots of a state's averages, one a profile."""
+    """Return the headers of snapshots of a state's averages, one a profile, from the measurements
+    and the sample of each."""
     averages = state.averages
-    standing = state.averages.standing
+    standing = averages.standing
     tracked = state.tracked
     members = tracked.members
     chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
-    sketch = encode_path(averages.known_path)
+    sketch = encode_path(path)
     return [
         Snapshot(
             run_id=state.run_id,
@@ -177,15 +179,16 @@ def headers(
             selection=settings.selection,
             updates=standing.updates,
             off_schedule=off_schedule,
-            measurements=measured,
+            measurements=measurements,
+            sample=sample,
             sketch=sketch,
             chunks=chunks,
             part=members.part,
             mesh=members.mesh,
             session=members.session,
         )
-        for sigma_rel, gamma, measured in zip(
-            averages.sigma_rels, averages.gammas, measurements, strict=True
+        for sigma_rel, gamma, (measurements, sample) in zip(
+            averages.sigma_rels, averages.gammas, measured, strict=True
         )
     ]
 
@@ -280,29 +283,27 @@ class Snapshotter:
         t = tracking.averages.standing.t
         return t > 0 and not all(self._has(t, one) for one in self._settings.sigma_rels)
 
-    def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
+    def record(
+        self,
+        infos: Sequence[Snapshot],
+        staged: Sequence[StagedAverage],
+        copies: Mapping[str, torch.Tensor],
+    ) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        standing = state.averages.standing
-        copies = state.averages.copies
-        off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
-        infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
-        is_new = [
-            not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule) for info in infos
-        ]
         due = [
-            (replace(i, sample=one.sample), one)
-            for i, one, new in zip(infos, staged, is_new, strict=True)
-            if new
+            (info, one)
+            for info, one in zip(infos, staged, strict=True)
+            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule)
         ]
         if not due:
             return
         try:
             if files.is_absent(self.directory):
-                reason = f"was deleted: the averages of step {standing.step} are lost"
+                reason = f"was deleted: the averages of step {infos[0].step} are lost"
                 raise WriteError(self.directory, reason, errno=errno.ENOENT)
             for bad in filter(None, (one.nonfinite for one in staged)):
                 raise NonFiniteError(

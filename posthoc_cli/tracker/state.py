@@ -129,7 +129,7 @@ def unpack_state(
     info = _checked_info(state, settings)
     standing = info.standing
     wanted = settings.sigma_rels
-    averages = Averages.none_yet(wanted)
+    averages = Averages(wanted)
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
         kept = AverageTensors(host_layout(tracked), len(wanted))
