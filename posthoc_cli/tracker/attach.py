@@ -181,8 +181,9 @@ class LastCount:
 
     def __init__(self) -> None:
         self.run_id = ""
-        self.progress = TrainingProgress()
-        self._has_moved = False
+        self.progress = TrainingProgress()  # another object after each call
+        # at which an optimizer has stepped that has a parameter of the model
+        self._moved_at: TrainingProgress | None = None
         self._found_inf: torch.Tensor | None = None  # 0 if one of these steps was not skipped
         self._parameters: frozenset[int] = frozenset()  # their ids
         # whether each optimizer, of so many groups, has one of them
@@ -192,41 +193,33 @@ class LastCount:
 
     @property
     def has_moved(self) -> bool:
-        """Whether an optimizer has stepped since that has a parameter of the model."""
-        return self._has_moved or (self._found_inf is not None and not bool(self._found_inf))
+        """Whether an optimizer has stepped since."""
+        was_skipped = self._found_inf is not None and bool(self._found_inf)
+        return self._moved_at is self.progress and not was_skipped
 
     def watch(self, model: torch.nn.Module) -> None:
         """Look at the steps that are taken of a model's parameters from now on."""
-        self._has_moved = False
-        self._found_inf = None
+        self._moved_at = None
         self._parameters = frozenset(map(id, model.parameters()))
         self._optimizers.clear()
         _watching.add(self)
 
-    def note(self, model: torch.nn.Module, run_id: str, progress: TrainingProgress) -> None:
-        """Note a call that was counted."""
-        if self not in _watching:
-            self.watch(model)
-        self.run_id = run_id
-        self.progress = progress
-        self._has_moved = False
-        self._found_inf = None
-
     def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note that an optimizer is about to step."""
+        has_moved = self._moved_at is self.progress
+        if has_moved and self._found_inf is None:
+            return
         groups, is_own = self._optimizers.get(optimizer, (0, False))
         if groups != len(optimizer.param_groups):
             is_own = self._has_parameter(optimizer)
             self._optimizers[optimizer] = len(optimizer.param_groups), is_own
-        if self._has_moved or not is_own or not changes_weights(optimizer):
+        if not is_own or not changes_weights(optimizer):
             return
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None:
-            self._has_moved = True
-        elif self._found_inf is None:
-            self._found_inf = found_inf
-        else:
-            self._found_inf = torch.minimum(self._found_inf, found_inf)
+        if has_moved and self._found_inf is not None and found_inf is not None:
+            found_inf = torch.minimum(self._found_inf, found_inf)
+        self._found_inf = found_inf
+        self._moved_at = self.progress
 
     def _has_parameter(self, optimizer: torch.optim.Optimizer) -> bool:
         for group in optimizer.param_groups:

@@ -45,8 +45,16 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value
 from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
-from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, places_of, tiles_of
+from posthoc_cli.tracker.measuring import Sketcher, closed
+from posthoc_cli.tracker.memory import (
+    Elements,
+    FlatTensors,
+    Layout,
+    Reader,
+    Tile,
+    places_of,
+    tiles_of,
+)
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000

@@ -25,49 +25,11 @@ import xxhash
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.path import PathSketch
-from posthoc_cli.tracker.memory import Layout, Tile, tiles_of
+from posthoc_cli.tracker.memory import Elements, Layout, Tile
 
 MEASURED_ELEMENTS = 2**19  # of a large model, about
 
 Values = npt.NDArray[Any]
-
-
-class Elements:
-    """A selection of a layout's elements, given by positions in each bucket."""
-
-    def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
-        self.layout = layout
-        self._counts = [len(selected) for selected in positions]
-        orders = [np.argsort(selected, kind="stable") for selected in positions]
-        # where in the tile, and where in the buffer
-        self._of_tiles: list[tuple[torch.Tensor, slice | torch.Tensor]] = []
-        for tile in tiles_of(layout):
-            device = layout[tile.bucket].device
-            order = orders[tile.bucket]
-            selected = positions[tile.bucket][order]
-            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
-            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
-            target = order[first:last]
-            numbers: slice | torch.Tensor = slice(first, last)
-            if not np.array_equal(target, np.arange(first, last)):
-                numbers = torch.from_numpy(target).to(device)
-            self._of_tiles.append((index.to(device), numbers))
-
-    def buffers(self) -> list[torch.Tensor]:
-        """Return zeros for the values of the selected elements, one tensor a bucket."""
-        pairs = zip(self._counts, self.layout, strict=True)
-        return [
-            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
-        ]
-
-    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
-        """Copy the selected elements of a tile, which has these values, to the buffers."""
-        index, numbers = self._of_tiles[tile.number]
-        buffer = buffers[tile.bucket]
-        if isinstance(numbers, torch.Tensor):
-            buffer.index_copy_(0, numbers, values.index_select(0, index))
-        elif numbers.start < numbers.stop:
-            torch.index_select(values, 0, index, out=buffer[numbers])
 
 
 def joined(buffers: Sequence[torch.Tensor]) -> Values:

@@ -341,3 +341,41 @@ class Reader:
 
     def _scratch_of(self, tile: Tile, thread: int) -> torch.Tensor:
         return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
+
+
+class Elements:
+    """A selection of a layout's elements, given by positions in each bucket."""
+
+    def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
+        self.layout = layout
+        self._counts = [len(selected) for selected in positions]
+        orders = [np.argsort(selected, kind="stable") for selected in positions]
+        # where in the tile, and where in the buffer
+        self._of_tiles: list[tuple[torch.Tensor, slice | torch.Tensor]] = []
+        for tile in tiles_of(layout):
+            device = layout[tile.bucket].device
+            order = orders[tile.bucket]
+            selected = positions[tile.bucket][order]
+            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
+            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
+            target = order[first:last]
+            numbers: slice | torch.Tensor = slice(first, last)
+            if not np.array_equal(target, np.arange(first, last)):
+                numbers = torch.from_numpy(target).to(device)
+            self._of_tiles.append((index.to(device), numbers))
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return zeros for the values of the selected elements, one tensor a bucket."""
+        pairs = zip(self._counts, self.layout, strict=True)
+        return [
+            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
+        ]
+
+    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+        """Copy the selected elements of a tile, which has these values, to the buffers."""
+        index, numbers = self._of_tiles[tile.number]
+        buffer = buffers[tile.bucket]
+        if isinstance(numbers, torch.Tensor):
+            buffer.index_copy_(0, numbers, values.index_select(0, index))
+        elif numbers.start < numbers.stop:
+            torch.index_select(values, 0, index, out=buffer[numbers])

@@ -16,11 +16,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -45,7 +46,7 @@ from posthoc_cli.tracker.background import (
     end_threads,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.host_copy import DeviceStreams, ModelCopier
+from posthoc_cli.tracker.host_copy import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
@@ -532,6 +533,65 @@ class Pipeline:
 
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu") for name, tensor in tensors.items()}
+
+
+# --- streams of accelerators
+
+
+Streams = dict[torch.device, Any]
+# a CUDA event a device: it ends when the work queued before it has
+DeviceEvents = tuple[tuple[torch.device, Any], ...]
+
+
+class DeviceStreams:
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
+    last update's end."""
+
+    def __init__(self) -> None:
+        self.last_events: DeviceEvents = ()
+        self._own: Streams = {}
+
+    @staticmethod
+    def current(devices: Iterable[torch.device]) -> Streams:
+        return {
+            device: torch.cuda.current_stream(device)
+            for device in {*devices}
+            if device.type == "cuda"
+        }
+
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
+
+    @contextmanager
+    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits for the block; set `last_events` at
+        its end."""
+        with ExitStack() as stack:
+            for stream in streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            try:
+                yield
+            finally:  # an update that has failed may have queued work
+                self.last_events = self.record_events(streams)
+
+    @contextmanager
+    def in_own_streams(self) -> Iterator[None]:
+        """Work in separate streams, after the last update, and wait for that work at the end of the
+        block."""
+        cuda: Any = torch.cuda
+        with ExitStack() as stack:
+            for device, event in self.last_events:
+                if device not in self._own:
+                    self._own[device] = cuda.Stream(device)
+                self._own[device].wait_event(event)
+                stack.enter_context(cuda.stream(self._own[device]))
+                # also after an error: the next update may change what is still being read
+                stack.callback(self._own[device].synchronize)
+            yield
+
+
+# --- the end
 
 
 _writers: set[Pipeline] = set()  # each of its directory

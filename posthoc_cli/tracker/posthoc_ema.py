@@ -38,6 +38,7 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NotReadyError,
     PostHocError,
+    kept_messages,
     log_kept_messages,
     shown,
     warn,
@@ -356,7 +357,10 @@ class PostHocEMA:
                     self._advance(model, t, found_inf)
                 finally:
                     if self._pipeline.latest is not before:
-                        self._note_count(unwrapped(model))
+                        self._last.run_id = self.run_id
+                        self._last.progress = self._pipeline.latest
+                        of_model = last_counts.setdefault(unwrapped(model), {})
+                        of_model[self.checkpoint_dir] = self._last
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
         self._raise_pending()
@@ -693,16 +697,13 @@ class PostHocEMA:
 
     # --- one call of `update_`
 
-    def _note_count(self, model: torch.nn.Module) -> None:
-        self._last.note(model, self.run_id, self._pipeline.latest)
-        last_counts.setdefault(model, {})[self.checkpoint_dir] = self._last
-
     def _begin(self, model: torch.nn.Module) -> None:
         """Become the directory's writer at the first call."""
         self._note_error()
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
+            self._last.watch(unwrapped(model))
             self._members.check_model()
             now = self._pipeline.tracking
             read = (
@@ -805,7 +806,8 @@ class PostHocEMA:
         self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
-        log_kept_messages()
+        if kept_messages:
+            log_kept_messages()
         failure = self._pending
         self._pending = None
         if failure is not None:

@@ -55,8 +55,9 @@ from posthoc_cli.snapshots.tensorfile import (
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Settings
-from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined, measured_as
+from posthoc_cli.tracker.measuring import Subset, Values, joined, measured_as
 from posthoc_cli.tracker.memory import (
+    Elements,
     FlatTensors,
     Layout,
     Tile,
