@@ -70,25 +70,13 @@ class Attachment:
             raise
 
 
-# the last ones
-_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+"""The last ones of each directory."""
 
 
-def attach(
-    update: Update,
-    directory: Path,
-    unit: str,
-    optimizer: Any,
-    has_model: bool,
-    t: Callable[[], float] | None,
-    before: Attachment | None,
-) -> Attachment:
-    """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside
-    accelerate's.
-
-    This replaces `before` and an earlier tracker of the directory, as of a notebook's cell that has
-    run again.
-    """
+def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps, such as the one inside accelerate's, whose hooks
+    see every step exactly once; else raise an InvalidValueError."""
     # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
@@ -96,26 +84,8 @@ def attach(
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
         raise InvalidValueError("attach", reason, hint)
-    if not has_model:
-        reason = "this tracker was made without a model"
-        raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
-    if not callable(t) and (t is not None or unit != "steps"):
-        reason = f"t {t!r}: must be a function that returns the training time in {unit}"
-        raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
-    attached = None if before is None else before.optimizer
-    if attached not in (None, optimizer):
-        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
-        hint = (
-            "of several that train one model, attach to the one that steps last in an "
-            "iteration, or detach() first"
-        )
-        raise InvalidValueError("attach", reason, hint)
-    attachments = _attachments.setdefault(optimizer, {})
-    for earlier in (before, attachments.get(directory)):
-        if earlier is not None:
-            earlier.remove()
-    attachments[directory] = Attachment(optimizer, update, t)
-    return attachments[directory]
+    checked: torch.optim.Optimizer = optimizer
+    return checked
 
 
 def _refusal(optimizer: Any) -> str:

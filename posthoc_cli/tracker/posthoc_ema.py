@@ -51,7 +51,13 @@ from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
-from posthoc_cli.tracker.attach import Attachment, LastCount, attach, last_counts
+from posthoc_cli.tracker.attach import (
+    Attachment,
+    LastCount,
+    attachments,
+    last_counts,
+    stepping_optimizer,
+)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
@@ -379,14 +385,34 @@ class PostHocEMA:
         """
         self._pipeline.check_open()
 
+        stepping = stepping_optimizer(optimizer)
+        if self._model is None:
+            reason = "this tracker was made without a model"
+            raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
+        unit = self.settings.t_unit
+        if not callable(t) and (t is not None or unit != "steps"):
+            reason = f"t {t!r}: must be a function that returns the training time in {unit}"
+            raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
+        before = self._attached
+        if before is not None and before.optimizer is not stepping:
+            kind = type(before.optimizer).__name__
+            reason = f"this tracker is attached to another optimizer ({kind})"
+            hint = (
+                "of several that train one model, attach to the one that steps last in an "
+                "iteration, or detach() first"
+            )
+            raise InvalidValueError("attach", reason, hint)
+
         def update(time: float | None, found_inf: torch.Tensor | None) -> None:
             self._count(self._present_model("attach"), time, found_inf)
 
-        unit = self.settings.t_unit
-        has_model = self._model is not None
-        attachment = attach(
-            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attached
-        )
+        # that of an earlier tracker of the directory, as of a notebook's cell that has run again
+        of_directory = attachments.setdefault(stepping, {})
+        for earlier in (before, of_directory.get(self.checkpoint_dir)):
+            if earlier is not None:
+                earlier.remove()
+        attachment = Attachment(stepping, update, t)
+        of_directory[self.checkpoint_dir] = attachment
         self._attachment = weakref.ref(attachment)
         return attachment
 
@@ -1174,22 +1200,17 @@ class _RestoredHook:
     standard library takes its place that does nothing: they need no release of this package."""
 
     def __call__(self, model: torch.nn.Module, _: object) -> None:
-        _note_restored(model)
+        """Handle the end of the model's `load_state_dict`."""
+        for tracker in [*_trackers.get(model, ())]:
+            resumes = tracker._pipeline.tracking.resumes
+            start = tracker._start
+            start.counted = None
+            tracker._last.watch(model)
+            if (resumes or start.recorded.size) and not tracker.closed:
+                start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
+                # else other processes would have to take part
+                if resumes and not tracker._members.is_chunked:
+                    tracker._choose_start(model, is_first_call=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
-
-
-def _note_restored(model: torch.nn.Module, _: object = None) -> None:
-    """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
-    function."""
-    for tracker in [*_trackers.get(model, ())]:
-        resumes = tracker._pipeline.tracking.resumes
-        start = tracker._start
-        start.counted = None
-        tracker._last.watch(model)
-        if (resumes or start.recorded.size) and not tracker.closed:
-            start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
-            # else other processes would have to take part
-            if resumes and not tracker._members.is_chunked:
-                tracker._choose_start(model, is_first_call=False)
