@@ -316,15 +316,6 @@ def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_pa
         optimizer.step()
 
 
-def test_after_a_cell_was_run_again_the_steps_go_to_the_later_tracker(tmp_path: Path) -> None:
-    model, optimizer = sgd()
-    first = attached(model, tmp_path / "one", optimizer)
-    with attached(torch.nn.DataParallel(model), tmp_path / "one", optimizer) as second:
-        step(model, optimizer, 2)
-    assert (first.step, second.step) == (0, 2)
-    assert {snapshot.run_id for snapshot in Run(tmp_path / "one").snapshots} == {second.run_id}
-
-
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None:
     """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 

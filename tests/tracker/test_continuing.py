@@ -713,20 +713,6 @@ def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_oth
     assert repr(tracker) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
 
 
-def test_a_cell_that_is_run_again_releases_its_first_tracker(tmp_path: Path) -> None:
-    """Nothing refers to that tracker any more, though its threads may still write."""
-    training = Training()
-    ema = begin(training.model, tmp_path)
-    training.run(20, ema)  # which has a snapshot
-    ema = resume(training.model, tmp_path)
-    training.run(27, ema)
-    assert ema.step == 27
-    training = Training()
-    ema = resume(training.model, tmp_path)
-    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
-        ema.update_(training.model)
-
-
 WRITER = """
 import sys, torch
 from posthoc_cli import PostHocEMA
