@@ -199,7 +199,7 @@ class Pipeline:
         """Count a call unless `found_inf` is 1, which is read later; return False if an update may
         be due now."""
         latest = self.latest.after(t, self._settings)
-        if self._settings.update_is_due(latest.step):
+        if self.tracking.resumes or self._settings.update_is_due(latest.step):
             return False
         counted, unread = self._calls
         self._calls = counted, (*unread, (found_inf, latest))

@@ -110,10 +110,9 @@ def test_whether_a_fused_step_was_skipped_is_read_when_an_update_may_be_due(tmp_
             skipped = torch.tensor(float(number in (3, 11)))
             vars(optimizer).update(found_inf=skipped.as_subclass(Flag), grad_scale=None)
             optimizer.step()
-            values.append(model.weight.detach().double().numpy())
+            values.append(model.weight.detach().double())
         assert {*reads} == {5, 6, 11, 12}
-        assert (tracker.step, tracker.t) == (10, 112)
-        exact = exact_average([values[5].copy(), values[11].copy()], 0.1, [106, 112])
+        exact = exact_average([values[5], values[11]], 0.1, [106, 112])
         assert np.allclose(tracker.state_dict(0.1)["weight"].numpy(), exact, rtol=1e-6)
     assert [(one.step, one.t) for one in Run(tmp_path).snapshots] == [(5, 106), (10, 112)]
 
