@@ -236,13 +236,13 @@ class Log:
 
     def _log(self, level: int, text: str, *arguments: object) -> None:
         if hasattr(_thread, "keeps_messages"):
-            _kept.append((self._logger, level, text, arguments))
+            kept_messages.append((self._logger, level, text, arguments))
         else:
             self._logger.log(level, text, *arguments, stacklevel=3)
 
 
 _thread = threading.local()
-_kept: deque[tuple[logging.Logger, int, str, tuple[object, ...]]] = deque()
+kept_messages: deque[tuple[logging.Logger, int, str, tuple[object, ...]]] = deque()
 """Messages of threads that keep them, in their order."""
 
 
@@ -255,7 +255,7 @@ def log_kept_messages() -> None:
     """Log the messages that other threads have kept."""
     with suppress(IndexError):
         while True:
-            logger, level, text, arguments = _kept.popleft()
+            logger, level, text, arguments = kept_messages.popleft()
             logger.log(level, text, *arguments)
 
 

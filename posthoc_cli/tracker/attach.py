@@ -1,4 +1,9 @@
-"""Calling `update_` after every step of an optimizer, by a step post-hook."""
+"""The steps that optimizers take: those after which an attached tracker updates, and whether one
+was not counted.
+
+A GradScaler calls a fused optimizer also where it finds infinities, with the attribute `found_inf`,
+1 for a step that changes nothing. Reading it waits for the accelerator: it is passed on, and read
+when an update may be due, or when somebody asks."""
 
 from __future__ import annotations
 
@@ -8,11 +13,17 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch._compile import _disable_dynamo as not_compiled
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.tracker.clock import TrainingProgress
+
+Update = Callable[[float | None, torch.Tensor | None], None]
+"""Counts a step at a time, unless a tensor says that it was skipped."""
 
 
 class Attachment:
@@ -20,20 +31,17 @@ class Attachment:
 
     A step counts when it has changed the parameters: not one that a GradScaler skips, nor one that
     only makes the optimizer's state for a checkpoint; and once, however often it calls its closure.
-    `optimizer.step()` raises an error of the update after it has changed the parameters. `steps` is
-    the number of steps that were counted.
+    `optimizer.step()` raises an error of the update after it has changed the parameters.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        update: Callable[[float | None], None],
+        update: Update,
         t: Callable[[], float] | None,
     ) -> None:
-        self.steps = 0
-        self.is_updating = False  # within such a step
         self._optimizer = weakref.ref(optimizer)
-        self._update: Callable[[float | None], None] | None = update  # while attached
+        self._update: Update | None = update  # while attached
         self._t = t
         # A compiled step must not trace file operations and counters.
         hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
@@ -52,38 +60,23 @@ class Attachment:
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         try:
             if self._update is not None and changes_weights(optimizer):
-                self.is_updating = True
-                self.steps += 1
-                self._update(None if self._t is None else self._t())
+                time = None if self._t is None else self._t()
+                self._update(time, getattr(optimizer, "found_inf", None))
         except BaseException:
             # If a step raises, a GradScaler leaves these attributes set, and would multiply the
             # next scale by them.
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
             raise
-        finally:
-            self.is_updating = False
 
 
-# the last ones
-_attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+"""The last ones of each directory."""
 
 
-def attach(
-    update: Callable[[float | None], None],
-    directory: Path,
-    unit: str,
-    optimizer: Any,
-    has_model: bool,
-    t: Callable[[], float] | None,
-    before: Attachment | None,
-) -> Attachment:
-    """Attach a directory's tracker to the optimizer that takes the steps, such as the one inside
-    accelerate's.
-
-    This replaces `before` and an earlier tracker of the directory, as of a notebook's cell that has
-    run again.
-    """
+def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that takes the steps, such as the one inside accelerate's, whose hooks
+    see every step exactly once; else raise an InvalidValueError."""
     # A program that has not imported accelerate holds none of its optimizers.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
@@ -91,26 +84,8 @@ def attach(
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
         raise InvalidValueError("attach", reason, hint)
-    if not has_model:
-        reason = "this tracker was made without a model"
-        raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
-    if not callable(t) and (t is not None or unit != "steps"):
-        reason = f"t {t!r}: must be a function that returns the training time in {unit}"
-        raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
-    attached = None if before is None else before.optimizer
-    if attached not in (None, optimizer):
-        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
-        hint = (
-            "of several that train one model, attach to the one that steps last in an "
-            "iteration, or detach() first"
-        )
-        raise InvalidValueError("attach", reason, hint)
-    attachments = _attachments.setdefault(optimizer, {})
-    for earlier in (before, attachments.get(directory)):
-        if earlier is not None:
-            earlier.remove()
-    attachments[directory] = Attachment(optimizer, update, t)
-    return attachments[directory]
+    checked: torch.optim.Optimizer = optimizer
+    return checked
 
 
 def _refusal(optimizer: Any) -> str:
@@ -141,14 +116,12 @@ def _refusal(optimizer: Any) -> str:
 
 
 def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step that ends or begins now counts: see `Attachment`.
+    """Return whether the step that ends or begins now counts, unless a GradScaler skips it: see
+    `Attachment`.
 
-    A GradScaler that finds infinities calls fused optimizers with the attribute `found_inf`. An
-    optimizer's state is made by a step with rates and gradients of 0; the first step of a warm-up
-    may have a rate of 0, too. Some optimizers have no rates.
+    An optimizer's state is made by a step with rates and gradients of 0; the first step of a
+    warm-up may have a rate of 0, too. Some optimizers have no rates.
     """
-    if getattr(optimizer, "found_inf", None):
-        return False
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     # torch's 0 is on the CPU. Reading a rate on an accelerator would synchronise with it at every
     # step.
@@ -164,3 +137,78 @@ def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
     if not kept:  # an optimizer may free them in its step
         return not rates
     return any(grad.layout != torch.strided or bool(grad.any()) for grad in kept)
+
+
+# --- steps that nobody counts
+
+
+class LastCount:
+    """The last counted call of a run.
+
+    It is kept as long as the model: a tracker that takes an earlier one's place in the same
+    process, as where a notebook's cell runs again, continues from that step.
+    """
+
+    def __init__(self) -> None:
+        self.run_id = ""
+        self.progress = TrainingProgress()  # another object after each call
+        # at which an optimizer has stepped that has a parameter of the model
+        self._moved_at: TrainingProgress | None = None
+        self._found_inf: torch.Tensor | None = None  # 0 if one of these steps was not skipped
+        self._parameters: frozenset[int] = frozenset()  # their ids
+        # whether each optimizer, of so many groups, has one of them
+        self._optimizers: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = (
+            WeakKeyDictionary()
+        )
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether an optimizer has stepped since."""
+        was_skipped = self._found_inf is not None and bool(self._found_inf)
+        return self._moved_at is self.progress and not was_skipped
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Look at the steps that are taken of a model's parameters from now on."""
+        self._moved_at = None
+        self._parameters = frozenset(map(id, model.parameters()))
+        self._optimizers.clear()
+        _watching.add(self)
+
+    def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that an optimizer is about to step."""
+        has_moved = self._moved_at is self.progress
+        if has_moved and self._found_inf is None:
+            return
+        groups, is_own = self._optimizers.get(optimizer, (0, False))
+        if groups != len(optimizer.param_groups):
+            is_own = self._has_parameter(optimizer)
+            self._optimizers[optimizer] = len(optimizer.param_groups), is_own
+        if not is_own or not changes_weights(optimizer):
+            return
+        found_inf = getattr(optimizer, "found_inf", None)
+        if has_moved and self._found_inf is not None and found_inf is not None:
+            found_inf = torch.minimum(self._found_inf, found_inf)
+        self._found_inf = found_inf
+        self._moved_at = self.progress
+
+    def _has_parameter(self, optimizer: torch.optim.Optimizer) -> bool:
+        for group in optimizer.param_groups:
+            if any(id(parameter) in self._parameters for parameter in group["params"]):
+                return True
+        return False
+
+
+last_counts: WeakKeyDictionary[torch.nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()
+"""By the bare model and the directory."""
+
+_watching: WeakSet[LastCount] = WeakSet()
+
+
+@not_compiled
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Let those that watch know of a step: before it, since a hook after it may count it."""
+    for last in [*_watching]:
+        last.begin_step(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)

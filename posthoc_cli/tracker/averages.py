@@ -38,7 +38,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 
@@ -46,8 +45,16 @@ from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value
 from posthoc_cli.snapshots.path import PathSketch
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
-from posthoc_cli.tracker.measuring import Elements, Sketcher, closed
-from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, tiles_of
+from posthoc_cli.tracker.measuring import Sketcher, closed
+from posthoc_cli.tracker.memory import (
+    Elements,
+    FlatTensors,
+    Layout,
+    Reader,
+    Tile,
+    places_of,
+    tiles_of,
+)
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000
@@ -101,6 +108,7 @@ class AverageTensors:
     def __init__(self, layout: Layout, profiles: int) -> None:
         self.layout = layout
         wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
+        self.places = places_of(wide)
         self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
         for tensors in (*self.mean, *self.high):
             for (flat,) in tensors.slabs:
@@ -134,7 +142,7 @@ class Averages:
     may work on them."""
 
     sigma_rels: tuple[float, ...]
-    standing: Standing
+    standing: Standing = field(default_factory=Standing)
     tensors: AverageTensors | None = None  # before the first update
     # at the last update; never changed in place
     copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -150,10 +158,6 @@ class Averages:
         # largest norms of tiles that need no check; empty: check all values first
         self._limits: list[float] = []
         self._scratch: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
-
-    @classmethod
-    def none_yet(cls, sigma_rels: Sequence[float]) -> Averages:
-        return cls(tuple(sigma_rels), Standing())
 
     @property
     def exist(self) -> bool:
@@ -201,7 +205,10 @@ class Averages:
         self._allocate(values.layout, pool.size)
         self.sketcher = sketcher
         self.known_path = None
-        update = _Update(self, values, factors, masses if folds else None, sampled)
+        assert self.tensors is not None
+        sample = None if sampled is None else sampled.buffers()
+        fold = masses if folds else None
+        update = _Update(self, self.tensors, before, values, factors, fold, sampled, sample)
         if not checks_first:
             pool.each(lambda tile, thread: update.try_(tile, thread, norms, limits), values.tiles)
             if (name := values.nonfinite_name(norms)) is not None:
@@ -214,7 +221,7 @@ class Averages:
             shared = may_share_mean(after.window, after.folded_t, t)
             after = replace(after, window=0, folds=after.folds + 1, folded_t=t, shared=shared)
         self.copies = copies
-        self.sample = update.sample
+        self.sample = sample
         self.standing = after
         if sketcher is not None and not before.shared:
             sketcher.end_value(gammas, t, after.shared)
@@ -245,33 +252,35 @@ class Averages:
     def read(
         self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD
     ) -> list[torch.Tensor]:
-        """Return ranges of the average of that index, rounded once, on the host; adjacent ranges
-        share memory."""
+        """Return ranges of the average of that index, rounded once, on the host."""
         assert self.tensors is not None
-        layout = self.tensors.layout
-        places = {
-            name: (number, *place)
-            for number, b in enumerate(layout)
-            for name, place in b.places.items()
-        }
-        # for adjacent ranges: their bucket, and the bounds of each
-        runs: list[tuple[int, list[int]]] = []
+        # of neighbouring ranges, in whole rows: the bucket, the begin, and the sizes
+        runs: list[tuple[int, int, list[int]]] = []
+        end_of_run = None
         for name, begin, end in ranges:
-            number, first, _ = places[name]
-            if not runs or runs[-1][0] != number or runs[-1][1][-1] != first + begin:
-                runs.append((number, [first + begin]))
-            runs[-1][1].append(first + end)
-        values: list[torch.Tensor] = []
+            number, place = self.tensors.places[name]
+            first = place.begin + begin - begin % place.row
+            last = place.begin + end + -end % place.row
+            if (number, first) != end_of_run:
+                runs.append((number, first, []))
+            runs[-1][2].append(last - first)
+            end_of_run = number, last
+        spans: list[torch.Tensor] = []
         items: list[tuple[Tile, torch.Tensor]] = []
-        for number, bounds in runs:
-            bucket, (first, *_, last) = layout[number], bounds
-            run = torch.empty(last - first, dtype=bucket.wide)
-            values += torch.split(run, [end - begin for begin, end in pairwise(bounds)])
-            starts = range(first, last, bucket.tile)
-            tiles = [Tile(0, number, begin, min(begin + bucket.tile, last)) for begin in starts]
-            items += zip(tiles, torch.split(run, bucket.tile), strict=False)
+        for number, start, sizes in runs:
+            bucket = self.tensors.layout[number]
+            flat = torch.empty(sum(sizes), dtype=bucket.wide)
+            spans += torch.split(flat, sizes)
+            for piece in torch.split(flat, bucket.tile):
+                items.append((Tile(0, number, start, start + piece.numel()), piece))
+                start += piece.numel()
         pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
-        return values
+        read = []
+        for (name, begin, end), flat in zip(ranges, spans, strict=True):
+            place = self.tensors.places[name][1]
+            first = begin % place.row
+            read.append(place.row_major(flat)[first : first + end - begin])
+        return read
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
@@ -315,6 +324,7 @@ class Averages:
         return [*self._scratch[key][:, : tile.end - tile.begin]]
 
 
+@dataclass
 class _Update:
     """Takes the values of one update into averages, tile by tile, from any thread of a pool.
 
@@ -322,77 +332,68 @@ class _Update:
     in the averages.
     """
 
-    def __init__(
-        self,
-        averages: Averages,
-        values: Reader,
-        factors: Sequence[float],
-        masses: Sequence[float] | None,
-        sampled: Elements | None,
-    ) -> None:
-        assert averages.tensors is not None
-        self.taken: list[Tile] = []  # before all values were known to be finite
-        self.sample = None if sampled is None else sampled.buffers()
-        self._averages = averages
-        self._tensors = averages.tensors
-        self._before = averages.standing
-        self._sketcher = averages.sketcher
-        self._values = values
-        self._factors = factors
-        self._masses = masses
-        self._sampled = sampled
-        self._dither = GOLDEN * (self._before.folds + 1) % 1 - 0.5
+    averages: Averages
+    tensors: AverageTensors
+    before: Standing
+    values: Reader
+    factors: Sequence[float]
+    masses: Sequence[float] | None
+    sampled: Elements | None
+    sample: list[torch.Tensor] | None
+    # before all values were known to be finite
+    taken: list[Tile] = field(default_factory=list)
 
     def try_(self, tile: Tile, thread: int, norms: list[float], limits: Sequence[float]) -> None:
         """Note the norm of a tile, and take it if that is within its limit."""
-        value = self._values.values(tile, thread)
+        value = self.values.values(tile, thread)
         norms[tile.number] = float(torch.linalg.vector_norm(value))
         if norms[tile.number] <= limits[tile.number]:
             self._take(tile, value, thread)
             self.taken.append(tile)
 
     def take(self, tile: Tile, thread: int) -> None:
-        self._take(tile, self._values.values(tile, thread), thread)
+        self._take(tile, self.values.values(tile, thread), thread)
 
     def undo(self, tile: Tile, thread: int) -> None:
         """Restore the means of a tile that was taken."""
-        weights = [factor / (factor - 1) for factor in self._factors]
-        self._interpolate(tile, self._values.values(tile, thread), weights)
+        weights = [factor / (factor - 1) for factor in self.factors]
+        self._interpolate(tile, self.values.values(tile, thread), weights)
 
     def _take(self, tile: Tile, value: torch.Tensor, thread: int) -> None:
-        if self._sampled is not None and self.sample is not None:
-            self._sampled.take(tile, value, self.sample)
-        if self._sketcher is not None and not self._before.shared:
-            self._sketcher.take(tile, value)
-        if self._masses is None:
-            self._interpolate(tile, value, self._factors)
+        if self.sampled is not None and self.sample is not None:
+            self.sampled.take(tile, value, self.sample)
+        if self.averages.sketcher is not None and not self.before.shared:
+            self.averages.sketcher.take(tile, value)
+        if self.masses is None:
+            self._interpolate(tile, value, self.factors)
         else:
-            self._fold(tile, value, thread, self._masses)
+            self._fold(tile, value, thread, self.masses)
 
     def _interpolate(self, tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
-        means = self._tensors.means(tile, self._before.shared)
+        means = self.tensors.means(tile, self.before.shared)
         for own, weight in zip(means, weights, strict=False):
-            if self._before.window:
+            if self.before.window:
                 torch.lerp(own, value, weight, out=own)
             else:
                 own.copy_(value)
 
     def _fold(self, tile: Tile, value: torch.Tensor, thread: int, masses: Sequence[float]) -> None:
-        means = self._tensors.means(tile, self._before.shared)
-        change, digit = self._averages.scratch_of(tile, thread)
-        for profile, (factor, mass) in enumerate(zip(self._factors, masses, strict=True)):
+        means = self.tensors.means(tile, self.before.shared)
+        change, digit = self.averages.scratch_of(tile, thread)
+        dither = GOLDEN * (self.before.folds + 1) % 1 - 0.5
+        for profile, (factor, mass) in enumerate(zip(self.factors, masses, strict=True)):
             mean = value
-            if self._before.window:
+            if self.before.window:
                 own = means[min(profile, len(means) - 1)]
                 mean = torch.lerp(own, value, factor, out=change)
-            if profile == 0 and self._sketcher is not None and self._before.shared:
-                self._sketcher.take(tile, mean)
-            high = self._tensors.high[profile].tile(tile)
+            if profile == 0 and self.averages.sketcher is not None and self.before.shared:
+                self.averages.sketcher.take(tile, mean)
+            high = self.tensors.high[profile].tile(tile)
             torch.sub(mean, high, out=change)
             if high.dtype == torch.float64:
                 high.add_(change, alpha=mass)
             else:
-                _add_dithered(high, change, digit, mass, self._dither)
+                _add_dithered(high, change, digit, mass, dither)
 
 
 def _add_dithered(

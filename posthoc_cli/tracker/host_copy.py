@@ -1,4 +1,4 @@
-"""Copies of a model's values on the host, and the order of a tracker's threads on accelerators.
+"""Copies of a model's values on the host.
 
 On an accelerator training's own stream copies each tile to a buffer of a ring; another stream
 sends it to pinned memory, while training goes on.
@@ -7,8 +7,7 @@ sends it to pinned memory, while training goes on.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,58 +144,3 @@ class ModelCopier:
         """Take back a copy that has arrived and is no longer needed; may be called from any
         thread."""
         self._free.append(copy)
-
-
-# --- streams
-
-Streams = dict[torch.device, Any]
-# a CUDA event a device: it ends when the work queued before it has
-DeviceEvents = tuple[tuple[torch.device, Any], ...]
-
-
-class DeviceStreams:
-    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
-    last update's end."""
-
-    def __init__(self) -> None:
-        self.last_events: DeviceEvents = ()
-        self._own: Streams = {}
-
-    @staticmethod
-    def current(devices: Iterable[torch.device]) -> Streams:
-        return {
-            device: torch.cuda.current_stream(device)
-            for device in {*devices}
-            if device.type == "cuda"
-        }
-
-    @staticmethod
-    def record_events(streams: Streams) -> DeviceEvents:
-        return tuple((device, stream.record_event()) for device, stream in streams.items())
-
-    @contextmanager
-    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
-        """Work in the streams of another thread, which waits for the block; set `last_events` at
-        its end."""
-        with ExitStack() as stack:
-            for stream in streams.values():
-                stack.enter_context(torch.cuda.stream(stream))
-            try:
-                yield
-            finally:  # an update that has failed may have queued work
-                self.last_events = self.record_events(streams)
-
-    @contextmanager
-    def in_own_streams(self) -> Iterator[None]:
-        """Work in separate streams, after the last update, and wait for that work at the end of the
-        block."""
-        cuda: Any = torch.cuda
-        with ExitStack() as stack:
-            for device, event in self.last_events:
-                if device not in self._own:
-                    self._own[device] = cuda.Stream(device)
-                self._own[device].wait_event(event)
-                stack.enter_context(cuda.stream(self._own[device]))
-                # also after an error: the next update may change what is still being read
-                stack.callback(self._own[device].synchronize)
-            yield

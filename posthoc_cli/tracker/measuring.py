@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
-from typing import Any
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,39 +25,11 @@ import xxhash
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
 from posthoc_cli.snapshots.path import PathSketch
-from posthoc_cli.tracker.memory import Layout, Tile, tiles_of
+from posthoc_cli.tracker.memory import Elements, Layout, Tile
 
 MEASURED_ELEMENTS = 2**19  # of a large model, about
 
 Values = npt.NDArray[Any]
-
-
-class Elements:
-    """A selection of a layout's elements, given by sorted indices into each bucket."""
-
-    def __init__(self, layout: Layout, indices: Sequence[npt.NDArray[np.int64]]) -> None:
-        self.layout = layout
-        self._counts = [len(selected) for selected in indices]
-        # numbers in the bucket, and indices in the tile
-        self._of_tiles: list[tuple[int, int, torch.Tensor]] = []
-        for tile in tiles_of(layout):
-            selected = indices[tile.bucket]
-            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
-            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
-            self._of_tiles.append((first, last, index.to(layout[tile.bucket].device)))
-
-    def buffers(self) -> list[torch.Tensor]:
-        """Return zeros for the values of the selected elements, one tensor a bucket."""
-        pairs = zip(self._counts, self.layout, strict=True)
-        return [
-            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
-        ]
-
-    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
-        """Copy the selected elements of a tile, which has these values, to the buffers."""
-        first, last, index = self._of_tiles[tile.number]
-        if first < last:
-            torch.index_select(values, 0, index, out=buffers[tile.bucket][first:last])
 
 
 def joined(buffers: Sequence[torch.Tensor]) -> Values:
@@ -78,20 +50,22 @@ class Subset(Elements):
         wanted = frozenset(measured)
         spans = [
             [
-                (name, begin, end)
-                for name, (begin, end) in bucket.places.items()
-                if name in wanted and begin < end
+                (name, place)
+                for name, place in bucket.places.items()
+                if name in wanted and place.begin < place.end
             ]
             for bucket in layout
         ]
         # where there are elements
-        self.sizes = {name: end - begin for bucket in spans for name, begin, end in bucket}
+        self.sizes = {name: place.end - place.begin for bucket in spans for name, place in bucket}
         most = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS)
         share = MEASURED_ELEMENTS // max(1, len(self.sizes))
         drawn = [
             [
-                begin + _draw(name, end - begin, min(most, (end - begin) // max(1, share)))
-                for name, begin, end in bucket
+                place.positions(
+                    _draw(name, self.sizes[name], min(most, self.sizes[name] // max(1, share)))
+                )
+                for name, place in bucket
             ]
             for bucket in spans
         ]
@@ -110,12 +84,12 @@ class Subset(Elements):
             squares = np.square(values if others is None else values - others, dtype=np.float64)
             return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
 
-    def measured(self, average: Values, stored: Values | None = None) -> Measurements | None:
-        """Return the measurements of an average that is stored with these values; None if its norm
-        is not finite."""
-        norm = float(self.sums(average).sum())
-        rounding = 0.0 if stored is None else float(self.sums(average, stored).sum())
-        return Measurements(norm, rounding) if math.isfinite(norm) else None
+
+def measured_as(squares: FloatArray, rounding: FloatArray | float = 0.0) -> Measurements | None:
+    """Return the measurements of an average with these squared norms and rounding errors of its
+    tensors; None if the norm is not finite."""
+    norm = float(squares.sum())
+    return Measurements(norm, float(np.sum(rounding))) if math.isfinite(norm) else None
 
 
 def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -152,6 +126,48 @@ MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
 _PENDING = 64
 
 
+class Window(NamedTuple):
+    """Some folds, the last one at time `t`, none in an open window: see `reconstruction.Sketch`.
+    The mean has the shape [D]."""
+
+    t: float
+    folds: float
+    mean: FloatArray
+    spread: float = 0.0
+
+    def merged(self, later: Window) -> Window:
+        folds = self.folds + later.folds
+        share = later.folds / folds
+        apart = later.mean - self.mean
+        mean = _rounded(self.mean + share * apart)
+        spread = self.spread + share * (later.spread - self.spread)
+        return Window(later.t, folds, mean, spread + share * (1 - share) * float(apart @ apart))
+
+
+def _append(windows: list[Window], window: Window) -> None:
+    """Append a fold: in a new window, or in the last one while it has fewer than the others."""
+    windows.append(window)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if len(windows) > 1 and windows[-2].folds < windows[0].folds:
+            windows[-2:] = [windows[-2].merged(window)]
+        elif len(windows) > MOST_WINDOWS:
+            pairs = zip(windows[::2], windows[1::2], strict=False)
+            windows[:] = [
+                *(first.merged(second) for first, second in pairs),
+                *windows[len(windows) // 2 * 2 :],
+            ]
+
+
+def _windows_of(sketch: Sketch) -> list[Window]:
+    values = zip(sketch.edges[1:], sketch.folds, sketch.means, sketch.spread, strict=True)
+    return [Window(float(t), float(folds), mean, float(s)) for t, folds, mean, s in values]
+
+
+def _sketch_of(first_t: float, windows: Sequence[Window]) -> Sketch:
+    t, folds, means, spread = zip(*windows, strict=True)
+    return Sketch(np.array([first_t, *t]), np.array(folds), np.stack(means), np.array(spread))
+
+
 class Sketcher:
     """Projects the weights' means over windows, one window at a time; any thread of a pool may take
     in tiles."""
@@ -160,10 +176,11 @@ class Sketcher:
         """Begin the path of a model, or of the part of this number; the signs of parts are
         independent."""
         self.subset = subset
-        names = [(bucket.names, bucket.shapes, str(bucket.wide)) for bucket in subset.layout]
-        identity = repr((part, names, [*subset.sizes], subset.edges.tolist()))
+        dtypes = [(str(bucket.wide), len(bucket.places)) for bucket in subset.layout]
+        places = chain.from_iterable(bucket.places.values() for bucket in subset.layout)
+        shapes = [place.shape for place in places]
+        identity = repr((part, shapes, dtypes, [*subset.sizes], subset.edges.tolist()))
         self._projection = xxhash.xxh3_64_intdigest(identity.encode()) >> 1
-        self._sketch: Sketch | None = None
         self._values = subset.buffers()
         # Random signs, the same in every run, and others for each part.
         numbers = np.arange(subset.edges[-1], dtype=np.uint64) + (np.uint64(part) << np.uint64(40))
@@ -175,6 +192,8 @@ class Sketcher:
         ]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
         self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
+        self._first_t: float | None = None
+        self._windows: list[Window] = []  # that have ended
         self._open: FloatArray | None = None  # the open window's mean, without pending values
 
     @property
@@ -182,13 +201,15 @@ class Sketcher:
         return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
 
     def resume(self, path: PathSketch) -> bool:
-        """Continue a path, and return True, if it is of the same projection; a last window of no
-        folds is open."""
+        """Continue a path, and return True, if it is of the same projection."""
         if path.projection != self._projection:
             return False
-        self._sketch, self._open = _without_open(path.sketch)
-        self._begin = float(self._sketch.edges[-1])
-        self._t = float(path.sketch.edges[-1])
+        self._first_t = float(path.sketch.edges[0])
+        self._windows = _windows_of(path.sketch)
+        self._t = self._windows[-1].t
+        if not self._windows[-1].folds:
+            self._open = self._windows.pop().mean
+        self._begin = self._windows[-1].t if self._windows else self._first_t
         return True
 
     def take(self, tile: Tile, values: torch.Tensor) -> None:
@@ -215,12 +236,15 @@ class Sketcher:
         """Return the path so far, an open window as a last one of no folds, or closed by the tiles
         taken in at `t`."""
         self._fetch()
-        sketch = self._sketch
+        windows = [*self._windows]
         if t is not None:
-            sketch = _appended(sketch, t, _numbers(self._project()))
-        elif self._open is not None and sketch is not None:
-            sketch = _with_window(sketch, self._t, self._open, 0.0)
-        return None if sketch is None else PathSketch(self._projection, sketch)
+            _append(windows, Window(t, 1.0, _numbers(self._project())))
+        elif self._open is not None and windows:
+            windows.append(Window(self._t, 0.0, self._open))
+        if not windows:
+            return None
+        first_t = windows[0].t if self._first_t is None else self._first_t
+        return PathSketch(self._projection, _sketch_of(first_t, windows))
 
     def _fetch(self) -> None:
         for t, share, ends, sums in self._pending:
@@ -229,7 +253,8 @@ class Sketcher:
                 mean = _rounded(self._open + share * (mean - self._open))
             self._open = None if ends else mean
             if ends:
-                self._sketch = _appended(self._sketch, t, mean)
+                self._first_t = t if self._first_t is None else self._first_t
+                _append(self._windows, Window(t, 1.0, mean))
         self._pending.clear()
 
     def _project(self) -> list[torch.Tensor]:
@@ -248,69 +273,20 @@ class Sketcher:
 
 def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
-    sketch, mean = _without_open(path.sketch)
-    return (
-        path
-        if mean is None
-        else path._replace(sketch=_appended(sketch, path.sketch.edges[-1], mean))
-    )
-
-
-def _without_open(sketch: Sketch) -> tuple[Sketch, FloatArray | None]:
-    """Return the windows that have ended, and the mean of the open one, if any."""
-    if sketch.folds[-1] >= 1:
-        return sketch, None
-    return Sketch(
-        sketch.edges[:-1], sketch.folds[:-1], sketch.means[:-1], sketch.spread[:-1]
-    ), sketch.means[-1:]
+    windows = _windows_of(path.sketch)
+    if windows[-1].folds:
+        return path
+    _append(windows, windows.pop()._replace(folds=1.0))
+    return path._replace(sketch=_sketch_of(float(path.sketch.edges[0]), windows))
 
 
 def _numbers(sums: list[torch.Tensor]) -> FloatArray:
-    """Return the numbers of a projection from the sums of columns: shape [1, D]."""
+    """Return the numbers of a projection from the sums of columns: shape [D]."""
     row = sum((bucket.cpu().numpy().astype(np.float64) for bucket in sums), np.zeros(ROW))
-    return _rounded(np.bincount(_NUMBER, row, NUMBERS)[None].astype(np.float64))
+    return _rounded(np.bincount(_NUMBER, row, NUMBERS).astype(np.float64))
 
 
 def _rounded(numbers: FloatArray) -> FloatArray:
     """Round numbers to float32, as states hold them."""
     with np.errstate(over="ignore", invalid="ignore"):  # numbers that overflow are never written
         return numbers.astype(np.float32).astype(np.float64)
-
-
-def _with_window(sketch: Sketch, t: float, mean: FloatArray, folds: float = 1.0) -> Sketch:
-    edges = np.append(sketch.edges, t)
-    numbers = np.append(sketch.folds, folds)
-    return Sketch(edges, numbers, np.vstack((sketch.means, mean)), np.append(sketch.spread, 0.0))
-
-
-def _appended(sketch: Sketch | None, t: float, mean: FloatArray) -> Sketch:
-    """Return a sketch with one more fold: in a new window, or in the last one while it has fewer
-    than the others."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if sketch is None:
-            return Sketch(np.array([t, t]), np.ones(1), mean, np.zeros(1))
-        longer = _with_window(sketch, t, mean)
-        if sketch.folds[-1] < sketch.folds.max():
-            return _halved(longer, len(sketch.folds) - 1)
-        return longer if len(longer.folds) <= MOST_WINDOWS else _halved(longer)
-
-
-def _halved(sketch: Sketch, begin: int = 0) -> Sketch:
-    """Return a sketch in which each two windows from index `begin` on are merged; an odd last
-    window stays."""
-    end = begin + (len(sketch.folds) - begin) // 2 * 2
-    values = sketch.folds, sketch.means, sketch.spread
-    first, second = ([array[start:end:2] for array in values] for start in (begin, begin + 1))
-    folds = first[0] + second[0]
-    apart = second[1] - first[1]
-    share = second[0] / folds
-    spread = (
-        first[2] + share * (second[2] - first[2]) + share * (1 - share) * np.sum(apart**2, axis=1)
-    )
-    means = (first[1] + share[:, None] * apart).astype(np.float32).astype(np.float64)
-    edges = (sketch.edges[:begin], sketch.edges[begin : end + 1 : 2], sketch.edges[end + 1 :])
-    joined = [
-        np.concatenate((a[:begin], b, a[end:]))
-        for a, b in zip(values, (folds, means, spread), strict=True)
-    ]
-    return Sketch(np.concatenate(edges), *joined)

@@ -1,8 +1,9 @@
 """The layout of a model's tensors in flat memory, and the tiles that work is divided into.
 
-Tensors of one device and dtype form a bucket and lie end to end in it. A tile is a range of a
-bucket that stays in the cache while a thread works on it, so that thousands of small tensors cost
-no more calls than a few large ones.
+Tensors of one device and dtype form a bucket and lie end to end in it, each with its elements in
+the order of its own memory: reading weights in `channels_last` is no transposition. A tile is a
+range of a bucket that stays in the cache while a thread works on it, so that thousands of small
+tensors cost no more calls than a few large ones.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby, pairwise
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from posthoc_cli.snapshots.sources import ElementRange
@@ -33,14 +36,58 @@ SLAB = 2**26  # elements of the largest slabs of pinned memory
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
 
 
+class Place(NamedTuple):
+    """Where a tensor begins in its bucket; `order` are its dimensions, from the outermost in
+    memory."""
+
+    begin: int
+    end: int
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @property
+    def row(self) -> int:
+        """How many elements in memory are the same, in another order, as that many row-major
+        ones."""
+        if self.order == tuple(range(len(self.order))):
+            return 1
+        return math.prod(self.shape[1:] if self.order[0] == 0 else self.shape)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [self.shape[axis] for axis in self.order]
+
+    @property
+    def _axes(self) -> list[int]:
+        """The place in `order` of each dimension."""
+        return sorted(range(len(self.order)), key=self.order.__getitem__)
+
+    def positions(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the positions in the bucket of elements with these row-major indices."""
+        if self.row > 1:
+            index = np.unravel_index(indices, self.shape)
+            indices = np.ravel_multi_index([index[axis] for axis in self.order], self._sizes)
+        return self.begin + indices
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the tensor whose elements are `flat` in memory."""
+        return flat.view(self._sizes).permute(self._axes)
+
+    def row_major(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the elements of whole rows, see `row`, in row-major order."""
+        if self.row == 1:
+            return flat
+        return flat.view(-1, *self._sizes[1:]).permute(self._axes).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Tensors of one device and dtype, end to end."""
 
     device: torch.device
     dtype: torch.dtype
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    places: Mapping[str, Place]
+    size: int
 
     @property
     def wide(self) -> torch.dtype:
@@ -48,22 +95,9 @@ class Bucket:
         move."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @cached_property
-    def size(self) -> int:
-        return sum(map(math.prod, self.shapes))
-
     @property
     def tile(self) -> int:
         return TILE if self.device.type == "cpu" else DEVICE_TILE
-
-    def named_shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
-        return zip(self.names, self.shapes, strict=True)
-
-    @cached_property
-    def places(self) -> dict[str, tuple[int, int]]:
-        """The begin and the end of each tensor, in elements, by name."""
-        ends = [0, *accumulate(map(math.prod, self.shapes))]
-        return dict(zip(self.names, pairwise(ends), strict=True))
 
 
 Layout = tuple[Bucket, ...]
@@ -79,12 +113,36 @@ class Tile(NamedTuple):
     end: int
 
 
-def buckets_of(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int, ...]]]) -> Layout:
-    """Return the buckets of tensors of these devices, dtypes and shapes."""
-    shapes: dict[tuple[torch.device, torch.dtype], dict[str, tuple[int, ...]]] = defaultdict(dict)
-    for name, (device, dtype, shape) in tensors.items():
-        shapes[device, dtype][name] = shape
-    return tuple(Bucket(*key, tuple(named), tuple(named.values())) for key, named in shapes.items())
+def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Return the buckets of tensors with these devices, dtypes, shapes and strides."""
+    places: dict[tuple[torch.device, torch.dtype], dict[str, Place]] = defaultdict(dict)
+    sizes: dict[tuple[torch.device, torch.dtype], int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        key = tensor.device, tensor.dtype
+        begin = sizes[key]
+        sizes[key] += tensor.numel()
+        places[key][name] = Place(begin, sizes[key], tuple(tensor.shape), _order(tensor))
+    return tuple(Bucket(*key, named, sizes[key]) for key, named in places.items())
+
+
+def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
+    """Return the bucket's index and the place of each tensor."""
+    places = {}
+    for number, bucket in enumerate(layout):
+        for name, place in bucket.places.items():
+            places[name] = number, place
+    return places
+
+
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the dimensions from the outermost in memory, or in their order if elements are not
+    end to end."""
+    order = tuple(range(tensor.ndim))
+    if not tensor.is_contiguous():
+        by_stride = sorted(order, key=tensor.stride, reverse=True)
+        if tensor.permute(by_stride).is_contiguous():
+            return tuple(by_stride)
+    return order
 
 
 def on_host(layout: Layout) -> Layout:
@@ -103,17 +161,17 @@ def tiles_of(layout: Layout) -> list[Tile]:
 
 
 def ranges_of(layout: Layout) -> list[list[ElementRange]]:
-    """Return the ranges of tensors in each tile of a layout."""
+    """Return the ranges of tensors, in memory, in each tile of a layout."""
     result = []
     for bucket in layout:
         edges = _edges(bucket.size, bucket.tile)
         ranges: list[list[ElementRange]] = [[] for _ in edges[1:]]
-        for name, (begin, end) in bucket.places.items():
-            first = begin
-            while first < end:
+        for name, place in bucket.places.items():
+            first = place.begin
+            while first < place.end:
                 tile = bisect_right(edges, first) - 1
-                last = min(end, edges[tile + 1])
-                ranges[tile].append(ElementRange(name, first - begin, last - begin))
+                last = min(place.end, edges[tile + 1])
+                ranges[tile].append(ElementRange(name, first - place.begin, last - place.begin))
                 first = last
         result += ranges
     return result
@@ -165,10 +223,16 @@ class FlatTensors:
     def views(self) -> dict[str, torch.Tensor]:
         """Views of the tensors by name; of memory that is not pinned."""
         return {
-            name: flat[slice(*bucket.places[name])].view(shape)
+            name: place.view(flat[place.begin : place.end])
             for bucket, (flat,) in zip(self.layout, self.slabs, strict=True)
-            for name, shape in bucket.named_shapes()
+            for name, place in bucket.places.items()
         }
+
+    def row_major(self, bucket: int, name: str) -> list[torch.Tensor]:
+        """Return the elements of a tensor in row-major order, in one piece or several."""
+        place = self.layout[bucket].places[name]
+        parts = self.parts(bucket, place.begin, place.end)
+        return parts if place.row == 1 else [place.row_major(torch.cat(parts))]
 
     def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
@@ -207,12 +271,11 @@ class Reader:
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> Reader:
         detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        layout = buckets_of(
-            {name: (one.device, one.dtype, tuple(one.shape)) for name, one in detached.items()}
-        )
+        layout = layout_of(detached)
+        orders = {name: place.order for bucket in layout for name, place in bucket.places.items()}
 
         def part(name: str, begin: int, end: int) -> TilePart:
-            tensor = detached[name]
+            tensor = detached[name].permute(orders[name])
             if tensor.is_contiguous():
                 return tensor.view(-1)[begin:end]
             row = tensor[0].numel()
@@ -278,3 +341,41 @@ class Reader:
 
     def _scratch_of(self, tile: Tile, thread: int) -> torch.Tensor:
         return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
+
+
+class Elements:
+    """A selection of a layout's elements, given by positions in each bucket."""
+
+    def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
+        self.layout = layout
+        self._counts = [len(selected) for selected in positions]
+        orders = [np.argsort(selected, kind="stable") for selected in positions]
+        # where in the tile, and where in the buffer
+        self._of_tiles: list[tuple[torch.Tensor, slice | torch.Tensor]] = []
+        for tile in tiles_of(layout):
+            device = layout[tile.bucket].device
+            order = orders[tile.bucket]
+            selected = positions[tile.bucket][order]
+            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
+            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
+            target = order[first:last]
+            numbers: slice | torch.Tensor = slice(first, last)
+            if not np.array_equal(target, np.arange(first, last)):
+                numbers = torch.from_numpy(target).to(device)
+            self._of_tiles.append((index.to(device), numbers))
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Return zeros for the values of the selected elements, one tensor a bucket."""
+        pairs = zip(self._counts, self.layout, strict=True)
+        return [
+            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
+        ]
+
+    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+        """Copy the selected elements of a tile, which has these values, to the buffers."""
+        index, numbers = self._of_tiles[tile.number]
+        buffer = buffers[tile.bucket]
+        if isinstance(numbers, torch.Tensor):
+            buffer.index_copy_(0, numbers, values.index_select(0, index))
+        elif numbers.start < numbers.stop:
+            torch.index_select(values, 0, index, out=buffer[numbers])

@@ -10,7 +10,6 @@ recognised by its parent's type, never by its name: a user's module may have a c
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
@@ -414,18 +414,15 @@ class ModelWatch:
         frozen ones, too."""
         found = self._collect(model, tracked.known_names)
         tracked.check(found.tracked)
-        flat = {
-            name: found.averaged[name].detach().reshape(-1) for name, _ in tracked.sampled.values()
-        }
-        numbers: dict[torch.device, list[int]] = defaultdict(list)
-        for number, (name, _) in tracked.sampled.items():
-            numbers[flat[name].device].append(number)
-        values: dict[int, float] = {}
-        for of_device in numbers.values():  # each of which is waited for once
-            places = [tracked.sampled[number] for number in of_device]
-            picked = torch.stack([flat[name][index].float() for name, index in places])
-            values.update(zip(of_device, picked.tolist(), strict=True))
-        return values
+        picked: list[torch.Tensor] = []
+        for name, index in tracked.sampled.values():
+            tensor = found.averaged[name]
+            picked.append(tensor[np.unravel_index(index, tensor.shape)])
+        if not picked:
+            return {}
+        device = picked[0].device  # which is waited for once
+        values = torch.stack([value.to(device, torch.float32) for value in picked])
+        return dict(zip(tracked.sampled, values.tolist(), strict=True))
 
     def check_kind(self, model: torch.nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was

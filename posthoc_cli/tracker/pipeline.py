@@ -16,11 +16,12 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
@@ -45,7 +46,7 @@ from posthoc_cli.tracker.background import (
     end_threads,
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.host_copy import DeviceStreams, ModelCopier
+from posthoc_cli.tracker.host_copy import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
 from posthoc_cli.tracker.memory import Layout, Reader, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
@@ -60,6 +61,8 @@ from posthoc_cli.tracker.snapshotter import (
 from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
+
+Calls = tuple[TrainingProgress, tuple[tuple[torch.Tensor, TrainingProgress], ...]]
 
 STILL = 10
 """Updates without any change of a weight: an optimizer moves most of them at each step."""
@@ -84,7 +87,8 @@ class Pipeline:
         self._device = device
         # whether updates return before they are done; known at the first update
         self._is_async: bool | None = None
-        self._counted = tracking.progress
+        # the last call that was counted, and later ones, unless a GradScaler has skipped them
+        self._calls: Calls = (tracking.progress, ())
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._pool = ThreadPool(min(torch.get_num_threads(), worker_count()))
@@ -120,10 +124,27 @@ class Pipeline:
     @property
     def progress(self) -> TrainingProgress:
         """The progress of the training; one update behind if a call was interrupted after it queued
-        its update."""
-        counted = self._counted
+        its update. Waits for an accelerator that knows whether steps were skipped."""
+        counted, unread = self._calls
         done = self.tracking.progress
-        return counted if counted.step > done.step else done
+        if done.step > counted.step:
+            return done
+        if unread and unread[0][0].is_cuda:  # another thread's stream may have set them
+            torch.cuda.synchronize(unread[0][0].device)
+        for found_inf, latest in unread:
+            if not bool(found_inf):
+                counted = counted.after(latest.t if latest.own_clock else None, self._settings)
+        return counted
+
+    @property
+    def latest(self) -> TrainingProgress:
+        """The progress if no step was skipped that is not known yet; another object after each
+        call."""
+        counted, unread = self._calls
+        done = self.tracking.progress
+        if done.step > counted.step:
+            return done
+        return unread[-1][1] if unread else counted
 
     # --- which calls are admitted ---
 
@@ -172,11 +193,21 @@ class Pipeline:
         if self.tracking.resumes:
             self.set(replace(self.tracking, progress=progress, resumes=False))
         else:
-            self._counted = progress
+            self._calls = progress, ()
+
+    def defer(self, found_inf: torch.Tensor, t: float | None) -> bool:
+        """Count a call unless `found_inf` is 1, which is read later; return False if an update may
+        be due now."""
+        latest = self.latest.after(t, self._settings)
+        if self.tracking.resumes or self._settings.update_is_due(latest.step):
+            return False
+        counted, unread = self._calls
+        self._calls = counted, (*unread, (found_inf, latest))
+        return True
 
     def update(self, tensors: ModelTensors, progress: TrainingProgress) -> None:
-        """Take in a model's values, after `wait_for_turn`; raise the error of an update left out,
-        if it is known.
+        """Take in a model's values, after `wait_for_turn`; raise the error of values that are not
+        finite, if it is known.
 
         `tensors` must be the same object while the model is unchanged.
         """
@@ -186,49 +217,53 @@ class Pipeline:
             self._is_async = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
             if self._is_async and not all_on_cpu:
                 self._updates.call(self._use_cores)
-        copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
+        copies = {name: torch.empty_like(tensor) for name, tensor in tensors.copied.items()}
+        if copies:  # by one kernel: batch norms have many counters
+            torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
         values = self._values_of(tensors)
-        refused: NonFiniteError | None = None
-        pool = self._pool_for(values.layout)
-
-        def update() -> NonFiniteError | None:  # while the training waits
-            with self._streams.in_streams_of_caller(streams):
-                refused = self._take_in(values, copies, progress)
-            self._submit_if_due(progress)
-            return refused
-
-        def update_by_copy() -> None:
-            self._streams.last_events = events
-            try:
-                refused = self._take_in(copy.arrived(), copies, progress)
-            finally:
-                self._copier.give_back(copy)
-            self._submit_if_due(progress)
-            if refused is not None:
-                raise refused
-
         if self._is_async:
             events = self._streams.record_events(
                 self._streams.current(c.device for c in copies.values())
             )
             # On an accelerator the training's own stream copies. On the CPU torch's threads would
             # wait for each other.
+            pool = self._pool_for(values.layout)
             if pool is SINGLE_THREAD:
                 copy = self._copier.copy(values)
             else:
                 copy = self._updates.call(lambda: self._copier.copy(values, pool))
-            self._updates.submit(update_by_copy)
+
+            def update_by_copy() -> None:
+                self._streams.last_events = events
+                try:
+                    self._take_in(copy.arrived(), copies, progress)
+                finally:
+                    self._copier.give_back(copy)
+
+            self._updates.submit(lambda: self._update(update_by_copy, progress))
         else:
             devices = [bucket.device for bucket in values.layout] + [
                 copy.device for copy in copies.values()
             ]
             streams = self._streams.current(devices)
-            refused = self._updates.call(update)
-        self._counted = progress
+
+            def update_in_place() -> None:  # while the training waits
+                with self._streams.in_streams_of_caller(streams):
+                    self._take_in(values, copies, progress)
+
+            self._updates.call(lambda: self._update(update_in_place, progress))
+        self._calls = progress, ()
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
-        if refused is not None:
-            raise refused
+
+    def _update(self, take_in: Callable[[], None], progress: TrainingProgress) -> None:
+        """Take in values, and queue due snapshots, also if the values are refused."""
+        try:
+            take_in()
+        except NonFiniteError:
+            self._submit_if_due(progress)
+            raise
+        self._submit_if_due(progress)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -247,7 +282,7 @@ class Pipeline:
 
         def work() -> None:
             self.check_open()
-            self._counted = tracking.progress
+            self._calls = tracking.progress, ()
             self.tracking = tracking
 
         self._updates.call(work)
@@ -265,19 +300,20 @@ class Pipeline:
             if tensors is None or not averages.exist:
                 return []
             pool = self._pool_for(tensors.layout)
-            state = self._without_averages(current)
             with self._streams.in_own_streams():
-                measured = measured_now(self._storage_of(tensors.layout).subset, averages, pool)
+                subset = self._storage_of(tensors.layout).subset
+                measured = [(one, "") for one in measured_now(subset, averages, pool)]
+                copies = _on_cpu(averages.copies)
+                found = headers(self._settings, current, averages.path(pool), measured)
 
             def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
-            copies = state.averages.copies
             call = self._updates.call
             made = [
                 LiveSource.of(header, tensors.layout, copies, read=partial(read, index), call=call)
-                for index, header in enumerate(headers(self._settings, state, measured))
+                for index, header in enumerate(found)
             ]
             self._live.update((id(one), one) for one in made)
             return made
@@ -289,12 +325,16 @@ class Pipeline:
 
         def work() -> Tracking:
             current = self._current()
-            made = self._without_averages(current, exact=True)
-            tensors = current.averages.tensors
-            if tensors is not None and current.averages.exist:
-                with self._streams.in_own_streams():
-                    made.averages.tensors = tensors.copied(on_host(tensors.layout))
-            return made
+            averages = current.averages
+            tensors = averages.tensors
+            kept = None
+            with self._streams.in_own_streams():
+                if tensors is not None and averages.exist:
+                    kept = tensors.copied(on_host(tensors.layout))
+                copies = _on_cpu(averages.copies)
+                path = averages.path(exact=True)
+            exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
+            return replace(current, averages=exact)
 
         return self._updates.call(work)
 
@@ -307,7 +347,8 @@ class Pipeline:
             current = self._current()
             snapshotter = self.snapshotter
             if snapshotter is not None and snapshotter.is_behind(current):
-                self._submit_snapshots(current, is_due=False)
+                step = current.averages.standing.step
+                self._submit_snapshots(current, not self._settings.snapshot_is_due(step))
 
         self._updates.submit(work)
 
@@ -372,25 +413,10 @@ class Pipeline:
         if self.snapshotter is not None:
             self.snapshotter.close()
 
-    def _without_averages(self, current: Tracking, exact: bool = False) -> Tracking:
-        """Return the state without averages, with copies on the host; unless `exact`, with the path
-        as stored."""
-        averages = current.averages
-        with self._streams.in_own_streams():
-            pool = (
-                SINGLE_THREAD
-                if averages.tensors is None
-                else self._pool_for(averages.tensors.layout)
-            )
-            path = averages.path(pool, exact=exact)
-            copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        state = Averages(averages.sigma_rels, averages.standing, None, copies, known_path=path)
-        return replace(current, averages=state)
-
     def _current(self) -> Tracking:
         """Return the state with all calls counted since the last update; without them if an update
         is queued."""
-        counted = self._counted
+        counted = self.progress
         now = self.tracking
         later = counted.updated == now.progress.updated and counted.step > now.progress.step
         return replace(now, progress=counted) if later else now
@@ -425,8 +451,9 @@ class Pipeline:
     @torch.no_grad()
     def _take_in(
         self, values: Reader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
-    ) -> NonFiniteError | None:
-        """Update averages and counters; return the error of an update left out."""
+    ) -> None:
+        """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
+        finite."""
         self.check_open()
         now = self.tracking
         averages = self.tracking.averages
@@ -451,9 +478,10 @@ class Pipeline:
         sample = storage.sample
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is None and not self._moves:
+        if name is not None:
+            raise nonfinite_error(name, now.tracked.tensors, progress.step)
+        if not self._moves:
             self._note_standstill(averages)
-        return None if name is None else nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _note_standstill(self, averages: Averages) -> None:
         """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
@@ -484,19 +512,86 @@ class Pipeline:
         if self._settings.snapshot_is_due(progress.step):
             self._submit_snapshots(self.tracking)
 
-    def _submit_snapshots(self, current: Tracking, is_due: bool = True) -> None:
+    def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
         """Stage the averages, and queue their snapshots."""
-        tensors = current.averages.tensors
+        averages = current.averages
+        tensors = averages.tensors
         snapshotter = self.snapshotter
-        if tensors is None or snapshotter is None or not current.averages.exist:
+        if tensors is None or snapshotter is None or not averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
         storage = self._storage_of(tensors.layout)
-        state = self._without_averages(current)
-        storage.allocate(len(current.averages.sigma_rels))
+        storage.allocate(len(averages.sigma_rels))
+        pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():
-            staged = stage(storage, current.averages, self._pool_for(tensors.layout))
-        self._writes.submit(lambda: snapshotter.record(state, staged, is_due))
+            staged = stage(storage, averages, pool)
+            measured = [(one.measurements, one.sample) for one in staged]
+            copies = _on_cpu(averages.copies)
+            found = headers(self._settings, current, averages.path(pool), measured, off_schedule)
+        self._writes.submit(lambda: snapshotter.record(found, staged, copies))
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to("cpu") for name, tensor in tensors.items()}
+
+
+# --- streams of accelerators
+
+
+Streams = dict[torch.device, Any]
+# a CUDA event a device: it ends when the work queued before it has
+DeviceEvents = tuple[tuple[torch.device, Any], ...]
+
+
+class DeviceStreams:
+    """Orders a tracker's threads on accelerators, each in its own streams; `last_events` mark the
+    last update's end."""
+
+    def __init__(self) -> None:
+        self.last_events: DeviceEvents = ()
+        self._own: Streams = {}
+
+    @staticmethod
+    def current(devices: Iterable[torch.device]) -> Streams:
+        return {
+            device: torch.cuda.current_stream(device)
+            for device in {*devices}
+            if device.type == "cuda"
+        }
+
+    @staticmethod
+    def record_events(streams: Streams) -> DeviceEvents:
+        return tuple((device, stream.record_event()) for device, stream in streams.items())
+
+    @contextmanager
+    def in_streams_of_caller(self, streams: Streams) -> Iterator[None]:
+        """Work in the streams of another thread, which waits for the block; set `last_events` at
+        its end."""
+        with ExitStack() as stack:
+            for stream in streams.values():
+                stack.enter_context(torch.cuda.stream(stream))
+            try:
+                yield
+            finally:  # an update that has failed may have queued work
+                self.last_events = self.record_events(streams)
+
+    @contextmanager
+    def in_own_streams(self) -> Iterator[None]:
+        """Work in separate streams, after the last update, and wait for that work at the end of the
+        block."""
+        cuda: Any = torch.cuda
+        with ExitStack() as stack:
+            for device, event in self.last_events:
+                if device not in self._own:
+                    self._own[device] = cuda.Stream(device)
+                self._own[device].wait_event(event)
+                stack.enter_context(cuda.stream(self._own[device]))
+                # also after an error: the next update may change what is still being read
+                stack.callback(self._own[device].synchronize)
+            yield
+
+
+# --- the end
 
 
 _writers: set[Pipeline] = set()  # each of its directory

@@ -38,6 +38,7 @@ from posthoc_cli.errors import (
     ModelMismatchError,
     NotReadyError,
     PostHocError,
+    kept_messages,
     log_kept_messages,
     shown,
     warn,
@@ -50,10 +51,15 @@ from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import averaged
-from posthoc_cli.tracker.attach import Attachment, attach
+from posthoc_cli.tracker.attach import (
+    Attachment,
+    LastCount,
+    attachments,
+    last_counts,
+    stepping_optimizer,
+)
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.counted import LastCount, last_counts
 from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
@@ -333,24 +339,36 @@ class PostHocEMA:
             NotReadyError: the tracker is closed, attached or in use, or the model holds averaged
                 weights.
         """
-        attached = self._attached
-        if attached is not None and not attached.is_updating:
+        if self._attached is not None:
             reason = "this tracker is attached to an optimizer and is updated by its steps"
             raise NotReadyError(
                 "update_", reason, "leave out either this call or attach(), or detach() first"
             )
-        _check_raw(check_model(model), "update_")
+        self._count(check_model(model), t)
+
+    def _count(
+        self, model: torch.nn.Module, t: float | None, found_inf: torch.Tensor | None = None
+    ) -> None:
+        """Count a training step, unless `found_inf` says that a GradScaler has skipped it."""
+        _check_raw(model, "update_")
         if _is_capturing():
             reason = "a CUDA graph is being captured, which would count and average this step once"
             raise NotReadyError("update_", reason, "call it after graph.replay()")
         grad_mode = torch.is_grad_enabled()
         try:
             with self._pipeline.lock("update_"):
-                self._advance(model, t)
+                self._begin(model)
+                before = self._pipeline.latest
+                try:
+                    self._advance(model, t, found_inf)
+                finally:
+                    if self._pipeline.latest is not before:
+                        self._last.run_id = self.run_id
+                        self._last.progress = self._pipeline.latest
+                        of_model = last_counts.setdefault(unwrapped(model), {})
+                        of_model[self.checkpoint_dir] = self._last
         finally:  # a signal handler can raise just before torch.no_grad() restores the mode
             torch.set_grad_enabled(grad_mode)
-            if self.step > self._last.progress.step:
-                self._note_count(unwrapped(model))
         self._raise_pending()
         self._run_callbacks()
 
@@ -367,14 +385,34 @@ class PostHocEMA:
         """
         self._pipeline.check_open()
 
-        def update(time: float | None) -> None:
-            self.update_(self._present_model("attach"), time)
-
+        stepping = stepping_optimizer(optimizer)
+        if self._model is None:
+            reason = "this tracker was made without a model"
+            raise InvalidValueError("attach", reason, "pass the model to from_model or from_path")
         unit = self.settings.t_unit
-        has_model = self._model is not None
-        attachment = attach(
-            update, self.checkpoint_dir, unit, optimizer, has_model, t, self._attached
-        )
+        if not callable(t) and (t is not None or unit != "steps"):
+            reason = f"t {t!r}: must be a function that returns the training time in {unit}"
+            raise InvalidValueError("attach", reason, "such as attach(optimizer, t=lambda: seen)")
+        before = self._attached
+        if before is not None and before.optimizer is not stepping:
+            kind = type(before.optimizer).__name__
+            reason = f"this tracker is attached to another optimizer ({kind})"
+            hint = (
+                "of several that train one model, attach to the one that steps last in an "
+                "iteration, or detach() first"
+            )
+            raise InvalidValueError("attach", reason, hint)
+
+        def update(time: float | None, found_inf: torch.Tensor | None) -> None:
+            self._count(self._present_model("attach"), time, found_inf)
+
+        # that of an earlier tracker of the directory, as of a notebook's cell that has run again
+        of_directory = attachments.setdefault(stepping, {})
+        for earlier in (before, of_directory.get(self.checkpoint_dir)):
+            if earlier is not None:
+                earlier.remove()
+        attachment = Attachment(stepping, update, t)
+        of_directory[self.checkpoint_dir] = attachment
         self._attachment = weakref.ref(attachment)
         return attachment
 
@@ -617,7 +655,7 @@ class PostHocEMA:
             self.flush()
             loaded, weights = unpack_state(state, self.settings, now.tracked)
             if not self.keeps_averages:
-                loaded = replace(loaded, averages=Averages.none_yet(self.settings.sigma_rels))
+                loaded = replace(loaded, averages=Averages(self.settings.sigma_rels))
             return loaded, weights
 
         with self._pipeline.lock("load_state_dict"):
@@ -635,15 +673,11 @@ class PostHocEMA:
 
         The averages can still be read. The end of a `with` block or of the process does the same.
         """
-        if self._attached is not None:
-            log.info(
-                "%s: %d steps of the attached optimizer were counted",
-                self.checkpoint_dir,
-                self._attached.steps,
-            )
         self.detach()
         if self._pipeline.is_forked:
             return  # the threads and the directory belong to another process
+        if self._has_begun:
+            self._last.progress = self._pipeline.progress
         self._note_uncounted(at_end=True)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
@@ -689,17 +723,13 @@ class PostHocEMA:
 
     # --- one call of `update_`
 
-    def _note_count(self, model: torch.nn.Module) -> None:
-        self._last.note(model, self.run_id, self._pipeline.progress)
-        last_counts.setdefault(model, {})[self.checkpoint_dir] = self._last
-
-    def _advance(self, model: torch.nn.Module, t: float | None) -> None:
-        if self.settings.snapshot_is_due(self.step + 1):
-            self._members.check()
+    def _begin(self, model: torch.nn.Module) -> None:
+        """Become the directory's writer at the first call."""
         self._note_error()
         if self._pipeline.tracking.resumes:
             self._choose_start(model, is_first_call=True)
         if not self._has_begun:
+            self._last.watch(unwrapped(model))
             self._members.check_model()
             now = self._pipeline.tracking
             read = (
@@ -710,8 +740,20 @@ class PostHocEMA:
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._start.recorded.size and self._has_state:
             self._note_other_network(model)
+
+    def _advance(
+        self, model: torch.nn.Module, t: float | None, found_inf: torch.Tensor | None
+    ) -> None:
         settings = self.settings
+        if found_inf is not None:
+            if self._pipeline.defer(found_inf, t):
+                return
+            if bool(found_inf):
+                self._pipeline.count(self._pipeline.progress)
+                return
         progress = self._pipeline.progress.after(t, self.settings)
+        if settings.snapshot_is_due(progress.step):
+            self._members.check()
         if settings.update_is_due(progress.step) and not self.keeps_averages:
             self._watch.check_kind(model)
         elif settings.update_is_due(progress.step):
@@ -790,7 +832,8 @@ class PostHocEMA:
         self._pending = self._pending or self._pipeline.take_error()
 
     def _raise_pending(self) -> None:
-        log_kept_messages()
+        if kept_messages:
+            log_kept_messages()
         failure = self._pending
         self._pending = None
         if failure is not None:
@@ -1157,22 +1200,17 @@ class _RestoredHook:
     standard library takes its place that does nothing: they need no release of this package."""
 
     def __call__(self, model: torch.nn.Module, _: object) -> None:
-        _note_restored(model)
+        """Handle the end of the model's `load_state_dict`."""
+        for tracker in [*_trackers.get(model, ())]:
+            resumes = tracker._pipeline.tracking.resumes
+            start = tracker._start
+            start.counted = None
+            tracker._last.watch(model)
+            if (resumes or start.recorded.size) and not tracker.closed:
+                start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
+                # else other processes would have to take part
+                if resumes and not tracker._members.is_chunked:
+                    tracker._choose_start(model, is_first_call=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")
-
-
-def _note_restored(model: torch.nn.Module, _: object = None) -> None:
-    """Handle the end of the model's `load_state_dict`. Models that were pickled before name this
-    function."""
-    for tracker in [*_trackers.get(model, ())]:
-        resumes = tracker._pipeline.tracking.resumes
-        start = tracker._start
-        start.counted = None
-        tracker._last.watch(model)
-        if (resumes or start.recorded.size) and not tracker.closed:
-            start.sample = tracker._watch.sample(model, tracker._pipeline.tracking.tracked)
-            # else other processes would have to take part
-            if resumes and not tracker._members.is_chunked:
-                tracker._choose_start(model, is_first_call=False)

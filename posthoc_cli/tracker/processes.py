@@ -293,15 +293,11 @@ class Rendezvous:
         """Raise a RankError if no process keeps averages: if all have made a tracker, or `GRACE`
         seconds after this one."""
         until = self._begin + GRACE
-        while not self._is_kept():
+        while "keeps" not in self._roles():
             if self._is_set("made") or time.monotonic() > until:
                 reason = "only counts steps, and no process that keeps averages has made a tracker"
                 raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
             time.sleep(0.02)
-
-    def _is_kept(self) -> bool:
-        """Return whether a process that has made a tracker keeps averages."""
-        return "keeps" in self._roles()
 
     def _roles(self) -> list[str]:
         """Return the roles of the processes that have announced theirs."""

@@ -99,7 +99,7 @@ class Start:
             _check_directory(directory, is_new=resume is None)
         sigma_rels = settings.sigma_rels
         anew = Tracking(
-            secrets.token_hex(16), tensors.tracked, Averages.none_yet(sigma_rels), resumes=False
+            secrets.token_hex(16), tensors.tracked, Averages(tuple(sigma_rels)), resumes=False
         )
         if not stored:
             return cls(directory, settings, None, stored, anew, model, tensors)
@@ -358,7 +358,7 @@ def _until(
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
     shapes = {name: entry.shape for name, entry in last.entries.items()}
     tracked = TrackedModel(last.tensors, shapes, last.aliases, last.left_out)
-    averages = Averages.none_yet(sigma_rels)
+    averages = Averages(tuple(sigma_rels))
     return Tracking(last.run_id, tracked, averages, _progress_at(last), resumes=True)
 
 

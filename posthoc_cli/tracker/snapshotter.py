@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from posthoc_cli.errors import (
     PostHocError,
     WriteError,
 )
+from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import (
     LOCK_NAME,
@@ -40,7 +41,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import decode_sample, encode_path, encode_sample
+from posthoc_cli.snapshots.path import PathSketch, decode_sample, encode_path, encode_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.snapshots.tensorfile import (
@@ -54,13 +55,15 @@ from posthoc_cli.snapshots.tensorfile import (
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.clock import Settings
-from posthoc_cli.tracker.measuring import Elements, Subset, Values, joined
+from posthoc_cli.tracker.measuring import Subset, Values, joined, measured_as
 from posthoc_cli.tracker.memory import (
+    Elements,
     FlatTensors,
     Layout,
     Tile,
     numbers_of,
     on_host,
+    places_of,
     ranges_of,
     tiles_of,
 )
@@ -91,9 +94,9 @@ class LiveSource(Snapshot):
         cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any
     ) -> LiveSource:
         entries = {
-            name: Entry(stored_name(b.wide), shape)
-            for b in layout
-            for name, shape in b.named_shapes()
+            name: Entry(stored_name(bucket.wide), place.shape)
+            for bucket in layout
+            for name, place in bucket.places.items()
         }
         entries |= {
             name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()
@@ -147,16 +150,18 @@ class LiveSource(Snapshot):
 def headers(
     settings: Settings,
     state: Tracking,
-    measurements: Sequence[Measurements | None],
+    path: PathSketch | None,
+    measured: Sequence[tuple[Measurements | None, str]],
     off_schedule: bool = False,
 ) -> list[Snapshot]:
-    """Return the headers of snapshots of a state's averages, one a profile."""
+    """Return the headers of snapshots of a state's averages, one a profile, from the measurements
+    and the sample of each."""
     averages = state.averages
-    standing = state.averages.standing
+    standing = averages.standing
     tracked = state.tracked
     members = tracked.members
     chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
-    sketch = encode_path(averages.known_path)
+    sketch = encode_path(path)
     return [
         Snapshot(
             run_id=state.run_id,
@@ -175,15 +180,16 @@ def headers(
             selection=settings.selection,
             updates=standing.updates,
             off_schedule=off_schedule,
-            measurements=measured,
+            measurements=measurements,
+            sample=sample,
             sketch=sketch,
             chunks=chunks,
             part=members.part,
             mesh=members.mesh,
             session=members.session,
         )
-        for sigma_rel, gamma, measured in zip(
-            averages.sigma_rels, averages.gammas, measurements, strict=True
+        for sigma_rel, gamma, (measurements, sample) in zip(
+            averages.sigma_rels, averages.gammas, measured, strict=True
         )
     ]
 
@@ -278,29 +284,27 @@ class Snapshotter:
         t = tracking.averages.standing.t
         return t > 0 and not all(self._has(t, one) for one in self._settings.sigma_rels)
 
-    def record(self, state: Tracking, staged: Sequence[StagedAverage], is_due: bool = True) -> None:
+    def record(
+        self,
+        infos: Sequence[Snapshot],
+        staged: Sequence[StagedAverage],
+        copies: Mapping[str, torch.Tensor],
+    ) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        standing = state.averages.standing
-        copies = state.averages.copies
-        off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
-        infos = headers(self._settings, state, [one.measurements for one in staged], off_schedule)
-        is_new = [
-            not self._has(standing.t, info.sigma_rel, scheduled=not off_schedule) for info in infos
-        ]
         due = [
-            (replace(i, sample=one.sample), one)
-            for i, one, new in zip(infos, staged, is_new, strict=True)
-            if new
+            (info, one)
+            for info, one in zip(infos, staged, strict=True)
+            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule)
         ]
         if not due:
             return
         try:
             if files.is_absent(self.directory):
-                reason = f"was deleted: the averages of step {standing.step} are lost"
+                reason = f"was deleted: the averages of step {infos[0].step} are lost"
                 raise WriteError(self.directory, reason, errno=errno.ENOENT)
             for bad in filter(None, (one.nonfinite for one in staged)):
                 raise NonFiniteError(
@@ -322,8 +326,8 @@ class Snapshotter:
         others = staged.others | dict(copies)
         storage = staged.storage
         entries = {
-            n: Entry(stored_name(dtype, n), storage.shapes[n])
-            for n, dtype in storage.dtypes.items()
+            name: Entry(stored_name(storage.dtype(name), name), place.shape)
+            for name, (_, place) in storage.places.items()
         }
         entries |= {
             n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()
@@ -341,8 +345,8 @@ class Snapshotter:
                 replaces = decode_snapshot(read_file(path)).session < info.session
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
             for number, bucket in enumerate(storage.stored):
-                for name in filter(lambda name: name not in others, bucket.names):
-                    parts = staged.memory.parts(number, *bucket.places[name])
+                for name in filter(lambda name: name not in others, bucket.places):
+                    parts = staged.memory.row_major(number, name)
                     writer.write_parts(name, map(tensor_bytes, parts))
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
@@ -414,24 +418,21 @@ class Storage:
         self.stored = tuple(
             replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout)
         )
+        self.places = places_of(layout)
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
-        self.shapes = {name: shape for bucket in layout for name, shape in bucket.named_shapes()}
-        self.dtypes = {name: bucket.dtype for bucket in self.stored for name in bucket.names}
         self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
-        places = {
-            name: (index, begin)
-            for index, b in enumerate(layout)
-            for name, (begin, _) in b.places.items()
-        }
-        sampled = [(places[name][0], places[name][1] + i) for name, i in tracked.sampled.values()]
-        pairs = np.array(sampled, np.int64).reshape(-1, 2)
-        self._order = np.lexsort(pairs.T[::-1])
-        buckets, indices = pairs[self._order].T
-        self.sample = Elements(
-            layout, [indices[buckets == number] for number in range(len(layout))]
-        )
+        sampled = []
+        for name, index in tracked.sampled.values():
+            number, place = self.places[name]
+            sampled.append((number, *place.positions(np.array([index]))))
+        buckets, positions = np.array(sampled, np.int64).reshape(-1, 2).T
+        self._order = np.argsort(buckets, kind="stable")
+        self.sample = Elements(layout, [positions[buckets == n] for n in range(len(layout))])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.stored[self.places[name][0]].dtype
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
@@ -451,7 +452,7 @@ class StagedAverage:
 
     storage: Storage
     memory: FlatTensors
-    others: dict[str, torch.Tensor]  # those that are stored in another dtype
+    others: dict[str, torch.Tensor]  # those that are stored in another dtype, exactly
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
     # the model's and the exact values, encoded for the header; "" if the model's are unknown
@@ -464,88 +465,79 @@ def stage(
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
-    subset = storage.subset
-    memory = storage.memory
     tiles = tiles_of(storage.layout)
-    ranges = ranges_of(storage.layout)
-    measured, samples = (
-        [elements.buffers() for _ in memory] for elements in (subset, storage.sample)
-    )
-    norms = [[torch.empty(0)] * len(tiles) for _ in memory]
+    measured = [storage.subset.buffers() for _ in storage.memory]
+    samples = [storage.sample.buffers() for _ in storage.memory]
+    norms = [[torch.empty(0)] * len(tiles) for _ in storage.memory]
 
     def stage_tile(tile: Tile, thread: int) -> None:
-        for index, stored in enumerate(memory):
+        for index, stored in enumerate(storage.memory):
             exact = averages.values(tile, index, thread)
             out = stored.tile(tile)
             out.copy_(
                 exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True
             )
             norms[index][tile.number] = torch.linalg.vector_norm(exact)
-            subset.take(tile, exact, measured[index])
+            storage.subset.take(tile, exact, measured[index])
             storage.sample.take(tile, exact, samples[index])
 
     pool.each(stage_tile, tiles)
-    result = []
-    for index, stored in enumerate(memory):
-        doubtful = set[str]()
-        for tile, norm in zip(tiles, numbers_of(norms[index], tiles), strict=True):
-            if not norm <= torch.finfo(storage.stored[tile.bucket].dtype).max:
-                doubtful.update(piece.name for piece in ranges[tile.number])
-        exact = joined(measured[index])
-        pairs = zip(measured[index], storage.stored, strict=True)
-        rounded = joined([values.to(bucket.dtype).to(values.dtype) for values, bucket in pairs])
-        others = _stored_in_other_dtypes(storage, averages, index, doubtful, exact, rounded)
-        weights = averages.sample
-        values = storage.in_order(samples[index])
-        sample = "" if weights is None else encode_sample(storage.in_order(weights), values)
-        measurements = subset.measured(exact, rounded)
-        result.append(
+    staged = []
+    for index, stored in enumerate(storage.memory):
+        doubtful = _outside(storage, numbers_of(norms[index], tiles))
+        rounding = _rounding(storage, measured[index])
+        squares = storage.subset.sums(joined(measured[index]))
+        for number, name in enumerate(storage.subset.sizes):
+            if not _is_accurate(squares[number], rounding[number], storage.dtype(name)):
+                doubtful.add(name)
+        others = _stored_exactly(storage, averages, index, doubtful)
+        rounding[[name in others for name in storage.subset.sizes]] = 0.0
+        sample = ""
+        if averages.sample is not None:
+            weights = storage.in_order(averages.sample)
+            sample = encode_sample(weights, storage.in_order(samples[index]))
+        measurements = measured_as(squares, rounding)
+        staged.append(
             StagedAverage(storage, stored, others, nonfinite_name(others), measurements, sample)
         )
-    return result
+    return staged
 
 
-def _stored_in_other_dtypes(
-    storage: Storage,
-    averages: Averages,
-    index: int,
-    doubtful: set[str],
-    measured: Values,
-    stored: Values,
+def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
+    """Return the tensors of tiles whose norm the storage dtype cannot hold."""
+    names = set[str]()
+    ranges = ranges_of(storage.layout)
+    for tile, norm in zip(tiles_of(storage.layout), norms, strict=True):
+        if not norm <= torch.finfo(storage.stored[tile.bucket].dtype).max:
+            names.update(piece.name for piece in ranges[tile.number])
+    return names
+
+
+def _rounding(storage: Storage, measured: Sequence[torch.Tensor]) -> FloatArray:
+    """Return the squared rounding error of each measured tensor in the storage dtype."""
+    rounded = []
+    for values, bucket in zip(measured, storage.stored, strict=True):
+        rounded.append(values.to(bucket.dtype).to(values.dtype))
+    return storage.subset.sums(joined(measured), joined(rounded))
+
+
+def _stored_exactly(
+    storage: Storage, averages: Averages, index: int, doubtful: set[str]
 ) -> dict[str, torch.Tensor]:
-    """Return running statistics, and weights that their bucket's dtype cannot hold, whose values
-    `stored` then gets."""
-    subset = storage.subset
-    found = {}
-
-    def holds(dtype: torch.dtype) -> bool:
-        error = exact - exact.to(dtype).to(exact.dtype)
-        norm, rounding = (
-            float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (exact, error)
-        )
-        return _is_accurate(norm, rounding, dtype)
-
-    spans = dict(zip(subset.sizes, pairwise(subset.edges.tolist()), strict=True))
-    norms = subset.sums(measured)
-    errors = subset.sums(measured, stored)
-    for name, norm, error in zip(spans, norms.tolist(), errors.tolist(), strict=True):
-        if not _is_accurate(norm, error, storage.dtypes[name]):
-            doubtful.add(name)
-    for name in [
-        name for name in storage.dtypes if name in doubtful or name not in storage.weights
-    ]:
-        shape = storage.shapes[name]
-        usual = storage.dtypes[name]
-        (exact,) = averages.read(index, [ElementRange(name, 0, math.prod(shape))])
-        candidates = (usual, torch.float32) if name in storage.weights else ()
-        dtype = next(filter(holds, candidates), exact.dtype)
-        if name not in storage.weights or dtype != usual or not bool(exact.isfinite().all()):
-            found[name] = exact.to(dtype).view(shape)
-            span = slice(*spans.get(name, (0, 0)))
-            stored[span] = measured[span].astype(
-                np.float64 if dtype == torch.float64 else np.float32
-            )
-    return found
+    """Return running statistics, and those of the doubtful weights that the storage dtype cannot
+    hold."""
+    others = {}
+    for name, (_, place) in storage.places.items():
+        if name in storage.weights and name not in doubtful:
+            continue
+        (exact,) = averages.read(index, [ElementRange(name, 0, place.end - place.begin)])
+        error = exact - exact.to(storage.dtype(name)).to(exact.dtype)
+        norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
+        rounding = float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
+        is_held = _is_accurate(norm, rounding, storage.dtype(name))
+        if name not in storage.weights or not is_held:
+            others[name] = exact.view(place.shape)
+    return others
 
 
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
@@ -565,4 +557,4 @@ def measured_now(
             subset.take(tile, averages.values(tile, index, thread), own)
 
     pool.each(take, tiles_of(subset.layout))
-    return [subset.measured(joined(values)) for values in buffers]
+    return [measured_as(subset.sums(joined(values))) for values in buffers]

@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.path import path_of_part
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.memory import HOST, Layout, buckets_of
+from posthoc_cli.tracker.memory import Layout, layout_of, on_host
 from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
 
@@ -129,7 +129,7 @@ def unpack_state(
     info = _checked_info(state, settings)
     standing = info.standing
     wanted = settings.sigma_rels
-    averages = Averages.none_yet(wanted)
+    averages = Averages(wanted)
     if standing.t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
         kept = AverageTensors(host_layout(tracked), len(wanted))
@@ -180,10 +180,12 @@ def _checked_info(state: Any, settings: Settings) -> StateInfo:
 
 def host_layout(tracked: TrackedModel) -> Layout:
     """Return the layout of the averages of a model in host memory."""
-    averaged = tracked.dtypes(copied=False)
-    return buckets_of(
-        {name: (HOST, dtype, tracked.shapes[name]) for name, dtype in averaged.items()}
-    )
+    dtypes = tracked.dtypes(copied=False)
+    tensors = {
+        name: torch.empty(tracked.shapes[name], dtype=dtype, device="meta")
+        for name, dtype in dtypes.items()
+    }
+    return on_host(layout_of(tensors))
 
 
 def _check_names(

@@ -24,7 +24,7 @@ from tracker.runs import Training, contents, times, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
-from posthoc_cli.tracker import background, host_copy, pipeline
+from posthoc_cli.tracker import background, pipeline
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -446,8 +446,8 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
     work of one that ran out of memory has ended."""
     cuda = Streams()
     monkeypatch.setattr(cuda, "Stream", lambda device: Streams.Stream(cuda, f"own {device}"))
-    monkeypatch.setattr(host_copy, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
-    streams = host_copy.DeviceStreams()
+    monkeypatch.setattr(pipeline, "torch", SimpleNamespace(**vars(torch) | {"cuda": cuda}))
+    streams = pipeline.DeviceStreams()
     devices = [torch.device("cuda", index) for index in (0, 1)]
     failing_block = pytest.raises(ZeroDivisionError) if fails else nullcontext()
     with failing_block, streams.in_streams_of_caller(streams.current(devices)):

@@ -179,21 +179,21 @@ def test_a_resumed_run_takes_its_new_settings_and_stays_exact(
     # whose last snapshots the exact state does not list
     dropped = len(first.settings.sigma_rels) - len(profiles)
     assert superseded(tmp_path) == exactly * dropped
-    newest = Run(tmp_path).snapshots[-1]
-    wanted = SETTINGS | after
-    assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (
-        wanted["update_every"],
-        wanted["checkpoint_every"],
-    )
-    assert (newest.max_interval, newest.t_first, newest.t) == (wanted["update_every"], 2, 40)
-    assert {s.sigma_rel for s in Run(tmp_path).snapshots if s.t == 40} == {*profiles}
+    check_settings(tmp_path, SETTINGS | after, profiles)
     assert ema("info", tmp_path).code == 0  # which does not miss the dropped profiles
-    again = PostHocEMA.from_path(tmp_path, training.model)
-    assert (again.step, again.settings.sigma_rels, again.settings.schedule) == (
-        40,
-        profiles,
-        newest.schedule,
-    )
+
+
+def check_settings(folder: Path, wanted: dict, profiles: tuple[float, ...]) -> None:
+    """Check that the newest snapshots and a new tracker have these settings."""
+    newest = Run(folder).snapshots[-1]
+    schedule = newest.schedule
+    assert schedule.update_every == newest.max_interval == wanted["update_every"]
+    assert schedule.checkpoint_every == wanted["checkpoint_every"]
+    assert (newest.t_first, newest.t) == (2, 40)
+    assert {s.sigma_rel for s in Run(folder).snapshots if s.t == 40} == {*profiles}
+    again = PostHocEMA.from_path(folder)
+    assert again.step == 40
+    assert (again.settings.sigma_rels, again.settings.schedule) == (profiles, schedule)
 
 
 def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
@@ -217,19 +217,16 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
 @pytest.mark.parametrize(("last", "group", "scale"), [(1, False, 1.0), (15, True, 1.5)])
-def test_torch_distributed_checkpoint_and_torch_save_keep_all_of_the_state(
+def test_torch_distributed_checkpoint_keeps_all_of_the_state(
     tmp_path: Path, last: int, group: bool, scale: float, request: pytest.FixtureRequest
 ) -> None:
-    """On the user's own clock, also where it equals the steps; no pickles are needed; fewer
-    profiles may be loaded."""
+    """On the user's own clock, also where it equals the steps; fewer profiles may be loaded."""
     training = Training()
     options = {"t_unit": "images"}
     ema = begin(training.model, tmp_path / "run", **options)
     expected = state_after(training, last, ema, scale=scale)
     ema.close()
     assert isinstance(ema, Stateful)
-    torch.save(expected, tmp_path / "state.pt")
-    assert same(torch.load(tmp_path / "state.pt", weights_only=True), expected)
     if group:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         request.addfinalizer(dist.destroy_process_group)
@@ -315,6 +312,14 @@ def test_an_altered_state_or_one_of_another_run_is_refused(
         assert contents(tmp_path) == files
 
 
+def test_torch_save_keeps_all_of_the_state_without_pickles(tmp_path: Path) -> None:
+    training = Training()
+    with begin(training.model, tmp_path / "run") as ema:
+        expected = state_after(training, 15, ema)
+    torch.save(expected, tmp_path / "state.pt")
+    assert same(torch.load(tmp_path / "state.pt", weights_only=True), expected)
+
+
 def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
     training = Training()
     with begin(training.model, tmp_path) as ema:
@@ -347,6 +352,34 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
 # --- from the snapshots of a time at which the network had the model's weights
 
 
+def with_other_weights(weights: str, finished: Training, folder: Path) -> Training:
+    """Return a training whose weights no snapshot in the folder has."""
+    if weights == "new":
+        return Training(1)
+    if weights == "first":
+        for sigma_rel in (0.05, 0.28):
+            remove(folder, *range(20, 201, 10), sigma_rel=sigma_rel)
+        return Training(0)
+    training = finished.at(160)
+    inner, norm, outer = training.model
+    if weights == "next":
+        training.run(161)
+    # two hidden units are swapped: the same function with other weights
+    elif weights == "permuted":
+        order = [1, 0, *range(2, 24)]
+        for layer in (inner, norm):
+            layer.weight.data = layer.weight.data[order]
+            layer.bias.data = layer.bias.data[order]
+        outer.weight.data = outer.weight.data[:, order]
+    elif weights == "average":
+        training.model.load_state_dict(PostHocEMA.from_path(folder).state_dict(0.05))
+    elif weights == "of another attempt":
+        training.run(170, salt=1)
+    elif weights == "half":
+        inner.weight.data[:12] = finished.path[149]["0.weight"][:12]
+    return training
+
+
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
@@ -359,26 +392,7 @@ def test_a_run_is_not_resumed_with_fresh_weights(
 ) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such
     time."""
-    if weights == "first":
-        remove(tmp_path, *range(20, 201, 10), sigma_rel=0.28)
-        remove(tmp_path, *range(20, 201, 10), sigma_rel=0.05)
-    training = {"new": Training(1), "first": Training(0)}.get(weights, finished.at(160))
-    inner, norm, outer = training.model
-    if weights == "next":
-        training.run(161)
-    # two hidden units are swapped: the same function with other weights
-    elif weights == "permuted":
-        order = [1, 0, *range(2, 24)]
-        for layer in (inner, norm):
-            layer.weight.data = layer.weight.data[order]
-            layer.bias.data = layer.bias.data[order]
-        outer.weight.data = outer.weight.data[:, order]
-    elif weights == "average":
-        training.model.load_state_dict(PostHocEMA.from_path(tmp_path).state_dict(0.05))
-    elif weights == "of another attempt":
-        training.run(170, salt=1)
-    elif weights == "half":
-        inner.weight.data[:12] = finished.path[149]["0.weight"][:12]
+    training = with_other_weights(weights, finished, tmp_path)
     before = contents(tmp_path)
     ema = resume(training.model, tmp_path, way)
     for _ in range(2):  # every call raises the error
@@ -467,17 +481,16 @@ def test_a_snapshot_on_request_is_a_place_to_resume_from(tmp_path: Path, every: 
 def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     finished: Training, tmp_path: Path
 ) -> None:
-    """Its snapshots are set aside; without any of a profile the run was killed while it wrote its
-    first ones, and begins again."""
-    shutil.copytree(tmp_path, tmp_path / "first")
+    """Its snapshots are set aside."""
     remove(tmp_path, 200)
-    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
-        again = finished.at(200)
-        with resume(again.model, tmp_path) as ema:
-            again.run(201, ema)
-    with pytest.raises(
-        InvalidValueError, match=r"resume 200: this call of update_ has no snapshot"
+    again = finished.at(200)
+    with (
+        pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT),
+        resume(again.model, tmp_path) as ema,
     ):
+        again.run(201, ema)
+    message = r"resume 200: this call of update_ has no snapshot"
+    with pytest.raises(InvalidValueError, match=message):
         begin(again.model, tmp_path, resume=200)
     again = finished.at(190)
     with resume(again.model, tmp_path) as ema:
@@ -485,20 +498,22 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
         again.run(220, ema, salt=1)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
+
+
+@pytest.mark.parametrize(("first", "settings"), [(10, {}), (40, {"update_after_step": 35})])
+def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
+    tmp_path: Path, first: int, settings: dict
+) -> None:
+    begun(tmp_path, first, **settings)
+    remove(tmp_path, first)
     new = Training()
-    folder = tmp_path / "first"
-    remove(folder, *range(10, 201, 10))
-    remove(folder, *range(20, 201, 10), sigma_rel=0.05)
-    with resume(new.model, folder) as ema:
+    with resume(new.model, tmp_path, **settings) as ema:
         assert ema.step == 0
-        new.run(12, ema)
-        assert new.error(ema) < 1e-6
-    assert times(folder) == {10, 12}
-    assert superseded(folder) == 1
-    late = {"update_after_step": 35}
-    begun(tmp_path / "late", 40, **late)
-    remove(tmp_path / "late", 40)
-    assert resume(Training().model, tmp_path / "late", **late).step == 0
+        new.run(first + 2, ema)
+        after = settings.get("update_after_step", 1)
+        assert new.error(ema, range(after + 1, first + 3, 2)) < 1e-6
+    assert times(tmp_path) == {first, first + 2}
+    assert superseded(tmp_path) == 1
 
 
 def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
@@ -620,73 +635,79 @@ def test_processes_decide_together_with_the_samples_of_another_arrangement(
 # --- who may write
 
 
-def test_a_run_or_folder_that_does_not_fit_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = begun(tmp_path / "run", 10)
-    other = torch.nn.Linear(3, 4)
-    before = contents(tmp_path / "run")
-    model = training.model
-    run = tmp_path / "run"
-    (tmp_path / "file").write_text("")
-    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    ways = (
-        r"restore the model's checkpoint first, .*resume='auto'.*; for a new run resume=0, .* "
-        r"another directory; .*load_state_dict.*resume=10 .*step=10\)"
-    )
-    for folder, wrong, kind, message in (
-        (run, {}, MismatchError, f"{ways}$"),
+WAYS_TO_RESUME = (
+    r"restore the model's checkpoint first, .*resume='auto'.*; for a new run resume=0, .* "
+    r"another directory; .*load_state_dict.*resume=10 .*step=10\)$"
+)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        ({}, MismatchError, WAYS_TO_RESUME),
         (
-            run,
             {"resume": "auto", "t_unit": "images"},
             InvalidValueError,
             r"t_unit 'images': the run in .* counts",
         ),
-        *(
-            (run, {"resume": one}, InvalidValueError, f"resume {one!r}: must be 'auto', to go on")
-            for one in ("yes", True)
-        ),
-        *(
-            (run, {"resume": one}, InvalidValueError, f"resume {one}: must be a whole number")
-            for one in (-1, 3.5)
-        ),
+        ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto', to go on"),
+        ({"resume": True}, InvalidValueError, "resume True: must be 'auto', to go on"),
+        ({"resume": -1}, InvalidValueError, "resume -1: must be a whole number"),
+        ({"resume": 3.5}, InvalidValueError, r"resume 3\.5: must be a whole number"),
         (
-            run,
             {"resume": 5},
             InvalidValueError,
             "resume 5: this call of update_ has no snapshot; calls .* one: 10",
         ),
-        (tmp_path / "new", {"resume": 10}, DirectoryError, "no such directory"),
-        *(
-            (tmp_path / name, {}, DirectoryError, "is not a directory")
-            for name in ("file", "file/run", "nowhere")
-        ),
-        (tmp_path / ("a" * 300), {}, WriteError, "aaa: cannot be written: file name too long"),
-    ):
-        with pytest.raises(kind, match=message) as raised:
-            begin(model, folder, **wrong)
-        assert isinstance(raised.value, ValueError) or kind not in (
-            MismatchError,
-            InvalidValueError,
-        )
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused_at_once(
+    tmp_path: Path, wrong: dict, kind: type[PostHocError], message: str
+) -> None:
+    model = begun(tmp_path, 10).model
+    before = contents(tmp_path)
+    with pytest.raises(kind, match=message) as raised:
+        begin(model, tmp_path, **wrong)
+    assert isinstance(raised.value, ValueError)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Training().model
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "file/run", "nowhere"):
+        with pytest.raises(DirectoryError, match="is not a directory"):
+            begin(model, tmp_path / name)
+    with pytest.raises(WriteError, match="aaa: cannot be written: file name too long"):
+        begin(model, tmp_path / ("a" * 300))
+    with pytest.raises(DirectoryError, match="no such directory"):
+        begin(model, tmp_path / "new", resume=10)
     for name in ("absent", "empty"):
         with pytest.raises(DirectoryError, match=name):
             PostHocEMA.from_path(tmp_path / name)
-    for call in (lambda: resume(other, run), lambda: PostHocEMA.from_path(run, other)):
-        with pytest.raises(
-            ModelMismatchError, match=r"is of another model; use its model, or another directory$"
-        ):
-            call()
-    assert contents(run) == before
-    PostHocEMA.from_path(run, model.requires_grad_(False))  # for an evaluation
-    with PostHocEMA.from_path(run, model.requires_grad_(True)) as third:  # no lock was taken
-        training.run(12, third)
     access = Mock(return_value=False)
     monkeypatch.setattr(os, "access", access)  # root may write everywhere
     with pytest.raises(DirectoryError, match=f"{tmp_path.name}: cannot be written to"):
         begin(model, tmp_path / "new" / "run")
     access.assert_called_once_with(tmp_path, os.W_OK | os.X_OK)
+
+
+def test_another_model_is_refused_at_once_and_a_frozen_one_read(tmp_path: Path) -> None:
+    training = begun(tmp_path, 10)
+    model = training.model
+    other = torch.nn.Linear(3, 4)
+    message = r"is of another model; use its model, or another directory$"
+    with pytest.raises(ModelMismatchError, match=message):
+        resume(other, tmp_path)
+    with pytest.raises(ModelMismatchError, match=message):
+        PostHocEMA.from_path(tmp_path, other)
+    PostHocEMA.from_path(tmp_path, model.requires_grad_(False))  # for an evaluation
+    with PostHocEMA.from_path(tmp_path, model.requires_grad_(True)) as third:  # no lock was taken
+        training.run(12, third)
 
 
 def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_others(
@@ -711,20 +732,6 @@ def test_a_directory_in_which_a_tracker_of_this_process_writes_is_refused_to_oth
         training.run(35, tracker)
         assert tracker.state_dict()["standing"]["updates"] == 18  # at 2, 4, ..., 34, and at 9
     assert repr(tracker) == f"PostHocEMA({str(tmp_path)!r}, step 35, sigma_rels 0.05, 0.28, closed)"
-
-
-def test_a_cell_that_is_run_again_releases_its_first_tracker(tmp_path: Path) -> None:
-    """Nothing refers to that tracker any more, though its threads may still write."""
-    training = Training()
-    ema = begin(training.model, tmp_path)
-    training.run(20, ema)  # which has a snapshot
-    ema = resume(training.model, tmp_path)
-    training.run(27, ema)
-    assert ema.step == 27
-    training = Training()
-    ema = resume(training.model, tmp_path)
-    with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
-        ema.update_(training.model)
 
 
 WRITER = """

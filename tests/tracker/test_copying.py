@@ -184,7 +184,7 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert {name for bucket in staged.memory.layout for name in bucket.names} == values.keys()
+        assert {name for bucket in staged.memory.layout for name in bucket.places} == values.keys()
         assert expected(staged, number)
         stager.give_back(staged)
 

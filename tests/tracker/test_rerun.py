@@ -136,8 +136,9 @@ def test_a_new_model_in_a_cell_that_is_run_again_is_no_continuation(tmp_path: Pa
     notebook.cell(4)
     weights = notebook.training.path
     notebook.use(Training())
-    with pytest.raises(ModelMismatchError, match="its weights are those of no snapshot"):
-        notebook.cell(1)
+    for _ in range(2):  # a refused call counts nothing that a second attempt could continue from
+        with pytest.raises(ModelMismatchError, match="its weights are those of no snapshot"):
+            notebook.cell(1)
     notebook.use(Training(seed=5, path=weights[:4]))
     notebook.training.model.load_state_dict(weights[3])
     notebook.cell(3)
