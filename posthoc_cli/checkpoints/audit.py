@@ -101,9 +101,10 @@ class Audit:
     what: str  # the parameter in question, "decay" or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    # of the length, relative; infinite if two checkpoints alone show it
+    # of the time constant at the end, relative; infinite if two checkpoints alone show it
     uncertainty: float | None = None
     claimed: float | None = None  # claimed parameter
+    difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     # times after the begin of the training at which it started from the weights
     starts: tuple[float, ...] = ()
@@ -572,9 +573,11 @@ def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
         is_late=0 in starts,
         intervals=tuple(explanation.intervals),
     )
-    if model.claimed is None and model.parameter > found + _RISES:
-        return audit
-    return replace(audit, length=model.length, uncertainty=sigma)
+    length = None
+    if model.claimed is not None or model.parameter <= found + _RISES:
+        length = model.length
+    difference = abs(math.log(model.length / model.claim.length))
+    return replace(audit, length=length, uncertainty=sigma, difference=difference)
 
 
 def _verdict(
@@ -654,7 +657,7 @@ def _compare_lengths(
     `is_better` if it explains the intervals clearly better."""
     sigma = audit.uncertainty or 0.0
     claim = model.claim
-    difference = abs(math.log(model.length / claim.length))
+    difference = audit.difference
     is_far = is_better and difference > math.log(_FAR)
     shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
     if not model.is_power and max(model.length, claim.length) < shortest:

@@ -80,7 +80,7 @@ _UNLIKE = 0.0035
 # white noise, which moves a length by 13 % at r 2.5.
 _UNEXPLAINED = 0.032
 _PART = 0.25  # share of what the likelihood moves a length that counts as uncertain
-_FARTHEST = 2.0  # logarithm of the largest factor that a half may show
+_FARTHEST = 2.0  # logarithm of the largest factor that a part of the checkpoints may show
 
 CONSTANT = DecayRule()
 
@@ -385,27 +385,31 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
     relative uncertainty."""
     if len(series.times) < 3:  # one interval shows none
         return model, math.inf
+    end = series.times[-1]
     log, divergence = _likeliest(model, series, 1.0)
     found = model
     if not model.is_power:  # its first averages are too short for the distance between checkpoints
         found = model.scaled(log)
-        log *= _PART
+        log = _PART * math.log(found.length_at(end) / model.length_at(end))
     unexplained = _UNLIKE + _UNEXPLAINED * max(divergence, 0.0)
-    unlike = unexplained * _growth(found, series, series.times[-1])
+    unlike = unexplained * _growth(found, series, end)
     return found, math.hypot(_apart(found, series), unlike, log)
 
 
 def _apart(model: Model, series: Series) -> float:
     """Return by how much more than other paths may explain the earlier half of the checkpoints, or
-    the later one, shows another length."""
+    the later one, or the end of a schedule, shows another length."""
     if model.claimed is None:
         model = replace(model, rule=model.fitted, claimed=model.value)
     last = len(series.times) - 1
     middle = (last + 1) // 2
+    parts = [series.between(0, middle), series.between(middle, last)]
+    if model.rule.is_schedule:
+        parts.append(series.between(max(last - 2, 0), last))
     most = 0.0
-    for half in (series.between(0, middle), series.between(middle, last)):
-        log, _ = _likeliest(model, half, _FARTHEST)
-        unlike = _UNLIKE * _growth(model, half, float(half.times.mean()))
+    for part in parts:
+        log, _ = _likeliest(model, part, _FARTHEST)
+        unlike = _UNLIKE * _growth(model, part, float(part.times.mean()))
         most = max(most, log**2 - unlike**2)
     return math.sqrt(most)
 

@@ -147,7 +147,9 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     if audit.what == "sigma_rel":
         width = float(f"{found:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
-    decay = _round_decay(found, sigma)
+    decay = found
+    if audit.length is not None:
+        decay = _round_decay(found, sigma)
     if decay != found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"
@@ -247,6 +249,7 @@ def _check_decay(
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "
             log.warning("%shold if it is right: %s", reason, audit.text)
+            given = replace(given, ema_doubt=min(audit.difference, 3.0))
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:

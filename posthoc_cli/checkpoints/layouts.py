@@ -584,7 +584,8 @@ FINDERS: tuple[Finder, ...] = (
 _OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
 _OF_EMA = (
     *_OF_TIME, "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
-    "ema_late", "steps", "last_step", "update_every", "update_after_step", "average", "weights",
+    "ema_doubt", "ema_late", "steps", "last_step", "update_every", "update_after_step", "average",
+    "weights",
 )  # fmt: skip
 
 TAKES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ema_command import Ema
-from trained import STEPS, TIMES, Weights, by, check, ema, train, write
+from trained import STEPS, TIMES, Weights, by, check, ema, error_of, train, write
 
 from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
@@ -409,6 +409,28 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> Non
     folder = write(tmp_path / "x", train(**FALLING), by(exponential), form=form)
     with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* times too sh"):
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
+
+
+OUTSIDE: dict[str, tuple[Callable[[int], float], dict[str, object]]] = {
+    "a cosine to 0.999": (lambda n: 0.9945 - 0.0045 * math.cos(math.pi * n / STEPS), {}),
+    "two decays": (lambda n: 0.99 if n < STEPS / 2 else 0.997, {}),
+    "a ratio": (lambda n: n / (n + 30), {"ema_decay": 0.98}),
+}
+"""Rules that the table has not; the last one is given as the decay that it reaches."""
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_rule_that_is_unknown_is_asked_for_or_widens_the_error(name: str, tmp_path: Path) -> None:
+    decay, settings = OUTSIDE[name]
+    folder = write(tmp_path / "x", train(**FALLING), by(decay), form=form)
+    if not settings:
+        with pytest.raises(errors.InvalidValueError, match=r"ema_decay: must be given: .*length"):
+            import_checkpoints(folder, tmp_path / "run")
+        return
+    import_checkpoints(folder, tmp_path / "run", **settings)
+    for width in (0.05, 0.25):
+        error, predicted = error_of(Run(tmp_path / "run"), width, weights=train(**FALLING))
+        assert error < 2 * predicted
 
 
 def claiming_a_warm_up(step: int, weights: Weights, average: Weights) -> object:
