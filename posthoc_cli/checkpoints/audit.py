@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import compress
+from itertools import compress, repeat
 from typing import Any
 
 import numpy as np
@@ -257,14 +257,13 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
     sizes = [piece.end - piece.begin for piece in pieces]
     rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
-    for at, pair in enumerate(pairs):
-        with pair[0], pair[1]:  # which share their files
-            for role, source in enumerate(pair):
-                rows[role, at] = np.concatenate(_values(source, pieces))
-            average = pair[1]
-            for number, values in enumerate(_values(average, pieces)):
-                dtype = average.entries[pieces[number].name].dtype
-                rounding[at, number] = expected_rounding(values, dtype, "F32")
+    for at, (weights, average) in enumerate(pairs):
+        with weights, average:  # which share their files
+            rows[0, at] = np.concatenate(_values(weights, pieces))
+            values = _values(average, pieces)
+        rows[1, at] = np.concatenate(values)
+        dtypes = [average.entries[piece.name].dtype for piece in pieces]
+        rounding[at] = [*map(expected_rounding, values, dtypes, repeat("F32"))]
     times = np.array([average.t for _, average in pairs])
     series = Series(times, np.split(rows, np.cumsum(sizes)[:-1], axis=2), rounding)
     return series, [piece.name for piece in pieces]
@@ -526,17 +525,7 @@ def _judge(
         verdict, text = moves.fault
         return replace(audit, verdict=verdict, text=text)
     averaged = ~moves.still.all(axis=0) & ~moves.equal
-    first = max(moves.copies - 1, 0)
-    values = [*compress(series.values, averaged)]
-    of_averages = Series(series.times, values, series.rounding[:, averaged])
-    explanation = _Explanation(
-        series=of_averages.between(first, len(series.times) - 1),
-        model=model,
-        rules=rules,
-        moves=np.flatnonzero(moves.weights[first:, averaged].any(axis=1)).tolist(),
-        notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
-        is_late=moves.copies > 0,
-    )
+    explanation = _explanation(series, moves, averaged, model, rules)
     if all(explanation.notes[index] == _STILL for index in explanation.moves):
         return replace(audit, text="in no interval do both the weights and the average move")
     explanation.find()
@@ -547,6 +536,27 @@ def _judge(
     if verdict == "undetermined":
         return replace(audit, found=None)
     return replace(audit, tensors=lost if verdict == "some tensors" else ())
+
+
+def _explanation(
+    series: Series,
+    moves: _Moves,
+    averaged: npt.NDArray[np.bool_],
+    model: Model,
+    rules: Sequence[DecayRule],
+) -> _Explanation:
+    """Return the search among the pieces that are averaged, from where the average began."""
+    first = max(moves.copies - 1, 0)
+    values = [*compress(series.values, averaged)]
+    of_averages = Series(series.times, values, series.rounding[:, averaged])
+    return _Explanation(
+        series=of_averages.between(first, len(series.times) - 1),
+        model=model,
+        rules=rules,
+        moves=np.flatnonzero(moves.weights[first:, averaged].any(axis=1)).tolist(),
+        notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
+        is_late=moves.copies > 0,
+    )
 
 
 def _notes(
@@ -677,9 +687,11 @@ def _compare_lengths(
         return "as claimed", f"{shown}, as claimed"
     verdict = "too long" if model.length > claim.length else "too short"
     text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
-    low, high = (f"{math.exp(difference + end):.3g}" for end in (-min(sigma, 1), min(sigma, 1)))
-    cause = f"{low} to {high} times a step: once a microbatch, or by each of so many processes"
+    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
+
+
+def _cause(verdict: str, difference: float, sigma: float) -> str:
+    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
     if verdict == "too long":
-        cause = "at every k-th step only, or of steps that are counted twice "
-        cause += f"(k = {low} to {high})"
-    return verdict, f"{text}; as if updated {cause}"
+        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    return f"{factors} times a step: once a microbatch, or by each of so many processes"

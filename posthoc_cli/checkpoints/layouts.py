@@ -6,8 +6,8 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 1. if values beside the average say its decay or count its updates: add a row to `LIBRARIES`;
 2. if the two sets lie under fixed keys that no word tells apart: add a row to `FIXED`;
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
-4. a new value that is stored as a tensor: add its last key to `content._COUNTERS`;
-   a new name of the step: to `clock.STEP_VALUES`; a state that is no model: to `content.NO_MODEL`;
+4. new names of the step, of a model's file, or of a training's state: add a row to
+   `programs.PROGRAMS`; a word for a state that is no model: to `content.NO_MODEL`;
 5. add the kind to `KINDS` and `TAKES`, a line to the guide `checkpoints`, and a test that writes
    such files: `tests/checkpoints/test_programs.py`.
 """
