@@ -375,8 +375,7 @@ class _Explanation:
             self._fit()
             found = self._restarts()
             if self.is_late and 0 not in self.starts:
-                row = self.rows[[0]]
-                found[0] = _locate_start(self.alike[0], row, row)
+                found[0] = _locate_start(self.alike[0], self.rows[[0]])
             self._note(found)
             if not found:
                 return
@@ -386,17 +385,6 @@ class _Explanation:
     def _fit(self) -> None:
         rows = self.rows[self.usable]
         self.alike = best_models(self.model.begun(*self.starts.values()), self.rules, rows)
-        if self.starts and self.alike[0].rule.warm_up:
-            for _ in range(3):
-                self._locate_by_later(rows)
-
-    def _locate_by_later(self, rows: Intervals) -> None:
-        """Locate the starts of a warm-up by all later intervals."""
-        best = replace(self.alike[0], starts=self.model.starts)
-        for index in self.starts:
-            others = [time for other, time in self.starts.items() if other != index]
-            self.starts[index] = _locate_start(best.begun(*others), rows, self.rows[[index]])
-        self.alike[0] = rows.fit(best.begun(*self.starts.values()))
 
     def _note(self, found: dict[int, float]) -> None:
         self.starts |= found
@@ -418,7 +406,7 @@ class _Explanation:
             limit = _CLEARLY * row.unexplained(model)
             # either another decay or a restart explains the interval
             if kept[index] >= _SHORTEST and own < limit:
-                time = _locate_start(model, row, row)
+                time = _locate_start(model, row)
                 if row.unexplained(model.begun(time)) < min(limit, 1.5 * own):
                     restarts[index] = time
         return restarts
@@ -467,10 +455,9 @@ class _Explanation:
         return [_interval(row, model, note) for row, note in zip(rows, self.notes, strict=True)]
 
 
-def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
-    """Return the time in one interval at which the average started from the weights, by the
-    residuals of `rows`."""
-    return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))
+def _locate_start(model: Model, row: Intervals) -> float:
+    """Return the time in an interval at which the average started from the weights."""
+    return row.search(model.begun, np.linspace(row.begin[0], row.end[0], 51))
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
