@@ -32,7 +32,7 @@ from posthoc_cli.checkpoints.content import (
     names_in,
     open_checkpoint,
 )
-from posthoc_cli.checkpoints.sets import Pair, Sets, completed, squeeze
+from posthoc_cli.checkpoints.sets import Pair, Sets, completed, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
@@ -393,15 +393,11 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     except FileFormatError:
         return None
     named = sets.below(path)
-    buffers = {name: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
-    others = {squeeze(name): name for name in named if name not in buffers}
-    matched = {}
-    for name, tensor in buffers.items():
-        if full := others.get(squeeze(name.removeprefix("ema_"))):
-            matched[full] = tensor
-    if not matched or 2 * len(matched) < len(others):
+    buffers = {name[4:]: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
+    model = {name: one for name, one in named.items() if not re.fullmatch(r"ema_\w+", name)}
+    matched = match_names(buffers, model)
+    if not matched or 2 * len(matched) < len(model):
         return None
-    model = {name: named[name] for name in others.values()}
     found = Found("mmcv", model, {**model, **matched}, Updates())
     if settings.average is None:
         return replace(found, undecided=(path or "the model", "ema_*"))

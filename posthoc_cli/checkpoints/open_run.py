@@ -646,6 +646,10 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         notes = found.notes
         checkpoints = _known_run(place, found)
     newest = checkpoints[-1]
+    rows = []
+    for one in checkpoints:
+        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
+        rows.append({**row, "identity": one.identity})
     described = {
         "kind": "checkpoints",
         "path": str(place),
@@ -656,7 +660,7 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         "numbers": says,
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
-        "checkpoints": [_row(one) for one in checkpoints],
+        "checkpoints": rows,
         "notes": list(notes),
     }
     if is_import(place):
@@ -700,13 +704,3 @@ def _sets_in(content: Content) -> str:
     sets = Sets(content)
     named = [f"{key} ({sets.counts[key]})" for key in sets.keys if sets.counts[key] > 1]
     return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"
-
-
-def _row(one: Checkpoint) -> dict[str, Any]:
-    return {
-        "file": one.name,
-        "t": one.t,
-        "holds": one.holds,
-        "bytes": one.file_bytes,
-        "identity": one.identity,
-    }
