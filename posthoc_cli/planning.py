@@ -35,8 +35,8 @@ from posthoc_cli.reconstruction import (
     Prior,
     Problem,
     assumed_prior,
-    check_method,
     one_blas_thread,
+    reconstruct,
     relative_width,
 )
 
@@ -173,8 +173,9 @@ def snapshots_to_drop(
     beyond: list[Removable] = []
     if len(snapshots) > MOST_SOLVED:
         most = min(MOST_SOLVED * len(left) // len(snapshots), _SIMULATED * keep)
-        count = min(len(left), max(most, keep))
-        chosen = {left[-1 - number * len(left) // count].t for number in range(count)}
+        size = len(left)
+        count = min(size, max(most, keep))
+        chosen = {left[-1 - number * size // count].t for number in range(count)}
         beyond = [time for time in left if time.t not in chosen and time not in needed]
         left = [time for time in left if time not in beyond]
     dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
@@ -199,7 +200,7 @@ def removal_order(
     dropped: list[Removable] = []
     while may_go := [one for one in left if counts[one.kind] > keep and one not in needed]:
         errors = chosen.errors_without(may_go)
-        equals = [one for one, error in zip(may_go, errors, strict=True) if error == errors.min()]
+        equals = [may_go[index] for index in np.flatnonzero(errors == errors.min())]
         least = _closest_together(left, equals)
         chosen.lose(least)
         left.remove(least)
@@ -268,7 +269,8 @@ class _Chosen:
         sigma_range: tuple[float, float],
     ) -> None:
         indices = sorted(index for one in among for index in one.indices)
-        self._losses = losses_of([snapshots[i] for i in indices], prior.of(indices), sigma_range)
+        usable = [snapshots[index] for index in indices]
+        self._losses = losses_of(usable, prior.of(indices), sigma_range)
         self._column = {index: number for number, index in enumerate(indices)}
 
     @property
@@ -278,8 +280,9 @@ class _Chosen:
     def of(self, among: Sequence[Removable]) -> _Chosen:
         """Return the same for some of them."""
         indices = [index for one in among for index in one.indices]
+        columns = [self._column[index] for index in indices]
         chosen = copy(self)
-        chosen._losses = self._losses.of([self._column[index] for index in indices])
+        chosen._losses = self._losses.of(columns)
         chosen._column = {index: number for number, index in enumerate(indices)}
         return chosen
 
@@ -296,7 +299,8 @@ def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) ->
     """Return the one whose neighbours of the same kind are closest together."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
     for kind in {one.kind for one in equals}:
-        in_order = sorted((one for one in left if one.kind == kind), key=lambda one: one.t)
+        alike = [one for one in left if one.kind == kind]
+        in_order = sorted(alike, key=lambda one: one.t)
         for before, one, after in zip(in_order, in_order[1:], in_order[2:], strict=False):
             if one in gaps:
                 gaps[one] = after.t - before.t
@@ -311,15 +315,16 @@ def losses_of(
     """Return the errors of targets over the range, at the time of the last snapshot, as snapshots
     are lost."""
     t = max(p.t for p in snapshots)
-    return Problem(snapshots, prior, t).losses(powers(np.geomspace(*sigma_range, _TARGETS), t))
+    targets = powers(np.geomspace(*sigma_range, _TARGETS), t)
+    return Problem(snapshots, prior, t).losses(targets)
 
 
 def _combined(squares: FloatArray) -> FloatArray:
     """Return the 8-norm over targets of the roots of squared errors: shape [targets, n] to [n]."""
     scale = float(squares.max()) or 1.0
-    return np.asarray(
-        np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale)
-    )
+    powers = (squares / scale) ** (_NORM / 2)
+    norms = np.mean(powers, axis=0) ** (1 / _NORM)
+    return np.asarray(norms * np.sqrt(scale))
 
 
 # --- error curves
@@ -370,12 +375,13 @@ class ErrorCurve:
         below = np.flatnonzero(self.predicted_error < threshold)
         if below.size == 0:
             return []
-        runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
-        return [
-            (float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]]))
-            for run in runs
-            if run.size > 1
-        ]
+        gaps = np.flatnonzero(np.diff(below) > 1) + 1
+        ends = []
+        for run in np.split(below, gaps):
+            if run.size > 1:
+                low, high = self.sigma_rels[run[[0, -1]]].tolist()
+                ends.append((low, high))
+        return ends
 
     def to_dict(self) -> dict[str, Any]:
         """Return the curve as data for JSON, with None in place of infinite errors."""
@@ -444,21 +450,22 @@ def error_curve(
         sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)})
     )
     inside = [s for s in tracked if low <= s <= high]
-    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
-    problem = Problem(usable, prior.of(among), t)
+    widths = np.append(np.geomspace(low, high, points), inside)
+    grid = np.unique(widths).clip(low, high)
     n = grid.size
-    _, profile_error, predicted = problem.solve(
-        [*powers(grid, t), *others.values()], check_method(method)
-    )
+    targets = [*powers(grid, t), *others.values()]
+    reconstruction = reconstruct(usable, targets, method, prior.of(among), t)
+    profile_error = reconstruction.profile_error
     # Weights of norm 0 are exact.
-    predicted = np.nan_to_num(predicted, nan=0.0)
-    widths = (relative_width(each, t) for each in others.values())
-    further = tuple(
-        map(ErrorPoint, others, widths, profile_error[n:].tolist(), predicted[n:].tolist())
-    )
+    predicted = np.nan_to_num(reconstruction.predicted_error, nan=0.0)
+    further = []
+    for index, (title, other) in enumerate(others.items(), start=n):
+        width = relative_width(other, t)
+        errors = float(profile_error[index]), float(predicted[index])
+        further.append(ErrorPoint(title, width, *errors))
     label = f"{label}, if {assumption}" if assumption else label
     return ErrorCurve(
-        label, t, grid, profile_error[:n], predicted[:n], tracked, further, assumption
+        label, t, grid, profile_error[:n], predicted[:n], tracked, tuple(further), assumption
     )
 
 
@@ -527,10 +534,10 @@ class Proposal:
         """Steps between updates: 10, or fewer where averages are short, and a divisor of
         `checkpoint_every`."""
         width = float(self.errors.sigma_rels[0]) * self.schedule.steps
-        most = max(1, min(_UPDATE_EVERY, int(width / _UPDATES_IN_WIDTH)))
-        return next(
-            every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0
-        )
+        every = max(1, min(_UPDATE_EVERY, int(width / _UPDATES_IN_WIDTH)))
+        while self.schedule.checkpoint_every % every:
+            every -= 1
+        return every
 
     def call(self) -> str:
         schedule = self.schedule
@@ -606,9 +613,8 @@ def propose(
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
         error = relative_rounding(dtype)
-        schedule = Schedule(
-            tracked[profiles], steps, _round_interval(steps, _TAKEN * kept), kept, error
-        )
+        interval = _round_interval(steps, _TAKEN * kept)
+        schedule = Schedule(tracked[profiles], steps, interval, kept, error)
         snapshots = schedule.snapshots()
         label = f"{name}: {schedule.kept} each in {dtype}"
         errors = error_curve(
@@ -616,9 +622,8 @@ def propose(
         )
         errors = replace(errors, label=label, assumption="")
         fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
-        proposals.append(
-            Proposal(name, schedule, dtype, fullest * params * DTYPES[WORDS[dtype]].nbytes, errors)
-        )
+        nbytes = fullest * params * DTYPES[WORDS[dtype]].nbytes
+        proposals.append(Proposal(name, schedule, dtype, nbytes, errors))
     return proposals
 
 
@@ -627,9 +632,12 @@ def _round_interval(steps: int, times: int) -> int:
     divides `steps`."""
     least = -(-steps // times)
     most = min(2 * least, steps)
-    unit = int(10 ** max(len(str(least)) - 2, 0))
-    candidates: set[int] = {least, *range(-(-least // unit) * unit, most + 1, unit)}
-    candidates |= {steps // n for n in range(max(1, steps // most), times + 1) if steps % n == 0}
+    zeros = max(len(str(least)) - 2, 0)
+    unit = int(10**zeros)
+    first = -(-least // unit) * unit
+    candidates: set[int] = {least, *range(first, most + 1, unit)}
+    counts = range(max(1, steps // most), times + 1)
+    candidates |= {steps // count for count in counts if steps % count == 0}
 
     def cost(every: int) -> tuple[bool, int, float]:
         digits = len(str(every).rstrip("0"))

@@ -128,7 +128,10 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127).
     A chain of such updates gives each value the power function's mass on the interval before it.
     """
-    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t)) if t_prev else 1.0
+    if t_prev == 0:
+        return 1.0
+    log_beta = (gamma + 1) * math.log1p(-(t - t_prev) / t)
+    return -math.expm1(log_beta)
 
 
 @dataclass(frozen=True)
@@ -151,17 +154,15 @@ class PowerFunction:
         """Return the mass per unit of time at `s`; 0 outside (0, t]."""
         relative = np.asarray(s, dtype=np.float64) / self.t
         inside = (relative > 0) & (relative <= 1)
-        return (
-            np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0)
-            * (self.gamma + 1)
-            / self.t
-        )
+        powers = np.power(np.where(inside, relative, 1.0), self.gamma)
+        return np.where(inside, powers, 0.0) * (self.gamma + 1) / self.t
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
         relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
         with np.errstate(divide="ignore"):
-            return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
+            logs = (self.gamma + 1) * np.log(relative)
+        return np.asarray(-np.expm1(logs))
 
 
 # --- averages over known times
@@ -256,18 +257,22 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     )
     count = (step - first) // every + 1
     _check_updates(count, step)
-    logs = (gamma + 1) * np.log1p(-1 / (np.arange(1.0, count) * every + 2))
+    calls = np.arange(1.0, count) * every + 1
+    logs = (gamma + 1) * np.log1p(-1 / (calls + 1))
+    kept = np.cumsum(logs[::-1])[::-1]
     # The mass after each update, from that before the first one.
-    after = np.concatenate(([1.0], -np.expm1(np.cumsum(logs[::-1])[::-1]), [0.0]))
+    after = np.concatenate(([1.0], -np.expm1(kept), [0.0]))
     masses = -np.diff(after)
     size = -(-count // MOST_TIMES)
     groups = np.arange(0, count, size)
     joined = np.add.reduceat(masses, groups)
     # Each group lies at its mean time. Far before the end of a short average, masses are 0 in
     # float64.
-    later = np.add.reduceat(masses * (np.arange(count) % size), groups)
-    places = groups + np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
-    return Discrete(np.asarray(first + every * places, dtype=np.float64), joined, step)
+    numbers = np.arange(count) % size
+    later = np.add.reduceat(masses * numbers, groups)
+    means = np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
+    times = first + every * (groups + means)
+    return Discrete(np.asarray(times, dtype=np.float64), joined, step)
 
 
 # --- ordinary EMAs: one decay, perhaps with a warm-up
@@ -494,23 +499,27 @@ class OrdinaryEMA(Discrete):
         numbers = np.arange(1, updates + 1)
         # Groups depend on an update's number alone, so that averages at different times have the
         # same groups.
-        level = np.floor(np.maximum(np.cumsum(np.maximum(np.diff(logs), -1.0)), _COPY) * -_FINEST)
-        size = np.exp2(np.maximum(np.floor(np.log2(numbers / _STEPS_FINEST)), 0))
+        fallen = np.cumsum(np.maximum(np.diff(logs), -1.0))
+        level = np.floor(np.maximum(fallen, _COPY) * -_FINEST)
+        octave = np.floor(np.log2(numbers / _STEPS_FINEST))
+        size = np.exp2(np.maximum(octave, 0))
         place = np.floor((numbers - 1) / size) * size
-        is_end = np.append(
-            (np.diff(level) > 0) | (np.diff(place) > 0), np.ones(min(1, updates), bool)
-        )
+        begins = (np.diff(level) > 0) | (np.diff(place) > 0)
+        is_end = np.append(begins, np.ones(min(1, updates), bool))
         ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
         times = np.append(self._start, first + every * (ends - 1.0))
-        masses = np.diff(np.exp(logs[-1] - logs[np.append(0, ends)]), prepend=0.0)
+        kept = np.exp(logs[-1] - logs[np.append(0, ends)])
+        masses = np.diff(kept, prepend=0.0)
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         at = np.asarray(s, dtype=np.float64)
         logs = self._logs
-        done = np.floor((at - self.settings["first"]) / self.settings["every"]) + 1
+        since_first = at - self.settings["first"]
+        done = np.floor(since_first / self.settings["every"]) + 1
         done = np.clip(done, 0, logs.size - 1).astype(np.intp)
-        return np.where(at < self._start, 1.0, -np.expm1(logs[-1] - logs[done]))
+        tail = -np.expm1(logs[-1] - logs[done])
+        return np.where(at < self._start, 1.0, tail)
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
@@ -544,9 +553,8 @@ def mean_age(gamma: float, steps: int) -> float:
     age = float(np.sum(np.exp(x * np.log1p(-ages / steps))))
     before = steps - 1 - len(ages)
     if before > 0:
-        age += math.exp(x * math.log1p((before - steps) / steps)) * (
-            before / (x + 1) + 0.5 + x / (12 * before)
-        )
+        last = math.exp(x * math.log1p((before - steps) / steps))
+        age += last * (before / (x + 1) + 0.5 + x / (12 * before))
     return age
 
 
@@ -563,10 +571,12 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
 
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    largest = math.log(steps * (2 + max(0.0, -math.log(age))) * 2)
-    log_x = brentq(
-        lambda log_x: mean_age(math.expm1(log_x), steps) - age, 0.0, largest, xtol=1e-15, rtol=1e-14
-    )
+    largest = 2 * steps * (2 + max(0.0, -math.log(age)))
+
+    def excess(log_x: float) -> float:
+        return mean_age(math.expm1(log_x), steps) - age
+
+    log_x = brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)
     return sigma_rel_from_gamma(math.expm1(log_x))
 
 
@@ -648,11 +658,11 @@ class Clock:
         apart = np.diff(times)
         rates = np.diff(steps) / np.diff(times)
         changes = np.abs(np.diff(rates))
-        change = np.array(
-            [changes[max(0, k - 2) : k + 2].max(initial=0) for k in range(rates.size)]
-        )
+        nearest = [changes[max(0, k - 2) : k + 2] for k in range(rates.size)]
+        change = np.array([near.max(initial=0) for near in nearest])
         # steps at the middle are between those at both ends
-        off = np.minimum(BENT * change * apart, 0.4 * np.maximum(np.diff(steps) - 1, 0.0))
+        most = 0.4 * np.maximum(np.diff(steps) - 1, 0.0)
+        off = np.minimum(BENT * change * apart, most)
         bends = np.flatnonzero(off > EQUAL_STEPS * steps[-1])
         if not bends.size:
             return self

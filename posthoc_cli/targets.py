@@ -45,7 +45,8 @@ SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
 class Formula:
     """A profile given by its tail in closed form for times from 0 to the time of the average.
 
-    The tail is 1 before 0 and 0 from `t` on, and values of the formula outside [0, 1] are clipped.
+    The tail is 1 before 0 and 0 from `t` on. In between the formula must never grow; its values
+    outside [0, 1] are clipped.
     """
 
     formula: Callable[[FloatArray], FloatArray]
@@ -53,8 +54,10 @@ class Formula:
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         times = np.asarray(s, dtype=np.float64)
-        inside = np.clip(self.formula(np.clip(times, 0.0, self.t)), 0.0, 1.0)
-        return np.where(times < 0, 1.0, np.where(times >= self.t, 0.0, inside))
+        values = self.formula(np.clip(times, 0.0, self.t))
+        tail = np.clip(values, 0.0, 1.0)
+        tail = np.where(times >= self.t, 0.0, tail)
+        return np.where(times < 0, 1.0, tail)
 
 
 class Target:
@@ -191,7 +194,11 @@ class Window(Target):
             raise self._error(
                 f"the run has {most:,} steps up to t = {t:,.12g}; must be at most that"
             )
-        return Formula(lambda s: (now - clock.step_at(s)) / self.steps, float(t))
+
+        def tail(s: FloatArray) -> FloatArray:
+            return (now - clock.step_at(s)) / self.steps
+
+        return Formula(tail, float(t))
 
 
 class Decay(Target):
@@ -237,7 +244,12 @@ class Decay(Target):
         if end > t:
             raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
         multiplier = SHAPES[self.shape]
-        return Formula(lambda s: multiplier(np.clip((s - start) / (end - start), 0.0, 1.0)), end)
+
+        def tail(s: FloatArray) -> FloatArray:
+            place = (s - start) / (end - start)
+            return multiplier(np.clip(place, 0.0, 1.0))
+
+        return Formula(tail, end)
 
 
 class Mean(Target):
@@ -430,9 +442,9 @@ class Kind:
 
     Attributes:
         make: the target of a number.
-        example: a text form.
-        accepted: what a value is.
-        range: an example of a range to search.
+        example: a text form, which help and messages show.
+        accepted: what a value is: the end of "must be ...".
+        range: an example of a range to search, for a run of a million steps.
         make_of_share: the target of a number that is written with a percent sign, if it is
             another one.
         make_of_span: the target of two times START:END, if there is one.
@@ -489,7 +501,7 @@ _NAMED = [
         HalfLife,
         "half-life:5000",
         f"a number of steps or a share such as 5%, {_MANY}",
-        "100:10000",
+        "500:10000",
         make_of_share=HalfLifeShare,
     ),
     Kind(
@@ -522,6 +534,8 @@ _NAMED = [
 ]
 KINDS = {kind.name: kind for kind in _NAMED}
 """The kinds of targets that a text can name, by the part of the text before the values."""
+EXAMPLES = ", ".join(kind.example for kind in _NAMED)
+RANGES = ", ".join(f"{kind.name}:{kind.range}" for kind in _NAMED)
 
 MOST_VALUES = 10_000
 _MOST_DIGITS = 1_000
@@ -548,8 +562,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     """
     kind, values = kind_of(text) or (WIDTH, text)
     if kind is WIDTH and any(character.isalpha() for character in text.partition(":")[0]):
-        examples = ", ".join(kind.example for kind in KINDS.values())
-        reason = f"must be a sigma_rel in (0, 0.2887), or one of {examples}"
+        reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
         raise bad(name, text, reason)
     try:
         targets = kind.parse(values)
@@ -606,13 +619,15 @@ def _numbers(text: str, form: str) -> list[float]:
 def _decimal(text: str, form: str) -> Decimal:
     """Return a finite number of a moderate size, 5% as 0.05; raise an InvalidValueError about
     `form` for others."""
+    digits = text.strip()
     try:
-        number = Decimal(text.strip().removesuffix("%")).scaleb(
-            -2 if text.rstrip().endswith("%") else 0
-        )
+        number = Decimal(digits.removesuffix("%"))
+        if digits.endswith("%"):
+            number = number.scaleb(-2)
     except InvalidOperation:
         number = Decimal("nan")
-    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS or math.isinf(float(number)):
+    is_moderate = number.is_finite() and abs(number.adjusted()) <= _MOST_DIGITS
+    if not is_moderate or math.isinf(float(number)):
         raise InvalidValueError(text, f"must be {form}")
     return number
 

@@ -399,12 +399,12 @@ def flip_bit(path: Path, position: int = -1) -> None:
 
 def solved(solver: Problem, target: Profile) -> FloatArray:
     """Return the coefficients for one target: shape [n]."""
-    return solver.optimum(solver.goals([target]))[:, 0]
+    return solver.optimum(solver.goal(target))
 
 
 def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
     """Return the expected squared error of any coefficients for one target."""
-    return float(solver.expected_squares(coefficients[:, None], solver.goals([target])).sum())
+    return float(solver.expected_squares(coefficients, solver.goal(target)).sum())
 
 
 @dataclass(frozen=True)

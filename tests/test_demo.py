@@ -110,6 +110,7 @@ def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_leng
     assert {f"sigma_rel {width:g}" for width in (0.05, 0.28, demo.report["best"])} <= {*titles}
     assert len(titles) == 6
     assert page.count("data:image/png;base64,") == 6 * 8
+    assert 'data-name="log"' not in page  # trials within a process write none
     result = json.loads((out / "sweep/sweep.json").read_text())
     model = make_denoiser(seed=1)
     model.load_state_dict(load_file(out / "best.safetensors"))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checking import refused
-from factories import power_functions
+from factories import power_functions, solved, squared_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -75,11 +75,8 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
     def error(choice: Sequence[int]) -> float:
         """The 8-norm over twelve targets, by which thinning chooses."""
         solver = Problem([snapshots[i] for i in choice], prior.of(choice), 16.0)
-        goals = solver.goals(targets)
-        return float(
-            np.mean(solver.expected_squares(solver.optimum(goals), goals).sum(axis=0) ** 4)
-            ** (1 / 8)
-        )
+        squares = [squared_error(solver, solved(solver, target), target) for target in targets]
+        return float(np.mean(np.array(squares) ** 4) ** (1 / 8))
 
     best = min(error([*others, 15]) for others in combinations(range(15), 2))
     assert error([snapshots.index(p) for p in kept(snapshots, prior, 3)]) <= 1.02 * best

@@ -385,8 +385,14 @@ def test_each_kind_is_made_named_and_searched(name: str) -> None:
             stored = [Point(float(t)) for t in range(20)]
             assert searched.coefficients_of(stored).sum() == pytest.approx(1)
         else:
-            profile = searched.profile(1e6, Clock.of_steps(), 1.0)
-            assert profile.tail(np.array([-1.0, 1e6])).tolist() == [1, 0]
+            profile = searched.profile(1e6, STEPS, 1.0)
+            tail = profile.tail(np.linspace(-1.0, 1e6, 10_001))
+            assert (tail[0], tail[-1]) == (1, 0)
+            assert (np.diff(tail) <= 0).all()
+            bent = searched.profile(1e6, Clock((5e5, 1e6), (1e5, 1e6)), 1.0)
+            middle = np.linspace(0.0, 1e6, 10_001)
+            differs = not np.array_equal(bent.tail(middle), profile.tail(middle))
+            assert target.counts_steps == differs
 
 
 def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> None:

@@ -17,7 +17,7 @@ from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.cli import options, output
 from posthoc_cli.errors import InvalidValueError, check_alone, percent
 from posthoc_cli.report.facts import title_of
-from posthoc_cli.targets import Groups, parse_numbers
+from posthoc_cli.targets import RANGES, Groups, parse_numbers
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.prune import Pruning
@@ -179,10 +179,7 @@ def sweep(
     target: str | None = options.TARGETS(
         None,
         metavar="KIND:VALUE",
-        help=(
-            "Or of another kind: beta:0.99:0.9999, half-life:500:9000, window:10:90, "
-            "last:2:20, decay:linear:5%:50%"
-        ),
+        help=f"Or of another kind: {RANGES}",
     ),
     command: str = options.HOW(
         ...,

@@ -40,10 +40,7 @@ SIGMA_REL = TARGETS(
 TARGET = TARGETS(
     [],
     metavar="KIND:VALUE",
-    help=(
-        "Other averages: beta:0.9999, window:1000, last:10, decay:linear:20%; also lists or "
-        "ranges. Repeatable."
-    ),
+    help=f"Other averages: {targets.EXAMPLES}; also lists or ranges. Repeatable.",
 )
 METHOD = HOW(
     None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich import progress as live
 from rich.cells import cell_len
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from posthoc_cli import errors, files
 from posthoc_cli.errors import printable
@@ -71,22 +74,21 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         columns: the key of each column, or its title and key as "size:bytes"; a cell is empty if
             its row lacks the key.
     """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     pairs = [
         column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns
     ]
-    lines = [[title for title, _ in pairs]]
-    lines += [[text(key, row[key]) if key in row else "" for _, key in pairs] for row in rows]
-    lines = [[*map(printable, line)] for line in lines]
-    are_numbers = [
-        all(isinstance(row.get(key, 0), int | float | None) for row in rows) for _, key in pairs
-    ]
-    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
-    for line in lines:
-        cells = []
-        for cell, width, is_number in zip(line, widths, are_numbers, strict=True):
-            space = " " * (width - cell_len(cell))
-            cells.append(space + cell if is_number else cell + space)
-        write(f"{'  '.join(cells).rstrip()}\n")
+    for title, key in pairs:
+        is_number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
+        table.add_column(Text(title), justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        texts = [text(key, row[key]) if key in row else "" for _, key in pairs]
+        table.add_row(*[Text(printable(cell)) for cell in texts])
+    drawn = io.StringIO()
+    # as wide as its cells, also in a narrow terminal: lines can be searched and copied
+    Console(file=drawn, width=sys.maxsize, color_system=None).print(table)
+    for line in drawn.getvalue().splitlines():
+        write(f"{line.rstrip()}\n")
 
 
 def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

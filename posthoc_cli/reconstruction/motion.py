@@ -59,7 +59,9 @@ class Motion:
     ) -> Motion:
         """Return a constant walk of total `variance` over (0, t], without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
-        return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
+        edges = np.array([0.0, t])
+        walk = np.array([variance / count])
+        return cls(edges, walk, noise=np.zeros(1))
 
     def on(
         self, edges: FloatArray, alone: Sequence[float] = (), instant: float = 1.0
@@ -71,9 +73,8 @@ class Motion:
         of an average's mass, as of a checkpoint: there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
-        segment = np.clip(
-            np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1
-        )
+        found = np.searchsorted(self.edges, middle, side="right") - 1
+        segment = np.clip(found, 0, self.walk.size - 1)
         walk = self.walk[segment]
         noise = self.noise[segment]
         if self.scatter is not None:
@@ -96,15 +97,11 @@ class Motion:
         if self.scatter is None:
             return self
         walked = self.walk * spacing
-        share = (
-            np.divide(
-                2 * self.scatter, walked + 2 * self.scatter, out=0 * walked, where=self.scatter > 0
-            )
-            ** 2
-        )
-        return replace(
-            self, walk=(1 - share) * self.walk, noise=self.noise + share * walked * spacing / 3
-        )
+        forgotten = 2 * self.scatter
+        total = walked + forgotten
+        share = np.divide(forgotten, total, out=0 * walked, where=self.scatter > 0) ** 2
+        noise = self.noise + share * walked * spacing / 3
+        return replace(self, walk=(1 - share) * self.walk, noise=noise)
 
 
 # --- the fit
@@ -178,7 +175,8 @@ def fit_motion(
     too, unless all carry the same information about an interval: it makes successive intervals
     differ more than a walk does. Beside `ordinary` averages, at these times, checkpoints may
     scatter, in one proportion to the walk from one such time to the next."""
-    edges = evenly_chosen(np.unique([start, *(t for t in times if t > start)]), MOST_SEGMENTS + 1)
+    later = [t for t in times if t > start]
+    edges = evenly_chosen(np.unique([start, *later]), MOST_SEGMENTS + 1)
     if edges.size == 1:
         edges = np.array([start / 2, start])
     segments = edges.size - 1
@@ -186,19 +184,20 @@ def fit_motion(
     # Averages that should be equal, and differ, are not what their files say: no motion explains
     # them.
     explained = walks.any(axis=1) | (rounding > 0)
-    kinds = (
-        [walks, noises]
-        if may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments
-        else [walks]
-    )
+    kinds = [walks]
+    if may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments:
+        kinds.append(noises)
     influence = np.hstack(kinds)[explained]
     known = rounding[explained]
     walk, noise = unknowns = np.zeros((2, segments))
     if not influence.any():
         return Motion(edges, walk, noise), rounding
     # The same walk everywhere, as large as the distances are in the mean, and far less noise.
-    parts = zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False)
-    x = np.repeat([share / max(part.sum(axis=1).mean(), 1e-300) for share, part in parts], segments)
+    first = []
+    for share, part in zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False):
+        mean = part.sum(axis=1).mean()
+        first.append(share / max(mean, 1e-300))
+    x = np.repeat(first, segments)
     spacing = spacing_of(edges, ordinary, steps)
     scattered = np.zeros_like(influence)
     share = _FIRST[1] if len(ordinary) else 0.0
@@ -207,22 +206,21 @@ def fit_motion(
     for _ in range(_UPDATES):
         total = rows.sum(axis=0)
         weights = np.maximum(rows @ x + known, 1e-12) ** -2
-        change = np.sqrt(np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0))
+        ratio = np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0)
         if share and (each := scattered @ x).any():
             share *= np.sqrt(weights @ each / each.sum())
             rows = influence + share * scattered
-        x *= change
+        x *= np.sqrt(ratio)
     # A segment that no distance shows, as that before the first update, moves as its neighbours do.
-    fitted = zip(
-        unknowns, np.split(x, len(kinds)), np.split(influence.sum(axis=0), len(kinds)), strict=False
-    )
-    for kind, values, size in fitted:
+    sizes = np.split(influence.sum(axis=0), len(kinds))
+    for kind, values, size in zip(unknowns, np.split(x, len(kinds)), sizes, strict=False):
         shown = np.flatnonzero(size > _UNSHOWN * size.max())
         kind[:] = np.interp(np.arange(segments), shown, values[shown])
     walk = with_floor(walk, walks, noises @ noise + rounding)
     scatter = share * walk * spacing
     expected = walks @ walk + noises @ noise + rounding + scatters @ scatter
-    return Motion(edges, walk, noise, scatter if len(ordinary) else None), np.asarray(expected)
+    motion = Motion(edges, walk, noise, scatter if len(ordinary) else None)
+    return motion, np.asarray(expected)
 
 
 def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> FloatArray:
@@ -279,9 +277,11 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     edges = evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
     tails = np.stack([profile.tail(edges) for profile in profiles], axis=1)
     masses = -np.diff(tails, axis=0, prepend=1.0)
-    updates = np.maximum(np.diff(edges, prepend=edges[0])[:, None] / intervals, 1.0)
-    variance = motion.sampling[segments_of(motion.edges, edges)]
-    rows = np.where(intervals > 1, np.sqrt(variance[:, None] / updates) * masses, 0.0)
+    steps = np.diff(edges, prepend=edges[0])[:, None]
+    updates = np.maximum(steps / intervals, 1.0)
+    variance = motion.sampling[segments_of(motion.edges, edges)][:, None]
+    deviation = np.sqrt(variance / updates)
+    rows = np.where(intervals > 1, deviation * masses, 0.0)
     return np.asarray(np.linalg.qr(rows, mode="r"))
 
 
@@ -300,28 +300,29 @@ def influences(
     rounding, [pairs].
     """
     place: dict[StoredProfile, int] = {}
-    columns = [
-        [place.setdefault(p, len(place)) for p in (later, each.other)] for later, each in pairs
-    ]
+    for profile, each in pairs:
+        place.setdefault(profile, len(place))
+        place.setdefault(each.other, len(place))
     nodes = Nodes(edges, list(place), steps)
     first = np.searchsorted(nodes.edges, edges[:-1])
     segment = np.searchsorted(first, nodes.interval, side="right") - 1
     tails = nodes.tails(list(place))
     masses = nodes.masses(list(place))
-    walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
-    for row, ((profile, each), (later, earlier)) in enumerate(zip(pairs, columns, strict=True)):
+    segments = edges.size - 1
+    walk, noise, scatter = np.zeros((3, len(pairs), segments))
+    rounding = np.zeros(len(pairs))
+    for row, (profile, each) in enumerate(pairs):
+        later = place[profile]
+        earlier = place[each.other]
         for kind, values in ((walk, tails), (noise, masses)):
             squares = (values[:, later] - values[:, earlier]) ** 2
-            kind[row] = np.bincount(segment, nodes.weight * squares, edges.size - 1) / each.squared
+            sums = np.bincount(segment, nodes.weight * squares, segments)
+            kind[row] = sums / each.squared
         if walk[row].any():  # else an average that is a copy of the checkpoint
             points = [one.t for one in (profile, each.other) if isinstance(one, Point)]
             np.add.at(scatter[row], segments_of(edges, points), 1 / each.squared)
-    return (
-        walk,
-        noise,
-        scatter,
-        np.array([min(each.rounding / each.squared, 1.0) for _, each in pairs]),
-    )
+        rounding[row] = min(each.rounding / each.squared, 1.0)
+    return walk, noise, scatter, rounding
 
 
 def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
@@ -332,6 +333,5 @@ def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]
 def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
     count = np.bincount(segments_of(edges, np.unique(times)), minlength=edges.size - 1)
-    return np.asarray(
-        np.diff(edges if steps is None else steps.clock.step_at(edges)) / np.maximum(count, 1)
-    )
+    ends = edges if steps is None else steps.clock.step_at(edges)
+    return np.asarray(np.diff(ends) / np.maximum(count, 1))

@@ -89,7 +89,8 @@ class _Updates:
 
     def masses(self, profile: Profile) -> FloatArray:
         """Return a profile's mass on each update, per step."""
-        return (self.tails(profile) - self._at(self.after, profile)) / (self.stride or 1.0)
+        masses = self.tails(profile) - self._at(self.after, profile)
+        return masses / (self.stride or 1.0)
 
     def _at(self, times: FloatArray, profile: Profile) -> FloatArray:
         """Return a profile's tail; 0 for power functions that end before the update."""
@@ -132,8 +133,8 @@ class Nodes:
         high = float(edges.max())
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
         self._gamma = max((profile.gamma for profile in powers), default=-1.0)
-        jumps = [getattr(profile, "jumps", ()) for profile in stored]
-        points = evenly_chosen(np.unique(np.concatenate([np.zeros(0), *jumps])), MOST_POINTS)
+        jumps = [getattr(profile, "jumps", np.zeros(0)) for profile in stored]
+        points = evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
         if steps is None:
             self.instant = INSTANT
             before = points - INSTANT
@@ -143,7 +144,8 @@ class Nodes:
         if not per_step:
             steps = None
         bends = () if steps is None else steps.clock.times
-        cuts = np.concatenate((edges, [profile.t for profile in stored], points, before, bends))
+        times = [profile.t for profile in stored]
+        cuts = np.concatenate((edges, times, points, before, bends))
         base = np.unique(np.clip(cuts, low, high))
         few = np.zeros(base.size - 1, dtype=bool)
         count = np.zeros(base.size, dtype=np.int64)
@@ -151,52 +153,57 @@ class Nodes:
         if steps is not None:
             count = _updates_until(base, steps)
             few = np.diff(count) <= FEW
-            spans = zip(count[:-1][few], count[1:][few], strict=True)
-            numbers = np.concatenate([np.zeros(0), *(np.arange(a, b) for a, b in spans)])
-            self._updates = _Updates.numbered(numbers, steps, low)
+            numbers = [np.zeros(0)]
+            for first, last in zip(count[:-1][few], count[1:][few], strict=True):
+                numbers.append(np.arange(first, last))
+            self._updates = _Updates.numbered(np.concatenate(numbers), steps, low)
         self.edges = _cut(base, few, powers)
         self._density = _steps_per_time(self.edges, steps)
-        self._cells = np.flatnonzero(~few[np.searchsorted(base, self.edges[1:]) - 1])
+        home = np.searchsorted(base, self.edges[1:]) - 1
+        self._cells = np.flatnonzero(~few[home])
         x, w = _gauss(_ORDER if powers else 1)
         self._order = x.size
+        begin = self.edges[self._cells, None]
         half = np.diff(self.edges)[self._cells, None] / 2
-        self._s = (self.edges[self._cells, None] + half * (1 + x)).ravel()
+        self._s = (begin + half * (1 + x)).ravel()
         self._width = half * w
-        listed = np.repeat(np.searchsorted(self.edges, base[:-1][few]), np.diff(count)[few])
+        of_few = np.searchsorted(self.edges, base[:-1][few])
+        listed = np.repeat(of_few, np.diff(count)[few])
         self.interval = np.append(np.repeat(self._cells, x.size), listed)
-        by_time = (self._width * self._density[self._cells, None]).ravel()
-        self.weight = np.append(by_time, np.full(listed.size, self._updates.stride))
+        by_time = self._width * self._density[self._cells, None]
+        by_update = np.full(listed.size, self._updates.stride)
+        self.weight = np.append(by_time, by_update)
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass after each node: shape [M, n]."""
-        columns = [
-            np.append(profile.tail(self._s), self._updates.tails(profile)) for profile in profiles
-        ]
-        return np.stack(columns, axis=1)
+        return np.stack([self._tail(profile) for profile in profiles], axis=1)
+
+    def _tail(self, profile: Profile) -> FloatArray:
+        return np.append(profile.tail(self._s), self._updates.tails(profile))
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass at each node per step, or per time without a clock:
         shape [M, n]."""
-        columns = [
-            np.append(self._masses_inside(profile), self._updates.masses(profile))
-            for profile in profiles
-        ]
-        return np.stack(columns, axis=1)
+        return np.stack([self._mass(profile) for profile in profiles], axis=1)
 
-    def _masses_inside(self, profile: Profile) -> FloatArray:
+    def _mass(self, profile: Profile) -> FloatArray:
+        return np.append(self._mass_inside(profile), self._updates.masses(profile))
+
+    def _mass_inside(self, profile: Profile) -> FloatArray:
         density = self._density[self.interval[: self._s.size]]
         if isinstance(profile, PowerFunction):
             return profile.density(self._s) / density
         begin = self.edges[self._cells]
         end = self.edges[self._cells + 1]
-        mean = (profile.tail(begin) - profile.tail(end)) / (end - begin)
+        mass = profile.tail(begin) - profile.tail(end)
+        mean = mass / (end - begin)
         return np.repeat(mean, self._order) / density
 
     def goal_of_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `tails`, [M], and the integral of the square that they miss,
         [K]; see `_projected`."""
         if self._is_polynomial(target):
-            return self.tails([target])[:, 0], np.zeros(self.edges.size - 1)
+            return self._tail(target), np.zeros(self.edges.size - 1)
         points = self._points_of(target)
         inside, missed = self._projected(points, target.tail(points.s))
         return np.append(inside, self._updates.tails(target)), missed
@@ -209,16 +216,18 @@ class Nodes:
         of a 1-sqrt decay, has no integrable square, although the mass of each update is finite.
         """
         if self._is_polynomial(target):
-            return self.masses([target])[:, 0], np.zeros(self.edges.size - 1)
+            return self._mass(target), np.zeros(self.edges.size - 1)
         points = self._points_of(target)
         begin = self.edges[points.home]
         end = self.edges[points.home + 1]
         density = self._density[points.home]
-        reach = np.maximum(_STEP * (end - begin), self._updates.stride / 2 / density)
+        half_update = self._updates.stride / 2 / density
+        reach = np.maximum(_STEP * (end - begin), half_update)
         low = np.maximum(points.s - reach, begin)
         high = np.minimum(points.s + reach, end)
         steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
-        inside, missed = self._projected(points, (target.tail(low) - target.tail(high)) / steps)
+        mass = target.tail(low) - target.tail(high)
+        inside, missed = self._projected(points, mass / steps)
         return np.append(inside, self._updates.masses(target)), missed
 
     def _is_polynomial(self, target: Profile) -> bool:
@@ -245,10 +254,12 @@ class Nodes:
         nodes, w = _gauss(self._order)
         at = np.polynomial.legendre.legvander(x, self._order - 1)
         of = np.polynomial.legendre.legvander(nodes, self._order - 1)
-        lagrange = at @ ((np.arange(self._order) + 0.5)[:, None] * of.T * w)
+        norms = np.arange(self._order) + 0.5
+        lagrange = at @ (norms[:, None] * of.T * w)
         cells = np.searchsorted(self._cells, points.home)
+        weighted = values * points.weights
         sums = np.zeros_like(self._width)
-        np.add.at(sums, cells, lagrange * (values * points.weights)[:, None])
+        np.add.at(sums, cells, lagrange * weighted[:, None])
         at_nodes = sums / self._width
         left = values - np.sum(lagrange * at_nodes[cells], axis=1)
         squares = left**2 * points.weights * self._density[points.home]
@@ -271,7 +282,8 @@ def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
     """Return at most so many of the values, both ends included."""
-    places = np.linspace(0, values.size - 1, min(values.size, most)).round()
+    count = min(values.size, most)
+    places = np.linspace(0, values.size - 1, count).round()
     return np.asarray(values[places.astype(np.intp)])
 
 
@@ -281,9 +293,13 @@ def _cut(
     """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL`, except in
     intervals of `few`."""
     cuts = [edges]
+    begins = edges[:-1][~few].tolist()
+    ends = edges[1:][~few].tolist()
     for steep in {profile.gamma + 1 for profile in powers}:
-        for begin, end in zip(edges[:-1][~few].tolist(), edges[1:][~few].tolist(), strict=True):
-            fall = min(_FALLEN, steep * np.log(end / begin)) if begin > 0 else _FALLEN
+        for begin, end in zip(begins, ends, strict=True):
+            fall = _FALLEN
+            if begin > 0:
+                fall = min(_FALLEN, steep * np.log(end / begin))
             if fall <= _FALL:
                 continue
             count = np.ceil(fall / _FALL)
@@ -299,21 +315,25 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
     and 1 geometrically: that resolves an average over a few of thousands of steps, and finds the
     edges of a window up to rounding.
     """
+    even = np.linspace(0, 1, 65)[1:-1]
     geometric = np.exp2(-np.arange(1.0, 50.0))
-    levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))
+    levels = np.unique(np.concatenate((even, geometric, 1 - geometric)))
     quantiles = _quantiles(profile, levels, float(edges[0]), float(edges[-1]))
     cuts = np.unique(np.concatenate((edges, quantiles)))
     abscissae, weights = _gauss(_FINE)
     half = np.diff(cuts)[:, None] / 2
-    points = (cuts[:-1, None] + half) + half * abscissae
+    middle = cuts[:-1, None] + half
+    times = (middle + half * abscissae).ravel()
+    widths = (half * weights).ravel()
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    return _Points(points.ravel(), (half * weights).ravel(), np.repeat(interval, _FINE))
+    return _Points(times, widths, np.repeat(interval, _FINE))
 
 
 def _quantiles(profile: Profile, levels: FloatArray, low: float, high: float) -> FloatArray:
     """Return the times within [low, high] after which a profile has the mass of each level."""
     if isinstance(profile, PowerFunction):
-        return np.clip(profile.t * (1 - levels) ** (1 / (profile.gamma + 1)), low, high)
+        times = profile.t * (1 - levels) ** (1 / (profile.gamma + 1))
+        return np.clip(times, low, high)
     begin = np.full(levels.size, low)
     end = np.full(levels.size, high)
     for _ in range(100):  # bisections, to the last bit
@@ -335,4 +355,6 @@ def relative_width(profile: Profile, t: float) -> float:
     points = _resolving_points(profile, np.array([0.0, t]))
     below = (1 - profile.tail(points.s)) * points.weights
     mean = t - float(below.sum())
-    return float(np.sqrt(max(t * t - 2 * float(below @ points.s) - mean**2, 0.0))) / t
+    mean_square = t * t - 2 * float(below @ points.s)
+    variance = max(mean_square - mean**2, 0.0)
+    return float(np.sqrt(variance)) / t

@@ -250,8 +250,10 @@ def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> lis
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
             earlier, later = sorted((profile, distance.other), key=_order_of)
-            keys = (t, gamma, _), (other_t, other_gamma, _) = _order_of(later), _order_of(earlier)
-            if t - other_t <= EQUAL * t and abs(gamma - other_gamma) < 1e-6 * (gamma + 1):
+            keys = _order_of(later), _order_of(earlier)
+            (t, gamma, _), (other_t, other_gamma, _) = keys
+            is_same_time = t - other_t <= EQUAL * t
+            if is_same_time and abs(gamma - other_gamma) < 1e-6 * (gamma + 1):
                 continue
             # The partner may have been deleted; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * arithmetic
@@ -300,17 +302,20 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     if not near.any():
         return np.diag(np.sqrt(rounding + arithmetic))
     covariance = np.diag(rounding + arithmetic)
-    covariance[near] = _LARGEST * scale[near] * _correlation(apart[near] / scale[near])
+    scales = scale[near]
+    covariance[near] = _LARGEST * scales * _correlation(apart[near] / scales)
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
     values, vectors = np.linalg.eigh(covariance)
-    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
+    roots = np.sqrt(np.maximum(values, 0.0))
+    return np.asarray(roots[:, None] * vectors.T)
 
 
 def _correlation(distance: FloatArray) -> FloatArray:
     """Return the correlation of two rounding errors at squared distances d / r: shape of
     `distance`."""
     squares = np.arange(1, 65) ** 2
-    return np.asarray(
-        sum(np.exp(-(np.pi**2) / 6 * k * distance) / k for k in squares) / sum(1 / squares)
-    )
+    total = np.zeros_like(distance)
+    for square in squares:
+        total += np.exp(-(np.pi**2) / 6 * square * distance) / square
+    return total / sum(1 / squares)

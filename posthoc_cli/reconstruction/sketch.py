@@ -54,25 +54,24 @@ class Sketch:
         [K + 2, n]."""
         tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
         place = (np.arange(_POINTS) + 0.5) / _POINTS
-        times = (self.edges[:-1, None] + np.diff(self.edges)[:, None] * place).ravel()
-        within = np.stack(
-            [profile.tail(times).reshape(-1, _POINTS).mean(axis=1) for profile in profiles], axis=1
-        )
+        lengths = np.diff(self.edges)[:, None]
+        times = self.edges[:-1, None] + lengths * place
+        within = np.stack([profile.tail(times).mean(axis=1) for profile in profiles], axis=1)
         bend = within - (tails[1:] + tails[:-1]) / 2
-        seen = (
-            np.diff(self.means, axis=0).T @ tails[1:-1]
-            + (self._across * self._inner[:, None]).T @ bend
-        )
+        steady = self._across * self._inner[:, None]
+        seen = np.diff(self.means, axis=0).T @ tails[1:-1] + steady.T @ bend
         # G, a parabola within a window, has the mean square departure 6/5 b^2 from its line. Noise
         # of n folds of variance s adds 12 s / n, for b = 1.
         walk = np.sqrt(6 / 5 * self._inner * self._squares)
-        noise = np.sqrt(12 * self._beyond / np.maximum(self.folds - 1, 1))
+        others = np.maximum(self.folds - 1, 1)
+        noise = np.sqrt(12 * self._beyond / others)
         # Noise may be equal in all windows, as of weights that alternate: then its contributions
         # add up.
         aligned = noise @ bend
         # The mass of the first update lies on one value, not on the mean of its window.
         first = np.sqrt(self.spread[0]) * tails[0]
-        return seen, np.vstack((np.hypot(walk, noise)[:, None] * bend, aligned, first))
+        either = np.hypot(walk, noise)[:, None] * bend
+        return seen, np.vstack((either, aligned, first))
 
     def of_shared_means(
         self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
@@ -116,17 +115,17 @@ class Sketch:
         errors of oscillations are up to 400 times larger; leaving out 4 or 16 directions in place
         of 1 makes a few ordinary ones larger.
         """
-        edges = evenly_chosen(
-            self.edges[np.diff(self.edges, prepend=-np.inf) > 0], MOST_SEGMENTS + 1
-        )
+        distinct = self.edges[np.diff(self.edges, prepend=-np.inf) > 0]
+        edges = evenly_chosen(distinct, MOST_SEGMENTS + 1)
         if edges.size < 2:
-            return Motion(np.array([self.edges[0] / 2, self.edges[0]]), np.zeros(1), np.zeros(1))
+            edges = np.array([self.edges[0] / 2, self.edges[0]])
+            return Motion(edges, walk=np.zeros(1), noise=np.zeros(1))
         misses = self._misses
         if misses.any():  # scaled up as if the main direction had been an average one
             main = np.linalg.svd(misses, full_matrices=False)[2][:1]
-            misses = (misses - misses @ main.T @ main) * np.sqrt(
-                misses.shape[1] / (misses.shape[1] - 1)
-            )
+            directions = misses.shape[1]
+            left = misses - misses @ main.T @ main
+            misses = left * np.sqrt(directions / (directions - 1))
         counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
         ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
         squares = np.append(0.0, np.cumsum(self._squares_of(misses)))[ends]
@@ -147,16 +146,14 @@ class Sketch:
         """Projected steady motion across each window: shape [K, D]."""
         if len(self.means) < 2:
             return np.zeros_like(self.means)
-        return np.asarray(
-            np.gradient(self.means, self._middle, axis=0) * np.diff(self.edges)[:, None]
-        )
+        slope = np.gradient(self.means, self._middle, axis=0)
+        return np.asarray(slope * np.diff(self.edges)[:, None])
 
     @cached_property
     def _beyond(self) -> FloatArray:
         """The part of each window's spread that is not steady motion: shape [K]."""
-        return np.asarray(
-            np.maximum(self.spread - self._inner * np.sum(self._across**2, axis=1) / 12, 0.0)
-        )
+        steady = np.sum(self._across**2, axis=1) / 12
+        return np.asarray(np.maximum(self.spread - self._inner * steady, 0.0))
 
     @cached_property
     def _misses(self) -> FloatArray:
@@ -168,8 +165,10 @@ class Sketch:
         """
         if len(self.means) < 3:
             return np.diff(self.means, axis=0)
-        place = (self._middle[1:-1] - self._middle[:-2]) / (self._middle[2:] - self._middle[:-2])
-        line = self.means[:-2] + (self.means[2:] - self.means[:-2]) * place[:, None]
+        before = self._middle[:-2]
+        place = (self._middle[1:-1] - before) / (self._middle[2:] - before)
+        first = self.means[:-2]
+        line = first + (self.means[2:] - first) * place[:, None]
         return np.asarray(2 * (self.means[1:-1] - line))
 
     @cached_property

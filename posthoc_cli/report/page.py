@@ -127,10 +127,12 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
             raise MismatchError(path, f"is of another run: {' and '.join(names)}")
         part = parts[run_ids.index(result["settings"]["run"])]
         stops = _stops(result, folder)
+        rows = _rows(result, folder)
         swept: dict[str, Any] = answer(result) | {
             "folder": folder,
             "axis": str(result["axis"]),
-            "rows": _rows(result, folder),
+            "rows": rows,
+            "has_logs": any(row["log"] or row["error"] for row in rows),
             "stops": stops,
             "start": [*(stop["best"] for stop in stops), True].index(True) % max(1, len(stops)),
             "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),

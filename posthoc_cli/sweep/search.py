@@ -220,7 +220,8 @@ class Estimate:
     @property
     def settled(self) -> bool:
         """Whether more measurements would hardly lead to a better choice."""
-        return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
+        spread = float(np.ptp(self.curve))
+        return self.regret <= max(self.noise / 4, 0.005 * spread)
 
     @property
     def edge(self) -> float | None:
@@ -247,7 +248,7 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
     curve = centre + scale * draws.mean(axis=0)
     spread = scale * draws.std(axis=0)
     if axis.values:
-        points = np.abs(_GRID - axis.place(axis.values)[:, None]).argmin(axis=1)
+        points = np.array([_nearest(place) for place in axis.place(axis.values)])
         chosen = int(curve[points].argmin())
         point = int(points[chosen])
         best = axis.values[chosen]
@@ -255,6 +256,7 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
         point = int(curve.argmin())
         best = _known_or_new(axis, point, xs)
     low, high = map(axis.value_at, _likely(draws).tolist())
+    regrets = draws[:, point] - draws.min(axis=1)
     return Estimate(
         axis,
         best,
@@ -262,7 +264,7 @@ def estimate(trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> Esti
         standard_error=float(spread[point]),
         low=min(low, best),
         high=max(high, best),
-        regret=scale * float((draws[:, point] - draws.min(axis=1)).mean()),
+        regret=scale * float(regrets.mean()),
         noise=scale * noise,
         curve=sign * curve,
         errors=spread,
@@ -280,13 +282,23 @@ def _known_or_new(axis: Axis, point: int, known: Sequence[float]) -> float:
     """Return the measured value next to a point of the grid, or else the value there."""
     distances = np.abs(axis.place(known) - _GRID[point])
     nearest = int(distances.argmin())
-    return known[nearest] if distances[nearest] < _SAME else axis.value_at(float(_GRID[point]))
+    if distances[nearest] < _SAME:
+        return known[nearest]
+    return axis.value_at(float(_GRID[point]))
+
+
+def _nearest(place: float) -> int:
+    """Return the point of the grid that is nearest to a place."""
+    return int(np.abs(_GRID - place).argmin())
 
 
 def first_batch(axis: Axis) -> list[float]:
     """Return the given values, or FIRST values spread evenly in the logarithm, both ends
     included."""
-    return [*(axis.values or dict.fromkeys(map(axis.value_at, np.linspace(0, 1, FIRST).tolist())))]
+    if axis.values:
+        return list(axis.values)
+    places = np.linspace(0, 1, FIRST).tolist()
+    return list(dict.fromkeys(map(axis.value_at, places)))
 
 
 def next_batch(
@@ -305,9 +317,11 @@ def next_batch(
     within = found.curve[(low <= _GRID) & (high >= _GRID)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    lowest = found.draws[:, np.abs(_GRID - axis.place([found.best])).argmin()]
+    best = _nearest(float(axis.place([found.best])[0]))
+    lowest = found.draws[:, best]
     for _ in range(count):
-        pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
+        improved = np.minimum(found.draws, lowest[:, None])
+        pick = int(improved.mean(axis=0).argmin())
         lowest = np.minimum(lowest, found.draws[:, pick])
         new = axis.value_at(float(_GRID[pick]))
         wanted.append(_known_or_new(axis, pick, known) if flat else new)
@@ -330,8 +344,10 @@ def _draw(
     the noise."""
     given = bool(np.isfinite(errors).all())
     scales = np.clip(errors, *_STATED) if given else np.ones_like(errors)
-    offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
-    options = list(itertools.product(_LENGTHS, _SIZES, (1.0,) if given else _NOISES, offsets))
+    has_offsets = 1 < len(set(seeds.tolist())) < len(seeds)
+    offsets = _OFFSETS if has_offsets else _OFFSETS[:1]
+    noises = (1.0,) if given else _NOISES
+    options = list(itertools.product(_LENGTHS, _SIZES, noises, offsets))
     same_seed = (seeds[:, None] == seeds[None]).astype(float)
 
     both = np.concatenate([places, _GRID])
@@ -341,7 +357,8 @@ def _draw(
 
     def covariance(length: float, size: float) -> FloatArray:
         """Return the covariance of the metric at all places with that at the measured ones."""
-        return np.asarray(size**2 * kernels[length][:, :count] + trends @ trends[:count].T)
+        trend = trends @ trends[:count].T
+        return np.asarray(size**2 * kernels[length][:, :count] + trend)
 
     def factor(length: float, size: float, noise: float, offset: float) -> FloatArray:
         """Return the Cholesky factor of the covariance of the measured values."""
@@ -353,7 +370,8 @@ def _draw(
     # one at a time: all for hundreds of trials would take gigabytes
     for root in itertools.starmap(factor, options):
         square = values @ cho_solve((root, True), values, check_finite=False)
-        logs.append(-0.5 * square - np.log(np.diagonal(root)).sum())
+        volume = np.log(np.diagonal(root)).sum()
+        logs.append(-0.5 * square - volume)
     weights = np.exp(np.array(logs) - max(logs))
     weights /= weights.sum()
     roots = {
@@ -373,10 +391,12 @@ def _draw(
         chance = noise * scales[:, None] * random.standard_normal((count, shape))
         chance += offset * random.standard_normal((count, shape))[seeds]
         missing = values[:, None] - curves[:count] - chance
-        moved = covariance(length, size)[count:] @ cho_solve((factor(*option), True), missing)
+        solved = cho_solve((factor(*option), True), missing)
+        moved = covariance(length, size)[count:] @ solved
         draws.append((curves[count:] + moved).T)
-    noises = np.array([noise for _, _, noise, _ in options])
-    return np.concatenate(draws), float(np.sqrt((scales**2).mean()) * (weights * noises).sum())
+    expected = weights @ [noise for _, _, noise, _ in options]
+    scale = np.sqrt((scales**2).mean())
+    return np.concatenate(draws), float(scale * expected)
 
 
 def _matern(x: FloatArray, length: float) -> FloatArray:

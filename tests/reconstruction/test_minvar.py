@@ -263,11 +263,11 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
     norms = np.array([norm(snapshot) for snapshot in snapshots])
     solver = Problem(snapshots, replace(prior_of(snapshots, motion, 1e-6), norm=norms), T)
     for target in power_functions(T, (0.02, 0.05, 0.15, 0.28)):
-        c = solved(solver, target)[:, None]
-        goals = solver.goals([target])
-        squares = solver.expected_squares(c, goals)
+        c = solved(solver, target)
+        goal = solver.goal(target)
+        squares = solver.expected_squares(c, goal)
         expected = np.sqrt(squares.sum() / norm(target))
-        assert solver.relative(squares, c, goals) == pytest.approx(expected, rel=1e-6)
+        assert solver.relative(squares, c, goal) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined() -> None:
@@ -278,11 +278,10 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined() -> Non
         solver = Problem(
             snapshots, Prior(Motion.even(T, 0.0), zeros, arithmetic, zeros, "measured"), T
         )
-        goals = solver.goals([power(0.1, T)])
-        c = solver.optimum(goals)
-        np.testing.assert_equal(
-            solver.relative(solver.expected_squares(c, goals), c, goals), [expected]
-        )
+        goal = solver.goal(power(0.1, T))
+        c = solver.optimum(goal)
+        squares = solver.expected_squares(c, goal)
+        np.testing.assert_equal(solver.relative(squares, c, goal), expected)
 
 
 @given(problems(), st.randoms(use_true_random=False))
@@ -479,7 +478,7 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
     target = PowerFunction(9.0, 1000.0)
     c = np.random.default_rng(0).dirichlet(np.ones(len(stored)))
     solver = Problem(stored, even_prior(len(stored), 1000.0, w), 1000.0)
-    expected = solver.expected_squares(c[:, None], solver.goals([target])).sum()
+    expected = squared_error(solver, c, target)
     missed = c @ np.stack([masses(p, steps) for p in stored]) - masses(target, steps)
     tails = np.cumsum(missed[::-1])[::-1]
     assert expected == pytest.approx(np.sum(tails[1:] ** 2) + w * np.sum(missed**2), rel=0.03)
