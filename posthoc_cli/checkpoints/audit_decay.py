@@ -179,6 +179,7 @@ def possible_rules(updates: float) -> list[DecayRule]:
     rules = [
         CONSTANT,
         DecayRule(warm_up="power", power=0.75),
+        DecayRule(warm_up="power", power=1.0),  # Mean Teacher: min(1 - 1 / (n + 1), d)
         DecayRule(warm_up=POWER_FUNCTION, copies=1),
     ]
     for name, row in WARM_UPS.items():

@@ -277,7 +277,18 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
             return _described(sets, sets.alone(first), settings)
     if not candidates and AVERAGE_WORD.search(content.path.name):
         return _all_averaged(sets, settings)
+    if not candidates and not settings.include and not settings.exclude:
+        _check_slashes(content)
     return None
+
+
+def _check_slashes(content: Content) -> None:
+    """Raise FileFormatError if names are paths as of JAX, of several sets and an average."""
+    heads = sorted({name.partition("/")[0] for name in content.tensors if "/" in name})
+    if len(heads) > 1 and any(AVERAGE_WORD.search(head) for head in heads):
+        sets = ", ".join(f"{head}/" for head in heads)
+        hint = f"import one of them with `include`, such as '{heads[-1]}/*'"
+        raise FileFormatError(content.path, f"holds tensors of {sets}", hint)
 
 
 def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:

@@ -524,8 +524,12 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
         if entry.name.startswith(".") or is_snapshot_name(entry):
             continue
         if entry.is_dir():
-            if not NO_MODEL.search(entry.name) and holds_model(entry):
+            if NO_MODEL.search(entry.name):
+                continue
+            if holds_model(entry):
                 folders.append(entry)
+            elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
+                left_out[entry.name] = "a folder of files"
         elif may_be_weights(entry.name) and not SHARD.search(entry.name):
             loose.append(entry)
     if not folders and not loose:
@@ -533,8 +537,8 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     if loose and not any(re.search(r"\d", folder.name) for folder in folders):
-        return loose
-    if not folders:
+        for entry in folders:
+            left_out[entry.name] = "a folder beside files"
         return loose
     for entry in loose:
         left_out[entry.name] = "a file beside folders"

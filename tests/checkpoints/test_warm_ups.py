@@ -68,6 +68,12 @@ UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
         (),
         r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667",
     ),
+    "mean teacher": (
+        by(lambda n: min(0.998, power(n, 1.0))),
+        "power:1",
+        (),
+        r"decay 0.99[78].*the warm-up 1 - \(1 \+ n\)\^-1",
+    ),
     "another power": (
         by(lambda n: power(n, 0.75)),
         "power:0.75",
