@@ -130,8 +130,10 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     """
     if t_prev == 0:
         return 1.0
-    log_beta = (gamma + 1) * math.log1p(-(t - t_prev) / t)
-    return -math.expm1(log_beta)
+    passed = (t - t_prev) / t
+    if passed == 1:  # beta, below 1e-16, is lost in rounding
+        return 1.0
+    return -math.expm1((gamma + 1) * math.log1p(-passed))
 
 
 @dataclass(frozen=True)
@@ -488,7 +490,7 @@ class OrdinaryEMA(Discrete):
     """
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
-        self._rule = decay
+        self.rule = decay
         self._logs = logs = decay.kept_logs(updates)
         self._start = max(float(first - every), 0.5)
         self.settings: dict[str, Any] = vars(decay) | {
@@ -525,13 +527,13 @@ class OrdinaryEMA(Discrete):
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties;
         itself for 0."""
-        rule = replace(self._rule, uncertainty=0.0, late=0)
+        rule = replace(self.rule, uncertainty=0.0, late=0)
         step = int(self.t)
         counts = {name: self.settings[name] for name in ("updates", "every", "first")}
-        late = min(self._rule.late // counts["every"], counts["updates"] - 1)
+        late = min(self.rule.late // counts["every"], counts["updates"] - 1)
         return (
-            rule.longer(1 + self._rule.uncertainty).profile(step, **counts)
-            if self._rule.uncertainty
+            rule.longer(1 + self.rule.uncertainty).profile(step, **counts)
+            if self.rule.uncertainty
             else self,
             replace(rule, copies=rule.copies + late).profile(step, **counts) if late > 0 else self,
         )

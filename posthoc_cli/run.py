@@ -281,13 +281,13 @@ class Run:
         Arguments as in `plan_synthesis`, and:
             out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
-            options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite,
+            options: the fields of `export.options.OutputOptions`: device, layout, overwrite,
                 dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
-        from posthoc_cli.export.layouts import OutputOptions, output_paths
         from posthoc_cli.export.like import Like
+        from posthoc_cli.export.options import OutputOptions, output_paths
         from posthoc_cli.export.writing import all_ranks, write_synthesis
 
         wanted = as_targets(targets)

@@ -25,9 +25,10 @@ import torch
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.remote import store
-from posthoc_cli.synthesis.engine import REQUESTS, synthesize_into
+from posthoc_cli.synthesis.engine import REQUESTS, cut_tiles, make_tiles
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
+CPU = torch.device("cpu")
 
 
 def resident() -> int:
@@ -40,8 +41,6 @@ IMPORTED = resident()
 
 class Discarded:
     """An output that discards its tiles."""
-
-    def prepare(self, tile: Any) -> None: ...
 
     def write(self, tile: Any, values: Any) -> None: ...
 
@@ -68,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(run: Run, targets: list[float], rounds: int) -> None:
     """Print the times of a synthesis and of obstore alone, in turns."""
     plan = run.plan(targets)
+    parts = plan.passes()
+    tiles = cut_tiles(parts, len(targets), CPU)
     requests = list[tuple[str, int, int]]()
     peak = [0]
     get = store.get
@@ -92,9 +93,7 @@ def measure(run: Run, targets: list[float], rounds: int) -> None:
         for _ in range(rounds):
             requests.clear()
             peak[0], store.get = 0, counted
-            ours, own = timed(
-                lambda: [None for _ in synthesize_into(plan, outputs, torch.device("cpu"))]
-            )
+            ours, own = timed(lambda: [None for _ in make_tiles(parts, tiles, outputs, CPU)])
             memory = peak[0] - IMPORTED
             store.get = get
             alone, theirs = timed(

@@ -36,7 +36,9 @@ def draw(
     seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 7)
 ) -> torch.Tensor:
     return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        shape,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
     ).to(dtype)
 
 
@@ -101,7 +103,9 @@ def test_results_are_the_sums_within_rounding(
     share = accumulated(wide, len(plan.sources)) + accumulated(torch.float64, len(plan.sources))
     for name in averages:
         for value, exact, size in zip(
-            dict(synthesize(plan))[name], *expected(tmp_path, plan, name), strict=True
+            dict(synthesize(plan))[name],
+            *expected(tmp_path, plan, name),
+            strict=True,
         ):
             assert value.dtype == own
             tolerance = (
@@ -158,7 +162,12 @@ def test_the_metadata_of_an_output_describe_how_it_was_made(tmp_path: Path) -> N
     }
     for t in TIMES:
         write_snapshot(
-            tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([1.0])}, **fields
+            tmp_path,
+            t,
+            0.05,
+            RUN_ID,
+            {"w": draw(t), "var": torch.tensor([1.0])},
+            **fields,
         )
     plan = plan_of(tmp_path, [0.1, 0.06], t=35.5)
     info = plan.output_info(1)
@@ -185,7 +194,13 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
     assert plan_of(tmp_path / "steps", step=25).t == 25
     for step in (10, 20):
         write_snapshot(
-            tmp_path, 64.0 * step, 0.05, RUN_ID, {"w": draw(step)}, step=step, t_unit="images"
+            tmp_path,
+            64.0 * step,
+            0.05,
+            RUN_ID,
+            {"w": draw(step)},
+            step=step,
+            t_unit="images",
         )
     assert plan_of(tmp_path, [0.04], step=20).t == 1280
     with pytest.raises(
@@ -209,10 +224,18 @@ def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_wri
     tmp_path: Path, value: float, dtype: str | None, message: str | None
 ) -> None:
     write_snapshot(
-        tmp_path / "run", 20, 0.05, RUN_ID, {"good": draw(1), "bad\n": torch.tensor([1.0, value])}
+        tmp_path / "run",
+        20,
+        0.05,
+        RUN_ID,
+        {"good": draw(1), "bad\n": torch.tensor([1.0, value])},
     )
     write_snapshot(
-        tmp_path / "run", 10, 0.05, RUN_ID, {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])}
+        tmp_path / "run",
+        10,
+        0.05,
+        RUN_ID,
+        {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])},
     )
     with pytest.raises(NonFiniteError, match=rf"'bad\\n'{message}") if message else nullcontext():
         Run(tmp_path / "run").write(0.05, tmp_path / "out.safetensors", dtype=dtype)

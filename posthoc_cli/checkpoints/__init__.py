@@ -1,6 +1,7 @@
 """Checkpoints and averages that other programs wrote, as sources of a synthesis. Nothing in a file
 is executed.
 
+    programs                    the names of values, files and folders that programs use
     pickles, content            the tensors and values of a file or folder
     sets, clock                 the weights and an average among them; the times of files
     settings, updates           what an import adds to files; how an ordinary EMA was updated

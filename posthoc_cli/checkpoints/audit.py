@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import compress, repeat
 from typing import Any
@@ -28,7 +28,6 @@ from posthoc_cli.checkpoints.audit_decay import (
     explains_more,
     possible_rules,
     refine,
-    refutes,
 )
 from posthoc_cli.checkpoints.content import names_in
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
@@ -53,11 +52,12 @@ _LEAST_ELEMENTS = 64
 _PIECES = 32  # least pieces of tensors, if the sample has enough elements
 # largest factor between the found and the claimed length of an average that is as claimed
 _SLACK = 1.1
+_FAR = 3.0  # factor in length that no noise explains
 _FOREIGN = 0.8  # largest unexplained share of the motion of an average that belongs to the weights
 # smallest length that can be determined, as a share of the time between two checkpoints
 _SHORTEST = 0.1
 _ALL = 0.999  # share of equal elements that counts as all elements
-# an explanation is clearly better if its residual is below this share of another one's
+# an explanation is clearly better if its residuals are below this share of another one's
 _CLEARLY = 0.5
 _RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
@@ -101,9 +101,10 @@ class Audit:
     what: str  # the parameter in question, "decay" or "sigma_rel"
     found: float | None = None  # the parameter at the end of the training
     length: float | None = None  # the time constant or sigma_rel that explains all intervals
-    # of the length, relative; infinite if two checkpoints alone show it
+    # of the time constant at the end, relative; infinite if two checkpoints alone show it
     uncertainty: float | None = None
     claimed: float | None = None  # claimed parameter
+    difference: float = 0.0  # between the lengths found and claimed, of their logarithms
     warm_up: str = ""  # rule by which the decay rose, as `ImportSettings.ema_warmup` names it
     # times after the begin of the training at which it started from the weights
     starts: tuple[float, ...] = ()
@@ -137,402 +138,7 @@ class Audit:
         return asdict(self) | {"uncertainty": sigma, "contradicted": self.is_bad}
 
 
-# --- what an average did
-
-
-@dataclass(frozen=True)
-class _Moves:
-    """Which pieces of weights moved, and which averages did not, by interval; and at which times
-    they were equal."""
-
-    weights: npt.NDArray[np.bool_]  # [intervals, pieces]
-    still: npt.NDArray[np.bool_]  # also where the weights stand still: [intervals, pieces]
-    copied: npt.NDArray[np.bool_]  # [times, pieces]
-
-    @classmethod
-    def of(cls, series: Series) -> _Moves:
-        moved = []
-        same = []
-        copied = []
-        for x, e in series.values:
-            moved.append((x[1:] != x[:-1]).any(axis=1))
-            same.append((e[1:] == e[:-1]).mean(axis=1) >= _ALL)
-            copied.append((x == e).mean(axis=1) >= _ALL)
-        weights = np.stack(moved, axis=1)
-        return cls(weights, np.stack(same, axis=1) | ~weights, np.stack(copied, axis=1))
-
-    @property
-    def stands(self) -> npt.NDArray[np.bool_]:
-        """Whether the average was not updated: [intervals]."""
-        return np.asarray(self.weights.any(axis=1) & self.still.all(axis=1))
-
-    @property
-    def equal(self) -> npt.NDArray[np.bool_]:
-        """Which pieces are always copied: [pieces]."""
-        return np.asarray((self.copied[1:] | ~self.weights).all(axis=0))
-
-    @property
-    def averaged(self) -> npt.NDArray[np.bool_]:
-        """Which pieces are averages: [pieces]."""
-        return ~self.still.all(axis=0) & ~self.equal
-
-    @property
-    def begun(self) -> int:
-        """The interval in which the average began, counted from 1; 0 if it began before."""
-        is_copy = (self.copied[:-1] | ~self.weights).all(axis=1) & ~self.stands
-        return int(np.argmin([*is_copy, False]))
-
-    @property
-    def begin(self) -> int | None:
-        """The interval within which the average began, if it was not at its end."""
-        begun = self.begun
-        if not begun or (self.copied[begun] | ~self.weights[begun - 1]).all():
-            return None
-        return begun - 1
-
-    @property
-    def fault(self) -> tuple[str, str] | None:
-        """The verdict and its text on an average that does not average at all."""
-        if not self.weights.any():
-            return "undetermined", "the weights stand still between these checkpoints"
-        if self.still.all():
-            text = "the average does not move while the weights do: is its update called, and on "
-            text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
-            return "does not move", text
-        if self.equal.all():
-            text = "the average is equal to the weights: it is copied, or its decay is 0"
-            return "equals the weights", text
-        return None
-
-    def notes(self, times: FloatArray, restarts: Sequence[float]) -> list[str]:
-        """Return what the checkpoints or the settings say of each interval; empty if nothing."""
-        notes = [_STILL if stands else "" for stands in self.stands]
-        notes[: self.begun] = ["not begun"] * self.begun
-        for restart in restarts:
-            for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
-                notes[index] = f"began again near step {restart:,.0f}"
-        return notes
-
-
-@dataclass
-class _Explanation:
-    """The search for the rule, the length and the starts that explain how an average moved."""
-
-    series: Series
-    model: Model  # of the claim
-    rules: Sequence[DecayRule]  # that are possible
-    moves: Sequence[int]  # the intervals in which weights move
-    notes: list[str]  # what else happened in an interval, by which it shows no decay
-    begin: int | None  # the interval in which the average began
-    starts: dict[int, float] = field(default_factory=dict)  # times of starts, by interval
-    alike: list[Model] = field(default_factory=list)  # the best model, and others about as good
-
-    @cached_property
-    def rows(self) -> Intervals:
-        return self.series.intervals()
-
-    @property
-    def usable(self) -> list[int]:
-        clear = [index for index in self.moves if not self.notes[index]]
-        return clear or [index for index in self.moves if self.notes[index] != _STILL]
-
-    def find(self) -> None:
-        """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
-        for _ in range(2):
-            self._fit()
-            found = self._restarts()
-            if self.begin is not None and self.begin not in self.starts:
-                row = self.rows[[self.begin]]
-                found[self.begin] = _locate_start(self.alike[0], row, row)
-            self._note(found)
-            if not found:
-                return
-        self._fit()
-        self._note({})
-
-    def _fit(self) -> None:
-        rows = self.rows[self.usable]
-        self.alike = best_models(self.model.begun(*self.starts.values()), self.rules, rows)
-        if self.starts and self.alike[0].rule.warm_up:
-            for _ in range(3):
-                self._locate_by_later(rows)
-
-    def _locate_by_later(self, rows: Intervals) -> None:
-        """Locate the starts of a warm-up by all later intervals."""
-        best = replace(self.alike[0], starts=self.model.starts)
-        for index in self.starts:
-            others = [time for other, time in self.starts.items() if other != index]
-            self.starts[index] = _locate_start(best.begun(*others), rows, self.rows[[index]])
-        self.alike[0] = rows.fit(best.begun(*self.starts.values()))
-
-    def _note(self, found: dict[int, float]) -> None:
-        self.starts |= found
-        for index, time in self.starts.items():
-            event = "begins" if index in (0, self.begin) else "began again"
-            self.notes[index] = f"{event} near step {time:,.0f}"
-
-    def _restarts(self) -> dict[int, float]:
-        """Return the times at which the average restarted from the weights, by interval."""
-        model = self.alike[0]
-        usable = [index for index in self.usable if not self.notes[index]]
-        restarts: dict[int, float] = {}
-        if (model.is_power and model.claimed) or len(usable) < 3:
-            return restarts
-        kept = np.exp(model.forgotten(self.rows.begin) - model.forgotten(self.rows.end))
-        for index in usable:
-            row = self.rows[[index]]
-            own = row.unexplained(row.fit(model))
-            limit = _CLEARLY * row.unexplained(model)
-            # either another decay or a restart explains the interval
-            if kept[index] >= _SHORTEST and own < limit:
-                time = _locate_start(model, row, row)
-                if row.unexplained(model.begun(time)) < min(limit, 1.5 * own):
-                    restarts[index] = time
-        return restarts
-
-    # --- the findings
-
-    @cached_property
-    def refined(self) -> tuple[Model, float]:
-        """The model with the value that all checkpoints show, and its uncertainty."""
-        # the most intervals without a gap
-        usable = self.usable
-        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        together = max(np.split(usable, gaps), key=len).tolist()
-        series = self.series[together[0] : together[-1] + 2]
-        model, sigma = refine(self.alike[0], series, self.rows[together])
-        end = self.series.times[-1]
-        lengths = [one.length_at(end) for one in self.alike]
-        apart = max(abs(math.log(length / lengths[0])) for length in lengths)
-        return model, math.hypot(sigma, apart)
-
-    @property
-    def rivals(self) -> list[Model]:
-        """The best model and others that explain the files about as well, if there are any."""
-        best, *others = self.alike
-        times = self.series.times
-        rivals = [one for one in others if not are_the_same(one, best, times)]
-        return [best, *rivals] if rivals else []
-
-    @cached_property
-    def better_rules(self) -> list[Model]:
-        """The best models of another rule, if a claimed one explains the files clearly worse."""
-        claim = self.alike[0]
-        if claim.claimed is None or claim.is_power:
-            return []
-        times = self.series.times
-        rows = self.rows[self.usable]
-        rules = possible_rules(times[-1] / (claim.every or 1))
-        better = best_models(replace(claim, claimed=None), rules, rows)
-        is_other = not are_the_same(better[0], claim, times)
-        if is_other and all(
-            explains_more(rows, better[0], claim, bends) for bends in (False, True)
-        ):
-            return better
-        return []
-
-    def intervals(self) -> Iterator[Interval]:
-        for index, note in enumerate(self.notes):
-            yield _interval(self.rows[[index]], self.alike[0], note)
-
-
-def _locate_start(model: Model, rows: Intervals, within: Intervals) -> float:
-    """Return the time in one interval at which the average started from the weights, by the
-    residuals of `rows`."""
-    return rows.search(model.begun, np.linspace(within.begin[0], within.end[0], 51))
-
-
-def _judge(
-    name: str,
-    series: Series,
-    tensors: Sequence[str],
-    model: Model,
-    rules: Sequence[DecayRule],
-    unit: str,
-) -> Audit:
-    """Return the audit of an average; `tensors` are the names of its pieces."""
-    moves = _Moves.of(series)
-    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay")
-    if model.claimed is not None:
-        audit = replace(audit, claimed=model.claim.parameter)
-    if moves.fault is not None:
-        verdict, text = moves.fault
-        return replace(audit, verdict=verdict, text=text)
-    averaged = moves.averaged
-    explanation = _Explanation(
-        series=series.of(averaged),
-        model=model,
-        rules=rules,
-        moves=np.flatnonzero(moves.weights[:, averaged].any(axis=1)).tolist(),
-        notes=moves.notes(series.times, model.starts[1:]),
-        begin=moves.begin,
-    )
-    if all(explanation.notes[index] == _STILL for index in explanation.moves):
-        return replace(audit, text="in no interval do both the weights and the average move")
-    explanation.find()
-    is_lost = moves.weights.any(axis=0) & ~averaged
-    lost = tuple(dict.fromkeys(compress(tensors, is_lost)))
-    audit = _with_findings(audit, explanation)
-    verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
-    audit = replace(audit, verdict=verdict, text=text)
-    if verdict == "undetermined":
-        return replace(audit, found=None)
-    return replace(audit, tensors=lost if verdict == "some tensors" else ())
-
-
-def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
-    model, sigma = explanation.refined
-    found = model.parameter_at(explanation.series.times[-1])
-    starts = explanation.starts
-    audit = replace(
-        audit,
-        what="sigma_rel" if model.is_power else "decay",
-        found=found,
-        warm_up=warm_up_text(model.fitted).replace("none", ""),
-        starts=tuple(sorted(starts.values())),
-        is_late=any(index in (0, explanation.begin) for index in starts),
-        intervals=tuple(explanation.intervals()),
-    )
-    if model.claimed is None and model.parameter > found + _RISES:
-        return audit
-    return replace(audit, length=model.length, uncertainty=sigma)
-
-
-def _verdict(
-    audit: Audit,
-    explanation: _Explanation,
-    lost: Sequence[str],
-    tensors: int,
-    unit: str,
-) -> tuple[str, str]:
-    """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
-    its tensors."""
-    if explanation.rivals:
-        settings = ", and as ".join(map(_setting, explanation.rivals))
-        return "undetermined", f"the files show it about equally as {settings}"
-    model, sigma = explanation.refined
-    shown = _shown(model, audit.found or 0.0, sigma, unit)
-    restarts = audit.starts[audit.is_late :]
-    steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
-    if restarts:
-        text = f"began again from the weights near step {steps}: the average was lost, or reset"
-        return "began again", f"{text}, at a resume; {shown}"
-    if audit.is_of_other_weights:
-        text = "the weights at these checkpoints do not explain how the average moves between them"
-        text += ": they forget faster than checkpoints are apart, or are of another run"
-        return "undetermined", text
-    if lost:
-        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
-        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
-    if steps:
-        shown += f"; begun from the weights near step {steps}"
-    if explanation.better_rules:
-        settings = " or ".join(map(_setting, explanation.better_rules))
-        return (
-            "another rule",
-            f"the average moves as by {settings}, not as by {_setting(model.claim)}",
-        )
-    return _compare_lengths(audit, model, explanation.rows[explanation.usable], shown, unit)
-
-
-def _setting(model: Model) -> str:
-    """Return the settings of an import that say a model."""
-    if model.is_power:
-        return f"sigma_rel {model.parameter:.3g}"
-    warm_up = warm_up_text(model.fitted)
-    if model.rule.is_schedule:
-        return f"warm-up {model.rule.warm_up}:{model.parameter:.5g}"
-    return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
-
-
-def _shown(
-    model: Model,
-    found: float,
-    sigma: float,
-    unit: str,
-) -> str:
-    """Return what was found, for messages."""
-    if model.is_power:
-        return f"sigma_rel {found:.4g} (± {sigma:.1%})"
-    rule = model.fitted.rule
-    if model.rule.is_schedule:
-        return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
-    if model.parameter > found + _RISES:
-        return f"decay {found:.7g} at the end, still rising by {rule}"
-    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
-    if model.rule.warm_up:
-        shown += f", reached by {rule}"
-    return shown
-
-
-def _compare_lengths(
-    audit: Audit,
-    model: Model,
-    rows: Intervals,
-    shown: str,
-    unit: str,
-) -> tuple[str, str]:
-    """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
-    sigma = audit.uncertainty or 0.0
-    claim = model.claim
-    is_refuted = refutes(rows, model)
-    shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
-    if not model.is_power and max(model.length, claim.length) < shortest:
-        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
-        text += f" these checkpoints; checkpoints closer than {claim.length / _SHORTEST:,.0f}"
-        return "undetermined", f"{text} {unit} would show it"
-    if sigma > _VAGUE and not is_refuted:
-        return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
-    if model.claimed is None:
-        return "found", shown
-    difference = abs(math.log(model.length / claim.length))
-    # The ± does not hold how far the paths of all weights together bend.
-    is_likely = difference <= 3 * sigma or not explains_more(rows, model, claim)
-    if is_likely and not is_refuted and difference > _VAGUE:
-        text = f"the checkpoints show it too vaguely: {shown}, not {claim.parameter:.7g}"
-        return "undetermined", text
-    if (is_likely and not is_refuted) or difference <= math.log(_SLACK):
-        return "as claimed", f"{shown}, as claimed"
-    verdict = "too long" if model.length > claim.length else "too short"
-    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
-    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
-
-
-def _cause(verdict: str, difference: float, sigma: float) -> str:
-    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
-    if verdict == "too long":
-        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
-    return f"{factors} times a step: once a microbatch, or by each of so many processes"
-
-
-def _interval(row: Intervals, model: Model, note: str) -> Interval:
-    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
-    much."""
-    begin = float(row.begin[0])
-    end = float(row.end[0])
-    plain = _as_plain(model, begin, end)
-    found = row.fit_near(plain).length if row.gram[..., 2, 2].any() else None
-    claimed = None
-    if model.claimed is not None:
-        claimed = _as_plain(model.claim, begin, end).length
-    moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
-    unexplained = None
-    if moved > 0:
-        unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved)
-    return Interval(begin, end, found, claimed, unexplained, note)
-
-
-def _as_plain(model: Model, begin: float, end: float) -> Model:
-    """Return a model that forgets as much in an interval, but evenly."""
-    if model.is_power:
-        return replace(model, starts=(0.0,))
-    starts = tuple(start for start in model.starts if start <= begin)
-    began = replace(model, starts=starts or (begin,))
-    before, after = began.forgotten(np.array([begin, end])).tolist()
-    return Model(value=max(after - before, 1e-12) / (end - begin), every=model.every)
-
-
-# --- sources
+# --- from checkpoints to audits
 
 
 def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> list[Audit]:
@@ -600,45 +206,45 @@ def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportS
     say."""
     newest = averages[-1]
     profiles = [one.profile for one in averages if isinstance(one.profile, OrdinaryEMA)]
-    settings = profiles[-1].settings if profiles else {}
-    every = settings.get("every", 0.0 if newest.sigma_rel else given.update_every or 1)
+    every = given.update_every or 1
+    rule = DecayRule()
+    if profiles:
+        every = profiles[-1].settings["every"]
+        rule = profiles[-1].rule
     starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
     restarts = [
         start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t
     ]
     model = Model(every=every, starts=(starts[0], *restarts))
     if newest.sigma_rel:
-        gamma = gamma_from_sigma_rel(newest.sigma_rel)
-        return replace(model, rule=DecayRule(warm_up=POWER_FUNCTION), claimed=gamma + 1)
+        power = gamma_from_sigma_rel(newest.sigma_rel) + 1
+        rule = DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1)
+        return replace(model, rule=rule, claimed=power)
     decay = claimed or newest.decay
     if not decay:
         return model
-    rule = DecayRule(**{name: settings[name] for name in _FIELDS if name in settings})
-    rule = replace(rule, decay=decay, base=decay if rule.is_schedule else rule.base, before=0)
+    base = decay if rule.is_schedule else rule.base
+    rule = replace(rule, decay=decay, base=base, before=0)
     return replace(model, rule=rule, claimed=-math.log(decay) / every)
 
 
 def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
     """Return the rules that an average of unknown decay may follow: the one that its file or the
     settings say, else all."""
-    profile = newest.profile
-    every = given.update_every or 1
-    last = (given.steps or newest.t) / every
-    if not isinstance(profile, OrdinaryEMA):
-        return possible_rules(last)
-    rule = DecayRule(**{name: profile.settings[name] for name in _FIELDS})
-    is_said = given.ema_warmup is not None or bool(rule.warm_up)
-    if not is_said:
-        return possible_rules(last)
-    number = RULES[rule.warm_up].number
-    said = newest.updates.rule if newest.updates else {}
-    if number and given.ema_warmup is None and number not in said:  # one of ema-pytorch's powers
-        return [one for one in possible_rules(last) if one.warm_up == rule.warm_up]
+    last = (given.steps or newest.t) / (given.update_every or 1)
+    possible = possible_rules(last)
+    if not isinstance(newest.profile, OrdinaryEMA):
+        return possible
+    rule = newest.profile.rule
+    if given.ema_warmup is None:
+        if not rule.warm_up:
+            return possible
+        number = RULES[rule.warm_up].number
+        said = newest.updates.rule if newest.updates else {}
+        if number and number not in said:  # one of ema-pytorch's powers
+            return [one for one in possible if one.warm_up == rule.warm_up]
     steps = rule.steps if rule.steps < math.inf else last
     return [replace(rule, decay=UNLIMITED, copies=0, stride=1, before=0, steps=steps)]
-
-
-_FIELDS = tuple(field.name for field in fields(DecayRule))
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:
@@ -684,3 +290,395 @@ def _values(source: Checkpoint, pieces: Sequence[ElementRange]) -> list[npt.NDAr
         if not np.isfinite(part).all():
             raise NonFiniteError(source.path, f"tensor {piece.name!r}: holds nan or infinity")
     return values
+
+
+# --- what an average did
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Which pieces of weights moved, and which averages did not, by interval; and at which times
+    they were equal."""
+
+    weights: npt.NDArray[np.bool_]  # [intervals, pieces]
+    still: npt.NDArray[np.bool_]  # also where the weights stand still: [intervals, pieces]
+    copied: npt.NDArray[np.bool_]  # [times, pieces]
+
+    @classmethod
+    def of(cls, series: Series) -> _Moves:
+        moved = []
+        same = []
+        copied = []
+        for x, e in series.values:
+            moved.append((x[1:] != x[:-1]).any(axis=1))
+            same.append((e[1:] == e[:-1]).mean(axis=1) >= _ALL)
+            copied.append((x == e).mean(axis=1) >= _ALL)
+        weights = np.stack(moved, axis=1)
+        return cls(weights, np.stack(same, axis=1) | ~weights, np.stack(copied, axis=1))
+
+    @property
+    def stands(self) -> npt.NDArray[np.bool_]:
+        """Whether the average was not updated: [intervals]."""
+        return np.asarray(self.weights.any(axis=1) & self.still.all(axis=1))
+
+    @property
+    def equal(self) -> npt.NDArray[np.bool_]:
+        """Which pieces are always copied: [pieces]."""
+        return np.asarray((self.copied[1:] | ~self.weights).all(axis=0))
+
+    @property
+    def copies(self) -> int:
+        """The number of first checkpoints at which the average had not begun."""
+        is_copy = (self.copied[:-1] | ~self.weights).all(axis=1) & ~self.stands
+        return int(np.argmin([*is_copy, False]))
+
+    @property
+    def fault(self) -> tuple[str, str] | None:
+        """The verdict and its text on an average that does not average at all."""
+        if not self.weights.any():
+            return "undetermined", "the weights stand still between these checkpoints"
+        if self.still.all():
+            text = "the average does not move while the weights do: is its update called, and on "
+            text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
+            return "does not move", text
+        if self.equal.all():
+            text = "the average is equal to the weights: it is copied, or its decay is 0"
+            return "equals the weights", text
+        return None
+
+
+@dataclass
+class _Explanation:
+    """The search for the rule, the length and the starts that explain how an average moved."""
+
+    series: Series
+    model: Model  # of the claim
+    rules: Sequence[DecayRule]  # that are possible
+    moves: Sequence[int]  # the intervals in which weights move
+    notes: list[str]  # what else happened in an interval, by which it shows no decay
+    is_late: bool  # whether the average began in the first interval
+    starts: dict[int, float] = field(default_factory=dict)  # times of starts, by interval
+    alike: list[Model] = field(default_factory=list)  # the best model, and others about as good
+
+    @cached_property
+    def rows(self) -> Intervals:
+        return self.series.intervals()
+
+    @property
+    def usable(self) -> list[int]:
+        clear = [index for index in self.moves if not self.notes[index]]
+        return clear or [index for index in self.moves if self.notes[index] != _STILL]
+
+    def find(self) -> None:
+        """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
+        for _ in range(2):
+            self._fit()
+            found = self._restarts()
+            if self.is_late and 0 not in self.starts:
+                found[0] = _locate_start(self.alike[0], self.rows[[0]])
+            self._note(found)
+            if not found:
+                return
+        self._fit()
+        self._note({})
+
+    def _fit(self) -> None:
+        rows = self.rows[self.usable]
+        self.alike = best_models(self.model.begun(*self.starts.values()), self.rules, rows)
+
+    def _note(self, found: dict[int, float]) -> None:
+        self.starts |= found
+        for index, time in self.starts.items():
+            event = "began again" if index else "begins"
+            self.notes[index] = f"{event} near step {time:,.0f}"
+
+    def _restarts(self) -> dict[int, float]:
+        """Return the times at which the average restarted from the weights, by interval."""
+        model = self.alike[0]
+        usable = [index for index in self.usable if not self.notes[index]]
+        restarts: dict[int, float] = {}
+        if (model.is_power and model.claimed) or len(usable) < 3:
+            return restarts
+        kept = np.exp(model.forgotten(self.rows.begin) - model.forgotten(self.rows.end))
+        for index in usable:
+            row = self.rows[[index]]
+            own = row.unexplained(row.fit(model))
+            limit = _CLEARLY * row.unexplained(model)
+            # either another decay or a restart explains the interval
+            if kept[index] >= _SHORTEST and own < limit:
+                time = _locate_start(model, row)
+                if row.unexplained(model.begun(time)) < min(limit, 1.5 * own):
+                    restarts[index] = time
+        return restarts
+
+    # --- the findings
+
+    @cached_property
+    def refined(self) -> tuple[Model, float]:
+        """The model with the value that all checkpoints show, and its uncertainty."""
+        # the most intervals without a gap
+        usable = self.usable
+        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
+        together = max(np.split(usable, gaps), key=len).tolist()
+        model, sigma = refine(self.alike[0], self.series.between(together[0], together[-1] + 1))
+        end = self.series.times[-1]
+        lengths = [one.length_at(end) for one in self.alike]
+        apart = max(abs(math.log(length / lengths[0])) for length in lengths)
+        return model, math.hypot(sigma, apart)
+
+    @property
+    def rivals(self) -> list[Model]:
+        """The best model and others that explain the files about as well, if there are any."""
+        best, *others = self.alike
+        times = self.series.times
+        rivals = [one for one in others if not are_the_same(one, best, times)]
+        return [best, *rivals] if rivals else []
+
+    @cached_property
+    def better_rules(self) -> list[Model]:
+        """The best models of another rule, if a claimed one explains the files clearly worse."""
+        claim = self.alike[0]
+        if claim.claimed is None or claim.is_power:
+            return []
+        times = self.series.times
+        rows = self.rows[self.usable]
+        rules = possible_rules(times[-1] / claim.every)
+        better = best_models(replace(claim, claimed=None), rules, rows)
+        if are_the_same(better[0], claim, times) or not explains_more(rows, better[0], claim):
+            return []
+        return better
+
+    @property
+    def intervals(self) -> list[Interval]:
+        model = self.alike[0]
+        rows = [self.rows[[index]] for index in range(len(self.notes))]
+        return [_interval(row, model, note) for row, note in zip(rows, self.notes, strict=True)]
+
+
+def _locate_start(model: Model, row: Intervals) -> float:
+    """Return the time in an interval at which the average started from the weights."""
+    return row.search(model.begun, np.linspace(row.begin[0], row.end[0], 51))
+
+
+def _interval(row: Intervals, model: Model, note: str) -> Interval:
+    """Return the findings of one interval alone; a warm-up as the constant decay that forgets as
+    much.
+
+    One interval may be explained by several values: the nearest one counts.
+    """
+    begin = float(row.begin[0])
+    end = float(row.end[0])
+    found = None
+    if row.gram[..., 2, 2].any():
+        plain = _as_plain(model, begin, end)
+        found = row.fit(plain, plain.value * np.geomspace(1 / 3, 3, 24)).length
+    claimed = None
+    if model.claimed is not None:
+        claimed = _as_plain(model.claim, begin, end).length
+    moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
+    unexplained = None
+    if moved > 0:
+        unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved)
+    return Interval(begin, end, found, claimed, unexplained, note)
+
+
+def _as_plain(model: Model, begin: float, end: float) -> Model:
+    """Return a model that forgets as much in an interval, but evenly."""
+    if model.is_power:
+        return replace(model, starts=(0.0,))
+    starts = tuple(start for start in model.starts if start <= begin)
+    began = replace(model, starts=starts or (begin,))
+    before, after = began.forgotten(np.array([begin, end])).tolist()
+    return Model(value=max(after - before, 1e-12) / (end - begin), every=model.every)
+
+
+# --- the verdict
+
+
+def _judge(
+    name: str,
+    series: Series,
+    tensors: Sequence[str],
+    model: Model,
+    rules: Sequence[DecayRule],
+    unit: str,
+) -> Audit:
+    """Return the audit of an average; `tensors` are the names of its pieces."""
+    moves = _Moves.of(series)
+    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay")
+    if model.claimed is not None:
+        audit = replace(audit, claimed=model.claim.parameter)
+    if moves.fault is not None:
+        verdict, text = moves.fault
+        return replace(audit, verdict=verdict, text=text)
+    averaged = ~moves.still.all(axis=0) & ~moves.equal
+    explanation = _explanation(series, moves, averaged, model, rules)
+    if all(explanation.notes[index] == _STILL for index in explanation.moves):
+        return replace(audit, text="in no interval do both the weights and the average move")
+    explanation.find()
+    lost = tuple(dict.fromkeys(compress(tensors, moves.weights.any(axis=0) & ~averaged)))
+    audit = _with_findings(audit, explanation)
+    verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
+    audit = replace(audit, verdict=verdict, text=text)
+    if verdict == "undetermined":
+        return replace(audit, found=None)
+    return replace(audit, tensors=lost if verdict == "some tensors" else ())
+
+
+def _explanation(
+    series: Series,
+    moves: _Moves,
+    averaged: npt.NDArray[np.bool_],
+    model: Model,
+    rules: Sequence[DecayRule],
+) -> _Explanation:
+    """Return the search among the pieces that are averaged, from where the average began."""
+    first = max(moves.copies - 1, 0)
+    values = [*compress(series.values, averaged)]
+    of_averages = Series(series.times, values, series.rounding[:, averaged])
+    return _Explanation(
+        series=of_averages.between(first, len(series.times) - 1),
+        model=model,
+        rules=rules,
+        moves=np.flatnonzero(moves.weights[first:, averaged].any(axis=1)).tolist(),
+        notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
+        is_late=moves.copies > 0,
+    )
+
+
+def _notes(
+    stands: npt.NDArray[np.bool_], times: FloatArray, restarts: Sequence[float]
+) -> list[str]:
+    """Return what the checkpoints or the settings say of each interval; empty if nothing."""
+    notes = [_STILL if still else "" for still in stands]
+    for restart in restarts:
+        for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
+            notes[index] = f"began again near step {restart:,.0f}"
+    return notes
+
+
+def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
+    model, sigma = explanation.refined
+    found = model.parameter_at(explanation.series.times[-1])
+    starts = explanation.starts
+    audit = replace(
+        audit,
+        what="sigma_rel" if model.is_power else "decay",
+        found=found,
+        warm_up=warm_up_text(model.fitted).replace("none", ""),
+        starts=tuple(sorted(starts.values())),
+        is_late=0 in starts,
+        intervals=tuple(explanation.intervals),
+    )
+    length = None
+    if model.claimed is not None or model.parameter <= found + _RISES:
+        length = model.length
+    difference = abs(math.log(model.length / model.claim.length))
+    return replace(audit, length=length, uncertainty=sigma, difference=difference)
+
+
+def _verdict(
+    audit: Audit,
+    explanation: _Explanation,
+    lost: Sequence[str],
+    tensors: int,
+    unit: str,
+) -> tuple[str, str]:
+    """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
+    its tensors."""
+    if explanation.rivals:
+        settings = ", and as ".join(map(_setting, explanation.rivals))
+        return "undetermined", f"the files show it about equally as {settings}"
+    model, sigma = explanation.refined
+    shown = _shown(model, audit.found or 0.0, sigma, unit)
+    restarts = audit.starts[audit.is_late :]
+    steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
+    if restarts:
+        text = f"began again from the weights near step {steps}: the average was lost, or reset"
+        return "began again", f"{text}, at a resume; {shown}"
+    if audit.is_of_other_weights:
+        text = "the weights at these checkpoints do not explain how the average moves between them"
+        text += ": they forget faster than checkpoints are apart, or are of another run"
+        return "undetermined", text
+    if lost:
+        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
+        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
+    if steps:
+        shown += f"; begun from the weights near step {steps}"
+    if explanation.better_rules:
+        settings = " or ".join(map(_setting, explanation.better_rules))
+        text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
+        return "another rule", text
+    rows = explanation.rows[explanation.usable]
+    return _compare_lengths(audit, model, explains_more(rows, model, model.claim), shown, unit)
+
+
+def _setting(model: Model) -> str:
+    """Return the settings of an import that say a model."""
+    if model.is_power:
+        return f"sigma_rel {model.parameter:.3g}"
+    if model.rule.is_schedule:
+        return f"warm-up {model.rule.warm_up}:{model.parameter:.5g}"
+    warm_up = warm_up_text(model.fitted)
+    return f"decay {min(model.parameter, 0.999999):.6g} with warm-up {warm_up}"
+
+
+def _shown(
+    model: Model,
+    found: float,
+    sigma: float,
+    unit: str,
+) -> str:
+    """Return what was found, for messages."""
+    if model.is_power:
+        return f"sigma_rel {found:.4g} (± {sigma:.1%})"
+    rule = model.fitted.rule
+    if model.rule.is_schedule:
+        return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
+    if model.parameter > found + _RISES:
+        return f"decay {found:.7g} at the end, still rising by {rule}"
+    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
+    if model.rule.warm_up:
+        shown += f", reached by {rule}"
+    return shown
+
+
+def _compare_lengths(
+    audit: Audit,
+    model: Model,
+    is_better: bool,
+    shown: str,
+    unit: str,
+) -> tuple[str, str]:
+    """Return the verdict on a length, against the claimed one if there is a claim, and its text;
+    `is_better` if it explains the intervals clearly better."""
+    sigma = audit.uncertainty or 0.0
+    claim = model.claim
+    difference = audit.difference
+    is_far = is_better and difference > math.log(_FAR)
+    shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
+    if not model.is_power and max(model.length, claim.length) < shortest:
+        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
+        text += f" these checkpoints; checkpoints closer than {claim.length / _SHORTEST:,.0f}"
+        return "undetermined", f"{text} {unit} would show it"
+    if sigma > _VAGUE and not is_far:
+        return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+    if model.claimed is None:
+        return "found", shown
+    # The ± does not hold how far the paths of all weights together bend.
+    is_refuted = is_far or (is_better and difference > 3 * sigma)
+    if not is_refuted and difference > _VAGUE:
+        text = f"the checkpoints show it too vaguely: {shown}, not {claim.parameter:.7g}"
+        return "undetermined", text
+    if not is_refuted or difference <= math.log(_SLACK):
+        return "as claimed", f"{shown}, as claimed"
+    verdict = "too long" if model.length > claim.length else "too short"
+    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
+    return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
+
+
+def _cause(verdict: str, difference: float, sigma: float) -> str:
+    factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
+    if verdict == "too long":
+        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+    return f"{factors} times a step: once a microbatch, or by each of so many processes"

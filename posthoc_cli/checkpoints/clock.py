@@ -20,20 +20,13 @@ from pathlib import Path
 from typing import Literal
 
 from posthoc_cli.checkpoints.content import ENDINGS, Content
+from posthoc_cli.checkpoints.programs import FROM_0, IMAGE_VALUES, STEP_VALUES
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
 
-STEP_VALUES = (
-    "global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "meta.iter",
-    "ss_steps", "num_batches_seen", "state.timestamp.Timestamp.batch",
-    "optimizer_history.*.num_updates",
-)  # fmt: skip
-"""Names of values that state the step of a checkpoint; the first that is there counts, and of a
-list the last item."""
-_IMAGE_VALUES = ("state.cur_nimg",)  # of EDM
 _EPOCH_VALUES = ("epoch", "meta.epoch")
 
 Unit = Literal["steps", "epochs", "images", ""]
@@ -93,12 +86,9 @@ class Times:
 # --- one checkpoint
 
 
-_MARKS_OF_TIMM = {"arch", "version", "epoch"}  # values in its files
-
-
 def read_time(content: Content, settings: ImportSettings) -> Reading:
     """Return the number of a checkpoint; raise InvalidValueError if nothing tells it."""
-    is_from_0 = content.values.keys() >= _MARKS_OF_TIMM
+    is_from_0 = any(content.values.keys() >= marks for marks in FROM_0)
     return replace(_read_number(content, settings), is_from_0=is_from_0)
 
 
@@ -113,9 +103,9 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
-    images = _whole(content, _IMAGE_VALUES)
+    images = _whole(content, IMAGE_VALUES)
     if images:
-        return Reading(checked_number(path, images), "images", f"`{_IMAGE_VALUES[0]}`")
+        return Reading(checked_number(path, images), "images", f"`{IMAGE_VALUES[0]}`")
     of_content = Reading(epoch or 0, "epochs", "`epoch`", epoch, is_nameless=True)
     has_epoch = epoch is not None and epoch >= 0
     try:

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
+from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES, ONLY_FOLDERS
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
@@ -65,21 +66,11 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
-_OF_MEGATRON = "model_optim_rng.pt"  # the model with its optimizer
-_RANK_OF_MEGATRON = "mp_rank_00"  # the folder of a model that is in one piece
-EDM_STATE = re.compile(r"training-state-\d+\.pt")
-"""Names of states that hold the weights, which are checkpoints where nothing else is one."""
-_ACCELERATE_STATE = re.compile(r"custom_checkpoint_\d+\.pkl")
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
-_COUNTERS = (
-    "decay", "initted", "iteration", "global_step", "n_averaged", "num_batches_seen",
-    "num_updates", "step", "steps", "updates",
-)  # fmt: skip
-"""Last keys of values that trainings store as tensors of one element."""
 
 
 # --- tensors
@@ -231,7 +222,7 @@ def _names_in(folder: Path) -> list[str]:
 
 def may_be_weights(name: str) -> bool:
     """Return whether a file has a name as of weights, also of a shard."""
-    is_state = NO_MODEL.search(name) and name != _OF_MEGATRON
+    is_state = NO_MODEL.search(name) and name not in MODEL_FILES
     return name.endswith(ENDINGS) and not is_state
 
 
@@ -258,7 +249,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
                 folders[name] = entry
         elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
             stem = name.split(".")[0]
-            if AVERAGE_WORD.search(stem) or _ACCELERATE_STATE.fullmatch(name):
+            if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
                 averages[stem] = entry
     averages |= {name: entry for name, entry in folders.items() if AVERAGE_WORD.search(name)}
     if not averages:
@@ -297,8 +288,8 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
     for name in names:
         if name.startswith("pytorch_model_fsdp") and (folder / name / DCP_METADATA).is_file():
             return folder / name / DCP_METADATA  # accelerate's
-    if names == [_RANK_OF_MEGATRON]:
-        return model_in(folder / _RANK_OF_MEGATRON)
+    if len(names) == 1 and names[0] in ONLY_FOLDERS:
+        return model_in(folder / names[0])
     return None
 
 
@@ -308,7 +299,7 @@ def _models_among(names: Sequence[str], ending: str) -> list[str]:
     found = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
     if not found:
         files = [name for name in names if may_be_weights(name) and name.endswith(ending)]
-        found = [name for name in files if not _ACCELERATE_STATE.fullmatch(name)]
+        found = [name for name in files if not AVERAGE_STATES.fullmatch(name)]
     usual = [name for name in found if name.split(".")[0] in _USUAL and name.count(".") == 1]
     return usual if len(usual) == 1 else found
 
@@ -336,7 +327,7 @@ def _of_file(path: Path) -> Content:
                 values[name] = value
                 continue
             tensors[name] = _stored(path, keys, value)
-            if isinstance(value, Entry) and value.size == 1 and _last_part(name) in _COUNTERS:
+            if isinstance(value, Entry) and value.size == 1 and _last_part(name) in COUNTERS:
                 values[name] = _number(file, value)
         identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
@@ -464,7 +455,7 @@ def _of_distributed(metadata: Path) -> Content:
             keys = _keys_of(name, state.get("planner_data"))
             tensor = objects.described(name, keys, _state(described))
             tensors[tensor.name] = tensor
-        elif _last_part(name) in _COUNTERS and not NO_MODEL.search(name):
+        elif _last_part(name) in COUNTERS and not NO_MODEL.search(name):
             values[name] = objects.read(name, ())[1]
     return Content(metadata.parent, tensors, values, objects.files)
 

@@ -147,7 +147,9 @@ def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[I
     if audit.what == "sigma_rel":
         width = float(f"{found:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
-    decay = _round_decay(found, sigma)
+    decay = found
+    if audit.length is not None:
+        decay = _round_decay(found, sigma)
     if decay != found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"
@@ -212,9 +214,9 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
 def _round_decay(decay: float, uncertainty: float) -> float:
     """Return the nearest round decay if its time constant is as likely; else the decay.
 
-    That is within twice the relative uncertainty, and within `_NEAR`: such decays are far apart.
+    That is within three relative uncertainties, and within `_NEAR`: such decays are far apart.
     """
-    near = _round_decays(decay, min(2 * uncertainty, _NEAR))
+    near = _round_decays(decay, min(3 * uncertainty, _NEAR))
     return near[0] if near else decay
 
 
@@ -247,6 +249,7 @@ def _check_decay(
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "
             log.warning("%shold if it is right: %s", reason, audit.text)
+            given = replace(given, ema_doubt=min(audit.difference, 3.0))
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:

@@ -6,8 +6,8 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 1. if values beside the average say its decay or count its updates: add a row to `LIBRARIES`;
 2. if the two sets lie under fixed keys that no word tells apart: add a row to `FIXED`;
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
-4. a new value that is stored as a tensor: add its last key to `content._COUNTERS`;
-   a new name of the step: to `clock.STEP_VALUES`; a state that is no model: to `content.NO_MODEL`;
+4. new names of the step, of a model's file, or of a training's state: add a row to
+   `programs.PROGRAMS`; a word for a state that is no model: to `content.NO_MODEL`;
 5. add the kind to `KINDS` and `TAKES`, a line to the guide `checkpoints`, and a test that writes
    such files: `tests/checkpoints/test_programs.py`.
 """
@@ -32,7 +32,7 @@ from posthoc_cli.checkpoints.content import (
     names_in,
     open_checkpoint,
 )
-from posthoc_cli.checkpoints.sets import Pair, Sets, completed, squeeze
+from posthoc_cli.checkpoints.sets import Pair, Sets, completed, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
@@ -393,15 +393,11 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     except FileFormatError:
         return None
     named = sets.below(path)
-    buffers = {name: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
-    others = {squeeze(name): name for name in named if name not in buffers}
-    matched = {}
-    for name, tensor in buffers.items():
-        if full := others.get(squeeze(name.removeprefix("ema_"))):
-            matched[full] = tensor
-    if not matched or 2 * len(matched) < len(others):
+    buffers = {name[4:]: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
+    model = {name: one for name, one in named.items() if not re.fullmatch(r"ema_\w+", name)}
+    matched = match_names(buffers, model)
+    if not matched or 2 * len(matched) < len(model):
         return None
-    model = {name: named[name] for name in others.values()}
     found = Found("mmcv", model, {**model, **matched}, Updates())
     if settings.average is None:
         return replace(found, undecided=(path or "the model", "ema_*"))
@@ -584,7 +580,8 @@ FINDERS: tuple[Finder, ...] = (
 _OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
 _OF_EMA = (
     *_OF_TIME, "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
-    "ema_late", "steps", "last_step", "update_every", "update_after_step", "average", "weights",
+    "ema_doubt", "ema_late", "steps", "last_step", "update_every", "update_after_step", "average",
+    "weights",
 )  # fmt: skip
 
 TAKES: dict[str, tuple[str, ...]] = {

@@ -92,11 +92,14 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
-    listed = []
+    listed = dict[Path, tuple[Path, str, int]]()
     for one, kind, time in raw["checkpoints"]:
         if kind not in KINDS:
             raise ValueError(f"no kind {kind!r}")
-        listed.append((_absolute(one, base), kind, checked_number(path, time)))
+        place = _absolute(one, base)
+        if place in listed:
+            raise ValueError(f"lists the checkpoint {one!r} twice")
+        listed[place] = (place, kind, checked_number(path, time))
     identities = {}
     for one, (nbytes, sample) in raw["files"].items():
         identities[_absolute(one, base)] = (nbytes, sample)
@@ -105,7 +108,7 @@ def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
         raise ValueError("holds no checkpoints, or no unit of their times")
     settings = ImportSettings(**raw["settings"])
     origin = _absolute(raw["from"], base)
-    return Manifest(folder, origin, settings, (unit, is_stated), tuple(listed), identities)
+    return Manifest(folder, origin, settings, (unit, is_stated), tuple(listed.values()), identities)
 
 
 def _absolute(place: str | Path, base: Path | None = None) -> Path:

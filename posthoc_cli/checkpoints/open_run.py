@@ -27,7 +27,6 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.clock import Reading, Times, checked_number, read_time, times_of
 from posthoc_cli.checkpoints.content import (
     DCP_METADATA,
-    EDM_STATE,
     NO_MODEL,
     SHARD,
     Content,
@@ -44,6 +43,7 @@ from posthoc_cli.checkpoints.layouts import (
     select,
 )
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
+from posthoc_cli.checkpoints.programs import WEIGHTS_STATES
 from posthoc_cli.checkpoints.sets import Sets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
@@ -529,7 +529,7 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
         elif may_be_weights(entry.name) and not SHARD.search(entry.name):
             loose.append(entry)
     if not folders and not loose:
-        return [entry for entry in entries if EDM_STATE.fullmatch(entry.name)]
+        return [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     if loose and not any(re.search(r"\d", folder.name) for folder in folders):
@@ -646,6 +646,10 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         notes = found.notes
         checkpoints = _known_run(place, found)
     newest = checkpoints[-1]
+    rows = []
+    for one in checkpoints:
+        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
+        rows.append({**row, "identity": one.identity})
     described = {
         "kind": "checkpoints",
         "path": str(place),
@@ -656,7 +660,7 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         "numbers": says,
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
-        "checkpoints": [_row(one) for one in checkpoints],
+        "checkpoints": rows,
         "notes": list(notes),
     }
     if is_import(place):
@@ -700,13 +704,3 @@ def _sets_in(content: Content) -> str:
     sets = Sets(content)
     named = [f"{key} ({sets.counts[key]})" for key in sets.keys if sets.counts[key] > 1]
     return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"
-
-
-def _row(one: Checkpoint) -> dict[str, Any]:
-    return {
-        "file": one.name,
-        "t": one.t,
-        "holds": one.holds,
-        "bytes": one.file_bytes,
-        "identity": one.identity,
-    }

@@ -298,7 +298,7 @@ class Sets:
         for path in self._roots(averaged, average):
             if weights is None or lies_in(path, weights):
                 raw = self.below(path)
-                matched = _matched(averaged, raw)
+                matched = match_names(averaged, raw)
                 if matched and (is_named or 2 * len(matched) > len(raw)):
                     found.append(Pair(matched, raw, average, path))
         return found
@@ -325,15 +325,15 @@ class Sets:
         if not names:
             return []
         longest = max(names, key=lambda name: (name.count("."), len(name), name))
-        squeezed = squeeze(longest)
-        last = squeeze(longest.rpartition(".")[2])
+        squeezed = _squeeze(longest)
+        last = _squeeze(longest.rpartition(".")[2])
         roots = dict[str, None]()
         for name in self.tensors:
-            if name.startswith(f"{average}.") or not squeeze(name).endswith(last):
+            if name.startswith(f"{average}.") or not _squeeze(name).endswith(last):
                 continue
             parts = name.split(".")
             for level in range(len(parts)):
-                if squeeze(".".join(parts[level:])) == squeezed:
+                if _squeeze(".".join(parts[level:])) == squeezed:
                     roots[".".join(parts[:level])] = None
         return list(roots)
 
@@ -354,7 +354,7 @@ def _means(text: str, path: str) -> bool:
     return fnmatchcase(path, text) or fnmatchcase(path, f"*.{text}")
 
 
-def squeeze(name: str) -> str:
+def _squeeze(name: str) -> str:
     """Return a name without dots and underscores: libraries that keep averages in buffers remove
     the dots, or replace them."""
     return name.replace(".", "").replace("_", "")
@@ -381,7 +381,7 @@ def _is_counter(tensor: StoredTensor) -> bool:
     return tensor.shape in ((), (1,))
 
 
-def _matched(averaged: Tensors, weights: Tensors) -> Tensors | None:
+def match_names(averaged: Tensors, weights: Tensors) -> Tensors | None:
     """Return an average by the names of weights, without counters of its own; None if it has a
     tensor that they lack, or of another shape."""
     by_squeezed = None
@@ -390,10 +390,10 @@ def _matched(averaged: Tensors, weights: Tensors) -> Tensors | None:
         full = name
         if name not in weights:
             if by_squeezed is None:
-                by_squeezed = {squeeze(one): one for one in weights}
+                by_squeezed = {_squeeze(one): one for one in weights}
                 if len(by_squeezed) < len(weights):
                     return None  # two names are alike
-            full = by_squeezed.get(squeeze(name), "")
+            full = by_squeezed.get(_squeeze(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
         elif not _is_counter(tensor):

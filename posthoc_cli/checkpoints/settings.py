@@ -141,6 +141,8 @@ class ImportSettings:
     ema_restarts: _Restarts = ()  # steps at which an ordinary EMA restarted from the weights
     # relative, of the time constant, if an import found the decay
     ema_uncertainty: float | None = None
+    # the same of a given decay, if an import found another one, but not clearly
+    ema_doubt: float | None = None
     # number of steps by which a start may have been later, if an import found it
     ema_late: int | None = None
     steps_per_epoch: Count | None = None  # for files whose numbers are epochs
@@ -186,8 +188,9 @@ class ImportSettings:
         elif self.sigma_rels:
             power = gamma_from_sigma_rel(self.sigma_rels[0]) + 1
             rule = {"decay": UNLIMITED, "warm_up": POWER_FUNCTION, "power": power, "copies": 1}
-        if self.ema_uncertainty is not None:
-            rule["uncertainty"] = self.ema_uncertainty
+        uncertainty = self.ema_uncertainty or self.ema_doubt
+        if uncertainty is not None:
+            rule["uncertainty"] = uncertainty
         if steps := self.steps or self.last_step:
             rule["steps"] = steps
         return rule | (warm_up_of(self.ema_warmup or "") or {})
@@ -205,7 +208,7 @@ class ImportSettings:
     def without_findings(self) -> ImportSettings:
         """The settings without what an import found: with more files it finds
         others."""
-        names: tuple[str, ...] = ("last_step",)
+        names: tuple[str, ...] = ("last_step", "ema_doubt")
         if self.ema_late is not None:
             names += ("update_after_step", "ema_restarts", "ema_late")
         if self.ema_uncertainty is not None:

@@ -124,13 +124,13 @@ class Checkpoint(Source):
         found = replace(self, profile=profile, decay=0.0, sigma_rel=0.0)
         if not self.updates.is_known(settings):
             return found
-        rule = profile.settings
-        power = rule["power"]
-        if rule["warm_up"] != POWER_FUNCTION:
+        rule = profile.rule
+        power = rule.power
+        if rule.warm_up != POWER_FUNCTION:
             power = math.log(2) / power
-        if rule["decay"] == UNLIMITED and power > 1:
+        if rule.decay == UNLIMITED and power > 1:
             return replace(found, sigma_rel=sigma_rel_from_gamma(power - 1))
-        return replace(found, decay=rule["decay"])
+        return replace(found, decay=rule.decay)
 
     @property
     def identity(self) -> str:

@@ -52,21 +52,35 @@ class _Group(_Flags, typer.core.TyperGroup):
 
 
 class _Command(_Flags, typer.core.TyperCommand):
-    """A command: an error about an argument of the library names the option of that name."""
+    """A command: an error about arguments of the library names the options of these names."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PostHocError as error:
-            options = {
-                option.name: option.opts[0] for option in self.params if option.opts[0][:2] == "--"
-            }
-            if not isinstance(error.args[0], str):  # a path, which may be named like an option
-                raise
-            error.subject = " and ".join(
-                options.get(name, name) for name in error.subject.split(" and ")
-            )
+            own = _options_of(self)
+            if isinstance(error.args[0], str):  # else a path, which may be named like an option
+                names = error.subject.split(" and ")
+                error.subject = " and ".join(own.get(name, name) for name in names)
+            known = dict[str, str]()  # also of the command that a hint asks for
+            for command in ctx.parent.command.commands.values():
+                known |= _options_of(command)
+            known |= own
+
+            def option(match: re.Match[str]) -> str:
+                return known.get(match[1], match[0])
+
+            error.reason = _QUOTED.sub(option, error.reason)
+            error.hint = _QUOTED.sub(option, error.hint)
             raise
+
+
+_QUOTED = re.compile(r"`(\w+)`")
+
+
+def _options_of(command: Any) -> dict[str, str]:
+    """Return the options of a command by the names of their arguments."""
+    return {option.name: option.opts[0] for option in command.params if option.opts[0][:2] == "--"}
 
 
 app = typer.Typer(

@@ -599,11 +599,11 @@ def prune(
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))
-    if not (yes or dry_run) and (as_json or not sys.stdin.isatty()):
-        reason = "is needed with --json, and without a terminal that could answer"
-        raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
 
     def agree(planned: Pruning) -> bool:
+        if not yes and (as_json or not sys.stdin.isatty()):
+            reason = "is needed with --json, and without a terminal that could answer"
+            raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
         if not as_json:
             _print_prune(planned.to_dict(), ends)
         return yes or typer.confirm(

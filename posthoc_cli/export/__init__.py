@@ -1,8 +1,7 @@
-"""Outputs: one safetensors file, shards with an index, a .pt state dict, a DCP folder, or a copy of
-a checkpoint or model folder with other values for some of its tensors.
+"""Outputs on disk: of a synthesis, in one process or in the ranks of a torchrun job, and of an
+export.
 
-`writing.write_synthesis` writes averages of a run, in one process or in the ranks of a torchrun
-job, and `convert.export_file` a model in another layout. Both decide on an `Arrangement` of files
-(`layouts`, for copies `like`), and fill `outputs` or a `copying.Copy`, which appear complete or not
-at all.
+`options` says what the user wants, and names the outputs. `writing` makes the tensors and writes
+them to `outputs`, one class a layout, or to a copy of a checkpoint (`like`). `convert` exports a
+model. An output appears complete or not at all.
 """

@@ -3,45 +3,34 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.content import DCP_METADATA, sets_in
 from posthoc_cli.checkpoints.layouts import Stored
-from posthoc_cli.dtypes import EPS, parse_dtype, torch_dtype
+from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     MismatchError,
-    NonFiniteError,
     check_alone,
     shown,
 )
-from posthoc_cli.export.layouts import (
-    Arrangement,
-    Copied,
-    OutputOptions,
-    arranged,
-    check_ending,
-    check_shape,
-    layout_of,
-    nbytes,
-)
-from posthoc_cli.export.like import Like
-from posthoc_cli.export.writing import write_outputs
+from posthoc_cli.export.like import Like, Replacement, check_shape
+from posthoc_cli.export.options import OutputOptions
+from posthoc_cli.export.writing import Writing
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
-from posthoc_cli.snapshots.snapshot import running_statistics
-from posthoc_cli.snapshots.sources import Source
+from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
+from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
-from posthoc_cli.synthesis.engine import holds
+from posthoc_cli.synthesis.plan import Combination, nbytes
 
 
 @dataclass(frozen=True)
@@ -53,7 +42,7 @@ class ExportReport:
     from_base: int  # the number of tensors that came from the base
     nbytes: int
     seconds: float
-    copied: Copied | None = None  # the checkpoint that it is a copy of
+    copied: Replacement | None = None  # the checkpoint that it is a copy of
 
     def to_dict(self) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -115,149 +104,130 @@ def export_file(
     check_alone(weights=weights, average=average)
     check_alone(base=base, like=like)
     options = OutputOptions(
-        layout=layout, overwrite=overwrite, max_shard_size=max_shard_size, like=like
+        layout=layout,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        like=like,
     )
     options.check_like(dtype)
     out = files.output_path("out", out)
-    check_ending(out, options)
+    options.layout_of(out)
     files.check_parent("out", out)
-    with ExitStack() as stack:
-        if like is None:
-            tensors, info = _read_source(stack, source, weights, average)
-        else:
-            tensors, info = _read_source(stack, source, False, None)
-        tensors = _renamed(tensors, prefix, strip_prefix)
-        own = len(tensors)
-        if base is not None:
-            tensors |= _read_base(stack, base, tensors)
-        if like is None:
-            entries = {name: tensor.entry(wanted) for name, tensor in tensors.items()}
-            arrangement = arranged(layout_of(out, layout), entries, options)
-        else:
-            found = Like.find(like, tensors, weights, average)
-            arrangement = _arranged_like(found, tensors)
-            entries = arrangement.entries
-            own = len(entries)
-        written = nbytes(entries)
-        with progress("exporting", written) as advance:
-            fill = _Filling(tensors, entries, advance)
-            header = _header(tensors, info)
-            write_outputs([out], arrangement, [header], fill, overwrite)
+    if like is None:
+        model = _read_source(source, weights, average)
+    else:
+        model = _read_source(source, False, None)
+    plan = _combination(model, wanted, prefix, strip_prefix)
+    _check_names(plan)
+    copied = None
+    parts = [plan]
+    if base is not None:
+        parts.append(_completing(plan, base, wanted))
+    elif like is not None:
+        plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
+        parts = [plan]
+    writing = Writing(parts, {out: _header(plan)}, options, copied)
+    with progress("exporting", sum(part.read_bytes for part in parts)) as advance:
+        writing.write(advance)
+    written = writing.entries if copied is None else copied.entries
     return ExportReport(
         out,
-        tensors=len(entries),
-        from_base=len(entries) - own,
-        nbytes=written,
+        tensors=len(written),
+        from_base=sum(len(part.entries) for part in parts[1:]),
+        nbytes=nbytes(written),
         seconds=time.perf_counter() - started,
-        copied=arrangement.copied,
+        copied=copied,
     )
 
 
 @dataclass(frozen=True)
-class _Filling:
-    """What writes tensors into an output."""
+class Model(StoredTensors):
+    """A model in one file or several."""
 
-    tensors: _Tensors
-    entries: Mapping[str, Entry]  # in the output
-    advance: Callable[[int], object]
-
-    def __call__(self, outputs: Sequence[Any], names: Iterable[str]) -> None:
-        for name in names:
-            entry = self.entries[name]
-            tensor = self.tensors[name].read(entry.dtype)
-            outputs[0].write_tensor(name, tensor)
-            self.advance(entry.nbytes)
+    path: Path
+    files: tuple[TensorFile, ...]
+    entries: Mapping[str, Entry]
+    tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str]
+    info: OutputInfo | None  # None if another program wrote it
+    t: float = 0.0
 
 
-def _header(tensors: _Tensors, info: OutputInfo | None) -> dict[str, Any]:
+def _combination(
+    source: StoredTensors, dtype: str | None, prefix: str = "", strip_prefix: str = ""
+) -> Combination:
+    """Return what makes a model in its own dtypes, or its averages in another one."""
+    dtypes = dict[str, str]()
+    if dtype is not None and isinstance(source, Model) and source.info is None:
+        floats = [name for name, entry in source.entries.items() if entry.dtype in EPS]
+        dtypes = dict.fromkeys(floats, dtype)
+    return Combination(
+        sources=(source,),
+        dtype=dtype,
+        dtypes=dtypes,
+        prefix=prefix,
+        strip_prefix=strip_prefix,
+    )
+
+
+def _check_names(plan: Combination) -> None:
+    names = [*plan.tensors, *plan.newest.aliases]
+    is_used = any(name.startswith(plan.strip_prefix) for name in names)
+    if not is_used or len(plan.entries) < len(names):
+        first = min(names, default="")
+        reason = f"must begin a name, and make no two alike; the first is {first!r}"
+        raise InvalidValueError("strip_prefix", reason, value=repr(plan.strip_prefix))
+
+
+def _completing(own: Combination, base: Path, dtype: str | None) -> Combination:
+    """Return what makes the tensors that only the base has; those in both must have the same
+    shape."""
+    plan = _combination(_read_model(base), dtype)
+    common = plan.entries.keys() & own.entries.keys()
+    for name in common:
+        check_shape(base, name, plan.entries[name].shape, own.entries[name].shape)
+    if not common:
+        theirs = min(plan.entries, default="")
+        names = f"its names look like {theirs!r}, theirs like {min(own.entries, default='')!r}"
+        hint = "rename them by `prefix` and `strip_prefix`"
+        raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
+    subset = [name for name, names in plan.names.items() if common.isdisjoint(names)]
+    return replace(plan, subset=frozenset(subset))
+
+
+def _header(plan: Combination) -> dict[str, Any]:
+    """Return the content of the header: that of the model, with the names of its copies."""
+    info = _info_of(plan.newest)
     if info is None:
         return {"format": FORMAT}
     copies = list[str]()
-    for name, tensor in tensors.items():
-        if tensor.role == "copy":
-            copies.append(name)
+    for name in plan.newest.copies:
+        copies += plan.names.get(name, ())
     return replace(info, copies=tuple(copies)).encoded()
 
 
-def _arranged_like(like: Like, tensors: _Tensors) -> Arrangement:
-    entries = {name: tensor.own for name, tensor in tensors.items()}
-    averages = list[str]()
-    for name, tensor in tensors.items():
-        if tensor.role in ("average", "other") and tensor.own.dtype in EPS:
-            averages.append(name)
-
-    def are_equal(one: str, other: str) -> bool:
-        dtype = tensors[one].own.dtype
-        first = tensors[one].read(dtype)
-        second = tensors[other].read(dtype)
-        return torch.equal(first, second)
-
-    names = {name: [name] for name in tensors}
-    return like.arranged(entries, names, averages, are_equal)
-
-
-def _renamed(
-    tensors: _Tensors,
-    prefix: str,
-    strip_prefix: str,
-) -> _Tensors:
-    renamed = _Tensors()
-    is_used = not strip_prefix
-    for name, tensor in tensors.items():
-        is_used |= name.startswith(strip_prefix)
-        end = name.removeprefix(strip_prefix)
-        renamed[prefix + end] = tensor
-    if not is_used or len(renamed) < len(tensors):
-        first = min(tensors, default="")
-        reason = f"must begin a name, and make no two alike; the first is {first!r}"
-        raise InvalidValueError("strip_prefix", reason, value=repr(strip_prefix))
-    return renamed
+def _info_of(source: StoredTensors) -> OutputInfo | None:
+    if isinstance(source, Snapshot):
+        return OutputInfo(
+            run_id=source.run_id,
+            profile=f"sigma_rel {source.sigma_rel!r}",
+            sigma_rel=source.sigma_rel,
+            gamma=source.gamma,
+            t=source.t,
+            t_unit=source.t_unit,
+            method="tracked",
+            profile_error=0.0,
+            predicted_error=None,
+            snapshots=(Used(source.path.name, 1.0),),
+        )
+    return source.info if isinstance(source, Model) else None
 
 
-class _Tensor(NamedTuple):
-    file: TensorFile | Source
-    name: str  # in the file
-    own: Entry  # its dtype in its model, and its shape
-    role: str  # "other" if unknown
-
-    def entry(self, wanted: str | None) -> Entry:
-        """Return its entry in the output: in the wanted dtype if it is a floating-point
-        parameter."""
-        if wanted is None or self.role in ("statistic", "copy"):
-            return self.own
-        if self.own.dtype not in EPS:
-            return self.own
-        return Entry(wanted, self.own.shape)
-
-    def read(self, dtype: str) -> torch.Tensor:
-        """Return it in a dtype; raise a NonFiniteError for a nan or infinite average, or a too
-        small dtype."""
-        tensor = self.file.tensor(self.name)
-        wanted = torch_dtype(dtype)
-        # torch lacks functions for 8-bit dtypes
-        values = tensor.float() if tensor.element_size() == 1 else tensor
-        reason = ""
-        is_average = self.role in ("average", "statistic")
-        if is_average and not bool(values.isfinite().all()):
-            reason = "holds nan or infinity"
-        elif tensor.dtype != wanted and not holds(wanted, values.nan_to_num(0.0, 0.0, 0.0)):
-            reason = f"{wanted} cannot hold its largest value"
-        if reason:
-            raise NonFiniteError(f"{self.file.path}: tensor {self.name!r}", reason)
-        return tensor.to(wanted)
+# --- reading
 
 
-_Tensors = dict[str, _Tensor]
-
-
-def _read_source(
-    stack: ExitStack,
-    source: Path,
-    weights: bool,
-    average: str | None,
-) -> tuple[_Tensors, OutputInfo | None]:
-    """Return the tensors of the model or of the training's checkpoint to export; see
-    `_read_model`."""
+def _read_source(source: Path, weights: bool, average: str | None) -> StoredTensors:
+    """Return the model, or what is wanted of a training's checkpoint, to export."""
     if average is not None or _is_checkpoint(source):
         stored = Stored(source, average)
         checkpoint = stored.weights if weights else stored.average
@@ -265,11 +235,11 @@ def _read_source(
             reason = f"holds no average that its keys name ({stored.groups})"
             hint = "name its key by `average`, or say `weights` for the raw ones"
             raise FileFormatError(source, reason, hint)
-        return _of_source(stack.enter_context(checkpoint)), None
+        return checkpoint
     if weights:
         reason = f"is for a training's checkpoint, and {source.name} is none"
         raise InvalidValueError("weights", reason)
-    return _read_model(stack, source)
+    return _read_model(source)
 
 
 def _is_checkpoint(source: Path) -> bool:
@@ -280,85 +250,38 @@ def _is_checkpoint(source: Path) -> bool:
     return source.name.endswith(PICKLES) and source.is_file()
 
 
-def _of_source(source: Source) -> _Tensors:
-    """Return the tensors of a snapshot or checkpoint, under all their names."""
-    tensors = _Tensors()
-    for name, tensor in source.tensors.items():
-        own = Entry(tensor.dtype, source.entries[name].shape)
-        tensors[name] = _Tensor(source, name, own, tensor.role)
-    for alias, name in source.aliases.items():
-        tensors[alias] = tensors[name]
-    return tensors
-
-
-def _read_model(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo | None]:
-    """Return the tensors of a model, whose files are open until the stack ends, and its header as
-    an output."""
+def _read_model(path: Path) -> StoredTensors:
     path, *more = models_at(path)
     if more:
         hint = f"name one of them, such as {path.name}"
         raise InvalidValueError(path.parent, f"holds {1 + len(more)} models", hint)
     if is_parts_folder(path):
-        return _of_snapshot(stack, path)
+        return read_snapshot(path)
     opened, info = read_model(path)
     if opened[0].kind == "snapshot":
-        return _of_snapshot(stack, path)
-    tensors = _Tensors()
+        snapshot = read_snapshot(path)
+        if snapshot.part is not None:
+            hint = "export the folder of all its parts"
+            raise FileFormatError(path, "is a part of a snapshot", hint)
+        return snapshot
+    return _model_of(path, opened, info)
+
+
+def _model_of(path: Path, opened: Sequence[TensorFile], info: OutputInfo | None) -> Model:
+    """Return the model in these files; the tensors of another program are copies, which may hold
+    infinity."""
+    entries = dict[str, Entry]()
+    tensors = dict[str, TrackedTensor]()
+    places = dict[str, Path]()
     for file in opened:
-        stack.enter_context(file)
-        roles = _roles_in(file, info)
+        roles = dict.fromkeys(file.entries, "copy")
+        if info is not None:
+            roles = dict.fromkeys(file.entries, "average")
+            roles |= dict.fromkeys(running_statistics(file.entries), "statistic")
+            roles |= dict.fromkeys(info.copies, "copy")
         for name, entry in file.entries.items():
-            if name in tensors:
-                other = tensors[name].file.path
-                raise FileFormatError(file.path, f"tensor {shown(name)} is in {other} too")
-            tensors[name] = _Tensor(file, name, Entry(entry.dtype, entry.shape), roles[name])
-    return tensors, info
-
-
-def _of_snapshot(stack: ExitStack, path: Path) -> tuple[_Tensors, OutputInfo]:
-    snapshot = stack.enter_context(read_snapshot(path))
-    if snapshot.part is not None:
-        hint = "export the folder of all its parts"
-        raise FileFormatError(path, "is a part of a snapshot", hint)
-    info = OutputInfo(
-        run_id=snapshot.run_id,
-        profile=f"sigma_rel {snapshot.sigma_rel!r}",
-        sigma_rel=snapshot.sigma_rel,
-        gamma=snapshot.gamma,
-        t=snapshot.t,
-        t_unit=snapshot.t_unit,
-        method="tracked",
-        profile_error=0.0,
-        predicted_error=None,
-        snapshots=(Used(path.name, 1.0),),
-    )
-    return _of_source(snapshot), info
-
-
-def _roles_in(file: TensorFile, info: OutputInfo | None) -> dict[str, str]:
-    if info is None:
-        return dict.fromkeys(file.entries, "other")
-    roles = dict.fromkeys(file.entries, "average")
-    roles |= dict.fromkeys(running_statistics(file.entries), "statistic")
-    roles |= dict.fromkeys(info.copies, "copy")
-    return roles
-
-
-def _read_base(
-    stack: ExitStack,
-    base: Path,
-    own: _Tensors,
-) -> _Tensors:
-    """Return the tensors that only the base has; tensors in both must have the same shape."""
-    tensors, _ = _read_model(stack, base)
-    common = tensors.keys() & own.keys()
-    for name in common:
-        check_shape(tensors[name].file.path, name, tensors[name].own.shape, own[name].own.shape)
-    if not common:
-        names = (
-            f"its names look like {min(tensors, default='')!r}, theirs like "
-            f"{min(own, default='')!r}"
-        )
-        hint = "rename them by `prefix` and `strip_prefix`"
-        raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
-    return {name: tensor for name, tensor in tensors.items() if name not in own}
+            if places.setdefault(name, file.path) != file.path:
+                raise FileFormatError(file.path, f"tensor {shown(name)} is in {places[name]} too")
+            entries[name] = entry
+            tensors[name] = TrackedTensor(roles[name], entry.dtype)
+    return Model(path, tuple(opened), entries, tensors, {}, info)

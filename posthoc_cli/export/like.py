@@ -1,29 +1,66 @@
-"""The checkpoint, or model folder, that an output is a copy of: which of its tensors are replaced,
-under which names, and which files beside them are copied.
+"""A copy of a checkpoint, or of a model folder, with other values for some of its tensors, and
+every other byte as it is: which tensors are replaced, under which names, which files beside them
+are copied, and how.
 
-Links that lead out of a folder are not followed: an output may be uploaded.
+A file is copied in blocks, except for the bytes of the tensors to replace, which are then written
+in tiles, in any order. Nothing is unpickled. A tensor that is stored in another order (a
+transposed one, or `channels_last`) is collected in memory and written when it is complete. Links
+that lead out of a folder are not followed: an output may be uploaded.
+
+The CRC-32 of a member of an archive of `torch.save` follows its content: it is in its entry in the
+central directory, at the end of the archive, and either in the descriptor after its content, if
+bit 3 of its flags is set, or in the local header before it. A file is one archive, or several end
+to end (torch.distributed.checkpoint). torch's `.data/serialization_id`, a hash of all of them, says
+which save a file is of, and stays.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from contextlib import suppress
-from dataclasses import dataclass
+import shutil
+import struct
+import threading
+import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.layouts import Stored
-from posthoc_cli.dtypes import DTYPES, EPS, WORDS
+from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
+from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
-from posthoc_cli.export.copying import Chunk, Placed, chunks_of
-from posthoc_cli.export.layouts import INDEX_ENDING, Arrangement, Copied, check_shape
+from posthoc_cli.export.options import INDEX_ENDING
 from posthoc_cli.snapshots.outputs import model_files, weights_at
-from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, read_file
+from posthoc_cli.snapshots.sources import Source, StoredTensors
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Box,
+    Entry,
+    OpenedFile,
+    boxes_of_range,
+    items,
+    read_file,
+    row_major,
+)
+from posthoc_cli.synthesis.engine import Tile
+from posthoc_cli.synthesis.plan import Combination
+
+P = TypeVar("P", bound=Combination)
+
+_BLOCK = 4 << 20  # bytes copied at a time: enough that calls cost nothing next to the copying
 
 _MODEL = re.compile(
     r"(?:(?:pytorch|tf|flax|diffusion|adapter|rust)_)*(?:model|consolidated)(?:[-.][-.\w]*)?"
@@ -71,12 +108,12 @@ class Like:
         place = _component(path, set(tensors))
         stored = Stored(place, average)
         source = None if weights else stored.average
-        own = {} if source is None else _own_chunks(source, stored)
-        if source is not None and own:
-            found = cls(path, place, source, own, "average")
-        else:
-            source = source or stored.weights
-            found = cls(path, place, source, chunks_of(source), "weights")
+        chunks = {} if source is None else _own_chunks(source, stored)
+        word = "average" if chunks else "weights"
+        if source is None or not chunks:
+            source = stored.weights
+            chunks = chunks_of(source)
+        found = cls(path, place, source, chunks, word)
         found._check_files()
         return found
 
@@ -161,41 +198,32 @@ class Like:
 
     # --- tensors
 
-    def arranged(
-        self,
-        tensors: Mapping[str, Entry],
-        names: Mapping[str, Sequence[str]],
-        averages: Collection[str],
-        are_equal: Callable[[str, str], bool],
-    ) -> Arrangement:
-        """Return how an output with these tensors is laid out.
-
-        Arguments:
-            names: all names of each tensor.
-            averages: the tensors that must be there, as floating-point numbers.
-            are_equal: returns whether two tensors have the same values; they may then be tied.
+    def fitted(self, plan: P) -> tuple[P, Replacement]:
+        """Return what an output of these tensors has in place of the checkpoint's, and the plan of
+        it.
 
         Raises MismatchError for a tensor that has another shape in the checkpoint or is not in it,
         two tensors that are one in it, or quantized weights.
         """
-        stored = self._stored_names(names, averages)
+        # a model of another program does not say which tensors are averages
+        averages = plan.newest.averages or [
+            name for name, tensor in plan.tensors.items() if tensor.dtype in EPS
+        ]
+        stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
-        places = self._places(tensors, stored, are_equal)
-        written = set[str]()
-        for placed in places.values():
-            written.update(chunk.name for chunk in placed.chunks)
-        others, left_out = self.beside
-        copied = Copied(
-            path=self.path,
-            word=self.word,
-            kept=[name for name in self.chunks if name not in written],
+        replaced = self._replaced(plan, stored)
+        entries = dict[str, Entry]()
+        for tensor in replaced.values():
+            entries |= {chunk.name: tensor.entry for chunk in tensor.chunks}
+        replacement = Replacement(
+            self,
+            entries,
+            tensors={plan.names[name][0]: tensor for name, tensor in replaced.items()},
+            kept=[name for name in self.chunks if name not in entries],
             shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
-            left_out=left_out,
-            places=places,
-            files=self.files,
         )
-        parts = {"": {name: placed.entry for name, placed in places.items()}}
-        return Arrangement("like" if self.is_folder else "copy", parts, others, copied)
+        dtypes = {name: tensor.entry.dtype for name, tensor in replaced.items()}
+        return replace(plan, dtypes=dtypes, subset=frozenset(replaced)), replacement
 
     def _stored_names(
         self,
@@ -203,10 +231,10 @@ class Like:
         averages: Collection[str],
     ) -> dict[str, set[str]]:
         """Return the names under which the checkpoint stores tensors; it may have no such names."""
-        rename = self._renaming([names[name] for name in averages])
+        old, new = self._beginnings([names[name] for name in averages])
         stored = dict[str, set[str]]()
         for name, aliases in names.items():
-            renamed = map(rename, aliases)
+            renamed = _renamed(aliases, old, new)
             stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
         return stored
 
@@ -221,67 +249,57 @@ class Like:
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
 
-    def _places(
-        self,
-        tensors: Mapping[str, Entry],
-        stored: Mapping[str, set[str]],
-        are_equal: Callable[[str, str], bool],
-    ) -> dict[str, Placed]:
+    def _replaced(self, plan: Combination, stored: Mapping[str, set[str]]) -> dict[str, Replaced]:
         """Return the places of tensors, given their names in the checkpoint."""
-        places = dict[str, Placed]()
+        replaced = dict[str, Replaced]()
         owners = dict[str, str]()
         for name, names in stored.items():
+            dtype = plan.output_dtype(name)
             for one in sorted(names & self.chunks.keys()):
                 owner = owners.setdefault(one, name)
-                if owner == name:
-                    self._place(places, name, one, tensors[name])
-                elif not are_equal(owner, name):
-                    reason = f"tensors {shown(owner)} and {shown(name)} are one in it"
-                    raise MismatchError(self.place, reason, "they would get different values")
-        return places
+                if owner != name:
+                    self._check_equal(plan, owner, name)
+                    continue
+                entry = self.source.entries[one]
+                check_shape(self.chunks[one][0].path, one, entry.shape, plan.box(name).shape)
+                are_numbers = entry.dtype in EPS and dtype in EPS
+                if not are_numbers and entry.dtype != dtype:
+                    continue
+                place = replaced.setdefault(name, Replaced(entry, []))
+                if place.entry != entry:
+                    reason = f"tensor {shown(name)} is {place.entry.dtype} and {entry.dtype} in it"
+                    raise MismatchError(self.place, reason)
+                place.chunks.extend(self.chunks[one])
+        return replaced
 
-    def _place(
-        self,
-        places: dict[str, Placed],
-        name: str,
-        stored: str,
-        tensor: Entry,
-    ) -> None:
-        """Add the place of a tensor, unless its dtype cannot become the stored one."""
-        entry = self.source.entries[stored]
-        chunks = self.chunks[stored]
-        path = chunks[0].path
-        check_shape(path, stored, entry.shape, tensor.shape)
-        are_numbers = entry.dtype in EPS and tensor.dtype in EPS
-        if not are_numbers and entry.dtype != tensor.dtype:
-            return
-        placed = places.setdefault(name, Placed(entry, []))
-        if placed.entry != entry:
-            reason = f"tensor {shown(name)} is {placed.entry.dtype} and {entry.dtype} in it"
-            raise MismatchError(path, reason)
-        placed.chunks.extend(chunks)
+    def _check_equal(self, plan: Combination, one: str, other: str) -> None:
+        """Raise a MismatchError unless two tensors have the same values; they may then be tied."""
+        for source in plan.sources:
+            if not torch.equal(source.tensor(one), source.tensor(other)):
+                reason = f"tensors {shown(one)} and {shown(other)} are one in it"
+                raise MismatchError(self.place, reason, "they would get different values")
 
-    def _renaming(self, averages: Sequence[Sequence[str]]) -> _Renaming:
-        """Return what turns names of the run into those of the set, which may begin otherwise."""
+    def _beginnings(self, averages: Sequence[Sequence[str]]) -> tuple[str, str]:
+        """Return how names of the run begin, and how those of the set do, which may begin
+        otherwise."""
         known = self.source.entries.keys() | self.source.aliases.keys()
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
-        if not absent:
-            return _Renaming("", "")
-        first = min(averages, key=len)[0]
-        ends = [first]
-        while "." in ends[-1]:
-            _, _, rest = ends[-1].partition(".")
-            ends.append(rest)
-        for end in ends:
+        end = min(averages, key=len)[0] if absent else ""
+        first = end
+        while end:
             old = first.removesuffix(end)
-            beginnings = [name.removesuffix(end) for name in known if _ends_with(name, end)]
-            renamings = [_Renaming(old, new) for new in sorted(beginnings)]
-            fitting = [renaming for renaming in renamings if renaming.fits(averages, known)]
+            fitting = list[str]()
+            for new in sorted(_beginnings_of(end, known)):
+                if all(_renamed(names, old, new) & known for names in averages):
+                    fitting.append(new)
             if len(fitting) > 1:
-                reason = f"the names of the run fit under {fitting[0].new} and {fitting[1].new}"
+                reason = f"the names of the run fit under {fitting[0]} and {fitting[1]}"
                 raise MismatchError(self.place, reason, "name one of them by `average`")
             if fitting:
-                return fitting[0]
+                return old, fitting[0]
+            _, _, end = end.partition(".")
+        if not absent:
+            return "", ""
         reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
         hint = (
             "take a file or folder that the trained model itself was saved to; if transformers "
@@ -291,25 +309,14 @@ class Like:
         raise MismatchError(self.place, f"{reason}; it has tensors such as {min(known)!r}", hint)
 
 
-@dataclass(frozen=True)
-class _Renaming:
-    """Another beginning of names."""
-
-    old: str
-    new: str
-
-    def __call__(self, name: str) -> str:
-        if not name.startswith(self.old):
-            return name
-        return self.new + name.removeprefix(self.old)
-
-    def fits(self, tensors: Iterable[Sequence[str]], known: AbstractSet[str]) -> bool:
-        """Return whether one of the names of each tensor becomes a known one."""
-        return not [names for names in tensors if known.isdisjoint(map(self, names))]
+def _beginnings_of(end: str, names: Iterable[str]) -> set[str]:
+    """Return what precedes an end of names that is a whole one, or follows a dot."""
+    return {name.removesuffix(end) for name in names if f".{name}".endswith(f".{end}")}
 
 
-def _ends_with(name: str, end: str) -> bool:
-    return name == end or name.endswith(f".{end}")
+def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
+    """Return names with another beginning."""
+    return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
 
 def _is_folder(path: Path) -> bool:
@@ -331,15 +338,23 @@ def _component(path: Path, tensors: set[str]) -> Path:
     return components[0] if len(components) == 1 else path
 
 
+def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+    """Raise a MismatchError that names the file if a tensor does not have the shape of its
+    average."""
+    if tuple(found) != tuple(average):
+        reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
+        raise MismatchError(path, reason)
+
+
 def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
     places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
         for chunks in chunks_of(stored.weights).values():
-            places.add(chunks[0].place)
+            places.add((chunks[0].path, chunks[0].entry))
     own = dict[str, list[Chunk]]()
     for name, chunks in chunks_of(average).items():
-        if chunks[0].place not in places:
+        if (chunks[0].path, chunks[0].entry) not in places:
             own[name] = chunks
     return own
 
@@ -360,3 +375,333 @@ def _is_own(path: Path, folder: Path) -> bool:
         if parent.name == "snapshots":
             return real.parent == parent.parent / "blobs"
     return False
+
+
+# --- tensors in files
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor in a file, by its name there."""
+
+    path: Path
+    stamp: tuple[int, int | str]  # the file's
+    name: str
+    entry: Entry
+    box: Box
+
+    @property
+    def begin(self) -> int:
+        return self.entry.begin
+
+    @property
+    def end(self) -> int:
+        """The place in the file after the last byte."""
+        return self.begin + self.entry.reach * ITEM_BYTES[self.entry.dtype]
+
+    def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
+        item = ITEM_BYTES[self.entry.dtype]
+        strides = self.entry.strides or row_major(self.entry.shape)
+        return as_strided(data, (*self.entry.shape, item), (*(item * s for s in strides), 1))
+
+
+class Replaced(NamedTuple):
+    """The dtype and shape of a tensor of a checkpoint, and its chunks."""
+
+    entry: Entry
+    chunks: list[Chunk]
+
+
+def chunks_of(source: StoredTensors) -> dict[str, list[Chunk]]:
+    """Return the chunks of the tensors of a checkpoint, by their stored names."""
+    chunks = dict[str, list[Chunk]]()
+    for file in source.files:
+        for name, entry in file.entries.items():
+            box = file.boxes.get(name) or Box.full(entry.shape)
+            chunks.setdefault(name, []).append(Chunk(file.path, file.stamp, name, entry, box))
+    return chunks
+
+
+# --- the output
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What an output that is a copy of a checkpoint has instead."""
+
+    like: Like
+    entries: Mapping[str, Entry]  # those that are replaced, by their names in the checkpoint
+    tensors: Mapping[str, Replaced]  # by their names in the output of a synthesis
+    kept: Sequence[str]  # of the set that is replaced, those that the run does not have
+    shared: Sequence[str]  # averages that have no place of their own: it is the weights', too
+
+    @property
+    def nbytes(self) -> int:
+        beside, _ = self.like.beside
+        return sum(path.stat().st_size for path in (*self.like.files, *beside.values()))
+
+    def to_dict(self) -> dict[str, Any]:
+        _, left_out = self.like.beside
+        return {
+            "path": str(self.like.path),
+            "replaced": self.like.word,
+            "kept": self.kept,
+            "shared": self.shared,
+            "left_out": left_out,
+        }
+
+
+class Copy:
+    """An output that is a copy of a file, or of a folder."""
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        replacement: Replacement,
+        path: Path,
+        overwrite: bool,
+        folder: files.PendingFolder | None,
+    ) -> None:
+        self._replacement = replacement
+        self._folder = folder
+        self._files = dict[Path, CopiedFile]()
+        chunks: dict[Path, list[Chunk]] = {file: [] for file in replacement.like.files}
+        for replaced in replacement.tensors.values():
+            for chunk in replaced.chunks:
+                chunks[chunk.path].append(chunk)
+        for file, name in replacement.like.files.items():
+            place = path if folder is None else folder.temporary / name
+            files.make_directory(place.parent)
+            pending = stack.enter_context(files.PendingFile(place, overwrite))
+            self._files[file] = CopiedFile(file, chunks[file], pending)
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        for name, data, begin in tile.pieces(values):
+            if name in self._replacement.tensors:
+                self._put(*self._replacement.tensors[name], data, begin)
+
+    def _put(self, entry: Entry, chunks: Iterable[Chunk], data: memoryview, begin: int) -> None:
+        """Write bytes of a tensor, from byte `begin` on, to its chunks."""
+        whole = Box.full(entry.shape)
+        item = ITEM_BYTES[entry.dtype]
+        first = begin // item
+        values = np.frombuffer(data, items(entry.dtype))
+        steps = [item * step for step in row_major(entry.shape)]
+        for chunk in chunks:
+            file = self._files[chunk.path]
+            if chunk.box == whole:
+                file.write(chunk, data, begin)
+                continue
+            for piece in boxes_of_range(whole, first, first + values.size):
+                part = chunk.box.intersection(piece)
+                if part.size:
+                    start, _ = whole.span(part)
+                    view = as_strided(values[start - first :], part.shape, steps)
+                    at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
+                    file.write(chunk, memoryview(view.tobytes()), at * item)
+
+    def complete(self) -> None:
+        for file in self._files.values():
+            file.complete()
+        if self._folder is None:
+            return
+        for file in self._files.values():
+            file.publish()
+        beside, _ = self._replacement.like.beside
+        for name, other in beside.items():
+            place = self._folder.temporary / name
+            files.make_directory(place.parent)
+            with files.reported_as_write_error(other, "copied"):
+                shutil.copyfile(other, place)
+
+    def publish(self) -> None:
+        if self._folder is not None:
+            self._folder.publish()
+            return
+        for file in self._files.values():
+            file.publish()
+
+
+# --- a file
+
+
+class CopiedFile:
+    """A copy of a file in a pending one, but for the bytes of the chunks: each is to be written
+    once.
+
+    Raises FileFormatError if the file was changed since its index was read, and MismatchError if
+    chunks overlap.
+    """
+
+    def __init__(self, path: Path, chunks: Iterable[Chunk], out: files.PendingFile) -> None:
+        self._path = path
+        filled = [chunk for chunk in chunks if chunk.entry.size]
+        self._chunks = sorted(filled, key=lambda chunk: chunk.begin)
+        self._members = set[Member]()
+        self._collected = dict[Chunk, _Collected]()
+        self._lock = threading.Lock()
+        self._file = out
+        _check_apart(self._chunks)
+        with OpenedFile(path) as source:
+            self._check(source, "replaced while it was being used")
+            for begin, end in self._gaps(source.size):
+                for at in range(begin, end, _BLOCK):
+                    out.write_at(source.read_at(min(_BLOCK, end - at), at), at)
+            if is_archive(source):
+                self._members = members_at(source, [chunk.begin for chunk in self._chunks])
+            self._check(source, "changed while it was being read")
+
+    def _check(self, source: OpenedFile, problem: str) -> None:
+        if any(chunk.stamp != source.stamp for chunk in self._chunks):
+            raise FileFormatError(self._path, f"was {problem}", "run again")
+
+    def _gaps(self, size: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges to copy; those of tensors stored in another order are among them."""
+        begin = 0
+        for chunk in self._chunks:
+            if not chunk.entry.strides:
+                yield begin, chunk.begin
+                begin = chunk.end
+        yield begin, size
+
+    def write(self, chunk: Chunk, data: memoryview, begin: int) -> None:
+        """Write bytes of a chunk in row-major order, from byte `begin` on."""
+        if not chunk.entry.strides:
+            self._file.write_at(data, chunk.begin + begin)
+            return
+        with self._lock:  # the bytes between those of a chunk are read and written back
+            if chunk not in self._collected:
+                self._collected[chunk] = _Collected(chunk.entry.nbytes)
+            collected = self._collected[chunk]
+            collected.add(data, begin)
+            if not collected.left:
+                stored = np.empty(chunk.end - chunk.begin, np.uint8)
+                self._read(stored.data, chunk.begin)
+                view = chunk.view(stored)
+                view[...] = collected.data.reshape(view.shape)
+                self._file.write_at(stored.data, chunk.begin)
+                del self._collected[chunk]
+
+    def _read(self, view: memoryview, offset: int) -> None:
+        """Read what was written."""
+        with files.reported_as_write_error(self._file.path):
+            while view:
+                count = files.system.read(self._file.descriptor, view, offset)
+                view = view[count:]
+                offset += count
+
+    def complete(self) -> None:
+        """Set the checksums of changed members of an archive."""
+        room = memoryview(bytearray(_BLOCK))
+        for begin, end, places in self._members:
+            checksum = 0
+            for at in range(begin, end, _BLOCK):
+                view = room[: end - at]
+                self._read(view, at)
+                checksum = zlib.crc32(view, checksum)
+            for place in places:
+                self._file.write_at(checksum.to_bytes(4, "little"), place)
+
+    def publish(self) -> None:
+        self._file.publish()
+
+
+class _Collected:
+    """The bytes of a chunk in row-major order."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.data = np.empty(nbytes, np.uint8)
+        self.left = nbytes
+
+    def add(self, data: memoryview, begin: int) -> None:
+        self.data[begin : begin + len(data)] = data
+        self.left -= len(data)
+
+
+def _check_apart(chunks: Sequence[Chunk]) -> None:
+    """Raise a MismatchError if two elements have bytes in common; the chunks of a file are by their
+    places."""
+    reaching = list[Chunk]()  # some of whose bytes may be in common
+    end = 0
+    for chunk in chunks:
+        if chunk.begin >= end:
+            _check_cluster(reaching)
+            reaching = []
+        reaching.append(chunk)
+        end = max(end, chunk.end)
+    _check_cluster(reaching)
+
+
+def _check_cluster(chunks: Sequence[Chunk]) -> None:
+    if not any(chunk.entry.strides for chunk in chunks) and len(chunks) < 2:
+        return
+    begin = chunks[0].begin
+    used = np.zeros(max(chunk.end for chunk in chunks) - begin, bool)
+    for chunk in chunks:
+        chunk.view(used[chunk.begin - begin :])[...] = True
+    if np.count_nonzero(used) < sum(chunk.entry.nbytes for chunk in chunks):
+        names = " and ".join(shown(chunk.name) for chunk in chunks[:2])
+        reason = f"elements of {names} have bytes in common, as after `expand`"
+        raise MismatchError(chunks[0].path, reason, "they would get different values")
+
+
+# --- archives
+
+_LOCAL_CRC = 14
+_DESCRIPTOR_CRC = 4
+_ENTRY_CRC = 16
+_ENTRY_BYTES = 46  # of an entry of the central directory, without name, extra field and comment
+_HAS_DESCRIPTOR = 8
+_IS_UTF8 = 0x800
+
+
+class Member(NamedTuple):
+    """The content of a member, and the places of its CRC-32."""
+
+    begin: int
+    end: int
+    checksums: tuple[int, int]
+
+
+def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
+    """Return the members that hold the bytes at these places of a file of archives."""
+    left = sorted(places)
+    members = set[Member]()
+    end = file.size
+    try:
+        while left:
+            archive = zipfile.ZipFile(io.BufferedReader(FileRange(file, 0, end)))
+            entries = _entries(archive)
+            headers = sorted(entries)
+            end = headers[0]
+            while left and left[-1] >= end:
+                place = left.pop()
+                header = headers[bisect_right(headers, place) - 1]
+                members.add(_member(file, *entries[header], place))
+    except (zipfile.BadZipFile, ValueError, LookupError, struct.error) as error:
+        reason = "its tensors cannot be replaced in place: not an archive as torch.save writes it"
+        raise FileFormatError(file.path, reason) from error
+    return members
+
+
+def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
+    """Return members, and the places of their entries, by the places of their local headers."""
+    entries = dict[int, tuple[zipfile.ZipInfo, int]]()
+    at = archive.start_dir
+    for info in archive.infolist():
+        entries[info.header_offset] = info, at
+        encoding = "utf-8" if info.flag_bits & _IS_UTF8 else "cp437"
+        name = info.orig_filename.encode(encoding)
+        at += _ENTRY_BYTES + len(name) + len(info.extra) + len(info.comment)
+    return entries
+
+
+def _member(file: OpenedFile, info: zipfile.ZipInfo, entry: int, place: int) -> Member:
+    begin = member_begin(file, info)
+    end = begin + info.file_size
+    checksum = info.header_offset + _LOCAL_CRC
+    if info.flag_bits & _HAS_DESCRIPTOR:
+        checksum = end + _DESCRIPTOR_CRC
+    if not begin <= place < end:
+        raise ValueError("a tensor is outside the members")
+    return Member(begin, end, (checksum, entry + _ENTRY_CRC))

@@ -1,55 +1,53 @@
-"""What takes the tensors of a new file: safetensors, a .pt file, or a folder of
-torch.distributed.checkpoint."""
+"""Outputs, one class a layout. Each has a temporary name until it is published.
+
+`write` takes the tiles of one target, in any order and thread. After the last one `complete` does
+what may fail, and `publish` gives the output its name.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
-from collections.abc import Container
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
-from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.snapshots.tensorfile import TensorFileWriter, tensor_bytes
+from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.snapshots.tensorfile import Entry, TensorFileWriter
 from posthoc_cli.synthesis.engine import InMemory, Tile
+from posthoc_cli.synthesis.plan import Combination, nbytes
+
+FOLDERS = {
+    "sharded": re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}"),
+    "dcp": re.compile(r"\.metadata|.*\.distcp"),
+}
+"""The layouts that are folders, each with a pattern of the names of its files: `overwrite` replaces
+a folder that holds no others."""
 
 
-class FileOutput:
-    """Files that tensors are written to as they come, in tiles or complete.
+class FileOutput(Protocol):
+    """An output on disk."""
 
-    After the last one `complete` does what may fail, and `publish` gives the files their names.
-    """
+    def write(self, tile: Tile, values: torch.Tensor) -> None: ...
 
-    def prepare(self, tile: Tile) -> None:
-        """Do nothing: the files have room."""
+    def complete(self) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+class SafetensorsFile:
+    """One safetensors file with checksums."""
+
+    def __init__(self, writer: TensorFileWriter) -> None:
+        self._writer = writer
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
-        view = tensor_bytes(values)
-        item = ITEM_BYTES[tile.dtype]
-        for name, begin, end in tile.spans:
-            data = view[begin * item : end * item]
-            for alias in tile.plan.names[name]:
-                self.put(alias, data, tile.begin * item)
-
-    def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        self.put(name, tensor_bytes(tensor), 0)
-
-    def put(self, name: str, data: memoryview, begin: int) -> None:
-        """Write bytes of a tensor, from byte `begin` on, if the output has one of this name."""
-        raise NotImplementedError
-
-
-class SafetensorsOutput(FileOutput):
-    """A safetensors file with checksums."""
-
-    def __init__(self, writer: TensorFileWriter, names: Container[str]) -> None:
-        self._writer = writer
-        self._names = names
-
-    def put(self, name: str, data: memoryview, begin: int) -> None:
-        if name in self._names:
+        for name, data, begin in tile.pieces(values):
             self._writer.write(name, data, begin)
 
     def complete(self) -> None:
@@ -59,44 +57,92 @@ class SafetensorsOutput(FileOutput):
         self._writer.commit()
 
 
-class CollectedOutput(InMemory):
-    """Tensors that are collected in memory, since their library writes them in one call."""
+class Shards:
+    """A folder of safetensors files with their index; in a job, this rank's share of the files."""
 
-    def __init__(self) -> None:
-        super().__init__(torch.device("cpu"))
-        self._aliases = dict[str, str]()
+    def __init__(
+        self,
+        writers: Sequence[TensorFileWriter],
+        index: bytes,
+        folder: files.PendingFolder | None,
+    ) -> None:
+        self._files = writers
+        self._index = index
+        self._folder = folder  # in the first rank
+        self._writers = dict[str, TensorFileWriter]()
+        for writer in writers:
+            self._writers |= dict.fromkeys(writer.entries, writer)
 
-    def prepare(self, tile: Tile) -> None:
-        super().prepare(tile)
-        for name in tile.names:
-            self._aliases |= dict.fromkeys(tile.plan.names[name], name)
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        for name, data, begin in tile.pieces(values):
+            if name in self._writers:
+                self._writers[name].write(name, data, begin)
 
-    def write_tensor(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors[name] = tensor
-
-    def all_tensors(self) -> dict[str, Any]:
-        """Return the tensors under all names."""
-        tensors = dict(self.tensors)
-        for alias, name in self._aliases.items():
-            tensors[alias] = self.tensors[name]
-        return tensors
+    def complete(self) -> None:
+        for file in self._files:
+            file.commit()
+        if self._folder and self._index:
+            files.write_atomically(self._folder.temporary / INDEX_NAME, self._index)
 
     def publish(self) -> None:
-        pass
+        assert self._folder is not None, "the first rank publishes"
+        self._folder.publish()
 
 
-class PickledOutput(CollectedOutput):
+def cut_shards(
+    entries: Mapping[str, Entry], size: int, ranks: int
+) -> tuple[dict[str, list[str]], bytes]:
+    """Return the tensors of each shard, and the index of several; there is one for each rank at
+    least.
+
+    Shards are cut as the Hugging Face libraries do; a single one has the name of a model in one
+    file.
+    """
+    total = nbytes(entries)
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=min(size, max(1, -(-total // ranks))),
+    )
+    if not split.is_sharded:
+        return split.filename_to_tensors, b""
+    index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return split.filename_to_tensors, text.encode()
+
+
+class Collected(InMemory):
+    """Tensors that are collected in memory, since their library writes them in one call."""
+
+    def __init__(self, parts: Sequence[Combination]) -> None:
+        super().__init__(torch.device("cpu"))
+        self._parts = parts
+        for plan in parts:
+            self.make_room(plan, plan.tensors)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors under all names."""
+        state = dict[str, torch.Tensor]()
+        for plan in self._parts:
+            for names in plan.names.values():
+                state |= dict.fromkeys(names, self.tensors[names[0]])
+        return state
+
+
+class PickledFile(Collected):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    def __init__(self, file: files.PendingFile) -> None:
-        super().__init__()
+    def __init__(self, parts: Sequence[Combination], file: files.PendingFile) -> None:
+        super().__init__(parts)
         self._file = file
         self._end = 0
 
     def complete(self) -> None:
         stream = SimpleNamespace(write=self._append, flush=lambda: None)
         try:
-            torch.save(self.all_tensors(), stream)
+            torch.save(self.state, stream)
         # torch's own, which replaces that of `write`, and a KeyboardInterrupt
         except RuntimeError as error:
             raise error.__context__ or error from None
@@ -111,11 +157,11 @@ class PickledOutput(CollectedOutput):
         self._file.publish()
 
 
-class DistributedOutput(CollectedOutput):
-    """The files of torch.distributed.checkpoint in a new folder."""
+class DistributedFolder(Collected):
+    """A folder of torch.distributed.checkpoint."""
 
-    def __init__(self, folder: files.PendingFolder) -> None:
-        super().__init__()
+    def __init__(self, parts: Sequence[Combination], folder: files.PendingFolder) -> None:
+        super().__init__(parts)
         self._folder = folder
 
     def complete(self) -> None:
@@ -126,7 +172,10 @@ class DistributedOutput(CollectedOutput):
         with files.reported_as_write_error(self._folder.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
-                save(self.all_tensors(), checkpoint_id=place, no_dist=True)
+                save(self.state, checkpoint_id=place, no_dist=True)
             except CheckpointException as error:
                 first, *_ = error.failures.values()
                 raise first[0] from error
+
+    def publish(self) -> None:
+        self._folder.publish()

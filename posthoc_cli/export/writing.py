@@ -1,26 +1,26 @@
 """How outputs are written: averages of a run by one process, or by the ranks of a torchrun job; and
 exported models.
 
-An output is a temporary file or folder, which gets its name when it is complete. In a job the first
-rank makes the folder, and each rank writes some of the shards into it; to an object store each
-sends its own. A plan is divided into shards by headers alone, so every rank knows the whole
-division. Ranks exchange no tensors: they only report by torch.distributed whether they succeeded. A
-rank that has died is noticed by the launcher, which ends the others, or by the ranks that wait for
-it: no output appears, and the job is run again.
+In a job the first rank makes the folder, and each rank writes some of the shards into it. Tensors
+are divided into shards by headers alone, so every rank knows the whole division. Ranks exchange no
+tensors: they only report by torch.distributed whether they succeeded. A rank that has died is
+noticed by the launcher, which ends the others, or by the ranks that wait for it: no output appears,
+and the job is run again.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import operator
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +35,22 @@ from posthoc_cli.errors import (
     RankError,
     WriteError,
 )
-from posthoc_cli.export.copying import Copy
-from posthoc_cli.export.layouts import (
+from posthoc_cli.export.like import Copy, Like, Replacement
+from posthoc_cli.export.options import OutputOptions
+from posthoc_cli.export.outputs import (
     FOLDERS,
-    Arrangement,
-    Copied,
-    Others,
-    OutputOptions,
-    arranged,
-    layout_of,
+    DistributedFolder,
+    FileOutput,
+    PickledFile,
+    SafetensorsFile,
+    Shards,
+    cut_shards,
 )
-from posthoc_cli.export.like import Like
-from posthoc_cli.export.outputs import DistributedOutput, PickledOutput, SafetensorsOutput
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
 from posthoc_cli.snapshots.sources import counted
-from posthoc_cli.snapshots.tensorfile import SUFFIX, TensorFileWriter, read_file
-from posthoc_cli.synthesis.engine import Progress, check_device, synthesize_into
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file
+from posthoc_cli.synthesis.engine import check_device, cut_tiles, make_tiles
+from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
 
 # --- processes
 
@@ -88,7 +87,8 @@ class Ranks:
                 dist.all_gather_object(results, results[0], self.group)
         except RuntimeError as error:
             raise failure or RankError(
-                "another process of this job", "failed or died; nothing was finished"
+                "another process of this job",
+                "failed or died; nothing was finished",
             ) from error
         for rank, (text, _) in enumerate(results):
             if text:
@@ -111,9 +111,8 @@ def all_ranks() -> Iterator[Ranks]:
             dist.init_process_group("gloo", timeout=wait)
         group = dist.new_group(backend="gloo", timeout=wait)
     except (RuntimeError, ValueError) as error:
-        reason = (
-            f"did not meet by torch.distributed: {str(error).strip().partition(chr(10))[0][:200]}"
-        )
+        line = str(error).strip().partition("\n")[0]
+        reason = f"did not meet by torch.distributed: {line[:200]}"
         raise RankError("the processes of this job", reason) from error
     if dist.get_rank():  # the first rank logs for all
         logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
@@ -124,150 +123,7 @@ def all_ranks() -> Iterator[Ranks]:
             dist.destroy_process_group(None if is_own else group)
 
 
-# --- outputs
-
-
-class _PendingOutput:
-    """One output, written file by file under another name; the end of `stack` removes what was not
-    published.
-
-    The first rank of a job is the owner of the folder, and the others get its `place`.
-    """
-
-    def __init__(
-        self,
-        stack: ExitStack,
-        path: Path,
-        arrangement: Arrangement,
-        header: Mapping[str, Any],
-        overwrite: bool,
-        is_owner: bool,
-    ) -> None:
-        self._stack = stack
-        self._path = path
-        self._arrangement = arrangement
-        self._header = header
-        self._overwrite = overwrite
-        self._file: Any = None  # the current one
-        self._folder: Any = None
-        if overwrite:
-            _check_no_snapshot(path)
-        if is_owner:
-            files.remove_leftovers(path.parent)
-            layout = arrangement.layout
-            if layout in FOLDERS:
-                pending = files.PendingFolder(path, FOLDERS[layout] if overwrite else None)
-                self._folder = stack.enter_context(pending)
-        self.place = path if self._folder is None else self._folder.temporary
-
-    def begin(self, name: str) -> Any:
-        """Begin a file, and return what takes its tensors."""
-        layout = self._arrangement.layout
-        place = self.place / name
-        copied = self._arrangement.copied
-        if copied is not None:
-            pending = {file: self._pending(place / name) for file, name in copied.files.items()}
-            self._file = Copy(copied.places, pending)
-        elif layout == "pt":
-            self._file = PickledOutput(self._pending(place))
-        elif layout == "dcp":
-            self._file = DistributedOutput(self._folder)
-        else:
-            entries = self._arrangement.parts[name]
-            files.make_directory(place.parent)
-            writer = TensorFileWriter(place, entries, self._header, {}, self._overwrite)
-            self._file = SafetensorsOutput(self._stack.enter_context(writer), entries)
-        return self._file
-
-    def _pending(self, path: Path) -> files.PendingFile:
-        files.make_directory(path.parent)
-        return self._stack.enter_context(files.PendingFile(path, self._overwrite))
-
-    def finish(self) -> None:
-        """Finish the file; in the folder it gets its name."""
-        self._file.complete()
-        if self._arrangement.layout in FOLDERS:
-            self._file.publish()
-
-    def publish(self, others: Others) -> None:
-        """Add the other files of a folder, and give the output its name."""
-        if self._folder is None:
-            self._file.publish()
-            return
-        for name, other in others.items():
-            place = self.place / name
-            files.make_directory(place.parent)
-            if isinstance(other, bytes):
-                files.write_atomically(place, other)
-                continue
-            with files.reported_as_write_error(other, "copied"):
-                shutil.copyfile(other, place)
-        self._folder.publish()
-
-
-def _check_no_snapshot(path: Path) -> None:
-    kind = None
-    if path.suffix == SUFFIX and path.is_file():
-        with suppress(FileFormatError):
-            kind = read_file(path).kind
-    if kind == "snapshot":
-        reason = "is a snapshot of a run and is not replaced"
-        raise OutputExistsError(path, reason, "choose another name")
-
-
-def _check_room(
-    place: Path,
-    arrangement: Arrangement,
-    count: int,
-) -> None:
-    """Raise a WriteError unless the disk has room for outputs."""
-    needed = count * (sum(arrangement.sizes) + arrangement.bytes_beside)
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
-        raise WriteError(place, reason, errno=errno.ENOSPC)
-
-
-def write_outputs(
-    paths: Sequence[Path],
-    arrangement: Arrangement,
-    headers: Sequence[Mapping[str, Any]],
-    fill: Callable[[Sequence[Any], Iterable[str]], None],
-    overwrite: bool = False,
-    ranks: Ranks = ALONE,
-) -> None:
-    """Write outputs of the same tensors, each with its header, and create their folder.
-
-    `fill` writes the tensors of a file into that of each output. No output appears before all are
-    complete. Raises OutputExistsError, and WriteError, before anything is written if the outputs
-    do not fit on the disk.
-    """
-    is_owner = ranks.rank == 0
-    outputs = list[_PendingOutput]()
-    with ExitStack() as stack:
-        with ranks.together() as places:
-            if is_owner:
-                stack.enter_context(files.new_directory(paths[0].parent))
-                _check_room(paths[0].parent, arrangement, len(paths))
-            for path, header in zip(paths, headers, strict=True):
-                output = _PendingOutput(stack, path, arrangement, header, overwrite, is_owner)
-                outputs.append(output)
-                places.append(output.place)
-        with ranks.together():
-            if not is_owner:
-                for output, place in zip(outputs, places, strict=True):
-                    output.place = place
-            for name in [*arrangement.parts][ranks.rank :: ranks.world]:
-                fill([output.begin(name) for output in outputs], arrangement.parts[name])
-                for output in outputs:
-                    output.finish()
-        with ranks.together():
-            if is_owner:
-                for output in outputs:
-                    output.publish(arrangement.others)
-
-
-# --- the synthesis
+# --- a synthesis
 
 
 @dataclass(frozen=True)
@@ -276,7 +132,7 @@ class SynthesisReport:
 
     plan: Plan
     outputs: tuple[Path, ...] = ()  # one per target; empty in a dry run
-    copied: Copied | None = None  # the checkpoint that they are copies of
+    copied: Replacement | None = None  # the checkpoint that they are copies of
     device: str = "cpu"  # computed the sums
     seconds: float = 0.0
 
@@ -310,57 +166,27 @@ def write_synthesis(
     ranks: Ranks = ALONE,
     progress: ProgressBar = no_bar,
 ) -> SynthesisReport | None:
-    """Synthesize every target of a plan into its path; see also `write_outputs`. Returns None in
-    all ranks but one.
+    """Synthesize every target of a plan into its path, if there are any. Returns None in all ranks
+    but one.
 
     In a job this rank's share of the files is made. `like` is what outputs are copies of.
     """
     started = time.perf_counter()
     device, workers = _resources(options, ranks)
-    arrangement = None
+    copied = None
     if like is not None:
-        plan, arrangement = _arranged_like(plan, like)
-    elif paths:
-        layout = "sharded" if options.distributed else layout_of(paths[0], options.layout)
-        arrangement = arranged(layout, plan.entries, options, ranks.world)
-    if arrangement is not None and paths:
+        plan, copied = like.fitted(plan)
+    if paths:
+        infos = [plan.output_info(index) for index in range(len(plan.targets))]
+        headers = dict(zip(paths, (info.encoded() for info in infos), strict=True))
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
-            fill = _Filling(plan, device, workers, advance)
-            infos = [plan.output_info(index) for index in range(len(plan.targets))]
-            headers = [info.encoded() for info in infos]
-            write_outputs(paths, arrangement, headers, fill, options.overwrite, ranks)
+            writing = Writing(plan.passes(), headers, options, copied, ranks)
+            writing.write(advance, device, workers)
     if ranks.rank:
         return None
-    return SynthesisReport(
-        plan,
-        outputs=tuple(paths),
-        copied=None if arrangement is None else arrangement.copied,
-        device=str(device),
-        seconds=time.perf_counter() - started,
-    )
-
-
-@dataclass(frozen=True)
-class _Filling:
-    """What synthesizes tensors into outputs."""
-
-    plan: Plan
-    device: torch.device
-    workers: int | None
-    advance: Progress
-
-    def __call__(self, outputs: Sequence[Any], names: Iterable[str]) -> None:
-        wanted = {*names}
-        subset = set[str]()
-        for name, aliases in self.plan.names.items():
-            if not wanted.isdisjoint(aliases):
-                subset.add(name)
-        part = replace(self.plan, subset=frozenset(subset))
-        made = synthesize_into(part, outputs, self.device, self.workers, self.advance)
-        with closing(made) as tiles:
-            for _ in tiles:
-                pass
+    seconds = time.perf_counter() - started
+    return SynthesisReport(plan, tuple(paths), copied, str(device), seconds)
 
 
 def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int | None]:
@@ -376,12 +202,133 @@ def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int 
     return check_device(device), max(1, worker_count() // count)
 
 
-def _arranged_like(plan: Plan, like: Like) -> tuple[Plan, Arrangement]:
-    """Return a plan whose tensors have the dtypes of a checkpoint, and the layout of its copy."""
-    averages = list[str]()
-    for name, tensor in plan.tensors.items():
-        if tensor.role == "average":
-            averages.append(name)
-    arrangement = like.arranged(plan.entries, plan.names, averages, operator.is_)
-    dtypes = {name: entry.dtype for name, entry in arrangement.entries.items()}
-    return replace(plan, dtypes=dtypes), arrangement
+# --- outputs
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Outputs to write: all hold the same tensors."""
+
+    parts: Sequence[Combination]
+    headers: Mapping[Path, Mapping[str, Any]]  # of each output
+    options: OutputOptions
+    copied: Replacement | None = None  # what they are copies of
+    ranks: Ranks = ALONE
+
+    @cached_property
+    def layout(self) -> str:
+        return self.options.layout_of(next(iter(self.headers)))
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        entries = dict[str, Entry]()
+        for plan in self.parts:
+            entries |= plan.entries
+        return entries
+
+    @cached_property
+    def shards(self) -> tuple[dict[str, list[str]], bytes]:
+        return cut_shards(self.entries, self.options.shard_bytes, self.ranks.world)
+
+    def write(
+        self,
+        advance: Callable[[int], object],
+        device: torch.device = CPU,
+        workers: int | None = None,
+    ) -> None:
+        """Write the outputs, and create their folder.
+
+        `advance` is called with the number of bytes just read. No output appears before all are
+        complete. Raises OutputExistsError, and WriteError, before anything is written if the
+        outputs do not fit on the disk.
+        """
+        is_first = self.ranks.rank == 0
+        with ExitStack() as stack:
+            folders = dict[Path, files.PendingFolder]()
+            with self.ranks.together() as places:
+                if is_first:
+                    folders = self._begin(stack)
+                    places += [folder.temporary for folder in folders.values()]
+            with self.ranks.together():
+                outputs = list[FileOutput]()
+                for path, place in zip(self.headers, places or self.headers, strict=True):
+                    outputs.append(self._open(stack, path, place, folders.get(path)))
+                parts = [self._own(plan) for plan in self.parts]
+                tiles = cut_tiles(parts, len(outputs), device)
+                with closing(make_tiles(parts, tiles, outputs, device, workers)) as made:
+                    for tile in made:
+                        advance(tile.stored_bytes)
+                for output in outputs:
+                    output.complete()
+            with self.ranks.together():
+                if is_first:
+                    for output in outputs:
+                        output.publish()
+
+    def _begin(self, stack: ExitStack) -> dict[Path, files.PendingFolder]:
+        """Check that outputs may be written, and begin those that are folders."""
+        parent = next(iter(self.headers)).parent
+        stack.enter_context(files.new_directory(parent))
+        each = nbytes(self.entries) if self.copied is None else self.copied.nbytes
+        needed = len(self.headers) * each
+        free = shutil.disk_usage(parent).free
+        if needed > free:
+            reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
+            raise WriteError(parent, reason, errno=errno.ENOSPC)
+        files.remove_leftovers(parent)
+        folders = dict[Path, files.PendingFolder]()
+        for path in self.headers:
+            if self.options.overwrite:
+                _check_no_snapshot(path)
+            if self.layout in FOLDERS or (self.copied is not None and self.copied.like.is_folder):
+                replaces = FOLDERS.get(self.layout) if self.options.overwrite else None
+                folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
+        return folders
+
+    def _open(
+        self,
+        stack: ExitStack,
+        path: Path,
+        place: Path,
+        folder: files.PendingFolder | None,
+    ) -> FileOutput:
+        """Begin the files of an output; `place` is the path, or the folder's until then."""
+        overwrite = self.options.overwrite
+        if self.copied is not None:
+            return Copy(stack, self.copied, path, overwrite, folder)
+        if self.layout == "pt":
+            return PickledFile(self.parts, stack.enter_context(files.PendingFile(path, overwrite)))
+        if self.layout == "dcp" and folder is not None:
+            return DistributedFolder(self.parts, folder)
+        header = self.headers[path]
+        if self.layout == "safetensors":
+            writer = TensorFileWriter(path, self.entries, header, {}, overwrite)
+            return SafetensorsFile(stack.enter_context(writer))
+        shards, index = self.shards
+        writers = list[TensorFileWriter]()
+        for name in [*shards][self.ranks.rank :: self.ranks.world]:
+            entries = {tensor: self.entries[tensor] for tensor in shards[name]}
+            writer = TensorFileWriter(place / name, entries, header, {})
+            writers.append(stack.enter_context(writer))
+        return Shards(writers, index, folder)
+
+    def _own(self, plan: Combination) -> Combination:
+        """Return what this rank makes."""
+        if self.ranks.world == 1:
+            return plan
+        shards, _ = self.shards
+        own = set(chain(*[*shards.values()][self.ranks.rank :: self.ranks.world]))
+        subset = [name for name, aliases in plan.names.items() if not own.isdisjoint(aliases)]
+        return replace(plan, subset=frozenset(subset))
+
+
+def _check_no_snapshot(path: Path) -> None:
+    kind = None
+    if path.suffix == SUFFIX and path.is_file():
+        with suppress(FileFormatError):
+            kind = read_file(path).kind
+    if kind == "snapshot":
+        reason = "is a snapshot of a run and is not replaced"
+        raise OutputExistsError(path, reason, "choose another name")

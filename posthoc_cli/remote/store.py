@@ -229,12 +229,21 @@ def head(url: str) -> ObjectInfo:
     return get(url, 0, 1)[1]
 
 
+_LISTINGS = 4  # attempts at a complete answer, which the library does not make itself
+
+
 def listed(url: str) -> dict[str, ObjectInfo | None]:
     """Return the objects and the folders (None) directly in a folder, by name; none where it does
     not exist."""
     store, key = _place(url)
-    with request_errors(url, "listed"):
-        answer = store.list_with_delimiter(key or None)
+    for left in reversed(range(_LISTINGS)):
+        try:
+            with request_errors(url, "listed"):
+                answer = store.list_with_delimiter(key or None)
+            break
+        except RemoteError as error:
+            if error.errno != errno.EAGAIN or not left:
+                raise
     objects = {entry["path"]: _info(entry) for entry in answer["objects"] if entry["path"] != key}
     entries = dict.fromkeys(answer["common_prefixes"]) | objects
     return {path.rpartition("/")[2]: info for path, info in entries.items()}
@@ -367,6 +376,7 @@ _REASONS = (
         "the store does not accept this name, or kind of request",
         "",
     ),
+    ("list response", errno.EAGAIN, "the answer is incomplete", ""),
     (
         "Connect|dns error|Timeout|timed out",
         errno.EIO,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,15 @@ from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
 from posthoc_cli.snapshots.sources import averages_of, by_time, model_difference
-from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, cover_problem, in_turn, read_file
+from posthoc_cli.snapshots.tensorfile import (
+    SUFFIX,
+    Box,
+    Entry,
+    TensorFile,
+    cover_problem,
+    in_turn,
+    read_file,
+)
 
 log = Log(__name__)
 
@@ -91,11 +99,8 @@ class Directory:
         read."""
         folder = self.path / SUPERSEDED
         with suppress(DirectoryError):
-            return (
-                0
-                if folder.is_symlink()
-                else sum(path.name[0] != "." for path in list_directory(folder))
-            )
+            if not folder.is_symlink():
+                return sum(path.name[0] != "." for path in list_directory(folder))
         return 0
 
 
@@ -135,7 +140,7 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
             raise
         known = {errno.ENOENT: "no such directory", errno.ENOTDIR: "is not a directory"}
         unread = f"cannot be read: {(error.strerror or str(error)).lower()}"
-        hint = _NAME_A_RUN * (error.errno in known)
+        hint = _NAME_A_RUN if error.errno in known else ""
         raise DirectoryError(directory, known.get(error.errno or 0, unread), hint) from error
 
 
@@ -148,13 +153,7 @@ def listed(directory: Path) -> Directory:
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
-        # A link may lead elsewhere.
-        elif (
-            is_snapshot_name(path)
-            and path.suffix != SUFFIX
-            and path.is_dir()
-            and not path.is_symlink()
-        ):
+        elif is_snapshot_name(path) and path.suffix != SUFFIX and _is_own_folder(path):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
                 inside = [*list_directory(path)]
@@ -162,6 +161,11 @@ def listed(directory: Path) -> Directory:
             everything += inside
     leftovers = [path for path in everything if files.is_temporary(path.name)]
     return Directory(directory, entries, candidates, leftovers)
+
+
+def _is_own_folder(path: Path) -> bool:
+    """Return whether a path is a folder; a link may lead elsewhere."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def _read(path: Path) -> Snapshot | FileFormatError | None:
@@ -200,20 +204,27 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
             notes.append(f"{path.name}: has {content}")
             incomplete |= {} if path in paths else {path: content}
     snapshots = by_time(snapshots)
-    for newest in snapshots[-1:]:
-        # Thinning never removes one of these. A run that was resumed without a profile does not
-        # track it any more.
-        stored = {snapshot.sigma_rel for snapshot in snapshots if snapshot.t == newest.t}
-        for sigma_rel in sorted(
-            {snapshot.sigma_rel for snapshot in snapshots} & {*newest.sigma_rels} - stored
-        ):
-            notes.append(
-                f"t = {newest.t:,.12g}, the newest: no snapshot of sigma_rel {sigma_rel:g}"
-            )
+    notes += _missing_at_newest(snapshots)
     problems += contradictions(snapshots)
     return replace(
-        listing, snapshots=tuple(snapshots), problems=problems, notes=notes, incomplete=incomplete
+        listing,
+        snapshots=tuple(snapshots),
+        problems=problems,
+        notes=notes,
+        incomplete=incomplete,
     )
+
+
+def _missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
+    """Return a note about each profile without a snapshot of the newest time, which thinning never
+    removes. A run that was resumed without a profile does not track it any more."""
+    newest = [snapshot for snapshot in snapshots if snapshot.t == snapshots[-1].t]
+    missing = {snapshot.sigma_rel for snapshot in snapshots}
+    for snapshot in newest:
+        missing &= {*snapshot.sigma_rels}
+    missing -= {snapshot.sigma_rel for snapshot in newest}
+    at = f"t = {snapshots[-1].t:,.12g}, the newest" if newest else ""
+    return [f"{at}: no snapshot of sigma_rel {sigma_rel:g}" for sigma_rel in sorted(missing)]
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -269,39 +280,44 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
     numbers and the squared distances. Raises FileFormatError if elements of a tensor are missing,
     MismatchError if two parts do not belong together.
     """
+    for header in headers:
+        if isinstance(header, FileFormatError):
+            raise header
     parts = [header for header in headers if isinstance(header, Snapshot)]
-    for error in (header for header in headers if isinstance(header, FileFormatError)):
-        raise error
     if not parts:
         return "" if headers else "no parts"
     if parts[0].path == path and parts[0].part is None:
         return parts[0]
-    sets: dict[tuple[int, int, bool], list[Snapshot]] = defaultdict(list)
+    sets = _sets(parts)
+    complete = [of_set for (number, *_), of_set in sets.items() if len(of_set) == number]
+    if len(complete) > 1:
+        first, other = complete[:2]
+        raise _apart(first[0], other[0], "are parts of two complete snapshots", "remove one")
+    if complete:
+        return _join(path, complete[0])
+    texts = [f"{len(of_set)} of {number} parts" for (number, *_), of_set in sorted(sets.items())]
+    if len({session for _, session, _ in sets}) > 1:
+        texts.append("of different sessions of the training")
+    return ", ".join(texts)
+
+
+def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapshot]]:
+    """Return the parts of each snapshot, by their number and the session of the training; one off
+    the schedule may be in the course of being replaced, part by part, by the same one on it."""
+    sets = defaultdict[tuple[int, int, bool], list[Snapshot]](list)
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
             raise FileFormatError(part.path, reason, "move it to the directory")
-        # One off the schedule may be in the course of being replaced, part by part, by the same one
-        # on it.
-        sets[part.part[1], part.session, part.off_schedule].append(part)
-    for before, part in (pair for of_set in sets.values() for pair in pairwise(of_set)):
-        same = (
-            "are both part {} of {}".format(*(part.part or ())) if part.part == before.part else ""
-        )
-        if reason := same or _difference(
-            *(vars(one) | dict.fromkeys(_OWN) for one in (before, part))
-        ):
-            raise _apart(before, part, reason)
-    complete = [of_set for (number, *_), of_set in sets.items() if len(of_set) == number]
-    if len(complete) > 1:
-        raise _apart(
-            complete[0][0], complete[1][0], "are parts of two complete snapshots", "remove one"
-        )
-    if complete:
-        return _join(path, complete[0])
-    counts = [f"{len(of_set)} of {number} parts" for (number, *_), of_set in sorted(sets.items())]
-    sessions = {session for _, session, _ in sets}
-    return ", ".join(counts + ["of different sessions of the training"] * (len(sessions) > 1))
+        of_set = sets[part.part[1], part.session, part.off_schedule]
+        for before in of_set[-1:]:
+            reason = "are both part {} of {}".format(*part.part)
+            if part.part != before.part:
+                reason = _difference(*(vars(one) | dict.fromkeys(_OWN) for one in (before, part)))
+            if reason:
+                raise _apart(before, part, reason)
+        of_set.append(part)
+    return sets
 
 
 def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
@@ -313,27 +329,17 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     """Return the snapshot of these parts, whose chunks must hold each element of a tensor exactly
     once."""
     shared = shared_fields(parts)
-    boxes = [
-        {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
-        for part in parts
-    ]
-    entries = dict[str, Entry]()
-    for name in shared["tensors"]:
-        held = [(part.chunks[name], part.entries[name]) for part in parts if name in part.chunks]
-        different = sorted({chunk.shape for chunk, _ in held})
-        problem = cover_problem(different[0], [chunk.box(entry.shape) for chunk, entry in held])
-        if len(different) > 1 or problem:
-            problem = f"its chunks are of the shapes {different}" if len(different) > 1 else problem
-            raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-        # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-        entries[name] = Entry(
-            max((entry.dtype for _, entry in held), key=ITEM_BYTES.__getitem__), different[0]
-        )
-    shapes = {
-        name: entries[name].shape
-        for name, tensor in shared["tensors"].items()
-        if tensor.role == "average"
-    }
+    entries = {name: _joined_entry(folder, name, parts) for name in shared["tensors"]}
+    boxes = list[dict[str, Box]]()
+    joined_files = list[TensorFile]()
+    for part in parts:
+        held = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
+        boxes.append(held)
+        joined_files.append(replace(part.files[0], boxes=held))
+    shapes = dict[str, tuple[int, ...]]()
+    for name, tensor in shared["tensors"].items():
+        if tensor.role == "average":
+            shapes[name] = entries[name].shape
     return replace(
         parts[0],
         **shared,
@@ -341,10 +347,20 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
         sketch=joined_paths([part.sketch for part in parts]),
         path=folder,
         entries=entries,
-        files=tuple(
-            replace(part.files[0], boxes=held) for part, held in zip(parts, boxes, strict=True)
-        ),
+        files=tuple(joined_files),
     )
+
+
+def _joined_entry(folder: Path, name: str, parts: Sequence[Snapshot]) -> Entry:
+    held = [(part.chunks[name], part.entries[name]) for part in parts if name in part.chunks]
+    shape, *others = {chunk.shape for chunk, _ in held}
+    problem = cover_problem(shape, [chunk.box(entry.shape) for chunk, entry in held])
+    if others:
+        problem = f"its chunks are of the shapes {sorted([shape, *others])}"
+    if problem:
+        raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+    # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
+    return Entry(max((entry.dtype for _, entry in held), key=ITEM_BYTES.__getitem__), shape)
 
 
 def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
@@ -428,33 +444,17 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
             stack.callback(os.close, descriptor)
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(
-                    errno.EMLINK, f"{LOCK_NAME} is not a lock: it is a hard link to another file"
+                    errno.EMLINK,
+                    f"{LOCK_NAME} is not a lock: it is a hard link to another file",
                 )
             try:
-                # Without a name in the file, its holder is about to write it or to release the
-                # lock.
-                for wait in (*[0.01] * 100, 0):
-                    with suppress(BlockingIOError):
-                        _lock(descriptor)
-                        break
-                    if (name := _holder(descriptor)) or not wait:
-                        holder = (
-                            f"another tracker of this {own}" if name == own else shown(name)[1:-1]
-                        )
-                        reason = f"{holder or 'another process'} is writing here"
-                        raise LockedError(
-                            directory, reason, "end that first, or take another directory"
-                        )
-                    time.sleep(wait)
+                _take(descriptor, directory, own)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
                 why = (error.strerror or str(error)).lower()
-                log.warning(
-                    "%s: no locks on this file system (%s): make sure that nothing else writes",
-                    directory,
-                    why,
-                )
+                text = "%s: no locks on this file system (%s): make sure that nothing else writes"
+                log.warning(text, directory, why)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, own.encode())
             stack.pop_all()
@@ -463,6 +463,25 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _take(descriptor: int, directory: Path, own: str) -> None:
+    """Take the lock of an open file; raise a LockedError if another process holds it.
+
+    Without a name in the file, its holder is about to write it or to release the lock.
+    """
+    for wait in (*[0.01] * 100, 0):
+        with suppress(BlockingIOError):
+            _lock(descriptor)
+            return
+        name = _holder(descriptor)
+        if name or not wait:
+            holder = shown(name)[1:-1] or "another process"
+            if name == own:
+                holder = f"another tracker of this {own}"
+            hint = "end that first, or take another directory"
+            raise LockedError(directory, f"{holder} is writing here", hint)
+        time.sleep(wait)
 
 
 def _release(descriptor: int, process: int) -> None:
@@ -590,21 +609,31 @@ def thin(
         return list(stored)
     scheduled = [snapshot for snapshot in stored if not snapshot.off_schedule]
     count = len({snapshot.t for snapshot in scheduled})
-    gone: set[float] = set()
+    gone = set[float]()
     if count > max_checkpoints:
-        text = scheduled[-1].sketch
-        sketch = decode_path(text).sketch if text else None
-        prior = measured_prior(averages_of(scheduled), sketch)
-        profiles = [snapshot.profile for snapshot in scheduled]
-        spared = spared_times(max_checkpoints)
-        dropped = snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range, spared)
-        gone = {scheduled[index].t for index in dropped}
+        gone = _least_needed(scheduled, max_checkpoints, sigma_range)
     oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
     off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
     excess = max(len(off_schedule) - max(max_checkpoints - count, 0), 0)
     gone |= {t for t in off_schedule[:excess] if t < oldest_spared}
-    surplus = [snapshot for snapshot in stored if snapshot.t in gone]
-    for snapshot in surplus:
-        log.debug("thinning: removing %s", snapshot.path)
-        remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot.t not in gone]
+    left = list[Snapshot]()
+    for snapshot in stored:
+        if snapshot.t in gone:
+            log.debug("thinning: removing %s", snapshot.path)
+            remove_snapshot(snapshot.path)
+        else:
+            left.append(snapshot)
+    return left
+
+
+def _least_needed(
+    snapshots: Sequence[Snapshot],
+    keep: int,
+    sigma_range: tuple[float, float],
+) -> set[float]:
+    """Return the times that reconstruction needs least, so that `keep` are left."""
+    text = snapshots[-1].sketch
+    prior = measured_prior(averages_of(snapshots), decode_path(text).sketch if text else None)
+    profiles = [snapshot.profile for snapshot in snapshots]
+    dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
+    return {snapshots[index].t for index in dropped}

@@ -89,6 +89,11 @@ class OutputInfo:
         return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
+def read_index(path: Path) -> dict[str, Any]:
+    """Return the content of the index of a sharded model."""
+    return parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index")
+
+
 def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, list[str]]:
     """Return the tensors of each shard that an index names, by file name; shards have these
     endings.
@@ -96,12 +101,11 @@ def decode_index(path: Path, endings: tuple[str, ...] = (SUFFIX,)) -> dict[str, 
     Raises FileFormatError, also if a name does not refer to a visible file in the index's folder on
     every system.
     """
-    weight_map = parse_object(path, read_small_file(path, MAX_HEADER_BYTES), "index").get(
-        "weight_map"
-    )
+    weight_map = read_index(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FileFormatError(
-            path, "is not an index of shards: it has no weight_map, or an empty one"
+            path,
+            "is not an index of shards: it has no weight_map, or an empty one",
         )
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
@@ -153,7 +157,9 @@ def models_at(path: Path) -> list[Path]:
     ]
     if any(map(is_snapshot_name, models)):
         raise DirectoryError(
-            path, "holds the snapshots of a run", "name one of them, or make an average of them"
+            path,
+            "holds the snapshots of a run",
+            "name one of them, or make an average of them",
         )
     if not models:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
@@ -170,7 +176,8 @@ def read_model(path: Path) -> tuple[list[TensorFile], OutputInfo | None]:
         file = read_file(file_path)
         if missing := set(names) - file.entries.keys():
             raise FileFormatError(
-                file_path, f"tensor {shown(min(missing))} is not in it, as the index says"
+                file_path,
+                f"tensor {shown(min(missing))} is not in it, as the index says",
             )
         read.append(file)
         infos.append(decode(file, "output", OutputInfo) if file.kind == "output" else None)

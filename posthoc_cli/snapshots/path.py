@@ -56,18 +56,12 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     """
     sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
     names = [name for name, size in sizes.items() if size]
-    chosen = (
-        (number, names[number * len(names) // PLACES]) for number in range(PLACES if names else 0)
-    )
-    return sorted(
-        {
-            (
-                name,
-                xxhash.xxh3_64_intdigest(f"{number}/{name}".encode(errors="replace")) % sizes[name],
-            )
-            for number, name in chosen
-        }
-    )
+    chosen = set[tuple[str, int]]()
+    for number in range(PLACES if names else 0):
+        name = names[number * len(names) // PLACES]
+        drawn = xxhash.xxh3_64_intdigest(f"{number}/{name}".encode(errors="replace"))
+        chosen.add((name, drawn % sizes[name]))
+    return sorted(chosen)
 
 
 def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
@@ -83,15 +77,16 @@ def joined_sample(
     """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
     values."""
     left = [zip(*decode_sample(sample), strict=True) for sample in samples]
+    pairs = list[tuple[float, float]]()
     wanted = places(shapes)
-    pairs = []
     for name, index in wanted:
-        held = [
-            name in of_part and index_within(of_part[name], shapes[name], index) is not None
-            for of_part in boxes
-        ]
-        pairs += [*islice(left[held.index(True)], 1)]
-    return encode_sample(*zip(*pairs, strict=True)) if len(pairs) == len(wanted) > 0 else ""
+        for of_part, own in zip(left, boxes, strict=True):
+            if name in own and index_within(own[name], shapes[name], index) is not None:
+                pairs += islice(of_part, 1)
+                break
+    if not wanted or len(pairs) < len(wanted):
+        return ""
+    return encode_sample(*zip(*pairs, strict=True))
 
 
 def are_equal(model: Floats, recorded: Floats) -> bool:
@@ -140,22 +135,27 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     if path is None:
         return ""
     sketch = path.sketch
-    means = path.sketch.means.astype("<f4")
+    means = sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
-    factor = (
-        float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0)) / _LARGEST or 1.0
-    )
-    steps = np.zeros((len(means) - 1, means.shape[1]), "<f2")
-    place = means[0] / factor
-    # from the rounded place, so errors do not add up
-    for step, wanted in zip(steps, means[1:] / factor, strict=True):
-        step[:] = wanted - place
-        place = place + step
+    largest = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0))
+    factor = largest / _LARGEST or 1.0
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
     known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
-    parts = (counts, known, means) if exact else (counts, known, means[:1], steps)
-    return base64.b64encode(b"".join(part.tobytes() for part in parts)).decode()
+    data = counts.tobytes() + known.tobytes()
+    data += means.tobytes() if exact else _steps(means / factor, means[0])
+    return base64.b64encode(data).decode()
+
+
+def _steps(places: FloatArray, first: Floats) -> bytes:
+    """Return the first mean, and the steps between places, each from the rounded place before, so
+    that errors do not add up."""
+    steps = np.zeros((len(places) - 1, places.shape[1]), "<f2")
+    place = places[0]
+    for step, wanted in zip(steps, places[1:], strict=True):
+        step[:] = wanted - place
+        place = place + step
+    return first.tobytes() + steps.tobytes()
 
 
 def decode_path(text: str) -> PathSketch:
@@ -164,7 +164,9 @@ def decode_path(text: str) -> PathSketch:
     (projection, total), *others = map(_decoded, text.split(_AND))
     for _, sketch in others:
         total = replace(
-            total, means=total.means + sketch.means, spread=total.spread + sketch.spread
+            total,
+            means=total.means + sketch.means,
+            spread=total.spread + sketch.spread,
         )
     return PathSketch(projection, total)
 
@@ -188,23 +190,18 @@ def joined_paths(texts: Sequence[str]) -> str:
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    counts = np.frombuffer(data[:32], "<i8").tolist() if len(data) >= 32 else [0] * 4
-    windows, numbers, size, projection = counts
-    first = 32 + 8 * (3 * windows + 2)
-    rest = first + 4 * numbers * (windows if size == 4 else 1)
+    counts = np.frombuffer(data[:32], "<i8") if len(data) >= 32 else np.zeros(4, int)
+    windows, numbers, size, projection = counts.tolist()
     is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
-    if not is_sketch or len(data) != rest + 2 * numbers * (windows - 1) * (size == 2):
-        raise ValueError(
-            f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size "
-            f"2 or 4"
-        )
-    pieces = ((data[32:first], "<f8"), (data[first:rest], "<f4"), (data[rest:], "<f2"))
-    known, means, steps = (
-        np.frombuffer(piece, dtype).astype(np.float64) for piece, dtype in pieces
-    )
+    whole = windows if size == 4 else 1  # means as they are; of the others steps
+    first = 32 + 8 * (3 * windows + 2)
+    rest = first + 4 * numbers * whole
+    if not is_sketch or len(data) != rest + 2 * numbers * (windows - whole):
+        limits = f"1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4"
+        raise ValueError(f"must be {limits}")
+    known = np.frombuffer(data[32:first], "<f8").astype(np.float64)
     edges, folds, spread, factor = np.split(known, [windows + 1, 2 * windows + 1, 3 * windows + 1])
-    means = means.reshape(-1, numbers)
-    means = np.concatenate(
-        (means, means[:1] + np.cumsum(steps.reshape(-1, numbers) * factor, axis=0))
-    )
-    return PathSketch(projection, Sketch(edges, folds, means, spread))
+    means = np.frombuffer(data[first:rest], "<f4").astype(np.float64).reshape(-1, numbers)
+    steps = np.frombuffer(data[rest:], "<f2").astype(np.float64).reshape(-1, numbers)
+    later = means[:1] + np.cumsum(steps * factor, axis=0)
+    return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))

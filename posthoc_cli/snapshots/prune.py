@@ -9,10 +9,10 @@ valid directory of its size.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,14 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
+    Removable,
     alone,
     check_sigma_range,
     error_curve,
     exchanged,
     removal_order,
 )
-from posthoc_cli.profiles import FloatArray, PowerFunction
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
@@ -115,53 +116,91 @@ def plan_pruning(
     check_alone(1, keep=keep, max_error=max_error)
     check_max_error(max_error)
     check_sigma_range(sigma_range)
-    if keep is not None:
-        check_count("keep", keep)
-    profiles = [snapshot.profile for snapshot in snapshots]
-    prior = source_prior(snapshots)
-    needed = _needed(profiles)
-    used = sorted({*thinned_subset(profiles, keep=keep or 1), *needed})
+    least = 1 if keep is None else check_count("keep", keep)
+    choice = _Choice(snapshots, least, sigma_range)
+    order = choice.least_needed()
+    bound = math.inf
+    if max_error is not None:
+        choice.check(max_error)
+        bound = max_error / _MARGIN
+        counts = range(1, len(order) + 1)
+        order = order[: bisect_right(counts, bound, key=lambda n: choice.without(order[:n]).worst)]
+    better = choice.exchanged(order)
+    if choice.without(better).worst <= bound:
+        order = better
+    kept, deleted = choice.divided(order)
+    return Pruning(
+        kept=tuple(snapshots[index] for index in kept),
+        to_delete=tuple(snapshots[index] for index in deleted),
+        before=choice.before,
+        after=choice.without(order),
+        source=choice.prior.source,
+    )
 
-    def errors(gone: Sequence[int], least: FloatArray | float = 0.0) -> ErrorCurve:
-        left = [index for index in used if index not in gone]
-        curve = error_curve(
-            "", [profiles[index] for index in left], prior.of(left), sigma_range, points=_POINTS
+
+class _Choice:
+    """The snapshots that may be deleted one by one, and the expected errors without some of
+    them."""
+
+    def __init__(
+        self,
+        snapshots: Sequence[Snapshot],
+        keep: int,
+        sigma_range: tuple[float, float],
+    ) -> None:
+        self._profiles = [snapshot.profile for snapshot in snapshots]
+        self._keep = keep
+        self._sigma_range = sigma_range
+        self.prior = source_prior(snapshots)
+        needed = _needed(self._profiles)
+        used = {*thinned_subset(self._profiles, keep=keep), *needed}
+        self.beyond = sorted({*range(len(snapshots))} - used)  # that no reconstruction would use
+        self._used = alone(self._profiles, sorted(used))
+        self._needed = alone(self._profiles, needed)
+        self.before = self._curve(self._used)
+
+    def least_needed(self) -> list[Removable]:
+        """Return the snapshots to delete, the least needed first: the errors grow with their
+        number."""
+        return removal_order(
+            self._profiles,
+            self.prior,
+            self._used,
+            self._keep,
+            self._needed,
+            self._sigma_range,
         )
+
+    def exchanged(self, gone: Sequence[Removable]) -> list[Removable]:
+        kept = [one for one in self._used if one not in gone]
+        return exchanged(self._profiles, self.prior, kept, gone, self._needed, self._sigma_range)
+
+    def _curve(self, left: Sequence[Removable]) -> ErrorCurve:
+        indices = [one.indices[0] for one in left]
+        profiles = [self._profiles[index] for index in indices]
+        prior = self.prior.of(indices)
+        return error_curve("", profiles, prior, self._sigma_range, points=_POINTS)
+
+    def without(self, gone: Collection[Removable]) -> ErrorCurve:
+        curve = self._curve([one for one in self._used if one not in gone])
         # The expected distance cannot decrease, but the norm that it is relative to is estimated
         # from fewer averages.
-        return replace(curve, predicted_error=np.maximum(curve.predicted_error, least))
+        larger = np.maximum(curve.predicted_error, self.before.predicted_error)
+        return replace(curve, predicted_error=larger)
 
-    before = errors([])
-    after = partial(errors, least=before.predicted_error)
-    bound = math.inf if max_error is None else max_error / _MARGIN
-    if max_error is not None and before.worst > max_error:
-        reason = (
-            f"all {len(snapshots)} snapshots together have a predicted error of up to "
-            f"{before.worst:.2g}"
-        )
-        reason += f" for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go"
-        raise InexactError("max_error", reason, value=f"{max_error:g}")
+    def divided(self, order: Sequence[Removable]) -> tuple[list[int], list[int]]:
+        """Return the indices of the snapshots to keep, and of those to delete, in order."""
+        deleted = [*self.beyond, *(one.indices[0] for one in order)]
+        return sorted({*range(len(self._profiles))} - {*deleted}), deleted
 
-    # The least needed first. The errors grow with the number of deletions.
-    among = alone(profiles, used)
-    stay = alone(profiles, needed)
-    order = removal_order(profiles, prior, among, keep or 1, stay, sigma_range)
-    gone = [index for one in order for index in one.indices]
-    if max_error is not None:
-        gone = gone[
-            : bisect_left(
-                range(1, len(gone) + 1), True, key=lambda n: after(gone[:n]).worst > bound
+    def check(self, max_error: float) -> None:
+        if self.before.worst > max_error:
+            low, high = self._sigma_range
+            reason = (
+                f"all {len(self._profiles)} snapshots together have a predicted error of up to "
+                f"{self.before.worst:.2g} for sigma_rel {low:g} to {high:g}; nothing can go"
             )
-        ]
-    kept_now = [one for one in among if not {*one.indices} & {*gone}]
-    exchange = exchanged(profiles, prior, kept_now, alone(profiles, gone), stay, sigma_range)
-    better = [index for one in exchange for index in one.indices]
-    gone = better if after(better).worst <= bound else gone
-    deleted = [*sorted({*range(len(snapshots))} - {*used}), *gone]
-    kept = tuple(snapshot for index, snapshot in enumerate(snapshots) if index not in {*deleted})
-    return Pruning(
-        kept, tuple(snapshots[index] for index in deleted), before, after(gone), prior.source
-    )
+            raise InexactError("max_error", reason, value=f"{max_error:g}")
 
 
 def prune(
@@ -179,7 +218,9 @@ def prune(
         }
         if {snapshot.path: snapshot.identity for snapshot in read_directory(directory)} != planned:
             raise MismatchError(
-                directory, "has changed since it was read; nothing was deleted", "run again"
+                directory,
+                "has changed since it was read; nothing was deleted",
+                "run again",
             )
         for file in (file for snapshot in pruning.kept for file in snapshot.files):
             progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
@@ -194,9 +235,12 @@ def prune(
 def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     """Return the indices of each profile's newest snapshot, and of those of the newest time that
     all profiles have."""
-    times = {
-        gamma: {p.t for p in profiles if p.gamma == gamma} for gamma in {p.gamma for p in profiles}
-    }
-    newest = {gamma: max(of_profile) for gamma, of_profile in times.items()}
+    times = defaultdict[float, set[float]](set)
+    for profile in profiles:
+        times[profile.gamma].add(profile.t)
     complete = max(set.intersection(*times.values()), default=None)
-    return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
+    needed = set[int]()
+    for index, profile in enumerate(profiles):
+        if profile.t in (max(times[profile.gamma]), complete):
+            needed.add(index)
+    return needed

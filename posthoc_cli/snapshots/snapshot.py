@@ -98,7 +98,8 @@ class Selection:
     def names(self, name: str) -> bool:
         """Return whether the globs select a name. `*` matches any characters including dots."""
         return (not self.include or _matches(name, self.include)) and not _matches(
-            name, self.exclude
+            name,
+            self.exclude,
         )
 
     def copies(self, name: str) -> bool:
@@ -331,35 +332,37 @@ def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
     fit."""
     tensors = snapshot.tensors
     chunks = snapshot.chunks if snapshot.part else {}
-    for key, table in {"tensors": tensors, "chunks": chunks if snapshot.part else tensors}.items():
-        if differing := table.keys() ^ stored.keys():
-            return (
-                f"{key}: tensor {shown(min(differing))} is in the payload or in {key}, but "
-                f"not in both"
-            )
-    for (tensor, kept), name in {
-        (tensors[name], entry.dtype): name for name, entry in stored.items()
-    }.items():
-        if not (
-            tensor.dtype == kept if tensor.role == "copy" else tensor.dtype in EPS and kept in EPS
-        ):
-            return (
-                f"tensors: tensor {shown(name)}: {kept} cannot hold {tensor.role} of {tensor.dtype}"
-            )
+    tables: dict[str, Mapping[str, object]] = {"tensors": tensors}
+    if snapshot.part:
+        tables["chunks"] = chunks
+    for key, table in tables.items():
+        differing = table.keys() ^ stored.keys()
+        if differing:
+            where = f"is in the payload or in {key}, but not in both"
+            return f"{key}: tensor {shown(min(differing))} {where}"
+    for name, entry in stored.items():
+        role = tensors[name].role
+        dtype = tensors[name].dtype
+        fits = dtype in EPS and entry.dtype in EPS
+        if role == "copy":
+            fits = dtype == entry.dtype
+        if not fits:
+            return f"tensors: tensor {shown(name)}: {entry.dtype} cannot hold {role} of {dtype}"
     for alias, name in snapshot.aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
             return f"aliases: {shown(alias)} must be a further name of a stored tensor"
     for name, chunk in chunks.items():
-        shape = stored[name].shape
-        fits = len(shape) == len(chunk.shape) == len(chunk.offset)
-        if not fits or any(
-            end > size for end, size in zip(chunk.box(shape).end, chunk.shape, strict=True)
-        ):
-            reason = (
-                f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
-            )
+        reason = _wrong_chunk(chunk, stored[name].shape)
+        if reason:
             return f"chunks: tensor {shown(name)}: {reason}"
     return ""
+
+
+def _wrong_chunk(chunk: Chunk, shape: tuple[int, ...]) -> str:
+    fits = len(shape) == len(chunk.shape) == len(chunk.offset)
+    if fits and all(map(int.__le__, chunk.box(shape).end, chunk.shape)):
+        return ""
+    return f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
 
 
 def ungrouped(lists: Any) -> dict[str, TrackedTensor]:

@@ -6,14 +6,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
@@ -77,55 +78,19 @@ class ElementRange(NamedTuple):
     end: int
 
 
-class Source(ABC):
-    """A stored average: a snapshot, a checkpoint of another program, or a live average. Any thread
-    may read it.
+class StoredTensors:
+    """Tensors in files, which any thread may read.
 
     As a context manager it keeps its files open; they must be those whose headers were read.
     """
 
-    word = "snapshot"
     path: Path  # the file or folder
     files: tuple[TensorFile, ...]  # those that together hold its tensors; none of a live average
     entries: Mapping[str, Entry]  # dtype and complete shape of each stored tensor
-    profile: (
-        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
-    )
-    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
-    t: float
-    t_unit: str
-    step: int
-    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    t_first: (
-        float  # the earliest time with mass in averages of the run, as far as this source shows
-    )
     tensors: dict[str, TrackedTensor]
     # further names of tensors, each with the name under which the tensor is stored
     aliases: dict[str, str]
-    left_out: tuple[str, ...]  # names in the model's state that were not tracked
-    measurements: Measurements | None  # None if they must be estimated
-    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
-    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
-    sample: str
-
-    def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
-        )
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """16 hexadecimal digits that identify its content."""
-
-    @abstractmethod
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
-        power function."""
+    t: float
 
     @property
     def copies(self) -> list[str]:
@@ -134,10 +99,6 @@ class Source(ABC):
     @property
     def averages(self) -> list[str]:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
-
-    @property
-    def roles(self) -> dict[str, str]:
-        return {name: tensor.role for name, tensor in self.tensors.items()}
 
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
@@ -160,48 +121,57 @@ class Source(ABC):
                 stack.callback(file.__exit__, kind)
 
     def read_box(
-        self, name: str, box: Box, out: memoryview, begin: int = 0, verify: bool = True
+        self,
+        name: str,
+        box: Box,
+        out: memoryview,
+        begin: int = 0,
+        verify: bool = True,
     ) -> None:
         """Fill `out` with the row-major elements of a box of a tensor, from element `begin` on,
         verified by default."""
         dtype = self.entries[name].dtype
-        wanted = np.frombuffer(out, np.uint8)
-        pieces = list[Box]()
         for file in self.files:
-            if (held := file.box(name)) is None:
-                continue
-            if held == box and file.entries[name].dtype == dtype:
+            if file.box(name) == box and file.entries[name].dtype == dtype:
                 file.read(name, begin * ITEM_BYTES[dtype], out, verify)
                 return
-            wanted = wanted.view(items(dtype))
-            pieces = pieces or [*boxes_of_range(box, begin, begin + wanted.size)]
-            common = [part for piece in pieces if (part := held.intersection(piece)).size]
-            if not common:
-                continue
-            spans = [held.span(part) for part in common]
-            first = min(a for a, _ in spans)
-            last = max(b for _, b in spans)
-            stored = file.entries[name].dtype
-            data = np.empty((last - first) * ITEM_BYTES[stored], np.uint8)
-            file.read(name, first * ITEM_BYTES[stored], data.data, verify)
-            # parts use a wider dtype for values that are too large or small for the run's dtype
-            if stored != dtype:
-                data = (
-                    decode_values(data, stored)
-                    .astype(np.dtype(DTYPES[dtype].torch_name))
-                    .view(np.uint8)
-                )
-            # Strides over the elements of the file, and over those of the box, so that both arrays
-            # have part's shape.
-            values = data.view(items(dtype))
-            item = ITEM_BYTES[dtype]
-            stored_steps, wanted_steps = (
-                [item * step for step in row_major(one.shape)] for one in (held, box)
-            )
-            for part, (at, _) in zip(common, spans, strict=True):
+        wanted = np.frombuffer(out, items(dtype))
+        pieces = [*boxes_of_range(box, begin, begin + wanted.size)]
+        steps = [wanted.itemsize * step for step in row_major(box.shape)]
+        for file in self.files:
+            held = file.box(name)
+            common = [] if held is None else [held.intersection(piece) for piece in pieces]
+            for part, values in self._parts(file, name, common, verify):
                 place, end = box.span(part)
-                target = as_strided(wanted[place - begin : end - begin], part.shape, wanted_steps)
-                target[...] = as_strided(values[at - first :], part.shape, stored_steps)
+                target = as_strided(wanted[place - begin : end - begin], part.shape, steps)
+                target[...] = values
+
+    def _parts(
+        self,
+        file: TensorFile,
+        name: str,
+        boxes: Iterable[Box],
+        verify: bool,
+    ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
+        """Yield the boxes that have elements, with these, which are read at once from a chunk."""
+        parts = [box for box in boxes if box.size]
+        if not parts:
+            return
+        held = file.boxes.get(name) or Box.full(file.entries[name].shape)
+        spans = [held.span(part) for part in parts]
+        first = min(begin for begin, _ in spans)
+        stored = file.entries[name].dtype
+        data = np.empty((max(end for _, end in spans) - first) * ITEM_BYTES[stored], np.uint8)
+        file.read(name, first * ITEM_BYTES[stored], data.data, verify)
+        dtype = self.entries[name].dtype
+        # parts use a wider dtype for values that are too large or small for the run's dtype
+        if stored != dtype:
+            wide = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name))
+            data = wide.view(np.uint8)
+        values = data.view(items(dtype))
+        steps = [values.itemsize * step for step in row_major(held.shape)]
+        for part, (begin, _) in zip(parts, spans, strict=True):
+            yield part, as_strided(values[begin - first :], part.shape, steps)
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end, verified."""
@@ -228,6 +198,51 @@ class Source(ABC):
         data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
         self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
+
+
+class Source(StoredTensors, ABC):
+    """A stored average: a snapshot, a checkpoint of another program, or a live average."""
+
+    word = "snapshot"
+    profile: (
+        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    )
+    run_id: str  # 32 hexadecimal digits, the same for all sources of a run
+    t: float
+    t_unit: str
+    step: int
+    sigma_rel: float  # the width that the average was tracked for; 0 for other averages
+    t_first: (
+        float  # the earliest time with mass in averages of the run, as far as this source shows
+    )
+    left_out: tuple[str, ...]  # names in the model's state that were not tracked
+    measurements: Measurements | None  # None if they must be estimated
+    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
+    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
+    sample: str
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.name}: {len(self.entries)} tensors at t = {self.t:,.12g})"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """16 hexadecimal digits that identify its content."""
+
+    @abstractmethod
+    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
+        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
+        power function."""
+
+    @property
+    def roles(self) -> dict[str, str]:
+        return {name: tensor.role for name, tensor in self.tensors.items()}
 
 
 # --- several sources
@@ -284,21 +299,16 @@ def model_difference(one: Source, other: Source) -> str:
     if one.aliases != other.aliases:
         return "do not match: they tie different names together"
     for name in sorted(one.tensors.keys() ^ other.tensors.keys()):
-        return (
-            f"do not match: tensor {shown(name)} is missing in "
-            f"{(other if name in one.tensors else one).name}"
-        )
+        lacking = other if name in one.tensors else one
+        return f"do not match: tensor {shown(name)} is missing in {lacking.name}"
     for name, tensor in one.tensors.items():
-        kinds = [f"{found.role} of {found.dtype}" for found in (tensor, other.tensors[name])]
-        if tensor.role != other.tensors[name].role or (
-            one.word == "snapshot" and tensor != other.tensors[name]
-        ):
-            return f"do not match: tensor {shown(name)} is {' and '.join(kinds)}"
-        if (shape := one.entries[name].shape) != (other_shape := other.entries[name].shape):
-            return (
-                f"do not match: tensor {shown(name)} has the shapes {list(shape)} and "
-                f"{list(other_shape)}"
-            )
+        second = other.tensors[name]
+        if tensor.role != second.role or (one.word == "snapshot" and tensor != second):
+            kinds = f"{tensor.role} of {tensor.dtype} and {second.role} of {second.dtype}"
+            return f"do not match: tensor {shown(name)} is {kinds}"
+        shapes = [list(source.entries[name].shape) for source in (one, other)]
+        if shapes[0] != shapes[1]:
+            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
     return ""
 
 
@@ -334,19 +344,18 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     on_disk = [source for source in sources if source.files]
     # earlier sketches show a part of the path
     last = max((source.t for source in sources), default=0.0)
-    text = next(
-        (source.sketch for source in (*on_disk, *sources) if source.t == last and source.sketch), ""
-    )
-    is_sampled = not text or any(source.measurements is None for source in on_disk)
-    found = (
-        dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True)) if is_sampled else {}
-    )
-    averages = [
-        replace(average, measurements=found.get(id(source), average.measurements))
-        for source, average in zip(sources, averages_of(sources), strict=True)
-    ]
-    prior = measured_prior(averages, decode_path(text).sketch if text else None)
-    return replace(prior, source=SAMPLED) if is_sampled and prior.source == MEASURED else prior
+    sketches = [source.sketch for source in (*on_disk, *sources) if source.t == last]
+    text = next(filter(None, sketches), "")
+    averages = averages_of(sources)
+    sketch = decode_path(text).sketch if text else None
+    if text and all(source.measurements is not None for source in on_disk):
+        return measured_prior(averages, sketch)
+    found = dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True))
+    for index, source in enumerate(sources):
+        if source.files:
+            averages[index] = replace(averages[index], measurements=found[id(source)])
+    prior = measured_prior(averages, sketch)
+    return replace(prior, source=SAMPLED) if prior.source == MEASURED else prior
 
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
@@ -370,11 +379,46 @@ class _Sample:
 
     source: Source
     values: FloatArray
+    starts: npt.NDArray[np.intp]  # the first sampled element of each tensor
     scale: float
     rounding: float
 
     def squared(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
+
+    def distance(self, other: _Sample) -> Distance:
+        squared = self.squared(self.values - other.values)
+        return Distance(other.source.profile, squared, self.rounding + other.rounding)
+
+
+_STILL = 1e-12
+"""Squared distance, relative to the squared norm, below which a tensor is constant: an average of
+equal values moves by roundings."""
+
+
+class _Norms:
+    """The squared norms of samples of one run, without the tensors that are constant in all of
+    them."""
+
+    def __init__(self) -> None:
+        self._first: FloatArray | None = None
+        self._squares: dict[int, FloatArray] = {}  # of each source's tensors
+        self._moved: FloatArray | float = 0.0
+
+    def add(self, sample: _Sample) -> None:
+        if self._first is None:
+            self._first = sample.values
+        squares = np.add.reduceat(sample.values**2, sample.starts)
+        distances = np.add.reduceat((sample.values - self._first) ** 2, sample.starts)
+        self._squares[id(sample.source)] = squares * sample.scale
+        self._moved = np.maximum(self._moved, distances > _STILL * squares)
+
+    def of_moving(self) -> dict[int, float]:
+        """Return the squared norm of each source, by its id; of all tensors if none moves."""
+        moving = np.asarray(self._moved, dtype=bool)
+        if not moving.any():
+            moving = ~moving
+        return {key: float(squares[moving].sum()) for key, squares in self._squares.items()}
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -387,36 +431,35 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
     another library's average, if at its time it is well above its rounding.
+
+    Norms, to which errors are relative, are those of the tensors that move: a constant table of
+    noise levels may be far longer than all weights.
     """
-    measured: dict[int, Measurements] = {}
+    measured = dict[int, Measurements]()
+    norms = _Norms()
     newest = defaultdict[tuple[float, bool], list[list[_Sample]]](list)
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
         now = [_read(source, ranges) for source in at_time]
-        earlier = [
-            sample for kind in sorted(newest) for samples in newest[kind] for sample in samples
-        ]
+        earlier = [*chain(*chain(*(newest[kind] for kind in sorted(newest))))]
         recent = [_recent_motion(sample, newest[_kind(sample.source)]) for sample in now]
         is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
         for sample, motion in zip(now, recent, strict=True):
+            others = [one for one in now if one is not sample] + earlier
             distances = [motion] if motion else []
-            for other in (
-                () if motion and is_clear else [one for one in now if one is not sample] + earlier
-            ):
-                squared = sample.squared(sample.values - other.values)
-                distances.append(
-                    Distance(other.source.profile, squared, sample.rounding + other.rounding)
-                )
-            norm = sample.squared(sample.values)
-            measured[id(sample.source)] = Measurements(norm, sample.rounding, tuple(distances))
+            if not (motion and is_clear):
+                distances += map(sample.distance, others)
+            norms.add(sample)
+            measured[id(sample.source)] = Measurements(0.0, sample.rounding, tuple(distances))
         for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.source)):
             newest[kind] = [*newest[kind], list(of_kind)][-2:]
-    sums = [
-        each
-        for one in measured.values()
-        for each in (one.norm, *(distance.squared for distance in one.distances))
-    ]
-    return [measured[id(source)] if np.isfinite(sums).all() else None for source in sources]
+    for key, norm in norms.of_moving().items():
+        measured[key] = replace(measured[key], norm=norm)
+    sums = [one.norm for one in measured.values()]
+    for one in measured.values():
+        sums += [distance.squared for distance in one.distances]
+    is_usable = bool(np.isfinite(sums).all())
+    return [measured[id(source)] if is_usable else None for source in sources]
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
@@ -448,10 +491,11 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
     runs = -(-total // RUN_ELEMENTS)
     wanted = MOST_ELEMENTS // RUN_ELEMENTS
-    chosen = {
-        *np.random.default_rng(int(source.run_id, 16)).choice(runs, wanted, replace=False).tolist()
-    }
-    edges = {*ends, *(min((run + end) * RUN_ELEMENTS, total) for run in chosen for end in (0, 1))}
+    generator = np.random.default_rng(int(source.run_id, 16))
+    chosen = set(generator.choice(runs, wanted, replace=False).tolist())
+    edges = {*ends}
+    for run in chosen:
+        edges |= {run * RUN_ELEMENTS, min((run + 1) * RUN_ELEMENTS, total)}
     ranges = []
     for begin, end in pairwise(sorted(edges)):
         if begin // RUN_ELEMENTS in chosen:
@@ -463,20 +507,25 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
 
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts = [np.empty(0)]
+    sizes: dict[str, int] = {}
     rounding = 0.0
     with source:
         for name, begin, end in ranges:
+            sizes[name] = sizes.get(name, 0) + end - begin
             values = source.values(name, begin, end)
             if not np.isfinite(values).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
             rounding += expected_rounding(
-                values, source.entries[name].dtype, source.tensors[name].dtype
+                values,
+                source.entries[name].dtype,
+                source.tensors[name].dtype,
             )
     values = np.concatenate(parts)
+    starts = np.cumsum([0, *sizes.values()])[:-1]
     scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
-    return _Sample(source, values, scale, rounding * scale)
+    return _Sample(source, values, starts, scale, rounding * scale)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other
@@ -505,18 +554,11 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     a, b, c = (each.source.profile for each in (sample_a, sample_b, sample))
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
-    shares = []
-    for earlier, later in ((a, b), (b, c)):
-        share = 1 - float(later.tail(earlier.t))
-        if not _NONE < share < 1 - _NONE:
-            return None
-        apart = (later.tail(earlier.times) - later.tail(earlier.t)) / share - earlier.tail(
-            earlier.times
-        )
-        if np.abs(apart).max() > _LIKE:
-            return None
-        shares.append(share)
-    share_b = shares[1] + (1 - shares[1]) / (1 - shares[0])
+    first = _share(a, b)
+    last = _share(b, c)
+    if first is None or last is None:
+        return None
+    share_b = last + (1 - last) / (1 - first)
     unmoved = share_b * sample_b.values + (1 - share_b) * sample_a.values
     rounding = (
         sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
@@ -524,5 +566,17 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
     return Distance(
-        Discrete(b.times, masses, b.t), sample.squared(sample.values - unmoved), rounding
+        Discrete(b.times, masses, b.t),
+        sample.squared(sample.values - unmoved),
+        rounding,
     )
+
+
+def _share(earlier: Discrete, later: Discrete) -> float | None:
+    """Return the share of an average in a later one; None if that does not continue it."""
+    share = 1 - float(later.tail(earlier.t))
+    if not _NONE < share < 1 - _NONE:
+        return None
+    since = later.tail(earlier.times) - later.tail(earlier.t)
+    apart = since / share - earlier.tail(earlier.times)
+    return share if np.abs(apart).max() <= _LIKE else None

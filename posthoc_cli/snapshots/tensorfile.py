@@ -116,6 +116,16 @@ class Entry:
     def blocks(self) -> int:
         return -(-math.prod(self.shape) // BLOCK)
 
+    @property
+    def reach(self) -> int:
+        """The number of elements from the first to the last in the file."""
+        if not self.strides:
+            return self.size
+        reach = 1
+        for length, step in zip(self.shape, self.strides, strict=True):
+            reach += (length - 1) * step
+        return reach
+
 
 # --- boxes
 #
@@ -248,11 +258,14 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
             else ""
         )
         raise kind(
-            path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint
+            path,
+            f"cannot be {verb}: {(error.strerror or str(error)).lower()}",
+            hint,
         ) from error
     except ValueError as error:
         raise FileFormatError(
-            f"{str(path)!r}", f"cannot be {verb}: no file can have this name"
+            f"{str(path)!r}",
+            f"cannot be {verb}: no file can have this name",
         ) from error
 
 
@@ -434,7 +447,9 @@ class TensorFile:
             is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
             if not is_same and file.stamp != self.stamp:
                 raise FileFormatError(
-                    self.path, "was replaced while it was being used", "run again"
+                    self.path,
+                    "was replaced while it was being used",
+                    "run again",
                 )
             stack.pop_all()
         return file
@@ -518,7 +533,8 @@ class TensorFile:
             place = 16 * ((begin + at) // size)
             if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
                 raise FileFormatError(
-                    self.path, f"tensor {shown(name)} is damaged: its checksum does not match"
+                    self.path,
+                    f"tensor {shown(name)} is damaged: its checksum does not match",
                 )
 
     def _fill(self, offset: int, view: memoryview) -> None:
@@ -535,10 +551,7 @@ class TensorFile:
         with handle.lock:
             if handle.reordered is None or handle.reordered[0] != entry:
                 dtype = items(entry.dtype)
-                reach = 1
-                for size, step in zip(entry.shape, entry.strides, strict=True):
-                    reach += (size - 1) * step
-                stored = np.empty(reach, dtype)
+                stored = np.empty(entry.reach, dtype)
                 self._fill(entry.begin, stored.view(np.uint8).data)
                 steps = [dtype.itemsize * step for step in entry.strides]
                 strided = as_strided(stored, entry.shape, steps)
@@ -622,22 +635,20 @@ def _require_few(count: int) -> None:
 def _read_start(file: OpenedFile) -> bytes:
     """Return the first 8 + N bytes of a file, which precede the payload."""
     prefix = file.read_at(8, 0)
-    hint = ""
-    length = int.from_bytes(prefix, "little")
     if len(prefix) < 8:
         reason = f"truncated: {file.size:,} bytes cannot hold a safetensors header"
-    elif length <= MAX_HEADER_BYTES and 8 + length <= file.size:
+        raise FileFormatError(file.path, reason)
+    length = int.from_bytes(prefix, "little")
+    if length <= MAX_HEADER_BYTES and 8 + length <= file.size:
         text = file.read_at(length, 8)
-        if len(text) == length:
-            return prefix + text
-        reason = _SHORTER
-    elif prefix.startswith(_PICKLES):
+        if len(text) < length:
+            raise FileFormatError(file.path, _SHORTER)
+        return prefix + text
+    if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"
-        hint = "rename it with the suffix of its format"
-    else:
-        taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
-        reason = f"damaged, truncated or not safetensors: {taken}"
-    raise FileFormatError(file.path, reason, hint)
+        raise FileFormatError(file.path, reason, "rename it with the suffix of its format")
+    taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
+    raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 
 
 def _checksum(start: bytes) -> str:
@@ -648,42 +659,39 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     """Return the tensors in their order in the payload, which they must fill to the end of the file
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
-    entries: dict[str, Entry] = {}
-    for name, value in raw.items():
-        try:
-            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-            is_entry = (
-                len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
-            )
-        except (TypeError, KeyError, ValueError):
-            is_entry = False
-        problem = ""
-        # Sizes of 0 are ignored here, since no array library can represent the strides of such a
-        # shape.
-        if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
-            problem = "its header entry is malformed"
-        elif not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            problem = f"dtype {shown(dtype)} is none of {', '.join(ITEM_BYTES)}"
-        else:
-            entries[name] = Entry(dtype, tuple(shape), start + begin)
-            if end - begin != entries[name].nbytes:
-                problem = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        if problem:
-            raise ValueError(f"tensor {shown(name)}: {problem}")
-    entries = dict(
-        sorted(entries.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
-    )
+    found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
+    in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
     position = start
-    for name, entry in entries.items():
+    for name, entry in in_order:
         if entry.begin != position:
-            raise ValueError(
-                f"tensor {shown(name)}: begins at {entry.begin - start:,}, not at "
-                f"{position - start:,}"
-            )
+            places = f"{entry.begin - start:,}, not at {position - start:,}"
+            raise ValueError(f"tensor {shown(name)}: begins at {places}")
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
     _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
-    return entries
+    return dict(in_order)
+
+
+def _decode_entry(name: str, value: Any, start: int) -> Entry:
+    """Return a tensor's entry of a header; raise ValueError if it is malformed."""
+    try:
+        dtype = value["dtype"]
+        shape = value["shape"]
+        begin, end = value["data_offsets"]
+        is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+    except (TypeError, KeyError, ValueError):
+        is_entry = False
+    # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
+    if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
+        raise ValueError(f"tensor {shown(name)}: its header entry is malformed")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        accepted = ", ".join(ITEM_BYTES)
+        raise ValueError(f"tensor {shown(name)}: dtype {shown(dtype)} is none of {accepted}")
+    entry = Entry(dtype, tuple(shape), start + begin)
+    if end - begin != entry.nbytes:
+        made = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise ValueError(f"tensor {shown(name)}: {made}")
+    return entry
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -753,7 +761,11 @@ def compact(value: object) -> str:
         return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
     return json.dumps(
-        value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+        value,
+        separators=(",", ":"),
+        ensure_ascii=False,
+        allow_nan=False,
+        default=plain,
     )
 
 
@@ -782,15 +794,15 @@ class TensorFileWriter:
         overwrite: bool = False,
     ) -> None:
         self.path = path
+        self.entries = dict[str, Entry]()
         self._content = content
         self._metadata = metadata
         laid_out = lay_out(entries)
         self._header = bytearray(encode_header(laid_out, content, metadata))
-        self._entries = dict[str, Entry]()
         self._sums_at = dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
-            self._entries[name] = replace(entry, begin=len(self._header) + entry.begin)
+            self.entries[name] = replace(entry, begin=len(self._header) + entry.begin)
             self._sums_at[name] = at
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
@@ -801,7 +813,7 @@ class TensorFileWriter:
     def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
-        entry = self._entries[name]
+        entry = self.entries[name]
         digest = xxhash.xxh3_64()
         at = begin
         block = BLOCK * ITEM_BYTES[entry.dtype]
@@ -825,12 +837,19 @@ class TensorFileWriter:
         status = os.fstat(self._file.descriptor)
         self._file.publish()
         sums = {
-            name: self._header[at : at + 16 * self._entries[name].blocks].decode()
+            name: self._header[at : at + 16 * self.entries[name].blocks].decode()
             for name, at in self._sums_at.items()
         }
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(
-            self.path, self._entries, stamp, sums, {}, self._metadata, self._content, checksum
+            self.path,
+            self.entries,
+            stamp,
+            sums,
+            {},
+            self._metadata,
+            self._content,
+            checksum,
         )
 
     def __enter__(self) -> TensorFileWriter:
@@ -890,7 +909,8 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     placed: dict[str, Entry] = {}
     begin = 0
     for name, entry in sorted(
-        entries.items(), key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK)
+        entries.items(),
+        key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK),
     ):
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes

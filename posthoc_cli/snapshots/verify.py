@@ -7,9 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
@@ -27,11 +26,14 @@ from posthoc_cli.snapshots.outputs import (
     INDEX_SUFFIX,
     OutputInfo,
     decode_index,
+    read_index,
     read_model,
 )
 from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
+
+T = TypeVar("T")
 
 ACCEPTED = (
     "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a "
@@ -143,9 +145,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     paths = sorted({*listing.files, *shards})
     with progress("verifying", sum(map(file_size, paths))) as advance:
         found = {file: report for file in paths if (report := _report(file, advance))}
-    headers = [
-        report and (report.error or report.header) for report in map(found.get, listing.files)
-    ]
+    reports = map(found.get, listing.files)
+    headers = [report and (report.error or report.header) for report in reports]
     content = inspected(listing, headers)
     problems = [str(error) for error in content.problems if error not in headers]
     notes = [*content.notes]
@@ -154,17 +155,14 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         problems = notes
         notes = []
         incomplete = set()
-    checks: list[Callable[[], object]] = [partial(read_model, index) for index in indexes]
-    checks += [] if problems else [partial(run_clock, content.snapshots)]
-    for check in checks:
-        try:
-            check()
-        except (FileFormatError, MismatchError) as error:
-            problems.append(str(error))
-    if pickles := sum(entry.suffix in PICKLES for entry in listing.entries):
-        notes.append(
-            f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read"
-        )
+    if not problems:
+        problems += _problems_of(run_clock, content.snapshots)
+    for index in indexes:
+        problems += _problems_of(_check_index, index)
+    pickles = sum(entry.suffix in PICKLES for entry in listing.entries)
+    if pickles:
+        text = f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read"
+        notes.append(text)
     return Verification(
         path,
         path.is_dir(),
@@ -177,22 +175,22 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     )
 
 
+def _problems_of(check: Callable[[T], object], what: T) -> list[str]:
+    try:
+        check(what)
+    except (FileFormatError, MismatchError) as error:
+        return [str(error)]
+    return []
+
+
 def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     """List a path; return also indexes of shards, and the files that belong to them; DirectoryError
     if nothing."""
     listing = Directory(path, candidates={path: [path]})
     indexes = list[Path]()
-    shards = list[Path]()
     if path.is_dir():
         listing = listed(path)
-        others = (
-            p
-            for p in listing.entries
-            if p.suffix != SUFFIX and p.name != SUPERSEDED and not p.is_symlink()
-        )
-        for index in (folder / INDEX_NAME for folder in (path, *others)):
-            with suppress(OSError):  # no permission, or a name too long
-                indexes += [index] if index.is_file() else []
+        indexes = _indexes_in(listing)
     elif files.is_absent(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     elif path.suffix in PICKLES:
@@ -200,6 +198,7 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
     elif path.name.endswith(INDEX_SUFFIX):
         listing = Directory(path)
         indexes = [path]
+    shards = list[Path]()
     leftovers = [*listing.leftovers]
     for index in indexes:
         with suppress(DirectoryError):  # the files that it names are read in any case
@@ -212,6 +211,30 @@ def _listed(path: Path) -> tuple[Directory, list[Path], list[Path]]:
         raise DirectoryError(path, "holds no snapshots or outputs", ACCEPTED)
     candidates = {path: listing.files} if is_parts_folder(path) else listing.candidates
     return replace(listing, candidates=candidates, leftovers=leftovers), indexes, shards
+
+
+def _indexes_in(listing: Directory) -> list[Path]:
+    """Return the indexes of sharded models in a directory and in the folders in it."""
+    indexes = list[Path]()
+    for folder in (listing.path, *listing.entries):
+        if folder.suffix == SUFFIX or folder.name == SUPERSEDED:
+            continue
+        index = folder / INDEX_NAME
+        with suppress(OSError):  # no permission, or a name too long
+            if index.is_file() and (folder == listing.path or not folder.is_symlink()):
+                indexes.append(index)
+    return indexes
+
+
+def _check_index(path: Path) -> None:
+    """Raise an error unless an index fits its shards; one of an output says their size."""
+    shards, output = read_model(path)
+    nbytes = 0
+    for shard in shards:
+        nbytes += sum(entry.nbytes for entry in shard.entries.values())
+    metadata = read_index(path).get("metadata")
+    if output is not None and metadata != {"total_size": nbytes}:
+        raise FileFormatError(path, f"damaged: its metadata must be the total_size {nbytes:,}")
 
 
 # --- a file
@@ -231,7 +254,11 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
         output = decode(file, "output", OutputInfo) if file.kind == "output" else None
         header = output or (None if file.kind is None else decode_snapshot(file))
         report = FileReport(
-            path, _words(header), INTACT if header else UNCHECKED, nbytes=file.nbytes, header=header
+            path,
+            _words(header),
+            INTACT if header else UNCHECKED,
+            nbytes=file.nbytes,
+            header=header,
         )
         progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
@@ -244,7 +271,10 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
             isinstance(cause, OSError) and cause.errno not in _BROKEN_FILE
         )
         return replace(
-            report, state=DAMAGED if is_broken else UNREADABLE, detail=error.reason, error=error
+            report,
+            state=DAMAGED if is_broken else UNREADABLE,
+            detail=error.reason,
+            error=error,
         )
 
 

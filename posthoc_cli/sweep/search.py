@@ -462,7 +462,8 @@ class Search:
             yield
             return
         while True:
-            found = self._estimate(min(3, len(first)), self._minimize)
+            least = min(3, max(2, len(first) - 1), len(first))  # of three one may fail
+            found = self._estimate(least, self._minimize)
             self.found = found
             yield
             wanted = self._next(found)

@@ -144,7 +144,7 @@ class Metric:
             wanted = "a number"
             if self.key is not None:
                 wanted += f", nor {self.key} and a number, nor a JSON object with {shown(self.key)}"
-            reason = f"no line of its output is {wanted}"
+            reason = f"no line of its standard output is {wanted}"
         else:
             path, value = _stored(folder, self.file)
             values = [value]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, cycle, pairwise
-from typing import Any, Protocol
+from itertools import accumulate, chain, cycle, pairwise
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,9 +27,9 @@ from posthoc_cli.files import is_url
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.snapshot import running_statistics
-from posthoc_cli.snapshots.sources import Source
-from posthoc_cli.snapshots.tensorfile import BLOCK, Box, in_turn, tensor_from_bytes
-from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.snapshots.sources import StoredTensors
+from posthoc_cli.snapshots.tensorfile import BLOCK, in_turn, tensor_bytes, tensor_from_bytes
+from posthoc_cli.synthesis.plan import Combination, Plan
 
 # --- sums
 #
@@ -53,7 +53,11 @@ class Sums:
     """
 
     def __init__(
-        self, coefficients: FloatArray, room: int, wide: torch.dtype, device: torch.device
+        self,
+        coefficients: FloatArray,
+        room: int,
+        wide: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.room = room
         self._sources, targets = coefficients.shape
@@ -97,7 +101,8 @@ class Sums:
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
                 (total.zero_() if index == 0 else total).add_(
-                    self._terms[index - first], alpha=scale
+                    self._terms[index - first],
+                    alpha=scale,
                 )
 
 
@@ -124,22 +129,27 @@ MOST_PARTED = 16 * BLOCK
 MAX_BATCH = 1024
 
 
+class Kind(NamedTuple):
+    """What the tensors of a tile have in common: they are made alike."""
+
+    # "average"; "variance", an average that is kept positive; "stored", an average that is taken
+    # as it is; or "copy"
+    role: str
+    dtype: str  # safetensors name of the output's dtype
+    wide: str  # that of the sums' dtype; without sums that of the stored one
+    stored: tuple[str, ...]  # that in each source
+
+
 @dataclass(frozen=True)
 class Tile:
     """The elements from `begin` on of a large tensor, or several complete small tensors, end to
-    end.
+    end."""
 
-    The tensors have the same dtypes in each source and in the output, and are made alike.
-    """
-
-    plan: Plan  # with the coefficients of its tensors
+    plan: Combination  # with the coefficients of its tensors
+    kind: Kind
     names: tuple[str, ...]  # the stored names of the tensors
     # the offset of each tensor in the tile, in elements, and the number of elements
     bounds: tuple[int, ...]
-    role: str  # "average", "copy" or "variance" (an average that is kept positive)
-    dtype: str  # safetensors name of the output's dtype
-    wide: str  # safetensors name of the sums' dtype; for copies of the stored dtype
-    stored: tuple[str, ...]  # that in each source
     begin: int = 0
     last: bool = True  # whether this tile and the tiles before it complete its tensors
 
@@ -148,89 +158,121 @@ class Tile:
         return self.bounds[-1]
 
     @cached_property
-    def box(self) -> Box:
-        """What to make of the one tensor."""
-        return self.plan.box(self.names[0])
-
-    @cached_property
     def spans(self) -> list[tuple[str, int, int]]:
         """The name of each tensor, with its begin and its end in the tile."""
         return [(name, *ends) for name, ends in zip(self.names, pairwise(self.bounds), strict=True)]
 
+    def pieces(self, values: torch.Tensor) -> Iterator[tuple[str, memoryview, int]]:
+        """Yield under all names the bytes of each tensor, and where in the tensor they begin."""
+        view = tensor_bytes(values)
+        item = ITEM_BYTES[self.kind.dtype]
+        for name, begin, end in self.spans:
+            data = view[begin * item : end * item]
+            for alias in self.plan.names[name]:
+                yield alias, data, self.begin * item
+
     @property
     def stored_bytes(self) -> int:
         """The bytes to read for the tile, over all sources."""
-        return self.size * sum(ITEM_BYTES[dtype] for dtype in self.stored)
+        return self.size * sum(ITEM_BYTES[dtype] for dtype in self.kind.stored)
 
 
-def cut_tiles(plan: Plan, size: int, wide_dtype: str | None) -> list[Tile]:
-    """Return all tiles of a synthesis, of at most `size` elements, unless chunks make them longer.
+def tile_size(targets: int) -> int:
+    """Return the number of elements in a tile of one large tensor."""
+    return ONE_TARGET if targets == 1 else BLOCK
 
-    The tiles of one tensor are consecutive. `wide_dtype` is the dtype of all sums; None to choose
-    it for each tensor.
-    """
-    tiles: list[Tile] = []
-    batches = defaultdict[tuple[str, str, str, tuple[str, ...]], dict[str, int]](dict)
-    statistics = running_statistics(plan.newest.tensors)
 
-    def flush(kind: tuple[str, str, str, tuple[str, ...]]) -> None:
-        batch = batches.pop(kind)
-        tiles.append(Tile(plan, tuple(batch), (0, *accumulate(batch.values())), *kind))
-
-    for name, tensor in plan.tensors.items():
-        is_variance = name.endswith("running_var") and (
-            tensor.role == "statistic" or name in statistics
-        )
-        role = "copy" if tensor.role == "copy" else "variance" if is_variance else "average"
-        wide = wide_dtype or ("F64" if tensor.dtype == "F64" or name not in plan.coarse else "F32")
-        wide = plan.newest.entries[name].dtype if role == "copy" else wide
-        stored = tuple(source.entries[name].dtype for source in plan.sources)
-        kind = (role, plan.output_dtype(name), wide, stored)
-        count = plan.box(name).size
-        if count <= BLOCK and name not in plan.boxes:
-            if sum(batches[kind].values()) + count > BLOCK or len(batches[kind]) == MAX_BATCH:
-                flush(kind)
-            batches[kind][name] = count
-            continue
-        cells = max(source.cells(name) for source in plan.sources)
-        step = min(size * max(1, cells), max(size, MOST_PARTED))
-        for begin in range(0, max(count, 1), step):
-            end = min(begin + step, count)
-            tiles.append(Tile(plan, (name,), (0, end - begin), *kind, begin, end == count))
-    for kind in list(batches):
-        flush(kind)
+def cut_tiles(parts: Sequence[Combination], targets: int, device: torch.device) -> list[Tile]:
+    """Return the tiles of all tensors; those of one tensor are consecutive."""
+    tiles = list[Tile]()
+    for plan in parts:
+        statistics = running_statistics(plan.newest.tensors)
+        batches = defaultdict[Kind, list[str]](list)
+        sizes = Counter[Kind]()
+        for name in plan.tensors:
+            kind = _kind_of(plan, name, statistics, device)
+            size = plan.box(name).size
+            if size > BLOCK or name in plan.boxes:
+                tiles += _cut(plan, kind, name, tile_size(targets))
+                continue
+            if sizes[kind] + size > BLOCK or len(batches[kind]) == MAX_BATCH:
+                tiles.append(_batch(plan, kind, batches.pop(kind)))
+                sizes[kind] = 0
+            batches[kind].append(name)
+            sizes[kind] += size
+        tiles += [_batch(plan, kind, names) for kind, names in batches.items()]
     return tiles
 
 
-# --- tiles on threads
+def _kind_of(
+    plan: Combination, name: str, statistics: Collection[str], device: torch.device
+) -> Kind:
+    tensor = plan.tensors[name]
+    stored = tuple(source.entries[name].dtype for source in plan.sources)
+    dtype = plan.output_dtype(name)
+    if tensor.role == "copy" or plan.coefficients is None:
+        role = "copy" if tensor.role == "copy" else "stored"
+        return Kind(role, dtype, plan.newest.entries[name].dtype, stored)
+    is_statistic = tensor.role == "statistic" or name in statistics
+    role = "variance" if is_statistic and name.endswith("running_var") else "average"
+    is_wide = tensor.dtype == "F64" or name not in plan.coarse
+    return Kind(role, dtype, "F64" if is_wide and device.type != "mps" else "F32", stored)
 
-Progress = Callable[[int], object]
+
+def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
+    """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
+    count = plan.box(name).size
+    cells = max(source.cells(name) for source in plan.sources)
+    step = min(size * max(1, cells), max(size, MOST_PARTED))
+    for begin in range(0, max(count, 1), step):
+        end = min(begin + step, count)
+        yield Tile(plan, kind, (name,), (0, end - begin), begin, end == count)
 
 
-class TileOutput(Protocol):
+def _batch(plan: Combination, kind: Kind, names: Sequence[str]) -> Tile:
+    bounds = accumulate((plan.box(name).size for name in names), initial=0)
+    return Tile(plan, kind, tuple(names), tuple(bounds))
+
+
+# --- outputs
+
+
+class Output(Protocol):
     """What takes the tiles of one target."""
-
-    def prepare(self, tile: Tile) -> None:
-        """Make room for a tile; called in the thread that called the engine, in order."""
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         """Take the values of a tile, once, in any thread; the caller reuses their memory."""
 
 
-# For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are
-# requested ahead for each thread, which are of one tile; so also the least number of threads, and
-# the most of these if sources are few.
-REQUESTS = 32
-AHEAD = 24
-REMOTE_THREADS = 6
-MOST_THREADS = 16
+class InMemory:
+    """Complete tensors of one target, by their stored names."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.tensors = dict[str, torch.Tensor]()
+        self._device = device
+
+    def make_room(self, plan: Combination, names: Iterable[str]) -> None:
+        with torch.inference_mode(False):  # the caller may have enabled it
+            for name in names:
+                if name not in self.tensors:
+                    dtype = torch_dtype(plan.output_dtype(name))
+                    shape = plan.box(name).shape
+                    self.tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        flat = [self.tensors[name].view(-1) for name in tile.names]
+        if len(flat) == 1:
+            flat[0][tile.begin : tile.begin + tile.size].copy_(values)
+            return
+        sizes = [end - begin for _, begin, end in tile.spans]
+        torch._foreach_copy_(flat, torch.split(values, sizes))
 
 
 def synthesize(
     plan: Plan,
     device: torch.device | str = "cpu",
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
     """Yield (name, one tensor per target) for each tensor, on `device`. Small tensors come in
     batches.
@@ -244,8 +286,12 @@ def synthesize(
     """
     place = check_device(device)
     outputs = [InMemory(place) for _ in plan.targets]
-    with closing(synthesize_into(plan, outputs, place, workers, progress)) as tiles:
-        for tile in tiles:
+    parts = plan.passes()
+    tiles = _with_room(cut_tiles(parts, len(outputs), place), outputs)
+    with closing(make_tiles(parts, tiles, outputs, place, workers)) as made:
+        for tile in made:
+            if progress is not None:
+                progress(tile.stored_bytes)
             for name in tile.names if tile.last else ():
                 values = [output.tensors.pop(name) for output in outputs]
                 for alias in tile.plan.names[name]:
@@ -253,109 +299,125 @@ def synthesize(
                 del values  # release the memory before the next tensor is made
 
 
-class InMemory:
-    """Complete tensors of one target, by their stored names."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.tensors = dict[str, torch.Tensor]()
-        self._device = device
-
-    def prepare(self, tile: Tile) -> None:
-        dtype = torch_dtype(tile.dtype)
-        with torch.inference_mode(False):  # the caller may have enabled it
-            for name in tile.names:
-                if name not in self.tensors:
-                    shape = tile.plan.box(name).shape
-                    self.tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
-
-    def write(self, tile: Tile, values: torch.Tensor) -> None:
-        flat = [self.tensors[name].view(-1) for name in tile.names]
-        if len(flat) == 1:
-            flat[0][tile.begin : tile.begin + tile.size].copy_(values)
-            return
-        sizes = [end - begin for _, begin, end in tile.spans]
-        torch._foreach_copy_(flat, torch.split(values, sizes))
+def _with_room(tiles: Iterable[Tile], outputs: Sequence[InMemory]) -> Iterator[Tile]:
+    """Yield tiles, each when it is to be begun, after making room for its tensors."""
+    for tile in tiles:
+        for output in outputs:
+            output.make_room(tile.plan, tile.names)
+        yield tile
 
 
-def synthesize_into(
-    plan: Plan,
-    outputs: Sequence[TileOutput],
+# --- threads
+
+# For sources in an object store: the requests of ONE_TARGET elements at a time; the blocks that are
+# requested ahead for each thread, which are of one tile; so also the least number of threads, and
+# the most of these if sources are few.
+REQUESTS = 32
+AHEAD = 24
+REMOTE_THREADS = 6
+MOST_THREADS = 16
+
+
+def make_tiles(
+    parts: Sequence[Combination],
+    tiles: Iterable[Tile],
+    outputs: Sequence[Output],
     device: torch.device,
     workers: int | None = None,
-    progress: Progress | None = None,
 ) -> Generator[Tile, None, None]:
-    """Synthesize into outputs, one per target, and yield each complete tile, in order.
+    """Make the tiles of these combinations, write them to outputs, one per target, and yield each
+    complete tile, in order.
 
     At most two tiles per thread are queued or in progress. When the iteration ends, whether by an
     error in a thread, by Ctrl-C or because the caller stops iterating, every thread is stopped
     first, within a tile.
     """
-    wide = "F32" if device.type == "mps" else None  # mps has no float64
-    size = ONE_TARGET if len(plan.targets) == 1 else BLOCK
-    tiles = deque(tile for part in plan.passes() for tile in cut_tiles(part, size, wide))
-    remote = any(source.files and is_url(source.path) for source in plan.sources)
-    least = (
-        max(REMOTE_THREADS, min(REQUESTS // len(plan.sources), MOST_THREADS))
-        if workers is None and remote
-        else 1
-    )
-    workers = min(max(least, worker_count(workers)), max(1, len(tiles)))
-    local = threading.local()
-    torch_threads = torch.get_num_threads()
-    queue: deque[Future[Tile]] = deque()
-    # the first error of a thread comes first; any stops all threads
-    errors: list[BaseException] = []
+    sources = [*chain.from_iterable(plan.sources for plan in parts)]
+    remote = any(source.files and is_url(source.path) for source in sources)
+    count = worker_count(workers)
+    if workers is None and remote:
+        count = max(count, REMOTE_THREADS, min(REQUESTS // len(sources), MOST_THREADS))
+    queue = deque[Future[Tile]]()
+    with ExitStack() as stack:
+        for source in in_turn(lambda source: source.__enter__(), sources, remote):
+            stack.push(source.__exit__)
+        threads = stack.enter_context(_Threads(outputs, device, count, remote))
+        for tile in tiles:
+            queue.append(threads.begin(tile))
+            if len(queue) == 2 * count:
+                yield threads.result(queue.popleft())
+        while queue:
+            yield threads.result(queue.popleft())
 
-    def work(tile: Tile, ready: Any) -> Tile:
+
+class _Threads:
+    """Threads that make tiles; at the end of a `with` block all are stopped."""
+
+    def __init__(
+        self,
+        outputs: Sequence[Output],
+        device: torch.device,
+        count: int,
+        remote: bool,
+    ) -> None:
+        self._outputs = outputs
+        self._device = device
+        self._size = tile_size(len(outputs))
+        self._local = threading.local()
+        # the first error of a thread comes first; any stops all threads
+        self._errors = list[BaseException]()
+        self._readers = None
+        if remote:
+            requests = REQUESTS * ONE_TARGET // self._size
+            self._readers = ThreadPoolExecutor(requests, "ema-requests")
+        self._torch_threads = torch.get_num_threads()
+        # Within a worker torch uses one thread: the tiles run in parallel instead.
+        self._pool = ThreadPoolExecutor(count, "ema-synthesis", torch.set_num_threads, (1,))
+
+    def begin(self, tile: Tile) -> Future[Tile]:
+        ready: Any = None
+        if self._device.type == "cuda":
+            # after all work so far in the calling thread's stream
+            ready = torch.cuda.current_stream(self._device).record_event()
+        return self._pool.submit(self._make, tile, ready)
+
+    def result(self, future: Future[Tile]) -> Tile:
+        try:
+            return future.result()
+        except CancelledError:
+            raise self._errors[0] from None
+
+    def _make(self, tile: Tile, ready: Any) -> Tile:
+        local = self._local
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
-                    local.maker = Maker(tile.plan, device, size, errors, readers)
-                local.maker.make(tile, outputs, ready)
+                    local.maker = Maker(
+                        tile.plan,
+                        self._device,
+                        self._size,
+                        self._errors,
+                        self._readers,
+                    )
+                local.maker.make(tile, self._outputs, ready)
             except BaseException as error:
-                errors.append(error)
+                self._errors.append(error)
                 raise
         return tile
 
-    with ExitStack() as stack:
-        for source in in_turn(lambda source: source.__enter__(), plan.sources, remote):
-            stack.push(source.__exit__)
-        readers = (
-            ThreadPoolExecutor(REQUESTS * ONE_TARGET // size, "ema-requests") if remote else None
-        )
-        if readers:
-            stack.callback(readers.shutdown)
-        # Within a worker torch uses one thread: the tiles run in parallel instead.
-        pool = stack.enter_context(
-            ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,))
-        )
-        try:
-            while tiles or queue:
-                if tiles and len(queue) < 2 * workers:
-                    for output in outputs:
-                        output.prepare(tiles[0])
-                    # Recorded after all work so far in the calling thread's stream.
-                    ready: Any = (
-                        torch.cuda.current_stream(device).record_event()
-                        if device.type == "cuda"
-                        else None
-                    )
-                    queue.append(pool.submit(work, tiles.popleft(), ready))
-                    continue
-                tile = queue.popleft().result()
-                if progress is not None:
-                    progress(tile.stored_bytes)
-                yield tile
-        except CancelledError:
-            raise errors[0] from None
-        finally:
-            errors.append(CancelledError())
-            if readers:
-                readers.shutdown(wait=False, cancel_futures=True)
-            pool.shutdown(wait=True, cancel_futures=True)
-            errors.clear()  # their tracebacks hold the memory of tiles
-            # the workers' setting is also that of threads that begin later
-            torch.set_num_threads(torch_threads)
+    def __enter__(self) -> _Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._errors.append(CancelledError())
+        if self._readers:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._readers:
+            self._readers.shutdown()
+        self._errors.clear()  # their tracebacks hold the memory of tiles
+        # the workers' setting is also that of threads that begin later
+        torch.set_num_threads(self._torch_threads)
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -379,7 +441,10 @@ def check_device(device: torch.device | str) -> torch.device:
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     available += ["mps"] * torch.backends.mps.is_available()
     raise InvalidValueError(
-        "device", reason, f"choose from auto, {', '.join(available)}", value=f"{str(device)!r}"
+        "device",
+        reason,
+        f"choose from auto, {', '.join(available)}",
+        value=f"{str(device)!r}",
     )
 
 
@@ -414,7 +479,7 @@ class Maker:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Combination,
         device: torch.device,
         size: int,
         errors: Sequence[BaseException],
@@ -436,7 +501,7 @@ class Maker:
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if self._is_cuda else None
 
-    def make(self, tile: Tile, outputs: Sequence[TileOutput], opened: Any) -> None:
+    def make(self, tile: Tile, outputs: Sequence[Output], opened: Any) -> None:
         """Make a tile of all targets and write it to their outputs; raise CancelledError after
         errors.
 
@@ -448,26 +513,35 @@ class Maker:
                 self._stream.wait_event(opened)
                 # also after an error, since the caller then frees the results
                 stack.callback(self._stream.synchronize)
-            if tile.role == "copy":
-                (copy,) = self._values([self.plan.newest], tile)
-                if tile.wide != tile.dtype and tile.wide in EPS:
-                    check_finite(tile, copy.cpu().double().nan_to_num(0.0, 0.0, 0.0)[None])
-                results = [copy] * len(outputs)
+            kind = tile.kind
+            if kind.role in ("copy", "stored"):
+                results = [self._copy(tile)] * len(outputs)
             else:
                 results = [*self._average(tile)]
             for values, output in zip(results, outputs, strict=True):
-                if tile.dtype != tile.wide:
-                    values = self._buffer(tile.dtype, tile.size).copy_(values)
+                if kind.dtype != kind.wide:
+                    values = self._buffer(kind.dtype, tile.size).copy_(values)
                 output.write(tile, values)
+
+    def _copy(self, tile: Tile) -> torch.Tensor:
+        """Return the values of the newest source; in a copy nan and infinity are kept."""
+        (copy,) = self._values([self.plan.newest], tile)
+        is_cast = tile.kind.wide != tile.kind.dtype
+        if tile.kind.wide in EPS and (is_cast or tile.kind.role == "stored"):
+            values = copy.cpu().double()[None]
+            if tile.kind.role == "copy":
+                values = values.nan_to_num(0.0, 0.0, 0.0)
+            self._check_finite(tile, values)
+        return copy
 
     def _average(self, tile: Tile) -> torch.Tensor:
         """Return the sums of a tile, [targets, n]; they are valid until the next call."""
-        sums = self._sums_in(tile.wide, tile.size)
+        sums = self._sums_in(tile.kind.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
         for index, values in enumerate(self._values(self.plan.sources, tile)):
             slot = sums.slot(index).copy_(values)
-            if tile.role == "variance":
+            if tile.kind.role == "variance":
                 smallest = slot.clone() if smallest is None else smallest.minimum(slot)
             sums.add(index)
         result = sums.totals[:, : tile.size]
@@ -476,27 +550,35 @@ class Maker:
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
         is_finite = bool(torch.mv(result, sums.weights[: tile.size]).isfinite().all())
-        if not is_finite or tile.wide != tile.dtype:
-            try:
-                check_finite(tile, result)
-            except NonFiniteError:
-                self._check_checkpoints(tile)
-                raise
+        if not is_finite or tile.kind.wide != tile.kind.dtype:
+            self._check_finite(tile, result)
         return result
 
-    def _check_checkpoints(self, tile: Tile) -> None:
-        """Raise a NonFiniteError that names the checkpoint with non-finite values; trackers refuse
-        to store these."""
-        for source in self.plan.sources:
-            if source.word == "checkpoint":
-                values = self._buffer(tile.wide, tile.size).copy_(
-                    next(self._values([source], tile))
-                )
-                for name, begin, end in tile.spans:
-                    if not bool(values[begin:end].isfinite().all()):
-                        raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+    def _check_finite(self, tile: Tile, sums: torch.Tensor) -> None:
+        """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n]; it names
+        the source that holds nan or infinity."""
+        dtype = torch_dtype(tile.kind.dtype)
+        if holds(dtype, sums):
+            return
+        if tile.kind.role != "copy":
+            self._check_sources(tile)
+        for name, begin, end in tile.spans:
+            values = sums[:, begin:end]
+            if not bool(values.isfinite().all()):
+                raise NonFiniteError(f"tensor {name!r}", "the sum overflows")
+            if not holds(dtype, values):
+                largest = float(values.abs().max())
+                reason = f"{dtype} cannot hold its largest value, {largest:.6g}"
+                raise NonFiniteError(f"tensor {name!r}", reason, "take float32 or bfloat16")
 
-    def _values(self, sources: Sequence[Source], tile: Tile) -> Iterator[torch.Tensor]:
+    def _check_sources(self, tile: Tile) -> None:
+        for source in self.plan.sources:
+            values = next(self._values([source], tile)).double()
+            for name, begin, end in tile.spans:
+                if not bool(values[begin:end].isfinite().all()):
+                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+
+    def _values(self, sources: Sequence[StoredTensors], tile: Tile) -> Iterator[torch.Tensor]:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
         left = deque(sources)
@@ -518,7 +600,10 @@ class Maker:
             yield values
 
     def _begin(
-        self, source: Source, tile: Tile, buffer: StoredBytes
+        self,
+        source: StoredTensors,
+        tile: Tile,
+        buffer: StoredBytes,
     ) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
         """Read a tile of a source into a buffer, or request it; return the request, and the buffer
         with its values."""
@@ -526,7 +611,9 @@ class Maker:
         if buffer.sent:
             buffer.sent.synchronize()
         data, values = buffer.views(tile.size, source.entries[name].dtype)
-        read: Callable[[], None] = partial(source.read_box, name, tile.box, data, tile.begin)
+        read: Callable[[], None] = partial(
+            source.read_box, name, tile.plan.box(name), data, tile.begin
+        )
         if len(tile.names) > 1:
             read = partial(source.read_many, tile.names, data)
         if self._readers:
@@ -541,25 +628,11 @@ class Maker:
 
     def _sums_in(self, wide: str, size: int) -> Sums:
         if wide not in self._sums or self._sums[wide].room < size:
-            coefficients = self.plan.reconstruction.coefficients
+            coefficients = self.plan.coefficients
+            assert coefficients is not None, "only sums have them"
             room = max(self._size, -(-size // COLUMNS) * COLUMNS)
             self._sums[wide] = Sums(coefficients, room, torch_dtype(wide), self._device)
         return self._sums[wide]
-
-
-def check_finite(tile: Tile, sums: torch.Tensor) -> None:
-    """Raise a NonFiniteError if the output's dtype cannot hold the sums, [targets, n], of a
-    tile."""
-    dtype = torch_dtype(tile.dtype)
-    for name, begin, end in () if holds(dtype, sums) else tile.spans:
-        if holds(dtype, values := sums[:, begin:end]):
-            continue
-        reason = "the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
-        hint = ""
-        if bool(values.isfinite().all()):
-            reason = f"{dtype} cannot hold its largest value, {float(values.abs().max()):.6g}"
-            hint = "take float32 or bfloat16"
-        raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:

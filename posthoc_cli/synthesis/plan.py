@@ -26,11 +26,12 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import check_within, error_curve
-from posthoc_cli.profiles import PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
+    StoredTensors,
     TrackedTensor,
     by_time,
     chosen_up_to,
@@ -50,14 +51,92 @@ log = logging.getLogger(__name__)
 POOR_ERROR = 0.01  # the predicted error above which planning logs a warning
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The snapshots and the coefficients that make the targets.
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """Tensors to make of sources: those of the newest one as they are; in a `Plan`, sums.
 
     Tensors that a source stores in fewer bytes than float32 are `coarse`. All others, and
     parameters in float64, are summed in float64: large coefficients of both signs would cost a
     float32 sum too many digits.
     """
+
+    sources: tuple[StoredTensors, ...]
+    # safetensors name of the averages' dtype in the outputs; None for each parameter's own
+    dtype: str | None = None
+    # those of outputs that do not follow from `dtype`
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    coarse: frozenset[str] = frozenset()
+    subset: frozenset[str] | None = None  # the stored tensors to make; None for all
+    # what to make in place of complete tensors
+    boxes: Mapping[str, Box] = field(default_factory=dict)
+    # the beginning of stored names, and what replaces it
+    strip_prefix: str = ""
+    prefix: str = ""
+
+    @property
+    def coefficients(self) -> FloatArray | None:
+        """Those of sums, [sources, targets]."""
+        return None
+
+    @property
+    def newest(self) -> StoredTensors:
+        """The newest source, from which copies (buffers) are taken."""
+        return max(self.sources, key=lambda source: source.t)
+
+    @cached_property
+    def tensors(self) -> dict[str, TrackedTensor]:
+        """The stored tensors to make."""
+        stored = self.newest.tensors
+        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """All names of each tensor to make, that of the stored one first."""
+        names = {name: [self._renamed(name)] for name in self.tensors}
+        for alias, name in self.newest.aliases.items():
+            if name in names:
+                names[name].append(self._renamed(alias))
+        return names
+
+    def _renamed(self, name: str) -> str:
+        return self.prefix + name.removeprefix(self.strip_prefix)
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
+
+    def box(self, name: str) -> Box:
+        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
+
+    def output_dtype(self, name: str) -> str:
+        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
+        keep their own."""
+        tensor = self.tensors[name]
+        own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
+        return self.dtypes.get(name, own)
+
+    @cached_property
+    def entries(self) -> dict[str, Entry]:
+        """The dtype and shape of the tensors of each output, under all names."""
+        entries = dict[str, Entry]()
+        for name, aliases in self.names.items():
+            entry = Entry(self.output_dtype(name), self.box(name).shape)
+            entries |= dict.fromkeys(aliases, entry)
+        return entries
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.entries)
+
+
+def nbytes(entries: Mapping[str, Entry]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(entry.nbytes for entry in entries.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Combination):
+    """The snapshots and the coefficients that make the targets."""
 
     # those in use, all at or before `t`; if there are copies, also the newest one
     sources: tuple[Source, ...]
@@ -66,20 +145,10 @@ class Plan:
     method: str
     # coefficients [sources, columns], errors [columns]; `Groups` has a column per group
     reconstruction: Reconstruction
-    dtype: str | None = (
-        # safetensors name of the averages' dtype in the outputs; None for each parameter's own
-        None
-    )
     # number of sources at or before `t` that were solved for, at most `reconstruction.MOST_SOLVED`
     solved: int = 0
     available: int = 0  # number of all sources at or before `t`
     last: float = 0.0  # time of the newest source, used or not
-    coarse: frozenset[str] = frozenset()
-    subset: frozenset[str] | None = None  # the stored tensors to make; None for all
-    # what to make in place of complete tensors
-    boxes: Mapping[str, Box] = field(default_factory=dict)
-    # those of outputs that do not follow from `dtype`
-    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         each = [
@@ -99,25 +168,13 @@ class Plan:
             else f"{counts} up to t = {self.t:,.12g}, evenly in time"
         )
 
+    @property
+    def coefficients(self) -> FloatArray:
+        return self.reconstruction.coefficients
+
     @cached_property
     def newest(self) -> Source:
-        """The newest source, from which copies (buffers) are taken."""
         return max(self.sources, key=lambda source: source.t)
-
-    @cached_property
-    def tensors(self) -> dict[str, TrackedTensor]:
-        """The stored tensors to make."""
-        stored = self.newest.tensors
-        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
-
-    @cached_property
-    def names(self) -> dict[str, list[str]]:
-        """All names of each tensor to make, the stored name first."""
-        names = {name: [name] for name in self.tensors}
-        for alias, name in self.newest.aliases.items():
-            if name in names:
-                names[name].append(alias)
-        return names
 
     @cached_property
     def columns(self) -> list[dict[str, int]]:
@@ -136,137 +193,95 @@ class Plan:
         if not any(isinstance(target, Groups) for target in self.targets):
             return [self]
         subsets = defaultdict[tuple[int, ...], list[str]](list)
-        for name, aliases in self.names.items():
-            found: list[int] = []
-            for columns in self.columns:
-                matching = [
-                    columns[glob]
-                    for glob in columns
-                    if any(fnmatchcase(alias, glob) for alias in aliases)
-                ]
-                if not matching:
-                    reason = f"tensor {shown(name)} matches no group"
-                    hint = "add '*=0.1' for the rest"
-                    raise InvalidValueError("group", reason, hint, value=", ".join(columns))
-                found.append(matching[0])
-            subsets[tuple(found)].append(name)
-        used = set().union(*subsets)
-        unused = [
-            glob
-            for columns in self.columns
-            for glob, column in columns.items()
-            if column not in used
-        ]
-        if unused and self.subset is None:
-            examples = ", ".join(map(shown, list(self.names)[:3]))
-            reason = f"matches no tensor that is not in a group before it; there are {examples}"
-            raise InvalidValueError("group", reason, value=repr(unused[0]))
+        for name in self.names:
+            subsets[tuple(self._column(name, columns) for columns in self.columns)].append(name)
+        if self.subset is None:
+            self._check_groups(set().union(*subsets))
         separated = separate(self.targets)
-        return [
-            replace(
+        passes = list[Plan]()
+        for columns, names in subsets.items():
+            plan = replace(
                 self,
                 targets=tuple(separated[column] for column in columns),
                 subset=frozenset(names),
                 reconstruction=self.reconstruction.of(targets=columns),
             )
-            for columns, names in subsets.items()
-        ]
+            passes.append(plan)
+        return passes
 
-    @property
-    def read_bytes(self) -> int:
-        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
+    def _column(self, name: str, columns: Mapping[str, int]) -> int:
+        """Return the column of a target for a tensor: that of the first glob that matches."""
+        for glob, column in columns.items():
+            if any(fnmatchcase(alias, glob) for alias in self.names[name]):
+                return column
+        reason = f"tensor {shown(name)} matches no group"
+        hint = "add '*=0.1' for the rest"
+        raise InvalidValueError("group", reason, hint, value=", ".join(columns))
 
-    def box(self, name: str) -> Box:
-        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
-
-    def output_dtype(self, name: str) -> str:
-        """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
-        keep their own."""
-        tensor = self.tensors[name]
-        own = self.dtype if tensor.role == "average" and self.dtype else tensor.dtype
-        return self.dtypes.get(name, own)
-
-    @cached_property
-    def entries(self) -> dict[str, Entry]:
-        """The dtype and shape of the tensors of each output, under all names."""
-        return {
-            alias: Entry(self.output_dtype(name), self.box(name).shape)
-            for name, aliases in self.names.items()
-            for alias in aliases
-        }
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries.values())
+    def _check_groups(self, used: set[int]) -> None:
+        for columns in self.columns:
+            for glob, column in columns.items():
+                if column not in used:
+                    examples = ", ".join(map(shown, list(self.names)[:3]))
+                    reason = "matches no tensor that is not in a group before it; there are "
+                    raise InvalidValueError("group", reason + examples, value=repr(glob))
 
     @cached_property
     def output_rounding(self) -> float:
         """The relative error of rounding the averages to the outputs' dtypes, if all elements are
         equally large."""
-        kinds = self.tensors.items()
-        sizes = {
-            name: self.newest.entries[name].size
-            for name, tensor in kinds
-            if tensor.role == "average"
-        }
-        squares = sum(
-            size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2
-            for name, size in sizes.items()
-        )
-        return math.sqrt(squares / max(1, sum(sizes.values())))
+        total = 0
+        squares = 0.0
+        for name, tensor in self.tensors.items():
+            if tensor.role == "average":
+                size = self.newest.entries[name].size
+                total += size
+                squares += size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2
+        return math.sqrt(squares / max(1, total))
 
     def predicted_error(self, target: int) -> float | None:
         """Return the expected relative L2 error of a target's output weights, for `Groups` the
-        largest of the groups.
-
-        The result is None if the motion of the run is not known.
-        """
-        errors = [
-            self.reconstruction.known_error(column) for column in self.columns[target].values()
-        ]
-        return (
-            None
-            if None in errors
-            else math.hypot(max(filter(None, errors), default=0.0), self.output_rounding)
-        )
+        largest of the groups; None if the motion of the run is not known."""
+        largest = 0.0
+        for column in self.columns[target].values():
+            error = self.reconstruction.known_error(column)
+            if error is None:
+                return None
+            largest = max(largest, error)
+        return math.hypot(largest, self.output_rounding)
 
     def profile_error(self, target: int) -> float:
         """Return the relative L2 distance between a target's profile and the one made, for `Groups`
         the largest."""
-        return max(
-            float(self.reconstruction.profile_error[column])
-            for column in self.columns[target].values()
-        )
+        return float(self.reconstruction.profile_error[[*self.columns[target].values()]].max())
 
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output; the snapshots of groups are listed one group
         after another."""
-        newest = self.newest
         wanted = self.targets[target]
-        columns = self.reconstruction.coefficients.T[list(self.columns[target].values())].tolist()
+        gamma = None
+        if wanted.sigma_rel is not None:
+            gamma = PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma
+        used = list[Used]()
+        for column in self.columns[target].values():
+            coefficients = self.coefficients[:, column].tolist()
+            used += map(Used, (source.name for source in self.sources), coefficients)
+        copies = list[str]()
+        for name, tensor in self.tensors.items():
+            if tensor.role == "copy":
+                copies += self.names[name]
         return OutputInfo(
-            run_id=newest.run_id,
+            run_id=self.newest.run_id,
             profile=wanted.title,
             sigma_rel=wanted.sigma_rel,
-            gamma=None
-            if wanted.sigma_rel is None
-            else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
+            gamma=gamma,
             t=self.t,
-            t_unit=newest.t_unit,
+            t_unit=self.newest.t_unit,
             method=self.method,
             profile_error=self.profile_error(target),
             predicted_error=self.predicted_error(target),
-            snapshots=tuple(
-                Used(source.name, c)
-                for column in columns
-                for source, c in zip(self.sources, column, strict=True)
-            ),
-            copies=tuple(
-                n
-                for name in self.tensors
-                if self.tensors[name].role == "copy"
-                for n in self.names[name]
-            ),
+            snapshots=tuple(used),
+            copies=tuple(copies),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -331,39 +346,10 @@ def plan_synthesis(
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
     wanted = tuple(as_target(target) for target in targets)
-    separated = separate(wanted)
     time = _target_time(sources, t, step)
-    usable, later = chosen_up_to(sources, time)
-    available = [source for source in sources if source.t <= time]
-    # of a `Mean`, whose coefficients are known: by target and source
-    given: dict[int, dict[int, float]] = {}
-    for index, target in enumerate(separated):
-        if isinstance(target, Mean):
-            column = target.coefficients_of([source.profile for source in available])
-            given[index] = dict(zip(map(id, available), column.tolist(), strict=True))
-    needed = [
-        source for source in available if any(column[id(source)] for column in given.values())
-    ]
-    usable = by_time({id(source): source for source in (*usable, *needed)}.values())
-    snapshots = [source.profile for source in (*usable, *later)]
+    usable, later = _chosen(sources, wanted, time)
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
-    clock = run_clock(sources)
-    first = min(source.t_first for source in usable)
-    profiles = [
-        np.array([given[index][id(source)] for source in usable])
-        if index in given
-        else target.profile(time, clock, first)
-        for index, target in enumerate(separated)
-    ]
-    bent = clock.bent()
-    others: dict[int, Profile] = {}
-    if bent is not clock:
-        for index, target in enumerate(separated):
-            if target.counts_steps:
-                others[index] = target.profile(time, bent, first)
-    result = reconstruct(
-        snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time, others
-    )
+    result = _solved(wanted, usable, run_clock(sources), time, method, prior)
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     # copies are those of the newest one
     if usable[used[-1]].t < usable[-1].t and usable[-1].copies:
@@ -376,37 +362,79 @@ def plan_synthesis(
         reconstruction=result.of(snapshots=used),
         dtype=output_dtype,
         solved=len(usable),
-        available=len(available),
+        available=sum(source.t <= time for source in sources),
         last=max(source.t for source in sources),
-        coarse=frozenset(
-            n
-            for source in usable
-            for n, entry in source.entries.items()
-            if ITEM_BYTES[entry.dtype] < 4
-        ),
+        coarse=_coarse(usable),
     )
     plan.passes()  # raises an error if groups and tensors do not fit
-    for index, target in enumerate(wanted):
-        error = plan.predicted_error(index)
-        if max_error is None or (error is not None and error <= max_error):
-            continue
-        if error is None:
-            reason = (
-                "its error cannot be predicted: too few snapshots to measure the motion of "
-                "the network"
-            )
-            raise InexactError(
-                target.title, reason, "set no limit on the error, or take more snapshots"
-            )
-        reason = (
-            f"the predicted error is {100 * error:.3g} %, above the accepted "
-            f"{100 * max_error:.3g} %"
-        )
-        raise InexactError(
-            target.title, reason, "the error curve shows what these snapshots can make"
-        )
-    _warn_of_poor_targets(plan, snapshots, prior)
+    if max_error is not None:
+        _check_errors(plan, max_error)
+    _warn_of_poor_targets(plan, [source.profile for source in (*usable, *later)], prior)
     return plan
+
+
+def _chosen(
+    sources: Sequence[Source], targets: Sequence[Target], t: float
+) -> tuple[list[Source], list[Source]]:
+    """Return the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
+    ones."""
+    available = [source for source in sources if source.t <= t]
+    usable, later = chosen_up_to(sources, t)
+    chosen = {id(source): source for source in usable}
+    for target in separate(targets):
+        if isinstance(target, Mean):
+            column = target.coefficients_of([source.profile for source in available])
+            chosen |= {id(available[index]): available[index] for index in np.flatnonzero(column)}
+    return by_time(chosen.values()), later
+
+
+def _solved(
+    targets: Sequence[Target],
+    usable: Sequence[Source],
+    clock: Clock,
+    t: float,
+    method: str,
+    prior: Prior,
+) -> Reconstruction:
+    """Return the coefficients of the usable sources; errors contain what targets may also be, as
+    far as the clock is unknown."""
+    snapshots = [source.profile for source in usable]
+    first = min(source.t_first for source in usable)
+    bent = clock.bent()
+    profiles = list[Any]()
+    others = dict[int, Profile]()
+    for index, target in enumerate(separate(targets)):
+        if isinstance(target, Mean):
+            profiles.append(target.coefficients_of(snapshots))
+            continue
+        profiles.append(target.profile(t, clock, first))
+        if bent is not clock and target.counts_steps:
+            others[index] = target.profile(t, bent, first)
+    return reconstruct(snapshots, profiles, method, prior.of(range(len(usable))), t, others)
+
+
+def _coarse(sources: Sequence[Source]) -> frozenset[str]:
+    coarse = set[str]()
+    for source in sources:
+        for name, entry in source.entries.items():
+            if ITEM_BYTES[entry.dtype] < 4:
+                coarse.add(name)
+    return frozenset(coarse)
+
+
+def _check_errors(plan: Plan, max_error: float) -> None:
+    """Raise an InexactError for a target whose predicted error is larger, or unknown."""
+    for index, target in enumerate(plan.targets):
+        error = plan.predicted_error(index)
+        if error is None:
+            reason = "its error cannot be predicted: too few snapshots to measure the motion of "
+            hint = "set no limit on the error, or take more snapshots"
+            raise InexactError(target.title, f"{reason}the network", hint)
+        if error > max_error:
+            accepted = f"above the accepted {100 * max_error:.3g} %"
+            reason = f"the predicted error is {100 * error:.3g} %, {accepted}"
+            hint = "the error curve shows what these snapshots can make"
+            raise InexactError(target.title, reason, hint)
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
@@ -429,7 +457,10 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     after = min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
     raise InvalidValueError(
-        "step", reason, f"take one of them, or give t in {sources[0].t_unit}", value=step
+        "step",
+        reason,
+        f"take one of them, or give t in {sources[0].t_unit}",
+        value=step,
     )
 
 
@@ -437,15 +468,20 @@ def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
     one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
-    poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
-    if not poor:
+    targets = separate(plan.targets)
+    titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
+    if not titles:
         return
-    titles = [target.title for index, target in enumerate(separate(plan.targets)) if index in poor]
-    names = ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else "")
-    worst = "up to " * (len(poor) > 1) + percent(float(errors[poor].max()))
+    names = ", ".join(titles[:5])
+    worst = percent(float(errors.max()))
+    if len(titles) > 5:
+        names += f" and {len(titles) - 5} more"
+    if len(titles) > 1:
+        worst = f"up to {worst}"
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     below = curve.ranges_text(POOR_ERROR)
     origin = f"from the {counted(plan.sources, plan.solved)} up to t = {plan.t:,.12g}"
-    origin += f", if {curve.assumption}" if curve.assumption else ""
+    if curve.assumption:
+        origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
     log.warning("%s: predicted error %s %s; %s", names, worst, origin, hint)

@@ -240,7 +240,7 @@ def _checked_step(resume: str | int | None) -> int | None:
 
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
-    absolute = files.given_path("checkpoint_dir", path).absolute()
+    absolute = files.expanded(files.given_path("checkpoint_dir", path)).absolute()
     if files.is_url(absolute):
         reason = (
             "must be a folder of this machine: snapshots are copied to a store by `rclone` "

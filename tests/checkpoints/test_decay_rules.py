@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from ema_command import Ema
-from trained import STEPS, TIMES, Weights, by, check, ema, train, write
+from trained import STEPS, TIMES, Weights, by, check, ema, error_of, ratio, train, write
 
 from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
@@ -60,6 +61,22 @@ LOOPS: dict[str, tuple[Callable[[float, int], Iterator[float]], float, int]] = {
 """The decays of a library, by its decay or base, and by its second number if it has one."""
 
 
+RULES: dict[str, tuple[DecayRule, Callable[[int], float]]] = {
+    "constant": (DecayRule(0.99), lambda _: 0.99),
+    "first copies": (DecayRule(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
+    "ratio": (DecayRule(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
+    "power": (
+        DecayRule(0.99, "power", copies=3),
+        lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3)),
+    ),
+    "slow power": (
+        DecayRule(0.99, "power", inv_gamma=20.0, power=0.8),
+        lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8),
+    ),
+}
+"""Rules of other libraries, and the decay of their n-th update."""
+
+
 def rule_of(name: str) -> DecayRule:
     _, first, second = LOOPS[name]
     arguments = warm_up_of(name.partition(",")[0])
@@ -70,17 +87,22 @@ def rule_of(name: str) -> DecayRule:
 
 
 @pytest.mark.parametrize("every", [1, 10])
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("name", [*LOOPS, *RULES])
 def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
     """Of a random walk, the average by the loop and by the profile's masses are equal."""
-    loop, first, second = LOOPS[name]
-    decays = loop(first, second)
+    if name in RULES:
+        rule, at = RULES[name]
+        decays: Iterator[float] = map(at, count(1))
+    else:
+        loop, first, second = LOOPS[name]
+        decays = loop(first, second)
+        rule = rule_of(name)
     steps = 1000
     walk = np.cumsum(np.random.default_rng(0).standard_normal(steps + 1))
     average = walk[0]
     for step, decay in zip(range(every, steps + 1, every), decays, strict=False):
         average = decay * average + (1 - decay) * walk[step]
-    profile = rule_of(name).profile(steps, steps // every, every)
+    profile = rule.profile(steps, steps // every, every)
     tails = profile.tail(np.arange(steps + 1.0) - 1e-9)
     masses = tails - np.append(tails[1:], 0.0)
     masses[0] = 1 - masses[1:].sum()  # the initial weights
@@ -298,7 +320,6 @@ def drifting(noise: float) -> np.ndarray:
     "noise",
     [
         0.0,
-        0.01,
         0.03,
         0.1,
     ],
@@ -324,12 +345,12 @@ FEW: dict[str, Callable[[int], float]] = {
     "constant": lambda _: 0.99,
     "longer": lambda _: 0.997,
     "power": lambda n: min(0.99, 1 - (1 + n) ** (-2 / 3)),
-    "ratio": lambda n: min(0.995, (1 + n) / (10 + n)),
+    "ratio": lambda n: min(0.995, ratio(n)),
     "unbiased": unbiased,
 }
 
 
-@pytest.mark.parametrize("training", [{}, {"falls": True}, {"rate": 1e-2, "optimizer": "SGD"}])
+@pytest.mark.parametrize("training", [{"falls": True}, {"rate": 1e-2, "optimizer": "SGD"}])
 @pytest.mark.parametrize("name", FEW)
 def test_five_files_show_a_length_within_the_uncertainty(
     name: str, training: dict[str, object], tmp_path: Path
@@ -363,7 +384,7 @@ FAST: dict[str, Any] = {"rate": 1e-2, "optimizer": "SGD"}
 
 
 def late_ratio(step: int) -> float:
-    return min(0.99, (1 + step) / (10 + step))
+    return min(0.99, ratio(step))
 
 
 CONTRADICTED: dict[str, tuple[Callable[[int], float], dict[str, object], str]] = {
@@ -409,6 +430,28 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> Non
     folder = write(tmp_path / "x", train(**FALLING), by(exponential), form=form)
     with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* times too sh"):
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
+
+
+OUTSIDE: dict[str, tuple[Callable[[int], float], dict[str, object]]] = {
+    "a cosine to 0.999": (lambda n: 0.9945 - 0.0045 * math.cos(math.pi * n / STEPS), {}),
+    "two decays": (lambda n: 0.99 if n < STEPS / 2 else 0.997, {}),
+    "a ratio": (lambda n: n / (n + 30), {"ema_decay": 0.98}),
+}
+"""Rules that the table has not; the last one is given as the decay that it reaches."""
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_rule_that_is_unknown_is_asked_for_or_widens_the_error(name: str, tmp_path: Path) -> None:
+    decay, settings = OUTSIDE[name]
+    folder = write(tmp_path / "x", train(**FALLING), by(decay), form=form)
+    if not settings:
+        with pytest.raises(errors.InvalidValueError, match=r"ema_decay: must be given: .*length"):
+            import_checkpoints(folder, tmp_path / "run")
+        return
+    import_checkpoints(folder, tmp_path / "run", **settings)
+    for width in (0.05, 0.25):
+        error, predicted = error_of(Run(tmp_path / "run"), width, weights=train(**FALLING))
+        assert error < 2 * predicted
 
 
 def claiming_a_warm_up(step: int, weights: Weights, average: Weights) -> object:

@@ -284,6 +284,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "keys of more": {"files": {FIRST: [1, "x", 2]}},
     "a far version": {"version": 3},
     "a place that is a number": {"from": 5},
+    "a checkpoint many times": {"checkpoints": [[FIRST, "checkpoints", 1]] * 50_000},
 }
 
 

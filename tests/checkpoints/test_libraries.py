@@ -4,6 +4,7 @@ installed."""
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import edm2_layout
 import numpy as np
@@ -13,77 +14,38 @@ from checkpoint_layouts import check_average
 from factories import Span, exact_weights
 
 from posthoc_cli import Run, errors, import_checkpoints, synthesize
-from posthoc_cli.profiles import Discrete, gamma_from_sigma_rel
-
-STEPS = 400
-
+from posthoc_cli.profiles import gamma_from_sigma_rel
 
 WIDTHS = (0.05, 0.28)
-Update = Callable[[torch.nn.Module], None]
 Imported = Callable[..., Run]
 
 
-def train(start: Callable[[torch.nn.Module], Update]) -> dict[str, torch.Tensor]:
-    """Return the weights of a small model after every step of a random walk, in float64."""
-    generator = torch.Generator().manual_seed(3)
-    model = torch.nn.Linear(60, 50)
-    update = start(model)
-    history: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.named_parameters()}
-    for _ in range(STEPS):
-        for name, parameter in model.named_parameters():
-            with torch.no_grad():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
-            history[name].append(parameter.detach().double().clone())
-        update(model)
-    return {name: torch.stack(values) for name, values in history.items()}
+ASKED: list[tuple[str, dict[str, Any], str]] = [
+    ("ema_model.w", {}, "^sigma_rels: must be given to an import: files of ema-pytorch, such as 0"),
+    ("ema_model.w", {"sigma_rels": WIDTHS}, "^update_every: must be given"),
+    (
+        "ema_model.w",
+        {"sigma_rels": (0.05,), "update_every": 1},
+        r"^sigma_rels: must be one for each average, also for that in 1\.",
+    ),
+    (
+        "w",
+        {"sigma_rels": WIDTHS, "update_every": 5},
+        "^update_after_step: must be given .* is 100",
+    ),
+]
 
 
-def distance(
-    made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float
-) -> float:
-    """Return the relative distance of an average from the true one over all steps."""
-    steps = len(next(iter(history.values())))
-    masses = exact_weights(sigma_rel, np.arange(1.0, steps + 1))
-    square = norm = 0.0
-    for name, values in history.items():
-        true = torch.einsum("t,t...->...", torch.from_numpy(masses), values)
-        square += float((made[name].double() - true).square().sum())
-        norm += float(true.square().sum())
-    return (square / norm) ** 0.5
-
-
-@pytest.mark.parametrize("update_every", [1, 10])
-def test_ema_pytorch(update_every: int, tmp_path: Path, imported: Imported) -> None:
-    library = pytest.importorskip("ema_pytorch")
-    settings = {
-        "sigma_rels": WIDTHS,
-        "update_every": update_every,
-        "checkpoint_dtype": torch.float32,
-    }
-
-    def start(model: torch.nn.Module) -> Update:
-        tracker = library.PostHocEMA(
-            model, checkpoint_every_num_steps=20, checkpoint_folder=str(tmp_path / "x"), **settings
-        )
-        return lambda _: tracker.update()
-
-    history = train(start)
-    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every)
-    assert {type(source.profile) for source in run.sources} == {Discrete}
-    assert len(run.sources) == 40
-    assert set(run.tensors) == {"weight", "bias"}
-    average = run.average(0.15)
-    assert distance(average, history, 0.15) < (0.01 if update_every == 1 else 0.03)
-    for settings, reason in (
-        ({}, "^sigma_rels: must be given to an import: files of ema-pytorch, such as 0"),
-        ({"sigma_rels": WIDTHS}, "^update_every: must be given"),
-        (
-            {"sigma_rels": (0.05,), "update_every": 1},
-            "^sigma_rels: must be one for each average, also for that in 1.",
-        ),
-    ):
-        with pytest.raises(errors.InvalidValueError, match=reason):
-            imported(tmp_path / "x", **settings)
+@pytest.mark.parametrize(("name", "settings", "reason"), ASKED)
+def test_what_numbered_files_lack_is_asked_for(
+    name: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """With a wrong `update_after_step`, averages were 8 % off."""
+    for number in (0, 1):
+        content = {"initted": torch.tensor(True), name: torch.ones(3)}
+        torch.save(content, tmp_path / f"{number}.200.pt")
+    with pytest.raises(errors.InvalidValueError, match=reason):
+        import_checkpoints(tmp_path, None, dry_run=True, **settings)
 
 
 @pytest.mark.parametrize(("update_every", "rate"), [(10, "falling"), (100, "constant")])
@@ -129,36 +91,6 @@ def test_the_error_of_a_repair_is_known(
     error = np.linalg.norm(made - true, axis=1) / np.linalg.norm(true, axis=1)
     ratios = error / [plan.predicted_error(index) for index in range(5)]
     assert np.all((ratios > 0.5) & (ratios < 1.7)), ratios
-
-
-@pytest.mark.parametrize(
-    ("after", "dtype"), [(150, None), (100, torch.float16), (0, torch.bfloat16)]
-)
-def test_posthoc_ema(
-    tmp_path: Path, imported: Imported, after: int, dtype: torch.dtype | None
-) -> None:
-    """With a wrong `update_after_step`, averages were 8 % off: it is asked for."""
-    library = pytest.importorskip("posthoc_ema")
-    settings = {"update_every": 5, "update_after_step": after, "checkpoint_dtype": dtype}
-
-    def start(model: torch.nn.Module) -> Update:
-        return library.PostHocEMA.from_model(
-            model,
-            str(tmp_path / "x"),
-            sigma_rels=WIDTHS,
-            max_checkpoints=50,
-            checkpoint_every=20,
-            **settings,
-        ).update_
-
-    history = train(start)
-    run = imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=after)
-    assert (run.step, set(run.tensors)) == (STEPS, {"weight", "bias"})
-    assert distance(run.average(0.1), history, 0.1) < 0.03
-    with pytest.raises(
-        errors.InvalidValueError, match=r"^update_after_step: must be given .* is 100"
-    ):
-        imported(tmp_path / "x", sigma_rels=WIDTHS, update_every=5)
 
 
 def test_pickles_of_edm2(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ema_command import Ema
@@ -47,42 +46,6 @@ def replay(
         update(model)
         if step in TIMES:
             save(step, model)
-
-
-RULES = {
-    "constant": (DecayRule(0.99), lambda _: 0.99),
-    "first copies": (DecayRule(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
-    "ratio": (DecayRule(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
-    "power": (
-        DecayRule(0.99, "power", copies=3),
-        lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3)),
-    ),
-    "slow power": (
-        DecayRule(0.99, "power", inv_gamma=20.0, power=0.8),
-        lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8),
-    ),
-}
-
-
-@pytest.mark.parametrize(
-    ("step", "updates", "every"), [(700, 700, 1), (700, 70, 10), (705, 30, 10), (3, 3, 1)]
-)
-@pytest.mark.parametrize("rule", RULES)
-def test_the_profile_is_the_product_of_the_decays(
-    rule: str, step: int, updates: int, every: int
-) -> None:
-    decay, at = RULES[rule]
-    first = step // every * every - (updates - 1) * every
-    times = [max(first - every, 0.5)]
-    masses = [1.0]
-    for n in range(1, updates + 1):
-        masses = [mass * at(n) for mass in masses] + [1 - at(n)]
-        times.append(first + every * (n - 1))
-    profile = decay.profile(step, updates, every)
-    for s in np.linspace(0, step, 301):
-        assert profile.tail(s) == pytest.approx(
-            sum(m for t, m in zip(times, masses, strict=True) if t > s), abs=1e-11
-        )
 
 
 def test_long_averages_have_few_times() -> None:

@@ -324,13 +324,3 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     assert not (tmp_path / "model.safetensors").exists()
     torch.save({"ema": named(train()[-1]), "step": 3}, tmp_path / "alone.pt")
     assert_equal(exported(ema, tmp_path / "alone.pt"), named(train()[-1]))
-
-
-def test_checkpoints_of_step_0_are_left_out(tmp_path: Path, ema: Ema) -> None:
-    (tmp_path / "run").mkdir()
-    for step in (0, 10, 20):
-        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"run/step{step}.pt")
-    done = ema("info", tmp_path / "run")
-    assert done.code == 0
-    assert "step0.pt: left out, as its weights are those before the training, of step 0" in done.err
-    assert [one.step for one in Run(tmp_path / "run").sources] == [10, 20]

@@ -237,3 +237,17 @@ def test_noise_between_the_updates_of_an_average_is_part_of_its_error(
     for width in (0.05, 0.1, 0.2):
         actual, predicted = errors(Run(tmp_path / "run"), path, width)
         assert 1 / 2.5 < actual / predicted < 2.5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 + 3e-7])
+def test_a_constant_tensor_makes_no_error_look_smaller(tmp_path: Path, scale: float) -> None:
+    """A table of noise levels may be far longer than all weights; averages of it move by
+    roundings."""
+    path = walk()
+    table = torch.linspace(1, 1000, 50)
+    for step in range(200, STEPS + 1, 200):
+        content = weights(path, step)
+        content["model"]["sigmas"] = table * scale ** (step // 200 % 2)  # type: ignore[index]
+        save(tmp_path / "run", f"step_{step}.pt", content)
+    actual, predicted = errors(Run(tmp_path / "run"), path, 0.1)
+    assert predicted / 2 < actual < 2 * predicted

@@ -33,7 +33,11 @@ class FaultyServer:
         self.seen: list[str] = []
         self._app = DomainDispatcherApplication(create_backend_app)
         self._server = make_server(
-            "127.0.0.1", 0, self._serve, threaded=True, request_handler=_Quiet
+            "127.0.0.1",
+            0,
+            self._serve,
+            threaded=True,
+            request_handler=_Quiet,
         )
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 

@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         with self.server.lock:
             self.server.asked.append(
-                f"{self.command} {self.path} {self.headers.get('range', '')}".strip()
+                f"{self.command} {self.path} {self.headers.get('range', '')}".strip(),
             )
             number = len(self.server.asked)
         if self.server.fault(number, self):
@@ -188,8 +188,11 @@ class _Handler(BaseHTTPRequestHandler):
         if status == 404:
             self.send_header("X-Error-Code", "RevisionNotFound")  # a header of the Hub
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        if self.command == "HEAD":
+            return
+        self.wfile.write(data[: len(data) // 2] if self.is_cut else data)
+        if self.is_cut:
+            self.reset()
 
     def cut(self) -> bool:
         """Let the answer end in the middle of its body."""
@@ -219,7 +222,9 @@ def serving_as_s3(folder: Path) -> Iterator[str]:
 def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
     thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        target=server.serve_forever,
+        kwargs={"poll_interval": 0.05},
+        daemon=True,
     )
     thread.start()
     try:

@@ -81,7 +81,8 @@ def test_an_import_on_this_machine_refers_to_objects(
     assert "is this import already" in ema("import", "s3://bucket/old", "--out", run).out
     put("s3://bucket/old/step20.safetensors", b"replaced")
     with pytest.raises(
-        FileFormatError, match=r"step20.safetensors: was replaced, or has changed, since"
+        FileFormatError,
+        match=r"step20.safetensors: was replaced, or has changed, since",
     ):
         Run(run).average("last:2")
 
@@ -108,7 +109,8 @@ def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(
     path = remote_path("s3://bucket/run")
     for call in (lambda: path.open("w"), path.mkdir, path.touch, path.read_bytes):
         with pytest.raises(
-            PostHocError, match=r"^s3://bucket/run: is a URL; must be a path on a file system"
+            PostHocError,
+            match=r"^s3://bucket/run: is a URL; must be a path on a file system",
         ):
             call()
     assert not list(tmp_path.iterdir())
@@ -121,6 +123,9 @@ def test_nothing_of_the_room_is_loaded_where_no_url_is_used(tmp_path: Path) -> N
         "'posthoc_cli.remote', 'huggingface_hub'))])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"

@@ -122,6 +122,7 @@ FAULTS = {
         always(400, "ExpiredToken"),
         READ + "the credentials are missing, expired or not accepted",
     ),
+    "short listings": (listing(lambda h: h.cut()), LIST + "the answer is incomplete"),
     "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
     "not to read": (
         bodies(lambda h: h.refuse(403, "AccessDenied")),
@@ -230,7 +231,11 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
     def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
         return subprocess.run(
-            command, env=os.environ | home, capture_output=True, text=True, check=False
+            command,
+            env=os.environ | home,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     shown = ema("info", place, "--json")
@@ -244,7 +249,10 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
         for step in STEPS[-2:]
     ]
     np.testing.assert_allclose(
-        load_file(out)["w"], torch.stack(last).double().mean(0), rtol=3e-7, atol=1e-8
+        load_file(out)["w"],
+        torch.stack(last).double().mean(0),
+        rtol=3e-7,
+        atol=1e-8,
     )
     sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
     assert repository.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))

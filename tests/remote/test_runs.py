@@ -60,7 +60,8 @@ def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
         )
     facts = [run.info() | {"path": "", "bytes": 0} for run in (local, remote)]
     assert json.dumps(facts[1], default=str).replace(bucket, str(made)) == json.dumps(
-        facts[0], default=str
+        facts[0],
+        default=str,
     )
 
 

@@ -34,7 +34,7 @@ class Walk:
             with torch.no_grad():
                 for parameter in self.model.parameters():
                     parameter.add_(
-                        self.scale * torch.randn(parameter.shape, generator=self.generator)
+                        self.scale * torch.randn(parameter.shape, generator=self.generator),
                     )
             tracker.update_(self.model)
 
@@ -116,7 +116,10 @@ def used(source: Path, out: Path) -> Content:
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
     sketch = Sketch(
-        np.array([1.0, 5.0, 10.0]), np.ones(2), np.array([[0.0, 0.0], [0.5, 0.25]]), np.zeros(2)
+        np.array([1.0, 5.0, 10.0]),
+        np.ones(2),
+        np.array([[0.0, 0.0], [0.5, 0.25]]),
+        np.zeros(2),
     )
     return write_snapshot(
         folder / "run",

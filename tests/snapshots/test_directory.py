@@ -103,7 +103,10 @@ def test_snapshots_that_do_not_belong_together_never_mix(
 ) -> None:
     write_times(tmp_path, [20, 30])
     odd = write_snapshot(
-        tmp_path, 40 if last else 10, 0.05, **{"run_id": RUN_ID, "values": values, **fields}
+        tmp_path,
+        40 if last else 10,
+        0.05,
+        **{"run_id": RUN_ID, "values": values, **fields},
     )
     with pytest.raises(MismatchError, match=message) as caught:
         read_directory(tmp_path)
@@ -225,7 +228,8 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
         superseded.unlink(missing_ok=True)
         make()
         with pytest.raises(
-            DirectoryError, match=f"^{superseded}: is a link or no directory; .* move it away"
+            DirectoryError,
+            match=f"^{superseded}: is a link or no directory; .* move it away",
         ):
             set_aside(read_directory(tmp_path / "run"))
     assert times_in(tmp_path / "run") == [10, 20]

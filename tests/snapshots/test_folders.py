@@ -135,7 +135,8 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
     with pytest.raises(
-        DirectoryError, match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"
+        DirectoryError,
+        match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory",
     ):
         read_directory(folder)
     (alone := run / "alone").mkdir()
@@ -153,7 +154,8 @@ def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
     def harm(part: Path) -> None:
         chunks = read_snapshot(part).chunks
         rewrite_snapshot(
-            part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)}
+            part,
+            chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)},
         )
 
     return harm

@@ -27,7 +27,7 @@ def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None 
     """Write a safetensors file with exactly this header, without checksums."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(
-        (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(payload)
+        (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(payload),
     )
     return path
 
@@ -319,7 +319,8 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
     path = craft(
-        tmp_path / "x.safetensors", {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}}
+        tmp_path / "x.safetensors",
+        {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}},
     )
     with pytest.raises(FileFormatError, match="is of an earlier release"):
         read_file(path)

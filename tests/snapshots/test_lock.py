@@ -150,7 +150,10 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
             )
             model = tiny_model()
             with PostHocEMA.from_model(
-                model, tmp_path, update_every=1, checkpoint_every=1
+                model,
+                tmp_path,
+                update_every=1,
+                checkpoint_every=1,
             ) as tracker:
                 tracker.update_(model)
             (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)

@@ -114,14 +114,17 @@ def test_the_errors_are_those_of_the_directory_before_and_after(
         float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)
     } == {0.1, 0.2}
     np.testing.assert_allclose(
-        pruning.before.predicted_error, errors_of(snapshots).predicted_error, rtol=1e-12
+        pruning.before.predicted_error,
+        errors_of(snapshots).predicted_error,
+        rtol=1e-12,
     )
     prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
     # The survivors predict about the same error, if their headers keep the measurements of all.
     assert errors_of(left).worst == pytest.approx(
-        pruning.after.worst, rel=0.15 if folder == "run" else 1.0
+        pruning.after.worst,
+        rel=0.15 if folder == "run" else 1.0,
     )
     assert pruning.after.worst > pruning.before.worst
 
@@ -186,7 +189,8 @@ def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let reconstructions use at most 20 snapshots."""
     for module in ("sources", "prune"):
         monkeypatch.setattr(
-            f"posthoc_cli.snapshots.{module}.thinned_subset", partial(thinned_subset, most=20)
+            f"posthoc_cli.snapshots.{module}.thinned_subset",
+            partial(thinned_subset, most=20),
         )
 
 

@@ -26,7 +26,13 @@ def write(
         n: "average F32" for n, v in values.items() if v.dtype not in (torch.int64, torch.float64)
     }
     path = write_snapshot(
-        folder, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=(0.05, 0.28)
+        folder,
+        t,
+        sigma_rel,
+        run_id,
+        values,
+        tensors=tensors,
+        sigma_rels=(0.05, 0.28),
     )
     return read_snapshot(path)
 

@@ -60,7 +60,8 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
         read(path)
     path.unlink()
     with pytest.raises(
-        VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"
+        VanishedError,
+        match=rf"^{path}: cannot be opened: no such file or directory$",
     ):
         read(path)
 
@@ -94,7 +95,12 @@ def test_a_file_without_checksums_that_changes_during_reading_is_an_error(
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
     """Values are sampled before they are verified where headers have no measurements."""
     path = write_snapshot(
-        tmp_path / "run", 10, 0.05, RUN_ID, {"a": torch.tensor([1.0, 2.0])}, sigma_rels=(0.05,)
+        tmp_path / "run",
+        10,
+        0.05,
+        RUN_ID,
+        {"a": torch.tensor([1.0, 2.0])},
+        sigma_rels=(0.05,),
     )
     path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
     with pytest.raises(FileFormatError, match="tensor 'a' is damaged"):
@@ -175,7 +181,8 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         if begin // BLOCK <= position // BLOCK <= (end - 1) // BLOCK:
             with pytest.raises(
-                FileFormatError, match=r"x\.safetensors: tensor 'x' is damaged: its checksum"
+                FileFormatError,
+                match=r"x\.safetensors: tensor 'x' is damaged: its checksum",
             ):
                 read()
         else:

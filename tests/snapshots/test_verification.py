@@ -150,29 +150,32 @@ def problems(path: Path) -> list[str]:
     return list(found.problems)
 
 
-def test_an_index_that_does_not_match_its_shards(shards: Path) -> None:
+INDEXES: dict[str, Callable[[dict[str, Any], str], object]] = {
+    "is not in it, as the index says": lambda c, first: c["weight_map"].update(
+        dict.fromkeys(c["weight_map"], first),
+    ),
+    "or an empty one": lambda c, _: c["weight_map"].clear(),
+    "it has no weight_map": lambda c, _: c.clear(),
+    "its metadata must be the total_size": lambda c, _: c["metadata"].update(total_size=1),
+    "damaged: its metadata": lambda c, _: c["metadata"].update(total_sizd=1),
+}
+
+
+@pytest.mark.parametrize("detail", INDEXES)
+def test_an_index_that_does_not_match_its_shards(shards: Path, detail: str) -> None:
     index = shards / INDEX_NAME
-    first, *_, last = sorted(path.name for path in shards.glob("*.safetensors"))
-    text = index.read_text()
-    moved = next(name for name, file in json.loads(text)["weight_map"].items() if file == last)
-    changes: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-        (
-            lambda c: c["weight_map"].update({moved: first}),
-            f"tensor '{moved}' is not in it, as the index says",
-        ),
-        (lambda c: c["weight_map"].clear(), "or an empty one"),
-        (lambda c: c.clear(), "it has no weight_map"),
-    ]
-    for change, detail in changes:
-        content = json.loads(text)
-        change(content)
-        index.write_text(json.dumps(content))
-        (problem,) = problems(shards)
-        assert detail in problem
-    index.write_text(text)
+    content = json.loads(index.read_text())
+    INDEXES[detail](content, min(path.name for path in shards.glob("*.safetensors")))
+    index.write_text(json.dumps(content))
+    (problem,) = problems(shards)
+    assert detail in problem
+
+
+def test_a_shard_that_is_missing(shards: Path) -> None:
     assert notes(shards) == ()
-    (shards / first).unlink()
-    assert problems(shards) == [f"{shards / first}: cannot be opened: no such file or directory"]
+    first = min(shards.glob("*.safetensors"))
+    first.unlink()
+    assert problems(shards) == [f"{first}: cannot be opened: no such file or directory"]
 
 
 def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:

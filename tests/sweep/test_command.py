@@ -213,6 +213,12 @@ def test_failures_of_different_causes_do_not(run: Run, tmp_path: Path) -> None:
         swept(run, tmp_path / "out", shell(script), axis=axis)
 
 
+def test_one_of_three_lengths_may_fail(run: Run, tmp_path: Path) -> None:
+    axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])
+    script = "case $2 in 0.1) echo nan;; *) echo $2;; esac"
+    assert swept(run, tmp_path / "out", shell(script), axis=axis).found.best == 0.05
+
+
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
     """A wider range then continues from the trials."""
     narrow = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.08))
@@ -870,7 +876,7 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("loss 0.5\n", None, "no line of its output is a number"),
+        ("loss 0.5\n", None, "no line of its standard output is a number"),
         (
             '{"acc": 1, "f1": 2}',
             "loss",
@@ -906,7 +912,7 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(
     assert printed(text, tmp_path) == (0.75, None)
     assert printed(f"{text}[\n  3.0,\n  4.0\n]\n", tmp_path, "loss") == (0.5, None)
     assert printed(f"[INFO] it works\n{text}0.25", tmp_path, "loss") == (0.25, None)
-    with pytest.raises(TrialError, match="no line of its output is a number"):
+    with pytest.raises(TrialError, match="no line of its standard output is a number"):
         printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
 
 

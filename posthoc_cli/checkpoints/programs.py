@@ -1,0 +1,52 @@
+"""The names that programs use in their checkpoints: of values, files and folders."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Program:
+    """The names of one program; empty where it has none of its own."""
+
+    step: str = ""  # the value that states the step; `*` is the last item of a list
+    images: str = ""  # the value that states images
+    # the values that show that it has written a file, if it counts epochs from 0
+    from_0: frozenset[str] = frozenset()
+    model: str = ""  # the file of a model, though its name seems to say a state
+    folder: str = ""  # the only folder in that of a checkpoint
+    # patterns of files of a training's state: that hold an average among other things, or
+    average_state: str = ""
+    weights_state: str = ""  # the weights, so that they count where nothing else is a checkpoint
+
+
+PROGRAMS = {
+    "Lightning, transformers": Program(step="global_step"),
+    "DeepSpeed": Program(step="global_steps"),
+    "loops of one's own": Program(step="step"),
+    "torch-ema, k-diffusion": Program(step="steps"),
+    "Megatron": Program(step="iteration", model="model_optim_rng.pt", folder="mp_rank_00"),
+    "torchtitan": Program(step="train_state.step"),
+    "mmengine": Program(step="meta.iter"),
+    "kohya": Program(step="ss_steps"),
+    "ACE": Program(step="num_batches_seen"),
+    "Composer": Program(step="state.timestamp.Timestamp.batch"),
+    "fairseq": Program(step="optimizer_history.*.num_updates"),
+    "EDM": Program(images="state.cur_nimg", weights_state=r"training-state-\d+\.pt"),
+    "accelerate": Program(average_state=r"custom_checkpoint_\d+\.pkl"),
+    "timm": Program(from_0=frozenset({"arch", "version", "epoch"})),
+}
+"""A row for each program; of several steps in a file the first row's counts."""
+
+_ROWS = PROGRAMS.values()
+STEP_VALUES = [row.step for row in _ROWS if row.step]
+IMAGE_VALUES = [row.images for row in _ROWS if row.images]
+COUNTERS = {name.rpartition(".")[2] for name in STEP_VALUES}
+COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
+"""Last keys of values that trainings store as tensors of one element."""
+FROM_0 = [row.from_0 for row in _ROWS if row.from_0]
+MODEL_FILES = {row.model for row in _ROWS if row.model}
+ONLY_FOLDERS = {row.folder for row in _ROWS if row.folder}
+AVERAGE_STATES = re.compile("|".join(row.average_state for row in _ROWS if row.average_state))
+WEIGHTS_STATES = re.compile("|".join(row.weights_state for row in _ROWS if row.weights_state))
