@@ -270,11 +270,11 @@ class Intervals:
         With `bends` each piece has in each interval the s that makes its residual least.
         """
         b, s = self.shares(model)
-        without = self.gram[..., 0, :] - b[..., None] * self.gram[..., 1, :]
         if bends:
-            s = without[..., 2] / np.maximum(self.gram[..., 2, 2], self._nothing)
-        products = without - s[..., None] * self.gram[..., 2, :]
-        return np.asarray(products[..., 0] - b * products[..., 1] - s * products[..., 2])
+            along = self.gram[..., 2]
+            s = (along[..., 0] - b * along[..., 1]) / np.maximum(along[..., 2], self._nothing)
+        factors = np.stack(np.broadcast_arrays(1.0, -b, -s), axis=-1)
+        return np.asarray(np.einsum("ipj,ipjk,ipk->ip", factors, self.gram, factors))
 
     @cached_property
     def _moved(self) -> FloatArray:

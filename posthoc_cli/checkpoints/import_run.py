@@ -249,7 +249,7 @@ def _check_decay(
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "
             log.warning("%shold if it is right: %s", reason, audit.text)
-            given = replace(given, ema_doubt=min(audit.difference, 3.0))
+            given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from posthoc_cli.checkpoints.clock import Unit
 from posthoc_cli.checkpoints.content import (
     AVERAGE_WORD,
     NO_MODEL,
@@ -64,7 +65,7 @@ class Found:
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
     step: int | None = None  # in a name of this kind; None to read it
-    t_unit: str = "steps"  # what this step counts
+    t_unit: Unit = "steps"  # what this step counts
     # settings that must be given, and the reason
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which

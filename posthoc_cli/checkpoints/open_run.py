@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -183,7 +183,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings(sorted({one.found.kind for one in run}), settings)
     counts = _counts(run)
-    times = _times_of(run, counts, settings)
+    times = times_of({one.path: one.reading for one in run}, counts, settings)
     used = []
     for one in run:
         if times.by_path[one.path] > 0:
@@ -239,21 +239,6 @@ def _unused(opened: Sequence[_Opened]) -> str:
     return ""
 
 
-def _times_of(
-    run: Sequence[_Opened], counts: Mapping[Path, int], settings: ImportSettings
-) -> Times:
-    """Return the times of checkpoints: those in names of their kind, else by their numbers."""
-    named = {one.path: one.found.step for one in run if one.found.step is not None}
-    if len(named) < len(run):
-        return times_of({one.path: one.reading for one in run}, counts, settings)
-    if settings.steps_per_epoch:
-        reason = "says nothing about files whose names say their time"
-        raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
-    unit = run[0].found.t_unit
-    by_path = {path: checked_number(path, step) for path, step in named.items()}
-    return Times(unit, True, f"{unit}, by the names of files", by_path)
-
-
 def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
     """Return the files of guided-diffusion without averages of another decay than the given one."""
     decays = {}
@@ -284,7 +269,8 @@ def _open_all(
             if found.step is None:
                 reading = read_time(content, settings)
             else:
-                reading = Reading(found.step, "", "names")
+                step = checked_number(path, found.step)
+                reading = Reading(step, found.t_unit, "the names of files")
             results.append(_Opened(content, found, reading))
         except VanishedError:
             raise
@@ -353,8 +339,6 @@ def _stem(path: Path) -> str:
 
 def _kind_of_number(one: _Opened) -> object:
     """Return what the number of a checkpoint is, without what only its source differs in."""
-    if one.found.step is not None:
-        return "steps"
     return one.reading.unit or one.reading.is_marked
 
 

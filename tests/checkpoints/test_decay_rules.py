@@ -86,17 +86,19 @@ def rule_of(name: str) -> DecayRule:
     return DecayRule(first, **arguments)
 
 
+def rule_and_decays(name: str) -> tuple[DecayRule, Iterator[float]]:
+    if name in RULES:
+        rule, at = RULES[name]
+        return rule, map(at, count(1))
+    loop, first, second = LOOPS[name]
+    return rule_of(name), loop(first, second)
+
+
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("name", [*LOOPS, *RULES])
 def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
     """Of a random walk, the average by the loop and by the profile's masses are equal."""
-    if name in RULES:
-        rule, at = RULES[name]
-        decays: Iterator[float] = map(at, count(1))
-    else:
-        loop, first, second = LOOPS[name]
-        decays = loop(first, second)
-        rule = rule_of(name)
+    rule, decays = rule_and_decays(name)
     steps = 1000
     walk = np.cumsum(np.random.default_rng(0).standard_normal(steps + 1))
     average = walk[0]
