@@ -415,7 +415,8 @@ def test_a_standstill_of_checkpoints_says_nothing_about_motion_elsewhere(
 
 def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path) -> None:
     """Weights wander about one place, as those of SGD at a constant rate; a walk explains their
-    EMAs as well as noise does, and predicts half of the error.
+    EMAs as well as noise does, and predicts half of the error. The decay cannot be checked, which
+    the predicted error contains.
     """
     memory = 5
     decay = 0.99
@@ -439,7 +440,8 @@ def test_checkpoints_show_that_weights_forget_between_them(tmp_path: Path) -> No
         import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
     found, predicted = made(tmp_path / "run", [*WIDTHS], "minvar")
     actual = errors(found, true(path.astype(np.float32), 1))
-    assert np.all(np.abs(np.log(actual / predicted)) < np.log(2)), actual / predicted
+    ratios = actual / predicted
+    assert np.all((ratios > 0.4) & (ratios < 1.5)), ratios
 
 
 def test_usual_mistakes_with_a_tracker_name_what_was_meant(tmp_path: Path) -> None:
