@@ -84,6 +84,7 @@ _PART = 0.25  # share of what the likelihood moves a length that counts as uncer
 _FARTHEST = 2.0  # logarithm of the largest factor that a part of the checkpoints may show
 
 CONSTANT = DecayRule()
+MEAN_TEACHER = DecayRule(warm_up="power", power=1.0)  # min(1 - 1 / (n + 1), d)
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def possible_rules(updates: float) -> list[DecayRule]:
     rules = [
         CONSTANT,
         DecayRule(warm_up="power", power=0.75),
-        DecayRule(warm_up="power", power=1.0),  # Mean Teacher: min(1 - 1 / (n + 1), d)
+        MEAN_TEACHER,
         DecayRule(warm_up=POWER_FUNCTION, copies=1),
     ]
     for name, row in WARM_UPS.items():
@@ -350,19 +351,28 @@ def best_models(model: Model, rules: Sequence[DecayRule], rows: Intervals) -> li
     """Return the model of the rule that explains the intervals best, then those of other rules that
     explain them about as well.
 
-    Rules that few libraries have count as worse by as much as is about equal.
+    Rules that few libraries have count as worse by as much as is about equal. Of those that begin
+    as the mean of all weights, and differ little afterwards, the better one counts.
     """
     alike = _ALIKE / math.sqrt(len(rows.begin))
     misfits = []
     for rule in rules:
         fitted = rows.fit(replace(model, rule=rule))
         misfit = rows.misfit(fitted)
-        if rule.warm_up not in _USUAL:
+        if rule.warm_up not in _USUAL or rule == MEAN_TEACHER:
             misfit += alike
         misfits.append((misfit, fitted))
     misfits.sort(key=operator.itemgetter(0))
     limit = misfits[0][0] + alike
-    return [fitted for misfit, fitted in misfits if misfit <= limit]
+    best, *others = [fitted for misfit, fitted in misfits if misfit <= limit]
+    if _begins_as_mean(best):
+        others = [other for other in others if not _begins_as_mean(other)]
+    return [best, *others]
+
+
+def _begins_as_mean(model: Model) -> bool:
+    rule = model.rule
+    return rule.warm_up == "unbiased" or (rule.warm_up == "power" and rule.power == 1)
 
 
 def are_the_same(one: Model, other: Model, times: FloatArray) -> bool:

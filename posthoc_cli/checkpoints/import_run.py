@@ -186,6 +186,19 @@ def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
     return audit
 
 
+def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> str:
+    """Return the warm-up with which the given decay fits the files; empty if there is none."""
+    try:
+        audit = _audit(sources, replace(given, ema_decay=None))
+    except InvalidValueError:
+        return ""
+    is_schedule = RULES[audit.warm_up.partition(":")[0]].is_schedule
+    if is_schedule or not (audit.verdict == "found" and audit.found and given.ema_decay):
+        return ""
+    far = abs(math.log((1 - audit.found) / (1 - given.ema_decay)))
+    return audit.warm_up if far <= 3 * (audit.uncertainty or 0.0) else ""
+
+
 def _unknown_decay(
     sources: Sequence[Checkpoint], reason: str, audit: Audit | None = None
 ) -> InvalidValueError:
@@ -245,6 +258,9 @@ def _check_decay(
             if given.warm_up_row.is_schedule:
                 raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
             hint = "`ema_decay` and `ema_warmup` together replace what files say"
+            if given.ema_warmup is None and (warm_up := _fitting_warm_up(found, given)):
+                reason = "does not fit the files without the warm-up that they show"
+                hint = f"add `ema_warmup` {warm_up}"
             raise InvalidValueError("ema_decay", reason, hint, value=audit.claimed)
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "

@@ -427,6 +427,15 @@ def test_a_rule_that_is_true_is_taken(name: str, tmp_path: Path) -> None:
     assert done.checks[-1].startswith("given: ")
 
 
+def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", train(), by(lambda n: min(0.998, n / (n + 1))), form=form)
+    reason = "ema_decay 0.998: does not fit .* without the warm-up .*; add `ema_warmup` power:1"
+    with pytest.raises(errors.InvalidValueError, match=reason):
+        import_checkpoints(folder, None, dry_run=True, ema_decay=0.998)
+    import_checkpoints(folder, tmp_path / "run", ema_decay=0.998, ema_warmup="power:1")
+    check(tmp_path / "run", most=1e-2)
+
+
 def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> None:
     """An average of 1 step for 200 claimed ones: the factor between them has no upper bound."""
     folder = write(tmp_path / "x", train(**FALLING), by(exponential), form=form)
@@ -467,7 +476,7 @@ def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -
     command = ("import", folder, "--out", tmp_path / "run")
     refused = ema(*command).error
     assert "does not fit the files" in refused
-    assert "`ema_decay` and `ema_warmup` together replace what files say" in refused
+    assert "--ema-decay and --ema-warmup together replace what files say" in refused
     assert "contradicts" in ema(*command, "--ema-warmup", "none").error
     assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
 

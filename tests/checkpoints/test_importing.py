@@ -138,7 +138,7 @@ def test_the_same_import_again_does_nothing_and_others_ask(
     other = ema("import", folder, "--out", new)
     reason = (
         f"{new}: is an import of {folder} with other settings; choose another name, or "
-        f"`overwrite` to replace it"
+        f"--overwrite to replace it"
     )
     assert other.error == reason
     (tmp_path / "else").mkdir()

@@ -283,7 +283,7 @@ def test_an_average_among_several_is_exported_by_its_key_prefix_or_glob(
         asked = ema("export", source, "--out", tmp_path / "never.safetensors")
         assert asked.code == 1
         assert (
-            "average is unclear: 'model_ema1', 'model_ema2'; name the average by `average`"
+            "average is unclear: 'model_ema1', 'model_ema2'; name the average by --average"
             in asked.error
         )
         for key, average in zip(("model_ema1", "*2"), averages, strict=True):
@@ -318,7 +318,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
     assert refused.code == 1
     assert (
-        "last.pt: holds no average that its keys name ('model', 'ema'); name its key by `average`"
+        "last.pt: holds no average that its keys name ('model', 'ema'); name its key by --average"
         in refused.err
     )
     assert not (tmp_path / "model.safetensors").exists()
