@@ -34,7 +34,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -159,9 +159,7 @@ class Model:
         last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
         since = t if self.rule.is_schedule else t - starts[last]
         numbers = np.maximum(since / self.every, 0.0)
-        most = max(float(numbers.max()), _UPDATES + 1.0)
-        later = np.geomspace(_UPDATES, most, _UPDATES)
-        ends: FloatArray = np.append(np.arange(float(_UPDATES)), later)
+        ends = _groups_until(max(float(numbers.max()), _UPDATES + 1.0))
         kept = self.fitted.at((ends[1:] + ends[:-1] + 1) / 2)
         lost = np.cumsum(-np.log(np.maximum(kept, 1e-300)) * np.diff(ends))
         if self.claimed is not None:
@@ -172,6 +170,13 @@ class Model:
         """Return what the average at each time has of each earlier one: [times, times]."""
         forgotten = self.forgotten(times)
         return np.tril(np.exp(np.minimum(forgotten - forgotten[:, None], 0.0)))
+
+
+@lru_cache(maxsize=64)
+def _groups_until(most: float) -> FloatArray:
+    """Return the numbers of updates that end each group of them."""
+    later = np.geomspace(_UPDATES, most, _UPDATES)
+    return np.append(np.arange(float(_UPDATES)), later)
 
 
 def possible_rules(updates: float) -> list[DecayRule]:
