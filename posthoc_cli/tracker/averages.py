@@ -271,6 +271,8 @@ class Averages:
             bucket = self.tensors.layout[number]
             flat = torch.empty(sum(sizes), dtype=bucket.wide)
             spans += torch.split(flat, sizes)
+            if not flat.numel():
+                continue  # no slab holds a tensor without elements
             for piece in torch.split(flat, bucket.tile):
                 items.append((Tile(0, number, start, start + piece.numel()), piece))
                 start += piece.numel()

@@ -27,7 +27,11 @@ def check_weights(
             reason = "is in the averaged weights, but the model has no such tensor"
             raise ModelMismatchError(f"tensor {name!r}", reason)
         if tensor.is_meta:
-            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
+            hint = (
+                "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those "
+                "of an average"
+            )
+            raise InvalidValueError("tensor", ON_META, hint, value=f"{name!r}")
         _check_shape(name, tensor, value)
         _check_fits(name, value, tensor.dtype)
     return {name: tensors[name] for name in weights}

@@ -46,10 +46,7 @@ Value = TypeVar("Value")
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
-_WITH_VALUES = (
-    "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those of an average"
-)
-ON_META = ("is on the meta device and has no values", _WITH_VALUES)  # reason and hint
+ON_META = "is on the meta device and has no values"
 
 _OTHER_DTYPE = (
     "convert the model before the tracker is made; or use torch.autocast, which does "
@@ -350,7 +347,8 @@ def _check(entry: NamedTensor) -> None:
         reason = f"is {tensor.layout}; only dense tensors can be tracked"
         raise InvalidValueError("tensor", reason, value=value)
     if tensor.is_meta:
-        raise InvalidValueError("tensor", *ON_META, value=value)
+        hint = "model.to_empty(device=...), then load or initialise its weights"
+        raise InvalidValueError("tensor", ON_META, hint, value=value)
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
     if not entry.is_parameter or not has_fractions or tensor.dtype in AVERAGED_DTYPES:
         return

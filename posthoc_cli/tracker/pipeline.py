@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -380,6 +381,9 @@ class Pipeline:
                 undo.callback(setattr, self, "snapshotter", None)
                 undo.callback(self.release)
                 _writers.add(self)
+                # A child that multiprocessing has forked ends without the functions of atexit.
+                if multiprocessing.parent_process() is not None:
+                    multiprocessing.util.Finalize(None, finish, exitpriority=0)
                 try:
                     self.snapshotter = Snapshotter(
                         self.directory, self._settings, self.tracking.tracked.members

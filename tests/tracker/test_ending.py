@@ -208,6 +208,31 @@ def test_an_interrupt_while_the_exit_writes_loses_nothing_and_a_second_one_says_
     assert not [*tmp_path.rglob("*.tmp")]
 
 
+FORKED = """
+import multiprocessing
+import sys
+import torch
+from posthoc_cli import PostHocEMA
+
+def train():
+    model = torch.nn.Linear(2, 2)
+    tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3)
+    for _ in range(10):
+        tracker.update_(model)
+
+child = multiprocessing.get_context("fork").Process(target=train)
+child.start()
+child.join()
+sys.exit(child.exitcode)
+"""
+
+
+def test_a_child_that_multiprocessing_forks_writes_its_last_snapshot(tmp_path: Path) -> None:
+    """Such a child ends without the functions of `atexit`."""
+    assert forked.run(FORKED, tmp_path).code == 0
+    assert written(tmp_path) == [(3, False), (6, False), (9, False), (10, True)]
+
+
 OPERATIONS = ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"]
 
 

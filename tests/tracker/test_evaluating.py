@@ -319,3 +319,17 @@ def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_aver
     peak, held = map(float, forked.check(PEAK, tmp_path, device, then or "none").out.split())
     assert abs(held - (most - (4.0 if then else 0.0))) < 1.0  # what metrics tell
     assert peak < most + 3.5  # 2.5 was passed once in ten runs
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1])
+def test_a_tensor_without_elements_that_is_alone_in_its_dtype_is_returned(
+    tmp_path: Path, sigma_rel: float
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_parameter("empty", torch.nn.Parameter(torch.empty(0, 3, dtype=torch.bfloat16)))
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
+        for _ in range(4):
+            ema.update_(model)
+        value = ema.state_dict(sigma_rel)["empty"]
+    assert value.shape == (0, 3)
+    assert value.dtype == torch.bfloat16
