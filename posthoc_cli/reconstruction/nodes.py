@@ -246,7 +246,7 @@ class Nodes:
         """Return points that resolve a target, in intervals whose updates are not nodes."""
         points = _resolving_points(target, self.edges)
         inside = np.isin(points.home, self._cells)
-        return _Points(*(values[inside] for values in points))
+        return _Points(points.s[inside], points.weights[inside], points.home[inside])
 
     def _projected(self, points: _Points, values: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the nearest polynomial's values at the nodes inside intervals, and the integral of
