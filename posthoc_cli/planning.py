@@ -312,7 +312,7 @@ def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) ->
 def losses_of(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    sigma_range: tuple[float, float],
 ) -> Losses:
     """Return the errors of targets over the range, at the time of the last snapshot, as snapshots
     are lost."""
