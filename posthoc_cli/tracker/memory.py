@@ -210,18 +210,16 @@ class FlatTensors:
         self.slabs = list[list[torch.Tensor]]()
         for bucket in layout:
             edges = _edges(bucket.size, SLAB) if pinned else [0, bucket.size]
-            slabs = []
-            for begin, end in pairwise(edges):
-                slabs.append(
-                    torch.empty(
-                        end - begin,
-                        dtype=bucket.dtype,
-                        device=bucket.device,
-                        pin_memory=pinned,
-                    )
-                )
             self.edges.append(edges)
-            self.slabs.append(slabs)
+            self.slabs.append([])
+            for size in np.diff(edges).tolist():
+                slab = torch.empty(
+                    size,
+                    dtype=bucket.dtype,
+                    device=bucket.device,
+                    pin_memory=pinned,
+                )
+                self.slabs[-1].append(slab)
 
     @property
     def nbytes(self) -> int:
