@@ -251,7 +251,8 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
         "--like": like,
         "--out": out,
     }
-    given = (
-        word for name, value in options.items() if value is not None for word in (name, str(value))
-    )
-    return shlex.join(["ema", "synthesize", str(run.directory), *given])
+    words = ["ema", "synthesize", str(run.directory)]
+    for name, value in options.items():
+        if value is not None:
+            words += [name, str(value)]
+    return shlex.join(words)
