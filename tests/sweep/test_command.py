@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import FileFormatError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
+from posthoc_cli.sweep.curves import POINTS
+from posthoc_cli.sweep.search import NEXT, Estimate, Measure, Search, Trial, first_batch
 from posthoc_cli.sweep.trials import TrialError
 
 LENGTHS = (0.05, 0.1, 0.2)
@@ -699,7 +701,7 @@ def trials(noise: float, count: int = 12, seed: int = 0, sign: float = 1.0) -> l
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
-    found = estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
+    found = Estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
     assert found.best == pytest.approx(0.09, rel=0.02)  # of the grid's spacing, 2.7 %
     assert found.low <= 0.09 <= found.high < 1.1 * found.low
     assert abs(found.mean) < 0.01
@@ -709,7 +711,7 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
         found.curve, [sign * bowl(x) for x in np.geomspace(LOW, HIGH, POINTS).tolist()], atol=0.02
     )
     for unit in (1e-9, 1e9):  # the unit of the metric changes nothing
-        other = estimate(
+        other = Estimate(
             [trial(t.x, unit * (t.value or 0)) for t in trials(0, 6, sign=sign)],
             AXIS,
             minimize=sign > 0,
@@ -722,7 +724,7 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
 
 def test_the_range_contains_the_best_as_often_as_stated() -> None:
     """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
-    estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
+    estimates = [Estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
     assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 24
     assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(
         HIGH / LOW
@@ -732,12 +734,12 @@ def test_the_range_contains_the_best_as_often_as_stated() -> None:
 def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
     widths = [
         math.log(found.high / found.low)
-        for found in (estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))
+        for found in (Estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))
     ]
     assert widths[0] < widths[1] < widths[2]
     unsure = [trial(t.x, t.value, standard_error=1.0) for t in trials(0)]
-    assert estimate(unsure, AXIS).high / estimate(unsure, AXIS).low > 1.5
-    assert estimate(unsure, AXIS).noise == pytest.approx(1.0)
+    assert Estimate(unsure, AXIS).high / Estimate(unsure, AXIS).low > 1.5
+    assert Estimate(unsure, AXIS).noise == pytest.approx(1.0)
 
 
 def test_the_offset_of_a_seed_is_not_noise() -> None:
@@ -745,7 +747,7 @@ def test_the_offset_of_a_seed_is_not_noise() -> None:
     shared = [
         trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)
     ]
-    found = estimate(shared, AXIS)
+    found = Estimate(shared, AXIS)
     assert found.low <= 0.09 <= found.high < 1.25 * found.low
 
 
@@ -756,7 +758,7 @@ def test_the_offset_of_a_seed_is_not_noise() -> None:
 )
 def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
     given = [trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
-    found = estimate(given, AXIS)
+    found = Estimate(given, AXIS)
     assert all(map(math.isfinite, (found.best, found.mean, found.standard_error, found.regret)))
     assert LOW <= found.low <= found.best <= found.high <= HIGH
     assert found.high > 1.3 * found.low
@@ -765,27 +767,27 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]
 def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() -> None:
     first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
     noisy = [trial(t.x, t.value, standard_error=1.5) for t in first]
-    found = estimate(noisy, AXIS)
-    proposed = next_batch(found, noisy)
+    found = Estimate(noisy, AXIS)
+    proposed = found.proposed()
     assert 1 < len(proposed) <= NEXT
     assert all(found.low <= x <= found.high for x in proposed)
     crowded = [
         trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(0.0201, 0.279, 60).tolist()
     ]
-    assert set(next_batch(estimate(crowded, AXIS), crowded, repeat=True)) <= {t.x for t in crowded}
+    assert set(Estimate(crowded, AXIS).proposed(repeat=True)) <= {t.x for t in crowded}
 
 
 def test_one_far_value_does_not_hide_the_best() -> None:
     """A wrong trial may have a value far from all others."""
     values = {x: math.log(x / 0.1) ** 2 for x in (0.02, 0.034, 0.057, 0.097, 0.16, 0.28)}
     for place in (0.034, 0.16):
-        found = estimate(
+        found = Estimate(
             [trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS
         )
         assert found.low <= 0.1 <= found.high
         assert abs(found.mean) < 10
     well = [trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in values.items()]
-    assert 0.08 < estimate(well, AXIS).best < 0.2
+    assert 0.08 < Estimate(well, AXIS).best < 0.2
 
 
 # --- the rounds of a search
@@ -797,12 +799,12 @@ def searched(
     search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True, raw=raw)
     random = np.random.default_rng(seed)
 
-    def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
-        return [
-            Trial("", x, number, bowl(x or LOW) + noise * random.normal()) for x, number in wanted
-        ]
+    @contextmanager
+    def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
+        yield lambda _: (bowl(x or LOW) + noise * random.normal(), None), None
 
-    *_, _ = search.rounds(measure)
+    for _ in search.run(average):
+        pass
     return search
 
 
