@@ -15,6 +15,7 @@ import math
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
+from scipy.special import softmax
 
 from posthoc_cli.profiles import FloatArray
 
@@ -59,8 +60,7 @@ def draw_curves(
             _posterior(prior, chance, (values - centre) / scale) for _, chance in chances
         ]
     logs, means, covariances = zip(*posteriors, strict=True)
-    weights = np.exp(np.array(logs) - max(logs))
-    weights /= weights.sum()
+    weights = softmax(logs)
     random = np.random.default_rng(0)
     counts = random.multinomial(_DRAWS, weights)
     draws = [

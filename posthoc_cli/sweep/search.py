@@ -37,7 +37,7 @@ RESULT = "sweep.json"  # the file of a report in the folder of a sweep
 
 FIRST = 6  # lengths in the first batch, which are spread evenly
 NEXT = 2  # lengths in each further batch
-USUAL = 12  # lengths after which 98 % of searches have found the best (scripts/bench_sweep.py)
+USUAL = 12  # lengths after which 97 % of searches have found the best (scripts/bench_sweep.py)
 
 CONFIDENCE = 0.95  # the probability that the best length lies in the stated range
 GOOD_ERROR = 0.01  # the largest predicted error in the default range
@@ -186,30 +186,29 @@ class Estimate:
     """
 
     def __init__(self, trials: Sequence[Trial], axis: Axis, minimize: bool = True) -> None:
-        rows = [
-            (trial.x, trial.value, trial.standard_error or math.nan, trial.seed)
-            for trial in trials
-            if trial.x is not None and trial.value is not None
-        ]
-        xs, values, errors, seeds = np.array(rows, float).T
+        xs, values, errors, seeds = _measurements(trials)
         sign = 1.0 if minimize else -1.0
         self._axis = axis
         self._known = np.array(axis.values) if axis.values else xs
         self.draws, self.noise = draw_curves(axis.place(xs), sign * values, errors, seeds)
-        means = self.draws.mean(axis=0)
-        self.curve = sign * means
+        self.curve = sign * self.draws.mean(axis=0)
         self.errors = self.draws.std(axis=0)
-        candidates = np.arange(POINTS)
-        if axis.values:
-            candidates = np.rint((POINTS - 1) * axis.place(self._known)).astype(int)
-        self._point = int(candidates[means[candidates].argmin()])
-        self.best = self._known_or_new(self._point)
-        self.mean = float(self.curve[self._point])
-        self.standard_error = float(self.errors[self._point])
-        self.regret = float((self.draws[:, self._point] - self.draws.min(axis=1)).mean())
+        point = self._best_point()
+        self.best = self._known_or_new(point)
+        self.mean = float(self.curve[point])
+        self.standard_error = float(self.errors[point])
+        self.regret = float((self.draws[:, point] - self.draws.min(axis=1)).mean())
         low, high = map(axis.value_at, self._likely())
         self.low = min(low, self.best)
         self.high = max(high, self.best)
+
+    def _best_point(self) -> int:
+        """Return the point of the grid with the best estimate, of a list the best of its values."""
+        means = self.draws.mean(axis=0)
+        if self._axis.values:
+            points = np.rint((POINTS - 1) * self._axis.place(self._axis.values)).astype(int)
+            return int(points[means[points].argmin()])
+        return int(means.argmin())
 
     def _likely(self) -> list[float]:
         """Return the ends of the range that contains the best with a probability of CONFIDENCE, as
@@ -255,7 +254,8 @@ class Estimate:
         low, high = self._likely()
         within = self.curve[(low <= GRID) & (high >= GRID)]
         is_flat = repeat and self.noise > np.ptp(within)
-        lowest = self.draws[:, self._point]
+        best = round((POINTS - 1) * float(self._axis.place([self.best])[0]))
+        lowest = self.draws[:, best]
         wanted = []
         for _ in range(count):
             improved = np.minimum(self.draws, lowest[:, None])
@@ -266,6 +266,16 @@ class Estimate:
         return list(dict.fromkeys(wanted))
 
 
+def _measurements(trials: Sequence[Trial]) -> FloatArray:
+    """Return the lengths of successful trials, their metrics, standard errors or nan, and seeds."""
+    rows = [
+        (trial.x, trial.value, trial.standard_error or math.nan, trial.seed)
+        for trial in trials
+        if trial.x is not None and trial.value is not None
+    ]
+    return np.array(list(zip(*rows, strict=True)), float)
+
+
 def first_batch(axis: Axis) -> list[float]:
     """Return the given values, or FIRST values spread evenly in the logarithm, both ends
     included."""
@@ -273,173 +283,10 @@ def first_batch(axis: Axis) -> list[float]:
     return [*axis.values] or [*dict.fromkeys([axis.low, *map(axis.value_at, inner), axis.high])]
 
 
-# --- the search
-
-Lengths = Mapping[float | None, Iterable[int]]  # or None for raw weights, and the seeds of each
-Measure = Callable[[Trial], tuple[float | None, float | None]]
-"""Measures an average with a seed: the metric, and its standard error; raises a TrialError."""
-Average = Callable[[float | None], AbstractContextManager[tuple[Measure, float | None]]]
-"""Makes the average of a length, or None for raw weights, for a block: yields what measures it, and
-its predicted error."""
-
-
-@dataclass(eq=False)
-class Search:
-    """A search for the best value of an axis, which continues from successful `trials`.
-
-    At most `budget` lengths are measured, the best one last, each `repeats` times; with `again`,
-    also once more with another seed, which counts again. With `raw` the raw weights are measured as
-    well. `found` is the estimate after the latest round, and `stopped` why the search ended. If
-    `minimize` is None, nothing is searched: the first lengths are tried.
-    """
-
-    axis: Axis
-    minimize: bool | None
-    budget: int
-    repeats: int
-    again: bool
-    raw: bool = False
-    trials: list[Trial] = field(default_factory=list)
-    found: Estimate | None = None
-    stopped: str = "it is still measuring"
-
-    def __post_init__(self) -> None:
-        # a search begins with FIRST lengths, and measures the best one last
-        check_count("budget", self.budget, 1 if self.axis.values else FIRST + 1)
-        check_count("repeats", self.repeats)
-
-    @property
-    def expected(self) -> int:
-        """About how many trials there will be; of a list, exactly."""
-        lengths = len(first_batch(self.axis))
-        if not self.axis.values and self.minimize is not None:
-            lengths = min(self.budget, USUAL)
-        return max(self.repeats * (self.raw + lengths), len(self.trials))
-
-    def run(self, average: Average) -> Iterator[Trial]:
-        """Measure until the best is known within the noise or the budget is spent; yield each trial
-        when it has ended."""
-        first = first_batch(self.axis)
-        yield from self._measure(average, self._unmeasured([None, *first] if self.raw else first))
-        if self.minimize is None:
-            self.stopped = "no metric was asked for"
-            return
-        found = self._estimate(self.minimize)
-        while wanted := self._next(found):
-            yield from self._measure(average, wanted)
-            found = self._estimate(self.minimize)
-        yield from self._measure(average, self._unmeasured([found.best]))
-
-    def report(self, metric: str, settings: dict[str, Any], again: str = "") -> SweepReport:
-        """Return the report after the latest round; `metric` is the name of what was measured."""
-        return SweepReport(
-            self.axis,
-            metric,
-            self.minimize,
-            (*self.trials,),
-            self.found,
-            self.stopped,
-            settings=settings,
-            again=again,
-        )
-
-    def _seeds(self, x: float | None) -> set[int]:
-        return {trial.seed for trial in self.trials if trial.x == x}
-
-    def _unmeasured(self, values: Iterable[float | None], again: bool = False) -> Lengths:
-        """Return values with the seeds that are missing, or `again` with the next ones."""
-        wanted = {}
-        for x in values:
-            seeds = self._seeds(x)
-            first = max(seeds, default=-1) + 1 if again else 0
-            if missing := {*range(first, first + self.repeats)} - seeds:
-                wanted[x] = missing
-        return wanted
-
-    def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
-        for x, seeds in lengths.items():
-            title = RAW if x is None else self.axis.target(x).title
-            with average(x) as (measure, predicted_error):
-                for seed in seeds:
-                    trial = Trial(title, x, seed, predicted_error=predicted_error)
-                    started = time.monotonic()
-                    try:
-                        value, noise = measure(trial)
-                        trial = replace(trial, value=value, standard_error=noise)
-                    except TrialError as failure:
-                        trial = replace(trial, error=str(failure))
-                    self.trials.append(replace(trial, seconds=time.monotonic() - started))
-                    yield self.trials[-1]
-                    self._check_latest()
-
-    def _values(self) -> dict[float, float]:
-        """Return the latest metric of each length."""
-        return {
-            trial.x: trial.value
-            for trial in self.trials
-            if trial.x is not None and trial.value is not None
-        }
-
-    def _check_latest(self) -> None:
-        """Raise a PostHocError after two trials that failed alike, as all others would."""
-        last = self.trials[-1]
-        causes = [one.error.partition(": ")[0] for one in self.trials[-2:] if one.error]
-        if len(causes) == 2 and causes[0] == causes[1]:
-            reason = f"two trials in a row have failed alike; the last one: {last.target}"
-            raise PostHocError("the sweep", f"{reason}: {last.error}")
-        values = self._values()
-        if len(values) == 2 and len({*values.values()}) == 1:
-            same = f"the first two lengths have the same metric, {last.value}"
-            log.warning("%s: does the evaluation use the weights?", same)
-
-    def _estimate(self, minimize: bool) -> Estimate:
-        """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
-        values = self._values()
-        least = min(3, max(2, len(first_batch(self.axis)) - 1))  # of three one may fail
-        if len(values) < least:
-            failed = [trial for trial in self.trials if trial.error]
-            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose"
-            last = f"the last one: {failed[-1].target}: {failed[-1].error}"
-            raise PostHocError("the sweep", reason, last)
-        if len({*values.values()}) == 1:
-            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
-            raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        self.found = Estimate(self.trials, self.axis, minimize)
-        return self.found
-
-    def _next(self, found: Estimate) -> Lengths:
-        """Return the lengths of the next round; none if the search has ended, for the reason in
-        `stopped`."""
-        lengths = {trial.x for trial in self.trials} - {None}
-        spent = sum(math.ceil(len(self._seeds(x)) / self.repeats) for x in lengths)
-        left = self.budget - spent - 1  # the best length is measured last
-        if self.axis.values:
-            self.stopped = "all given lengths are measured"
-        elif found.settled:
-            self.stopped = "the best length is known within the noise"
-        elif left <= 0:
-            self.stopped = "the budget is spent"
-        elif wanted := self._proposed(found, min(NEXT, left)):
-            return wanted
-        else:
-            self.stopped = "nothing is left to measure between the measured lengths"
-        if found.edge is not None:
-            kind = "list" if self.axis.values else "range"
-            title = self.axis.target(found.edge).title
-            self.stopped += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
-        return {}
-
-    def _proposed(self, found: Estimate, count: int) -> Lengths:
-        """Return proposed lengths with seeds, but those that have failed."""
-        failed = {trial.x for trial in self.trials if trial.error}
-        proposed = (x for x in found.proposed(count, self.again) if x not in failed)
-        return self._unmeasured(proposed, self.again)
-
-
 # --- the report
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(eq=False, repr=False)
 class SweepReport:
     """The result of a sweep: all its trials, the estimate, why the search ended, and the files of
     the best average.
@@ -451,12 +298,12 @@ class SweepReport:
     axis: Axis
     metric: str
     minimize: bool | None
-    trials: tuple[Trial, ...]
-    estimate: Estimate | None
-    stopped: str
-    outputs: tuple[Path, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
     again: str = ""
+    trials: list[Trial] = field(default_factory=list)
+    estimate: Estimate | None = None
+    stopped: str = "it is still measuring"
+    outputs: tuple[Path, ...] = ()
 
     @property
     def found(self) -> Estimate:
@@ -521,6 +368,156 @@ class SweepReport:
             "noise": found.noise,
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in rows],
         }
+
+
+# --- the search
+
+Lengths = Mapping[float | None, Iterable[int]]  # or None for raw weights, and the seeds of each
+Measure = Callable[[Trial], tuple[float | None, float | None]]
+"""Measures an average with a seed: the metric, and its standard error; raises a TrialError."""
+Average = Callable[[float | None], AbstractContextManager[tuple[Measure, float | None]]]
+"""Makes the average of a length, or None for raw weights, for a block: yields what measures it, and
+its predicted error."""
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class Search(SweepReport):
+    """A search for the best value of an axis, which continues from successful `trials`, and is its
+    own report.
+
+    At most `budget` lengths are measured, the best one last, each `repeats` times; with
+    `repeats_known`, also once more with another seed, which counts again. If `minimize` is None,
+    nothing is searched: the first lengths are tried.
+    """
+
+    budget: int
+    repeats: int
+    repeats_known: bool
+    measures_raw: bool
+
+    def __post_init__(self) -> None:
+        # a search begins with FIRST lengths, and measures the best one last
+        check_count("budget", self.budget, 1 if self.axis.values else FIRST + 1)
+        check_count("repeats", self.repeats)
+
+    @property
+    def expected(self) -> int:
+        """About how many trials there will be; of a list, exactly."""
+        lengths = len(first_batch(self.axis))
+        if not self.axis.values and self.minimize is not None:
+            lengths = min(self.budget, USUAL)
+        return max(self.repeats * (self.measures_raw + lengths), len(self.trials))
+
+    def run(self, average: Average) -> Iterator[Trial]:
+        """Measure until the best is known within the noise or the budget is spent; yield each trial
+        when it has ended."""
+        first = first_batch(self.axis)
+        yield from self._measure(
+            average, self._unmeasured([None, *first] if self.measures_raw else first)
+        )
+        if self.minimize is None:
+            self.stopped = "no metric was asked for"
+            return
+        found = self._estimate(self.minimize)
+        while wanted := self._next(found):
+            yield from self._measure(average, wanted)
+            found = self._estimate(self.minimize)
+        yield from self._measure(average, self._unmeasured([found.best]))
+
+    def _seeds(self, x: float | None) -> set[int]:
+        return {trial.seed for trial in self.trials if trial.x == x}
+
+    def _unmeasured(self, values: Iterable[float | None], again: bool = False) -> Lengths:
+        """Return values with the seeds that are missing, or `again` with the next ones."""
+        wanted = {}
+        for x in values:
+            seeds = self._seeds(x)
+            first = max(seeds, default=-1) + 1 if again else 0
+            if missing := {*range(first, first + self.repeats)} - seeds:
+                wanted[x] = missing
+        return wanted
+
+    def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
+        for x, seeds in lengths.items():
+            title = RAW if x is None else self.axis.target(x).title
+            with average(x) as (measure, predicted_error):
+                for seed in seeds:
+                    trial = Trial(title, x, seed, predicted_error=predicted_error)
+                    started = time.monotonic()
+                    try:
+                        value, noise = measure(trial)
+                        trial = replace(trial, value=value, standard_error=noise)
+                    except TrialError as failure:
+                        trial = replace(trial, error=str(failure))
+                    self.trials.append(replace(trial, seconds=time.monotonic() - started))
+                    yield self.trials[-1]
+                    self._check_latest()
+
+    def _values(self) -> dict[float, float]:
+        """Return the latest metric of each length."""
+        return {
+            trial.x: trial.value
+            for trial in self.trials
+            if trial.x is not None and trial.value is not None
+        }
+
+    def _check_latest(self) -> None:
+        """Raise a PostHocError after two trials that failed alike, as all others would."""
+        last = self.trials[-1]
+        causes = [one.error.partition(": ")[0] for one in self.trials[-2:] if one.error]
+        if len(causes) == 2 and causes[0] == causes[1]:
+            reason = f"two trials in a row have failed alike; the last one: {last.target}"
+            raise PostHocError("the sweep", f"{reason}: {last.error}")
+        values = self._values()
+        if len(values) == 2 and len({*values.values()}) == 1:
+            same = f"the first two lengths have the same metric, {last.value}"
+            log.warning("%s: does the evaluation use the weights?", same)
+
+    def _estimate(self, minimize: bool) -> Estimate:
+        """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
+        values = self._values()
+        least = min(3, max(2, len(first_batch(self.axis)) - 1))  # of three one may fail
+        if len(values) < least:
+            failed = [trial for trial in self.trials if trial.error]
+            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose"
+            last = f"the last one: {failed[-1].target}: {failed[-1].error}"
+            raise PostHocError("the sweep", reason, last)
+        if len({*values.values()}) == 1:
+            reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
+            raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
+        self.estimate = Estimate(self.trials, self.axis, minimize)
+        return self.estimate
+
+    def _next(self, found: Estimate) -> Lengths:
+        """Return the lengths of the next round; none if the search has ended, for the reason in
+        `stopped`."""
+        lengths = {trial.x for trial in self.trials} - {None}
+        spent = sum(math.ceil(len(self._seeds(x)) / self.repeats) for x in lengths)
+        left = self.budget - spent - 1  # the best length is measured last
+        if self.axis.values:
+            self.stopped = "all given lengths are measured"
+        elif found.settled:
+            self.stopped = "the best length is known within the noise"
+        elif left <= 0:
+            self.stopped = "the budget is spent"
+        elif wanted := self._proposed(found, min(NEXT, left)):
+            return wanted
+        else:
+            self.stopped = "nothing is left to measure between the measured lengths"
+        if found.edge is not None:
+            kind = "list" if self.axis.values else "range"
+            title = self.axis.target(found.edge).title
+            self.stopped += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
+        return {}
+
+    def _proposed(self, found: Estimate, count: int) -> Lengths:
+        """Return proposed lengths with seeds, but those that have failed."""
+        failed = {trial.x for trial in self.trials if trial.error}
+        proposed = (x for x in found.proposed(count, self.repeats_known) if x not in failed)
+        return self._unmeasured(proposed, self.repeats_known)
+
+
+# --- texts for people
 
 
 def answer(found: dict[str, Any]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,6 @@ class Sweep:
     # called with every trial when it ends, its number, and about how many there will be
     say: Callable[[Trial, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
-    _settings: dict[str, Any] = field(init=False)
 
     def run_all(self) -> SweepReport:
         """Run the sweep, or continue one with the same settings that was stopped.
@@ -94,41 +93,50 @@ class Sweep:
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
         axis = self.axis or good_range(self.run, self.t)
-        self._settings = {
+        search = Search(
+            axis=axis,
+            metric=self.metric.key or "metric",
+            minimize=self.minimize,
+            settings=self._describe(axis.kind),
+            again=self.again,
+            budget=self.budget,
+            repeats=self.repeats,
+            repeats_known=self.repeats > 1 or "{seed}" in self.command,
+            measures_raw=self.raw is not None or has_raw(self.run, self.t),
+        )
+        with self._locked_folder():
+            self._search(search)
+            if search.estimate is not None:
+                search.outputs = (self._write_best(search.best),)
+            elif not (self.out / images.FOLDER).is_dir():
+                reason = "no trial has left an image in {dir}"
+                raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
+            search.write(self.out)
+            return search
+
+    def _describe(self, kind: str) -> dict[str, Any]:
+        """Return what all trials of the folder have in common."""
+        return {
             "run": self.run.sources[-1].run_id,
             "t": self.t,
             "command": self.command,
             "metric": None if self.minimize is None else self.metric.text,
-            "kind of length": axis.kind,
+            "kind of length": kind,
             "like": None if self.like is None else str(self.like.resolve()),
         }
-        search = Search(
-            axis,
-            minimize=self.minimize,
-            budget=self.budget,
-            repeats=self.repeats,
-            again=self.repeats > 1 or "{seed}" in self.command,
-            raw=self.raw is not None or has_raw(self.run, self.t),
-        )
-        with self._locked_folder(), self.progress("measuring", search.expected) as advance:
-            recorded = self._recorded()
-            search.trials += [t for t in recorded if t.x is None or t.x in axis]
+
+    def _search(self, search: Search) -> None:
+        """Go on from the recorded trials, and record those that follow."""
+        axis = search.axis
+        search.trials += [t for t in self._recorded(search.settings) if t.x is None or t.x in axis]
+        with self.progress("measuring", search.expected) as advance:
             advance(len(search.trials))
             for trial in search.run(lambda x: self._average(axis, x)):
                 self._record(trial)
                 self.say(trial, len(search.trials), search.expected)
                 advance(1)
-                if search.found is not None:  # if the next trial is interrupted, this is known
-                    self._report(search).write(self.out)
-            report = self._report(search)
-            report.write(self.out)
-            if report.estimate is not None:
-                report = replace(report, outputs=(self._write_best(report.best),))
-                report.write(self.out)
-            elif not (self.out / images.FOLDER).is_dir():
-                reason = "no trial has left an image in {dir}"
-                raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
-            return report
+                if search.estimate is not None:  # if the next trial is interrupted, this is known
+                    search.write(self.out)
 
     def _write_best(self, best: Target) -> Path:
         path = self.out / f"best{self._suffix}"
@@ -195,9 +203,6 @@ class Sweep:
         assert written is not None  # as of a process other than the first one
         return written
 
-    def _report(self, search: Search) -> SweepReport:
-        return search.report(self.metric.key or "metric", self._settings, self.again)
-
     # --- trials
 
     @contextmanager
@@ -258,12 +263,12 @@ class Sweep:
 
     # --- the record
 
-    def _recorded(self) -> list[Trial]:
+    def _recorded(self, asked: dict[str, Any]) -> list[Trial]:
         """Return the recorded trials that succeeded, the last of repeated ones; raise an
         OutputExistsError if they are of another sweep."""
         path = self.out / TRIALS
         if not path.exists():
-            self._write_lines([json.dumps(self._settings)])
+            self._write_lines([json.dumps(asked)])
             return []
         found = {}
         try:
@@ -275,7 +280,7 @@ class Sweep:
                     found[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
             raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
-        for name, value in self._settings.items():
+        for name, value in asked.items():
             if settings.get(name) != value:
                 reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
                 raise OutputExistsError(self.out, reason, "name another folder")
@@ -332,23 +337,18 @@ def sweep(
         raise InvalidValueError("metric", reason, value=shown(metric))
     averages = _Averages(run, model)
     stored = averages.run
-    if values is not None:
-        axis = Axis.of_values("sigma_rel", values)
-    elif low is None or high is None:
-        good = good_range(stored, stored.t)
-        axis = Axis("sigma_rel", low or good.low, high or good.high)
-    else:
-        axis = Axis("sigma_rel", low, high)
     newest = stored.sources[-1]
     if notice := statistics_notice(newest.copies):
         warn(notice)
     search = Search(
-        axis,
+        axis=_axis(stored, low, high, values),
+        metric=name,
         minimize=minimize,
+        settings={"run": newest.run_id, "t": averages.t, "command": None},
         budget=budget,
         repeats=repeats,
-        again=repeats > 1,
-        raw=averages.are_raw_known,
+        repeats_known=repeats > 1,
+        measures_raw=averages.are_raw_known,
     )
 
     @contextmanager
@@ -358,8 +358,16 @@ def sweep(
 
     for _ in search.run(average):
         pass
-    settings = {"run": newest.run_id, "t": averages.t, "command": None}
-    return search.report(name, settings)
+    return search
+
+
+def _axis(run: Run, low: float | None, high: float | None, values: Sequence[float] | None) -> Axis:
+    if values is not None:
+        return Axis.of_values("sigma_rel", values)
+    if low is not None and high is not None:
+        return Axis("sigma_rel", low, high)
+    good = good_range(run, run.t)
+    return Axis("sigma_rel", low or good.low, high or good.high)
 
 
 class _Averages:
@@ -367,10 +375,8 @@ class _Averages:
 
     def __init__(self, run: Run | PostHocEMA | str | Path, model: torch.nn.Module | None) -> None:
         self.tracker = run if isinstance(run, PostHocEMA) else None
-        if isinstance(run, PostHocEMA):
-            self.run = run.run
-        else:
-            self.run = run if isinstance(run, Run) else Run(run)
+        stored = run.run if isinstance(run, PostHocEMA) else run
+        self.run = stored if isinstance(stored, Run) else Run(stored)
         self.model = model
         self._is_tracked = (
             model is not None and self.tracker is not None and self.tracker.tracks(model)

@@ -796,7 +796,16 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 def searched(
     noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False
 ) -> Search:
-    search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True, raw=raw)
+    search = Search(
+        axis=AXIS,
+        metric="",
+        minimize=True,
+        settings={},
+        budget=budget,
+        repeats=repeats,
+        repeats_known=True,
+        measures_raw=raw,
+    )
     random = np.random.default_rng(seed)
 
     @contextmanager
