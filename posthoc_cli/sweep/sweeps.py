@@ -244,7 +244,7 @@ class Sweep:
         folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
         texts = {
             "weights": weights,
-            "sigma_rel": RAW if trial.x is None else trial.x,
+            "sigma_rel": RAW if trial.x is None else str(trial.x).removesuffix(".0"),
             "seed": trial.seed,
             "dir": folder,
         }

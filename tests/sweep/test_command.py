@@ -119,6 +119,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
     [
         ("command", {"command": "true {weights}"}),
         ("metric", {"metric": Metric("loss")}),
+        ("metric", {"minimize": None}),
         ("t", {"t": 15}),
         ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
     ],
@@ -126,10 +127,11 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
     run: Run, tmp_path: Path, name: str, changed: dict[str, Any]
 ) -> None:
-    swept(run, tmp_path / "out", axis=GRID)
+    command = f"{BOWL} {{dir}}"
+    swept(run, tmp_path / "out", command, axis=GRID)
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
     with refused(str(tmp_path / "out"), f"a sweep of another {name}", kind=OutputExistsError):
-        swept(run, tmp_path / "out", **({"axis": GRID} | changed))
+        swept(run, tmp_path / "out", **({"command": command, "axis": GRID} | changed))
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
 
 
@@ -437,6 +439,21 @@ def test_each_length_of_a_narrow_range_is_measured_once(
     assert not any(trial.error for trial in report.trials)
     assert len(report.trials) == len({trial.x for trial in report.trials})
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("0.1:0.1", "the first must be below the second"), ("0.05,0.1:0.2", "LOW:")]
+)
+def test_a_text_that_is_no_range_is_refused(text: str, words: str) -> None:
+    with refused("--sigma-rel", words):
+        Axis.parse(text, "--sigma-rel", "sigma_rel")
+
+
+def test_a_command_gets_whole_numbers_without_a_point(run: Run, tmp_path: Path) -> None:
+    command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
+    swept(run, tmp_path / "out", command, axis=Axis("window", 2, 18), budget=7)
+    assert {"2", "18"} < {*(tmp_path / "seen").read_text().split()}
+    assert "." not in (tmp_path / "seen").read_text()
 
 
 def test_a_decay_is_searched_by_its_time_constant(run: Run, tmp_path: Path) -> None:
