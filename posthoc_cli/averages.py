@@ -107,11 +107,9 @@ class ExponentialMovingAverage(torch.nn.Module):
         steps = int(self.steps)
         parameters, buffers = paired(self.module, model)
         share = max(self.momentum, 9 / (10 + steps)) if self.warmup else self.momentum
-        averaged = (
-            [pair for pair in buffers if is_averaged(pair[0])]
-            if self.update_buffers and steps
-            else []
-        )
+        averaged = []
+        if self.update_buffers and steps:
+            averaged = [pair for pair in buffers if is_averaged(pair[0])]
         average_([pair for pair in buffers if not averaged or not is_averaged(pair[0])])
         if steps == 0:
             average_(parameters)
@@ -345,9 +343,10 @@ class SwitchEMA:
         no average yet.
         """
         average = self._average
-        average.update_(model) if isinstance(average, PostHocEMA) else average.update_parameters(
-            model
-        )
+        if isinstance(average, PostHocEMA):
+            average.update_(model)
+        else:
+            average.update_parameters(model)
         self.step += 1
         if (
             self._every is None

@@ -47,8 +47,12 @@ SIGMA_RELS = (0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.175, 0.2, 0.225, 0.25, 0.2
 
 def free_folder() -> Path:
     """Return the first of ema-demo, ema-demo-2, ... that does not exist."""
-    names = itertools.chain(["ema-demo"], (f"ema-demo-{number}" for number in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists())
+    folder = Path("ema-demo")
+    for number in itertools.count(2):
+        if not folder.exists():
+            break
+        folder = Path(f"ema-demo-{number}")
+    return folder
 
 
 def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
 
     raw = Trial(RAW, None, 0, loss(model))
     swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    return replace(swept, trials=(raw, *swept.trials))
+    return replace(swept, trials=[raw, *swept.trials])
 
 
 def command_name() -> str:
@@ -165,8 +169,10 @@ def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
     """Return an image of each class, shape [classes, 64], by Heun's method: arXiv 2206.00364,
     algorithm 1."""
     ramp = torch.linspace(1, 0, SAMPLER_STEPS)
-    ends = HIGHEST_NOISE ** (1 / RHO), LOWEST_NOISE ** (1 / RHO)
-    sigmas: list[float] = [*((ends[1] + ramp * (ends[0] - ends[1])) ** RHO).tolist(), 0.0]
+    highest = HIGHEST_NOISE ** (1 / RHO)
+    lowest = LOWEST_NOISE ** (1 / RHO)
+    levels = (lowest + ramp * (highest - lowest)) ** RHO
+    sigmas: list[float] = [*levels.tolist(), 0.0]
     random = torch.Generator().manual_seed(seed)
     images = sigmas[0] * torch.randn(len(labels), PIXELS, generator=random)
 
@@ -234,9 +240,8 @@ def make_waves(count: int, seed: int) -> Images:
     frequency = 2.4 + 3.5 * torch.rand(count, 1, 1, generator=random)
     phase = 2 * math.pi * torch.rand(count, 1, 1, generator=random)
     across = torch.linspace(-1, 1, SIDE)
-    waves = (
-        frequency * (direction.cos() * across + direction.sin() * across[:, None]) + phase
-    ).sin()
+    place = direction.cos() * across + direction.sin() * across[:, None]
+    waves = (frequency * place + phase).sin()
     return Images(waves.flatten(1), labels)
 
 
@@ -377,9 +382,8 @@ def train(steps: int, data: Images, directory: Path, advance: Callable[[int], No
             chosen = torch.randint(len(data.images), (BATCH,), generator=random)
             sigma = random_noise_levels(BATCH, random)
             images = Images(data.images[chosen], data.labels[chosen])
-            loss = losses(
-                model, images, sigma, torch.randn(images.images.shape, generator=random)
-            ).mean()
+            noise = torch.randn(images.images.shape, generator=random)
+            loss = losses(model, images, sigma, noise).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

@@ -287,7 +287,9 @@ class _Chosen:
         return chosen
 
     def errors_without(self, each: Sequence[Removable]) -> FloatArray:
-        columns = [[self._column[index] for index in one.indices] for one in each]
+        columns = []
+        for one in each:
+            columns.append([self._column[index] for index in one.indices])
         return _combined(self._losses.squares_without(columns))
 
     def lose(self, one: Removable) -> None:
@@ -310,7 +312,7 @@ def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) ->
 def losses_of(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
+    sigma_range: tuple[float, float],
 ) -> Losses:
     """Return the errors of targets over the range, at the time of the last snapshot, as snapshots
     are lost."""
@@ -446,9 +448,8 @@ def error_curve(
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
     usable = [snapshots[index] for index in among]
     assumption = EVENLY if prior.source == ASSUMED else ""
-    tracked = tuple(
-        sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)})
-    )
+    sigma_rels = {p.sigma_rel for p in usable if isinstance(p, PowerFunction)}
+    tracked = sorted({float(f"{sigma_rel:.12g}") for sigma_rel in sigma_rels})
     inside = [s for s in tracked if low <= s <= high]
     widths = np.append(np.geomspace(low, high, points), inside)
     grid = np.unique(widths).clip(low, high)
@@ -465,7 +466,14 @@ def error_curve(
         further.append(ErrorPoint(title, width, *errors))
     label = f"{label}, if {assumption}" if assumption else label
     return ErrorCurve(
-        label, t, grid, profile_error[:n], predicted[:n], tracked, tuple(further), assumption
+        label=label,
+        t=t,
+        sigma_rels=grid,
+        profile_error=profile_error[:n],
+        predicted_error=predicted[:n],
+        tracked=tuple(tracked),
+        others=tuple(further),
+        assumption=assumption,
     )
 
 

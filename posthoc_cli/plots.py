@@ -130,9 +130,9 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
         lambda error, _: f"{'≤ ' if is_cut and error < 1.01 * least else ''}{100 * error:g} %"
     )
     axes.set_ylabel("expected relative L2 error of the weights")
-    title = "Predicted error of the weights" + (
-        f": {_good_range(curves[0])}" if len(curves) == 1 else ""
-    )
+    title = "Predicted error of the weights"
+    if len(curves) == 1:
+        title += f": {_good_range(curves[0])}"
     return _finish(figure, axes.xaxis, title)
 
 
@@ -141,10 +141,11 @@ def _draw_curve(
 ) -> None:
     """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
     small errors."""
-    tracked = f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}" if curve.tracked else ""
-    label = f"{curve.label[: _LONGEST_TEXT // 2]}{tracked}" + (
-        "" if alone else f"; {_good_range(curve)}"
-    )
+    label = curve.label[: _LONGEST_TEXT // 2]
+    if curve.tracked:
+        label += f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}"
+    if not alone:
+        label += f"; {_good_range(curve)}"
     axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     axes.plot(
@@ -220,7 +221,8 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         if max(low - raw, raw - high) <= _FAR * (high - low):
             low = min(low, raw)
             high = max(high, raw)
-    axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
+    margin = 0.15 * (high - low or 1)
+    axes.set_ylim(low - margin, high + margin)
     axes.set(
         xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
     )
@@ -292,9 +294,9 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     if drawn or claimed is not None:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
-    return _finish(
-        figure, axes.yaxis, title + f": {audit['verdict']}" * (audit["verdict"] != "found")
-    )
+    if audit["verdict"] != "found":
+        title += f": {audit['verdict']}"
+    return _finish(figure, axes.yaxis, title)
 
 
 # --- parts of all figures
@@ -316,9 +318,8 @@ def _text(text: str, width: int = 62) -> str:
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
     """
     kept_together = printable(text[:_LONGEST_TEXT]).replace(" %", "\N{NO-BREAK SPACE}%")
-    return (
-        textwrap.fill(kept_together, width).replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
-    )
+    lines = textwrap.fill(kept_together, width)
+    return lines.replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
 
 
 def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:

@@ -428,12 +428,8 @@ def _unchanged(value: Any) -> Any:
     return value
 
 
-def _time_constant(beta: Any) -> Any:
-    return 1 / (1 - beta)
-
-
-def _beta_of(time_constant: Any) -> Any:
-    return 1 - 1 / time_constant
+def _complement(value: Any) -> Any:
+    return 1 - value
 
 
 @dataclass(frozen=True)
@@ -493,8 +489,8 @@ _NAMED = [
         "beta:0.9999",
         f"a number, {_MANY}",
         "0.99:0.9999",
-        length=_time_constant,
-        value=_beta_of,
+        length=_complement,
+        value=_complement,
     ),
     Kind(
         "half-life",

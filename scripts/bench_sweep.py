@@ -86,10 +86,10 @@ def searched(metric: Metric) -> dict[int, search.Estimate]:
         for x in batch:
             trials.append(Trial("", x, sum(trial.x == x for trial in trials), metric.measure(x)))
             if len(trials) in COUNTS:
-                found[len(trials)] = search.estimate(trials, AXIS)
+                found[len(trials)] = search.Estimate(trials, AXIS)
                 if len(trials) == max(COUNTS):
                     return found
-        batch = search.next_batch(search.estimate(trials, AXIS), trials, repeat=True)
+        batch = search.Estimate(trials, AXIS).proposed(repeat=True)
 
 
 def grid(metric: Metric, count: int) -> float:

@@ -57,9 +57,9 @@ class SumOfOne:
     """argmin_c || factor c - goal || for coefficients of sum 1: the last one is 1 minus the others'
     sum."""
 
-    def __init__(self, factor: FloatArray, size: float = 0.0) -> None:
+    def __init__(self, factor: FloatArray) -> None:
         self._last = factor[:, -1]
-        self._others = LeastSquares(factor[:, :-1] - factor[:, -1:], size)
+        self._others = LeastSquares(factor[:, :-1] - factor[:, -1:])
 
     def solve(self, goal: FloatArray) -> FloatArray:
         others = self._others.solve(goal - self._last)

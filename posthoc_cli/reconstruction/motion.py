@@ -289,7 +289,7 @@ def median_of_neighbours(values: FloatArray) -> FloatArray:
     """Return the median of each value, the two before and the two after it, as far as there are
     such: shape of `values`."""
     padded = np.pad(values, 2, constant_values=np.nan)
-    return np.asarray(np.nanmedian(sliding_window_view(padded, 5), axis=1))
+    return np.nanmedian(sliding_window_view(padded, 5), axis=1)
 
 
 def influences(

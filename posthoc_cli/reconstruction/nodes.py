@@ -75,14 +75,16 @@ class _Updates:
 
     @classmethod
     def none(cls) -> _Updates:
-        return cls(np.zeros(0), np.zeros(0), 0.0)
+        nothing = np.zeros(0)
+        return cls(nothing, nothing, 0.0)
 
     @classmethod
     def numbered(cls, numbers: FloatArray, steps: Steps, low: float) -> _Updates:
         """Return the updates that follow so many updates each; none begins before `low`."""
-        before = np.maximum(steps.clock.time_at(numbers * steps.stride), low)
-        after = steps.clock.time_at((numbers + 1) * steps.stride)
-        return cls(before, after, float(steps.stride))
+        stride = steps.stride
+        begins = steps.clock.time_at(numbers * stride)
+        ends = steps.clock.time_at((numbers + 1) * stride)
+        return cls(np.maximum(begins, low), ends, float(stride))
 
     def tails(self, profile: Profile) -> FloatArray:
         return self._at(self.before, profile)
@@ -129,75 +131,78 @@ class Nodes:
         steps: Steps | None = None,
         per_step: bool = True,
     ) -> None:
-        low = float(edges.min())
-        high = float(edges.max())
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
         self._gamma = max((profile.gamma for profile in powers), default=-1.0)
-        jumps = [getattr(profile, "jumps", np.zeros(0)) for profile in stored]
-        points = evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
-        if steps is None:
-            self.instant = INSTANT
-            before = points - INSTANT
-        else:
-            self.instant = float(steps.stride)
-            before = steps.clock.time_at(steps.clock.step_at(points) - steps.stride)
+        self._order = _ORDER if powers else 1
+        self.instant = INSTANT if steps is None else float(steps.stride)
+        base = _ends_of_mass(edges, stored, steps)
         if not per_step:
             steps = None
-        bends = () if steps is None else steps.clock.times
-        times = [profile.t for profile in stored]
-        cuts = np.concatenate((edges, times, points, before, bends))
-        base = np.unique(np.clip(cuts, low, high))
-        few = np.zeros(base.size - 1, dtype=bool)
-        count = np.zeros(base.size, dtype=np.int64)
+        intervals = base.size - 1
+        few = np.zeros(intervals, dtype=bool)
+        counts = np.zeros(intervals, dtype=np.int64)
         self._updates = _Updates.none()
         if steps is not None:
-            count = _updates_until(base, steps)
-            few = np.diff(count) <= FEW
+            low = base[0]
+            base = np.union1d(base, np.clip(steps.clock.times, low, base[-1]))
+            until = _updates_until(base, steps)
+            counts = np.diff(until)
+            few = counts <= FEW
             numbers = [np.zeros(0)]
-            for first, last in zip(count[:-1][few], count[1:][few], strict=True):
+            for first, last in zip(until[:-1][few], until[1:][few], strict=True):
                 numbers.append(np.arange(first, last))
             self._updates = _Updates.numbered(np.concatenate(numbers), steps, low)
         self.edges = _cut(base, few, powers)
         self._density = _steps_per_time(self.edges, steps)
         home = np.searchsorted(base, self.edges[1:]) - 1
         self._cells = np.flatnonzero(~few[home])
-        x, w = _gauss(_ORDER if powers else 1)
-        self._order = x.size
-        begin = self.edges[self._cells, None]
-        half = np.diff(self.edges)[self._cells, None] / 2
-        self._s = (begin + half * (1 + x)).ravel()
-        self._width = half * w
+        by_time = self._place_in_cells()
         of_few = np.searchsorted(self.edges, base[:-1][few])
-        listed = np.repeat(of_few, np.diff(count)[few])
-        self.interval = np.append(np.repeat(self._cells, x.size), listed)
-        by_time = self._width * self._density[self._cells, None]
-        by_update = np.full(listed.size, self._updates.stride)
+        of_updates = np.repeat(of_few, counts[few])
+        by_update = np.full(of_updates.size, self._updates.stride)
+        of_cells = np.repeat(self._cells, self._order)
+        self.interval = np.append(of_cells, of_updates)
         self.weight = np.append(by_time, by_update)
+
+    def _place_in_cells(self) -> FloatArray:
+        """Place nodes in the intervals whose updates are none, and return their weights:
+        [cells, order]."""
+        x, w = _gauss(self._order)
+        begin = self.edges[self._cells, None]
+        end = self.edges[self._cells + 1, None]
+        half = (end - begin) / 2
+        times = begin + half * (1 + x)
+        self._s = times.ravel()
+        self._width = half * w
+        return self._width * self._density[self._cells, None]
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass after each node: shape [M, n]."""
-        return np.stack([self._tail(profile) for profile in profiles], axis=1)
+        columns = [self._tail(profile) for profile in profiles]
+        return np.stack(columns, axis=1)
 
     def _tail(self, profile: Profile) -> FloatArray:
-        return np.append(profile.tail(self._s), self._updates.tails(profile))
+        inside = profile.tail(self._s)
+        return np.append(inside, self._updates.tails(profile))
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass at each node per step, or per time without a clock:
         shape [M, n]."""
-        return np.stack([self._mass(profile) for profile in profiles], axis=1)
+        columns = [self._mass(profile) for profile in profiles]
+        return np.stack(columns, axis=1)
 
     def _mass(self, profile: Profile) -> FloatArray:
-        return np.append(self._mass_inside(profile), self._updates.masses(profile))
-
-    def _mass_inside(self, profile: Profile) -> FloatArray:
-        density = self._density[self.interval[: self._s.size]]
         if isinstance(profile, PowerFunction):
-            return profile.density(self._s) / density
-        begin = self.edges[self._cells]
-        end = self.edges[self._cells + 1]
-        mass = profile.tail(begin) - profile.tail(end)
-        mean = mass / (end - begin)
-        return np.repeat(mean, self._order) / density
+            per_time = profile.density(self._s)
+        else:
+            begin = self.edges[self._cells]
+            end = self.edges[self._cells + 1]
+            mass = profile.tail(begin) - profile.tail(end)
+            mean = mass / (end - begin)
+            per_time = np.repeat(mean, self._order)
+        interval = self.interval[: per_time.size]
+        inside = per_time / self._density[interval]
+        return np.append(inside, self._updates.masses(profile))
 
     def goal_of_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `tails`, [M], and the integral of the square that they miss,
@@ -222,12 +227,14 @@ class Nodes:
         end = self.edges[points.home + 1]
         density = self._density[points.home]
         half_update = self._updates.stride / 2 / density
-        reach = np.maximum(_STEP * (end - begin), half_update)
+        step = _STEP * (end - begin)
+        reach = np.maximum(step, half_update)
         low = np.maximum(points.s - reach, begin)
         high = np.minimum(points.s + reach, end)
-        steps = np.maximum(high - low, 1e-300) * density  # 0 in the last digits before an end
+        width = np.maximum(high - low, 1e-300)  # 0 in the last digits before an end
         mass = target.tail(low) - target.tail(high)
-        inside, missed = self._projected(points, mass / steps)
+        per_step = mass / (width * density)
+        inside, missed = self._projected(points, per_step)
         return np.append(inside, self._updates.masses(target)), missed
 
     def _is_polynomial(self, target: Profile) -> bool:
@@ -248,23 +255,51 @@ class Nodes:
         The polynomial is sum_j value_j l_j with Lagrange's l_j, which are orthogonal with squared
         norms `_width`, and with Legendre's P_k l_j(x) = w_j sum_k (2 k + 1) / 2 P_k(x_j) P_k(x).
         """
-        begin = self.edges[points.home]
-        end = self.edges[points.home + 1]
+        home = points.home
+        begin = self.edges[home]
+        end = self.edges[home + 1]
         x = (2 * points.s - begin - end) / (end - begin)
-        nodes, w = _gauss(self._order)
-        at = np.polynomial.legendre.legvander(x, self._order - 1)
-        of = np.polynomial.legendre.legvander(nodes, self._order - 1)
-        norms = np.arange(self._order) + 0.5
-        lagrange = at @ (norms[:, None] * of.T * w)
-        cells = np.searchsorted(self._cells, points.home)
+        lagrange = _lagrange_polynomials(x, self._order)
+        cells = np.searchsorted(self._cells, home)
         weighted = values * points.weights
+        products = lagrange * weighted[:, None]
         sums = np.zeros_like(self._width)
-        np.add.at(sums, cells, lagrange * weighted[:, None])
+        np.add.at(sums, cells, products)
         at_nodes = sums / self._width
-        left = values - np.sum(lagrange * at_nodes[cells], axis=1)
-        squares = left**2 * points.weights * self._density[points.home]
-        missed = np.bincount(points.home, squares, self.edges.size - 1)
+        polynomial = np.sum(lagrange * at_nodes[cells], axis=1)
+        left = values - polynomial
+        squares = left**2 * points.weights * self._density[home]
+        missed = np.bincount(home, squares, self.edges.size - 1)
         return at_nodes.ravel(), np.asarray(missed, dtype=np.float64)
+
+
+def _lagrange_polynomials(x: FloatArray, order: int) -> FloatArray:
+    """Return the values at `x`, in [-1, 1], of the polynomials that are 1 at one of the nodes of an
+    interval, and 0 at the others: shape [points, order]."""
+    nodes, w = _gauss(order)
+    at_points = np.polynomial.legendre.legvander(x, order - 1)
+    at_nodes = np.polynomial.legendre.legvander(nodes, order - 1)
+    norms = np.arange(order) + 0.5
+    coefficients = norms[:, None] * at_nodes.T * w
+    return np.asarray(at_points @ coefficients)
+
+
+def _ends_of_mass(
+    edges: FloatArray, stored: Sequence[StoredProfile], steps: Steps | None
+) -> FloatArray:
+    """Return these edges, and the times between them at which stored profiles end, and points of
+    mass begin and end."""
+    jumps = [getattr(profile, "jumps", np.zeros(0)) for profile in stored]
+    distinct = np.unique(np.concatenate(jumps))
+    points = evenly_chosen(distinct, MOST_POINTS)
+    if steps is None:
+        before = points - INSTANT
+    else:
+        step = steps.clock.step_at(points)
+        before = steps.clock.time_at(step - steps.stride)
+    times = [profile.t for profile in stored]
+    cuts = np.concatenate((edges, times, points, before))
+    return np.unique(cuts.clip(edges.min(), edges.max()))
 
 
 def _updates_until(times: FloatArray, steps: Steps) -> npt.NDArray[np.int64]:
@@ -274,10 +309,10 @@ def _updates_until(times: FloatArray, steps: Steps) -> npt.NDArray[np.int64]:
 
 
 def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
-    widths = np.diff(edges)
     if steps is None:
-        return np.ones(widths.size)
-    return np.asarray(np.diff(steps.clock.step_at(edges)) / widths)
+        return np.ones(edges.size - 1)
+    counts = np.diff(steps.clock.step_at(edges))
+    return np.asarray(counts / np.diff(edges))
 
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
@@ -303,8 +338,9 @@ def _cut(
             if fall <= _FALL:
                 continue
             count = np.ceil(fall / _FALL)
-            places = np.arange(1, count + (begin <= 0))
-            cuts.append(end * np.exp(-places * fall / count / steep))
+            last = count if begin > 0 else count + 1
+            falls = np.arange(1, last) * fall / count
+            cuts.append(end * np.exp(-falls / steep))
     return np.unique(np.concatenate(cuts))
 
 
@@ -318,22 +354,24 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
     even = np.linspace(0, 1, 65)[1:-1]
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((even, geometric, 1 - geometric)))
-    quantiles = _quantiles(profile, levels, float(edges[0]), float(edges[-1]))
-    cuts = np.unique(np.concatenate((edges, quantiles)))
-    abscissae, weights = _gauss(_FINE)
+    cuts = np.union1d(edges, _quantiles(profile, levels, edges))
+    x, w = _gauss(_FINE)
     half = np.diff(cuts)[:, None] / 2
     middle = cuts[:-1, None] + half
-    times = (middle + half * abscissae).ravel()
-    widths = (half * weights).ravel()
+    times = middle + half * x
+    widths = half * w
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    return _Points(times, widths, np.repeat(interval, _FINE))
+    home = np.repeat(interval, _FINE)
+    return _Points(times.ravel(), widths.ravel(), home)
 
 
-def _quantiles(profile: Profile, levels: FloatArray, low: float, high: float) -> FloatArray:
-    """Return the times within [low, high] after which a profile has the mass of each level."""
+def _quantiles(profile: Profile, levels: FloatArray, edges: FloatArray) -> FloatArray:
+    """Return the times between `edges` after which a profile has the mass of each level."""
+    low = edges[0]
+    high = edges[-1]
     if isinstance(profile, PowerFunction):
-        times = profile.t * (1 - levels) ** (1 / (profile.gamma + 1))
-        return np.clip(times, low, high)
+        relative = (1 - levels) ** (1 / (profile.gamma + 1))
+        return np.clip(profile.t * relative, low, high)
     begin = np.full(levels.size, low)
     end = np.full(levels.size, high)
     for _ in range(100):  # bisections, to the last bit

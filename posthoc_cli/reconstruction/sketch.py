@@ -135,7 +135,7 @@ class Sketch:
     def _inner(self) -> FloatArray:
         """The share of a window's motion that lies inside it and not at its ends, 0 for a single
         fold: shape [K]."""
-        return np.asarray(1 - 1 / self.folds**2)
+        return 1 - 1 / self.folds**2
 
     @cached_property
     def _middle(self) -> FloatArray:

@@ -35,7 +35,7 @@ from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep import images
-from posthoc_cli.sweep.search import RAW, RESULT, answer, name_of
+from posthoc_cli.sweep.search import RAW, RESULT, Trial, answer
 from posthoc_cli.sweep.sweeps import LOGS
 
 _MOST_BYTES = 50_000_000  # of the result of a sweep
@@ -165,7 +165,7 @@ def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     rows = []
     for trial in _sorted(result):
         texts = ["" if trial[key] is None else text(key, trial[key]) for key in keys]
-        log = f"{LOGS}/{name_of(trial['target'], trial['seed'])}"
+        log = f"{LOGS}/{Trial(**trial).name}"
         rows.append(
             {
                 "best": trial["target"] == best,
@@ -196,7 +196,7 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     size = 0
     for trial in _sorted(result):
         target = trial["target"]
-        kept = folder / images.FOLDER / name_of(target, trial["seed"])
+        kept = folder / images.FOLDER / Trial(**trial).name
         paths = sorted(kept.iterdir()) if kept.is_dir() else []
         if not paths:
             continue
@@ -251,7 +251,8 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
         "--like": like,
         "--out": out,
     }
-    given = (
-        word for name, value in options.items() if value is not None for word in (name, str(value))
-    )
-    return shlex.join(["ema", "synthesize", str(run.directory), *given])
+    words = ["ema", "synthesize", str(run.directory)]
+    for name, value in options.items():
+        if value is not None:
+            words += [name, str(value)]
+    return shlex.join(words)

@@ -108,7 +108,7 @@ def spacing(
 ) -> FloatArray:
     """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
     exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)
-    return np.asarray(np.ldexp(1.0, exponent - np.asarray(mantissa_bits)))
+    return np.asarray(np.ldexp(1.0, exponent - mantissa_bits))
 
 
 # --- the sketch of the path

@@ -97,10 +97,9 @@ class Selection:
 
     def names(self, name: str) -> bool:
         """Return whether the globs select a name. `*` matches any characters including dots."""
-        return (not self.include or _matches(name, self.include)) and not _matches(
-            name,
-            self.exclude,
-        )
+        if self.include and not _matches(name, self.include):
+            return False
+        return not _matches(name, self.exclude)
 
     def copies(self, name: str) -> bool:
         return _matches(name, self.copy_only)
@@ -112,9 +111,9 @@ class Selection:
             return replace(self, buffers="statistics").resumed(roles)
         copies = running_statistics(name for name, role in roles.items() if role == "copy")
         kept = tuple(sorted(name for name in copies if not self.copies(name)))
-        return (
-            replace(self, copy_only=self.copy_only + kept) if self.buffers == "statistics" else self
-        )
+        if self.buffers == "statistics":
+            return replace(self, copy_only=self.copy_only + kept)
+        return self
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:
@@ -143,13 +142,12 @@ def make_selection(
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for argument, glob in (
-        (a, glob) for a in ("include", "exclude", "copy_only") for glob in getattr(selection, a)
-    ):
-        if not any(fnmatchcase(name, glob) for name in names):
-            examples = ", ".join(map(repr, names[:3])) or "none"
-            reason = f"matches no tensor of the model; it has names such as {examples}"
-            raise InvalidValueError(argument, reason, value=repr(glob))
+    examples = ", ".join(map(repr, names[:3])) or "none"
+    for argument in ("include", "exclude", "copy_only"):
+        for glob in getattr(selection, argument):
+            if not any(fnmatchcase(name, glob) for name in names):
+                reason = f"matches no tensor of the model; it has names such as {examples}"
+                raise InvalidValueError(argument, reason, value=repr(glob))
 
 
 def running_statistics(names: Iterable[str]) -> frozenset[str]:
@@ -169,7 +167,7 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     layers = len(running_statistics(copies)) // 2
     if not layers:
         return None
-    counted = f"{layers:,} BatchNorm layer{'s' * (layers > 1)}"
+    counted = "1 BatchNorm layer" if layers == 1 else f"{layers:,} BatchNorm layers"
     return (
         f"the running statistics of {counted} are copies, which belong to the raw weights: "
         f"recompute them with "
@@ -258,11 +256,9 @@ class Snapshot(Source):
         """16 hexadecimal digits that identify the content: the checksum of its header, or of those
         of its parts."""
         checksums = [file.checksum for file in self.files]
-        return (
-            checksums[0]
-            if len(checksums) == 1
-            else xxhash.xxh3_64_hexdigest("".join(checksums).encode())
-        )
+        if len(checksums) == 1:
+            return checksums[0]
+        return xxhash.xxh3_64_hexdigest("".join(checksums).encode())
 
     @property
     def nbytes(self) -> int:
@@ -404,14 +400,14 @@ def decode(file: TensorFile, kind: str, form: type[T]) -> T:
     Types are checked; beyond that, a header with a valid checksum is trusted: checksums guard
     against accidents and are not signatures.
     """
-    found = file.kind, file.content.get("format")
-    if found != (kind, FORMAT):
-        other = (
-            f", but {shown(found[0])} of format {shown(found[1])}"
-            if file.kind
-            else " of this package"
-        )
-        raise FileFormatError(file.path, f"is not of the kind {kind!r} and format {FORMAT}{other}")
+    number = file.content.get("format")
+    if (file.kind, number) != (kind, FORMAT):
+        reason = f"is not of the kind {kind!r} and format {FORMAT}"
+        if file.kind:
+            reason += f", but {shown(file.kind)} of format {shown(number)}"
+        else:
+            reason += " of this package"
+        raise FileFormatError(file.path, reason)
     try:
         return cast(T, converted(file.content, form))
     except ValueError as error:

@@ -179,7 +179,8 @@ class StoredTensors:
             self.files[0].read_many(names, out)
             return
         at = 0
-        for entry, name in ((self.entries[name], name) for name in names):
+        for name in names:
+            entry = self.entries[name]
             self.read_box(name, Box.full(entry.shape), out[at : at + entry.nbytes])
             at += entry.nbytes
 
@@ -204,17 +205,15 @@ class Source(StoredTensors, ABC):
     """A stored average: a snapshot, a checkpoint of another program, or a live average."""
 
     word = "snapshot"
-    profile: (
-        StoredProfile  # a power function, one checkpoint (`Point`), or known times (`Discrete`)
-    )
+    # a power function, one checkpoint (`Point`), or known times (`Discrete`)
+    profile: StoredProfile
     run_id: str  # 32 hexadecimal digits, the same for all sources of a run
     t: float
     t_unit: str
     step: int
     sigma_rel: float  # the width that the average was tracked for; 0 for other averages
-    t_first: (
-        float  # the earliest time with mass in averages of the run, as far as this source shows
-    )
+    # the earliest time with mass in averages of the run, as far as this source shows
+    t_first: float
     left_out: tuple[str, ...]  # names in the model's state that were not tracked
     measurements: Measurements | None  # None if they must be estimated
     sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
@@ -268,11 +267,14 @@ def chosen_up_to(items: Sequence[_Source], t: float) -> tuple[list[_Source], lis
     Both lists are by time, then sigma_rel, and of limited length, see `thinned_subset`.
     """
     ordered = by_time(items)
-    sides = [s for s in ordered if s.t <= t], [s for s in ordered if s.t > t]
-    usable, later = (
-        [side[index] for index in thinned_subset([s.profile for s in side])] for side in sides
-    )
-    return usable, later
+    usable = [source for source in ordered if source.t <= t]
+    later = [source for source in ordered if source.t > t]
+    return _thinned(usable), _thinned(later)
+
+
+def _thinned(items: Sequence[_Source]) -> list[_Source]:
+    profiles = [source.profile for source in items]
+    return [items[index] for index in thinned_subset(profiles)]
 
 
 def run_clock(sources: Sequence[Source]) -> Clock:
@@ -317,7 +319,8 @@ def counted(sources: Sequence[Source], count: int | None = None, total: int | No
     count = len(sources) if count is None else count
     total = count if total is None else total
     number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
-    return f"{number} {sources[0].word}{'s' * (total != 1)}"
+    word = sources[0].word
+    return f"{number} {word}" if total == 1 else f"{number} {word}s"
 
 
 # --- the prior, from measurements or a sample
@@ -560,16 +563,13 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
         return None
     share_b = last + (1 - last) / (1 - first)
     unmoved = share_b * sample_b.values + (1 - share_b) * sample_a.values
-    rounding = (
-        sample.rounding + share_b**2 * sample_b.rounding + (1 - share_b) ** 2 * sample_a.rounding
-    )
+    of_b = share_b**2 * sample_b.rounding
+    of_a = (1 - share_b) ** 2 * sample_a.rounding
     tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
     masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    return Distance(
-        Discrete(b.times, masses, b.t),
-        sample.squared(sample.values - unmoved),
-        rounding,
-    )
+    profile = Discrete(b.times, masses, b.t)
+    squared = sample.squared(sample.values - unmoved)
+    return Distance(profile, squared, sample.rounding + of_b + of_a)
 
 
 def _share(earlier: Discrete, later: Discrete) -> float | None:

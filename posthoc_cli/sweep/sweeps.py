@@ -4,17 +4,15 @@ function."""
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import math
 import re
 import shlex
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,12 @@ from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import (
     RAW,
     Axis,
+    Measure,
     Search,
     SweepReport,
     Trial,
-    Wanted,
     good_range,
     has_raw,
-    name_of,
 )
 from posthoc_cli.sweep.trials import Metric, TrialError, measure
 from posthoc_cli.targets import Mean, SigmaRel, Target
@@ -82,7 +79,6 @@ class Sweep:
     # called with every trial when it ends, its number, and about how many there will be
     say: Callable[[Trial, int, int], None] = lambda *_: None
     progress: ProgressBar = no_bar
-    _settings: dict[str, Any] = field(init=False)
 
     def run_all(self) -> SweepReport:
         """Run the sweep, or continue one with the same settings that was stopped.
@@ -97,36 +93,50 @@ class Sweep:
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
         axis = self.axis or good_range(self.run, self.t)
-        self._settings = {
-            "run": self.run.sources[-1].run_id,
-            "t": self.t,
-            "command": self.command,
-            "metric": self.metric.text,
-            "kind of length": axis.kind,
-            "like": None if self.like is None else str(self.like.resolve()),
-        }
         search = Search(
-            axis,
+            axis=axis,
+            metric=self.metric.key or "metric",
             minimize=self.minimize,
+            settings=self._describe(axis.kind),
+            again=self.again,
             budget=self.budget,
             repeats=self.repeats,
-            again=self.repeats > 1 or "{seed}" in self.command,
-            raw=self.raw is not None or has_raw(self.run, self.t),
+            repeats_known=self.repeats > 1 or "{seed}" in self.command,
+            measures_raw=self.raw is not None or has_raw(self.run, self.t),
         )
-        with self._locked_folder(), self.progress("measuring", search.expected) as advance:
-            recorded = self._recorded()
-            search.trials += [t for t in recorded if t.x is None or t.x in axis]
-            advance(len(search.trials))
-            for _ in search.rounds(functools.partial(self._measure, search, advance)):
-                report = search.report(self.metric.key or "metric", self._settings, self.again)
-                report.write(self.out)  # if the next round is interrupted, this is known
-            if report.estimate is not None:
-                report = replace(report, outputs=(self._write_best(report.best),))
-                report.write(self.out)
+        with self._locked_folder():
+            self._search(search)
+            if search.estimate is not None:
+                search.outputs = (self._write_best(search.best),)
             elif not (self.out / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
-            return report
+            search.write(self.out)
+            return search
+
+    def _describe(self, kind: str) -> dict[str, Any]:
+        """Return what all trials of the folder have in common."""
+        return {
+            "run": self.run.sources[-1].run_id,
+            "t": self.t,
+            "command": self.command,
+            "metric": None if self.minimize is None else self.metric.text,
+            "kind of length": kind,
+            "like": None if self.like is None else str(self.like.resolve()),
+        }
+
+    def _search(self, search: Search) -> None:
+        """Go on from the recorded trials, and record those that follow."""
+        axis = search.axis
+        search.trials += [t for t in self._recorded(search.settings) if t.x is None or t.x in axis]
+        with self.progress("measuring", search.expected) as advance:
+            advance(len(search.trials))
+            for trial in search.run(lambda x: self._average(axis, x)):
+                self._record(trial)
+                self.say(trial, len(search.trials), search.expected)
+                advance(1)
+                if search.estimate is not None:  # if the next trial is interrupted, this is known
+                    search.write(self.out)
 
     def _write_best(self, best: Target) -> Path:
         path = self.out / f"best{self._suffix}"
@@ -195,35 +205,22 @@ class Sweep:
 
     # --- trials
 
-    def _measure(
-        self, search: Search, advance: Callable[[int], None], wanted: Wanted
-    ) -> Iterator[Trial]:
-        """Make one average after another, run the command with each seed, and yield the recorded
-        results."""
+    @contextmanager
+    def _average(self, axis: Axis, x: float | None) -> Iterator[tuple[Measure, float | None]]:
+        """Make an average or the raw weights; yield what runs the command with a seed, and the
+        predicted error."""
         scratch = (self.out / _SCRATCH).absolute()  # the command may change the directory
+        files.make_directory(scratch)
         weights = scratch / f"weights{self._suffix}"
-        for x, pairs in itertools.groupby(wanted, lambda pair: pair[0]):
-            files.make_directory(scratch)
-            title = RAW
-            error = None
-            if x is not None:
-                title = search.axis.target(x).title
-                error = self._write(search.axis.target(x), weights).plan.predicted_error(0)
-            elif self.raw is not None:
-                self._write_raw(self.raw, weights)
-            else:
-                self._write(Mean(1), weights)
-            for _, seed in pairs:
-                started = time.monotonic()
-                value, noise, reason = self._evaluate(title, seed, x, weights)
-                seconds = time.monotonic() - started
-                trial = Trial(title, x, seed, value, noise, error, seconds, reason)
-                self._record(trial)
-                number = len(search.trials) + 1
-                self.say(trial, number, max(number, search.expected))
-                advance(1)
-                yield trial
-            images.remove(scratch)
+        error = None
+        if x is not None:
+            error = self._write(axis.target(x), weights).plan.predicted_error(0)
+        elif self.raw is not None:
+            self._write_raw(self.raw, weights)
+        else:
+            self._write(Mean(1), weights)
+        yield functools.partial(self._evaluate, weights), error
+        images.remove(scratch)
 
     def _write_raw(self, raw: Path, weights: Path) -> None:
         """Write the raw weights of a checkpoint as averages are written."""
@@ -241,43 +238,37 @@ class Sweep:
         else:
             export_file(plain, weights, like=self.like)
 
-    def _evaluate(
-        self, title: str, seed: int, x: float | None, weights: Path
-    ) -> tuple[float | None, float | None, str | None]:
-        """Run the command; return the metric and its standard error, or the reason why there is
-        none."""
-        name = name_of(title, seed)
+    def _evaluate(self, weights: Path, trial: Trial) -> tuple[float | None, float | None]:
+        """Run the command; return the metric and its standard error, or raise a TrialError."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=weights.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
         texts = {
-            "weights": str(weights),
-            "sigma_rel": RAW if x is None else str(x),
-            "seed": str(seed),
-            "dir": str(folder),
+            "weights": weights,
+            "sigma_rel": RAW if trial.x is None else str(trial.x).removesuffix(".0"),
+            "seed": trial.seed,
+            "dir": folder,
         }
         words = [
-            _PLACEHOLDER.sub(lambda match: texts[match[1]], word)
+            _PLACEHOLDER.sub(lambda match: str(texts[match[1]]), word)
             for word in shlex.split(self.command)
         ]
         metric = None if self.minimize is None else self.metric
         try:
-            value, error = measure(words, folder, self.out / LOGS / name, metric)
+            measured = measure(words, folder, self.out / LOGS / trial.name, metric)
             if self.images != "none":
-                images.keep_images(folder, self.out / images.FOLDER / name, self.images)
-            return value, error, None
-        except TrialError as failure:
-            return None, None, str(failure)
+                images.keep_images(folder, self.out / images.FOLDER / trial.name, self.images)
+            return measured
         finally:
             images.remove(folder)
 
     # --- the record
 
-    def _recorded(self) -> list[Trial]:
+    def _recorded(self, asked: dict[str, Any]) -> list[Trial]:
         """Return the recorded trials that succeeded, the last of repeated ones; raise an
         OutputExistsError if they are of another sweep."""
         path = self.out / TRIALS
         if not path.exists():
-            self._write_lines([json.dumps(self._settings)])
+            self._write_lines([json.dumps(asked)])
             return []
         found = {}
         try:
@@ -289,12 +280,11 @@ class Sweep:
                     found[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
             raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
-        for name, value in self._settings.items():
+        for name, value in asked.items():
             if settings.get(name) != value:
                 reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
                 raise OutputExistsError(self.out, reason, "name another folder")
-        is_look = self.minimize is None
-        return [trial for trial in found.values() if (trial.value is None) == is_look]
+        return [*found.values()]
 
     def _record(self, trial: Trial) -> None:
         """Add a trial durably to the file; raise a WriteError if that fails."""
@@ -347,42 +337,37 @@ def sweep(
         raise InvalidValueError("metric", reason, value=shown(metric))
     averages = _Averages(run, model)
     stored = averages.run
-    if values is not None:
-        axis = Axis.of_values("sigma_rel", values)
-    elif low is None or high is None:
-        good = good_range(stored)
-        axis = Axis("sigma_rel", low or good.low, high or good.high)
-    else:
-        axis = Axis("sigma_rel", low, high)
     newest = stored.sources[-1]
     if notice := statistics_notice(newest.copies):
         warn(notice)
     search = Search(
-        axis,
+        axis=_axis(stored, low, high, values),
+        metric=name,
         minimize=minimize,
+        settings={"run": newest.run_id, "t": averages.t, "command": None},
         budget=budget,
         repeats=repeats,
-        again=repeats > 1,
-        raw=averages.are_raw_known,
+        repeats_known=repeats > 1,
+        measures_raw=averages.are_raw_known,
     )
 
-    def measure(wanted: Wanted) -> Iterator[Trial]:
-        for x, seed in wanted:
-            started = time.perf_counter()
-            with averages.at(x) as (average, error):
-                value, noise = _checked(metric(average))
-            title = RAW if x is None else SigmaRel(x).title
-            seconds = time.perf_counter() - started
-            if math.isfinite(value):
-                yield Trial(title, x, seed, value, noise, error, seconds)
-            else:
-                reason = f"its metric is {value}"
-                yield Trial(title, x, seed, None, noise, error, seconds, reason)
+    @contextmanager
+    def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
+        with averages.at(x) as (averaged, error):
+            yield lambda _: _checked(metric(averaged)), error
 
-    for _ in search.rounds(measure):
+    for _ in search.run(average):
         pass
-    settings = {"run": newest.run_id, "t": averages.t, "command": None}
-    return search.report(name, settings)
+    return search
+
+
+def _axis(run: Run, low: float | None, high: float | None, values: Sequence[float] | None) -> Axis:
+    if values is not None:
+        return Axis.of_values("sigma_rel", values)
+    if low is not None and high is not None:
+        return Axis("sigma_rel", low, high)
+    good = good_range(run, run.t)
+    return Axis("sigma_rel", low or good.low, high or good.high)
 
 
 class _Averages:
@@ -390,10 +375,8 @@ class _Averages:
 
     def __init__(self, run: Run | PostHocEMA | str | Path, model: torch.nn.Module | None) -> None:
         self.tracker = run if isinstance(run, PostHocEMA) else None
-        if isinstance(run, PostHocEMA):
-            self.run = run.run
-        else:
-            self.run = run if isinstance(run, Run) else Run(run)
+        stored = run.run if isinstance(run, PostHocEMA) else run
+        self.run = stored if isinstance(stored, Run) else Run(stored)
         self.model = model
         self._is_tracked = (
             model is not None and self.tracker is not None and self.tracker.tracks(model)
@@ -405,7 +388,7 @@ class _Averages:
 
     @property
     def are_raw_known(self) -> bool:
-        return self._is_tracked or has_raw(self.run)
+        return self._is_tracked or has_raw(self.run, self.run.t)
 
     @contextmanager
     def at(self, x: float | None) -> Iterator[tuple[Any, float | None]]:
@@ -430,12 +413,16 @@ class _Averages:
 
 
 def _checked(result: Any) -> tuple[float, float | None]:
-    """Return what a metric has returned, as a number and its standard error; else raise an
-    InvalidValueError."""
+    """Return what a metric has returned, as a number and its standard error; raise an
+    InvalidValueError if it is something else, and a TrialError if it is not finite."""
     try:
         value, error = result if isinstance(result, tuple) else (result, None)
-        return float(value), float(error) if error is not None and 0 < error < math.inf else None
+        number = float(value)
+        noise = float(error) if error is not None and 0 < error < math.inf else None
     except (TypeError, ValueError, RuntimeError) as cause:
         raise InvalidValueError(
             "metric", "must return a number, or a number and its standard error"
         ) from cause
+    if not math.isfinite(number):
+        raise TrialError(f"its metric is {number}")
+    return number, noise

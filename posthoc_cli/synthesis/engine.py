@@ -100,10 +100,9 @@ class Sums:
             return
         for index in range(first, source + 1):
             for total, scale in zip(self._rows, self._scales[index], strict=True):
-                (total.zero_() if index == 0 else total).add_(
-                    self._terms[index - first],
-                    alpha=scale,
-                )
+                if index == 0:
+                    total.zero_()
+                total.add_(self._terms[index - first], alpha=scale)
 
 
 def has_full_precision() -> bool:
@@ -439,7 +438,8 @@ def check_device(device: torch.device | str) -> torch.device:
         if "device string" in reason:  # torch lists some twenty kinds
             reason = "is no device"
     available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-    available += ["mps"] * torch.backends.mps.is_available()
+    if torch.backends.mps.is_available():
+        available.append("mps")
     raise InvalidValueError(
         "device",
         reason,

@@ -58,11 +58,8 @@ from posthoc_cli.tracker.memory import (
 
 # the bits of a float32 that alone are the largest power of two not above its size
 SIGN_AND_EXPONENT = -0x80_0000
-MOST_UNDONE = (
-    3 / 4
-    # the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 -
-    # share)
-)
+# the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)
+MOST_UNDONE = 3 / 4
 # the inverse of the golden ratio, whose multiples, modulo 1, are spread most evenly
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -109,7 +106,8 @@ class AverageTensors:
         self.layout = layout
         wide = tuple(replace(bucket, dtype=bucket.wide) for bucket in layout)
         self.places = places_of(wide)
-        self.mean, self.high = ([FlatTensors(wide) for _ in range(profiles)] for _ in range(2))
+        self.mean = [FlatTensors(wide) for _ in range(profiles)]
+        self.high = [FlatTensors(wide) for _ in range(profiles)]
         for tensors in (*self.mean, *self.high):
             for (flat,) in tensors.slabs:
                 flat.zero_()  # so that the system allocates the memory now, not at the first write
@@ -121,11 +119,9 @@ class AverageTensors:
     def means(self, tile: Tile, shared: bool) -> list[torch.Tensor]:
         """Return a tile of the means in use: one a profile, or the first alone."""
         first = self.mean[0].tile(tile)
-        return (
-            [first]
-            if shared and first.dtype != torch.float64
-            else [mean.tile(tile) for mean in self.mean]
-        )
+        if shared and first.dtype != torch.float64:
+            return [first]
+        return [mean.tile(tile) for mean in self.mean]
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
@@ -241,12 +237,9 @@ class Averages:
         if not standing.window:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
-        return torch.lerp(
-            high,
-            means[min(profile, len(means) - 1)],
-            standing.masses(self.gammas)[profile],
-            out=result,
-        )
+        mean = means[min(profile, len(means) - 1)]
+        mass = standing.masses(self.gammas)[profile]
+        return torch.lerp(high, mean, mass, out=result)
 
     @torch.no_grad()
     def read(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,31 +48,24 @@ class Subset(Elements):
 
     def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
         wanted = frozenset(measured)
-        spans = [
-            [
-                (name, place)
-                for name, place in bucket.places.items()
-                if name in wanted and place.begin < place.end
-            ]
-            for bucket in layout
-        ]
-        # where there are elements
-        self.sizes = {name: place.end - place.begin for bucket in spans for name, place in bucket}
+        self.sizes = dict[str, int]()  # of the tensors with elements
+        for bucket in layout:
+            for name, place in bucket.places.items():
+                if name in wanted and place.begin < place.end:
+                    self.sizes[name] = place.end - place.begin
         most = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS)
-        share = MEASURED_ELEMENTS // max(1, len(self.sizes))
-        drawn = [
-            [
-                place.positions(
-                    _draw(name, self.sizes[name], min(most, self.sizes[name] // max(1, share)))
-                )
-                for name, place in bucket
-            ]
-            for bucket in spans
-        ]
-        super().__init__(
-            layout, [np.concatenate([np.empty(0, np.int64), *bucket]) for bucket in drawn]
-        )
-        counts = [len(indices) for bucket in drawn for indices in bucket]
+        share = max(1, MEASURED_ELEMENTS // max(1, len(self.sizes)))
+        counts = list[int]()
+        positions = list[Values]()
+        for bucket in layout:
+            of_bucket = [np.empty(0, np.int64)]
+            for name in filter(self.sizes.__contains__, bucket.places):
+                size = self.sizes[name]
+                indices = _draw(name, size, min(most, size // share))
+                counts.append(len(indices))
+                of_bucket.append(bucket.places[name].positions(indices))
+            positions.append(np.concatenate(of_bucket))
+        super().__init__(layout, positions)
         # of each tensor's elements in the subset
         self.edges = np.array([0, *accumulate(counts)], np.int64)
         self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
@@ -152,10 +145,8 @@ def _append(windows: list[Window], window: Window) -> None:
             windows[-2:] = [windows[-2].merged(window)]
         elif len(windows) > MOST_WINDOWS:
             pairs = zip(windows[::2], windows[1::2], strict=False)
-            windows[:] = [
-                *(first.merged(second) for first, second in pairs),
-                *windows[len(windows) // 2 * 2 :],
-            ]
+            merged = [first.merged(second) for first, second in pairs]
+            windows[:] = merged + windows[2 * len(merged) :]
 
 
 def _windows_of(sketch: Sketch) -> list[Window]:
@@ -168,6 +159,28 @@ def _sketch_of(first_t: float, windows: Sequence[Window]) -> Sketch:
     return Sketch(np.array([first_t, *t]), np.array(folds), np.stack(means), np.array(spread))
 
 
+def _identity_of(subset: Subset, part: int) -> int:
+    """Return a number that identifies the projection of a model, or of a part of it."""
+    dtypes = []
+    shapes = []
+    for bucket in subset.layout:
+        dtypes.append((str(bucket.wide), len(bucket.places)))
+        shapes += [place.shape for place in bucket.places.values()]
+    identity = repr((part, shapes, dtypes, [*subset.sizes], subset.edges.tolist()))
+    return xxhash.xxh3_64_intdigest(identity.encode()) >> 1
+
+
+def _signed_roots(subset: Subset, part: int) -> Values:
+    """Return the factor of each element: a root of the number that it represents, with a random
+    sign, the same in every run, and another one for each part."""
+    roots = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges))
+    first = np.uint64(part) << np.uint64(40)
+    numbers = np.arange(subset.edges[-1], dtype=np.uint64) + first
+    is_positive = _hashed(~numbers) >> np.uint64(63)
+    signs = np.where(is_positive, np.float32(1), np.float32(-1))
+    return np.asarray(roots * signs)
+
+
 class Sketcher:
     """Projects the weights' means over windows, one window at a time; any thread of a pool may take
     in tiles."""
@@ -176,20 +189,12 @@ class Sketcher:
         """Begin the path of a model, or of the part of this number; the signs of parts are
         independent."""
         self.subset = subset
-        dtypes = [(str(bucket.wide), len(bucket.places)) for bucket in subset.layout]
-        places = chain.from_iterable(bucket.places.values() for bucket in subset.layout)
-        shapes = [place.shape for place in places]
-        identity = repr((part, shapes, dtypes, [*subset.sizes], subset.edges.tolist()))
-        self._projection = xxhash.xxh3_64_intdigest(identity.encode()) >> 1
+        self._projection = _identity_of(subset, part)
         self._values = subset.buffers()
-        # Random signs, the same in every run, and others for each part.
-        numbers = np.arange(subset.edges[-1], dtype=np.uint64) + (np.uint64(part) << np.uint64(40))
-        signs = np.where(_hashed(~numbers) >> np.uint64(63), np.float32(1), np.float32(-1))
-        factors = torch.from_numpy(np.repeat(np.sqrt(subset.scales), np.diff(subset.edges)) * signs)
+        factors = torch.from_numpy(_signed_roots(subset, part))
         split = torch.split(factors, [*map(len, self._values)])
-        self._factors = [
-            factor.to(buffer) for factor, buffer in zip(split, self._values, strict=True)
-        ]
+        pairs = zip(split, self._values, strict=True)
+        self._factors = [factor.to(buffer) for factor, buffer in pairs]
         self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
         self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
         self._first_t: float | None = None

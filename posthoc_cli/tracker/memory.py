@@ -152,12 +152,11 @@ def on_host(layout: Layout) -> Layout:
 
 def tiles_of(layout: Layout) -> list[Tile]:
     """Return the tiles of all buckets of a layout."""
-    spans = [
-        (index, *span)
-        for index, b in enumerate(layout)
-        for span in pairwise(_edges(b.size, b.tile))
-    ]
-    return [Tile(number, *span) for number, span in enumerate(spans)]
+    tiles: list[Tile] = []
+    for index, bucket in enumerate(layout):
+        for begin, end in pairwise(_edges(bucket.size, bucket.tile)):
+            tiles.append(Tile(len(tiles), index, begin, end))
+    return tiles
 
 
 def ranges_of(layout: Layout) -> list[list[ElementRange]]:
@@ -190,9 +189,10 @@ def _edges(count: int, most: int) -> list[int]:
     CPU tile."""
     edges = [0]
     while left := count - edges[-1]:
-        edges.append(
-            edges[-1] + (left if left <= TILE else min(most, 2 ** (left.bit_length() - 1)))
-        )
+        size = left
+        if left > TILE:
+            size = min(most, 2 ** (left.bit_length() - 1))
+        edges.append(edges[-1] + size)
     return edges
 
 
@@ -206,14 +206,20 @@ class FlatTensors:
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
-        self.edges = [_edges(b.size, SLAB) if pinned else [0, b.size] for b in layout]
-        self.slabs = [
-            [
-                torch.empty(j - i, dtype=b.dtype, device=b.device, pin_memory=pinned)
-                for i, j in pairwise(edges)
-            ]
-            for b, edges in zip(layout, self.edges, strict=True)
-        ]
+        self.edges = list[list[int]]()  # of the slabs of each bucket
+        self.slabs = list[list[torch.Tensor]]()
+        for bucket in layout:
+            edges = _edges(bucket.size, SLAB) if pinned else [0, bucket.size]
+            self.edges.append(edges)
+            self.slabs.append([])
+            for size in np.diff(edges).tolist():
+                slab = torch.empty(
+                    size,
+                    dtype=bucket.dtype,
+                    device=bucket.device,
+                    pin_memory=pinned,
+                )
+                self.slabs[-1].append(slab)
 
     @property
     def nbytes(self) -> int:
@@ -263,10 +269,13 @@ class Reader:
         self.layout = layout
         self.tiles = tiles_of(layout)
         self._parts = parts
-        self._scratch = [
-            [torch.empty(min(b.size, b.tile), dtype=b.wide, device=b.device) for b in layout]
-            for _ in range(threads)
-        ]
+        self._scratch = list[list[torch.Tensor]]()  # of each thread, by bucket
+        for _ in range(threads):
+            buffers = []
+            for bucket in layout:
+                size = min(bucket.size, bucket.tile)
+                buffers.append(torch.empty(size, dtype=bucket.wide, device=bucket.device))
+            self._scratch.append(buffers)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> Reader:
@@ -282,9 +291,10 @@ class Reader:
             first = begin // row
             return tensor[first : -(-end // row)], slice(begin - first * row, end - first * row)
 
-        return cls(
-            layout, [[part(*piece) for piece in ranges] for ranges in ranges_of(layout)], threads
-        )
+        parts = []
+        for ranges in ranges_of(layout):
+            parts.append([part(*piece) for piece in ranges])
+        return cls(layout, parts, threads)
 
     @property
     def nbytes(self) -> int:

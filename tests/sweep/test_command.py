@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import FileFormatError, LockedError, OutputExistsError, PostHocError
 from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.search import NEXT, POINTS, Search, Trial, estimate, first_batch, next_batch
+from posthoc_cli.sweep.curves import POINTS
+from posthoc_cli.sweep.search import NEXT, Estimate, Measure, Search, Trial, first_batch
 from posthoc_cli.sweep.trials import TrialError
 
 LENGTHS = (0.05, 0.1, 0.2)
@@ -117,6 +119,7 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
     [
         ("command", {"command": "true {weights}"}),
         ("metric", {"metric": Metric("loss")}),
+        ("metric", {"minimize": None}),
         ("t", {"t": 15}),
         ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
     ],
@@ -124,10 +127,11 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
     run: Run, tmp_path: Path, name: str, changed: dict[str, Any]
 ) -> None:
-    swept(run, tmp_path / "out", axis=GRID)
+    command = f"{BOWL} {{dir}}"
+    swept(run, tmp_path / "out", command, axis=GRID)
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")}
     with refused(str(tmp_path / "out"), f"a sweep of another {name}", kind=OutputExistsError):
-        swept(run, tmp_path / "out", **({"axis": GRID} | changed))
+        swept(run, tmp_path / "out", **({"command": command, "axis": GRID} | changed))
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == before
 
 
@@ -437,6 +441,21 @@ def test_each_length_of_a_narrow_range_is_measured_once(
     assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
 
 
+@pytest.mark.parametrize(
+    ("text", "words"), [("0.1:0.1", "the first must be below the second"), ("0.05,0.1:0.2", "LOW:")]
+)
+def test_a_text_that_is_no_range_is_refused(text: str, words: str) -> None:
+    with refused("--sigma-rel", words):
+        Axis.parse(text, "--sigma-rel", "sigma_rel")
+
+
+def test_a_command_gets_whole_numbers_without_a_point(run: Run, tmp_path: Path) -> None:
+    command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
+    swept(run, tmp_path / "out", command, axis=Axis("window", 2, 18), budget=7)
+    assert {"2", "18"} < {*(tmp_path / "seen").read_text().split()}
+    assert "." not in (tmp_path / "seen").read_text()
+
+
 def test_a_decay_is_searched_by_its_time_constant(run: Run, tmp_path: Path) -> None:
     command = "awk 'BEGIN { print log((1 - {sigma_rel}) / 0.2) ^ 2 }' {weights}"
     report = swept(run, tmp_path / "out", command, axis=Axis("beta", 0.5, 0.95))
@@ -699,7 +718,7 @@ def trials(noise: float, count: int = 12, seed: int = 0, sign: float = 1.0) -> l
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
-    found = estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
+    found = Estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
     assert found.best == pytest.approx(0.09, rel=0.02)  # of the grid's spacing, 2.7 %
     assert found.low <= 0.09 <= found.high < 1.1 * found.low
     assert abs(found.mean) < 0.01
@@ -709,7 +728,7 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
         found.curve, [sign * bowl(x) for x in np.geomspace(LOW, HIGH, POINTS).tolist()], atol=0.02
     )
     for unit in (1e-9, 1e9):  # the unit of the metric changes nothing
-        other = estimate(
+        other = Estimate(
             [trial(t.x, unit * (t.value or 0)) for t in trials(0, 6, sign=sign)],
             AXIS,
             minimize=sign > 0,
@@ -722,7 +741,7 @@ def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
 
 def test_the_range_contains_the_best_as_often_as_stated() -> None:
     """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
-    estimates = [estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
+    estimates = [Estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
     assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 24
     assert np.mean([math.log(found.high / found.low) for found in estimates]) < 0.8 * math.log(
         HIGH / LOW
@@ -732,12 +751,12 @@ def test_the_range_contains_the_best_as_often_as_stated() -> None:
 def test_more_noise_widens_the_range_and_a_stated_error_is_believed() -> None:
     widths = [
         math.log(found.high / found.low)
-        for found in (estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))
+        for found in (Estimate(trials(n), AXIS) for n in (0, 0.1, 1.0))
     ]
     assert widths[0] < widths[1] < widths[2]
     unsure = [trial(t.x, t.value, standard_error=1.0) for t in trials(0)]
-    assert estimate(unsure, AXIS).high / estimate(unsure, AXIS).low > 1.5
-    assert estimate(unsure, AXIS).noise == pytest.approx(1.0)
+    assert Estimate(unsure, AXIS).high / Estimate(unsure, AXIS).low > 1.5
+    assert Estimate(unsure, AXIS).noise == pytest.approx(1.0)
 
 
 def test_the_offset_of_a_seed_is_not_noise() -> None:
@@ -745,7 +764,7 @@ def test_the_offset_of_a_seed_is_not_noise() -> None:
     shared = [
         trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)
     ]
-    found = estimate(shared, AXIS)
+    found = Estimate(shared, AXIS)
     assert found.low <= 0.09 <= found.high < 1.25 * found.low
 
 
@@ -756,7 +775,7 @@ def test_the_offset_of_a_seed_is_not_noise() -> None:
 )
 def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
     given = [trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
-    found = estimate(given, AXIS)
+    found = Estimate(given, AXIS)
     assert all(map(math.isfinite, (found.best, found.mean, found.standard_error, found.regret)))
     assert LOW <= found.low <= found.best <= found.high <= HIGH
     assert found.high > 1.3 * found.low
@@ -765,27 +784,27 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]
 def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() -> None:
     first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
     noisy = [trial(t.x, t.value, standard_error=1.5) for t in first]
-    found = estimate(noisy, AXIS)
-    proposed = next_batch(found, noisy)
+    found = Estimate(noisy, AXIS)
+    proposed = found.proposed()
     assert 1 < len(proposed) <= NEXT
     assert all(found.low <= x <= found.high for x in proposed)
     crowded = [
         trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(0.0201, 0.279, 60).tolist()
     ]
-    assert set(next_batch(estimate(crowded, AXIS), crowded, repeat=True)) <= {t.x for t in crowded}
+    assert set(Estimate(crowded, AXIS).proposed(repeat=True)) <= {t.x for t in crowded}
 
 
 def test_one_far_value_does_not_hide_the_best() -> None:
     """A wrong trial may have a value far from all others."""
     values = {x: math.log(x / 0.1) ** 2 for x in (0.02, 0.034, 0.057, 0.097, 0.16, 0.28)}
     for place in (0.034, 0.16):
-        found = estimate(
+        found = Estimate(
             [trial(x, 1000.0 if x == place else value) for x, value in values.items()], AXIS
         )
         assert found.low <= 0.1 <= found.high
         assert abs(found.mean) < 10
     well = [trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in values.items()]
-    assert 0.08 < estimate(well, AXIS).best < 0.2
+    assert 0.08 < Estimate(well, AXIS).best < 0.2
 
 
 # --- the rounds of a search
@@ -794,15 +813,24 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 def searched(
     noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False
 ) -> Search:
-    search = Search(AXIS, minimize=True, budget=budget, repeats=repeats, again=True, raw=raw)
+    search = Search(
+        axis=AXIS,
+        metric="",
+        minimize=True,
+        settings={},
+        budget=budget,
+        repeats=repeats,
+        repeats_known=True,
+        measures_raw=raw,
+    )
     random = np.random.default_rng(seed)
 
-    def measure(wanted: Sequence[tuple[float, int]]) -> list[Trial]:
-        return [
-            Trial("", x, number, bowl(x or LOW) + noise * random.normal()) for x, number in wanted
-        ]
+    @contextmanager
+    def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
+        yield lambda _: (bowl(x or LOW) + noise * random.normal(), None), None
 
-    *_, _ = search.rounds(measure)
+    for _ in search.run(average):
+        pass
     return search
 
 

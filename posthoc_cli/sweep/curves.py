@@ -1,0 +1,112 @@
+"""Curves of a metric against the length of an average, drawn from a model of few noisy
+measurements.
+
+A metric is modelled as a quadratic of x, the logarithm of the length scaled to [0, 1], plus a
+Gaussian process with a Matern 5/2 kernel for the deviation from it, plus an offset for each seed,
+plus noise. (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006: sections 2.7 and
+4.2.) The hyperparameters are not fitted but averaged over a grid, weighted by their likelihood:
+with seven points many of them explain the data, and a single choice would state too narrow a range.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+from scipy.linalg import cholesky, solve_triangular
+from scipy.special import softmax
+
+from posthoc_cli.profiles import FloatArray
+
+POINTS = 101  # the number of points of the grid over the range, on which curves are drawn
+GRID = np.linspace(0, 1, POINTS)
+
+_LENGTHS = (0.1, 0.2, 0.4, 0.8)  # length scales of the kernel, as a fraction of the range
+_SIZES = (0.01, 0.1, 0.3, 1.0, 3.0)
+"""Standard deviations of the deviation from a quadratic; as the following, relative to the spread
+of the values."""
+_NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
+"""Standard deviations of the noise, used if no standard errors are given."""
+_OFFSETS = (0.0, 0.1, 1.0)  # standard deviations of the offset that a seed adds to all its trials
+_TRENDS = (10.0, 1.0, 1.0)  # prior standard deviations of the coefficients of the quadratic
+_ROUNDING = 1e-9  # added to the variances, so that rounding leaves a covariance positive definite
+_FAR = 12.0
+"""The largest distance of a value above the upper quartile, in distances of that from the second
+best value. Larger values are clipped: they only show that a length is bad."""
+_DRAWS = 1024
+_STATED = 1e-3, 1e6  # bounds of stated standard errors, relative to the spread of the values
+
+
+def draw_curves(
+    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: FloatArray
+) -> tuple[FloatArray, float]:
+    """Return curves on GRID drawn from the mixture over all hyperparameters, [draws, POINTS], and
+    the standard deviation of a measurement, without the offset of its seed.
+
+    The measurements have places in [0, 1], values, of which lower is better, stated standard errors
+    or nan, and seeds.
+    """
+    values = _clipped(values)
+    centre = values.mean()
+    scale = values.std()
+    chances = _chances(errors / scale, seeds)
+    noises = [noise for noise, _ in chances] * len(_LENGTHS) * len(_SIZES)
+    both = np.concatenate([places, GRID])
+    posteriors = []
+    for length, size in itertools.product(_LENGTHS, _SIZES):
+        prior = _prior(both, length, size)
+        posteriors += [
+            _posterior(prior, chance, (values - centre) / scale) for _, chance in chances
+        ]
+    logs, means, covariances = zip(*posteriors, strict=True)
+    weights = softmax(logs)
+    random = np.random.default_rng(0)
+    counts = random.multinomial(_DRAWS, weights)
+    draws = [
+        random.multivariate_normal(means[k], covariances[k], counts[k], method="cholesky")
+        for k in np.flatnonzero(counts)
+    ]
+    return centre + scale * np.concatenate(draws), float(scale * (weights @ noises))
+
+
+def _clipped(values: FloatArray) -> FloatArray:
+    upper = float(np.quantile(values, 0.75))
+    reach = upper - float(np.sort(values)[1])
+    return np.minimum(values, upper + _FAR * reach) if reach > 0 else values
+
+
+def _chances(errors: FloatArray, seeds: FloatArray) -> list[tuple[float, FloatArray]]:
+    """Return the choices of what chance adds to the values: the noise, and the covariance."""
+    are_given = bool(np.isfinite(errors).all())
+    scales = np.clip(errors, *_STATED) if are_given else np.ones_like(errors)
+    usual = float(np.sqrt((scales**2).mean()))
+    offsets = _OFFSETS if np.ptp(seeds) else _OFFSETS[:1]  # that of a single seed is in the trend
+    shared = np.equal.outer(seeds, seeds)
+    return [
+        (noise * usual, np.diag((noise * scales) ** 2) + offset**2 * shared)
+        for noise, offset in itertools.product((1.0,) if are_given else _NOISES, offsets)
+    ]
+
+
+def _prior(x: FloatArray, length: float, size: float) -> FloatArray:
+    """Return the covariance of the metric at all pairs of places before the measurements."""
+    trends = np.vander(2 * x - 1, 3, increasing=True) * _TRENDS
+    distance = math.sqrt(5) * np.abs(x[:, None] - x) / length
+    matern = (1 + distance + distance**2 / 3) * np.exp(-distance)
+    return np.asarray(trends @ trends.T + size**2 * matern + _ROUNDING * np.eye(len(x)))
+
+
+def _posterior(
+    prior: FloatArray, chance: FloatArray, values: FloatArray
+) -> tuple[float, FloatArray, FloatArray]:
+    """Return the logarithm of the likelihood, but for a constant, and the mean and covariance of
+    the metric on GRID after the measurements (Rasmussen and Williams, algorithm 2.1)."""
+    count = len(values)
+    root = cholesky(prior[:count, :count] + chance, lower=True, check_finite=False)
+    sides = np.column_stack([values, prior[:count, count:]])
+    solved = solve_triangular(root, sides, lower=True, check_finite=False)
+    fit = solved[:, 0]
+    known = solved[:, 1:]
+    likelihood = float(-0.5 * fit @ fit - np.log(root.diagonal()).sum())
+    return likelihood, fit @ known, prior[count:, count:] - known.T @ known
