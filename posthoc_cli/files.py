@@ -284,7 +284,7 @@ def discard(paths: Collection[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             _remove(path)
-            del _unfinished[path]
+            _unfinished.pop(path, None)  # a thread may have finished it meanwhile
 
 
 @atexit.register
@@ -299,7 +299,7 @@ def remove_unfinished() -> None:
         if process == os.getpid():  # not in a forked child
             with suppress(OSError):
                 _remove(path) if is_temporary(path.name) else system.remove_directory(path)
-            del _unfinished[path]
+            _unfinished.pop(path, None)  # a thread may have finished it meanwhile
 
 
 def is_temporary(name: str) -> bool:

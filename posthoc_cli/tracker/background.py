@@ -28,6 +28,7 @@ from posthoc_cli.errors import Log, WriteError, keep_messages, warn
 log = Log(__name__)
 
 PATIENCE = 10.0  # seconds that training waits before a warning
+SIGNAL_DELAY = 0.5  # seconds after which a signal is handled that arrived as a wait began
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -58,9 +59,11 @@ class Job(Generic[Result]):
         self._gate.release()
 
     def wait(self) -> None:
-        if not self._finished:
-            with self._gate:
-                pass
+        # Again and again: a signal that arrives just before a wait for a lock begins does not end
+        # that wait, and its handler would run only after the job.
+        while not self._finished:
+            if self._gate.acquire(timeout=SIGNAL_DELAY):
+                self._gate.release()
 
     def settle(self) -> None:
         """Withdraw the job, or wait until it is done, even if an exception is raised during the
