@@ -123,7 +123,7 @@ def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
 
     raw = Trial(RAW, None, 0, loss(model))
     swept = sweep(snapshots, loss, model=model, values=SIGMA_RELS, name="validation loss")
-    return replace(swept, trials=[raw, *swept.trials])
+    return replace(swept, trials=(raw, *swept.trials))
 
 
 def command_name() -> str:

@@ -273,7 +273,7 @@ def _remove(path: Path) -> None:
 
 _unfinished: dict[Path, int] = {}
 """Temporary files and folders, and directories created for new files, each with the id of the
-process that made it."""
+process that made it. Threads and the end of the process may remove an entry at the same time."""
 
 
 def discard(paths: Collection[Path]) -> None:
@@ -284,7 +284,7 @@ def discard(paths: Collection[Path]) -> None:
     for path in paths:
         with suppress(OSError):
             _remove(path)
-            _unfinished.pop(path, None)  # a thread may have finished it meanwhile
+            _unfinished.pop(path, None)
 
 
 @atexit.register
@@ -299,7 +299,7 @@ def remove_unfinished() -> None:
         if process == os.getpid():  # not in a forked child
             with suppress(OSError):
                 _remove(path) if is_temporary(path.name) else system.remove_directory(path)
-            _unfinished.pop(path, None)  # a thread may have finished it meanwhile
+            _unfinished.pop(path, None)
 
 
 def is_temporary(name: str) -> bool:
@@ -502,7 +502,7 @@ class PendingFolder(_Pending):
                     with suppress(OSError):  # what was not renamed yet
                         system.rename(source, target) if source else None
                 raise
-            del _unfinished[self.temporary]
+            _unfinished.pop(self.temporary, None)
         if replaced:
             discard([replaced])
 

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +286,7 @@ def first_batch(axis: Axis) -> list[float]:
 # --- the report
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(frozen=True, repr=False)
 class SweepReport:
     """The result of a sweep: all its trials, the estimate, why the search ended, and the files of
     the best average.
@@ -300,7 +300,7 @@ class SweepReport:
     minimize: bool | None
     settings: dict[str, Any]
     again: str = ""
-    trials: list[Trial] = field(default_factory=list)
+    trials: tuple[Trial, ...] = ()
     estimate: Estimate | None = None
     stopped: str = "it is still measuring"
     outputs: tuple[Path, ...] = ()
@@ -380,16 +380,16 @@ Average = Callable[[float | None], AbstractContextManager[tuple[Measure, float |
 its predicted error."""
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
-class Search(SweepReport):
-    """A search for the best value of an axis, which continues from successful `trials`, and is its
-    own report.
+@dataclass(eq=False, kw_only=True)
+class Search:
+    """A search for the best value of a report's axis, which continues from its successful trials.
 
-    At most `budget` lengths are measured, the best one last, each `repeats` times; with
-    `repeats_known`, also once more with another seed, which counts again. If `minimize` is None,
-    nothing is searched: the first lengths are tried.
+    `report` is replaced after each trial. At most `budget` lengths are measured, the best one last,
+    each `repeats` times; with `repeats_known`, also once more with another seed, which counts
+    again. If the report's `minimize` is None, nothing is searched: the first lengths are tried.
     """
 
+    report: SweepReport
     budget: int
     repeats: int
     repeats_known: bool
@@ -397,35 +397,35 @@ class Search(SweepReport):
 
     def __post_init__(self) -> None:
         # a search begins with FIRST lengths, and measures the best one last
-        check_count("budget", self.budget, 1 if self.axis.values else FIRST + 1)
+        check_count("budget", self.budget, 1 if self.report.axis.values else FIRST + 1)
         check_count("repeats", self.repeats)
 
     @property
     def expected(self) -> int:
         """About how many trials there will be; of a list, exactly."""
-        lengths = len(first_batch(self.axis))
-        if not self.axis.values and self.minimize is not None:
+        lengths = len(first_batch(self.report.axis))
+        if not self.report.axis.values and self.report.minimize is not None:
             lengths = min(self.budget, USUAL)
-        return max(self.repeats * (self.measures_raw + lengths), len(self.trials))
+        return max(self.repeats * (self.measures_raw + lengths), len(self.report.trials))
 
     def run(self, average: Average) -> Iterator[Trial]:
         """Measure until the best is known within the noise or the budget is spent; yield each trial
         when it has ended."""
-        first = first_batch(self.axis)
+        first = first_batch(self.report.axis)
         yield from self._measure(
             average, self._unmeasured([None, *first] if self.measures_raw else first)
         )
-        if self.minimize is None:
-            self.stopped = "no metric was asked for"
+        if self.report.minimize is None:
+            self.report = replace(self.report, stopped="no metric was asked for")
             return
-        found = self._estimate(self.minimize)
+        found = self._estimate(self.report.minimize)
         while wanted := self._next(found):
             yield from self._measure(average, wanted)
-            found = self._estimate(self.minimize)
+            found = self._estimate(self.report.minimize)
         yield from self._measure(average, self._unmeasured([found.best]))
 
     def _seeds(self, x: float | None) -> set[int]:
-        return {trial.seed for trial in self.trials if trial.x == x}
+        return {trial.seed for trial in self.report.trials if trial.x == x}
 
     def _unmeasured(self, values: Iterable[float | None], again: bool = False) -> Lengths:
         """Return values with the seeds that are missing, or `again` with the next ones."""
@@ -439,7 +439,7 @@ class Search(SweepReport):
 
     def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
         for x, seeds in lengths.items():
-            title = RAW if x is None else self.axis.target(x).title
+            title = RAW if x is None else self.report.axis.target(x).title
             with average(x) as (measure, predicted_error):
                 for seed in seeds:
                     trial = Trial(title, x, seed, predicted_error=predicted_error)
@@ -449,22 +449,23 @@ class Search(SweepReport):
                         trial = replace(trial, value=value, standard_error=noise)
                     except TrialError as failure:
                         trial = replace(trial, error=str(failure))
-                    self.trials.append(replace(trial, seconds=time.monotonic() - started))
-                    yield self.trials[-1]
+                    trial = replace(trial, seconds=time.monotonic() - started)
+                    self.report = replace(self.report, trials=(*self.report.trials, trial))
+                    yield trial
                     self._check_latest()
 
     def _values(self) -> dict[float, float]:
         """Return the latest metric of each length."""
         return {
             trial.x: trial.value
-            for trial in self.trials
+            for trial in self.report.trials
             if trial.x is not None and trial.value is not None
         }
 
     def _check_latest(self) -> None:
         """Raise a PostHocError after two trials that failed alike, as all others would."""
-        last = self.trials[-1]
-        causes = [one.error.partition(": ")[0] for one in self.trials[-2:] if one.error]
+        last = self.report.trials[-1]
+        causes = [one.error.partition(": ")[0] for one in self.report.trials[-2:] if one.error]
         if len(causes) == 2 and causes[0] == causes[1]:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise PostHocError("the sweep", f"{reason}: {last.error}")
@@ -476,43 +477,47 @@ class Search(SweepReport):
     def _estimate(self, minimize: bool) -> Estimate:
         """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
         values = self._values()
-        least = min(3, max(2, len(first_batch(self.axis)) - 1))  # of three one may fail
+        least = min(3, max(2, len(first_batch(self.report.axis)) - 1))  # of three one may fail
         if len(values) < least:
-            failed = [trial for trial in self.trials if trial.error]
-            reason = f"{len(failed)} of {len(self.trials)} trials have failed, too many to choose"
+            failed = [trial for trial in self.report.trials if trial.error]
+            reason = (
+                f"{len(failed)} of {len(self.report.trials)} trials have failed, too many to choose"
+            )
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise PostHocError("the sweep", reason, last)
         if len({*values.values()}) == 1:
             reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        self.estimate = Estimate(self.trials, self.axis, minimize)
-        return self.estimate
+        found = Estimate(self.report.trials, self.report.axis, minimize)
+        self.report = replace(self.report, estimate=found)
+        return found
 
     def _next(self, found: Estimate) -> Lengths:
         """Return the lengths of the next round; none if the search has ended, for the reason in
         `stopped`."""
-        lengths = {trial.x for trial in self.trials} - {None}
+        lengths = {trial.x for trial in self.report.trials} - {None}
         spent = sum(math.ceil(len(self._seeds(x)) / self.repeats) for x in lengths)
         left = self.budget - spent - 1  # the best length is measured last
-        if self.axis.values:
-            self.stopped = "all given lengths are measured"
+        if self.report.axis.values:
+            reason = "all given lengths are measured"
         elif found.settled:
-            self.stopped = "the best length is known within the noise"
+            reason = "the best length is known within the noise"
         elif left <= 0:
-            self.stopped = "the budget is spent"
+            reason = "the budget is spent"
         elif wanted := self._proposed(found, min(NEXT, left)):
             return wanted
         else:
-            self.stopped = "nothing is left to measure between the measured lengths"
+            reason = "nothing is left to measure between the measured lengths"
         if found.edge is not None:
-            kind = "list" if self.axis.values else "range"
-            title = self.axis.target(found.edge).title
-            self.stopped += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
+            kind = "list" if self.report.axis.values else "range"
+            title = self.report.axis.target(found.edge).title
+            reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
+        self.report = replace(self.report, stopped=reason)
         return {}
 
     def _proposed(self, found: Estimate, count: int) -> Lengths:
         """Return proposed lengths with seeds, but those that have failed."""
-        failed = {trial.x for trial in self.trials if trial.error}
+        failed = {trial.x for trial in self.report.trials if trial.error}
         proposed = (x for x in found.proposed(count, self.repeats_known) if x not in failed)
         return self._unmeasured(proposed, self.repeats_known)
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import (
     RAW,
+    Average,
     Axis,
     Measure,
     Search,
@@ -93,12 +94,15 @@ class Sweep:
         target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
         axis = self.axis or good_range(self.run, self.t)
-        search = Search(
+        report = SweepReport(
             axis=axis,
             metric=self.metric.key or "metric",
             minimize=self.minimize,
             settings=self._describe(axis.kind),
             again=self.again,
+        )
+        search = Search(
+            report=report,
             budget=self.budget,
             repeats=self.repeats,
             repeats_known=self.repeats > 1 or "{seed}" in self.command,
@@ -106,13 +110,14 @@ class Sweep:
         )
         with self._locked_folder():
             self._search(search)
-            if search.estimate is not None:
-                search.outputs = (self._write_best(search.best),)
+            report = search.report
+            if report.estimate is not None:
+                report = replace(report, outputs=(self._write_best(report.best),))
             elif not (self.out / images.FOLDER).is_dir():
                 reason = "no trial has left an image in {dir}"
                 raise PostHocError("the sweep", f"{reason}: {', '.join(images.ENDINGS)}")
-            search.write(self.out)
-            return search
+            report.write(self.out)
+            return report
 
     def _describe(self, kind: str) -> dict[str, Any]:
         """Return what all trials of the folder have in common."""
@@ -127,16 +132,19 @@ class Sweep:
 
     def _search(self, search: Search) -> None:
         """Go on from the recorded trials, and record those that follow."""
-        axis = search.axis
-        search.trials += [t for t in self._recorded(search.settings) if t.x is None or t.x in axis]
+        axis = search.report.axis
+        recorded = self._recorded(search.report.settings)
+        known = tuple(trial for trial in recorded if trial.x is None or trial.x in axis)
+        search.report = replace(search.report, trials=known)
         with self.progress("measuring", search.expected) as advance:
-            advance(len(search.trials))
+            advance(len(known))
             for trial in search.run(lambda x: self._average(axis, x)):
                 self._record(trial)
-                self.say(trial, len(search.trials), search.expected)
+                report = search.report
+                self.say(trial, len(report.trials), search.expected)
                 advance(1)
-                if search.estimate is not None:  # if the next trial is interrupted, this is known
-                    search.write(self.out)
+                if report.estimate is not None:  # if the next trial is interrupted, this is known
+                    report.write(self.out)
 
     def _write_best(self, best: Target) -> Path:
         path = self.out / f"best{self._suffix}"
@@ -340,25 +348,23 @@ def sweep(
     newest = stored.sources[-1]
     if notice := statistics_notice(newest.copies):
         warn(notice)
-    search = Search(
+    report = SweepReport(
         axis=_axis(stored, low, high, values),
         metric=name,
         minimize=minimize,
         settings={"run": newest.run_id, "t": averages.t, "command": None},
+    )
+    search = Search(
+        report=report,
         budget=budget,
         repeats=repeats,
         repeats_known=repeats > 1,
         measures_raw=averages.are_raw_known,
     )
 
-    @contextmanager
-    def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
-        with averages.at(x) as (averaged, error):
-            yield lambda _: _checked(metric(averaged)), error
-
-    for _ in search.run(average):
+    for _ in search.run(averages.measured_by(metric)):
         pass
-    return search
+    return search.report
 
 
 def _axis(run: Run, low: float | None, high: float | None, values: Sequence[float] | None) -> Axis:
@@ -389,6 +395,14 @@ class _Averages:
     @property
     def are_raw_known(self) -> bool:
         return self._is_tracked or has_raw(self.run, self.run.t)
+
+    def measured_by(self, metric: Callable[[Any], Any]) -> Average:
+        @contextmanager
+        def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
+            with self.at(x) as (averaged, error):
+                yield lambda _: _checked(metric(averaged)), error
+
+        return average
 
     @contextmanager
     def at(self, x: float | None) -> Iterator[tuple[Any, float | None]]:

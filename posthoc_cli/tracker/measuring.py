@@ -59,11 +59,13 @@ class Subset(Elements):
         positions = list[Values]()
         for bucket in layout:
             of_bucket = [np.empty(0, np.int64)]
-            for name in filter(self.sizes.__contains__, bucket.places):
+            for name, place in bucket.places.items():
+                if name not in self.sizes:
+                    continue
                 size = self.sizes[name]
                 indices = _draw(name, size, min(most, size // share))
                 counts.append(len(indices))
-                of_bucket.append(bucket.places[name].positions(indices))
+                of_bucket.append(place.positions(indices))
             positions.append(np.concatenate(of_bucket))
         super().__init__(layout, positions)
         # of each tensor's elements in the subset

@@ -503,7 +503,8 @@ class Pipeline:
         self._moves = True  # or the warning says that they do not
         self._first = None
         pairs = list(zip(first_sample, sample, strict=True))
-        if sum(now.numel() for now in sample) and all(torch.equal(*pair) for pair in pairs):
+        has_elements = any(now.numel() for now in sample)
+        if has_elements and all(torch.equal(*pair) for pair in pairs):
             log.warning(
                 "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
                 "this the model that it trains?",

@@ -812,12 +812,9 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 
 def searched(
     noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False
-) -> Search:
+) -> SweepReport:
     search = Search(
-        axis=AXIS,
-        metric="",
-        minimize=True,
-        settings={},
+        report=SweepReport(axis=AXIS, metric="", minimize=True, settings={}),
         budget=budget,
         repeats=repeats,
         repeats_known=True,
@@ -831,7 +828,7 @@ def searched(
 
     for _ in search.run(average):
         pass
-    return search
+    return search.report
 
 
 def test_a_search_stops_when_further_trials_would_hardly_help() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # else the first call imports it, which keeps frames until a collection
 
 from posthoc_cli import PostHocEMA
 
