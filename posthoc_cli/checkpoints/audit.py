@@ -32,6 +32,7 @@ from posthoc_cli.checkpoints.audit_decay import (
 from posthoc_cli.checkpoints.content import names_in
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
@@ -60,9 +61,23 @@ _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residuals are below this share of another one's
 _CLEARLY = 0.5
 _RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
+_JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
 _STILL = "was not updated"
+_LOST = 0.02
+"""Share of the elements that stand still, of those that weights should have moved by two digits,
+above which an average loses updates. Of walks of 400 steps with decays from 0.9 to 0.9999 it was
+0.011 at most if the average was rounded once, to bfloat16. Of averages that are kept in bfloat16 it
+was above 0.02 wherever they were more than 3 times as far off as predicted."""
+_DIGITS = 2
+_LEAST_MOVED = 1000  # elements, of which the share is a statistic
+LOSES_UPDATES = "loses updates"
+SET_BACK = "set back"
+_OTHER_WEIGHTS = (
+    "the weights at these checkpoints do not explain how the average moves between them: they "
+    "forget faster than checkpoints are apart, or are of another run"
+)
 BAD = (
     "too long",
     "too short",
@@ -71,6 +86,8 @@ BAD = (
     "began again",
     "some tensors",
     "another rule",
+    SET_BACK,
+    LOSES_UPDATES,
 )
 """Verdicts that name a fault; the others are "as claimed", "found" and "undetermined"."""
 
@@ -89,6 +106,10 @@ class Interval:
     # average stands still.
     unexplained: float | None
     note: str  # what happened in this interval, or is wrong in it; empty if nothing is
+
+    @property
+    def time(self) -> float:
+        return self.end - self.begin
 
 
 @dataclass(frozen=True)
@@ -119,15 +140,28 @@ class Audit:
     @property
     def spacing(self) -> float:
         """The median time between two checkpoints."""
-        return float(
-            np.median([interval.end - interval.begin for interval in self.intervals] or [1.0])
-        )
+        times = [interval.time for interval in self.intervals]
+        return float(np.median(times or [1.0]))
 
     @property
     def is_of_other_weights(self) -> bool:
         """Whether most of the motion of an ordinary EMA is not that of the weights."""
-        shares = [interval.unexplained or 0.0 for interval in self.intervals if not interval.note]
-        return self.what == "decay" and bool(shares) and bool(np.median(shares) > _FOREIGN)
+        clear = [interval for interval in self.intervals if not interval.note]
+        if not clear or self.what != "decay":
+            return False
+        shares = [interval.unexplained or 0.0 for interval in clear]
+        return bool(np.median(shares) > _FOREIGN)
+
+    @property
+    def jump(self) -> Interval | None:
+        """The interval in which nothing explains the motion of the average, unlike in the others;
+        None if there is none."""
+        usual = float(np.median([interval.unexplained or 0.0 for interval in self.intervals]))
+        for interval in self.intervals:
+            share = interval.unexplained or 0.0
+            if not interval.note and share > max(_JUMP, _FAR * usual):
+                return interval
+        return None
 
     @property
     def is_bad(self) -> bool:
@@ -167,7 +201,7 @@ def audits_of(
 ) -> Iterator[Audit]:
     """Yield the audit of each average, by sigma_rel; `given` are the settings of an import."""
     weights = {one.t: one for one in checkpoints if isinstance(one.profile, Point)}
-    averages = [one for one in checkpoints if one.t in weights and one is not weights[one.t]]
+    averages = [one for one in checkpoints if weights.get(one.t, one) is not one]
     for width in sorted({one.sigma_rel for one in averages}):
         of_width = [one for one in averages if one.sigma_rel == width]
         if len(of_width) < 2:
@@ -176,7 +210,9 @@ def audits_of(
         if (before := _last_before(of_width, weights)) is not None:
             pairs.insert(0, (before, before))
         claim = _claim(of_width, claimed, given)
-        rules = [claim.rule] if claim.claimed else _unsaid_rules(of_width[-1], given)
+        rules = [claim.rule]
+        if not claim.claimed:
+            rules = _unsaid_rules(of_width[-1], given)
         series, names = _read(pairs)
         name = f"sigma_rel {width:g}" if width else ""
         yield _judge(name, series, names, claim, rules, of_width[0].t_unit)
@@ -194,11 +230,13 @@ def _last_before(
     is_counted = first.updates is None or first.updates.count is not None
     if not earlier or is_counted or not isinstance(first.profile, OrdinaryEMA):
         return None
+    before = max(earlier)
     settings = first.profile.settings
-    if settings["first"] - settings["every"] >= max(earlier):
+    is_late = settings["first"] - settings["every"] >= before
+    later = sum(t > before for t in weights)
+    if is_late or len(averages) != later:
         return None
-    later = sum(t > max(earlier) for t in weights)
-    return weights[max(earlier)] if len(averages) == later else None
+    return weights[before]
 
 
 def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportSettings) -> Model:
@@ -211,11 +249,14 @@ def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportS
     if profiles:
         every = profiles[-1].settings["every"]
         rule = profiles[-1].rule
-    starts = [profile.settings["first"] - every for profile in profiles] or [0.0]
-    restarts = [
-        start for start, before in zip(starts[1:], profiles, strict=False) if start >= before.t
-    ]
-    model = Model(every=every, starts=(starts[0], *restarts))
+    starts: list[float] = []
+    last = -math.inf
+    for profile in profiles:
+        start = profile.settings["first"] - every
+        if start >= last:  # a restart, unless it is the first one
+            starts.append(start)
+        last = profile.t
+    model = Model(every=every, starts=tuple(starts) or (0.0,))
     if newest.sigma_rel:
         power = gamma_from_sigma_rel(newest.sigma_rel) + 1
         rule = DecayRule(warm_up=POWER_FUNCTION, power=power, copies=1)
@@ -231,7 +272,8 @@ def _claim(averages: Sequence[Checkpoint], claimed: float | None, given: ImportS
 def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
     """Return the rules that an average of unknown decay may follow: the one that its file or the
     settings say, else all."""
-    last = (given.steps or newest.t) / (given.update_every or 1)
+    every = given.update_every or 1
+    last = (given.steps or newest.t) / every
     possible = possible_rules(last)
     if not isinstance(newest.profile, OrdinaryEMA):
         return possible
@@ -254,19 +296,30 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
     Raises NonFiniteError for nan or infinity.
     """
     pieces = _pieces(pairs[-1][1])
+    names = [piece.name for piece in pieces]
     sizes = [piece.end - piece.begin for piece in pieces]
     rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
+    times = []
     for at, (weights, average) in enumerate(pairs):
+        times.append(average.t)
         with weights, average:  # which share their files
             rows[0, at] = np.concatenate(_values(weights, pieces))
             values = _values(average, pieces)
         rows[1, at] = np.concatenate(values)
-        dtypes = [average.entries[piece.name].dtype for piece in pieces]
-        rounding[at] = [*map(expected_rounding, values, dtypes, repeat("F32"))]
-    times = np.array([average.t for _, average in pairs])
-    series = Series(times, np.split(rows, np.cumsum(sizes)[:-1], axis=2), rounding)
-    return series, [piece.name for piece in pieces]
+        rounding[at] = _roundings(average, names, values)
+    begins = np.cumsum(sizes)[:-1]
+    split = np.split(rows, begins, axis=2)
+    eps = [EPS[pairs[-1][1].entries[name].dtype] for name in names]
+    return Series(np.array(times), split, rounding, np.array(eps)), names
+
+
+def _roundings(
+    average: Checkpoint, names: Sequence[str], values: Sequence[npt.NDArray[Any]]
+) -> list[float]:
+    """Return the squared rounding errors of pieces of tensors with these names."""
+    dtypes = [average.entries[name].dtype for name in names]
+    return [*map(expected_rounding, values, dtypes, repeat("F32"))]
 
 
 def _pieces(first: Checkpoint) -> list[ElementRange]:
@@ -279,8 +332,9 @@ def _pieces(first: Checkpoint) -> list[ElementRange]:
         size = first.entries[name].size
         count = min(parts, -(-size // _LEAST_ELEMENTS))
         each = max(1, min(size, most) // count)
-        starts = np.unique(np.linspace(0, size - each, count).astype(np.int64))
-        pieces += [ElementRange(name, start, start + each) for start in starts.tolist()]
+        starts = np.linspace(0, size - each, count).astype(np.int64)
+        for start in np.unique(starts).tolist():
+            pieces.append(ElementRange(name, start, start + each))
     return pieces
 
 
@@ -307,29 +361,35 @@ class _Moves:
     @classmethod
     def of(cls, series: Series) -> _Moves:
         moved = []
-        same = []
+        still = []
         copied = []
-        for x, e in series.values:
-            moved.append((x[1:] != x[:-1]).any(axis=1))
-            same.append((e[1:] == e[:-1]).mean(axis=1) >= _ALL)
-            copied.append((x == e).mean(axis=1) >= _ALL)
-        weights = np.stack(moved, axis=1)
-        return cls(weights, np.stack(same, axis=1) | ~weights, np.stack(copied, axis=1))
+        for weights, averages in series.values:
+            stays = averages[1:] == averages[:-1]
+            equal = weights == averages
+            moved.append((weights[1:] != weights[:-1]).any(axis=1))
+            still.append(stays.mean(axis=1) >= _ALL)
+            copied.append(equal.mean(axis=1) >= _ALL)
+        moves = np.stack(moved, axis=1)
+        stays = np.stack(still, axis=1) | ~moves
+        return cls(moves, stays, np.stack(copied, axis=1))
 
     @property
     def stands(self) -> npt.NDArray[np.bool_]:
         """Whether the average was not updated: [intervals]."""
-        return np.asarray(self.weights.any(axis=1) & self.still.all(axis=1))
+        moves = self.weights.any(axis=1)
+        return np.asarray(moves & self.still.all(axis=1))
 
     @property
     def equal(self) -> npt.NDArray[np.bool_]:
         """Which pieces are always copied: [pieces]."""
-        return np.asarray((self.copied[1:] | ~self.weights).all(axis=0))
+        copied = self.copied[1:] | ~self.weights
+        return np.asarray(copied.all(axis=0))
 
     @property
     def copies(self) -> int:
         """The number of first checkpoints at which the average had not begun."""
-        is_copy = (self.copied[:-1] | ~self.weights).all(axis=1) & ~self.stands
+        copied = self.copied[:-1] | ~self.weights
+        is_copy = copied.all(axis=1) & ~self.stands
         return int(np.argmin([*is_copy, False]))
 
     @property
@@ -366,8 +426,14 @@ class _Explanation:
 
     @property
     def usable(self) -> list[int]:
-        clear = [index for index in self.moves if not self.notes[index]]
-        return clear or [index for index in self.moves if self.notes[index] != _STILL]
+        moving = [index for index in self.moves if self.notes[index] != _STILL]
+        clear = [index for index in moving if not self.notes[index]]
+        return clear or moving
+
+    @property
+    def stands(self) -> bool:
+        """Whether the average was never updated while weights moved."""
+        return all(self.notes[index] == _STILL for index in self.moves)
 
     def find(self) -> None:
         """Find rule and starts in turns: an average that restarted repeats its warm-up, too."""
@@ -384,7 +450,8 @@ class _Explanation:
 
     def _fit(self) -> None:
         rows = self.rows[self.usable]
-        self.alike = best_models(self.model.begun(*self.starts.values()), self.rules, rows)
+        model = self.model.begun(*self.starts.values())
+        self.alike = best_models(model, self.rules, rows)
 
     def _note(self, found: dict[int, float]) -> None:
         self.starts |= found
@@ -399,7 +466,8 @@ class _Explanation:
         restarts: dict[int, float] = {}
         if (model.is_power and model.claimed) or len(usable) < 3:
             return restarts
-        kept = np.exp(model.forgotten(self.rows.begin) - model.forgotten(self.rows.end))
+        before = model.forgotten(self.rows.begin)
+        kept = np.exp(before - model.forgotten(self.rows.end))
         for index in usable:
             row = self.rows[[index]]
             own = row.unexplained(row.fit(model))
@@ -407,7 +475,8 @@ class _Explanation:
             # either another decay or a restart explains the interval
             if kept[index] >= _SHORTEST and own < limit:
                 time = _locate_start(model, row)
-                if row.unexplained(model.begun(time)) < min(limit, 1.5 * own):
+                begun = row.unexplained(model.begun(time))
+                if begun < min(limit, 1.5 * own):
                     restarts[index] = time
         return restarts
 
@@ -416,15 +485,32 @@ class _Explanation:
     @cached_property
     def refined(self) -> tuple[Model, float]:
         """The model with the value that all checkpoints show, and its uncertainty."""
-        # the most intervals without a gap
         usable = self.usable
         gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        together = max(np.split(usable, gaps), key=len).tolist()
-        model, sigma = refine(self.alike[0], self.series.between(together[0], together[-1] + 1))
+        longest = max(np.split(usable, gaps), key=len).tolist()  # without a gap
+        series = self.series.between(longest[0], longest[-1] + 1)
+        model, sigma = refine(self.alike[0], series)
         end = self.series.times[-1]
         lengths = [one.length_at(end) for one in self.alike]
-        apart = max(abs(math.log(length / lengths[0])) for length in lengths)
-        return model, math.hypot(sigma, apart)
+        apart = [abs(math.log(length / lengths[0])) for length in lengths]
+        return model, math.hypot(sigma, max(apart))
+
+    @property
+    def lost_share(self) -> float:
+        """The share of the elements of the average that stand still, of those that the weights move
+        by two digits."""
+        model, _ = self.refined
+        kept, followed = self.rows.shares(model)
+        moved = 0
+        lost = 0
+        for (weights, averages), eps in zip(self.series.values, self.series.eps, strict=True):
+            before = averages[:-1]
+            motion = (1 - kept) * (weights[:-1] - before) + followed * np.diff(weights, axis=0)
+            is_moved = np.abs(motion) > _DIGITS * eps * np.abs(before)
+            is_lost = is_moved & (averages[1:] == before)
+            moved += int(is_moved[self.usable].sum())
+            lost += int(is_lost[self.usable].sum())
+        return lost / moved if moved >= _LEAST_MOVED else 0.0
 
     @property
     def rivals(self) -> list[Model]:
@@ -444,20 +530,25 @@ class _Explanation:
         rows = self.rows[self.usable]
         rules = possible_rules(times[-1] / claim.every)
         better = best_models(replace(claim, claimed=None), rules, rows)
-        if are_the_same(better[0], claim, times) or not explains_more(rows, better[0], claim):
+        is_same = are_the_same(better[0], claim, times)
+        if is_same or not explains_more(rows, better[0], claim):
             return []
         return better
 
     @property
     def intervals(self) -> list[Interval]:
         model = self.alike[0]
-        rows = [self.rows[[index]] for index in range(len(self.notes))]
-        return [_interval(row, model, note) for row, note in zip(rows, self.notes, strict=True)]
+        intervals = []
+        for index, note in enumerate(self.notes):
+            row = self.rows[[index]]
+            intervals.append(_interval(row, model, note))
+        return intervals
 
 
 def _locate_start(model: Model, row: Intervals) -> float:
     """Return the time in an interval at which the average started from the weights."""
-    return row.search(model.begun, np.linspace(row.begin[0], row.end[0], 51))
+    times = np.linspace(row.begin[0], row.end[0], 51)
+    return row.search(model.begun, times)
 
 
 def _interval(row: Intervals, model: Model, note: str) -> Interval:
@@ -471,14 +562,17 @@ def _interval(row: Intervals, model: Model, note: str) -> Interval:
     found = None
     if row.gram[..., 2, 2].any():
         plain = _as_plain(model, begin, end)
-        found = row.fit(plain, plain.value * np.geomspace(1 / 3, 3, 24)).length
+        values = plain.value * np.geomspace(1 / 3, 3, 24)
+        found = row.fit(plain, values).length
     claimed = None
     if model.claimed is not None:
         claimed = _as_plain(model.claim, begin, end).length
-    moved = float((row.gram[..., 0, 0] + row.gram[..., 1, 1] - 2 * row.gram[..., 0, 1]).sum())
+    y, d = np.moveaxis(row.gram[..., :2], -1, 0)  # their products with y, d and v
+    moved = float((y[..., 0] + d[..., 1] - 2 * d[..., 0]).sum())
     unexplained = None
     if moved > 0:
-        unexplained = math.sqrt(max(float(row.residuals(model).sum()), 0.0) / moved)
+        left = float(row.residuals(model).sum())
+        unexplained = math.sqrt(max(left, 0.0) / moved)
     return Interval(begin, end, found, claimed, unexplained, note)
 
 
@@ -489,7 +583,8 @@ def _as_plain(model: Model, begin: float, end: float) -> Model:
     starts = tuple(start for start in model.starts if start <= begin)
     began = replace(model, starts=starts or (begin,))
     before, after = began.forgotten(np.array([begin, end])).tolist()
-    return Model(value=max(after - before, 1e-12) / (end - begin), every=model.every)
+    lost = max(after - before, 1e-12)
+    return Model(value=lost / (end - begin), every=model.every)
 
 
 # --- the verdict
@@ -505,7 +600,7 @@ def _judge(
 ) -> Audit:
     """Return the audit of an average; `tensors` are the names of its pieces."""
     moves = _Moves.of(series)
-    audit = Audit(name, "undetermined", "", "sigma_rel" if model.is_power else "decay")
+    audit = Audit(name, "undetermined", "", _what(model))
     if model.claimed is not None:
         audit = replace(audit, claimed=model.claim.parameter)
     if moves.fault is not None:
@@ -513,16 +608,23 @@ def _judge(
         return replace(audit, verdict=verdict, text=text)
     averaged = ~moves.still.all(axis=0) & ~moves.equal
     explanation = _explanation(series, moves, averaged, model, rules)
-    if all(explanation.notes[index] == _STILL for index in explanation.moves):
+    if explanation.stands:
         return replace(audit, text="in no interval do both the weights and the average move")
     explanation.find()
-    lost = tuple(dict.fromkeys(compress(tensors, moves.weights.any(axis=0) & ~averaged)))
+    are_lost = moves.weights.any(axis=0) & ~averaged
+    lost = tuple(dict.fromkeys(compress(tensors, are_lost)))
     audit = _with_findings(audit, explanation)
     verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
     audit = replace(audit, verdict=verdict, text=text)
     if verdict == "undetermined":
         return replace(audit, found=None)
-    return replace(audit, tensors=lost if verdict == "some tensors" else ())
+    if verdict != "some tensors":
+        lost = ()
+    return replace(audit, tensors=lost)
+
+
+def _what(model: Model) -> str:
+    return "sigma_rel" if model.is_power else "decay"
 
 
 def _explanation(
@@ -534,13 +636,15 @@ def _explanation(
 ) -> _Explanation:
     """Return the search among the pieces that are averaged, from where the average began."""
     first = max(moves.copies - 1, 0)
+    last = len(series.times) - 1
+    weights = moves.weights[first:, averaged]
     values = [*compress(series.values, averaged)]
-    of_averages = Series(series.times, values, series.rounding[:, averaged])
+    of_averages = Series(series.times, values, series.rounding[:, averaged], series.eps[averaged])
     return _Explanation(
-        series=of_averages.between(first, len(series.times) - 1),
+        series=of_averages.between(first, last),
         model=model,
         rules=rules,
-        moves=np.flatnonzero(moves.weights[first:, averaged].any(axis=1)).tolist(),
+        moves=np.flatnonzero(weights.any(axis=1)).tolist(),
         notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
         is_late=moves.copies > 0,
     )
@@ -552,7 +656,8 @@ def _notes(
     """Return what the checkpoints or the settings say of each interval; empty if nothing."""
     notes = [_STILL if still else "" for still in stands]
     for restart in restarts:
-        for index in np.flatnonzero((times[:-1] <= restart) & (restart < times[1:])):
+        index = np.searchsorted(times, restart, "right") - 1
+        if 0 <= index < len(notes):
             notes[index] = f"began again near step {restart:,.0f}"
     return notes
 
@@ -563,7 +668,7 @@ def _with_findings(audit: Audit, explanation: _Explanation) -> Audit:
     starts = explanation.starts
     audit = replace(
         audit,
-        what="sigma_rel" if model.is_power else "decay",
+        what=_what(model),
         found=found,
         warm_up=warm_up_text(model.fitted).replace("none", ""),
         starts=tuple(sorted(starts.values())),
@@ -596,14 +701,15 @@ def _verdict(
     if restarts:
         text = f"began again from the weights near step {steps}: the average was lost, or reset"
         return "began again", f"{text}, at a resume; {shown}"
-    rows = explanation.rows[explanation.usable]
-    is_better = explains_more(rows, model, model.claim)
-    is_slow = model.claimed is not None and model.claim.length > audit.spacing
-    is_refuted = is_slow and is_better and audit.difference > math.log(_FAR)
-    if audit.is_of_other_weights and not is_refuted:
-        text = "the weights at these checkpoints do not explain how the average moves between them"
-        text += ": they forget faster than checkpoints are apart, or are of another run"
-        return "undetermined", text
+    if (share := explanation.lost_share) > _LOST:
+        text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
+        return LOSES_UPDATES, f"{text}where the weights move them by two digits"
+    if audit.is_of_other_weights:
+        return "undetermined", _OTHER_WEIGHTS
+    if jump := audit.jump:
+        text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
+        text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+        return SET_BACK, text
     if lost:
         text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
         return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
@@ -613,7 +719,7 @@ def _verdict(
         settings = " or ".join(map(_setting, explanation.better_rules))
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
-    return _compare_lengths(audit, model, is_better, shown, unit)
+    return _compare_lengths(audit, explanation, shown, unit)
 
 
 def _setting(model: Model) -> str:
@@ -646,43 +752,52 @@ def _shown(
     return shown
 
 
+def _why_vague(audit: Audit, model: Model, is_better: bool, unit: str) -> str:
+    """Return why a length is undetermined; empty if it is not. `is_better` if the model explains
+    the intervals clearly better than its claim."""
+    length = model.claim.length
+    shortest = _SHORTEST * min(interval.time for interval in audit.intervals)
+    if not model.is_power and max(model.length, length) < shortest:
+        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
+        text += f" these checkpoints; checkpoints closer than {length / _SHORTEST:,.0f}"
+        return f"{text} {unit} would show it"
+    sigma = audit.uncertainty or 0.0
+    is_far = is_better and audit.difference > math.log(_FAR)
+    if sigma > _VAGUE and not is_far:
+        return f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+    return ""
+
+
 def _compare_lengths(
     audit: Audit,
-    model: Model,
-    is_better: bool,
+    explanation: _Explanation,
     shown: str,
     unit: str,
 ) -> tuple[str, str]:
-    """Return the verdict on a length, against the claimed one if there is a claim, and its text;
-    `is_better` if it explains the intervals clearly better."""
-    sigma = audit.uncertainty or 0.0
-    claim = model.claim
-    difference = audit.difference
-    is_far = is_better and difference > math.log(_FAR)
-    shortest = _SHORTEST * min(interval.end - interval.begin for interval in audit.intervals)
-    if not model.is_power and max(model.length, claim.length) < shortest:
-        text = f"its time constant is below {shortest:,.3g} {unit}, too short for the time between"
-        text += f" these checkpoints; checkpoints closer than {claim.length / _SHORTEST:,.0f}"
-        return "undetermined", f"{text} {unit} would show it"
-    if sigma > _VAGUE and not is_far:
-        return "undetermined", f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+    """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
+    model, _ = explanation.refined
+    rows = explanation.rows[explanation.usable]
+    is_better = explains_more(rows, model, model.claim)
+    if text := _why_vague(audit, model, is_better, unit):
+        return "undetermined", text
     if model.claimed is None:
         return "found", shown
+    sigma = audit.uncertainty or 0.0
+    difference = audit.difference
+    claimed = f"{model.claim.parameter:.7g}"
     # The ± does not hold how far the paths of all weights together bend.
-    is_refuted = is_far or (is_better and difference > 3 * sigma)
+    is_refuted = is_better and difference > min(math.log(_FAR), 3 * sigma)
     if not is_refuted and difference > _VAGUE:
-        text = f"the checkpoints show it too vaguely: {shown}, not {claim.parameter:.7g}"
-        return "undetermined", text
+        return "undetermined", f"the checkpoints show it too vaguely: {shown}, not {claimed}"
     if not is_refuted or difference <= math.log(_SLACK):
         return "as claimed", f"{shown}, as claimed"
-    verdict = "too long" if model.length > claim.length else "too short"
-    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claim.parameter:.7g}"
+    verdict = "too long" if model.length > model.claim.length else "too short"
+    text = f"{math.exp(difference):.3g} times {verdict}: {shown}, not {claimed}"
     return verdict, f"{text}; as if updated {_cause(verdict, difference, min(sigma, 1.0))}"
 
 
 def _cause(verdict: str, difference: float, sigma: float) -> str:
     factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
     if verdict == "too long":
-        causes = "at every k-th step only, of steps that are counted twice, or in too few digits"
-        return f"{causes} (k = {factors})"
+        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
     return f"{factors} times a step: once a microbatch, or by each of so many processes"

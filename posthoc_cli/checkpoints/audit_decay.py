@@ -43,6 +43,7 @@ from scipy.optimize import minimize_scalar
 
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
+    RULES,
     WARM_UPS,
     DecayRule,
     FloatArray,
@@ -62,7 +63,6 @@ _ALIKE = 1.2
 # with files 20, 100 and 300 steps apart no other one explained them better than the true rule by
 # more than 0.7 with 15 files, and 1.9 with 75; a constant decay was worse than a schedule by 3.6.
 _CLEARLY = 0.05
-_USUAL = ("", "ratio", "power", "ramp-up")
 # Rules are the same if their tails differ by less: a warm-up "power" and "ratio" up to 0.99 do by
 # 0.052 in the first of 20 intervals.
 _SAME = 0.06
@@ -85,7 +85,6 @@ _FARTHEST = 2.0  # logarithm of the largest factor that a part of the checkpoint
 _NARROW = 0.01  # of a logarithm: below it a search finds no better value
 
 CONSTANT = DecayRule()
-MEAN_TEACHER = DecayRule(warm_up="power", power=1.0)  # min(1 - 1 / (n + 1), d)
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,9 @@ class Model:
     @property
     def claim(self) -> Model:
         """The model with the claimed value; itself without a claim."""
-        return self if self.claimed is None else replace(self, value=self.claimed)
+        if self.claimed is None:
+            return self
+        return replace(self, value=self.claimed)
 
     @property
     def is_power(self) -> bool:
@@ -127,14 +128,17 @@ class Model:
     def length(self) -> float:
         """The time constant after a warm-up, or the sigma_rel."""
         if self.is_power:
-            # gamma 0 is that of the longest one
-            return sigma_rel_from_gamma(max(self.value - 1, 1e-300))
-        return self.every / -math.expm1(-self.value * self.every)
+            gamma = max(self.value - 1, 1e-300)  # 0 is that of the longest one
+            return sigma_rel_from_gamma(gamma)
+        lost = -math.expm1(-self.value * self.every)
+        return self.every / lost
 
     @property
     def parameter(self) -> float:
         """The decay of one update after a warm-up, or the sigma_rel."""
-        return self.length if self.is_power else math.exp(-self.value * self.every)
+        if self.is_power:
+            return self.length
+        return math.exp(-self.value * self.every)
 
     def parameter_at(self, t: float) -> float:
         """Return the decay of the update at a time, or the sigma_rel, or a schedule's base."""
@@ -144,33 +148,51 @@ class Model:
 
     def length_at(self, t: float) -> float:
         """Return the time constant at a time."""
-        before, after = self.forgotten(np.array([t - self.every, t])).tolist()
-        return self.every / max(-math.expm1(before - after), 1e-300)
+        times = np.array([t - self.every, t])
+        before, after = self.forgotten(times).tolist()
+        lost = -math.expm1(before - after)
+        return self.every / max(lost, 1e-300)
 
     def scaled(self, log: float) -> Model:
         return replace(self, value=self.value * math.exp(log))
 
     def begun(self, *starts: float) -> Model:
-        return replace(self, starts=tuple(sorted({*self.starts, *starts})))
+        distinct = {*self.starts, *starts}
+        return replace(self, starts=tuple(sorted(distinct)))
 
     def forgotten(self, t: FloatArray) -> FloatArray:
         """Return -log of the share that remains of an earlier mass, at each time, up to a
         constant."""
         starts = np.array(self.starts)
-        last = np.maximum(np.searchsorted(starts, t, "right") - 1, 0)
-        since = t if self.rule.is_schedule else t - starts[last]
+        begun = np.searchsorted(starts, t, "right")
+        last = np.maximum(begun - 1, 0)
+        since = t
+        if not self.rule.is_schedule:
+            since = t - starts[last]
         numbers = np.maximum(since / self.every, 0.0)
-        ends = _groups_until(max(float(numbers.max()), _UPDATES + 1.0))
-        kept = self.fitted.at((ends[1:] + ends[:-1] + 1) / 2)
-        lost = np.cumsum(-np.log(np.maximum(kept, 1e-300)) * np.diff(ends))
+        most = float(numbers.max())
+        ends = _groups_until(max(most, _UPDATES + 1.0))
+        middles = (ends[1:] + ends[:-1] + 1) / 2
+        kept = np.maximum(self.fitted.at(middles), 1e-300)
+        lost = np.cumsum(-np.log(kept) * np.diff(ends))
         if self.claimed is not None:
             lost *= self.value / self.claimed
-        return np.asarray(_EVERYTHING * last + np.interp(numbers, ends, np.append(0.0, lost)))
+        by_number = np.append(0.0, lost)
+        lost = np.interp(numbers, ends, by_number)
+        forgotten: FloatArray = _EVERYTHING * last + lost
+        return forgotten
 
     def tails(self, times: FloatArray) -> FloatArray:
         """Return what the average at each time has of each earlier one: [times, times]."""
         forgotten = self.forgotten(times)
-        return np.tril(np.exp(np.minimum(forgotten - forgotten[:, None], 0.0)))
+        logs = forgotten - forgotten[:, None]
+        return np.tril(_shares(logs))
+
+
+def _shares(logs: FloatArray) -> FloatArray:
+    """Return the shares that remain, of which these are the logarithms but for rounding."""
+    shares: FloatArray = np.exp(np.minimum(logs, 0))
+    return shares
 
 
 @lru_cache(maxsize=64)
@@ -183,17 +205,14 @@ def _groups_until(most: float) -> FloatArray:
 def possible_rules(updates: float) -> list[DecayRule]:
     """Return the rules that an average may follow of which nothing is said; schedules end after so
     many updates."""
-    rules = [
-        CONSTANT,
-        DecayRule(warm_up="power", power=0.75),
-        MEAN_TEACHER,
-        DecayRule(warm_up=POWER_FUNCTION, copies=1),
-    ]
+    rules = [CONSTANT, DecayRule(warm_up=POWER_FUNCTION, copies=1)]
     for name, row in WARM_UPS.items():
         rule = DecayRule(warm_up=name, steps=updates)
-        if row.usual:
-            rule = rule.with_number(row.usual)
-        rules.append(rule)
+        if row.usual is None:
+            rules.append(rule)
+            continue
+        for number in (row.usual, *row.others):
+            rules.append(rule.with_number(number))
     return rules
 
 
@@ -208,27 +227,36 @@ class Series:
     # of each piece, the weights and the averages: [2, n, elements]
     values: Sequence[npt.NDArray[np.floating]]
     rounding: FloatArray  # squared rounding error of each piece of the averages: [n, pieces]
+    eps: FloatArray  # of the dtype in which each piece of the averages is stored: [pieces]
 
     def between(self, first: int, last: int) -> Series:
         """Return the series from one time to another."""
         times = slice(first, last + 1)
         values = [values[:, times] for values in self.values]
-        return Series(self.times[times], values, self.rounding[times])
+        return Series(self.times[times], values, self.rounding[times], self.eps)
+
+    @property
+    def spacing(self) -> float:
+        """The median time between two checkpoints."""
+        return float(np.median(np.diff(self.times)))
 
     def covariance(self) -> tuple[FloatArray, FloatArray]:
         """Return that of the later weights and the averages, without the first weights, and its
         part from rounding; elements count relative to their piece's motion."""
         count = len(self.times)
-        total = np.zeros((2 * count - 1, 2 * count - 1))
-        rounding = np.zeros(2 * count - 1)
+        size = 2 * count - 1
+        total = np.zeros((size, size))
+        rounding = np.zeros(size)
         for values, errors in zip(self.values, self.rounding.T, strict=True):
-            x, e = values.astype(np.float64)
-            moved = np.concatenate([x[1:], e]) - x[0]
+            weights, averages = values.astype(np.float64)
+            moved = np.concatenate([weights[1:], averages])
+            moved -= weights[0]
             gram = moved @ moved.T
-            share = moved.shape[1] / max(float(np.trace(gram)), 1e-300)
+            motion = max(float(np.trace(gram)), 1e-300)
+            share = moved.shape[1] / motion
             total += gram * share
             rounding[count - 1 :] += errors * share
-        least = _LEAST * np.trace(total) / len(total) * np.eye(len(total))
+        least = _LEAST * np.trace(total) / size * np.eye(size)
         return total + least, np.diag(rounding) + least
 
     def intervals(self) -> Intervals:
@@ -236,14 +264,18 @@ class Series:
         them."""
         grams = []
         for values in self.values:
-            x, e = values.astype(np.float64)
-            rows = np.stack([e[1:] - x[:-1], e[:-1] - x[:-1], x[1:] - x[:-1]], axis=1)
+            weights, averages = values.astype(np.float64)
+            later = [averages[1:], averages[:-1], weights[1:]]
+            rows = np.stack(later, axis=1)
+            rows -= weights[:-1, None]
             grams.append(rows @ rows.swapaxes(1, 2))
         gram = np.stack(grams, axis=1)
         before = self.rounding[:-1]
         after = self.rounding[1:]
-        gram[..., 0, 0] = np.maximum(gram[..., 0, 0] - after, 0)
-        gram[..., 1, 1] = np.maximum(gram[..., 1, 1] - before, 0)
+        rounded = [0, 1]  # y and d
+        squares = gram[..., rounded, rounded]
+        squares -= np.stack([after, before], axis=-1)
+        gram[..., rounded, rounded] = np.maximum(squares, 0)
         return Intervals(self.times[:-1], self.times[1:], gram, before + after)
 
 
@@ -263,13 +295,17 @@ class Intervals:
         """Return B and s, [intervals, 1]; s is a mean of at most `_POINTS` updates."""
         begin = self.begin[:, None]
         end = self.end[:, None]
-        counts = np.maximum((end - begin) / model.every, 1)
+        length = end - begin
+        counts = np.maximum(length / model.every, 1)
         points = int(min(counts.max(), _POINTS))
-        updates = (np.arange(points) + 0.5) * (counts / points) - 0.5
-        inner = begin + updates * (end - begin) / counts
-        forgotten = model.forgotten(np.hstack([inner, begin, end]))
-        kept = np.exp(np.minimum(forgotten[:, :-1] - forgotten[:, -1:], 0))
-        return kept[:, -1:], 1 - kept[:, :-1].mean(axis=1, keepdims=True)
+        each = counts / points
+        updates = (np.arange(points) + 0.5) * each - 0.5
+        inner = begin + updates * length / counts
+        times = np.hstack([inner, begin, end])
+        forgotten = model.forgotten(times)
+        kept = _shares(forgotten[:, :-1] - forgotten[:, -1:])
+        tail = kept[:, :-1].mean(axis=1, keepdims=True)
+        return kept[:, -1:], 1 - tail
 
     def residuals(self, model: Model, bends: bool = False) -> FloatArray:
         """Return the squared norms of y - B d - s v: [intervals, pieces].
@@ -278,15 +314,18 @@ class Intervals:
         """
         b, s = self.shares(model)
         if bends:
-            along = self.gram[..., 2]
-            s = (along[..., 0] - b * along[..., 1]) / np.maximum(along[..., 2], self._nothing)
-        factors = np.stack(np.broadcast_arrays(1.0, -b, -s), axis=-1)
-        return np.asarray(np.einsum("ipj,ipjk,ipk->ip", factors, self.gram, factors))
+            y, d, v = np.moveaxis(self.gram[..., 2], -1, 0)  # their products with v
+            s = (y - b * d) / np.maximum(v, self._nothing)
+        all_factors = np.broadcast_arrays(1.0, -b, -s)
+        factors = np.stack(all_factors, axis=-1)
+        squares: FloatArray = np.einsum("ipj,ipjk,ipk->ip", factors, self.gram, factors)
+        return squares
 
     @cached_property
     def _moved(self) -> FloatArray:
         """The squared norms of y and v together: [intervals, pieces]."""
-        return np.asarray(self.gram[..., 0, 0] + self.gram[..., 2, 2])
+        moved: FloatArray = self.gram[..., 0, 0] + self.gram[..., 2, 2]
+        return moved
 
     @cached_property
     def _nothing(self) -> float:
@@ -297,47 +336,55 @@ class Intervals:
         """Return the value whose model has the smallest residuals, each weighted by its inverse, by
         that of no less than 1e-4 of the motion."""
         left = self._moved
+        least = 1e-4 * self.gram[..., 2, 2] + self._nothing
         for _ in range(4):
             left = np.maximum(left, 0) + self.rounding
-            weights = 1 / np.maximum(left, 1e-4 * self.gram[..., 2, 2] + self._nothing)
+            weights = 1 / np.maximum(left, least)
 
             def cost(value: float, weights: FloatArray = weights) -> float:
-                return float((self.residuals(model_of(value)) * weights).sum())
+                residuals = self.residuals(model_of(value))
+                return float((residuals * weights).sum())
 
-            best = int(np.argmin([cost(value) for value in grid.tolist()]))
+            costs = [cost(value) for value in grid.tolist()]
+            best = int(np.argmin(costs))
             low = grid[max(best - 1, 0)]
             high = grid[min(best + 1, len(grid) - 1)]
-            value = float(_least(cost, low, high, 1e-5 * (high - low)).x)
+            exact = 1e-5 * (high - low)
+            value = float(_least(cost, low, high, exact).x)
             left = self.residuals(model_of(value))
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value
 
     def fit(self, model: Model, grid: FloatArray | None = None) -> Model:
-        """Return the model with the value that explains the intervals best.
-
-        Values to try are by default those of lengths from 1/100 of the least interval to 100 times
-        the run.
-        """
+        """Return the model with the value that explains the intervals best, of a grid of values."""
         if grid is None:
-            low = 1.0
-            high = 2000.0
-            if not model.is_power:
-                low = 0.01 / (self.end[-1] - self.begin[0])
-                high = 1 / max(float((self.end - self.begin).min()) / 100, model.every / 20)
-            grid = np.geomspace(low, high, 60)
-        return replace(model, value=self.search(lambda value: replace(model, value=value), grid))
+            grid = self._grid(model)
+        value = self.search(lambda value: replace(model, value=value), grid)
+        return replace(model, value=value)
+
+    def _grid(self, model: Model) -> FloatArray:
+        """Return the values of lengths from 1/100 of the least interval to 100 times the run."""
+        if model.is_power:
+            return np.geomspace(1.0, 2000.0, 60)
+        run = self.end[-1] - self.begin[0]
+        interval = float((self.end - self.begin).min())
+        shortest = max(interval / 100, model.every / 20)
+        return np.geomspace(0.01 / run, 1 / shortest, 60)
 
     def unexplained(self, model: Model) -> float:
         """Return the sum of the residuals, each divided by that of its piece if nothing is
         explained."""
         moved = np.einsum("ipjj->ip", self.gram).clip(1e-300)
-        return float((self.residuals(model) / moved).sum())
+        shares = self.residuals(model) / moved
+        return float(shares.sum())
 
     def misfit(self, model: Model, bends: bool = False) -> float:
         """Return the log residuals, a mean over the pieces, summed over the intervals."""
-        left = np.maximum(self.residuals(model, bends), 0) + self.rounding
-        return float(np.log(left + self._nothing).mean(axis=1).sum())
+        left = np.maximum(self.residuals(model, bends), 0)
+        left += self.rounding
+        logs = np.log(left + self._nothing)
+        return float(logs.mean(axis=1).sum())
 
 
 def _least(
@@ -365,25 +412,21 @@ def best_models(model: Model, rules: Sequence[DecayRule], rows: Intervals) -> li
     for rule in rules:
         fitted = rows.fit(replace(model, rule=rule))
         misfit = rows.misfit(fitted)
-        if rule.warm_up not in _USUAL or rule == MEAN_TEACHER:
+        if rule.begins_as_mean or not RULES[rule.warm_up].is_common:
             misfit += alike
         misfits.append((misfit, fitted))
     misfits.sort(key=operator.itemgetter(0))
     limit = misfits[0][0] + alike
     best, *others = [fitted for misfit, fitted in misfits if misfit <= limit]
-    if _begins_as_mean(best):
-        others = [other for other in others if not _begins_as_mean(other)]
+    if best.rule.begins_as_mean:
+        others = [other for other in others if not other.rule.begins_as_mean]
     return [best, *others]
-
-
-def _begins_as_mean(model: Model) -> bool:
-    rule = model.rule
-    return rule.warm_up == "unbiased" or (rule.warm_up == "power" and rule.power == 1)
 
 
 def are_the_same(one: Model, other: Model, times: FloatArray) -> bool:
     """Return whether two models make about the same averages at these times."""
-    return bool(np.abs(one.tails(times) - other.tails(times)).max() <= _SAME)
+    apart = one.tails(times) - other.tails(times)
+    return bool(np.abs(apart).max() <= _SAME)
 
 
 def explains_more(rows: Intervals, one: Model, other: Model) -> bool:
@@ -408,7 +451,8 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
     found = model
     if not model.is_power:  # its first averages are too short for the distance between checkpoints
         found = model.scaled(log)
-        log = _PART * math.log(found.length_at(end) / model.length_at(end))
+        factor = found.length_at(end) / model.length_at(end)
+        log = _PART * math.log(factor)
     unexplained = _UNLIKE + _UNEXPLAINED * max(divergence, 0.0)
     unlike = unexplained * _growth(found, series, end)
     return found, math.hypot(_apart(found, series), unlike, log, _EXACT)
@@ -421,32 +465,34 @@ def _apart(model: Model, series: Series) -> float:
         model = replace(model, rule=model.fitted, claimed=model.value)
     last = len(series.times) - 1
     middle = (last + 1) // 2
-    parts = [series.between(0, middle), series.between(middle, last)]
+    earlier = series.between(0, middle)
+    parts = [earlier, series.between(middle, last)]
     if model.rule.is_schedule:
         parts.append(series.between(max(last - 2, 0), last))
     most = 0.0
     for part in parts:
         log, _ = _likeliest(model, part, _FARTHEST)
-        unlike = _UNLIKE * _growth(model, part, float(part.times.mean()))
+        t = float(part.times.mean())
+        unlike = _UNLIKE * _growth(model, part, t)
         most = max(most, log**2 - unlike**2)
     return math.sqrt(most)
 
 
 def _growth(model: Model, series: Series, t: float) -> float:
     """Return by which factor what other paths explain grows where averages are short."""
-    share = float(np.median(np.diff(series.times))) / model.length_at(t)
+    share = series.spacing / model.length_at(t)
     return share * (1 + share**2 / 5)
 
 
 def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]:
     """Return the logarithm of the factor on a model's value that is most likely, and the divergence
     that remains."""
-    likelihood = _Likelihood(model, series)
-    usual = likelihood(0.0)
+    divergence = _Likelihood(model, series)
+    usual = divergence(0.0)
     while most > _NARROW:
-        found = _least(likelihood, -most, most, 1e-3)
-        if found.fun < usual:
-            return float(found.x), float(found.fun)
+        likeliest = _least(divergence, -most, most, 1e-3)
+        if likeliest.fun < usual:
+            return float(likeliest.x), float(likeliest.fun)
         most /= 4  # a value that the warm-up does not reach makes no difference: search nearer
     return 0.0, usual
 
@@ -461,10 +507,13 @@ def _responses(at: FloatArray, edges: FloatArray, spacing: float) -> FloatArray:
 
     def decays(share: float) -> FloatArray:
         time = share * spacing
-        return np.asarray(time / length * (np.exp(-ended / time) - np.exp(-begun / time)))
+        left = np.exp(-ended / time) - np.exp(-begun / time)
+        response: FloatArray = time / length * left
+        return response
 
-    responses = [stays, *map(decays, _NOISE), stays - decays(_BUILD_UP)]
-    return np.stack(responses) * np.sqrt(length / spacing)
+    builds_up = stays - decays(_BUILD_UP)
+    responses = np.stack([stays, *map(decays, _NOISE), builds_up])
+    return responses * np.sqrt(length / spacing)
 
 
 class _Likelihood:
@@ -475,27 +524,28 @@ class _Likelihood:
         self.sample, self.rounding = series.covariance()
         times = series.times
         self.count = len(times)
-        begun = np.append(2 * times[0] - times[1], times)  # the past counts for one interval
         cells = np.arange(self.count * _CELLS + 1) / _CELLS
-        self.edges = np.interp(cells, np.arange(self.count + 1), begun)
+        past = 2 * times[0] - times[1]  # which counts for one interval
+        begun = np.append(past, times)
+        numbers = np.arange(self.count + 1)
+        self.edges = np.interp(cells, numbers, begun)
         middles = (self.edges[:-1] + self.edges[1:] + model.every) / 2
         at = np.append(middles, times)
-        spacing = float(np.median(np.diff(times)))
-        responses = _responses(at, self.edges, spacing)
+        responses = _responses(at, self.edges, series.spacing)
         self.impulses = responses.reshape(-1, _CELLS, len(at))
-        powers = (at / times[-1]) ** np.arange(1, _DEGREE + 1)[:, None]
-        self.shared = (powers - powers[:, -self.count, None])[:, None]
+        degrees = np.arange(1, _DEGREE + 1)[:, None]
+        powers = (at / times[-1]) ** degrees
+        powers -= powers[:, -self.count, None]
+        self.shared = powers[:, None]
 
     def __call__(self, log: float) -> float:
         """Return the divergence for the model's value times exp(log)."""
         lost = self.model.scaled(log).forgotten(self.edges)
-        kept = np.exp(np.minimum(lost[:, None] - lost[_CELLS::_CELLS], 0))
-        begin = np.append(np.zeros(self.count - 1), kept[_CELLS])  # the first average
-        paths = [
-            self._moved(self.impulses, kept),
-            begin[None, None],
-            self._moved(self.shared, kept),
-        ]
+        kept = _shares(lost[:, None] - lost[_CELLS::_CELLS])
+        begin = np.zeros((1, 1, 2 * self.count - 1))
+        begin[..., self.count - 1 :] = kept[_CELLS]  # the first average
+        impulses = self._moved(self.impulses, kept)
+        paths = [impulses, begin, self._moved(self.shared, kept)]
         parts = [moved.swapaxes(1, 2) @ moved for moved in paths]
         return self._divergence(np.concatenate(parts))
 
@@ -510,15 +560,21 @@ class _Likelihood:
         """Return how far the sample's covariance is from that of rounding and the likeliest sum of
         parts: twice the Kullback-Leibler divergence, for each row."""
         sample = self.sample
+        motion = np.trace(sample)
         traces = np.trace(parts, axis1=1, axis2=2)
         flat = parts.reshape(-1, sample.size)
-        variances = np.trace(sample) / np.maximum(traces, 1e-300) * (traces > 0) / len(parts)
+        shares = motion / np.maximum(traces, 1e-300)
+        variances = shares * (traces > 0) / len(parts)
         for _ in range(_ROUNDS):
-            total = self.rounding + (variances @ flat).reshape(sample.shape)
-            inverse = np.linalg.inv(total)
+            modelled = (variances @ flat).reshape(sample.shape)
+            modelled += self.rounding
+            inverse = np.linalg.inv(modelled)
             explained = inverse @ sample
             measured = flat @ (explained @ inverse).ravel()
             expected = flat @ inverse.ravel()
-            variances *= np.sqrt(np.maximum(measured, 0) / np.maximum(expected, 1e-300))
-        logs = np.linalg.slogdet(total)[1] - np.linalg.slogdet(sample)[1]
+            ratios = np.maximum(measured, 0) / np.maximum(expected, 1e-300)
+            variances *= np.sqrt(ratios)
+        _, log_modelled = np.linalg.slogdet(modelled)
+        _, log_sample = np.linalg.slogdet(sample)
+        logs = log_modelled - log_sample
         return float(logs + np.trace(explained)) / len(sample) - 1

@@ -238,14 +238,27 @@ def times_of(
     if not why:
         says = f"taken for steps: they are {origin}, and nothing states their unit"
         return Times("steps", False, says, as_they_are)
+    return _times_of_epochs(readings, counts, settings, why)
+
+
+def _times_of_epochs(
+    readings: Mapping[Path, Reading],
+    counts: Mapping[Path, int],
+    settings: ImportSettings,
+    why: str,
+) -> Times:
+    """Return the times of checkpoints whose numbers are epochs, in steps if those are known."""
+    numbers = [*readings.values()]
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
-    if not (offset or settings.first_epoch is not None or _begin_at_1(as_they_are.values())):
+    is_sure = offset or settings.first_epoch is not None
+    if not is_sure and not _begin_at_1(one.number for one in numbers):
         says += ", and nothing shows the first: `first_epoch` is 0 if it is"
-    epochs = {path: number + offset for path, number in as_they_are.items()}
+    epochs = {path: one.number + offset for path, one in readings.items()}
     if each := settings.steps_per_epoch:
-        says += f"; the first checkpoint is of step {min(epochs.values()) * each:,}"
-        return Times("steps", True, says, {path: each * one for path, one in epochs.items()})
+        steps = {path: each * epoch for path, epoch in epochs.items()}
+        says += f"; the first checkpoint is of step {min(steps.values()):,}"
+        return Times("steps", True, says, steps)
     if counts.keys() == readings.keys():
         says += "; steps are the updates that the averages have counted"
         return Times("steps", True, says, counts)
@@ -261,7 +274,8 @@ def _why_epochs(numbers: Sequence[Reading]) -> str:
         if apart <= {0} or apart <= {1}:
             return "the contents hold the same `epoch`"
     distinct = {one.number for one in numbers}
-    if len(distinct) > 1 and max(distinct) - min(distinct) == len(distinct) - 1:
+    span = max(distinct) - min(distinct)
+    if len(distinct) > 1 and span == len(distinct) - 1:
         return "they follow each other without a gap"
     return ""
 
@@ -269,7 +283,8 @@ def _why_epochs(numbers: Sequence[Reading]) -> str:
 def _begin_at_1(numbers: Iterable[int]) -> bool:
     """Return whether numbers are those of each epoch from 1 on, or of each k-th one: k, 2 k, ..."""
     ascending = sorted({0, *numbers})
-    return len({after - before for before, after in pairwise(ascending)}) == 1
+    steps = {after - before for before, after in pairwise(ascending)}
+    return len(steps) == 1
 
 
 def _offset(numbers: Sequence[Reading], settings: ImportSettings) -> int:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,8 @@ from posthoc_cli.snapshots.tensorfile import (
     read_small_file,
     sampled_identity,
 )
+
+T = TypeVar("T")
 
 ENDINGS = (SUFFIX, ".pth.tar", *PICKLES)
 DCP_METADATA = ".metadata"
@@ -121,7 +123,9 @@ class StoredTensor:
     def chunks(self) -> tuple[Chunk, ...]:
         if self.problem:
             raise FileFormatError(self.path, f"tensor {shown(self.name)}: {self.problem}")
-        return self.parts if self.find_parts is None else self.find_parts()
+        if self.find_parts is None:
+            return self.parts
+        return self.find_parts()
 
     @property
     def place(self) -> tuple[Path, Entry] | None:
@@ -150,20 +154,26 @@ class Content:
 
     def under(self, prefix: str) -> dict[str, StoredTensor]:
         """Return the tensors below a prefix, by the rest of their names; all without a prefix."""
-        if not prefix:
-            return dict(self.tensors)
-        start = f"{prefix}."
-        rest = len(start)
-        return {name[rest:]: one for name, one in self.tensors.items() if name.startswith(start)}
+        return stripped(self.tensors, f"{prefix}." if prefix else "")
 
     def groups(self, *outer: str) -> list[str]:
         """Return the next keys after `outer` that are followed by further keys of tensors."""
         level = len(outer)
-        found = dict[str, None]()
+        groups = dict[str, None]()
         for tensor in self.tensors.values():
-            if tensor.keys[:level] == outer and len(tensor.keys) > level + 1:
-                found[tensor.keys[level]] = None
-        return list(found)
+            is_deeper = len(tensor.keys) > level + 1
+            if is_deeper and tensor.keys[:level] == outer:
+                groups[tensor.keys[level]] = None
+        return list(groups)
+
+
+def stripped(named: Mapping[str, T], start: str) -> dict[str, T]:
+    """Return the items whose names begin so, by the rest of their names."""
+    rests = {}
+    for name, item in named.items():
+        if name.startswith(start):
+            rests[name.removeprefix(start)] = item
+    return rests
 
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
@@ -210,14 +220,17 @@ def _of_folder(folder: Path) -> Content:
         return content
     text = read_small_file(state, _MOST_STATE)
     of_trainer = parse_object(state, text, "state of a Trainer", most=_MOST_STATE)
-    times = {name: of_trainer.get(name) for name in ("global_step", "epoch")}
-    known = {name: value for name, value in times.items() if type(value) is int}
-    return replace(content, values={**content.values, **known})
+    values = dict(content.values)
+    for name in ("global_step", "epoch"):
+        if type(of_trainer.get(name)) is int:
+            values[name] = of_trainer[name]
+    return replace(content, values=values)
 
 
 def _names_in(folder: Path) -> list[str]:
     with named_on_error(folder, "read"):
-        return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+        names = [entry.name for entry in folder.iterdir()]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def may_be_weights(name: str) -> bool:
@@ -240,8 +253,8 @@ def sets_in(folder: Path) -> dict[str, Path]:
     They are files, such as `ema.safetensors` and `model.safetensors`, or folders, such as `ema` and
     `model`. accelerate stores an average among the states that were registered with it.
     """
-    averages = dict[str, Path]()
-    folders = dict[str, Path]()
+    averages = {}
+    folders = {}
     for name in _names_in(folder):
         entry = folder / name
         if entry.is_dir():
@@ -251,10 +264,13 @@ def sets_in(folder: Path) -> dict[str, Path]:
             stem = name.split(".")[0]
             if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
                 averages[stem] = entry
-    averages |= {name: entry for name, entry in folders.items() if AVERAGE_WORD.search(name)}
+    for name, entry in folders.items():
+        if AVERAGE_WORD.search(name):
+            averages[name] = entry
     if not averages:
         return {}
-    weights = model_in(folder, skip=[entry.name for entry in averages.values()])
+    skip = [entry.name for entry in averages.values()]
+    weights = model_in(folder, skip)
     if weights is not None:
         return averages | {"model": weights}
     return averages | folders
@@ -277,17 +293,18 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
         return folder / DCP_METADATA
     names = [name for name in _names_in(folder) if name not in skip]
     for ending in (SUFFIX, ""):  # safetensors before pickles
-        found = _models_among(names, ending)
-        if len(found) == 1:
-            return folder / found[0]
-        if found and ending and all(_CHUNKS in _of_file(folder / name).values for name in found):
+        models = _models_among(names, ending)
+        if len(models) == 1:
+            return folder / models[0]
+        if models and ending and _are_chunks(folder, models):
             return folder
-        if found:
-            reason = f"holds several models: {names_in(found)}"
+        if models:
+            reason = f"holds several models: {names_in(models)}"
             raise FileFormatError(folder, reason, "name one by a glob")
     for name in names:
-        if name.startswith("pytorch_model_fsdp") and (folder / name / DCP_METADATA).is_file():
-            return folder / name / DCP_METADATA  # accelerate's
+        metadata = folder / name / DCP_METADATA
+        if name.startswith("pytorch_model_fsdp") and metadata.is_file():
+            return metadata  # accelerate's
     if len(names) == 1 and names[0] in ONLY_FOLDERS:
         return model_in(folder / names[0])
     return None
@@ -296,19 +313,29 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
 def _models_among(names: Sequence[str], ending: str) -> list[str]:
     """Return the names of indexes, else of files of weights, with an ending; the usual one of them
     if there are variants beside it, such as model.fp16."""
-    found = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
-    if not found:
-        files = [name for name in names if may_be_weights(name) and name.endswith(ending)]
-        found = [name for name in files if not AVERAGE_STATES.fullmatch(name)]
-    usual = [name for name in found if name.split(".")[0] in _USUAL and name.count(".") == 1]
-    return usual if len(usual) == 1 else found
+    models = [name for name in names if name.endswith(f"{ending}{INDEX_ENDING}")]
+    if not models:
+        for name in names:
+            is_file = may_be_weights(name) and name.endswith(ending)
+            if is_file and not AVERAGE_STATES.fullmatch(name):
+                models.append(name)
+    usual = []
+    for name in models:
+        stem, *endings = name.split(".")
+        if stem in _USUAL and len(endings) == 1:
+            usual.append(name)
+    return usual if len(usual) == 1 else models
+
+
+def _are_chunks(folder: Path, names: Sequence[str]) -> bool:
+    return all(_CHUNKS in _of_file(folder / name).values for name in names)
 
 
 def _of_file(path: Path) -> Content:
     """Return the content of a file that is no snapshot; the values include the metadata of
     safetensors."""
     values = dict[str, Any]()
-    tensors = dict[str, StoredTensor]()
+    tensors = {}
     with OpenedFile(path) as file:
         leaves: dict[Keys, Any]
         if path.suffix == SUFFIX:
@@ -327,7 +354,8 @@ def _of_file(path: Path) -> Content:
                 values[name] = value
                 continue
             tensors[name] = _stored(path, keys, value)
-            if isinstance(value, Entry) and value.size == 1 and _last_part(name) in COUNTERS:
+            is_counter = _last_part(name) in COUNTERS
+            if is_counter and isinstance(value, Entry) and value.size == 1:
                 values[name] = _number(file, value)
         identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
@@ -352,7 +380,8 @@ def _identity(path: Path) -> Identity:
 
 def _number(file: OpenedFile, entry: Entry) -> float:
     """Return the value of a tensor of one element."""
-    raw = np.frombuffer(file.read_at(entry.nbytes, entry.begin), np.uint8)
+    content = file.read_at(entry.nbytes, entry.begin)
+    raw = np.frombuffer(content, np.uint8)
     if entry.dtype == "BOOL":
         return float(raw[0])
     if entry.dtype == "C64":
@@ -363,27 +392,29 @@ def _number(file: OpenedFile, entry: Entry) -> float:
 def _of_sets(folder: Path, sets: Mapping[str, Path]) -> Content:
     """Return the content of several models in a folder, by their names, with the configurations of
     those in folders."""
-    tensors = dict[str, StoredTensor]()
-    values = dict[str, Any]()
-    opened = dict[Path, Identity]()
+    tensors = {}
+    values = {}
+    opened = {}
     for key, place in sets.items():
         content = open_checkpoint(place)
         opened.update(content.files)
         for tensor in content.tensors.values():
             moved = replace(tensor, keys=(key, *tensor.keys))
             tensors[moved.name] = moved
-        values.update({f"{key}.{name}": value for name, value in content.values.items()})
+        settings = {}
         config = place / CONFIG
         if place.is_dir() and config.is_file():
-            settings = parse_object(config, read_small_file(config, _MOST_CONFIG), "configuration")
-            values.update({f"{key}.{name}": value for name, value in settings.items()})
+            text = read_small_file(config, _MOST_CONFIG)
+            settings = parse_object(config, text, "configuration")
             opened[config] = _identity(config)
+        for name, value in {**content.values, **settings}.items():
+            values[f"{key}.{name}"] = value
     return Content(folder, tensors, values, opened)
 
 
 def _of_shards(index: Path) -> Content:
-    tensors = dict[str, StoredTensor]()
-    values = dict[str, Any]()
+    tensors = {}
+    values = {}
     opened = {index: _identity(index)}
     for name, listed in decode_index(index, ENDINGS).items():
         shard = _of_file(index.parent / name)
@@ -400,11 +431,13 @@ def _of_shards(index: Path) -> Content:
 
 # --- torch.distributed.checkpoint
 
+_Index = tuple[str, tuple[int, ...]]  # the name of an object, and its offset
+
 
 def _of_chunks(folder: Path) -> Content:
     """Return the content of a folder of chunks that the HuggingFaceStorageWriter wrote."""
     chunks = dict[str, list[Chunk]]()
-    opened = dict[Path, Identity]()
+    opened = {}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         file = _of_file(path)
         opened.update(file.files)
@@ -413,17 +446,20 @@ def _of_chunks(folder: Path) -> Content:
             (chunk,) = tensor.chunks
             box = _saved_box(tensor, offsets.get(name))
             chunks.setdefault(name, []).append(replace(chunk, box=box))
-    tensors = dict[str, StoredTensor]()
+    tensors = {}
     for name, found in chunks.items():
         boxes = [chunk.box for chunk in found]
-        shape = tuple(map(max, zip(*(box.end for box in boxes), strict=True)))
+        ends = [box.end for box in boxes]
+        shape = tuple(map(max, zip(*ends, strict=True)))
         problem = cover_problem(shape, boxes) or ""
         tensors[name] = StoredTensor(folder, (name,), shape, tuple(found), problem)
     return Content(folder, tensors, {}, opened)
 
 
 def _saved_box(tensor: StoredTensor, place: Any) -> Box:
-    offset: Any = place.get("saved_offsets") if isinstance(place, dict) else None
+    offset: Any = None
+    if isinstance(place, dict):
+        offset = place.get("saved_offsets")
     if not (is_sizes(offset) and len(offset) == len(tensor.shape)):
         reason = f"tensor {shown(tensor.name)}: {_CHUNKS} must give its offsets"
         raise FileFormatError(tensor.path, reason)
@@ -446,8 +482,8 @@ def _of_distributed(metadata: Path) -> Content:
     if not (isinstance(listed, dict) and isinstance(stored, dict)):
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
     objects = _Objects(metadata, _places_in(stored), {metadata: identity})
-    tensors = dict[str, StoredTensor]()
-    values = dict[str, Any]()
+    tensors = {}
+    values = {}
     for name, described in listed.items():
         if not isinstance(name, str):
             continue
@@ -460,11 +496,12 @@ def _of_distributed(metadata: Path) -> Content:
     return Content(metadata.parent, tensors, values, objects.files)
 
 
-def _places_in(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], dict[str, Any]]:
+def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, dict[str, Any]]:
     places = {}
     for index, place in stored.items():
-        fqn = _state(index).get("fqn")
-        offset = _state(index).get("offset") or ()
+        key = _state(index)
+        fqn = key.get("fqn")
+        offset = key.get("offset") or ()
         if isinstance(fqn, str) and is_sizes(offset):
             places[fqn, tuple(offset)] = _state(place)
     return places
@@ -472,7 +509,9 @@ def _places_in(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], d
 
 def _keys_of(name: str, planned: Any) -> Keys:
     """Return the keys that lead to a tensor, as the plan of a distributed checkpoint says."""
-    keys = planned.get(name) if isinstance(planned, dict) else None
+    keys = None
+    if isinstance(planned, dict):
+        keys = planned.get(name)
     if isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys):
         return tuple(map(str, keys))
     return (name,)
@@ -485,7 +524,7 @@ class _Objects:
 
     metadata: Path
     # of objects in files, by their names and offsets
-    places: Mapping[tuple[str, tuple[int, ...]], Mapping[str, Any]]
+    places: Mapping[_Index, Mapping[str, Any]]
     files: dict[Path, Identity]
     # of the objects that were read, sorted
     spans: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)
@@ -501,7 +540,8 @@ class _Objects:
         for chunk in map(_state, described["chunks"]):
             offset: Any = chunk.get("offsets")
             shape: Any = chunk.get("sizes")
-            if not all(is_sizes(axes) and len(axes) == len(size) for axes in (offset, shape)):
+            is_box = is_sizes(offset) and is_sizes(shape)
+            if not (is_box and len(offset) == len(shape) == len(size)):
                 problem = "its shape, or that of a chunk, is malformed"
                 break
             boxes.append(Box(tuple(offset), tuple(shape)))
@@ -520,7 +560,8 @@ class _Objects:
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
-        place: Any = self.places.get((name, offset)) or self.places.get((name, ())) or {}
+        of_name = self.places.get((name, ())) or {}
+        place: Any = self.places.get((name, offset)) or of_name
         file_name = place.get("relative_path")
         begin = place.get("offset")
         length = place.get("length")

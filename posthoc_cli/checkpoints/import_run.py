@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.audit import Audit, audits_of
+from posthoc_cli.checkpoints.audit import LOSES_UPDATES, SET_BACK, Audit, audits_of
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import RULES, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
@@ -50,15 +51,16 @@ class Import:
         return Counter(one.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
+        rows = []
+        for one in self.checkpoints:
+            rows.append({"path": str(one.path), "t": one.t, "holds": one.holds})
         return {
             "run": self.checkpoints[0].run_id,
             "out": None if self.out is None else str(self.out),
             "written": self.written,
             "numbers": self.numbers,
             "checks": list(self.checks),
-            "checkpoints": [
-                {"path": str(one.path), "t": one.t, "holds": one.holds} for one in self.checkpoints
-            ],
+            "checkpoints": rows,
         }
 
 
@@ -89,8 +91,10 @@ def import_checkpoints(
     """
     given = ImportSettings(**settings)
     origin = files.expanded(files.given_path("directory", directory))
-    target = None if out is None else files.output_path("out", out)
-    if target is None and not dry_run:
+    target = None
+    if out is not None:
+        target = files.output_path("out", out)
+    elif not dry_run:
         raise InvalidValueError("out", "is missing; only a dry run needs no output")
     if is_import(origin) or (origin.is_dir() and inspect_directory(origin).snapshots):
         reason = "holds a run already, of a tracker or an import, which needs no import"
@@ -141,45 +145,47 @@ def _with_decay(
         sources = [one.with_settings(given) for one in sources]
         checks = [f"steps: taken as {last:,}, the last checkpoint's"]
     if not all(one.is_known for one in sources):
-        given, text = _find_decay(sources, given)
-        return given, [*checks, text]
-    if not any(isinstance(one.profile, OrdinaryEMA) for one in averages):
-        return given, checks
-    if given.steps and not any(one.ends(given) for one in updates):
-        reason = "is of no use: these averages have no decay that rises to 1"
-        raise InvalidValueError("steps", reason, value=given.steps)
-    given, texts = _check_decay(sources, given)
-    return given, checks + texts
+        audit = _audit(sources, given)
+        given, text = _found_decay(audit, _with_starts(given, audit), updates)
+        checks.append(text)
+    elif any(isinstance(one.profile, OrdinaryEMA) for one in averages):
+        given, texts = _check_decay(sources, given)
+        checks += texts
+    return given, checks
 
 
-def _find_decay(sources: Sequence[Checkpoint], given: ImportSettings) -> tuple[ImportSettings, str]:
-    """Return the settings with the decay that an audit of ordinary EMAs finds, and a line about
+def _found_decay(
+    audit: Audit, given: ImportSettings, updates: Sequence[Updates]
+) -> tuple[ImportSettings, str]:
+    """Return the settings with the decay that an audit of ordinary EMAs has found, and a line about
     it."""
-    audit = _audit(sources, given)
-    found = audit.found or 0.0
+    decay = audit.found or 0.0
     sigma = audit.uncertainty or 0.0
     text = f"found: {audit.text}"
-    given = _with_starts(given, audit)
     if audit.what == "sigma_rel":
-        width = float(f"{found:.4g}")
+        width = float(f"{decay:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
-    decay = found
     if audit.length is not None:
-        decay = _round_decay(found, sigma)
-    if decay != found:  # it is probably exact
+        decay = _round_decay(decay, sigma)
+    if decay != audit.found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"
     given = replace(given, ema_uncertainty=sigma)
-    if any(one.updates and one.updates.calls == "counted" for one in sources):
+    if any(one.calls == "counted" for one in updates):
         every = given.update_every or 1
         after = given.update_after_step or 0
         given = replace(given, update_every=every, update_after_step=after)
-    name = audit.warm_up.partition(":")[0]
-    if RULES[name].is_schedule:
+    if schedule := _schedule_in(audit):
         last = given.steps or round(audit.intervals[-1].end)
-        return replace(given, ema_warmup=f"{name}:{decay:.12g}", last_step=last), text
+        return replace(given, ema_warmup=f"{schedule}:{decay:.12g}", last_step=last), text
     warm_up = given.ema_warmup or audit.warm_up or "none"
     return replace(given, ema_decay=decay, ema_warmup=warm_up), text
+
+
+def _schedule_in(audit: Audit) -> str:
+    """Return the name of the schedule that an audit has found; empty if it is another rule."""
+    name, _, _ = audit.warm_up.partition(":")
+    return name if RULES[name].is_schedule else ""
 
 
 def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
@@ -191,12 +197,14 @@ def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
     if audit is None:
         reason = "the files do not hold it, and it cannot be found without weights next to the "
         raise _unknown_decay(sources, f"{reason}averages")
+    _check_is_average(audit)
     if audit.verdict not in ("found", "began again") or audit.found is None:
         raise _unknown_decay(sources, audit.text, audit)
     limit = _VAGUE
     if audit.what == "decay":
         # An average that is shorter than the time between checkpoints is almost the weights.
-        limit *= (1 + audit.spacing * (1 - audit.found)) ** 2
+        updates = audit.spacing * (1 - audit.found)  # in a time constant, between checkpoints
+        limit *= (1 + updates) ** 2
     if (audit.uncertainty or 0.0) > limit:
         raise _unknown_decay(sources, f"the files show it too vaguely: {audit.text}", audit)
     return audit
@@ -208,11 +216,13 @@ def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> st
         audit = _audit(sources, replace(given, ema_decay=None))
     except InvalidValueError:
         return ""
-    is_schedule = RULES[audit.warm_up.partition(":")[0]].is_schedule
-    if is_schedule or not (audit.verdict == "found" and audit.found and given.ema_decay):
+    if audit.verdict != "found" or _schedule_in(audit):
         return ""
-    far = abs(math.log((1 - audit.found) / (1 - given.ema_decay)))
-    return audit.warm_up if far <= 3 * (audit.uncertainty or 0.0) else ""
+    if not (audit.found and given.ema_decay):
+        return ""
+    factor = (1 - audit.found) / (1 - given.ema_decay)
+    is_near = abs(math.log(factor)) <= 3 * (audit.uncertainty or 0.0)
+    return audit.warm_up if is_near else ""
 
 
 def _unknown_decay(
@@ -223,7 +233,8 @@ def _unknown_decay(
     if any(one.kind == "ema" for one in sources):
         hint += ", or give `sigma_rels` if it is a power function"
     if audit and audit.length and audit.uncertainty and audit.what == "decay":
-        likely = _round_decays(1 - 1 / max(audit.length, 1.1), min(audit.uncertainty, 1.0))
+        decay = 1 - 1 / max(audit.length, 1.1)
+        likely = _round_decays(decay, min(audit.uncertainty, 1.0))
         if likely:
             hint = f"{' and '.join(f'{decay:g}' for decay in likely)} would fit; {hint}"
     return InvalidValueError("ema_decay", f"must be given: {reason}", hint)
@@ -256,10 +267,20 @@ def _round_decays(decay: float, distance: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rest))
     near = []
     for digit in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0):
-        far = abs(math.log(digit * power / rest))
-        if far <= distance and digit * power <= 0.5:
-            near.append((far, round(1 - digit * power, 15)))
-    return [found for _, found in sorted(near)]
+        other = digit * power
+        far = abs(math.log(other / rest))
+        if far <= distance and other <= 0.5:
+            near.append((far, round(1 - other, 15)))
+    return [decay for _, decay in sorted(near)]
+
+
+def _check_is_average(audit: Audit) -> None:
+    """Raise an InvalidValueError if no decay describes an average."""
+    hint = "`kind` checkpoints takes the weights alone"
+    if audit.verdict == SET_BACK:
+        raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
+    if audit.verdict == LOSES_UPDATES:
+        raise InvalidValueError("average", audit.text, hint)
 
 
 def _check_decay(
@@ -268,20 +289,28 @@ def _check_decay(
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
     lines about it."""
     checks = []
+    if given.steps and not any(one.updates and one.updates.ends(given) for one in found):
+        reason = "is of no use: these averages have no decay that rises to 1"
+        raise InvalidValueError("steps", reason, value=given.steps)
     for audit in audits_of(found):
+        _check_is_average(audit)
         if audit.is_bad:
             reason = f"does not fit the files: {audit.text}"
             if given.warm_up_row.is_schedule:
                 raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
             hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
-            if given.ema_warmup is None and (warm_up := _fitting_warm_up(found, given)):
+            warm_up = ""
+            if given.ema_warmup is None:
+                warm_up = _fitting_warm_up(found, given)
+            if warm_up:
                 reason = "does not fit the files without the warm-up that they show"
                 hint = f"add `ema_warmup` {warm_up}"
             raise InvalidValueError("ema_decay", reason, hint, value=audit.claimed)
         if audit.verdict == "undetermined":
             reason = "ema_decay is taken as given, and could not be checked: predicted errors "
             log.warning("%shold if it is right: %s", reason, audit.text)
-            given = replace(given, ema_doubt=min(audit.difference, 3.0) or None)
+            doubt = min(audit.difference, 3.0)
+            given = replace(given, ema_doubt=doubt or None)
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from posthoc_cli.checkpoints.content import (
     Tensors,
     names_in,
     open_checkpoint,
+    stripped,
 )
 from posthoc_cli.checkpoints.sets import Pair, Sets, completed, match_names
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
@@ -41,7 +42,6 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
-    Point,
     PowerFunction,
     StoredProfile,
     ema_pytorch_profile,
@@ -76,7 +76,9 @@ class Found:
     @property
     def tensors(self) -> Tensors:
         """The tensors of the model: those of the average, and the weights that it lacks."""
-        return completed(self.averaged, self.weights) if self.averaged else self.weights
+        if self.averaged:
+            return completed(self.averaged, self.weights)
+        return self.weights
 
     def swapped(self) -> Found:
         return replace(self, averaged=self.weights, weights=self.averaged)
@@ -127,32 +129,36 @@ class Stored:
     @cached_property
     def average(self) -> Checkpoint | None:
         """The average; None if there is none."""
-        found = recognise(self._content, self._settings)
-        self._check_decided(found)
+        self._check_decided()
+        found = self._found
         return self._made(found.tensors) if found.averaged else None
 
     @cached_property
     def weights(self) -> Checkpoint:
         try:
-            found = recognise(self._content, self._settings)
+            found = self._found
         except FileFormatError:  # perhaps of several averages
             return self._made(Sets(self._content).model())
-        self._check_decided(found)
+        self._check_decided()
         return self._made(found.weights or Sets(self._content).model())
 
-    def _check_decided(self, found: Found) -> None:
-        if found.undecided:
-            first, other = found.undecided
+    @cached_property
+    def _found(self) -> Found:
+        return recognise(self._content, self._settings)
+
+    def _check_decided(self) -> None:
+        if self._found.undecided:
+            first, other = self._found.undecided
             reason = "holds two sets, and nothing tells which is the average"
             hint = "name it by `average`, or name the folder of all files"
             raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
 
-    def _made(self, tensors: Tensors) -> Checkpoint:
-        return make_checkpoint(self._content, tensors, Point(1.0), 1)
-
     @property
     def groups(self) -> str:
         return names_in(self._content.groups())
+
+    def _made(self, tensors: Tensors) -> Checkpoint:
+        return make_checkpoint(self._content, tensors)
 
 
 # --- ordinary EMAs, whose sets are found by their keys
@@ -170,18 +176,23 @@ class Library:
 
 
 def _count(value: Any) -> int | None:
-    return int(value) if isinstance(value, int | float) and value >= 0 else None
+    if isinstance(value, int | float) and value >= 0:
+        return int(value)
+    return None
 
 
 def _diffusers(values: Values) -> Updates:
-    warm_up = "power" if values.get("use_ema_warmup") else "ratio"
-    copies = 1 + int(values.get("update_after_step") or 0)
-    rule: dict[str, Any] = {"decay": float(values["decay"]), "warm_up": warm_up, "copies": copies}
+    rule: dict[str, Any] = {
+        "decay": float(values["decay"]),
+        "warm_up": "power" if values.get("use_ema_warmup") else "ratio",
+        "copies": 1 + int(values.get("update_after_step") or 0),
+    }
     for name in ("inv_gamma", "power"):
         if name in values:
             rule[name] = float(values[name])
     rule["least"] = float(values.get("min_decay") or 0.0)
-    if rule.get("inv_gamma", 1.0) <= 0 or rule.get("power", 1.0) < 0:
+    begins = rule.get("inv_gamma", 1.0) > 0 and rule.get("power", 1.0) >= 0
+    if not begins:
         raise ValueError("its warm-up never begins")
     return Updates(rule, _count(values["optimization_step"]))
 
@@ -193,15 +204,18 @@ def _with_decay(values: Values) -> Updates:
     is_rising = count is not None and bool(values.get("faster_decay_at_start", True))
     decay = round(float(values["decay"]), 7)
     rule = {"decay": decay, "warm_up": "ratio" if is_rising else ""}
-    return Updates(rule, count, every=_count(values.get("every_n_steps")) or 1)
+    every = _count(values.get("every_n_steps")) or 1
+    return Updates(rule, count, every)
 
 
 def _ema_pytorch(values: Values) -> Updates:
-    return Updates({"warm_up": "power"}, _count(values["step"]), calls="counted")
+    count = _count(values["step"])
+    return Updates({"warm_up": "power"}, count, calls="counted")
 
 
 def _averaged_model(values: Values) -> Updates:
-    return Updates({"copies": 1}, _count(values["n_averaged"]), calls="from first")
+    count = _count(values["n_averaged"])
+    return Updates({"copies": 1}, count, calls="from first")
 
 
 def _ultralytics(values: Values) -> Updates:
@@ -214,7 +228,8 @@ def _audiocraft(values: Values) -> Updates:
     decay = values.get("xp.cfg.optim.ema.decay")
     if isinstance(decay, float):
         rule["decay"] = decay
-    return Updates(rule, every=_count(values.get("xp.cfg.optim.ema.updates")) or 1)
+    every = _count(values.get("xp.cfg.optim.ema.updates")) or 1
+    return Updates(rule, every=every)
 
 
 def _composer(_: Values) -> Updates:
@@ -237,56 +252,75 @@ def _library_of(content: Content, average_key: str) -> tuple[Library | None, Val
     """Return the program that stored an average, and the values beside its marks."""
     places = [average_key]
     while places[-1]:
-        places.append(places[-1].rpartition(".")[0])
-    values = content.values
+        outer, _, _ = places[-1].rpartition(".")
+        places.append(outer)
     for library in LIBRARIES:
-        for place in places if library.key in ("", average_key) else []:
+        if library.key not in ("", average_key):
+            continue
+        for place in places:
             start = f"{place}." if place else ""
-            if all(_is_number(values.get(start + mark)) for mark in library.marks):
-                rest = len(start)
-                inner = [name for name in values if name.startswith(start)]
-                return library, {name[rest:]: values[name] for name in inner}
+            marks = [content.values.get(start + mark) for mark in library.marks]
+            if all(isinstance(value, int | float | str) for value in marks):
+                return library, stripped(content.values, start)
     return None, {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | str)
 
 
 def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     """Return the average that the settings name, or a word, and the weights that match it."""
-    weights = None if settings.weights is None else sets.named(settings.weights)
+    weights = None
+    if settings.weights is not None:
+        weights = sets.named(settings.weights)
     if settings.average is not None:
-        return _described(sets, _named_pair(sets, settings.average, weights), settings)
-    content = sets.content
+        pair = _named_pair(sets, settings.average, weights)
+        return _described(sets, pair, settings)
     candidates = [*sets.averages, *_anchored(sets)]
-    found = [sets.pair(one, weights) for one in candidates]
-    pairs = [pair for pair in found if pair is not None]
-    if len(pairs) > 1 and len({repr(_updates_of(content, pair)) for pair in pairs}) == 1:
-        whole = sets.joined(pairs)
-        pairs = pairs if whole is None else [whole]
+    pairs = _pairs(sets, candidates, weights)
     sets.check_one([pair.average_key for pair in pairs])
     if pairs:
         return _described(sets, pairs[0], settings)
-    if len(candidates) == 1 and sets.is_all(candidates[0]):
-        return _described(sets, sets.alone(candidates[0]), settings)
-    groups = [name for name in content.groups() if not NO_MODEL.search(name)]
-    if len(groups) == 1 and candidates:
-        first, *more = candidates
-        # the only average is all that a group holds
-        if candidates == groups or (not more and first.startswith(f"{groups[0]}.")):
-            return _described(sets, sets.alone(first), settings)
-    if not candidates and AVERAGE_WORD.search(content.path.name):
+    if candidates:
+        alone = _alone(sets, candidates)
+        return _described(sets, alone, settings) if alone else None
+    if AVERAGE_WORD.search(sets.content.path.name):
         return _all_averaged(sets, settings)
-    if not candidates and not settings.include and not settings.exclude:
-        _check_slashes(content)
+    if not settings.include and not settings.exclude:
+        _check_slashes(sets.content)
     return None
+
+
+def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:
+    """Return the averages that weights match; parts of one average that are alike as one."""
+    pairs = []
+    for path in averages:
+        pair = sets.pair(path, weights)
+        if pair is not None:
+            pairs.append(pair)
+    updates = {repr(_updates_of(sets.content, pair)) for pair in pairs}
+    if len(pairs) > 1 and len(updates) == 1:
+        whole = sets.joined(pairs)
+        if whole is not None:
+            return [whole]
+    return pairs
+
+
+def _alone(sets: Sets, averages: Sequence[str]) -> Pair | None:
+    """Return the average that is all of a checkpoint, or all that its only group of tensors holds;
+    None if there are others."""
+    first, *more = averages
+    if not more and sets.is_all(first):
+        return sets.alone(first)
+    groups = [name for name in sets.content.groups() if not NO_MODEL.search(name)]
+    if len(groups) != 1:
+        return None
+    is_within = not more and first.startswith(f"{groups[0]}.")
+    return sets.alone(first) if is_within or averages == groups else None
 
 
 def _check_slashes(content: Content) -> None:
     """Raise FileFormatError if names are paths as of JAX, of several sets and an average."""
-    heads = sorted({name.partition("/")[0] for name in content.tensors if "/" in name})
-    if len(heads) > 1 and any(AVERAGE_WORD.search(head) for head in heads):
+    paths = [name for name in content.tensors if "/" in name]
+    heads = sorted({path.partition("/")[0] for path in paths})
+    if len(heads) > 1 and any(map(AVERAGE_WORD.search, heads)):
         sets = ", ".join(f"{head}/" for head in heads)
         hint = f"import one of them with `include`, such as '{heads[-1]}/*'"
         raise FileFormatError(content.path, f"holds tensors of {sets}", hint)
@@ -296,7 +330,8 @@ def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
     path = sets.named(average)
     pair = sets.pair(path, weights, is_named=True)
     if pair is None and weights is not None:
-        lacking = sorted(sets.below(path).keys() - sets.below(weights).keys())
+        named = sets.below(weights)
+        lacking = sorted(name for name in sets.below(path) if name not in named)
         reason = f"holds an EMA and weights of different models: only {path} has"
         raise FileFormatError(sets.content.path, f"{reason} {names_in(lacking)}")
     return pair or sets.alone(path)
@@ -304,7 +339,8 @@ def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
 
 def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:
     """Return the model in a file of averages alone."""
-    return Found("ema", sets.model(settings.prefix), updates=_named_updates(sets.content))
+    tensors = sets.model(settings.prefix)
+    return Found("ema", tensors, updates=_named_updates(sets.content))
 
 
 def _anchored(sets: Sets) -> list[str]:
@@ -329,7 +365,7 @@ def _updates_of(content: Content, pair: Pair) -> tuple[str, Updates]:
 def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
     content = sets.content
     kind, updates = _updates_of(content, pair)
-    asks = dict[str, str]()
+    asks = {}
     if kind == "ema-pytorch-ema" and settings.ema_decay:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
@@ -380,14 +416,15 @@ def _with_collected(sets: Sets, found: Found, pair: Pair) -> Found:
     collected = sets.below(f"{outer}.collected_params".lstrip("."))
     if not collected or len(collected) != len(pair.averaged):
         return found
-    names = list(pair.averaged)
     content = sets.content
-    averaged = make_checkpoint(content, pair.averaged, Point(1.0), 1)
-    weights = make_checkpoint(content, {name: pair.weights[name] for name in names}, Point(1.0), 1)
+    model = {name: pair.weights[name] for name in pair.averaged}
+    averaged = make_checkpoint(content, pair.averaged)
+    weights = make_checkpoint(content, model)
     with averaged, weights:
-        for name in averaged.entries:
-            count = min(averaged.entries[name].size, 256)
-            if not np.array_equal(averaged.values(name, 0, count), weights.values(name, 0, count)):
+        for name, entry in averaged.entries.items():
+            count = min(entry.size, 256)
+            first = averaged.values(name, 0, count)
+            if not np.array_equal(first, weights.values(name, 0, count)):
                 return found
     raw = dict(pair.weights)
     for name, tensor in pair.averaged.items():
@@ -405,15 +442,22 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     except FileFormatError:
         return None
     named = sets.below(path)
-    buffers = {name[4:]: one for name, one in named.items() if re.fullmatch(r"ema_\w+", name)}
-    model = {name: one for name, one in named.items() if not re.fullmatch(r"ema_\w+", name)}
+    buffers = {}
+    model = {}
+    for name, tensor in named.items():
+        if re.fullmatch(r"ema_\w+", name):
+            buffers[name.removeprefix("ema_")] = tensor
+        else:
+            model[name] = tensor
     matched = match_names(buffers, model)
     if not matched or 2 * len(matched) < len(model):
         return None
     found = Found("mmcv", model, {**model, **matched}, Updates())
     if settings.average is None:
         return replace(found, undecided=(path or "the model", "ema_*"))
-    return found.swapped() if settings.average.startswith("ema_") else found
+    if settings.average.startswith("ema_"):
+        return found.swapped()
+    return found
 
 
 # --- ordinary EMAs under fixed keys
@@ -480,35 +524,52 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     Both count images, with the half-life min(its largest, 0.05 of the images so far), so that the
     k-th update of a batch keeps 2**(-1 / (0.05 (k - 1))), and the first one copies.
     """
-    content = sets.content
-    path = content.path
-    averaged = content.under("ema") or content.under("G_ema")
+    path = sets.content.path
     match = _EDM_FILE.fullmatch(path.name)
+    averaged = sets.content.under("ema") or sets.content.under("G_ema")
     if not (match and averaged):
         return None
-    state = path.with_name(f"training-state-{match['step']}.pt")
+    weights = _edm_weights(sets.content, path.with_name(f"training-state-{match['step']}.pt"))
+    options = {}
+    file = path.with_name(_EDM_OPTIONS)
+    if file.is_file():
+        text = read_small_file(file, 10_000_000)
+        options = parse_object(file, text, "options of a training")
+    batch = int(_option(options, "batch_size"))
+    every = settings.update_every or batch or 1
+    # names count thousands, rounded down
+    step = -(-1000 * int(match["step"]) // every) * every
+    return Found(
+        "edm",
+        averaged,
+        weights,
+        Updates(_edm_rule(options, batch), every=batch),
+        step=step,
+        t_unit="images",
+        asks=_edm_asks(path, options, settings),
+    )
+
+
+def _edm_weights(content: Content, state: Path) -> Tensors:
+    """Return the weights, in the state of a training if there is one; it is then one of the
+    files."""
     if state.is_file():
         of_state = open_checkpoint(state)
         content.files.update(of_state.files)
         content = of_state
-    options = dict[str, Any]()
-    file = path.with_name(_EDM_OPTIONS)
-    if file.is_file():
-        options = parse_object(file, read_small_file(file, 10_000_000), "options of a training")
-    batch = int(_option(options, "batch_size"))
-    asks = dict[str, str]()
-    if not batch:
+    return content.under("net") or content.under("G")
+
+
+def _edm_asks(path: Path, options: Values, settings: ImportSettings) -> dict[str, str]:
+    """Return the settings that must be given, as the options of the training are unknown."""
+    asks = {}
+    if not _option(options, "batch_size"):
         reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
         asks["update_every"] = f", the images of a batch: {reason}"
     if settings.ema_decay is not None and not options:
         reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
         asks["ema_warmup"] = f", ramp-up or none: {reason}"
-    every = settings.update_every or batch or 1
-    # names count thousands, rounded down
-    step = -(-1000 * int(match["step"]) // every) * every
-    weights = content.under("net") or content.under("G")
-    updates = Updates(_edm_rule(options, batch), every=batch)
-    return Found("edm", averaged, weights, updates, step=step, t_unit="images", asks=asks)
+    return asks
 
 
 def _edm_rule(options: Values, batch: int) -> dict[str, Any]:
@@ -532,7 +593,8 @@ def _edm_warm_up(options: Values) -> dict[str, Any]:
     ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
     if any(name in options and options[name] is None for name in ramps):
         return {"warm_up": ""}
-    return {"warm_up": "ramp-up", "power": float(_option(options, *ramps, default=RAMP_UP))}
+    share = float(_option(options, *ramps, default=RAMP_UP))
+    return {"warm_up": "ramp-up", "power": share}
 
 
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
@@ -562,9 +624,15 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
     asks = {"sigma_rels": unsaid, "update_every": unsaid}
     if not inner:
         asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
-    model = {name: one for name, one in tensors.items() if name not in ("initted", "step")}
-    step = int(match["step"])
-    return Found(library, model, profile=profile, sigma_rel=width, step=step, asks=asks)
+    counters = ("initted", "step")
+    return Found(
+        library,
+        {name: tensor for name, tensor in tensors.items() if name not in counters},
+        profile=profile,
+        sigma_rel=width,
+        step=int(match["step"]),
+        asks=asks,
+    )
 
 
 _EDM2 = re.compile(
@@ -580,8 +648,14 @@ def _edm2(sets: Sets, settings: ImportSettings) -> Found | None:
     width = float(match["width"])
     profile = functools.partial(PowerFunction.from_sigma_rel, width)
     tensors = sets.content.under("ema") or sets.model(settings.prefix)
-    step = 1000 * int(match["step"])
-    return Found("edm2", tensors, profile=profile, sigma_rel=width, step=step, t_unit="images")
+    return Found(
+        "edm2",
+        tensors,
+        profile=profile,
+        sigma_rel=width,
+        step=1000 * int(match["step"]),
+        t_unit="images",
+    )
 
 
 FINDERS: tuple[Finder, ...] = (
@@ -605,7 +679,7 @@ TAKES: dict[str, tuple[str, ...]] = {
 """The settings that a kind takes besides the selection of tensors; others take `_OF_EMA`."""
 
 
-def check_settings(kinds: list[str], settings: ImportSettings) -> None:
+def check_settings(kinds: set[str], settings: ImportSettings) -> None:
     """Raise InvalidValueError about a given setting that says nothing about these kinds."""
     known = {"kind", "prefix", "include", "exclude"}
     for kind in kinds:
@@ -615,7 +689,7 @@ def check_settings(kinds: list[str], settings: ImportSettings) -> None:
             hint = ""
             if name in _OF_EMA:
                 hint = "averages that no name tells are said by kind 'ema', or by `average`"
-            raise InvalidValueError(name, f"says nothing about {' and '.join(kinds)}", hint)
+            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", hint)
 
 
 def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
@@ -644,11 +718,10 @@ def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors,
         prefix = ""
     chosen = []
     for tensors in (averaged, found.weights):
-        rest = len(prefix)
-        named = {name[rest:]: t for name, t in tensors.items() if name.startswith(prefix)}
+        named = stripped(tensors, prefix)
         if tensors and not named:
             known = names_in([*found.weights, *found.averaged])
             reason = f"no tensor's name begins with {shown(prefix)}; it has {known}"
             raise FileFormatError(path, reason)
-        chosen.append(dict(settings.select(named)) if named else {})
+        chosen.append(settings.select(named) if named else {})
     return chosen[0], chosen[1]

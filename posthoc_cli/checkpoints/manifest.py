@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
-    listed = dict[Path, tuple[Path, str, int]]()
+    listed = {}
     for one, kind, time in raw["checkpoints"]:
         if kind not in KINDS:
             raise ValueError(f"no kind {kind!r}")
@@ -117,11 +117,13 @@ def _absolute(place: str | Path, base: Path | None = None) -> Path:
     path = files.given_path("path", place)
     if files.is_url(path):
         return path
-    return files.as_path(os.path.normpath(str((base or Path.cwd()) / path)))
+    whole = (base or Path.cwd()) / path
+    return files.as_path(os.path.normpath(str(whole)))
 
 
 def _checksum(values: dict[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(values, separators=(",", ":")).encode())
+    text = json.dumps(values, separators=(",", ":"))
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def write_manifest(

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -27,6 +27,7 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.clock import Reading, Times, checked_number, read_time, times_of
 from posthoc_cli.checkpoints.content import (
     DCP_METADATA,
+    KIND,
     NO_MODEL,
     SHARD,
     Content,
@@ -80,13 +81,14 @@ def open_checkpoints(place: str | Path, unclaimed: bool = False) -> list[Checkpo
     path = files.expanded(place)
     if is_import(path):
         return checked_run(_imported(read_manifest(path)))
-    return _known_run(place, read_place(place, UNSPECIFIED, asks=unclaimed), unclaimed)
-
-
-def _known_run(place: str | Path, found: Place, unclaimed: bool = False) -> list[Checkpoint]:
-    """Return the checkpoints of a place as a run, without averages of unknown decay."""
+    found = read_place(place, UNSPECIFIED, asks=unclaimed)
     if unclaimed:
         return checked_run(found.checkpoints)
+    return _known_run(place, found)
+
+
+def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
+    """Return the checkpoints of a place as a run, without averages of unknown decay."""
     known = [one for one in found.checkpoints if one.is_known]
     left_out = [one for one in found.checkpoints if not one.is_known]
     if not known:
@@ -99,7 +101,9 @@ def _known_run(place: str | Path, found: Place, unclaimed: bool = False) -> list
         if len(left_out) == 1:
             what = f"1 EMA, {left_out[0].path.name}"
         reason = "their files do not say the decay; `ema import` finds it, or takes `ema_decay`"
-        log.warning("%s: %s, left out of averages: %s", place, what, found.lacks_steps or reason)
+        if found.lacks_steps:
+            reason = found.lacks_steps
+        log.warning("%s: %s, left out of averages: %s", place, what, reason)
     return checked_run(known)
 
 
@@ -120,10 +124,11 @@ def _imported(manifest: Manifest) -> list[Checkpoint]:
 def _opened_again(manifest: Manifest) -> list[Checkpoint]:
     """Return the checkpoints of an import, at the times that it has found."""
     opened = []
-    times = dict[Path, int]()
+    times = {}
     for path, kind, time in manifest.checkpoints:
         content = open_checkpoint(path)
-        found = recognise(content, replace(manifest.settings, kind=kind))
+        settings = replace(manifest.settings, kind=kind)
+        found = recognise(content, settings)
         opened.append(_Opened(content, found, Reading(time, "", "the import")))
         times[path] = time
     unit, is_stated = manifest.unit
@@ -177,13 +182,32 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     """
     left_out = _LeftOut()
     paths = _of_one_average(_candidates(place, left_out), settings)
-    run = _one_run(_open_all(paths, settings), left_out)
+    run = _one_run(*_open_all(paths, settings), left_out)
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    check_settings(sorted({one.found.kind for one in run}), settings)
+    check_settings({one.found.kind for one in run}, settings)
     counts = _counts(run)
-    times = times_of({one.path: one.reading for one in run}, counts, settings)
+    readings = {one.path: one.reading for one in run}
+    times = times_of(readings, counts, settings)
+    used = _begun(run, times)
+    has_decays = any(one.found.updates is not None for one in used)
+    lacks_steps = ""
+    if has_decays or settings.ema_decay:
+        lacks_steps = _lacks_steps(times, bool(counts), asks)
+        if times.unit == "steps" and has_decays and not lacks_steps:
+            times = replace(times, is_stated=True)  # the decay is of the same steps
+    notes = tuple(filter(None, (left_out.text, _unused(used))))
+    for note in notes:
+        log.warning("%s: %s", place, note)
+    checkpoints = _with_roles(used, times, settings)
+    if lacks_steps:
+        checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
+    return Place(checkpoints, times.says, notes, lacks_steps)
+
+
+def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
+    """Return the checkpoints of a training that has begun."""
     used = []
     for one in run:
         if times.by_path[one.path] > 0:
@@ -191,19 +215,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         else:
             reason = "left out, as its weights are those before the training, of step 0"
             log.warning("%s: %s", one.path, reason)
-    has_decays = any(one.found.updates is not None for one in used)
-    lacks_steps = ""
-    if has_decays or settings.ema_decay is not None:
-        lacks_steps = _lacks_steps(times, bool(counts), asks)
-        if times.unit == "steps" and has_decays and not lacks_steps:
-            times = replace(times, is_stated=True)  # the decay is of the same steps
-    notes = [text for text in (left_out.text, _unused(used)) if text]
-    for note in notes:
-        log.warning("%s: %s", place, note)
-    checkpoints = _with_roles(used, times, settings)
-    if lacks_steps:
-        checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
-    return Place(checkpoints, times.says, tuple(notes), lacks_steps)
+    return used
 
 
 def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
@@ -249,21 +261,24 @@ def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
     if len({*decays.values()}) < 2:
         return paths
     if settings.ema_decay not in decays.values():
-        choices = " or ".join(f"{decay:g}" for decay in sorted({*decays.values()}))
+        named = sorted(set(decays.values()))
+        choices = " or ".join(f"{decay:g}" for decay in named)
         reason = f"must be given: the files are of several averages, {choices}"
         raise InvalidValueError("ema_decay", reason)
-    return [path for path in paths if decays.get(path, settings.ema_decay) == settings.ema_decay]
+    given = settings.ema_decay
+    return [path for path in paths if decays.get(path, given) == given]
 
 
 def _open_all(
     paths: Sequence[Path], settings: ImportSettings
-) -> list[_Opened | tuple[Path, PostHocError]]:
-    """Return what each file holds, or why it cannot be used; without outputs of this package."""
-    results: list[_Opened | tuple[Path, PostHocError]] = []
+) -> tuple[list[_Opened], dict[Path, PostHocError]]:
+    """Return what files hold, without outputs of this package, and why others cannot be used."""
+    opened = []
+    errors: dict[Path, PostHocError] = {}
     for path in paths:
         try:
             content = open_checkpoint(path)
-            if content.values.get("ema.format") == "output":
+            if content.values.get(KIND) == "output":
                 continue
             found = recognise(content, settings)
             if found.step is None:
@@ -271,62 +286,67 @@ def _open_all(
             else:
                 step = checked_number(path, found.step)
                 reading = Reading(step, found.t_unit, "the names of files")
-            results.append(_Opened(content, found, reading))
+            opened.append(_Opened(content, found, reading))
         except VanishedError:
             raise
         except (FileFormatError, InvalidValueError) as error:
-            results.append((path, error))
-    return results
+            errors[path] = error
+    return opened, errors
 
 
 # --- which of them are one run
 
 
 def _one_run(
-    results: Sequence[_Opened | tuple[Path, PostHocError]], left_out: _LeftOut
+    opened: list[_Opened],
+    errors: Mapping[Path, PostHocError],
+    left_out: _LeftOut,
 ) -> list[_Opened]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
-    good = [one for one in results if isinstance(one, _Opened)]
-    bad = [one for one in results if not isinstance(one, _Opened)]
-    if bad and not good:
-        raise bad[0][1]
-    stems = {_stem(one.path) for one in good}
-    for path, error in bad:
-        if _stem(path) in stems:
+    stems = {_stem(one.path) for one in opened}
+    for path, error in errors.items():
+        if not opened or _stem(path) in stems:
             raise error
         left_out[path.name] = error.reason
         if isinstance(error, InvalidValueError):
             left_out[path.name] = _NO_STEP
-    # Next to files with numbers, the number of their folder is that of an experiment.
-    numbered = {one.path.parent for one in good if not one.reading.is_of_folder}
-    for one in good:
-        if one.reading.is_of_folder and one.path.parent in numbered:
-            left_out[one.path.name] = _NO_STEP
-    good = _aligned([one for one in good if one.path.name not in left_out])
-    good = _largest_group(good, _model, "another model", left_out)
-    good = _largest_group(good, _kind_of_number, "another kind of number", left_out)
-    units = {one.reading.unit: one for one in good}
+    _leave_out_numberless(opened, left_out)
+    opened = _aligned([one for one in opened if one.path.name not in left_out])
+    opened = _largest_group(opened, _model, "another model", left_out)
+    opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
+    units = {one.reading.unit: one for one in opened}
     if "steps" in units and "epochs" in units:
         raise _mismatch(units["steps"], units["epochs"], "are numbered by steps and by epochs")
-    return good
+    return opened
+
+
+def _leave_out_numberless(opened: Sequence[_Opened], left_out: _LeftOut) -> None:
+    """Leave out files without a number next to those that have one: the number of their folder is
+    that of an experiment."""
+    numbered = set()
+    for one in opened:
+        if not one.reading.is_of_folder:
+            numbered.add(one.path.parent)
+    for one in opened:
+        if one.reading.is_of_folder and one.path.parent in numbered:
+            left_out[one.path.name] = _NO_STEP
 
 
 def _aligned(opened: list[_Opened]) -> list[_Opened]:
     """Return checkpoints with the numbers that files without one would have in their names, by the
     epoch in their contents."""
-    apart = set()
-    for one in opened:
-        if one.reading.epoch is not None and not one.reading.is_nameless:
-            apart.add(one.reading.epoch - one.reading.number)
+    named = [one.reading for one in opened if not one.reading.is_nameless]
+    apart = {one.epoch - one.number for one in named if one.epoch is not None}
     if len(apart) != 1:
         return opened
-    named = next(one.reading for one in opened if not one.reading.is_nameless)
     offset = apart.pop()
     aligned = []
     for one in opened:
+        epoch = one.reading.epoch
         if one.reading.is_nameless:
-            reading = replace(named, number=one.reading.number - offset, epoch=one.reading.epoch)
+            number = one.reading.number - offset
+            reading = replace(named[0], number=number, epoch=epoch)
             one = replace(one, reading=reading)
         aligned.append(one)
     return aligned
@@ -344,7 +364,8 @@ def _kind_of_number(one: _Opened) -> object:
 
 def _model(one: _Opened) -> object:
     """Return the names and shapes of the tensors of a checkpoint."""
-    return frozenset((name, tensor.shape) for name, tensor in one.found.tensors.items())
+    tensors = one.found.tensors
+    return frozenset((name, tensor.shape) for name, tensor in tensors.items())
 
 
 def _largest_group(
@@ -358,12 +379,15 @@ def _largest_group(
     groups = dict[object, list[_Opened]]()
     for one in opened:
         groups.setdefault(key(one), []).append(one)
-    by_size = sorted(groups.values(), key=len, reverse=True)
-    if len(by_size) < 2 or 2 * len(by_size[1]) > len(by_size[0]):
+    if not opened:
         return opened
-    for group in by_size[1:]:
-        left_out.update({one.path.name: reason for one in group})
-    return by_size[0]
+    largest, *others = sorted(groups.values(), key=len, reverse=True)
+    if any(2 * len(group) > len(largest) for group in others):
+        return opened
+    for group in others:
+        for one in group:
+            left_out[one.path.name] = reason
+    return largest
 
 
 # --- which of two sets is the average
@@ -374,7 +398,8 @@ def _with_roles(
 ) -> list[Checkpoint]:
     """Return the checkpoints, with the average that moves less where files do not say which it
     is."""
-    if any(one.found.undecided for one in opened) and _is_swapped(opened, times):
+    is_undecided = any(one.found.undecided for one in opened)
+    if is_undecided and _is_swapped(opened, times):
         opened = [replace(one, found=one.found.swapped()) for one in opened]
     checkpoints = []
     for one in opened:
@@ -390,7 +415,8 @@ def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
     first = opened[0].found.undecided
     in_order = sorted(opened, key=lambda one: times.by_path[one.path])
     rows = np.stack([_start(one) for one in in_order])
-    squares = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2))
+    moves = np.diff(rows, axis=0)
+    squares = np.square(moves).sum(axis=(0, 2))
     average, weights = squares.tolist()
     path = opened[0].path
     if not first or min(squares) > 0.8 * max(squares):
@@ -404,15 +430,17 @@ def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
 
 def _start(one: _Opened) -> FloatArray:
     """Return the first elements of the average and of the weights: [2, elements]."""
-    average = make_checkpoint(one.content, one.found.averaged, Point(1.0), 1)
-    weights = make_checkpoint(one.content, one.found.weights, Point(1.0), 1)
+    average = make_checkpoint(one.content, one.found.averaged)
+    weights = make_checkpoint(one.content, one.found.weights)
     with average, weights:
-        return np.stack([np.concatenate([*_starts(source)]) for source in (average, weights)])
+        rows = [np.concatenate([*_starts(source)]) for source in (average, weights)]
+    return np.stack(rows)
 
 
 def _starts(source: Checkpoint) -> Iterator[FloatArray]:
     for name in sorted(source.averages):
-        yield source.values(name, 0, min(source.entries[name].size, _COMPARED))
+        count = min(source.entries[name].size, _COMPARED)
+        yield source.values(name, 0, count)
 
 
 def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:
@@ -423,7 +451,11 @@ def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoi
     time = times.by_path[path]
     averaged, weights = select(found, path, settings)
     profile: StoredProfile = Point(float(time))
-    about = {"kind": found.kind, "t_unit": times.unit, "is_stated": times.is_stated}
+    about = {
+        "kind": found.kind,
+        "t_unit": times.unit,
+        "is_stated": times.is_stated,
+    }
     made = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}
@@ -488,39 +520,48 @@ def holds_checkpoints(place: str | Path) -> bool:
 def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
     """Return the files and folders that may each be a checkpoint."""
     path = files.expanded(place)
-    matches = [path]
-    if is_glob(path):
-        if files.is_url(path):
-            from posthoc_cli.remote.store import matching
-
-            matches = matching(path)
-        else:
-            # Path.glob takes no absolute patterns
-            matches = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207
-    if not matches or (matches == [path] and not path.exists()):
+    matches = _matches(path)
+    if not matches:
         raise DirectoryError(place, "no file or folder has such a name")
     if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
         return matches
+    return _candidates_in(path, left_out)
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Return the files and folders that a glob or a path names."""
+    if not is_glob(pattern):
+        return [pattern] if pattern.exists() else []
+    if files.is_url(pattern):
+        from posthoc_cli.remote.store import matching
+
+        return matching(pattern)
+    # Path.glob takes no absolute patterns
+    return sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207
+
+
+def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
+    """Return the entries of a folder that may each be a checkpoint."""
     folders = []
     loose = []
-    entries = sorted(files.system.list(path))
+    entries = sorted(files.system.list(folder))
     for entry in entries:
         if entry.name.startswith(".") or is_snapshot_name(entry):
             continue
-        if entry.is_dir():
-            if NO_MODEL.search(entry.name):
-                continue
+        if not entry.is_dir():
+            if may_be_weights(entry.name) and not SHARD.search(entry.name):
+                loose.append(entry)
+        elif not NO_MODEL.search(entry.name):
             if holds_model(entry):
                 folders.append(entry)
             elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
                 left_out[entry.name] = "a folder of files"
-        elif may_be_weights(entry.name) and not SHARD.search(entry.name):
-            loose.append(entry)
     if not folders and not loose:
         return [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
-    if loose and not any(re.search(r"\d", folder.name) for folder in folders):
+    numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
+    if loose and not numbered:
         for entry in folders:
             left_out[entry.name] = "a folder beside files"
         return loose
@@ -549,8 +590,9 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     weights = {one.t for one in kept if isinstance(one.profile, Point)}
     run = [one for one in kept if one.t not in weights or not is_copy(one)]
     _warn_of_growth(run)
-    names = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
-    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.identity)).encode())
+    shapes = [(name, entry.shape) for name, entry in sorted(first.entries.items())]
+    known = repr((shapes, first.identity))
+    run_id = xxhash.xxh3_128_hexdigest(known.encode())
     return by_time([replace(one, run_id=run_id) for one in run])
 
 
@@ -578,7 +620,8 @@ def _mismatch(
 
 def is_copy(one: Checkpoint) -> bool:
     """Return whether an ordinary EMA had not begun, so that it is a copy of the weights."""
-    return isinstance(one.profile, OrdinaryEMA) and one.profile.times[0] == one.profile.t
+    profile = one.profile
+    return isinstance(profile, OrdinaryEMA) and profile.times[0] == profile.t
 
 
 def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
@@ -596,7 +639,8 @@ def _warn_of_growth(run: Sequence[Checkpoint]) -> None:
     norms = []
     for one in averages[-4:]:
         with one:
-            norms.append(sum(float(np.square(values).sum()) for values in _starts(one)) ** 0.5)
+            squares = [float(np.square(values).sum()) for values in _starts(one)]
+        norms.append(sum(squares) ** 0.5)
     factors = [b / a for a, b in pairwise(norms) if a > 0]
     if factors and min(factors) > _GROWTH:
         name = averages[-1].path.name
@@ -609,7 +653,8 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the checkpoints with distinct names, from the folder of all on, for coefficients and
     reports."""
     counts = Counter(one.path for one in checkpoints)
-    shared = len(Path(os.path.commonpath([str(path.parent) for path in counts])).parts)
+    folder = os.path.commonpath([str(path.parent) for path in counts])
+    shared = len(Path(folder).parts)
     named = []
     for one in checkpoints:
         name = "/".join(one.path.parts[shared:])
@@ -636,8 +681,15 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     newest = checkpoints[-1]
     rows = []
     for one in checkpoints:
-        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
-        rows.append({**row, "identity": one.identity})
+        rows.append(
+            {
+                "file": one.name,
+                "t": one.t,
+                "holds": one.holds,
+                "bytes": one.file_bytes,
+                "identity": one.identity,
+            }
+        )
     described = {
         "kind": "checkpoints",
         "path": str(place),
@@ -672,7 +724,8 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
             rows.append({"file": path.name, "holds": wrong.reason})
             continue
         opened.append(content)
-        rows.append({"file": path.name, "holds": _sets_in(content), "bytes": content.nbytes})
+        holds = _sets_in(content)
+        rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
     if not opened or (place.is_file() and not opened[0].tensors):
         raise error
     described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
@@ -680,7 +733,7 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError):
             tensors = recognise(opened[0], UNSPECIFIED).tensors
-            one = make_checkpoint(opened[0], tensors, Point(1.0), 1)
+            one = make_checkpoint(opened[0], tensors)
             described |= {**describe_tensors(one), "bytes": one.file_bytes}
     if isinstance(error, InvalidValueError):
         return {**described, "notes": [f"no run as it is: {error}"]}
@@ -690,5 +743,9 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
 def _sets_in(content: Content) -> str:
     """Return the keys of the sets of tensors in a checkpoint, with their numbers of tensors."""
     sets = Sets(content)
-    named = [f"{key} ({sets.counts[key]})" for key in sets.keys if sets.counts[key] > 1]
+    named = []
+    for key in sets.keys:
+        count = sets.counts[key]
+        if count > 1:
+            named.append(f"{key} ({count})")
     return ", ".join(named[:4]) or f"{len(content.tensors)} tensors"

@@ -153,7 +153,8 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
     """
     budget = _Budget(file.size)
     with _reading(file):
-        leaves = dict(_leaves(read_pickled(file, 0, file.size, budget), budget))
+        content = read_pickled(file, 0, file.size, budget)
+        leaves = dict(_leaves(content, budget))
         entries = {value for value in leaves.values() if isinstance(value, Entry)}
         total = sum(entry.nbytes for entry in entries)
         is_small = total <= _SHARED * file.size + _FREE
@@ -245,12 +246,14 @@ class FileRange(io.RawIOBase):
     seekable = readable
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}[whence]
-        self._at = min(max(0, base + offset), self._end)
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._end}
+        place = max(0, bases[whence] + offset)
+        self._at = min(place, self._end)
         return self._at
 
     def readinto(self, view: Any) -> int:
-        count = self._file.read_into(memoryview(view)[: self._end - self._at], self._at)
+        most = self._end - self._at
+        count = self._file.read_into(memoryview(view)[:most], self._at)
         self._at += count
         return count
 
@@ -275,7 +278,8 @@ class _Archive:
         self.file = file
         self.begin = begin
         self.end = end
-        listed = zipfile.ZipFile(io.BufferedReader(FileRange(file, begin, end))).infolist()
+        stream = io.BufferedReader(FileRange(file, begin, end))
+        listed = zipfile.ZipFile(stream).infolist()
         self.members = {info.filename: info for info in listed}
         _check(len(self.members) == len(listed), "a damaged archive: two members of one name")
         self.root = ""
@@ -285,8 +289,8 @@ class _Archive:
                 break
         if f"{self.root}byteorder" in self.members:
             order = self.member("byteorder")
-            is_little = file.read_at(min(16, order.nbytes), order.begin) == b"little"
-            _check(is_little, "is of a big-endian machine")
+            word = file.read_at(min(16, order.nbytes), order.begin)
+            _check(word == b"little", "is of a big-endian machine")
 
     def member(self, name: str) -> _Bytes:
         """Return the place of a member that is stored as it is."""
@@ -294,9 +298,11 @@ class _Archive:
         if info is None:
             raise _PickleError(f"a damaged archive, or not of torch.save: it has no {name!r}")
         start = member_begin(self.file, info)
-        is_plain = info.compress_type == zipfile.ZIP_STORED and not info.flag_bits & 1
-        is_inside = self.begin <= info.header_offset and start + info.file_size <= self.end
-        if not (is_plain and is_inside):
+        end = start + info.file_size
+        is_stored = info.compress_type == zipfile.ZIP_STORED
+        is_encrypted = info.flag_bits & 1
+        is_inside = self.begin <= info.header_offset and end <= self.end
+        if is_encrypted or not (is_stored and is_inside):
             problem = "is not where it should be, or is compressed or encrypted"
             raise _PickleError(f"member {name!r} {problem}")
         return _Bytes(start, info.file_size)
@@ -310,7 +316,8 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
     inner = _Machine(machine.file, data.begin, end, machine.budget, None, is_storage=True)
     magic, protocol, system, storage, _ = [inner.run() for _ in range(5)]
     begin = inner.stream.tell() + 8
-    is_known = (magic, protocol, system["little_endian"]) == (_STREAM_MAGIC, 1001, True)
+    release = (magic, protocol, system["little_endian"])
+    is_known = release == (_STREAM_MAGIC, 1001, True)
     if not is_known or begin + storage.nbytes > end:
         problem = "truncated, big-endian, or of an unknown release of torch.save"
         raise _PickleError(f"a storage is {problem}")
@@ -432,16 +439,19 @@ class _Machine:
         self.stack.append((*items,))
 
     def tuple1(self) -> None:
-        self.stack.append((self.stack.pop(),))
+        item = self.stack.pop()
+        self.stack.append((item,))
 
     def tuple2(self) -> None:
         last = self.stack.pop()
-        self.stack.append((self.stack.pop(), last))
+        first = self.stack.pop()
+        self.stack.append((first, last))
 
     def tuple3(self) -> None:
         self.tuple2()
-        last = self.stack.pop()
-        self.stack.append((self.stack.pop(), *last))
+        others = self.stack.pop()
+        first = self.stack.pop()
+        self.stack.append((first, *others))
 
     def empty_dict(self) -> None:
         self.stack.append({})
@@ -449,12 +459,14 @@ class _Machine:
     def setitem(self) -> None:
         value = self.stack.pop()
         key = self.stack.pop()
-        self.stack[-1].update(_dict_of([(key, value)]))
+        item = _dict_of([(key, value)])
+        self.stack[-1].update(item)
 
     def setitems(self) -> None:
         items = self.pop_marked()
         pairs = zip(items[::2], items[1::2], strict=True)
-        self.stack[-1].update(_dict_of(pairs))
+        item = _dict_of(pairs)
+        self.stack[-1].update(item)
 
     def binget(self, index: int) -> None:
         self.stack.append(self.memo[index])
@@ -467,16 +479,16 @@ class _Machine:
     long_binput = binput
 
     def memoize(self) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.binput(len(self.memo))
 
     def GLOBAL(self, names: str) -> None:  # noqa: N802 - a keyword in lower case
         module, name = names.split(" ", 1)
-        self.stack.append(self.named(module, name))
+        self.push_named(module, name)
 
     def stack_global(self) -> None:
         name = self.stack.pop()
         module = self.stack.pop()
-        self.stack.append(self.named(module, name))
+        self.push_named(module, name)
 
     def reduce(self) -> None:
         """Call a function, or make an object without `__init__`, which is the same here."""
@@ -500,25 +512,28 @@ class _Machine:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
         pid = self.stack.pop()
         problem = "refers to objects outside the file, or to a storage without a size"
-        is_known = isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage"
-        _check(is_known and isinstance(pid[2], str) and is_sizes(pid[4:5]), problem)
-        dtype = _dtype_of(pid[1])
+        _check(isinstance(pid, tuple) and len(pid) >= 5, problem)
+        word, kind, key, _, count = pid[:5]
+        is_known = word == "storage" and isinstance(key, str)
+        _check(is_known and is_sizes((count,)), problem)
+        dtype = _dtype_of(kind)
         if self.is_storage:
             item = ITEM_BYTES[dtype] if dtype else 1
-            self.stack.append(_Bytes(0, pid[4] * item, dtype))
+            self.stack.append(_Bytes(0, count * item, dtype))
             return
-        if self.archive is None or len(pid[2]) > _LONGEST:
+        if self.archive is None or len(key) > _LONGEST:
             raise _PickleError(problem)
-        self.stack.append(replace(self.archive.member(f"data/{pid[2]}"), dtype=dtype))
+        member = self.archive.member(f"data/{key}")
+        self.stack.append(replace(member, dtype=dtype))
 
     def stop(self) -> None:
         """End the program, see `run`."""
 
-    def named(self, module: Any, name: Any) -> Any:
+    def push_named(self, module: Any, name: Any) -> None:
         _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
         self.budget.spend(len(module) + len(name))
         full_name = f"{module}.{name}"
-        return _CALLS.get(full_name) or Node(full_name)
+        self.stack.append(_CALLS.get(full_name) or Node(full_name))
 
     def call(self, function: Any, arguments: Any) -> Any:
         used = arguments[:_MOST_ITEMS]
@@ -562,7 +577,9 @@ _CONTAINERS = ("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "FROZENSET")
 
 def _opcodes() -> Iterator[tuple[bytes, _Opcode]]:
     for opcode in pickletools.opcodes:
-        name = "GLOBAL" if opcode.name == "GLOBAL" else opcode.name.lower()
+        name = opcode.name
+        if name != "GLOBAL":
+            name = name.lower()
         do = vars(_Machine).get(name)
         if do is not None:
             cost = _CONTAINER if opcode.name in _CONTAINERS else _OPCODE
@@ -596,17 +613,18 @@ def _tensor(
 ) -> Entry:
     """Return the entry of a tensor in a storage; one of bytes is followed by the dtype, among other
     things."""
-    is_valid = isinstance(storage, _Bytes) and all(map(is_sizes, (shape, strides, (offset,))))
-    is_valid = is_valid and len(shape) == len(strides) <= 64
-    is_valid = is_valid and math.prod(size or 1 for size in shape) < 2**60
+    is_valid = isinstance(storage, _Bytes) and _is_view(offset, shape, strides)
     _check(is_valid, "a tensor without a storage, or with a malformed shape")
     dtype: Any = storage.dtype or _dtype_of(more[2])
     item = ITEM_BYTES[dtype]
     count = math.prod(shape)
     reach = 0
     if count:
-        reach = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
-    _check((offset + reach) * item <= storage.nbytes, "a tensor reaches beyond its storage")
+        reach = 1
+        for size, step in zip(shape, strides, strict=True):
+            reach += (size - 1) * step
+    end = (offset + reach) * item
+    _check(end <= storage.nbytes, "a tensor reaches beyond its storage")
     if count * item > max(storage.nbytes, _FREE):
         problem = f"a tensor of shape {list(shape)} that repeats {storage.nbytes:,} bytes"
         raise _PickleError(problem)
@@ -614,6 +632,16 @@ def _tensor(
     if not count or _is_row_major(shape, strides):
         return Entry(dtype, tuple(shape), begin)
     return Entry(dtype, tuple(shape), begin, tuple(strides))
+
+
+def _is_view(offset: Any, shape: Any, strides: Any) -> bool:
+    """Return whether these are an offset, a shape and strides, of no more elements than can be."""
+    if not all(map(is_sizes, (shape, strides, (offset,)))):
+        return False
+    if not len(shape) == len(strides) <= 64:
+        return False
+    count: int = math.prod(size or 1 for size in shape)
+    return count < 2**60
 
 
 def _is_row_major(shape: Any, strides: Any) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -30,7 +30,7 @@ from posthoc_cli.checkpoints.content import (
 from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, shown
-from posthoc_cli.profiles import FloatArray, Point
+from posthoc_cli.profiles import FloatArray
 
 _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
@@ -55,7 +55,8 @@ class Pair:
 
     def is_in(self, path: str) -> bool:
         """Return whether the average, or a part of it, lies at a path or below."""
-        return any(lies_in(part, path) for part in self.parts or [self.average_key])
+        parts = self.parts or [self.average_key]
+        return any(lies_in(part, path) for part in parts)
 
 
 def lies_in(path: str, outer: str) -> bool:
@@ -71,39 +72,48 @@ class Sets:
 
     def __init__(self, content: Content) -> None:
         self.content = content
-        self.tensors = {
-            name: tensor for name, tensor in content.tensors.items() if not _is_state(tensor)
-        }
+        self.tensors = dict[str, StoredTensor]()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
-        for tensor in self.tensors.values():
-            *outer, name = tensor.keys
-            parts = [*outer, *name.split(".")]
-            for level in range(len(parts)):
-                self.counts[".".join(parts[:level])] += 1
-            for level, key in enumerate(outer, 1):
-                self.keys[".".join(outer[:level])] = key
-        self.averages = self._averages()
+        for name, tensor in content.tensors.items():
+            if not _is_state(tensor):
+                self.tensors[name] = tensor
+                self._count(tensor)
+        self.averages = list[str]()
+        self._find_averages()
 
-    def _averages(self) -> list[str]:
-        """Return the outermost paths that a word calls an average.
+    def _count(self, tensor: StoredTensor) -> None:
+        *outer, name = tensor.keys
+        parts = [*outer, *name.split(".")]
+        for level in range(len(parts)):
+            path = ".".join(parts[:level])
+            self.counts[path] += 1
+        for level, key in enumerate(outer, 1):
+            path = ".".join(outer[:level])
+            self.keys[path] = key
+
+    def _find_averages(self) -> None:
+        """Find the outermost paths that a word calls an average.
 
         A prefix of few names is that of a layer, unless it is a part beside a large one.
         """
-        in_group = Counter(".".join(tensor.keys[:-1]) for tensor in self.tensors.values())
-        self.averages = []
-        words = set[tuple[str, str]]()
-        by_size = sorted(self.counts, key=lambda path: (path.count("."), -self.counts[path]))
-        for path in by_size:
+        in_group = Counter[str]()
+        for tensor in self.tensors.values():
+            in_group[".".join(tensor.keys[:-1])] += 1
+        words = set()
+        by_size = [path for path, _ in self.counts.most_common()]
+        for path in sorted(by_size, key=_depth):
             outer, _, last = path.rpartition(".")
-            word = AVERAGE_WORD.search(self.keys.get(path, last))
+            last = self.keys.get(path, last)
+            word = AVERAGE_WORD.search(last)
             if word is None or self.is_averaged(path):
                 continue
-            is_large = 4 * self.counts[path] >= in_group[self._group(path)]
-            if path in self.keys or is_large or (outer, word[0]) in words:
+            most = in_group[self._group(path)]
+            is_large = 4 * self.counts[path] >= most
+            is_part = (outer, word[0]) in words
+            if path in self.keys or is_large or is_part:
                 self.averages.append(path)
                 words.add((outer, word[0]))
-        return self.averages
 
     def _group(self, path: str) -> str:
         """Return the whole keys at the beginning of a path."""
@@ -113,8 +123,10 @@ class Sets:
 
     def is_all(self, path: str) -> bool:
         """Return whether a set has all tensors but counters."""
-        others = [one for name, one in self.tensors.items() if not lies_in(name, path)]
-        return all(map(_is_counter, others))
+        for name, tensor in self.tensors.items():
+            if not (lies_in(name, path) or _is_counter(tensor)):
+                return False
+        return True
 
     def is_averaged(self, path: str) -> bool:
         """Return whether a path is that of an average, or leads into one."""
@@ -122,22 +134,24 @@ class Sets:
 
     def below(self, path: str) -> dict[str, StoredTensor]:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
-        rest = len(path) + 1 if path else 0
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
-        return {
-            _PARTS.sub("", name[rest:]): tensor
-            for name, tensor in self.tensors.items()
-            if name.startswith(start) and (is_average or not self.is_averaged(name))
-        }
+        inner = {}
+        for name, tensor in self.tensors.items():
+            if not name.startswith(start):
+                continue
+            if is_average or not self.is_averaged(name):
+                rest = name.removeprefix(start)
+                inner[_PARTS.sub("", rest)] = tensor
+        return inner
 
     def named(self, text: str) -> str:
         """Return the path of the outermost set that a text or glob means; raise FileFormatError if
         there is none, or are several."""
         text = text.rstrip(".")
         matching = [path for path in self.counts if path and _means(text, path)]
-        level = min((path.count(".") for path in matching), default=0)
-        outermost = [path for path in matching if path.count(".") == level]
+        level = min(map(_depth, matching), default=0)
+        outermost = [path for path in matching if _depth(path) == level]
         if len(outermost) == 1:
             return outermost[0]
         wrong = "has several sets of tensors" if outermost else "has no set of tensors"
@@ -160,7 +174,8 @@ class Sets:
             for name in _MODEL_GROUPS:
                 if name in within:
                     return f"{groups[0]}.{name}"
-        if any(len(tensor.keys) == 1 for tensor in self.tensors.values()):
+        is_flat = any(len(tensor.keys) == 1 for tensor in self.tensors.values())
+        if is_flat:
             return ""
         if len(groups) == 1:
             return groups[0]
@@ -183,12 +198,12 @@ class Sets:
             if prefix:
                 return self.tensors
             raise
-        found = self.below(path)
+        tensors = self.below(path)
         if not path:
-            found = {name: one for name, one in found.items() if len(one.keys) == 1}
-        if prefix and not any(name.startswith(prefix) for name in found):
-            return self.tensors
-        return found
+            tensors = {name: one for name, one in tensors.items() if len(one.keys) == 1}
+        if any(name.startswith(prefix) for name in tensors):
+            return tensors
+        return self.tensors if prefix else tensors
 
     # --- an average and the weights
 
@@ -200,19 +215,19 @@ class Sets:
             weights: the path of what the weights lie in; None to look everywhere.
             is_named: whether the user has named the average, which then may be a small part.
         """
-        found = []
+        pairs = []
         for path in self._within(average):
-            found += self._pairs_at(path, weights, is_named)
-        if not found:
+            pairs += self._pairs_at(path, weights, is_named)
+        if not pairs:
             self._check_unpaired(average)
             return None
-        best = min(self._rank(one) for one in found)
-        found = [one for one in found if self._rank(one) == best]
-        if len({one.weights_key for one in found}) > 1:
-            names = names_in([one.weights_key for one in found])
-            reason = f"which of its sets of tensors is the model is unclear: {names}"
+        best = min(map(self._rank, pairs))
+        pairs = [pair for pair in pairs if self._rank(pair) == best]
+        keys = [pair.weights_key for pair in pairs]
+        if len(set(keys)) > 1:
+            reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
             raise FileFormatError(self.content.path, reason, _WHICH)
-        return found[0]
+        return pairs[0]
 
     def _check_unpaired(self, average: str) -> None:
         """Raise FileFormatError if an average has most names of some weights, and others, or if it
@@ -225,8 +240,11 @@ class Sets:
                 if others and 2 * len(others) < len(averaged) > len(weights) / 2:
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
-        within = [path for path, key in self.keys.items() if path == f"{average}.{key}"]
-        self.check_one([path for path in within if self._pairs_at(path, None, False)])
+        averages = []
+        for path, key in self.keys.items():
+            if path == f"{average}.{key}" and self._pairs_at(path, None, False):
+                averages.append(path)
+        self.check_one(averages)
 
     def check_one(self, averages: Sequence[str]) -> None:
         """Raise FileFormatError if there are several averages."""
@@ -238,7 +256,8 @@ class Sets:
         """Return an average without weights, without keys that all its names begin with."""
         path = average
         for inner in self._within(average):
-            if inner not in self.keys or self.counts[inner] < self.counts[path]:
+            is_all = self.counts[inner] >= self.counts[path]
+            if inner not in self.keys or not is_all:
                 break
             path = inner
         return Pair(self.below(path), {}, path)
@@ -249,14 +268,17 @@ class Sets:
         changes = {_change(pair) for pair in pairs}
         roots = [pair.weights_key for pair in pairs]
         are_keys = any(pair.average_key in self.keys for pair in pairs)
-        if len(changes) > 1 or None in changes or len({*roots}) < len(roots) or are_keys:
+        are_distinct = len(set(roots)) == len(roots)
+        if are_keys or not are_distinct or len(changes) > 1 or None in changes:
             return None
-        averaged = dict[str, StoredTensor]()
-        weights = dict[str, StoredTensor]()
+        averaged = {}
+        weights = {}
         for pair in pairs:
             part = pair.weights_key.rpartition(".")[2]
-            averaged |= {f"{part}.{name}": tensor for name, tensor in pair.averaged.items()}
-            weights |= {f"{part}.{name}": tensor for name, tensor in pair.weights.items()}
+            for name, tensor in pair.averaged.items():
+                averaged[f"{part}.{name}"] = tensor
+            for name, tensor in pair.weights.items():
+                weights[f"{part}.{name}"] = tensor
         outer = roots[0].rpartition(".")[0]
         keys = [pair.average_key for pair in pairs]
         return Pair(averaged, weights, keys[0], outer, tuple(keys))
@@ -284,7 +306,8 @@ class Sets:
                 return f"{path}.{part}".lstrip(".")
         for part, count in parts.most_common(1):
             inner = f"{path}.{part}".lstrip(".")
-            if count >= total or (inner in self.keys and 2 * count > total):
+            is_most = inner in self.keys and 2 * count > total
+            if is_most or count >= total:
                 return inner
         return None
 
@@ -293,24 +316,26 @@ class Sets:
         if all(name.isdecimal() for name in averaged):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
-            return [Pair(match_list(self.content, averaged, raw), raw, average, path)]
-        found = []
+            matched = match_list(self.content, averaged, raw)
+            return [Pair(matched, raw, average, path)]
+        pairs = []
         for path in self._roots(averaged, average):
             if weights is None or lies_in(path, weights):
                 raw = self.below(path)
-                matched = match_names(averaged, raw)
-                if matched and (is_named or 2 * len(matched) > len(raw)):
-                    found.append(Pair(matched, raw, average, path))
-        return found
+                by_name = match_names(averaged, raw)
+                if by_name and (is_named or 2 * len(by_name) > len(raw)):
+                    pairs.append(Pair(by_name, raw, average, path))
+        return pairs
 
     def _rank(self, pair: Pair) -> tuple[bool, bool, bool, int]:
         """Return how unlikely a set is to be the weights of an average: it is within an average,
         or outside of the model, has not its key without the word, or lies deep."""
         outer, dot, last = pair.average_key.rpartition(".")
-        twin = outer + dot + AVERAGE_WORD.sub("", last).strip("_-.")
+        rest = AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
         is_outside = not lies_in(path, self._likely_model)
-        return self.is_averaged(path), is_outside, path != twin, path.count(".")
+        is_other = path != outer + dot + rest
+        return self.is_averaged(path), is_outside, is_other, _depth(path)
 
     @cached_property
     def _likely_model(self) -> str:
@@ -324,7 +349,7 @@ class Sets:
         names = [name for name, tensor in averaged.items() if not _is_counter(tensor)]
         if not names:
             return []
-        longest = max(names, key=lambda name: (name.count("."), len(name), name))
+        longest = max(names, key=lambda name: (_depth(name), len(name), name))
         squeezed = _squeeze(longest)
         last = _squeeze(longest.rpartition(".")[2])
         roots = dict[str, None]()
@@ -333,8 +358,10 @@ class Sets:
                 continue
             parts = name.split(".")
             for level in range(len(parts)):
-                if _squeeze(".".join(parts[level:])) == squeezed:
-                    roots[".".join(parts[:level])] = None
+                rest = ".".join(parts[level:])
+                if _squeeze(rest) == squeezed:
+                    root = ".".join(parts[:level])
+                    roots[root] = None
         return list(roots)
 
 
@@ -344,10 +371,15 @@ _KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
 
 def _is_state(tensor: StoredTensor) -> bool:
     """Return whether a tensor is of an optimizer or the like."""
-    if any(NO_MODEL.search(key) for key in tensor.keys[:-1]):
-        return _KEPT_BY_OPTIMIZERS.isdisjoint(tensor.keys[:-1])
-    first, dot, _ = tensor.keys[-1].partition(".")
+    *outer, name = tensor.keys
+    if any(map(NO_MODEL.search, outer)):
+        return _KEPT_BY_OPTIMIZERS.isdisjoint(outer)
+    first, dot, _ = name.partition(".")
     return bool(dot) and _STATES.search(first) is not None
+
+
+def _depth(path: str) -> int:
+    return path.count(".")
 
 
 def _means(text: str, path: str) -> bool:
@@ -373,7 +405,8 @@ def _change(pair: Pair) -> tuple[str, str, str] | None:
     if weights == (before + after).strip("_-"):
         return outer, word[0], ""
     if weights.startswith(before) and weights.endswith(after):
-        return outer, word[0], weights[len(before) : len(weights) - len(after)]
+        end = len(weights) - len(after)
+        return outer, word[0], weights[len(before) : end]
     return None
 
 
@@ -385,7 +418,7 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors | None:
     """Return an average by the names of weights, without counters of its own; None if it has a
     tensor that they lack, or of another shape."""
     by_squeezed = None
-    matched = dict[str, StoredTensor]()
+    matched = {}
     for name, tensor in averaged.items():
         full = name
         if name not in weights:
@@ -410,18 +443,16 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     Of each shape, the assignment has the least distance to the weights, relative to their norms.
     Raise FileFormatError if none is possible, or if another one is about as near.
     """
-    known = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name.rpartition(".")[2] not in STATISTICS and tensor.chunks[0].entry.dtype in EPS
-    }
-    in_order = {position: listed[position] for position in sorted(listed, key=int)}
-    is_complete = list(map(_shape, in_order.values())) == list(map(_shape, known.values()))
+    known = {name: tensor for name, tensor in weights.items() if _may_be_listed(name, tensor)}
+    positions = sorted(listed, key=int)
+    in_order = {position: listed[position] for position in positions}
+    shapes = [tensor.shape for tensor in in_order.values()]
+    is_complete = shapes == [tensor.shape for tensor in known.values()]
     if is_complete and _keeps_order(weights):
         return dict(zip(known, in_order.values(), strict=True))
-    matched = dict[str, StoredTensor]()
-    with make_checkpoint(content, known, Point(1.0), 1):  # the files stay open
-        for shape in dict.fromkeys(map(_shape, in_order.values())):
+    matched = {}
+    with make_checkpoint(content, known):  # the files stay open
+        for shape in dict.fromkeys(shapes):
             tensors = _of_shape(in_order, shape)
             candidates = _of_shape(known, shape)
             if len(tensors) > len(candidates):
@@ -432,8 +463,10 @@ def match_list(content: Content, listed: Tensors, weights: Tensors) -> Tensors:
     return matched
 
 
-def _shape(tensor: StoredTensor) -> tuple[int, ...]:
-    return tensor.shape
+def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
+    """Return whether a list of averages may hold that of a tensor: one that is trained."""
+    is_statistic = name.rpartition(".")[2] in STATISTICS
+    return not is_statistic and tensor.chunks[0].entry.dtype in EPS
 
 
 def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
@@ -442,67 +475,85 @@ def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTenso
 
 def _keeps_order(weights: Tensors) -> bool:
     """Return whether tensors are in the order of the model: safetensors files are sorted."""
-    return all(
-        chunk.path.suffix != ".safetensors" for one in weights.values() for chunk in one.chunks
-    )
+    for tensor in weights.values():
+        if any(chunk.path.suffix == ".safetensors" for chunk in tensor.chunks):
+            return False
+    return True
 
 
 def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> dict[str, StoredTensor]:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
-    from scipy.optimize import linear_sum_assignment
-
     names = list(weights)
     tensors = list(listed.values())
     if len(tensors) == len(names) == 1:
         return {names[0]: tensors[0]}
-    ours = _samples(content, listed)
     theirs = _samples(content, weights)
-    norms = np.maximum(_squares(theirs) + 1e-30, _squares(ours)[:, None])
-    distances = _squares(ours[:, None] - theirs) / norms
-    # Among equal tensors the order decides: those that have not moved yet.
-    order = np.abs(np.arange(len(tensors))[:, None] - np.arange(len(names))) * 1e-12
-    rows, columns = linear_sum_assignment(distances + order)
-    chosen = dict(zip(rows.tolist(), columns.tolist(), strict=True))
-    for row, column in chosen.items():
+    distances = _distances(_samples(content, listed), theirs)
+    columns = _nearest(distances)
+    for row, column in enumerate(columns):
         for other in range(len(names)):
             is_same = np.array_equal(theirs[other], theirs[column])
-            if not is_same and not _is_clear(distances, chosen, row, other):
+            if not is_same and not _is_clear(distances, columns, row, other):
                 reason = "holds an EMA without names, of which one fits two weights about equally"
                 pair = names_in([names[column], names[other]])
                 raise FileFormatError(content.path, f"{reason}: {pair}")
-    return {names[column]: tensors[row] for row, column in chosen.items()}
+    return {names[column]: tensor for column, tensor in zip(columns, tensors, strict=True)}
+
+
+def _distances(ours: FloatArray, theirs: FloatArray) -> FloatArray:
+    """Return the squared distance of each row to each other one, relative to the larger norm:
+    [ours, theirs]."""
+    apart = _squares(ours[:, None] - theirs)
+    own = _squares(ours)[:, None]
+    norms = np.maximum(_squares(theirs) + 1e-30, own)
+    return apart / norms
+
+
+def _nearest(distances: FloatArray) -> list[int]:
+    """Return a column of its own for each row, so that the sum of distances is least.
+
+    Among equal tensors the order decides: those that have not moved yet.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = np.indices(distances.shape)
+    order = np.abs(rows - columns) * 1e-12
+    _, nearest = linear_sum_assignment(distances + order)
+    return list(map(int, nearest))
 
 
 def _squares(values: FloatArray) -> FloatArray:
     """Return the sums of squares over the last axis."""
-    return np.asarray(np.square(values).sum(axis=-1))
+    squares: FloatArray = np.square(values).sum(axis=-1)
+    return squares
 
 
 def _is_clear(
     distances: FloatArray,
-    chosen: Mapping[int, int],
+    columns: Sequence[int],
     row: int,
     other: int,
 ) -> bool:
     """Return whether another column of a row is clearly farther; the row that has that column takes
     the first one's in exchange."""
-    column = chosen[row]
+    column = columns[row]
     before = distances[row, column]
     after = distances[row, other]
-    for partner, held in chosen.items():
-        if held == other:
-            before += distances[partner, other]
-            after += distances[partner, column]
+    if other in columns:
+        partner = columns.index(other)
+        before += distances[partner, other]
+        after += distances[partner, column]
     return bool(after > (1 + _LIKELY) * before)
 
 
 def _samples(content: Content, tensors: Tensors) -> FloatArray:
     """Return the first elements of tensors of one shape: [tensors, elements]."""
     rows = []
-    with make_checkpoint(content, tensors, Point(1.0), 1) as source:
+    with make_checkpoint(content, tensors) as source:
         for name, tensor in tensors.items():
+            stored = source.aliases.get(name, name)
             count = min(math.prod(tensor.shape), _SAMPLED)
-            rows.append(source.values(source.aliases.get(name, name), 0, count))
+            rows.append(source.values(stored, 0, count))
     return np.stack(rows)
 
 
@@ -514,10 +565,9 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
     if not weights:
         return averaged
     first_names = tied_names(weights)
+    places = {name: first_names.get(name, name) for name in weights}
     by_place = dict[str, StoredTensor]()
-    for name in weights:
+    for name, place in places.items():
         if name in averaged:
-            by_place.setdefault(first_names.get(name, name), averaged[name])
-    return {
-        name: by_place.get(first_names.get(name, name), tensor) for name, tensor in weights.items()
-    }
+            by_place.setdefault(place, averaged[name])
+    return {name: by_place.get(place, weights[name]) for name, place in places.items()}

@@ -38,7 +38,8 @@ def read_number(text: str) -> float | None:
     match = _NUMBER.fullmatch(text)
     if match is None or sum(map(str.isdigit, text)) > 19:
         return None
-    value = Decimal(re.sub("[,_]", "", match[1])) * _UNITS[match[2].lower()]
+    digits = re.sub("[,_]", "", match[1])
+    value = Decimal(digits) * _UNITS[match[2].lower()]
     return int(value) if value == value.to_integral_value() else float(value)
 
 
@@ -173,7 +174,8 @@ class ImportSettings:
     @property
     def warm_up_row(self) -> WarmUp:
         """The rule that `ema_warmup` names, or a constant decay."""
-        return RULES[(self.ema_warmup or "none").partition(":")[0].replace("none", "")]
+        name, _, _ = (self.ema_warmup or "none").partition(":")
+        return RULES[name.replace("none", "")]
 
     def rule(self, every: float = 1.0) -> dict[str, Any]:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this

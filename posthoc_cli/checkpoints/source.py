@@ -31,6 +31,7 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_ANY_TIME = Point(1.0)  # where times are of no account
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,7 +145,7 @@ def tied_names(tensors: Tensors) -> dict[str, str]:
     """Return the further names of tensors that have several, each with the first one: names of one
     tensor have the same bytes."""
     known = dict[tuple[Path, Entry], str]()
-    ties = dict[str, str]()
+    ties = {}
     for name, tensor in tensors.items():
         place = tensor.place
         if place is not None and known.setdefault(place, name) != name:
@@ -155,8 +156,8 @@ def tied_names(tensors: Tensors) -> dict[str, str]:
 def make_checkpoint(
     content: Content,
     tensors: Tensors,
-    profile: StoredProfile,
-    step: int,
+    profile: StoredProfile = _ANY_TIME,
+    step: int = 1,
     **fields: Any,
 ) -> Checkpoint:
     """Return a checkpoint of some tensors of a content, with further fields of `Checkpoint`."""
@@ -167,8 +168,8 @@ def make_checkpoint(
             reason = f"tensor {shown(name)}: a model's tensor cannot have this name"
             raise FileFormatError(path, reason)
     stored = {name: tensor for name, tensor in tensors.items() if name not in aliases}
-    entries = dict[str, Entry]()
-    roles = dict[str, TrackedTensor]()
+    entries = {}
+    roles = {}
     for name, tensor in stored.items():
         dtype, *others = {chunk.entry.dtype for chunk in tensor.chunks}
         if others:
@@ -203,7 +204,7 @@ def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
             are_whole = are_whole and chunk.box == Box.full(tensor.shape)
     held = []
     for (path, _), chunks in layers.items():
-        boxes = dict[str, Box]()
+        boxes = {}
         if len(layers) > 1 or not are_whole:
             boxes = {name: chunk.box for name, chunk in chunks.items()}
         identity = content.files[path]

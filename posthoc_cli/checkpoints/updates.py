@@ -17,7 +17,12 @@ Calls = Literal["multiples", "from first", "counted", "after copy"]
 """Which calls update an EMA: the multiples of `every`; the first one and each `every` calls later;
 the same, with a `count` of calls; or a copy at the step that settings name, and then multiples."""
 
-_REMAINDER: dict[Calls, int] = {"multiples": 0, "from first": 1, "counted": 1, "after copy": 0}
+_REMAINDER: dict[Calls, int] = {
+    "multiples": 0,
+    "from first": 1,
+    "counted": 1,
+    "after copy": 0,
+}
 """The number of an updating call, modulo `every`, for an EMA that began with the training."""
 
 
@@ -44,11 +49,14 @@ class Updates:
     def is_known(self, settings: ImportSettings) -> bool:
         """Whether the file and the settings say the decay of every update."""
         rule = self._rule(settings, 1)
-        return {"base", "steps"} <= rule.keys() if self.ends(settings) else "decay" in rule
+        if self.ends(settings):
+            return {"base", "steps"} <= rule.keys()
+        return "decay" in rule
 
     def ends(self, settings: ImportSettings) -> bool:
         """Whether the decay rises to 1 at a step of the training."""
-        return RULES[self._rule(settings, 1).get("warm_up", "")].is_schedule
+        rule = self._rule(settings, 1)
+        return _is_schedule(rule)
 
     def needs_steps(self, settings: ImportSettings) -> bool:
         """Whether the decay rises until a step of the training that nothing says."""
@@ -57,19 +65,20 @@ class Updates:
     def profile(self, path: Path, step: int, settings: ImportSettings) -> OrdinaryEMA:
         """Return the profile at a step, that of `_ANY_DECAY` if none is known."""
         every = settings.update_every or self.every
-        restart = max((start for start in settings.ema_restarts if start < step), default=0)
-        if restart:
+        restarts = [start for start in settings.ema_restarts if start < step]
+        if restarts:
+            restart = max(restarts)
             late = settings.ema_late or 0
-            place = _Place(restart + every, (step - restart) // every, {"copies": 0, "late": late})
+            updates = (step - restart) // every
+            place = _Place(restart + every, updates, {"copies": 0, "late": late})
         else:
             place = self._place(step, every, settings)
         if place.first < 1:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
-            raise InvalidValueError(
-                "update_every", f"must be given, and fit: {counted}", "1 if the EMA began late"
-            )
+            reason = f"must be given, and fit: {counted}"
+            raise InvalidValueError("update_every", reason, "1 if the EMA began late")
         rule = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
-        if RULES[rule.get("warm_up", "")].is_schedule:
+        if _is_schedule(rule):
             rule["before"] = (place.first - 1) // every
             rule["decay"] = rule.get("base", _ANY_DECAY)
             rule["steps"] = rule.get("steps", math.inf) / every
@@ -77,11 +86,14 @@ class Updates:
 
     def _rule(self, settings: ImportSettings, every: int) -> dict[str, Any]:
         said = settings.rule(every)
+        if "decay" not in said:
+            return self.rule | said
         of_file = self.rule.get("warm_up")
-        is_replaced = settings.ema_warmup is not None and said.get("warm_up", "") != of_file
-        if "decay" in said and of_file and is_replaced:
+        is_other = said.get("warm_up", "") != of_file
+        is_replaced = settings.ema_warmup is not None and is_other
+        if of_file and is_replaced:
             return said
-        if "decay" in said and self.rule.get("decay") == UNLIMITED:
+        if self.rule.get("decay") == UNLIMITED:
             return said  # another kind of rule
         return self.rule | said
 
@@ -91,11 +103,12 @@ class Updates:
         if self.count is None:
             return self._place_after(after, step, every, settings.ema_late or 0)
         if self.calls == "counted":
+            updates = (self.count - 1) // every + 1
             rule = {"copies": 1 + after, "stride": every}
-            return _Place(step - self.count + 1, (self.count - 1) // every + 1, rule)
+            return _Place(step - self.count + 1, updates, rule)
         first = self._last(step, every) - (self.count - 1) * every
-        is_unclear = settings.update_every is None and not 0 <= step - self.count <= 1
-        if self.count and is_unclear:
+        is_each_step = 0 <= step - self.count <= 1
+        if self.count and settings.update_every is None and not is_each_step:
             first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
         return _Place(first, self.count)
 
@@ -116,9 +129,14 @@ class Updates:
         else:
             first = self._last(after, every) + every
         first = min(first, step + every)  # of no updates until then: a copy of the weights
-        return _Place(first, (step - first) // every + 1, rule)
+        updates = (step - first) // every + 1
+        return _Place(first, updates, rule)
 
     def _last(self, step: int, every: int) -> int:
         """Return the step of the last update up to a step."""
         remainder = _REMAINDER[self.calls]
         return (step - remainder) // every * every + remainder
+
+
+def _is_schedule(rule: dict[str, Any]) -> bool:
+    return RULES[rule.get("warm_up", "")].is_schedule

@@ -113,10 +113,7 @@ def export_file(
     out = files.output_path("out", out)
     options.layout_of(out)
     files.check_parent("out", out)
-    if like is None:
-        model = _read_source(source, weights, average)
-    else:
-        model = _read_source(source, False, None)
+    model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, wanted, prefix, strip_prefix)
     _check_names(plan)
     copied = None
@@ -157,7 +154,7 @@ def _combination(
     source: StoredTensors, dtype: str | None, prefix: str = "", strip_prefix: str = ""
 ) -> Combination:
     """Return what makes a model in its own dtypes, or its averages in another one."""
-    dtypes = dict[str, str]()
+    dtypes = {}
     if dtype is not None and isinstance(source, Model) and source.info is None:
         floats = [name for name, entry in source.entries.items() if entry.dtype in EPS]
         dtypes = dict.fromkeys(floats, dtype)
@@ -226,7 +223,7 @@ def _info_of(source: StoredTensors) -> OutputInfo | None:
 # --- reading
 
 
-def _read_source(source: Path, weights: bool, average: str | None) -> StoredTensors:
+def _read_source(source: Path, weights: bool = False, average: str | None = None) -> StoredTensors:
     """Return the model, or what is wanted of a training's checkpoint, to export."""
     if average is not None or _is_checkpoint(source):
         stored = Stored(source, average)
@@ -270,8 +267,8 @@ def _read_model(path: Path) -> StoredTensors:
 def _model_of(path: Path, opened: Sequence[TensorFile], info: OutputInfo | None) -> Model:
     """Return the model in these files; the tensors of another program are copies, which may hold
     infinity."""
-    entries = dict[str, Entry]()
-    tensors = dict[str, TrackedTensor]()
+    entries = {}
+    tensors = {}
     places = dict[str, Path]()
     for file in opened:
         roles = dict.fromkeys(file.entries, "copy")

@@ -126,10 +126,10 @@ class Like:
         """The torch name of the dtype of all floating-point tensors; None if they have several
         dtypes."""
         dtypes = {self.source.entries[name].dtype for name in self.chunks}
-        dtypes &= EPS.keys()
-        if len(dtypes) != 1:
+        floats = dtypes & EPS.keys()
+        if len(floats) != 1:
             return None
-        word = DTYPES[dtypes.pop()].torch_name
+        word = DTYPES[floats.pop()].torch_name
         return word if word in WORDS else None
 
     # --- files
@@ -139,17 +139,20 @@ class Like:
         """The files of the model, with their paths in the folder."""
         if not self.is_folder:
             return {self.path: ""}
-        names = dict[Path, str]()
+        names = {}
         for file in self.source.files:
-            names[file.path] = str(file.path.relative_to(self.path))
+            name = file.path.relative_to(self.path)
+            names[file.path] = str(name)
         return names
 
     @cached_property
     def beside(self) -> tuple[dict[str, Path], list[str]]:
         """The other files of a folder to copy, by their paths in it, and what is left out."""
-        copied = dict[str, Path]()
-        left_out = list[str]()
-        folders = [self.path] if self.is_folder else []
+        copied = {}
+        left_out = []
+        folders = []
+        if self.is_folder:
+            folders.append(self.path)
         while folders:
             for entry in sorted(folders.pop().iterdir()):
                 name = str(entry.relative_to(self.path))
@@ -189,7 +192,8 @@ class Like:
                 reason = f"{path.name} was written by this package, with checksums"
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
-        for path in (*self.beside[0].values(), *self.files):
+        beside, _ = self.beside
+        for path in (*beside.values(), *self.files):
             if self.is_folder and not _is_own(path, self.path):
                 name = path.relative_to(self.path)
                 reason = f"{name} is not a file of this folder, or leads out of it"
@@ -206,24 +210,29 @@ class Like:
         two tensors that are one in it, or quantized weights.
         """
         # a model of another program does not say which tensors are averages
-        averages = plan.newest.averages or [
-            name for name, tensor in plan.tensors.items() if tensor.dtype in EPS
-        ]
+        floats = [name for name, tensor in plan.tensors.items() if tensor.dtype in EPS]
+        averages = plan.newest.averages or floats
         stored = self._stored_names(plan.names, averages)
         self._check_quantized([stored[name] for name in averages])
         replaced = self._replaced(plan, stored)
-        entries = dict[str, Entry]()
-        for tensor in replaced.values():
-            entries |= {chunk.name: tensor.entry for chunk in tensor.chunks}
+        entries = {}
+        tensors = {}
+        dtypes = {}
+        for name, tensor in replaced.items():
+            dtypes[name] = tensor.entry.dtype
+            tensors[plan.names[name][0]] = tensor
+            for chunk in tensor.chunks:
+                entries[chunk.name] = tensor.entry
+        own = self.chunks.keys()
         replacement = Replacement(
             self,
             entries,
-            tensors={plan.names[name][0]: tensor for name, tensor in replaced.items()},
-            kept=[name for name in self.chunks if name not in entries],
-            shared=[name for name in averages if self.chunks.keys().isdisjoint(stored[name])],
+            tensors,
+            kept=[name for name in own if name not in entries],
+            shared=[name for name in averages if own.isdisjoint(stored[name])],
         )
-        dtypes = {name: tensor.entry.dtype for name, tensor in replaced.items()}
-        return replace(plan, dtypes=dtypes, subset=frozenset(replaced)), replacement
+        plan = replace(plan, dtypes=dtypes, subset=frozenset(replaced))
+        return plan, replacement
 
     def _stored_names(
         self,
@@ -231,8 +240,9 @@ class Like:
         averages: Collection[str],
     ) -> dict[str, set[str]]:
         """Return the names under which the checkpoint stores tensors; it may have no such names."""
-        old, new = self._beginnings([names[name] for name in averages])
-        stored = dict[str, set[str]]()
+        of_averages = [names[name] for name in averages]
+        old, new = self._beginnings(of_averages)
+        stored = {}
         for name, aliases in names.items():
             renamed = _renamed(aliases, old, new)
             stored[name] = {self.source.aliases.get(alias, alias) for alias in renamed}
@@ -261,21 +271,23 @@ class Like:
                     self._check_equal(plan, owner, name)
                     continue
                 entry = self.source.entries[one]
-                check_shape(self.chunks[one][0].path, one, entry.shape, plan.box(name).shape)
+                path = self.chunks[one][0].path
+                check_shape(path, one, entry.shape, plan.box(name).shape)
                 are_numbers = entry.dtype in EPS and dtype in EPS
                 if not are_numbers and entry.dtype != dtype:
                     continue
-                place = replaced.setdefault(name, Replaced(entry, []))
-                if place.entry != entry:
-                    reason = f"tensor {shown(name)} is {place.entry.dtype} and {entry.dtype} in it"
+                other, chunks = replaced.setdefault(name, Replaced(entry, []))
+                if other != entry:
+                    reason = f"tensor {shown(name)} is {other.dtype} and {entry.dtype} in it"
                     raise MismatchError(self.place, reason)
-                place.chunks.extend(self.chunks[one])
+                chunks += self.chunks[one]
         return replaced
 
     def _check_equal(self, plan: Combination, one: str, other: str) -> None:
         """Raise a MismatchError unless two tensors have the same values; they may then be tied."""
         for source in plan.sources:
-            if not torch.equal(source.tensor(one), source.tensor(other)):
+            values = source.tensor(one)
+            if not torch.equal(values, source.tensor(other)):
                 reason = f"tensors {shown(one)} and {shown(other)} are one in it"
                 raise MismatchError(self.place, reason, "they would get different values")
 
@@ -284,11 +296,13 @@ class Like:
         otherwise."""
         known = self.source.entries.keys() | self.source.aliases.keys()
         absent = sorted(names[0] for names in averages if known.isdisjoint(names))
-        end = min(averages, key=len)[0] if absent else ""
+        if not absent:
+            return "", ""
+        end = min(averages, key=len)[0]
         first = end
         while end:
             old = first.removesuffix(end)
-            fitting = list[str]()
+            fitting = []
             for new in sorted(_beginnings_of(end, known)):
                 if all(_renamed(names, old, new) & known for names in averages):
                     fitting.append(new)
@@ -298,8 +312,6 @@ class Like:
             if fitting:
                 return old, fitting[0]
             _, _, end = end.partition(".")
-        if not absent:
-            return "", ""
         reason = f"{len(absent)} tensors of the run are not in it, such as {absent[0]!r}"
         hint = (
             "take a file or folder that the trained model itself was saved to; if transformers "
@@ -311,12 +323,18 @@ class Like:
 
 def _beginnings_of(end: str, names: Iterable[str]) -> set[str]:
     """Return what precedes an end of names that is a whole one, or follows a dot."""
-    return {name.removesuffix(end) for name in names if f".{name}".endswith(f".{end}")}
+    fitting = [name for name in names if f".{name}".endswith(f".{end}")]
+    return {name.removesuffix(end) for name in fitting}
 
 
 def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
     """Return names with another beginning."""
-    return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
+    renamed = set()
+    for name in names:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+        renamed.add(name)
+    return renamed
 
 
 def _is_folder(path: Path) -> bool:
@@ -328,7 +346,7 @@ def _component(path: Path, tensors: set[str]) -> Path:
     else the path itself."""
     if not path.is_dir() or weights_at(path) is not None:
         return path
-    components = list[Path]()
+    components = []
     for entry in sorted(path.iterdir()):
         weights = weights_at(entry) if entry.is_dir() else None
         if weights is not None:
@@ -348,13 +366,13 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 
 def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
-    places = set[tuple[Path, Entry]]()
+    places = set()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
         for chunks in chunks_of(stored.weights).values():
-            places.add((chunks[0].path, chunks[0].entry))
-    own = dict[str, list[Chunk]]()
+            places.add(chunks[0].place)
+    own = {}
     for name, chunks in chunks_of(average).items():
-        if (chunks[0].path, chunks[0].entry) not in places:
+        if chunks[0].place not in places:
             own[name] = chunks
     return own
 
@@ -390,6 +408,10 @@ class Chunk(NamedTuple):
     box: Box
 
     @property
+    def place(self) -> tuple[Path, Entry]:
+        return self.path, self.entry
+
+    @property
     def begin(self) -> int:
         return self.entry.begin
 
@@ -402,7 +424,8 @@ class Chunk(NamedTuple):
         """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
         item = ITEM_BYTES[self.entry.dtype]
         strides = self.entry.strides or row_major(self.entry.shape)
-        return as_strided(data, (*self.entry.shape, item), (*(item * s for s in strides), 1))
+        steps = [item * stride for stride in strides]
+        return as_strided(data, (*self.entry.shape, item), (*steps, 1))
 
 
 class Replaced(NamedTuple):
@@ -418,7 +441,8 @@ def chunks_of(source: StoredTensors) -> dict[str, list[Chunk]]:
     for file in source.files:
         for name, entry in file.entries.items():
             box = file.boxes.get(name) or Box.full(entry.shape)
-            chunks.setdefault(name, []).append(Chunk(file.path, file.stamp, name, entry, box))
+            chunk = Chunk(file.path, file.stamp, name, entry, box)
+            chunks.setdefault(name, []).append(chunk)
     return chunks
 
 
@@ -438,7 +462,8 @@ class Replacement:
     @property
     def nbytes(self) -> int:
         beside, _ = self.like.beside
-        return sum(path.stat().st_size for path in (*self.like.files, *beside.values()))
+        paths = [*self.like.files, *beside.values()]
+        return sum(path.stat().st_size for path in paths)
 
     def to_dict(self) -> dict[str, Any]:
         _, left_out = self.like.beside
@@ -498,7 +523,8 @@ class Copy:
                     start, _ = whole.span(part)
                     view = as_strided(values[start - first :], part.shape, steps)
                     at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
-                    file.write(chunk, memoryview(view.tobytes()), at * item)
+                    content = memoryview(view.tobytes())
+                    file.write(chunk, content, at * item)
 
     def complete(self) -> None:
         for file in self._files.values():
@@ -546,9 +572,11 @@ class CopiedFile:
             self._check(source, "replaced while it was being used")
             for begin, end in self._gaps(source.size):
                 for at in range(begin, end, _BLOCK):
-                    out.write_at(source.read_at(min(_BLOCK, end - at), at), at)
+                    block = source.read_at(min(_BLOCK, end - at), at)
+                    out.write_at(block, at)
             if is_archive(source):
-                self._members = members_at(source, [chunk.begin for chunk in self._chunks])
+                places = [chunk.begin for chunk in self._chunks]
+                self._members = members_at(source, places)
             self._check(source, "changed while it was being read")
 
     def _check(self, source: OpenedFile, problem: str) -> None:
@@ -636,10 +664,13 @@ def _check_cluster(chunks: Sequence[Chunk]) -> None:
     if not any(chunk.entry.strides for chunk in chunks) and len(chunks) < 2:
         return
     begin = chunks[0].begin
-    used = np.zeros(max(chunk.end for chunk in chunks) - begin, bool)
+    end = max(chunk.end for chunk in chunks)
+    used = np.zeros(end - begin, bool)
     for chunk in chunks:
-        chunk.view(used[chunk.begin - begin :])[...] = True
-    if np.count_nonzero(used) < sum(chunk.entry.nbytes for chunk in chunks):
+        view = chunk.view(used[chunk.begin - begin :])
+        view[...] = True
+    total = sum(chunk.entry.nbytes for chunk in chunks)
+    if np.count_nonzero(used) < total:
         names = " and ".join(shown(chunk.name) for chunk in chunks[:2])
         reason = f"elements of {names} have bytes in common, as after `expand`"
         raise MismatchError(chunks[0].path, reason, "they would get different values")
@@ -666,12 +697,12 @@ class Member(NamedTuple):
 def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
     """Return the members that hold the bytes at these places of a file of archives."""
     left = sorted(places)
-    members = set[Member]()
+    members = set()
     end = file.size
     try:
         while left:
-            archive = zipfile.ZipFile(io.BufferedReader(FileRange(file, 0, end)))
-            entries = _entries(archive)
+            stream = io.BufferedReader(FileRange(file, 0, end))
+            entries = _entries(zipfile.ZipFile(stream))
             headers = sorted(entries)
             end = headers[0]
             while left and left[-1] >= end:
@@ -686,13 +717,14 @@ def members_at(file: OpenedFile, places: Iterable[int]) -> set[Member]:
 
 def _entries(archive: zipfile.ZipFile) -> dict[int, tuple[zipfile.ZipInfo, int]]:
     """Return members, and the places of their entries, by the places of their local headers."""
-    entries = dict[int, tuple[zipfile.ZipInfo, int]]()
+    entries = {}
     at = archive.start_dir
     for info in archive.infolist():
         entries[info.header_offset] = info, at
         encoding = "utf-8" if info.flag_bits & _IS_UTF8 else "cp437"
         name = info.orig_filename.encode(encoding)
-        at += _ENTRY_BYTES + len(name) + len(info.extra) + len(info.comment)
+        at += _ENTRY_BYTES
+        at += len(name) + len(info.extra) + len(info.comment)
     return entries
 
 

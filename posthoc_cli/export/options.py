@@ -151,7 +151,7 @@ def output_paths(
 
 def _paths_in(folder: Path, targets: Sequence[Target], ending: str) -> list[Path]:
     """Return paths named after the targets."""
-    paths = list[Path]()
+    paths = []
     for target in targets:
         name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
         path = folder / f"{name}{ending}"

@@ -246,13 +246,13 @@ class Writing:
         """
         is_first = self.ranks.rank == 0
         with ExitStack() as stack:
-            folders = dict[Path, files.PendingFolder]()
+            folders = {}
             with self.ranks.together() as places:
                 if is_first:
                     folders = self._begin(stack)
                     places += [folder.temporary for folder in folders.values()]
             with self.ranks.together():
-                outputs = list[FileOutput]()
+                outputs = []
                 for path, place in zip(self.headers, places or self.headers, strict=True):
                     outputs.append(self._open(stack, path, place, folders.get(path)))
                 parts = [self._own(plan) for plan in self.parts]
@@ -278,7 +278,7 @@ class Writing:
             reason = f"the output takes {needed:,} bytes, and {free:,} are free on this disk"
             raise WriteError(parent, reason, errno=errno.ENOSPC)
         files.remove_leftovers(parent)
-        folders = dict[Path, files.PendingFolder]()
+        folders = {}
         for path in self.headers:
             if self.options.overwrite:
                 _check_no_snapshot(path)
@@ -307,7 +307,7 @@ class Writing:
             writer = TensorFileWriter(path, self.entries, header, {}, overwrite)
             return SafetensorsFile(stack.enter_context(writer))
         shards, index = self.shards
-        writers = list[TensorFileWriter]()
+        writers = []
         for name in [*shards][self.ranks.rank :: self.ranks.world]:
             entries = {tensor: self.entries[tensor] for tensor in shards[name]}
             writer = TensorFileWriter(place / name, entries, header, {})

@@ -56,7 +56,7 @@ def test_a_decay_that_files_say_and_their_weights_refute_is_an_error_of_every_av
 ) -> None:
     run = Run(save(tmp_path / "files", decay, CLAIMED, torch.float32))
     for make in (run.average, run.plan):
-        with pytest.raises(InvalidValueError, match="does not fit the files: .* times too"):
+        with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too"):
             make(0.1)
     with pytest.raises(InvalidValueError, match="does not fit the files"):
         run.error_curve()
@@ -69,6 +69,33 @@ def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(tmp_path: Pat
     error = walks.distance(made, walks.true_average(0.1))
     assert made.predicted_error is not None
     assert error < 2 * made.predicted_error < 0.01
+
+
+@pytest.mark.parametrize("claim", [CLAIMED, None])
+def test_an_average_whose_updates_round_to_nothing_is_refused(
+    tmp_path: Path, claim: float | None
+) -> None:
+    """Such an average of decay 0.99 is 0.1 from the true one, and moves as one of 0.9892 would."""
+    folder = save(tmp_path / "files", claimed, claim, torch.bfloat16)
+    with pytest.raises(InvalidValueError, match=r"too few digits: .*takes the weights alone"):
+        import_checkpoints(folder, tmp_path / "run")
+    (audit,) = Run(folder).audit()
+    assert audit.is_bad
+    import_checkpoints(folder, tmp_path / "run", kind="checkpoints")
+    made = Run(tmp_path / "run").average(0.1)
+    error = walks.distance(made, walks.true_average(0.1))
+    assert made.predicted_error is not None
+    assert error < 2 * made.predicted_error < 0.1
+
+
+def test_an_average_that_was_set_back_is_refused(tmp_path: Path) -> None:
+    """From step 300 on, the files are those of a training that went on from step 200."""
+    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
+    for step in range(400, 280, -EVERY):
+        content = torch.load(folder / f"{step - 100}.ckpt")
+        torch.save(content | {"global_step": step}, folder / f"{step}.ckpt")
+    with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
+        Run(folder).average(0.1)
 
 
 def test_an_average_that_is_only_stored_in_few_digits_is_taken(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from ema_command import Ema
 from trained import STEPS, TIMES, Weights, by, check, ema, error_of, ratio, train, write
 
 from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli.checkpoints.audit_decay import possible_rules
 from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.profiles import DecayRule, OrdinaryEMA, Point
@@ -490,3 +491,16 @@ def test_a_claim_that_nothing_can_check_is_not_replaced(tmp_path: Path) -> None:
     folder = write(tmp_path / "x", train(), by(lambda _: 0.99), form=alone)
     with pytest.raises(errors.InvalidValueError, match="ema_warmup ratio: contradicts"):
         import_checkpoints(folder, tmp_path / "run", ema_warmup="ratio", ema_decay=0.9999)
+
+
+def test_rules_that_begin_as_the_mean_count_the_first_weights_alike() -> None:
+    numbers = np.arange(1.0, 21.0)
+    for rule in possible_rules(1000):
+        kept = rule.at(numbers)
+        later = np.append(np.cumprod(kept[:0:-1])[::-1], 1.0)
+        masses = (1 - kept) * later
+        is_even = np.ptp(masses[1:]) < 1e-6  # the first update may be a copy
+        is_mean = is_even and masses.sum() > 0.9
+        assert rule.begins_as_mean == is_mean, rule
+    named = [warm_up_text(rule) for rule in possible_rules(1000) if rule.begins_as_mean]
+    assert named == ["power:1", "unbiased"]
