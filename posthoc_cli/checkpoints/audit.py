@@ -706,6 +706,9 @@ def _verdict(
         return LOSES_UPDATES, f"{text}where the weights move them by two digits"
     if audit.is_of_other_weights:
         return "undetermined", _OTHER_WEIGHTS
+    if stopped := [one for one in audit.intervals if _is_stopped(one, model)]:
+        text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
+        return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
     if jump := audit.jump:
         text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
         text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
@@ -720,6 +723,11 @@ def _verdict(
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
     return _compare_lengths(audit, explanation, shown, unit)
+
+
+def _is_stopped(interval: Interval, model: Model) -> bool:
+    """Return whether an average was not updated in an interval that has two updates or more."""
+    return interval.note == _STILL and interval.end - interval.begin >= 2 * model.every
 
 
 def _setting(model: Model) -> str:

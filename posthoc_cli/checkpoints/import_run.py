@@ -277,7 +277,7 @@ def _round_decays(decay: float, distance: float) -> list[float]:
 def _check_is_average(audit: Audit) -> None:
     """Raise an InvalidValueError if no decay describes an average."""
     hint = "`kind` checkpoints takes the weights alone"
-    if audit.verdict == SET_BACK:
+    if audit.verdict in (SET_BACK, "does not move"):
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
     if audit.verdict == LOSES_UPDATES:
         raise InvalidValueError("average", audit.text, hint)

@@ -127,8 +127,8 @@ CASES: dict[str, tuple[Average, str, str]] = {
     ),
     "not updated later": (
         when(lambda step: step > STEPS // 2, stay, averaged(DECAY)),
-        "as claimed",
-        "",
+        "does not move",
+        "from step 800 to 1,500, while the weights do",
     ),
     "copied first, at its own interval": (  # as ema-pytorch
         when(
