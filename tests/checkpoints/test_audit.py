@@ -70,7 +70,7 @@ def test_a_healthy_average_is_as_claimed(
     assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
 
 
-@pytest.mark.parametrize("settling", [0.3, 3.0, math.inf], ids=["soon", "slowly", "never"])
+@pytest.mark.parametrize("settling", [0.3, math.inf], ids=["soon", "never"])
 def test_weights_without_noise_show_the_decay_too(settling: float, tmp_path: Path) -> None:
     """They settle, in so many intervals, or move on a line; the covariance of such a path is nearly
     singular."""

@@ -297,6 +297,18 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
     assert ours < 1.06**2 * paper
 
 
+def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few() -> None:
+    """Where minimum variance has 0.7 of the published error, its coefficients are taken."""
+    snapshots = power_functions((250, 500, 750, T))
+    prior = prior_of(snapshots, Motion(np.array([START, T]), np.ones(1), np.full(1, 300.0)), 1e-6)
+    target = power(0.15, T)
+    optimal = solved(Problem(snapshots, prior, T), target)
+    ours, paper = (reconstruct(snapshots, [target], m, prior).predicted_error for m in METHODS)
+    assert 0.6 < ours / paper < 0.8
+    found = reconstruct(snapshots, [target], prior=prior).coefficients[:, 0]
+    np.testing.assert_allclose(found, optimal, rtol=1e-9)
+
+
 def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones() -> (
     None
 ):

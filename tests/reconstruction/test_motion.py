@@ -10,23 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_weights, power_functions
+from factories import FloatArray, exact_weights, power_functions, solved
 from safetensors.torch import load_file
 from scipy import integrate
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.profiles import DecayRule, PowerFunction
 from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Motion,
     Prior,
+    Problem,
     Sketch,
     StoredAverage,
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import ASSUMED_STRETCH, Pair, fit_motion
+from posthoc_cli.reconstruction.motion import (
+    ASSUMED_STRETCH,
+    Pair,
+    fit_motion,
+    sampling_errors,
+    with_floor,
+)
 from posthoc_cli.reconstruction.prior import rounding_factor
 
 power = PowerFunction.from_sigma_rel
@@ -96,6 +103,30 @@ def test_too_large_and_too_small_fits_cost_the_same() -> None:
     assert distance(p, q, fitted)[1].squared == pytest.approx(
         (10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4
     )
+
+
+def test_a_fitted_walk_that_collapses_is_raised_to_a_share_of_its_neighbours() -> None:
+    """It cost nothing where a fit left it at 0: errors were 60 times the predicted."""
+    walk = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
+    of_two = 0.5 * np.eye(5)[:4] + 0.5 * np.eye(5)[1:]
+    raised = with_floor(walk, of_two, np.zeros(4))
+    np.testing.assert_allclose(raised, [1, 1, 0.3, 1, 1])
+
+
+def test_a_standstill_that_a_distance_shows_remains_one() -> None:
+    walk = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
+    shown = np.diag(1 / walk)
+    np.testing.assert_allclose(with_floor(walk, shown, np.zeros(5)), walk, rtol=2)
+
+
+def test_the_errors_of_sampled_values_are_those_of_each_update() -> None:
+    """Also where a profile joins updates, since there are many."""
+    profile = DecayRule(0.9999).profile(400_000, 40_000, 10)
+    edges = np.array([1.0, 400_000.0])
+    motion = Motion(edges, np.ones(1), np.zeros(1), sampling=np.full(1, 3.0))
+    root = sampling_errors([profile], motion)
+    masses = np.diff(profile.tail(np.arange(0, 400_001, 10.0)))
+    assert np.sum(root**2) == pytest.approx(3 * masses @ masses, rel=1e-3)
 
 
 # --- the prior from headers
@@ -250,6 +281,39 @@ def track(path: FloatArray, folder: Path, **settings: Any) -> None:
 
 def distance_to(truth: FloatArray, weights: torch.Tensor) -> float:
     return float(np.linalg.norm(weights.double().numpy().ravel() - truth))
+
+
+@pytest.mark.parametrize("kind", ["noise", "walk"])
+def test_what_windows_do_not_show_is_as_large_as_predicted(kind: str) -> None:
+    """Of an average that is shorter than a window."""
+    path = np.random.default_rng(2).standard_normal((T, SIZE))
+    if kind == "walk":
+        path = np.cumsum(path, axis=0)
+    short = power_functions(T, (0.01,))
+    seen, unseen = sketch_of(path, 20).measured(short)
+    missed = averages(path, short)[0] - path[0] - seen[:, 0]
+    assert 0.3 < missed @ missed / np.sum(unseen**2) < 1.5
+
+
+def test_the_mean_of_expected_and_measured_squares_is_minimised() -> None:
+    """A step in any direction from the optimum raises it alike on both sides."""
+    prior = prior_of(walk(), 20, 0.02**2 * SIZE, 1e-4)
+    target = TARGETS[1]
+    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), float(T))
+    rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
+
+    def square(c: FloatArray) -> float:
+        motion = expected.expected_squares(c, expected.goal(target))[0]
+        measured = np.sum((rows @ np.append(c, -1)) ** 2)
+        return float((motion + measured) / 2 + c**2 @ prior.rounding)
+
+    c = solved(Problem(SNAPSHOTS, prior, float(T)), target)
+    for step in np.random.default_rng(0).standard_normal((5, c.size)):
+        step -= step.mean()
+        step *= np.linalg.norm(c) / np.linalg.norm(step)
+        up = square(c + step)
+        down = square(c - step)
+        assert abs(up - down) < 1e-4 * (up + down - 2 * square(c))
 
 
 @pytest.mark.parametrize(("beta", "after"), [(0.999, 500), (0.9999, 0)])

@@ -23,7 +23,7 @@ from factories import (
 )
 from snapshots.recorded import Walk
 
-from posthoc_cli import PostHocEMA, Run, export_file
+from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
@@ -217,6 +217,16 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
         safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()
     } == {0.0, 1.0, 2.0}
     assert times_in(tmp_path) == [10]
+
+
+def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_times(tmp_path, [10, 20])
+    synced = list[Path]()
+    monkeypatch.setattr(files.system, "fsync_directory", synced.append)
+    set_aside(read_directory(tmp_path))
+    assert synced[-2:] == [tmp_path / "superseded", tmp_path]
 
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:

@@ -617,7 +617,7 @@ def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tmp_path
 
     def metric(averaged: torch.nn.Linear) -> float:
         assert not averaged.training
-        return float(averaged.weight.norm())
+        return float(averaged.weight.detach().norm())
 
     options = {"update_every": 1, "checkpoint_every": 5}
     with PostHocEMA.from_model(model, tmp_path / "run", **options) as tracker:

@@ -368,6 +368,22 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
                 )
 
 
+def test_an_infinity_among_the_largest_float64_values_is_refused(tmp_path: Path) -> None:
+    """Twice their norm is infinite itself."""
+    model = Scalar()
+    model.weight.data.fill_(1e308)
+    options = {"update_every": 1, "checkpoint_every": 100}
+    with PostHocEMA.from_model(model, tmp_path, **options) as tracker:
+        for _ in range(3):
+            tracker.update_(model)
+        model.weight.data[0] = torch.inf
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
+            tracker.update_(model)
+            tracker.flush()
+        means = averages_in(tracker.state_dict())["0.28"]["weight"]
+        torch.testing.assert_close(means, torch.full((3,), 1e308, dtype=torch.float64))
+
+
 def parameter(elements: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
