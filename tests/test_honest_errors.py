@@ -62,7 +62,11 @@ def wave(periods: float, amplitude: float, phase: float = 1.0) -> Path32:
 
 
 def track(
-    folder: Path, path: Path32, stride: int = STRIDE, times: Floats | None = None, **options: Any
+    folder: Path,
+    path: Path32,
+    stride: int = STRIDE,
+    times: Floats | None = None,
+    **options: Any,
 ) -> Run:
     model = torch.nn.Linear(path.shape[1], 1, bias=False)
     settings = {"update_every": stride, "checkpoint_every": 200, "max_checkpoints": None} | options
@@ -146,7 +150,9 @@ def test_with_few_times_left(rate: str, options: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize(("amplitude", "phase"), [(1.0, 0.0), (0.1, 1.0)])
 def test_an_oscillation_in_step_with_the_snapshots(
-    amplitude: float, phase: float, tmp_path: Path
+    amplitude: float,
+    phase: float,
+    tmp_path: Path,
 ) -> None:
     """It looks like a standstill: errors were up to 47 times the predicted."""
     check(tmp_path, wave(20, amplitude, phase), 2.5, checkpoint_dtype="float16")
@@ -154,7 +160,9 @@ def test_an_oscillation_in_step_with_the_snapshots(
 
 @pytest.mark.parametrize(("periods", "options"), [(2.5, {}), (2.5, CLOSE), (200, {})])
 def test_slow_oscillations_and_one_of_two_updates(
-    periods: float, options: dict[str, Any], tmp_path: Path
+    periods: float,
+    options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """Treated as a walk, errors were up to 110 times the published method's."""
     check(tmp_path, wave(periods, 0.5), **EXACT, **options)
@@ -223,7 +231,11 @@ def test_other_targets_of_a_real_training(tmp_path: Path) -> None:
 
 
 def check_pruning(
-    folder: Path, path: Path32, bound: float, widest: float, **options: Any
+    folder: Path,
+    path: Path32,
+    bound: float,
+    widest: float,
+    **options: Any,
 ) -> tuple[Floats, Floats]:
     """Prune to an error; return actual and predicted errors."""
     run = track(folder, path, **options)
@@ -287,7 +299,9 @@ def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path:
 
 @pytest.mark.parametrize(("every", "most"), [(10, 2e-6), (20, 1e-5)])
 def test_a_snapshot_at_every_update_or_second_one_is_used(
-    every: int, most: float, tmp_path: Path
+    every: int,
+    most: float,
+    tmp_path: Path,
 ) -> None:
     """Motion between two updates contributes to no average."""
     path = walk("cosine", 600)
@@ -304,7 +318,10 @@ def test_a_snapshot_at_every_update_or_second_one_is_used(
     ("tracked", "moment", "seed"), [((0.05, 0.28), 2000, 0), ((0.10,), 3000, 1)]
 )
 def test_weights_drawn_anew_right_after_a_snapshot_are_expected(
-    tmp_path: Path, tracked: tuple[float, ...], moment: int, seed: int
+    tmp_path: Path,
+    tracked: tuple[float, ...],
+    moment: int,
+    seed: int,
 ) -> None:
     """Distances show the moment, so that errors are as predicted, also those of averages over the
     time after it."""
@@ -323,7 +340,10 @@ def test_weights_drawn_anew_right_after_a_snapshot_are_expected(
 
 
 def judged_files(
-    folder: Path, path: Floats, times: range, dtype: torch.dtype
+    folder: Path,
+    path: Floats,
+    times: range,
+    dtype: torch.dtype,
 ) -> tuple[Floats, Floats]:
     """Return actual and predicted errors, from files as EDM2 writes them."""
     folder.mkdir()
@@ -391,7 +411,10 @@ def test_a_standstill_says_nothing_about_motion_elsewhere(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("stop", "noise", "every"), [(3200, 0.0, 200), (2000, 5.0, 500)])
 def test_a_standstill_at_the_end_says_nothing_about_motion_before(
-    stop: int, noise: float, every: int, tmp_path: Path
+    stop: int,
+    noise: float,
+    every: int,
+    tmp_path: Path,
 ) -> None:
     path = noisy_walk(noise)
     path[stop:] = path[stop - 1]

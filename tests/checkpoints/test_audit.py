@@ -59,7 +59,10 @@ HEALTHY: list[tuple[dict[str, Any], float, torch.dtype]] = [
 
 @pytest.mark.parametrize(("training", "decay", "dtype"), HEALTHY)
 def test_a_healthy_average_is_as_claimed(
-    training: dict[str, Any], decay: float, dtype: torch.dtype, tmp_path: Path
+    training: dict[str, Any],
+    decay: float,
+    dtype: torch.dtype,
+    tmp_path: Path,
 ) -> None:
     run = Run(write(tmp_path / "x", train(**training), averaged(decay), dtype))
     (found,) = run.audit()

@@ -121,7 +121,10 @@ def test_an_unknown_first_epoch_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_epochs_counted_from_0(
-    name: str, epochs: dict[int, int], content: Any, tmp_path: Path
+    name: str,
+    epochs: dict[int, int],
+    content: Any,
+    tmp_path: Path,
 ) -> None:
     write(tmp_path, name, epochs, content)
     assert times(tmp_path) == ("epochs", [*epochs.values()])
@@ -140,7 +143,8 @@ def test_the_first_epoch_is_given(first: int, tmp_path: Path) -> None:
 
 
 def test_weights_before_the_training_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Of a first epoch 1, the number 0 is before the training; and of steps."""
     write(tmp_path, "epoch_{}.pt", {0: 1} | same(1, 2, 3))
@@ -190,7 +194,8 @@ def test_an_average_needs_the_steps_of_an_epoch(tmp_path: Path) -> None:
 
 
 def test_a_decay_and_numbers_that_may_be_epochs(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Of kept best epochs the averages are left out, and an import sees that the decay does not
     fit; with the steps of an epoch it does."""
@@ -247,7 +252,9 @@ ODD: dict[str, tuple[Odd, str]] = {
 
 @pytest.mark.parametrize("odd", ODD)
 def test_an_odd_file_is_left_out_and_named(
-    odd: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    odd: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
     make, reason = ODD[odd]
@@ -264,7 +271,8 @@ def test_states_of_a_training_are_no_models(odd: str, tmp_path: Path) -> None:
 
 
 def test_a_copy_that_says_its_epoch_is_one_time(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Equal or not, a file without a number does not replace the numbered one."""
     write(tmp_path, "epoch_{}.pt", same(*range(1, 21)), lambda epoch: {"epoch": epoch})
@@ -307,7 +315,9 @@ def test_epochs_and_steps_do_not_mix(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["exp_100epochs", "lr-3_ep50", "of_9_steps", "checkpoint-7"])
 def test_the_number_of_an_experiment_is_none_of_its_files(
-    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    folder: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     place = write(tmp_path / folder, "epoch_{}.pt", same(*range(1, 21)))
     store(place / "best.pt", 7)
@@ -406,7 +416,9 @@ UNCLEAR: dict[str, tuple[Odd, str]] = {
 
 @pytest.mark.parametrize("what", UNCLEAR)
 def test_info_answers_where_an_import_has_to_be_told_something(
-    what: str, tmp_path: Path, ema: Ema
+    what: str,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     make, asked = UNCLEAR[what]
     make(tmp_path)

@@ -33,7 +33,9 @@ def test_the_kinds_that_the_command_names_are_those_of_the_table() -> None:
 
 
 def test_an_import_and_its_files_can_be_moved_together_only(
-    write: Write, tmp_path: Path, ema: Ema
+    write: Write,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     """A copy, whose files have other dates, works too; the steps are those that the import
     found."""
@@ -82,7 +84,9 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_is_not_the_one_imported_is_named(
-    change: str, tmp_path: Path, ema: Ema
+    change: str,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     filled(tmp_path / "ck", 1, 2, 3, size=3000)
     new = tmp_path / "new"
@@ -125,7 +129,9 @@ def test_an_index_that_was_replaced_is_found(write: Write, tmp_path: Path) -> No
 
 
 def test_the_same_import_again_does_nothing_and_others_ask(
-    write: Write, tmp_path: Path, ema: Ema
+    write: Write,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     folder = write("safetensors")
     new = tmp_path / "new"
@@ -159,7 +165,9 @@ def test_the_same_import_again_does_nothing_and_others_ask(
 
 
 def test_a_dry_run_writes_nothing_and_nothing_that_an_import_refers_to_is_deleted(
-    write: Write, tmp_path: Path, ema: Ema
+    write: Write,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     folder = write("safetensors")
     new = tmp_path / "new"
@@ -191,7 +199,8 @@ def test_files_behind_links_are_read(weights: dict[int, Weights], tmp_path: Path
 
 
 def test_a_run_may_lie_in_the_folder_or_behind_a_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = filled(tmp_path / "ck", 20, 40)
     monkeypatch.chdir(folder)
@@ -227,7 +236,10 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "value", "reason"), WRONG)
 def test_a_setting_that_cannot_be_used_is_named(
-    name: str, value: Any, reason: str, tmp_path: Path
+    name: str,
+    value: Any,
+    reason: str,
+    tmp_path: Path,
 ) -> None:
     filled(tmp_path / "ck", 1)
     with pytest.raises(errors.InvalidValueError, match=f"^{name}{reason}"):
@@ -337,7 +349,8 @@ def test_a_manifest_is_a_regular_file_of_limited_size(manifest: Path) -> None:
 
 
 def test_a_file_is_opened_once_for_its_index_and_once_for_its_values(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By an import that checks a decay, and by one that finds it; an opened run needs the index."""
     folder = write_trained(tmp_path / "x", train(), averaged(0.99))

@@ -31,7 +31,10 @@ Imported = Callable[..., Run]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_a_run(
-    layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path
+    layout: str,
+    write: Write,
+    weights: dict[int, Weights],
+    tmp_path: Path,
 ) -> None:
     """An import is the same run, and leaves the files as they were."""
     run = Run(write(layout))
@@ -77,7 +80,10 @@ def test_steps_come_from_the_metadata_of_trainers_of_lora(tmp_path: Path) -> Non
     ("weights", "steps"), [([9.0] * 3, [9, 10]), ([9.0, 9, 2], None), ([9.0, 9], [9, 10])]
 )
 def test_two_files_of_one_step_are_the_same_or_of_another_model(
-    weights: list[float], steps: list[int] | None, tmp_path: Path, imported: Imported
+    weights: list[float],
+    steps: list[int] | None,
+    tmp_path: Path,
+    imported: Imported,
 ) -> None:
     filled(tmp_path, 9, 10)
     save_file({"w": torch.tensor(weights)}, tmp_path / "x-9.safetensors")
@@ -194,7 +200,9 @@ UNREADABLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("content", "reason"), UNREADABLE, ids=["sparse", "complex", "two models"])
 def test_tensors_that_are_not_read_are_named(
-    content: dict[str, Any], reason: str, tmp_path: Path
+    content: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
 ) -> None:
     torch.save(content, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match=reason):
@@ -328,7 +336,10 @@ DIFFERENCES: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str]] 
 
 @pytest.mark.parametrize(("first", "second", "difference"), DIFFERENCES)
 def test_two_models_never_mix(
-    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], difference: str, tmp_path: Path
+    first: dict[str, torch.Tensor],
+    second: dict[str, torch.Tensor],
+    difference: str,
+    tmp_path: Path,
 ) -> None:
     for step, tensors in enumerate((first, second), 1):
         torch.save(tensors, tmp_path / f"step{step}.pt")
@@ -480,7 +491,8 @@ def test_a_number_of_another_folder_is_no_step(tmp_path: Path) -> None:
 
 
 def test_a_number_without_a_word_is_left_out_next_to_those_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = save_step(tmp_path, "step100", "step200", "best-2")
     assert [source.step for source in run.sources] == [100, 200]
@@ -522,7 +534,10 @@ for step in range(1, 4):
     ("kind", "ranks", "writer"), [("fsdp", 3, "own"), ("fsdp-tp", 4, "safetensors")]
 )
 def test_chunks_of_processes_make_the_tensors(
-    kind: str, ranks: int, writer: str, tmp_path: Path
+    kind: str,
+    ranks: int,
+    writer: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind, writer)

@@ -34,7 +34,8 @@ DECAY = 0.995
 
 
 def replay(
-    update: Callable[[torch.nn.Module], None], save: Callable[[int, torch.nn.Module], None]
+    update: Callable[[torch.nn.Module], None],
+    save: Callable[[int, torch.nn.Module], None],
 ) -> None:
     """Repeat the recorded training with a model; call `update` after each step, and `save` at
     `TIMES`."""
@@ -186,7 +187,8 @@ LIBRARIES = [timm, plain, diffusers, lightning, ema_pytorch, mmengine]
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
 def test_an_ordinary_ema_makes_other_lengths(
-    library: Callable[[Path], dict[str, Any]], tmp_path: Path
+    library: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     """The error from 15 checkpoints of the weights is 1.3e-2; from their EMAs an eighth of it, also
     in float16."""
@@ -307,6 +309,8 @@ def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(tmp_path: Path) -> 
     )
     assert "; taken as 0.98" in done.checks[0]
     assert {one.decay for one in done.checkpoints} == {0.0, 0.98}
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    assert settings["ema_uncertainty"] > 0
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) -> None:

@@ -58,7 +58,12 @@ def assert_equal(made: Tensors, stored: Tensors) -> None:
 
 
 def check(
-    place: Path, average: Tensors, weights: Tensors, decay: float | None = 0.95, /, **settings: Any
+    place: Path,
+    average: Tensors,
+    weights: Tensors,
+    decay: float | None = 0.95,
+    /,
+    **settings: Any,
 ) -> None:
     """Check what an import finds at the last step; `decay` None if the file does not say it."""
     given = dict(settings)
@@ -491,7 +496,9 @@ def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_swapped", [False, True])
 def test_buffers_of_mmcv(
-    is_swapped: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    is_swapped: bool,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Of the two sets the average is the one that moves less; a single file asks."""
     for save in saves():
@@ -612,7 +619,8 @@ def test_an_average_of_a_part_of_the_model(tmp_path: Path) -> None:
 
 
 def test_an_average_that_is_not_used_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An average of a small part of the model is used if the user names it."""
     rest = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
@@ -650,7 +658,8 @@ def test_accelerate_with_an_average_of_diffusers(tmp_path: Path) -> None:
 
 
 def by_ema_pytorch(
-    has_online: bool, save: Callable[[int, torch.nn.Module, torch.nn.Module], None]
+    has_online: bool,
+    save: Callable[[int, torch.nn.Module, torch.nn.Module], None],
 ) -> tuple[Tensors, Tensors]:
     """Train with the library's EMA, and call `save` with the step, model and EMA at each save;
     return the last average and weights."""
@@ -747,3 +756,11 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path
     averaged = weights_of(net) | shadow
     check(tmp_path, averaged, weights_of(net))
     check_export(tmp_path / "step400.pt", averaged, weights_of(net))
+
+
+def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path: Path) -> None:
+    first, second = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    state = {"decay": 0.95, "num_updates": 5, "shadow_params": [(first + second) / 2]}
+    torch.save({"model": {"a": first, "b": second}, "ema": state}, tmp_path / "step5.pt")
+    with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
+        exported(tmp_path / "step5.pt")

@@ -198,7 +198,9 @@ TITAN: list[tuple[dict[str, Any], Average]] = [
 
 @pytest.mark.parametrize(("settings", "update"), TITAN)
 def test_settings_of_torchtitan_are_given(
-    settings: dict[str, Any], update: Average, tmp_path: Path
+    settings: dict[str, Any],
+    update: Average,
+    tmp_path: Path,
 ) -> None:
     folder = write_all(
         tmp_path / "run", train(), update, form=lambda _, *sets: LAYOUTS["torchtitan"](*sets)
@@ -209,7 +211,8 @@ def test_settings_of_torchtitan_are_given(
 
 
 def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(
-    tmp_path: Path, ema: Ema
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     two = write(tmp_path / "two", lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
     check(two, ema_decay=DECAY, average="model_ema1")
@@ -247,7 +250,8 @@ def test_names_that_look_like_another_thing(names: list[str], tmp_path: Path) ->
     "norm", [torch.nn.utils.parametrizations.spectral_norm, torch.nn.utils.spectral_norm]
 )
 def test_the_vectors_of_spectral_norm_are_copied(
-    norm: Callable[..., torch.nn.Module], tmp_path: Path
+    norm: Callable[..., torch.nn.Module],
+    tmp_path: Path,
 ) -> None:
     layer = norm(torch.nn.Linear(5, 4))
     for step in (10, 20):
@@ -262,7 +266,9 @@ def test_the_vectors_of_spectral_norm_are_copied(
 
 @pytest.mark.parametrize("is_folder", [False, True])
 def test_an_average_among_several_is_exported_by_its_key_or_glob(
-    is_folder: bool, tmp_path: Path, ema: Ema
+    is_folder: bool,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     """JiT and MAR store two, of which no word says the better one; the statistics that an average
     lacks are added."""

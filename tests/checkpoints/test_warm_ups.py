@@ -123,7 +123,9 @@ def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.995}])
 def test_files_before_a_late_start_are_weights(
-    copies: bool, settings: dict[str, Any], tmp_path: Path
+    copies: bool,
+    settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """The average in files before is a copy of the weights, or absent."""
 

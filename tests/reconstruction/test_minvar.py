@@ -81,7 +81,10 @@ def expected_square(
 )
 @pytest.mark.parametrize(("noise", "last"), [(0.0, T), (5.0, 900)])
 def test_the_expected_error_is_the_integral(
-    target: Profile, kink: float, noise: float, last: float
+    target: Profile,
+    kink: float,
+    noise: float,
+    last: float,
 ) -> None:
     """From snapshots at the time of the target, and from earlier ones, which miss the motion since
     then."""
@@ -136,7 +139,9 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
     [(4, (0.05, 0.28), 1e-5), (16, (0.05, 0.10), 1e-12), (32, (0.1,), 1e-12)],
 )
 def test_the_minimum_is_that_of_sixty_digits(
-    count: int, sigma_rels: tuple[float, ...], rounding: float
+    count: int,
+    sigma_rels: tuple[float, ...],
+    rounding: float,
 ) -> None:
     """The minima agree; coefficients of nearly equal snapshots may differ where the average does
     not.
@@ -265,9 +270,20 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
         assert solver.relative(squares, c, goal) == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_error_of_a_target_that_may_be_another_one_is_their_distance() -> None:
+    snapshots = power_functions((500, T))
+    target, other = snapshots[-1], power(0.2, T)
+    motion = uneven_motion()
+    prior = prior_of(snapshots, motion)
+    found = reconstruct(snapshots, [target], prior=prior, others={0: other}).predicted_error
+    expected = np.sqrt(expected_square([target], np.ones(1), other, motion)) / NORM
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(("arithmetic", "expected"), [(0.0, 0.0), (1.0, np.nan)])
 def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(
-    arithmetic: float, expected: float
+    arithmetic: float,
+    expected: float,
 ) -> None:
     """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
     snapshots = power_functions([500.0, T])
@@ -334,7 +350,8 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
     ],
 )
 def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
-    snapshots: list[PowerFunction], method: str
+    snapshots: list[PowerFunction],
+    method: str,
 ) -> None:
     result = reconstruct(snapshots, [power(0.1, 100.0)], method)
     assert np.isfinite(result.coefficients).all()
@@ -434,7 +451,8 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
     ],
 )
 def test_a_decay_of_dense_checkpoints_is_the_closed_form(
-    shape: str, d: Callable[[FloatArray], FloatArray]
+    shape: str,
+    d: Callable[[FloatArray], FloatArray],
 ) -> None:
     """theta(start) + the later increments times d, as a scheduler counts: the first step of the
     decay has d(0).

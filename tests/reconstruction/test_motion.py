@@ -59,7 +59,9 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
 
 
 def neighbours(
-    times: Sequence[float], motion: Motion, sigma_rels: tuple[float, ...] = (0.05, 0.28)
+    times: Sequence[float],
+    motion: Motion,
+    sigma_rels: tuple[float, ...] = (0.05, 0.28),
 ) -> list[Pair]:
     """The distances that a tracker measures: between the profiles of one time, and to the two
     previous times."""
@@ -344,7 +346,8 @@ def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
 
 @pytest.mark.parametrize(("motion", "length"), [("noise", 3), ("walk", 20), ("wave", 6)])
 def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
-    motion: str, length: int
+    motion: str,
+    length: int,
 ) -> None:
     """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on;
     windows of four.
@@ -398,7 +401,8 @@ def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_dista
 
 @pytest.mark.parametrize(("rounding", "stays"), [(1e-8, True), (1e-3, False)])
 def test_the_published_coefficients_stay_where_others_are_hardly_better(
-    rounding: float, stays: bool
+    rounding: float,
+    stays: bool,
 ) -> None:
     """The target is a stored profile; its only error is rounding, which others could lower by a few
     hundredths."""

@@ -46,7 +46,10 @@ def save(file: Path, content: Mapping[str, object]) -> None:
 
 
 def save_weights(
-    folder: Path, path: FloatArray, every: int, dtype: torch.dtype = torch.float32
+    folder: Path,
+    path: FloatArray,
+    every: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write files that say their step; return their folder."""
     for step in range(every, len(path), every):
@@ -64,7 +67,10 @@ def errors(run: Run, path: FloatArray, width: float) -> tuple[float, float]:
 
 
 def assert_predicted(
-    folder: Path, path: FloatArray, most: float, widths: Sequence[float] = WIDTHS
+    folder: Path,
+    path: FloatArray,
+    most: float,
+    widths: Sequence[float] = WIDTHS,
 ) -> None:
     """Check that actual and predicted errors differ by at most a factor."""
     for width in widths:
@@ -77,7 +83,9 @@ def assert_predicted(
 
 @pytest.mark.parametrize(("count", "name"), [(20, "model_{}.pth"), (10, "epoch_{}.pt")])
 def test_between_files_that_are_numbered_the_weights_move_on(
-    count: int, name: str, tmp_path: Path
+    count: int,
+    name: str,
+    tmp_path: Path,
 ) -> None:
     path = walk()
     for number in range(1, count + 1):
@@ -130,7 +138,9 @@ def test_a_few_steps_between_files_count_one_by_one(stride: int, tmp_path: Path)
 
 @pytest.mark.parametrize(("dtype", "every"), [(torch.float16, 40), (torch.bfloat16, 100)])
 def test_weights_of_fewer_bits_than_the_training_has_are_rounded(
-    dtype: torch.dtype, every: int, tmp_path: Path
+    dtype: torch.dtype,
+    every: int,
+    tmp_path: Path,
 ) -> None:
     path = cooled()
     assert_predicted(save_weights(tmp_path, path, every, dtype), path, 1.5)
@@ -162,7 +172,11 @@ def about_a_minimum(memory: float, seed: int) -> FloatArray:
 
 
 def save_both(
-    folder: Path, path: FloatArray, steps: Sequence[int], decay: float, every: int = 1
+    folder: Path,
+    path: FloatArray,
+    steps: Sequence[int],
+    decay: float,
+    every: int = 1,
 ) -> tuple[FloatArray, FloatArray]:
     """Write files of weights and their EMA; return the stored values, and their tails: the mass
     after steps 0, 1, ..., in a column each."""
@@ -194,7 +208,9 @@ def nearest_tail(tails: FloatArray, width: float) -> FloatArray:
 
 @pytest.mark.parametrize(("memory", "seed"), [(100, 3), (300, 1), (1000, 5)])
 def test_at_uneven_steps_no_interval_moves_for_nothing(
-    memory: float, seed: int, tmp_path: Path
+    memory: float,
+    seed: int,
+    tmp_path: Path,
 ) -> None:
     """A fitted motion of 0 in one interval cost nothing: errors were 60 times the predicted."""
     random = np.random.default_rng(100 + seed)
@@ -215,7 +231,9 @@ def test_at_uneven_steps_no_interval_moves_for_nothing(
 
 @pytest.mark.parametrize(("memory", "with_weights"), [(5, True), (30, True), (10, False)])
 def test_noise_between_the_updates_of_an_average_is_part_of_its_error(
-    memory: float, with_weights: bool, tmp_path: Path
+    memory: float,
+    with_weights: bool,
+    tmp_path: Path,
 ) -> None:
     """The updated values were taken for the means of their steps: errors were 3.5 times the
     predicted ones, which contain that such files cannot confirm the decay."""

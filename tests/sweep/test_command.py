@@ -43,7 +43,11 @@ BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
 
 
 def swept(
-    run: Run, out: Path, command: str = BOWL, metric: Metric = PRINTED, **options: Any
+    run: Run,
+    out: Path,
+    command: str = BOWL,
+    metric: Metric = PRINTED,
+    **options: Any,
 ) -> SweepReport:
     return Sweep(run, command, metric, out, **options).run_all()
 
@@ -73,7 +77,9 @@ def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_pat
 
 
 def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The paths are absolute, since the command may change the directory."""
     monkeypatch.chdir(tmp_path)
@@ -96,7 +102,8 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
 
 
 def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     calls = tmp_path / "calls"
     out = tmp_path / "out"
@@ -121,7 +128,10 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
     ],
 )
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
-    run: Run, tmp_path: Path, name: str, changed: dict[str, Any]
+    run: Run,
+    tmp_path: Path,
+    name: str,
+    changed: dict[str, Any],
 ) -> None:
     command = f"{BOWL} {{dir}}"
     swept(run, tmp_path / "out", command, axis=GRID)
@@ -171,7 +181,10 @@ def test_the_best_length_of_a_search_is_measured_last(run: Run, tmp_path: Path) 
     ],
 )
 def test_a_trial_that_fails_is_reported_and_has_no_value(
-    run: Run, tmp_path: Path, script: str, message: str
+    run: Run,
+    tmp_path: Path,
+    script: str,
+    message: str,
 ) -> None:
     reported: list[tuple[Trial, int, int]] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
@@ -193,7 +206,11 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(
     ],
 )
 def test_two_failures_in_a_row_of_one_cause_end_a_sweep(
-    run: Run, tmp_path: Path, script: str, metric: Metric, words: str
+    run: Run,
+    tmp_path: Path,
+    script: str,
+    metric: Metric,
+    words: str,
 ) -> None:
     command = shell(f"echo $2 >> {tmp_path}/calls; {script}")
     with pytest.raises(
@@ -254,7 +271,9 @@ def test_raw_weights_that_the_run_contains_are_measured(tmp_path: Path) -> None:
 
 
 def test_raw_weights_that_the_run_lacks_are_not_measured(
-    ema: Ema, run: Run, tmp_path: Path
+    ema: Ema,
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     words = "sweep", run.directory, "--run", BOWL, "--sigma-rel", "0.05,0.1,0.2", "--minimize"
     done = ema(*words, "--out", tmp_path / "out")
@@ -272,7 +291,10 @@ def test_raw_weights_that_the_run_lacks_are_not_measured(
     ],
 )
 def test_a_sweep_without_a_best_says_why_and_writes_none(
-    run: Run, tmp_path: Path, content: str, words: list[str]
+    run: Run,
+    tmp_path: Path,
+    content: str,
+    words: list[str],
 ) -> None:
     program = tmp_path / "program"
     program.write_text(content)
@@ -326,7 +348,8 @@ def wait_for(path: Path, process: Forked | None = None) -> None:
 
 
 def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_was_measured(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     """The second trial hangs, and has a child."""
     out = tmp_path / "out"
@@ -411,7 +434,10 @@ def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path, name: str)
     ],
 )
 def test_each_length_of_a_narrow_range_is_measured_once(
-    run: Run, tmp_path: Path, axis: Axis, count: int
+    run: Run,
+    tmp_path: Path,
+    axis: Axis,
+    count: int,
 ) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
     report = swept(run, tmp_path / "out", command, axis=axis, budget=7)
@@ -493,6 +519,8 @@ def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
         assert report.trials[0] == Trial("raw", None, 0, 7.0, seconds=report.trials[0].seconds)
     better = (7.0 - report.value) / 7.0
     assert f"{100 * better:.2g} % better than the raw weights" in repr(report)
+    most = swept(run, tmp_path / "most", command, axis=GRID, raw=tmp_path / name, minimize=False)
+    assert "22 % better than the raw weights" in repr(most)
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run: Run, tmp_path: Path) -> None:
@@ -519,7 +547,8 @@ DRAW = f'cd "$4"; mkdir b; echo {picture(9)} | base64 -d > a.png; cp a.png b/c.P
 
 
 def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
     report = swept(run, out, shell(DRAW), axis=GRID, minimize=None)
@@ -537,7 +566,10 @@ def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
     [(None, {"a.png", "b-c.PNG"}), ("b/*", {"b-c.PNG"}), ("none", set())],
 )
 def test_the_images_to_keep_can_be_chosen(
-    run: Run, tmp_path: Path, glob: str | None, kept: set[str]
+    run: Run,
+    tmp_path: Path,
+    glob: str | None,
+    kept: set[str],
 ) -> None:
     swept(run, tmp_path / "out", shell(f"{DRAW}; echo $2"), axis=GRID, images=glob)
     folder = tmp_path / "out/images/sigma_rel-0.05-seed-0"
@@ -545,7 +577,9 @@ def test_the_images_to_keep_can_be_chosen(
 
 
 def test_the_newest_images_are_kept_and_none_that_is_large(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    run: Run,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     dated = "cp a.png $i.png; touch -d 2030-01-01T00:00:$i $i.png"
     large = "truncate -s 3M 20.png; touch -d 2031-01-01 20.png"
@@ -576,7 +610,10 @@ def test_a_look_without_images_says_so(run: Run, tmp_path: Path) -> None:
     ],
 )
 def test_in_python_arguments_are_checked(
-    run: Run, subject: str, reason: str, arguments: dict[str, Any]
+    run: Run,
+    subject: str,
+    reason: str,
+    arguments: dict[str, Any],
 ) -> None:
     with refused(subject, reason):
         sweep(run, **({"metric": lambda _: 1.0} | arguments))
@@ -749,7 +786,11 @@ def test_one_far_value_does_not_hide_the_best() -> None:
 
 
 def searched(
-    noise: float, budget: int, repeats: int = 1, seed: int = 0, raw: bool = False
+    noise: float,
+    budget: int,
+    repeats: int = 1,
+    seed: int = 0,
+    raw: bool = False,
 ) -> SweepReport:
     search = Search(
         report=SweepReport(axis=AXIS, metric="", minimize=True, settings={}),
@@ -823,7 +864,10 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
     ],
 )
 def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
-    tmp_path: Path, text: str, name: str | None, found: tuple[float, float | None]
+    tmp_path: Path,
+    text: str,
+    name: str | None,
+    found: tuple[float, float | None],
 ) -> None:
     assert printed(text, tmp_path, name) == found
 
@@ -844,7 +888,10 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
     ],
 )
 def test_an_output_without_a_metric_is_an_error_that_says_why(
-    tmp_path: Path, text: str, name: str | None, message: str
+    tmp_path: Path,
+    text: str,
+    name: str | None,
+    message: str,
 ) -> None:
     with pytest.raises(TrialError, match=message):
         printed(text, tmp_path, name)
