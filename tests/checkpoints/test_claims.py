@@ -56,7 +56,7 @@ def test_a_decay_that_files_say_and_their_weights_refute_is_an_error_of_every_av
 ) -> None:
     run = Run(save(tmp_path / "files", decay, CLAIMED, torch.float32))
     for make in (run.average, run.plan):
-        with pytest.raises(InvalidValueError, match="does not fit the files: .* times too"):
+        with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too"):
             make(0.1)
     with pytest.raises(InvalidValueError, match="does not fit the files"):
         run.error_curve()
