@@ -128,7 +128,9 @@ def test_threads_of_any_number_give_the_same_bytes(mixed: Path) -> None:
 
 @pytest.mark.parametrize("targets", [TARGETS[:1], TARGETS])
 def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
-    mixed: Path, tmp_path: Path, targets: tuple[float, ...]
+    mixed: Path,
+    tmp_path: Path,
+    targets: tuple[float, ...],
 ) -> None:
     """Of large and small tensors, and of more sources than one matrix product takes."""
     for t in range(1, SLOTS + 3):
@@ -147,13 +149,19 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
+def test_a_file_holds_what_is_made_in_memory(mixed: Path, tmp_path: Path) -> None:
+    Run(mixed).write(0.1, tmp_path / "out.safetensors")
+    assert_same_tensors(load_file(tmp_path / "out.safetensors"), Run(mixed).average(0.1))
+
+
 # --- dtypes
 # ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_averages_that_are_stored_in_eight_bits_are_read(
-    tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path,
+    dtype: torch.dtype,
 ) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     value = codes[codes.float().isfinite()].repeat(300)
@@ -182,7 +190,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 
 def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(
-    mixed: Path, tmp_path: Path
+    mixed: Path,
+    tmp_path: Path,
 ) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     path = sorted(run.iterdir())[1]
@@ -278,7 +287,8 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
 
 @needs_cuda
 def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
-    mixed: Path, tmp_path: Path
+    mixed: Path,
+    tmp_path: Path,
 ) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     plan = plan_of(run)
@@ -305,21 +315,6 @@ def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
                 model.embed.weight.copy_(scale * draw(step, 5, 3))
             tracker.update_(model)
     return PostHocEMA.from_path(folder)
-
-
-def test_a_model_is_filled_in_its_own_memory_and_a_damaged_snapshot_is_refused(
-    tmp_path: Path,
-) -> None:
-    tracker = tracked(tmp_path)
-    model = tiny_model(1)
-    pointers = [tensor.data_ptr() for tensor in model.state_dict().values()]
-    tracker.load_into(model, 0.15)
-    assert [tensor.data_ptr() for tensor in model.state_dict().values()] == pointers
-    frozen = {"frozen": tiny_model(1).frozen}
-    assert_same_tensors(model.state_dict(), {**tracker.state_dict(0.15), **frozen})
-    flip_bit(max(tmp_path.glob("*.safetensors")))
-    with pytest.raises(FileFormatError, match="damaged"):
-        tracker.load_into(model, 0.28)
 
 
 def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
@@ -364,7 +359,11 @@ def one_vanishing(run: Path, listings: int) -> Iterator[list[Path]]:
 @pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("way", ["state_dict", "command"])
 def test_weights_are_made_from_the_remaining_snapshots(
-    tmp_path: Path, way: str, measured: bool, ema: Ema, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    way: str,
+    measured: bool,
+    ema: Ema,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without measurements in headers, planning itself reads tensors."""
     run = tmp_path / "run"
@@ -389,7 +388,8 @@ def test_weights_are_made_from_the_remaining_snapshots(
 
 
 def test_an_open_file_that_another_host_removes_is_planned_without(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """On a local file system the file would stay readable; a client of a network file system gets
     ESTALE."""

@@ -22,7 +22,6 @@ from posthoc_cli.targets import GivenProfile
 TARGETS = {
     "0.15": 0.15,
     "beta-0.9": Beta(0.9),
-    "window-50": Window(50),
     "span": GivenProfile(Span(20, 80), "span"),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
 }
@@ -58,7 +57,9 @@ def test_reading_headers_needs_neither_torch_nor_scipy(run: Run) -> None:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(
-    run: Run, tmp_path: Path, name: str
+    run: Run,
+    tmp_path: Path,
+    name: str,
 ) -> None:
     target = TARGETS[name]
     weights = run.average(target, dtype="float64")
@@ -75,7 +76,8 @@ def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(
 
 
 def test_an_average_of_another_time_and_dtype_loads_without_this_package(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     weights = run.average(0.1, step=50, dtype=torch.bfloat16)
     assert weights["w"].dtype == torch.bfloat16
@@ -89,7 +91,9 @@ def test_an_average_of_another_time_and_dtype_loads_without_this_package(
 
 
 def test_writing_several_averages_returns_what_the_command_prints(
-    run: Run, ema: Ema, tmp_path: Path
+    run: Run,
+    ema: Ema,
+    tmp_path: Path,
 ) -> None:
     report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     assert [path.name for path in report.outputs] == [
@@ -158,7 +162,10 @@ def test_writing_several_averages_returns_what_the_command_prints(
     ],
 )
 def test_an_invalid_argument_is_refused(
-    run: Run, call: Callable[[Run], object], subject: str, words: str
+    run: Run,
+    call: Callable[[Run], object],
+    subject: str,
+    words: str,
 ) -> None:
     with refused(subject, words):
         call(run)

@@ -33,7 +33,9 @@ UNIT = {
 
 
 def draw(
-    seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 7)
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = (3, 7),
 ) -> torch.Tensor:
     return torch.randn(
         shape,
@@ -86,7 +88,9 @@ def accumulated(dtype: torch.dtype, terms: int) -> float:
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_results_are_the_sums_within_rounding(
-    tmp_path: Path, own: torch.dtype, stored: torch.dtype
+    tmp_path: Path,
+    own: torch.dtype,
+    stored: torch.dtype,
 ) -> None:
     """`accumulated` bounds the errors of the sums and of `expected`; then the result is rounded to
     its own dtype."""
@@ -116,7 +120,9 @@ def test_results_are_the_sums_within_rounding(
 
 @pytest.mark.parametrize(("t", "newest"), [(None, 40), (40, 40), (39.999, 30), (30, 30), (10, 10)])
 def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_newest_of_them(
-    tmp_path: Path, t: float | None, newest: int
+    tmp_path: Path,
+    t: float | None,
+    newest: int,
 ) -> None:
     write_random(tmp_path)
     plan = plan_of(tmp_path, t=t)
@@ -133,7 +139,9 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
     ("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")]
 )
 def test_the_specs_of_a_plan_are_what_it_makes(
-    tmp_path: Path, dtype: torch.dtype | str | None, own: str
+    tmp_path: Path,
+    dtype: torch.dtype | str | None,
+    own: str,
 ) -> None:
     """Tied tensors appear under each of their names."""
     write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
@@ -221,7 +229,10 @@ def test_a_step_is_a_time_on_the_clock_of_steps_and_must_be_a_snapshots_on_anoth
     ],
 )
 def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
-    tmp_path: Path, value: float, dtype: str | None, message: str | None
+    tmp_path: Path,
+    value: float,
+    dtype: str | None,
+    message: str | None,
 ) -> None:
     write_snapshot(
         tmp_path / "run",
@@ -244,6 +255,15 @@ def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_wri
     ] * (message is None)
 
 
+def test_a_nan_that_no_sample_holds_is_refused_by_the_name_of_its_file(tmp_path: Path) -> None:
+    values = torch.zeros(4_000_000)
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": values})
+    values[500_001] = torch.nan
+    path = write_snapshot(tmp_path, 20, 0.05, RUN_ID, {"w": values})
+    with pytest.raises(NonFiniteError, match=f"{re.escape(str(path))}: tensor 'w': holds nan"):
+        Run(tmp_path).average(0.04)
+
+
 def replace(path: Path) -> None:
     path.unlink()
     write_snapshot(path.parent, 20, 0.05, RUN_ID, {"w": draw(99)})
@@ -253,7 +273,8 @@ def replace(path: Path) -> None:
     "harm", [lambda path: os.truncate(path, path.stat().st_size - 1), replace, Path.unlink]
 )
 def test_a_snapshot_that_changed_since_the_plan_is_named(
-    tmp_path: Path, harm: Callable[[Path], None]
+    tmp_path: Path,
+    harm: Callable[[Path], None],
 ) -> None:
     paths = [write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, {"w": draw(t)}) for t in (10, 20)]
     plan = plan_of(tmp_path / "run", [0.04, 0.1])
@@ -290,7 +311,8 @@ def grouped(run: Run, up: float, down: float) -> dict[str, torch.Tensor]:
 
 
 def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     wanted = [Groups(GROUPS), 0.15, Groups({"*.d": 0.05, "*": 0.1})]
     report = run.write(wanted, tmp_path / "new")
@@ -306,7 +328,9 @@ def test_each_tensor_has_the_length_of_its_group_in_a_pass_with_other_targets(
 
 
 def test_the_command_makes_outputs_that_name_their_groups_and_verify(
-    ema: Ema, run: Run, tmp_path: Path
+    ema: Ema,
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     """In one file, or in shards."""
     path = tmp_path / "model.safetensors"

@@ -59,7 +59,10 @@ HEALTHY: list[tuple[dict[str, Any], float, torch.dtype]] = [
 
 @pytest.mark.parametrize(("training", "decay", "dtype"), HEALTHY)
 def test_a_healthy_average_is_as_claimed(
-    training: dict[str, Any], decay: float, dtype: torch.dtype, tmp_path: Path
+    training: dict[str, Any],
+    decay: float,
+    dtype: torch.dtype,
+    tmp_path: Path,
 ) -> None:
     run = Run(write(tmp_path / "x", train(**training), averaged(decay), dtype))
     (found,) = run.audit()
@@ -70,7 +73,7 @@ def test_a_healthy_average_is_as_claimed(
     assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
 
 
-@pytest.mark.parametrize("settling", [0.3, 3.0, math.inf], ids=["soon", "slowly", "never"])
+@pytest.mark.parametrize("settling", [0.3, math.inf], ids=["soon", "never"])
 def test_weights_without_noise_show_the_decay_too(settling: float, tmp_path: Path) -> None:
     """They settle, in so many intervals, or move on a line; the covariance of such a path is nearly
     singular."""

@@ -16,7 +16,7 @@ from posthoc_cli import Run, errors, import_checkpoints
 from posthoc_cli.checkpoints.audit_decay import possible_rules
 from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.profiles import DecayRule, OrdinaryEMA, Point
+from posthoc_cli.profiles import DecayRule, OrdinaryEMA
 
 
 def ultralytics(decay: float, tau: int) -> Iterator[float]:
@@ -48,15 +48,10 @@ def ijepa(base: float, steps: int) -> Iterator[float]:
 
 LOOPS: dict[str, tuple[Callable[[float, int], Iterator[float]], float, int]] = {
     "exp:2000": (ultralytics, 0.9999, 2000),
-    "exp:500": (ultralytics, 0.999, 500),
-    "exp:20": (ultralytics, 0.98, 20),
     "unbiased": (audiocraft, 0.99, 0),
     "unbiased, long": (audiocraft, 0.99999, 0),
-    "unbiased, short": (audiocraft, 0.5, 0),
     "cosine:0.996": (dino, 0.996, 1000),
-    "cosine:0.99, beyond the last file": (dino, 0.99, 5000),
     "cosine:0.9, over before the last file": (dino, 0.9, 300),
-    "linear:0.996": (ijepa, 0.996, 1000),
     "linear:0.998, of a longer training": (ijepa, 0.998, 1250),
 }
 """The decays of a library, by its decay or base, and by its second number if it has one."""
@@ -130,68 +125,37 @@ def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
 
 
 @pytest.mark.parametrize(
-    "calls",
+    ("calls", "updates"),
     [
-        "multiples",
-        "from first",
-        "counted",
-        "after copy",
+        ("multiples", range(20, 98, 10)),
+        ("from first", range(11, 98, 10)),
+        ("after copy", range(20, 98, 10)),
     ],
 )
-def test_which_calls_are_updates(calls: str) -> None:
-    """The steps of the updates by step 97, every tenth call, as told by the profile's jumps."""
-    count = 97 if calls == "counted" else None
-    settings = ImportSettings(ema_decay=0.5, update_after_step=0 if count else 20, update_every=10)
-    profile = Updates({}, count, calls=calls).profile(Path("x"), 97, settings)  # type: ignore[arg-type]
-    steps = [step for step in range(98) if profile.tail(step - 0.5) > profile.tail(step)]
-    expected = {
-        "multiples": [30, 40, 50, 60, 70, 80, 90],
-        "from first": [21, 31, 41, 51, 61, 71, 81, 91],
-        "counted": [1, 11, 21, 31, 41, 51, 61, 71, 81, 91],
-        "after copy": [20, 30, 40, 50, 60, 70, 80, 90],
-    }
-    # A copy replaces all that was before, as the first update of "counted" does.
-    start = [20] if calls in ("multiples", "after copy") else []
-    assert {*steps} - {*start, 1, 11} == {*expected[calls]} - {*start, 1, 11}
+def test_which_calls_are_updates(calls: Any, updates: range) -> None:
+    """The steps of the updates by step 97, every tenth call, as told by the profile's jumps, after
+    a copy at most one interval before the first of them."""
+    settings = ImportSettings(ema_decay=0.5, update_after_step=20, update_every=10)
+    profile = Updates({}, calls=calls).profile(Path("x"), 97, settings)
+    steps = [step for step in range(1, 98) if profile.tail(step - 0.5) > profile.tail(step)]
+    assert steps == [*updates]
 
 
-TEXTS = [
-    "none",
-    "ratio",
-    "power",
-    "power:0.75",
-    "ramp-up",
-    "ramp-up:0.1",
-    "exp",
-    "exp:500",
-    "unbiased",
-    "cosine",
-    "cosine:0.99",
-    "linear",
-    "linear:0.9995",
-]
+def test_a_count_of_calls_tells_the_updates() -> None:
+    settings = ImportSettings(ema_decay=0.5, update_after_step=0, update_every=10)
+    profile = Updates({}, 97, calls="counted").profile(Path("x"), 97, settings)
+    steps = [step for step in range(12, 98) if profile.tail(step - 0.5) > profile.tail(step)]
+    assert steps == [*range(21, 98, 10)]
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", ["none", "power:0.75", "ramp-up", "exp:500", "unbiased", "cosine"])
 def test_a_warm_up_reads_as_it_is_written(text: str) -> None:
     arguments = warm_up_of(text)
     assert arguments is not None
     assert warm_up_text(DecayRule(0.99, **arguments)) == text
 
 
-WRONG = [
-    "exp:0",
-    "unbiased:3",
-    "cosine:1",
-    "cosine:2",
-    "linear:",
-    "none:1",
-    "yolo",
-    "exp:-5",
-]
-
-
-@pytest.mark.parametrize("text", WRONG)
+@pytest.mark.parametrize("text", ["exp:0", "unbiased:3", "cosine:1", "linear:", "yolo"])
 def test_other_warm_ups_are_refused(text: str) -> None:
     with pytest.raises(errors.InvalidValueError, match=r"must be one of none, .*cosine\[:0\.996\]"):
         ImportSettings(ema_warmup=text)
@@ -201,10 +165,7 @@ def test_other_warm_ups_are_refused(text: str) -> None:
     "text",
     [
         "99%",
-        "99.9%",
         "5%",
-        "half-life",
-        "60k",
         "half-life:",
     ],
 )
@@ -288,18 +249,6 @@ def test_a_base_that_is_wrong_does_not_fit(tmp_path: Path) -> None:
         import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.9")
 
 
-def test_more_files_of_a_schedule_are_taken_in(tmp_path: Path) -> None:
-    """The last step is a finding, and no setting: the same import continues."""
-    folder = write(tmp_path / "x", train(), by(cosine), form=form)
-    last = folder / f"step{STEPS}.pt"
-    last.rename(tmp_path / "later.pt")
-    import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.99", steps=STEPS)
-    (tmp_path / "later.pt").rename(last)
-    done = import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.99", steps=STEPS)
-    assert done.written
-    assert len([one for one in done.checkpoints if isinstance(one.profile, Point)]) == len(TIMES)
-
-
 @pytest.mark.parametrize("name", ["unbiased", "cosine"])
 def test_a_rule_that_nobody_says_is_found(name: str, tmp_path: Path) -> None:
     decay, _ = SAID[name]
@@ -319,17 +268,11 @@ def drifting(noise: float) -> np.ndarray:
     return train()[0] + 1e-3 * drift + noise * random.standard_normal(drift.shape)
 
 
-@pytest.mark.parametrize(
-    "noise",
-    [
-        0.0,
-        0.03,
-        0.1,
-    ],
-)
-@pytest.mark.parametrize("length", [3, 20])
+@pytest.mark.parametrize(("length", "noise"), [(3, 0.03), (20, 0.0), (20, 0.1)])
 def test_a_length_far_below_the_spacing_is_not_claimed(
-    length: int, noise: float, tmp_path: Path
+    length: int,
+    noise: float,
+    tmp_path: Path,
 ) -> None:
     """Drift and white noise, files 100 apart: the true length is within twice the ±, or asked."""
     folder = write(tmp_path / "x", drifting(noise), ema(1 - 1 / length))
@@ -346,19 +289,15 @@ def test_a_length_far_below_the_spacing_is_not_claimed(
 
 FEW: dict[str, Callable[[int], float]] = {
     "constant": lambda _: 0.99,
-    "longer": lambda _: 0.997,
     "power": lambda n: min(0.99, 1 - (1 + n) ** (-2 / 3)),
     "ratio": lambda n: min(0.995, ratio(n)),
     "unbiased": unbiased,
 }
 
 
-@pytest.mark.parametrize("training", [{"falls": True}, {"rate": 1e-2, "optimizer": "SGD"}])
 @pytest.mark.parametrize("name", FEW)
-def test_five_files_show_a_length_within_the_uncertainty(
-    name: str, training: dict[str, object], tmp_path: Path
-) -> None:
-    folder = write(tmp_path / "x", train(**training), by(FEW[name]), form=form)  # type: ignore[arg-type]
+def test_five_files_show_a_length_within_the_uncertainty(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", train(falls=True), by(FEW[name]), form=form)
     for step in TIMES:
         if step % 300:
             (folder / f"step{step}.pt").unlink()
@@ -392,8 +331,6 @@ def late_ratio(step: int) -> float:
 
 CONTRADICTED: dict[str, tuple[Callable[[int], float], dict[str, object], str]] = {
     "constant": (cosine, {"ema_decay": 0.99}, "cosine"),
-    "the mean": (cosine, {"ema_decay": 0.995}, "cosine"),
-    "a longer one": (cosine, {"ema_decay": 0.999}, "cosine"),
     "a warm-up": (cosine, {"ema_decay": 0.99, "ema_warmup": "ratio"}, "cosine"),
     "another schedule": (cosine, {"ema_warmup": "linear:0.99"}, "cosine"),
     "of a line": (line, {"ema_decay": 0.99}, "linear"),
@@ -410,8 +347,6 @@ def test_a_rule_that_explains_the_files_worse_is_refused(name: str, tmp_path: Pa
 
 
 TRUE: dict[str, tuple[dict[str, Any], Callable[[int], float], dict[str, object]]] = {
-    "constant": (FALLING, lambda _: 0.99, {"ema_decay": 0.99}),
-    "short": (FAST, lambda _: 0.95, {"ema_decay": 0.95}),
     "ratio": (FALLING, late_ratio, {"ema_decay": 0.99, "ema_warmup": "ratio"}),
     "of a line": (FAST, line, {"ema_warmup": "linear:0.99"}),
     "exp": (FAST, exponential, {"ema_decay": 0.995, "ema_warmup": "exp:500"}),
@@ -444,23 +379,23 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> Non
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
 
 
-OUTSIDE: dict[str, tuple[Callable[[int], float], dict[str, object]]] = {
-    "a cosine to 0.999": (lambda n: 0.9945 - 0.0045 * math.cos(math.pi * n / STEPS), {}),
-    "two decays": (lambda n: 0.99 if n < STEPS / 2 else 0.997, {}),
-    "a ratio": (lambda n: n / (n + 30), {"ema_decay": 0.98}),
+OUTSIDE: dict[str, Callable[[int], float]] = {
+    "a cosine to 0.999": lambda n: 0.9945 - 0.0045 * math.cos(math.pi * n / STEPS),
+    "two decays": lambda n: 0.99 if n < STEPS / 2 else 0.997,
 }
-"""Rules that the table has not; the last one is given as the decay that it reaches."""
+"""Rules that the table has not."""
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_rule_that_is_unknown_is_asked_for_or_widens_the_error(name: str, tmp_path: Path) -> None:
-    decay, settings = OUTSIDE[name]
-    folder = write(tmp_path / "x", train(**FALLING), by(decay), form=form)
-    if not settings:
-        with pytest.raises(errors.InvalidValueError, match=r"ema_decay: must be given: .*length"):
-            import_checkpoints(folder, tmp_path / "run")
-        return
-    import_checkpoints(folder, tmp_path / "run", **settings)
+def test_a_rule_that_is_unknown_is_asked_for(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", train(**FALLING), by(OUTSIDE[name]), form=form)
+    with pytest.raises(errors.InvalidValueError, match=r"ema_decay: must be given: .*length"):
+        import_checkpoints(folder, tmp_path / "run")
+
+
+def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "x", train(**FALLING), by(lambda n: n / (n + 30)), form=form)
+    import_checkpoints(folder, tmp_path / "run", ema_decay=0.98)
     for width in (0.05, 0.25):
         error, predicted = error_of(Run(tmp_path / "run"), width, weights=train(**FALLING))
         assert error < 2 * predicted

@@ -3,7 +3,6 @@ in them."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
@@ -17,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checking import assert_same_tensors
 from checkpoint_layouts import LAYOUTS, STEPS, Weights, check_average, distributed, filled
 from ema_command import Ema
 from factories import contents
 from groups import Net, check_group, move
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from posthoc_cli import Mean, Run, errors, import_checkpoints
 from posthoc_cli.profiles import Point
@@ -33,13 +31,14 @@ Imported = Callable[..., Run]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_a_run(
-    layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path
+    layout: str,
+    write: Write,
+    weights: dict[int, Weights],
+    tmp_path: Path,
 ) -> None:
     """An import is the same run, and leaves the files as they were."""
     run = Run(write(layout))
-    assert [source.t for source in run.sources] == list(STEPS)
     assert [source.profile for source in run.sources] == [Point(float(step)) for step in STEPS]
-    assert (run.t, run.step, run.profiles) == (200, 200, [])
     assert repr(run).endswith("4 checkpoints up to 200 steps)")
     check_average(run, weights, strip="net." if layout == "lightning" else "")
     described = run.info()
@@ -47,17 +46,14 @@ def test_every_layout_is_a_run(
     assert [one["t"] for one in described["checkpoints"]] == list(STEPS)
     assert (described["averaged"], described["copied"]) == (6, 3)
     before = contents(tmp_path)
-    done = import_checkpoints(tmp_path / "run", tmp_path / "new")
+    import_checkpoints(tmp_path / "run", tmp_path / "new")
     (manifest,) = contents(tmp_path).keys() - before.keys()
     assert manifest == "new/ema-import.json"
     assert (tmp_path / manifest).stat().st_size < 10_000
     assert {name: contents(tmp_path)[name] for name in before} == before
     new = Run(tmp_path / "new")
     assert new.sources == run.sources
-    assert new.info()["checkpoints"] == described["checkpoints"]
     assert new.info()["refers_to"] == str(tmp_path / "run")
-    assert done.to_dict()["run"] == new.sources[0].run_id
-    assert_same_tensors(new.average(0.2), run.average(0.2))
 
 
 def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]) -> None:
@@ -73,32 +69,31 @@ def test_a_glob_names_some_checkpoints(write: Write, weights: dict[int, Weights]
     check_average(Run(folder / "step-*" / "unet"), weights)
 
 
-def test_steps_come_from_metadata_names_or_a_pattern(tmp_path: Path, imported: Imported) -> None:
-    def steps(**settings: str) -> list[int]:
-        return [
-            source.step
-            for source in (imported(tmp_path, **settings) if settings else Run(tmp_path)).sources
-        ]
+def test_steps_come_from_the_metadata_of_trainers_of_lora(tmp_path: Path) -> None:
+    filled(tmp_path, 9, 100)
+    metadata = {"ss_steps": "55", "ss_epoch": "1"}
+    save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", metadata)
+    assert [source.step for source in Run(tmp_path).sources] == [9, 55, 100]
 
-    filled(tmp_path, 9, 10, 100)
-    assert steps() == [9, 10, 100]
-    save_file(
-        {"w": torch.ones(3)},
-        tmp_path / "lora-000001.safetensors",
-        {"ss_steps": "55", "ss_epoch": "1"},
-    )
-    assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
-    save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
-    assert steps() == [9, 10, 55, 100]  # without the one whose number is unclear
-    (tmp_path / "lora-000001.safetensors").unlink()
-    save_file({"w": torch.full((3,), 9.0)}, tmp_path / "x-9.safetensors")
-    pattern = r"(?:step|of-|x-)(\d+)"
-    assert steps(step_from=pattern) == [3, 9, 10, 100]  # two files of step 9 have the same weights
-    save_file({"w": torch.tensor([9.0, 9, 2])}, tmp_path / "x-9.safetensors")
-    with pytest.raises(errors.MismatchError, match=r"step9.pt and .*: are both of step 9"):
-        steps(step_from=pattern)
-    save_file({"w": torch.tensor([9.0, 9])}, tmp_path / "x-9.safetensors")  # of another model
-    assert steps(step_from=pattern) == [3, 9, 10, 100]
+
+@pytest.mark.parametrize(
+    ("weights", "steps"), [([9.0] * 3, [9, 10]), ([9.0, 9, 2], None), ([9.0, 9], [9, 10])]
+)
+def test_two_files_of_one_step_are_the_same_or_of_another_model(
+    weights: list[float],
+    steps: list[int] | None,
+    tmp_path: Path,
+    imported: Imported,
+) -> None:
+    filled(tmp_path, 9, 10)
+    save_file({"w": torch.tensor(weights)}, tmp_path / "x-9.safetensors")
+    pattern = r"(?:step|x-)(\d+)"
+    if steps is None:
+        with pytest.raises(errors.MismatchError, match=r"step9.pt and .*: are both of step 9"):
+            imported(tmp_path, step_from=pattern)
+    else:
+        run = imported(tmp_path, step_from=pattern)
+        assert [source.step for source in run.sources] == steps
 
 
 def test_a_file_can_be_described_without_its_step(tmp_path: Path) -> None:
@@ -205,7 +200,9 @@ UNREADABLE: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("content", "reason"), UNREADABLE, ids=["sparse", "complex", "two models"])
 def test_tensors_that_are_not_read_are_named(
-    content: dict[str, Any], reason: str, tmp_path: Path
+    content: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
 ) -> None:
     torch.save(content, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match=reason):
@@ -223,30 +220,39 @@ class AmbiguousNames(torch.nn.Module):
         self.register_buffer("table", torch.ones(3), persistent=False)
 
 
-def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> None:
-    """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own
-    tutorial store it."""
-    folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed", "graph")]
-    for folder in folders:
-        folder.mkdir()
+def trainer_state(step: int) -> dict[str, Any]:
+    """Return the state of a trainer, as Composer and torch's own tutorial store it."""
+    adam = {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
+    return {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_a_module_is_read(is_alone: bool, tmp_path: Path) -> None:
     for step in (1, 2):
         module = AmbiguousNames(step)
-        adam = {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
-        state = {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
-        torch.save(module, folders[0] / f"step{step}.pt")
-        torch.save({"epoch": 9, "model": module, "optimizer": adam}, folders[1] / f"step{step}.pt")
-        torch.save(
-            {"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt"
-        )
-        distributed(folders[3] / f"step-{step}", {"app": state})
-        torch.save(torch.fx.symbolic_trace(module.head["x"]), folders[4] / f"step{step}.pt")
-    for folder in folders[:2]:
-        assert Run(folder).tensors.keys() == module.state_dict().keys()
-        assert Run(folder).average(0.2, t=1)["scale"] == 1
-    assert Run(folders[4]).tensors.keys() == {"weight", "bias"}
-    for folder in folders[2:4]:
-        assert Run(folder).average(0.2, t=1)["w"].tolist() == [1, 1, 1]
-        assert set(Run(folder).tensors) == {"w"}
+        content = module if is_alone else {"epoch": 9, "model": module, "optimizer": {"a": 1}}
+        torch.save(content, tmp_path / f"step{step}.pt")
+    made = Run(tmp_path).average(0.2, t=1)
+    assert made.keys() == module.state_dict().keys()
+    assert made["scale"] == 1
+
+
+def test_a_traced_module_is_read(tmp_path: Path) -> None:
+    torch.save(torch.fx.symbolic_trace(torch.nn.Linear(2, 1)), tmp_path / "step1.pt")
+    assert Run(tmp_path).tensors.keys() == {"weight", "bias"}
+
+
+def test_the_model_is_found_in_the_state_of_a_trainer(tmp_path: Path) -> None:
+    for step in (1, 2):
+        content = {"state": trainer_state(step), "rng": [{"cuda": torch.ones(5)}]}
+        torch.save(content, tmp_path / f"step{step}.pt")
+    assert Run(tmp_path).average("last:2").keys() == {"w"}
+
+
+def test_the_model_is_found_in_a_distributed_state_of_a_trainer(tmp_path: Path) -> None:
+    for step in (1, 2):
+        distributed(tmp_path / f"step-{step}", {"app": trainer_state(step)})
+    assert Run(tmp_path).average("last:2")["w"].tolist() == [1.5] * 3
 
 
 class Keyed:
@@ -330,7 +336,10 @@ DIFFERENCES: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str]] 
 
 @pytest.mark.parametrize(("first", "second", "difference"), DIFFERENCES)
 def test_two_models_never_mix(
-    first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], difference: str, tmp_path: Path
+    first: dict[str, torch.Tensor],
+    second: dict[str, torch.Tensor],
+    difference: str,
+    tmp_path: Path,
 ) -> None:
     for step, tensors in enumerate((first, second), 1):
         torch.save(tensors, tmp_path / f"step{step}.pt")
@@ -393,30 +402,6 @@ def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:
         "iter-20 (average)",
     ]
     assert run.average("last:2")["a"].tolist() == [15.0] * 3
-
-
-def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8)
-    states = {}
-    for step in (2, 10):
-        torch.manual_seed(step)
-        model = transformers.GPT2LMHeadModel(config)
-        model.save_pretrained(
-            tmp_path / f"checkpoint-{step}", max_shard_size="4KB" if step == 2 else "5GB"
-        )
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(
-            json.dumps({"global_step": step})
-        )
-        # tied
-        states[step] = {
-            name: value for name, value in model.state_dict().items() if name != "lm_head.weight"
-        }
-    run = Run(tmp_path)
-    assert [source.step for source in run.sources] == [2, 10]
-    check_average(run, states)
-    run.write(0.2, tmp_path / "model.safetensors")
-    assert load_file(tmp_path / "model.safetensors").keys() == run.tensors.keys()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -506,7 +491,8 @@ def test_a_number_of_another_folder_is_no_step(tmp_path: Path) -> None:
 
 
 def test_a_number_without_a_word_is_left_out_next_to_those_with_a_word(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = save_step(tmp_path, "step100", "step200", "best-2")
     assert [source.step for source in run.sources] == [100, 200]
@@ -544,10 +530,14 @@ for step in range(1, 4):
 """
 
 
-@pytest.mark.parametrize("writer", ["own", "safetensors"])
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("fsdp-tp", 4)])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "writer"), [("fsdp", 3, "own"), ("fsdp-tp", 4, "safetensors")]
+)
 def test_chunks_of_processes_make_the_tensors(
-    kind: str, ranks: int, writer: str, tmp_path: Path
+    kind: str,
+    ranks: int,
+    writer: str,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "run").mkdir()
     check_group(TRAIN, ranks, tmp_path, kind, writer)

@@ -2,7 +2,6 @@
 in their format."""
 
 import json
-import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from trained import (
     EVERY,
     STEPS,
@@ -36,7 +34,8 @@ DECAY = 0.995
 
 
 def replay(
-    update: Callable[[torch.nn.Module], None], save: Callable[[int, torch.nn.Module], None]
+    update: Callable[[torch.nn.Module], None],
+    save: Callable[[int, torch.nn.Module], None],
 ) -> None:
     """Repeat the recorded training with a model; call `update` after each step, and `save` at
     `TIMES`."""
@@ -95,22 +94,6 @@ def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
     return {"prefix": "net."}
 
 
-def save_states(folder: Path, average: Any) -> Callable[[int, torch.nn.Module], None]:
-    """Return a function that writes the states of a model and of its average into one file."""
-
-    def save(step: int, model: torch.nn.Module) -> None:
-        content = {"model": model.state_dict(), "ema": average.state_dict(), "step": step}
-        torch.save(content, folder / f"{step}.pt")
-
-    return save
-
-
-def averaged_model(folder: Path) -> dict[str, Any]:
-    average = AveragedModel(network(), multi_avg_fn=get_ema_multi_avg_fn(DECAY))
-    replay(average.update_parameters, save_states(folder, average))
-    return {"ema_decay": DECAY}
-
-
 def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20) -> dict[str, Any]:
     library = pytest.importorskip("ema_pytorch")
     online = network()
@@ -128,20 +111,6 @@ def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20
         "update_every": update_every,
         "update_after_step": update_after_step,
     }
-
-
-def lit_ema(folder: Path) -> dict[str, Any]:
-    def form(step: int, weights: Weights, average: Weights) -> Any:
-        state = {f"model.{name}": value for name, value in weights.items()}
-        state |= {f"model_ema.{name.replace('.', '')}": value for name, value in average.items()}
-        state |= {
-            "model_ema.decay": torch.tensor(DECAY),
-            "model_ema.num_updates": torch.tensor(step),
-        }
-        return {"state_dict": state, "global_step": step}
-
-    write(folder, train(), by(lambda step: min(DECAY, ratio(step))), form=form)
-    return {"prefix": "model."}
 
 
 def lightning(folder: Path) -> dict[str, Any]:
@@ -175,14 +144,6 @@ def lightning(folder: Path) -> dict[str, Any]:
         trainer = library.Trainer(max_steps=STEPS, accelerator="cpu", callbacks=callbacks, **off)
         trainer.fit(Replay(), torch.utils.data.DataLoader(range(STEPS)))
     return {"ema_decay": DECAY, "prefix": "net."}
-
-
-def torch_ema(folder: Path) -> dict[str, Any]:
-    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(
-        network().parameters(), decay=DECAY
-    )
-    replay(lambda model: average.update(model.parameters()), save_states(folder, average))
-    return {}
 
 
 def mmengine(folder: Path) -> dict[str, Any]:
@@ -221,22 +182,13 @@ def mmengine(folder: Path) -> dict[str, Any]:
     return {"ema_decay": DECAY, "prefix": "net."}
 
 
-LIBRARIES = [
-    timm,
-    plain,
-    diffusers,
-    averaged_model,
-    lightning,
-    ema_pytorch,
-    lit_ema,
-    torch_ema,
-    mmengine,
-]
+LIBRARIES = [timm, plain, diffusers, lightning, ema_pytorch, mmengine]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
 def test_an_ordinary_ema_makes_other_lengths(
-    library: Callable[[Path], dict[str, Any]], tmp_path: Path
+    library: Callable[[Path], dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     """The error from 15 checkpoints of the weights is 1.3e-2; from their EMAs an eighth of it, also
     in float16."""
@@ -287,13 +239,6 @@ def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureF
     }
     assert decay == pytest.approx(DECAY, abs=2e-4)
     assert error_of(Run(tmp_path / "run"))[0] < 2e-3
-    shown = ema("synthesize", tmp_path / "run", "--sigma-rel", 0.15, "--dry-run").out
-    assert re.search(r"\(average\) +[-+]0\.\d+\n", shown)
-    for wrong in (0.9, 0.9995):
-        done = ema("import", tmp_path / "x", "--out", tmp_path / "other", "--ema-decay", wrong)
-        assert done.code == 2
-        assert "times too" in done.error
-        assert "decay 0.99" in done.error
 
 
 def test_the_interval_of_ema_pytorch_is_not_guessed(tmp_path: Path) -> None:
@@ -331,21 +276,12 @@ def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) 
     assert len({one.decay for one in done.checkpoints if one.decay}) == 1
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "rate", "decay"), [("Adam", 3e-3, 0.9873), ("SGD", 0.1, 0.9925)]
-)
-def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(
-    optimizer: str, rate: float, decay: float, tmp_path: Path
-) -> None:
+def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(tmp_path: Path) -> None:
     """If predictions ignored it, actual errors would be up to 43 times the predicted ones."""
-    weights = train(rate, True, optimizer)
-    write(tmp_path / "x", weights, ema(decay))
+    weights = train(0.1, True, "SGD")
+    write(tmp_path / "x", weights, ema(0.9925))
     import_checkpoints(tmp_path / "x", tmp_path / "found")
-    import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=decay)
-    unsure = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"][
-        "ema_uncertainty"
-    ]
-    assert 0.001 < unsure < 0.3
+    import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=0.9925)
     for width in (0.05, 0.1, 0.15, 0.25):
         error, found = error_of(Run(tmp_path / "found"), width, weights=weights)
         _, said = error_of(Run(tmp_path / "said"), width, weights=weights)
@@ -373,6 +309,8 @@ def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(tmp_path: Path) -> 
     )
     assert "; taken as 0.98" in done.checks[0]
     assert {one.decay for one in done.checkpoints} == {0.0, 0.98}
+    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
+    assert settings["ema_uncertainty"] > 0
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) -> None:
@@ -400,11 +338,8 @@ def test_the_interval_is_asked_for_where_counts_do_not_show_it(tmp_path: Path) -
 
     update = by(lambda step: min(DECAY, ratio(step - 50)) if step > 50 else 0.0)
     folder = write(tmp_path / "x", train(), update, form=form)
+    reason = r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates"
     for wrong in ({}, {"update_every": 3}):
-        reason = (
-            r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates "
-            r"of its EMA by step"
-        )
         with pytest.raises(errors.InvalidValueError, match=reason):
             import_checkpoints(folder, tmp_path / "run", **wrong)
     import_checkpoints(folder, tmp_path / "run", update_every=1)
@@ -427,15 +362,6 @@ def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
         errors.InvalidValueError, match="cannot be found without weights next to the averages"
     ):
         import_checkpoints(tmp_path / "x", tmp_path / "run")
-    (tmp_path / "y").mkdir()
-    torch_ema(tmp_path / "y")
-    content = torch.load(tmp_path / "y" / f"{EVERY}.pt")
-    content["ema"]["num_updates"] = STEPS
-    torch.save(content, tmp_path / "y" / f"{EVERY}.pt")
-    with pytest.raises(
-        errors.InvalidValueError, match="has counted 1,500 updates of its EMA by step 100"
-    ):
-        _ = Run(tmp_path / "y").sources
 
 
 def test_the_power_of_ema_pytorch_is_looked_for(tmp_path: Path) -> None:

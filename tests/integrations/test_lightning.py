@@ -164,6 +164,21 @@ def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_avera
         assert distance(dict(module.named_parameters()), dict(average.named_parameters())) == 0
 
 
+def test_a_resumed_training_goes_on_from_the_raw_weights(
+    tmp_path: Path, expected: list[Any]
+) -> None:
+    begun: list[Any] = []
+
+    class Beginning(Callback):
+        def on_train_start(self, _: Any, pl_module: LightningModule) -> None:
+            begun.append(copy.deepcopy(dict(pl_module.named_parameters())))
+
+    for checkpoint in (None, tmp_path / "out/step=4.ckpt"):
+        callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
+        fit(tmp_path, callback, Beginning(), ckpt_path=checkpoint, max_steps=5)
+    assert distance(begun[1], expected[3]) == 0
+
+
 def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,7 +54,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
 
 
 def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(
-    tmp_path: Path, expected: list[Any]
+    tmp_path: Path,
+    expected: list[Any],
 ) -> None:
     """The first tracker of the process is still open, since an exception has ended its training."""
     options = EVERY | {"checkpoint_dtype": None}
@@ -74,7 +75,9 @@ def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(
 
 
 def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
-    tmp_path: Path, expected: list[Any], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    expected: list[Any],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """`output_dir` holds a checkpoint of the same step of another training, whose averages
     differ."""
@@ -95,7 +98,8 @@ def test_a_checkpoint_elsewhere_does_not_take_the_state_of_another_training(
 
 
 def test_a_training_that_begins_again_with_smaller_batches_continues_its_averages(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """There were steps and snapshots with larger batches; the trainer does not reset the weights
     either."""
@@ -117,10 +121,13 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
     assert "its averages continue from step 5" in caplog.text
 
 
-def test_steps_that_a_fused_optimizer_skips_do_not_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_that_a_scaler_skips_do_not_count(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optim: str,
 ) -> None:
-    """accelerate counts them: a GradScaler calls such an optimizer, which is the default, even
+    """accelerate counts those of a fused optimizer, the default, which a GradScaler calls even
     then."""
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -134,7 +141,12 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(
 
     class Infinite(Recorder):
         def on_pre_optimizer_step(
-            self, args: Any, state: Any, control: Any, model: Any, **_: Any
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            model: Any,
+            **_: Any,
         ) -> None:
             if state.global_step in (1, 2):
                 next(model.parameters()).grad.fill_(torch.inf)
@@ -148,7 +160,7 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(
         save_strategy="no",
         max_steps=6,
         max_grad_norm=0,
-        optim="adamw_torch_fused",
+        optim=optim,
     )
     trainer.accelerator.scaler = scaler
     trainer.train()
@@ -158,7 +170,8 @@ def test_steps_that_a_fused_optimizer_skips_do_not_count(
 
 
 def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A linear decay over the last half is the mean of that half; a window is left out while
     training is too short."""
@@ -240,7 +253,8 @@ def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_and_callbacks_are_errors_at_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for wanted, message in (
         (0.4, r"0\.4: must lie in"),
@@ -290,7 +304,8 @@ def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("evaluate", [None, 0.15])
 def test_a_finished_training_frees_its_model_and_trainer(
-    tmp_path: Path, evaluate: float | None
+    tmp_path: Path,
+    evaluate: float | None,
 ) -> None:
     callback = PostHocCallback(tmp_path / "ema", evaluate=evaluate, **EVERY)
     trainer = make_trainer(tmp_path, save_strategy="no")

@@ -21,6 +21,7 @@ from remote.servers import Server, serving
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
+from posthoc_cli.errors import RemoteError
 from posthoc_cli.remote import store
 
 LARGE = {"large": (700, 600), "small": (7,)}
@@ -37,7 +38,9 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(
-    _folder: Path, monkeypatch: pytest.MonkeyPatch, use_server: Callable[[str], None]
+    _folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    use_server: Callable[[str], None],
 ) -> Iterator[Server]:
     """A server that fails on request; each request is retried three times."""
     backoff = {"init_backoff": SHORT, "max_backoff": SHORT, "base": 2}
@@ -65,7 +68,8 @@ def requests_of_a_synthesis(server: Server, out: Path) -> int:
 
 
 def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
-    served: Server, tmp_path: Path
+    served: Server,
+    tmp_path: Path,
 ) -> None:
     """Every eighth request is tried, in turns by the three ways to break."""
     count = requests_of_a_synthesis(served, tmp_path / "sound.safetensors")
@@ -77,6 +81,49 @@ def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
             tmp_path / "sound.safetensors"
         ).read_bytes()
         (tmp_path / "again.safetensors").unlink()
+
+
+def test_a_listing_that_is_cut_is_asked_for_again(served: Server) -> None:
+    cuts = iter([True] * 3)
+    served.fault = listing(lambda handler: next(cuts, False) and handler.cut())
+    assert Run(RUN).t == 6
+    assert next(cuts, None) is None
+
+
+Answer = tuple[memoryview, store.ObjectInfo]
+
+
+def shorter(data: memoryview, info: store.ObjectInfo) -> Answer:
+    return data[:-1], info
+
+
+def of_another_object(data: memoryview, info: store.ObjectInfo) -> Answer:
+    return data, info._replace(tag="other")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (shorter, r"the answer has [\d,]+ bytes of [\d,]+"),
+        (of_another_object, "was replaced while it was being used"),
+    ],
+)
+def test_a_wrong_answer_of_a_server_is_an_error(
+    served: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    harm: Callable[..., Answer],
+    message: str,
+) -> None:
+    """Of one that does not compare the tag, or sends less than it says."""
+    get = store.get
+    monkeypatch.setattr(
+        store,
+        "get",
+        lambda url, begin, *rest: harm(*get(url, begin, *rest)) if begin else get(url, 0, *rest),
+    )
+    with pytest.raises(RemoteError, match=message):
+        Run(RUN).write(0.1, tmp_path / "out.safetensors")
 
 
 def always(status: int, code: str) -> Callable[[int, Any], bool]:
@@ -181,7 +228,9 @@ def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, 
 
 
 def test_without_credentials_or_a_server_the_error_says_what_to_do(
-    served: Server, ema: Ema, monkeypatch: pytest.MonkeyPatch
+    served: Server,
+    ema: Ema,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -218,7 +267,8 @@ def repository(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_revisions_of_a_repository_are_checkpoints_of_a_run(
-    repository: Server, tmp_path: Path
+    repository: Server,
+    tmp_path: Path,
 ) -> None:
     home = {
         "HF_ENDPOINT": repository.url,

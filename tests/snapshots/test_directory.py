@@ -23,7 +23,7 @@ from factories import (
 )
 from snapshots.recorded import Walk
 
-from posthoc_cli import PostHocEMA, Run, export_file
+from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import DirectoryError, MismatchError
 from posthoc_cli.snapshots.directory import (
     inspect_directory,
@@ -39,7 +39,9 @@ W = {"w": torch.ones(2, 3)}
 
 
 def write_times(
-    directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)
+    directory: Path,
+    times: list[float],
+    sigma_rels: tuple[float, ...] = (0.05,),
 ) -> None:
     for t in times:
         for sigma_rel in sigma_rels:
@@ -64,7 +66,8 @@ def test_snapshots_are_ordered_by_time_then_sigma_rel_whatever_their_names(tmp_p
 
 
 def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alone(
-    tmp_path: Path, small: Callable[[str], Path]
+    tmp_path: Path,
+    small: Callable[[str], Path],
 ) -> None:
     small("output")
     safetensors.torch.save_file(W, tmp_path / "foreign.safetensors")
@@ -125,7 +128,8 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     ],
 )
 def test_profiles_and_stored_dtypes_may_change_within_a_run(
-    tmp_path: Path, fields: dict[str, Any]
+    tmp_path: Path,
+    fields: dict[str, Any],
 ) -> None:
     """A run may be resumed without a deleted profile, and a value too large for float16 is stored
     in float32."""
@@ -219,6 +223,17 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
     assert times_in(tmp_path) == [10]
 
 
+def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_times(tmp_path, [10, 20])
+    synced = list[Path]()
+    monkeypatch.setattr(files.system, "fsync_directory", synced.append)
+    set_aside(read_directory(tmp_path))
+    assert synced[-2:] == [tmp_path / "superseded", tmp_path]
+
+
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:
     write_times(tmp_path / "run", [10, 20])
     superseded = tmp_path / "run" / "superseded"
@@ -264,7 +279,9 @@ def pruned(run: Path) -> None:
 
 @pytest.mark.parametrize("writer", [resumed, pruned])
 def test_the_next_writer_removes_leftovers_that_no_longer_change(
-    run: Path, tmp_path: Path, writer: Callable[[Path], None]
+    run: Path,
+    tmp_path: Path,
+    writer: Callable[[Path], None],
 ) -> None:
     old = leave(run / ".ema-1.tmp", 120)
     young = leave(run / ".ema-2.tmp", 5)

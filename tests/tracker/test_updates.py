@@ -88,7 +88,9 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
 
 @pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
 def test_folds_do_not_lose_steps_below_half_a_last_digit(
-    tmp_path: Path, dtype: torch.dtype, change: float
+    tmp_path: Path,
+    dtype: torch.dtype,
+    change: float,
 ) -> None:
     """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to
     nearest, by none."""
@@ -114,7 +116,10 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.01, 0.1, 0.2886)])
 @pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
 def test_float32_averages_are_right_wherever_windows_end(
-    tmp_path: Path, sigma_rels: tuple[float, ...], begin: int, every: int
+    tmp_path: Path,
+    sigma_rels: tuple[float, ...],
+    begin: int,
+    every: int,
 ) -> None:
     """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
     another clock."""
@@ -150,7 +155,8 @@ def test_float32_averages_are_right_wherever_windows_end(
 
 @pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
 def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
-    tmp_path: Path, kept: tuple[float, ...]
+    tmp_path: Path,
+    kept: tuple[float, ...],
 ) -> None:
     """They share it from t = 104,000 on; a run resumes within a window before, from a state with
     more profiles."""
@@ -326,7 +332,11 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("device", "bad"), [("model", torch.nan), ("cpu", -torch.inf)])
 def test_a_refused_update_leaves_the_averages_as_they_are(
-    tmp_path: Path, dtype: torch.dtype, device: str, begin: int, bad: float
+    tmp_path: Path,
+    dtype: torch.dtype,
+    device: str,
+    begin: int,
+    bad: float,
 ) -> None:
     """The bad value is in the last of many tiles, at first beside values so large that a trace of
     them would show."""
@@ -368,6 +378,22 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
                 )
 
 
+def test_an_infinity_among_the_largest_float64_values_is_refused(tmp_path: Path) -> None:
+    """Twice their norm is infinite itself."""
+    model = Scalar()
+    model.weight.data.fill_(1e308)
+    options = {"update_every": 1, "checkpoint_every": 100}
+    with PostHocEMA.from_model(model, tmp_path, **options) as tracker:
+        for _ in range(20):
+            tracker.update_(model)
+        model.weight.data[0] = torch.inf
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 21"):
+            tracker.update_(model)
+            tracker.flush()
+        means = averages_in(tracker.state_dict())["0.28"]["weight"]
+        torch.testing.assert_close(means, torch.full((3,), 1e308, dtype=torch.float64))
+
+
 def parameter(elements: int) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
@@ -403,7 +429,9 @@ CHANGES: list[tuple[Callable[[Any], object], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), CHANGES)
 def test_a_model_that_changes_is_refused_and_nothing_written(
-    tmp_path: Path, change: Any, message: str
+    tmp_path: Path,
+    change: Any,
+    message: str,
 ) -> None:
     model = Scalar()
     model.other_weight = parameter(2)
@@ -421,7 +449,8 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
 
 
 def test_a_step_that_a_cuda_graph_captures_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It would count once, however often the graph is replayed."""
     model = torch.nn.Linear(2, 2)
@@ -482,7 +511,9 @@ def record_permuted(folder: Path, changes: bool, model: Permuted, options: Any) 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(("device", "dtype"), [("model", None), ("cpu", torch.float16)])
 def test_weights_in_another_order_of_memory_have_the_same_averages(
-    tmp_path: Path, device: str, dtype: torch.dtype | None
+    tmp_path: Path,
+    device: str,
+    dtype: torch.dtype | None,
 ) -> None:
     """And the same snapshots, with their samples and paths, also if the order changes in
     mid-run."""
