@@ -62,47 +62,21 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     steps. Returns the results as data for JSON.
     """
     started = time.perf_counter()
-    threads = torch.get_num_threads()
     if steps < 100 or steps % 100:
         raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
-    files.check_parent("out", out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
-    files.make_directory(out)
-    snapshots = out / "snapshots"
-    every = checkpoint_every(steps)
-    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
-    say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
-    say(f"{every:,} steps to {snapshots}")
+    _make_empty(out)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
     try:
-        with watch("training", steps) as advance:
-            model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
-        lines = [run_command(say, "info", snapshots)]
-        say("")
-        say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
-        say("never saw")
-        swept = _measured(model, snapshots)
-        swept.write(out / "sweep")
-        _draw_samples(model, snapshots, swept, out)
+        swept, first = _train_and_measure(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    figure = partial(plots.sweep_figure, swept.to_dict())
-    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
-    width = f"{swept.found.best:.6g}"
-    best = out / "best.safetensors"
-    page = out / "report.html"
-    for words in (
-        ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
-        ("error-plot", snapshots, "--out", out / "error.png"),
-        ("report", snapshots, "--sweep", out / "sweep", "--out", page),
-    ):
-        lines.append(run_command(say, *words, "--overwrite"))
+    lines = [first, *_run_commands(out, swept.found.best, say)]
     averages = [trial for trial in swept.trials if trial.x is not None]
     return {
         "out": str(out),
         "steps": steps,
-        "checkpoint_every": every,
+        "checkpoint_every": checkpoint_every(steps),
         "tracked": list(TRACKED),
         "raw": swept.raw,
         "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in averages],
@@ -112,6 +86,50 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         "files": [str(path) for path in sorted(out.iterdir())],
         "seconds": time.perf_counter() - started,
     }
+
+
+def _make_empty(out: Path) -> None:
+    files.check_parent("out", out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
+    files.make_directory(out)
+
+
+def _train_and_measure(
+    out: Path, steps: int, say: Say, watch: ProgressBar
+) -> tuple[SweepReport, str]:
+    """Train, measure and draw; return the sweep, and the command line of `ema info`."""
+    snapshots = out / "snapshots"
+    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
+    say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
+    say(f"{checkpoint_every(steps):,} steps to {snapshots}")
+    with watch("training", steps) as advance:
+        model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
+    line = run_command(say, "info", snapshots)
+    say("")
+    say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
+    say("never saw")
+    swept = _measured(model, snapshots)
+    swept.write(out / "sweep")
+    _draw_samples(model, snapshots, swept, out)
+    figure = partial(plots.sweep_figure, swept.to_dict())
+    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
+    return swept, line
+
+
+def _run_commands(out: Path, best: float, say: Say) -> list[str]:
+    """Make the best average, the picture of errors and the page; return the command lines."""
+    snapshots = out / "snapshots"
+    average = out / "best.safetensors"
+    page = out / "report.html"
+    return [
+        run_command(say, *words, "--overwrite")
+        for words in (
+            ("synthesize", snapshots, "--sigma-rel", f"{best:.6g}", "--out", average),
+            ("error-plot", snapshots, "--out", out / "error.png"),
+            ("report", snapshots, "--sweep", out / "sweep", "--out", page),
+        )
+    ]
 
 
 def _measured(model: Denoiser, snapshots: Path) -> SweepReport:

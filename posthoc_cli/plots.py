@@ -11,6 +11,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -90,24 +91,97 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that
     of the profiles."""
     figure, axes = _figure()
-    heights = [np.minimum(curve.predicted_error, _MOST_ERROR) for curve in curves]
-    # The largest power of ten below nearly all of the curves.
-    lowest = max(min(float(np.quantile(errors, 0.1)) for errors in heights), 1e-300)
-    least = float(np.clip(10 ** math.floor(math.log10(lowest)), *_LEAST_ERRORS))
-    for index, (curve, errors) in enumerate(zip(curves, heights, strict=True)):
-        _draw_curve(axes, curve, np.maximum(errors, least), index, alone=len(curves) == 1)
-        for number, point in enumerate(curve.others):
-            axes.plot(
-                max(point.sigma_rel, _LEAST_WIDTH),
-                np.clip(point.predicted_error, least, _MOST_ERROR),
-                marker=MARKERS[(number + 1) % len(MARKERS)],
-                color=COLOURS[index % len(COLOURS)],
-                linestyle="none",
-                clip_on=False,
-                zorder=6,
-                label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
-            )
-    for index, curve in enumerate(curves if profile_error else ()):
+    least = _lowest_error(curves)
+    for index, curve in enumerate(curves):
+        _draw_curve(axes, curve, least, index, alone=len(curves) == 1)
+        _draw_points(axes, curve, least, COLOURS[index % len(COLOURS)])
+    if profile_error:
+        _draw_profile_errors(axes, curves)
+    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel("sigma_rel (width, as a fraction of training)")
+    axes.margins(x=0.01)  # for marks at the ends
+    axes.set_ylabel("expected relative L2 error of the weights")
+    _scale_errors(axes, np.concatenate([_all_errors(curve) for curve in curves]), least)
+    title = "Predicted error of the weights"
+    if len(curves) == 1:
+        title += f": {_good_range(curves[0])}"
+    return _finish(figure, axes.xaxis, title)
+
+
+def _lowest_error(curves: Sequence[ErrorCurve]) -> float:
+    """Return the lower end of the error axis: the largest power of ten below nearly all errors."""
+    lows = [float(np.quantile(_heights(curve), 0.1)) for curve in curves]
+    power = 10 ** math.floor(math.log10(max(min(lows), 1e-300)))
+    return float(np.clip(power, *_LEAST_ERRORS))
+
+
+def _heights(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+    return np.minimum(curve.predicted_error, _MOST_ERROR)
+
+
+def _all_errors(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+    points = [point.predicted_error for point in curve.others]
+    return np.concatenate([_heights(curve), points])
+
+
+def _scale_errors(axes: Axes, errors: npt.NDArray[np.float64], least: float) -> None:
+    """Set the range of the error axis, and say at its lower end if errors below it are drawn
+    there."""
+    axes.set_ylim(least, np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR))
+    is_cut = errors.min() < least
+
+    def as_percent(error: float, _: object) -> str:
+        text = f"{100 * error:g} %"
+        return f"≤ {text}" if is_cut and error < 1.01 * least else text
+
+    axes.yaxis.set_major_formatter(as_percent)
+
+
+def _draw_points(axes: Axes, curve: ErrorCurve, least: float, colour: str) -> None:
+    """Draw the averages of a curve that are no power functions."""
+    for number, point in enumerate(curve.others, start=1):
+        axes.plot(
+            max(point.sigma_rel, _LEAST_WIDTH),
+            np.clip(point.predicted_error, least, _MOST_ERROR),
+            marker=MARKERS[number % len(MARKERS)],
+            color=colour,
+            linestyle="none",
+            clip_on=False,
+            zorder=6,
+            label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
+        )
+
+
+def _draw_curve(axes: Axes, curve: ErrorCurve, least: float, index: int, alone: bool) -> None:
+    """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
+    small errors."""
+    label = curve.label[: _LONGEST_TEXT // 2]
+    if curve.tracked:
+        tracked = ", ".join(f"{width:g}" for width in curve.tracked)
+        label += f"; tracked: {tracked}"
+    if not alone:
+        label += f"; {_good_range(curve)}"
+    heights = np.maximum(_heights(curve), least)
+    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
+    low, *_, high = curve.sigma_rels
+    marked = [width for width in curve.tracked if low <= width <= high]
+    axes.plot(
+        marked,
+        np.interp(marked, curve.sigma_rels, heights),
+        marker=MARKERS[0],
+        color=COLOURS[index % len(COLOURS)],
+        linestyle="none",
+        clip_on=False,
+        zorder=5,
+    )
+    if alone:  # those of several curves would overlap
+        for begin, end in curve.ranges_below(GOOD_ERROR):
+            axes.axvspan(begin, end, color=COLOURS[index], alpha=0.10, linewidth=0)
+
+
+def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
+    for index, curve in enumerate(curves):
         label = None if index else "thin: relative L2 error of the profile"
         axes.plot(
             curve.sigma_rels,
@@ -118,48 +192,6 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
             label=label,
             **_line(index),
         )
-    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="sigma_rel (width, as a fraction of training)")
-    axes.margins(x=0.01)  # for marks at the ends
-    drawn = np.concatenate(
-        [*heights, [point.predicted_error for curve in curves for point in curve.others]]
-    )
-    axes.set_ylim(least, np.clip(2 * drawn.max(), 2 * GOOD_ERROR, _MOST_ERROR))
-    is_cut = drawn.min() < least
-    axes.yaxis.set_major_formatter(
-        lambda error, _: f"{'≤ ' if is_cut and error < 1.01 * least else ''}{100 * error:g} %"
-    )
-    axes.set_ylabel("expected relative L2 error of the weights")
-    title = "Predicted error of the weights"
-    if len(curves) == 1:
-        title += f": {_good_range(curves[0])}"
-    return _finish(figure, axes.xaxis, title)
-
-
-def _draw_curve(
-    axes: Axes, curve: ErrorCurve, heights: npt.NDArray[np.float64], index: int, alone: bool
-) -> None:
-    """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
-    small errors."""
-    label = curve.label[: _LONGEST_TEXT // 2]
-    if curve.tracked:
-        label += f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}"
-    if not alone:
-        label += f"; {_good_range(curve)}"
-    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
-    marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
-    axes.plot(
-        marked,
-        np.interp(marked, curve.sigma_rels, heights),
-        marker=MARKERS[0],
-        color=COLOURS[index % len(COLOURS)],
-        linestyle="none",
-        clip_on=False,
-        zorder=5,
-    )
-    # those of several curves would overlap
-    for low, high in curve.ranges_below(GOOD_ERROR) if alone else ():
-        axes.axvspan(low, high, color=COLOURS[index], alpha=0.10, linewidth=0)
 
 
 def _good_range(curve: ErrorCurve) -> str:
@@ -174,36 +206,52 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
     kind = found["axis"]
-    raw = found["raw"]
-
-    def place(value: Any) -> float:
-        return 1 / (1 - float(value)) if kind == "beta" else float(value)
-
-    curve = [
-        (place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]
-    ]
-    widths, means, errors = np.array(curve, float).T
-    measured = [trial for trial in found["trials"] if None not in (trial["value"], trial["x"])]
-    points = [
-        (place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
-        for trial in measured
-    ]
-    lengths, values, noise = np.array(points, float).reshape(-1, 3).T
-    flat = [*map(place, found["equal_within_noise"])]
-    best = place(found["best"][kind])
+    length = partial(_drawn_length, kind)
     figure, axes = _figure()
-    label = f"equal within the noise: {flat[0]:g} to {flat[1]:g}"
-    axes.axvspan(*flat, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
-    axes.fill_between(
-        widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0
-    )
-    axes.plot(
-        widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors"
-    )
+    low, high = map(length, found["equal_within_noise"])
+    label = f"equal within the noise: {low:g} to {high:g}"
+    axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
+    _draw_estimate(axes, found["curve"], length)
+    values = _draw_trials(axes, found["trials"], found["noise"], length)
+    best = length(found["best"][kind])
+    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
+    raw = found["raw"]
+    if raw is not None:
+        label = f"raw weights: {raw:.5g}"
+        axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
+    axes.set_ylim(*_metric_range(values, raw))
+    label = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
+    axes.set(xscale="log", xlabel=label)
+    axes.set_ylabel(_text(found["metric"]))
+    return _finish(figure, axes.xaxis)
+
+
+def _drawn_length(kind: str, value: float) -> float:
+    return 1 / (1 - value) if kind == "beta" else value
+
+
+def _draw_estimate(
+    axes: Axes, curve: Sequence[dict[str, Any]], length: Callable[[float], float]
+) -> None:
+    lengths = [length(point["x"]) for point in curve]
+    means = np.array([point["estimate"] for point in curve])
+    bands = 2 * np.array([point["standard_error"] for point in curve])
+    blue = COLOURS[0]
+    axes.fill_between(lengths, means - bands, means + bands, color=blue, alpha=0.2, linewidth=0)
+    label = "estimate, band: two standard errors"
+    axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
+
+
+def _draw_trials(
+    axes: Axes, trials: Sequence[dict[str, Any]], noise: float, length: Callable[[float], float]
+) -> list[float]:
+    """Draw the measured metrics of averages, and return them."""
+    measured = [trial for trial in trials if None not in (trial["value"], trial["x"])]
+    values = [trial["value"] for trial in measured]
     axes.errorbar(
-        lengths,
+        [length(trial["x"]) for trial in measured],
         values,
-        noise,
+        [trial["standard_error"] or noise for trial in measured],
         color=COLOURS[4],
         marker="o",
         markersize=4,
@@ -211,23 +259,19 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         capsize=3,
         label="measured, bars: noise",
     )
-    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
-    low = float(np.min(values))
-    high = float(np.max(values))
-    if raw is not None:
-        axes.axhline(
-            raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}"
-        )
-        if max(low - raw, raw - high) <= _FAR * (high - low):
-            low = min(low, raw)
-            high = max(high, raw)
+    return values
+
+
+def _metric_range(values: Sequence[float], raw: float | None) -> tuple[float, float]:
+    """Return the ends of the metric's axis, with the raw weights' metric if it is near the
+    averages'."""
+    low = min(values)
+    high = max(values)
+    if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
+        low = min(low, raw)
+        high = max(high, raw)
     margin = 0.15 * (high - low or 1)
-    axes.set_ylim(low - margin, high + margin)
-    axes.set(
-        xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
-    )
-    axes.set_ylabel(_text(found["metric"]))
-    return _finish(figure, axes.xaxis)
+    return low - margin, high + margin
 
 
 def samples_figure(
@@ -267,36 +311,38 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
     claimed = audit["intervals"][0]["claimed"]
-    length = audit["length"] or 0.0
-    sigma = audit["uncertainty"] or 0.0
+    intervals = [interval for interval in audit["intervals"] if interval["found"]]
     figure, axes = _figure()
-    drawn = [each for each in audit["intervals"] if each["found"]]
-    lengths, begins, ends = ([each[key] for each in drawn] for key in ("found", "begin", "end"))
-    axes.hlines(
-        lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval"
-    )
-    if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
-        band = (length / math.exp(sigma), length * math.exp(sigma))
-        label = f"found in all together: {length:,.4g}"
-        axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
+    _draw_intervals(axes, intervals)
+    if audit["found"] is not None:
+        _draw_common_length(axes, audit["length"] or 0.0, audit["uncertainty"] or 0.0)
     if claimed is not None:
-        axes.axhline(
-            claimed,
-            color=COLOURS[1],
-            linestyle="--",
-            linewidth=1.6,
-            label=f"claimed: {claimed:,.4g}",
-        )
-    axes.set(
-        xlabel="training time",
-        ylabel="time constant (steps)" if audit["what"] == "decay" else "sigma_rel",
-    )
-    if drawn or claimed is not None:
+        label = f"claimed: {claimed:,.4g}"
+        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
+    unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
+    axes.set(xlabel="training time", ylabel=unit)
+    if intervals or claimed is not None:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
     if audit["verdict"] != "found":
         title += f": {audit['verdict']}"
     return _finish(figure, axes.yaxis, title)
+
+
+def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
+    lengths = [interval["found"] for interval in intervals]
+    begins = [interval["begin"] for interval in intervals]
+    ends = [interval["end"] for interval in intervals]
+    label = "found in each interval"
+    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label=label)
+
+
+def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
+    if 0 < length < math.inf and uncertainty <= 1:
+        low = length / math.exp(uncertainty)
+        high = length * math.exp(uncertainty)
+        label = f"found in all together: {length:,.4g}"
+        axes.axhspan(low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
 
 
 # --- parts of all figures
@@ -327,10 +373,11 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     covers no curve."""
     axes = scaled.axes
     low, high = scaled.get_view_interval()
-    scaled.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low > 0 else MaxNLocator(5))
-    scaled.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1000 else f"{value:,.0f}")
-    )
+    if high > 10 * low > 0:
+        scaled.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        scaled.set_major_locator(MaxNLocator(5))
+    scaled.set_major_formatter(FuncFormatter(_tick))
     scaled.set_minor_locator(NullLocator())
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -339,3 +386,7 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     lines = sum(1 + text.get_text().count("\n") for text in legend.get_texts())
     figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * lines)
     return figure
+
+
+def _tick(value: float, _: object) -> str:
+    return f"{value:,.5g}" if value < 1000 else f"{value:,.0f}"

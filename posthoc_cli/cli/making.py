@@ -117,7 +117,9 @@ def _print_synthesize(found: dict[str, Any]) -> None:
         _note_copied(copied)
     elif found["left_out"] and targets[0]["output"]:
         _note_left_out(found["left_out"], Path(targets[0]["output"]))
-    shown = ["predicted_error", *["profile_error"] * (targets[0]["method"] == "paper")]
+    shown = ["predicted_error"]
+    if targets[0]["method"] == "paper":
+        shown.append("profile_error")
     if len(targets) > 1:
         # all in one folder
         rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]
@@ -126,27 +128,32 @@ def _print_synthesize(found: dict[str, Any]) -> None:
     elif not targets[0]["output"]:
         output.print_coefficients(targets[0]["snapshots"])
         output.print_line()
-    one = targets[0]
-    what = one["target"] if len(targets) == 1 else output.counted(len(targets), "average")
-    worst = ", ".join(
-        f"{title_of(key)} {_largest([target[key] for target in targets])}" for key in shown
-    )
-    size = resources.size_text(one["bytes"]) + " each" * (len(targets) > 1)
-    text = f"{what} at t = {one['t']:,.12g} from {found['sources']}, {worst}, {size}"
-    if one["output"] is None:
+    first = targets[0]
+    what = first["target"]
+    size = resources.size_text(first["bytes"])
+    place = first["output"]
+    if len(targets) > 1:
+        what = output.counted(len(targets), "average")
+        size += " each"
+        if place is not None:
+            place = str(Path(place).parent)
+    errors = ", ".join(f"{title_of(key)} {_largest(targets, key)}" for key in shown)
+    text = f"{what} at t = {first['t']:,.12g} from {found['sources']}, {errors}, {size}"
+    if place is None:
         read = resources.size_text(found["read_bytes"])
         output.print_line(f"would make {text}; would read {read}; nothing was written")
     else:
-        place = one["output"] if len(targets) == 1 else str(Path(one["output"]).parent)
-        output.print_line(
-            f"made {text}, in {one['seconds']:.1f} s: {'in this folder' if place == '.' else place}"
-        )
+        where = "in this folder" if place == "." else place
+        output.print_line(f"made {text}, in {first['seconds']:.1f} s: {where}")
 
 
-def _largest(errors: list[float | None]) -> str:
+def _largest(targets: list[dict[str, Any]], key: str) -> str:
+    """Return the largest error of all targets as text."""
+    errors = [target[key] for target in targets]
     if None in errors:
         return percent(None)
-    return "up to " * (len(errors) > 1) + percent(max(filter(None, errors), default=0.0))
+    largest = percent(max(errors))
+    return largest if len(errors) == 1 else f"up to {largest}"
 
 
 def _listed(names: list[str]) -> str:
@@ -555,10 +562,10 @@ def import_(
         output.print_line(check)
     if done.written:
         output.print_line(f"wrote a run that refers to these files: {done.out}")
+    elif dry_run:
+        output.print_line("nothing was written")
     else:
-        output.print_line(
-            "nothing was written" + ("" if dry_run else f": {done.out} is this import already")
-        )
+        output.print_line(f"nothing was written: {done.out} is this import already")
 
 
 def _parse_decay(text: str) -> float | str:
@@ -651,16 +658,16 @@ def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> Non
 
 
 def _print_end(found: dict[str, Any], dry_run: bool) -> None:
-    what = (
-        f"{output.counted(len(found['gone']), 'snapshot')}, "
-        f"{resources.size_text(found['gone_bytes'])}"
-    )
+    count = output.counted(len(found["gone"]), "snapshot")
+    what = f"{count}, {resources.size_text(found['gone_bytes'])}"
     if not found["gone"]:
         output.print_line("nothing has to be deleted")
     elif found["deleted"]:
         output.print_line(f"deleted {what}; {len(found['kept'])} are left, verified")
+    elif dry_run:
+        output.print_line(f"would delete {what}; nothing was deleted")
     else:
-        output.print_line(f"would delete {what}; " * dry_run + "nothing was deleted")
+        output.print_line("nothing was deleted")
 
 
 def demo(
@@ -693,32 +700,31 @@ def _print_demo(found: dict[str, Any]) -> None:
 
     output.print_line()
     output.print_line("Which length is best? The loss on images that the training has not seen:")
-    rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}", "versus": "", "mark": ""}]
+    rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}"}]
     losses = {}
-    for one in found["averages"]:
-        width = one["sigma_rel"]
-        losses[width] = one["loss"]
-        row = {"what": f"{width:g}", "loss": f"{one['loss']:.5f}"}
-        row["versus"] = f"{100 * (one['loss'] / found['raw'] - 1):+.2f} %"
-        row["mark"] = "<- best" if width == found["best"] else ""
+    for average in found["averages"]:
+        width = average["sigma_rel"]
+        loss = average["loss"]
+        losses[width] = f"{loss:.5f}"
+        row = {"what": f"{width:g}", "loss": losses[width]}
+        row["versus"] = f"{100 * (loss / found['raw'] - 1):+.2f} %"
+        if width == found["best"]:
+            row["mark"] = "<- best"
         rows.append(row)
     output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
     low, high = found["equal_within_noise"]
     output.print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise")
+    best = found["best"]
     tracked = " or ".join(f"{width:g}" for width in found["tracked"])
-    plain = " or ".join(f"{losses[width]:.5f}" for width in found["tracked"])
-    output.print_line(
-        f"a plain EMA of {tracked}: {plain}; yours, of {found['best']:g}: "
-        f"{losses[found['best']]:.5f}"
-    )
+    plain = " or ".join(losses[width] for width in found["tracked"])
+    output.print_line(f"a plain EMA of {tracked}: {plain}; yours, of {best:g}: {losses[best]}")
     out = Path(found["out"])
     output.print_line()
     output.print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, and try:")
-    mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
-    schedule = ["--steps", "100000", "--params", "100K", "--disk", "10MB"]
+    folder = shlex.quote(str(out))
     for words in (
-        ["synthesize", out / "snapshots", *mine],
-        ["info", out / "best.safetensors"],
-        ["plan", *schedule, "--out", out / "plan.png"],
+        f"synthesize {folder}/snapshots --sigma-rel 0.13 --out {folder}/mine.safetensors",
+        f"info {folder}/best.safetensors",
+        f"plan --steps 100000 --params 100K --disk 10MB --out {folder}/plan.png",
     ):
-        output.print_line(f"  {shlex.join([command_name(), *map(str, words)])}")
+        output.print_line(f"  {shlex.quote(command_name())} {words}")

@@ -137,7 +137,7 @@ def write_picture(draw: Callable[[], Figure], path: Path, overwrite: bool) -> No
 
 def counted(count: int, what: str) -> str:
     """Return a count with its noun: "1 file", "1,200 files"."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def log_to_stderr() -> None:

@@ -120,10 +120,10 @@ def _print_verify(found: dict[str, Any]) -> None:
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
     for file in wrong:
-        state = (
-            f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
-        )
-        output.print_line(f"{file['path']}: {file['what']}: {state.removesuffix(': ')}")
+        detail = file["detail"]
+        if not detail.startswith(file["state"]):
+            detail = f"{file['state']}: {detail}".removesuffix(": ")
+        output.print_line(f"{file['path']}: {file['what']}: {detail}")
     for name in found["leftovers"]:
         output.print_line(f"{name}: left by an interrupted write, or by one in progress")
     if found["files"] or found["leftovers"]:
@@ -136,22 +136,22 @@ def _print_verify(found: dict[str, Any]) -> None:
 
 def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    total = output.counted(len(found["files"]), "file")
-    if not wrong:
-        unchecked = sum(file["state"] == "unchecked" for file in found["files"])
-        intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
-        read = (
-            f", {resources.size_text(found['bytes'])} verified in {found['seconds']:.1f} s"
-            * bool(found["bytes"])
-        )
-        return f"{total}{read}: {intact if unchecked else 'all intact'}"
-    names = ", ".join(file["path"] for file in wrong[:3])
-    more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
-    states = {file["state"] for file in wrong}
-    verdict = states.pop() if len(states) == 1 else "not in order"
-    return (
-        f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"
-    )
+    files = found["files"]
+    total = output.counted(len(files), "file")
+    if wrong:
+        states = {file["state"] for file in wrong}
+        verdict = states.pop() if len(states) == 1 else "not in order"
+        verb = "is" if len(wrong) == 1 else "are"
+        names = ", ".join(file["path"] for file in wrong[:3])
+        more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+        return f"{len(wrong):,} of {total} {verb} {verdict}: {names}{more}"
+    if found["bytes"]:
+        size = resources.size_text(found["bytes"])
+        total += f", {size} verified in {found['seconds']:.1f} s"
+    unchecked = sum(file["state"] == "unchecked" for file in files)
+    if not unchecked:
+        return f"{total}: all intact"
+    return f"{total}: {len(files) - unchecked:,} intact, {unchecked:,} without checksums"
 
 
 def audit(
@@ -196,32 +196,32 @@ def _print_audits(found: dict[str, Any]) -> None:
 
 def _print_audit(found: dict[str, Any]) -> None:
     name = found["name"]
-    intervals = found["intervals"]
-    of = f" of {name}" * bool(name)
-    is_decay = found["what"] == "decay"
-    rows = [
-        {
-            "found": "-" if one["found"] is None else f"{one['found']:,.4g}",
-            "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
-            "ratio": ""
-            if None in (one["claimed"], one["found"])
-            else f"{one['found'] / one['claimed']:.3g}",
-        }
-        | {
-            key: "-" if one[key] is None else one[key]
-            for key in ("begin", "end", "unexplained", "note")
-        }
-        for one in intervals
-    ]
     claim = [] if found["claimed"] is None else ["claimed", "ratio"]
+    rows = list(map(_audit_row, found["intervals"]))
     if rows:
-        output.print_line(
-            f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}"
-        )
+        of = f" of {name}" if name else ""
+        title = f"sigma_rel found{of}"
+        if found["what"] == "decay":
+            title = f"time constant{of}, in steps, by interval"
+        output.print_line(title)
         output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
-    verdict = "" if found["text"].endswith(found["verdict"]) else f"{found['verdict']}: "
-    output.print_line(f"{name}: " * bool(name) + f"{verdict}{found['text']}")
+    text = found["text"]
+    if not text.endswith(found["verdict"]):
+        text = f"{found['verdict']}: {text}"
+    output.print_line(f"{name}: {text}" if name else text)
+
+
+def _audit_row(interval: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of one interval, with rounded lengths and their ratio."""
+    length = interval["found"]
+    claimed = interval["claimed"]
+    row = {key: "-" if value is None else value for key, value in interval.items()}
+    row["found"] = "-" if length is None else f"{length:,.4g}"
+    row["claimed"] = "" if claimed is None else f"{claimed:,.4g}"
+    if length is not None and claimed is not None:
+        row["ratio"] = f"{length / claimed:.3g}"
+    return row
 
 
 def report(
@@ -296,21 +296,22 @@ def error_plot(
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
+    columns = ["  target:target", "width", "predicted_error"]
+    if is_paper:
+        columns.append("profile_error")
     for curve in curves:
-        tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
+        tracked = ", ".join(f"{width:g}" for width in curve.tracked) or "none"
         below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
         output.print_pairs(
             [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
         )
-        rows = [
-            other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
-            for other in curve.to_dict()["others"]
-        ]
+        rows = curve.to_dict()["others"]
+        for row in rows:
+            row["target"] = f"  {row['target']}"
+            row["width"] = f"{row['sigma_rel']:.3g}"
         if rows:
-            output.print_rows(
-                rows, ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper]
-            )
+            output.print_rows(rows, columns)
 
 
 _PLAN_COLUMNS = [
@@ -371,14 +372,12 @@ def plan(
 def _print_plan(found: dict[str, Any]) -> None:
     schedules = found["schedules"]
     chosen = found["within_disk"]
-    rows = [
-        one
-        | {
-            "marked": one["name"] + " *" * (one["name"] == chosen),
-            "tracked": ", ".join(map(str, one["sigma_rels"])),
-        }
-        for one in schedules
-    ]
+    rows = []
+    for schedule in schedules:
+        name = schedule["name"]
+        tracked = ", ".join(map(str, schedule["sigma_rels"]))
+        marked = f"{name} *" if name == chosen else name
+        rows.append(schedule | {"marked": marked, "tracked": tracked})
     output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
     low = schedules[0]["sigma_rel"][0]
     high = schedules[0]["sigma_rel"][-1]
@@ -387,10 +386,10 @@ def _print_plan(found: dict[str, Any]) -> None:
     )
     if found["disk"] is not None:
         output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
-    for one in schedules:
+    for schedule in schedules:
         output.print_line()
-        output.print_line(f"{one['name']}:")
-        output.print_line(f"ema = {one['call']}")
+        output.print_line(f"{schedule['name']}:")
+        output.print_line(f"ema = {schedule['call']}")
 
 
 _COMMON_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
@@ -423,18 +422,17 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = options.parse_count(steps or "1000", "--steps")
-    widths = (
-        parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel")
-        if target is None
-        else []
-    )
-    betas = [] if target is None else _betas(target)
-    rows = convert(count, widths, betas)
+    if target is None:
+        text = _COMMON_WIDTHS if sigma_rel is None else sigma_rel
+        rows = convert(count, parse_numbers(text, "--sigma-rel"), [])
+    else:
+        rows = convert(count, [], _betas(target))
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return
-    rounded = [{key: float(f"{value:.8g}") for key, value in row.items()} for row in rows]
-    output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
+    for row in rows:
+        row |= {key: float(f"{value:.8g}") for key, value in row.items()}
+    output.print_rows(rows, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
     output.print_line(
         f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age"
     )

@@ -50,9 +50,8 @@ def text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
-        return ", ".join(text("", item) for item in value[:5]) + (
-            f" and {len(value) - 5} more" * (len(value) > 5)
-        )
+        listed = ", ".join(text("", item) for item in value[:5])
+        return f"{listed} and {len(value) - 5} more" if len(value) > 5 else listed
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):

@@ -39,6 +39,7 @@ from posthoc_cli.sweep.search import RAW, RESULT, Trial, answer
 from posthoc_cli.sweep.sweeps import LOGS
 
 _MOST_BYTES = 50_000_000  # of the result of a sweep
+_PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # those whose versions are shown
 _COMPARED = [
     ("sweep", "folder"),
     ("best", "best"),
@@ -68,31 +69,37 @@ def render(
     """
     parts = [_describe_run(run) for run in ([runs] if isinstance(runs, Run) else runs)]
     swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
+    errors = None
+    if len(parts) > 1:
+        errors = _picture(partial(plots.error_figure, [part["curve"] for part in parts]))
+    commands: list[str] = []
+    for part in parts:
+        commands += part["commands"] or [_command(part["run"])]
+    script = (Path(__file__).parent / "page.js").read_text()
+    digest = hashlib.sha256(script.encode()).digest()
+    return _template().render(
+        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
+        parts=parts,
+        sweeps=swept,
+        columns=_COMPARED,
+        compared=[sweep for sweep in swept if "best" in sweep],
+        errors=errors,
+        script=script,
+        digest=base64.b64encode(digest).decode(),
+        date=time.strftime("%d %B %Y"),
+        commands=commands,
+        versions={"Python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+    )
+
+
+def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )
     environment.filters["size"] = size_text
-    script = (Path(__file__).parent / "page.js").read_text()
-    packages = ("posthoc-cli", "torch", "numpy", "safetensors")
-    return environment.get_template("page.html").render(
-        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
-        parts=parts,
-        sweeps=swept,
-        columns=_COMPARED,
-        compared=[one for one in swept if "best" in one],
-        errors=_picture(partial(plots.error_figure, [part["curve"] for part in parts]))
-        if len(parts) > 1
-        else None,
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        date=time.strftime("%d %B %Y"),
-        commands=[line for part in parts for line in part["commands"] or [_command(part["run"])]],
-        versions=[
-            ("Python", platform.python_version()),
-            *((one, importlib.metadata.version(one)) for one in packages),
-        ],
-    )
+    return environment.get_template("page.html")
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -121,23 +128,12 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     try:
         result = json.loads(read_small_file(path, _MOST_BYTES))
         json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
-        run_ids = [part["info"]["run"] for part in parts]
-        if result["settings"]["run"] not in run_ids:
-            names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
-            raise MismatchError(path, f"is of another run: {' and '.join(names)}")
-        part = parts[run_ids.index(result["settings"]["run"])]
-        stops = _stops(result, folder)
-        rows = _rows(result, folder)
-        swept: dict[str, Any] = answer(result) | {
-            "folder": folder,
-            "axis": str(result["axis"]),
-            "rows": rows,
-            "has_logs": any(row["log"] or row["error"] for row in rows),
-            "stops": stops,
-            "start": [*(stop["best"] for stop in stops), True].index(True) % max(1, len(stops)),
-            "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
-        }
-        part["commands"] += filter(None, [result["again"]])
+        part = _part_of(result, parts, path)
+        swept = _texts_of(result, folder)
+        logs = os.path.relpath(folder.resolve(), out.resolve().parent)
+        swept["logs"] = urllib.parse.quote(logs)
+        if result["again"]:
+            part["commands"].append(result["again"])
         if "best" in result:
             swept["picture"] = _picture(partial(plots.sweep_figure, result))
             part["commands"].append(_command(part["run"], result))
@@ -156,24 +152,53 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     return swept
 
 
+def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Return the part of the run of a sweep; raise a MismatchError without one."""
+    run_id = result["settings"]["run"]
+    for part in parts:
+        if part["info"]["run"] == run_id:
+            return part
+    run_ids = [run_id, *(part["info"]["run"] for part in parts)]
+    names = " and ".join(shown(str(name)[:8]) for name in run_ids)
+    raise MismatchError(path, f"is of another run: {names}")
+
+
+def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the answer of a sweep, its trials and its images."""
+    rows = _rows(result, folder)
+    stops = _stops(result, folder)
+    best = [index for index, stop in enumerate(stops) if stop["best"]]
+    return answer(result) | {
+        "folder": folder,
+        "axis": str(result["axis"]),
+        "rows": rows,
+        "has_logs": any(row["log"] or row["error"] for row in rows),
+        "stops": stops,
+        "start": best[0] if best else 0,  # the stop that is shown first
+    }
+
+
 def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Return the trials of a sweep, by length, with their values as texts."""
-    keys = ["target", "seed", "value", "standard_error", "predicted_error", "seconds"]
-    keys = [key for key in keys if any(trial[key] is not None for trial in result["trials"])]
-    names = [result["metric"] if key == "value" else title_of(key) for key in keys]
+    trials = _sorted(result)
+    names = {}
+    for key in ("target", "seed", "value", "standard_error", "predicted_error", "seconds"):
+        if any(trial[key] is not None for trial in trials):
+            names[key] = result["metric"] if key == "value" else title_of(key)
     best = result.get("best", {}).get("target")
     rows = []
-    for trial in _sorted(result):
-        texts = ["" if trial[key] is None else text(key, trial[key]) for key in keys]
+    for trial in trials:
         log = f"{LOGS}/{Trial(**trial).name}"
-        rows.append(
-            {
-                "best": trial["target"] == best,
-                "error": trial["error"] or "",
-                "log": log if (folder / f"{log}.out").exists() else "",
-                "cells": [*zip(names, texts, strict=True)],
-            }
-        )
+        row = {
+            "best": trial["target"] == best,
+            "error": trial["error"] or "",
+            "log": log if (folder / f"{log}.out").exists() else "",
+            "cells": [],
+        }
+        for key, name in names.items():
+            cell = "" if trial[key] is None else text(key, trial[key])
+            row["cells"].append((name, cell))
+        rows.append(row)
     return rows
 
 
@@ -233,26 +258,17 @@ def _picture(draw: Callable[[], Figure]) -> str:
 
 def _command(run: Run, result: dict[str, Any] | None = None) -> str:
     """Return the command that makes the best average of a sweep; without a sweep an example."""
-    kind = "sigma_rel"
-    best = "0.1"
-    settings = dict[str, Any]()
-    if result is not None:
-        kind = result["axis"]
-        best = f"{result['best'][kind]:.12g}"
-        settings = result["settings"]
-    like = settings.get("like")
-    t = settings.get("t", run.t)
-    out = "model.safetensors"
-    if like:
-        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
-    options = {
-        **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
-        "--t": None if t == run.t else f"{t:.12g}",
-        "--like": like,
-        "--out": out,
-    }
     words = ["ema", "synthesize", str(run.directory)]
-    for name, value in options.items():
-        if value is not None:
-            words += [name, str(value)]
-    return shlex.join(words)
+    if result is None:
+        return shlex.join([*words, "--sigma-rel", "0.1", "--out", "model.safetensors"])
+    kind = result["axis"]
+    best = f"{result['best'][kind]:.12g}"
+    words += ["--sigma-rel", best] if kind == "sigma_rel" else ["--target", f"{kind}:{best}"]
+    t = result["settings"]["t"]
+    if t != run.t:
+        words += ["--t", f"{t:.12g}"]
+    out = "model.safetensors"
+    if like := result["settings"].get("like"):
+        words += ["--like", str(like)]
+        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
+    return shlex.join([*words, "--out", out])
