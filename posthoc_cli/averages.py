@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.swa_utils import AveragedModel
 
@@ -44,7 +45,7 @@ __all__ = [
 SUSPICIOUS_MOMENTUM = 0.5
 
 
-class ExponentialMovingAverage(torch.nn.Module):
+class ExponentialMovingAverage(nn.Module):
     """An average of a model's parameters with exponentially decaying weights.
 
     The first `update_parameters` copies the model. Later ones average at every `interval`-th call:
@@ -70,12 +71,12 @@ class ExponentialMovingAverage(torch.nn.Module):
         steps: calls of `update_parameters` so far, an int64 tensor.
     """
 
-    steps: torch.Tensor
+    steps: Tensor
 
     @torch.inference_mode(False)
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         momentum: float = 0.0002,
         interval: int = 1,
         device: torch.device | str | None = None,
@@ -102,7 +103,7 @@ class ExponentialMovingAverage(torch.nn.Module):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def update_parameters(self, model: torch.nn.Module) -> None:
+    def update_parameters(self, model: nn.Module) -> None:
         """Average the model's weights. Call it after every optimizer step."""
         steps = int(self.steps)
         parameters, buffers = paired(self.module, model)
@@ -124,13 +125,11 @@ class ExponentialMovingAverage(torch.nn.Module):
         self.steps += 1
 
 
-class WideBuffers(torch.nn.Module):
+class WideBuffers(nn.Module):
     """A module whose own buffers move between devices, but keep their precision under `half()` and
     `bfloat16()`."""
 
-    def _apply(
-        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
-    ) -> WideBuffers:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WideBuffers:
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, new in dict(self.named_buffers(recurse=False)).items():
@@ -163,15 +162,15 @@ class ShadowModel(WideBuffers):
             copies the model.
     """
 
-    num_updates: torch.Tensor | None
-    debias_mass: torch.Tensor
+    num_updates: Tensor | None
+    debias_mass: Tensor
 
     @torch.inference_mode(False)
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         decay: float,
-        num_updates: int | torch.Tensor | None = None,
+        num_updates: int | Tensor | None = None,
         zero_debias: bool = False,
     ) -> None:
         super().__init__()
@@ -179,7 +178,7 @@ class ShadowModel(WideBuffers):
         self.zero_debias = zero_debias
         self.model = check_model(model)
         self.shadow = make_average(model).eval()
-        if num_updates is None or isinstance(num_updates, torch.Tensor):
+        if num_updates is None or isinstance(num_updates, Tensor):
             self.num_updates = num_updates
         else:
             self.register_buffer(
@@ -238,17 +237,17 @@ def check_decay(decay: float, examples: str) -> float:
 # --- pairs of tensors
 
 # a tensor of the average, and the model's tensor of the same name
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
-def make_average(model: torch.nn.Module) -> torch.nn.Module:
+def make_average(model: nn.Module) -> nn.Module:
     """Copy a model without gradients; half precision becomes float32."""
     average = copy.deepcopy(unwrapped(check_model(model))).requires_grad_(False)
     average._apply(lambda tensor: tensor.float() if is_narrow(tensor.dtype) else tensor)  # type: ignore[no-untyped-call]
     return average
 
 
-def paired(average: torch.nn.Module, model: torch.nn.Module) -> tuple[list[Pair], list[Pair]]:
+def paired(average: nn.Module, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
     """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if
     they differ."""
     found = []
@@ -272,7 +271,7 @@ def paired(average: torch.nn.Module, model: torch.nn.Module) -> tuple[list[Pair]
     return found[0], found[1]
 
 
-def is_averaged(tensor: torch.Tensor) -> bool:
+def is_averaged(tensor: Tensor) -> bool:
     """Return whether such tensors are averaged: integers and booleans are not."""
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -336,7 +335,7 @@ class SwitchEMA:
         self._sigma_rel = sigma_rel
         self.step = 0
 
-    def update(self, model: torch.nn.Module) -> bool:
+    def update(self, model: nn.Module) -> bool:
         """Average the model's weights; if it is due, copy the average into the model.
 
         Returns whether the model now has the averaged weights; it keeps its own while a tracker has
@@ -357,7 +356,7 @@ class SwitchEMA:
         self.switch(model)
         return True
 
-    def switch(self, model: torch.nn.Module) -> None:
+    def switch(self, model: nn.Module) -> None:
         """Copy the averaged weights into the model now."""
         if isinstance(self._average, PostHocEMA):
             assert self._sigma_rel is not None
@@ -403,7 +402,7 @@ class HareAndTortoise(SwitchEMA):
             raise InvalidValueError("optimizer", reason, "leave it out, or use Adam")
         self._optimizer = optimizer
 
-    def switch(self, model: torch.nn.Module) -> None:
+    def switch(self, model: nn.Module) -> None:
         """Copy the tortoise into the hare and clear the optimizer's state now."""
         super().switch(model)
         if self._optimizer is not None:
@@ -461,12 +460,12 @@ class DifferentiableEMA(WideBuffers):
         num_updates: values taken in, an int64 tensor.
     """
 
-    average: torch.Tensor
-    num_updates: torch.Tensor
-    _before: torch.Tensor | None
-    _kept: deque[torch.Tensor]
-    _leaves: tuple[torch.Tensor, ...]
-    _jacobians: list[torch.Tensor]
+    average: Tensor
+    num_updates: Tensor
+    _before: Tensor | None
+    _kept: deque[Tensor]
+    _leaves: tuple[Tensor, ...]
+    _jacobians: list[Tensor]
     _has_average: bool
 
     def __init__(
@@ -494,9 +493,7 @@ class DifferentiableEMA(WideBuffers):
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
 
-    def forward(
-        self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None
-    ) -> torch.Tensor:
+    def forward(self, value: Tensor, leaves: Iterable[Tensor] | None = None) -> Tensor:
         """Average a value and return the current average, with the graph that the mode defines.
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
@@ -543,10 +540,10 @@ class DifferentiableEMA(WideBuffers):
         self.num_updates.zero_()
         self._start_anew()
 
-    def _next(self, average: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
+    def _next(self, average: Tensor | None, value: Tensor) -> Tensor:
         return value.clone() if average is None else average * self.decay + value * (1 - self.decay)
 
-    def _recomputed(self, value: torch.Tensor) -> torch.Tensor:
+    def _recomputed(self, value: Tensor) -> Tensor:
         """Average the kept values with their graphs after `_before`, the average of all earlier
         ones without one."""
         if not self._kept:
@@ -566,59 +563,43 @@ class DifferentiableEMA(WideBuffers):
         assert running is not None
         return running
 
-    def _carried(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None) -> torch.Tensor:
+    def _carried(self, value: Tensor, leaves: Iterable[Tensor] | None) -> Tensor:
         """Average the value, and J: for each leaf a tensor of the shape [elements of the average,
         *leaf]."""
-        found = () if leaves is None or isinstance(leaves, torch.Tensor) else tuple(leaves)
-        good = {
-            id(leaf)
-            for leaf in found
-            if isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad
-        }
-        is_other = bool(self._leaves) and [*map(id, found)] != [*map(id, self._leaves)]
-        if not found or len(good) < len(found) or is_other:
-            reason = (
-                "must be different leaves that require gradients, such as [w], and the "
-                "same ones at every update"
-            )
-            raise InvalidValueError(
-                "leaves", f"{reason} in mode 'carried'", "call reset() to take others"
-            )
+        given = self._checked_leaves(leaves)
         if not value.requires_grad:
             raise InvalidValueError(
                 "value", "has no graph to take the derivative from", "make it outside of no_grad"
             )
-
-        if not self._leaves:  # a module that is skipped at a later update is no mistake
-            reached = torch.autograd.grad(value.sum(), found, retain_graph=True, allow_unused=True)
-            for number in (number for number, gradient in enumerate(reached) if gradient is None):
-                text = (
-                    f"the value does not depend on leaves[{number}] of the shape "
-                    f"{list(found[number].shape)}"
-                )
-                warn(f"{text}: it gets no gradient; leave it out, or look for a detach()")
-        rows = torch.eye(value.numel(), dtype=value.dtype, device=value.device).view(
-            -1, *value.shape
-        )
-        # the caller may use the graph
-        ways = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        each = [torch.autograd.grad(value, found, row, **ways) for row in rows]
+        if not self._leaves:
+            _warn_of_unreached(value, given)
         average = self.average if self._has_average else None
         share = 1.0 if average is None else 1 - self.decay
-        earlier = self._jacobians or [torch.zeros(())] * len(found)
-        self._jacobians = [
-            share * torch.stack(gradients).to(value.dtype) + self.decay * old
-            for gradients, old in zip(zip(*each, strict=True), earlier, strict=True)
-        ]
-        self._leaves = found
+        earlier = self._jacobians or [torch.zeros(())] * len(given)
+        jacobians = []
+        for gradients, old in zip(_derivatives(value, given), earlier, strict=True):
+            jacobians.append(share * gradients + self.decay * old)
+        self._leaves = given
+        self._jacobians = jacobians
         result = self._next(average, value.detach())
-        for leaf, jacobian in zip(found, self._jacobians, strict=True):
-            # 0, with the derivative J with respect to the leaf.
-            nothing = torch.tensordot(
-                jacobian, (leaf - leaf.detach()).to(jacobian), dims=leaf.dim()
-            )
+        for leaf, jacobian in zip(given, jacobians, strict=True):
+            # 0, with the derivative J with respect to the leaf
+            zero = (leaf - leaf.detach()).to(jacobian)
+            nothing = torch.tensordot(jacobian, zero, dims=leaf.dim())
             result = result + nothing.view_as(result)
         return result
+
+    def _checked_leaves(self, leaves: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+        given = () if leaves is None or isinstance(leaves, Tensor) else tuple(leaves)
+        ids = [*map(id, given)]
+        is_same = not self._leaves or ids == [*map(id, self._leaves)]
+        if given and is_same and len({*ids}) == len(ids) and all(map(_is_trained_leaf, given)):
+            return given
+        reason = (
+            "must be different leaves that require gradients, such as [w], and the same ones at "
+            "every update in mode 'carried'"
+        )
+        raise InvalidValueError("leaves", reason, "call reset() to take others")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **_no_graphs()}  # which copies and pickles cannot hold
@@ -633,11 +614,42 @@ class DifferentiableEMA(WideBuffers):
         self._has_average = int(self.num_updates) > 0
 
 
+def _is_trained_leaf(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_leaf and leaf.requires_grad
+
+
+def _warn_of_unreached(value: Tensor, leaves: Sequence[Tensor]) -> None:
+    """Warn of leaves that the first value does not depend on; a module that is skipped at a later
+    update is no mistake."""
+    reached = torch.autograd.grad(value.sum(), leaves, retain_graph=True, allow_unused=True)
+    for number, gradient in enumerate(reached):
+        if gradient is None:
+            shape = list(leaves[number].shape)
+            warn(
+                f"the value does not depend on leaves[{number}] of the shape {shape}: it gets no "
+                f"gradient; leave it out, or look for a detach()"
+            )
+
+
+def _derivatives(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return the derivative with respect to each leaf: shape [elements of the value, *leaf]."""
+    elements = torch.eye(value.numel(), dtype=value.dtype, device=value.device)
+    gradients: list[list[Tensor]] = [[] for _ in leaves]
+    for element in elements.view(-1, *value.shape):
+        # the caller may use the graph
+        row = torch.autograd.grad(
+            value, leaves, element, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for gradient, own in zip(row, gradients, strict=True):
+            own.append(gradient)
+    return [torch.stack(rows).to(value.dtype) for rows in gradients]
+
+
 def _no_graphs() -> dict[str, Any]:
     return {"_before": None, "_kept": deque(), "_leaves": (), "_jacobians": []}
 
 
-def _described(tensor: torch.Tensor) -> str:
+def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {list(tensor.shape)} on {tensor.device}"
 
 
@@ -680,12 +692,12 @@ class EMAStats(WideBuffers):
         state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
     """
 
-    mean_x: torch.Tensor
-    mean_y: torch.Tensor
-    cov_xx: torch.Tensor
-    cov_yy: torch.Tensor
-    cov_xy: torch.Tensor
-    num_batches_tracked: torch.Tensor
+    mean_x: Tensor
+    mean_y: Tensor
+    cov_xx: Tensor
+    cov_yy: Tensor
+    cov_xy: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -709,9 +721,7 @@ class EMAStats(WideBuffers):
             )
         self.reset()
 
-    def forward(
-        self, x: torch.Tensor, y: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Update the statistics in train mode; return the batch unchanged, `(x, x)` without y."""
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
@@ -741,7 +751,7 @@ class EMAStats(WideBuffers):
                 self._update(x.to(own), y.to(own))
         return x, y
 
-    def correlation(self) -> torch.Tensor:
+    def correlation(self) -> Tensor:
         """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps)
         (var_y + eps)).
 
@@ -765,7 +775,7 @@ class EMAStats(WideBuffers):
             setattr(self, name, value.to(like.device, like.dtype))
         self.num_batches_tracked = torch.tensor(0, device=like.device)
 
-    def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _update(self, x: Tensor, y: Tensor) -> None:
         # on the device: reading the number would wait for a GPU at every batch
         first = self.num_batches_tracked == 0
         means = x.mean(dim=0), y.mean(dim=0)

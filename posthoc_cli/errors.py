@@ -145,13 +145,15 @@ def printable(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a message with control characters escaped, and of limited length."""
-    return printable(text[:_LONGEST_LINE]) + "..." * (len(text) > _LONGEST_LINE)
+    line = printable(text[:_LONGEST_LINE])
+    return f"{line}..." if len(text) > _LONGEST_LINE else line
 
 
 def shown(value: object) -> str:
     """Return a name or value from a file for a message: escaped, in one line, and shortened."""
     if isinstance(value, str):
-        return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
+        quoted = repr(value[:_LONGEST])
+        return f"{quoted}..." if len(value) > _LONGEST else quoted
     if isinstance(value, int) and abs(value) >= 2**63:
         return "an int of many digits"
     if value is None or isinstance(value, bool | int | float):

@@ -68,18 +68,16 @@ step of any training. Far below it the formulas overflow."""
 def check_sigma_rel(sigma_rel: float, name: str = "sigma_rel") -> float:
     """Return `sigma_rel` as a float; raise an InvalidValueError about `name` if it is out of
     range."""
-    is_number = isinstance(sigma_rel, int | float)
     try:
         value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         value = math.nan
-    if not SHORTEST_SIGMA_REL <= value < UNIFORM_SIGMA_REL:
-        must = "must lie" if is_number else "must be a number, and lie"
-        reason = f"{must} in (0, 0.2887); 0.2887 is the uniform average over all of training"
-        raise InvalidValueError(
-            name, reason, value=f"{sigma_rel:g}" if is_number else brief(sigma_rel)
-        )
-    return value
+    if SHORTEST_SIGMA_REL <= value < UNIFORM_SIGMA_REL:
+        return value
+    reason = "lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+    if isinstance(sigma_rel, int | float):
+        raise InvalidValueError(name, f"must {reason}", value=f"{sigma_rel:g}")
+    raise InvalidValueError(name, f"must be a number, and {reason}", value=brief(sigma_rel))
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
@@ -156,7 +154,8 @@ class PowerFunction:
         """Return the mass per unit of time at `s`; 0 outside (0, t]."""
         relative = np.asarray(s, dtype=np.float64) / self.t
         inside = (relative > 0) & (relative <= 1)
-        powers = np.power(np.where(inside, relative, 1.0), self.gamma)
+        relative = np.where(inside, relative, 1.0)
+        powers = np.power(relative, self.gamma)
         return np.where(inside, powers, 0.0) * (self.gamma + 1) / self.t
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
@@ -219,9 +218,9 @@ class Discrete:
         return float(self.times[0])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        return self._later[
-            np.searchsorted(self.times, np.asarray(s, dtype=np.float64), side="right")
-        ]
+        s = np.asarray(s, dtype=np.float64)
+        passed = np.searchsorted(self.times, s, side="right")
+        return self._later[passed]
 
     @cached_property
     def _later(self) -> FloatArray:
@@ -262,19 +261,23 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     calls = np.arange(1.0, count) * every + 1
     logs = (gamma + 1) * np.log1p(-1 / (calls + 1))
     kept = np.cumsum(logs[::-1])[::-1]
-    # The mass after each update, from that before the first one.
+    # the mass after each update, from that before the first one
     after = np.concatenate(([1.0], -np.expm1(kept), [0.0]))
-    masses = -np.diff(after)
-    size = -(-count // MOST_TIMES)
-    groups = np.arange(0, count, size)
-    joined = np.add.reduceat(masses, groups)
-    # Each group lies at its mean time. Far before the end of a short average, masses are 0 in
-    # float64.
-    numbers = np.arange(count) % size
-    later = np.add.reduceat(masses * numbers, groups)
-    means = np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
-    times = first + every * (groups + means)
-    return Discrete(np.asarray(times, dtype=np.float64), joined, step)
+    numbers, masses = _joined(-np.diff(after))
+    return Discrete(first + every * numbers, masses, step)
+
+
+def _joined(masses: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Join neighbours, so that at most `MOST_TIMES` are left; return their mean numbers, from 0,
+    and their masses."""
+    size = -(-masses.size // MOST_TIMES)  # of a group
+    begins = np.arange(0, masses.size, size)
+    sums = np.add.reduceat(masses, begins)
+    numbers = np.arange(masses.size) % size
+    moments = np.add.reduceat(masses * numbers, begins)
+    # Far before the end of a short average, masses are 0 in float64.
+    means: FloatArray = np.divide(moments, sums, out=np.zeros(begins.size), where=sums > 1e-300)
+    return begins + means, sums
 
 
 # --- ordinary EMAs: one decay, perhaps with a warm-up
@@ -486,9 +489,10 @@ class DecayRule:
         time 0.5.
         """
         _check_updates(updates, step)
-        return OrdinaryEMA(
-            self, step, updates, every, first or step // every * every - (updates - 1) * every
-        )
+        if not first:
+            last = step // every * every
+            first = last - (updates - 1) * every
+        return OrdinaryEMA(self, step, updates, every, first)
 
 
 @lru_cache(maxsize=4)
@@ -508,37 +512,25 @@ class OrdinaryEMA(Discrete):
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
         self.rule = decay
-        self._logs = logs = decay.kept_logs(updates)
+        self._updates = {"updates": updates, "every": every, "first": first}
+        self.settings: dict[str, Any] = vars(decay) | self._updates
         self._start = max(float(first - every), 0.5)
-        self.settings: dict[str, Any] = vars(decay) | {
-            "updates": updates,
-            "every": every,
-            "first": first,
-        }
-        numbers = np.arange(1, updates + 1)
-        # Groups depend on an update's number alone, so that averages at different times have the
-        # same groups.
-        fallen = np.cumsum(np.maximum(np.diff(logs), -1.0))
-        level = np.floor(np.maximum(fallen, _COPY) * -_FINEST)
-        octave = np.floor(np.log2(numbers / _STEPS_FINEST))
-        size = np.exp2(np.maximum(octave, 0))
-        place = np.floor((numbers - 1) / size) * size
-        begins = (np.diff(level) > 0) | (np.diff(place) > 0)
-        is_end = np.append(begins, np.ones(min(1, updates), bool))
-        ends = numbers[is_end & (logs[1:] - logs[-1] < _FORGOTTEN)]
+        logs = decay.kept_logs(updates)
+        self._logs = logs
+        # the updates that end a group, and are not forgotten
+        ends = 1 + np.flatnonzero(_group_ends(logs) & (logs[1:] - logs[-1] < _FORGOTTEN))
         times = np.append(self._start, first + every * (ends - 1.0))
         kept = np.exp(logs[-1] - logs[np.append(0, ends)])
         masses = np.diff(kept, prepend=0.0)
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        at = np.asarray(s, dtype=np.float64)
+        s = np.asarray(s, dtype=np.float64)
         logs = self._logs
-        since_first = at - self.settings["first"]
-        done = np.floor(since_first / self.settings["every"]) + 1
-        done = np.clip(done, 0, logs.size - 1).astype(np.intp)
-        tail = -np.expm1(logs[-1] - logs[done])
-        return np.where(at < self._start, 1.0, tail)
+        intervals = (s - self._updates["first"]) / self._updates["every"]
+        done = np.clip(np.floor(intervals) + 1, 0, logs.size - 1)  # updates up to each time
+        later = logs[-1] - logs[done.astype(np.intp)]
+        return np.where(s < self._start, 1.0, -np.expm1(later))
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
@@ -546,14 +538,32 @@ class OrdinaryEMA(Discrete):
         itself for 0."""
         rule = replace(self.rule, uncertainty=0.0, late=0)
         step = int(self.t)
-        counts = {name: self.settings[name] for name in ("updates", "every", "first")}
-        late = min(self.rule.late // counts["every"], counts["updates"] - 1)
-        return (
-            rule.longer(1 + self.rule.uncertainty).profile(step, **counts)
-            if self.rule.uncertainty
-            else self,
-            replace(rule, copies=rule.copies + late).profile(step, **counts) if late > 0 else self,
-        )
+        longer = self
+        if self.rule.uncertainty:
+            longer = rule.longer(1 + self.rule.uncertainty).profile(step, **self._updates)
+        later = self
+        late = min(self.rule.late // self._updates["every"], self._updates["updates"] - 1)
+        if late > 0:
+            later = replace(rule, copies=rule.copies + late).profile(step, **self._updates)
+        return longer, later
+
+
+def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
+    """Return whether each update ends a group, from the logarithms of the share that is kept of the
+    average before it, as `kept_logs`: shape [updates].
+
+    Groups depend on an update's number alone, so that averages at different times have the same
+    groups.
+    """
+    numbers = np.arange(1, logs.size)
+    fallen = np.cumsum(np.maximum(np.diff(logs), -1.0))
+    level = np.floor(np.maximum(fallen, _COPY) * -_FINEST)
+    octave = np.floor(np.log2(numbers / _STEPS_FINEST))
+    size = np.exp2(np.maximum(octave, 0))
+    begin = np.floor((numbers - 1) / size) * size
+    is_end = np.ones(numbers.size, bool)  # also the last update
+    is_end[:-1] = (np.diff(level) > 0) | (np.diff(begin) > 0)
+    return is_end
 
 
 # --- classical averages of the same mean age
@@ -610,18 +620,23 @@ def convert(
     after `steps` steps.
     """
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
-    pairs: list[tuple[float, float | None]] = [(sigma_rel, None) for sigma_rel in sigma_rels]
-    pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
-    rows = []
-    for sigma_rel, beta in pairs:
-        gamma = gamma_from_sigma_rel(sigma_rel)
-        age = mean_age(gamma, steps)
-        std = sigma_rel * steps
-        beta = age / (1 + age) if beta is None else beta
-        rows.append(
-            {"sigma_rel": sigma_rel, "gamma": gamma, "mean_age": age, "std": std, "beta": beta}
-        )
+    rows = [_row(sigma_rel, steps) for sigma_rel in sigma_rels]
+    for beta in betas:
+        row = _row(sigma_rel_from_classical_beta(beta, steps), steps)
+        rows.append(row | {"beta": beta})
     return rows
+
+
+def _row(sigma_rel: float, steps: int) -> dict[str, float]:
+    gamma = gamma_from_sigma_rel(sigma_rel)
+    age = mean_age(gamma, steps)
+    return {
+        "sigma_rel": sigma_rel,
+        "gamma": gamma,
+        "mean_age": age,
+        "std": sigma_rel * steps,
+        "beta": age / (1 + age),
+    }
 
 
 # --- steps over training time, for averages over steps on a clock in images or tokens
@@ -674,23 +689,22 @@ class Clock:
         the nearest four.
         """
         times, steps = self._nodes
-        apart = np.diff(times)
-        rates = np.diff(steps) / np.diff(times)
-        changes = np.abs(np.diff(rates))
-        nearest = [changes[max(0, k - 2) : k + 2] for k in range(rates.size)]
+        intervals = np.diff(times)
+        counts = np.diff(steps)
+        changes = np.abs(np.diff(counts / intervals))
+        nearest = [changes[max(0, k - 2) : k + 2] for k in range(counts.size)]
         change = np.array([near.max(initial=0) for near in nearest])
         # steps at the middle are between those at both ends
-        most = 0.4 * np.maximum(np.diff(steps) - 1, 0.0)
-        off = np.minimum(BENT * change * apart, most)
-        bends = np.flatnonzero(off > EQUAL_STEPS * steps[-1])
+        most = 0.4 * np.maximum(counts - 1, 0.0)
+        errors = np.minimum(BENT * change * intervals, most)
+        bends = np.flatnonzero(errors > EQUAL_STEPS * steps[-1])
         if not bends.size:
             return self
-        middle_times = times[bends] + apart[bends] / 2
-        middle_steps = (steps[bends] + steps[bends + 1]) / 2 + off[bends]
-        return Clock(
-            np.insert(steps, bends + 1, middle_steps)[1:].tolist(),
-            np.insert(times, bends + 1, middle_times)[1:].tolist(),
-        )
+        middle_times = times[bends] + intervals[bends] / 2
+        middle_steps = (steps[bends] + steps[bends + 1]) / 2 + errors[bends]
+        all_steps = np.insert(steps, bends + 1, middle_steps)
+        all_times = np.insert(times, bends + 1, middle_times)
+        return Clock(all_steps[1:].tolist(), all_times[1:].tolist())
 
     @cached_property
     def _nodes(self) -> tuple[FloatArray, FloatArray]:
@@ -708,9 +722,10 @@ class EpochClock(Clock):
 def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> FloatArray:
     """Interpolate linearly between knots: constant before the first one, with the last slope after
     the last."""
-    slope = (values[-1] - values[-2]) / (knots[-1] - knots[-2])
-    beyond = values[-1] + (x - knots[-1]) * slope
-    return np.where(x > knots[-1], beyond, np.interp(x, knots, values))
+    last = knots[-1]
+    slope = (values[-1] - values[-2]) / (last - knots[-2])
+    later = values[-1] + (x - last) * slope
+    return np.where(x > last, later, np.interp(x, knots, values))
 
 
 # --- folding updates into tracked averages
@@ -777,7 +792,7 @@ def roundings(gamma: float, updates: int) -> float:
     """
     n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
     fading = 2 * gamma + 3
-    means = min(n / 3, updates / fading) * min(
-        1.0, n / updates * (gamma + 1) ** 2 / (2 * gamma + 1)
-    )
-    return 1 + means + updates / n / fading
+    of_mean = min(n / 3, updates / fading)
+    squared_masses = n / updates * (gamma + 1) ** 2 / (2 * gamma + 1)
+    of_means = of_mean * min(1.0, squared_masses)
+    return 1 + of_means + updates / n / fading

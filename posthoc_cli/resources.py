@@ -19,9 +19,9 @@ def worker_count(wanted: int | None = None) -> int:
     """Return the number of threads to use: `wanted`, or this process's cores up to MAX_WORKERS."""
     if wanted is not None:
         return max(1, wanted)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     return min(cores, MAX_WORKERS)
 
 
@@ -61,10 +61,13 @@ def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
     """Return a number with one of `units` (upper-case names) as a Decimal; None if it is
     invalid."""
     match = re.fullmatch(r"(-?[\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in units:
+    if match is None:
+        return None
+    unit = match[2].upper()
+    if unit not in units:
         return None
     try:
-        return Decimal(match[1].replace(",", "")) * units[match[2].upper()]
+        return Decimal(match[1].replace(",", "")) * units[unit]
     except InvalidOperation:
         return None
 

@@ -85,7 +85,7 @@ class PostHocCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         """Make the tracker, and continue from a checkpoint."""
-        (owner, training), trainer = _tracking.get(model, (None, None)), self._installed()
+        owner, training = _tracking.get(model, (None, None))
         if training is state:
             reason = "hold two PostHocCallback, and a checkpoint has room for the state of one"
             hint = (
@@ -93,42 +93,43 @@ class PostHocCallback(TrainerCallback):
                 "averages of all lengths"
             )
             raise InvalidValueError("callbacks", reason, hint)
-        if self._lengths and (trainer is None or trainer.state is not state):
+        trainer = self._installed()
+        if trainer is not None and trainer.state is not state:
+            trainer = None
+        if self._lengths and trainer is None:
+            reason = "needs the trainer, which its callbacks are not passed"
             hint = (
                 "call PostHocCallback(..., evaluate=...).install(trainer), in place of "
                 "callbacks=[...]"
             )
-            raise NotReadyError(
-                "evaluate", "needs the trainer, which its callbacks are not passed", hint
-            )
+            raise NotReadyError("evaluate", reason, hint)
         ema = self.ema
         if ema is None or ema.closed or not args.auto_find_batch_size or owner is not self:
-            for earlier in filter(None, (owner, self)):  # an exception has ended its training
-                if earlier.ema is not None:
-                    earlier.ema.close()
-            self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
+            self.ema = ema = self._new_tracker(model, owner)
         else:  # memory ran out: the trainer begins the loop again, with the present weights
             log.warning(
                 "training begins again with smaller batches; its averages continue from step %d",
                 ema.step,
             )
         _tracking[model] = self, state
-        if trainer is not None and trainer.state is state:
+        if trainer is not None:
             callbacks = trainer.callback_handler.callbacks
             # other callbacks' `on_evaluate` sees its metrics
-            callbacks.insert(0, callbacks.pop(callbacks.index(self)))
+            callbacks.remove(self)
+            callbacks.insert(0, self)
             ema.on_snapshot(self._log_figures)
         if state.global_step:
-            folder = _checkpoint(args, state)
-            if not _is_of(folder, state) or not read_state(ema, folder):
-                text = (
-                    "%s holds no state of this callback: the averages continue from a "
-                    "snapshot with these weights, "
-                )
-                log.warning(text + "or begin with this training", folder)
+            _continue(ema, _checkpoint(args, state), state)
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
+
+    def _new_tracker(self, model: Any, owner: PostHocCallback | None) -> PostHocEMA:
+        """Make a tracker, and close those whose training an exception has ended."""
+        for callback in (owner, self):
+            if callback is not None and callback.ema is not None:
+                callback.ema.close()
+        return make_tracker(model, self.checkpoint_dir, self.options)
 
     def _log_figures(self, tracker: PostHocEMA) -> None:
         trainer = self._installed()
@@ -241,6 +242,16 @@ class PostHocCallback(TrainerCallback):
         metric = (args.metric_for_best_model or "").removeprefix("eval_")
         fitting = [label for label, name in self._names.items() if metric.startswith(f"{name}_")]
         return max(fitting, key=len, default=None) if args.load_best_model_at_end else None
+
+
+def _continue(ema: PostHocEMA, folder: Path, state: TrainerState) -> None:
+    """Continue from the tracker's state in a checkpoint; warn if it holds none."""
+    if not _is_of(folder, state) or not read_state(ema, folder):
+        log.warning(
+            "%s holds no state of this callback: the averages continue from a snapshot with these "
+            "weights, or begin with this training",
+            folder,
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -24,9 +24,11 @@ def _commit(kind: str, repository: str, revision: str) -> str:
 
 def _pinned(key: str) -> str:
     """Return the key with the commit in place of the revision."""
-    place = _files.resolve_path(key)
-    commit = _commit(place.repo_type, place.repo_id, place.revision)
-    return f"{_PREFIXES[place.repo_type]}{place.repo_id}@{commit}/{place.path_in_repo}".rstrip("/")
+    path = _files.resolve_path(key)
+    commit = _commit(path.repo_type, path.repo_id, path.revision)
+    prefix = _PREFIXES[path.repo_type]
+    pinned = f"{prefix}{path.repo_id}@{commit}/{path.path_in_repo}"
+    return pinned.rstrip("/")
 
 
 @lru_cache(maxsize=256)  # files whose download addresses are kept
@@ -37,8 +39,10 @@ def _opened(pinned: str) -> Any:
 def head(key: str) -> dict[str, Any]:
     """Return the facts about a file; raise a FileNotFoundError if there is none."""
     pinned = _pinned(key)
-    folder = pinned.rpartition("/")[0]
-    for entry in _files.ls(folder, detail=True) if "@" in folder else ():
+    folder, _, _ = pinned.rpartition("/")
+    if "@" not in folder:
+        raise FileNotFoundError
+    for entry in _files.ls(folder, detail=True):
         if entry["name"] == pinned and entry["type"] == "file":
             return _facts(entry)
     raise FileNotFoundError
@@ -47,12 +51,16 @@ def head(key: str) -> dict[str, Any]:
 def list_with_delimiter(key: str) -> dict[str, Any]:
     """Return the folders and files directly in a folder."""
     pinned = _pinned(key)
-    entries = [entry for entry in _files.ls(pinned, detail=True) if entry["name"] != pinned]
-    folders = [entry["name"] for entry in entries if entry["type"] == "directory"]
-    return {
-        "common_prefixes": folders,
-        "objects": [_facts(entry) for entry in entries if entry["type"] == "file"],
-    }
+    folders = []
+    objects = []
+    for entry in _files.ls(pinned, detail=True):
+        if entry["name"] == pinned:
+            continue
+        if entry["type"] == "directory":
+            folders.append(entry["name"])
+        elif entry["type"] == "file":
+            objects.append(_facts(entry))
+    return {"common_prefixes": folders, "objects": objects}
 
 
 def get(key: str, options: dict[str, Any]) -> Any:
@@ -60,14 +68,17 @@ def get(key: str, options: dict[str, Any]) -> Any:
     facts = head(key)
     begin, end = options["range"]
     end = min(end, facts["size"])
-    data = _opened(_pinned(key))._fetch_range(begin, end) if begin < end else b""
+    data = b""
+    if begin < end:
+        file = _opened(_pinned(key))
+        data = file._fetch_range(begin, end)
     return SimpleNamespace(bytes=lambda: data, meta=facts)
 
 
 def revisions(key: str) -> list[str]:
     """Return the names of the branches and tags of a repository."""
-    place = _files.resolve_path(key)
-    refs = _api.list_repo_refs(place.repo_id, repo_type=place.repo_type)
+    path = _files.resolve_path(key)
+    refs = _api.list_repo_refs(path.repo_id, repo_type=path.repo_type)
     return [ref.name for ref in (*refs.branches, *refs.tags)]
 
 

@@ -284,7 +284,9 @@ class RemoteBytes:
     def __init__(self, path: Path) -> None:
         self._url = str(path)
         self._start, info = get(self._url, 0, _START)
-        self.size, self.tag = self.stamp = info.size, info.tag
+        self.stamp = info.size, info.tag
+        self.size = info.size
+        self.tag = info.tag
         # As many as tensors that may be read in turns.
         self._piece = lru_cache(maxsize=4)(lambda begin: self._range(begin, begin + _START))
 
@@ -397,19 +399,26 @@ def request_errors(url: str, verb: str = "read") -> Iterator[None]:
     except (MissingDependencyError, RemoteError):
         raise
     except Exception as error:  # noqa: BLE001 - the libraries of three stores have different classes
-        kind = type(error).__name__
-        answer = getattr(error, "response", None)
-        status = 404 if isinstance(error, FileNotFoundError) else getattr(answer, "status_code", "")
-        text = f"{kind}: {f'status code: {status}' * bool(status)} {error}"
-        # the form of an error of a bulk deletion
-        text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)
-        number, reason, hint = next(
-            (number, match.expand(reason).strip(), hint)
-            for pattern, number, reason, hint in _REASONS
-            if (match := re.search(pattern, text, re.DOTALL))
-        )
+        number, reason, hint = _reason(error)
         if number == errno.ENOENT:
             raise _system_error(number, url) from None
-        reason = reason if number == errno.ESTALE else f"cannot be {verb}: {reason}"
+        if number != errno.ESTALE:
+            reason = f"cannot be {verb}: {reason}"
         # the library's text holds the request
         raise RemoteError(url, reason, hint, errno=number) from None
+
+
+def _reason(error: Exception) -> tuple[int, str, str]:
+    """Return the errno, the reason and what to do of a library's error."""
+    answer = getattr(error, "response", None)
+    status = getattr(answer, "status_code", "")
+    if isinstance(error, FileNotFoundError):
+        status = 404
+    status_text = f"status code: {status}" if status else ""
+    text = f"{type(error).__name__}: {status_text} {error}"
+    # the form of an error of a bulk deletion
+    text = re.sub(r"\(code: (\w+)\)", r"<Code>\1<", text)
+    for pattern, number, reason, hint in _REASONS:
+        if match := re.search(pattern, text, re.DOTALL):
+            return number, match.expand(reason).strip(), hint
+    raise AssertionError("the last pattern matches every text")

@@ -16,13 +16,14 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo as not_compiled
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.tracker.clock import TrainingProgress
 
-Update = Callable[[float | None, torch.Tensor | None], None]
+Update = Callable[[float | None, Tensor | None], None]
 """Counts a step at a time, unless a tensor says that it was skipped."""
 
 
@@ -36,7 +37,7 @@ class Attachment:
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         update: Update,
         t: Callable[[], float] | None,
     ) -> None:
@@ -53,11 +54,11 @@ class Attachment:
         self._update = None  # which holds the tracker
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer | None:
+    def optimizer(self) -> Optimizer | None:
         """The optimizer, or None once the tracker is detached or the optimizer no longer exists."""
         return None if self._update is None else self._optimizer()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         try:
             if self._update is not None and changes_weights(optimizer):
                 time = None if self._t is None else self._t()
@@ -70,11 +71,11 @@ class Attachment:
             raise
 
 
-attachments: WeakKeyDictionary[torch.optim.Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
+attachments: WeakKeyDictionary[Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
 """The last ones of each directory."""
 
 
-def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def stepping_optimizer(optimizer: Any) -> Optimizer:
     """Return the optimizer that takes the steps, such as the one inside accelerate's, whose hooks
     see every step exactly once; else raise an InvalidValueError."""
     # A program that has not imported accelerate holds none of its optimizers.
@@ -84,14 +85,14 @@ def stepping_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     if reason := _refusal(optimizer):
         hint = "leave attach out, and call ema.update_(model) after each step that was taken"
         raise InvalidValueError("attach", reason, hint)
-    checked: torch.optim.Optimizer = optimizer
+    checked: Optimizer = optimizer
     return checked
 
 
 def _refusal(optimizer: Any) -> str:
     """Say why hooks of an optimizer do not see every step exactly once; "" if they do."""
     kind = type(optimizer)
-    if isinstance(optimizer, torch.optim.Optimizer):
+    if isinstance(optimizer, Optimizer):
         # Not `hasattr`: a wrapper may forward attributes, and the registration of hooks, to the
         # optimizer it wraps.
         wraps = "_optimizer_step_post_hooks" not in vars(optimizer)
@@ -115,7 +116,7 @@ def _refusal(optimizer: Any) -> str:
     return ""
 
 
-def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
+def changes_weights(optimizer: Optimizer) -> bool:
     """Return whether the step that ends or begins now counts, unless a GradScaler skips it: see
     `Attachment`.
 
@@ -126,7 +127,7 @@ def changes_weights(optimizer: torch.optim.Optimizer) -> bool:
     # torch's 0 is on the CPU. Reading a rate on an accelerator would synchronise with it at every
     # step.
     if not all(
-        (not isinstance(rate, torch.Tensor) or rate.device.type == "cpu") and bool(rate == 0)
+        (not isinstance(rate, Tensor) or rate.device.type == "cpu") and bool(rate == 0)
         for rate in rates
     ):
         return True
@@ -154,12 +155,10 @@ class LastCount:
         self.progress = TrainingProgress()  # another object after each call
         # at which an optimizer has stepped that has a parameter of the model
         self._moved_at: TrainingProgress | None = None
-        self._found_inf: torch.Tensor | None = None  # 0 if one of these steps was not skipped
+        self._found_inf: Tensor | None = None  # 0 if one of these steps was not skipped
         self._parameters: frozenset[int] = frozenset()  # their ids
         # whether each optimizer, of so many groups, has one of them
-        self._optimizers: WeakKeyDictionary[torch.optim.Optimizer, tuple[int, bool]] = (
-            WeakKeyDictionary()
-        )
+        self._optimizers: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
 
     @property
     def has_moved(self) -> bool:
@@ -167,14 +166,14 @@ class LastCount:
         was_skipped = self._found_inf is not None and bool(self._found_inf)
         return self._moved_at is self.progress and not was_skipped
 
-    def watch(self, model: torch.nn.Module) -> None:
+    def watch(self, model: nn.Module) -> None:
         """Look at the steps that are taken of a model's parameters from now on."""
         self._moved_at = None
         self._parameters = frozenset(map(id, model.parameters()))
         self._optimizers.clear()
         _watching.add(self)
 
-    def begin_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is about to step."""
         has_moved = self._moved_at is self.progress
         if has_moved and self._found_inf is None:
@@ -191,21 +190,21 @@ class LastCount:
         self._found_inf = found_inf
         self._moved_at = self.progress
 
-    def _has_parameter(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _has_parameter(self, optimizer: Optimizer) -> bool:
         for group in optimizer.param_groups:
             if any(id(parameter) in self._parameters for parameter in group["params"]):
                 return True
         return False
 
 
-last_counts: WeakKeyDictionary[torch.nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()
+last_counts: WeakKeyDictionary[nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()
 """By the bare model and the directory."""
 
 _watching: WeakSet[LastCount] = WeakSet()
 
 
 @not_compiled
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _before_step(optimizer: Optimizer, *_: Any) -> None:
     """Let those that watch know of a step: before it, since a hook after it may count it."""
     for last in [*_watching]:
         last.begin_step(optimizer)

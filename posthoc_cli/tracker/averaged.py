@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
@@ -79,32 +80,37 @@ def from_first(group: Group, make: Callable[[], Weights]) -> Weights:
     tensor."""
     if group.is_alone:
         return make()
-    made: list[Weights] = []
+    own: list[Weights] = []  # in the first process
 
-    def outline() -> tuple[dict[str, torch.Tensor], float | None, float]:
-        made.append(make())
-        shapes = {id(value): value.to("meta") for value in made[0].values()}
-        named = {name: shapes[id(value)] for name, value in made[0].items()}
-        return named, made[0].predicted_error, made[0].profile_error
+    def outline() -> tuple[dict[str, Tensor], float | None, float]:
+        weights = make()
+        own.append(weights)
+        return _without_values(weights), weights.predicted_error, weights.profile_error
 
-    named, predicted_error, profile_error = group.from_first(outline)
-    sent: dict[int, torch.Tensor] = {}
+    shapes, predicted_error, profile_error = group.from_first(outline)
     weights = Weights()
-    for name, shape in named.items():
+    weights.predicted_error = predicted_error
+    weights.profile_error = profile_error
+    sent: dict[int, Tensor] = {}
+    for name, shape in shapes.items():
         if id(shape) not in sent:
-            value = made[0][name] if made else torch.empty_like(shape, device="cpu")
+            value = own[0][name] if own else torch.empty_like(shape, device="cpu")
             group.exchange(value, group.ranks)
             sent[id(shape)] = value
         weights[name] = sent[id(shape)]
-    weights.predicted_error = predicted_error
-    weights.profile_error = profile_error
     return weights
+
+
+def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of these dtypes and shapes on the meta device, one for each tensor."""
+    empty = {id(tensor): tensor.to("meta") for tensor in tensors.values()}
+    return {name: empty[id(tensor)] for name, tensor in tensors.items()}
 
 
 # --- chunks of a sharded model
 
 
-def chunks_of(model: torch.nn.Module, tracked: TrackedModel) -> dict[str, torch.Tensor]:
+def chunks_of(model: nn.Module, tracked: TrackedModel) -> dict[str, Tensor]:
     """Return a sharded model's tensors by name; raise a ModelMismatchError if an owned chunk is
     not where it was when it was tracked."""
     reshard(model)
@@ -124,7 +130,7 @@ def chunks_of(model: torch.nn.Module, tracked: TrackedModel) -> dict[str, torch.
 def with_replicas(
     group: Group,
     own: Weights,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     members: ShardOwners,
     now: tuple[int, float],
 ) -> Weights:
@@ -184,7 +190,7 @@ def read_chunks(
     group: Group,
     sent: SentPlan,
     wanted: Wanted,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Tensor],
     directory: Path,
 ) -> Weights:
     """Return the chunks of all `tensors` that this process holds, from snapshots in a directory."""
@@ -205,13 +211,13 @@ def read_chunks(
     return group.together(make)
 
 
-def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
+def as_dtensors(chunks: Weights, model: nn.Module) -> Weights:
     """Return the weights with DTensors on the host in place of chunks, sharded like the model's
     parameters."""
     weights = Weights()
     weights.predicted_error = chunks.predicted_error
     weights.profile_error = chunks.profile_error
-    converted: dict[int, torch.Tensor] = {}  # by the chunk, which tied names share
+    converted: dict[int, Tensor] = {}  # by the chunk, which tied names share
     for name, _, tensor, *_ in named_tensors(model):
         if (chunk := chunks.get(name)) is not None:
             if id(chunk) not in converted:

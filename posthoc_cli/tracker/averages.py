@@ -36,10 +36,12 @@ accelerators."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, may_share_mean, new_value_share, window_ends
 from posthoc_cli.snapshots.path import PathSketch
@@ -50,8 +52,10 @@ from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
     Layout,
+    Place,
     Reader,
     Tile,
+    is_on_host,
     places_of,
     tiles_of,
 )
@@ -60,6 +64,7 @@ from posthoc_cli.tracker.memory import (
 SIGN_AND_EXPONENT = -0x80_0000
 # the largest share of a new value in a mean that may be undone: roundings grow by 1 / (1 - share)
 MOST_UNDONE = 3 / 4
+LARGEST = torch.finfo(torch.float32).max
 # the inverse of the golden ratio, whose multiples, modulo 1, are spread most evenly
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -78,24 +83,41 @@ class Standing:
     folded_t: float = 0.0  # the time of the last fold
     shared: bool = False  # whether the first profile's mean serves all profiles since the last fold
 
-    def after(self, t: float, step: int) -> Standing:
-        """Return the standing after an update, before a fold."""
-        return replace(
+    def after(self, t: float, step: int, folds: bool) -> Standing:
+        """Return the standing after an update, which folds the means or not."""
+        window = self.window + 1
+        after = replace(
             self,
             t=t,
             step=step,
             t_first=self.t_first or t,
-            window=self.window + 1,
+            window=window,
             max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
             updates=self.updates + 1,
         )
+        if not folds:
+            return after
+        shared = may_share_mean(window, self.folded_t, t)
+        return replace(after, window=0, folds=self.folds + 1, folded_t=t, shared=shared)
 
-    def masses(self, gammas: Sequence[float]) -> list[float]:
-        """Return the share that the values since the last fold have in each average."""
-        return [
-            new_value_share(gamma, self.folded_t, self.t) if self.window else 0.0
-            for gamma in gammas
-        ]
+    def shares(self, gammas: Sequence[float], t: float) -> Shares:
+        """Decide how an update at time `t` is taken in."""
+        masses = [new_value_share(gamma, self.folded_t, t) for gamma in gammas]
+        new = [1.0] * len(gammas)
+        if self.window:
+            for profile, gamma in enumerate(gammas):
+                new[profile] = new_value_share(gamma, self.t, t) / masses[profile]
+        folds = window_ends(gammas, self.window + 1, self.folded_t, t, self.shared)
+        return Shares(new, masses, folds)
+
+
+class Shares(NamedTuple):
+    """Of each profile: the share of an update's values in the mean, and of the mean in the average,
+    to which it is added if the update `folds`."""
+
+    new: list[float]
+    masses: list[float]
+    folds: bool
 
 
 class AverageTensors:
@@ -116,20 +138,31 @@ class AverageTensors:
     def nbytes(self) -> int:
         return sum(tensors.nbytes for tensors in (*self.mean, *self.high))
 
-    def means(self, tile: Tile, shared: bool) -> list[torch.Tensor]:
+    def means(self, tile: Tile, shared: bool) -> list[Tensor]:
         """Return a tile of the means in use: one a profile, or the first alone."""
         first = self.mean[0].tile(tile)
         if shared and first.dtype != torch.float64:
             return [first]
         return [mean.tile(tile) for mean in self.mean]
 
+    def mean_views(self, profile: int, shared: bool) -> dict[str, Tensor]:
+        """Return the means that serve a profile, by name."""
+        views = dict(self.mean[profile].views)
+        if shared:
+            for name, view in self.mean[0].views.items():
+                if view.dtype != torch.float64:
+                    views[name] = view
+        return views
+
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
-        made = AverageTensors(layout, len(self.high))
-        for target, source in zip((*made.mean, *made.high), (*self.mean, *self.high), strict=True):
+        copy = AverageTensors(layout, len(self.high))
+        targets = copy.mean + copy.high
+        sources = self.mean + self.high
+        for target, source in zip(targets, sources, strict=True):
             for name, view in target.views.items():
                 view.copy_(source.views[name], non_blocking=True)
-        return made
+        return copy
 
 
 @dataclass
@@ -141,9 +174,9 @@ class Averages:
     standing: Standing = field(default_factory=Standing)
     tensors: AverageTensors | None = None  # before the first update
     # at the last update; never changed in place
-    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    copies: Mapping[str, Tensor] = field(default_factory=dict)
     # the model's values of a snapshot's sample at the last update
-    sample: Sequence[torch.Tensor] | None = None
+    sample: Sequence[Tensor] | None = None
     # gets every value, or each window's mean where one serves all profiles
     sketcher: Sketcher | None = None
     # that `sketcher` continues; in a copy for reading, the path at that time
@@ -153,7 +186,7 @@ class Averages:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
         # largest norms of tiles that need no check; empty: check all values first
         self._limits: list[float] = []
-        self._scratch: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
+        self._scratch: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def exist(self) -> bool:
@@ -161,14 +194,14 @@ class Averages:
 
     @property
     def nbytes(self) -> int:
-        held = (self.tensors, self.sketcher, *self._scratch.values(), *self.copies.values())
-        return sum(part.nbytes for part in held if part is not None)
+        parts = (self.tensors, self.sketcher, *self._scratch.values(), *self.copies.values())
+        return sum(part.nbytes for part in parts if part is not None)
 
     @torch.no_grad()
     def update_(
         self,
         values: Reader,
-        copies: Mapping[str, torch.Tensor],
+        copies: Mapping[str, Tensor],
         t: float,
         step: int,
         pool: ThreadPool = SINGLE_THREAD,
@@ -182,51 +215,46 @@ class Averages:
         returned.
         """
         before = self.standing
-        gammas = self.gammas
-        limits = self._limits
-        # after an update that is refused or fails, the next one checks all values first
-        self._limits = []
-        after = before.after(t, step)
-        masses = after.masses(gammas)
-        factors = [1.0] * len(gammas)
-        if before.window:
-            shares = [new_value_share(gamma, before.t, t) for gamma in gammas]
-            factors = [share / mass for share, mass in zip(shares, masses, strict=True)]
-        folds = window_ends(gammas, after.window, before.folded_t, t, before.shared)
-        moves = self.tensors is None or self.tensors.layout != values.layout
-        checks_first = folds or moves or not limits or max(factors) > MOST_UNDONE
-        norms = values.norms(pool) if checks_first else [0.0] * len(limits)
+        shares = before.shares(self.gammas, t)
+        limits = self._take_limits(values.layout, shares)
+        norms = [0.0] * len(limits) if limits else values.norms(pool)
         if (name := values.nonfinite_name(norms)) is not None:
             return name
         self._allocate(values.layout, pool.size)
         self.sketcher = sketcher
         self.known_path = None
-        assert self.tensors is not None
-        sample = None if sampled is None else sampled.buffers()
-        fold = masses if folds else None
-        update = _Update(self, self.tensors, before, values, factors, fold, sampled, sample)
-        if not checks_first:
-            pool.each(lambda tile, thread: update.try_(tile, thread, norms, limits), values.tiles)
-            if (name := values.nonfinite_name(norms)) is not None:
-                pool.each(update.undo, update.taken)
-                return name
-        pool.each(update.take, {*values.tiles}.difference(update.taken))
-        if all(bucket.device.type == "cpu" for bucket in values.layout):
-            self._limits = [min(2 * norm, torch.finfo(torch.float32).max) for norm in norms]
-        if folds:
-            shared = may_share_mean(after.window, after.folded_t, t)
-            after = replace(after, window=0, folds=after.folds + 1, folded_t=t, shared=shared)
+        update = _Update(self, values, shares, sampled)
+        if limits and (name := update.take_ordinary(norms, limits, pool)) is not None:
+            return name
+        update.take_others(pool)
+        if is_on_host(values.layout):
+            self._limits = [min(2 * norm, LARGEST) for norm in norms]
         self.copies = copies
-        self.sample = sample
-        self.standing = after
-        if sketcher is not None and not before.shared:
-            sketcher.end_value(gammas, t, after.shared)
-        elif sketcher is not None and folds:
-            sketcher.end_window(t)
+        self.sample = update.sample
+        self.standing = before.after(t, step, shares.folds)
+        if sketcher is not None:
+            self._sketch(sketcher, before.shared, shares.folds)
         return None
 
+    def _sketch(self, sketcher: Sketcher, was_shared: bool, folds: bool) -> None:
+        """Add to the path what an update has given to its sketch: its values, or at a fold the
+        mean that profiles share."""
+        if not was_shared:
+            sketcher.end_value(self.gammas, self.standing.t, self.standing.shared)
+        elif folds:
+            sketcher.end_window(self.standing.t)
+
+    def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
+        """Return the norms up to which tiles need no check; none if all values are to be checked
+        first, as after an update that is refused or fails."""
+        limits = self._limits
+        self._limits = []
+        moves = self.tensors is None or self.tensors.layout != layout
+        is_lasting = shares.folds or max(shares.new) > MOST_UNDONE
+        return [] if moves or is_lasting else limits
+
     @torch.no_grad()
-    def values(self, tile: Tile, profile: int, thread: int = 0) -> torch.Tensor:
+    def values(self, tile: Tile, profile: int, thread: int = 0) -> Tensor:
         """Return a tile of an average, flat, rounded once, in scratch that is valid until the
         thread's next call."""
         tensors = self.tensors
@@ -238,44 +266,35 @@ class Averages:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
         mean = means[min(profile, len(means) - 1)]
-        mass = standing.masses(self.gammas)[profile]
+        mass = new_value_share(self.gammas[profile], standing.folded_t, standing.t)
         return torch.lerp(high, mean, mass, out=result)
 
     @torch.no_grad()
     def read(
         self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD
-    ) -> list[torch.Tensor]:
+    ) -> list[Tensor]:
         """Return ranges of the average of that index, rounded once, on the host."""
-        assert self.tensors is not None
-        # of neighbouring ranges, in whole rows: the bucket, the begin, and the sizes
-        runs: list[tuple[int, int, list[int]]] = []
-        end_of_run = None
-        for name, begin, end in ranges:
-            number, place = self.tensors.places[name]
-            first = place.begin + begin - begin % place.row
-            last = place.begin + end + -end % place.row
-            if (number, first) != end_of_run:
-                runs.append((number, first, []))
-            runs[-1][2].append(last - first)
-            end_of_run = number, last
-        spans: list[torch.Tensor] = []
-        items: list[tuple[Tile, torch.Tensor]] = []
-        for number, start, sizes in runs:
-            bucket = self.tensors.layout[number]
-            flat = torch.empty(sum(sizes), dtype=bucket.wide)
-            spans += torch.split(flat, sizes)
-            if not flat.numel():
-                continue  # no slab holds a tensor without elements
-            for piece in torch.split(flat, bucket.tile):
-                items.append((Tile(0, number, start, start + piece.numel()), piece))
-                start += piece.numel()
-        pool.each(lambda item, thread: item[1].copy_(self.values(item[0], index, thread)), items)
-        read = []
-        for (name, begin, end), flat in zip(ranges, spans, strict=True):
-            place = self.tensors.places[name][1]
+        tensors = self.tensors
+        assert tensors is not None
+        rows = list[Tensor]()  # of each range, whole ones
+        pieces = list[tuple[Tile, Tensor]]()
+        for run in _runs_of(tensors.places, ranges):
+            bucket = tensors.layout[run.bucket]
+            flat = torch.empty(run.end - run.begin, dtype=bucket.wide)
+            rows += torch.split(flat, run.sizes)
+            pieces += run.pieces(flat, bucket.tile)
+
+        def read(piece: tuple[Tile, Tensor], thread: int) -> None:
+            tile, out = piece
+            out.copy_(self.values(tile, index, thread))
+
+        pool.each(read, pieces)
+        parts = []
+        for (name, begin, end), flat in zip(ranges, rows, strict=True):
+            _, place = tensors.places[name]
             first = begin % place.row
-            read.append(place.row_major(flat)[first : first + end - begin])
-        return read
+            parts.append(place.row_major(flat)[first : first + end - begin])
+        return parts
 
     @torch.no_grad()
     def path(self, pool: ThreadPool = SINGLE_THREAD, exact: bool = False) -> PathSketch | None:
@@ -286,13 +305,14 @@ class Averages:
         standing = self.standing
         path = self.known_path
         if tensors is not None and sketcher is not None:
-            is_open = standing.window > 0 and not exact and standing.shared
-            if is_open:
+            last_t = None
+            if standing.shared and standing.window and not exact:
+                mean = tensors.mean[0]
                 pool.each(
-                    lambda tile, _: sketcher.take(tile, tensors.mean[0].tile(tile)),
-                    tiles_of(tensors.layout),
+                    lambda tile, _: sketcher.take(tile, mean.tile(tile)), tiles_of(tensors.layout)
                 )
-            path = sketcher.path(standing.t if is_open else None)
+                last_t = standing.t
+            path = sketcher.path(last_t)
         return path if exact or path is None else closed(path)
 
     def _allocate(self, layout: Layout, threads: int) -> None:
@@ -306,84 +326,135 @@ class Averages:
             for thread in range(threads):
                 self.scratch_of(Tile(0, bucket, 0, 0), thread)
 
-    def scratch_of(self, tile: Tile, thread: int) -> list[torch.Tensor]:
+    def scratch_of(self, tile: Tile, thread: int) -> list[Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
         assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]
-        key = (thread, bucket.device, bucket.wide)
+        key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
+            shape = 2, bucket.tile
             with torch.inference_mode(False):  # otherwise later calls could not write to them
-                self._scratch[key] = torch.empty(
-                    2, bucket.tile, dtype=bucket.wide, device=bucket.device
-                )
-        return [*self._scratch[key][:, : tile.end - tile.begin]]
+                self._scratch[key] = torch.empty(shape, dtype=bucket.wide, device=bucket.device)
+        size = tile.end - tile.begin
+        return [*self._scratch[key][:, :size]]
 
 
 @dataclass
+class _Run:
+    """Ranges of a bucket that follow each other."""
+
+    bucket: int
+    begin: int
+    end: int
+    sizes: list[int]
+
+    def pieces(self, flat: Tensor, size: int) -> Iterator[tuple[Tile, Tensor]]:
+        """Cut the memory for the run's elements into tiles."""
+        if not flat.numel():
+            return  # no slab holds a tensor without elements
+        begin = self.begin
+        for piece in torch.split(flat, size):
+            end = begin + len(piece)
+            yield Tile(0, self.bucket, begin, end), piece
+            begin = end
+
+
+def _runs_of(places: Mapping[str, tuple[int, Place]], ranges: Sequence[ElementRange]) -> list[_Run]:
+    """Join the whole rows that hold these ranges where they follow each other."""
+    runs = list[_Run]()
+    for name, begin, end in ranges:
+        bucket, place = places[name]
+        first, last = place.rows(begin, end)
+        if not runs or (runs[-1].bucket, runs[-1].end) != (bucket, first):
+            runs.append(_Run(bucket, first, first, []))
+        runs[-1].end = last
+        runs[-1].sizes.append(last - first)
+    return runs
+
+
 class _Update:
-    """Takes the values of one update into averages, tile by tile, from any thread of a pool.
+    """Takes the values of one update into averages, tile by tile, in the threads of a pool."""
 
-    New values have the shares `factors` in the means; at a fold the means have the shares `masses`
-    in the averages.
-    """
+    def __init__(
+        self, averages: Averages, values: Reader, shares: Shares, sampled: Elements | None
+    ) -> None:
+        assert averages.tensors is not None
+        self.sample = None if sampled is None else sampled.buffers()
+        self._sampled = sampled
+        self._averages = averages
+        self._tensors = averages.tensors
+        self._sketcher = averages.sketcher
+        self._before = averages.standing
+        self._values = values
+        self._shares = shares
+        self._taken = list[Tile]()  # before all values were known to be finite
 
-    averages: Averages
-    tensors: AverageTensors
-    before: Standing
-    values: Reader
-    factors: Sequence[float]
-    masses: Sequence[float] | None
-    sampled: Elements | None
-    sample: list[torch.Tensor] | None
-    # before all values were known to be finite
-    taken: list[Tile] = field(default_factory=list)
+    def take_ordinary(
+        self, norms: list[float], limits: Sequence[float], pool: ThreadPool
+    ) -> str | None:
+        """Take the tiles whose norms are within limits; fill in the norms.
 
-    def try_(self, tile: Tile, thread: int, norms: list[float], limits: Sequence[float]) -> None:
-        """Note the norm of a tile, and take it if that is within its limit."""
-        value = self.values.values(tile, thread)
-        norms[tile.number] = float(torch.linalg.vector_norm(value))
-        if norms[tile.number] <= limits[tile.number]:
-            self._take(tile, value, thread)
-            self.taken.append(tile)
+        If a value is not finite, take none, and return the first tensor with such a value.
+        """
 
-    def take(self, tile: Tile, thread: int) -> None:
-        self._take(tile, self.values.values(tile, thread), thread)
+        def take(tile: Tile, thread: int) -> None:
+            value = self._values.values(tile, thread)
+            norm = float(torch.linalg.vector_norm(value))
+            norms[tile.number] = norm
+            if norm <= limits[tile.number]:
+                self._take(tile, value, thread)
+                self._taken.append(tile)
 
-    def undo(self, tile: Tile, thread: int) -> None:
+        pool.each(take, self._values.tiles)
+        name = self._values.nonfinite_name(norms)
+        if name is not None:
+            pool.each(self._undo, self._taken)
+        return name
+
+    def take_others(self, pool: ThreadPool) -> None:
+        """Take the tiles that are not taken yet."""
+
+        def take(tile: Tile, thread: int) -> None:
+            self._take(tile, self._values.values(tile, thread), thread)
+
+        pool.each(take, {*self._values.tiles}.difference(self._taken))
+
+    def _undo(self, tile: Tile, thread: int) -> None:
         """Restore the means of a tile that was taken."""
-        weights = [factor / (factor - 1) for factor in self.factors]
-        self._interpolate(tile, self.values.values(tile, thread), weights)
+        weights = [share / (share - 1) for share in self._shares.new]
+        self._interpolate(tile, self._values.values(tile, thread), weights)
 
-    def _take(self, tile: Tile, value: torch.Tensor, thread: int) -> None:
-        if self.sampled is not None and self.sample is not None:
-            self.sampled.take(tile, value, self.sample)
-        if self.averages.sketcher is not None and not self.before.shared:
-            self.averages.sketcher.take(tile, value)
-        if self.masses is None:
-            self._interpolate(tile, value, self.factors)
+    def _take(self, tile: Tile, value: Tensor, thread: int) -> None:
+        if self._sampled is not None and self.sample is not None:
+            self._sampled.take(tile, value, self.sample)
+        if self._sketcher is not None and not self._before.shared:
+            self._sketcher.take(tile, value)
+        if self._shares.folds:
+            self._fold(tile, value, thread)
         else:
-            self._fold(tile, value, thread, self.masses)
+            self._interpolate(tile, value, self._shares.new)
 
-    def _interpolate(self, tile: Tile, value: torch.Tensor, weights: Sequence[float]) -> None:
-        means = self.tensors.means(tile, self.before.shared)
-        for own, weight in zip(means, weights, strict=False):
-            if self.before.window:
-                torch.lerp(own, value, weight, out=own)
+    def _interpolate(self, tile: Tile, value: Tensor, weights: Sequence[float]) -> None:
+        means = self._tensors.means(tile, self._before.shared)
+        for mean, weight in zip(means, weights, strict=False):
+            if self._before.window:
+                torch.lerp(mean, value, weight, out=mean)
             else:
-                own.copy_(value)
+                mean.copy_(value)
 
-    def _fold(self, tile: Tile, value: torch.Tensor, thread: int, masses: Sequence[float]) -> None:
-        means = self.tensors.means(tile, self.before.shared)
-        change, digit = self.averages.scratch_of(tile, thread)
-        dither = GOLDEN * (self.before.folds + 1) % 1 - 0.5
-        for profile, (factor, mass) in enumerate(zip(self.factors, masses, strict=True)):
+    def _fold(self, tile: Tile, value: Tensor, thread: int) -> None:
+        before = self._before
+        means = self._tensors.means(tile, before.shared)
+        change, digit = self._averages.scratch_of(tile, thread)
+        dither = GOLDEN * (before.folds + 1) % 1 - 0.5
+        for profile, mass in enumerate(self._shares.masses):
             mean = value
-            if self.before.window:
-                own = means[min(profile, len(means) - 1)]
-                mean = torch.lerp(own, value, factor, out=change)
-            if profile == 0 and self.averages.sketcher is not None and self.before.shared:
-                self.averages.sketcher.take(tile, mean)
-            high = self.tensors.high[profile].tile(tile)
+            if before.window:
+                earlier = means[min(profile, len(means) - 1)]
+                mean = torch.lerp(earlier, value, self._shares.new[profile], out=change)
+            if profile == 0 and self._sketcher is not None and before.shared:
+                self._sketcher.take(tile, mean)
+            high = self._tensors.high[profile].tile(tile)
             torch.sub(mean, high, out=change)
             if high.dtype == torch.float64:
                 high.add_(change, alpha=mass)
@@ -391,9 +462,7 @@ class _Update:
                 _add_dithered(high, change, digit, mass, dither)
 
 
-def _add_dithered(
-    high: torch.Tensor, change: torch.Tensor, digit: torch.Tensor, mass: float, dither: float
-) -> None:
+def _add_dithered(high: Tensor, change: Tensor, digit: Tensor, mass: float, dither: float) -> None:
     """Add a share of the change, and of the last digit of each element that changes; `change` and
     `digit` are overwritten."""
     # The last digit away from 0, or towards it: towards it that of a power of two is half as large.

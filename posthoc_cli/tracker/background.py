@@ -95,7 +95,8 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self.wait_seconds = self._waited = 0.0
+        self.wait_seconds = 0.0
+        self._waited = 0.0
         self._name = name
         self._process = os.getpid()
         self._begin = time.monotonic()
@@ -111,7 +112,9 @@ class Worker:
     def submit(self, work: Callable[[], None]) -> None:
         """Queue `work`, and return at once. Its error is kept for the log and until `take_error`;
         later jobs still run."""
-        errors, seconds = self._errors, self.job_seconds  # a job must not keep the worker alive
+        # a job must not keep the worker alive
+        errors = self._errors
+        seconds = self.job_seconds
 
         def guarded() -> None:
             began = time.monotonic()

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model import ON_META, Block, NamedTensor, check_model, named_tensors
@@ -15,9 +16,7 @@ from posthoc_cli.tracker.processes import held_part, is_sharded, reshard
 
 
 @torch.no_grad()
-def check_weights(
-    model: torch.nn.Module, weights: Mapping[str, torch.Tensor]
-) -> dict[str, NamedTensor]:
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, NamedTensor]:
     """Return the model's tensors that `weights` are for, after checking names, shapes and that its
     dtypes have the range of the values."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
@@ -37,21 +36,20 @@ def check_weights(
     return {name: tensors[name] for name in weights}
 
 
-def _check_shape(name: str, tensor: torch.Tensor, value: torch.Tensor) -> None:
-    held = list(held_part(tensor).shape)
+def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
+    own = list(held_part(tensor).shape)
     shape = list(value.shape)
-    if held == shape:
+    if own == shape:
         return
+    reason = f"has the shape {own} in the model, {shape} in the averaged weights"
     if is_sharded(tensor):
         reason = (
             "is sharded over processes, and this tracker was made before that, or without the model"
         )
-    else:
-        reason = f"has the shape {held} in the model, {shape} in the averaged weights"
     raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
-def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+def _check_fits(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raise a NonFiniteError if a model's dtype has too small a range for the values of its
     tensor."""
     both = values.dtype.is_floating_point and dtype.is_floating_point
@@ -65,16 +63,13 @@ def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy `weights` into the model's tensors of these names; an error leaves the model
     unchanged."""
-    for name, target in check_weights(model, weights).items():
-        _load(target.tensor, weights[name])
+    _fill_in(check_weights(model, weights), weights)
 
 
-def _load(target: torch.Tensor, value: torch.Tensor) -> None:
+def _load(target: Tensor, value: Tensor) -> None:
     """Copy one value into a model's tensor, for a DTensor into this process's part."""
     target = held_part(target)
     if _is_writable(target):
@@ -83,17 +78,17 @@ def _load(target: torch.Tensor, value: torch.Tensor) -> None:
         target.data = value.to(target.device, target.dtype, copy=True)
 
 
-def _is_writable(tensor: torch.Tensor) -> bool:
+def _is_writable(tensor: Tensor) -> bool:
     """Return whether values can be copied into a tensor: not if elements share memory (expanded),
     nor if sparse."""
-    is_dense = tensor.layout == torch.strided
-    return is_dense and all(
-        step > 0 or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
-    )
+    if tensor.layout != torch.strided:
+        return False
+    dimensions = zip(tensor.stride(), tensor.shape, strict=True)
+    return all(stride > 0 or size < 2 for stride, size in dimensions)
 
 
 @contextmanager
-def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Give the model `weights` and eval mode for the block; restore everything afterwards, also on
     an error.
 
@@ -112,24 +107,11 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> I
     with ExitStack() as stack:
         stack.callback(block.leave)
         block.enter()
-        with torch.inference_mode(False), torch.no_grad():
-            for module in model.modules():
-                block.undo.callback(setattr, module, "training", module.training)
-                for contents in (module._parameters, module._buffers):
-                    for key, tensor in contents.items():
-                        block.undo.callback(_restorer(contents, key, id(tensor) in replaced))
-        # is called first: a forward pass may have replaced chunks by complete tensors
-        block.undo.callback(reshard, model)
+        _keep_raw(model, replaced, block.undo)
         # the gradients belong to the raw weights, not to the averaged ones
         for parameter in model.parameters():
             parameter.grad = None
-        with torch.inference_mode(False), torch.no_grad():
-            for name, target in targets.items():
-                _load(target.tensor, weights[name])
-            # one wait for all copies, of the raw values and of the averages
-            for device in {target.tensor.device for target in targets.values()}:
-                if device.type == "cuda":
-                    torch.cuda.current_stream(device).synchronize()
+        _fill_in(targets, weights)
         try:
             model.eval()
         except NotImplementedError as error:  # of torch.export
@@ -138,7 +120,31 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> I
         yield
 
 
-def _holders(model: torch.nn.Module, tensors: Set[int]) -> Iterator[int]:
+@torch.inference_mode(False)
+@torch.no_grad()
+def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
+    """Have `undo` restore a model, the values of those of its tensors with `replaced` ids too."""
+    for module in model.modules():
+        undo.callback(setattr, module, "training", module.training)
+        for contents in (module._parameters, module._buffers):
+            for key, tensor in contents.items():
+                undo.callback(_restorer(contents, key, id(tensor) in replaced))
+    # is called first: a forward pass may have replaced chunks by complete tensors
+    undo.callback(reshard, model)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights, and wait once for all copies, of the raw values and of the averages."""
+    for name, target in targets.items():
+        _load(target.tensor, weights[name])
+    for device in {target.tensor.device for target in targets.values()}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def _holders(model: nn.Module, tensors: Set[int]) -> Iterator[int]:
     """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
     weights are swapped; the modules may not."""
     for module in model.modules():
@@ -149,12 +155,12 @@ def _holders(model: torch.nn.Module, tensors: Set[int]) -> Iterator[int]:
 
 def _restorer(contents: dict[str, Any], key: str, is_replaced: bool) -> Callable[[], None]:
     """Return a function that restores a module's tensor, whose values weights replace or not."""
-    tensor: torch.Tensor | None = contents[key]
+    tensor: Tensor | None = contents[key]
     if tensor is None:
         return lambda: contents.__setitem__(key, None)
     held = held_part(tensor)
-    gradients: tuple[bool, torch.Tensor | None] | None = None
-    if isinstance(tensor, torch.nn.Parameter):
+    gradients: tuple[bool, Tensor | None] | None = None
+    if isinstance(tensor, nn.Parameter):
         gradients = tensor.requires_grad, tensor.grad
         # Where elements share memory it is not written to: other memory takes its place.
         saves = is_replaced and _is_writable(held)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 from posthoc_cli.tracker.memory import FlatTensors, Layout, Reader, Tile, on_host, tiles_of
@@ -31,18 +32,19 @@ class _Ring:
         cuda: Any = torch.cuda
         # torch keeps memory that it has freed
         kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
-        free = cuda.mem_get_info(device)[0] + kept
-        count = min(len(sizes), max(2, int(FREE_SHARE * free) // max(sizes)))
+        free, _ = cuda.mem_get_info(device)
+        most = int(FREE_SHARE * (free + kept)) // max(sizes)
+        count = min(len(sizes), max(2, most))
         self._device = device
         self._stream = cuda.Stream(device)
-        self._buffers = [
-            torch.empty(max(sizes[i::count]), dtype=torch.uint8, device=device)
-            for i in range(count)
-        ]
+        self._buffers = list[Tensor]()
+        for number in range(count):
+            size = max(sizes[number::count])
+            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
         self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
-    def send(self, number: int, values: list[torch.Tensor], out: torch.Tensor) -> Any:
+    def send(self, number: int, values: list[Tensor], out: Tensor) -> Any:
         """Queue the copy of tile `number`, counted from 0, to `out` on the host; return the event
         after the copy."""
         cuda: Any = torch.cuda
@@ -65,8 +67,21 @@ class _Ring:
         return self._sent[index]
 
 
-def _fill(flat: torch.Tensor, values: list[torch.Tensor]) -> None:
-    torch._foreach_copy_([*torch.split(flat, [value.numel() for value in values])], values)
+def _fill(flat: Tensor, values: list[Tensor]) -> None:
+    sizes = [value.numel() for value in values]
+    parts = torch.split(flat, sizes)
+    torch._foreach_copy_([*parts], values)
+
+
+def _rings_for(model: Reader) -> dict[torch.device, _Ring]:
+    """Return a ring on each accelerator that holds some of a model's tiles."""
+    nbytes: dict[torch.device, list[int]] = defaultdict(list)
+    for tile in model.tiles:
+        bucket = model.layout[tile.bucket]
+        if bucket.device.type == "cuda":
+            size = tile.end - tile.begin
+            nbytes[bucket.device].append(size * bucket.dtype.itemsize)
+    return {device: _Ring(device, sizes) for device, sizes in nbytes.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,38 +122,37 @@ class ModelCopier:
     def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
         """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
         `SINGLE_THREAD`."""
-        layout = model.layout
-        host = on_host(model.layout)
-        sizes = defaultdict(list)
-        if layout != self._layout:
-            for tile in model.tiles:
-                if (bucket := layout[tile.bucket]).device.type == "cuda":
-                    sizes[bucket.device].append((tile.end - tile.begin) * bucket.dtype.itemsize)
-            self._rings = {device: _Ring(device, nbytes) for device, nbytes in sizes.items()}
-            self._layout = layout
-        copy = self._free.pop() if self._free else None
-        if copy is None or copy.memory.layout != host:
-            memory = FlatTensors(host, pinned=bool(self._rings))
-            reader = Reader(host, [[memory.tile(tile)] for tile in tiles_of(host)], self._threads)
-            self._host_bytes = memory.nbytes
-            copy = ModelCopy(memory, reader)
-        memory = copy.memory
+        if model.layout != self._layout:
+            self._rings = _rings_for(model)
+            self._layout = model.layout
+        copy = self._memory_for(on_host(model.layout))
         events = dict[torch.device, Any]()
         counts = defaultdict[torch.device, int](int)
 
         def copy_tile(tile: Tile, _: int) -> None:
             # Tiles of an accelerator are larger than the reader's, which are the host's.
-            device = layout[tile.bucket].device
+            device = model.layout[tile.bucket].device
             values = model.current(tile)
-            out = memory.tile(tile)
-            if device in self._rings:  # a stream keeps order: the last event is enough
-                events[device] = self._rings[device].send(counts[device], values, out)
-                counts[device] += 1
-            else:
+            out = copy.memory.tile(tile)
+            if device not in self._rings:
                 _fill(out, values)
+                return
+            # a stream keeps order: the last event is enough
+            events[device] = self._rings[device].send(counts[device], values, out)
+            counts[device] += 1
 
         pool.each(copy_tile, model.tiles)
         return replace(copy, events=tuple(events.values()))
+
+    def _memory_for(self, host: Layout) -> ModelCopy:
+        """Return the memory of an earlier copy in this layout, or new one."""
+        copy = self._free.pop() if self._free else None
+        if copy is None or copy.memory.layout != host:
+            memory = FlatTensors(host, pinned=bool(self._rings))
+            parts = [[memory.tile(tile)] for tile in tiles_of(host)]
+            copy = ModelCopy(memory, Reader(host, parts, self._threads))
+            self._host_bytes = memory.nbytes
+        return copy
 
     def give_back(self, copy: ModelCopy) -> None:
         """Take back a copy that has arrived and is no longer needed; may be called from any

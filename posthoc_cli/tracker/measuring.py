@@ -13,7 +13,7 @@ depends on the positions of elements alone, not on tiles or devices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import xxhash
+from torch import Tensor
 
 from posthoc_cli.profiles import FloatArray, new_value_share, sketched_window_ends
 from posthoc_cli.reconstruction import Measurements, Sketch
@@ -32,9 +33,12 @@ MEASURED_ELEMENTS = 2**19  # of a large model, about
 Values = npt.NDArray[Any]
 
 
-def joined(buffers: Sequence[torch.Tensor]) -> Values:
+def joined(buffers: Sequence[Tensor]) -> Values:
     """Return the values of all buckets, on the host: shape [elements]."""
-    return np.concatenate([np.empty(0, np.float32), *(buffer.cpu().numpy() for buffer in buffers)])
+    arrays = [np.empty(0, np.float32)]
+    for buffer in buffers:
+        arrays.append(buffer.cpu().numpy())
+    return np.concatenate(arrays)
 
 
 class Subset(Elements):
@@ -46,45 +50,60 @@ class Subset(Elements):
     be as large as many others, or move as far.
     """
 
-    def __init__(self, layout: Layout, measured: Iterable[str]) -> None:
-        wanted = frozenset(measured)
-        self.sizes = dict[str, int]()  # of the tensors with elements
-        for bucket in layout:
-            for name, place in bucket.places.items():
-                if name in wanted and place.begin < place.end:
-                    self.sizes[name] = place.end - place.begin
-        most = -(-sum(self.sizes.values()) // MEASURED_ELEMENTS)
-        share = max(1, MEASURED_ELEMENTS // max(1, len(self.sizes)))
+    def __init__(self, layout: Layout, measured: Collection[str]) -> None:
+        self.sizes = _sizes_of(layout, measured)  # of the tensors with elements
+        total = sum(self.sizes.values())
+        largest_stride = -(-total // MEASURED_ELEMENTS)
+        even_share = max(1, MEASURED_ELEMENTS // max(1, len(self.sizes)))
         counts = list[int]()
         positions = list[Values]()
         for bucket in layout:
-            of_bucket = [np.empty(0, np.int64)]
+            in_bucket = [np.empty(0, np.int64)]
             for name, place in bucket.places.items():
                 if name not in self.sizes:
                     continue
                 size = self.sizes[name]
-                indices = _draw(name, size, min(most, size // share))
+                stride = min(largest_stride, size // even_share)
+                indices = _draw(name, size, stride)
                 counts.append(len(indices))
-                of_bucket.append(place.positions(indices))
-            positions.append(np.concatenate(of_bucket))
+                in_bucket.append(place.positions(indices))
+            positions.append(np.concatenate(in_bucket))
         super().__init__(layout, positions)
         # of each tensor's elements in the subset
         self.edges = np.array([0, *accumulate(counts)], np.int64)
-        self.scales = np.array([*self.sizes.values()], np.float64) / np.array(counts, np.float64)
+        # the number of elements that each one in the subset represents
+        sizes = np.array([*self.sizes.values()], np.float64)
+        self.scales = sizes / np.array(counts, np.float64)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """Return the squared norm of each tensor, or its squared distance from `others`: shape
         [tensors]."""
+        begins = self.edges[:-1]
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.square(values if others is None else values - others, dtype=np.float64)
-            return np.asarray(self.scales * np.add.reduceat(squares, self.edges[:-1]))
+            if others is not None:
+                values = values - others
+            squares = np.square(values, dtype=np.float64)
+            sums = np.add.reduceat(squares, begins)
+            return np.asarray(self.scales * sums)
+
+
+def _sizes_of(layout: Layout, names: Collection[str]) -> dict[str, int]:
+    """Return the number of elements of those of these tensors that have some."""
+    sizes = {}
+    for bucket in layout:
+        for name, place in bucket.places.items():
+            if name in names and place.begin < place.end:
+                sizes[name] = place.end - place.begin
+    return sizes
 
 
 def measured_as(squares: FloatArray, rounding: FloatArray | float = 0.0) -> Measurements | None:
     """Return the measurements of an average with these squared norms and rounding errors of its
     tensors; None if the norm is not finite."""
     norm = float(squares.sum())
-    return Measurements(norm, float(np.sum(rounding))) if math.isfinite(norm) else None
+    if not math.isfinite(norm):
+        return None
+    return Measurements(norm, float(np.sum(rounding)))
 
 
 def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -92,18 +111,24 @@ def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     run."""
     with np.errstate(over="ignore"):
         numbers = numbers * np.uint64(0x9E3779B97F4A7C15)
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(numbers ^ (numbers >> np.uint64(31)))
+        numbers ^= numbers >> np.uint64(30)
+        numbers *= np.uint64(0xBF58476D1CE4E5B9)
+        numbers ^= numbers >> np.uint64(27)
+        numbers *= np.uint64(0x94D049BB133111EB)
+        numbers ^= numbers >> np.uint64(31)
+    return numbers
 
 
 def _draw(name: str, size: int, stride: int) -> Values:
     """Draw one of every `stride` neighbouring elements of a tensor; return their row-major
     indices."""
-    indices = np.arange(0, size, max(1, stride), dtype=np.int64)
-    if stride > 1:
-        seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
-        indices += (_hashed(indices.view(np.uint64) + seed) % np.uint64(stride)).view(np.int64)
+    if stride <= 1:
+        return np.arange(size, dtype=np.int64)
+    indices = np.arange(0, size, stride, dtype=np.int64)
+    seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
+    hashes = _hashed(indices.view(np.uint64) + seed)
+    offsets = hashes % np.uint64(stride)
+    indices += offsets.view(np.int64)
     return np.asarray(indices[indices < size])
 
 
@@ -113,8 +138,9 @@ NUMBERS = 64  # D, of a projection: the relative error of squared lengths is abo
 # columns that elements are summed into first: a prime, so that a column of a matrix is spread over
 # all
 ROW = 1021
-# The index of the number that each column is added to: shape [ROW].
-_NUMBER = (_hashed(np.arange(ROW, dtype=np.uint64)) % np.uint64(NUMBERS)).astype(np.int64)
+_COLUMNS = np.arange(ROW, dtype=np.uint64)
+# the index of the number that each column is added to: shape [ROW]
+_NUMBER = (_hashed(_COLUMNS) % np.uint64(NUMBERS)).astype(np.int64)
 
 MOST_WINDOWS = 1024  # of a sketch; beyond it each two are merged
 # windows whose numbers may still be on an accelerator: fetching them waits for the device
@@ -133,10 +159,12 @@ class Window(NamedTuple):
     def merged(self, later: Window) -> Window:
         folds = self.folds + later.folds
         share = later.folds / folds
-        apart = later.mean - self.mean
-        mean = _rounded(self.mean + share * apart)
+        change = later.mean - self.mean
+        squared_distance = float(change @ change)
+        mean = _rounded(self.mean + share * change)
         spread = self.spread + share * (later.spread - self.spread)
-        return Window(later.t, folds, mean, spread + share * (1 - share) * float(apart @ apart))
+        spread += share * (1 - share) * squared_distance
+        return Window(later.t, folds, mean, spread)
 
 
 def _append(windows: list[Window], window: Window) -> None:
@@ -146,19 +174,30 @@ def _append(windows: list[Window], window: Window) -> None:
         if len(windows) > 1 and windows[-2].folds < windows[0].folds:
             windows[-2:] = [windows[-2].merged(window)]
         elif len(windows) > MOST_WINDOWS:
-            pairs = zip(windows[::2], windows[1::2], strict=False)
-            merged = [first.merged(second) for first, second in pairs]
-            windows[:] = merged + windows[2 * len(merged) :]
+            windows[:] = _halved(windows)
+
+
+def _halved(windows: list[Window]) -> list[Window]:
+    """Merge each two windows; the last of an odd number stays."""
+    pairs = zip(windows[::2], windows[1::2], strict=False)
+    merged = [first.merged(second) for first, second in pairs]
+    return merged + windows[2 * len(merged) :]
 
 
 def _windows_of(sketch: Sketch) -> list[Window]:
-    values = zip(sketch.edges[1:], sketch.folds, sketch.means, sketch.spread, strict=True)
-    return [Window(float(t), float(folds), mean, float(s)) for t, folds, mean, s in values]
+    ends = sketch.edges[1:].tolist()
+    folds = sketch.folds.tolist()
+    spread = sketch.spread.tolist()
+    return [*map(Window, ends, folds, sketch.means, spread)]
 
 
 def _sketch_of(first_t: float, windows: Sequence[Window]) -> Sketch:
-    t, folds, means, spread = zip(*windows, strict=True)
-    return Sketch(np.array([first_t, *t]), np.array(folds), np.stack(means), np.array(spread))
+    edges = [first_t]
+    edges += [window.t for window in windows]
+    folds = [window.folds for window in windows]
+    means = [window.mean for window in windows]
+    spread = [window.spread for window in windows]
+    return Sketch(np.array(edges), np.array(folds), np.stack(means), np.array(spread))
 
 
 def _identity_of(subset: Subset, part: int) -> int:
@@ -168,19 +207,32 @@ def _identity_of(subset: Subset, part: int) -> int:
     for bucket in subset.layout:
         dtypes.append((str(bucket.wide), len(bucket.places)))
         shapes += [place.shape for place in bucket.places.values()]
-    identity = repr((part, shapes, dtypes, [*subset.sizes], subset.edges.tolist()))
-    return xxhash.xxh3_64_intdigest(identity.encode()) >> 1
+    names = [*subset.sizes]
+    identity = repr((part, shapes, dtypes, names, subset.edges.tolist()))
+    digest = xxhash.xxh3_64_intdigest(identity.encode())
+    return digest >> 1
 
 
 def _signed_roots(subset: Subset, part: int) -> Values:
     """Return the factor of each element: a root of the number that it represents, with a random
     sign, the same in every run, and another one for each part."""
-    roots = np.repeat(np.sqrt(subset.scales), np.diff(subset.edges))
+    counts = np.diff(subset.edges)
+    roots = np.repeat(np.sqrt(subset.scales), counts)
     first = np.uint64(part) << np.uint64(40)
     numbers = np.arange(subset.edges[-1], dtype=np.uint64) + first
-    is_positive = _hashed(~numbers) >> np.uint64(63)
+    hashes = _hashed(~numbers)
+    is_positive = hashes >> np.uint64(63)
     signs = np.where(is_positive, np.float32(1), np.float32(-1))
     return np.asarray(roots * signs)
+
+
+class _Pending(NamedTuple):
+    """A projection that may still be on an accelerator: of the value at time `t`, or of a mean."""
+
+    t: float
+    share: float  # in the mean of the open window
+    ends: bool  # the open window
+    sums: list[Tensor]
 
 
 class Sketcher:
@@ -194,48 +246,56 @@ class Sketcher:
         self._projection = _identity_of(subset, part)
         self._values = subset.buffers()
         factors = torch.from_numpy(_signed_roots(subset, part))
-        split = torch.split(factors, [*map(len, self._values)])
-        pairs = zip(split, self._values, strict=True)
-        self._factors = [factor.to(buffer) for factor, buffer in pairs]
-        self._pending: list[tuple[float, float, bool, list[torch.Tensor]]] = []
-        self._begin = self._t = 0.0  # times of the open window's begin and of the last value in it
+        sizes = [len(buffer) for buffer in self._values]
+        self._factors = list[Tensor]()  # of the elements, by bucket
+        for factor, buffer in zip(torch.split(factors, sizes), self._values, strict=True):
+            self._factors.append(factor.to(buffer))
+        self._pending = list[_Pending]()
+        self._begin = 0.0  # the time at which the open window begins
+        self._t = 0.0  # the time of the last value in it
         self._first_t: float | None = None
         self._windows: list[Window] = []  # that have ended
         self._open: FloatArray | None = None  # the open window's mean, without pending values
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self._values, *self._factors))
+        tensors = self._values + self._factors
+        return sum(tensor.nbytes for tensor in tensors)
 
     def resume(self, path: PathSketch) -> bool:
         """Continue a path, and return True, if it is of the same projection."""
         if path.projection != self._projection:
             return False
-        self._first_t = float(path.sketch.edges[0])
-        self._windows = _windows_of(path.sketch)
-        self._t = self._windows[-1].t
-        if not self._windows[-1].folds:
-            self._open = self._windows.pop().mean
-        self._begin = self._windows[-1].t if self._windows else self._first_t
+        windows = _windows_of(path.sketch)
+        first_t = float(path.sketch.edges[0])
+        self._t = windows[-1].t
+        if not windows[-1].folds:
+            self._open = windows.pop().mean
+        self._begin = windows[-1].t if windows else first_t
+        self._first_t = first_t
+        self._windows = windows
         return True
 
-    def take(self, tile: Tile, values: torch.Tensor) -> None:
+    def take(self, tile: Tile, values: Tensor) -> None:
         self.subset.take(tile, values, self._values)
 
     def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
         due or `is_last`."""
-        begin = self._begin
-        before = self._t
-        share = new_value_share(gammas[0], before, t) / new_value_share(gammas[0], begin, t)
-        self.end_window(t, share, is_last or sketched_window_ends(gammas, begin, before, t))
+        own_mass = new_value_share(gammas[0], self._t, t)
+        mass = new_value_share(gammas[0], self._begin, t)
+        ends = is_last or sketched_window_ends(gammas, self._begin, self._t, t)
+        self._end(t, own_mass / mass, ends)
 
-    def end_window(self, t: float, share: float = 1.0, ends: bool = True) -> None:
-        """End a window at time `t`, all tiles of whose mean, or of a value with a share in it, have
-        been taken in."""
+    def end_window(self, t: float) -> None:
+        """End a window at time `t`, all tiles of whose mean have been taken in."""
+        self._end(t, 1.0, ends=True)
+
+    def _end(self, t: float, share: float, ends: bool) -> None:
         self._t = t
-        self._begin = t if ends else self._begin
-        self._pending.append((t, share, ends, self._project()))
+        if ends:
+            self._begin = t
+        self._pending.append(_Pending(t, share, ends, self._project()))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
@@ -245,7 +305,8 @@ class Sketcher:
         self._fetch()
         windows = [*self._windows]
         if t is not None:
-            _append(windows, Window(t, 1.0, _numbers(self._project())))
+            mean = _numbers(self._project())
+            _append(windows, Window(t, 1.0, mean))
         elif self._open is not None and windows:
             windows.append(Window(self._t, 0.0, self._open))
         if not windows:
@@ -254,26 +315,32 @@ class Sketcher:
         return PathSketch(self._projection, _sketch_of(first_t, windows))
 
     def _fetch(self) -> None:
-        for t, share, ends, sums in self._pending:
-            mean = _numbers(sums)
+        for pending in self._pending:
+            mean = _numbers(pending.sums)
             if self._open is not None:
-                mean = _rounded(self._open + share * (mean - self._open))
-            self._open = None if ends else mean
-            if ends:
-                self._first_t = t if self._first_t is None else self._first_t
-                _append(self._windows, Window(t, 1.0, mean))
+                change = mean - self._open
+                mean = _rounded(self._open + pending.share * change)
+            if not pending.ends:
+                self._open = mean
+                continue
+            self._open = None
+            if self._first_t is None:
+                self._first_t = pending.t
+            _append(self._windows, Window(pending.t, 1.0, mean))
         self._pending.clear()
 
-    def _project(self) -> list[torch.Tensor]:
+    def _project(self) -> list[Tensor]:
         """Return the sum of each column, for each bucket: float64, or float32 on Apple's GPUs,
         which lack float64."""
         sums = []
         for values, factors in zip(self._values, self._factors, strict=True):
             signed = values * factors
-            full = len(values) // ROW * ROW
+            rows = len(values) // ROW
+            table = signed[: rows * ROW].view(rows, ROW)
+            rest = signed[rows * ROW :]
             exact = torch.float32 if values.device.type == "mps" else torch.float64
-            total = signed[:full].view(full // ROW, ROW).sum(dim=0, dtype=exact)
-            total[: len(signed) - full] += signed[full:]
+            total = table.sum(dim=0, dtype=exact)
+            total[: len(rest)] += rest
             sums.append(total)
         return sums
 
@@ -283,17 +350,23 @@ def closed(path: PathSketch) -> PathSketch:
     windows = _windows_of(path.sketch)
     if windows[-1].folds:
         return path
-    _append(windows, windows.pop()._replace(folds=1.0))
-    return path._replace(sketch=_sketch_of(float(path.sketch.edges[0]), windows))
+    last = windows.pop()
+    _append(windows, last._replace(folds=1.0))
+    first_t = float(path.sketch.edges[0])
+    return path._replace(sketch=_sketch_of(first_t, windows))
 
 
-def _numbers(sums: list[torch.Tensor]) -> FloatArray:
+def _numbers(sums: list[Tensor]) -> FloatArray:
     """Return the numbers of a projection from the sums of columns: shape [D]."""
-    row = sum((bucket.cpu().numpy().astype(np.float64) for bucket in sums), np.zeros(ROW))
-    return _rounded(np.bincount(_NUMBER, row, NUMBERS).astype(np.float64))
+    row = np.zeros(ROW)
+    for of_bucket in sums:
+        row += of_bucket.cpu().numpy()
+    numbers = np.bincount(_NUMBER, row, NUMBERS)
+    return _rounded(numbers.astype(np.float64))
 
 
 def _rounded(numbers: FloatArray) -> FloatArray:
     """Round numbers to float32, as states hold them."""
     with np.errstate(over="ignore", invalid="ignore"):  # numbers that overflow are never written
-        return numbers.astype(np.float32).astype(np.float64)
+        rounded = numbers.astype(np.float32)
+    return rounded.astype(np.float64)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
@@ -53,6 +54,10 @@ class Place(NamedTuple):
             return 1
         return math.prod(self.shape[1:] if self.order[0] == 0 else self.shape)
 
+    def rows(self, begin: int, end: int) -> tuple[int, int]:
+        """Return the range in the bucket of the whole rows that hold these row-major elements."""
+        return self.begin + begin - begin % self.row, self.begin + end + -end % self.row
+
     @property
     def _sizes(self) -> list[int]:
         return [self.shape[axis] for axis in self.order]
@@ -69,11 +74,11 @@ class Place(NamedTuple):
             indices = np.ravel_multi_index([index[axis] for axis in self.order], self._sizes)
         return self.begin + indices
 
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
+    def view(self, flat: Tensor) -> Tensor:
         """Return the tensor whose elements are `flat` in memory."""
         return flat.view(self._sizes).permute(self._axes)
 
-    def row_major(self, flat: torch.Tensor) -> torch.Tensor:
+    def row_major(self, flat: Tensor) -> Tensor:
         """Return the elements of whole rows, see `row`, in row-major order."""
         if self.row == 1:
             return flat
@@ -113,16 +118,17 @@ class Tile(NamedTuple):
     end: int
 
 
-def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """Return the buckets of tensors with these devices, dtypes, shapes and strides."""
     places: dict[tuple[torch.device, torch.dtype], dict[str, Place]] = defaultdict(dict)
     sizes: dict[tuple[torch.device, torch.dtype], int] = defaultdict(int)
     for name, tensor in tensors.items():
-        key = tensor.device, tensor.dtype
-        begin = sizes[key]
-        sizes[key] += tensor.numel()
-        places[key][name] = Place(begin, sizes[key], tuple(tensor.shape), _order(tensor))
-    return tuple(Bucket(*key, named, sizes[key]) for key, named in places.items())
+        kind = tensor.device, tensor.dtype
+        begin = sizes[kind]
+        end = begin + tensor.numel()
+        places[kind][name] = Place(begin, end, tuple(tensor.shape), _order(tensor))
+        sizes[kind] = end
+    return tuple(Bucket(*kind, places[kind], sizes[kind]) for kind in places)
 
 
 def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
@@ -134,7 +140,7 @@ def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
     return places
 
 
-def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+def _order(tensor: Tensor) -> tuple[int, ...]:
     """Return the dimensions from the outermost in memory, or in their order if elements are not
     end to end."""
     order = tuple(range(tensor.ndim))
@@ -148,6 +154,11 @@ def _order(tensor: torch.Tensor) -> tuple[int, ...]:
 def on_host(layout: Layout) -> Layout:
     """Return the same buckets in the host's memory; buckets of several devices stay separate."""
     return tuple(replace(bucket, device=HOST) for bucket in layout)
+
+
+def is_on_host(layout: Layout) -> bool:
+    """Return whether all tensors are in the host's memory."""
+    return all(bucket.device.type == "cpu" for bucket in layout)
 
 
 def tiles_of(layout: Layout) -> list[Tile]:
@@ -166,17 +177,18 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
         edges = _edges(bucket.size, bucket.tile)
         ranges: list[list[ElementRange]] = [[] for _ in edges[1:]]
         for name, place in bucket.places.items():
-            first = place.begin
-            while first < place.end:
-                tile = bisect_right(edges, first) - 1
-                last = min(place.end, edges[tile + 1])
-                ranges[tile].append(ElementRange(name, first - place.begin, last - place.begin))
+            size = place.end - place.begin
+            first = 0
+            while first < size:
+                tile = bisect_right(edges, place.begin + first) - 1
+                last = min(size, edges[tile + 1] - place.begin)
+                ranges[tile].append(ElementRange(name, first, last))
                 first = last
         result += ranges
     return result
 
 
-def numbers_of(values: Sequence[torch.Tensor], tiles: Sequence[Tile]) -> list[float]:
+def numbers_of(values: Sequence[Tensor], tiles: Sequence[Tile]) -> list[float]:
     """Return the numbers of all tiles, waiting once a bucket."""
     numbers: list[float] = []
     for _, of_bucket in groupby(tiles, attrgetter("bucket")):
@@ -207,56 +219,64 @@ class FlatTensors:
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
         self.edges = list[list[int]]()  # of the slabs of each bucket
-        self.slabs = list[list[torch.Tensor]]()
+        self.slabs = list[list[Tensor]]()
         for bucket in layout:
             edges = _edges(bucket.size, SLAB) if pinned else [0, bucket.size]
+            dtype = bucket.dtype
+            slabs = []
+            for first, last in pairwise(edges):
+                shape = (last - first,)
+                slab = torch.empty(shape, dtype=dtype, device=bucket.device, pin_memory=pinned)
+                slabs.append(slab)
             self.edges.append(edges)
-            self.slabs.append([])
-            for size in np.diff(edges).tolist():
-                slab = torch.empty(
-                    size,
-                    dtype=bucket.dtype,
-                    device=bucket.device,
-                    pin_memory=pinned,
-                )
-                self.slabs[-1].append(slab)
+            self.slabs.append(slabs)
 
     @property
     def nbytes(self) -> int:
         return sum(slab.nbytes for slabs in self.slabs for slab in slabs)
 
     @cached_property
-    def views(self) -> dict[str, torch.Tensor]:
+    def views(self) -> dict[str, Tensor]:
         """Views of the tensors by name; of memory that is not pinned."""
-        return {
-            name: place.view(flat[place.begin : place.end])
-            for bucket, (flat,) in zip(self.layout, self.slabs, strict=True)
-            for name, place in bucket.places.items()
-        }
+        views = {}
+        for bucket, (flat,) in zip(self.layout, self.slabs, strict=True):
+            for name, place in bucket.places.items():
+                views[name] = place.view(flat[place.begin : place.end])
+        return views
 
-    def row_major(self, bucket: int, name: str) -> list[torch.Tensor]:
+    def row_major(self, bucket: int, name: str) -> list[Tensor]:
         """Return the elements of a tensor in row-major order, in one piece or several."""
         place = self.layout[bucket].places[name]
         parts = self.parts(bucket, place.begin, place.end)
         return parts if place.row == 1 else [place.row_major(torch.cat(parts))]
 
-    def parts(self, bucket: int, begin: int, end: int) -> list[torch.Tensor]:
+    def parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
         some of them."""
         edges = self.edges[bucket]
         slabs = self.slabs[bucket]
-        numbers = range(bisect_right(edges, begin) - 1, bisect_left(edges, end))
-        return [
-            slabs[number][max(begin - edges[number], 0) : end - edges[number]] for number in numbers
-        ]
+        parts = []
+        for number in range(bisect_right(edges, begin) - 1, bisect_left(edges, end)):
+            first = max(begin - edges[number], 0)
+            parts.append(slabs[number][first : end - edges[number]])
+        return parts
 
-    def tile(self, tile: Tile) -> torch.Tensor:
+    def tile(self, tile: Tile) -> Tensor:
         (part,) = self.parts(*tile[1:])
         return part
 
 
 # flat, or not contiguous with a range of row-major elements
-TilePart = torch.Tensor | tuple[torch.Tensor, slice]
+TilePart = Tensor | tuple[Tensor, slice]
+
+
+def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[begin:end]
+    row = tensor[0].numel()
+    first = begin // row
+    last = -(-end // row)
+    return tensor[first:last], slice(begin - first * row, end - first * row)
 
 
 class Reader:
@@ -269,46 +289,36 @@ class Reader:
         self.layout = layout
         self.tiles = tiles_of(layout)
         self._parts = parts
-        self._scratch = list[list[torch.Tensor]]()  # of each thread, by bucket
-        for _ in range(threads):
-            buffers = []
-            for bucket in layout:
-                size = min(bucket.size, bucket.tile)
-                buffers.append(torch.empty(size, dtype=bucket.wide, device=bucket.device))
-            self._scratch.append(buffers)
+        self._scratch = list[Tensor]()  # by bucket, a row for each thread
+        for bucket in layout:
+            shape = threads, min(bucket.size, bucket.tile)
+            self._scratch.append(torch.empty(shape, dtype=bucket.wide, device=bucket.device))
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, torch.Tensor], threads: int = 1) -> Reader:
-        detached = {name: tensor.detach() for name, tensor in tensors.items()}
-        layout = layout_of(detached)
-        orders = {name: place.order for bucket in layout for name, place in bucket.places.items()}
-
-        def part(name: str, begin: int, end: int) -> TilePart:
-            tensor = detached[name].permute(orders[name])
-            if tensor.is_contiguous():
-                return tensor.view(-1)[begin:end]
-            row = tensor[0].numel()
-            first = begin // row
-            return tensor[first : -(-end // row)], slice(begin - first * row, end - first * row)
-
+    def of_tensors(cls, tensors: Mapping[str, Tensor], threads: int = 1) -> Reader:
+        layout = layout_of(tensors)
+        in_memory = dict[str, Tensor]()  # with the dimensions as they are in memory
+        for bucket in layout:
+            for name, place in bucket.places.items():
+                in_memory[name] = tensors[name].detach().permute(place.order)
         parts = []
         for ranges in ranges_of(layout):
-            parts.append([part(*piece) for piece in ranges])
+            parts.append([_tile_part(in_memory[name], *piece) for name, *piece in ranges])
         return cls(layout, parts, threads)
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffers in self._scratch for buffer in buffers)
+        return sum(buffer.nbytes for buffer in self._scratch)
 
-    def current(self, tile: Tile) -> list[torch.Tensor]:
+    def current(self, tile: Tile) -> list[Tensor]:
         """Return a tile's values as they are now, in flat tensors that follow each other."""
         parts = self._parts[tile.number]
+        # a comprehension, since there may be thousands
         return [
-            part if isinstance(part, torch.Tensor) else part[0].reshape(-1)[part[1]]
-            for part in parts
+            part if isinstance(part, Tensor) else part[0].reshape(-1)[part[1]] for part in parts
         ]
 
-    def values(self, tile: Tile, thread: int = 0) -> torch.Tensor:
+    def values(self, tile: Tile, thread: int = 0) -> Tensor:
         """Return a tile's values, flat, in the averages' dtype; valid until the same thread's next
         call."""
         flat = self._flat(tile, thread)
@@ -329,19 +339,19 @@ class Reader:
     def nonfinite_name(self, norms: Sequence[float]) -> str | None:
         """Return the first tensor with a nan or an infinity in the tiles whose norms are not
         finite, or None."""
-        bad = [
-            tile for tile, norm in zip(self.tiles, norms, strict=True) if not math.isfinite(norm)
-        ]
-        ranges = ranges_of(self.layout) if bad else []
-        for tile in bad:
-            values = self.values(tile)
-            for name, begin, end in ranges[tile.number]:
-                if not bool(values[: end - begin].isfinite().all()):
+        if all(map(math.isfinite, norms)):
+            return None
+        for tile, ranges in zip(self.tiles, ranges_of(self.layout), strict=True):
+            if math.isfinite(norms[tile.number]):
+                continue
+            sizes = [end - begin for _, begin, end in ranges]
+            values = torch.split(self.values(tile), sizes)
+            for (name, *_), of_tensor in zip(ranges, values, strict=True):
+                if not bool(of_tensor.isfinite().all()):
                     return name
-                values = values[end - begin :]
         return None
 
-    def _flat(self, tile: Tile, thread: int) -> torch.Tensor:
+    def _flat(self, tile: Tile, thread: int) -> Tensor:
         """Return a tile's values, flat, in a dtype with float32's range."""
         first, *others = parts = self.current(tile)
         if not others and first.dtype in _LIKE_FLOAT32:
@@ -349,8 +359,8 @@ class Reader:
         scratch = self._scratch_of(tile, thread)
         return torch.cat(parts, out=scratch) if others else scratch.copy_(first)
 
-    def _scratch_of(self, tile: Tile, thread: int) -> torch.Tensor:
-        return self._scratch[thread][tile.bucket][: tile.end - tile.begin]
+    def _scratch_of(self, tile: Tile, thread: int) -> Tensor:
+        return self._scratch[tile.bucket][thread, : tile.end - tile.begin]
 
 
 class Elements:
@@ -358,34 +368,35 @@ class Elements:
 
     def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
         self.layout = layout
-        self._counts = [len(selected) for selected in positions]
-        orders = [np.argsort(selected, kind="stable") for selected in positions]
+        self._counts = [*map(len, positions)]
         # where in the tile, and where in the buffer
-        self._of_tiles: list[tuple[torch.Tensor, slice | torch.Tensor]] = []
+        self._of_tiles: list[tuple[Tensor, slice | Tensor]] = []
+        orders = [np.argsort(of_bucket, kind="stable") for of_bucket in positions]
         for tile in tiles_of(layout):
             device = layout[tile.bucket].device
             order = orders[tile.bucket]
-            selected = positions[tile.bucket][order]
-            first, last = np.searchsorted(selected, (tile.begin, tile.end)).tolist()
-            index = torch.from_numpy((selected[first:last] - tile.begin).astype(np.int32))
+            ascending = positions[tile.bucket][order]
+            first, last = np.searchsorted(ascending, (tile.begin, tile.end)).tolist()
+            in_tile = ascending[first:last] - tile.begin
+            index = torch.from_numpy(in_tile.astype(np.int32))
             target = order[first:last]
-            numbers: slice | torch.Tensor = slice(first, last)
+            numbers: slice | Tensor = slice(first, last)
             if not np.array_equal(target, np.arange(first, last)):
                 numbers = torch.from_numpy(target).to(device)
             self._of_tiles.append((index.to(device), numbers))
 
-    def buffers(self) -> list[torch.Tensor]:
+    def buffers(self) -> list[Tensor]:
         """Return zeros for the values of the selected elements, one tensor a bucket."""
-        pairs = zip(self._counts, self.layout, strict=True)
-        return [
-            torch.zeros(count, dtype=bucket.wide, device=bucket.device) for count, bucket in pairs
-        ]
+        zeros = []
+        for count, bucket in zip(self._counts, self.layout, strict=True):
+            zeros.append(torch.zeros(count, dtype=bucket.wide, device=bucket.device))
+        return zeros
 
-    def take(self, tile: Tile, values: torch.Tensor, buffers: Sequence[torch.Tensor]) -> None:
+    def take(self, tile: Tile, values: Tensor, buffers: Sequence[Tensor]) -> None:
         """Copy the selected elements of a tile, which has these values, to the buffers."""
         index, numbers = self._of_tiles[tile.number]
         buffer = buffers[tile.bucket]
-        if isinstance(numbers, torch.Tensor):
+        if isinstance(numbers, Tensor):
             buffer.index_copy_(0, numbers, values.index_select(0, index))
         elif numbers.start < numbers.stop:
             torch.index_select(values, 0, index, out=buffer[numbers])

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from posthoc_cli.dtypes import EPS, stored_name, torch_dtype
 from posthoc_cli.errors import (
@@ -87,11 +88,8 @@ class TrackedModel:
         return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
 
     def box(self, name: str) -> Box:
-        return (
-            self.chunks[name].box(self.shapes[name])
-            if name in self.chunks
-            else Box.full(self.shapes[name])
-        )
+        shape = self.shapes[name]
+        return self.chunks[name].box(shape) if name in self.chunks else Box.full(shape)
 
     @cached_property
     def boxes(self) -> dict[str, Box]:
@@ -109,12 +107,13 @@ class TrackedModel:
     def sampled(self) -> dict[int, tuple[str, int]]:
         """The elements of a snapshot's sample that this process holds, by number: name, and
         row-major local index."""
-        local = (
-            (number, name, index_within(self.box(name), self.complete_shape(name), index))
-            for number, (name, index) in enumerate(places(self.complete_shapes))
-            if name in self.tensors
-        )
-        return {number: (name, index) for number, name, index in local if index is not None}
+        own = {}
+        for number, (name, index) in enumerate(places(self.complete_shapes)):
+            if name in self.tensors:
+                local = index_within(self.box(name), self.complete_shape(name), index)
+                if local is not None:
+                    own[number] = name, local
+        return own
 
     @property
     def leads(self) -> bool:
@@ -125,12 +124,11 @@ class TrackedModel:
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged
         ones."""
-        tensors = self.tensors.items()
-        return {
-            name: torch_dtype(tensor.dtype)
-            for name, tensor in tensors
-            if (tensor.role == "copy") == copied
-        }
+        dtypes = {}
+        for name, tensor in self.tensors.items():
+            if (tensor.role == "copy") == copied:
+                dtypes[name] = torch_dtype(tensor.dtype)
+        return dtypes
 
     def of(self, members: Members) -> TrackedModel:
         """Return the tensors that this process averages and writes."""
@@ -149,18 +147,21 @@ class TrackedModel:
         `elsewhere`."""
         names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
         others = elsewhere - found.known_names
-        for name in [name for name in names if name not in others]:
+        for name in names:
+            if name in others:
+                continue
             was = self._described(name)
             now = found._described(name)
-            if now != was:
-                without = name in found.frozen or (name in self.left_out and name in found.tensors)
-                dtypes = {
-                    each.tensors[name].dtype for each in (self, found) if name in each.tensors
-                }
-                hint = _FROZEN_TOO if without else _OTHER_DTYPE if len(dtypes) == 2 else ""
-                raise ModelMismatchError(
-                    f"tensor {name!r}", f"is {now}, and was {was} when tracking began", hint
-                )
+            if now == was:
+                continue
+            hint = ""
+            if name in self.tensors and name in found.tensors:
+                if self.tensors[name].dtype != found.tensors[name].dtype:
+                    hint = _OTHER_DTYPE
+            elif name in found.frozen or (name in self.left_out and name in found.tensors):
+                hint = _FROZEN_TOO
+            reason = f"is {now}, and was {was} when tracking began"
+            raise ModelMismatchError(f"tensor {name!r}", reason, hint)
 
     def _described(self, name: str) -> str:
         if name in self.aliases:
@@ -173,14 +174,12 @@ class TrackedModel:
             "statistic": "averaged as a running statistic",
             "copy": "copied",
         }[tensor.role]
-        described = (
-            f"{kind}, {torch_dtype(tensor.dtype)} of shape {list(self.complete_shape(name))}"
-        )
+        shape = list(self.complete_shape(name))
+        described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {shape}"
         if self.members.is_chunked and name in self.chunks:
-            described += (
-                f", of which this process has {list(self.shapes[name])} at "
-                f"{list(self.chunks[name].offset)}"
-            )
+            own = list(self.shapes[name])
+            offset = list(self.chunks[name].offset)
+            described += f", of which this process has {own} at {offset}"
         return described
 
 
@@ -193,8 +192,8 @@ class ModelTensors:
     """The tensors of a model that this process holds, averaged and copied ones, and what is tracked
     of them."""
 
-    averaged: dict[str, torch.Tensor]
-    copied: dict[str, torch.Tensor]
+    averaged: dict[str, Tensor]
+    copied: dict[str, Tensor]
     tracked: TrackedModel
 
     def of(self, members: Members) -> ModelTensors:
@@ -203,9 +202,9 @@ class ModelTensors:
         return ModelTensors(_only(self.averaged, names), _only(self.copied, names), tracked)
 
 
-def check_model(model: torch.nn.Module) -> torch.nn.Module:
+def check_model(model: nn.Module) -> nn.Module:
     """Return `model`, or raise an InvalidValueError if it is no module."""
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
 
@@ -240,10 +239,10 @@ class Block:
         """
         if self not in swapped:
             return
-        later = swapped[swapped.index(self) + 1 :]
-        within = [
-            other for other in later if other.held & self.held and other._thread == self._thread
-        ]
+        within = []
+        for other in swapped[swapped.index(self) + 1 :]:
+            if other.held & self.held and other._thread == self._thread:
+                within.append(other)
         with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
             for block in (self, *within):
                 stack.callback(block.undo.close)
@@ -256,7 +255,7 @@ swapped: list[Block] = []
 """The open blocks of this process."""
 
 
-def is_swapped(model: torch.nn.Module) -> bool:
+def is_swapped(model: nn.Module) -> bool:
     """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
     if not swapped:
         return False
@@ -268,62 +267,90 @@ def is_swapped(model: torch.nn.Module) -> bool:
 
 
 def collect_tensors(
-    model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()
+    model: nn.Module, selection: Selection, also: frozenset[str] = frozenset()
 ) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
-    held = dict[str, torch.Tensor]()
-    tracked = dict[str, TrackedTensor]()
-    aliases = dict[str, str]()
-    left_out = list[str]()
-    first_name = dict[int, str]()
-    chunks = dict[str, Chunk]()
     reshard(check_model(model))
-    tensors = named_tensors(model)
-    # A tied parameter is one tensor with several names, any of which may be selected.
-    copy_only = {id(entry.tensor) for entry in tensors if selection.copies(entry.name)}
-    running = running_statistics(entry.name for entry in tensors if not entry.is_parameter)
-    for entry in tensors:
+    entries = named_tensors(model)
+    collection = _Collection(entries, selection)
+    for entry in entries:
+        if entry.in_state:
+            collection.add(entry, entry.name in also)
+    return collection.tensors()
+
+
+class _Collection:
+    """The selected tensors of a model, as they are collected."""
+
+    def __init__(self, entries: Sequence[NamedTensor], selection: Selection) -> None:
+        self._selection = selection
+        # A tied parameter is one tensor with several names, any of which may be selected.
+        self._copied = {id(entry.tensor) for entry in entries if selection.copies(entry.name)}
+        buffers = [entry.name for entry in entries if not entry.is_parameter]
+        self._running = running_statistics(buffers)
+        self._parts = dict[str, Tensor]()
+        self._tracked = dict[str, TrackedTensor]()
+        self._aliases = dict[str, str]()
+        self._left_out = list[str]()
+        self._first_names = dict[int, str]()
+        self._chunks = dict[str, Chunk]()
+
+    def add(self, entry: NamedTensor, also_frozen: bool) -> None:
         name = entry.name
         tensor = entry.tensor
-        if not entry.in_state:
-            continue
-        is_copied = id(tensor) in copy_only
-        is_wanted = (
-            not selection.only_trainable or tensor.requires_grad or is_copied or name in also
-        )
-        if not selection.names(name) or (entry.is_parameter and not is_wanted):
-            left_out.append(name)
-            continue
+        is_copied = id(tensor) in self._copied
+        if not _is_selected(entry, self._selection, is_copied or also_frozen):
+            self._left_out.append(name)
+            return
         _check(entry)
-        stored = first_name.setdefault(id(tensor), name)
-        if stored != name:
-            aliases[name] = stored
-            continue
-        held[name], box = held_box(name, tensor)
+        first_name = self._first_names.setdefault(id(tensor), name)
+        if first_name != name:
+            self._aliases[name] = first_name
+            return
+        self._parts[name], box = held_box(name, tensor)
         if is_sharded(tensor):
-            chunks[name] = Chunk(tuple(tensor.shape), box.offset)
-        role = "copy"
-        if not is_copied and tensor.dtype in AVERAGED_DTYPES:
-            if name in running and selection.buffers == "statistics":
-                role = "statistic"
-            elif entry.is_parameter or selection.buffers == "average":
-                role = "average"
-        tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
-    frozen = frozenset(filter(selection.names, left_out))
-    if all(one.role != "average" for one in tracked.values()):
-        reason = "none of floating-point values requires gradients"
-        hint = "include='*' takes frozen ones, too"
-        if not frozen and (selection.include or selection.exclude):
-            reason = "include and exclude leave none"
-            hint = ""
-        raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    shapes = {name: tuple(tensor.shape) for name, tensor in held.items()}
-    averaged = {name: tensor for name, tensor in held.items() if tracked[name].role != "copy"}
-    copied = _only(held, held.keys() - averaged.keys())
-    ordered = {name: tracked[name] for name in (*averaged, *copied)}
-    known = TrackedModel(ordered, shapes, aliases, tuple(left_out), frozen, chunks)
-    return ModelTensors(averaged, copied, known)
+            self._chunks[name] = Chunk(tuple(tensor.shape), box.offset)
+        role = "copy" if is_copied else self._role(entry)
+        self._tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
+
+    def _role(self, entry: NamedTensor) -> str:
+        buffers = self._selection.buffers
+        if entry.tensor.dtype not in AVERAGED_DTYPES:
+            return "copy"
+        if entry.name in self._running and buffers == "statistics":
+            return "statistic"
+        return "average" if entry.is_parameter or buffers == "average" else "copy"
+
+    def tensors(self) -> ModelTensors:
+        """Return all; raise an InvalidValueError if none is averaged."""
+        frozen = frozenset(filter(self._selection.names, self._left_out))
+        roles = {name: tensor.role for name, tensor in self._tracked.items()}
+        if "average" not in roles.values():
+            raise _without_average(self._selection, frozen)
+        averaged = {name: part for name, part in self._parts.items() if roles[name] != "copy"}
+        copied = _only(self._parts, self._parts.keys() - averaged.keys())
+        tracked = {name: self._tracked[name] for name in (*averaged, *copied)}
+        shapes = {name: tuple(part.shape) for name, part in self._parts.items()}
+        left_out = tuple(self._left_out)
+        known = TrackedModel(tracked, shapes, self._aliases, left_out, frozen, self._chunks)
+        return ModelTensors(averaged, copied, known)
+
+
+def _is_selected(entry: NamedTensor, selection: Selection, also_frozen: bool) -> bool:
+    if not selection.names(entry.name):
+        return False
+    is_trained = entry.tensor.requires_grad or not selection.only_trainable
+    return is_trained or also_frozen or not entry.is_parameter
+
+
+def _without_average(selection: Selection, frozen: Set[str]) -> InvalidValueError:
+    reason = "none of floating-point values requires gradients"
+    hint = "include='*' takes frozen ones, too"
+    if not frozen and (selection.include or selection.exclude):
+        reason = "include and exclude leave none"
+        hint = ""
+    return InvalidValueError("model", f"has no parameter to average: {reason}", hint)
 
 
 def _check(entry: NamedTensor) -> None:
@@ -360,7 +387,7 @@ def _check(entry: NamedTensor) -> None:
     raise InvalidValueError("parameter", reason, hint, value=value)
 
 
-def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
+def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds a nan or an infinity, or None."""
     for name, tensor in tensors.items():
         if not bool((tensor.float() if tensor.dtype in EIGHT_BITS else tensor).isfinite().all()):
@@ -384,10 +411,10 @@ class ModelWatch:
         self._selection = selection
         self._members = members
         self._cached: WeakKeyDictionary[
-            torch.nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
+            nn.Module, tuple[TrackedModel, _ModelFingerprint, ModelTensors]
         ] = WeakKeyDictionary()
 
-    def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+    def tensors(self, model: nn.Module, tracked: TrackedModel) -> ModelTensors:
         """Return the model's tensors, the same object unless it has changed; raise an error for
         others than tracked."""
         if model in self._cached:
@@ -407,12 +434,12 @@ class ModelWatch:
         """Release the model's tensors."""
         self._cached.clear()
 
-    def sample(self, model: torch.nn.Module, tracked: TrackedModel) -> dict[int, float]:
+    def sample(self, model: nn.Module, tracked: TrackedModel) -> dict[int, float]:
         """Return the model's values in a snapshot's sample that this process holds, by number, of
         frozen ones, too."""
         found = self._collect(model, tracked.known_names)
         tracked.check(found.tracked)
-        picked: list[torch.Tensor] = []
+        picked: list[Tensor] = []
         for name, index in tracked.sampled.values():
             tensor = found.averaged[name]
             picked.append(tensor[np.unravel_index(index, tensor.shape)])
@@ -422,7 +449,7 @@ class ModelWatch:
         values = torch.stack([value.to(device, torch.float32) for value in picked])
         return dict(zip(tracked.sampled, values.tolist(), strict=True))
 
-    def check_kind(self, model: torch.nn.Module) -> None:
+    def check_kind(self, model: nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
         made."""
         if not self._members.is_chunked and any(map(is_sharded, model.parameters())):
@@ -430,7 +457,7 @@ class ModelWatch:
             way = "make the tracker in every process, with from_model or from_path(path, model)"
             raise ModelMismatchError("model", reason, f"shard the model first; then {way}")
 
-    def _collect(self, model: torch.nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
+    def _collect(self, model: nn.Module, also: frozenset[str] = frozenset()) -> ModelTensors:
         found = collect_tensors(model, self._selection, also)
         self.check_kind(model)
         return found.of(self._members)
@@ -440,7 +467,7 @@ class _ModelFingerprint:
     """The registries of a model's modules at one moment, which takes less time to compare than to
     walk through them."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._registries: list[dict[str, Any]] = []
         for module in model.modules():
             self._registries += module._parameters, module._buffers, module._modules
@@ -461,7 +488,7 @@ class _ModelFingerprint:
             view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
         )
 
-    def _read(self) -> tuple[Sequence[torch.Tensor], tuple[object, ...]]:
+    def _read(self) -> tuple[Sequence[Tensor], tuple[object, ...]]:
         """Return the parts of the tensors that this process holds, and all compared properties
         except their memory."""
         local = local_tensors(self._tensors) if self._are_sharded else self._tensors
@@ -487,7 +514,7 @@ _WRAPPERS = (
 """
 
 
-NamedModule = tuple[str, str, torch.nn.Module]
+NamedModule = tuple[str, str, nn.Module]
 """A path of a module without wrappers ("" for the model itself), and torch's (`raw`); and the
 module or wrapper."""
 
@@ -498,12 +525,12 @@ class NamedTensor(NamedTuple):
 
     name: str
     raw: str
-    tensor: torch.Tensor
+    tensor: Tensor
     is_parameter: bool
     in_state: bool = True  # not for buffers that are not persistent
 
 
-def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
+def named_tensors(model: nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included."""
     modules = list(_named_modules(model))
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -539,7 +566,7 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     )
 
 
-def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
+def _named_modules(model: nn.Module) -> Iterator[NamedModule]:
     """Yield every module by every path, and wrappers under the path of the module that they
     wrap."""
     # by torch's path: the path, and the name of a wrapped child
@@ -552,7 +579,7 @@ def _named_modules(model: torch.nn.Module) -> Iterator[NamedModule]:
         yield path, raw, module
 
 
-def wrapped_child(module: torch.nn.Module) -> str | None:
+def wrapped_child(module: nn.Module) -> str | None:
     """Return the name of the child that a wrapper wraps; None if the module is no wrapper."""
     for defined_in, name in _WRAPPERS:
         # A class that nobody has imported wraps nothing. A release of torch without the class is an
@@ -565,7 +592,7 @@ def wrapped_child(module: torch.nn.Module) -> str | None:
     return None
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside all of its wrappers."""
     while (child := wrapped_child(model)) is not None:
         model = model.get_submodule(child)
@@ -586,44 +613,65 @@ def _adapter_names(
     """
     if "peft" not in sys.modules:
         return {}
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel
 
-    names, roots = dict[str, str](), list[str]()  # the outermost modules with adapters
+    names = dict[str, str]()
+    roots = list[str]()  # the outermost modules with adapters
     for _, root, module in modules:
         if any(root.startswith(outer) for outer in roots):
             continue
         # Not `getattr`: wrappers forward the attributes of the module that they wrap.
-        found = (
-            module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
-        )
-        configs = found if isinstance(found, Mapping) else {}
-        adapters = {
-            name: config for name, config in configs.items() if isinstance(config, PeftConfig)
-        }
-        start = _join(root, "")
-        roots += [start] * bool(adapters)
-        if len(adapters) != 1 or any(config.is_prompt_learning for config in adapters.values()):
+        own = vars(module)
+        configs = module.peft_config if isinstance(module, PeftModel) else own.get("peft_config")
+        if not isinstance(configs, Mapping):
             continue
-        # One tensor object for each name: the identity of a tensor in PEFT's result shows which
-        # name it had.
-        state = {
-            t.raw.removeprefix(start): t.tensor.detach() for t in tensors if t.raw.startswith(start)
-        }
-        raw_names = {id(tensor): start + raw for raw, tensor in state.items()}
-        options: dict[str, Any] = {
-            "adapter_name": next(iter(adapters)),
-            "save_embedding_layers": False,
-        }
-        saved_as = get_peft_model_state_dict(module, state_dict=dict(state), **options)
-        names |= {
-            raw_names[id(one)]: start + saved
-            for saved, one in saved_as.items()
-            if id(one) in raw_names
-        }
-    for _, wrapper, module in reversed(modules) if names else ():  # the innermost first
-        if (child := wrapped_child(module)) is not None:
-            prefix = _join(wrapper, f"{child}.")
-            for raw, name in names.items():
-                if name.startswith(prefix):
-                    names[raw] = _join(wrapper, name.removeprefix(prefix))
+        adapters = [name for name in configs if isinstance(configs[name], PeftConfig)]
+        if not adapters:
+            continue
+        start = _join(root, "")
+        roots.append(start)
+        if len(adapters) > 1 or configs[adapters[0]].is_prompt_learning:
+            continue
+        own_tensors = [entry for entry in tensors if entry.raw.startswith(start)]
+        for raw, saved in _names_in_adapter(module, adapters[0], own_tensors, start).items():
+            names[raw] = start + saved
+    _leave_out_wrappers(names, modules)
     return names
+
+
+def _names_in_adapter(
+    module: nn.Module, adapter: str, tensors: Sequence[NamedTensor], start: str
+) -> dict[str, str]:
+    """Return the names in PEFT's state of an adapter, by torch's names, which begin with
+    `start`."""
+    from peft import get_peft_model_state_dict
+
+    # One tensor object for each name: the identity of a tensor in PEFT's result shows which name
+    # it had.
+    state = dict[str, Tensor]()
+    raw_names = dict[int, str]()
+    for entry in tensors:
+        tensor = entry.tensor.detach()
+        state[entry.raw.removeprefix(start)] = tensor
+        raw_names[id(tensor)] = entry.raw
+    options: dict[str, Any] = {"adapter_name": adapter, "save_embedding_layers": False}
+    saved = get_peft_model_state_dict(module, state_dict=dict(state), **options)
+    names = {}
+    for name, tensor in saved.items():
+        if id(tensor) in raw_names:
+            names[raw_names[id(tensor)]] = name
+    return names
+
+
+def _leave_out_wrappers(names: dict[str, str], modules: Sequence[NamedModule]) -> None:
+    """Leave out of the names those of children that wrappers insert."""
+    if not names:
+        return
+    for _, wrapper, module in reversed(modules):  # the innermost first
+        child = wrapped_child(module)
+        if child is None:
+            continue
+        prefix = _join(wrapper, f"{child}.")
+        for raw, name in names.items():
+            if name.startswith(prefix):
+                names[raw] = _join(wrapper, name.removeprefix(prefix))

@@ -26,6 +26,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
+from torch import Tensor
 
 from posthoc_cli.errors import (
     DirectoryError,
@@ -49,7 +50,7 @@ from posthoc_cli.tracker.background import (
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.host_copy import ModelCopier
 from posthoc_cli.tracker.measuring import Sketcher
-from posthoc_cli.tracker.memory import Layout, Reader, on_host
+from posthoc_cli.tracker.memory import Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
@@ -63,7 +64,7 @@ from posthoc_cli.tracker.state import Tracking
 
 log = Log(__name__)
 
-Calls = tuple[TrainingProgress, tuple[tuple[torch.Tensor, TrainingProgress], ...]]
+Calls = tuple[TrainingProgress, tuple[tuple[Tensor, TrainingProgress], ...]]
 
 STILL = 10
 """Updates without any change of a weight: an optimizer moves most of them at each step."""
@@ -82,7 +83,8 @@ class Pipeline:
         # the state after the last update; only jobs of the averages' thread change it
         self.tracking = tracking
         self.snapshotter: Snapshotter | None = None  # until the tracker is the directory's writer
-        self.closed = self._has_ended = False  # closed: calls that change the state are refused
+        self.closed = False  # if so, calls that change the state are refused
+        self._has_ended = False
         self.directory = directory
         self._settings = settings
         self._device = device
@@ -101,26 +103,26 @@ class Pipeline:
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
         # the number, the step and the sample of this tracker's first update
-        self._first: tuple[int, int, Sequence[torch.Tensor] | None] | None = None
+        self._first: tuple[int, int, Sequence[Tensor] | None] | None = None
         self._moves = False  # whether weights were compared, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
-        held = {"bytes": float(self.tracking.averages.nbytes + self._copier.nbytes)}
-        held["bytes"] += (
-            0 if self._storage is None else sum(memory.nbytes for memory in self._storage.memory)
+        storage = self._storage
+        memory = [] if storage is None else storage.memory
+        parts: tuple[Any, ...] = (
+            self.tracking.averages,
+            self._copier,
+            *memory,
+            *self._values.values(),
         )
-        held["bytes"] += sum(reader.nbytes for reader in list(self._values.values()))
+        figures = {"bytes": float(sum(part.nbytes for part in parts))}
         writer = self.snapshotter
-        writes = self._writes
-        if writer is None or not writer.times_written:
-            return held
-        figures = {
-            "bytes": writer.nbytes,
-            "seconds": writes.job_seconds[0],
-            "waited": writes.wait_seconds,
-        }
-        return held | {f"snapshot_{name}": float(value) for name, value in figures.items()}
+        if writer is not None and writer.times_written:
+            figures["snapshot_bytes"] = float(writer.nbytes)
+            figures["snapshot_seconds"] = self._writes.job_seconds[0]
+            figures["snapshot_waited"] = self._writes.wait_seconds
+        return figures
 
     @property
     def progress(self) -> TrainingProgress:
@@ -196,7 +198,7 @@ class Pipeline:
         else:
             self._calls = progress, ()
 
-    def defer(self, found_inf: torch.Tensor, t: float | None) -> bool:
+    def defer(self, found_inf: Tensor, t: float | None) -> bool:
         """Count a call unless `found_inf` is 1, which is read later; return False if an update may
         be due now."""
         latest = self.latest.after(t, self._settings)
@@ -223,39 +225,49 @@ class Pipeline:
             torch._foreach_copy_([*copies.values()], [*tensors.copied.values()])
         values = self._values_of(tensors)
         if self._is_async:
-            events = self._streams.record_events(
-                self._streams.current(c.device for c in copies.values())
-            )
-            # On an accelerator the training's own stream copies. On the CPU torch's threads would
-            # wait for each other.
-            pool = self._pool_for(values.layout)
-            if pool is SINGLE_THREAD:
-                copy = self._copier.copy(values)
-            else:
-                copy = self._updates.call(lambda: self._copier.copy(values, pool))
-
-            def update_by_copy() -> None:
-                self._streams.last_events = events
-                try:
-                    self._take_in(copy.arrived(), copies, progress)
-                finally:
-                    self._copier.give_back(copy)
-
-            self._updates.submit(lambda: self._update(update_by_copy, progress))
+            self._update_by_copy(values, copies, progress)
         else:
-            devices = [bucket.device for bucket in values.layout] + [
-                copy.device for copy in copies.values()
-            ]
-            streams = self._streams.current(devices)
-
-            def update_in_place() -> None:  # while the training waits
-                with self._streams.in_streams_of_caller(streams):
-                    self._take_in(values, copies, progress)
-
-            self._updates.call(lambda: self._update(update_in_place, progress))
+            self._update_in_place(values, copies, progress)
         self._calls = progress, ()
         self._updates.warn_of_waiting("updates of the averages (update_every)")
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
+
+    def _update_by_copy(
+        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
+    ) -> None:
+        """Copy the values to the host, and update the averages while the training goes on."""
+        streams = self._streams.current(copy.device for copy in copies.values())
+        events = self._streams.record_events(streams)
+        # On an accelerator the training's own stream copies. On the CPU torch's threads would wait
+        # for each other.
+        pool = self._pool_for(values.layout)
+        if pool is SINGLE_THREAD:
+            copy = self._copier.copy(values)
+        else:
+            copy = self._updates.call(lambda: self._copier.copy(values, pool))
+
+        def take_in() -> None:
+            self._streams.last_events = events
+            try:
+                self._take_in(copy.arrived(), copies, progress)
+            finally:
+                self._copier.give_back(copy)
+
+        self._updates.submit(lambda: self._update(take_in, progress))
+
+    def _update_in_place(
+        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
+    ) -> None:
+        """Update the averages while the training waits."""
+        devices = [bucket.device for bucket in values.layout]
+        devices += [copy.device for copy in copies.values()]
+        streams = self._streams.current(devices)
+
+        def take_in() -> None:
+            with self._streams.in_streams_of_caller(streams):
+                self._take_in(values, copies, progress)
+
+        self._updates.call(lambda: self._update(take_in, progress))
 
     def _update(self, take_in: Callable[[], None], progress: TrainingProgress) -> None:
         """Take in values, and queue due snapshots, also if the values are refused."""
@@ -297,27 +309,28 @@ class Pipeline:
         def work() -> list[LiveSource]:
             current = self._current()
             averages = current.averages
-            tensors = current.averages.tensors
+            tensors = averages.tensors
             if tensors is None or not averages.exist:
                 return []
             pool = self._pool_for(tensors.layout)
             with self._streams.in_own_streams():
                 subset = self._storage_of(tensors.layout).subset
-                measured = [(one, "") for one in measured_now(subset, averages, pool)]
+                measured = [(figures, "") for figures in measured_now(subset, averages, pool)]
                 copies = _on_cpu(averages.copies)
-                found = headers(self._settings, current, averages.path(pool), measured)
+                infos = headers(self._settings, current, averages.path(pool), measured)
 
-            def read(index: int, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+            def read(index: int, ranges: Sequence[ElementRange]) -> list[Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
             call = self._updates.call
-            made = [
-                LiveSource.of(header, tensors.layout, copies, read=partial(read, index), call=call)
-                for index, header in enumerate(found)
-            ]
-            self._live.update((id(one), one) for one in made)
-            return made
+            sources = []
+            for index, header in enumerate(infos):
+                read_own = partial(read, index)
+                source = LiveSource.of(header, tensors.layout, copies, read=read_own, call=call)
+                self._live[id(source)] = source
+                sources.append(source)
+            return sources
 
         return self._updates.call(work) if self.tracking.averages.exist else []
 
@@ -428,18 +441,15 @@ class Pipeline:
     def _pool_for(self, layout: Layout) -> ThreadPool:
         """Return the pool for work on a layout: one thread for accelerators, so that one stream
         keeps the order."""
-        return (
-            self._pool if all(bucket.device.type == "cpu" for bucket in layout) else SINGLE_THREAD
-        )
+        return self._pool if is_on_host(layout) else SINGLE_THREAD
 
     def _storage_of(self, layout: Layout) -> Storage:
         storage = self._storage
         tracked = self.tracking.tracked
         if storage is None or storage.layout != layout or storage.tracked is not tracked:
             self._storage = None  # its memory must go first
-            storage = self._storage = Storage(
-                layout, tracked, self._settings.schedule.checkpoint_dtype
-            )
+            storage = Storage(layout, tracked, self._settings.schedule.checkpoint_dtype)
+            self._storage = storage
         return storage
 
     # scratch made in inference mode could not be written to outside it
@@ -454,38 +464,44 @@ class Pipeline:
 
     @torch.no_grad()
     def _take_in(
-        self, values: Reader, copies: Mapping[str, torch.Tensor], progress: TrainingProgress
+        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
     ) -> None:
         """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
         finite."""
         self.check_open()
         now = self.tracking
-        averages = self.tracking.averages
+        averages = now.averages
         storage = self._storage_of(values.layout)
         if self._settings.snapshot_is_due(progress.step):
             # before anything is changed: memory may run out
             storage.allocate(len(averages.sigma_rels))
         for live in list(self._live.values()):
             live.copy()
-        # The path is known from the first update on, or continues a known one.
-        path = averages.known_path
-        sketcher = averages.sketcher
-        if sketcher is not None and sketcher.subset is not storage.subset:
-            path = averages.path(exact=True)
-            sketcher = None
-        if sketcher is None and (path is not None or not averages.exist):
-            sketcher = Sketcher(storage.subset, now.tracked.members.rank)
-            # the path of a model that was divided in another way
-            if path is not None and not sketcher.resume(path):
-                sketcher = None
         pool = self._pool_for(values.layout)
         sample = storage.sample
+        sketcher = self._sketcher(averages, storage)
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
         if name is not None:
             raise nonfinite_error(name, now.tracked.tensors, progress.step)
         if not self._moves:
             self._note_standstill(averages)
+
+    def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
+        """Return what sketches the path: known from the first update on, or continued; None for the
+        path of a model that was divided in another way."""
+        sketcher = averages.sketcher
+        path = averages.known_path
+        if sketcher is not None:
+            if sketcher.subset is storage.subset:
+                return sketcher
+            path = averages.path(exact=True)
+        if path is None and averages.exist:
+            return None
+        sketcher = Sketcher(storage.subset, self.tracking.tracked.members.rank)
+        if path is not None and not sketcher.resume(path):
+            return None
+        return sketcher
 
     def _note_standstill(self, averages: Averages) -> None:
         """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
@@ -530,13 +546,13 @@ class Pipeline:
         pool = self._pool_for(tensors.layout)
         with self._streams.in_own_streams():
             staged = stage(storage, averages, pool)
-            measured = [(one.measurements, one.sample) for one in staged]
+            measured = [(average.measurements, average.sample) for average in staged]
             copies = _on_cpu(averages.copies)
-            found = headers(self._settings, current, averages.path(pool), measured, off_schedule)
-        self._writes.submit(lambda: snapshotter.record(found, staged, copies))
+            infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
+        self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
 
 
-def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu") for name, tensor in tensors.items()}
 
 
@@ -558,11 +574,8 @@ class DeviceStreams:
 
     @staticmethod
     def current(devices: Iterable[torch.device]) -> Streams:
-        return {
-            device: torch.cuda.current_stream(device)
-            for device in {*devices}
-            if device.type == "cuda"
-        }
+        used = {device for device in devices if device.type == "cuda"}
+        return {device: torch.cuda.current_stream(device) for device in used}
 
     @staticmethod
     def record_events(streams: Streams) -> DeviceEvents:

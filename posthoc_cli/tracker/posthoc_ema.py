@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 # Compiled code must not trace file operations and threads. Unlike torch.compiler.disable, this does
 # not import torch's compiler where no optimizer has done so, which takes two seconds.
@@ -78,13 +79,17 @@ from posthoc_cli.tracker.state import StateInfo, Tracking, pack_state, unpack_st
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Module = TypeVar("Module", bound=torch.nn.Module)
+Module = TypeVar("Module", bound=nn.Module)
 Result = TypeVar("Result")
 Dtype = torch.dtype | str | None
 
 log = logging.getLogger(__name__)
 
 
+_MAKE = (
+    "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
+    "PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+)
 _UPDATE = "call ema.update_(model) after each step of the optimizer"
 
 
@@ -101,23 +106,18 @@ class PostHocEMA:
     def __init__(
         self,
         start: object = None,
-        model: torch.nn.Module | None = None,
+        model: nn.Module | None = None,
         device: Any = None,
         **_: object,
     ) -> None:
         if not isinstance(start, Start):
-            how = (
-                "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for "
-                "a new run, or by"
-            )
-            reason = f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
-            raise InvalidValueError("PostHocEMA(...)", reason)
+            raise InvalidValueError("PostHocEMA(...)", _MAKE)
         self.checkpoint_dir = start.directory
         self.settings = start.settings
         self._start = start
         self._members = start.tracking.tracked.members
         self._watch = ModelWatch(self.settings.selection, self._members)
-        self._model = None if model is None else weakref.ref(unwrapped(model))
+        self._model: weakref.ref[nn.Module] | None = None
         self._pipeline = Pipeline(self.checkpoint_dir, self.settings, start.tracking, device)
         # For a tracker that nobody closes. It must not wait for a thread: garbage may be collected
         # in that thread.
@@ -132,26 +132,35 @@ class PostHocEMA:
         self._last = LastCount()
         _all.add(self)
         if model is not None:
-            if start.tracking.resumes:
-                self._start.counted = self._counted_before(model)
-                try:
-                    self._start.sample = self._watch.sample(model, start.tracking.tracked)
-                except ModelMismatchError as error:
-                    hint = (
-                        f"the run in {self.checkpoint_dir} is of another model; use its "
-                        f"model, or another directory"
-                    )
-                    raise error if error.hint else error.with_hint(hint) from None
-                self._choose_start(model, is_first_call=False)
-            bare: Any = unwrapped(model)
-            if bare not in _trackers:
-                bare.register_load_state_dict_post_hook(_RestoredHook())
-            _trackers.setdefault(bare, WeakSet()).add(self)
+            self._track(model)
+
+    def _track(self, model: nn.Module) -> None:
+        """Become a tracker of the model."""
+        bare: Any = unwrapped(model)
+        self._model = weakref.ref(bare)
+        if self._start.tracking.resumes:
+            self._look_for_start(model)
+        if bare not in _trackers:
+            bare.register_load_state_dict_post_hook(_RestoredHook())
+        _trackers.setdefault(bare, WeakSet()).add(self)
+
+    def _look_for_start(self, model: nn.Module) -> None:
+        """Note the model's values now, and choose the call to resume from."""
+        self._start.counted = self._counted_before(model)
+        try:
+            self._start.sample = self._watch.sample(model, self._start.tracking.tracked)
+        except ModelMismatchError as error:
+            hint = (
+                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
+                f"directory"
+            )
+            raise error if error.hint else error.with_hint(hint) from None
+        self._choose_start(model, is_first_call=False)
 
     @classmethod
     def from_model(
         cls,
-        model: torch.nn.Module,
+        model: nn.Module,
         checkpoint_dir: str | Path,
         sigma_rels: Sequence[float] = (0.05, 0.28),
         update_every: int = 10,
@@ -236,7 +245,7 @@ class PostHocEMA:
     def from_path(
         cls,
         checkpoint_dir: str | Path,
-        model: torch.nn.Module | None = None,
+        model: nn.Module | None = None,
         step: int | None = None,
         device: str | None = None,
     ) -> PostHocEMA:
@@ -257,7 +266,7 @@ class PostHocEMA:
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.settings.sigma_rels)
-        closed = ", closed" * self.closed
+        closed = ", closed" if self.closed else ""
         return (
             f"PostHocEMA({str(self.checkpoint_dir)!r}, step {self.step:,}, sigma_rels "
             f"{profiles}{closed})"
@@ -310,20 +319,21 @@ class PostHocEMA:
         self.flush()
         return Run(self.checkpoint_dir)
 
-    def tracks(self, model: torch.nn.Module) -> bool:
+    def tracks(self, model: nn.Module) -> bool:
         """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates
         from."""
-        tracked = (
-            None if self._pipeline.tracking.resumes or not self.step else self._tracked_model()
-        )
-        return tracked is not None and [*map(id, tracked.parameters())] == [
-            *map(id, check_model(model).parameters())
-        ]
+        own = None
+        if self.step and not self._pipeline.tracking.resumes:
+            own = self._tracked_model()
+        if own is None:
+            return False
+        parameters = [*map(id, check_model(model).parameters())]
+        return parameters == [*map(id, own.parameters())]
 
     # --- tracking
 
     @not_compiled
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+    def update_(self, model: nn.Module, t: float | None = None) -> None:
         """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
         `t` is the training time on your own clock (images, tokens), larger at every call; or None
@@ -346,9 +356,7 @@ class PostHocEMA:
             )
         self._count(check_model(model), t)
 
-    def _count(
-        self, model: torch.nn.Module, t: float | None, found_inf: torch.Tensor | None = None
-    ) -> None:
+    def _count(self, model: nn.Module, t: float | None, found_inf: Tensor | None = None) -> None:
         """Count a training step, unless `found_inf` says that a GradScaler has skipped it."""
         _check_raw(model, "update_")
         if _is_capturing():
@@ -403,7 +411,7 @@ class PostHocEMA:
             )
             raise InvalidValueError("attach", reason, hint)
 
-        def update(time: float | None, found_inf: torch.Tensor | None) -> None:
+        def update(time: float | None, found_inf: Tensor | None) -> None:
             self._count(self._present_model("attach"), time, found_inf)
 
         # that of an earlier tracker of the directory, as of a notebook's cell that has run again
@@ -480,12 +488,11 @@ class PostHocEMA:
         figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
         snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
-        errors = {label: plan.predicted_error(0) for label, plan in plans.items()}
-        return figures | {
-            f"predicted_error_{label}": error
-            for label, error in errors.items()
-            if error is not None
-        }
+        for label, plan in plans.items():
+            error = plan.predicted_error(0)
+            if error is not None:
+                figures[f"predicted_error_{label}"] = error
+        return figures
 
     # --- averaged weights
 
@@ -543,17 +550,18 @@ class PostHocEMA:
             sources: Sequence[Source] = []
             if self._members.is_chunked:
                 sources = self._live() or self._stored()
-            return averaged.plan_possible(sources or self._sources(), wanted)[1]
+            _, reasons = averaged.plan_possible(sources or self._sources(), wanted)
+            return reasons
 
         refusals = group.from_first(find_refusals)
-        for label, reason in refusals.items() if self.keeps_averages else ():
-            if self._is_first_warning(label):
+        blocks = {}
+        for label, target in wanted.items():
+            if label not in refusals:
+                blocks[label] = self.model(model, target)
+            elif self.keeps_averages and self._is_first_warning(label):
+                reason = refusals[label]
                 log.warning("%s; there is no average of it at step %d", reason, self.step)
-        return {
-            label: self.model(model, target)
-            for label, target in wanted.items()
-            if label not in refusals
-        }
+        return blocks
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -604,7 +612,7 @@ class PostHocEMA:
     @not_compiled
     def load_into(
         self,
-        model: torch.nn.Module,
+        model: nn.Module,
         sigma_rel: Wanted,
         t: float | None = None,
         step: int | None = None,
@@ -723,7 +731,7 @@ class PostHocEMA:
 
     # --- one call of `update_`
 
-    def _begin(self, model: torch.nn.Module) -> None:
+    def _begin(self, model: nn.Module) -> None:
         """Become the directory's writer at the first call."""
         self._note_error()
         if self._pipeline.tracking.resumes:
@@ -732,18 +740,15 @@ class PostHocEMA:
             self._last.watch(unwrapped(model))
             self._members.check_model()
             now = self._pipeline.tracking
-            read = (
-                (lambda: self._start.read(now))
-                if now.resumes and self.keeps_averages
-                else (lambda: None)
-            )
+
+            def read() -> Tracking | None:
+                return self._start.read(now) if now.resumes and self.keeps_averages else None
+
             self._become_writer(self._members.keepers("update_"), now.run_id, read)
         if self._start.recorded.size and self._has_state:
             self._note_other_network(model)
 
-    def _advance(
-        self, model: torch.nn.Module, t: float | None, found_inf: torch.Tensor | None
-    ) -> None:
+    def _advance(self, model: nn.Module, t: float | None, found_inf: Tensor | None) -> None:
         settings = self.settings
         if found_inf is not None:
             if self._pipeline.defer(found_inf, t):
@@ -751,7 +756,7 @@ class PostHocEMA:
             if bool(found_inf):
                 self._pipeline.count(self._pipeline.progress)
                 return
-        progress = self._pipeline.progress.after(t, self.settings)
+        progress = self._pipeline.progress.after(t, settings)
         if settings.snapshot_is_due(progress.step):
             self._members.check()
         if settings.update_is_due(progress.step) and not self.keeps_averages:
@@ -786,7 +791,7 @@ class PostHocEMA:
             self._pipeline.set(loaded)
         self._has_begun = True
 
-    def _take_in(self, model: torch.nn.Module, progress: TrainingProgress) -> None:
+    def _take_in(self, model: nn.Module, progress: TrainingProgress) -> None:
         """Queue the model's values for the averages; a model that has changed counts the call."""
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
@@ -808,7 +813,7 @@ class PostHocEMA:
                 step,
             )
 
-    def _counts(self, model: torch.nn.Module | None) -> bool:
+    def _counts(self, model: nn.Module | None) -> bool:
         """Return whether this tracker counts steps, or is to, of this model if one is given."""
         counts = self._has_begun or self._attached is not None
         return counts and (model is None or self._tracked_model() is unwrapped(model))
@@ -841,7 +846,7 @@ class PostHocEMA:
 
     # --- where a resumed run continues
 
-    def _counted_before(self, model: torch.nn.Module) -> TrainingProgress | None:
+    def _counted_before(self, model: nn.Module) -> TrainingProgress | None:
         """Return the last call that an earlier tracker of this model and directory has counted in
         this process."""
         last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
@@ -855,7 +860,7 @@ class PostHocEMA:
             )
         return last.progress
 
-    def _choose_start(self, model: torch.nn.Module, is_first_call: bool) -> None:
+    def _choose_start(self, model: nn.Module, is_first_call: bool) -> None:
         """Resume from the newest time at which the network had the model's weights, see
         `Start.choose`."""
         start = self._start
@@ -871,7 +876,7 @@ class PostHocEMA:
         if chosen is not now:
             self._pipeline.set(chosen)
 
-    def _note_other_network(self, model: torch.nn.Module) -> None:
+    def _note_other_network(self, model: nn.Module) -> None:
         """Warn if the model is not the network of the loaded state or of the given step."""
         group = self._members.keepers("update_")
         tracked = self._pipeline.tracking.tracked
@@ -948,7 +953,7 @@ class PostHocEMA:
     def _average(
         self,
         call: str,
-        model: torch.nn.Module | None,
+        model: nn.Module | None,
         wanted: Wanted,
         given: Mapping[str, Any],
     ) -> tuple[Group, Weights]:
@@ -988,7 +993,7 @@ class PostHocEMA:
     def _chunks(
         self,
         group: Group,
-        model: torch.nn.Module,
+        model: nn.Module,
         wanted: Wanted,
         live: int | None,
         asked: Mapping[str, Any],
@@ -1000,16 +1005,22 @@ class PostHocEMA:
         if live is not None:
 
             def own() -> Weights:
-                for source in self._live()[live : live + 1]:
-                    return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
-                return Weights()
+                sources = self._live()
+                if not sources:
+                    return Weights()
+                source = sources[live]
+                return make_weights(plan_synthesis([source], [source.sigma_rel], **asked))
 
             now = self._pipeline.progress
             chunks = group.together(own)
             return averaged.with_replicas(group, chunks, tensors, members, (now.step, now.t))
         group.together(self.flush)
+
+        def plan() -> averaged.SentPlan:
+            return averaged.to_send(self._plan_stored(wanted, asked))
+
         return with_consistent_plan(
-            lambda: group.from_first(lambda: averaged.to_send(self._plan_stored(wanted, asked))),
+            lambda: group.from_first(plan),
             lambda sent: averaged.read_chunks(group, sent, wanted, tensors, self.checkpoint_dir),
         )
 
@@ -1033,7 +1044,7 @@ class PostHocEMA:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _raw_weights(self, model: torch.nn.Module | None, dtype: Dtype) -> Weights:
+    def _raw_weights(self, model: nn.Module | None, dtype: Dtype) -> Weights:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with
         a warning."""
         tracked = self._present_model("no average yet", model)
@@ -1050,11 +1061,13 @@ class PostHocEMA:
         stored = parse_dtype(dtype)
         tensors = collect_tensors(tracked, self.settings.selection)
         wanted = None if stored is None else torch_dtype(stored)
-        weights = Weights(
-            (name, value.to("cpu", wanted, copy=True)) for name, value in tensors.averaged.items()
-        )
-        weights |= {name: value.to("cpu", copy=True) for name, value in tensors.copied.items()}
-        weights |= {alias: weights[name] for alias, name in tensors.tracked.aliases.items()}
+        weights = Weights()
+        for name, value in tensors.averaged.items():
+            weights[name] = value.to("cpu", wanted, copy=True)
+        for name, value in tensors.copied.items():
+            weights[name] = value.to("cpu", copy=True)
+        for alias, name in tensors.tracked.aliases.items():
+            weights[alias] = weights[name]
         return weights
 
     def _sources(self) -> list[Source]:
@@ -1092,7 +1105,7 @@ class PostHocEMA:
     def _callers(
         self,
         call: str,
-        model: torch.nn.Module | None,
+        model: nn.Module | None,
         wanted: Sequence[Wanted],
         asked: Mapping[str, Any],
     ) -> Group:
@@ -1103,26 +1116,24 @@ class PostHocEMA:
         tracked = self._tracked_model(model)
         parameter = None if tracked is None else next(tracked.parameters(), None)
         device = HOST if parameter is None else parameter.device
-        said = [as_target(one).title for one in wanted] + [
-            f"{name}={value}" for name, value in asked.items()
-        ]
-        return self._members.callers(
-            f"{call}({', '.join(said)})", not self._pipeline.tracking.resumes, device
-        )
+        arguments = [as_target(length).title for length in wanted]
+        arguments += [f"{name}={value}" for name, value in asked.items()]
+        is_tracking = not self._pipeline.tracking.resumes
+        return self._members.callers(f"{call}({', '.join(arguments)})", is_tracking, device)
 
-    def _tracked_model(self, default: torch.nn.Module | None = None) -> torch.nn.Module | None:
+    def _tracked_model(self, default: nn.Module | None = None) -> nn.Module | None:
         """Return the model that this tracker was made with if it still exists, else `default`."""
         model = None if self._model is None else self._model()
         return default if model is None else model  # no `or`: it would ask for a model's length
 
-    def _present_model(self, call: str, default: torch.nn.Module | None = None) -> torch.nn.Module:
+    def _present_model(self, call: str, default: nn.Module | None = None) -> nn.Module:
         """Return the same model, which a call needs."""
         model = self._tracked_model(default)
         if model is None:
             raise NotReadyError(call, "the model that this tracker was made with no longer exists")
         return model
 
-    def _chunked_model(self) -> torch.nn.Module | None:
+    def _chunked_model(self) -> nn.Module | None:
         """Return the sharded model, whose parameters say where each chunk is; None if the model is
         not sharded."""
         return self._present_model("state_dict") if self._members.is_chunked else None
@@ -1152,7 +1163,7 @@ def _is_capturing() -> bool:
     return bool(cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
-def _check_raw(model: torch.nn.Module, call: str) -> None:
+def _check_raw(model: nn.Module, call: str) -> None:
     if is_swapped(model):
         raise NotReadyError(
             call, "the model holds averaged weights now", "call it outside `with ema.model(...)`"
@@ -1162,7 +1173,7 @@ def _check_raw(model: torch.nn.Module, call: str) -> None:
 _all: WeakSet[PostHocEMA] = WeakSet()
 
 
-def _end_earlier(directory: Path, model: torch.nn.Module | None = None) -> None:
+def _end_earlier(directory: Path, model: nn.Module | None = None) -> None:
     """Close the trackers of a directory in this process that count steps, or those of a model."""
     for tracker in [*_all]:
         is_same = tracker.checkpoint_dir == directory or (
@@ -1192,14 +1203,14 @@ def _note_uncounted_steps() -> None:
 
 
 # by the bare model
-_trackers: WeakKeyDictionary[torch.nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
+_trackers: WeakKeyDictionary[nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
 
 
 class _RestoredHook:
     """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
     standard library takes its place that does nothing: they need no release of this package."""
 
-    def __call__(self, model: torch.nn.Module, _: object) -> None:
+    def __call__(self, model: nn.Module, _: object) -> None:
         """Handle the end of the model's `load_state_dict`."""
         for tracker in [*_trackers.get(model, ())]:
             resumes = tracker._pipeline.tracking.resumes

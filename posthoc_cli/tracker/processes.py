@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from posthoc_cli.errors import (
@@ -49,17 +50,17 @@ LIMIT = 300.0
 _made: Counter[str] = Counter()
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
-def is_fully_sharded(module: torch.nn.Module) -> bool:
+def is_fully_sharded(module: nn.Module) -> bool:
     """Return whether `fully_shard` was applied to a module."""
     return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
-def reshard(model: torch.nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
     """Restore the sharded parameters of a `fully_shard` model: a forward pass without backward
     leaves some complete."""
     for module in filter(is_fully_sharded, model.modules()):
@@ -67,18 +68,18 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the part of each tensor that this process holds: the same objects each time, as
     gradients are off."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
-def held_part(tensor: torch.Tensor) -> torch.Tensor:
+def held_part(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor that this process holds, sharing their memory."""
     return held_box("", tensor)[0] if is_sharded(tensor) else tensor
 
 
-def held_box(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Box]:
+def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
     """Return the elements of a tensor that this process holds, sharing their memory, and their box
     in the tensor."""
     if not is_sharded(tensor):
@@ -103,12 +104,15 @@ def _check_strided(name: str, dtensor: Any, axis: int) -> None:
     mesh = dtensor.device_mesh
     placement = dtensor.placements[axis]
     dim = placement.dim
-    sharing = [
-        at for at, other in enumerate(dtensor.placements) if getattr(other, "dim", None) == dim
-    ]
-    inner = math.prod(mesh.size(at) for at in sharing if at > axis)
+    processes = 1  # that share the dimension
+    inner = 1  # those of the mesh's later axes
+    for other_axis, other in enumerate(dtensor.placements):
+        if getattr(other, "dim", None) == dim:
+            size = mesh.size(other_axis)
+            processes *= size
+            if other_axis > axis:
+                inner *= size
     rows = dtensor.shape[dim]
-    processes = math.prod(map(mesh.size, sharing))
     if placement.split_factor == inner and rows % processes == 0:
         return
     reason = (
@@ -120,7 +124,7 @@ def _check_strided(name: str, dtensor: Any, axis: int) -> None:
     raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
-def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
     """Return a DTensor in host memory of this process's part, sharded as `like` is; `local` if
     `like` is not."""
     if not is_sharded(like):
@@ -168,14 +172,13 @@ class Group:
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
         """Return the value of each process, by rank; raise a RankError that names a process at
         another step or t."""
-        times, values = zip(*self.from_all((f"step {step:,}, t = {t:,.12g}", value)), strict=True)
-        for rank, now in enumerate(times):
-            if now != times[0]:
-                hint = (
-                    "make this call in every process between the same two calls of update_, "
-                    "with the same t"
-                )
-                raise RankError(f"rank {rank}", f"is at {now}, and rank 0 at {times[0]}", hint)
+        now = f"step {step:,}, t = {t:,.12g}"
+        times, values = zip(*self.from_all((now, value)), strict=True)
+        for rank, other in enumerate(times):
+            if other != times[0]:
+                reason = f"is at {other}, and rank 0 at {times[0]}"
+                hint = "make this call in every process between the same two calls of update_"
+                raise RankError(f"rank {rank}", reason, f"{hint}, with the same t")
         return [*values]
 
     def together(self, work: Callable[[], Result]) -> Result:
@@ -191,17 +194,15 @@ class Group:
             result = work()
         except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
-        own = (
-            None
-            if failure is None
-            else (isinstance(failure, VanishedError), self.rank, _describe(failure))
-        )
+        own_vanished = isinstance(failure, VanishedError)
+        own = None if failure is None else (own_vanished, self.rank, _describe(failure))
         failed = sorted(filter(None, self.from_all(own)))
         if not failed:
             return result
         vanished, rank, message = failed[0]
-        if failure is None or vanished != isinstance(failure, VanishedError):
-            failure = (VanishedError if vanished else RankError)(f"rank {rank}", message)
+        if failure is None or vanished != own_vanished:
+            kind = VanishedError if vanished else RankError
+            failure = kind(f"rank {rank}", message)
         raise failure
 
     def from_first(self, work: Callable[[], Result]) -> Result:
@@ -220,7 +221,7 @@ class Group:
         self.from_first(lambda: done.append(work()))
         return self.together(lambda: done[0] if done else work())
 
-    def exchange(self, value: torch.Tensor, ranks: Sequence[int]) -> None:
+    def exchange(self, value: Tensor, ranks: Sequence[int]) -> None:
         """Copy `value` of the first of these ranks to the others, in place; all of these ranks call
         this."""
         if len(ranks) < 2 or not value.numel():
@@ -316,17 +317,17 @@ class Rendezvous:
         except BaseException as error:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
-        kinds, calls = (
-            [self.store.get(f"{key}/{n}").decode() for n in self._ranks] for key in ("made", prefix)
-        )
-        first = kinds.index("keeps") if "keeps" in kinds else 0
+        roles = self._values("made")
+        first = roles.index("keeps") if "keeps" in roles else 0
+        calls = self._values(prefix)
         for rank, other in enumerate(calls):
             if other.startswith("left"):
                 raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
-        return Group(self._rank, (first, *(rank for rank in self._ranks if rank != first)), device)
+        others = [rank for rank in self._ranks if rank != first]
+        return Group(self._rank, (first, *others), device)
 
     @cached_property
     def is_alone(self) -> bool:
@@ -371,6 +372,10 @@ class Rendezvous:
         """Return whether every process has set a key, by one request."""
         return bool(self.store.check([f"{prefix}/{rank}" for rank in self._ranks]))
 
+    def _values(self, prefix: str) -> list[str]:
+        """Return the value that each process has set a key to, by rank."""
+        return [self.store.get(f"{prefix}/{rank}").decode() for rank in self._ranks]
+
     def _absent(self, prefix: str) -> list[int]:
         """Return the ranks of processes that have not set a key, by a request each."""
         return [rank for rank in self._ranks if not self.store.check([f"{prefix}/{rank}"])]
@@ -384,7 +389,7 @@ class Members:
 
     def __init__(
         self,
-        model: torch.nn.Module | None = None,
+        model: nn.Module | None = None,
         directory: Path | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
@@ -450,8 +455,8 @@ class ShardOwners(Members):
 
     def __init__(
         self,
-        model: torch.nn.Module,
-        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
         chunks: Mapping[str, Chunk],
         aliases: Iterable[str],
         shapes: Mapping[str, tuple[int, ...]],
@@ -460,42 +465,33 @@ class ShardOwners(Members):
     ) -> None:
         super().__init__()
         self.rank = dist.get_rank()
-        meshes: list[Any] = [
-            tensor.device_mesh for tensor in model.parameters() if hasattr(tensor, "device_mesh")
-        ]
-        if (mesh := max(meshes, key=lambda mesh: mesh.mesh.numel(), default=None)) is not None:
-            self.mesh = {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
+        self.mesh = _largest_mesh(model)
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         self._owners_meeting = Rendezvous("members", "keeps" if self.rank == 0 else "counts", hint)
-        # By name, a hash that identifies a chunk in all processes.
-        held = {
-            name: _digest(repr((name, chunks.get(name), tuple(tensor.shape))))
-            for name, tensor in tensors.items()
-            if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
-        }
-        own = dict(options), [*held.values()], run_id, time.time_ns(), [*tensors, *aliases], shapes
-        everyone = self.keepers("a tracker of this model").from_all(own)
-        first, _, self.run_id, self.session, *_ = everyone[0]  # those of rank 0
+        digests = _chunk_digests(tensors, chunks)
+        names = [*tensors, *aliases]
+        own = _Presence(options, [*digests.values()], run_id, time.time_ns(), names, shapes)
+        presences = self.keepers("a tracker of this model").from_all(own)
+        _check_options(presences)
+        self.run_id = presences[0].run_id
+        self.session = presences[0].session
+        self._divide(presences, digests)
+
+    def _divide(self, presences: Sequence[_Presence], digests: Mapping[str, str]) -> None:
+        """Divide the chunks among the processes."""
         self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)
-        for rank, (others, digests, _, _, names, complete) in enumerate(everyone):
-            self.names |= frozenset(names)
-            self.shapes |= complete
-            for option, value in first.items():
-                if others[option] != value:
-                    raise RankError(
-                        f"rank {rank}", f"has {option} {others[option]}, and rank 0 has {value}"
-                    )
-            for digest in digests:
+        for rank, presence in enumerate(presences):
+            self.names |= frozenset(presence.names)
+            self.shapes |= presence.shapes
+            for digest in presence.digests:
                 holders[digest].append(rank)
+        self.holders = {name: tuple(holders[digests[name]]) for name in digests}
+        self._owned = {name for name, ranks in self.holders.items() if ranks[0] == self.rank}
         owners = sorted({ranks[0] for ranks in holders.values()})
         self.keeps = self.rank in owners
         self.part = (owners.index(self.rank) + 1, len(owners)) if self.keeps else None
-        self.holders = {name: tuple(holders[digest]) for name, digest in held.items()}
-        self._owned = frozenset(
-            name for name, ranks in self.holders.items() if ranks[0] == self.rank
-        )
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return the tensors whose chunk this process owns, and those that did not exist when the
@@ -531,6 +527,47 @@ class ShardOwners(Members):
         return self.keepers(call)
 
 
+class _Presence(NamedTuple):
+    """What a process tells the others when those of a sharded model meet."""
+
+    options: Mapping[str, str]
+    digests: Sequence[str]  # each identifies a chunk that the process holds, in all processes
+    run_id: str
+    session: int
+    names: Sequence[str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def _chunk_digests(tensors: Mapping[str, Tensor], chunks: Mapping[str, Chunk]) -> dict[str, str]:
+    """Return the digest of each chunk in this process that may have an owner."""
+    digests = {}
+    for name, tensor in tensors.items():
+        chunk = chunks.get(name)
+        if tensor.numel() or chunk is None or not math.prod(chunk.shape):
+            digests[name] = _digest(repr((name, chunk, tuple(tensor.shape))))
+    return digests
+
+
+def _check_options(presences: Sequence[_Presence]) -> None:
+    for rank, presence in enumerate(presences):
+        for option, value in presences[0].options.items():
+            other = presence.options[option]
+            if other != value:
+                raise RankError(f"rank {rank}", f"has {option} {other}, and rank 0 has {value}")
+
+
+def _largest_mesh(model: nn.Module) -> dict[str, Any]:
+    """Return the arrangement of the processes, as a snapshot's header has it."""
+    largest: Any = None
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and (largest is None or mesh.size() > largest.size()):
+            largest = mesh
+    if largest is None:
+        return {}
+    return {"shape": list(largest.mesh.shape), "names": largest.mesh_dim_names}
+
+
 def abstain(directory: Path) -> None:
     """Announce that this process makes no tracker of an absolute directory, so that the one that
     does waits for no other."""
@@ -538,16 +575,18 @@ def abstain(directory: Path) -> None:
         Rendezvous(_digest(str(directory)), "abstains", "")
 
 
-def is_first_of_group(model: torch.nn.Module | None) -> bool:
+def is_first_of_group(model: nn.Module | None) -> bool:
     """Return whether this process keeps a model's averages: the first of its
     DistributedDataParallel's group, or, as scripts may make their tracker before they wrap the
     model, of all."""
     if not dist.is_initialized():
         return True
-    ddp = torch.nn.parallel.DistributedDataParallel
-    modules = () if model is None else model.modules()
-    wrapper = next((module for module in modules if isinstance(module, ddp)), None)
-    return dist.get_rank(getattr(wrapper, "process_group", None)) <= 0
+    group = None
+    for module in () if model is None else model.modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            group = module.process_group
+            break
+    return dist.get_rank(group) <= 0
 
 
 def _digest(text: str) -> str:

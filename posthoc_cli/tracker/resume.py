@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
@@ -59,7 +60,7 @@ class Start:
         step: int | None,
         stored: Sequence[Snapshot],
         tracking: Tracking,
-        model: torch.nn.Module | None,
+        model: nn.Module | None,
         tensors: ModelTensors | None,
     ) -> None:
         self.directory = directory
@@ -81,7 +82,7 @@ class Start:
 
     @classmethod
     def of_model(
-        cls, model: torch.nn.Module, directory: Path, settings: Settings, resume: str | int | None
+        cls, model: nn.Module, directory: Path, settings: Settings, resume: str | int | None
     ) -> Start:
         """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run
         in the directory."""
@@ -92,34 +93,26 @@ class Start:
         elif resume is not None:  # an existing run may be absent only without a step
             stored = find_snapshots(directory)
         if stored and step != 0:
-            settings = replace(settings, selection=settings.selection.resumed(stored[-1].roles))
+            settings = _checked_settings(settings, stored[-1], directory)
+            if step is None and _is_beginning(stored, settings):
+                # The run was killed while it wrote its first snapshots: they are set aside when it
+                # begins again.
+                step = 0
         check_globs(settings.selection, [tensor.name for tensor in named_tensors(model)])
         tensors = collect_tensors(model, settings.selection)
         if tensors.tracked.chunks or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
-        sigma_rels = settings.sigma_rels
-        anew = Tracking(
-            secrets.token_hex(16), tensors.tracked, Averages(tuple(sigma_rels)), resumes=False
-        )
-        if not stored:
-            return cls(directory, settings, None, stored, anew, model, tensors)
-        newest = stored[-1]
-        anew = replace(anew, run_id=newest.run_id, resumes=True)
-        if step == 0:
-            return cls(directory, settings, 0, stored, anew, model, tensors)
-        if newest.t_unit != settings.t_unit:
-            reason = f"the run in {directory} counts {shown(newest.t_unit)}"
-            raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
-        check_profiles(newest.sigma_rels, sigma_rels)
-        if step is None and _is_beginning(stored, settings):
-            # The run was killed while it wrote its first snapshots: they are set aside when it
-            # begins again.
-            return cls(directory, settings, 0, stored, anew, model, tensors)
-        last = _until(_complete(stored, sigma_rels), step, "resume")[-1]
-        return cls(directory, settings, step, stored, _resumed(last, sigma_rels), model, tensors)
+        if stored and step != 0:
+            last = _until(_complete(stored, settings.sigma_rels), step, "resume")[-1]
+            tracking = _resumed(last, settings.sigma_rels)
+        else:
+            run_id = stored[-1].run_id if stored else secrets.token_hex(16)
+            none = Averages(settings.sigma_rels)
+            tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
+        return cls(directory, settings, step if stored else None, stored, tracking, model, tensors)
 
     @classmethod
-    def of_run(cls, directory: Path, model: torch.nn.Module | None, step: int | None) -> Start:
+    def of_run(cls, directory: Path, model: nn.Module | None, step: int | None) -> Start:
         """Return the start at a call, or at the newest snapshots, of the run in a directory, with
         its settings."""
         stored = read_directory(directory)
@@ -144,32 +137,28 @@ class Start:
         if writes:
             stored = _complete(find_snapshots(self.directory), self.settings.sigma_rels)
         weights = recorded_weights(stored) if stored else {}
-
-        def find() -> tuple[int | None, int]:
-            same = [step for step, recorded in weights.items() if are_equal(values, recorded)]
-            return max(same, default=None), stored[-1].step if stored else 0
-
-        found, newest = group.from_first(find)
+        step, newest = group.from_first(lambda: _fitting_and_newest_step(values, weights, stored))
         self._progress = None
-        # a process that only counts may look before the newest are written
         counted = self.counted
-        if counted is not None and not writes:
-            newest = max(newest, counted.updated)
-        if found is None and counted is not None and counted.updated == newest:
-            self._progress = counted
-            found = newest
-        if is_first_call and (found is None or newest > self._newest):
+        if counted is not None:
+            # a process that only counts may look before the newest are written
+            if not writes:
+                newest = max(newest, counted.updated)
+            if step is None and counted.updated == newest:
+                self._progress = counted
+                step = newest
+        if is_first_call and (step is None or newest > self._newest):
             if group.leads and writes:
                 # a training that is still running here is the better reason
                 DirectoryLock(self.directory).release()
-            if found is not None:
+            if step is not None:
                 raise self._has_advanced(newest)
             raise self._is_other([*weights] or [newest], len(values))
-        self.step = None if found == newest else found
+        self.step = None if step == newest else step
         self._newest = newest
-        if found is None:
+        if step is None:
             return now
-        return replace(now, progress=self._progress or _progress_at(_until(stored, found)[-1]))
+        return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""
@@ -199,9 +188,12 @@ class Start:
         """
         recorded = self.recorded
         self.recorded = np.empty(0, np.float32)
-        samples = [sample_of_all(group, values) for values in (self.sample or {}, present)]
-        complete = [sample for sample in samples if len(sample) == len(recorded)]
-        return bool(complete) and not any(are_equal(sample, recorded) for sample in complete)
+        are_other = []
+        for own in (self.sample or {}, present):
+            sample = sample_of_all(group, own)
+            if len(sample) == len(recorded):
+                are_other.append(not are_equal(sample, recorded))
+        return bool(are_other) and all(are_other)
 
     def _has_advanced(self, newest: int) -> MismatchError:
         reason = (
@@ -216,6 +208,16 @@ class Start:
         anew = "to begin anew say resume=0, which sets the snapshots aside"
         hint = f"{anew}; else {_RESTORE}; {_rarer_ways(steps[-1])}"
         return ModelMismatchError("model", f"{reason} ({times}; {elements})", hint)
+
+
+def _fitting_and_newest_step(
+    values: Floats, weights: Mapping[int, Floats], stored: Sequence[Snapshot]
+) -> tuple[int | None, int]:
+    """Return the newest step at which the network had these values, and that of the newest
+    snapshot."""
+    steps = [step for step, recorded in weights.items() if are_equal(values, recorded)]
+    newest = stored[-1].step if stored else 0
+    return max(steps, default=None), newest
 
 
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
@@ -238,6 +240,15 @@ def _checked_step(resume: str | int | None) -> int | None:
     return check_count("resume", resume, 0)
 
 
+def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> Settings:
+    """Return the settings with which a run continues from its newest snapshot."""
+    if newest.t_unit != settings.t_unit:
+        reason = f"the run in {directory} counts {shown(newest.t_unit)}"
+        raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
+    check_profiles(newest.sigma_rels, settings.sigma_rels)
+    return replace(settings, selection=settings.selection.resumed(newest.roles))
+
+
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
     absolute = files.expanded(files.given_path("checkpoint_dir", path)).absolute()
@@ -252,21 +263,23 @@ def check_path(path: str | Path) -> Path:
 
 def _check_directory(directory: Path, is_new: bool) -> None:
     with files.reported_as_write_error(directory):  # the name may be too long
-        existing = next(
-            path for path in (directory, *directory.parents) if path.is_symlink() or path.exists()
-        )
+        existing = directory
+        while not (existing.is_symlink() or existing.exists()):
+            existing = existing.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         what = "cannot be written to" if existing.is_dir() else "is not a directory"
         reason = f"{what}; snapshots are written to the directory {directory}"
         raise DirectoryError(existing, reason, "name another one")
-    for newest in find_snapshots(directory)[-1:] if is_new else ():
+    stored = find_snapshots(directory) if is_new else []
+    if stored:
+        newest = stored[-1]
         reason = f"holds snapshots of run {newest.run_id[:8]}, up to step {newest.step:,}"
         raise MismatchError(directory, reason, ways_to_resume(newest.step))
 
 
 def _with_members(
     tracking: Tracking,
-    model: torch.nn.Module,
+    model: nn.Module,
     tensors: ModelTensors,
     settings: Settings,
     directory: Path,
@@ -280,12 +293,10 @@ def _with_members(
     # the last one says whether there is an `include`
     left_out = ("schedule", "selection", "only_trainable")
     options = {name: str(value) for name, value in values.items() if name not in left_out}
-    start = (
-        f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
-        if tracking.resumes
-        else "nothing"
-    )
-    options |= {"checkpoint_dir": str(directory), "to resume": start}
+    options["checkpoint_dir"] = str(directory)
+    options["to resume"] = "nothing"
+    if tracking.resumes:
+        options["to resume"] = f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
     owners = ShardOwners(
         model,
         tensors.averaged | tensors.copied,
@@ -384,11 +395,10 @@ def _load(
         with chosen[sigma_rel] as snapshot:
             for name, view in high.views.items():
                 view.copy_(snapshot.tensor(name, tracked.boxes.get(name)))
+    copies = {}
     with newest:
-        copies = {
-            name: newest.tensor(name, tracked.boxes.get(name))
-            for name in tracked.dtypes(copied=True)
-        }
+        for name in tracked.dtypes(copied=True):
+            copies[name] = newest.tensor(name, tracked.boxes.get(name))
     standing = Standing(
         newest.t,
         newest.step,

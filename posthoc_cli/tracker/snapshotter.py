@@ -7,14 +7,13 @@ import errno
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES, stored_name, torch_dtype
@@ -85,22 +84,18 @@ class LiveSource(Snapshot):
     returns flat ranges.
     """
 
-    held: dict[str, torch.Tensor] = field(default_factory=dict)  # what need not be read in place
-    read: Callable[[Sequence[ElementRange]], list[torch.Tensor]] = lambda _: []
-    call: Callable[[Callable[[], list[torch.Tensor]]], list[torch.Tensor]] = lambda work: work()
+    held: dict[str, Tensor] = field(default_factory=dict)  # what need not be read in place
+    read: Callable[[Sequence[ElementRange]], list[Tensor]] = lambda _: []
+    call: Callable[[Callable[[], list[Tensor]]], list[Tensor]] = lambda work: work()
 
     @classmethod
     def of(
-        cls, header: Snapshot, layout: Layout, copies: Mapping[str, torch.Tensor], **functions: Any
+        cls, header: Snapshot, layout: Layout, copies: Mapping[str, Tensor], **functions: Any
     ) -> LiveSource:
-        entries = {
-            name: Entry(stored_name(bucket.wide), place.shape)
-            for bucket in layout
-            for name, place in bucket.places.items()
-        }
-        entries |= {
-            name: Entry(stored_name(copy.dtype), tuple(copy.shape)) for name, copy in copies.items()
-        }
+        entries = _entries_of(copies)
+        for bucket in layout:
+            for name, place in bucket.places.items():
+                entries[name] = Entry(stored_name(bucket.wide), place.shape)
         return cls(**vars(header) | {"entries": entries, "held": dict(copies)} | functions)
 
     @property
@@ -126,12 +121,9 @@ class LiveSource(Snapshot):
     def copy(self) -> None:
         """Copy what would be read in place; called in the thread that changes the averages, before
         it does."""
-        missing = [
-            ElementRange(name, 0, one.size)
-            for name, one in self.entries.items()
-            if name not in self.held
-        ]
-        self.held.update(zip([one.name for one in missing], self.read(missing), strict=True))
+        missing = [name for name in self.entries if name not in self.held]
+        ranges = [ElementRange(name, 0, self.entries[name].size) for name in missing]
+        self.held.update(zip(missing, self.read(ranges), strict=True))
 
     def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
         for values in self.call(lambda: self._values(ranges)):
@@ -139,12 +131,14 @@ class LiveSource(Snapshot):
             out[: len(data)] = data
             out = out[len(data) :]
 
-    def _values(self, ranges: Sequence[ElementRange]) -> list[torch.Tensor]:
+    def _values(self, ranges: Sequence[ElementRange]) -> list[Tensor]:
         held = self.held
-        values = iter(self.read([one for one in ranges if one.name not in self.held]))
-        return [
-            held[name].reshape(-1)[i:j] if name in held else next(values) for name, i, j in ranges
-        ]
+        missing = [piece for piece in ranges if piece.name not in held]
+        read = iter(self.read(missing))
+        values = []
+        for name, begin, end in ranges:
+            values.append(held[name].reshape(-1)[begin:end] if name in held else next(read))
+        return values
 
 
 def headers(
@@ -204,7 +198,8 @@ class Snapshotter:
 
     def __init__(self, directory: Path, settings: Settings, members: Members) -> None:
         self.directory = directory
-        self.times_written = self.nbytes = 0  # how often; and the size of the last snapshots
+        self.times_written = 0
+        self.nbytes = 0  # of the last snapshots
         self._settings = settings
         self._members = members
         self._leads = members.rank == 0
@@ -218,20 +213,15 @@ class Snapshotter:
                 reason = "is not the directory of that name in which rank 0 writes"
                 raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
             time.sleep(0.1)
-        with ExitStack() as stack:
-            stack.callback(self.close)
+        try:
             if self._leads:
-                remove_leftovers(directory)
-                # Parts of an interrupted training and of this one could look like one snapshot.
-                for folder, parts in inspect_directory(directory).incomplete.items():
-                    log.warning(
-                        "%s: has %s, left by an interrupted training, and is removed", folder, parts
-                    )
-                    remove_snapshot(folder)
+                _clean(directory)
             # Nobody else writes here from now on. By time: later ones are set aside before an
             # earlier one is written.
             self._stored = [*find_snapshots(directory)]
-            stack.pop_all()
+        except BaseException:
+            self.close()
+            raise
         self._run_id = self._stored[0].run_id if self._stored else None
 
     def close(self) -> None:
@@ -255,28 +245,19 @@ class Snapshotter:
 
         Those that `close` wrote after it was saved belong to it if they hold its averages.
         """
-        stored = self._complete()
         t = state.progress.t
-        known = state.snapshots | {
-            s.identity for s in stored if s.off_schedule and _holds_average(s, state)
-        }
-        own = [s for s in stored if s.t <= t and s.identity in known]
-        others = [s for s in stored if s.t > t or s.identity not in known]
-        if moved := set_aside(others) if self._leads else []:
-            names = ", ".join(path.name for path in moved[:2]) + f" and {len(moved) - 2:,} more" * (
-                len(moved) > 2
+        own = []
+        others = []
+        for snapshot in self._complete():
+            is_known = snapshot.identity in state.snapshots or (
+                snapshot.off_schedule and _holds_average(snapshot, state)
             )
-            what = (
-                f"{len(moved):,} snapshot{'s' * (len(moved) > 1)}, later, of another attempt "
-                f"or of a dropped profile"
-            )
-            log.warning(
-                "training continues from t = %.12g: %s, moved to %s: %s",
-                t,
-                what,
-                moved[0].parent,
-                names,
-            )
+            if is_known and snapshot.t <= t:
+                own.append(snapshot)
+            else:
+                others.append(snapshot)
+        if self._leads and others:
+            _note_moved(set_aside(others), t)
         self._stored = own
 
     def is_behind(self, tracking: Tracking) -> bool:
@@ -288,66 +269,52 @@ class Snapshotter:
         self,
         infos: Sequence[Snapshot],
         staged: Sequence[StagedAverage],
-        copies: Mapping[str, torch.Tensor],
+        copies: Mapping[str, Tensor],
     ) -> None:
         """Write the snapshots of one time durably, and thin; none if an average is not finite.
 
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        due = [
-            (info, one)
-            for info, one in zip(infos, staged, strict=True)
-            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule)
-        ]
+        due = []
+        for info, average in zip(infos, staged, strict=True):
+            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule):
+                due.append((info, average))
         if not due:
             return
         try:
             if files.is_absent(self.directory):
                 reason = f"was deleted: the averages of step {infos[0].step} are lost"
                 raise WriteError(self.directory, reason, errno=errno.ENOENT)
-            for bad in filter(None, (one.nonfinite for one in staged)):
-                raise NonFiniteError(
-                    f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written"
-                )
+            for average in staged:
+                if average.nonfinite is not None:
+                    subject = f"average of {average.nonfinite!r}"
+                    reason = "holds nan or infinity; no snapshot of it is written"
+                    raise NonFiniteError(subject, reason)
             for name, copy in copies.items():
                 if copy.is_floating_point() and bool(copy.isnan().any()):
                     log.warning("tensor %r holds nan, and is copied unchanged", name)
-            self.nbytes = sum(self._write(info, one, copies) for info, one in due)
+            self.nbytes = sum(self._write(*average, copies) for average in due)
             self.times_written += 1
             self._thin()
         except PostHocError as error:
             self._members.announce_failure(error)
             raise
 
-    def _write(
-        self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, torch.Tensor]
-    ) -> int:
-        others = staged.others | dict(copies)
-        storage = staged.storage
-        entries = {
-            name: Entry(stored_name(storage.dtype(name), name), place.shape)
-            for name, (_, place) in storage.places.items()
-        }
-        entries |= {
-            n: Entry(stored_name(one.dtype, n), tuple(one.shape)) for n, one in others.items()
-        }
+    def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, Tensor]) -> int:
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
-        if info.part is not None:
-            with files.reported_as_write_error(path.parent):
-                files.make_directory(path.parent)
         kept = [snapshot for snapshot in self._stored if snapshot.path != path]
         # The path may hold a snapshot of the same average off the schedule, or a part of an earlier
         # training's process.
         replaces = len(kept) < len(self._stored)
-        if info.part is not None and not replaces:
-            with suppress(FileFormatError):  # there is no readable part
-                replaces = decode_snapshot(read_file(path)).session < info.session
+        if info.part is not None:
+            with files.reported_as_write_error(path.parent):
+                files.make_directory(path.parent)
+            replaces = replaces or _is_of_earlier_session(path, info.session)
+        others = staged.others | dict(copies)
+        entries = staged.storage.entries | _entries_of(others)
         with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
-            for number, bucket in enumerate(storage.stored):
-                for name in filter(lambda name: name not in others, bucket.places):
-                    parts = staged.memory.row_major(number, name)
-                    writer.write_parts(name, map(tensor_bytes, parts))
+            staged.write_rounded(writer)
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
             file = writer.commit()
@@ -374,21 +341,63 @@ class Snapshotter:
             self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if not self._leads or schedule.max_checkpoints is None:
             return
-        complete = self._complete()
-        found = {(s.t, s.sigma_rel) for s in complete}
-        unfinished = {s.t for s in self._stored if (s.t, s.sigma_rel) not in found}
-        finished = [s for s in complete if s.t not in unfinished]
-        kept = {
-            (s.t, s.sigma_rel)
-            for s in thin(finished, schedule.max_checkpoints, schedule.sigma_range)
-        }
-        self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
+        snapshots = self._complete()
+        complete = {(s.t, s.sigma_rel) for s in snapshots}
+        unfinished = {s.t for s in self._stored if (s.t, s.sigma_rel) not in complete}
+        finished = [s for s in snapshots if s.t not in unfinished]
+        kept = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
+        times = unfinished.union(s.t for s in kept)
+        self._stored = [s for s in self._stored if s.t in times]
 
     def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
         """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
-        newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
-        same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
-        return any(not (scheduled and s.off_schedule) for s in same)
+        for snapshot in reversed(self._stored):
+            if snapshot.t < t:
+                break
+            if (snapshot.t, snapshot.sigma_rel) != (t, sigma_rel):
+                continue
+            if not (scheduled and snapshot.off_schedule):
+                return True
+        return False
+
+
+def _clean(directory: Path) -> None:
+    """Remove what an interrupted training has left: its parts, and those of this one, could look
+    like one snapshot."""
+    remove_leftovers(directory)
+    for folder, parts in inspect_directory(directory).incomplete.items():
+        log.warning("%s: has %s, left by an interrupted training, and is removed", folder, parts)
+        remove_snapshot(folder)
+
+
+def _entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    entries = {}
+    for name, tensor in tensors.items():
+        entries[name] = Entry(stored_name(tensor.dtype, name), tuple(tensor.shape))
+    return entries
+
+
+def _is_of_earlier_session(path: Path, session: int) -> bool:
+    """Return whether a file is a readable part of a snapshot of an earlier training."""
+    try:
+        return decode_snapshot(read_file(path)).session < session
+    except FileFormatError:
+        return False
+
+
+def _note_moved(moved: Sequence[Path], t: float) -> None:
+    what = "1 snapshot" if len(moved) == 1 else f"{len(moved):,} snapshots"
+    names = ", ".join(path.name for path in moved[:2])
+    if len(moved) > 2:
+        names += f" and {len(moved) - 2:,} more"
+    log.warning(
+        "training continues from t = %.12g: %s, later, of another attempt or of a dropped "
+        "profile, moved to %s: %s",
+        t,
+        what,
+        moved[0].parent,
+        names,
+    )
 
 
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
@@ -398,13 +407,13 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     sampled = state.tracked.sampled
     if snapshot.t != averages.standing.t or snapshot.sigma_rel not in averages.sigma_rels:
         return False
-    recorded = decode_sample(snapshot.sample)[1]
+    _, recorded = decode_sample(snapshot.sample)
+    if len(recorded) <= max(sampled, default=-1):
+        return False
+    profile = averages.sigma_rels.index(snapshot.sigma_rel)
     ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
-    own = averages.read(averages.sigma_rels.index(snapshot.sigma_rel), ranges)
-    values = np.array([float(value) for value in own], np.float32)
-    return len(recorded) > max(sampled, default=-1) and np.array_equal(
-        recorded[list(sampled)], values
-    )
+    own = [float(value) for value in averages.read(profile, ranges)]
+    return np.array_equal(recorded[list(sampled)], np.array(own, np.float32))
 
 
 class Storage:
@@ -415,31 +424,41 @@ class Storage:
         self.layout = layout
         self.tracked = tracked
         # The same buckets on the host in the storage dtype, in which values are stored if they fit.
-        self.stored = tuple(
-            replace(b, dtype=torch_dtype(dtype) if dtype else b.dtype) for b in on_host(layout)
-        )
+        self.stored = on_host(layout)
+        if dtype:
+            self.stored = tuple(replace(b, dtype=torch_dtype(dtype)) for b in self.stored)
         self.places = places_of(layout)
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
         self.subset = Subset(layout, self.weights)
         self.memory: list[FlatTensors] = []  # for each profile; reused, since allocation is slow
-        sampled = []
+        sampled = []  # the bucket and the position of each element
         for name, index in tracked.sampled.values():
             number, place = self.places[name]
-            sampled.append((number, *place.positions(np.array([index]))))
+            (position,) = place.positions(np.array([index]))
+            sampled.append((number, position))
         buckets, positions = np.array(sampled, np.int64).reshape(-1, 2).T
         self._order = np.lexsort((positions, buckets))  # sorted ones are taken faster
         of_buckets = [np.sort(positions[buckets == number]) for number in range(len(layout))]
         self.sample = Elements(layout, of_buckets)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.stored[self.places[name][0]].dtype
+        bucket, _ = self.places[name]
+        return self.stored[bucket].dtype
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        entries = {}
+        for name, (bucket, place) in self.places.items():
+            dtype = self.stored[bucket].dtype
+            entries[name] = Entry(stored_name(dtype, name), place.shape)
+        return entries
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
         self.memory = self.memory or [FlatTensors(self.stored, pinned) for _ in range(profiles)]
 
-    def in_order(self, buffers: Sequence[torch.Tensor]) -> Values:
+    def in_order(self, buffers: Sequence[Tensor]) -> Values:
         """Return the values of a snapshot's sample in float32, in the sample's order."""
         values = np.empty(len(self._order), np.float32)
         with np.errstate(over="ignore"):  # values that float32 cannot hold become infinite
@@ -453,11 +472,17 @@ class StagedAverage:
 
     storage: Storage
     memory: FlatTensors
-    others: dict[str, torch.Tensor]  # those that are stored in another dtype, exactly
+    others: dict[str, Tensor]  # those that are stored in another dtype, exactly
     nonfinite: str | None  # the first tensor that holds a nan or an infinity
     measurements: Measurements | None
     # the model's and the exact values, encoded for the header; "" if the model's are unknown
     sample: str
+
+    def write_rounded(self, writer: TensorFileWriter) -> None:
+        for name, (bucket, _) in self.storage.places.items():
+            if name not in self.others:
+                parts = self.memory.row_major(bucket, name)
+                writer.write_parts(name, map(tensor_bytes, parts))
 
 
 @torch.no_grad()
@@ -466,42 +491,55 @@ def stage(
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
-    tiles = tiles_of(storage.layout)
-    measured = [storage.subset.buffers() for _ in storage.memory]
-    samples = [storage.sample.buffers() for _ in storage.memory]
-    norms = [[torch.empty(0)] * len(tiles) for _ in storage.memory]
+    rounded = [_RoundedAverage(storage, memory) for memory in storage.memory]
 
-    def stage_tile(tile: Tile, thread: int) -> None:
-        for index, stored in enumerate(storage.memory):
-            exact = averages.values(tile, index, thread)
-            out = stored.tile(tile)
-            out.copy_(
-                exact if exact.device.type == "cpu" else exact.to(out.dtype), non_blocking=True
-            )
-            norms[index][tile.number] = torch.linalg.vector_norm(exact)
-            storage.subset.take(tile, exact, measured[index])
-            storage.sample.take(tile, exact, samples[index])
+    def take(tile: Tile, thread: int) -> None:
+        for index, average in enumerate(rounded):
+            average.take(tile, averages.values(tile, index, thread))
 
-    pool.each(stage_tile, tiles)
-    staged = []
-    for index, stored in enumerate(storage.memory):
-        doubtful = _outside(storage, numbers_of(norms[index], tiles))
-        rounding = _rounding(storage, measured[index])
-        squares = storage.subset.sums(joined(measured[index]))
-        for number, name in enumerate(storage.subset.sizes):
+    pool.each(take, tiles_of(storage.layout))
+    return [average.staged(averages, index) for index, average in enumerate(rounded)]
+
+
+class _RoundedAverage:
+    """An average that is rounded into memory, tile by tile, and what is measured meanwhile."""
+
+    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
+        self._storage = storage
+        self._memory = memory
+        self._tiles = tiles_of(storage.layout)
+        self._norms = [torch.empty(0)] * len(self._tiles)
+        self._measured = storage.subset.buffers()
+        self._sample = storage.sample.buffers()
+
+    def take(self, tile: Tile, exact: Tensor) -> None:
+        self._norms[tile.number] = torch.linalg.vector_norm(exact)
+        self._storage.subset.take(tile, exact, self._measured)
+        self._storage.sample.take(tile, exact, self._sample)
+        out = self._memory.tile(tile)
+        if exact.device.type != "cpu":
+            exact = exact.to(out.dtype)
+        out.copy_(exact, non_blocking=True)
+
+    def staged(self, averages: Averages, index: int) -> StagedAverage:
+        """Return the average, of that index, when all tiles have been taken."""
+        storage = self._storage
+        doubtful = _outside(storage, numbers_of(self._norms, self._tiles))
+        squares = storage.subset.sums(joined(self._measured))
+        rounding = _rounding(storage, self._measured)
+        names = [*storage.subset.sizes]
+        for number, name in enumerate(names):
             if not _is_accurate(squares[number], rounding[number], storage.dtype(name)):
                 doubtful.add(name)
         others = _stored_exactly(storage, averages, index, doubtful)
-        rounding[[name in others for name in storage.subset.sizes]] = 0.0
+        rounding[[name in others for name in names]] = 0.0
+        measurements = measured_as(squares, rounding)
         sample = ""
         if averages.sample is not None:
             weights = storage.in_order(averages.sample)
-            sample = encode_sample(weights, storage.in_order(samples[index]))
-        measurements = measured_as(squares, rounding)
-        staged.append(
-            StagedAverage(storage, stored, others, nonfinite_name(others), measurements, sample)
-        )
-    return staged
+            sample = encode_sample(weights, storage.in_order(self._sample))
+        bad = nonfinite_name(others)
+        return StagedAverage(storage, self._memory, others, bad, measurements, sample)
 
 
 def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
@@ -514,7 +552,7 @@ def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
     return names
 
 
-def _rounding(storage: Storage, measured: Sequence[torch.Tensor]) -> FloatArray:
+def _rounding(storage: Storage, measured: Sequence[Tensor]) -> FloatArray:
     """Return the squared rounding error of each measured tensor in the storage dtype."""
     rounded = []
     for values, bucket in zip(measured, storage.stored, strict=True):
@@ -524,7 +562,7 @@ def _rounding(storage: Storage, measured: Sequence[torch.Tensor]) -> FloatArray:
 
 def _stored_exactly(
     storage: Storage, averages: Averages, index: int, doubtful: set[str]
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Return running statistics, and those of the doubtful weights that the storage dtype cannot
     hold."""
     others = {}
@@ -558,4 +596,5 @@ def measured_now(
             subset.take(tile, averages.values(tile, index, thread), own)
 
     pool.each(take, tiles_of(subset.layout))
-    return [measured_as(subset.sums(joined(values))) for values in buffers]
+    squares = [subset.sums(joined(values)) for values in buffers]
+    return [*map(measured_as, squares)]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor, nn
 
 from posthoc_cli.dtypes import torch_dtype
 from posthoc_cli.errors import (
@@ -63,9 +64,7 @@ class StateInfo:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(
-    state: Tracking, info: StateInfo, model: torch.nn.Module | None = None
-) -> dict[str, Any]:
+def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None) -> dict[str, Any]:
     """Return the state as a dict of tensors, numbers, strings and lists;
     `torch.load(weights_only=True)` reads it.
 
@@ -74,44 +73,44 @@ def pack_state(
     `model` owned chunks are DTensors.
     """
     averages = state.averages
-    tracked = state.tracked
-    kept = averages.tensors
-    copies = averages.copies
-    if kept is None or not averages.exist:
-        kept = AverageTensors(host_layout(tracked), len(averages.sigma_rels))
-        dtypes = tracked.dtypes(copied=True)
-        copies = {
-            name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()
-        }
-    keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    dtensors = {}
-    if model is not None:
-        reshard(model)
-        dtensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
-
-    def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            name: as_dtensor(value, dtensors[name]) if dtensors else value
-            for name, value in tensors.items()
-        }
-
-    # the first mean may serve all profiles
-    first = kept.mean[0].views
-    is_shared = averages.standing.shared
-    means = [
-        {
-            name: first[name] if is_shared and view.dtype == torch.float32 else view
-            for name, view in mean.views.items()
-        }
-        for mean in kept.mean
-    ]
+    if averages.tensors is None or not averages.exist:
+        averages = _zeros(averages.sigma_rels, state.tracked)
+    tensors = averages.tensors
+    assert tensors is not None
+    means = {}
+    highs = {}
+    for profile, sigma_rel in enumerate(averages.sigma_rels):
+        views = tensors.mean_views(profile, averages.standing.shared)
+        means[repr(sigma_rel)] = _packed(views, model)
+        highs[repr(sigma_rel)] = _packed(tensors.high[profile].views, model)
+    copies = {name: value.clone() for name, value in averages.copies.items()}
     return {
         "version": STATE_VERSION,
         **json.loads(json.dumps(asdict(info))),  # tuples become lists; numbers stay exact
-        "mean": {key: packed(mean) for key, mean in zip(keys, means, strict=True)},
-        "high": {key: packed(high.views) for key, high in zip(keys, kept.high, strict=True)},
-        "copies": packed({name: value.clone() for name, value in copies.items()}),
+        "mean": means,
+        "high": highs,
+        "copies": _packed(copies, model),
     }
+
+
+def _packed(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+    """Return tensors, those of a sharded model as DTensors."""
+    packed = dict(tensors)
+    if model is not None:
+        reshard(model)
+        for name, _, tensor, *_ in named_tensors(model):
+            if name in tensors:
+                packed[name] = as_dtensor(tensors[name], tensor)
+    return packed
+
+
+def _zeros(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
+    """Return averages before the first update."""
+    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+    copies = {}
+    for name, dtype in tracked.dtypes(copied=True).items():
+        copies[name] = torch.zeros(tracked.shapes[name], dtype=dtype)
+    return Averages(sigma_rels, tensors=tensors, copies=copies)
 
 
 @torch.inference_mode(False)
@@ -128,30 +127,35 @@ def unpack_state(
     """
     info = _checked_info(state, settings)
     standing = info.standing
-    wanted = settings.sigma_rels
-    averages = Averages(wanted)
+    averages = Averages(settings.sigma_rels)
     if standing.t > 0 and tracked.tensors:
-        check_profiles(info.sigma_rels, wanted)
-        kept = AverageTensors(host_layout(tracked), len(wanted))
-        for kind, flats in (("high", kept.high), ("mean", kept.mean)):
-            for one, flat in zip(wanted, flats, strict=True):
-                stored = state[kind][repr(one)]
-                _check_names(stored, flat.views, tracked)
-                # each is checked before the next is read: they may be on disk
-                for name, view in flat.views.items():
-                    view.copy_(_own_part(name, stored, tracked, view.dtype))
-        dtypes = tracked.dtypes(copied=True)
-        _check_names(state["copies"], dtypes, tracked)
-        copies = {
-            name: _own_part(name, state["copies"], tracked, dtype).clone()
-            for name, dtype in dtypes.items()
-        }
-        path = path_of_part(info.sketch, tracked.members.part)
-        averages = Averages(wanted, standing, kept, copies, known_path=path)
+        check_profiles(info.sigma_rels, settings.sigma_rels)
+        averages = _unpacked_averages(state, info, settings.sigma_rels, tracked)
     progress = TrainingProgress.resumed(info.step, info.t, standing.step)
     snapshots = frozenset(info.snapshots)
     loaded = Tracking(info.run_id, tracked, averages, progress, snapshots=snapshots)
     return loaded, info.weights
+
+
+def _unpacked_averages(
+    state: Mapping[str, Any], info: StateInfo, sigma_rels: tuple[float, ...], tracked: TrackedModel
+) -> Averages:
+    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+    for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
+        for sigma_rel, flat in zip(sigma_rels, profiles, strict=True):
+            stored = state[kind][repr(sigma_rel)]
+            _check_names(stored, flat.views, tracked)
+            # each is checked before the next is read: they may be on disk
+            for name, view in flat.views.items():
+                view.copy_(_own_part(name, stored, tracked, view.dtype))
+    dtypes = tracked.dtypes(copied=True)
+    stored = state["copies"]
+    _check_names(stored, dtypes, tracked)
+    copies = {}
+    for name, dtype in dtypes.items():
+        copies[name] = _own_part(name, stored, tracked, dtype).clone()
+    path = path_of_part(info.sketch, tracked.members.part)
+    return Averages(sigma_rels, info.standing, tensors, copies, known_path=path)
 
 
 def _checked_info(state: Any, settings: Settings) -> StateInfo:
@@ -191,9 +195,9 @@ def host_layout(tracked: TrackedModel) -> Layout:
 def _check_names(
     tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel
 ) -> None:
-    if differing := (set(expected) - set(tensors)) | (
-        set(tensors) - set(expected) - tracked.members.names
-    ):
+    missing = expected.keys() - tensors.keys()
+    others = tensors.keys() - expected.keys() - tracked.members.names
+    if differing := missing | others:
         reason = "is in the state or in the model, but not in both"
         hint = (
             "make the tracker with the include, exclude and buffers of the tracker that made "
@@ -204,27 +208,26 @@ def _check_names(
 
 def _own_part(
     name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype
-) -> torch.Tensor:
+) -> Tensor:
     """Return the part of a tensor of a state that this process owns, after checking it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
-    expected = f"{dtype} of shape {list(tracked.complete_shape(name))}"
-    found = f"{stored.dtype} of shape {list(stored.shape)}"
-    if found != expected:
+    shape = list(tracked.complete_shape(name))
+    stored_shape = list(stored.shape)
+    if stored.dtype != dtype or stored_shape != shape:
         hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
-        if list(stored.shape) != list(tracked.complete_shape(name)):
+        if stored_shape != shape:
             hint = "the state is of another model"
-        raise ModelMismatchError(subject, f"is {found} in the state, not {expected}", hint)
-    local, held = held_box(name, stored)
-    wanted = tracked.box(name)
-    if held.intersection(wanted) != wanted:
+        reason = f"is {stored.dtype} of shape {stored_shape} in the state"
+        raise ModelMismatchError(subject, f"{reason}, not {dtype} of shape {shape}", hint)
+    tensor, held = held_box(name, stored)
+    own = tracked.box(name)
+    if held.intersection(own) != own:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"
         raise ModelMismatchError(subject, reason, hint)
-    starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
-    tensor = local[
-        tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))
-    ]
+    for dim, size in enumerate(own.shape):
+        tensor = tensor.narrow(dim, own.offset[dim] - held.offset[dim], size)
     if tracked.tensors[name].role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor
