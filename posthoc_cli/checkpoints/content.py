@@ -25,7 +25,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
-from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES, ONLY_FOLDERS
+from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
@@ -71,6 +71,7 @@ NO_MODEL = re.compile(
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
+_PARTITION = "zero_pp_rank_"  # how names of the model's files begin if ZeRO-3 has split it
 _MOST_CONFIG = 10_000_000
 _MOST_STATE = 1_000_000_000
 
@@ -206,6 +207,9 @@ def _of_folder(folder: Path) -> Content:
         content = _of_sets(folder, sets)
     else:
         model = model_in(folder)
+        places = [] if model else places_below(folder)
+        if len(places) == 1:
+            return open_checkpoint(places[0])
         if model is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
             raise FileFormatError(folder, reason)
@@ -298,16 +302,46 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
             return folder / models[0]
         if models and ending and _are_chunks(folder, models):
             return folder
-        if models:
-            reason = f"holds several models: {names_in(models)}"
-            raise FileFormatError(folder, reason, "name one by a glob")
+        if any(name.startswith(_PARTITION) for name in models):
+            reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
+            raise FileFormatError(folder, reason, "convert it by its zero_to_fp32.py")
+        with_tensors = [name for name in models if len(models) == 1 or has_tensors(folder / name)]
+        if len(with_tensors) == 1:
+            return folder / with_tensors[0]
+        if with_tensors:
+            reason = f"holds several models: {names_in(with_tensors)}"
+            raise FileFormatError(folder, reason, f"name one by a glob such as */{with_tensors[0]}")
     for name in names:
         metadata = folder / name / DCP_METADATA
         if name.startswith("pytorch_model_fsdp") and metadata.is_file():
             return metadata  # accelerate's
-    if len(names) == 1 and names[0] in ONLY_FOLDERS:
-        return model_in(folder / names[0])
     return None
+
+
+def places_below(folder: Path, levels: int = 2) -> list[Path]:
+    """Return the folders that hold a model, up to so many levels below a folder."""
+    places = []
+    for name in _names_in(folder):
+        place = folder / name
+        is_state = NO_MODEL.search(name) and "model" not in name
+        if is_state or not place.is_dir():
+            continue
+        if holds_model(place):
+            places.append(place)
+        elif levels > 1:
+            places += places_below(place, levels - 1)
+    if len(places) > 1:
+        return [place for place in places if has_tensors(place)]
+    return places
+
+
+def has_tensors(path: Path) -> bool:
+    """Return whether a file or folder holds tensors; also if it cannot be read, which is said when
+    it is opened."""
+    try:
+        return bool(open_checkpoint(path).tensors)
+    except FileFormatError:
+        return True
 
 
 def _models_among(names: Sequence[str], ending: str) -> list[str]:

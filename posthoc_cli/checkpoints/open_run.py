@@ -44,6 +44,7 @@ from posthoc_cli.checkpoints.layouts import (
     select,
 )
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
+from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES
 from posthoc_cli.checkpoints.sets import Sets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
@@ -497,7 +498,7 @@ def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]
         try:
             return [*read_directory(files.as_path(directory))]
         except DirectoryError:
-            if not holds_checkpoints(directory):
+            if not _candidates(directory, _LeftOut()):
                 raise
     return [*open_checkpoints(directory, unclaimed=unclaimed)]
 
@@ -513,7 +514,7 @@ def holds_checkpoints(place: str | Path) -> bool:
     opening a file."""
     try:
         return is_import(place) or bool(_candidates(place, _LeftOut()))
-    except DirectoryError:
+    except (DirectoryError, FileFormatError):
         return False
 
 
@@ -557,7 +558,8 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
             elif any(may_be_weights(inner.name) for inner in files.system.list(entry)):
                 left_out[entry.name] = "a folder of files"
     if not folders and not loose:
-        return [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
+        states = [entry for entry in entries if WEIGHTS_STATES.fullmatch(entry.name)]
+        return states or nested_in(folder, entries)
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     numbered = [entry for entry in folders if re.search(r"\d", entry.name)]

@@ -15,7 +15,6 @@ class Program:
     # the values that show that it has written a file, if it counts epochs from 0
     from_0: frozenset[str] = frozenset()
     model: str = ""  # the file of a model, though its name seems to say a state
-    folder: str = ""  # the only folder in that of a checkpoint
     # patterns of files of a training's state: that hold an average among other things, or
     average_state: str = ""
     weights_state: str = ""  # the weights, so that they count where nothing else is a checkpoint
@@ -26,7 +25,7 @@ PROGRAMS = {
     "DeepSpeed": Program(step="global_steps"),
     "loops of one's own": Program(step="step"),
     "torch-ema, k-diffusion": Program(step="steps"),
-    "Megatron": Program(step="iteration", model="model_optim_rng.pt", folder="mp_rank_00"),
+    "Megatron": Program(step="iteration", model="model_optim_rng.pt"),
     "torchtitan": Program(step="train_state.step"),
     "mmengine": Program(step="meta.iter"),
     "kohya": Program(step="ss_steps"),
@@ -47,6 +46,5 @@ COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
 """Last keys of values that trainings store as tensors of one element."""
 FROM_0 = [row.from_0 for row in _ROWS if row.from_0]
 MODEL_FILES = {row.model for row in _ROWS if row.model}
-ONLY_FOLDERS = {row.folder for row in _ROWS if row.folder}
 AVERAGE_STATES = re.compile("|".join(row.average_state for row in _ROWS if row.average_state))
 WEIGHTS_STATES = re.compile("|".join(row.weights_state for row in _ROWS if row.weights_state))

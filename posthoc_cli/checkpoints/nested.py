@@ -1,0 +1,95 @@
+"""Find checkpoints that lie below numbered folders, such as `000100/pretrained_model`, or say where
+a user has to look for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from posthoc_cli.checkpoints.content import (
+    ENDINGS,
+    NO_MODEL,
+    holds_model,
+    names_in,
+    open_checkpoint,
+    places_below,
+)
+from posthoc_cli.errors import DirectoryError, FileFormatError
+
+
+def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
+    """Return the numbered folders that each hold one model, at the same place in each; none if
+    nothing below holds one.
+
+    Raise DirectoryError if the places of models differ, or if only a glob can name them.
+    """
+    numbered = []
+    places = dict[str, None]()
+    for entry in entries:
+        below = _places_in(entry)
+        if below:
+            numbered.append(entry)
+            last = below[-1]
+        for place in below:
+            places[str(place.relative_to(entry))] = None
+    # a number in the place may be another one than that of the outer folder
+    has_number = any(re.search("[1-9]", place) for place in places)
+    if len(places) == 1 and not has_number:
+        return numbered
+    if places:
+        globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
+        if len(globs) == 1:
+            open_checkpoint(last)  # its error says more
+        _ask(folder, f"its folders hold models in {names_in([*places])}", [*globs])
+    if endings := _without_endings(entries):
+        _ask(folder, "its files of tensors have no usual endings", endings)
+    inner = [entry.name for entry in entries if _holds_checkpoints(entry)]
+    if inner:
+        raise DirectoryError(folder, "holds no checkpoints itself", f"name its folder {inner[0]}")
+    return []
+
+
+def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:
+    choices = " or ".join(f"'{folder / one}'" for one in globs[:3])
+    hint = f"name those of one model by a glob, such as {choices}"
+    raise DirectoryError(folder, what, hint)
+
+
+def _places_in(entry: Path) -> list[Path]:
+    has_number = re.search("[0-9]", entry.name)
+    if not has_number or NO_MODEL.search(entry.name) or not entry.is_dir():
+        return []
+    return places_below(entry)
+
+
+def _holds_checkpoints(entry: Path) -> bool:
+    with suppress(OSError, FileFormatError):
+        return entry.is_dir() and any(map(_is_checkpoint, entry.iterdir()))
+    return False
+
+
+def _is_checkpoint(entry: Path) -> bool:
+    """Return whether an entry has a number, and is a file or folder of weights."""
+    if not re.search("[0-9]", entry.name) or NO_MODEL.search(entry.name):
+        return False
+    if entry.is_dir():
+        return holds_model(entry) or bool(places_below(entry))
+    return entry.name.endswith(ENDINGS)
+
+
+def _without_endings(entries: Sequence[Path]) -> list[str]:
+    """Return globs of the numbered files that hold tensors, whatever their names end in."""
+    first = dict[str, Path]()
+    for entry in entries:
+        if re.search("[0-9]", entry.name) and entry.is_file():
+            first.setdefault(re.sub("[0-9]+", "*", entry.name), entry)
+    return [pattern for pattern, entry in first.items() if _holds_tensors(entry)]
+
+
+def _holds_tensors(path: Path) -> bool:
+    try:
+        return bool(open_checkpoint(path).tensors)
+    except FileFormatError:
+        return False
