@@ -11,9 +11,11 @@ wrong time without notice.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +25,8 @@ from posthoc_cli.checkpoints.content import ENDINGS, Content
 from posthoc_cli.checkpoints.programs import FROM_0, IMAGE_VALUES, STEP_VALUES
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
+
+log = logging.getLogger(__name__)
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
@@ -56,6 +60,8 @@ _ALONE = re.compile(
     re.IGNORECASE,
 )
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
+_SHARD = re.compile(r"[0-9]+-of-[0-9]+")
+_LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
 _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
 
 
@@ -70,6 +76,7 @@ class Reading:
     is_nameless: bool = False  # whether only its content has a number
     is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
     is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
+    named: Reading | None = None  # what its name says, where its content has a step
     is_from_0: bool = False  # whether it is of a program that counts epochs from 0
 
 
@@ -102,7 +109,8 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
-            return Reading(checked_number(path, value), "steps", f"`{name}`", epoch)
+            number = checked_number(path, value)
+            return Reading(number, "steps", f"`{name}`", epoch, named=_named(path))
     images = _whole(content, IMAGE_VALUES)
     if images:
         return Reading(checked_number(path, images), "images", f"`{IMAGE_VALUES[0]}`")
@@ -117,6 +125,15 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     if has_epoch and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=epoch)
+
+
+def _named(path: Path) -> Reading | None:
+    """Return the number in the name of a file or folder itself, if there is one."""
+    with suppress(InvalidValueError):
+        reading = named_time(path)
+        if not reading.is_of_folder:
+            return reading
+    return None
 
 
 def _last_of_list(content: Content, name: str) -> str:
@@ -162,17 +179,17 @@ def checked_number(path: Path, number: float) -> int:
 def named_time(path: Path) -> Reading:
     """Return the number in the name of a file or folder: next to a word, else the only one.
 
-    If the name has no number, use that of the parent folder, only with such a word: it may be that
-    of an experiment.
+    If the name has no number, use that of the parent folder, only with such a word, or if it is the
+    whole name, such as `0000100` or `100.ckpt`: it may be that of an experiment.
     """
-    stem = path.name
-    for ending in ENDINGS:
-        stem = stem.removesuffix(ending)
+    stem = _SHARD.sub("", _stem(path))
     has_number = re.search("[0-9]", stem) is not None
-    name = _FRACTION.sub("", stem if has_number else path.parent.name)
+    outer = _stem(path.parent)
+    name = _FRACTION.sub("", stem if has_number else outer)
     unit, matches = _marked(name)
     is_marked = bool(matches)
-    if not matches and has_number:
+    is_whole = _LONE.fullmatch(outer) or (outer.isdecimal() and outer != path.parent.name)
+    if not matches and (has_number or is_whole):
         matches = [*_ALONE.finditer(name)]
     if len(matches) != 1:
         raise _doubt(path, "it has no number, or several")
@@ -186,6 +203,13 @@ def named_time(path: Path) -> Reading:
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
     return Reading(int(number), unit, origin, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _stem(path: Path) -> str:
+    stem = path.name
+    for ending in ENDINGS:
+        stem = stem.removesuffix(ending)
+    return stem
 
 
 def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
@@ -204,6 +228,29 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 
 
 # --- all checkpoints of a run
+
+
+def by_names(readings: Mapping[Path, Reading]) -> Mapping[Path, Reading]:
+    """Return the numbers in names where the count in the contents repeats, and does not exceed
+    them: VITS stores its epoch as `iteration`. Log which are taken where the two differ."""
+    named = {path: one.named for path, one in readings.items() if one.named is not None}
+    pairs = [(readings[path].number, name.number) for path, name in named.items()]
+    distinct = {name for _, name in pairs}
+    is_behind = [name > number + 1 for number, name in pairs]  # 1: counted from 0
+    exceeds = any(number > name + 1 for number, name in pairs)
+    if len(named) < max(2, len(readings)) or len(distinct) < len(pairs):
+        return readings
+    if exceeds or not any(is_behind):
+        return readings
+    path = [*named][is_behind.index(True)]
+    number = readings[path].number
+    origin = readings[path].origin
+    says = f"{origin} is {number:,}, and the number in its name {named[path].number:,}"
+    if len({number for number, _ in pairs}) < len(pairs):
+        log.warning("%s: %s: taken is that in names, as %s repeats", path, says, origin)
+        return named
+    log.warning("%s: %s: taken is %s; `step_from` takes that in names", path, says, origin)
+    return readings
 
 
 def times_of(

@@ -69,6 +69,7 @@ NO_MODEL = re.compile(
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
+_INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 """Names of weights in folders of Hugging Face's libraries."""
 _PARTITION = "zero_pp_rank_"  # how names of the model's files begin if ZeRO-3 has split it
@@ -377,6 +378,7 @@ def _of_file(path: Path) -> Content:
             if header.kind == "snapshot":
                 raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
             values.update(header.metadata)
+            values.update(_training_info(path, header.metadata))
             if header.kind is not None:
                 values[KIND] = header.kind
             leaves = {(name,): entry for name, entry in header.entries.items()}
@@ -393,6 +395,14 @@ def _of_file(path: Path) -> Content:
                 values[name] = _number(file, value)
         identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
+
+
+def _training_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values of the object that ai-toolkit writes into the metadata, as text."""
+    info = dict[str, Any]()
+    with suppress(FileFormatError):  # another program's text
+        info = parse_object(path, metadata.get(_INFO, "{}"), _INFO)
+    return {f"{_INFO}.{name}": value for name, value in info.items()}
 
 
 def _stored(path: Path, keys: Keys, value: Entry | Node) -> StoredTensor:

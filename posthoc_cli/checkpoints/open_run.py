@@ -24,7 +24,14 @@ import numpy as np
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.clock import Reading, Times, checked_number, read_time, times_of
+from posthoc_cli.checkpoints.clock import (
+    Reading,
+    Times,
+    by_names,
+    checked_number,
+    read_time,
+    times_of,
+)
 from posthoc_cli.checkpoints.content import (
     DCP_METADATA,
     KIND,
@@ -65,8 +72,11 @@ from posthoc_cli.snapshots.sources import Source, by_time, model_difference
 log = logging.getLogger(__name__)
 
 _COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
+_OF_MODELS = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
+_OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
 _NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
+_STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
@@ -189,7 +199,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings({one.found.kind for one in run}, settings)
     counts = _counts(run)
-    readings = {one.path: one.reading for one in run}
+    readings = by_names({one.path: one.reading for one in run})
     times = times_of(readings, counts, settings)
     used = _begun(run, times)
     has_decays = any(one.found.updates is not None for one in used)
@@ -563,6 +573,8 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     # Next to files, a folder without a number, such as "averages", is no checkpoint; next to
     # folders, no file is one.
     numbered = [entry for entry in folders if re.search(r"\d", entry.name)]
+    if _is_series_beside_states(folder, loose, folders):
+        numbered = []
     if loose and not numbered:
         for entry in folders:
             left_out[entry.name] = "a folder beside files"
@@ -570,6 +582,19 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
     for entry in loose:
         left_out[entry.name] = "a file beside folders"
     return folders
+
+
+def _is_series_beside_states(folder: Path, loose: Sequence[Path], folders: Sequence[Path]) -> bool:
+    """Return whether files are a series of weights, and the folders beside them states of the same
+    training; raise DirectoryError if there are more states."""
+    series = [entry for entry in loose if re.search("[0-9]", entry.name)]
+    if len(series) < 2 or not all(_STATE.search(entry.name) for entry in folders):
+        return False
+    if len(loose) < len(folders):
+        globs = f"'{folder / '*state'}' or '{folder / f'{_stem(series[0])}*{series[0].suffix}'}'"
+        reason = "holds a series of files, and more folders of states"
+        raise DirectoryError(folder, reason, f"name one of them by a glob: {globs}")
+    return bool(folders)
 
 
 # --- several checkpoints as one run
@@ -587,7 +612,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for other in ordered:
         if difference := model_difference(first, other):
-            raise _mismatch(first, other, difference)
+            raise _mismatch(first, other, difference, _OF_MODELS)
     kept = _without_duplicates(ordered)
     weights = {one.t for one in kept if isinstance(one.profile, Point)}
     run = [one for one in kept if one.t not in weights or not is_copy(one)]
@@ -614,9 +639,8 @@ def _has_number(one: Checkpoint) -> bool:
 
 
 def _mismatch(
-    one: Checkpoint | _Opened, other: Checkpoint | _Opened, difference: str
+    one: Checkpoint | _Opened, other: Checkpoint | _Opened, difference: str, hint: str = _OF_NUMBERS
 ) -> MismatchError:
-    hint = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
     return MismatchError(f"{one.path} and {other.path}", difference, hint)
 
 

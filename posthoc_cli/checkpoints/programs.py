@@ -29,6 +29,7 @@ PROGRAMS = {
     "torchtitan": Program(step="train_state.step"),
     "mmengine": Program(step="meta.iter"),
     "kohya": Program(step="ss_steps"),
+    "ai-toolkit": Program(step="training_info.step"),
     "ACE": Program(step="num_batches_seen"),
     "Composer": Program(step="state.timestamp.Timestamp.batch"),
     "fairseq": Program(step="optimizer_history.*.num_updates"),

@@ -155,7 +155,7 @@ class Sets:
         if len(outermost) == 1:
             return outermost[0]
         wrong = "has several sets of tensors" if outermost else "has no set of tensors"
-        choices = names_in(outermost or [*self.keys])
+        choices = names_in(outermost or [*self.keys] or [*self.content.tensors])
         raise FileFormatError(self.content.path, f"{wrong} {shown(text)}: {choices}")
 
     # --- the model
@@ -179,6 +179,11 @@ class Sets:
             return ""
         if len(groups) == 1:
             return groups[0]
+        if not groups:
+            under = names_in(self.content.groups())
+            raise FileFormatError(
+                self.content.path, f"holds no weights, only tensors under {under}"
+            )
         reason = (
             f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         )

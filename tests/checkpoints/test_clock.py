@@ -3,6 +3,7 @@ epoch are."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from ema_command import Ema
+from safetensors.torch import save_file
 from walks import STEPS, Tensors, distance, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA
 
 EPOCHS = 20
@@ -434,3 +436,145 @@ def test_info_says_what_numbers_are_taken_for(tmp_path: Path, ema: Ema) -> None:
     assert Run(tmp_path).info()["numbers"] == sentence
     assert sentence in " ".join(ema("info", tmp_path).out.split())
     assert sentence in " ".join(ema("import", tmp_path, "--dry-run").out.split())
+
+
+# --- numbers in contents and names that differ, and files beside folders
+
+
+def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """VITS stores the epoch as `iteration`."""
+    names = {100 * epoch: epoch for epoch in range(1, 9)}
+    place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 300 + 1})
+    assert times(place) == ("steps", [*names])
+    (line,) = caplog.messages
+    assert line.endswith(
+        "G_100.pth: `iteration` is 1, and the number in its name 100: taken is that in names, as "
+        "`iteration` repeats"
+    )
+
+
+def test_a_count_that_contradicts_names_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {100 * epoch: epoch for epoch in range(1, 5)}
+    place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 50})
+    assert times(place) == ("steps", [2, 4, 6, 8])
+    assert "is 2, and the number in its name 100: taken is `iteration`; `step_from`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset"),
+    [
+        (1, 0),
+        (1, 1),
+        (1, -1),
+        (50, 0),
+    ],
+)
+def test_a_step_that_names_do_not_exceed_is_taken(
+    factor: int,
+    offset: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps = []
+    for number in (4, 8, 12):
+        step = factor * number + offset
+        steps.append(step)
+        store(tmp_path / f"m{number}.pt", number, step=step)
+    unit, found = times(tmp_path)
+    assert unit == "steps"
+    assert found == steps
+    assert not caplog.messages
+
+
+def test_two_files_of_one_number_are_answered_by_what_chooses_files(tmp_path: Path) -> None:
+    write(tmp_path, "model{:06}.pt", same(5, 10))
+    write(tmp_path, "other{:06}.pt", {5: 7, 10: 12})
+    with pytest.raises(MismatchError, match="are both of") as caught:
+        times(tmp_path)
+    assert str(caught.value).endswith("by a glob, or import with `step_from`")
+
+
+@pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])
+def test_a_folder_whose_name_is_a_number_has_that_of_its_files(folder: str, tmp_path: Path) -> None:
+    for step in (100, 200, 400):
+        place = tmp_path / folder.format(step)
+        place.mkdir()
+        store(place / "nnet.00-of-01.pth", step // 100)
+        torch.save(step, place / "step.pth")
+    assert times(tmp_path) == ("steps", [100, 200, 400])
+    assert times(tmp_path / "*" / "nnet*.pth") == ("steps", [100, 200, 400])
+
+
+def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        (tmp_path / str(number)).mkdir()
+        store(tmp_path / str(number) / "last.pt", number)
+    with pytest.raises(InvalidValueError, match="neither its content nor its name tells its step"):
+        times(tmp_path / "*" / "last.pt")
+
+
+def lora(folder: Path, files: int, states: int) -> Path:
+    """Write series of weights as kohya does: of the last step without a number in the name."""
+    for epoch in range(1, files + 1):
+        step = 100 * epoch
+        name = f"lora-step{step:08}"
+        if epoch == files:
+            name = "lora"
+        metadata = {"ss_steps": str(step)}
+        weights = weights_at(epoch)
+        save_file(weights, folder / f"{name}.safetensors", metadata)
+    for epoch in range(1, states + 1):
+        state = folder / f"lora-step{epoch * 100:08}-state"
+        state.mkdir()
+        save_file(weights_at(epoch), state / "model.safetensors")
+    return folder
+
+
+def test_a_series_of_weights_counts_beside_states(tmp_path: Path) -> None:
+    assert times(lora(tmp_path, 5, 4)) == ("steps", [100, 200, 300, 400, 500])
+
+
+def test_more_states_than_weights_are_asked_for(tmp_path: Path) -> None:
+    lora(tmp_path, 4, 6)
+    globs = r"by a glob: '(\S+/\*state)' or '(\S+/lora-step\*\.safetensors)'"
+    with pytest.raises(DirectoryError, match=globs) as caught:
+        times(tmp_path)
+    states = str(caught.value).split("'")[1]
+    assert times(Path(states)) == ("steps", [100, 200, 300, 400, 500, 600])
+
+
+def test_the_step_in_the_metadata_of_ai_toolkit(tmp_path: Path) -> None:
+    names = {
+        "lora_000000100": 100,
+        "lora_000000200": 200,
+        "lora": 300,
+    }
+    for name, step in names.items():
+        text = json.dumps({"step": step, "epoch": 1})
+        file = tmp_path / f"{name}.safetensors"
+        weights = weights_at(step // 100)
+        save_file(weights, file, {"training_info": text})
+    unit, steps = times(tmp_path)
+    assert unit == "steps"
+    assert steps == [100, 200, 300]
+
+
+def test_a_text_that_another_program_calls_training_info(tmp_path: Path) -> None:
+    file = tmp_path / "m-7.safetensors"
+    metadata = {"training_info": "a text"}
+    save_file(weights_at(1), file, metadata)
+    assert times(tmp_path) == ("steps", [7])
+
+
+def test_a_file_of_states_alone_is_said(tmp_path: Path) -> None:
+    state = {"optimizer_state_dict": {"exp_avg": torch.ones(3)}}
+    torch.save({"epoch": 1, **state}, tmp_path / "checkpoint.0.100.pt")
+    with pytest.raises(FileFormatError, match="no weights, only tensors under 'optimizer_st"):
+        times(tmp_path / "checkpoint.0.100.pt")
+    torch.save({"a.weight": torch.ones(3)}, tmp_path / "m-1.pt")
+    with pytest.raises(FileFormatError, match=r"has no set of tensors 'ema': 'a.weight'|'a'"):
+        times(tmp_path / "m-1.pt", average="ema")
