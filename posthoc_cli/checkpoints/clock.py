@@ -234,22 +234,20 @@ def by_names(readings: Mapping[Path, Reading]) -> Mapping[Path, Reading]:
     """Return the numbers in names where the count in the contents repeats, and does not exceed
     them: VITS stores its epoch as `iteration`. Log which are taken where the two differ."""
     named = {path: one.named for path, one in readings.items() if one.named is not None}
-    pairs = [(readings[path].number, name.number) for path, name in named.items()]
-    distinct = {name for _, name in pairs}
-    is_behind = [name > number + 1 for number, name in pairs]  # 1: counted from 0
-    exceeds = any(number > name + 1 for number, name in pairs)
-    if len(named) < max(2, len(readings)) or len(distinct) < len(pairs):
+    in_names = {one.number for one in named.values()}
+    if len(in_names) < max(2, len(readings)):
         return readings
-    if exceeds or not any(is_behind):
+    ahead = {path: one.number - readings[path].number for path, one in named.items()}
+    if min(ahead.values()) < -1 or max(ahead.values()) <= 1:  # 1: counted from 0
         return readings
-    path = [*named][is_behind.index(True)]
-    number = readings[path].number
-    origin = readings[path].origin
-    says = f"{origin} is {number:,}, and the number in its name {named[path].number:,}"
-    if len({number for number, _ in pairs}) < len(pairs):
-        log.warning("%s: %s: taken is that in names, as %s repeats", path, says, origin)
+    path = next(path for path in ahead if ahead[path] > 1)
+    one = readings[path]
+    says = f"{one.origin} is {one.number:,}, and the number in its name {named[path].number:,}"
+    in_contents = {one.number for one in readings.values()}
+    if len(in_contents) < len(readings):
+        log.warning("%s: %s: taken is that in names, as %s repeats", path, says, one.origin)
         return named
-    log.warning("%s: %s: taken is %s; `step_from` takes that in names", path, says, origin)
+    log.warning("%s: %s: taken is %s; `step_from` takes that in names", path, says, one.origin)
     return readings
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from posthoc_cli.checkpoints.clock import named_time
 from posthoc_cli.checkpoints.content import (
     ENDINGS,
     NO_MODEL,
@@ -16,14 +17,15 @@ from posthoc_cli.checkpoints.content import (
     open_checkpoint,
     places_below,
 )
-from posthoc_cli.errors import DirectoryError, FileFormatError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 
 
 def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     """Return the numbered folders that each hold one model, at the same place in each; none if
     nothing below holds one.
 
-    Raise DirectoryError if the places of models differ, or if only a glob can name them.
+    Raise InvalidValueError if the places of models differ, the numbers may be those of experiments,
+    or only a glob can name files; DirectoryError if a folder within holds checkpoints.
     """
     numbered = []
     places = dict[str, None]()
@@ -35,8 +37,8 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
         for place in below:
             places[str(place.relative_to(entry))] = None
     # a number in the place may be another one than that of the outer folder
-    has_number = any(re.search("[1-9]", place) for place in places)
-    if len(places) == 1 and not has_number:
+    is_other = any(re.search("[1-9]", place) for place in places)
+    if len(places) == 1 and not is_other and all(map(_has_step, numbered)):
         return numbered
     if places:
         globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
@@ -51,10 +53,17 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     return []
 
 
+def _has_step(entry: Path) -> bool:
+    """Return whether the number of a folder is that of a file within."""
+    with suppress(InvalidValueError):
+        return named_time(entry / "model").is_of_folder
+    return False
+
+
 def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:
     choices = " or ".join(f"'{folder / one}'" for one in globs[:3])
-    hint = f"name those of one model by a glob, such as {choices}"
-    raise DirectoryError(folder, what, hint)
+    hint = f"name those of one model by a glob, such as {choices}, perhaps with `step_from`"
+    raise InvalidValueError(folder, what, hint)
 
 
 def _places_in(entry: Path) -> list[Path]:

@@ -524,7 +524,9 @@ def holds_checkpoints(place: str | Path) -> bool:
     opening a file."""
     try:
         return is_import(place) or bool(_candidates(place, _LeftOut()))
-    except (DirectoryError, FileFormatError):
+    except (FileFormatError, InvalidValueError):  # raised again when they are opened
+        return True
+    except DirectoryError:
         return False
 
 
@@ -586,14 +588,14 @@ def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:
 
 def _is_series_beside_states(folder: Path, loose: Sequence[Path], folders: Sequence[Path]) -> bool:
     """Return whether files are a series of weights, and the folders beside them states of the same
-    training; raise DirectoryError if there are more states."""
+    training; raise InvalidValueError if there are more states."""
     series = [entry for entry in loose if re.search("[0-9]", entry.name)]
     if len(series) < 2 or not all(_STATE.search(entry.name) for entry in folders):
         return False
     if len(loose) < len(folders):
         globs = f"'{folder / '*state'}' or '{folder / f'{_stem(series[0])}*{series[0].suffix}'}'"
         reason = "holds a series of files, and more folders of states"
-        raise DirectoryError(folder, reason, f"name one of them by a glob: {globs}")
+        raise InvalidValueError(folder, reason, f"name one of them by a glob: {globs}")
     return bool(folders)
 
 

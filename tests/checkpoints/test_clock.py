@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from walks import STEPS, Tensors, distance, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.profiles import OrdinaryEMA
 
 EPOCHS = 20
@@ -541,7 +541,7 @@ def test_a_series_of_weights_counts_beside_states(tmp_path: Path) -> None:
 def test_more_states_than_weights_are_asked_for(tmp_path: Path) -> None:
     lora(tmp_path, 4, 6)
     globs = r"by a glob: '(\S+/\*state)' or '(\S+/lora-step\*\.safetensors)'"
-    with pytest.raises(DirectoryError, match=globs) as caught:
+    with pytest.raises(InvalidValueError, match=globs) as caught:
         times(tmp_path)
     states = str(caught.value).split("'")[1]
     assert times(Path(states)) == ("steps", [100, 200, 300, 400, 500, 600])

@@ -12,7 +12,7 @@ from checkpoint_layouts import distributed
 from safetensors.torch import save_file
 
 from posthoc_cli import Mean, Run, import_checkpoints
-from posthoc_cli.errors import DirectoryError, PostHocError
+from posthoc_cli.errors import InvalidValueError, PostHocError
 
 STEPS = (100, 200, 400)
 Tensors = dict[str, torch.Tensor]
@@ -90,6 +90,12 @@ def other_number(folder: Path, step: int, weights: Tensors) -> None:
     save_file(weights, folder / f"try{step}" / "stage2" / "model.safetensors")
 
 
+def experiments(folder: Path, step: int, weights: Tensors) -> None:
+    place = folder / f"exp{step}" / "final"
+    place.mkdir(parents=True)
+    save_file(weights, place / "model.safetensors")
+
+
 def zero_3(folder: Path, step: int, weights: Tensors) -> None:
     place = folder / f"checkpoint-{step}" / f"global_step{step}"
     place.mkdir(parents=True)
@@ -114,8 +120,9 @@ def one_level_up(folder: Path, step: int, weights: Tensors) -> None:
         (two_models, r"models in 'critic', 'student'; name .* '\S+run/\*/critic' or '\S+/student'"),
         (at_two_places, r"models in 'early', 'late'; name those of one model by a glob"),
         (other_number, r"models in 'stage2'; name .* glob, such as '\S+run/\*/stage\*'"),
+        (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds the partitions of ZeRO-3.*; convert .*zero_to_fp32.py"),
-        (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*'$"),
+        (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (one_level_up, r"run: holds no checkpoints itself; name its folder checkpoints"),
     ],
 )
@@ -125,11 +132,14 @@ def test_models_that_are_not_taken_are_named(save: Save, message: str, tmp_path:
         _ = Run(place).sources
     with pytest.raises(PostHocError, match=message):
         import_checkpoints(place, tmp_path / "new")
+    if save is not one_level_up:
+        with pytest.raises(PostHocError, match=message):
+            Run(place).info()
 
 
 def test_a_glob_of_a_message_opens_the_files(tmp_path: Path) -> None:
     place = write(tmp_path / "run", without_endings)
-    with pytest.raises(DirectoryError) as caught:
+    with pytest.raises(InvalidValueError) as caught:
         _ = Run(place).sources
     pattern = str(caught.value).split("'")[1]
     run = Run(pattern)
