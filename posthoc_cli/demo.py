@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,7 +63,6 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     steps. Returns the results as data for JSON.
     """
     started = time.perf_counter()
-    threads = torch.get_num_threads()
     if steps < 100 or steps % 100:
         raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
     files.check_parent("out", out)
@@ -74,8 +74,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
     say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
     say(f"{every:,} steps to {snapshots}")
-    torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
-    try:
+    with _one_torch_thread():
         with watch("training", steps) as advance:
             model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
         lines = [run_command(say, "info", snapshots)]
@@ -85,19 +84,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         swept = _measured(model, snapshots)
         swept.write(out / "sweep")
         _draw_samples(model, snapshots, swept, out)
-    finally:
-        torch.set_num_threads(threads)
-    figure = partial(plots.sweep_figure, swept.to_dict())
-    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
-    width = f"{swept.found.best:.6g}"
-    best = out / "best.safetensors"
-    page = out / "report.html"
-    for words in (
-        ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
-        ("error-plot", snapshots, "--out", out / "error.png"),
-        ("report", snapshots, "--sweep", out / "sweep", "--out", page),
-    ):
-        lines.append(run_command(say, *words, "--overwrite"))
+    lines += _make_outputs(swept, snapshots, out, say)
     averages = [trial for trial in swept.trials if trial.x is not None]
     return {
         "out": str(out),
@@ -112,6 +99,34 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         "files": [str(path) for path in sorted(out.iterdir())],
         "seconds": time.perf_counter() - started,
     }
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Faster for so small a network, and the same sums on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _make_outputs(swept: SweepReport, snapshots: Path, out: Path, say: Say) -> list[str]:
+    """Draw the losses, make the best average, a curve and a page, and return the command lines."""
+    figure = partial(plots.sweep_figure, swept.to_dict())
+    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
+    width = f"{swept.found.best:.6g}"
+    best = out / "best.safetensors"
+    page = out / "report.html"
+    lines = []
+    for words in (
+        ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
+        ("error-plot", snapshots, "--out", out / "error.png"),
+        ("report", snapshots, "--sweep", out / "sweep", "--out", page),
+    ):
+        lines.append(run_command(say, *words, "--overwrite"))
+    return lines
 
 
 def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
@@ -131,9 +146,11 @@ def command_name() -> str:
     given = Path(sys.argv[0])
     if given.name not in ("ema", "posthoc-cli"):
         return "ema"
-    found = shutil.which(given.name)
-    is_on_path = found is not None and Path(found).samefile(given)
-    return given.name if is_on_path or not given.exists() else str(given)
+    on_path = shutil.which(given.name)
+    is_on_path = on_path is not None and Path(on_path).samefile(given)
+    if is_on_path or not given.exists():
+        return given.name
+    return str(given)
 
 
 def run_command(say: Say, *words: str | Path) -> str:
@@ -208,9 +225,8 @@ def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Pat
         folder = out / "sweep" / images.FOLDER / trial.name
         files.make_directory(folder)
         for number, picture in enumerate(pictures):
-            files.write_atomically(
-                folder / f"class-{number}.png", plots.as_picture(picture, _SCALE)
-            )
+            content = plots.as_picture(picture, _SCALE)
+            files.write_atomically(folder / f"class-{number}.png", content)
     figure = partial(plots.samples_figure, rows, best=swept.best.title)
     files.write_atomically(out / "samples.png", plots.as_file(figure, ".png"))
 
@@ -274,12 +290,14 @@ class Denoiser(nn.Module):
         [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
-        condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        condition = self.noise(waves) + self.label(labels)
         hidden = self.inward(noisy / total)
         for block in self.blocks:
             hidden = block(hidden, nn.functional.silu(condition))
         out: torch.Tensor = self.outward(hidden)
-        return noisy * _VARIANCE / total**2 + out * sigma * STANDARD_DEVIATION / total
+        kept = noisy * _VARIANCE / total**2
+        return kept + out * sigma * STANDARD_DEVIATION / total
 
 
 class _Block(nn.Module):
@@ -325,11 +343,11 @@ class Validation:
 
     def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
         self._data = data
-        self._noise = torch.randn(
-            draws, *data.images.shape, generator=torch.Generator().manual_seed(seed)
-        )
+        random = torch.Generator().manual_seed(seed)
+        self._noise = torch.randn(draws, *data.images.shape, generator=random)
         middles = (torch.arange(draws) + 0.5) / draws
-        self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
+        logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)
+        self._sigmas = logarithms.exp()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
@@ -340,7 +358,8 @@ class Validation:
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return random noise levels as in training, shape [count, 1]."""
-    return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
+    logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)
+    return logarithms.exp()
 
 
 # --- the training
@@ -358,9 +377,10 @@ any of them. With 12e-3 the best length is 0.05, which is tracked."""
 def checkpoint_every(steps: int) -> int:
     """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
     updates = steps // UPDATE_EVERY
-    return UPDATE_EVERY * next(
-        n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0
-    )
+    interval = max(1, updates // SNAPSHOTS)
+    while updates % interval:
+        interval -= 1
+    return UPDATE_EVERY * interval
 
 
 def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:

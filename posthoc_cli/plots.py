@@ -40,6 +40,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
+# the style of a line to compare with
+_REFERENCE: dict[str, Any] = {"color": COLOURS[1], "linestyle": "--", "linewidth": 1.6}
+
 GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
 _LEAST_ERRORS = (1e-8, 1e-4)
 _MOST_ERROR = 2.0
@@ -91,24 +94,62 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     of the profiles."""
     figure, axes = _figure()
     heights = [np.minimum(curve.predicted_error, _MOST_ERROR) for curve in curves]
-    # The largest power of ten below nearly all of the curves.
-    lowest = max(min(float(np.quantile(errors, 0.1)) for errors in heights), 1e-300)
-    least = float(np.clip(10 ** math.floor(math.log10(lowest)), *_LEAST_ERRORS))
+    least = _least_error(heights)
     for index, (curve, errors) in enumerate(zip(curves, heights, strict=True)):
         _draw_curve(axes, curve, np.maximum(errors, least), index, alone=len(curves) == 1)
-        for number, point in enumerate(curve.others):
-            axes.plot(
-                max(point.sigma_rel, _LEAST_WIDTH),
-                np.clip(point.predicted_error, least, _MOST_ERROR),
-                marker=MARKERS[(number + 1) % len(MARKERS)],
-                color=COLOURS[index % len(COLOURS)],
-                linestyle="none",
-                clip_on=False,
-                zorder=6,
-                label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
-            )
-    for index, curve in enumerate(curves if profile_error else ()):
-        label = None if index else "thin: relative L2 error of the profile"
+        _draw_points(axes, curve, least, index)
+    if profile_error:
+        _draw_profile_errors(axes, curves)
+    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
+    axes.set(xscale="log", yscale="log", xlabel="sigma_rel (width, as a fraction of training)")
+    axes.margins(x=0.01)  # for marks at the ends
+    of_points = [point.predicted_error for curve in curves for point in curve.others]
+    _scale_errors(axes, np.concatenate([*heights, of_points]), least)
+    title = "Predicted error of the weights"
+    if len(curves) == 1:
+        title += f": {_good_range(curves[0])}"
+    return _finish(figure, axes.xaxis, title)
+
+
+def _least_error(heights: Sequence[npt.NDArray[np.float64]]) -> float:
+    """Return the largest power of ten below nearly all of the curves, within bounds."""
+    lowest = min(float(np.quantile(errors, 0.1)) for errors in heights)
+    power = math.floor(math.log10(max(lowest, 1e-300)))
+    return float(np.clip(10**power, *_LEAST_ERRORS))
+
+
+def _scale_errors(axes: Axes, errors: npt.NDArray[np.float64], least: float) -> None:
+    """Set the axis of errors, which begins at `least`, and names its end so if some lie below."""
+    is_cut = errors.min() < least
+
+    def tick(error: float, _: float) -> str:
+        is_end = is_cut and error < 1.01 * least
+        return f"≤ {100 * error:g} %" if is_end else f"{100 * error:g} %"
+
+    highest = np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR)
+    axes.set_ylim(least, highest)
+    axes.yaxis.set_major_formatter(tick)
+    axes.set_ylabel("expected relative L2 error of the weights")
+
+
+def _draw_points(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
+    """Mark the errors of further targets."""
+    for number, point in enumerate(curve.others, start=1):
+        axes.plot(
+            max(point.sigma_rel, _LEAST_WIDTH),
+            np.clip(point.predicted_error, least, _MOST_ERROR),
+            marker=MARKERS[number % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
+            linestyle="none",
+            clip_on=False,
+            zorder=6,
+            label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
+        )
+
+
+def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
+    label: str | None = "thin: relative L2 error of the profile"
+    for index, curve in enumerate(curves):
         axes.plot(
             curve.sigma_rels,
             curve.profile_error,
@@ -118,22 +159,7 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
             label=label,
             **_line(index),
         )
-    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="sigma_rel (width, as a fraction of training)")
-    axes.margins(x=0.01)  # for marks at the ends
-    drawn = np.concatenate(
-        [*heights, [point.predicted_error for curve in curves for point in curve.others]]
-    )
-    axes.set_ylim(least, np.clip(2 * drawn.max(), 2 * GOOD_ERROR, _MOST_ERROR))
-    is_cut = drawn.min() < least
-    axes.yaxis.set_major_formatter(
-        lambda error, _: f"{'≤ ' if is_cut and error < 1.01 * least else ''}{100 * error:g} %"
-    )
-    axes.set_ylabel("expected relative L2 error of the weights")
-    title = "Predicted error of the weights"
-    if len(curves) == 1:
-        title += f": {_good_range(curves[0])}"
-    return _finish(figure, axes.xaxis, title)
+        label = None  # one line of the legend is for all
 
 
 def _draw_curve(
@@ -157,8 +183,9 @@ def _draw_curve(
         clip_on=False,
         zorder=5,
     )
-    # those of several curves would overlap
-    for low, high in curve.ranges_below(GOOD_ERROR) if alone else ():
+    if not alone:
+        return  # the ranges of several curves would overlap
+    for low, high in curve.ranges_below(GOOD_ERROR):
         axes.axvspan(low, high, color=COLOURS[index], alpha=0.10, linewidth=0)
 
 
@@ -167,41 +194,68 @@ def _good_range(curve: ErrorCurve) -> str:
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 
-def sweep_figure(found: dict[str, Any]) -> Figure:
+def sweep_figure(sweep: dict[str, Any]) -> Figure:
     """Draw a metric against the length of the average, on a logarithmic axis, from
     `SweepReport.to_dict`.
 
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
-    kind = found["axis"]
-    raw = found["raw"]
-
-    def place(value: Any) -> float:
-        return 1 / (1 - float(value)) if kind == "beta" else float(value)
-
-    curve = [
-        (place(point["x"]), point["estimate"], point["standard_error"]) for point in found["curve"]
-    ]
-    widths, means, errors = np.array(curve, float).T
-    measured = [trial for trial in found["trials"] if None not in (trial["value"], trial["x"])]
-    points = [
-        (place(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
-        for trial in measured
-    ]
-    lengths, values, noise = np.array(points, float).reshape(-1, 3).T
-    flat = [*map(place, found["equal_within_noise"])]
-    best = place(found["best"][kind])
     figure, axes = _figure()
-    label = f"equal within the noise: {flat[0]:g} to {flat[1]:g}"
-    axes.axvspan(*flat, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
-    axes.fill_between(
-        widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0
-    )
-    axes.plot(
-        widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors"
-    )
+    kind = sweep["axis"]
+    _draw_estimate(axes, sweep)
+    values = _draw_measured(axes, sweep)
+    best = _length(sweep, sweep["best"][kind])
+    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
+    low = float(np.min(values))
+    high = float(np.max(values))
+    raw = sweep["raw"]
+    if raw is not None:
+        axes.axhline(raw, label=f"raw weights: {raw:.5g}", **_REFERENCE)
+        if max(low - raw, raw - high) <= _FAR * (high - low):
+            low = min(low, raw)
+            high = max(high, raw)
+    margin = 0.15 * (high - low or 1)
+    axes.set_ylim(low - margin, high + margin)
+    label = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
+    axes.set(xscale="log", xlabel=label)
+    axes.set_ylabel(_text(sweep["metric"]))
+    return _finish(figure, axes.xaxis)
+
+
+def _length(sweep: dict[str, Any], value: Any) -> float:
+    """Return where a value lies on the axis of lengths: of a beta its time constant in steps."""
+    number = float(value)
+    return 1 / (1 - number) if sweep["axis"] == "beta" else number
+
+
+def _draw_estimate(axes: Axes, sweep: dict[str, Any]) -> None:
+    """Draw the estimated metric with its band, and the range that is equal within the noise."""
+    low, high = (_length(sweep, end) for end in sweep["equal_within_noise"])
+    label = f"equal within the noise: {low:g} to {high:g}"
+    axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
+    curve = sweep["curve"]
+    widths = [_length(sweep, point["x"]) for point in curve]
+    means = np.array([point["estimate"] for point in curve], float)
+    errors = np.array([point["standard_error"] for point in curve], float)
+    below = means - 2 * errors
+    above = means + 2 * errors
+    axes.fill_between(widths, below, above, color=COLOURS[0], alpha=0.2, linewidth=0)
+    label = "estimate, band: two standard errors"
+    axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label=label)
+
+
+def _draw_measured(axes: Axes, sweep: dict[str, Any]) -> list[float]:
+    """Draw the measurements of averages, and return them."""
+    places = []
+    values = []
+    noise = []
+    for trial in sweep["trials"]:
+        if trial["value"] is not None and trial["x"] is not None:
+            places.append(_length(sweep, trial["x"]))
+            values.append(float(trial["value"]))
+            noise.append(float(trial["standard_error"] or sweep["noise"]))
     axes.errorbar(
-        lengths,
+        places,
         values,
         noise,
         color=COLOURS[4],
@@ -211,23 +265,7 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
         capsize=3,
         label="measured, bars: noise",
     )
-    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
-    low = float(np.min(values))
-    high = float(np.max(values))
-    if raw is not None:
-        axes.axhline(
-            raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}"
-        )
-        if max(low - raw, raw - high) <= _FAR * (high - low):
-            low = min(low, raw)
-            high = max(high, raw)
-    margin = 0.15 * (high - low or 1)
-    axes.set_ylim(low - margin, high + margin)
-    axes.set(
-        xscale="log", xlabel="steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
-    )
-    axes.set_ylabel(_text(found["metric"]))
-    return _finish(figure, axes.xaxis)
+    return values
 
 
 def samples_figure(
@@ -267,36 +305,35 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
     claimed = audit["intervals"][0]["claimed"]
-    length = audit["length"] or 0.0
-    sigma = audit["uncertainty"] or 0.0
     figure, axes = _figure()
-    drawn = [each for each in audit["intervals"] if each["found"]]
-    lengths, begins, ends = ([each[key] for each in drawn] for key in ("found", "begin", "end"))
-    axes.hlines(
-        lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label="found in each interval"
-    )
-    if audit["found"] is not None and 0 < length < math.inf and sigma <= 1:
-        band = (length / math.exp(sigma), length * math.exp(sigma))
-        label = f"found in all together: {length:,.4g}"
-        axes.axhspan(*band, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
+    drawn = [interval for interval in audit["intervals"] if interval["found"]]
+    lengths = [interval["found"] for interval in drawn]
+    begins = [interval["begin"] for interval in drawn]
+    ends = [interval["end"] for interval in drawn]
+    label = "found in each interval"
+    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label=label)
+    if audit["found"] is not None:
+        _draw_length(axes, audit["length"] or 0.0, audit["uncertainty"] or 0.0)
     if claimed is not None:
-        axes.axhline(
-            claimed,
-            color=COLOURS[1],
-            linestyle="--",
-            linewidth=1.6,
-            label=f"claimed: {claimed:,.4g}",
-        )
-    axes.set(
-        xlabel="training time",
-        ylabel="time constant (steps)" if audit["what"] == "decay" else "sigma_rel",
-    )
+        axes.axhline(claimed, label=f"claimed: {claimed:,.4g}", **_REFERENCE)
+    is_decay = audit["what"] == "decay"
+    axes.set(xlabel="training time", ylabel="time constant (steps)" if is_decay else "sigma_rel")
     if drawn or claimed is not None:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
     if audit["verdict"] != "found":
         title += f": {audit['verdict']}"
     return _finish(figure, axes.yaxis, title)
+
+
+def _draw_length(axes: Axes, length: float, sigma: float) -> None:
+    """Draw the length of all intervals together, with its uncertainty, if it is known."""
+    if 0 < length < math.inf and sigma <= 1:
+        factor = math.exp(sigma)
+        label = f"found in all together: {length:,.4g}"
+        low = length / factor
+        high = length * factor
+        axes.axhspan(low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
 
 
 # --- parts of all figures

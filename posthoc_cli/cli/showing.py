@@ -37,27 +37,31 @@ def info(
     return int(bool(report.get("problems")))
 
 
+_PROFILE_COLUMNS = [
+    "sigma_rel",
+    "snapshots:count",
+    "first t:first",
+    "last t:last",
+    "rounding:relative_rounding_range",
+    "size:bytes",
+]
+
+
 def _print_info(report: dict[str, Any]) -> None:
     output.print_pairs(facts(report))
     if profiles := report.get("profiles"):
-        rows = [
-            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]}
-            for one in profiles
-        ]
-        times = [
-            "snapshots:count",
-            "first t:first",
-            "last t:last",
-            "rounding:relative_rounding_range",
-        ]
+        rows = []
+        for each in profiles:
+            times = each["times"]
+            rows.append(each | {"count": len(times), "first": times[0], "last": times[-1]})
         output.print_line()
-        output.print_rows(rows, ["sigma_rel", *times, "size:bytes"])
+        output.print_rows(rows, _PROFILE_COLUMNS)
     if checkpoints := report.get("checkpoints"):
         output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
     if outputs := report.get("outputs"):
-        rows = [
-            {"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs
-        ]
+        rows = []
+        for each in outputs:
+            rows.append({"profile": each["kind"], **each, "name": Path(each["path"]).name})
         output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
     if report["kind"] == "output":
         output.print_line()
@@ -110,48 +114,48 @@ def verify(
     return max(code, int(not is_fine))
 
 
-def _print_verify(found: dict[str, Any]) -> None:
-    fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
-    wrong = [file for file in found["files"] if file not in fine]
+def _print_verify(report: dict[str, Any]) -> None:
+    fine = [file for file in report["files"] if file["state"] in ("intact", "unchecked")]
+    wrong = [file for file in report["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
-        output.print_line(
-            f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them"
-        )
+        count = output.counted(len(fine), "file")
+        output.print_line(f"{count} with nothing wrong; --json lists them")
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
     for file in wrong:
-        state = (
-            f"{file['state']}: " * (not file["detail"].startswith(file["state"])) + file["detail"]
-        )
-        output.print_line(f"{file['path']}: {file['what']}: {state.removesuffix(': ')}")
-    for name in found["leftovers"]:
+        detail = file["detail"]
+        if not detail.startswith(file["state"]):
+            detail = f"{file['state']}: {detail}".removesuffix(": ")
+        output.print_line(f"{file['path']}: {file['what']}: {detail}")
+    for name in report["leftovers"]:
         output.print_line(f"{name}: left by an interrupted write, or by one in progress")
-    if found["files"] or found["leftovers"]:
+    if report["files"] or report["leftovers"]:
         output.print_line()
     for kind in ("note", "problem"):
-        for text in found[f"{kind}s"]:
+        for text in report[f"{kind}s"]:
             output.print_line(f"{kind}: {text}")
-    output.print_line(_verdict(found, wrong))
+    output.print_line(_verdict(report, wrong))
 
 
-def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
+def _verdict(report: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    total = output.counted(len(found["files"]), "file")
+    total = output.counted(len(report["files"]), "file")
     if not wrong:
-        unchecked = sum(file["state"] == "unchecked" for file in found["files"])
-        intact = f"{len(found['files']) - unchecked:,} intact, {unchecked:,} without checksums"
-        read = (
-            f", {resources.size_text(found['bytes'])} verified in {found['seconds']:.1f} s"
-            * bool(found["bytes"])
-        )
-        return f"{total}{read}: {intact if unchecked else 'all intact'}"
+        unchecked = sum(file["state"] == "unchecked" for file in report["files"])
+        if report["bytes"]:
+            read = resources.size_text(report["bytes"])
+            total += f", {read} verified in {report['seconds']:.1f} s"
+        if not unchecked:
+            return f"{total}: all intact"
+        intact = len(report["files"]) - unchecked
+        return f"{total}: {intact:,} intact, {unchecked:,} without checksums"
     names = ", ".join(file["path"] for file in wrong[:3])
-    more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    if len(wrong) > 3:
+        names += f" and {len(wrong) - 3:,} more"
     states = {file["state"] for file in wrong}
-    verdict = states.pop() if len(states) == 1 else "not in order"
-    return (
-        f"{len(wrong):,} of {total} {'is' if len(wrong) == 1 else 'are'} {verdict}: {names}{more}"
-    )
+    state = states.pop() if len(states) == 1 else "not in order"
+    verb = "is" if len(wrong) == 1 else "are"
+    return f"{len(wrong):,} of {total} {verb} {state}: {names}"
 
 
 def audit(
@@ -178,50 +182,54 @@ def audit(
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
-    found = {"audits": [audit.to_dict() for audit in audits]}
+    reports = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
         from posthoc_cli import plots
 
-        output.write_picture(lambda: plots.audit_figure(found["audits"][0]), picture, overwrite)
-    output.show(found, as_json, _print_audits, picture)
+        output.write_picture(lambda: plots.audit_figure(reports["audits"][0]), picture, overwrite)
+    output.show(reports, as_json, _print_audits, picture)
     return int(any(audit.is_bad for audit in audits))
 
 
-def _print_audits(found: dict[str, Any]) -> None:
-    for audit in found["audits"]:
+def _print_audits(reports: dict[str, Any]) -> None:
+    for audit in reports["audits"]:
         _print_audit(audit)
 
 
-def _print_audit(found: dict[str, Any]) -> None:
-    name = found["name"]
-    intervals = found["intervals"]
-    of = f" of {name}" * bool(name)
-    is_decay = found["what"] == "decay"
-    rows = [
-        {
-            "found": "-" if one["found"] is None else f"{one['found']:,.4g}",
-            "claimed": "" if one["claimed"] is None else f"{one['claimed']:,.4g}",
-            "ratio": ""
-            if None in (one["claimed"], one["found"])
-            else f"{one['found'] / one['claimed']:.3g}",
-        }
-        | {
-            key: "-" if one[key] is None else one[key]
-            for key in ("begin", "end", "unexplained", "note")
-        }
-        for one in intervals
-    ]
-    claim = [] if found["claimed"] is None else ["claimed", "ratio"]
-    if rows:
-        output.print_line(
-            f"time constant{of}, in steps, by interval" if is_decay else f"sigma_rel found{of}"
-        )
-        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
+def _print_audit(report: dict[str, Any]) -> None:
+    name = report["name"]
+    of_name = f" of {name}" if name else ""
+    columns = ["from:begin", "to:end", "found", "unexplained", "note"]
+    if report["claimed"] is not None:
+        columns[3:3] = ["claimed", "ratio"]
+    if report["intervals"]:
+        if report["what"] == "decay":
+            output.print_line(f"time constant{of_name}, in steps, by interval")
+        else:
+            output.print_line(f"sigma_rel found{of_name}")
+        output.print_rows([_interval_row(each) for each in report["intervals"]], columns)
         output.print_line()
-    verdict = "" if found["text"].endswith(found["verdict"]) else f"{found['verdict']}: "
-    output.print_line(f"{name}: " * bool(name) + f"{verdict}{found['text']}")
+    text = report["text"]
+    if not text.endswith(report["verdict"]):
+        text = f"{report['verdict']}: {text}"
+    output.print_line(f"{name}: {text}" if name else text)
+
+
+def _interval_row(interval: dict[str, Any]) -> dict[str, Any]:
+    length = interval["found"]
+    claimed = interval["claimed"]
+    row = {"found": "-", "claimed": "", "ratio": ""}
+    if length is not None:
+        row["found"] = f"{length:,.4g}"
+    if claimed is not None:
+        row["claimed"] = f"{claimed:,.4g}"
+    if length is not None and claimed is not None:
+        row["ratio"] = f"{length / claimed:.3g}"
+    for key in ("begin", "end", "unexplained", "note"):
+        row[key] = "-" if interval[key] is None else interval[key]
+    return row
 
 
 def report(
@@ -291,26 +299,26 @@ def error_plot(
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
         )
-    found = {"curves": [curve.to_dict() for curve in curves]}
-    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+    reports = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(reports, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
+    columns = ["  target:target", "width", "predicted_error"]
+    if is_paper:
+        columns.append("profile_error")
     for curve in curves:
         tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
         below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
-        output.print_pairs(
-            [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
-        )
-        rows = [
-            other | {"target": f"  {other['target']}", "width": f"{other['sigma_rel']:.3g}"}
-            for other in curve.to_dict()["others"]
-        ]
+        below = f"sigma_rel {below}"
+        output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", below)])
+        rows = []
+        for other in curve.to_dict()["others"]:
+            width = f"{other['sigma_rel']:.3g}"
+            rows.append(other | {"target": f"  {other['target']}", "width": width})
         if rows:
-            output.print_rows(
-                rows, ["  target:target", "width", "predicted_error", *["profile_error"] * is_paper]
-            )
+            output.print_rows(rows, columns)
 
 
 _PLAN_COLUMNS = [
@@ -368,29 +376,24 @@ def plan(
     output.show(report.to_dict(), as_json, _print_plan, picture)
 
 
-def _print_plan(found: dict[str, Any]) -> None:
-    schedules = found["schedules"]
-    chosen = found["within_disk"]
-    rows = [
-        one
-        | {
-            "marked": one["name"] + " *" * (one["name"] == chosen),
-            "tracked": ", ".join(map(str, one["sigma_rels"])),
-        }
-        for one in schedules
-    ]
+def _print_plan(report: dict[str, Any]) -> None:
+    schedules = report["schedules"]
+    chosen = report["within_disk"]
+    rows = []
+    for each in schedules:
+        mark = " *" if each["name"] == chosen else ""
+        tracked = ", ".join(map(str, each["sigma_rels"]))
+        rows.append(each | {"marked": each["name"] + mark, "tracked": tracked})
     output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
-    low = schedules[0]["sigma_rel"][0]
-    high = schedules[0]["sigma_rel"][-1]
-    output.print_line(
-        f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}"
-    )
-    if found["disk"] is not None:
+    low, *_, high = schedules[0]["sigma_rel"]
+    basis = f"at the end, if {report['assumption']}"
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} {basis}")
+    if report["disk"] is not None:
         output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
-    for one in schedules:
+    for each in schedules:
         output.print_line()
-        output.print_line(f"{one['name']}:")
-        output.print_line(f"ema = {one['call']}")
+        output.print_line(f"{each['name']}:")
+        output.print_line(f"ema = {each['call']}")
 
 
 _COMMON_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
@@ -423,17 +426,18 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = options.parse_count(steps or "1000", "--steps")
-    widths = (
-        parse_numbers(_COMMON_WIDTHS if sigma_rel is None else sigma_rel, "--sigma-rel")
-        if target is None
-        else []
-    )
-    betas = [] if target is None else _betas(target)
-    rows = convert(count, widths, betas)
+    if target is not None:
+        rows = convert(count, [], _betas(target))
+    else:
+        text = _COMMON_WIDTHS if sigma_rel is None else sigma_rel
+        widths = parse_numbers(text, "--sigma-rel")
+        rows = convert(count, widths, [])
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return
-    rounded = [{key: float(f"{value:.8g}") for key, value in row.items()} for row in rows]
+    rounded = []
+    for row in rows:
+        rounded.append({key: float(f"{value:.8g}") for key, value in row.items()})
     output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
     output.print_line(
         f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age"
@@ -474,16 +478,13 @@ def guide(
         check_word("guide", name, guides)
     # Each guide begins with a line such as "# Training: record averages while a model trains".
     about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
+    rows = [{"guide": page, "about": subject} for page, subject in about.items()]
     if as_json:
-        chosen = guides if name is None else [name]
-        text = {} if name is None else {"text": guides[name]}
-        output.print_json(
-            {"guides": [{"guide": page, "about": about[page]} | text for page in chosen]}
-        )
+        if name is not None:
+            rows = [{"guide": name, "about": about[name], "text": guides[name]}]
+        output.print_json({"guides": rows})
     elif name is None:
-        output.print_rows(
-            [{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"]
-        )
+        output.print_rows(rows, ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:

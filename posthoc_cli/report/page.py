@@ -66,33 +66,47 @@ def render(
         FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
         DirectoryError: a run has no snapshots.
     """
-    parts = [_describe_run(run) for run in ([runs] if isinstance(runs, Run) else runs)]
+    listed = [runs] if isinstance(runs, Run) else runs
+    parts = [_describe_run(run) for run in listed]
     swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
+    script = (Path(__file__).parent / "page.js").read_text()
+    digest = hashlib.sha256(script.encode()).digest()
+    errors = None
+    if len(parts) > 1:
+        curves = [part["curve"] for part in parts]
+        errors = _picture(partial(plots.error_figure, curves))
+    commands = list[str]()
+    for part in parts:
+        commands += part["commands"] or [_command(part["run"])]
+    return _template().render(
+        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
+        parts=parts,
+        sweeps=swept,
+        columns=_COMPARED,
+        compared=[sweep for sweep in swept if "best" in sweep],
+        errors=errors,
+        script=script,
+        digest=base64.b64encode(digest).decode(),
+        date=time.strftime("%d %B %Y"),
+        commands=commands,
+        versions=_versions(),
+    )
+
+
+def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )
     environment.filters["size"] = size_text
-    script = (Path(__file__).parent / "page.js").read_text()
-    packages = ("posthoc-cli", "torch", "numpy", "safetensors")
-    return environment.get_template("page.html").render(
-        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
-        parts=parts,
-        sweeps=swept,
-        columns=_COMPARED,
-        compared=[one for one in swept if "best" in one],
-        errors=_picture(partial(plots.error_figure, [part["curve"] for part in parts]))
-        if len(parts) > 1
-        else None,
-        script=script,
-        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        date=time.strftime("%d %B %Y"),
-        commands=[line for part in parts for line in part["commands"] or [_command(part["run"])]],
-        versions=[
-            ("Python", platform.python_version()),
-            *((one, importlib.metadata.version(one)) for one in packages),
-        ],
-    )
+    return environment.get_template("page.html")
+
+
+def _versions() -> list[tuple[str, str]]:
+    versions = [("Python", platform.python_version())]
+    for package in ("posthoc-cli", "torch", "numpy", "safetensors"):
+        versions.append((package, importlib.metadata.version(package)))
+    return versions
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -115,28 +129,13 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     its run."""
     path = folder / RESULT
     if not path.is_file():
-        raise InvalidValueError(
-            "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder
-        )
+        reason = f"holds no {RESULT}"
+        raise InvalidValueError("sweep", reason, "name the folder of a sweep", value=folder)
     try:
         result = json.loads(read_small_file(path, _MOST_BYTES))
         json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
-        run_ids = [part["info"]["run"] for part in parts]
-        if result["settings"]["run"] not in run_ids:
-            names = (shown(str(run_id)[:8]) for run_id in (result["settings"]["run"], *run_ids))
-            raise MismatchError(path, f"is of another run: {' and '.join(names)}")
-        part = parts[run_ids.index(result["settings"]["run"])]
-        stops = _stops(result, folder)
-        rows = _rows(result, folder)
-        swept: dict[str, Any] = answer(result) | {
-            "folder": folder,
-            "axis": str(result["axis"]),
-            "rows": rows,
-            "has_logs": any(row["log"] or row["error"] for row in rows),
-            "stops": stops,
-            "start": [*(stop["best"] for stop in stops), True].index(True) % max(1, len(stops)),
-            "logs": urllib.parse.quote(os.path.relpath(folder.resolve(), out.resolve().parent)),
-        }
+        part = _part_of(result, parts, path)
+        swept = _texts_of(result, folder, out)
         part["commands"] += filter(None, [result["again"]])
         if "best" in result:
             swept["picture"] = _picture(partial(plots.sweep_figure, result))
@@ -154,6 +153,33 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
         raise FileFormatError(path, "is no result of a sweep") from error
     part["sweeps"].append(swept)
     return swept
+
+
+def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Return the part of a sweep's run, or raise a MismatchError."""
+    run_id = result["settings"]["run"]
+    run_ids = [part["info"]["run"] for part in parts]
+    if run_id not in run_ids:
+        names = [shown(str(each)[:8]) for each in (run_id, *run_ids)]
+        raise MismatchError(path, f"is of another run: {' and '.join(names)}")
+    return parts[run_ids.index(run_id)]
+
+
+def _texts_of(result: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
+    """Return the values of a sweep for the page."""
+    rows = _rows(result, folder)
+    stops = _stops(result, folder)
+    best = [number for number, stop in enumerate(stops) if stop["best"]]
+    relative = os.path.relpath(folder.resolve(), out.resolve().parent)
+    return answer(result) | {
+        "folder": folder,
+        "axis": str(result["axis"]),
+        "rows": rows,
+        "has_logs": any(row["log"] or row["error"] for row in rows),
+        "stops": stops,
+        "start": best[0] if best else 0,
+        "logs": urllib.parse.quote(relative),
+    }
 
 
 def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -193,26 +219,36 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     Of many large images the first of each length are shown, by their names.
     """
     stops = dict[str, dict[str, Any]]()
+    best = result.get("best", {}).get("target")
     size = 0
     for trial in _sorted(result):
         target = trial["target"]
-        kept = folder / images.FOLDER / Trial(**trial).name
-        paths = sorted(kept.iterdir()) if kept.is_dir() else []
+        paths = _images_of(trial, folder)
         if not paths:
             continue
         if target not in stops:
-            title = "raw weights" if target == RAW else target
-            if trial["value"] is not None:
-                title += f", {result['metric']} {trial['value']:.6g}"
-            is_best = target == result.get("best", {}).get("target")
-            stops[target] = {"title": title, "best": is_best, "images": []}
+            title = _title_of_images(trial, result["metric"])
+            stops[target] = {"title": title, "best": target == best, "images": []}
         size += sum(path.stat().st_size for path in paths)
         stops[target]["images"] += paths
     for stop in stops.values():
-        count = math.ceil(len(stop["images"]) * min(1, _MOST_IMAGES / size))
-        stop["left"] = len(stop["images"]) - count
-        stop["images"] = [(path.name, _image(path)) for path in stop["images"][:count]]
+        paths = stop["images"]
+        count = math.ceil(len(paths) * min(1, _MOST_IMAGES / size))
+        stop["left"] = len(paths) - count
+        stop["images"] = [(path.name, _image(path)) for path in paths[:count]]
     return [*stops.values()]
+
+
+def _images_of(trial: dict[str, Any], folder: Path) -> list[Path]:
+    kept = folder / images.FOLDER / Trial(**trial).name
+    return sorted(kept.iterdir()) if kept.is_dir() else []
+
+
+def _title_of_images(trial: dict[str, Any], metric: str) -> str:
+    title = "raw weights" if trial["target"] == RAW else str(trial["target"])
+    if trial["value"] is not None:
+        title += f", {metric} {trial['value']:.6g}"
+    return title
 
 
 def _image(path: Path) -> str:
@@ -245,14 +281,13 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
     out = "model.safetensors"
     if like:
         out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
-    options = {
-        **({"--sigma-rel": best} if kind == "sigma_rel" else {"--target": f"{kind}:{best}"}),
-        "--t": None if t == run.t else f"{t:.12g}",
-        "--like": like,
-        "--out": out,
-    }
     words = ["ema", "synthesize", str(run.directory)]
-    for name, value in options.items():
-        if value is not None:
-            words += [name, str(value)]
-    return shlex.join(words)
+    if kind == "sigma_rel":
+        words += ["--sigma-rel", best]
+    else:
+        words += ["--target", f"{kind}:{best}"]
+    if t != run.t:
+        words += ["--t", f"{t:.12g}"]
+    if like is not None:
+        words += ["--like", str(like)]
+    return shlex.join([*words, "--out", out])
