@@ -176,10 +176,10 @@ class Nodes:
         x, w = _gauss(self._order)
         begin = self.edges[self._cells, None]
         end = self.edges[self._cells + 1, None]
-        half = (end - begin) / 2
-        times = begin + half * (1 + x)
+        half_width = (end - begin) / 2
+        times = begin + half_width * (1 + x)
         self._s = times.ravel()
-        self._width = half * w
+        self._width = half_width * w
         return self._width * self._density[self._cells, None]
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
@@ -366,10 +366,10 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
     levels = np.unique(np.concatenate((even, geometric, 1 - geometric)))
     cuts = np.union1d(edges, _quantiles(profile, levels, edges))
     x, w = _gauss(_FINE)
-    half = np.diff(cuts)[:, None] / 2
-    middle = cuts[:-1, None] + half
-    times = middle + half * x
-    widths = half * w
+    half_width = np.diff(cuts)[:, None] / 2
+    middle = cuts[:-1, None] + half_width
+    times = middle + half_width * x
+    widths = half_width * w
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
     home = np.repeat(interval, _FINE)
     return _Points(times.ravel(), widths.ravel(), home)

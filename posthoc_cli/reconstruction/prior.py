@@ -282,14 +282,14 @@ def _pairs(
             squared = max(distance.squared, noise, floor)
             if squared > 0:
                 # A gamma that was computed elsewhere may differ in its last bits.
-                key = tuple((t, round(gamma, 9), half) for t, gamma, half in keys)
+                key = tuple((t, round(gamma, 9), tail) for t, gamma, tail in keys)
                 pairs[key] = (later, Distance(earlier, squared, noise))
     return list(pairs.values())
 
 
-def _is_one_profile(one: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
+def _is_one_profile(later: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
     """Return whether two keys of `_order_of` are of one power function, up to rounding."""
-    t, gamma, _ = one
+    t, gamma, _ = later
     earlier_t, earlier_gamma, _ = earlier
     return t - earlier_t <= EQUAL * t and abs(gamma - earlier_gamma) < 1e-6 * (gamma + 1)
 

@@ -191,9 +191,9 @@ class Sketch:
             return np.diff(self.means, axis=0)
         before = self._middle[:-2]
         span = self._middle[2:] - before
-        place = (self._middle[1:-1] - before) / span
+        fraction = (self._middle[1:-1] - before) / span
         first = self.means[:-2]
-        line = first + (self.means[2:] - first) * place[:, None]
+        line = first + (self.means[2:] - first) * fraction[:, None]
         return np.asarray(2 * (self.means[1:-1] - line))
 
     @cached_property

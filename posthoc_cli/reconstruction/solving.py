@@ -320,7 +320,7 @@ def thinned_subset(
     for group in groups.values():
         size = len(group)
         count = min(size, max(keep, most * size // len(snapshots)))
-        subset += [group[place * size // count] for place in range(count)]
+        subset += [group[number * size // count] for number in range(count)]
     return sorted(subset)
 
 

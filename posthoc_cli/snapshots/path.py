@@ -166,10 +166,10 @@ def _steps(places: FloatArray, first: Floats) -> bytes:
     """Return the first mean, and the steps between places, each from the rounded place before, so
     that errors do not add up."""
     steps = np.zeros((len(places) - 1, places.shape[1]), "<f2")
-    place = places[0]
+    reached = places[0]
     for step, next_place in zip(steps, places[1:], strict=True):
-        step[:] = next_place - place
-        place = place + step
+        step[:] = next_place - reached
+        reached = reached + step
     return first.tobytes() + steps.tobytes()
 
 
