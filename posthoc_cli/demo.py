@@ -18,8 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,31 +64,19 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     started = time.perf_counter()
     if steps < 100 or steps % 100:
         raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=steps)
-    files.check_parent("out", out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
-    files.make_directory(out)
-    snapshots = out / "snapshots"
-    every = checkpoint_every(steps)
-    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
-    say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
-    say(f"{every:,} steps to {snapshots}")
-    with _one_torch_thread():
-        with watch("training", steps) as advance:
-            model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
-        lines = [run_command(say, "info", snapshots)]
-        say("")
-        say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
-        say("never saw")
-        swept = _measured(model, snapshots)
-        swept.write(out / "sweep")
-        _draw_samples(model, snapshots, swept, out)
-    lines += _make_outputs(swept, snapshots, out, say)
+    _make_empty(out)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
+    try:
+        swept, first = _train_and_measure(out, steps, say, watch)
+    finally:
+        torch.set_num_threads(threads)
+    lines = [first, *_run_commands(out, swept.found.best, say)]
     averages = [trial for trial in swept.trials if trial.x is not None]
     return {
         "out": str(out),
         "steps": steps,
-        "checkpoint_every": every,
+        "checkpoint_every": checkpoint_every(steps),
         "tracked": list(TRACKED),
         "raw": swept.raw,
         "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in averages],
@@ -101,32 +88,48 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Faster for so small a network, and the same sums on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _make_empty(out: Path) -> None:
+    files.check_parent("out", out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
+    files.make_directory(out)
 
 
-def _make_outputs(swept: SweepReport, snapshots: Path, out: Path, say: Say) -> list[str]:
-    """Draw the losses, make the best average, a curve and a page, and return the command lines."""
+def _train_and_measure(
+    out: Path, steps: int, say: Say, watch: ProgressBar
+) -> tuple[SweepReport, str]:
+    """Train, measure and draw; return the sweep, and the command line of `ema info`."""
+    snapshots = out / "snapshots"
+    say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
+    say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
+    say(f"{checkpoint_every(steps):,} steps to {snapshots}")
+    with watch("training", steps) as advance:
+        model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
+    line = run_command(say, "info", snapshots)
+    say("")
+    say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
+    say("never saw")
+    swept = _measured(model, snapshots)
+    swept.write(out / "sweep")
+    _draw_samples(model, snapshots, swept, out)
     figure = partial(plots.sweep_figure, swept.to_dict())
     files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
-    width = f"{swept.found.best:.6g}"
-    best = out / "best.safetensors"
+    return swept, line
+
+
+def _run_commands(out: Path, best: float, say: Say) -> list[str]:
+    """Make the best average, the picture of errors and the page; return the command lines."""
+    snapshots = out / "snapshots"
+    average = out / "best.safetensors"
     page = out / "report.html"
-    lines = []
-    for words in (
-        ("synthesize", snapshots, "--sigma-rel", width, "--out", best),
-        ("error-plot", snapshots, "--out", out / "error.png"),
-        ("report", snapshots, "--sweep", out / "sweep", "--out", page),
-    ):
-        lines.append(run_command(say, *words, "--overwrite"))
-    return lines
+    return [
+        run_command(say, *words, "--overwrite")
+        for words in (
+            ("synthesize", snapshots, "--sigma-rel", f"{best:.6g}", "--out", average),
+            ("error-plot", snapshots, "--out", out / "error.png"),
+            ("report", snapshots, "--sweep", out / "sweep", "--out", page),
+        )
+    ]
 
 
 def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
@@ -146,11 +149,9 @@ def command_name() -> str:
     given = Path(sys.argv[0])
     if given.name not in ("ema", "posthoc-cli"):
         return "ema"
-    on_path = shutil.which(given.name)
-    is_on_path = on_path is not None and Path(on_path).samefile(given)
-    if is_on_path or not given.exists():
-        return given.name
-    return str(given)
+    found = shutil.which(given.name)
+    is_on_path = found is not None and Path(found).samefile(given)
+    return given.name if is_on_path or not given.exists() else str(given)
 
 
 def run_command(say: Say, *words: str | Path) -> str:
@@ -225,8 +226,9 @@ def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Pat
         folder = out / "sweep" / images.FOLDER / trial.name
         files.make_directory(folder)
         for number, picture in enumerate(pictures):
-            content = plots.as_picture(picture, _SCALE)
-            files.write_atomically(folder / f"class-{number}.png", content)
+            files.write_atomically(
+                folder / f"class-{number}.png", plots.as_picture(picture, _SCALE)
+            )
     figure = partial(plots.samples_figure, rows, best=swept.best.title)
     files.write_atomically(out / "samples.png", plots.as_file(figure, ".png"))
 
@@ -290,14 +292,12 @@ class Denoiser(nn.Module):
         [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        condition = self.noise(waves) + self.label(labels)
+        condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
         hidden = self.inward(noisy / total)
         for block in self.blocks:
             hidden = block(hidden, nn.functional.silu(condition))
         out: torch.Tensor = self.outward(hidden)
-        kept = noisy * _VARIANCE / total**2
-        return kept + out * sigma * STANDARD_DEVIATION / total
+        return noisy * _VARIANCE / total**2 + out * sigma * STANDARD_DEVIATION / total
 
 
 class _Block(nn.Module):
@@ -343,11 +343,11 @@ class Validation:
 
     def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
         self._data = data
-        random = torch.Generator().manual_seed(seed)
-        self._noise = torch.randn(draws, *data.images.shape, generator=random)
+        self._noise = torch.randn(
+            draws, *data.images.shape, generator=torch.Generator().manual_seed(seed)
+        )
         middles = (torch.arange(draws) + 0.5) / draws
-        logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)
-        self._sigmas = logarithms.exp()
+        self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
@@ -358,8 +358,7 @@ class Validation:
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return random noise levels as in training, shape [count, 1]."""
-    logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)
-    return logarithms.exp()
+    return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
 
 
 # --- the training
@@ -377,10 +376,9 @@ any of them. With 12e-3 the best length is 0.05, which is tracked."""
 def checkpoint_every(steps: int) -> int:
     """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
     updates = steps // UPDATE_EVERY
-    interval = max(1, updates // SNAPSHOTS)
-    while updates % interval:
-        interval -= 1
-    return UPDATE_EVERY * interval
+    return UPDATE_EVERY * next(
+        n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0
+    )
 
 
 def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:

@@ -11,6 +11,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -39,9 +40,6 @@ _METADATA: dict[str, dict[str, None]] = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-
-# the style of a line to compare with
-_REFERENCE: dict[str, Any] = {"color": COLOURS[1], "linestyle": "--", "linewidth": 1.6}
 
 GOOD_ERROR = 0.01  # the error below which ranges of sigma_rel are shaded and named in the title
 _LEAST_ERRORS = (1e-8, 1e-4)
@@ -93,53 +91,61 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     """Draw the reconstruction error against sigma_rel; with `profile_error`, thin lines show that
     of the profiles."""
     figure, axes = _figure()
-    heights = [np.minimum(curve.predicted_error, _MOST_ERROR) for curve in curves]
-    least = _least_error(heights)
-    for index, (curve, errors) in enumerate(zip(curves, heights, strict=True)):
-        _draw_curve(axes, curve, np.maximum(errors, least), index, alone=len(curves) == 1)
-        _draw_points(axes, curve, least, index)
+    least = _lowest_error(curves)
+    for index, curve in enumerate(curves):
+        _draw_curve(axes, curve, least, index, alone=len(curves) == 1)
+        _draw_points(axes, curve, least, COLOURS[index % len(COLOURS)])
     if profile_error:
         _draw_profile_errors(axes, curves)
     axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="sigma_rel (width, as a fraction of training)")
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     axes.margins(x=0.01)  # for marks at the ends
-    of_points = [point.predicted_error for curve in curves for point in curve.others]
-    _scale_errors(axes, np.concatenate([*heights, of_points]), least)
+    axes.set_ylabel("expected relative L2 error of the weights")
+    _scale_errors(axes, np.concatenate([_all_errors(curve) for curve in curves]), least)
     title = "Predicted error of the weights"
     if len(curves) == 1:
         title += f": {_good_range(curves[0])}"
     return _finish(figure, axes.xaxis, title)
 
 
-def _least_error(heights: Sequence[npt.NDArray[np.float64]]) -> float:
-    """Return the largest power of ten below nearly all of the curves, within bounds."""
-    lowest = min(float(np.quantile(errors, 0.1)) for errors in heights)
-    power = math.floor(math.log10(max(lowest, 1e-300)))
-    return float(np.clip(10**power, *_LEAST_ERRORS))
+def _lowest_error(curves: Sequence[ErrorCurve]) -> float:
+    """Return the lower end of the error axis: the largest power of ten below nearly all errors."""
+    lows = [float(np.quantile(_heights(curve), 0.1)) for curve in curves]
+    power = 10 ** math.floor(math.log10(max(min(lows), 1e-300)))
+    return float(np.clip(power, *_LEAST_ERRORS))
+
+
+def _heights(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+    return np.minimum(curve.predicted_error, _MOST_ERROR)
+
+
+def _all_errors(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+    points = [point.predicted_error for point in curve.others]
+    return np.concatenate([_heights(curve), points])
 
 
 def _scale_errors(axes: Axes, errors: npt.NDArray[np.float64], least: float) -> None:
-    """Set the axis of errors, which begins at `least`, and names its end so if some lie below."""
+    """Set the range of the error axis, and say at its lower end if errors below it are drawn
+    there."""
+    axes.set_ylim(least, np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR))
     is_cut = errors.min() < least
 
-    def tick(error: float, _: float) -> str:
-        is_end = is_cut and error < 1.01 * least
-        return f"≤ {100 * error:g} %" if is_end else f"{100 * error:g} %"
+    def as_percent(error: float, _: object) -> str:
+        text = f"{100 * error:g} %"
+        return f"≤ {text}" if is_cut and error < 1.01 * least else text
 
-    highest = np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR)
-    axes.set_ylim(least, highest)
-    axes.yaxis.set_major_formatter(tick)
-    axes.set_ylabel("expected relative L2 error of the weights")
+    axes.yaxis.set_major_formatter(as_percent)
 
 
-def _draw_points(axes: Axes, curve: ErrorCurve, least: float, index: int) -> None:
-    """Mark the errors of further targets."""
+def _draw_points(axes: Axes, curve: ErrorCurve, least: float, colour: str) -> None:
+    """Draw the averages of a curve that are no power functions."""
     for number, point in enumerate(curve.others, start=1):
         axes.plot(
             max(point.sigma_rel, _LEAST_WIDTH),
             np.clip(point.predicted_error, least, _MOST_ERROR),
             marker=MARKERS[number % len(MARKERS)],
-            color=COLOURS[index % len(COLOURS)],
+            color=colour,
             linestyle="none",
             clip_on=False,
             zorder=6,
@@ -147,33 +153,19 @@ def _draw_points(axes: Axes, curve: ErrorCurve, least: float, index: int) -> Non
         )
 
 
-def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
-    label: str | None = "thin: relative L2 error of the profile"
-    for index, curve in enumerate(curves):
-        axes.plot(
-            curve.sigma_rels,
-            curve.profile_error,
-            alpha=0.55,
-            linewidth=0.9,
-            zorder=1.9,
-            label=label,
-            **_line(index),
-        )
-        label = None  # one line of the legend is for all
-
-
-def _draw_curve(
-    axes: Axes, curve: ErrorCurve, heights: npt.NDArray[np.float64], index: int, alone: bool
-) -> None:
+def _draw_curve(axes: Axes, curve: ErrorCurve, least: float, index: int, alone: bool) -> None:
     """Draw a curve, with marks at its tracked profiles; if it is `alone`, also the ranges with
     small errors."""
     label = curve.label[: _LONGEST_TEXT // 2]
     if curve.tracked:
-        label += f"; tracked: {', '.join(f'{s:g}' for s in curve.tracked)}"
+        tracked = ", ".join(f"{width:g}" for width in curve.tracked)
+        label += f"; tracked: {tracked}"
     if not alone:
         label += f"; {_good_range(curve)}"
+    heights = np.maximum(_heights(curve), least)
     axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
-    marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
+    low, *_, high = curve.sigma_rels
+    marked = [width for width in curve.tracked if low <= width <= high]
     axes.plot(
         marked,
         np.interp(marked, curve.sigma_rels, heights),
@@ -183,10 +175,23 @@ def _draw_curve(
         clip_on=False,
         zorder=5,
     )
-    if not alone:
-        return  # the ranges of several curves would overlap
-    for low, high in curve.ranges_below(GOOD_ERROR):
-        axes.axvspan(low, high, color=COLOURS[index], alpha=0.10, linewidth=0)
+    if alone:  # those of several curves would overlap
+        for begin, end in curve.ranges_below(GOOD_ERROR):
+            axes.axvspan(begin, end, color=COLOURS[index], alpha=0.10, linewidth=0)
+
+
+def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
+    for index, curve in enumerate(curves):
+        label = None if index else "thin: relative L2 error of the profile"
+        axes.plot(
+            curve.sigma_rels,
+            curve.profile_error,
+            alpha=0.55,
+            linewidth=0.9,
+            zorder=1.9,
+            label=label,
+            **_line(index),
+        )
 
 
 def _good_range(curve: ErrorCurve) -> str:
@@ -194,70 +199,59 @@ def _good_range(curve: ErrorCurve) -> str:
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 
-def sweep_figure(sweep: dict[str, Any]) -> Figure:
+def sweep_figure(found: dict[str, Any]) -> Figure:
     """Draw a metric against the length of the average, on a logarithmic axis, from
     `SweepReport.to_dict`.
 
     Of a beta the time constant in steps is drawn, 1 / (1 - beta).
     """
+    kind = found["axis"]
+    length = partial(_drawn_length, kind)
     figure, axes = _figure()
-    kind = sweep["axis"]
-    _draw_estimate(axes, sweep)
-    values = _draw_measured(axes, sweep)
-    best = _length(sweep, sweep["best"][kind])
+    low, high = map(length, found["equal_within_noise"])
+    label = f"equal within the noise: {low:g} to {high:g}"
+    axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
+    _draw_estimate(axes, found["curve"], length)
+    values = _draw_trials(axes, found["trials"], found["noise"], length)
+    best = length(found["best"][kind])
     axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
-    low = float(np.min(values))
-    high = float(np.max(values))
-    raw = sweep["raw"]
+    raw = found["raw"]
     if raw is not None:
-        axes.axhline(raw, label=f"raw weights: {raw:.5g}", **_REFERENCE)
-        if max(low - raw, raw - high) <= _FAR * (high - low):
-            low = min(low, raw)
-            high = max(high, raw)
-    margin = 0.15 * (high - low or 1)
-    axes.set_ylim(low - margin, high + margin)
+        label = f"raw weights: {raw:.5g}"
+        axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
+    axes.set_ylim(*_metric_range(values, raw))
     label = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
     axes.set(xscale="log", xlabel=label)
-    axes.set_ylabel(_text(sweep["metric"]))
+    axes.set_ylabel(_text(found["metric"]))
     return _finish(figure, axes.xaxis)
 
 
-def _length(sweep: dict[str, Any], value: Any) -> float:
-    """Return where a value lies on the axis of lengths: of a beta its time constant in steps."""
-    number = float(value)
-    return 1 / (1 - number) if sweep["axis"] == "beta" else number
+def _drawn_length(kind: str, value: float) -> float:
+    return 1 / (1 - value) if kind == "beta" else value
 
 
-def _draw_estimate(axes: Axes, sweep: dict[str, Any]) -> None:
-    """Draw the estimated metric with its band, and the range that is equal within the noise."""
-    low, high = (_length(sweep, end) for end in sweep["equal_within_noise"])
-    label = f"equal within the noise: {low:g} to {high:g}"
-    axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
-    curve = sweep["curve"]
-    widths = [_length(sweep, point["x"]) for point in curve]
-    means = np.array([point["estimate"] for point in curve], float)
-    errors = np.array([point["standard_error"] for point in curve], float)
-    below = means - 2 * errors
-    above = means + 2 * errors
-    axes.fill_between(widths, below, above, color=COLOURS[0], alpha=0.2, linewidth=0)
+def _draw_estimate(
+    axes: Axes, curve: Sequence[dict[str, Any]], length: Callable[[float], float]
+) -> None:
+    lengths = [length(point["x"]) for point in curve]
+    means = np.array([point["estimate"] for point in curve])
+    bands = 2 * np.array([point["standard_error"] for point in curve])
+    blue = COLOURS[0]
+    axes.fill_between(lengths, means - bands, means + bands, color=blue, alpha=0.2, linewidth=0)
     label = "estimate, band: two standard errors"
-    axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label=label)
+    axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
 
 
-def _draw_measured(axes: Axes, sweep: dict[str, Any]) -> list[float]:
-    """Draw the measurements of averages, and return them."""
-    places = []
-    values = []
-    noise = []
-    for trial in sweep["trials"]:
-        if trial["value"] is not None and trial["x"] is not None:
-            places.append(_length(sweep, trial["x"]))
-            values.append(float(trial["value"]))
-            noise.append(float(trial["standard_error"] or sweep["noise"]))
+def _draw_trials(
+    axes: Axes, trials: Sequence[dict[str, Any]], noise: float, length: Callable[[float], float]
+) -> list[float]:
+    """Draw the measured metrics of averages, and return them."""
+    measured = [trial for trial in trials if None not in (trial["value"], trial["x"])]
+    values = [trial["value"] for trial in measured]
     axes.errorbar(
-        places,
+        [length(trial["x"]) for trial in measured],
         values,
-        noise,
+        [trial["standard_error"] or noise for trial in measured],
         color=COLOURS[4],
         marker="o",
         markersize=4,
@@ -266,6 +260,18 @@ def _draw_measured(axes: Axes, sweep: dict[str, Any]) -> list[float]:
         label="measured, bars: noise",
     )
     return values
+
+
+def _metric_range(values: Sequence[float], raw: float | None) -> tuple[float, float]:
+    """Return the ends of the metric's axis, with the raw weights' metric if it is near the
+    averages'."""
+    low = min(values)
+    high = max(values)
+    if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
+        low = min(low, raw)
+        high = max(high, raw)
+    margin = 0.15 * (high - low or 1)
+    return low - margin, high + margin
 
 
 def samples_figure(
@@ -305,20 +311,17 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
     """
     claimed = audit["intervals"][0]["claimed"]
+    intervals = [interval for interval in audit["intervals"] if interval["found"]]
     figure, axes = _figure()
-    drawn = [interval for interval in audit["intervals"] if interval["found"]]
-    lengths = [interval["found"] for interval in drawn]
-    begins = [interval["begin"] for interval in drawn]
-    ends = [interval["end"] for interval in drawn]
-    label = "found in each interval"
-    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label=label)
+    _draw_intervals(axes, intervals)
     if audit["found"] is not None:
-        _draw_length(axes, audit["length"] or 0.0, audit["uncertainty"] or 0.0)
+        _draw_common_length(axes, audit["length"] or 0.0, audit["uncertainty"] or 0.0)
     if claimed is not None:
-        axes.axhline(claimed, label=f"claimed: {claimed:,.4g}", **_REFERENCE)
-    is_decay = audit["what"] == "decay"
-    axes.set(xlabel="training time", ylabel="time constant (steps)" if is_decay else "sigma_rel")
-    if drawn or claimed is not None:
+        label = f"claimed: {claimed:,.4g}"
+        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
+    unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
+    axes.set(xlabel="training time", ylabel=unit)
+    if intervals or claimed is not None:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
     if audit["verdict"] != "found":
@@ -326,13 +329,19 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     return _finish(figure, axes.yaxis, title)
 
 
-def _draw_length(axes: Axes, length: float, sigma: float) -> None:
-    """Draw the length of all intervals together, with its uncertainty, if it is known."""
-    if 0 < length < math.inf and sigma <= 1:
-        factor = math.exp(sigma)
+def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
+    lengths = [interval["found"] for interval in intervals]
+    begins = [interval["begin"] for interval in intervals]
+    ends = [interval["end"] for interval in intervals]
+    label = "found in each interval"
+    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label=label)
+
+
+def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
+    if 0 < length < math.inf and uncertainty <= 1:
+        low = length / math.exp(uncertainty)
+        high = length * math.exp(uncertainty)
         label = f"found in all together: {length:,.4g}"
-        low = length / factor
-        high = length * factor
         axes.axhspan(low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
 
 
@@ -364,10 +373,11 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     covers no curve."""
     axes = scaled.axes
     low, high = scaled.get_view_interval()
-    scaled.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 10 * low > 0 else MaxNLocator(5))
-    scaled.set_major_formatter(
-        FuncFormatter(lambda value, _: f"{value:,.5g}" if value < 1000 else f"{value:,.0f}")
-    )
+    if high > 10 * low > 0:
+        scaled.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    else:
+        scaled.set_major_locator(MaxNLocator(5))
+    scaled.set_major_formatter(FuncFormatter(_tick))
     scaled.set_minor_locator(NullLocator())
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -376,3 +386,7 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     lines = sum(1 + text.get_text().count("\n") for text in legend.get_texts())
     figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * lines)
     return figure
+
+
+def _tick(value: float, _: object) -> str:
+    return f"{value:,.5g}" if value < 1000 else f"{value:,.0f}"

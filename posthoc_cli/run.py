@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.import_run import with_checked_decays
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
@@ -150,6 +151,8 @@ class Run:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = files.expanded(files.given_path("directory", directory))
+        self._checked: Sequence[Source] = ()
+        self._identities: list[str] = []  # of the sources that were checked
 
     def __repr__(self) -> str:
         try:
@@ -228,6 +231,18 @@ class Run:
                 return describe(place)
             return describe_files(place, error)
 
+    def _checked_sources(self) -> Sequence[Source]:
+        """Return the sources; the decays that other programs' files say are compared with the
+        weights, once for the same files. An import has done so."""
+        sources = self.sources
+        if is_import(self.directory):
+            return sources
+        identities = [source.identity for source in sources]
+        if identities != self._identities:
+            self._checked = with_checked_decays(sources)
+            self._identities = identities
+        return self._checked
+
     # --- averages
 
     def plan(
@@ -242,7 +257,8 @@ class Run:
     ) -> Plan:
         """Compute the coefficients and errors of averages. Arguments and errors are those of
         `plan_synthesis`."""
-        return plan_synthesis(self.sources, as_targets(targets), t, step, method, max_error, dtype)
+        sources = self._checked_sources()
+        return plan_synthesis(sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -326,7 +342,7 @@ class Run:
         If the run has more snapshots than a solve can take, those are used that a synthesis at `t`
         uses. A sample of the tensors is read if headers have no measurements.
         """
-        sources = self.sources
+        sources = self._checked_sources()
         t = time_between([source.profile for source in sources], t)
         usable, later = chosen_up_to(sources, t)
         last = usable[-1].t

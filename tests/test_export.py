@@ -227,6 +227,24 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
 BASE: Tensors = {"a": torch.zeros(10), "frozen": torch.arange(3) / 4, "ids": torch.arange(4)}
 
 
+@pytest.mark.parametrize("layout", OUTPUTS)
+def test_every_layout_holds_renamed_tensors(tmp_path: Path, layout: str) -> None:
+    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
+    out = tmp_path / OUTPUTS[layout]
+    export_file(source, out, prefix="n.", max_shard_size=SIZE.get(layout))
+    assert_same_tensors(load_output(out), {f"n.{name}": value for name, value in WEIGHTS.items()})
+
+
+def test_a_pt_file_has_a_renamed_tensor_beside_one_of_the_base_with_its_old_name(
+    tmp_path: Path,
+) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"w": torch.ones(2)}, ())
+    base = {"ema.w": torch.zeros(2), "w": torch.full((2,), 3.0)}
+    save_file(base, tmp_path / "base.safetensors")
+    export_file(source, tmp_path / "out.pt", base=tmp_path / "base.safetensors", prefix="ema.")
+    assert_same_tensors(load_output(tmp_path / "out.pt"), base | {"ema.w": torch.ones(2)})
+
+
 def write_base(tmp_path: Path, kind: str) -> Path:
     """The model of another library: a file, a folder of one, or a folder of several with their
     index."""

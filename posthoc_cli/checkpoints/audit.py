@@ -596,7 +596,11 @@ def _verdict(
     if restarts:
         text = f"began again from the weights near step {steps}: the average was lost, or reset"
         return "began again", f"{text}, at a resume; {shown}"
-    if audit.is_of_other_weights:
+    rows = explanation.rows[explanation.usable]
+    is_better = explains_more(rows, model, model.claim)
+    is_slow = model.claimed is not None and model.claim.length > audit.spacing
+    is_refuted = is_slow and is_better and audit.difference > math.log(_FAR)
+    if audit.is_of_other_weights and not is_refuted:
         text = "the weights at these checkpoints do not explain how the average moves between them"
         text += ": they forget faster than checkpoints are apart, or are of another run"
         return "undetermined", text
@@ -609,8 +613,7 @@ def _verdict(
         settings = " or ".join(map(_setting, explanation.better_rules))
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
-    rows = explanation.rows[explanation.usable]
-    return _compare_lengths(audit, model, explains_more(rows, model, model.claim), shown, unit)
+    return _compare_lengths(audit, model, is_better, shown, unit)
 
 
 def _setting(model: Model) -> str:
@@ -680,5 +683,6 @@ def _compare_lengths(
 def _cause(verdict: str, difference: float, sigma: float) -> str:
     factors = f"{math.exp(difference - sigma):.3g} to {math.exp(difference + sigma):.3g}"
     if verdict == "too long":
-        return f"at every k-th step only, or of steps that are counted twice (k = {factors})"
+        causes = "at every k-th step only, of steps that are counted twice, or in too few digits"
+        return f"{causes} (k = {factors})"
     return f"{factors} times a step: once a microbatch, or by each of so many processes"

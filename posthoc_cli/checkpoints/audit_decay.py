@@ -82,6 +82,7 @@ _UNEXPLAINED = 0.032
 _EXACT = 0.0005  # least uncertainty: also where r is 0.1, lengths were 0.05 % off in the median
 _PART = 0.25  # share of what the likelihood moves a length that counts as uncertain
 _FARTHEST = 2.0  # logarithm of the largest factor that a part of the checkpoints may show
+_NARROW = 0.01  # of a logarithm: below it a search finds no better value
 
 CONSTANT = DecayRule()
 MEAN_TEACHER = DecayRule(warm_up="power", power=1.0)  # min(1 - 1 / (n + 1), d)
@@ -440,8 +441,14 @@ def _growth(model: Model, series: Series, t: float) -> float:
 def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]:
     """Return the logarithm of the factor on a model's value that is most likely, and the divergence
     that remains."""
-    found = _least(_Likelihood(model, series), -most, most, 1e-3)
-    return float(found.x), float(found.fun)
+    likelihood = _Likelihood(model, series)
+    usual = likelihood(0.0)
+    while most > _NARROW:
+        found = _least(likelihood, -most, most, 1e-3)
+        if found.fun < usual:
+            return float(found.x), float(found.fun)
+        most /= 4  # a value that the warm-up does not reach makes no difference: search nearer
+    return 0.0, usual
 
 
 def _responses(at: FloatArray, edges: FloatArray, spacing: float) -> FloatArray:

@@ -15,11 +15,12 @@ from posthoc_cli import files
 from posthoc_cli.checkpoints.audit import Audit, audits_of
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
-from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import RULES, OrdinaryEMA, Point
 from posthoc_cli.snapshots.directory import inspect_directory, is_import
+from posthoc_cli.snapshots.sources import Source
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,21 @@ def import_checkpoints(
 
 
 # --- the decay
+
+
+def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
+    """Return the sources of a run that is no import, after a comparison of the decays that files
+    say with the weights beside the averages, if there are any; raise an InvalidValueError if they
+    do not fit."""
+    found = [one for one in sources if isinstance(one, Checkpoint)]
+    weights = {one.t for one in found if isinstance(one.profile, Point)}
+    averages = [one for one in found if one.decay and one.t in weights]
+    if len(averages) < 2:
+        return sources
+    given, _ = _check_decay(found, UNSPECIFIED)
+    if given == UNSPECIFIED:
+        return sources
+    return checked_run([one.with_settings(given) for one in found])
 
 
 def _with_decay(
@@ -257,7 +273,7 @@ def _check_decay(
             reason = f"does not fit the files: {audit.text}"
             if given.warm_up_row.is_schedule:
                 raise InvalidValueError("ema_warmup", reason, value=given.ema_warmup)
-            hint = "`ema_decay` and `ema_warmup` together replace what files say"
+            hint = "`ema_decay` and `ema_warmup` of an import together replace what files say"
             if given.ema_warmup is None and (warm_up := _fitting_warm_up(found, given)):
                 reason = "does not fit the files without the warm-up that they show"
                 hint = f"add `ema_warmup` {warm_up}"

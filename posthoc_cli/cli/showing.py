@@ -37,31 +37,27 @@ def info(
     return int(bool(report.get("problems")))
 
 
-_PROFILE_COLUMNS = [
-    "sigma_rel",
-    "snapshots:count",
-    "first t:first",
-    "last t:last",
-    "rounding:relative_rounding_range",
-    "size:bytes",
-]
-
-
 def _print_info(report: dict[str, Any]) -> None:
     output.print_pairs(facts(report))
     if profiles := report.get("profiles"):
-        rows = []
-        for each in profiles:
-            times = each["times"]
-            rows.append(each | {"count": len(times), "first": times[0], "last": times[-1]})
+        rows = [
+            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]}
+            for one in profiles
+        ]
+        times = [
+            "snapshots:count",
+            "first t:first",
+            "last t:last",
+            "rounding:relative_rounding_range",
+        ]
         output.print_line()
-        output.print_rows(rows, _PROFILE_COLUMNS)
+        output.print_rows(rows, ["sigma_rel", *times, "size:bytes"])
     if checkpoints := report.get("checkpoints"):
         output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
     if outputs := report.get("outputs"):
-        rows = []
-        for each in outputs:
-            rows.append({"profile": each["kind"], **each, "name": Path(each["path"]).name})
+        rows = [
+            {"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs
+        ]
         output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
     if report["kind"] == "output":
         output.print_line()
@@ -114,12 +110,13 @@ def verify(
     return max(code, int(not is_fine))
 
 
-def _print_verify(report: dict[str, Any]) -> None:
-    fine = [file for file in report["files"] if file["state"] in ("intact", "unchecked")]
-    wrong = [file for file in report["files"] if file not in fine]
+def _print_verify(found: dict[str, Any]) -> None:
+    fine = [file for file in found["files"] if file["state"] in ("intact", "unchecked")]
+    wrong = [file for file in found["files"] if file not in fine]
     if len(fine) > output.MOST_ROWS:
-        count = output.counted(len(fine), "file")
-        output.print_line(f"{count} with nothing wrong; --json lists them")
+        output.print_line(
+            f"{output.counted(len(fine), 'file')} with nothing wrong; --json lists them"
+        )
     elif fine:
         output.print_rows(fine, ["file:path", "what", "state"])
     for file in wrong:
@@ -127,35 +124,34 @@ def _print_verify(report: dict[str, Any]) -> None:
         if not detail.startswith(file["state"]):
             detail = f"{file['state']}: {detail}".removesuffix(": ")
         output.print_line(f"{file['path']}: {file['what']}: {detail}")
-    for name in report["leftovers"]:
+    for name in found["leftovers"]:
         output.print_line(f"{name}: left by an interrupted write, or by one in progress")
-    if report["files"] or report["leftovers"]:
+    if found["files"] or found["leftovers"]:
         output.print_line()
     for kind in ("note", "problem"):
-        for text in report[f"{kind}s"]:
+        for text in found[f"{kind}s"]:
             output.print_line(f"{kind}: {text}")
-    output.print_line(_verdict(report, wrong))
+    output.print_line(_verdict(found, wrong))
 
 
-def _verdict(report: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
+def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
     """Return the last line: how many files are intact, or which are not."""
-    total = output.counted(len(report["files"]), "file")
-    if not wrong:
-        unchecked = sum(file["state"] == "unchecked" for file in report["files"])
-        if report["bytes"]:
-            read = resources.size_text(report["bytes"])
-            total += f", {read} verified in {report['seconds']:.1f} s"
-        if not unchecked:
-            return f"{total}: all intact"
-        intact = len(report["files"]) - unchecked
-        return f"{total}: {intact:,} intact, {unchecked:,} without checksums"
-    names = ", ".join(file["path"] for file in wrong[:3])
-    if len(wrong) > 3:
-        names += f" and {len(wrong) - 3:,} more"
-    states = {file["state"] for file in wrong}
-    state = states.pop() if len(states) == 1 else "not in order"
-    verb = "is" if len(wrong) == 1 else "are"
-    return f"{len(wrong):,} of {total} {verb} {state}: {names}"
+    files = found["files"]
+    total = output.counted(len(files), "file")
+    if wrong:
+        states = {file["state"] for file in wrong}
+        verdict = states.pop() if len(states) == 1 else "not in order"
+        verb = "is" if len(wrong) == 1 else "are"
+        names = ", ".join(file["path"] for file in wrong[:3])
+        more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+        return f"{len(wrong):,} of {total} {verb} {verdict}: {names}{more}"
+    if found["bytes"]:
+        size = resources.size_text(found["bytes"])
+        total += f", {size} verified in {found['seconds']:.1f} s"
+    unchecked = sum(file["state"] == "unchecked" for file in files)
+    if not unchecked:
+        return f"{total}: all intact"
+    return f"{total}: {len(files) - unchecked:,} intact, {unchecked:,} without checksums"
 
 
 def audit(
@@ -182,53 +178,49 @@ def audit(
     """
     picture = options.new_picture(out, overwrite)
     audits = options.open_run(directory, directory=False).audit(claimed)
-    reports = {"audits": [audit.to_dict() for audit in audits]}
+    found = {"audits": [audit.to_dict() for audit in audits]}
     if not audits[0].intervals:
         picture = None  # there is nothing to draw
     if picture is not None:
         from posthoc_cli import plots
 
-        output.write_picture(lambda: plots.audit_figure(reports["audits"][0]), picture, overwrite)
-    output.show(reports, as_json, _print_audits, picture)
+        output.write_picture(lambda: plots.audit_figure(found["audits"][0]), picture, overwrite)
+    output.show(found, as_json, _print_audits, picture)
     return int(any(audit.is_bad for audit in audits))
 
 
-def _print_audits(reports: dict[str, Any]) -> None:
-    for audit in reports["audits"]:
+def _print_audits(found: dict[str, Any]) -> None:
+    for audit in found["audits"]:
         _print_audit(audit)
 
 
-def _print_audit(report: dict[str, Any]) -> None:
-    name = report["name"]
-    of_name = f" of {name}" if name else ""
-    columns = ["from:begin", "to:end", "found", "unexplained", "note"]
-    if report["claimed"] is not None:
-        columns[3:3] = ["claimed", "ratio"]
-    if report["intervals"]:
-        if report["what"] == "decay":
-            output.print_line(f"time constant{of_name}, in steps, by interval")
-        else:
-            output.print_line(f"sigma_rel found{of_name}")
-        output.print_rows([_interval_row(each) for each in report["intervals"]], columns)
+def _print_audit(found: dict[str, Any]) -> None:
+    name = found["name"]
+    claim = [] if found["claimed"] is None else ["claimed", "ratio"]
+    rows = list(map(_audit_row, found["intervals"]))
+    if rows:
+        of = f" of {name}" if name else ""
+        title = f"sigma_rel found{of}"
+        if found["what"] == "decay":
+            title = f"time constant{of}, in steps, by interval"
+        output.print_line(title)
+        output.print_rows(rows, ["from:begin", "to:end", "found", *claim, "unexplained", "note"])
         output.print_line()
-    text = report["text"]
-    if not text.endswith(report["verdict"]):
-        text = f"{report['verdict']}: {text}"
+    text = found["text"]
+    if not text.endswith(found["verdict"]):
+        text = f"{found['verdict']}: {text}"
     output.print_line(f"{name}: {text}" if name else text)
 
 
-def _interval_row(interval: dict[str, Any]) -> dict[str, Any]:
+def _audit_row(interval: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of one interval, with rounded lengths and their ratio."""
     length = interval["found"]
     claimed = interval["claimed"]
-    row = {"found": "-", "claimed": "", "ratio": ""}
-    if length is not None:
-        row["found"] = f"{length:,.4g}"
-    if claimed is not None:
-        row["claimed"] = f"{claimed:,.4g}"
+    row = {key: "-" if value is None else value for key, value in interval.items()}
+    row["found"] = "-" if length is None else f"{length:,.4g}"
+    row["claimed"] = "" if claimed is None else f"{claimed:,.4g}"
     if length is not None and claimed is not None:
         row["ratio"] = f"{length / claimed:.3g}"
-    for key in ("begin", "end", "unexplained", "note"):
-        row[key] = "-" if interval[key] is None else interval[key]
     return row
 
 
@@ -299,8 +291,8 @@ def error_plot(
         output.write_picture(
             lambda: plots.error_figure(curves, method == "paper"), picture, overwrite
         )
-    reports = {"curves": [curve.to_dict() for curve in curves]}
-    output.show(reports, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
+    found = {"curves": [curve.to_dict() for curve in curves]}
+    output.show(found, as_json, lambda _: _print_curves(curves, method == "paper"), picture)
 
 
 def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
@@ -308,15 +300,16 @@ def _print_curves(curves: Sequence[ErrorCurve], is_paper: bool) -> None:
     if is_paper:
         columns.append("profile_error")
     for curve in curves:
-        tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
+        tracked = ", ".join(f"{width:g}" for width in curve.tracked) or "none"
         below = curve.ranges_text(0.01) or "none"
         output.print_line(curve.label)
-        below = f"sigma_rel {below}"
-        output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", below)])
-        rows = []
-        for other in curve.to_dict()["others"]:
-            width = f"{other['sigma_rel']:.3g}"
-            rows.append(other | {"target": f"  {other['target']}", "width": width})
+        output.print_pairs(
+            [("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")]
+        )
+        rows = curve.to_dict()["others"]
+        for row in rows:
+            row["target"] = f"  {row['target']}"
+            row["width"] = f"{row['sigma_rel']:.3g}"
         if rows:
             output.print_rows(rows, columns)
 
@@ -376,24 +369,27 @@ def plan(
     output.show(report.to_dict(), as_json, _print_plan, picture)
 
 
-def _print_plan(report: dict[str, Any]) -> None:
-    schedules = report["schedules"]
-    chosen = report["within_disk"]
+def _print_plan(found: dict[str, Any]) -> None:
+    schedules = found["schedules"]
+    chosen = found["within_disk"]
     rows = []
-    for each in schedules:
-        mark = " *" if each["name"] == chosen else ""
-        tracked = ", ".join(map(str, each["sigma_rels"]))
-        rows.append(each | {"marked": each["name"] + mark, "tracked": tracked})
+    for schedule in schedules:
+        name = schedule["name"]
+        tracked = ", ".join(map(str, schedule["sigma_rels"]))
+        marked = f"{name} *" if name == chosen else name
+        rows.append(schedule | {"marked": marked, "tracked": tracked})
     output.print_rows(rows, [*_PLAN_COLUMNS, "worst_error", "median_error"])
-    low, *_, high = schedules[0]["sigma_rel"]
-    basis = f"at the end, if {report['assumption']}"
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} {basis}")
-    if report["disk"] is not None:
+    low = schedules[0]["sigma_rel"][0]
+    high = schedules[0]["sigma_rel"][-1]
+    output.print_line(
+        f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {found['assumption']}"
+    )
+    if found["disk"] is not None:
         output.print_line("* the most exact within --disk" if chosen else "none is within --disk")
-    for each in schedules:
+    for schedule in schedules:
         output.print_line()
-        output.print_line(f"{each['name']}:")
-        output.print_line(f"ema = {each['call']}")
+        output.print_line(f"{schedule['name']}:")
+        output.print_line(f"ema = {schedule['call']}")
 
 
 _COMMON_WIDTHS = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
@@ -426,19 +422,17 @@ def profile(
         reason = "is missing: the sigma_rel of a decay depends on the length of training"
         raise InvalidValueError("--steps", reason, "such as --steps 100000")
     count = options.parse_count(steps or "1000", "--steps")
-    if target is not None:
-        rows = convert(count, [], _betas(target))
-    else:
+    if target is None:
         text = _COMMON_WIDTHS if sigma_rel is None else sigma_rel
-        widths = parse_numbers(text, "--sigma-rel")
-        rows = convert(count, widths, [])
+        rows = convert(count, parse_numbers(text, "--sigma-rel"), [])
+    else:
+        rows = convert(count, [], _betas(target))
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return
-    rounded = []
     for row in rows:
-        rounded.append({key: float(f"{value:.8g}") for key, value in row.items()})
-    output.print_rows(rounded, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
+        row |= {key: float(f"{value:.8g}") for key, value in row.items()}
+    output.print_rows(rows, ["sigma_rel", "gamma", "mean_age:mean_age", "std", "beta"])
     output.print_line(
         f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age"
     )
@@ -478,13 +472,16 @@ def guide(
         check_word("guide", name, guides)
     # Each guide begins with a line such as "# Training: record averages while a model trains".
     about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
-    rows = [{"guide": page, "about": subject} for page, subject in about.items()]
     if as_json:
-        if name is not None:
-            rows = [{"guide": name, "about": about[name], "text": guides[name]}]
-        output.print_json({"guides": rows})
+        chosen = guides if name is None else [name]
+        text = {} if name is None else {"text": guides[name]}
+        output.print_json(
+            {"guides": [{"guide": page, "about": about[page]} | text for page in chosen]}
+        )
     elif name is None:
-        output.print_rows(rows, ["guide", "about"])
+        output.print_rows(
+            [{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"]
+        )
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:

@@ -50,28 +50,21 @@ def text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
-        texts = ", ".join(text("", item) for item in value[:5])
-        return f"{texts} and {len(value) - 5} more" if len(value) > 5 else texts
+        listed = ", ".join(text("", item) for item in value[:5])
+        return f"{listed} and {len(value) - 5} more" if len(value) > 5 else listed
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.12g}"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
     shown = str(value)
-    if len(shown) > _LONGEST_TEXT:
-        return f"{shown[: _LONGEST_TEXT - 3]}..."
-    return shown
+    return shown if len(shown) <= _LONGEST_TEXT else f"{shown[: _LONGEST_TEXT - 3]}..."
 
 
 def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
-    if description.get("method") != "paper":
-        hidden.add("profile_error")
-    pairs = []
-    for key, value in description.items():
-        words = "" if key in hidden else text(key, value)
-        if words:
-            pairs.append((title_of(key), words))
-    return pairs
+    hidden |= set() if description.get("method") == "paper" else {"profile_error"}
+    pairs = [
+        (title_of(key), text(key, value)) for key, value in description.items() if key not in hidden
+    ]
+    return [(name, said) for name, said in pairs if said]

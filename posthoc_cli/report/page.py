@@ -39,6 +39,7 @@ from posthoc_cli.sweep.search import RAW, RESULT, Trial, answer
 from posthoc_cli.sweep.sweeps import LOGS
 
 _MOST_BYTES = 50_000_000  # of the result of a sweep
+_PACKAGES = ("posthoc-cli", "torch", "numpy", "safetensors")  # those whose versions are shown
 _COMPARED = [
     ("sweep", "folder"),
     ("best", "best"),
@@ -66,18 +67,16 @@ def render(
         FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
         DirectoryError: a run has no snapshots.
     """
-    listed = [runs] if isinstance(runs, Run) else runs
-    parts = [_describe_run(run) for run in listed]
+    parts = [_describe_run(run) for run in ([runs] if isinstance(runs, Run) else runs)]
     swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
-    script = (Path(__file__).parent / "page.js").read_text()
-    digest = hashlib.sha256(script.encode()).digest()
     errors = None
     if len(parts) > 1:
-        curves = [part["curve"] for part in parts]
-        errors = _picture(partial(plots.error_figure, curves))
-    commands = list[str]()
+        errors = _picture(partial(plots.error_figure, [part["curve"] for part in parts]))
+    commands: list[str] = []
     for part in parts:
         commands += part["commands"] or [_command(part["run"])]
+    script = (Path(__file__).parent / "page.js").read_text()
+    digest = hashlib.sha256(script.encode()).digest()
     return _template().render(
         title=printable(" and ".join(str(part["run"].directory) for part in parts)),
         parts=parts,
@@ -89,7 +88,8 @@ def render(
         digest=base64.b64encode(digest).decode(),
         date=time.strftime("%d %B %Y"),
         commands=commands,
-        versions=_versions(),
+        versions={"Python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
     )
 
 
@@ -100,13 +100,6 @@ def _template() -> jinja2.Template:
     )
     environment.filters["size"] = size_text
     return environment.get_template("page.html")
-
-
-def _versions() -> list[tuple[str, str]]:
-    versions = [("Python", platform.python_version())]
-    for package in ("posthoc-cli", "torch", "numpy", "safetensors"):
-        versions.append((package, importlib.metadata.version(package)))
-    return versions
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -129,14 +122,18 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     its run."""
     path = folder / RESULT
     if not path.is_file():
-        reason = f"holds no {RESULT}"
-        raise InvalidValueError("sweep", reason, "name the folder of a sweep", value=folder)
+        raise InvalidValueError(
+            "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder
+        )
     try:
         result = json.loads(read_small_file(path, _MOST_BYTES))
         json.dumps(result, ensure_ascii=False).encode()  # lone surrogates cannot be shown
         part = _part_of(result, parts, path)
-        swept = _texts_of(result, folder, out)
-        part["commands"] += filter(None, [result["again"]])
+        swept = _texts_of(result, folder)
+        logs = os.path.relpath(folder.resolve(), out.resolve().parent)
+        swept["logs"] = urllib.parse.quote(logs)
+        if result["again"]:
+            part["commands"].append(result["again"])
         if "best" in result:
             swept["picture"] = _picture(partial(plots.sweep_figure, result))
             part["commands"].append(_command(part["run"], result))
@@ -156,50 +153,52 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
 
 
 def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path) -> dict[str, Any]:
-    """Return the part of a sweep's run, or raise a MismatchError."""
+    """Return the part of the run of a sweep; raise a MismatchError without one."""
     run_id = result["settings"]["run"]
-    run_ids = [part["info"]["run"] for part in parts]
-    if run_id not in run_ids:
-        names = [shown(str(each)[:8]) for each in (run_id, *run_ids)]
-        raise MismatchError(path, f"is of another run: {' and '.join(names)}")
-    return parts[run_ids.index(run_id)]
+    for part in parts:
+        if part["info"]["run"] == run_id:
+            return part
+    run_ids = [run_id, *(part["info"]["run"] for part in parts)]
+    names = " and ".join(shown(str(name)[:8]) for name in run_ids)
+    raise MismatchError(path, f"is of another run: {names}")
 
 
-def _texts_of(result: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
-    """Return the values of a sweep for the page."""
+def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the answer of a sweep, its trials and its images."""
     rows = _rows(result, folder)
     stops = _stops(result, folder)
-    best = [number for number, stop in enumerate(stops) if stop["best"]]
-    relative = os.path.relpath(folder.resolve(), out.resolve().parent)
+    best = [index for index, stop in enumerate(stops) if stop["best"]]
     return answer(result) | {
         "folder": folder,
         "axis": str(result["axis"]),
         "rows": rows,
         "has_logs": any(row["log"] or row["error"] for row in rows),
         "stops": stops,
-        "start": best[0] if best else 0,
-        "logs": urllib.parse.quote(relative),
+        "start": best[0] if best else 0,  # the stop that is shown first
     }
 
 
 def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Return the trials of a sweep, by length, with their values as texts."""
-    keys = ["target", "seed", "value", "standard_error", "predicted_error", "seconds"]
-    keys = [key for key in keys if any(trial[key] is not None for trial in result["trials"])]
-    names = [result["metric"] if key == "value" else title_of(key) for key in keys]
+    trials = _sorted(result)
+    names = {}
+    for key in ("target", "seed", "value", "standard_error", "predicted_error", "seconds"):
+        if any(trial[key] is not None for trial in trials):
+            names[key] = result["metric"] if key == "value" else title_of(key)
     best = result.get("best", {}).get("target")
     rows = []
-    for trial in _sorted(result):
-        texts = ["" if trial[key] is None else text(key, trial[key]) for key in keys]
+    for trial in trials:
         log = f"{LOGS}/{Trial(**trial).name}"
-        rows.append(
-            {
-                "best": trial["target"] == best,
-                "error": trial["error"] or "",
-                "log": log if (folder / f"{log}.out").exists() else "",
-                "cells": [*zip(names, texts, strict=True)],
-            }
-        )
+        row = {
+            "best": trial["target"] == best,
+            "error": trial["error"] or "",
+            "log": log if (folder / f"{log}.out").exists() else "",
+            "cells": [],
+        }
+        for key, name in names.items():
+            cell = "" if trial[key] is None else text(key, trial[key])
+            row["cells"].append((name, cell))
+        rows.append(row)
     return rows
 
 
@@ -219,36 +218,26 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     Of many large images the first of each length are shown, by their names.
     """
     stops = dict[str, dict[str, Any]]()
-    best = result.get("best", {}).get("target")
     size = 0
     for trial in _sorted(result):
         target = trial["target"]
-        paths = _images_of(trial, folder)
+        kept = folder / images.FOLDER / Trial(**trial).name
+        paths = sorted(kept.iterdir()) if kept.is_dir() else []
         if not paths:
             continue
         if target not in stops:
-            title = _title_of_images(trial, result["metric"])
-            stops[target] = {"title": title, "best": target == best, "images": []}
+            title = "raw weights" if target == RAW else target
+            if trial["value"] is not None:
+                title += f", {result['metric']} {trial['value']:.6g}"
+            is_best = target == result.get("best", {}).get("target")
+            stops[target] = {"title": title, "best": is_best, "images": []}
         size += sum(path.stat().st_size for path in paths)
         stops[target]["images"] += paths
     for stop in stops.values():
-        paths = stop["images"]
-        count = math.ceil(len(paths) * min(1, _MOST_IMAGES / size))
-        stop["left"] = len(paths) - count
-        stop["images"] = [(path.name, _image(path)) for path in paths[:count]]
+        count = math.ceil(len(stop["images"]) * min(1, _MOST_IMAGES / size))
+        stop["left"] = len(stop["images"]) - count
+        stop["images"] = [(path.name, _image(path)) for path in stop["images"][:count]]
     return [*stops.values()]
-
-
-def _images_of(trial: dict[str, Any], folder: Path) -> list[Path]:
-    kept = folder / images.FOLDER / Trial(**trial).name
-    return sorted(kept.iterdir()) if kept.is_dir() else []
-
-
-def _title_of_images(trial: dict[str, Any], metric: str) -> str:
-    title = "raw weights" if trial["target"] == RAW else str(trial["target"])
-    if trial["value"] is not None:
-        title += f", {metric} {trial['value']:.6g}"
-    return title
 
 
 def _image(path: Path) -> str:
@@ -269,25 +258,17 @@ def _picture(draw: Callable[[], Figure]) -> str:
 
 def _command(run: Run, result: dict[str, Any] | None = None) -> str:
     """Return the command that makes the best average of a sweep; without a sweep an example."""
-    kind = "sigma_rel"
-    best = "0.1"
-    settings = dict[str, Any]()
-    if result is not None:
-        kind = result["axis"]
-        best = f"{result['best'][kind]:.12g}"
-        settings = result["settings"]
-    like = settings.get("like")
-    t = settings.get("t", run.t)
-    out = "model.safetensors"
-    if like:
-        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
     words = ["ema", "synthesize", str(run.directory)]
-    if kind == "sigma_rel":
-        words += ["--sigma-rel", best]
-    else:
-        words += ["--target", f"{kind}:{best}"]
+    if result is None:
+        return shlex.join([*words, "--sigma-rel", "0.1", "--out", "model.safetensors"])
+    kind = result["axis"]
+    best = f"{result['best'][kind]:.12g}"
+    words += ["--sigma-rel", best] if kind == "sigma_rel" else ["--target", f"{kind}:{best}"]
+    t = result["settings"]["t"]
     if t != run.t:
         words += ["--t", f"{t:.12g}"]
-    if like is not None:
+    out = "model.safetensors"
+    if like := result["settings"].get("like"):
         words += ["--like", str(like)]
+        out = f"model{Path(like).suffix}" if Path(like).is_file() else "model"
     return shlex.join([*words, "--out", out])

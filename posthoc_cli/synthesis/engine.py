@@ -250,7 +250,8 @@ class Output(Protocol):
 
 
 class InMemory:
-    """Complete tensors of one target, by their stored names."""
+    """Complete tensors of one target, each by its first name in outputs: parts may store others of
+    one name."""
 
     def __init__(self, device: torch.device) -> None:
         self.tensors = dict[str, torch.Tensor]()
@@ -259,13 +260,14 @@ class InMemory:
     def make_room(self, plan: Combination, names: Iterable[str]) -> None:
         with torch.inference_mode(False):  # the caller may have enabled it
             for name in names:
-                if name not in self.tensors:
+                key = plan.names[name][0]
+                if key not in self.tensors:
                     dtype = torch_dtype(plan.output_dtype(name))
                     shape = plan.box(name).shape
-                    self.tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
+                    self.tensors[key] = torch.empty(shape, dtype=dtype, device=self._device)
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
-        flat = [self.tensors[name].view(-1) for name in tile.names]
+        flat = [self.tensors[tile.plan.names[name][0]].view(-1) for name in tile.names]
         if len(flat) == 1:
             flat[0][tile.begin : tile.begin + tile.size].copy_(values)
             return
@@ -298,8 +300,9 @@ def synthesize(
             if progress is not None:
                 progress(tile.stored_bytes)
             for name in tile.names if tile.last else ():
-                values = [output.tensors.pop(name) for output in outputs]
-                for alias in tile.plan.names[name]:
+                names = tile.plan.names[name]
+                values = [output.tensors.pop(names[0]) for output in outputs]
+                for alias in names:
                     yield alias, list(values)
                 del values  # release the memory before the next tensor is made
 

@@ -476,7 +476,7 @@ def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -
     command = ("import", folder, "--out", tmp_path / "run")
     refused = ema(*command).error
     assert "does not fit the files" in refused
-    assert "--ema-decay and --ema-warmup together replace what files say" in refused
+    assert "--ema-decay and --ema-warmup of an import together replace what files say" in refused
     assert "contradicts" in ema(*command, "--ema-warmup", "none").error
     assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
 
