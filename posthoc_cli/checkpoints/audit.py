@@ -646,7 +646,7 @@ def _explanation(
         rules=rules,
         moves=np.flatnonzero(weights.any(axis=1)).tolist(),
         notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
-        is_late=moves.copies > 0,
+        is_late=moves.copies > 0 and model.rule.copies <= 1,
     )
 
 
@@ -709,10 +709,6 @@ def _verdict(
     if stopped := [one for one in audit.intervals if _is_stopped(one, model)]:
         text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
         return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
-    if jump := audit.jump:
-        text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
-        text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
-        return SET_BACK, text
     if lost:
         text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
         return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
@@ -722,7 +718,14 @@ def _verdict(
         settings = " or ".join(map(_setting, explanation.better_rules))
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
-    return _compare_lengths(audit, explanation, shown, unit)
+    verdict, text = _compare_lengths(audit, explanation, shown, unit)
+    jump = audit.jump
+    is_clear = verdict in ("found", "as claimed") and (audit.uncertainty or 0.0) < _VAGUE / 2
+    if is_clear and jump is not None:
+        text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
+        text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+        return SET_BACK, text
+    return verdict, text
 
 
 def _is_stopped(interval: Interval, model: Model) -> bool:

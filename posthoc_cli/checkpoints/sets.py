@@ -313,7 +313,7 @@ class Sets:
 
     def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:
         averaged = self.below(average)
-        if all(name.isdecimal() for name in averaged):
+        if average in self.keys and all(name.isdecimal() for name in averaged):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
             matched = match_list(self.content, averaged, raw)

@@ -121,3 +121,22 @@ def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(tmp_path: Pat
     error = walks.distance(made, walks.true_average(0.1))
     assert made.predicted_error is not None
     assert error < 2 * made.predicted_error < 0.01
+
+
+def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_begins(
+    tmp_path: Path,
+) -> None:
+    """ema-pytorch copies for 100 steps; names of these parameters are numbers."""
+    library = pytest.importorskip("ema_pytorch")
+    net = torch.nn.ParameterList([torch.zeros(24, 24), torch.zeros(24)])
+    average = library.EMA(net, beta=0.95, update_every=1)
+    for step in walks.walk(net):
+        average.update()
+        if step % EVERY == 0:
+            torch.save(average.state_dict(), tmp_path / f"step{step}.pt")
+    settings = {"update_every": 1, "update_after_step": 100}
+    found = import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.95, **settings)
+    assert "as claimed" in found.checks[-1]
+    assert list(Run(tmp_path / "run").average(0.1)) == ["0", "1"]
+    with pytest.raises(InvalidValueError, match="does not fit the files"):
+        import_checkpoints(tmp_path, tmp_path / "other", ema_decay=0.8, **settings)
