@@ -80,6 +80,10 @@ class Found:
             return completed(self.averaged, self.weights)
         return self.weights
 
+    @property
+    def without_average(self) -> Found:
+        return replace(self, averaged={}, updates=None, undecided=())
+
     def swapped(self) -> Found:
         return replace(self, averaged=self.weights, weights=self.averaged)
 
@@ -285,7 +289,21 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
         return _all_averaged(sets, settings)
     if not settings.include and not settings.exclude:
         _check_slashes(sets.content)
-    return None
+    return _find_twin(sets) if weights is None else None
+
+
+def _find_twin(sets: Sets) -> Found | None:
+    """Return the model and another set of the same tensors; None unless there is one such set."""
+    try:
+        path = sets.model_path()
+    except FileFormatError:
+        return None
+    model = sets.below(path)
+    twins = [other for other in sets.keys if path and sets.are_alike(other, path)]
+    if len(model) < 2 or len(twins) != 1:
+        return None
+    averaged = sets.below(twins[0])
+    return Found("ema", averaged, model, Updates(), undecided=(twins[0], path), path=path)
 
 
 def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:

@@ -145,6 +145,14 @@ class Sets:
                 inner[_PARTS.sub("", rest)] = tensor
         return inner
 
+    def are_alike(self, path: str, other: str) -> bool:
+        """Return whether two sets that lie apart have the same names and shapes. (A copy of the
+        best model so far is no set of its own.)"""
+        if lies_in(path, other) or lies_in(other, path) or self.keys[path].startswith("best_"):
+            return False
+        shapes = {name: tensor.shape for name, tensor in self.below(path).items()}
+        return shapes == {name: tensor.shape for name, tensor in self.below(other).items()}
+
     def named(self, text: str) -> str:
         """Return the path of the outermost set that a text or glob means; raise FileFormatError if
         there is none, or are several."""
