@@ -61,6 +61,7 @@ _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residuals are below this share of another one's
 _CLEARLY = 0.5
 _RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
+_CHANGED = 1.5  # least factor between lengths before and after a change of the decay
 _JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
@@ -161,6 +162,20 @@ class Audit:
             share = interval.unexplained or 0.0
             if not interval.note and share > max(_JUMP, _FAR * usual):
                 return interval
+        return None
+
+    @property
+    def change(self) -> float | None:
+        """The time before which all intervals show about one length, and after it another one; None
+        if there is no such time."""
+        times = [each.begin for each in self.intervals if each.found and not each.note]
+        logs = np.log([each.found for each in self.intervals if each.found and not each.note])
+        for index in range(2, len(logs) - 1):
+            sides = (logs[:index], logs[index:])
+            most = max(float(np.ptp(side)) for side in sides)
+            apart = abs(float(np.median(sides[0]) - np.median(sides[1])))
+            if apart > max(math.log(_CHANGED), 2 * most):
+                return times[index]
         return None
 
     @property
@@ -615,6 +630,8 @@ def _judge(
     lost = tuple(dict.fromkeys(compress(tensors, are_lost)))
     audit = _with_findings(audit, explanation)
     verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
+    if verdict in ("undetermined", "another rule") and (time := audit.change) is not None:
+        text += f"; its decay changes near step {time:,.0f}: name the files of one side by a glob"
     audit = replace(audit, verdict=verdict, text=text)
     if verdict == "undetermined":
         return replace(audit, found=None)
@@ -698,6 +715,11 @@ def _verdict(
     shown = _shown(model, audit.found or 0.0, sigma, unit)
     restarts = audit.starts[audit.is_late :]
     steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
+    if _are_successive(explanation):
+        text = f"its decay rises until step {restarts[-1]:,.0f} by a rule that is not known"
+        if model.claimed is None:
+            return "found", f"{text}; {shown}"
+        return "another rule", f"{text}: name the files after it by a glob"
     if restarts:
         text = f"began again from the weights near step {steps}: the average was lost, or reset"
         return "began again", f"{text}, at a resume; {shown}"
@@ -726,6 +748,12 @@ def _verdict(
         text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
         return SET_BACK, text
     return verdict, text
+
+
+def _are_successive(explanation: _Explanation) -> bool:
+    """Return whether restarts are in intervals one after another, as a rising decay has them."""
+    restarts = sorted(index for index in explanation.starts if index)
+    return bool((np.diff(restarts) == 1).any())
 
 
 def _is_stopped(interval: Interval, model: Model) -> bool:

@@ -272,8 +272,11 @@ def _library_of(content: Content, average_key: str) -> tuple[Library | None, Val
 def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     """Return the average that the settings name, or a word, and the weights that match it."""
     weights = None
+    prefix = settings.prefix.rstrip(".")
     if settings.weights is not None:
         weights = sets.named(settings.weights)
+    elif prefix and sets.counts[prefix]:
+        weights = prefix
     if settings.average is not None:
         pair = _named_pair(sets, settings.average, weights)
         return _described(sets, pair, settings)

@@ -247,7 +247,9 @@ class Sets:
                 others = [name for name in averaged if name not in weights]
                 if others and 2 * len(others) < len(averaged) > len(weights) / 2:
                     reason = "holds an EMA and weights of different models: only the EMA has"
-                    raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
+                    reason = f"{reason} {names_in(others)}"
+                    hint = _common_part(path, root, [*weights])
+                    raise FileFormatError(self.content.path, reason, hint)
         averages = []
         for path, key in self.keys.items():
             if path == f"{average}.{key}" and self._pairs_at(path, None, False):
@@ -416,6 +418,17 @@ def _change(pair: Pair) -> tuple[str, str, str] | None:
         end = len(weights) - len(after)
         return outer, word[0], weights[len(before) : end]
     return None
+
+
+def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
+    """Return how to name the part that an average and weights with these names share."""
+    alone = "`kind` checkpoints takes the weights alone"
+    heads = {name.rpartition(".")[0].partition(".")[0] for name in names}
+    common = heads.pop()
+    if heads or not common:
+        return alone
+    part = f"`average` '{average}.{common}' with `weights` '{weights}.{common}'"
+    return f"import the common part by {part}; {alone}"
 
 
 def _is_counter(tensor: StoredTensor) -> bool:
