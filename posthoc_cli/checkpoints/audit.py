@@ -713,29 +713,15 @@ def _verdict(
         return "undetermined", f"the files show it about equally as {settings}"
     model, sigma = explanation.refined
     shown = _shown(model, audit.found or 0.0, sigma, unit)
-    restarts = audit.starts[audit.is_late :]
-    steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
-    if _are_successive(explanation):
-        text = f"its decay rises until step {restarts[-1]:,.0f} by a rule that is not known"
-        if model.claimed is None:
-            return "found", f"{text}; {shown}"
-        return "another rule", f"{text}: name the files after it by a glob"
-    if restarts:
-        text = f"began again from the weights near step {steps}: the average was lost, or reset"
-        return "began again", f"{text}, at a resume; {shown}"
-    if (share := explanation.lost_share) > _LOST:
-        text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
-        return LOSES_UPDATES, f"{text}where the weights move them by two digits"
-    if audit.is_of_other_weights:
-        return "undetermined", _OTHER_WEIGHTS
-    if stopped := [one for one in audit.intervals if _is_stopped(one, model)]:
-        text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
-        return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
+    if audit.starts[audit.is_late :]:
+        return _begun_again(audit, explanation, shown)
+    if broken := _broken(audit, explanation, unit):
+        return broken
     if lost:
         text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
         return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
-    if steps:
-        shown += f"; begun from the weights near step {steps}"
+    if model.starts[1:]:
+        shown += f"; begun from the weights near step {_steps(model.starts[1:])}"
     if explanation.better_rules:
         settings = " or ".join(map(_setting, explanation.better_rules))
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
@@ -750,10 +736,36 @@ def _verdict(
     return verdict, text
 
 
-def _are_successive(explanation: _Explanation) -> bool:
-    """Return whether restarts are in intervals one after another, as a rising decay has them."""
-    restarts = sorted(index for index in explanation.starts if index)
-    return bool((np.diff(restarts) == 1).any())
+def _steps(times: Sequence[float]) -> str:
+    return " and ".join(f"{time:,.0f}" for time in times)
+
+
+def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> tuple[str, str]:
+    """Return the verdict on an average that seems to restart: in intervals one after another, its
+    decay rises."""
+    restarts = audit.starts[audit.is_late :]
+    intervals = sorted(index for index in explanation.starts if index)
+    if (np.diff(intervals) == 1).any():
+        text = f"its decay rises until step {restarts[-1]:,.0f} by a rule that is not known"
+        if explanation.model.claimed is None:
+            return "found", f"{text}; {shown}"
+        return "another rule", f"{text}: name the files after it by a glob"
+    text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or "
+    return "began again", f"{text}reset, at a resume; {shown}"
+
+
+def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, str] | None:
+    """Return the verdict on an average that follows no decay; None if it may follow one."""
+    if (share := explanation.lost_share) > _LOST:
+        text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
+        return LOSES_UPDATES, f"{text}where the weights move them by two digits"
+    if audit.is_of_other_weights:
+        return "undetermined", _OTHER_WEIGHTS
+    stopped = [each for each in audit.intervals if _is_stopped(each, explanation.model)]
+    if not stopped:
+        return None
+    text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
+    return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
 
 
 def _is_stopped(interval: Interval, model: Model) -> bool:

@@ -406,26 +406,23 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     in_order = sorted(opened, key=lambda one: times.by_path[one.path])
     rows = np.stack([_start(one) for one in in_order])  # [files, average and weights, elements]
     average, weights = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2)).tolist()
+    if np.array_equal(rows[:, 0], rows[:, 1]):
+        return [replace(one, found=one.found.without_average) for one in opened]
     path = opened[0].path
     names = opened[0].found.undecided
-    are_equal = np.array_equal(rows[:, 0], rows[:, 1])
-    if not are_equal and not min(average, weights) <= 0.8 * max(average, weights) > 0:
+    if not min(average, weights) <= 0.8 * max(average, weights) > 0:
         what = " or ".join(names)
         reason = f"must be given: {path.name} holds two sets, and neither moves less: {what}"
         raise InvalidValueError("average", reason)
-    found = [one.found for one in opened]
     name = names[0]
     if weights < average:
-        found = [one.swapped() for one in found]
         name = names[1]
-    if are_equal:
-        found = [one.without_average for one in found]
-    elif min(average, weights) == 0:
-        log.warning("%s: %s never moves, and is not used", path.parent, name)
-        found = [one.without_average for one in found]
-    else:
+        opened = [replace(one, found=one.found.swapped()) for one in opened]
+    if min(average, weights) > 0:
         log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
-    return [replace(one, found=made) for one, made in zip(opened, found, strict=True)]
+        return opened
+    log.warning("%s: %s never moves, and is not used", path.parent, name)
+    return [replace(one, found=one.found.without_average) for one in opened]
 
 
 def _start(one: _Opened) -> FloatArray:

@@ -62,8 +62,12 @@ def test_a_copy_or_a_set_that_never_moves_is_no_average(
     assert values.tolist() == WEIGHTS[-1][name].flatten()[:4].tolist()
 
 
+def negated(weights: Tensors) -> Tensors:
+    return {name: -value for name, value in weights.items()}
+
+
 def test_two_models_that_move_alike_are_asked_about(tmp_path: Path) -> None:
-    other = [{name: -value for name, value in weights.items()} for weights in WEIGHTS]
+    other = list(map(negated, WEIGHTS))
     run = Run(write(tmp_path / "files", model=WEIGHTS, twin=other))
     with pytest.raises(InvalidValueError, match="neither moves less: twin or model"):
         print(run.sources)
