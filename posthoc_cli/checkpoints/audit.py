@@ -630,8 +630,8 @@ def _judge(
     lost = tuple(dict.fromkeys(compress(tensors, are_lost)))
     audit = _with_findings(audit, explanation)
     verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
-    if verdict in ("undetermined", "another rule") and (time := audit.change) is not None:
-        text += f"; its decay changes near step {time:,.0f}: name the files of one side by a glob"
+    if verdict in ("undetermined", "another rule"):
+        text += _change_text(audit)
     audit = replace(audit, verdict=verdict, text=text)
     if verdict == "undetermined":
         return replace(audit, found=None)
@@ -727,13 +727,23 @@ def _verdict(
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
     verdict, text = _compare_lengths(audit, explanation, shown, unit)
-    jump = audit.jump
     is_clear = verdict in ("found", "as claimed") and (audit.uncertainty or 0.0) < _VAGUE / 2
-    if is_clear and jump is not None:
-        text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
-        text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
-        return SET_BACK, text
+    if is_clear and audit.jump is not None:
+        return SET_BACK, _jump_text(audit.jump, unit)
     return verdict, text
+
+
+def _jump_text(jump: Interval, unit: str) -> str:
+    text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
+    return f"{text}{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+
+
+def _change_text(audit: Audit) -> str:
+    if audit.change is None:
+        return ""
+    return (
+        f"; its decay changes near step {audit.change:,.0f}: name the files of one side by a glob"
+    )
 
 
 def _steps(times: Sequence[float]) -> str:

@@ -8,8 +8,12 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
 4. new names of the step, of a model's file, or of a training's state: add a row to
    `programs.PROGRAMS`; a word for a state that is no model: to `content.NO_MODEL`;
-5. add the kind to `KINDS` and `TAKES`, a line to the guide `checkpoints`, and a test that writes
-   such files: `tests/checkpoints/test_programs.py`.
+5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is no ordinary EMA;
+   a line to the guide `checkpoints`, and a test that writes such files beside
+   `tests/checkpoints/test_programs.py`;
+6. for a warm-up of its own: a row of `profiles.WARM_UPS`, which every import then tries, too; the
+   help of `--ema-warmup` in `cli/making.py`, the table in the guide, and the tables of
+   `tests/checkpoints/test_decay_rules.py`.
 """
 
 from __future__ import annotations
