@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,10 +81,9 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
+                ends = range_of(self.sigma_rels)
                 spared = spared_times(self.kept)
-                dropped = {
-                    *snapshots_to_drop(left, prior, self.kept, range_of(self.sigma_rels), spared)
-                }
+                dropped = set(snapshots_to_drop(left, prior, self.kept, ends, spared))
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -116,7 +115,9 @@ def spared_times(keep: int) -> int:
 def range_of(sigma_rels: Sequence[float]) -> tuple[float, float]:
     """Return the range for which thinning keeps snapshots: the tracked one, or the default for a
     single profile."""
-    return (min(sigma_rels), max(sigma_rels)) if len(sigma_rels) > 1 else USEFUL_RANGE
+    if len(sigma_rels) == 1:
+        return USEFUL_RANGE
+    return min(sigma_rels), max(sigma_rels)
 
 
 _SIMULATED = 8
@@ -196,9 +197,11 @@ def removal_order(
     ones stay."""
     left = list(among)
     chosen = _Chosen(snapshots, prior, among, sigma_range)
-    counts = Counter(one.kind for one in left)
+    counts = Counter(removable.kind for removable in left)
     dropped: list[Removable] = []
-    while may_go := [one for one in left if counts[one.kind] > keep and one not in needed]:
+    while may_go := [
+        removable for removable in left if counts[removable.kind] > keep and removable not in needed
+    ]:
         errors = chosen.errors_without(may_go)
         equals = [may_go[index] for index in np.flatnonzero(errors == errors.min())]
         least = _closest_together(left, equals)
@@ -233,29 +236,43 @@ def exchanged(
     """
     kept = list(kept)
     order = list(dropped)
-    count = sum(len(one.indices) for one in kept)
+    count = sum(len(removable.indices) for removable in kept)
     if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
     everyone = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
     least = everyone.of(kept).error
     for _ in range(_MOST_TRIED // len(order)):
-        best: tuple[Removable, Removable] | None = None
-        smallest = least
-        for coming in order:
-            may_go = [one for one in kept if one not in needed and one.kind == coming.kind]
-            if not may_go:
-                continue
-            errors = everyone.of([*kept, coming]).errors_without(may_go)
-            if errors.min() < smallest:
-                smallest = float(errors.min())
-                best = coming, may_go[int(errors.argmin())]
-        if best is None or smallest >= _LEAST_GAIN * least:
+        exchanges = _exchanges(everyone, kept, order, needed)
+        best = min(exchanges, key=lambda exchange: exchange.error, default=None)
+        if best is None or best.error >= _LEAST_GAIN * least:
             break
-        least = smallest
-        coming, leaving = best
-        kept[kept.index(leaving)] = coming
-        order[order.index(coming)] = leaving
+        least = best.error
+        kept[kept.index(best.leaving)] = best.coming
+        order[order.index(best.coming)] = best.leaving
     return order
+
+
+class _Exchange(NamedTuple):
+    """A dropped snapshot for a kept one, and the error afterwards."""
+
+    coming: Removable
+    leaving: Removable
+    error: float
+
+
+def _exchanges(
+    everyone: _Chosen,
+    kept: Sequence[Removable],
+    dropped: Sequence[Removable],
+    needed: Collection[Removable],
+) -> Iterator[_Exchange]:
+    """Yield the best exchange for each of the dropped ones."""
+    for coming in dropped:
+        may_go = [each for each in kept if each not in needed and each.kind == coming.kind]
+        if may_go:
+            errors = everyone.of([*kept, coming]).errors_without(may_go)
+            leaving = may_go[int(errors.argmin())]
+            yield _Exchange(coming, leaving, float(errors.min()))
 
 
 class _Chosen:
@@ -268,7 +285,7 @@ class _Chosen:
         among: Sequence[Removable],
         sigma_range: tuple[float, float],
     ) -> None:
-        indices = sorted(index for one in among for index in one.indices)
+        indices = sorted(index for removable in among for index in removable.indices)
         usable = [snapshots[index] for index in indices]
         self._losses = losses_of(usable, prior.of(indices), sigma_range)
         self._column = {index: number for number, index in enumerate(indices)}
@@ -279,7 +296,7 @@ class _Chosen:
 
     def of(self, among: Sequence[Removable]) -> _Chosen:
         """Return the same for some of them."""
-        indices = [index for one in among for index in one.indices]
+        indices = [index for removable in among for index in removable.indices]
         columns = [self._column[index] for index in indices]
         chosen = copy(self)
         chosen._losses = self._losses.of(columns)
@@ -288,24 +305,24 @@ class _Chosen:
 
     def errors_without(self, each: Sequence[Removable]) -> FloatArray:
         columns = []
-        for one in each:
-            columns.append([self._column[index] for index in one.indices])
+        for removable in each:
+            columns.append([self._column[index] for index in removable.indices])
         return _combined(self._losses.squares_without(columns))
 
-    def lose(self, one: Removable) -> None:
-        for index in one.indices:
+    def lose(self, removable: Removable) -> None:
+        for index in removable.indices:
             self._losses.lose(self._column[index])
 
 
 def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) -> Removable:
     """Return the one whose neighbours of the same kind are closest together."""
     gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
-    for kind in {one.kind for one in equals}:
-        alike = [one for one in left if one.kind == kind]
-        in_order = sorted(alike, key=lambda one: one.t)
-        for before, one, after in zip(in_order, in_order[1:], in_order[2:], strict=False):
-            if one in gaps:
-                gaps[one] = after.t - before.t
+    for kind in {removable.kind for removable in equals}:
+        alike = [removable for removable in left if removable.kind == kind]
+        in_order = sorted(alike, key=lambda removable: removable.t)
+        for before, removable, after in zip(in_order, in_order[1:], in_order[2:], strict=False):
+            if removable in gaps:
+                gaps[removable] = after.t - before.t
     return min(equals, key=gaps.__getitem__)
 
 
@@ -447,34 +464,47 @@ def error_curve(
     others = others or {}
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
     usable = [snapshots[index] for index in among]
-    assumption = EVENLY if prior.source == ASSUMED else ""
-    sigma_rels = {p.sigma_rel for p in usable if isinstance(p, PowerFunction)}
-    tracked = sorted({float(f"{sigma_rel:.12g}") for sigma_rel in sigma_rels})
-    inside = [s for s in tracked if low <= s <= high]
-    widths = np.append(np.geomspace(low, high, points), inside)
-    grid = np.unique(widths).clip(low, high)
+    tracked = tracked_widths(usable)
+    grid = _grid(low, high, points, tracked)
     n = grid.size
     targets = [*powers(grid, t), *others.values()]
-    reconstruction = reconstruct(usable, targets, method, prior.of(among), t)
-    profile_error = reconstruction.profile_error
+    errors = reconstruct(usable, targets, method, prior.of(among), t)
     # Weights of norm 0 are exact.
-    predicted = np.nan_to_num(reconstruction.predicted_error, nan=0.0)
+    predicted = np.nan_to_num(errors.predicted_error, nan=0.0)
     further = []
     for index, (title, other) in enumerate(others.items(), start=n):
+        profile_error = float(errors.profile_error[index])
         width = relative_width(other, t)
-        errors = float(profile_error[index]), float(predicted[index])
-        further.append(ErrorPoint(title, width, *errors))
-    label = f"{label}, if {assumption}" if assumption else label
+        further.append(ErrorPoint(title, width, profile_error, float(predicted[index])))
+    assumption = EVENLY if prior.source == ASSUMED else ""
+    if assumption:
+        label = f"{label}, if {assumption}"
     return ErrorCurve(
         label=label,
         t=t,
         sigma_rels=grid,
-        profile_error=profile_error[:n],
+        profile_error=errors.profile_error[:n],
         predicted_error=predicted[:n],
         tracked=tuple(tracked),
         others=tuple(further),
         assumption=assumption,
     )
+
+
+def _grid(low: float, high: float, points: int, tracked: Sequence[float]) -> FloatArray:
+    """Return sigma_rels evenly spaced in the logarithm, and the tracked ones between them."""
+    inside = [sigma_rel for sigma_rel in tracked if low <= sigma_rel <= high]
+    widths = np.append(np.geomspace(low, high, points), inside)
+    return np.asarray(np.unique(widths).clip(low, high))
+
+
+def tracked_widths(profiles: Iterable[Profile]) -> list[float]:
+    """Return the distinct sigma_rels of power functions, ascending, up to rounding."""
+    widths = set()
+    for profile in profiles:
+        if isinstance(profile, PowerFunction):
+            widths.add(float(f"{profile.sigma_rel:.12g}"))
+    return sorted(widths)
 
 
 def time_between(snapshots: Sequence[StoredProfile], t: float | None) -> float:
@@ -611,28 +641,29 @@ def propose(
     The ends of the range are tracked, of a single profile its geometric mean.
     """
     for name, count in (("steps", steps), ("params", params)):
-        check_number(
-            name, check_count(name, count), lambda count: count <= 10**15, "be at most 1e15"
-        )
+        check_count(name, count)
+        check_number(name, count, lambda count: count <= 10**15, "be at most 1e15")
     low, high = check_sigma_range(sigma_range)
     middle = float(f"{math.sqrt(low * high):.2g}")
-    motion = Motion.even(steps)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
-        error = relative_rounding(dtype)
         interval = _round_interval(steps, _TAKEN * kept)
-        schedule = Schedule(tracked[profiles], steps, interval, kept, error)
-        snapshots = schedule.snapshots()
-        label = f"{name}: {schedule.kept} each in {dtype}"
-        errors = error_curve(
-            label, snapshots, assumed_prior(snapshots, error, motion), sigma_range, points=81
-        )
-        errors = replace(errors, label=label, assumption="")
+        rounding = relative_rounding(dtype)
+        schedule = Schedule(tracked[profiles], steps, interval, kept, rounding)
         fullest = profiles * min(schedule.taken, schedule.kept + 1)  # just before thinning
         nbytes = fullest * params * DTYPES[WORDS[dtype]].nbytes
+        label = f"{name}: {schedule.kept} each in {dtype}"
+        errors = _errors_of(schedule, label, sigma_range)
         proposals.append(Proposal(name, schedule, dtype, nbytes, errors))
     return proposals
+
+
+def _errors_of(schedule: Schedule, label: str, sigma_range: tuple[float, float]) -> ErrorCurve:
+    snapshots = schedule.snapshots()
+    prior = assumed_prior(snapshots, schedule.rounding, Motion.even(schedule.steps))
+    errors = error_curve(label, snapshots, prior, sigma_range, points=81)
+    return replace(errors, label=label, assumption="")
 
 
 def _round_interval(steps: int, times: int) -> int:
@@ -648,11 +679,8 @@ def _round_interval(steps: int, times: int) -> int:
     candidates |= {steps // count for count in counts if steps % count == 0}
 
     def cost(every: int) -> tuple[bool, int, float]:
+        left = steps % every
         digits = len(str(every).rstrip("0"))
-        return (
-            steps % every > 0,
-            round(100 * (steps % every) / steps),
-            math.log(every / least) + 0.1 * digits,
-        )
+        return left > 0, round(100 * left / steps), math.log(every / least) + 0.1 * digits
 
     return min((every for every in candidates if least <= every <= most), key=cost)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.import_run import with_checked_decays
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
@@ -235,8 +234,10 @@ class Run:
         """Return the sources; the decays that other programs' files say are compared with the
         weights, once for the same files. An import has done so."""
         sources = self.sources
-        if is_import(self.directory):
+        if is_import(self.directory) or isinstance(sources[-1], Snapshot):
             return sources
+        from posthoc_cli.checkpoints.import_run import with_checked_decays
+
         identities = [source.identity for source in sources]
         if identities != self._identities:
             self._checked = with_checked_decays(sources)

@@ -5,9 +5,12 @@ import re
 import shlex
 import shutil
 import socket
+import sys
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import forked
@@ -292,6 +295,44 @@ def test_the_development_guide_names_every_room() -> None:
         "py.typed"
     }:
         assert re.search(rf"^  {room}(/|\.py) ", text, re.MULTILINE), room
+
+
+GROUND = {"errors.py", "resources.py", "dtypes.py", "profiles.py"}
+"""Files that every way enters."""
+
+
+def files_entered(call: Callable[[], object]) -> set[str]:
+    """Return the files of the package whose functions a call enters, in any thread."""
+    entered = set[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE) and frame.f_code.co_name != "<module>":
+            entered.add(path.relative_to(PACKAGE).as_posix())
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return entered
+
+
+def test_the_development_guide_names_the_files_that_a_synthesis_enters(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = torch.nn.Linear(4, 4)
+    with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=2) as ema:
+        for _ in range(8):
+            ema.update_(model)
+    Run(run).write([0.1], tmp_path / "first.safetensors")  # imports what is imported late
+    entered = files_entered(lambda: Run(run).write([0.1], tmp_path / "average.safetensors"))
+    _, _, text = (PACKAGE / "guides/development.md").read_text().partition("**A synthesis**")
+    way, _, _ = text.partition("**A foreign file**")
+    names = {Path(name).name for name in re.findall(r"`([\w/]+\.py)`", way)}
+    assert {Path(path).name for path in entered - GROUND} <= names
+    assert len(entered) <= 26
 
 
 def test_every_test_and_experiment_that_the_durability_guide_names_exists() -> None:

@@ -61,6 +61,7 @@ _ALL = 0.999  # share of equal elements that counts as all elements
 # an explanation is clearly better if its residuals are below this share of another one's
 _CLEARLY = 0.5
 _RISES = 1e-9  # a decay that its warm-up has not reached is at least so far below it
+_CHANGED = 1.5  # least factor between lengths before and after a change of the decay
 _JUMP = 1.0  # unexplained share of motion that does not follow from the checkpoint before: all
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
@@ -161,6 +162,20 @@ class Audit:
             share = interval.unexplained or 0.0
             if not interval.note and share > max(_JUMP, _FAR * usual):
                 return interval
+        return None
+
+    @property
+    def change(self) -> float | None:
+        """The time before which all intervals show about one length, and after it another one; None
+        if there is no such time."""
+        times = [each.begin for each in self.intervals if each.found and not each.note]
+        logs = np.log([each.found for each in self.intervals if each.found and not each.note])
+        for index in range(2, len(logs) - 1):
+            sides = (logs[:index], logs[index:])
+            most = max(float(np.ptp(side)) for side in sides)
+            apart = abs(float(np.median(sides[0]) - np.median(sides[1])))
+            if apart > max(math.log(_CHANGED), 2 * most):
+                return times[index]
         return None
 
     @property
@@ -615,6 +630,8 @@ def _judge(
     lost = tuple(dict.fromkeys(compress(tensors, are_lost)))
     audit = _with_findings(audit, explanation)
     verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
+    if verdict in ("undetermined", "another rule"):
+        text += _change_text(audit)
     audit = replace(audit, verdict=verdict, text=text)
     if verdict == "undetermined":
         return replace(audit, found=None)
@@ -646,7 +663,7 @@ def _explanation(
         rules=rules,
         moves=np.flatnonzero(weights.any(axis=1)).tolist(),
         notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
-        is_late=moves.copies > 0,
+        is_late=moves.copies > 0 and model.rule.copies <= 1,
     )
 
 
@@ -696,33 +713,69 @@ def _verdict(
         return "undetermined", f"the files show it about equally as {settings}"
     model, sigma = explanation.refined
     shown = _shown(model, audit.found or 0.0, sigma, unit)
+    if audit.starts[audit.is_late :]:
+        return _begun_again(audit, explanation, shown)
+    if broken := _broken(audit, explanation, unit):
+        return broken
+    if lost:
+        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
+        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
+    if model.starts[1:]:
+        shown += f"; begun from the weights near step {_steps(model.starts[1:])}"
+    if explanation.better_rules:
+        settings = " or ".join(map(_setting, explanation.better_rules))
+        text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
+        return "another rule", text
+    verdict, text = _compare_lengths(audit, explanation, shown, unit)
+    is_clear = verdict in ("found", "as claimed") and (audit.uncertainty or 0.0) < _VAGUE / 2
+    if is_clear and audit.jump is not None:
+        return SET_BACK, _jump_text(audit.jump, unit)
+    return verdict, text
+
+
+def _jump_text(jump: Interval, unit: str) -> str:
+    text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
+    return f"{text}{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+
+
+def _change_text(audit: Audit) -> str:
+    if audit.change is None:
+        return ""
+    return (
+        f"; its decay changes near step {audit.change:,.0f}: name the files of one side by a glob"
+    )
+
+
+def _steps(times: Sequence[float]) -> str:
+    return " and ".join(f"{time:,.0f}" for time in times)
+
+
+def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> tuple[str, str]:
+    """Return the verdict on an average that seems to restart: in intervals one after another, its
+    decay rises."""
     restarts = audit.starts[audit.is_late :]
-    steps = " and ".join(f"{time:,.0f}" for time in restarts or model.starts[1:])
-    if restarts:
-        text = f"began again from the weights near step {steps}: the average was lost, or reset"
-        return "began again", f"{text}, at a resume; {shown}"
+    intervals = sorted(index for index in explanation.starts if index)
+    if (np.diff(intervals) == 1).any():
+        text = f"its decay rises until step {restarts[-1]:,.0f} by a rule that is not known"
+        if explanation.model.claimed is None:
+            return "found", f"{text}; {shown}"
+        return "another rule", f"{text}: name the files after it by a glob"
+    text = f"began again from the weights near step {_steps(restarts)}: the average was lost, or "
+    return "began again", f"{text}reset, at a resume; {shown}"
+
+
+def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, str] | None:
+    """Return the verdict on an average that follows no decay; None if it may follow one."""
     if (share := explanation.lost_share) > _LOST:
         text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
         return LOSES_UPDATES, f"{text}where the weights move them by two digits"
     if audit.is_of_other_weights:
         return "undetermined", _OTHER_WEIGHTS
-    if stopped := [one for one in audit.intervals if _is_stopped(one, model)]:
-        text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
-        return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
-    if jump := audit.jump:
-        text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
-        text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
-        return SET_BACK, text
-    if lost:
-        text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
-        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
-    if steps:
-        shown += f"; begun from the weights near step {steps}"
-    if explanation.better_rules:
-        settings = " or ".join(map(_setting, explanation.better_rules))
-        text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
-        return "another rule", text
-    return _compare_lengths(audit, explanation, shown, unit)
+    stopped = [each for each in audit.intervals if _is_stopped(each, explanation.model)]
+    if not stopped:
+        return None
+    text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
+    return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
 
 
 def _is_stopped(interval: Interval, model: Model) -> bool:

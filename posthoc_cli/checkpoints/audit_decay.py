@@ -51,7 +51,8 @@ from posthoc_cli.profiles import (
 )
 
 _POINTS = 512  # most points in an interval at which the tail of the average is computed
-_EVERYTHING = 1000.0  # -log of the share that remains after a restart, which is 0 in float64
+_COPIED = 40.0  # -log of the share that remains after a copy, which is nothing in float64
+_EVERYTHING = 1e8  # and after a restart: more than after all copies before it
 # The first so many updates are added one by one, and as many groups of later ones: of 1,000,000
 # updates a group spans 1.5 %.
 _UPDATES = 512
@@ -173,7 +174,7 @@ class Model:
         most = float(numbers.max())
         ends = _groups_until(max(most, _UPDATES + 1.0))
         middles = (ends[1:] + ends[:-1] + 1) / 2
-        kept = np.maximum(self.fitted.at(middles), 1e-300)
+        kept = np.maximum(self.fitted.at(middles), math.exp(-_COPIED))
         lost = np.cumsum(-np.log(kept) * np.diff(ends))
         if self.claimed is not None:
             lost *= self.value / self.claimed

@@ -8,8 +8,12 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
 4. new names of the step, of a model's file, or of a training's state: add a row to
    `programs.PROGRAMS`; a word for a state that is no model: to `content.NO_MODEL`;
-5. add the kind to `KINDS` and `TAKES`, a line to the guide `checkpoints`, and a test that writes
-   such files: `tests/checkpoints/test_programs.py`.
+5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is no ordinary EMA;
+   a line to the guide `checkpoints`, and a test that writes such files beside
+   `tests/checkpoints/test_programs.py`;
+6. for a warm-up of its own: a row of `profiles.WARM_UPS`, which every import then tries, too; the
+   help of `--ema-warmup` in `cli/making.py`, the table in the guide, and the tables of
+   `tests/checkpoints/test_decay_rules.py`.
 """
 
 from __future__ import annotations
@@ -79,6 +83,10 @@ class Found:
         if self.averaged:
             return completed(self.averaged, self.weights)
         return self.weights
+
+    @property
+    def without_average(self) -> Found:
+        return replace(self, averaged={}, updates=None, undecided=())
 
     def swapped(self) -> Found:
         return replace(self, averaged=self.weights, weights=self.averaged)
@@ -268,8 +276,11 @@ def _library_of(content: Content, average_key: str) -> tuple[Library | None, Val
 def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     """Return the average that the settings name, or a word, and the weights that match it."""
     weights = None
+    prefix = settings.prefix.rstrip(".")
     if settings.weights is not None:
         weights = sets.named(settings.weights)
+    elif prefix and sets.counts[prefix]:
+        weights = prefix
     if settings.average is not None:
         pair = _named_pair(sets, settings.average, weights)
         return _described(sets, pair, settings)
@@ -285,7 +296,21 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
         return _all_averaged(sets, settings)
     if not settings.include and not settings.exclude:
         _check_slashes(sets.content)
-    return None
+    return _find_twin(sets) if weights is None else None
+
+
+def _find_twin(sets: Sets) -> Found | None:
+    """Return the model and another set of the same tensors; None unless there is one such set."""
+    try:
+        path = sets.model_path()
+    except FileFormatError:
+        return None
+    model = sets.below(path)
+    twins = [other for other in sets.keys if path and sets.are_alike(other, path)]
+    if len(model) < 2 or len(twins) != 1:
+        return None
+    averaged = sets.below(twins[0])
+    return Found("ema", averaged, model, Updates(), undecided=(twins[0], path), path=path)
 
 
 def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:

@@ -143,7 +143,8 @@ def _opened_again(manifest: Manifest) -> list[Checkpoint]:
         opened.append(_Opened(content, found, Reading(time, "", "the import")))
         times[path] = time
     unit, is_stated = manifest.unit
-    return _with_roles(opened, Times(unit, is_stated, "", times), manifest.settings)
+    clock = Times(unit, is_stated, "", times)
+    return _all_made(_decided(opened, clock), clock, manifest.settings)
 
 
 # --- all checkpoints at a place
@@ -201,7 +202,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     counts = _counts(run)
     readings = by_names({one.path: one.reading for one in run})
     times = times_of(readings, counts, settings)
-    used = _begun(run, times)
+    used = _decided(_begun(run, times), times)
     has_decays = any(one.found.updates is not None for one in used)
     lacks_steps = ""
     if has_decays or settings.ema_decay:
@@ -211,7 +212,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     notes = tuple(filter(None, (left_out.text, _unused(used))))
     for note in notes:
         log.warning("%s: %s", place, note)
-    checkpoints = _with_roles(used, times, settings)
+    checkpoints = _all_made(used, times, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
     return Place(checkpoints, times.says, notes, lacks_steps)
@@ -404,39 +405,35 @@ def _largest_group(
 # --- which of two sets is the average
 
 
-def _with_roles(
-    opened: Sequence[_Opened], times: Times, settings: ImportSettings
-) -> list[Checkpoint]:
-    """Return the checkpoints, with the average that moves less where files do not say which it
-    is."""
-    is_undecided = any(one.found.undecided for one in opened)
-    if is_undecided and _is_swapped(opened, times):
-        opened = [replace(one, found=one.found.swapped()) for one in opened]
-    checkpoints = []
-    for one in opened:
-        checkpoints += _made(one, times, settings)
-    return checkpoints
+def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
+    """Return the checkpoints; where files do not say which of two sets is the average, it is the
+    one that moves less from file to file. There is none if the sets are equal, or one never moves.
 
-
-def _is_swapped(opened: Sequence[_Opened], times: Times) -> bool:
-    """Return whether the weights move less than the average from file to file.
-
-    Raise InvalidValueError if neither does clearly: averages of any length move by a third less.
+    Raise InvalidValueError if neither moves clearly less: averages of any length move by a third
+    less.
     """
-    first = opened[0].found.undecided
+    if not any(one.found.undecided for one in opened):
+        return opened
     in_order = sorted(opened, key=lambda one: times.by_path[one.path])
-    rows = np.stack([_start(one) for one in in_order])
-    moves = np.diff(rows, axis=0)
-    squares = np.square(moves).sum(axis=(0, 2))
-    average, weights = squares.tolist()
+    rows = np.stack([_start(one) for one in in_order])  # [files, average and weights, elements]
+    average, weights = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2)).tolist()
+    if np.array_equal(rows[:, 0], rows[:, 1]):
+        return [replace(one, found=one.found.without_average) for one in opened]
     path = opened[0].path
-    if not first or min(squares) > 0.8 * max(squares):
-        what = " or ".join(first)
+    names = opened[0].found.undecided
+    if not min(average, weights) <= 0.8 * max(average, weights) > 0:
+        what = " or ".join(names)
         reason = f"must be given: {path.name} holds two sets, and neither moves less: {what}"
         raise InvalidValueError("average", reason)
-    name = first[1] if weights < average else first[0]
-    log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
-    return bool(weights < average)
+    name = names[0]
+    if weights < average:
+        name = names[1]
+        opened = [replace(one, found=one.found.swapped()) for one in opened]
+    if min(average, weights) > 0:
+        log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
+        return opened
+    log.warning("%s: %s never moves, and is not used", path.parent, name)
+    return [replace(one, found=one.found.without_average) for one in opened]
 
 
 def _start(one: _Opened) -> FloatArray:
@@ -452,6 +449,15 @@ def _starts(source: Checkpoint) -> Iterator[FloatArray]:
     for name in sorted(source.averages):
         count = min(source.entries[name].size, _COMPARED)
         yield source.values(name, 0, count)
+
+
+def _all_made(
+    opened: Sequence[_Opened], times: Times, settings: ImportSettings
+) -> list[Checkpoint]:
+    checkpoints = []
+    for one in opened:
+        checkpoints += _made(one, times, settings)
+    return checkpoints
 
 
 def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:

@@ -145,6 +145,14 @@ class Sets:
                 inner[_PARTS.sub("", rest)] = tensor
         return inner
 
+    def are_alike(self, path: str, other: str) -> bool:
+        """Return whether two sets that lie apart have the same names and shapes. (A copy of the
+        best model so far is no set of its own.)"""
+        if lies_in(path, other) or lies_in(other, path) or self.keys[path].startswith("best_"):
+            return False
+        shapes = {name: tensor.shape for name, tensor in self.below(path).items()}
+        return shapes == {name: tensor.shape for name, tensor in self.below(other).items()}
+
     def named(self, text: str) -> str:
         """Return the path of the outermost set that a text or glob means; raise FileFormatError if
         there is none, or are several."""
@@ -244,7 +252,9 @@ class Sets:
                 others = [name for name in averaged if name not in weights]
                 if others and 2 * len(others) < len(averaged) > len(weights) / 2:
                     reason = "holds an EMA and weights of different models: only the EMA has"
-                    raise FileFormatError(self.content.path, f"{reason} {names_in(others)}")
+                    reason = f"{reason} {names_in(others)}"
+                    hint = _common_part(path, root, [*weights])
+                    raise FileFormatError(self.content.path, reason, hint)
         averages = []
         for path, key in self.keys.items():
             if path == f"{average}.{key}" and self._pairs_at(path, None, False):
@@ -318,7 +328,7 @@ class Sets:
 
     def _pairs_at(self, average: str, weights: str | None, is_named: bool) -> list[Pair]:
         averaged = self.below(average)
-        if all(name.isdecimal() for name in averaged):
+        if average in self.keys and all(name.isdecimal() for name in averaged):
             path = self.model_path() if weights is None else weights
             raw = self.below(path)
             matched = match_list(self.content, averaged, raw)
@@ -413,6 +423,17 @@ def _change(pair: Pair) -> tuple[str, str, str] | None:
         end = len(weights) - len(after)
         return outer, word[0], weights[len(before) : end]
     return None
+
+
+def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
+    """Return how to name the part that an average and weights with these names share."""
+    alone = "`kind` checkpoints takes the weights alone"
+    heads = {name.rpartition(".")[0].partition(".")[0] for name in names}
+    common = heads.pop()
+    if heads or not common:
+        return alone
+    part = f"`average` '{average}.{common}' with `weights` '{weights}.{common}'"
+    return f"import the common part by {part}; {alone}"
 
 
 def _is_counter(tensor: StoredTensor) -> bool:

@@ -58,7 +58,7 @@ class Checkpoint(Source):
     decay: float = 0.0
     # hash of names, shapes and content; empty until checkpoints were compared with each other
     run_id: str = ""
-    kind: str = "checkpoints"  # one of `layouts.TABLE`
+    kind: str = "checkpoints"  # one of `KINDS`
     name: str = ""  # that of the file or folder, or more of its path if that is not distinct
     updates: Updates | None = None  # of an ordinary EMA; None for other tensors
     # whether files or the user say what `step` counts

@@ -215,29 +215,42 @@ def main() -> NoReturn:
     except (PostHocError, OSError) as error:
         if debug:
             raise
-        code = error.exit_code if isinstance(error, PostHocError) else 1
-        _print_message("error", error if isinstance(error, PostHocError) else _system_text(error))
+        code = _report_error(error)
     except SystemExit as ending:
         # click turns a broken pipe into exit code 1
         if not isinstance(ending.__context__, BrokenPipeError):
             raise
         code = _drop_output()
     except _USAGE_ERROR as error:
-        code = 2
-        context = getattr(error, "ctx", None)
-        see = "" if context is None else f" (see {context.command_path} --help)"
-        _print_message("error", f"{error.format_message().replace('Value error, ', '')}{see}")
+        code = _report_usage(error)
     if code == 130:  # from the handler above, or returned by typer
         output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _report_error(error: PostHocError | OSError) -> int:
+    """Print an error, and return the exit code."""
+    if isinstance(error, PostHocError):
+        _print_message("error", error)
+        return error.exit_code
+    _print_message("error", _system_text(error))
+    return 1
+
+
+def _report_usage(error: Any) -> int:
+    text = error.format_message().replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        text += f" (see {context.command_path} --help)"
+    _print_message("error", text)
+    return 2
+
+
 def _system_text(error: OSError) -> str:
     if error.filename == output.STDOUT:
         _drop_output()
-    return (f"{error.filename}: " if error.filename else "") + (
-        error.strerror or str(error)
-    ).lower()
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _print_message(kind: str, message: object) -> None:

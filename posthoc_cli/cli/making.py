@@ -20,6 +20,7 @@ from posthoc_cli.report.facts import title_of
 from posthoc_cli.targets import RANGES, Groups, parse_numbers
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.import_run import Import
     from posthoc_cli.snapshots.prune import Pruning
     from posthoc_cli.sweep.search import Trial
 
@@ -77,14 +78,11 @@ def synthesize(
     from posthoc_cli.export.writing import is_rank
 
     targets = options.parse_targets(sigma_rel, target)
-    targets += [Groups(options.parse_groups(group))] if group else []
+    if group:
+        targets.append(Groups(options.parse_groups(group)))
     run = options.open_run(directory)
     if not targets:
-        kinds = (
-            "--sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the kinds) "
-            "or --group '*=0.1'"
-        )
-        raise InvalidValueError("no target", f"name at least one by {kinds}")
+        raise InvalidValueError("no target", _NO_TARGET)
     report = run.write(
         targets,
         out,
@@ -109,51 +107,70 @@ def synthesize(
         output.show(report.to_dict(), as_json, _print_synthesize)
 
 
-def _print_synthesize(found: dict[str, Any]) -> None:
-    targets = found["targets"]
-    if found["choice"] is not None:
-        output.print_line(f"from {found['choice']}")
-    if copied := found.get("like"):
-        _note_copied(copied)
-    elif found["left_out"] and targets[0]["output"]:
-        _note_left_out(found["left_out"], Path(targets[0]["output"]))
-    shown = ["predicted_error"]
-    if targets[0]["method"] == "paper":
-        shown.append("profile_error")
+_NO_TARGET = (
+    "name at least one by --sigma-rel 0.15, --target beta:0.9999 (`ema guide synthesis` lists the "
+    "kinds) or --group '*=0.1'"
+)
+
+
+def _print_synthesize(report: dict[str, Any]) -> None:
+    targets = report["targets"]
+    first = targets[0]
+    errors = ["predicted_error"]
+    if first["method"] == "paper":
+        errors.append("profile_error")
+    _print_origin(report)
     if len(targets) > 1:
         # all in one folder
         rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]
-        output.print_rows(rows, ["target", *shown, "output:file"])
+        output.print_rows(rows, ["target", *errors, "output:file"])
         output.print_line()
-    elif not targets[0]["output"]:
-        output.print_coefficients(targets[0]["snapshots"])
+    elif not first["output"]:
+        output.print_coefficients(first["snapshots"])
         output.print_line()
-    first = targets[0]
-    what = first["target"]
-    size = resources.size_text(first["bytes"])
-    place = first["output"]
-    if len(targets) > 1:
-        what = output.counted(len(targets), "average")
-        size += " each"
-        if place is not None:
-            place = str(Path(place).parent)
-    errors = ", ".join(f"{title_of(key)} {_largest(targets, key)}" for key in shown)
-    text = f"{what} at t = {first['t']:,.12g} from {found['sources']}, {errors}, {size}"
-    if place is None:
-        read = resources.size_text(found["read_bytes"])
+    text = _summary(report, errors)
+    if first["output"] is None:
+        read = resources.size_text(report["read_bytes"])
         output.print_line(f"would make {text}; would read {read}; nothing was written")
     else:
-        where = "in this folder" if place == "." else place
+        path = Path(first["output"])
+        written = path if len(targets) == 1 else path.parent
+        where = "in this folder" if written == Path() else str(written)
         output.print_line(f"made {text}, in {first['seconds']:.1f} s: {where}")
 
 
-def _largest(targets: list[dict[str, Any]], key: str) -> str:
-    """Return the largest error of all targets as text."""
-    errors = [target[key] for target in targets]
+def _print_origin(report: dict[str, Any]) -> None:
+    """Print which snapshots were chosen, and what an output lacks or has from elsewhere."""
+    path = report["targets"][0]["output"]
+    if report["choice"] is not None:
+        output.print_line(f"from {report['choice']}")
+    if copied := report.get("like"):
+        _note_copied(copied)
+    elif report["left_out"] and path:
+        _note_left_out(report["left_out"], Path(path))
+
+
+def _summary(report: dict[str, Any], errors: list[str]) -> str:
+    """Return what was made of what, with the largest of each kind of error."""
+    targets = report["targets"]
+    first = targets[0]
+    what = first["target"]
+    size = resources.size_text(first["bytes"])
+    if len(targets) > 1:
+        what = output.counted(len(targets), "average")
+        size += " each"
+    parts = [f"{what} at t = {first['t']:,.12g} from {report['sources']}"]
+    for key in errors:
+        largest = _largest([target[key] for target in targets])
+        parts.append(f"{title_of(key)} {largest}")
+    return ", ".join([*parts, size])
+
+
+def _largest(errors: list[float | None]) -> str:
     if None in errors:
         return percent(None)
-    largest = percent(max(errors))
-    return largest if len(errors) == 1 else f"up to {largest}"
+    largest = percent(max(filter(None, errors), default=0.0))
+    return f"up to {largest}" if len(errors) > 1 else largest
 
 
 def _listed(names: list[str]) -> str:
@@ -167,11 +184,13 @@ def _first(names: list[str]) -> str:
 
 def _note_left_out(names: list[str], path: Path) -> None:
     """Print the names of the tensors that an output lacks, and the command that adds them."""
-    file = path if path.suffix not in (".pt", ".pth", ".bin") else path.with_suffix(".safetensors")
-    before = "" if file == path else f"make {file.name} instead of {path.name}, then: "
-    command = (
-        f"{before}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
-    )
+    file = path
+    before = ""
+    if path.suffix in (".pt", ".pth", ".bin"):
+        file = path.with_suffix(".safetensors")
+        before = f"make {file.name} instead of {path.name}, then: "
+    quoted = shlex.quote(str(file))
+    command = f"{before}ema export {quoted} --base FULL.safetensors --out NEW.safetensors"
     lacks = f"the output lacks {_listed(names)} of the model, which the run does not track"
     output.print_note(f"{lacks}; to add it from a full model: {command}")
 
@@ -252,11 +271,7 @@ def sweep(
     from posthoc_cli.sweep import Axis, Sweep
     from posthoc_cli.sweep.trials import Metric
 
-    check_alone(**{"--look": look, "--minimize": minimize is not None})
-    if minimize is None and not look:
-        reason = "say whether lower or higher is better"
-        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
-        raise InvalidValueError("--minimize", reason, hint)
+    _check_direction(minimize, look)
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths
@@ -267,9 +282,7 @@ def sweep(
 
     def say(trial: Trial, number: int, expected: int) -> None:
         if trial.error is not None:
-            name = f"{trial.target}, seed {trial.seed}"
-            see = f"see {out / 'logs' / trial.name}.err"
-            output.print_note(f"ema: warning: {name}: {trial.error}; {see}")
+            _warn_of_failure(trial, out)
         left = _time_left(trial.seconds * (expected - number))
         show(f"trial {number} of about {expected}: {_result(trial)}{left}")
 
@@ -291,10 +304,24 @@ def sweep(
         progress=output.progress_bar("trials"),
     ).run_all()
     if (out / "images").is_dir():
-        page = render(run, [out], out / "report.html").encode()
-        files.write_atomically(out / "report.html", page, overwrite=True)
-        report = replace(report, outputs=(*report.outputs, out / "report.html"))
+        page = out / "report.html"
+        files.write_atomically(page, render(run, [out], page).encode(), overwrite=True)
+        report = replace(report, outputs=(*report.outputs, page))
     output.show(report.to_dict(), as_json, _print_sweep)
+
+
+def _check_direction(minimize: bool | None, look: bool) -> None:
+    check_alone(**{"--look": look, "--minimize": minimize is not None})
+    if minimize is None and not look:
+        reason = "say whether lower or higher is better"
+        hint = "add --minimize or --maximize; or --look, to compare images without a metric"
+        raise InvalidValueError("--minimize", reason, hint)
+
+
+def _warn_of_failure(trial: Trial, out: Path) -> None:
+    log = out / "logs" / f"{trial.name}.err"
+    reason = f"{trial.target}, seed {trial.seed}: {trial.error}"
+    output.print_note(f"ema: warning: {reason}; see {log}")
 
 
 def _result(trial: Trial) -> str:
@@ -317,13 +344,13 @@ def _time_left(seconds: float) -> str:
     return f", about {seconds:.0f} s left"
 
 
-def _print_sweep(found: dict[str, Any]) -> None:
+def _print_sweep(report: dict[str, Any]) -> None:
     from posthoc_cli.sweep.search import answer
 
-    texts = answer(found)
-    pairs = [("measured", texts["measured"]), ("wrote", ", ".join(found["outputs"]))]
+    texts = answer(report)
+    pairs = [("measured", texts["measured"]), ("wrote", ", ".join(report["outputs"]))]
     if "best" in texts:
-        if found["raw"] is None:
+        if report["raw"] is None:
             texts["raw"] += ": the run lacks them; name their file by --raw"
         pairs = [
             ("best", texts["best"]),
@@ -401,14 +428,14 @@ def export(
     output.show(report.to_dict(), as_json, functools.partial(_print_export, base))
 
 
-def _print_export(base: str | None, found: dict[str, Any]) -> None:
-    if copied := found.get("like"):
+def _print_export(base: str | None, report: dict[str, Any]) -> None:
+    if copied := report.get("like"):
         _note_copied(copied)
-    added = f", {found['from_base']} of them from {base}" if base is not None else ""
-    size = resources.size_text(found["bytes"])
+    added = f", {report['from_base']} of them from {base}" if base is not None else ""
+    size = resources.size_text(report["bytes"])
     output.print_line(
-        f"wrote {found['tensors']} tensors{added}, {size}, in {found['seconds']:.1f} s: "
-        f"{found['output']}"
+        f"wrote {report['tensors']} tensors{added}, {size}, in {report['seconds']:.1f} s: "
+        f"{report['output']}"
     )
 
 
@@ -554,7 +581,11 @@ def import_(
     )
     if as_json:
         output.print_json(done.to_dict())
-        return
+    else:
+        _print_import(done, dry_run)
+
+
+def _print_import(done: Import, dry_run: bool) -> None:
     output.print_line(f"numbers are {done.numbers}")
     for what, count in done.counts.items():
         output.print_line(f"{count:,} x {what}")
@@ -603,19 +634,19 @@ def prune(
     count = options.optional(options.parse_count, keep, "--keep", "20")
     if count == 0:
         raise InvalidValueError("--keep", "must be at least 1", value="0")
+    can_ask = sys.stdin.isatty() and not as_json
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)
     run = Run(options.existing(directory, directory=True))
 
     def agree(planned: Pruning) -> bool:
-        if not yes and (as_json or not sys.stdin.isatty()):
+        if not (yes or can_ask):
             reason = "is needed with --json, and without a terminal that could answer"
             raise InvalidValueError("--yes", reason, "--dry-run shows what would be deleted")
         if not as_json:
             _print_prune(planned.to_dict(), ends)
-        return yes or typer.confirm(
-            f"delete {output.counted(len(planned.to_delete), 'snapshot')} for good?", err=True
-        )
+        what = output.counted(len(planned.to_delete), "snapshot")
+        return yes or typer.confirm(f"delete {what} for good?", err=True)
 
     pruning = run.prune(
         keep=count,
@@ -635,9 +666,9 @@ def prune(
     return int(bool(done["gone"]) and not (done["deleted"] or dry_run))
 
 
-def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> None:
-    gone = found["gone"]
-    kept = found["kept"]
+def _print_prune(report: dict[str, Any], sigma_range: tuple[float, float]) -> None:
+    gone = report["gone"]
+    kept = report["kept"]
     if gone:
         rows = sorted(gone, key=lambda one: (one["t"], one["sigma_rel"]))
         output.print_rows(rows, ["to delete:file", "t", "sigma_rel", "size:bytes"])
@@ -645,25 +676,24 @@ def _print_prune(found: dict[str, Any], sigma_range: tuple[float, float]) -> Non
     both = {
         "when": "now",
         "count": len(kept) + len(gone),
-        "bytes": found["bytes"] + found["gone_bytes"],
+        "bytes": report["bytes"] + report["gone_bytes"],
     }
-    left = {"when": "afterwards", "count": len(kept), "bytes": found["bytes"]}
+    left = {"when": "afterwards", "count": len(kept), "bytes": report["bytes"]}
     columns = [":when", "snapshots:count", "size:bytes", "worst_error", "median_error"]
-    output.print_rows([both | found["before"], left | found["after"]], columns)
+    output.print_rows([both | report["before"], left | report["after"]], columns)
     low, high = sigma_range
     how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
-    output.print_line(
-        f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(found['prior'], '')}"
-    )
+    basis = how.get(report["prior"], "")
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{basis}")
 
 
-def _print_end(found: dict[str, Any], dry_run: bool) -> None:
-    count = output.counted(len(found["gone"]), "snapshot")
-    what = f"{count}, {resources.size_text(found['gone_bytes'])}"
-    if not found["gone"]:
+def _print_end(report: dict[str, Any], dry_run: bool) -> None:
+    count = output.counted(len(report["gone"]), "snapshot")
+    what = f"{count}, {resources.size_text(report['gone_bytes'])}"
+    if not report["gone"]:
         output.print_line("nothing has to be deleted")
-    elif found["deleted"]:
-        output.print_line(f"deleted {what}; {len(found['kept'])} are left, verified")
+    elif report["deleted"]:
+        output.print_line(f"deleted {what}; {len(report['kept'])} are left, verified")
     elif dry_run:
         output.print_line(f"would delete {what}; nothing was deleted")
     else:
@@ -695,36 +725,38 @@ def demo(
     output.show(run(folder, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
 
 
-def _print_demo(found: dict[str, Any]) -> None:
+def _print_demo(results: dict[str, Any]) -> None:
+    output.print_line()
+    output.print_line("Which length is best? The loss on images that the training has not seen:")
+    rows = [{"what": "raw weights", "loss": f"{results['raw']:.5f}", "versus": "", "mark": ""}]
+    best = results["best"]
+    losses = {}
+    for average in results["averages"]:
+        width = average["sigma_rel"]
+        losses[width] = f"{average['loss']:.5f}"
+        versus = f"{100 * (average['loss'] / results['raw'] - 1):+.2f} %"
+        mark = "<- best" if width == best else ""
+        rows.append({"what": f"{width:g}", "loss": losses[width], "versus": versus, "mark": mark})
+    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
+    low, high = results["equal_within_noise"]
+    output.print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise")
+    tracked = " or ".join(f"{width:g}" for width in results["tracked"])
+    plain = " or ".join(losses[width] for width in results["tracked"])
+    output.print_line(f"a plain EMA of {tracked}: {plain}; yours, of {best:g}: {losses[best]}")
+    _print_next_commands(Path(results["out"]), results["seconds"])
+
+
+def _print_next_commands(out: Path, seconds: float) -> None:
     from posthoc_cli.demo import command_name
 
     output.print_line()
-    output.print_line("Which length is best? The loss on images that the training has not seen:")
-    rows = [{"what": "raw weights", "loss": f"{found['raw']:.5f}"}]
-    losses = {}
-    for average in found["averages"]:
-        width = average["sigma_rel"]
-        loss = average["loss"]
-        losses[width] = f"{loss:.5f}"
-        row = {"what": f"{width:g}", "loss": losses[width]}
-        row["versus"] = f"{100 * (loss / found['raw'] - 1):+.2f} %"
-        if width == found["best"]:
-            row["mark"] = "<- best"
-        rows.append(row)
-    output.print_rows(rows, ["sigma_rel:what", "validation loss:loss", "vs raw:versus", ":mark"])
-    low, high = found["equal_within_noise"]
-    output.print_line(f"sigma_rel {low:g} to {high:g} are equal within the noise")
-    best = found["best"]
-    tracked = " or ".join(f"{width:g}" for width in found["tracked"])
-    plain = " or ".join(losses[width] for width in found["tracked"])
-    output.print_line(f"a plain EMA of {tracked}: {plain}; yours, of {best:g}: {losses[best]}")
-    out = Path(found["out"])
-    output.print_line()
-    output.print_line(f"done in {found['seconds']:.0f} s. Open {out / 'report.html'}, and try:")
-    folder = shlex.quote(str(out))
+    output.print_line(f"done in {seconds:.0f} s. Open {out / 'report.html'}, and try:")
+    mine = ["--sigma-rel", "0.13", "--out", out / "mine.safetensors"]
+    schedule = ["--steps", "100000", "--params", "100K", "--disk", "10MB"]
     for words in (
-        f"synthesize {folder}/snapshots --sigma-rel 0.13 --out {folder}/mine.safetensors",
-        f"info {folder}/best.safetensors",
-        f"plan --steps 100000 --params 100K --disk 10MB --out {folder}/plan.png",
+        ["synthesize", out / "snapshots", *mine],
+        ["info", out / "best.safetensors"],
+        ["plan", *schedule, "--out", out / "plan.png"],
     ):
-        output.print_line(f"  {shlex.quote(command_name())} {words}")
+        line = shlex.join([command_name(), *map(str, words)])
+        output.print_line(f"  {line}")

@@ -75,9 +75,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
             its row lacks the key.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    pairs = [
-        column.rsplit(":", 1) if ":" in column else (title_of(column), column) for column in columns
-    ]
+    pairs = []
+    for column in columns:
+        title, separator, key = column.rpartition(":")
+        pairs.append((title if separator else title_of(key), key))
     for title, key in pairs:
         is_number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
         table.add_column(Text(title), justify="right" if is_number else "left", no_wrap=True)
@@ -94,29 +95,33 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
 def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Print a table like `print_rows`, after an empty line; of many rows the first and the last
     ones."""
-    half = MOST_ROWS // 2
     print_line()
-    print_rows(rows if len(rows) <= MOST_ROWS else [*rows[:half], *rows[-half:]], columns)
-    if len(rows) > MOST_ROWS:
-        print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
+    if len(rows) <= MOST_ROWS:
+        print_rows(rows, columns)
+        return
+    half = MOST_ROWS // 2
+    print_rows([*rows[:half], *rows[-half:]], columns)
+    print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     """Print the snapshots of an average whose coefficients have the largest magnitude, in their
     order."""
-    order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
-    print_rows([snapshots[index] for index in sorted(order[:MOST_ROWS])], ["file", "coefficient"])
-    if len(snapshots) > MOST_ROWS:
-        print_line(
-            f"and {len(snapshots) - MOST_ROWS:,} more with smaller coefficients; --json lists them"
-        )
+    sizes = [abs(snapshot["coefficient"]) for snapshot in snapshots]
+    by_size = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    largest = sorted(by_size[:MOST_ROWS])
+    print_rows([snapshots[index] for index in largest], ["file", "coefficient"])
+    left = len(snapshots) - len(largest)
+    if left:
+        print_line(f"and {left:,} more with smaller coefficients; --json lists them")
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two aligned columns."""
     width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
-        write(f"{name}{' ' * (width - cell_len(name))}  {printable(value)}\n")
+        space = " " * (width - cell_len(name))
+        write(f"{name}{space}  {printable(value)}\n")
 
 
 def warn_of_statistics(copies: Iterable[str]) -> None:
@@ -152,9 +157,12 @@ def progress_bar(unit: str = "") -> ProgressBar:
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        in_bytes = live.DownloadColumn(), live.TransferSpeedColumn()
-        numbers = (live.MofNCompleteColumn(), live.TextColumn(unit)) if unit else in_bytes
-        columns = live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn()
+        columns: list[live.ProgressColumn] = [live.TextColumn(what), live.BarColumn()]
+        if unit:
+            columns += [live.MofNCompleteColumn(), live.TextColumn(unit)]
+        else:
+            columns += [live.DownloadColumn(), live.TransferSpeedColumn()]
+        columns.append(live.TimeRemainingColumn())
         console = Console(stderr=True)
         hidden = not console.is_terminal
         redirected = sys.stdout.isatty()

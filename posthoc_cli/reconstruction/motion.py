@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -73,8 +74,8 @@ class Motion:
         of an average's mass, as of a checkpoint: there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
-        found = np.searchsorted(self.edges, middle, side="right") - 1
-        segment = np.clip(found, 0, self.walk.size - 1)
+        segment = np.searchsorted(self.edges, middle, side="right") - 1
+        segment = np.clip(segment, 0, self.walk.size - 1)
         walk = self.walk[segment]
         noise = self.noise[segment]
         if self.scatter is not None:
@@ -99,9 +100,11 @@ class Motion:
         walked = self.walk * spacing
         forgotten = 2 * self.scatter
         total = walked + forgotten
-        share = np.divide(forgotten, total, out=0 * walked, where=self.scatter > 0) ** 2
-        noise = self.noise + share * walked * spacing / 3
-        return replace(self, walk=(1 - share) * self.walk, noise=noise)
+        share = np.divide(forgotten, total, out=0 * walked, where=self.scatter > 0)
+        spectrum = share**2
+        noise = self.noise + spectrum * walked * spacing / 3
+        walk = (1 - spectrum) * self.walk
+        return replace(self, walk=walk, noise=noise)
 
 
 # --- the fit
@@ -175,52 +178,90 @@ def fit_motion(
     too, unless all carry the same information about an interval: it makes successive intervals
     differ more than a walk does. Beside `ordinary` averages, at these times, checkpoints may
     scatter, in one proportion to the walk from one such time to the next."""
-    later = [t for t in times if t > start]
-    edges = evenly_chosen(np.unique([start, *later]), MOST_SEGMENTS + 1)
-    if edges.size == 1:
-        edges = np.array([start / 2, start])
+    edges = _ends_of_segments(start, times)
     segments = edges.size - 1
-    walks, noises, scatters, rounding = influences(edges, pairs, steps)
-    # Averages that should be equal, and differ, are not what their files say: no motion explains
-    # them.
-    explained = walks.any(axis=1) | (rounding > 0)
-    kinds = [walks]
-    if may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments:
-        kinds.append(noises)
-    influence = np.hstack(kinds)[explained]
-    known = rounding[explained]
-    walk, noise = unknowns = np.zeros((2, segments))
-    if not influence.any():
-        return Motion(edges, walk, noise), rounding
-    # The same walk everywhere, as large as the distances are in the mean, and far less noise.
-    first = []
-    for share, part in zip(_FIRST, np.hsplit(influence, len(kinds)), strict=False):
-        mean = part.sum(axis=1).mean()
-        first.append(share / max(mean, 1e-300))
-    x = np.repeat(first, segments)
+    influences = influences_of(edges, pairs, steps)
     spacing = spacing_of(edges, ordinary, steps)
-    scattered = np.zeros_like(influence)
-    share = _FIRST[1] if len(ordinary) else 0.0
-    scattered[:, :segments] = (scatters * spacing)[explained]
-    rows = influence + share * scattered
+    fits_noise = may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments
+    fit = _Fit(influences, spacing, fits_noise, fits_scatter=len(ordinary) > 0)
+    if not fit.has_influence:
+        return Motion(edges, *np.zeros((2, segments))), influences.rounding
     for _ in range(_UPDATES):
-        total = rows.sum(axis=0)
-        weights = np.maximum(rows @ x + known, 1e-12) ** -2
-        ratio = np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0)
-        if share and (each := scattered @ x).any():
-            share *= np.sqrt(weights @ each / each.sum())
-            rows = influence + share * scattered
-        x *= np.sqrt(ratio)
-    # A segment that no distance shows, as that before the first update, moves as its neighbours do.
-    sizes = np.split(influence.sum(axis=0), len(kinds))
-    for kind, values, size in zip(unknowns, np.split(x, len(kinds)), sizes, strict=False):
-        shown = np.flatnonzero(size > _UNSHOWN * size.max())
-        kind[:] = np.interp(np.arange(segments), shown, values[shown])
-    walk = with_floor(walk, walks, noises @ noise + rounding)
-    scatter = share * walk * spacing
-    expected = walks @ walk + noises @ noise + rounding + scatters @ scatter
+        fit.update()
+    walk, noise = fit.intensities()
+    others = influences.noise @ noise + influences.rounding
+    walk = with_floor(walk, influences.walk, others)
+    scatter = fit.proportion * walk * spacing
+    expected = influences.expected(walk, noise, scatter)
     motion = Motion(edges, walk, noise, scatter if len(ordinary) else None)
-    return motion, np.asarray(expected)
+    return motion, expected
+
+
+def _ends_of_segments(start: float, times: Sequence[float]) -> FloatArray:
+    later = [t for t in times if t > start]
+    distinct = np.unique([start, *later])
+    if distinct.size == 1:
+        return np.array([start / 2, start])
+    return evenly_chosen(distinct, MOST_SEGMENTS + 1)
+
+
+class _Fit:
+    """The unknowns of `fit_motion`, and their updates.
+
+    `proportion` is that of scatter to the walk from one time of an ordinary average to the next.
+    """
+
+    def __init__(
+        self, influences: Influences, spacing: FloatArray, fits_noise: bool, fits_scatter: bool
+    ) -> None:
+        # Averages that should be equal, and differ, are not what their files say: no motion
+        # explains them.
+        explained = influences.walk.any(axis=1) | (influences.rounding > 0)
+        self._known = influences.rounding[explained]
+        kinds = [influences.walk[explained]]
+        if fits_noise:
+            kinds.append(influences.noise[explained])
+        self._segments = spacing.size
+        self._influence = np.hstack(kinds)
+        self.has_influence = bool(self._influence.any())
+        # The same walk everywhere, as large as the distances are in the mean, and far less noise.
+        first = []
+        for share, influence in zip(_FIRST, kinds, strict=False):
+            mean = influence.sum(axis=1).mean()
+            first.append(share / max(mean, 1e-300))
+        self._intensities = np.repeat(first, self._segments)
+        self.proportion = _FIRST[1] if fits_scatter else 0.0
+        self._scattered = np.zeros_like(self._influence)
+        by_spacing = influences.scatter * spacing
+        self._scattered[:, : self._segments] = by_spacing[explained]
+        self._rows = self._influence + self.proportion * self._scattered
+
+    def update(self) -> None:
+        rows = self._rows
+        total = rows.sum(axis=0)
+        expected = np.maximum(rows @ self._intensities + self._known, 1e-12)
+        weights = expected**-2
+        changes = np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0)
+        if self.proportion:
+            scatter = self._scattered @ self._intensities
+            if scatter.any():
+                self.proportion *= np.sqrt(weights @ scatter / scatter.sum())
+                self._rows = self._influence + self.proportion * self._scattered
+        self._intensities *= np.sqrt(changes)
+
+    def intensities(self) -> FloatArray:
+        """Return walk and noise: shape [2, segments].
+
+        A segment that no distance shows, as that before the first update, moves as its neighbours
+        do.
+        """
+        fitted = self._intensities.reshape(-1, self._segments)
+        sizes = self._influence.sum(axis=0).reshape(fitted.shape)
+        result = np.zeros((2, self._segments))
+        for kind, values in enumerate(fitted):
+            shown = np.flatnonzero(sizes[kind] > _UNSHOWN * sizes[kind].max())
+            result[kind] = np.interp(np.arange(self._segments), shown, values[shown])
+        return result
 
 
 def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> FloatArray:
@@ -233,16 +274,18 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
     least = _LEAST_OF_NEIGHBOURS * median_of_neighbours(walk)
     added = np.maximum(least - walk, 0.0)
     raised = walks * added
-    total = raised.sum(axis=1)
+    total = np.maximum(raised.sum(axis=1), 1e-300)
     room = np.maximum(_MOST_RAISED - walks @ walk - others, 0.0)
-    allowed = np.minimum(room / np.maximum(total, 1e-300), 1.0)
-    shares = np.where(raised > 0, allowed[:, None], 1.0).min(axis=0)
-    return np.asarray(walk + shares * added)
+    allowed = np.minimum(room / total, 1.0)
+    shares = np.where(raised > 0, allowed[:, None], 1.0)
+    return np.asarray(walk + shares.min(axis=0) * added)
 
 
 def interval_of(profile: StoredProfile) -> int:
     """Return the number of steps from one update of an average to the next."""
-    return int(profile.settings["every"]) if isinstance(profile, OrdinaryEMA) else 1
+    if isinstance(profile, OrdinaryEMA):
+        return int(profile.settings["every"])
+    return 1
 
 
 _SAMPLED_OF_SCATTER = 0.4
@@ -274,13 +317,15 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
     jumps = [profile.jumps for profile in profiles if isinstance(profile, OrdinaryEMA)]
     if motion.sampling is None or not jumps:
         return np.zeros((0, len(profiles)))
-    edges = evenly_chosen(np.unique(np.concatenate(jumps)), MOST_POINTS)
+    times = np.unique(np.concatenate(jumps))
+    edges = evenly_chosen(times, MOST_POINTS)
     tails = np.stack([profile.tail(edges) for profile in profiles], axis=1)
     masses = -np.diff(tails, axis=0, prepend=1.0)
-    steps = np.diff(edges, prepend=edges[0])[:, None]
-    updates = np.maximum(steps / intervals, 1.0)
-    variance = motion.sampling[segments_of(motion.edges, edges)][:, None]
-    deviation = np.sqrt(variance / updates)
+    steps = np.diff(edges, prepend=edges[0])
+    updates = np.maximum(steps[:, None] / intervals, 1.0)
+    segment = segments_of(motion.edges, edges)
+    variance = motion.sampling[segment]
+    deviation = np.sqrt(variance[:, None] / updates)
     rows = np.where(intervals > 1, deviation * masses, 0.0)
     return np.asarray(np.linalg.qr(rows, mode="r"))
 
@@ -292,46 +337,78 @@ def median_of_neighbours(values: FloatArray) -> FloatArray:
     return np.nanmedian(sliding_window_view(padded, 5), axis=1)
 
 
-def influences(
-    edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None
-) -> tuple[FloatArray, ...]:
-    """Return the contributions to each measured distance, relative to it: a walk, a noise and a
-    scatter of intensity 1 on each segment between `edges` alone, [pairs, segments] each, and
-    rounding, [pairs].
-    """
-    place: dict[StoredProfile, int] = {}
-    for profile, each in pairs:
-        place.setdefault(profile, len(place))
-        place.setdefault(each.other, len(place))
-    nodes = Nodes(edges, list(place), steps)
-    first = np.searchsorted(nodes.edges, edges[:-1])
-    segment = np.searchsorted(first, nodes.interval, side="right") - 1
-    tails = nodes.tails(list(place))
-    masses = nodes.masses(list(place))
-    segments = edges.size - 1
-    walk, noise, scatter = np.zeros((3, len(pairs), segments))
-    rounding = np.zeros(len(pairs))
-    for row, (profile, each) in enumerate(pairs):
-        later = place[profile]
-        earlier = place[each.other]
-        for kind, values in ((walk, tails), (noise, masses)):
-            squares = (values[:, later] - values[:, earlier]) ** 2
-            sums = np.bincount(segment, nodes.weight * squares, segments)
-            kind[row] = sums / each.squared
+class Influences(NamedTuple):
+    """Contributions to each measured distance, relative to it: of a walk, a noise and a scatter of
+    intensity 1 on each segment alone, [pairs, segments] each, and of rounding, [pairs]."""
+
+    walk: FloatArray
+    noise: FloatArray
+    scatter: FloatArray
+    rounding: FloatArray
+
+    def expected(self, walk: FloatArray, noise: FloatArray, scatter: FloatArray) -> FloatArray:
+        """Return what motion expects of the distances, relative to them: shape [pairs]."""
+        lasting = self.walk @ walk + self.noise @ noise
+        return np.asarray(lasting + self.rounding + self.scatter @ scatter)
+
+
+def influences_of(edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> Influences:
+    """Return the influences of motion between `edges` on measured distances."""
+    integrals = _Integrals(edges, pairs, steps)
+    walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
+    for row, (profile, distance) in enumerate(pairs):
+        both = (profile, distance.other)
+        walk[row] = integrals.of_tails(*both)
+        noise[row] = integrals.of_masses(*both)
         if walk[row].any():  # else an average that is a copy of the checkpoint
-            points = [one.t for one in (profile, each.other) if isinstance(one, Point)]
-            np.add.at(scatter[row], segments_of(edges, points), 1 / each.squared)
-        rounding[row] = min(each.rounding / each.squared, 1.0)
-    return walk, noise, scatter, rounding
+            points = [each.t for each in both if isinstance(each, Point)]
+            scatter[row] = np.bincount(segments_of(edges, points), minlength=edges.size - 1)
+    squared = np.array([distance.squared for _, distance in pairs])
+    rounding = np.array([distance.rounding for _, distance in pairs])
+    by_pair = squared[:, None]
+    relative_rounding = np.minimum(rounding / squared, 1.0)
+    return Influences(walk / by_pair, noise / by_pair, scatter / by_pair, relative_rounding)
+
+
+class _Integrals:
+    """Integrals over each segment of squared differences between two profiles: shape
+    [segments]."""
+
+    def __init__(self, edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> None:
+        self._columns: dict[StoredProfile, int] = {}
+        for profile, distance in pairs:
+            self._columns.setdefault(profile, len(self._columns))
+            self._columns.setdefault(distance.other, len(self._columns))
+        profiles = list(self._columns)
+        nodes = Nodes(edges, profiles, steps)
+        self._tails = nodes.tails(profiles)
+        self._masses = nodes.masses(profiles)
+        self._weight = nodes.weight
+        self._segments = edges.size - 1
+        first = np.searchsorted(nodes.edges, edges[:-1])
+        self._segment = np.searchsorted(first, nodes.interval, side="right") - 1
+
+    def of_tails(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+        return self._of(self._tails, later, earlier)
+
+    def of_masses(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+        return self._of(self._masses, later, earlier)
+
+    def _of(self, values: FloatArray, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
+        difference = values[:, self._columns[later]] - values[:, self._columns[earlier]]
+        squares = self._weight * difference**2
+        return np.asarray(np.bincount(self._segment, squares, self._segments))
 
 
 def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
     """Return the segment of each time; a time at an edge belongs to the segment that ends there."""
-    return np.clip(np.searchsorted(edges, times) - 1, 0, edges.size - 2)
+    segment = np.searchsorted(edges, times) - 1
+    return np.clip(segment, 0, edges.size - 2)
 
 
 def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
-    count = np.bincount(segments_of(edges, np.unique(times)), minlength=edges.size - 1)
+    segment = segments_of(edges, np.unique(times))
+    count = np.bincount(segment, minlength=edges.size - 1)
     ends = edges if steps is None else steps.clock.step_at(edges)
     return np.asarray(np.diff(ends) / np.maximum(count, 1))

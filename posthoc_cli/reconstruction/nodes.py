@@ -23,6 +23,8 @@ from posthoc_cli.profiles import (
     StoredProfile,
 )
 
+IndexArray = npt.NDArray[np.intp]
+
 FEW = 8
 """Intervals of at most this many updates are summed. With more updates, integral and sum differ by
 less than 10 %."""
@@ -66,25 +68,32 @@ class Steps:
 
 @dataclass(frozen=True)
 class _Updates:
-    """Updates that are nodes themselves: the times before and after each, [L], and the steps that
-    each stands for."""
+    """Updates that are nodes themselves: the times before and after each, and the interval in which
+    it lies, [L], and the steps that each stands for."""
 
     before: FloatArray
     after: FloatArray
+    interval: IndexArray
     stride: float
 
     @classmethod
     def none(cls) -> _Updates:
         nothing = np.zeros(0)
-        return cls(nothing, nothing, 0.0)
+        return cls(nothing, nothing, np.zeros(0, dtype=np.intp), 0.0)
 
     @classmethod
-    def numbered(cls, numbers: FloatArray, steps: Steps, low: float) -> _Updates:
-        """Return the updates that follow so many updates each; none begins before `low`."""
+    def of_intervals(
+        cls, intervals: IndexArray, ends: FloatArray, until: IndexArray, steps: Steps
+    ) -> _Updates:
+        """Return the updates of some of the intervals between `ends`, which follow `until` updates
+        each; none begins before the first end."""
         stride = steps.stride
-        begins = steps.clock.time_at(numbers * stride)
-        ends = steps.clock.time_at((numbers + 1) * stride)
-        return cls(np.maximum(begins, low), ends, float(stride))
+        numbers = [np.arange(until[interval], until[interval + 1]) for interval in intervals]
+        home = np.repeat(intervals, [len(each) for each in numbers])
+        count = np.concatenate((np.zeros(0), *numbers))
+        before = steps.clock.time_at(count * stride)
+        after = steps.clock.time_at((count + 1) * stride)
+        return cls(np.maximum(before, ends[0]), after, home, float(stride))
 
     def tails(self, profile: Profile) -> FloatArray:
         return self._at(self.before, profile)
@@ -107,7 +116,7 @@ class _Points(NamedTuple):
 
     s: FloatArray
     weights: FloatArray
-    home: npt.NDArray[np.intp]
+    home: IndexArray
 
 
 class Nodes:
@@ -136,31 +145,28 @@ class Nodes:
         self._order = _ORDER if powers else 1
         self.instant = INSTANT if steps is None else float(steps.stride)
         base = _ends_of_mass(edges, stored, steps)
-        if not per_step:
-            steps = None
-        intervals = base.size - 1
-        few = np.zeros(intervals, dtype=bool)
-        counts = np.zeros(intervals, dtype=np.int64)
+        few = np.zeros(base.size - 1, dtype=bool)
         self._updates = _Updates.none()
+        steps = steps if per_step else None
         if steps is not None:
-            low = base[0]
-            base = np.union1d(base, np.clip(steps.clock.times, low, base[-1]))
+            bends = np.clip(steps.clock.times, base[0], base[-1])
+            base = np.union1d(base, bends)
             until = _updates_until(base, steps)
-            counts = np.diff(until)
-            few = counts <= FEW
-            numbers = [np.zeros(0)]
-            for first, last in zip(until[:-1][few], until[1:][few], strict=True):
-                numbers.append(np.arange(first, last))
-            self._updates = _Updates.numbered(np.concatenate(numbers), steps, low)
+            few = np.diff(until) <= FEW
+            self._updates = _Updates.of_intervals(np.flatnonzero(few), base, until, steps)
         self.edges = _cut(base, few, powers)
         self._density = _steps_per_time(self.edges, steps)
+        self._set_nodes(base, few)
+
+    def _set_nodes(self, base: FloatArray, few: npt.NDArray[np.bool_]) -> None:
+        """Set the interval and the weight of each node, those of updates last."""
         home = np.searchsorted(base, self.edges[1:]) - 1
         self._cells = np.flatnonzero(~few[home])
         by_time = self._place_in_cells()
-        of_few = np.searchsorted(self.edges, base[:-1][few])
-        of_updates = np.repeat(of_few, counts[few])
-        by_update = np.full(of_updates.size, self._updates.stride)
         of_cells = np.repeat(self._cells, self._order)
+        begins = base[self._updates.interval]
+        of_updates = np.searchsorted(self.edges, begins)
+        by_update = np.full(of_updates.size, self._updates.stride)
         self.interval = np.append(of_cells, of_updates)
         self.weight = np.append(by_time, by_update)
 
@@ -170,16 +176,15 @@ class Nodes:
         x, w = _gauss(self._order)
         begin = self.edges[self._cells, None]
         end = self.edges[self._cells + 1, None]
-        half = (end - begin) / 2
-        times = begin + half * (1 + x)
+        half_width = (end - begin) / 2
+        times = begin + half_width * (1 + x)
         self._s = times.ravel()
-        self._width = half * w
+        self._width = half_width * w
         return self._width * self._density[self._cells, None]
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass after each node: shape [M, n]."""
-        columns = [self._tail(profile) for profile in profiles]
-        return np.stack(columns, axis=1)
+        return np.stack([self._tail(profile) for profile in profiles], axis=1)
 
     def _tail(self, profile: Profile) -> FloatArray:
         inside = profile.tail(self._s)
@@ -188,8 +193,7 @@ class Nodes:
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass at each node per step, or per time without a clock:
         shape [M, n]."""
-        columns = [self._mass(profile) for profile in profiles]
-        return np.stack(columns, axis=1)
+        return np.stack([self._mass(profile) for profile in profiles], axis=1)
 
     def _mass(self, profile: Profile) -> FloatArray:
         if isinstance(profile, PowerFunction):
@@ -299,13 +303,14 @@ def _ends_of_mass(
         before = steps.clock.time_at(step - steps.stride)
     times = [profile.t for profile in stored]
     cuts = np.concatenate((edges, times, points, before))
-    return np.unique(cuts.clip(edges.min(), edges.max()))
+    inside = cuts.clip(edges.min(), edges.max())
+    return np.unique(inside)
 
 
-def _updates_until(times: FloatArray, steps: Steps) -> npt.NDArray[np.int64]:
+def _updates_until(times: FloatArray, steps: Steps) -> IndexArray:
     """Return the number of updates until each time; one exactly at a time is before it."""
     count = steps.clock.step_at(times) / steps.stride
-    return np.floor(count * (1 + EQUAL) + EQUAL).astype(np.int64)
+    return np.floor(count * (1 + EQUAL) + EQUAL).astype(np.intp)
 
 
 def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
@@ -332,16 +337,21 @@ def _cut(
     ends = edges[1:][~few].tolist()
     for steep in {profile.gamma + 1 for profile in powers}:
         for begin, end in zip(begins, ends, strict=True):
-            fall = _FALLEN
-            if begin > 0:
-                fall = min(_FALLEN, steep * np.log(end / begin))
-            if fall <= _FALL:
-                continue
-            count = np.ceil(fall / _FALL)
-            last = count if begin > 0 else count + 1
-            falls = np.arange(1, last) * fall / count
-            cuts.append(end * np.exp(-falls / steep))
+            cuts.append(_cuts_between(begin, end, steep))
     return np.unique(np.concatenate(cuts))
+
+
+def _cuts_between(begin: float, end: float, steep: float) -> FloatArray:
+    """Return times in an interval between which log(s / t)**steep changes by at most `_FALL`."""
+    fall = _FALLEN
+    if begin > 0:
+        fall = min(_FALLEN, steep * np.log(end / begin))
+    if fall <= _FALL:
+        return np.zeros(0)
+    count = np.ceil(fall / _FALL)
+    last = count if begin > 0 else count + 1
+    falls = np.arange(1, last) * fall / count
+    return np.asarray(end * np.exp(-falls / steep))
 
 
 def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
@@ -356,10 +366,10 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
     levels = np.unique(np.concatenate((even, geometric, 1 - geometric)))
     cuts = np.union1d(edges, _quantiles(profile, levels, edges))
     x, w = _gauss(_FINE)
-    half = np.diff(cuts)[:, None] / 2
-    middle = cuts[:-1, None] + half
-    times = middle + half * x
-    widths = half * w
+    half_width = np.diff(cuts)[:, None] / 2
+    middle = cuts[:-1, None] + half_width
+    times = middle + half_width * x
+    widths = half_width * w
     interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
     home = np.repeat(interval, _FINE)
     return _Points(times.ravel(), widths.ravel(), home)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -124,10 +123,13 @@ class Prior:
     def of(self, snapshots: Sequence[int]) -> Prior:
         """Return the prior of a subset of the snapshots, given by their indices."""
         index = np.asarray(snapshots, dtype=np.intp)
-        arrays: dict[str, Any] = {
-            name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)
-        }
-        return replace(self, **arrays)
+        return replace(
+            self,
+            rounding=self.rounding[index],
+            arithmetic=self.arithmetic[index],
+            norm=self.norm[index],
+            shared=None if self.shared is None else self.shared[index],
+        )
 
 
 def assumed_prior(
@@ -157,26 +159,20 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         return assumed_prior(profiles)
     norm = np.array([measurements.norm for measurements in measured])
     rounding = np.array([measurements.rounding for measurements in measured])
-    counts = np.array([average.roundings for average in averages])
-    eps = np.array([average.eps for average in averages])
-    arithmetic = norm * (ROUNDING * eps) ** 2 * counts
-    in_order = sorted(range(len(averages)), key=lambda i: _order_of(profiles[i]))
-    newest = averages[in_order[-1]]
-    # Weights whose file does not say the unit of its number have that of averages next to them.
-    known = [averages[i].steps for i in in_order if averages[i].steps is not None]
-    steps = known[-1] if known else None
-    pairs: list[Pair] = []
+    arithmetic = _arithmetic(averages, norm)
+    steps = _newest_steps(averages)
+    source = MEASURED
     doubt = 0.0
     if sketch is not None:
         motion = sketch.motion(steps)
-    elif pairs := _pairs([(profiles[i], measured[i], arithmetic[i]) for i in in_order]):
+    elif pairs := _pairs(profiles, measured, arithmetic):
         motion, doubt = _fitted(averages, pairs, steps)
     else:
         variance = ASSUMED_STRETCH**2 * float(norm.mean())
-        motion = Motion.even(newest.profile.t, variance, steps)
-    # Weights that are all 0 have distances, but all of these are 0.
-    still = not norm.any() and any(measurements.distances for measurements in measured)
-    source = MEASURED if pairs or still or sketch is not None else ASSUMED
+        motion = Motion.even(max(profile.t for profile in profiles), variance, steps)
+        # Weights that are all 0 have distances, but all of these are 0.
+        is_still = not norm.any() and any(measurements.distances for measurements in measured)
+        source = MEASURED if is_still else ASSUMED
     return Prior(
         motion=motion,
         rounding=rounding,
@@ -188,6 +184,23 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
         sketch=sketch,
         shared=_shared(averages, sketch),
     )
+
+
+def _arithmetic(averages: Sequence[StoredAverage], norm: FloatArray) -> FloatArray:
+    """Return `Prior.arithmetic` of averages with these squared norms."""
+    counts = np.array([average.roundings for average in averages])
+    eps = np.array([average.eps for average in averages])
+    return np.asarray(norm * (ROUNDING * eps) ** 2 * counts)
+
+
+def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
+    """Return the steps of the newest average, or of the one next to it whose steps are known, as
+    those of weights whose file does not say the unit of its number."""
+    in_order = sorted(averages, key=lambda average: _order_of(average.profile))
+    for average in reversed(in_order):
+        if average.steps is not None:
+            return average.steps
+    return None
 
 
 def _fitted(
@@ -203,13 +216,20 @@ def _fitted(
     has_weights = any(isinstance(profile, Point) for profile in profiles)
     beside = discrete if has_weights else []
     motion, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
-    squares = np.array([each.squared for _, each in pairs])
-    least = _NEGLIGIBLE * squares.max()
-    off = np.log((squares * expected + least) / (squares + least))
-    doubt = float(np.sqrt(np.mean(off**2))) / 2
+    doubt = _doubt(pairs, expected)
     if any(interval_of(profile) > 1 for profile in profiles):
-        return replace(motion, sampling=sampling_of(motion, times, steps)), doubt
-    return motion.with_forgotten(spacing_of(motion.edges, discrete, steps)), doubt
+        sampling = sampling_of(motion, times, steps)
+        return replace(motion, sampling=sampling), doubt
+    spacing = spacing_of(motion.edges, discrete, steps)
+    return motion.with_forgotten(spacing), doubt
+
+
+def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
+    """Return `Prior.doubt`, from what motion expects relative to each distance."""
+    squares = np.array([distance.squared for _, distance in pairs])
+    least = _NEGLIGIBLE * squares.max()
+    ratios = (squares * expected + least) / (squares + least)
+    return float(np.sqrt(np.mean(np.log(ratios) ** 2))) / 2
 
 
 def _shared(averages: Sequence[StoredAverage], sketch: Sketch | None) -> FloatArray | None:
@@ -239,31 +259,39 @@ def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
     return profile.t, np.inf, float(profile.tail(profile.t / 2))
 
 
-def _pairs(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[Pair]:
+def _pairs(
+    profiles: Sequence[StoredProfile], measured: Sequence[Measurements], arithmetic: FloatArray
+) -> list[Pair]:
     """Return the measured distance of each pair of averages; if a pair has several records, the
     last one.
 
     Pairs of one power function, up to rounding, are left out: no motion explains their distance.
     """
     pairs: dict[tuple[tuple[float, ...], ...], Pair] = {}
-    floor = 1e-18 * max((measurements.norm for _, measurements, _ in averages), default=0.0)
-    for profile, measurements, arithmetic in averages:
+    floor = 1e-18 * max(measurements.norm for measurements in measured)
+    averages = zip(profiles, measured, arithmetic.tolist(), strict=True)
+    for profile, measurements, variance in sorted(averages, key=lambda row: _order_of(row[0])):
         for distance in measurements.distances:
             earlier, later = sorted((profile, distance.other), key=_order_of)
-            keys = _order_of(later), _order_of(earlier)
-            (t, gamma, _), (other_t, other_gamma, _) = keys
-            is_same_time = t - other_t <= EQUAL * t
-            if is_same_time and abs(gamma - other_gamma) < 1e-6 * (gamma + 1):
+            keys = (_order_of(later), _order_of(earlier))
+            if _is_one_profile(*keys):
                 continue
             # The partner may have been deleted; its arithmetic has about the same variance.
-            noise = distance.rounding + 2 * arithmetic
+            noise = distance.rounding + 2 * variance
             # A distance below the errors is only known to be small.
             squared = max(distance.squared, noise, floor)
             if squared > 0:
                 # A gamma that was computed elsewhere may differ in its last bits.
-                key = tuple((t, round(gamma, 9), half) for t, gamma, half in keys)
-                pairs[key] = later, Distance(earlier, squared, noise)
+                key = tuple((t, round(gamma, 9), tail) for t, gamma, tail in keys)
+                pairs[key] = (later, Distance(earlier, squared, noise))
     return list(pairs.values())
+
+
+def _is_one_profile(later: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
+    """Return whether two keys of `_order_of` are of one power function, up to rounding."""
+    t, gamma, _ = later
+    earlier_t, earlier_gamma, _ = earlier
+    return t - earlier_t <= EQUAL * t and abs(gamma - earlier_gamma) < 1e-6 * (gamma + 1)
 
 
 # --- correlated roundings
@@ -303,7 +331,8 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
         return np.diag(np.sqrt(rounding + arithmetic))
     covariance = np.diag(rounding + arithmetic)
     scales = scale[near]
-    covariance[near] = _LARGEST * scales * _correlation(apart[near] / scales)
+    correlation = _correlation(apart[near] / scales)
+    covariance[near] = _LARGEST * scales * correlation
     # NumPy's eigh uses divide and conquer; the QR driver fails on about 1 % of these clustered
     # spectra.
     values, vectors = np.linalg.eigh(covariance)

@@ -52,26 +52,35 @@ class Sketch:
     def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
         """Return a column per profile whose combinations are errors: projected, [D, n], and unseen,
         [K + 2, n]."""
-        tails = np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
-        place = (np.arange(_POINTS) + 0.5) / _POINTS
-        lengths = np.diff(self.edges)[:, None]
-        times = self.edges[:-1, None] + lengths * place
-        within = np.stack([profile.tail(times).mean(axis=1) for profile in profiles], axis=1)
-        bend = within - (tails[1:] + tails[:-1]) / 2
-        steady = self._across * self._inner[:, None]
-        seen = np.diff(self.means, axis=0).T @ tails[1:-1] + steady.T @ bend
+        tails = self._tails(profiles)
+        bend = self._mean_tails(profiles) - (tails[1:] + tails[:-1]) / 2
+        steps = np.diff(self.means, axis=0)
+        steady = self._steady * self._inner_share[:, None]
+        seen = steps.T @ tails[1:-1] + steady.T @ bend
         # G, a parabola within a window, has the mean square departure 6/5 b^2 from its line. Noise
         # of n folds of variance s adds 12 s / n, for b = 1.
-        walk = np.sqrt(6 / 5 * self._inner * self._squares)
+        walk = np.sqrt(6 / 5 * self._inner_share * self._walk)
         others = np.maximum(self.folds - 1, 1)
-        noise = np.sqrt(12 * self._beyond / others)
+        noise = np.sqrt(12 * self._unsteady / others)
+        either = np.hypot(walk, noise)[:, None] * bend
         # Noise may be equal in all windows, as of weights that alternate: then its contributions
         # add up.
         aligned = noise @ bend
         # The mass of the first update lies on one value, not on the mean of its window.
         first = np.sqrt(self.spread[0]) * tails[0]
-        either = np.hypot(walk, noise)[:, None] * bend
         return seen, np.vstack((either, aligned, first))
+
+    def _tails(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return the tails at the ends of the windows: shape [K + 1, n]."""
+        return np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
+
+    def _mean_tails(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Return the means of the tails over each window: shape [K, n]."""
+        places = (np.arange(_POINTS) + 0.5) / _POINTS
+        lengths = np.diff(self.edges)
+        times = self.edges[:-1, None] + lengths[:, None] * places
+        means = [profile.tail(times).mean(axis=1) for profile in profiles]
+        return np.stack(means, axis=1)
 
     def of_shared_means(
         self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
@@ -88,24 +97,38 @@ class Sketch:
         until each edge: folds of two are exact, since the newest value has each profile's own
         weight, and early in a run means are not shared.
         """
-        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
-        part = (counts - 1) * (counts - 2) / counts**2
         length = np.diff(self.edges) / self.folds / self.edges[1:]
+        part = self._part_shared(updates, length)
         steeper = np.array([largest - profile.gamma for profile in profiles])
-        masses = -np.diff(
-            np.stack([profile.tail(self.edges) for profile in profiles], axis=1), axis=0
-        )
-        late = np.logical_or.accumulate((length > 0) & (length * WINDOW <= LONGEST * counts))
-        part = np.where(late, part, 0.0)
-        bend = (part * length / self.folds / 12)[:, None] * steeper * masses
-        # For n folds, each with noise s and a walk v, `_beyond` is s (1 - 1/n) (1 - (1 + 1/n) / (24
-        # n)) + 19/144 v (n - 1/n), and `_squares` is 6 s / n + v n.
+        masses = -np.diff(self._tails(profiles), axis=0)
+        shift = part * length / self.folds / 12
+        bend = shift[:, None] * steeper * masses
+        noise, walk = self._noise_and_walk_of_folds()
+        of_noise = 12 * noise / np.where(part > 0, part, 1.0)
+        unseen = of_noise + 144 / 120 * 2 / 3 * walk
+        roots = np.sqrt(unseen * self.folds)
+        return self._steady.T @ bend, roots[:, None] * bend
+
+    def _part_shared(self, updates: FloatArray, length: FloatArray) -> FloatArray:
+        """Return the part of u m / 12 that is an error, for folds of relative `length`: shape
+        [K]."""
+        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
+        is_shared = (length > 0) & (length * WINDOW <= LONGEST * counts)
+        part = (counts - 1) * (counts - 2) / counts**2
+        return np.where(np.logical_or.accumulate(is_shared), part, 0.0)
+
+    def _noise_and_walk_of_folds(self) -> tuple[FloatArray, FloatArray]:
+        """Return the variances of noise in a fold's mean, s, and of a walk across a fold, v: shapes
+        [K].
+
+        For n folds `_unsteady` is s (1 - 1/n) (1 - (1 + 1/n) / (24 n)) + 19/144 v (n - 1/n), and
+        `_walk` is 6 s / n + v n.
+        """
         n = np.maximum(self.folds, 2.0)
-        noise = np.maximum(self._beyond - 19 / 144 * self._inner * self._squares, 0.0)
+        noise = np.maximum(self._unsteady - 19 / 144 * self._inner_share * self._walk, 0.0)
         noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
-        walk = np.maximum(self._squares - 6 * noise / n, 0.0) / n
-        unseen = 12 * noise / np.where(part > 0, part, 1.0) + 144 / 120 * 2 / 3 * walk
-        return self._across.T @ bend, np.sqrt(unseen * self.folds)[:, None] * bend
+        walk = np.maximum(self._walk - 6 * noise / n, 0.0) / n
+        return noise, walk
 
     def motion(self, steps: Steps | None) -> Motion:
         """Return the walk that the path makes beyond its main direction, without noise.
@@ -120,19 +143,18 @@ class Sketch:
         if edges.size < 2:
             edges = np.array([self.edges[0] / 2, self.edges[0]])
             return Motion(edges, walk=np.zeros(1), noise=np.zeros(1))
-        misses = self._misses
-        if misses.any():  # scaled up as if the main direction had been an average one
-            main = np.linalg.svd(misses, full_matrices=False)[2][:1]
-            directions = misses.shape[1]
-            left = misses - misses @ main.T @ main
-            misses = left * np.sqrt(directions / (directions - 1))
-        counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
+        deviations = self._deviations
+        if deviations.any():
+            deviations = _without_main_direction(deviations)
+        squares = np.cumsum(self._squared(deviations))
+        until = np.append(0.0, squares)
         ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
-        squares = np.append(0.0, np.cumsum(self._squares_of(misses)))[ends]
-        return Motion(edges, np.diff(squares, prepend=0.0) / counts, 0 * counts)
+        walked = np.diff(until[ends], prepend=0.0)
+        counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
+        return Motion(edges, walk=walked / counts, noise=0 * counts)
 
     @cached_property
-    def _inner(self) -> FloatArray:
+    def _inner_share(self) -> FloatArray:
         """The share of a window's motion that lies inside it and not at its ends, 0 for a single
         fold: shape [K]."""
         return 1 - 1 / self.folds**2
@@ -142,21 +164,23 @@ class Sketch:
         return (self.edges[1:] + self.edges[:-1]) / 2
 
     @cached_property
-    def _across(self) -> FloatArray:
+    def _steady(self) -> FloatArray:
         """Projected steady motion across each window: shape [K, D]."""
         if len(self.means) < 2:
             return np.zeros_like(self.means)
         slope = np.gradient(self.means, self._middle, axis=0)
-        return np.asarray(slope * np.diff(self.edges)[:, None])
+        lengths = np.diff(self.edges)
+        return np.asarray(slope * lengths[:, None])
 
     @cached_property
-    def _beyond(self) -> FloatArray:
+    def _unsteady(self) -> FloatArray:
         """The part of each window's spread that is not steady motion: shape [K]."""
-        steady = np.sum(self._across**2, axis=1) / 12
-        return np.asarray(np.maximum(self.spread - self._inner * steady, 0.0))
+        steady = np.sum(self._steady**2, axis=1) / 12
+        rest = self.spread - self._inner_share * steady
+        return np.asarray(np.maximum(rest, 0.0))
 
     @cached_property
-    def _misses(self) -> FloatArray:
+    def _deviations(self) -> FloatArray:
         """Twice the differences between inner windows' means and the line between their
         neighbours': shape [K - 2, D].
 
@@ -166,20 +190,31 @@ class Sketch:
         if len(self.means) < 3:
             return np.diff(self.means, axis=0)
         before = self._middle[:-2]
-        place = (self._middle[1:-1] - before) / (self._middle[2:] - before)
+        span = self._middle[2:] - before
+        fraction = (self._middle[1:-1] - before) / span
         first = self.means[:-2]
-        line = first + (self.means[2:] - first) * place[:, None]
+        line = first + (self.means[2:] - first) * fraction[:, None]
         return np.asarray(2 * (self.means[1:-1] - line))
 
     @cached_property
-    def _squares(self) -> FloatArray:
+    def _walk(self) -> FloatArray:
         """Squared length of a walk across each window: shape [K]."""
-        return self._squares_of(self._misses)
+        return self._squared(self._deviations)
 
-    def _squares_of(self, misses: FloatArray) -> FloatArray:
-        """Return the squared lengths that misses stand for; the first and the last window are like
-        their neighbours."""
-        squares = np.sum(misses**2, axis=1)
+    def _squared(self, deviations: FloatArray) -> FloatArray:
+        """Return the squared lengths that deviations stand for; the first and the last window are
+        like their neighbours."""
+        squares = np.sum(deviations**2, axis=1)
         if len(self.means) < 3:
             return np.full(len(self.means), squares.sum())
         return np.pad(squares, 1, mode="edge")
+
+
+def _without_main_direction(vectors: FloatArray) -> FloatArray:
+    """Return vectors, [K, D], without their part in their main direction, scaled up as if it had
+    been an average one."""
+    _, _, directions = np.linalg.svd(vectors, full_matrices=False)
+    main = directions[:1]
+    count = vectors.shape[1]
+    others = vectors - vectors @ main.T @ main
+    return np.asarray(others * np.sqrt(count / (count - 1)))

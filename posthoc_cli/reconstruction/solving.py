@@ -28,7 +28,14 @@ from threadpoolctl import ThreadpoolController
 from posthoc_cli.errors import InvalidValueError, brief, check_word
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior
-from posthoc_cli.reconstruction.problem import SURE, Goal, Problem, Published
+from posthoc_cli.reconstruction.problem import (
+    SURE,
+    Goal,
+    Problem,
+    Published,
+    PublishedGoal,
+    only,
+)
 
 METHODS = ("minvar", "paper")  # the solvers; the first one is the default
 
@@ -62,11 +69,12 @@ class Reconstruction:
     ) -> Reconstruction:
         """Return the part for some of the snapshots, if the others have coefficients of 0, and some
         of the targets."""
-        count, wanted = self.coefficients.shape
-        rows = list(range(count) if snapshots is None else snapshots)
-        columns = list(range(wanted) if targets is None else targets)
+        stored, wished = self.coefficients.shape
+        rows = list(range(stored) if snapshots is None else snapshots)
+        columns = list(range(wished) if targets is None else targets)
+        part = np.ix_(rows, columns)
         return Reconstruction(
-            self.coefficients[np.ix_(rows, columns)],
+            self.coefficients[part],
             self.profile_error[columns],
             self.predicted_error[columns],
             self.prior.of(rows),
@@ -76,7 +84,9 @@ class Reconstruction:
         """Return the `predicted_error` of one target; None if it is not finite or rests on assumed
         motion."""
         error = float(self.predicted_error[target])
-        return error if self.prior.source != ASSUMED and np.isfinite(error) else None
+        if self.prior.source == ASSUMED or not np.isfinite(error):
+            return None
+        return error
 
 
 def reconstruct(
@@ -105,20 +115,14 @@ def reconstruct(
             mass before them.
     """
     method = check_method(method)
-    if not snapshots:
-        raise InvalidValueError("snapshots", "must be at least one")
-    for wanted in targets:
-        is_given = isinstance(wanted, np.ndarray) and wanted.shape == (len(snapshots),)
-        if not (is_given or callable(getattr(wanted, "tail", None))):
-            reason = "must be a profile with tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
-            reason += f", or an array of {len(snapshots)} coefficients"
-            raise InvalidValueError("target", reason, value=brief(wanted))
-    last = max(p.t for p in snapshots)
+    _check_profiles(snapshots, targets)
+    last = max(profile.t for profile in snapshots)
     if t is None:
-        t = min((p.t for p in targets if isinstance(p, PowerFunction)), default=last)
+        wished = [target.t for target in targets if isinstance(target, PowerFunction)]
+        t = min(wished, default=last)
     if last > t:
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
-    prior = assumed_prior(snapshots) if prior is None else prior
+    prior = prior or assumed_prior(snapshots)
     solver = _Solver(snapshots, prior, t, method)
     others = others or {}
     coefficients = np.zeros((len(snapshots), len(targets)))
@@ -126,15 +130,24 @@ def reconstruct(
     predicted_errors = np.zeros(len(targets))
     # One at a time, so that no bit of a target's coefficients depends on the other targets.
     for k, target in enumerate(targets):
-        if isinstance(target, np.ndarray):
-            coefficients[:, k] = target
-            predicted_errors[k] = solver.problem.error_of(target)
-        else:
-            solution = solver.solve(target, others.get(k))
-            coefficients[:, k] = solution.coefficients
-            profile_errors[k] = solution.profile_error
-            predicted_errors[k] = solution.predicted_error
+        solution = solver.solve(target, others.get(k))
+        coefficients[:, k] = solution.coefficients
+        profile_errors[k] = solution.profile_error
+        predicted_errors[k] = solution.predicted_error
     return Reconstruction(coefficients, profile_errors, predicted_errors, prior)
+
+
+def _check_profiles(
+    snapshots: Sequence[StoredProfile], targets: Sequence[Profile | FloatArray]
+) -> None:
+    if not snapshots:
+        raise InvalidValueError("snapshots", "must be at least one")
+    for target in targets:
+        is_given = isinstance(target, np.ndarray) and target.shape == (len(snapshots),)
+        if not (is_given or callable(getattr(target, "tail", None))):
+            reason = "must be a profile with tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
+            reason += f", or an array of {len(snapshots)} coefficients"
+            raise InvalidValueError("target", reason, value=brief(target))
 
 
 # --- one target
@@ -199,14 +212,13 @@ class _Solver:
     def published(self) -> Published:
         return Published(self.problem.snapshots, self.problem.prior, self._t)
 
-    def solve(self, target: Profile, other: Profile | None) -> _Solution:
+    def solve(self, target: Profile | FloatArray, other: Profile | None) -> _Solution:
         """Return the solution for a target, which may be the `other` one as well."""
+        if isinstance(target, np.ndarray):
+            return _Solution(target, 0.0, self.problem.error_of(target))
         goal = self.problem.goal(target)
         published_goal = self.published.goal(target)
-        if goal.stored is None:
-            published = self.published.solve(published_goal)
-        else:  # the exact solution without rounding
-            published = np.eye(len(self.problem.snapshots))[goal.stored]
+        published = self._published_coefficients(goal, published_goal)
         if self._is_minimum_variance:
             coefficients, squares = self._minimum_variance(goal, published)
         elif np.isnan(published).any():
@@ -220,12 +232,20 @@ class _Solver:
         least = np.finfo(np.float64).eps * np.abs(coefficients).sum()
         coefficients = np.where(np.abs(coefficients) < least, 0.0, coefficients)
         profile_error = self.published.error(coefficients, published_goal)
-        if goal.stored is not None and np.flatnonzero(coefficients).tolist() == [goal.stored]:
-            profile_error = 0.0
+        if goal.stored is not None:
+            used = np.flatnonzero(coefficients)
+            if used.tolist() == [goal.stored]:
+                profile_error = 0.0
         if other is not None:
             squares = np.append(squares, self.problem.apart(target, other))
         predicted = self.problem.relative(squares, coefficients, goal)
         return _Solution(coefficients, profile_error, predicted)
+
+    def _published_coefficients(self, goal: Goal, published_goal: PublishedGoal) -> FloatArray:
+        if goal.stored is None:
+            return self.published.solve(published_goal)
+        # the exact solution without rounding
+        return only(goal.stored, len(self.problem.snapshots))
 
     def _minimum_variance(self, goal: Goal, published: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return coefficients of nearly least expected error, and their `expected_squares`."""
@@ -266,7 +286,8 @@ class _Solver:
         squares."""
         problem = self.problem
         both = np.column_stack((optimal, others))
-        least, usual = problem.expected_squares(both, goal).sum(axis=0).tolist()
+        squares = problem.expected_squares(both, goal).sum(axis=0)
+        least, usual = squares.tolist()
         gain = np.sqrt(least / usual) if usual > 0 else 0.0
         gain *= np.exp(_CAUTION * max(0.0, problem.prior.doubt - SURE))
         sure, none = self._gains
@@ -299,7 +320,7 @@ def thinned_subset(
     for group in groups.values():
         size = len(group)
         count = min(size, max(keep, most * size // len(snapshots)))
-        subset += [group[place * size // count] for place in range(count)]
+        subset += [group[number * size // count] for number in range(count)]
     return sorted(subset)
 
 

@@ -333,9 +333,9 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     boxes = list[dict[str, Box]]()
     joined_files = list[TensorFile]()
     for part in parts:
-        held = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
-        boxes.append(held)
-        joined_files.append(replace(part.files[0], boxes=held))
+        chunks = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
+        boxes.append(chunks)
+        joined_files.append(replace(part.files[0], boxes=chunks))
     shapes = dict[str, tuple[int, ...]]()
     for name, tensor in shared["tensors"].items():
         if tensor.role == "average":
@@ -413,7 +413,9 @@ def snapshot_path(
 ) -> Path:
     """Return the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
-    clock = f"{int(integer):016d}" + f".{fraction}" * bool(fraction.strip("0"))
+    clock = f"{int(integer):016d}"
+    if fraction.strip("0"):
+        clock += f".{fraction}"
     inside = "/part-{:05d}-of-{:05d}".format(*part) if part else ""
     return directory / f"{clock}-{sigma_rel!r}{inside}{SUFFIX}"
 
@@ -577,16 +579,25 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
     files.make_directory(folder)
     with files.reported_as_write_error(folder):
         moved = []
-        for path in (snapshot.path for snapshot in stored if not files.is_absent(snapshot.path)):
-            stem = path.name.removesuffix(SUFFIX)
-            suffix = SUFFIX * path.name.endswith(SUFFIX)
-            names = (f"{stem}{f'.{number}' * bool(number)}{suffix}" for number in count())
-            moved.append(next(free for name in names if files.is_absent(free := folder / name)))
-            files.system.rename(path, moved[-1])
+        for snapshot in stored:
+            if not files.is_absent(snapshot.path):
+                moved.append(_free_path(folder, snapshot.path.name))
+                files.system.rename(snapshot.path, moved[-1])
         # Sync the new names first, so that a crash in between loses no file.
         for changed in (folder, directory):
             files.system.fsync_directory(changed)
     return moved
+
+
+def _free_path(folder: Path, name: str) -> Path:
+    """Return the path of that name in a folder, with a number before its suffix if it is taken."""
+    path = folder / name
+    stem = name.removesuffix(SUFFIX)
+    suffix = name[len(stem) :]
+    numbers = count(1)
+    while not files.is_absent(path):
+        path = folder / f"{stem}.{next(numbers)}{suffix}"
+    return path
 
 
 # --- thinning while a training writes

@@ -34,7 +34,9 @@ PLACES = 512  # elements in a sample; small models have fewer
 def encode_sample(weights: npt.ArrayLike, average: npt.ArrayLike) -> str:
     """Return a sample as stored in headers: float32 values of the network, then of the average, in
     base64."""
-    return base64.b64encode(np.concatenate([weights, average]).astype("<f4").tobytes()).decode()
+    values = np.concatenate([weights, average])
+    data = values.astype("<f4").tobytes()
+    return base64.b64encode(data).decode()
 
 
 def decode_sample(text: str) -> tuple[Floats, Floats]:
@@ -44,7 +46,8 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
     if len(data) % 8 or len(data) > 8 * PLACES:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
     values = np.frombuffer(data, "<f4").astype(np.float32)
-    return values[: len(values) // 2], values[len(values) // 2 :]
+    weights, average = values.reshape(2, -1)
+    return weights, average
 
 
 def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
@@ -67,8 +70,12 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
 def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
     """Convert a row-major index in a tensor to the index in a box of it; return None if the element
     is outside."""
-    element = Box(tuple(map(int, np.unravel_index(index, tuple(shape)))), (1,) * len(shape))
-    return box.span(element)[0] if box.intersection(element).size else None
+    offset = np.unravel_index(index, tuple(shape))
+    element = Box(tuple(map(int, offset)), (1,) * len(shape))
+    if not box.intersection(element).size:
+        return None
+    begin, _ = box.span(element)
+    return begin
 
 
 def joined_sample(
@@ -78,15 +85,16 @@ def joined_sample(
     values."""
     left = [zip(*decode_sample(sample), strict=True) for sample in samples]
     pairs = list[tuple[float, float]]()
-    wanted = places(shapes)
-    for name, index in wanted:
+    elements = places(shapes)
+    for name, index in elements:
         for of_part, own in zip(left, boxes, strict=True):
             if name in own and index_within(own[name], shapes[name], index) is not None:
                 pairs += islice(of_part, 1)
                 break
-    if not wanted or len(pairs) < len(wanted):
+    if not elements or len(pairs) < len(elements):
         return ""
-    return encode_sample(*zip(*pairs, strict=True))
+    weights, average = zip(*pairs, strict=True)
+    return encode_sample(weights, average)
 
 
 def are_equal(model: Floats, recorded: Floats) -> bool:
@@ -98,9 +106,10 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
         return True
     values = torch.from_numpy(model)
     exact = torch.from_numpy(recorded)
-    return any(
-        torch.equal(values, exact.to(dtype).float()) for dtype in (torch.float16, torch.bfloat16)
-    )
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(values, exact.to(dtype).float()):
+            return True
+    return False
 
 
 def spacing(
@@ -118,6 +127,8 @@ MOST_NUMBERS = 1_024
 # the largest difference after scaling to float16: differences down to 2**-28 of it keep all bits
 _LARGEST = 2.0**14
 _MOST = 1e60  # the bound on usable numbers: products of larger ones overflow
+_COUNTS_BYTES = 32  # windows, numbers of each, bytes of a number, projection
+_LIMITS = f"must be 1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4"
 _AND = "|"  # the separator between the sketches of parts; used in memory only
 
 
@@ -138,12 +149,16 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     means = sketch.means.astype("<f4")
     if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
-    largest = float(np.abs(np.diff(means.astype(np.float64), axis=0)).max(initial=0.0))
+    steps = np.diff(means.astype(np.float64), axis=0)
+    largest = float(np.abs(steps).max(initial=0.0))
     factor = largest / _LARGEST or 1.0
     counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
-    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor])).astype("<f8")
-    data = counts.tobytes() + known.tobytes()
-    data += means.tobytes() if exact else _steps(means / factor, means[0])
+    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor]))
+    data = counts.tobytes() + known.astype("<f8").tobytes()
+    if exact:
+        data += means.tobytes()
+    else:
+        data += _steps(means / factor, means[0])
     return base64.b64encode(data).decode()
 
 
@@ -151,24 +166,23 @@ def _steps(places: FloatArray, first: Floats) -> bytes:
     """Return the first mean, and the steps between places, each from the rounded place before, so
     that errors do not add up."""
     steps = np.zeros((len(places) - 1, places.shape[1]), "<f2")
-    place = places[0]
-    for step, wanted in zip(steps, places[1:], strict=True):
-        step[:] = wanted - place
-        place = place + step
+    reached = places[0]
+    for step, next_place in zip(steps, places[1:], strict=True):
+        step[:] = next_place - reached
+        reached = reached + step
     return first.tobytes() + steps.tobytes()
 
 
 def decode_path(text: str) -> PathSketch:
     """Return the path that a sketch encodes, adding up the parts of `joined_paths`; ValueError if
     it is invalid."""
-    (projection, total), *others = map(_decoded, text.split(_AND))
+    first, *others = map(_decoded, text.split(_AND))
+    total = first.sketch
     for _, sketch in others:
-        total = replace(
-            total,
-            means=total.means + sketch.means,
-            spread=total.spread + sketch.spread,
-        )
-    return PathSketch(projection, total)
+        means = total.means + sketch.means
+        spread = total.spread + sketch.spread
+        total = replace(total, means=means, spread=spread)
+    return PathSketch(first.projection, total)
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
@@ -176,32 +190,55 @@ def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
     None if unknown."""
     number, count = part or (1, 1)
     texts = text.split(_AND)
-    return decode_path(texts[number - 1]) if text and len(texts) == count else None
+    if not text or len(texts) != count:
+        return None
+    return decode_path(texts[number - 1])
 
 
 def joined_paths(texts: Sequence[str]) -> str:
     """Join the sketches of a model's parts; return an empty text unless all have a sketch of the
     same windows."""
-    sketches = [_decoded(text).sketch for text in texts if text]
-    windows = {(one.means.shape, one.edges.tobytes(), one.folds.tobytes()) for one in sketches}
-    return _AND.join(texts) if len(sketches) == len(texts) and len(windows) == 1 else ""
+    if not all(texts):
+        return ""
+    windows = set()
+    for text in texts:
+        sketch = _decoded(text).sketch
+        windows.add((sketch.means.shape, sketch.edges.tobytes(), sketch.folds.tobytes()))
+    if len(windows) != 1:
+        return ""
+    return _AND.join(texts)
 
 
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    counts = np.frombuffer(data[:32], "<i8") if len(data) >= 32 else np.zeros(4, int)
-    windows, numbers, size, projection = counts.tolist()
-    is_sketch = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)
-    whole = windows if size == 4 else 1  # means as they are; of the others steps
-    first = 32 + 8 * (3 * windows + 2)
-    rest = first + 4 * numbers * whole
-    if not is_sketch or len(data) != rest + 2 * numbers * (windows - whole):
-        limits = f"1 to {MOST_WINDOWS:,} windows of 1 to {MOST_NUMBERS:,} numbers, of size 2 or 4"
-        raise ValueError(f"must be {limits}")
-    known = np.frombuffer(data[32:first], "<f8").astype(np.float64)
-    edges, folds, spread, factor = np.split(known, [windows + 1, 2 * windows + 1, 3 * windows + 1])
-    means = np.frombuffer(data[first:rest], "<f4").astype(np.float64).reshape(-1, numbers)
-    steps = np.frombuffer(data[rest:], "<f2").astype(np.float64).reshape(-1, numbers)
+    windows, numbers, whole, projection = _checked_counts(data)
+    begin_of_means = _COUNTS_BYTES + 8 * (3 * windows + 2)
+    begin_of_steps = begin_of_means + 4 * numbers * whole
+    if len(data) != begin_of_steps + 2 * numbers * (windows - whole):
+        raise ValueError(_LIMITS)
+    known = np.frombuffer(data[_COUNTS_BYTES:begin_of_means], "<f8").astype(np.float64)
+    ends = [windows + 1, 2 * windows + 1, 3 * windows + 1]
+    edges, folds, spread, factor = np.split(known, ends)
+    means = _rows(data[begin_of_means:begin_of_steps], "<f4", numbers)
+    steps = _rows(data[begin_of_steps:], "<f2", numbers)
     later = means[:1] + np.cumsum(steps * factor, axis=0)
     return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))
+
+
+def _checked_counts(data: bytes) -> tuple[int, int, int, int]:
+    """Return the numbers of windows, of numbers in each, and of means that are stored as they are
+    and not as steps, and the projection."""
+    if len(data) < _COUNTS_BYTES:
+        raise ValueError(_LIMITS)
+    counts = np.frombuffer(data[:_COUNTS_BYTES], "<i8")
+    windows, numbers, size, projection = counts.tolist()
+    if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
+        raise ValueError(_LIMITS)
+    whole = windows if size == 4 else 1
+    return windows, numbers, whole, projection
+
+
+def _rows(data: bytes, dtype: str, numbers: int) -> FloatArray:
+    values = np.frombuffer(data, dtype).astype(np.float64)
+    return values.reshape(-1, numbers)

@@ -337,13 +337,10 @@ def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
             where = f"is in the payload or in {key}, but not in both"
             return f"{key}: tensor {shown(min(differing))} {where}"
     for name, entry in stored.items():
-        role = tensors[name].role
-        dtype = tensors[name].dtype
-        fits = dtype in EPS and entry.dtype in EPS
-        if role == "copy":
-            fits = dtype == entry.dtype
-        if not fits:
-            return f"tensors: tensor {shown(name)}: {entry.dtype} cannot hold {role} of {dtype}"
+        tensor = tensors[name]
+        if not _can_hold(entry.dtype, tensor):
+            kind = f"{tensor.role} of {tensor.dtype}"
+            return f"tensors: tensor {shown(name)}: {entry.dtype} cannot hold {kind}"
     for alias, name in snapshot.aliases.items():
         if name not in tensors or alias in tensors or alias == "__metadata__":
             return f"aliases: {shown(alias)} must be a further name of a stored tensor"
@@ -352,6 +349,12 @@ def _wrong_tables(snapshot: Snapshot, stored: Mapping[str, Entry]) -> str:
         if reason:
             return f"chunks: tensor {shown(name)}: {reason}"
     return ""
+
+
+def _can_hold(dtype: str, tensor: TrackedTensor) -> bool:
+    if tensor.role == "copy":
+        return dtype == tensor.dtype
+    return dtype in EPS and tensor.dtype in EPS
 
 
 def _wrong_chunk(chunk: Chunk, shape: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
@@ -26,6 +26,7 @@ from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Prior,
+    Sketch,
     StoredAverage,
     measured_prior,
     thinned_subset,
@@ -106,7 +107,8 @@ class StoredTensors:
         if len(self.files) == 1:
             return 0
         boxes = [box for file in self.files if (box := file.box(name)) and box.size]
-        return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
+        rows = {box.offset[:1] for box in boxes}
+        return len(boxes) // max(1, len(rows))
 
     def __enter__(self) -> Any:
         with ExitStack() as stack:
@@ -135,15 +137,17 @@ class StoredTensors:
             if file.box(name) == box and file.entries[name].dtype == dtype:
                 file.read(name, begin * ITEM_BYTES[dtype], out, verify)
                 return
-        wanted = np.frombuffer(out, items(dtype))
-        pieces = [*boxes_of_range(box, begin, begin + wanted.size)]
-        steps = [wanted.itemsize * step for step in row_major(box.shape)]
+        flat = np.frombuffer(out, items(dtype))
+        pieces = list(boxes_of_range(box, begin, begin + flat.size))
+        steps = [flat.itemsize * step for step in row_major(box.shape)]
         for file in self.files:
-            held = file.box(name)
-            common = [] if held is None else [held.intersection(piece) for piece in pieces]
+            chunk = file.box(name)
+            if chunk is None:
+                continue
+            common = [chunk.intersection(piece) for piece in pieces]
             for part, values in self._parts(file, name, common, verify):
-                place, end = box.span(part)
-                target = as_strided(wanted[place - begin : end - begin], part.shape, steps)
+                first, end = box.span(part)
+                target = as_strided(flat[first - begin : end - begin], part.shape, steps)
                 target[...] = values
 
     def _parts(
@@ -157,21 +161,29 @@ class StoredTensors:
         parts = [box for box in boxes if box.size]
         if not parts:
             return
-        held = file.boxes.get(name) or Box.full(file.entries[name].shape)
-        spans = [held.span(part) for part in parts]
+        chunk = file.boxes.get(name) or Box.full(file.entries[name].shape)
+        spans = [chunk.span(part) for part in parts]
         first = min(begin for begin, _ in spans)
+        last = max(end for _, end in spans)
+        values = self._read(file, name, first, last, verify)
+        steps = [values.itemsize * step for step in row_major(chunk.shape)]
+        for part, (begin, _) in zip(parts, spans, strict=True):
+            yield part, as_strided(values[begin - first :], part.shape, steps)
+
+    def _read(
+        self, file: TensorFile, name: str, begin: int, end: int, verify: bool
+    ) -> npt.NDArray[Any]:
+        """Return the elements `begin` to `end` of a chunk, in the dtype of the run."""
         stored = file.entries[name].dtype
-        data = np.empty((max(end for _, end in spans) - first) * ITEM_BYTES[stored], np.uint8)
-        file.read(name, first * ITEM_BYTES[stored], data.data, verify)
         dtype = self.entries[name].dtype
+        size = ITEM_BYTES[stored]
+        data = np.empty((end - begin) * size, np.uint8)
+        file.read(name, begin * size, data.data, verify)
         # parts use a wider dtype for values that are too large or small for the run's dtype
         if stored != dtype:
             wide = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name))
             data = wide.view(np.uint8)
-        values = data.view(items(dtype))
-        steps = [values.itemsize * step for step in row_major(held.shape)]
-        for part, (begin, _) in zip(parts, spans, strict=True):
-            yield part, as_strided(values[begin - first :], part.shape, steps)
+        return data.view(items(dtype))
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end, verified."""
@@ -345,20 +357,29 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     all files are estimated from a sample.
     """
     on_disk = [source for source in sources if source.files]
-    # earlier sketches show a part of the path
-    last = max((source.t for source in sources), default=0.0)
-    sketches = [source.sketch for source in (*on_disk, *sources) if source.t == last]
-    text = next(filter(None, sketches), "")
     averages = averages_of(sources)
-    sketch = decode_path(text).sketch if text else None
-    if text and all(source.measurements is not None for source in on_disk):
+    sketch = _newest_sketch(sources)
+    if sketch is not None and all(source.measurements is not None for source in on_disk):
         return measured_prior(averages, sketch)
-    found = dict(zip(map(id, on_disk), sample_measurements(on_disk), strict=True))
+    sampled = iter(sample_measurements(on_disk))
     for index, source in enumerate(sources):
         if source.files:
-            averages[index] = replace(averages[index], measurements=found[id(source)])
+            averages[index] = replace(averages[index], measurements=next(sampled))
     prior = measured_prior(averages, sketch)
-    return replace(prior, source=SAMPLED) if prior.source == MEASURED else prior
+    if prior.source == MEASURED:
+        return replace(prior, source=SAMPLED)
+    return prior
+
+
+def _newest_sketch(sources: Sequence[Source]) -> Sketch | None:
+    """Return the sketch at the newest time, of a file if one has it: earlier ones show a part of
+    the path."""
+    last = max((source.t for source in sources), default=0.0)
+    newest = [source for source in sources if source.t == last and source.sketch]
+    newest.sort(key=lambda source: not source.files)
+    if not newest:
+        return None
+    return decode_path(newest[0].sketch).sketch
 
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
@@ -438,31 +459,58 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     Norms, to which errors are relative, are those of the tensors that move: a constant table of
     noise levels may be far longer than all weights.
     """
-    measured = dict[int, Measurements]()
-    norms = _Norms()
-    newest = defaultdict[tuple[float, bool], list[list[_Sample]]](list)
+    sampling = _Sampling()
     ranges = _sampled_ranges(sources[0]) if sources else []
     for _, at_time in groupby(by_time(sources), key=lambda source: source.t):
-        now = [_read(source, ranges) for source in at_time]
-        earlier = [*chain(*chain(*(newest[kind] for kind in sorted(newest))))]
-        recent = [_recent_motion(sample, newest[_kind(sample.source)]) for sample in now]
+        sampling.add([_read(source, ranges) for source in at_time])
+    return sampling.measurements_of(sources)
+
+
+class _Sampling:
+    """The measurements of a run's sources, taken in one time after another."""
+
+    def __init__(self) -> None:
+        self._norms = _Norms()
+        self._measured: dict[int, Measurements] = {}  # by the id of the source
+        # of each kind the averages of the two newest times
+        self._newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
+
+    def add(self, samples: Sequence[_Sample]) -> None:
+        """Measure the samples of one time, later than all before."""
+        recent = [_recent_motion(sample, self._newest[_kind(sample.source)]) for sample in samples]
         is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
-        for sample, motion in zip(now, recent, strict=True):
-            others = [one for one in now if one is not sample] + earlier
-            distances = [motion] if motion else []
+        earlier = self._earlier()
+        for sample, motion in zip(samples, recent, strict=True):
+            distances = []
+            if motion:
+                distances.append(motion)
             if not (motion and is_clear):
-                distances += map(sample.distance, others)
-            norms.add(sample)
-            measured[id(sample.source)] = Measurements(0.0, sample.rounding, tuple(distances))
-        for kind, of_kind in groupby(now, key=lambda sample: _kind(sample.source)):
-            newest[kind] = [*newest[kind], list(of_kind)][-2:]
-    for key, norm in norms.of_moving().items():
-        measured[key] = replace(measured[key], norm=norm)
-    sums = [one.norm for one in measured.values()]
-    for one in measured.values():
-        sums += [distance.squared for distance in one.distances]
-    is_usable = bool(np.isfinite(sums).all())
-    return [measured[id(source)] if is_usable else None for source in sources]
+                beside = [other for other in samples if other is not sample]
+                distances += map(sample.distance, beside + earlier)
+            self._norms.add(sample)
+            measurements = Measurements(0.0, sample.rounding, tuple(distances))
+            self._measured[id(sample.source)] = measurements
+        for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
+            self._newest[kind] = [*self._newest[kind], list(of_kind)][-2:]
+
+    def _earlier(self) -> list[_Sample]:
+        samples = []
+        for kind in sorted(self._newest):
+            for at_time in self._newest[kind]:
+                samples += at_time
+        return samples
+
+    def measurements_of(self, sources: Sequence[Source]) -> list[Measurements | None]:
+        """Return the measurements of the sources; all None if values are too large to be
+        squared."""
+        norms = self._norms.of_moving()
+        sums = list(norms.values())
+        for measurements in self._measured.values():
+            sums += [distance.squared for distance in measurements.distances]
+        if not np.isfinite(sums).all():
+            return [None] * len(sources)
+        keys = [id(source) for source in sources]
+        return [replace(self._measured[key], norm=norms[key]) for key in keys]
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
@@ -487,18 +535,19 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 def _sampled_ranges(source: Source) -> list[ElementRange]:
     """Choose the elements to read in every source of the run: runs, cut at the ends of tensors."""
     sizes = {name: source.entries[name].size for name in sorted(source.averages)}
-    total = sum(sizes.values())
     names = list(sizes)
     ends = list(accumulate(sizes.values()))
+    total = sum(sizes.values())
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
     runs = -(-total // RUN_ELEMENTS)
-    wanted = MOST_ELEMENTS // RUN_ELEMENTS
     generator = np.random.default_rng(int(source.run_id, 16))
-    chosen = set(generator.choice(runs, wanted, replace=False).tolist())
-    edges = {*ends}
+    drawn = generator.choice(runs, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
+    chosen = set(drawn.tolist())
+    edges = set(ends)
     for run in chosen:
-        edges |= {run * RUN_ELEMENTS, min((run + 1) * RUN_ELEMENTS, total)}
+        edges.add(run * RUN_ELEMENTS)
+        edges.add(min((run + 1) * RUN_ELEMENTS, total))
     ranges = []
     for begin, end in pairwise(sorted(edges)):
         if begin // RUN_ELEMENTS in chosen:
@@ -520,14 +569,12 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
-            rounding += expected_rounding(
-                values,
-                source.entries[name].dtype,
-                source.tensors[name].dtype,
-            )
+            stored = source.entries[name].dtype
+            rounding += expected_rounding(values, stored, source.tensors[name].dtype)
     values = np.concatenate(parts)
     starts = np.cumsum([0, *sizes.values()])[:-1]
-    scale = sum(source.entries[name].size for name in source.averages) / max(values.size, 1)
+    total = sum(source.entries[name].size for name in source.averages)
+    scale = total / max(values.size, 1)
     return _Sample(source, values, starts, scale, rounding * scale)
 
 
@@ -553,23 +600,29 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     """
     if len(before) < 2:
         return None
-    (sample_a, *_), (sample_b, *_) = before
+    sample_a = before[0][0]
+    sample_b = before[1][0]
     a, b, c = (each.source.profile for each in (sample_a, sample_b, sample))
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
-    first = _share(a, b)
-    last = _share(b, c)
-    if first is None or last is None:
+    share_of_a = _share(a, b)
+    share_of_b = _share(b, c)
+    if share_of_a is None or share_of_b is None:
         return None
-    share_b = last + (1 - last) / (1 - first)
-    unmoved = share_b * sample_b.values + (1 - share_b) * sample_a.values
-    of_b = share_b**2 * sample_b.rounding
-    of_a = (1 - share_b) ** 2 * sample_a.rounding
-    tail = share_b * b.tail(b.times) + (1 - share_b) * a.tail(b.times)
-    masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
-    profile = Discrete(b.times, masses, b.t)
+    # c as it would be: this share of b, and the rest of a
+    share = share_of_b + (1 - share_of_b) / (1 - share_of_a)
+    rest = 1 - share
+    unmoved = share * sample_b.values + rest * sample_a.values
     squared = sample.squared(sample.values - unmoved)
-    return Distance(profile, squared, sample.rounding + of_b + of_a)
+    rounding = sample.rounding + share**2 * sample_b.rounding + rest**2 * sample_a.rounding
+    return Distance(_mixture(b, a, share), squared, rounding)
+
+
+def _mixture(later: Discrete, earlier: Discrete, share: float) -> Discrete:
+    """Return the profile of `share` of an average, and the rest of an earlier one."""
+    tail = share * later.tail(later.times) + (1 - share) * earlier.tail(later.times)
+    masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
+    return Discrete(later.times, masses, later.t)
 
 
 def _share(earlier: Discrete, later: Discrete) -> float | None:
@@ -579,4 +632,6 @@ def _share(earlier: Discrete, later: Discrete) -> float | None:
         return None
     since = later.tail(earlier.times) - later.tail(earlier.t)
     apart = since / share - earlier.tail(earlier.times)
-    return share if np.abs(apart).max() <= _LIKE else None
+    if np.abs(apart).max() > _LIKE:
+        return None
+    return share

@@ -871,7 +871,11 @@ def encode_header(
 
     Raises InvalidValueError for a header that readers would refuse.
     """
-    zeros = "0" * (16 * sum(entry.blocks for entry in entries.values()))
+    if "__metadata__" in entries:
+        reason = "the name '__metadata__' is no tensor's in a safetensors file"
+        raise InvalidValueError("header", reason)
+    blocks = sum(entry.blocks for entry in entries.values())
+    zeros = "0" * (16 * blocks)
     own = compact({"sums": sums or zeros, **content})
     header: dict[str, Any] = {
         "__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
@@ -880,23 +884,26 @@ def encode_header(
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     try:
-        _require(
-            "__metadata__" not in entries,
-            "the name '__metadata__' is no tensor's in a safetensors file",
-        )
-        _require_few(len(entries))
-        written = compact(header)
-        _check_text(written)
-        text = written.encode()
-        text += b" " * (-len(text) % 8)
-        _require(
-            len(text) <= MAX_HEADER_BYTES,
-            f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed",
-        )
+        text = _checked_text(header)
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
     start = len(text).to_bytes(8, "little") + text
     return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
+
+
+def _checked_text(header: Mapping[str, Any]) -> bytes:
+    """Return the text of a header, padded to a multiple of 8 bytes; raise ValueError if readers
+    would refuse it."""
+    _require_few(len(header) - 1)
+    written = compact(header)
+    _check_text(written)
+    text = written.encode()
+    text += b" " * (-len(text) % 8)
+    _require(
+        len(text) <= MAX_HEADER_BYTES,
+        f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed",
+    )
+    return text
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:

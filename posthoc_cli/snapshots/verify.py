@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,10 +143,11 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
     started = time.perf_counter()
     listing, indexes, shards = _listed(path)
     paths = sorted({*listing.files, *shards})
-    with progress("verifying", sum(map(file_size, paths))) as advance:
-        found = {file: report for file in paths if (report := _report(file, advance))}
-    reports = map(found.get, listing.files)
-    headers = [report and (report.error or report.header) for report in reports]
+    reports = _reports(paths, progress)
+    headers = []
+    for file in listing.files:
+        report = reports.get(file)
+        headers.append(report and (report.error or report.header))
     content = inspected(listing, headers)
     problems = [str(error) for error in content.problems if error not in headers]
     notes = [*content.notes]
@@ -159,20 +160,35 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
         problems += _problems_of(run_clock, content.snapshots)
     for index in indexes:
         problems += _problems_of(_check_index, index)
-    pickles = sum(entry.suffix in PICKLES for entry in listing.entries)
-    if pickles:
-        text = f"{pickles:,} pickled files (.pt and the like) have no checksums and were not read"
-        notes.append(text)
+    notes += _note_of_pickles(listing)
     return Verification(
         path,
         path.is_dir(),
-        tuple(found.values()),
+        tuple(reports.values()),
         tuple(problems),
         tuple(notes),
         tuple(sorted({*listing.leftovers, *incomplete})),
         listing.superseded if path.is_dir() else 0,
         time.perf_counter() - started,
     )
+
+
+def _note_of_pickles(listing: Directory) -> list[str]:
+    count = sum(entry.suffix in PICKLES for entry in listing.entries)
+    if count == 0:
+        return []
+    return [f"{count:,} pickled files (.pt and the like) have no checksums and were not read"]
+
+
+def _reports(paths: Sequence[Path], progress: ProgressBar) -> dict[Path, FileReport]:
+    """Read files; return the report of each that has one."""
+    reports = {}
+    with progress("verifying", sum(map(file_size, paths))) as advance:
+        for path in paths:
+            report = _report(path, advance)
+            if report:
+                reports[path] = report
+    return reports
 
 
 def _problems_of(check: Callable[[T], object], what: T) -> list[str]:

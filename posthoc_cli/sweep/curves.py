@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from scipy.linalg import cholesky, solve_triangular
@@ -50,58 +51,74 @@ def draw_curves(
     values = _clipped(values)
     centre = values.mean()
     scale = values.std()
+    standard = (values - centre) / scale
     chances = _chances(errors / scale, seeds)
-    noises = [noise for noise, _ in chances] * len(_LENGTHS) * len(_SIZES)
     both = np.concatenate([places, GRID])
+    noises = []
     posteriors = []
     for length, size in itertools.product(_LENGTHS, _SIZES):
         prior = _prior(both, length, size)
-        posteriors += [
-            _posterior(prior, chance, (values - centre) / scale) for _, chance in chances
-        ]
-    logs, means, covariances = zip(*posteriors, strict=True)
-    weights = softmax(logs)
+        for noise, chance in chances:
+            noises.append(noise)
+            posteriors.append(_posterior(prior, chance, standard))
+    weights = softmax([posterior.likelihood for posterior in posteriors])
     random = np.random.default_rng(0)
     counts = random.multinomial(_DRAWS, weights)
-    draws = [
-        random.multivariate_normal(means[k], covariances[k], counts[k], method="cholesky")
-        for k in np.flatnonzero(counts)
-    ]
-    return centre + scale * np.concatenate(draws), float(scale * (weights @ noises))
+    draws = []
+    for index in np.flatnonzero(counts):
+        _, mean, covariance = posteriors[index]
+        count = counts[index]
+        draws.append(random.multivariate_normal(mean, covariance, count, method="cholesky"))
+    curves: FloatArray = centre + scale * np.concatenate(draws)
+    return curves, float(scale * (weights @ noises))
 
 
 def _clipped(values: FloatArray) -> FloatArray:
     upper = float(np.quantile(values, 0.75))
-    reach = upper - float(np.sort(values)[1])
-    return np.minimum(values, upper + _FAR * reach) if reach > 0 else values
+    _, second, *_ = np.sort(values).tolist()
+    reach = upper - second
+    if reach <= 0:
+        return values
+    return np.asarray(np.minimum(values, upper + _FAR * reach))
 
 
 def _chances(errors: FloatArray, seeds: FloatArray) -> list[tuple[float, FloatArray]]:
     """Return the choices of what chance adds to the values: the noise, and the covariance."""
-    are_given = bool(np.isfinite(errors).all())
-    scales = np.clip(errors, *_STATED) if are_given else np.ones_like(errors)
+    noises: tuple[float, ...] = _NOISES
+    scales = np.ones_like(errors)
+    if np.isfinite(errors).all():
+        noises = (1.0,)
+        scales = np.clip(errors, *_STATED)
     usual = float(np.sqrt((scales**2).mean()))
     offsets = _OFFSETS if np.ptp(seeds) else _OFFSETS[:1]  # that of a single seed is in the trend
     shared = np.equal.outer(seeds, seeds)
-    return [
-        (noise * usual, np.diag((noise * scales) ** 2) + offset**2 * shared)
-        for noise, offset in itertools.product((1.0,) if are_given else _NOISES, offsets)
-    ]
+    chances = []
+    for noise, offset in itertools.product(noises, offsets):
+        variances = (noise * scales) ** 2
+        chances.append((noise * usual, np.diag(variances) + offset**2 * shared))
+    return chances
 
 
 def _prior(x: FloatArray, length: float, size: float) -> FloatArray:
     """Return the covariance of the metric at all pairs of places before the measurements."""
     trends = np.vander(2 * x - 1, 3, increasing=True) * _TRENDS
+    trend = trends @ trends.T
     distance = math.sqrt(5) * np.abs(x[:, None] - x) / length
     matern = (1 + distance + distance**2 / 3) * np.exp(-distance)
-    return np.asarray(trends @ trends.T + size**2 * matern + _ROUNDING * np.eye(len(x)))
+    return np.asarray(trend + size**2 * matern + _ROUNDING * np.eye(len(x)))
 
 
-def _posterior(
-    prior: FloatArray, chance: FloatArray, values: FloatArray
-) -> tuple[float, FloatArray, FloatArray]:
-    """Return the logarithm of the likelihood, but for a constant, and the mean and covariance of
-    the metric on GRID after the measurements (Rasmussen and Williams, algorithm 2.1)."""
+class _Posterior(NamedTuple):
+    """The metric on GRID after the measurements."""
+
+    likelihood: float  # its logarithm, but for a constant
+    mean: FloatArray
+    covariance: FloatArray
+
+
+def _posterior(prior: FloatArray, chance: FloatArray, values: FloatArray) -> _Posterior:
+    """Return the posterior for the covariances before and of the measurements (Rasmussen and
+    Williams, algorithm 2.1)."""
     count = len(values)
     root = cholesky(prior[:count, :count] + chance, lower=True, check_finite=False)
     sides = np.column_stack([values, prior[:count, count:]])
@@ -109,4 +126,5 @@ def _posterior(
     fit = solved[:, 0]
     known = solved[:, 1:]
     likelihood = float(-0.5 * fit @ fit - np.log(root.diagonal()).sum())
-    return likelihood, fit @ known, prior[count:, count:] - known.T @ known
+    covariance = prior[count:, count:] - known.T @ known
+    return _Posterior(likelihood, fit @ known, covariance)

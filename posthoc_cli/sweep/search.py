@@ -85,10 +85,10 @@ class Axis:
 
         Raises an InvalidValueError about `name` that says what is accepted.
         """
-        found = (_KINDS[kind], text) if kind else kind_of(text)
-        if found is None:
+        kind_and_rest = (_KINDS[kind], text) if kind else kind_of(text)
+        if kind_and_rest is None:
             raise bad(name, text, f"must be a range or a list of {', '.join(KINDS)}")
-        searched, rest = found
+        searched, rest = kind_and_rest
         form = f"a range LOW:HIGH, such as {searched.range}, or a list"
         is_range = rest.count(":") == 1 and "," not in rest
         try:
@@ -122,9 +122,13 @@ class Axis:
         kind = _KINDS[self.kind]
         low, ratio = self._lengths()
         length = low * ratio**place
-        digits = max(3, 2 - math.floor(math.log10(abs(math.log(ratio)))))
-        value = round(kind.value(float(f"{length:.{digits}g}")), 15)
-        return float(min(max(round(length) if kind.is_whole else value, self.low), self.high))
+        if kind.is_whole:
+            value = float(round(length))
+        else:
+            digits = max(3, 2 - math.floor(math.log10(abs(math.log(ratio)))))
+            rounded = float(f"{length:.{digits}g}")
+            value = round(kind.value(rounded), 15)
+        return float(min(max(value, self.low), self.high))
 
     def _lengths(self) -> tuple[float, float]:
         """Return the length of the lowest value, and the ratio of that of the highest one to it."""
@@ -197,7 +201,8 @@ class Estimate:
         self.best = self._known_or_new(point)
         self.mean = float(self.curve[point])
         self.standard_error = float(self.errors[point])
-        self.regret = float((self.draws[:, point] - self.draws.min(axis=1)).mean())
+        regrets = self.draws[:, point] - self.draws.min(axis=1)
+        self.regret = float(regrets.mean())
         low, high = map(axis.value_at, self._likely())
         self.low = min(low, self.best)
         self.high = max(high, self.best)
@@ -205,29 +210,33 @@ class Estimate:
     def _best_point(self) -> int:
         """Return the point of the grid with the best estimate, of a list the best of its values."""
         means = self.draws.mean(axis=0)
-        if self._axis.values:
-            points = np.rint((POINTS - 1) * self._axis.place(self._axis.values)).astype(int)
-            return int(points[means[points].argmin()])
-        return int(means.argmin())
+        if not self._axis.values:
+            return int(means.argmin())
+        places = self._axis.place(self._axis.values)
+        points = np.rint((POINTS - 1) * places).astype(int)
+        best = means[points].argmin()
+        return int(points[best])
 
     def _likely(self) -> list[float]:
         """Return the ends of the range that contains the best with a probability of CONFIDENCE, as
         places."""
         tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(GRID[self.draws.argmin(axis=1)], [tail, 1 - tail]).tolist()
+        low, high = np.quantile(self._best_places(), [tail, 1 - tail]).tolist()
         half = 0.5 / (POINTS - 1)
         return [max(low - half, 0.0), min(high + half, 1.0)]
+
+    def _best_places(self) -> FloatArray:
+        """Return where each drawn curve is best: shape [draws]."""
+        return np.asarray(GRID[self.draws.argmin(axis=1)])
 
     def _known_or_new(self, point: int) -> float:
         """Return the measured value next to a point of the grid, or else the value there."""
         place = float(GRID[point])
         distances = np.abs(self._axis.place(self._known) - place)
         nearest = distances.argmin()
-        return (
-            float(self._known[nearest])
-            if distances[nearest] < _SAME
-            else self._axis.value_at(place)
-        )
+        if distances[nearest] < _SAME:
+            return float(self._known[nearest])
+        return self._axis.value_at(place)
 
     @property
     def settled(self) -> bool:
@@ -238,10 +247,12 @@ class Estimate:
     def edge(self) -> float | None:
         """The end of the range at or beyond which the best lies with a probability above one half;
         None if neither."""
-        places = GRID[self.draws.argmin(axis=1)]
+        places = self._best_places()
         if np.mean(places <= _SAME) > 0.5:
             return self._axis.low
-        return self._axis.high if np.mean(places >= 1 - _SAME) > 0.5 else None
+        if np.mean(places >= 1 - _SAME) > 0.5:
+            return self._axis.high
+        return None
 
     def proposed(self, count: int = NEXT, repeat: bool = False) -> list[float]:
         """Return up to `count` values to measure next, chosen one after another.
@@ -254,33 +265,38 @@ class Estimate:
         low, high = self._likely()
         within = self.curve[(low <= GRID) & (high >= GRID)]
         is_flat = repeat and self.noise > np.ptp(within)
-        best = round((POINTS - 1) * float(self._axis.place([self.best])[0]))
-        lowest = self.draws[:, best]
-        wanted = []
+        place = float(self._axis.place([self.best])[0])
+        lowest = self.draws[:, round((POINTS - 1) * place)]
+        values = []
         for _ in range(count):
             improved = np.minimum(self.draws, lowest[:, None])
             point = int(improved.mean(axis=0).argmin())
             lowest = improved[:, point]
-            new = self._axis.value_at(float(GRID[point]))
-            wanted.append(self._known_or_new(point) if is_flat else new)
-        return list(dict.fromkeys(wanted))
+            if is_flat:
+                values.append(self._known_or_new(point))
+            else:
+                values.append(self._axis.value_at(float(GRID[point])))
+        return list(dict.fromkeys(values))
 
 
 def _measurements(trials: Sequence[Trial]) -> FloatArray:
     """Return the lengths of successful trials, their metrics, standard errors or nan, and seeds."""
-    rows = [
-        (trial.x, trial.value, trial.standard_error or math.nan, trial.seed)
-        for trial in trials
-        if trial.x is not None and trial.value is not None
-    ]
-    return np.array(list(zip(*rows, strict=True)), float)
+    rows = []
+    for trial in trials:
+        if trial.x is not None and trial.value is not None:
+            error = trial.standard_error or math.nan
+            rows.append((trial.x, trial.value, error, trial.seed))
+    return np.transpose(rows).astype(float)
 
 
 def first_batch(axis: Axis) -> list[float]:
     """Return the given values, or FIRST values spread evenly in the logarithm, both ends
     included."""
+    if axis.values:
+        return list(axis.values)
     inner = np.linspace(0, 1, FIRST)[1:-1].tolist()
-    return [*axis.values] or [*dict.fromkeys([axis.low, *map(axis.value_at, inner), axis.high])]
+    values = [axis.low, *map(axis.value_at, inner), axis.high]
+    return list(dict.fromkeys(values))
 
 
 # --- the report
@@ -329,7 +345,9 @@ class SweepReport:
 
     def _mean(self, x: float | None) -> float | None:
         values = [trial.value for trial in self.trials if trial.x == x and trial.value is not None]
-        return sum(values) / len(values) if values else None
+        if not values:
+            return None
+        return sum(values) / len(values)
 
     def __repr__(self) -> str:
         texts = [f"{name}: {text}" for name, text in answer(self.to_dict()).items()]
@@ -354,18 +372,18 @@ class SweepReport:
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
-        found = self.estimate
-        if found is None:
+        estimate = self.estimate
+        if estimate is None:
             return values
-        rows = np.column_stack([self.axis.at(GRID), found.curve, found.errors]).tolist()
+        rows = np.column_stack([self.axis.at(GRID), estimate.curve, estimate.errors]).tolist()
         return values | {
-            "best": {"target": self.best.title, self.axis.kind: found.best},
+            "best": {"target": self.best.title, self.axis.kind: estimate.best},
             "value": self.value,
-            "estimate": found.mean,
-            "standard_error": found.standard_error,
-            "equal_within_noise": [found.low, found.high],
-            "expected_regret": found.regret,
-            "noise": found.noise,
+            "estimate": estimate.mean,
+            "standard_error": estimate.standard_error,
+            "equal_within_noise": [estimate.low, estimate.high],
+            "expected_regret": estimate.regret,
+            "noise": estimate.noise,
             "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in rows],
         }
 
@@ -411,31 +429,38 @@ class Search:
     def run(self, average: Average) -> Iterator[Trial]:
         """Measure until the best is known within the noise or the budget is spent; yield each trial
         when it has ended."""
-        first = first_batch(self.report.axis)
-        yield from self._measure(
-            average, self._unmeasured([None, *first] if self.measures_raw else first)
-        )
+        first: list[float | None] = [*first_batch(self.report.axis)]
+        if self.measures_raw:
+            first.insert(0, None)
+        yield from self._measure(average, self._unmeasured(first))
         if self.report.minimize is None:
             self.report = replace(self.report, stopped="no metric was asked for")
             return
-        found = self._estimate(self.report.minimize)
-        while wanted := self._next(found):
-            yield from self._measure(average, wanted)
-            found = self._estimate(self.report.minimize)
-        yield from self._measure(average, self._unmeasured([found.best]))
+        estimate = self._estimate(self.report.minimize)
+        while lengths := self._next(estimate):
+            yield from self._measure(average, lengths)
+            estimate = self._estimate(self.report.minimize)
+        yield from self._measure(average, self._unmeasured([estimate.best]))
 
     def _seeds(self, x: float | None) -> set[int]:
         return {trial.seed for trial in self.report.trials if trial.x == x}
 
-    def _unmeasured(self, values: Iterable[float | None], again: bool = False) -> Lengths:
-        """Return values with the seeds that are missing, or `again` with the next ones."""
-        wanted = {}
+    def _unmeasured(self, values: Iterable[float | None]) -> Lengths:
+        """Return values with the first seeds, as far as they are missing."""
+        lengths = {}
         for x in values:
-            seeds = self._seeds(x)
-            first = max(seeds, default=-1) + 1 if again else 0
-            if missing := {*range(first, first + self.repeats)} - seeds:
-                wanted[x] = missing
-        return wanted
+            missing = set(range(self.repeats)) - self._seeds(x)
+            if missing:
+                lengths[x] = missing
+        return lengths
+
+    def _once_more(self, values: Iterable[float]) -> Lengths:
+        """Return values with the seeds that follow the measured ones."""
+        lengths: dict[float | None, Iterable[int]] = {}
+        for x in values:
+            first = max(self._seeds(x), default=-1) + 1
+            lengths[x] = range(first, first + self.repeats)
+        return lengths
 
     def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
         for x, seeds in lengths.items():
@@ -443,13 +468,7 @@ class Search:
             with average(x) as (measure, predicted_error):
                 for seed in seeds:
                     trial = Trial(title, x, seed, predicted_error=predicted_error)
-                    started = time.monotonic()
-                    try:
-                        value, noise = measure(trial)
-                        trial = replace(trial, value=value, standard_error=noise)
-                    except TrialError as failure:
-                        trial = replace(trial, error=str(failure))
-                    trial = replace(trial, seconds=time.monotonic() - started)
+                    trial = _measured(trial, measure)
                     self.report = replace(self.report, trials=(*self.report.trials, trial))
                     yield trial
                     self._check_latest()
@@ -465,7 +484,10 @@ class Search:
     def _check_latest(self) -> None:
         """Raise a PostHocError after two trials that failed alike, as all others would."""
         last = self.report.trials[-1]
-        causes = [one.error.partition(": ")[0] for one in self.report.trials[-2:] if one.error]
+        causes = []
+        for trial in self.report.trials[-2:]:
+            if trial.error:
+                causes.append(trial.error.partition(": ")[0])
         if len(causes) == 2 and causes[0] == causes[1]:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise PostHocError("the sweep", f"{reason}: {last.error}")
@@ -479,20 +501,19 @@ class Search:
         values = self._values()
         least = min(3, max(2, len(first_batch(self.report.axis)) - 1))  # of three one may fail
         if len(values) < least:
-            failed = [trial for trial in self.report.trials if trial.error]
-            reason = (
-                f"{len(failed)} of {len(self.report.trials)} trials have failed, too many to choose"
-            )
+            trials = self.report.trials
+            failed = [trial for trial in trials if trial.error]
+            reason = f"{len(failed)} of {len(trials)} trials have failed, too many to choose"
             last = f"the last one: {failed[-1].target}: {failed[-1].error}"
             raise PostHocError("the sweep", reason, last)
         if len({*values.values()}) == 1:
             reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        found = Estimate(self.report.trials, self.report.axis, minimize)
-        self.report = replace(self.report, estimate=found)
-        return found
+        estimate = Estimate(self.report.trials, self.report.axis, minimize)
+        self.report = replace(self.report, estimate=estimate)
+        return estimate
 
-    def _next(self, found: Estimate) -> Lengths:
+    def _next(self, estimate: Estimate) -> Lengths:
         """Return the lengths of the next round; none if the search has ended, for the reason in
         `stopped`."""
         lengths = {trial.x for trial in self.report.trials} - {None}
@@ -500,52 +521,65 @@ class Search:
         left = self.budget - spent - 1  # the best length is measured last
         if self.report.axis.values:
             reason = "all given lengths are measured"
-        elif found.settled:
+        elif estimate.settled:
             reason = "the best length is known within the noise"
         elif left <= 0:
             reason = "the budget is spent"
-        elif wanted := self._proposed(found, min(NEXT, left)):
-            return wanted
+        elif proposed := self._proposed(estimate, min(NEXT, left)):
+            return proposed
         else:
             reason = "nothing is left to measure between the measured lengths"
-        if found.edge is not None:
+        if estimate.edge is not None:
             kind = "list" if self.report.axis.values else "range"
-            title = self.report.axis.target(found.edge).title
+            title = self.report.axis.target(estimate.edge).title
             reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
         self.report = replace(self.report, stopped=reason)
         return {}
 
-    def _proposed(self, found: Estimate, count: int) -> Lengths:
+    def _proposed(self, estimate: Estimate, count: int) -> Lengths:
         """Return proposed lengths with seeds, but those that have failed."""
         failed = {trial.x for trial in self.report.trials if trial.error}
-        proposed = (x for x in found.proposed(count, self.repeats_known) if x not in failed)
-        return self._unmeasured(proposed, self.repeats_known)
+        values = [x for x in estimate.proposed(count, self.repeats_known) if x not in failed]
+        if self.repeats_known:
+            return self._once_more(values)
+        return self._unmeasured(values)
+
+
+def _measured(trial: Trial, measure: Measure) -> Trial:
+    """Return a trial with its metric, or why it failed, and the time that it took."""
+    started = time.monotonic()
+    try:
+        value, noise = measure(trial)
+        trial = replace(trial, value=value, standard_error=noise)
+    except TrialError as failure:
+        trial = replace(trial, error=str(failure))
+    return replace(trial, seconds=time.monotonic() - started)
 
 
 # --- texts for people
 
 
-def answer(found: dict[str, Any]) -> dict[str, str]:
+def answer(report: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
-    trials = found["trials"]
+    trials = report["trials"]
     failed = sum(trial["error"] is not None for trial in trials)
     measured = {trial["target"] for trial in trials if trial["error"] is None} - {RAW}
     count = f"{len(measured)} averages in {len(trials)} trials"
     if failed:
         count += f", {failed} of which failed"
-    texts = {"metric": str(found["metric"]), "measured": f"{count}; {found['stopped']}"}
-    if "best" not in found:
+    texts = {"metric": str(report["metric"]), "measured": f"{count}; {report['stopped']}"}
+    if "best" not in report:
         return texts
-    raw = found["raw"]
-    value = found["value"]
-    low, high = found["equal_within_noise"]
+    raw = report["raw"]
+    value = report["value"]
+    low, high = report["equal_within_noise"]
     return texts | {
-        "best": str(found["best"]["target"]),
+        "best": str(report["best"]["target"]),
         "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
-        "estimate": f"{found['estimate']:.6g} ± {found['standard_error']:.2g}",
+        "estimate": f"{report['estimate']:.6g} ± {report['standard_error']:.2g}",
         "equal": f"{low:.12g} to {high:.12g}",
         "raw": "not measured" if raw is None else f"{raw:.6g}",
-        "gain": _gain(raw, value, found["minimize"]),
+        "gain": _gain(raw, value, report["minimize"]),
     }
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, chain, cycle, pairwise
+from itertools import accumulate, chain, cycle
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,9 +93,9 @@ class Sums:
         if self._slot_count > 1 and has_full_precision():
             matrix = self._matrix[:, first : source + 1]
             for begin in range(0, self._padded, COLUMNS):
-                sums, values = (
-                    rows[:, begin : begin + COLUMNS] for rows in (self.totals, self._values[:count])
-                )
+                end = begin + COLUMNS
+                sums = self.totals[:, begin:end]
+                values = self._values[:count, begin:end]
                 torch.addmm(sums, matrix, values, beta=int(first > 0), out=sums)
             return
         for index in range(first, source + 1):
@@ -159,7 +159,9 @@ class Tile:
     @cached_property
     def spans(self) -> list[tuple[str, int, int]]:
         """The name of each tensor, with its begin and its end in the tile."""
-        return [(name, *ends) for name, ends in zip(self.names, pairwise(self.bounds), strict=True)]
+        begins = self.bounds[:-1]
+        ends = self.bounds[1:]
+        return list(zip(self.names, begins, ends, strict=True))
 
     def pieces(self, values: torch.Tensor) -> Iterator[tuple[str, memoryview, int]]:
         """Yield under all names the bytes of each tensor, and where in the tensor they begin."""
@@ -214,8 +216,12 @@ def _kind_of(
         return Kind(role, dtype, plan.newest.entries[name].dtype, stored)
     is_statistic = tensor.role == "statistic" or name in statistics
     role = "variance" if is_statistic and name.endswith("running_var") else "average"
-    is_wide = tensor.dtype == "F64" or name not in plan.coarse
-    return Kind(role, dtype, "F64" if is_wide and device.type != "mps" else "F32", stored)
+    wide = "F32"
+    if tensor.dtype == "F64" or name not in plan.coarse:
+        wide = "F64"
+    if device.type == "mps":
+        wide = "F32"
+    return Kind(role, dtype, wide, stored)
 
 
 def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
@@ -285,12 +291,12 @@ def synthesize(
     There are `workers` threads, by default one per core; the results are the same bits for any
     number. `progress` is called with the number of bytes just read, in the calling thread.
     """
-    place = check_device(device)
-    outputs = [InMemory(place) for _ in plan.targets]
+    chosen = check_device(device)
+    outputs = [InMemory(chosen) for _ in plan.targets]
     parts = plan.passes()
-    tiles = _with_room(cut_tiles(parts, len(outputs), place), outputs)
-    with closing(make_tiles(parts, tiles, outputs, place, workers)) as made:
-        for tile in made:
+    tiles = _with_room(cut_tiles(parts, len(outputs), chosen), outputs)
+    with closing(make_tiles(parts, tiles, outputs, chosen, workers)) as complete:
+        for tile in complete:
             if progress is not None:
                 progress(tile.stored_bytes)
             for name in tile.names if tile.last else ():
@@ -432,23 +438,21 @@ def check_device(device: torch.device | str) -> torch.device:
     """
     reason = "holds no values"
     try:
-        wanted = torch.device("cpu" if device == "auto" else device)
-        if wanted.type != "meta":
-            return torch.empty(0, device=wanted).device
+        chosen = torch.device("cpu" if device == "auto" else device)
+        if chosen.type != "meta":
+            return torch.empty(0, device=chosen).device
     # AssertionError: torch was built without the device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = f"cannot be used: {str(error).partition(chr(10))[0]}"
         if "device string" in reason:  # torch lists some twenty kinds
             reason = "is no device"
-    available = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    available = ["auto", "cpu"]
+    for index in range(torch.cuda.device_count()):
+        available.append(f"cuda:{index}")
     if torch.backends.mps.is_available():
         available.append("mps")
-    raise InvalidValueError(
-        "device",
-        reason,
-        f"choose from auto, {', '.join(available)}",
-        value=f"{str(device)!r}",
-    )
+    hint = f"choose from {', '.join(available)}"
+    raise InvalidValueError("device", reason, hint, value=f"{str(device)!r}")
 
 
 # --- one thread
@@ -496,9 +500,8 @@ class Maker:
         self._is_cuda = device.type == "cuda"
         # With CUDA the next bytes are read into one of two buffers while the other is copied.
         self._ahead = AHEAD * BLOCK if readers else 0  # in elements
-        self._stored = [
-            StoredBytes(self._is_cuda) for _ in range(self._ahead // size + 1 + self._is_cuda)
-        ]
+        buffers = self._ahead // size + 1 + self._is_cuda
+        self._stored = [StoredBytes(self._is_cuda) for _ in range(buffers)]
         self._sums: dict[str, Sums] = {}
         self._buffers: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
@@ -552,7 +555,8 @@ class Maker:
         if smallest is not None:
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
-        is_finite = bool(torch.mv(result, sums.weights[: tile.size]).isfinite().all())
+        weighted = torch.mv(result, sums.weights[: tile.size])
+        is_finite = bool(weighted.isfinite().all())
         if not is_finite or tile.kind.wide != tile.kind.dtype:
             self._check_finite(tile, result)
         return result
@@ -614,11 +618,11 @@ class Maker:
         if buffer.sent:
             buffer.sent.synchronize()
         data, values = buffer.views(tile.size, source.entries[name].dtype)
-        read: Callable[[], None] = partial(
-            source.read_box, name, tile.plan.box(name), data, tile.begin
-        )
+        read: Callable[[], None]
         if len(tile.names) > 1:
             read = partial(source.read_many, tile.names, data)
+        else:
+            read = partial(source.read_box, name, tile.plan.box(name), data, tile.begin)
         if self._readers:
             return self._readers.submit(read), buffer, values
         read()

@@ -151,22 +151,22 @@ class Plan(Combination):
     last: float = 0.0  # time of the newest source, used or not
 
     def __repr__(self) -> str:
-        each = [
-            f"{target.title} (predicted error {percent(self.predicted_error(index))})"
-            for index, target in enumerate(self.targets[:5])
-        ]
-        more = f" and {len(self.targets) - 5} more" if len(self.targets) > 5 else ""
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {', '.join(each)}{more})"
+        parts = []
+        for index, target in enumerate(self.targets[:5]):
+            error = percent(self.predicted_error(index))
+            parts.append(f"{target.title} (predicted error {error})")
+        texts = ", ".join(parts)
+        if len(self.targets) > 5:
+            texts += f" and {len(self.targets) - 5} more"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {texts})"
 
     @property
     def choice(self) -> str | None:
         """A text that says how many of very many sources were used; None if all were used."""
+        if self.solved == self.available:
+            return None
         counts = counted(self.sources, self.solved, self.available)
-        return (
-            None
-            if self.solved == self.available
-            else f"{counts} up to t = {self.t:,.12g}, evenly in time"
-        )
+        return f"{counts} up to t = {self.t:,.12g}, evenly in time"
 
     @property
     def coefficients(self) -> FloatArray:
@@ -181,8 +181,11 @@ class Plan(Combination):
         """For each target the index of its column by glob on tensor names; only targets of `Groups`
         have several."""
         numbers = count()
-        globs = [target.widths if isinstance(target, Groups) else "*" for target in self.targets]
-        return [{glob: next(numbers) for glob in each} for each in globs]
+        columns = []
+        for target in self.targets:
+            globs = target.widths if isinstance(target, Groups) else "*"
+            columns.append({glob: next(numbers) for glob in globs})
+        return columns
 
     def passes(self) -> list[Plan]:
         """Return plans with one column per target, each for some of the tensors, which together
@@ -258,10 +261,10 @@ class Plan(Combination):
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output; the snapshots of groups are listed one group
         after another."""
-        wanted = self.targets[target]
+        wished = self.targets[target]
         gamma = None
-        if wanted.sigma_rel is not None:
-            gamma = PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma
+        if wished.sigma_rel is not None:
+            gamma = PowerFunction.from_sigma_rel(wished.sigma_rel, self.t).gamma
         used = list[Used]()
         for column in self.columns[target].values():
             coefficients = self.coefficients[:, column].tolist()
@@ -272,8 +275,8 @@ class Plan(Combination):
                 copies += self.names[name]
         return OutputInfo(
             run_id=self.newest.run_id,
-            profile=wanted.title,
-            sigma_rel=wanted.sigma_rel,
+            profile=wished.title,
+            sigma_rel=wished.sigma_rel,
             gamma=gamma,
             t=self.t,
             t_unit=self.newest.t_unit,
@@ -288,9 +291,15 @@ class Plan(Combination):
         """Return the run, its motion, and each target's coefficients and errors, as plain values
         for JSON."""
         prior = self.reconstruction.prior
-        motion = self.reconstruction.prior.motion
-        infos = [self.output_info(index) for index in range(len(self.targets))]
-        copied = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
+        motion = prior.motion
+        targets = []
+        for index in range(len(self.targets)):
+            info = self.output_info(index)
+            values: dict[str, Any] = {"target": info.profile}
+            for name in ("sigma_rel", "t", "method", "profile_error", "predicted_error"):
+                values[name] = getattr(info, name)
+            values["snapshots"] = [vars(used) for used in info.snapshots]
+            targets.append(values)
         return {
             "run": self.newest.run_id,
             "movement": {
@@ -300,12 +309,7 @@ class Plan(Combination):
             },
             "solved_with": self.solved,
             "available": self.available,
-            "targets": [
-                {"target": info.profile}
-                | {name: getattr(info, name) for name in copied}
-                | {"snapshots": [vars(used) for used in info.snapshots]}
-                for info in infos
-            ],
+            "targets": targets,
         }
 
 
@@ -345,18 +349,15 @@ def plan_synthesis(
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
-    wanted = tuple(as_target(target) for target in targets)
+    wished = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
-    usable, later = _chosen(sources, wanted, time)
+    usable, later = _chosen(sources, wished, time)
     prior = source_prior([*usable, *later])  # later snapshots also measure the motion
-    result = _solved(wanted, usable, run_clock(sources), time, method, prior)
-    used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
-    # copies are those of the newest one
-    if usable[used[-1]].t < usable[-1].t and usable[-1].copies:
-        used.append(len(usable) - 1)
+    result = _solved(wished, usable, run_clock(sources), time, method, prior)
+    used = _used(result, usable)
     plan = Plan(
         sources=tuple(usable[i] for i in used),
-        targets=wanted,
+        targets=wished,
         t=time,
         method=method,
         reconstruction=result.of(snapshots=used),
@@ -371,6 +372,17 @@ def plan_synthesis(
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, [source.profile for source in (*usable, *later)], prior)
     return plan
+
+
+def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
+    """Return the indices of the sources with coefficients, and of the newest one, whose copies are
+    those of the output."""
+    has_coefficient = np.any(result.coefficients != 0, axis=1)
+    used: list[int] = np.flatnonzero(has_coefficient).tolist()
+    newest = usable[-1]
+    if usable[used[-1]].t < newest.t and newest.copies:
+        used.append(len(usable) - 1)
+    return used
 
 
 def _chosen(

@@ -3,6 +3,7 @@ here in float64."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import walks
 from walks import Decay
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 
 CLAIMED = 0.99
 STEPS = 400
@@ -121,3 +122,73 @@ def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(tmp_path: Pat
     error = walks.distance(made, walks.true_average(0.1))
     assert made.predicted_error is not None
     assert error < 2 * made.predicted_error < 0.01
+
+
+def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_begins(
+    tmp_path: Path,
+) -> None:
+    """ema-pytorch copies for 100 steps; names of these parameters are numbers."""
+    library = pytest.importorskip("ema_pytorch")
+    net = torch.nn.ParameterList([torch.zeros(24, 24), torch.zeros(24)])
+    average = library.EMA(net, beta=0.95, update_every=1)
+    for step in walks.walk(net):
+        average.update()
+        if step % EVERY == 0:
+            torch.save(average.state_dict(), tmp_path / f"step{step}.pt")
+    settings = {"update_every": 1, "update_after_step": 100}
+    found = import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.95, **settings)
+    assert "as claimed" in found.checks[-1]
+    assert list(Run(tmp_path / "run").average(0.1)) == ["0", "1"]
+    with pytest.raises(InvalidValueError, match="does not fit the files"):
+        import_checkpoints(tmp_path, tmp_path / "other", ema_decay=0.8, **settings)
+
+
+def unknown_rise(n: int) -> float:
+    return 0.99 * min(1, n / 200)
+
+
+def change(n: int) -> float:
+    return 0.9 if n <= STEPS // 2 else 0.98
+
+
+def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(tmp_path: Path) -> None:
+    folder = save(tmp_path / "files", unknown_rise, None, torch.float32)
+    (audit,) = Run(folder).audit()
+    assert not audit.is_bad
+    assert re.search(r"rises until step \d+ by a rule that is not known", audit.text)
+    import_checkpoints(folder, tmp_path / "run")
+    made = Run(tmp_path / "run").average(0.1)
+    assert walks.distance(made, walks.true_average(0.1)) < 2 * (made.predicted_error or 0) < 0.02
+
+
+def test_a_decay_that_changes_is_refused_with_the_time(tmp_path: Path) -> None:
+    folder = save(tmp_path / "files", change, None, torch.float32)
+    with pytest.raises(InvalidValueError, match=r"step \d+.*: name the files .* by a glob"):
+        import_checkpoints(folder, tmp_path / "run", ema_decay=0.98, ema_warmup="none")
+    import_checkpoints(str(folder / "[234][0-9]0.ckpt"), tmp_path / "run", ema_decay=0.98)
+
+
+def test_the_part_that_an_average_and_the_weights_share_is_named(tmp_path: Path) -> None:
+    """F5-TTS keeps a buffer in its average that the weights lack."""
+    for one in walks.saves():
+        weights = {f"net.{name}": value for name, value in one.weights.items()}
+        average = {f"net.{name}": value for name, value in one.average.items()}
+        content = {"model": weights, "ema_model": average | {"window": torch.ones(4)}}
+        torch.save(content, tmp_path / f"model_{one.step}.pt")
+    with pytest.raises(FileFormatError, match=r"'ema_model\.net' with `weights` 'model\.net'"):
+        import_checkpoints(tmp_path, tmp_path / "run")
+    parts = {"average": "ema_model.net", "weights": "model.net", "ema_decay": 0.95}
+    found = import_checkpoints(tmp_path, tmp_path / "run", ema_warmup="none", **parts)
+    assert found.counts["EMA of decay 0.95"] == len(walks.saves())
+
+
+def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(tmp_path: Path) -> None:
+    """As of FastGAN, whose generator `g` has an average in a list."""
+    for one in walks.saves():
+        other = {name: -value for name, value in one.weights.items()}
+        content = {"g": one.weights, "d": other, "g_ema": [*one.average.values()]}
+        torch.save(content, tmp_path / f"all_{one.step}.pth")
+    found = import_checkpoints(
+        tmp_path, tmp_path / "run", prefix="g.", ema_decay=0.95, ema_warmup="none"
+    )
+    assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
