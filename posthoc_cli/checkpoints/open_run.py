@@ -514,7 +514,7 @@ def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]
         try:
             return [*read_directory(files.as_path(directory))]
         except DirectoryError:
-            if not _candidates(directory, _LeftOut()):
+            if not files.expanded(directory).exists() or not _candidates(directory, _LeftOut()):
                 raise
     return [*open_checkpoints(directory, unclaimed=unclaimed)]
 

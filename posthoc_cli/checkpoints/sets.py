@@ -163,7 +163,9 @@ class Sets:
         if len(outermost) == 1:
             return outermost[0]
         wrong = "has several sets of tensors" if outermost else "has no set of tensors"
-        choices = names_in(outermost or [*self.keys] or [*self.content.tensors])
+        choices = names_in(outermost or [*self.keys])
+        if not choices:
+            choices = f"only tensors {names_in([*self.content.tensors])}"
         raise FileFormatError(self.content.path, f"{wrong} {shown(text)}: {choices}")
 
     # --- the model

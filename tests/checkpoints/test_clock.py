@@ -576,5 +576,7 @@ def test_a_file_of_states_alone_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="no weights, only tensors under 'optimizer_st"):
         times(tmp_path / "checkpoint.0.100.pt")
     torch.save({"a.weight": torch.ones(3)}, tmp_path / "m-1.pt")
-    with pytest.raises(FileFormatError, match=r"has no set of tensors 'ema': 'a.weight'|'a'"):
+    with pytest.raises(
+        FileFormatError, match=r"has no set of tensors 'ema': only tensors 'a\.weight'"
+    ):
         times(tmp_path / "m-1.pt", average="ema")
