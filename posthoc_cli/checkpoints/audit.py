@@ -73,6 +73,7 @@ above which an average loses updates. Of walks of 400 steps with decays from 0.9
 was above 0.02 wherever they were more than 3 times as far off as predicted."""
 _DIGITS = 2
 _LEAST_MOVED = 1000  # elements, of which the share is a statistic
+DOES_NOT_MOVE = "does not move"
 LOSES_UPDATES = "loses updates"
 SET_BACK = "set back"
 _OTHER_WEIGHTS = (
@@ -82,7 +83,7 @@ _OTHER_WEIGHTS = (
 BAD = (
     "too long",
     "too short",
-    "does not move",
+    DOES_NOT_MOVE,
     "equals the weights",
     "began again",
     "some tensors",
@@ -168,14 +169,14 @@ class Audit:
     def change(self) -> float | None:
         """The time before which all intervals show about one length, and after it another one; None
         if there is no such time."""
-        times = [each.begin for each in self.intervals if each.found and not each.note]
-        logs = np.log([each.found for each in self.intervals if each.found and not each.note])
+        clear = [interval for interval in self.intervals if interval.found and not interval.note]
+        logs = np.log([interval.found for interval in clear if interval.found])
         for index in range(2, len(logs) - 1):
             sides = (logs[:index], logs[index:])
             most = max(float(np.ptp(side)) for side in sides)
             apart = abs(float(np.median(sides[0]) - np.median(sides[1])))
             if apart > max(math.log(_CHANGED), 2 * most):
-                return times[index]
+                return clear[index].begin
         return None
 
     @property
@@ -325,7 +326,7 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
         rounding[at] = _roundings(average, names, values)
     begins = np.cumsum(sizes)[:-1]
     split = np.split(rows, begins, axis=2)
-    eps = [EPS[pairs[-1][1].entries[name].dtype] for name in names]
+    eps = [EPS[average.entries[name].dtype] for name in names]
     return Series(np.array(times), split, rounding, np.array(eps)), names
 
 
@@ -415,7 +416,7 @@ class _Moves:
         if self.still.all():
             text = "the average does not move while the weights do: is its update called, and on "
             text += "the same tensors that are saved (names after torch.compile, shards of ZeRO-3)?"
-            return "does not move", text
+            return DOES_NOT_MOVE, text
         if self.equal.all():
             text = "the average is equal to the weights: it is copied, or its decay is 0"
             return "equals the weights", text
@@ -728,8 +729,9 @@ def _verdict(
         return "another rule", text
     verdict, text = _compare_lengths(audit, explanation, shown, unit)
     is_clear = verdict in ("found", "as claimed") and (audit.uncertainty or 0.0) < _VAGUE / 2
-    if is_clear and audit.jump is not None:
-        return SET_BACK, _jump_text(audit.jump, unit)
+    jump = audit.jump if is_clear else None
+    if jump is not None:
+        return SET_BACK, _jump_text(jump, unit)
     return verdict, text
 
 
@@ -775,7 +777,7 @@ def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, st
     if not stopped:
         return None
     text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
-    return "does not move", f"{text}{stopped[-1].end:,.12g}, while the weights do"
+    return DOES_NOT_MOVE, f"{text}{stopped[-1].end:,.12g}, while the weights do"
 
 
 def _is_stopped(interval: Interval, model: Model) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.audit import LOSES_UPDATES, SET_BACK, Audit, audits_of
+from posthoc_cli.checkpoints.audit import DOES_NOT_MOVE, LOSES_UPDATES, SET_BACK, Audit, audits_of
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
@@ -277,7 +277,7 @@ def _round_decays(decay: float, distance: float) -> list[float]:
 def _check_is_average(audit: Audit) -> None:
     """Raise an InvalidValueError if no decay describes an average."""
     hint = "`kind` checkpoints takes the weights alone"
-    if audit.verdict in (SET_BACK, "does not move"):
+    if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
     if audit.verdict == LOSES_UPDATES:
         raise InvalidValueError("average", audit.text, hint)
