@@ -352,7 +352,7 @@ def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
 
 def _figure() -> tuple[Figure, Axes]:
     layout = ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN)
-    figure = _Figure(figsize=(_WIDTH, _HEIGHT), dpi=150, layout=layout, facecolor="white")
+    figure = _Figure(figsize=(_WIDTH, _HEIGHT), dpi=200, layout=layout, facecolor="white")
     return figure, figure.add_subplot()
 
 

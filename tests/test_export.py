@@ -493,3 +493,14 @@ def test_no_link_out_of_the_folder_is_followed(
         run.write(0.2, tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    full = {"a": torch.zeros(2), "b": torch.ones(3)}
+    save_file(full, tmp_path / "full.safetensors")
+    save_file({"a": full["a"]}, tmp_path / "part.safetensors")
+    out = f"{tmp_path}/out.safetensors"
+    export_file(f"{tmp_path}/part.safetensors", out, base=f"{tmp_path}/full.safetensors")
+    assert_same_tensors(load_file(out), full)
+    with refused("source", "3: must be a path"):
+        export_file(3, out, overwrite=True)  # type: ignore[arg-type]

@@ -207,7 +207,9 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
     if audits := list(audits_of(sources, claimed)):
         return audits
     reason = "holds no two times at which there are an average and the weights"
-    raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
+    raise InvalidValueError(
+        sources[0].path.parent, reason, "an audit compares the two between checkpoints"
+    )
 
 
 def audits_of(

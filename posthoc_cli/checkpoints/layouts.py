@@ -705,7 +705,7 @@ TAKES: dict[str, tuple[str, ...]] = {
 
 
 def check_settings(kinds: set[str], settings: ImportSettings) -> None:
-    """Raise InvalidValueError about a given setting that says nothing about these kinds."""
+    """Raise InvalidValueError about a given setting that does not apply to these kinds."""
     known = {"kind", "prefix", "include", "exclude"}
     for kind in kinds:
         known.update(TAKES.get(kind, _OF_EMA))
@@ -713,8 +713,11 @@ def check_settings(kinds: set[str], settings: ImportSettings) -> None:
         if name not in known:
             hint = ""
             if name in _OF_EMA:
-                hint = "averages that no name tells are said by kind 'ema', or by `average`"
-            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", hint)
+                hint = "of averages give `kind` ema; one within the files is named by `average`"
+            taken = " and ".join(sorted(kinds))
+            raise InvalidValueError(
+                name, f"does not apply to files that are taken for {taken}", hint
+            )
 
 
 def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:

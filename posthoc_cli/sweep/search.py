@@ -563,14 +563,14 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
     count = f"{len(measured)} averages in {len(trials)} trials"
     if failed:
         count += f", {failed} of which failed"
-    texts = {"metric": str(report["metric"]), "measured": f"{count}; {report['stopped']}"}
+    texts = {"metric": report["metric"], "measured": f"{count}; {report['stopped']}"}
     if "best" not in report:
         return texts
     raw = report["raw"]
     value = report["value"]
     low, high = report["equal_within_noise"]
     return texts | {
-        "best": str(report["best"]["target"]),
+        "best": report["best"]["target"],
         "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
         "estimate": _with_error(report["estimate"], report["standard_error"]),
         "equal": f"{low:.12g} to {high:.12g}",

@@ -264,3 +264,17 @@ def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
     done = ema("report", tmp_path, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     assert done.err.count("left out of averages") == 1
+
+
+def test_messages_name_options_and_the_word_that_may_be_meant(ema: Ema, place: Path) -> None:
+    """Also in notes, which are no errors."""
+    torch.save({"w": torch.ones(3)}, "m.pt")
+    assert "import with --step-from, a pattern" in ema("info", "m.pt").out
+    for command, meant in (
+        ("guide trainning", "training"),
+        ("synthesize run --target betta:0.999 --dry-run", "beta"),
+        ("synthesize run --target decay:cos:20% --dry-run", "decay:cosine"),
+    ):
+        assert ema(*command.split()).error.endswith(f"; did you mean {meant}?")
+    assert "mean" not in ema("guide", "xyzzy").error
+    assert ema("help").out == ema("--help").out
