@@ -278,3 +278,10 @@ def test_messages_name_options_and_the_word_that_may_be_meant(ema: Ema, place: P
         assert ema(*command.split()).error.endswith(f"; did you mean {meant}?")
     assert "mean" not in ema("guide", "xyzzy").error
     assert ema("help").out == ema("--help").out
+
+
+def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:
+    text = ema("info", "run").out
+    assert "of them, from which errors are predicted" in text
+    assert not re.search("aliases|superseded", text)
+    assert ema("info", "run", "--json").json["superseded"] == 0
