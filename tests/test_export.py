@@ -515,11 +515,18 @@ def test_no_link_out_of_the_folder_is_followed(
 
 
 def test_paths_may_be_texts(tmp_path: Path) -> None:
-    full = {"a": torch.zeros(2), "b": torch.ones(3)}
-    save_file(full, tmp_path / "full.safetensors")
-    save_file({"a": full["a"]}, tmp_path / "part.safetensors")
+    full = {
+        "a": torch.zeros(2),
+        "b": torch.ones(3),
+    }
+    part = {"a": full["a"]}
+    source = f"{tmp_path}/part.safetensors"
+    base = f"{tmp_path}/full.safetensors"
     out = f"{tmp_path}/out.safetensors"
-    export_file(f"{tmp_path}/part.safetensors", out, base=f"{tmp_path}/full.safetensors")
-    assert_same_tensors(load_file(out), full)
+    save_file(part, source)
+    save_file(full, base)
+    export_file(source, out, base=base)
+    found = load_file(out)
+    assert_same_tensors(found, full)
     with refused("source", "3: must be a path"):
         export_file(3, out, overwrite=True)  # type: ignore[arg-type]

@@ -269,19 +269,29 @@ def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
 def test_messages_name_options_and_the_word_that_may_be_meant(ema: Ema, place: Path) -> None:
     """Also in notes, which are no errors."""
     torch.save({"w": torch.ones(3)}, "m.pt")
-    assert "import with --step-from, a pattern" in ema("info", "m.pt").out
-    for command, meant in (
-        ("guide trainning", "training"),
-        ("synthesize run --target betta:0.999 --dry-run", "beta"),
-        ("synthesize run --target decay:cos:20% --dry-run", "decay:cosine"),
-    ):
-        assert ema(*command.split()).error.endswith(f"; did you mean {meant}?")
-    assert "mean" not in ema("guide", "xyzzy").error
-    assert ema("help").out == ema("--help").out
+    note = ema("info", "m.pt").out
+    assert "import with --step-from, a pattern" in note
+    guide = ema("guide", "trainning")
+    assert guide.error.endswith("; did you mean training?")
+    other = ema("guide", "xyzzy")
+    assert "mean" not in other.error
+    meant = {
+        "betta:0.999": "beta",
+        "decay:cos:20%": "decay:cosine",
+    }
+    for target, word in meant.items():
+        wrong = ema("synthesize", "run", "--target", target)
+        assert wrong.error.endswith(f"; did you mean {word}?")
+
+
+def test_help_is_a_word_too(ema: Ema) -> None:
+    word = ema("help")
+    option = ema("--help")
+    assert word == option
 
 
 def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:
     text = ema("info", "run").out
     assert "of them, from which errors are predicted" in text
-    assert not re.search("aliases|superseded", text)
-    assert ema("info", "run", "--json").json["superseded"] == 0
+    assert "aliases" not in text
+    assert "superseded" not in text
