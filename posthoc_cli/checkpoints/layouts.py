@@ -74,7 +74,7 @@ class Found:
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()  # keys of sets that a word calls an average
+    unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
     path: str = ""  # what leads to the weights in the checkpoint
 
     @property
@@ -97,30 +97,35 @@ Finder = Callable[[Sets, ImportSettings], Found | None]
 
 def recognise(content: Content, settings: ImportSettings) -> Found:
     """Return what a checkpoint holds: as its kind if one is given, else as the first that fits."""
-    sets = Sets(content)
+    sets = Sets(content, (settings.average, settings.weights))
     try:
-        if settings.kind != "checkpoints":
-            for finder in FINDERS:
-                found = finder(sets, settings)
-                if found is not None and settings.kind in (None, found.kind):
-                    return found
-        if settings.kind == "ema":
-            return _all_averaged(sets, settings)
-        if settings.kind in (None, "checkpoints"):
-            return _weights(sets, settings)
+        found = _found(sets, settings)
     except (TypeError, ValueError, OverflowError) as error:
         reason = f"holds an EMA whose settings cannot be read: {error}"
         raise FileFormatError(content.path, reason) from error
-    raise FileFormatError(content.path, f"is no file of {settings.kind}")
+    used = [*found.averaged.values(), *found.weights.values()]
+    return replace(found, unused=sets.without(used))
+
+
+def _found(sets: Sets, settings: ImportSettings) -> Found:
+    if settings.kind != "checkpoints":
+        for finder in FINDERS:
+            found = finder(sets, settings)
+            if found is not None and settings.kind in (None, found.kind):
+                return found
+    if settings.kind == "ema":
+        return _all_averaged(sets, settings)
+    if settings.kind in (None, "checkpoints"):
+        return _weights(sets, settings)
+    raise FileFormatError(sets.content.path, f"is no file of {settings.kind}")
 
 
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
-    unused = tuple(sets.averages)
     if settings.weights is not None:
         weights = sets.below(sets.named(settings.weights))
     else:
         weights = sets.model(settings.prefix)
-    return Found("checkpoints", weights=weights, unused=unused)
+    return Found("checkpoints", weights=weights)
 
 
 class Stored:
@@ -163,7 +168,7 @@ class Stored:
 
     @property
     def groups(self) -> str:
-        return names_in(self._content.groups())
+        return names_in(self._content.groups()) or "it has none"
 
     def _made(self, tensors: Tensors) -> Checkpoint:
         return make_checkpoint(self._content, tensors)
@@ -400,7 +405,6 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
         pair.weights,
         updates,
         asks=asks,
-        unused=tuple(key for key in sets.averages if not pair.is_in(key)),
         path=pair.weights_key,
     )
     if kind == "ema":

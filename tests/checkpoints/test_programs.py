@@ -629,7 +629,7 @@ def test_an_average_that_is_not_used_is_named(
         torch.save(content, tmp_path / f"step{save.step}.pt")
     last = saves()[-1]
     Run(tmp_path).average(0.1)
-    assert "also holds extra.deep.ema, not used: `average` 'extra.deep.ema' names it" in caplog.text
+    assert "also holds 'extra.deep.ema', not used: an import takes another set by" in caplog.text
     check(tmp_path, last.average | rest, last.weights | rest, None, average="deep.ema")
     assert_equal(exported(tmp_path / "step400.pt", average="ema"), last.average | rest)
 
