@@ -19,6 +19,7 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,6 +53,8 @@ from posthoc_cli.profiles import (
     gamma_from_sigma_rel,
 )
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
+
+log = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
 
@@ -144,6 +147,8 @@ class Stored:
         """The average; None if there is none."""
         self._check_decided()
         found = self._found
+        if self._settings.average is None:
+            self._warn_if_unrelated()
         return self._made(found.tensors) if found.averaged else None
 
     @cached_property
@@ -165,6 +170,25 @@ class Stored:
             reason = "holds two sets, and nothing tells which is the average"
             hint = "name it by `average`, or name the folder of all files"
             raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
+
+    def _warn_if_unrelated(self) -> None:
+        """Warn if the average is about as far from the weights as a network of
+        other weights is: the other tower of one model, whose key is `target_encoder`."""
+        ours = self._made(self._found.averaged)
+        theirs = self._made(self._found.weights)
+        apart = 0.0
+        own = 0.0
+        with ours, theirs:
+            for name in {*ours.averages} & {*theirs.averages}:
+                count = min(ours.entries[name].size, 256)
+                first = ours.values(name, 0, count)
+                other = theirs.values(name, 0, count)
+                gap = first - other
+                apart += gap @ gap
+                own += first @ first + other @ other
+        if apart > own / 2:
+            reason = "is unrelated to the weights; name it by `average` if it is one"
+            log.warning("%s: the set whose key says an average %s", self._content.path, reason)
 
     @property
     def groups(self) -> str:
