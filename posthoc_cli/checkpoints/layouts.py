@@ -184,8 +184,8 @@ class Stored:
                 first = ours.values(name, 0, count)
                 other = theirs.values(name, 0, count)
                 gap = first - other
-                apart += gap @ gap
-                own += first @ first + other @ other
+                apart += float(gap @ gap)
+                own += float(first @ first + other @ other)
         if apart > own / 2:
             reason = "is unrelated to the weights; name it by `average` if it is one"
             log.warning("%s: the set whose key says an average %s", self._content.path, reason)
