@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -368,6 +369,24 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["out", "out.pt"])
+def test_a_write_that_fails_within_a_tensor_is_named_and_leaves_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    """torch's writer itself raises an error about unexpected positions."""
+    source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
+    layout = None if name.endswith(".pt") else "dcp"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=f"{name}: cannot be written: file too large"):
+            export_file(source, tmp_path / name, layout=layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # --- files of a model folder
