@@ -155,7 +155,7 @@ class Sets:
             paths = [path for path in _paths(tensor) if path and path not in outer]
             averages = [path for path in paths if path in self.averages]
             for path in (averages or paths)[:1]:
-                if averages or not self.is_averaged(path):
+                if averages or not (self.is_averaged(path) or _is_counter(tensor)):
                     found[path] = None
         return tuple(found)
 

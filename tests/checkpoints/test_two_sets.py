@@ -233,13 +233,13 @@ def test_sets_that_are_not_used_are_named(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A predictor, a discriminator, a frozen network; not the states of an optimizer, and not what
-    an average keeps beside its own."""
+    """A discriminator and a frozen network; not the states of an optimizer, nor the best score."""
     values = torch.arange(3.0)
     for step in range(10, 50, 10):
         content = {
             "model": {"net.w": values + step, "ema_net.w": values + step - 1, "frozen.w": values},
             "discriminator": {"c": {"w": values}},
+            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
             "optimizer": {"master": {"net.w": values + step + 0.25}},
         }
         torch.save(content, tmp_path / f"step{step}.pt")
