@@ -641,8 +641,14 @@ def test_two_towers_are_no_average_and_its_weights(
     """Networks of other weights have the same names and shapes, and norms that are alike."""
     file = tmp_path / "step9.pt"
     noise = torch.Generator().manual_seed(0)
-    source = {"w": torch.randn(20, 20, generator=noise), "norm": torch.ones(20)}
-    target = {"w": torch.randn(20, 20, generator=noise), "norm": torch.ones(20)}
+    source = {
+        "w": torch.randn(20, 20, generator=noise),
+        "norm": torch.ones(20),
+    }
+    target = {
+        "w": torch.randn(20, 20, generator=noise),
+        "norm": torch.ones(20),
+    }
     torch.save({"source_encoder": source, "target_encoder": target}, file)
     exported(file)
     assert "average is unrelated to the weights; name it by `average` if it is" in caplog.text

@@ -236,10 +236,15 @@ def test_sets_that_are_not_used_are_named(
     """A discriminator and a frozen network; not the states of an optimizer, nor the best score."""
     values = torch.arange(3.0)
     for step in range(10, 50, 10):
+        model = {
+            "net.w": values + step,
+            "ema_net.w": values + step - 1,
+            "frozen.w": values,
+        }
         content = {
-            "model": {"net.w": values + step, "ema_net.w": values + step - 1, "frozen.w": values},
+            "model": model,
             "discriminator": {"c": {"w": values}},
-            "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+            "callbacks": {"best_model_score": torch.tensor(0.5)},
             "optimizer": {"master": {"net.w": values + step + 0.25}},
         }
         torch.save(content, tmp_path / f"step{step}.pt")
@@ -253,11 +258,13 @@ def test_sets_that_are_not_used_are_named(
 
 def test_quantised_weights_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (10, 20):
-        codes = torch.full((9, 9), step, dtype=torch.int8)
-        mask = torch.ones(80, dtype=torch.uint8)
-        rest = {"scale": torch.full((9, 9), step / 10), "mask": mask}
-        torch.save(rest, tmp_path / f"plain{step}.pt")
-        torch.save(rest | {"codes": codes}, tmp_path / f"quantised{step}.pt")
+        content = {
+            "scale": torch.full((9, 9), step / 10),
+            "mask": torch.ones(80, dtype=torch.uint8),
+        }
+        torch.save(content, tmp_path / f"plain{step}.pt")
+        content["codes"] = torch.full((9, 9), step, dtype=torch.int8)
+        torch.save(content, tmp_path / f"quantised{step}.pt")
     Run(tmp_path / "plain*.pt").average(0.2)
     assert "quantised" not in caplog.text
     Run(tmp_path / "quantised*.pt").average(0.2)
