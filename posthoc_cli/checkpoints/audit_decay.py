@@ -16,8 +16,7 @@ Weights do not move on lines: they go back and forth (noise), which makes this v
 on as they did, which makes it too short, by 11 % of a length that is 0.4 of the time between
 checkpoints. So it is where the search for the most likely value begins. (On ten trainings, where
 the time constant is the time between checkpoints, this value is 1.5 % off in the median and 5 % at
-most; with the motion of the neighbouring intervals taken out 1.1 and 10 %; the likeliest 0.4 and
-0.6 %.)
+most; with the motion of the neighbouring intervals taken out 1.1 and 10 %.)
 
 The path is a sum of independent impulses; of each one a share stays, decays, or builds up with the
 time (`_responses`), and so the covariance of all weights and averages is a sum of known matrices C,
@@ -39,6 +38,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.interpolate import CubicSpline
 from scipy.optimize import minimize_scalar
 
 from posthoc_cli.profiles import (
@@ -69,14 +69,21 @@ _CLEARLY = 0.05
 _SAME = 0.06
 _CELLS = 16  # cells of time between two checkpoints, in which impulses count as uniform
 # times in which impulses decay, and build up, relative to that between two checkpoints
-_NOISE = (0.01, 0.3)
+_NOISE = (0.01, 0.3, 1.0)
 _BUILD_UP = 0.2
-_DEGREE = 3  # of a polynomial of time, for motion that all of a training shares
+# Motion that all of a training shares is that of the principal components of the weights, one for
+# so many checkpoints. Of ten trainings and time constants of 600 and 1,800 steps, from 20 files 300
+# steps apart, lengths were 0.07 and 0.02 % off in the median so, and with polynomials 0.11 and 0.06;
+# from 10 files 1.0 and 0.4 %: fewer show too few components, and no slow noise.
+_CHECKPOINTS_A_COMPONENT = 7
+_MANY = 14
+_DEGREE = 3  # of a polynomial of time, for fewer checkpoints
 _ROUNDS = 40  # to find variances: with 100 no length changed by 0.5 %
 _LEAST = 1e-6  # least share of variance: the covariance of a path on a line is singular
 # With r = time between two checkpoints / length, other paths than such sums move a length by this,
-# times r (1 + r^2 / 5): trainings by 0.1 % at r 0.27, 0.4 % at 1, 2 % at 2.5, 13 % at 10,
-_UNLIKE = 0.0035
+# times r (1 + r^2 / 7): ten trainings by a quarter to a half of it in the median, 0.07 % at r 0.5,
+# 0.6 % at 1.7 and 4 % at 5, and by 2 of it at most,
+_UNLIKE = 0.0045
 # and for each unit of divergence by this: that is about 0.1 in trainings, and 2.5 for a drift with
 # white noise, which moves a length by 13 % at r 2.5.
 _UNEXPLAINED = 0.032
@@ -482,7 +489,7 @@ def _apart(model: Model, series: Series) -> float:
 def _growth(model: Model, series: Series, t: float) -> float:
     """Return by which factor what other paths explain grows where averages are short."""
     share = series.spacing / model.length_at(t)
-    return share * (1 + share**2 / 5)
+    return share * (1 + share**2 / 7)
 
 
 def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]:
@@ -498,9 +505,14 @@ def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]
     return 0.0, usual
 
 
-def _responses(at: FloatArray, edges: FloatArray, spacing: float) -> FloatArray:
-    """Return what is left at each time of impulses in each cell, if it stays, decays, or builds up:
-    [responses, cells, times]."""
+def _responses(
+    at: FloatArray,
+    edges: FloatArray,
+    spacing: float,
+    noise: Sequence[float],
+) -> FloatArray:
+    """Return what is left at each time of impulses in each cell, if it stays, decays as `noise`, or
+    builds up: [responses, cells, times]."""
     length = np.diff(edges)[:, None]
     begun = np.maximum(at - edges[:-1, None], 0)
     ended = np.maximum(at - edges[1:, None], 0)
@@ -513,8 +525,26 @@ def _responses(at: FloatArray, edges: FloatArray, spacing: float) -> FloatArray:
         return response
 
     builds_up = stays - decays(_BUILD_UP)
-    responses = np.stack([stays, *map(decays, _NOISE), builds_up])
+    responses = np.stack([stays, *map(decays, noise), builds_up])
     return responses * np.sqrt(length / spacing)
+
+
+def _polynomials(at: FloatArray, times: FloatArray) -> FloatArray:
+    """Return powers of the time, 0 at the first of the checkpoints: [powers, times]."""
+    degrees = np.arange(1, _DEGREE + 1)[:, None]
+    powers: FloatArray = (at / times[-1]) ** degrees - (times[0] / times[-1]) ** degrees
+    return powers
+
+
+def _components(at: FloatArray, times: FloatArray, covariance: FloatArray) -> FloatArray:
+    """Return the principal components of the later weights, which have this covariance, between
+    checkpoints on cubic splines: [components, times]."""
+    count = len(times) // _CHECKPOINTS_A_COMPONENT
+    _, vectors = np.linalg.eigh(covariance)
+    principal = vectors[:, -count:]
+    path = CubicSpline(times, np.vstack([np.zeros(count), principal]))
+    between: FloatArray = path(np.minimum(at, times[-1])).T
+    return between
 
 
 class _Likelihood:
@@ -532,12 +562,16 @@ class _Likelihood:
         self.edges = np.interp(cells, numbers, begun)
         middles = (self.edges[:-1] + self.edges[1:] + model.every) / 2
         at = np.append(middles, times)
-        responses = _responses(at, self.edges, series.spacing)
+        if self.count >= _MANY:
+            noise = _NOISE
+            of_weights = self.sample[: self.count - 1, : self.count - 1]
+            shared = _components(at, times, of_weights)
+        else:
+            noise = _NOISE[:-1]
+            shared = _polynomials(at, times)
+        responses = _responses(at, self.edges, series.spacing, noise)
         self.impulses = responses.reshape(-1, _CELLS, len(at))
-        degrees = np.arange(1, _DEGREE + 1)[:, None]
-        powers = (at / times[-1]) ** degrees
-        powers -= powers[:, -self.count, None]
-        self.shared = powers[:, None]
+        self.shared = shared[:, None]
 
     def __call__(self, log: float) -> float:
         """Return the divergence for the model's value times exp(log)."""

@@ -258,9 +258,10 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
 def _round_decay(decay: float, uncertainty: float) -> float:
     """Return the nearest round decay if its time constant is as likely; else the decay.
 
-    That is within three relative uncertainties, and within `_NEAR`: such decays are far apart.
+    That is within two relative uncertainties, as all true lengths of `any_ema.py`, and within
+    `_NEAR`: such decays are far apart.
     """
-    near = _round_decays(decay, min(3 * uncertainty, _NEAR))
+    near = _round_decays(decay, min(2 * uncertainty, _NEAR))
     return near[0] if near else decay
 
 
