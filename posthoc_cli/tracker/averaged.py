@@ -145,16 +145,23 @@ def with_replicas(
         tensor = tensors[name]
         value = own.get(name)
         if value is None:
-            value = torch.empty(held_part(tensor).shape, dtype=dtype[name])
+            value = _empty_part(tensor, dtype[name])
         group.exchange(value, members.holders[name])
         weights[name] = value
         names[id(tensor)] = name
     for name, tensor in tensors.items():
-        if id(tensor) in names:
+        if id(tensor) not in names and name in dtype:  # without elements here
+            weights[name] = _empty_part(tensor, dtype[name])
+            names[id(tensor)] = name
+        elif id(tensor) in names:
             weights[name] = weights[names[id(tensor)]]
     weights.predicted_error = max(filter(None, errors), default=None)
     weights.profile_error = 0.0
     return weights
+
+
+def _empty_part(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(held_part(tensor).shape, dtype=dtype)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:
