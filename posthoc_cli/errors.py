@@ -20,6 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -300,10 +301,17 @@ def check_alone(least: int = 0, **given: object) -> None:
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise InvalidValueError unless `value` is one of the accepted words."""
-    if value not in (words := [*accepted]):
-        raise InvalidValueError(
-            name, f"must be one of {', '.join(map(str, words))}", value=brief(value)
-        )
+    words = [*accepted]
+    if value not in words:
+        reason = f"must be one of {', '.join(map(str, words))}"
+        raise InvalidValueError(name, reason, likely(value, words), value=brief(value))
+
+
+def likely(value: object, words: Iterable[object]) -> str:
+    """Return a hint with the word that may be meant; empty if none is like the value."""
+    for word in get_close_matches(str(value), map(str, words), 1):
+        return f"did you mean {word}?"
+    return ""
 
 
 def check_max_error(max_error: float | None) -> None:

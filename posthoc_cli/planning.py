@@ -523,7 +523,7 @@ def check_within(name: str, value: float, known: Collection[float]) -> float:
     return check_number(name, value, lambda time: low <= time <= high, accepted)
 
 
-def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
+def check_sigma_range(sigma_range: Sequence[float]) -> tuple[float, float]:
     """Return the ends of a range of sigma_rel; raise an InvalidValueError unless they are two
     ascending numbers."""
     with suppress(TypeError, ValueError):

@@ -52,12 +52,13 @@ _FAR = 3.0
 only in the legend."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
-_WIDTH = 8.0
-_HEIGHT = 4.4
+_WIDTH = 6.4
+_HEIGHT = 4.0
 _LINE = 0.16
 # margin in inches, since the edges of the white background are visible on a dark page
 _MARGIN = 0.1
 # of samples: a fifth of the width for their titles
+_SAMPLES_WIDTH = 8.0
 _CLOSE = {
     "wspace": 0.05, "hspace": 0.05, "left": 0.19, "right": 0.99, "bottom": 0.01, "top": 0.99,
 }  # fmt: skip
@@ -103,7 +104,7 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     axes.margins(x=0.01)  # for marks at the ends
     axes.set_ylabel("expected relative L2 error of the weights")
     _scale_errors(axes, np.concatenate([_all_errors(curve) for curve in curves]), least)
-    title = "Predicted error of the weights"
+    title = "Predicted error"
     if len(curves) == 1:
         title += f": {_good_range(curves[0])}"
     return _finish(figure, axes.xaxis, title)
@@ -212,14 +213,14 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     label = f"equal within the noise: {low:g} to {high:g}"
     axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
     _draw_estimate(axes, found["curve"], length)
-    values = _draw_trials(axes, found["trials"], found["noise"], length)
+    ends = _draw_trials(axes, found["trials"], found["noise"], length)
     best = length(found["best"][kind])
     axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
     raw = found["raw"]
     if raw is not None:
         label = f"raw weights: {raw:.5g}"
         axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
-    axes.set_ylim(*_metric_range(values, raw))
+    axes.set_ylim(*_metric_range(ends, raw))
     label = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
     axes.set(xscale="log", xlabel=label)
     axes.set_ylabel(_text(found["metric"]))
@@ -245,13 +246,14 @@ def _draw_estimate(
 def _draw_trials(
     axes: Axes, trials: Sequence[dict[str, Any]], noise: float, length: Callable[[float], float]
 ) -> list[float]:
-    """Draw the measured metrics of averages, and return them."""
+    """Draw the measured metrics of averages, and return the ends of their bars."""
     measured = [trial for trial in trials if None not in (trial["value"], trial["x"])]
-    values = [trial["value"] for trial in measured]
+    values = np.array([trial["value"] for trial in measured])
+    noises = np.array([trial["standard_error"] or noise for trial in measured])
     axes.errorbar(
         [length(trial["x"]) for trial in measured],
         values,
-        [trial["standard_error"] or noise for trial in measured],
+        noises,
         color=COLOURS[4],
         marker="o",
         markersize=4,
@@ -259,18 +261,18 @@ def _draw_trials(
         capsize=3,
         label="measured, bars: noise",
     )
-    return values
+    return [*(values - noises), *(values + noises)]
 
 
-def _metric_range(values: Sequence[float], raw: float | None) -> tuple[float, float]:
-    """Return the ends of the metric's axis, with the raw weights' metric if it is near the
-    averages'."""
-    low = min(values)
-    high = max(values)
+def _metric_range(ends: Sequence[float], raw: float | None) -> tuple[float, float]:
+    """Return the ends of the metric's axis, with all bars, and with the raw weights' metric if it
+    is near the averages'."""
+    low = min(ends)
+    high = max(ends)
     if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
         low = min(low, raw)
         high = max(high, raw)
-    margin = 0.15 * (high - low or 1)
+    margin = 0.1 * (high - low or 1)
     return low - margin, high + margin
 
 
@@ -279,7 +281,7 @@ def samples_figure(
 ) -> Figure:
     """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
     columns = max(map(len, rows.values()))
-    size = (_WIDTH, 0.1 + len(rows) * 0.8 * _WIDTH / columns)
+    size = (_SAMPLES_WIDTH, 0.1 + len(rows) * 0.8 * _SAMPLES_WIDTH / columns)
     figure = _Figure(figsize=size, dpi=150, facecolor="white")
     layout = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=_CLOSE)
     for line, (title, images) in zip(layout, rows.items(), strict=True):
@@ -350,7 +352,7 @@ def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
 
 def _figure() -> tuple[Figure, Axes]:
     layout = ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN)
-    figure = _Figure(figsize=(_WIDTH, _HEIGHT), dpi=150, layout=layout, facecolor="white")
+    figure = _Figure(figsize=(_WIDTH, _HEIGHT), dpi=200, layout=layout, facecolor="white")
     return figure, figure.add_subplot()
 
 
@@ -358,7 +360,7 @@ def _line(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
 
 
-def _text(text: str, width: int = 62) -> str:
+def _text(text: str, width: int = 48) -> str:
     """Escape control characters in a text, and `$`, which begins a formula; break it into lines.
 
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
@@ -381,7 +383,7 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     scaled.set_minor_locator(NullLocator())
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_title(_text(title, 75), fontsize=12)
+    axes.set_title(_text(title, 58), fontsize=12)
     legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     lines = sum(1 + text.get_text().count("\n") for text in legend.get_texts())
     figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * lines)

@@ -160,12 +160,11 @@ class Run:
             return f"Run({str(self.directory)!r}: {error.reason})"
         widths = self.profiles
         last = sources[-1]
-        what = (
-            f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
-            if widths
-            else "checkpoints"
-        )
-        return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
+        what = "checkpoints"
+        if widths:
+            what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}"
+        time = f"{last.t:,.12g} {last.t_unit}"
+        return f"Run({str(self.directory)!r}: {len(sources):,} {what} up to {time})"
 
     # --- contents
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word
+from posthoc_cli.errors import InvalidValueError, brief, check_number, check_word, likely
 from posthoc_cli.profiles import (
     Clock,
     FloatArray,
@@ -559,7 +559,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     kind, values = kind_of(text) or (WIDTH, text)
     if kind is WIDTH and any(character.isalpha() for character in text.partition(":")[0]):
         reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
-        raise bad(name, text, reason)
+        raise bad(name, text, reason, likely(text.rpartition(":")[0] or text, KINDS))
     try:
         targets = kind.parse(values)
     except InvalidValueError as error:

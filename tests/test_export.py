@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -370,6 +371,24 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
         run.write(0.2, tmp_path / "out", layout="dcp")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["out", "out.pt"])
+def test_a_write_that_fails_within_a_tensor_is_named_and_leaves_nothing(
+    tmp_path: Path, name: str
+) -> None:
+    """torch's writer itself raises an error about unexpected positions."""
+    source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
+    layout = None if name.endswith(".pt") else "dcp"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=f"{name}: cannot be written: file too large"):
+            export_file(source, tmp_path / name, layout=layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 # --- files of a model folder
 
 
@@ -493,3 +512,21 @@ def test_no_link_out_of_the_folder_is_followed(
         run.write(0.2, tmp_path / "new", like=like)
     assert not (tmp_path / "new").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    full = {
+        "a": torch.zeros(2),
+        "b": torch.ones(3),
+    }
+    part = {"a": full["a"]}
+    source = f"{tmp_path}/part.safetensors"
+    base = f"{tmp_path}/full.safetensors"
+    out = f"{tmp_path}/out.safetensors"
+    save_file(part, source)
+    save_file(full, base)
+    export_file(source, out, base=base)
+    found = load_file(out)
+    assert_same_tensors(found, full)
+    with refused("source", "3: must be a path"):
+        export_file(3, out, overwrite=True)  # type: ignore[arg-type]

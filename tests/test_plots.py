@@ -82,6 +82,18 @@ def swept(kind: str = "sigma_rel") -> Figure:
     )
 
 
+def test_all_bars_are_within_the_axes() -> None:
+    axes = swept().axes[0]
+    (container,) = axes.containers
+    (bars,) = container.lines[2]
+    ends = np.concatenate(bars.get_segments())[:, 1]
+    low, high = axes.get_ylim()
+    height = np.ptp(ends)
+    assert height == pytest.approx(0.22)
+    assert low < ends.min()
+    assert ends.max() < high
+
+
 def test_a_beta_is_drawn_as_its_time_constant() -> None:
     assert swept("beta").axes[0].lines[0].get_xdata()[0] == pytest.approx(1 / (1 - 0.025))
 

@@ -201,3 +201,12 @@ def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
         for _ in range(10):
             tracker.update_(model)
         assert (tracker.run.step, len(tracker.run.snapshots)) == (10, 4)
+
+
+def test_a_time_of_seven_digits_is_shown_with_all_of_them(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+    folder = tmp_path / "run"
+    with PostHocEMA.from_model(model, folder, update_every=1, t_unit="images") as ema:
+        ema.update_(model, t=1_234_567)
+    run = Run(folder)
+    assert repr(run).endswith(" up to 1,234,567 images)")

@@ -33,7 +33,13 @@ from posthoc_cli.checkpoints.content import names_in
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, check_number
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    NonFiniteError,
+    check_number,
+    percent,
+)
 from posthoc_cli.profiles import (
     POWER_FUNCTION,
     RULES,
@@ -207,7 +213,9 @@ def audit_sources(sources: Sequence[Source], claimed: float | None = None) -> li
     if audits := list(audits_of(sources, claimed)):
         return audits
     reason = "holds no two times at which there are an average and the weights"
-    raise InvalidValueError("the run", reason, "an audit compares the two between checkpoints")
+    raise InvalidValueError(
+        sources[0].path.parent, reason, "an audit compares the two between checkpoints"
+    )
 
 
 def audits_of(
@@ -803,13 +811,13 @@ def _shown(
 ) -> str:
     """Return what was found, for messages."""
     if model.is_power:
-        return f"sigma_rel {found:.4g} (± {sigma:.1%})"
+        return f"sigma_rel {found:.4g} (± {percent(sigma)})"
     rule = model.fitted.rule
     if model.rule.is_schedule:
-        return f"decay by {rule} (± {sigma:.1%} of what an update takes in)"
+        return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
     if model.parameter > found + _RISES:
         return f"decay {found:.7g} at the end, still rising by {rule}"
-    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {sigma:.1%})"
+    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {percent(sigma)})"
     if model.rule.warm_up:
         shown += f", reached by {rule}"
     return shown
@@ -827,7 +835,7 @@ def _why_vague(audit: Audit, model: Model, is_better: bool, unit: str) -> str:
     sigma = audit.uncertainty or 0.0
     is_far = is_better and audit.difference > math.log(_FAR)
     if sigma > _VAGUE and not is_far:
-        return f"the checkpoints do not show its length (± {min(sigma, 1):.0%})"
+        return f"the checkpoints do not show its length (± {percent(min(sigma, 1))})"
     return ""
 
 

@@ -64,7 +64,7 @@ AVERAGE_WORD = re.compile(
 solo-learn trains its `momentum_classifier` like any other layer."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
-    r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d",
+    r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d|^trainer\.",
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""

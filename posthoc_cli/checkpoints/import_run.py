@@ -36,7 +36,7 @@ _NEAR = 0.1
 _LATE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Import:
     """The result of an import."""
 
@@ -45,6 +45,10 @@ class Import:
     numbers: str  # what the numbers of files are taken for
     checks: tuple[str, ...]  # results of the comparison of settings and files, a line each
     written: bool  # not in a dry run, and not if the run existed already
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count:,} x {what}" for what, count in self.counts.items())
+        return f"Import({str(self.out)!r}: {counts})"
 
     @property
     def counts(self) -> Counter[str]:

@@ -19,6 +19,7 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,8 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
+log = logging.getLogger(__name__)
+
 Values = Mapping[str, Any]
 
 
@@ -74,7 +77,7 @@ class Found:
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()  # keys of sets that a word calls an average
+    unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
     path: str = ""  # what leads to the weights in the checkpoint
 
     @property
@@ -97,30 +100,35 @@ Finder = Callable[[Sets, ImportSettings], Found | None]
 
 def recognise(content: Content, settings: ImportSettings) -> Found:
     """Return what a checkpoint holds: as its kind if one is given, else as the first that fits."""
-    sets = Sets(content)
+    sets = Sets(content, (settings.average, settings.weights))
     try:
-        if settings.kind != "checkpoints":
-            for finder in FINDERS:
-                found = finder(sets, settings)
-                if found is not None and settings.kind in (None, found.kind):
-                    return found
-        if settings.kind == "ema":
-            return _all_averaged(sets, settings)
-        if settings.kind in (None, "checkpoints"):
-            return _weights(sets, settings)
+        found = _found(sets, settings)
     except (TypeError, ValueError, OverflowError) as error:
         reason = f"holds an EMA whose settings cannot be read: {error}"
         raise FileFormatError(content.path, reason) from error
-    raise FileFormatError(content.path, f"is no file of {settings.kind}")
+    used = [*found.averaged.values(), *found.weights.values()]
+    return replace(found, unused=sets.without(used))
+
+
+def _found(sets: Sets, settings: ImportSettings) -> Found:
+    if settings.kind != "checkpoints":
+        for finder in FINDERS:
+            found = finder(sets, settings)
+            if found is not None and settings.kind in (None, found.kind):
+                return found
+    if settings.kind == "ema":
+        return _all_averaged(sets, settings)
+    if settings.kind in (None, "checkpoints"):
+        return _weights(sets, settings)
+    raise FileFormatError(sets.content.path, f"is no file of {settings.kind}")
 
 
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
-    unused = tuple(sets.averages)
     if settings.weights is not None:
         weights = sets.below(sets.named(settings.weights))
     else:
         weights = sets.model(settings.prefix)
-    return Found("checkpoints", weights=weights, unused=unused)
+    return Found("checkpoints", weights=weights)
 
 
 class Stored:
@@ -139,6 +147,8 @@ class Stored:
         """The average; None if there is none."""
         self._check_decided()
         found = self._found
+        if self._settings.average is None:
+            self._warn_if_unrelated()
         return self._made(found.tensors) if found.averaged else None
 
     @cached_property
@@ -161,9 +171,28 @@ class Stored:
             hint = "name it by `average`, or name the folder of all files"
             raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
 
+    def _warn_if_unrelated(self) -> None:
+        """Warn if the average is about as far from the weights as a network of
+        other weights is: the other tower of one model, whose key is `target_encoder`."""
+        ours = self._made(self._found.averaged)
+        theirs = self._made(self._found.weights)
+        apart = 0.0
+        own = 0.0
+        with ours, theirs:
+            for name in {*ours.averages} & {*theirs.averages}:
+                count = min(ours.entries[name].size, 256)
+                first = ours.values(name, 0, count)
+                other = theirs.values(name, 0, count)
+                gap = first - other
+                apart += float(gap @ gap)
+                own += float(first @ first + other @ other)
+        if apart > own / 2:
+            reason = "is unrelated to the weights; name it by `average` if it is one"
+            log.warning("%s: the set whose key says an average %s", self._content.path, reason)
+
     @property
     def groups(self) -> str:
-        return names_in(self._content.groups())
+        return names_in(self._content.groups()) or "it has none"
 
     def _made(self, tensors: Tensors) -> Checkpoint:
         return make_checkpoint(self._content, tensors)
@@ -400,7 +429,6 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
         pair.weights,
         updates,
         asks=asks,
-        unused=tuple(key for key in sets.averages if not pair.is_in(key)),
         path=pair.weights_key,
     )
     if kind == "ema":
@@ -705,7 +733,7 @@ TAKES: dict[str, tuple[str, ...]] = {
 
 
 def check_settings(kinds: set[str], settings: ImportSettings) -> None:
-    """Raise InvalidValueError about a given setting that says nothing about these kinds."""
+    """Raise InvalidValueError about a given setting that does not apply to these kinds."""
     known = {"kind", "prefix", "include", "exclude"}
     for kind in kinds:
         known.update(TAKES.get(kind, _OF_EMA))
@@ -713,8 +741,11 @@ def check_settings(kinds: set[str], settings: ImportSettings) -> None:
         if name not in known:
             hint = ""
             if name in _OF_EMA:
-                hint = "averages that no name tells are said by kind 'ema', or by `average`"
-            raise InvalidValueError(name, f"says nothing about {' and '.join(sorted(kinds))}", hint)
+                hint = "of averages give `kind` ema; one within the files is named by `average`"
+            taken = " and ".join(sorted(kinds))
+            raise InvalidValueError(
+                name, f"does not apply to files that are taken for {taken}", hint
+            )
 
 
 def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:

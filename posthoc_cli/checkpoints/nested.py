@@ -19,6 +19,8 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 
+_FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
+
 
 def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     """Return the numbered folders that each hold one model, at the same place in each; none if
@@ -41,12 +43,14 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     if len(places) == 1 and not is_other and all(map(_has_step, numbered)):
         return numbered
     if places:
-        globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
-        if len(globs) == 1:
-            open_checkpoint(last)  # its error says more
-        _ask(folder, f"its folders hold models in {names_in([*places])}", [*globs])
+        _ask_which(folder, [*places], last)
     if endings := _without_endings(entries):
         _ask(folder, "its files of tensors have no usual endings", endings)
+    if foreign := [entry.name for entry in entries if _FOREIGN.search(entry.name)]:
+        reason = f"its files are of kinds that are not read: {names_in(foreign)}"
+        raise InvalidValueError(
+            folder, reason, "save the tensors as .safetensors, or by torch.save"
+        )
     inner = [entry.name for entry in entries if _holds_checkpoints(entry)]
     if inner:
         raise DirectoryError(folder, "holds no checkpoints itself", f"name its folder {inner[0]}")
@@ -57,6 +61,24 @@ def _has_step(entry: Path) -> bool:
     """Return whether the number of a folder is that of a file within."""
     with suppress(InvalidValueError):
         return named_time(entry / "model").is_of_folder
+    return False
+
+
+def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
+    globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
+    if len(globs) == 1:
+        if any(map(_is_marked, last.iterdir())):
+            globs = {f"{one}/*": None for one in globs}
+        else:
+            open_checkpoint(last)  # its error says more
+    _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
+
+
+def _is_marked(entry: Path) -> bool:
+    """Return whether the name of a file has a word for its number."""
+    with suppress(InvalidValueError):
+        reading = named_time(entry)
+        return reading.is_marked and not reading.is_of_folder
     return False
 
 

@@ -40,6 +40,7 @@ from posthoc_cli.checkpoints.content import (
     Content,
     holds_model,
     may_be_weights,
+    names_in,
     open_checkpoint,
 )
 from posthoc_cli.checkpoints.layouts import (
@@ -218,6 +219,18 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     return Place(checkpoints, times.says, notes, lacks_steps)
 
 
+def _warn_of_codes(checkpoint: Checkpoint) -> None:
+    """Warn if most elements are integers of 8 bits, as of quantised weights; masks are fewer."""
+    sizes = Counter[bool]()
+    for entry in checkpoint.entries.values():
+        sizes[entry.dtype in ("I8", "U8")] += entry.size
+    if sizes[True] > sizes[False]:
+        reason = (
+            "most elements are integers, copied from the newest: quantised weights have no average"
+        )
+        log.warning("%s: %s", checkpoint.path, reason)
+
+
 def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
     """Return the checkpoints of a training that has begun."""
     used = []
@@ -237,7 +250,7 @@ def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
     if times.unit == "epochs":
         if asks:
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
-            raise InvalidValueError("steps_per_epoch", reason)
+            raise InvalidValueError("steps_per_epoch", reason, "give it to an import")
         return f"{decays} {times.says}; import with `steps_per_epoch`"
     is_said = times.is_stated or has_counts or times.unit != "steps"
     if asks or is_said or max(times.by_path.values()) > _EPOCHS:
@@ -256,10 +269,11 @@ def _counts(run: Sequence[_Opened]) -> dict[Path, int]:
 
 
 def _unused(opened: Sequence[_Opened]) -> str:
-    """Return a sentence about sets that a word calls an average, and which are not used."""
+    """Return a sentence about the sets of tensors of a file that are not used."""
     for one in opened:
-        for key in one.found.unused:
-            return f"{one.path.name} also holds {key}, not used: `average` {key!r} names it"
+        if keys := one.found.unused:
+            what = f"{one.path.name} also holds {names_in(keys)}, not used"
+            return f"{what}: an import takes another set by `average` or `weights`"
     return ""
 
 
@@ -457,6 +471,7 @@ def _all_made(
     checkpoints = []
     for one in opened:
         checkpoints += _made(one, times, settings)
+    _warn_of_codes(checkpoints[-1])
     return checkpoints
 
 

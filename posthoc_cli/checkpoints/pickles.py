@@ -76,7 +76,13 @@ def _reading(file: OpenedFile) -> Iterator[None]:
     except faults as error:
         if isinstance(error.__context__, RemoteError):  # which zipfile takes for a damaged archive
             raise error.__context__ from None
-        problem = error if isinstance(error, _PickleError) else "a damaged pickle or archive"
+        problem = str(error)
+        if not isinstance(error, _PickleError):
+            first = bytearray(min(file.size, 4))
+            file.read_into(memoryview(first), 0)
+            problem = (
+                f"a damaged pickle or archive, or of another kind: begins with {bytes(first)!r}"
+            )
         raise FileFormatError(file.path, f"cannot be read as tensors: {problem}") from error
 
 
@@ -139,7 +145,8 @@ def read_pickled(
             end = begin + pickled.nbytes
         value = _Machine(file, begin, end, budget, archive).run()
         if value == _STREAM_MAGIC:
-            raise _PickleError("is of torch.save before release 1.6, or has no zip archive")
+            problem = "is of torch.save before release 1.6, or has no zip archive"
+            raise _PickleError(f"{problem}: load it by torch, and save it again")
     return value
 
 

@@ -25,6 +25,7 @@ PROGRAMS = {
     "DeepSpeed": Program(step="global_steps"),
     "loops of one's own": Program(step="step"),
     "torch-ema, k-diffusion": Program(step="steps"),
+    "nanoGPT": Program(step="iter_num"),
     "Megatron": Program(step="iteration", model="model_optim_rng.pt"),
     "torchtitan": Program(step="train_state.step"),
     "mmengine": Program(step="meta.iter"),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -38,7 +38,7 @@ an average, its weights are under `current_model_state`."""
 _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are no model's: `opt` may be a module."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
-_WHICH = "name the average by `average`, or both by `average` and `weights` in an import"
+_WHICH = "name the average by `average`, or the model by `weights`, or both, in an import"
 _SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
 _LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
 
@@ -51,12 +51,6 @@ class Pair:
     weights: Tensors  # empty if the average is alone
     average_key: str  # path of the average in the checkpoint
     weights_key: str = ""
-    parts: tuple[str, ...] = ()  # paths of the average if it has several
-
-    def is_in(self, path: str) -> bool:
-        """Return whether the average, or a part of it, lies at a path or below."""
-        parts = self.parts or [self.average_key]
-        return any(lies_in(part, path) for part in parts)
 
 
 def lies_in(path: str, outer: str) -> bool:
@@ -70,24 +64,23 @@ class Sets:
     A path is the keys that lead to a set, and perhaps the first parts of names, joined by dots.
     """
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, named: Sequence[str | None] = ()) -> None:
+        """`named`: paths that hold a set, whatever their words say."""
         self.content = content
         self.tensors = dict[str, StoredTensor]()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         for name, tensor in content.tensors.items():
-            if not _is_state(tensor):
+            is_named = any(path and lies_in(name, path) for path in named)
+            if is_named or not _is_state(tensor):
                 self.tensors[name] = tensor
                 self._count(tensor)
         self.averages = list[str]()
         self._find_averages()
 
     def _count(self, tensor: StoredTensor) -> None:
-        *outer, name = tensor.keys
-        parts = [*outer, *name.split(".")]
-        for level in range(len(parts)):
-            path = ".".join(parts[:level])
-            self.counts[path] += 1
+        *outer, _ = tensor.keys
+        self.counts.update(_paths(tensor))
         for level, key in enumerate(outer, 1):
             path = ".".join(outer[:level])
             self.keys[path] = key
@@ -153,6 +146,19 @@ class Sets:
         shapes = {name: tensor.shape for name, tensor in self.below(path).items()}
         return shapes == {name: tensor.shape for name, tensor in self.below(other).items()}
 
+    def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
+        """Return the outermost paths of sets that hold none of these tensors, and are no parts of
+        an average."""
+        outer = {path for tensor in used for path in _paths(tensor)}
+        found = dict[str, None]()
+        for tensor in self.tensors.values():
+            paths = [path for path in _paths(tensor) if path and path not in outer]
+            averages = [path for path in paths if path in self.averages]
+            for path in (averages or paths)[:1]:
+                if averages or not (self.is_averaged(path) or _is_counter(tensor)):
+                    found[path] = None
+        return tuple(found)
+
     def named(self, text: str) -> str:
         """Return the path of the outermost set that a text or glob means; raise FileFormatError if
         there is none, or are several."""
@@ -197,7 +203,7 @@ class Sets:
         reason = (
             f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         )
-        raise FileFormatError(self.content.path, reason, "import with `prefix`, such as 'model.'")
+        raise FileFormatError(self.content.path, reason, _WHICH)
 
     def _may_be_model(self, group: str) -> bool:
         return self.counts[group] > 0 and not self.is_averaged(group)
@@ -297,8 +303,7 @@ class Sets:
             for name, tensor in pair.weights.items():
                 weights[f"{part}.{name}"] = tensor
         outer = roots[0].rpartition(".")[0]
-        keys = [pair.average_key for pair in pairs]
-        return Pair(averaged, weights, keys[0], outer, tuple(keys))
+        return Pair(averaged, weights, pairs[0].average_key, outer)
 
     def _within(self, path: str) -> Iterator[str]:
         """Yield a path, and those of the main parts within it."""
@@ -393,6 +398,13 @@ def _is_state(tensor: StoredTensor) -> bool:
         return _KEPT_BY_OPTIMIZERS.isdisjoint(outer)
     first, dot, _ = name.partition(".")
     return bool(dot) and _STATES.search(first) is not None
+
+
+def _paths(tensor: StoredTensor) -> list[str]:
+    """Return the paths of all sets that a tensor is in, the outermost first."""
+    *outer, name = tensor.keys
+    parts = [*outer, *name.split(".")]
+    return [".".join(parts[:level]) for level in range(len(parts))]
 
 
 def _depth(path: str) -> int:

@@ -87,7 +87,7 @@ def _warm_up_names() -> str:
     """Return how the rules read, with the numbers that they have by default."""
     names = ["none"]
     for name, row in WARM_UPS.items():
-        names.append(f"{name}[:{row.usual:.3g}]" if row.usual else name)
+        names.append(f"{name}[:{round(row.usual, 3):g}]" if row.usual else name)
     return ", ".join(names)
 
 

@@ -55,27 +55,17 @@ class _Command(_Flags, typer.core.TyperCommand):
     """A command: an error about arguments of the library names the options of these names."""
 
     def invoke(self, ctx: Any) -> Any:
+        own = _options_of(self)
+        for command in ctx.parent.command.commands.values():  # a hint may ask for another one
+            output.OPTIONS.update(_options_of(command))
+        output.OPTIONS.update(own)
         try:
             return super().invoke(ctx)
         except PostHocError as error:
-            own = _options_of(self)
             if isinstance(error.args[0], str):  # else a path, which may be named like an option
                 names = error.subject.split(" and ")
                 error.subject = " and ".join(own.get(name, name) for name in names)
-            known = dict[str, str]()  # also of the command that a hint asks for
-            for command in ctx.parent.command.commands.values():
-                known |= _options_of(command)
-            known |= own
-
-            def option(match: re.Match[str]) -> str:
-                return known.get(match[1], match[0])
-
-            error.reason = _QUOTED.sub(option, error.reason)
-            error.hint = _QUOTED.sub(option, error.hint)
             raise
-
-
-_QUOTED = re.compile(r"`(\w+)`")
 
 
 def _options_of(command: Any) -> dict[str, str]:
@@ -192,8 +182,8 @@ def main() -> NoReturn:
     # is first imported.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
-    if arguments == ["version"]:
-        arguments = ["--version"]
+    if arguments in (["version"], ["help"]):
+        arguments = [f"--{arguments[0]}"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
     warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
@@ -301,7 +291,7 @@ def _allow_many_files() -> None:
 
 def _clean_up_on_signals() -> None:
     """Exit as after an error, without partial outputs, on SIGTERM and when the terminal closes."""
-    numbers = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has one
-    for number in numbers:
+    # Windows has one
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, _: sys.exit(128 + received))

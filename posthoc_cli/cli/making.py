@@ -40,7 +40,7 @@ def synthesize(
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
-    like: Path | None = options.LIKE_MODEL,
+    like: str | None = options.LIKE_MODEL,
     average: str | None = options.LIKE_AVERAGE,
     weights: bool = options.LIKE_WEIGHTS,
     overwrite: bool = options.OVERWRITE,
@@ -97,7 +97,7 @@ def synthesize(
         overwrite=overwrite,
         dry_run=dry_run,
         distributed=is_rank(),
-        like=like,
+        like=options.optional(options.existing, like),
         average=average,
         weights=weights,
         progress=output.progress_bar(),
@@ -241,7 +241,7 @@ def sweep(
         "-o",
         help="Folder for trials, logs and the best average: new, or of an earlier sweep.",
     ),
-    like: Path | None = options.LIKE_MODEL,
+    like: str | None = options.LIKE_MODEL,
     as_json: bool = options.JSON,
     images: str | None = options.OUTPUT(
         None,
@@ -296,7 +296,7 @@ def sweep(
         repeats=repeats,
         budget=budget,
         t=t,
-        like=None if like is None else files.expanded(like),
+        like=options.optional(options.existing, like),
         raw=options.optional(options.existing, raw),
         images=images,
         again=shlex.join(["ema", *sys.argv[1:]]),
@@ -311,7 +311,7 @@ def sweep(
 
 
 def _check_direction(minimize: bool | None, look: bool) -> None:
-    check_alone(**{"--look": look, "--minimize": minimize is not None})
+    check_alone(look=look, minimize=minimize is not None)
     if minimize is None and not look:
         reason = "say whether lower or higher is better"
         hint = "add --minimize or --maximize; or --look, to compare images without a metric"
@@ -379,7 +379,7 @@ def export(
     dtype: options.Dtype = options.DTYPE,
     layout: options.Layout | None = options.LAYOUT,
     max_shard_size: str | None = options.MAX_SHARD_SIZE,
-    like: Path | None = options.LIKE_MODEL,
+    like: str | None = options.LIKE_MODEL,
     overwrite: bool = options.OVERWRITE,
     as_json: bool = options.JSON,
     base: str | None = options.HOW(
@@ -422,7 +422,7 @@ def export(
         max_shard_size,
         weights,
         average,
-        like,
+        options.optional(options.existing, like),
         output.progress_bar(),
     )
     output.show(report.to_dict(), as_json, functools.partial(_print_export, base))
@@ -630,10 +630,7 @@ def prune(
     """
     from posthoc_cli.run import Run
 
-    check_alone(1, keep=keep, max_error=max_error)
     count = options.optional(options.parse_count, keep, "--keep", "20")
-    if count == 0:
-        raise InvalidValueError("--keep", "must be at least 1", value="0")
     can_ask = sys.stdin.isatty() and not as_json
     error = options.optional(options.parse_max_error, max_error)
     ends = options.parse_sigma_range(sigma_range)

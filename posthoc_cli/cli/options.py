@@ -7,12 +7,13 @@ import stat
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from typer import Argument, Option
 
 from posthoc_cli import errors, files, resources, targets
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.targets import SigmaRel, Target, bad, parse_numbers
 
 if TYPE_CHECKING:
@@ -110,9 +111,10 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
 def parse_sigma_range(text: str) -> tuple[float, float]:
     """Return both ends of `--sigma-range`, LOW:HIGH."""
     form = "LOW:HIGH in (0, 0.2887), such as 0.05:0.28"
-    return cast(
-        "tuple[float, float]", tuple(parse_numbers(text.replace(":", ","), "--sigma-range", form))
-    )
+    try:
+        return check_sigma_range(parse_numbers(text.replace(":", ","), "--sigma-range", form))
+    except InvalidValueError as error:
+        raise bad("--sigma-range", text, error.reason) from error
 
 
 def parse_max_error(text: str) -> float:

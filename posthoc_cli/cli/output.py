@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STDOUT = "standard output"
+OPTIONS = dict[str, str]()  # by the names of their arguments in the library
+_QUOTED = re.compile(r"`(\w+)`")
 MOST_ROWS = 10  # the number of rows that are shown of a long table; --json lists all
 
 
@@ -41,12 +44,17 @@ def write(text: str, flush: bool = False) -> None:
 
 def print_line(text: str = "") -> None:
     """Print one line to stdout and flush it."""
-    write(f"{printable(text)}\n", flush=True)
+    write(f"{_shown(text)}\n", flush=True)
 
 
 def print_note(text: str) -> None:
     """Print one line to stderr."""
-    sys.stderr.write(f"{printable(text)}\n")
+    sys.stderr.write(f"{_shown(text)}\n")
+
+
+def _shown(text: str) -> str:
+    """Return a text with control characters escaped, and options in place of quoted arguments."""
+    return printable(_QUOTED.sub(lambda match: OPTIONS.get(match[1], match[0]), text))
 
 
 def print_json(value: Any) -> None:

@@ -58,18 +58,18 @@ class ExportReport:
 
 
 def export_file(
-    source: Path,
-    out: Path,
+    source: str | Path,
+    out: str | Path,
     layout: str | None = None,
     dtype: torch.dtype | str | None = None,
-    base: Path | None = None,
+    base: str | Path | None = None,
     prefix: str = "",
     strip_prefix: str = "",
     overwrite: bool = False,
     max_shard_size: str | None = None,
     weights: bool = False,
     average: str | None = None,
-    like: Path | None = None,
+    like: str | Path | None = None,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
     """Write a model in another layout; only "pt" and "dcp" need memory for all tensors.
@@ -110,6 +110,7 @@ def export_file(
         like=like,
     )
     options.check_like(dtype)
+    source = files.expanded(files.given_path("source", source))
     out = files.output_path("out", out)
     options.layout_of(out)
     files.check_parent("out", out)
@@ -119,7 +120,8 @@ def export_file(
     copied = None
     parts = [plan]
     if base is not None:
-        parts.append(_completing(plan, base, wanted))
+        full = files.expanded(files.given_path("base", base))
+        parts.append(_completing(plan, full, wanted))
     elif like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)
         parts = [plan]

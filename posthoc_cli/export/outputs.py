@@ -174,8 +174,9 @@ class DistributedFolder(Collected):
             try:
                 save(self.state, checkpoint_id=place, no_dist=True)
             except CheckpointException as error:
-                first, *_ = error.failures.values()
-                raise first[0] from error
+                (failure, _), *_ = error.failures.values()
+                # torch's own replaces that of a write
+                raise failure.__context__ or failure from error
 
     def publish(self) -> None:
         self._folder.publish()

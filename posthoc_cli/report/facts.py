@@ -22,7 +22,9 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "standard_error": "{:.6g}".format,
     "seconds": "{:.1f}".format,
     "measured": lambda count: (
-        f"{count:,} of them" if count else "none of them: errors are predicted from a sample"
+        f"{count:,} of them, from which errors are predicted"
+        if count
+        else "none of them: errors are predicted from a sample"
     ),
     "relative_rounding_range": lambda ends: " to ".join(
         dict.fromkeys(map(percent, ends or [None]))
@@ -64,6 +66,7 @@ def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if description.get("method") == "paper" else {"profile_error"}
+    hidden |= {key for key in ("aliases", "superseded") if not description.get(key)}
     pairs = [
         (title_of(key), text(key, value)) for key, value in description.items() if key not in hidden
     ]

@@ -35,7 +35,7 @@ from posthoc_cli.resources import size_text
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.tensorfile import read_small_file
 from posthoc_cli.sweep import images
-from posthoc_cli.sweep.search import RAW, RESULT, Trial, answer
+from posthoc_cli.sweep.search import RESULT, Trial, answer
 from posthoc_cli.sweep.sweeps import LOGS
 
 _MOST_BYTES = 50_000_000  # of the result of a sweep
@@ -226,7 +226,7 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         if not paths:
             continue
         if target not in stops:
-            title = "raw weights" if target == RAW else target
+            title = target
             if trial["value"] is not None:
                 title += f", {result['metric']} {trial['value']:.6g}"
             is_best = target == result.get("best", {}).get("target")

@@ -646,7 +646,9 @@ def _read_start(file: OpenedFile) -> bytes:
         return prefix + text
     if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"
-        raise FileFormatError(file.path, reason, "rename it with the suffix of its format")
+        raise FileFormatError(
+            file.path, reason, "name a safetensors file, or give this one the suffix of its format"
+        )
     taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
     raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 

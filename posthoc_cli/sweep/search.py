@@ -32,7 +32,7 @@ from posthoc_cli.targets import KINDS, WIDTH, Target, bad, kind_of, parse_number
 
 log = logging.getLogger(__name__)
 
-RAW = "raw"  # the target of trials of raw weights, which are not an average
+RAW = "raw weights"  # the target of trials of raw weights, which are not an average
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
 
 FIRST = 6  # lengths in the first batch, which are spread evenly
@@ -157,7 +157,7 @@ def has_raw(run: Run, t: float) -> bool:
 class Trial:
     """One measurement of a metric; or images without a metric."""
 
-    target: str  # the title of the target, such as `sigma_rel 0.15`; `raw` for raw weights
+    target: str  # the title of the target, such as `sigma_rel 0.15`, or RAW
     x: float | None  # the searched value; None for raw weights
     seed: int  # as given to the command; trials of one seed share an offset
     value: float | None = None  # the metric, finite; None without a metric, and of a failed trial
@@ -484,17 +484,14 @@ class Search:
     def _check_latest(self) -> None:
         """Raise a PostHocError after two trials that failed alike, as all others would."""
         last = self.report.trials[-1]
-        causes = []
-        for trial in self.report.trials[-2:]:
-            if trial.error:
-                causes.append(trial.error.partition(": ")[0])
-        if len(causes) == 2 and causes[0] == causes[1]:
+        causes = [(trial.error or "").partition(": ")[0] for trial in self.report.trials[-2:]]
+        if causes[0] and causes[1:] == causes[:1]:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise PostHocError("the sweep", f"{reason}: {last.error}")
         values = self._values()
         if len(values) == 2 and len({*values.values()}) == 1:
-            same = f"the first two lengths have the same metric, {last.value}"
-            log.warning("%s: does the evaluation use the weights?", same)
+            doubt = "does the evaluation use the weights?"
+            log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
 
     def _estimate(self, minimize: bool) -> Estimate:
         """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
@@ -530,9 +527,8 @@ class Search:
         else:
             reason = "nothing is left to measure between the measured lengths"
         if estimate.edge is not None:
-            kind = "list" if self.report.axis.values else "range"
             title = self.report.axis.target(estimate.edge).title
-            reason += f"; the best lies at the end of the {kind}, {title}, and may lie beyond"
+            reason += f"; the best lies at the end, {title}, and may lie beyond"
         self.report = replace(self.report, stopped=reason)
         return {}
 
@@ -567,20 +563,26 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
     count = f"{len(measured)} averages in {len(trials)} trials"
     if failed:
         count += f", {failed} of which failed"
-    texts = {"metric": str(report["metric"]), "measured": f"{count}; {report['stopped']}"}
+    texts = {"metric": report["metric"], "measured": f"{count}; {report['stopped']}"}
     if "best" not in report:
         return texts
     raw = report["raw"]
     value = report["value"]
     low, high = report["equal_within_noise"]
     return texts | {
-        "best": str(report["best"]["target"]),
+        "best": report["best"]["target"],
         "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
-        "estimate": f"{report['estimate']:.6g} ± {report['standard_error']:.2g}",
+        "estimate": _with_error(report["estimate"], report["standard_error"]),
         "equal": f"{low:.12g} to {high:.12g}",
         "raw": "not measured" if raw is None else f"{raw:.6g}",
         "gain": _gain(raw, value, report["minimize"]),
     }
+
+
+def _with_error(value: float, error: float) -> str:
+    """Return a value with its standard error, and no digits that the error makes meaningless."""
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.2g}"
 
 
 def _gain(raw: float | None, value: float | None, minimize: bool) -> str:

@@ -36,7 +36,6 @@ from posthoc_cli.snapshots.snapshot import statistics_notice
 from posthoc_cli.snapshots.tensorfile import read_file
 from posthoc_cli.sweep import images
 from posthoc_cli.sweep.search import (
-    RAW,
     Average,
     Axis,
     Measure,
@@ -172,8 +171,7 @@ class Sweep:
             hint = "a script may need its interpreter first: python3"
             raise InvalidValueError("command", reason, hint, value=words[0])
         script = words[1] if len(words) > 1 else ""
-        is_named = script.endswith((".py", ".sh")) and not _PLACEHOLDER.search(script)
-        if is_named and not Path(script).is_file():
+        if script.endswith((".py", ".sh")) and not Path(script).is_file():
             raise InvalidValueError("command", "no such file", value=script)
 
     def _unusable(self, reason: str) -> InvalidValueError:
@@ -252,7 +250,7 @@ class Sweep:
         folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
         texts = {
             "weights": weights,
-            "sigma_rel": RAW if trial.x is None else str(trial.x).removesuffix(".0"),
+            "sigma_rel": "raw" if trial.x is None else str(trial.x).removesuffix(".0"),
             "seed": trial.seed,
             "dir": folder,
         }

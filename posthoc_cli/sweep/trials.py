@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,9 @@ class Metric:
         metric."""
         if self.file is None:
             values = [*_printed(_read_tail(stdout, _TAIL), self.key)]
-            wanted = "a number"
+            reason = "no line of its standard output is a number"
             if self.key is not None:
-                wanted += f", nor {self.key} and a number, nor a JSON object with {shown(self.key)}"
-            reason = f"no line of its standard output is {wanted}"
+                reason += f", or has one after {shown(self.key)}"
         else:
             path, value = _stored(folder, self.file)
             values = [value]
@@ -156,8 +156,8 @@ class Metric:
             if name in members:
                 return _checked(members, name)
             names += members
-        inside = "".join((self.key or "").rpartition(".")[:2])
-        raise TrialError(reason + _listed([n for n in names if n.startswith(inside)] or names))
+        closest = get_close_matches(self.key or "", names, max(1, len(names)), 0)
+        raise TrialError(reason + _listed(closest))
 
 
 def _checked(members: dict[str, Any], name: str) -> tuple[float, float | None]:

@@ -28,10 +28,10 @@ from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")
 
-# Elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
+# Most elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE = 2**19
 DEVICE_TILE = 2**22
-SLAB = 2**26  # elements of the largest slabs of pinned memory
+SLAB = 2**26  # most elements of a slab of pinned memory
 
 # norms of ordinary values are finite in these dtypes
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
@@ -102,7 +102,59 @@ class Bucket:
 
     @property
     def tile(self) -> int:
+        """The most elements of a tile."""
         return TILE if self.device.type == "cpu" else DEVICE_TILE
+
+    @cached_property
+    def tile_edges(self) -> list[int]:
+        """The ends of all tiles, and 0. An accelerator's tiles consist of the host's."""
+        if self.device.type == "cpu":
+            return self._host_edges
+        return _grouped(self._host_edges, DEVICE_TILE)
+
+    @cached_property
+    def slab_edges(self) -> list[int]:
+        """The ends of the slabs of pinned memory, and 0. They consist of an accelerator's tiles.
+
+        torch rounds pinned memory up to powers of two, which slabs nearly fill.
+        """
+        tiles = _grouped(self._host_edges, DEVICE_TILE)
+        edges = [0]
+        while left := self.size - edges[-1]:
+            size = left
+            if left > TILE:
+                size = min(SLAB, 2 ** (left.bit_length() - 1))
+            edges.append(_last_within(tiles, edges[-1], size))
+        return edges
+
+    @cached_property
+    def _host_edges(self) -> list[int]:
+        """The ends of tiles on the host: of each tensor that is larger than one, and of as many
+        others as fit into one. So a tensor is read in place, and only small ones are copied."""
+        edges = [0]
+        for place in self.places.values():
+            if place.end - edges[-1] > TILE and place.begin > edges[-1]:
+                edges.append(place.begin)
+            if place.end - edges[-1] > TILE:
+                edges += range(edges[-1] + TILE, place.end, TILE)
+                edges.append(place.end)
+        if edges[-1] < self.size:
+            edges.append(self.size)
+        return edges
+
+
+def _grouped(edges: Sequence[int], most: int) -> list[int]:
+    """Return the fewest of the edges that are at most so far apart as `most`."""
+    grouped = [0]
+    while grouped[-1] < edges[-1]:
+        grouped.append(_last_within(edges, grouped[-1], most))
+    return grouped
+
+
+def _last_within(edges: Sequence[int], begin: int, size: int) -> int:
+    """Return the last edge within `size` of `begin`, or the next one if there is none."""
+    last = bisect_right(edges, begin + size) - 1
+    return edges[max(last, bisect_right(edges, begin))]
 
 
 Layout = tuple[Bucket, ...]
@@ -165,7 +217,7 @@ def tiles_of(layout: Layout) -> list[Tile]:
     """Return the tiles of all buckets of a layout."""
     tiles: list[Tile] = []
     for index, bucket in enumerate(layout):
-        for begin, end in pairwise(_edges(bucket.size, bucket.tile)):
+        for begin, end in pairwise(bucket.tile_edges):
             tiles.append(Tile(len(tiles), index, begin, end))
     return tiles
 
@@ -174,7 +226,7 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
     """Return the ranges of tensors, in memory, in each tile of a layout."""
     result = []
     for bucket in layout:
-        edges = _edges(bucket.size, bucket.tile)
+        edges = bucket.tile_edges
         ranges: list[list[ElementRange]] = [[] for _ in edges[1:]]
         for name, place in bucket.places.items():
             size = place.end - place.begin
@@ -196,32 +248,16 @@ def numbers_of(values: Sequence[Tensor], tiles: Sequence[Tile]) -> list[float]:
     return numbers
 
 
-def _edges(count: int, most: int) -> list[int]:
-    """Cut elements into powers of two of at most `most`, largest first; the last piece is at most a
-    CPU tile."""
-    edges = [0]
-    while left := count - edges[-1]:
-        size = left
-        if left > TILE:
-            size = min(most, 2 ** (left.bit_length() - 1))
-        edges.append(edges[-1] + size)
-    return edges
-
-
 class FlatTensors:
     """Memory for the tensors of a layout, not initialized: each bucket in one flat tensor, or
-    pinned in several slabs.
-
-    torch rounds pinned memory up to powers of two, which slabs have, but for the last CPU tile. A
-    tile is in one slab.
-    """
+    pinned in several slabs. A tile is in one slab."""
 
     def __init__(self, layout: Layout, pinned: bool = False) -> None:
         self.layout = layout
         self.edges = list[list[int]]()  # of the slabs of each bucket
         self.slabs = list[list[Tensor]]()
         for bucket in layout:
-            edges = _edges(bucket.size, SLAB) if pinned else [0, bucket.size]
+            edges = bucket.slab_edges if pinned else [0, bucket.size]
             dtype = bucket.dtype
             slabs = []
             for first, last in pairwise(edges):

@@ -98,7 +98,8 @@ def test_a_setting_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_pat
             tmp_path / "new",
         )
         assert refused.code == 2
-        assert refused.error.startswith(f"{option}: says nothing about checkpoints")
+        reason = "does not apply to files that are taken for checkpoints"
+        assert refused.error.startswith(f"{option}: {reason}")
     assert not (tmp_path / "new").exists()
 
 

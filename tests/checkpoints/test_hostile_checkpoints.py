@@ -182,6 +182,8 @@ def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
     assert "holds no tensors" in read(tmp_path)
     torch.save({"w": torch.ones(3)}, tmp_path / "step1.pt", _use_new_zipfile_serialization=False)
     assert "is of torch.save before release 1.6" in read(tmp_path)
+    (tmp_path / "step1.pt").write_bytes(b"GGUF" + bytes(100))
+    assert read(tmp_path).endswith("or of another kind: begins with b'GGUF'")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -45,6 +45,7 @@ def test_an_import_and_its_files_can_be_moved_together_only(
     done = import_checkpoints(
         tmp_path / "both" / "walk7", tmp_path / "both" / "new", step_from=r"both/.*step(\d+)"
     )
+    assert repr(done) == f"Import({str(done.out)!r}: {len(done.checkpoints)} x weights)"
     wanted = Run(done.out or "").average(0.2)
     shutil.copytree(tmp_path / "both", tmp_path / "copied")
     shutil.rmtree(tmp_path / "both")

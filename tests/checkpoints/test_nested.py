@@ -62,7 +62,14 @@ def write(folder: Path, save: Save) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper])
+def beside_a_trainer(folder: Path, step: int, weights: Tensors) -> None:
+    place = folder / f"iter_{step:06}" / "unet"
+    place.mkdir(parents=True)
+    torch.save(weights, place / "diffusion_pytorch_model.bin")
+    torch.save({"optimizer": {"state": {0: weights}}}, place.parent / "trainer.ckpt")
+
+
+@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper, beside_a_trainer])
 def test_weights_below_numbered_folders_have_their_numbers(save: Save, tmp_path: Path) -> None:
     place = write(tmp_path / "run", save)
     run = Run(place)
@@ -110,6 +117,19 @@ def without_endings(folder: Path, step: int, weights: Tensors) -> None:
     (folder / f"events.{step}").write_text("text")
 
 
+def versions(folder: Path, step: int, weights: Tensors) -> None:
+    """A training that was resumed by Lightning."""
+    for number in range(2):
+        place = folder / f"version_{step}" / "checkpoints"
+        place.mkdir(parents=True, exist_ok=True)
+        torch.save({"state_dict": weights}, place / f"epoch={number}-step={step + number}.ckpt")
+
+
+def foreign(folder: Path, step: int, weights: Tensors) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"model-{step}.gguf").write_bytes(b"GGUF" + weights["a.weight"].numpy().tobytes())
+
+
 def one_level_up(folder: Path, step: int, weights: Tensors) -> None:
     lerobot(folder / "checkpoints", step, weights)
 
@@ -123,6 +143,8 @@ def one_level_up(folder: Path, step: int, weights: Tensors) -> None:
         (experiments, r"models in 'final'; name .* glob, such as '\S+run/\*/final', .*`step_from`"),
         (zero_3, r"global_step\d+: holds the partitions of ZeRO-3.*; convert .*zero_to_fp32.py"),
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
+        (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
+        (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),
         (one_level_up, r"run: holds no checkpoints itself; name its folder checkpoints"),
     ],
 )

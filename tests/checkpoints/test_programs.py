@@ -629,9 +629,35 @@ def test_an_average_that_is_not_used_is_named(
         torch.save(content, tmp_path / f"step{save.step}.pt")
     last = saves()[-1]
     Run(tmp_path).average(0.1)
-    assert "also holds extra.deep.ema, not used: `average` 'extra.deep.ema' names it" in caplog.text
+    assert "also holds 'extra.deep.ema', not used: an import takes another set by" in caplog.text
     check(tmp_path, last.average | rest, last.weights | rest, None, average="deep.ema")
     assert_equal(exported(tmp_path / "step400.pt", average="ema"), last.average | rest)
+
+
+def test_two_towers_are_no_average_and_its_weights(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Networks of other weights have the same names and shapes, and norms that are alike."""
+    file = tmp_path / "step9.pt"
+    noise = torch.Generator().manual_seed(0)
+    source = {
+        "w": torch.randn(20, 20, generator=noise),
+        "norm": torch.ones(20),
+    }
+    target = {
+        "w": torch.randn(20, 20, generator=noise),
+        "norm": torch.ones(20),
+    }
+    torch.save({"source_encoder": source, "target_encoder": target}, file)
+    exported(file)
+    assert "average is unrelated to the weights; name it by `average` if it is" in caplog.text
+    caplog.clear()
+    assert_equal(exported(file, average="target_encoder"), target)
+    near = {name: value + 0.5 for name, value in source.items()}
+    torch.save({"source_encoder": source, "target_encoder": near}, file)
+    assert_equal(exported(file), near)
+    assert "unrelated" not in caplog.text
 
 
 # --- written by the libraries

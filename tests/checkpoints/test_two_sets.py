@@ -229,6 +229,48 @@ def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(
 LAYERS = [*map("layer{}.weight".format, range(6)), "ema.weight", "quantize.embed_avg"]
 
 
+def test_sets_that_are_not_used_are_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A discriminator and a frozen network; not the states of an optimizer, nor the best score."""
+    values = torch.arange(3.0)
+    for step in range(10, 50, 10):
+        model = {
+            "net.w": values + step,
+            "ema_net.w": values + step - 1,
+            "frozen.w": values,
+        }
+        content = {
+            "model": model,
+            "discriminator": {"c": {"w": values}},
+            "callbacks": {"best_model_score": torch.tensor(0.5)},
+            "optimizer": {"master": {"net.w": values + step + 0.25}},
+        }
+        torch.save(content, tmp_path / f"step{step}.pt")
+    Run(tmp_path).average(0.2)
+    assert "also holds 'model.frozen', 'discriminator', not used: an import takes" in caplog.text
+    place = {"weights": "optimizer.master", "kind": "checkpoints"}
+    import_checkpoints(tmp_path, tmp_path / "masters", **place)
+    last = Run(tmp_path / "masters").sources[-1].values("net.w", 0, 3)
+    assert last.tolist() == [40.25, 41.25, 42.25]
+
+
+def test_quantised_weights_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (10, 20):
+        content = {
+            "scale": torch.full((9, 9), step / 10),
+            "mask": torch.ones(80, dtype=torch.uint8),
+        }
+        torch.save(content, tmp_path / f"plain{step}.pt")
+        content["codes"] = torch.full((9, 9), step, dtype=torch.int8)
+        torch.save(content, tmp_path / f"quantised{step}.pt")
+    Run(tmp_path / "plain*.pt").average(0.2)
+    assert "quantised" not in caplog.text
+    Run(tmp_path / "quantised*.pt").average(0.2)
+    assert "most elements are integers, copied from the newest: quantised weights" in caplog.text
+
+
 @pytest.mark.parametrize("names", [LAYERS, ["weight_g", "weight_v"], ["weight_orig", "weight_u"]])
 def test_names_that_look_like_another_thing(names: list[str], tmp_path: Path) -> None:
     """A layer named `ema` next to others is no average of the model; the states of Megatron's

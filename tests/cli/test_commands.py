@@ -27,7 +27,7 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^run +[0-9a-f]{32}$", result.out, re.MULTILINE)
     assert re.search(r"^ *0\.28 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out, re.MULTILINE)
-    assert re.search(r"^measured +40 of them$", result.out, re.MULTILINE)
+    assert re.search(r"^measured +40 of them, from which", result.out, re.MULTILINE)
     assert re.search(r"^schedule +update_every .*, checkpoint_dtype float16$", result.out, re.M)
     report = ema("info", run, "--json").json
     assert report["run"] == PostHocEMA.from_path(run).run_id

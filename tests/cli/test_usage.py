@@ -264,3 +264,34 @@ def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
     done = ema("report", tmp_path, "--out", tmp_path / "page.html")
     assert done.code == 0, done.err
     assert done.err.count("left out of averages") == 1
+
+
+def test_messages_name_options_and_the_word_that_may_be_meant(ema: Ema, place: Path) -> None:
+    """Also in notes, which are no errors."""
+    torch.save({"w": torch.ones(3)}, "m.pt")
+    note = ema("info", "m.pt").out
+    assert "import with --step-from, a pattern" in note
+    guide = ema("guide", "trainning")
+    assert guide.error.endswith("; did you mean training?")
+    other = ema("guide", "xyzzy")
+    assert "mean" not in other.error
+    meant = {
+        "betta:0.999": "beta",
+        "decay:cos:20%": "decay:cosine",
+    }
+    for target, word in meant.items():
+        wrong = ema("synthesize", "run", "--target", target)
+        assert wrong.error.endswith(f"; did you mean {word}?")
+
+
+def test_help_is_a_word_too(ema: Ema) -> None:
+    word = ema("help")
+    option = ema("--help")
+    assert word == option
+
+
+def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:
+    text = ema("info", "run").out
+    assert "of them, from which errors are predicted" in text
+    assert "aliases" not in text
+    assert "superseded" not in text

@@ -201,7 +201,7 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(
 @pytest.mark.parametrize(
     ("script", "metric", "words"),
     [
-        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "no line .*; found 'acc', 'f1'"),
+        ('echo "{\\"acc\\": 1, \\"f1\\": 2}"', Metric("loss"), "no line .*; found 'f1', 'acc'"),
         ("echo at $2; exit 3", PRINTED, "ended with exit code 3: at 0.1"),
     ],
 )
@@ -236,13 +236,9 @@ def test_one_of_three_lengths_may_fail(run: Run, tmp_path: Path) -> None:
 def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
     """A wider range then continues from the trials."""
     narrow = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.08))
-    assert narrow.stopped.endswith(
-        "the best lies at the end of the range, sigma_rel 0.08, and may lie beyond"
-    )
+    assert narrow.stopped.endswith("the best lies at the end, sigma_rel 0.08, and may lie beyond")
     listed = swept(run, tmp_path / "listed", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=GRID)
-    assert listed.stopped.endswith(
-        "the best lies at the end of the list, sigma_rel 0.05, and may lie beyond"
-    )
+    assert listed.stopped.endswith("the best lies at the end, sigma_rel 0.05, and may lie beyond")
     wider = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.2))
     assert wider.found.best == pytest.approx(0.1, rel=0.1)
     assert "may lie beyond" not in wider.stopped
@@ -263,9 +259,9 @@ def test_raw_weights_that_the_run_contains_are_measured(tmp_path: Path) -> None:
     command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
     report = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID)
     assert report.raw == 7.0
-    assert [trial.target for trial in report.trials][:1] == ["raw"]
+    assert [trial.target for trial in report.trials][:1] == ["raw weights"]
     more = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
-    assert sorted(trial.seed for trial in more.trials if trial.target == "raw") == [0, 1]
+    assert sorted(trial.seed for trial in more.trials if trial.target == "raw weights") == [0, 1]
     lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
     assert len(lines) - 1 == len(more.trials) == 8  # the first line has the settings
 
@@ -516,7 +512,9 @@ def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
     for name in ("last.pt", "last.safetensors"):
         report = swept(run, tmp_path / f"out-{name}", command, axis=GRID, raw=tmp_path / name)
         assert report.raw == 7.0
-        assert report.trials[0] == Trial("raw", None, 0, 7.0, seconds=report.trials[0].seconds)
+        assert report.trials[0] == Trial(
+            "raw weights", None, 0, 7.0, seconds=report.trials[0].seconds
+        )
     better = (7.0 - report.value) / 7.0
     assert f"{100 * better:.2g} % better than the raw weights" in repr(report)
     most = swept(run, tmp_path / "most", command, axis=GRID, raw=tmp_path / name, minimize=False)
@@ -879,7 +877,7 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
         (
             '{"acc": 1, "f1": 2}',
             "loss",
-            "nor loss and a number, nor a JSON object with 'loss'; found 'acc', 'f1'",
+            "or has one after 'loss'; found 'f1', 'acc'",
         ),
         ("loss: nan", "loss", "its metric is nan"),
         ("loss: 5x", "loss", "no line"),

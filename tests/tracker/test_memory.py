@@ -1,112 +1,85 @@
-"""A tracker holds no memory of a model that is gone, nor, once closed, of one that exists."""
+"""How the elements of a model are divided into tiles, and pinned memory into slabs."""
 
-import gc
-import weakref
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
+import random
+from itertools import pairwise
+
 import pytest
 import torch
-import torch._dynamo  # else the first call imports it, which keeps frames until a collection
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker import memory
+from posthoc_cli.tracker.memory import Bucket, Place, layout_of
 
-
-class Weights(torch.nn.Module):
-    """A model whose memory belongs to an array, which tells when nothing uses it any more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        array = np.zeros((300, 300), np.float32)
-        self.weight = torch.nn.Parameter(torch.from_numpy(array))
-        # a storage of torch holds no reference to an object of Python that one can watch
-        self.array = weakref.ref(array)
-
-    def replace(self) -> None:
-        self.weight.data = torch.zeros(300, 300)
+SIZES = {"TILE": 16, "DEVICE_TILE": 64, "SLAB": 256}
 
 
-@pytest.fixture(autouse=True)
-def _without_collection() -> Iterator[None]:
-    """Memory goes with its last reference, not at the next garbage collection."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
+@pytest.fixture
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SIZES.items():
+        monkeypatch.setattr(memory, name, size)
 
 
-def do_nothing(ema: PostHocEMA, model: Any) -> None:
-    pass
+def buckets(sizes: list[int]) -> tuple[Bucket, Bucket]:
+    """Return a bucket of tensors of these sizes on the host, and one on an accelerator."""
+    places = {}
+    end = 0
+    for size in sizes:
+        places[f"tensor {len(places)}"] = Place(end, end + size, (size,), (0,))
+        end += size
+    host = torch.device("cpu")
+    accelerator = torch.device("cuda", 0)
+    return (
+        Bucket(host, torch.float32, places, end),
+        Bucket(accelerator, torch.float32, places, end),
+    )
 
 
-def evaluate(ema: PostHocEMA, model: Any) -> None:
-    with ema.model(model, 0.05):
-        pass
-    ema.state_dict(0.1)
+def random_sizes(seed: int) -> list[int]:
+    drawn = random.Random(seed)
+    return [drawn.choice([0, 1, 3, 7, 16, 17, 40, 64, 150, 700]) for _ in range(30)]
 
 
-def save(ema: PostHocEMA, model: Any) -> None:
-    ema.load_state_dict(ema.state_dict())
-    ema.snapshot()
+@pytest.mark.usefixtures("small_sizes")
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tensor_larger_than_a_tile_shares_no_tile_on_the_host(seed: int) -> None:
+    bucket, _ = buckets(random_sizes(seed))
+    edges = set(bucket.tile_edges)
+    for place in bucket.places.values():
+        if place.end - place.begin > SIZES["TILE"]:
+            assert {place.begin, place.end} <= edges
 
 
-def wrap(ema: PostHocEMA, model: Any) -> None:
-    ema.update_(torch.nn.DataParallel(model))
-    ema.update_(model)
-
-
-USES = [do_nothing, evaluate, save, wrap]
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-@pytest.mark.parametrize("use", USES)
-def test_the_memory_of_a_deleted_model_is_free(tmp_path: Path, use: Any, device: str) -> None:
-    model = Weights()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2, device=device)
-    for _ in range(3):
-        ema.update_(model)
-    use(ema, model)
-    ema.flush()
-    array = model.array
-    del model
-    assert array() is None
-    assert ema.state_dict(0.05)["weight"].shape == (300, 300)
-    ema.close()
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_closed_tracker_holds_no_memory_of_its_model(tmp_path: Path, device: str) -> None:
-    model = Weights()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, device=device) as ema:
-        for _ in range(3):
-            ema.update_(model)
-    model.replace()
-    assert model.array() is None
-    assert ema.state_dict(0.05)["weight"].shape == (300, 300)
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_memory_that_a_model_has_replaced_is_free_after_the_next_update(
-    tmp_path: Path, device: str
+@pytest.mark.usefixtures("small_sizes")
+@pytest.mark.parametrize("seed", range(5))
+def test_slabs_consist_of_tiles_of_the_accelerator_and_these_of_tiles_of_the_host(
+    seed: int,
 ) -> None:
-    model = Weights()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, device=device)
-    ema.update_(model)
-    model.replace()
-    ema.update_(model)
-    ema.flush()
-    assert model.array() is None
+    host, accelerator = buckets(random_sizes(seed))
+    assert set(host.slab_edges) <= set(accelerator.tile_edges) <= set(host.tile_edges)
+    for edges, most in (
+        (host.tile_edges, SIZES["TILE"]),
+        (accelerator.tile_edges, SIZES["DEVICE_TILE"]),
+        (host.slab_edges, SIZES["SLAB"]),
+    ):
+        assert edges[0] == 0
+        assert edges[-1] == host.size
+        assert all(0 < end - begin <= most for begin, end in pairwise(edges))
 
 
-def test_a_reader_holds_no_memory_of_the_model_that_it_fills(tmp_path: Path) -> None:
-    model = Weights()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
-        ema.update_(model)
-    other = Weights()
-    reader = PostHocEMA.from_path(tmp_path, other)
-    reader.load_into(other, 0.05)
-    array = other.array
-    del other
-    assert array() is None
+@pytest.mark.usefixtures("small_sizes")
+def test_small_tensors_fill_a_tile_together() -> None:
+    bucket, _ = buckets([4] * 12)
+    assert bucket.tile_edges == [0, 16, 32, 48]
+
+
+@pytest.mark.usefixtures("small_sizes")
+def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors() -> None:
+    bucket, _ = buckets([150, 8] * 20)
+    rounded = [2 ** (end - begin - 1).bit_length() for begin, end in pairwise(bucket.slab_edges)]
+    assert sum(rounded) < 1.25 * bucket.size
+
+
+def test_a_model_without_elements_has_no_tiles() -> None:
+    (bucket,) = layout_of({"empty": torch.zeros(0)})
+    assert bucket.tile_edges == bucket.slab_edges == [0]
