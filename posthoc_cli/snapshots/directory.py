@@ -462,6 +462,12 @@ class DirectoryLock(AbstractContextManager["DirectoryLock"]):
             stack.pop_all()
         # Releases it also when the process ends or the last reference is gone.
         self.release = weakref.finalize(self, _release, descriptor, os.getpid())
+        self._descriptor = descriptor
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the lock's file was deleted: it excludes nobody any more."""
+        return os.fstat(self._descriptor).st_nlink == 0
 
     def __exit__(self, *_: object) -> None:
         self.release()

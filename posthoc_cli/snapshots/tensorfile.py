@@ -728,7 +728,7 @@ def parse_object(
         _require(values <= most, f"holds {values:,} values; at most {most:,} are allowed")
         value: dict[str, Any] = _DECODER.decode(text)
         if "\\u" in text:  # only escapes can produce such text
-            _check_text(compact(value))
+            check_text(compact(value))
         _require(isinstance(value, dict), "must be a JSON object")
     except (ValueError, RecursionError) as error:
         raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
@@ -749,7 +749,7 @@ _DECODER = json.JSONDecoder(
 _NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")  # lone surrogates and escaped zero bytes
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
     """Raise ValueError if a name or value in compact JSON has a zero byte or is not Unicode."""
     if bad := _NO_TEXT.search(text):
         near = ascii(text[max(0, bad.start() - 40) : bad.end() + 40])
@@ -898,7 +898,7 @@ def _checked_text(header: Mapping[str, Any]) -> bytes:
     would refuse it."""
     _require_few(len(header) - 1)
     written = compact(header)
-    _check_text(written)
+    check_text(written)
     text = written.encode()
     text += b" " * (-len(text) % 8)
     _require(

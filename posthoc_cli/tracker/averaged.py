@@ -140,21 +140,33 @@ def with_replicas(
     dtypes, errors = zip(*group.from_all_at(*now, said), strict=True)
     dtype = ChainMap(*dtypes)
     weights = Weights(own)
-    names: dict[int, str] = {}  # by tensor, which tied names share
     for name in sorted(members.holders):  # in the same order in all processes
-        tensor = tensors[name]
         value = own.get(name)
         if value is None:
-            value = torch.empty(held_part(tensor).shape, dtype=dtype[name])
+            value = _empty_part(tensors[name], dtype[name])
         group.exchange(value, members.holders[name])
         weights[name] = value
-        names[id(tensor)] = name
-    for name, tensor in tensors.items():
-        if id(tensor) in names:
-            weights[name] = weights[names[id(tensor)]]
+    _add_names(weights, tensors, dtype)
     weights.predicted_error = max(filter(None, errors), default=None)
     weights.profile_error = 0.0
     return weights
+
+
+def _add_names(
+    weights: Weights, tensors: Mapping[str, Tensor], dtype: Mapping[str, torch.dtype]
+) -> None:
+    """Add further names of tied tensors, and chunks without elements."""
+    names = {id(tensors[name]): name for name in weights}
+    for name, tensor in tensors.items():
+        if id(tensor) not in names and name in dtype:
+            weights[name] = _empty_part(tensor, dtype[name])
+            names[id(tensor)] = name
+        elif id(tensor) in names:
+            weights[name] = weights[names[id(tensor)]]
+
+
+def _empty_part(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(held_part(tensor).shape, dtype=dtype)
 
 
 def _read_again(path: Path, checksum: str) -> Snapshot:

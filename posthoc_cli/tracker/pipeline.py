@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import multiprocessing.util
 import os
 import signal
@@ -67,7 +68,9 @@ log = Log(__name__)
 Calls = tuple[TrainingProgress, tuple[tuple[Tensor, TrainingProgress], ...]]
 
 STILL = 10
-"""Updates without any change of a weight: an optimizer moves most of them at each step."""
+"""Updates without any change of a weight: an optimizer moves most of them at each step. Later ones
+in half precision may be too small for a change: weights must stand for as long as snapshots are
+apart."""
 
 
 class Pipeline:
@@ -102,9 +105,9 @@ class Pipeline:
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
-        # the number, the step and the sample of this tracker's first update
-        self._first: tuple[int, int, Sequence[Tensor] | None] | None = None
-        self._moves = False  # whether weights were compared, see `_note_standstill`
+        # the number, the step and the sample of the update that was compared last
+        self._compared: tuple[int, int, Sequence[Tensor]] | None = None
+        self._still: float = STILL  # updates until the next comparison, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
@@ -484,8 +487,7 @@ class Pipeline:
         self.tracking = replace(now, progress=progress)
         if name is not None:
             raise nonfinite_error(name, now.tracked.tensors, progress.step)
-        if not self._moves:
-            self._note_standstill(averages)
+        self._note_standstill(averages)
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
         """Return what sketches the path: known from the first update on, or continued; None for the
@@ -504,29 +506,31 @@ class Pipeline:
         return sketcher
 
     def _note_standstill(self, averages: Averages) -> None:
-        """Warn of weights that are the same after `STILL` updates as at this tracker's first one.
+        """Warn, once, of weights that are the same as some updates ago.
 
-        Compared are those of a snapshot's sample, once.
+        Compared are those of a snapshot's sample.
         """
-        updates = averages.standing.updates
-        step = averages.standing.step
+        standing = averages.standing
         sample = averages.sample
-        if self._first is None:
-            self._first = updates, step, sample
-        first_updates, first_step, first_sample = self._first
-        if updates < first_updates + STILL or sample is None or first_sample is None:
+        assert sample is not None
+        if self._compared is None:
+            self._compared = standing.updates, standing.step, sample
+        updates, step, earlier = self._compared
+        if standing.updates < updates + self._still:
             return
-        self._moves = True  # or the warning says that they do not
-        self._first = None
-        pairs = list(zip(first_sample, sample, strict=True))
-        has_elements = any(now.numel() for now in sample)
-        if has_elements and all(torch.equal(*pair) for pair in pairs):
+        self._compared = standing.updates, standing.step, sample
+        schedule = self._settings.schedule
+        self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
+        pairs = zip(earlier, sample, strict=False)
+        are_equal = all(was.device == now.device and torch.equal(was, now) for was, now in pairs)
+        if are_equal and any(now.numel() for now in sample):
+            self._still = math.inf
             log.warning(
                 "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
                 "this the model that it trains?",
                 self.directory,
+                standing.step,
                 step,
-                first_step,
             )
 
     def _submit_if_due(self, progress: TrainingProgress) -> None:

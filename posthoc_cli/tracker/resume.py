@@ -34,6 +34,7 @@ from posthoc_cli.planning import listed
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
+from posthoc_cli.snapshots.tensorfile import check_text, compact
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors
@@ -98,7 +99,7 @@ class Start:
                 # The run was killed while it wrote its first snapshots: they are set aside when it
                 # begins again.
                 step = 0
-        check_globs(settings.selection, [tensor.name for tensor in named_tensors(model)])
+        _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
         if tensors.tracked.chunks or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
@@ -247,6 +248,18 @@ def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> 
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, settings.sigma_rels)
     return replace(settings, selection=settings.selection.resumed(newest.roles))
+
+
+def _check_names(model: nn.Module, selection: Selection) -> None:
+    """Raise an InvalidValueError for a name that no snapshot's header can hold, or a glob that
+    matches none."""
+    names = [tensor.name for tensor in named_tensors(model)]
+    for name in names:
+        try:
+            check_text(compact(name))
+        except ValueError as error:
+            raise InvalidValueError("tensor", str(error), "rename it") from error
+    check_globs(selection, names)
 
 
 def check_path(path: str | Path) -> Path:

@@ -222,7 +222,6 @@ class Snapshotter:
         except BaseException:
             self.close()
             raise
-        self._run_id = self._stored[0].run_id if self._stored else None
 
     def close(self) -> None:
         if self._lock is not None:
@@ -233,11 +232,10 @@ class Snapshotter:
         return frozenset(snapshot.identity for snapshot in self._complete())
 
     def check_run(self, run_id: str) -> None:
-        if self._run_id not in (None, run_id):
-            reason = (
-                f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
-            )
-            raise MismatchError(self.directory, reason, ways_to_resume(self._stored[-1].step))
+        newest = self._stored[-1] if self._stored else None
+        if newest is not None and newest.run_id != run_id:
+            reason = f"holds snapshots of run {newest.run_id[:8]}, this tracker is run {run_id[:8]}"
+            raise MismatchError(self.directory, reason, ways_to_resume(newest.step))
 
     def continue_from(self, state: Tracking) -> None:
         """Set aside the snapshots that are later than a state, or of another attempt, which the
@@ -283,9 +281,7 @@ class Snapshotter:
         if not due:
             return
         try:
-            if files.is_absent(self.directory):
-                reason = f"was deleted: the averages of step {infos[0].step} are lost"
-                raise WriteError(self.directory, reason, errno=errno.ENOENT)
+            self._check_directory(infos[0])
             for average in staged:
                 if average.nonfinite is not None:
                     subject = f"average of {average.nonfinite!r}"
@@ -300,6 +296,16 @@ class Snapshotter:
         except PostHocError as error:
             self._members.announce_failure(error)
             raise
+
+    def _check_directory(self, info: Snapshot) -> None:
+        """Raise a WriteError if the directory was deleted; lock it if it was made again."""
+        if files.is_absent(self.directory):
+            reason = f"was deleted: the averages of step {info.step} are lost"
+            raise WriteError(self.directory, reason, errno=errno.ENOENT)
+        if self._lock is not None and self._lock.is_deleted:
+            self._lock = DirectoryLock(self.directory)
+            self._stored = [*find_snapshots(self.directory)]
+            self.check_run(info.run_id)
 
     def _write(self, info: Snapshot, staged: StagedAverage, copies: Mapping[str, Tensor]) -> int:
         path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
@@ -318,7 +324,6 @@ class Snapshotter:
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
             file = writer.commit()
-        self._run_id = info.run_id
         self._stored = [*kept, replace(info, path=path, files=(file,), entries=file.entries)]
         log.info("wrote %s", path)
         return sum(entry.nbytes for entry in entries.values())

@@ -175,3 +175,22 @@ def test_weights_that_never_change_are_said_once(
             assert SAME not in caplog.text  # ten updates, of which nine had one before them
     ema.close()
     assert caplog.text.count(f"{SAME}22 are those of step 2: does an optimizer") == (way != "moves")
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_weights_that_stand_between_two_snapshots_are_said_once(
+    tmp_path: Path, stands: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of a copy that the optimizer does not know, which takes the model's place."""
+    model = network()
+    optimizer = sgd(model)
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=2, checkpoint_every=40)
+    for step in range(1, 201):
+        if step == 50 and stands:
+            model = deepcopy(model)
+        train(model, optimizer)
+        ema.update_(model)
+    ema.close()
+    # compared at the updates 1, 11, 31, 51, 71
+    assert caplog.text.count(f"{SAME}102 are those of step 62: does an optimizer") == stands
+    assert caplog.text.count(SAME) == stands

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tracker.runs import Training, contents
 
 from posthoc_cli import PostHocEMA, Run, files
-from posthoc_cli.errors import NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import LockedError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {
@@ -263,3 +264,27 @@ def test_a_directory_that_is_deleted_while_a_snapshot_is_written_is_named(
     with pytest.raises(WriteError, match="run: was deleted: the averages of step 7 are lost"):
         tracker.close()
     assert tracker.state_dict(0.05)
+
+
+def test_a_directory_that_is_deleted_and_made_again_is_locked_again(tmp_path: Path) -> None:
+    """Else a second training could write to it; one that already does is named."""
+    folder = tmp_path / "run"
+    training = Training()
+    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    training.run(3, tracker)
+    tracker.flush()
+    for last in (4, 6):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        training.run(last, tracker)
+        tracker.flush()
+        with pytest.raises(LockedError, match="another tracker of this process"):
+            DirectoryLock(folder)
+        assert written(folder) == [(last, False)]
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with DirectoryLock(folder), pytest.raises(LockedError, match="is writing here"):
+        training.run(8, tracker)
+        tracker.flush()
+    tracker.close()
+    assert written(folder) == [(8, False)]

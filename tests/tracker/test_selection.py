@@ -244,6 +244,18 @@ def test_the_name_that_safetensors_reserves_is_refused(
     assert set(roles(tmp_path)) == {"weight", "bias"}
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_name_that_no_header_can_hold_is_refused_before_training(
+    tmp_path: Path, name: str, trained: bool
+) -> None:
+    """Names of tensors that are left out are in the header, too."""
+    model = torch.nn.Linear(3, 2)
+    model.register_parameter(name, torch.nn.Parameter(torch.ones(2), requires_grad=trained))
+    with pytest.raises(InvalidValueError, match=r"^tensor: a name .*'\"a.*b\"'; rename it$"):
+        PostHocEMA.from_model(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("normalize", "originals"),
     [

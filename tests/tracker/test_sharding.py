@@ -84,6 +84,7 @@ for label, block in blocks.items():
         close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
 weights = ema.state_dict(0.15)
 parameters = dict(model.named_parameters())
+assert ema.state_dict(0.2).keys() == single.keys()  # also of tensors without elements here
 assert weights.keys() == single.keys() and weights.predicted_error is not None
 for name, value in weights.items():
     assert value.shape == single[name].shape and type(value) is type(
