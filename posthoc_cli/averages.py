@@ -320,7 +320,10 @@ class SwitchEMA:
     _period = "switch_every"
 
     def __init__(
-        self, average: Average, switch_every: int | None = None, sigma_rel: Wanted | None = None
+        self,
+        average: Average,
+        switch_every: int | None = None,
+        sigma_rel: Wanted | None = None,
     ) -> None:
         if isinstance(average, PostHocEMA) != (sigma_rel is not None):
             raise InvalidValueError(

@@ -96,7 +96,10 @@ def _make_empty(out: Path) -> None:
 
 
 def _train_and_measure(
-    out: Path, steps: int, say: Say, watch: ProgressBar
+    out: Path,
+    steps: int,
+    say: Say,
+    watch: ProgressBar,
 ) -> tuple[SweepReport, str]:
     """Train, measure and draw; return the sweep, and the command line of `ema info`."""
     snapshots = out / "snapshots"
@@ -286,7 +289,10 @@ class Denoiser(nn.Module):
         self.outward = nn.Linear(width, PIXELS)
 
     def forward(
-        self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        labels: torch.Tensor,
     ) -> torch.Tensor:
         """Return the denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] ->
         [batch, 64]."""
@@ -322,7 +328,10 @@ def make_denoiser(seed: int) -> Denoiser:
 
 
 def losses(
-    model: nn.Module, data: Images, sigma: torch.Tensor, noise: torch.Tensor
+    model: nn.Module,
+    data: Images,
+    sigma: torch.Tensor,
+    noise: torch.Tensor,
 ) -> torch.Tensor:
     """Return the weighted squared error of each image, shape [images]; for F = 0 its mean is about
     1.

@@ -115,7 +115,12 @@ class _SystemError(PostHocError, OSError):
     """An error that carries the `errno` of the operating system's error."""
 
     def __init__(
-        self, subject: object, reason: str, hint: str = "", *, errno: int | None = None
+        self,
+        subject: object,
+        reason: str,
+        hint: str = "",
+        *,
+        errno: int | None = None,
     ) -> None:
         super().__init__(subject, reason, hint)
         # OSError would take them from its positional arguments
@@ -266,7 +271,10 @@ def log_kept_messages() -> None:
 
 
 def check_number(
-    name: str, value: object, accepts: Callable[[float], bool], accepted: str
+    name: str,
+    value: object,
+    accepts: Callable[[float], bool],
+    accepted: str,
 ) -> float:
     """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it,
     which refuses nan."""

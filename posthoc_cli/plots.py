@@ -232,7 +232,9 @@ def _drawn_length(kind: str, value: float) -> float:
 
 
 def _draw_estimate(
-    axes: Axes, curve: Sequence[dict[str, Any]], length: Callable[[float], float]
+    axes: Axes,
+    curve: Sequence[dict[str, Any]],
+    length: Callable[[float], float],
 ) -> None:
     lengths = [length(point["x"]) for point in curve]
     means = np.array([point["estimate"] for point in curve])
@@ -244,7 +246,10 @@ def _draw_estimate(
 
 
 def _draw_trials(
-    axes: Axes, trials: Sequence[dict[str, Any]], noise: float, length: Callable[[float], float]
+    axes: Axes,
+    trials: Sequence[dict[str, Any]],
+    noise: float,
+    length: Callable[[float], float],
 ) -> list[float]:
     """Draw the measured metrics of averages, and return the ends of their bars."""
     measured = [trial for trial in trials if None not in (trial["value"], trial["x"])]
@@ -277,7 +282,8 @@ def _metric_range(ends: Sequence[float], raw: float | None) -> tuple[float, floa
 
 
 def samples_figure(
-    rows: Mapping[str, npt.NDArray[np.floating[Any]]], best: str | None = None
+    rows: Mapping[str, npt.NDArray[np.floating[Any]]],
+    best: str | None = None,
 ) -> Figure:
     """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
     columns = max(map(len, rows.values()))

@@ -610,7 +610,9 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
 
 
 def convert(
-    steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()
+    steps: int,
+    sigma_rels: Sequence[float] = (),
+    betas: Sequence[float] = (),
 ) -> list[dict[str, float]]:
     """Return the power functions with these widths, then those with the mean ages of these
     classical decays.

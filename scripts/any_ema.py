@@ -63,7 +63,10 @@ def decays(library: str, decay: float) -> Callable[[int], float]:
 
 
 def own_ema(
-    library: str, net: Replay, decay: float, place: Path
+    library: str,
+    net: Replay,
+    decay: float,
+    place: Path,
 ) -> tuple[Callable[[], Any], Save] | None:
     """Return the library's own update and save functions; None if it is not installed or has no
     file format."""
@@ -118,7 +121,12 @@ def own_ema(
 
 
 def in_format(
-    library: str, raw: Weights, average: Weights, decay: float, place: Path, step: int
+    library: str,
+    raw: Weights,
+    average: Weights,
+    decay: float,
+    place: Path,
+    step: int,
 ) -> None:
     """Save weights and an average in the format of a library that is not installed."""
     count = torch.tensor(step)
@@ -174,7 +182,9 @@ def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 
 def measure(
-    library: str, run: Trajectory, length: float
+    library: str,
+    run: Trajectory,
+    length: float,
 ) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
     """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw,
     plain, predicted."""

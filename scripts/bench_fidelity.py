@@ -116,7 +116,9 @@ def _steps(text: str) -> int:
 
 
 def _in_processes(
-    asked: Sequence[Asked], work: Callable[[Asked], list[Found]], processes: int
+    asked: Sequence[Asked],
+    work: Callable[[Asked], list[Found]],
+    processes: int,
 ) -> list[Found]:
     """Return the results of `work` for each item, computed in two processes, with progress on
     stderr."""

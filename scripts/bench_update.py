@@ -83,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def times(
-    runs: dict[str, Callable[[], object]], repeats: int, each: int = 1
+    runs: dict[str, Callable[[], object]],
+    repeats: int,
+    each: int = 1,
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Return seconds and processor seconds of runs in turns, divided by `each`."""
     found: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in runs}
@@ -141,7 +143,12 @@ class Layers(torch.nn.Module):
 
 
 def updates(
-    shapes: Shapes, dtype: torch.dtype, device: str, folder: Path, repeats: int, folds: int
+    shapes: Shapes,
+    dtype: torch.dtype,
+    device: str,
+    folder: Path,
+    repeats: int,
+    folds: int,
 ) -> dict[str, str]:
     """Measure a column: an update of every library."""
     field: dict[str, Callable[[torch.nn.Module, Path], Begun]] = {
@@ -159,7 +166,8 @@ def updates(
             update, settle = begin(Layers(shapes).to(device, dtype), folder / str(index))
 
         def run(
-            update: Callable[[], object] = update, settle: Callable[[], object] = settle
+            update: Callable[[], object] = update,
+            settle: Callable[[], object] = settle,
         ) -> None:
             for _ in range(calls):
                 update()

@@ -147,7 +147,10 @@ Average = Callable[[float], Iterable[torch.Tensor]]
 
 
 def ours(
-    model: torch.nn.Module, folder: Path, stride: int, interval: int
+    model: torch.nn.Module,
+    folder: Path,
+    stride: int,
+    interval: int,
 ) -> tuple[Callable[[], object], Average]:
     """Return a callback for each step of this package, and its averages from the directory alone,
     as after training."""

@@ -115,7 +115,12 @@ def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> T
 
 
 def course(
-    label: str, course_of: Rate, steps: int, parameters: int, seed: int, away: float = 1.0
+    label: str,
+    course_of: Rate,
+    steps: int,
+    parameters: int,
+    seed: int,
+    away: float = 1.0,
 ) -> Trajectory:
     """Return motion from one place in one direction, by `course_of` of the fraction of training, in
     norms.

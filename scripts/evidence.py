@@ -557,7 +557,10 @@ class Classifier(Task):
         return [self._drawn("training", 512, random)[0] for _ in range(self.renewing)]
 
     def _drawn(
-        self, part: str, count: int | None, random: torch.Generator
+        self,
+        part: str,
+        count: int | None,
+        random: torch.Generator,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images, each shifted by up to a pixel and noisy: a number of random ones, or each
         `draws` times."""
@@ -664,7 +667,9 @@ def measure(task: Task, training: Training, root: Path) -> None:
         return
 
     def measured(
-        weights: Mapping[str, torch.Tensor], part: str = "test", renew: bool = True
+        weights: Mapping[str, torch.Tensor],
+        part: str = "test",
+        renew: bool = True,
     ) -> dict[str, float]:
         model.load_state_dict(weights)
         if renew:

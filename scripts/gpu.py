@@ -153,7 +153,11 @@ def run_program(arguments: Sequence[str]) -> int | None:
 
 
 def measure(
-    device: torch.device, parameters: int, tensors: int, repeats: int, until: float
+    device: torch.device,
+    parameters: int,
+    tensors: int,
+    repeats: int,
+    until: float,
 ) -> Iterator[Row]:
     """Measure the rows of the table, as far as there is time until `until` of the monotonic
     clock."""
@@ -180,7 +184,11 @@ def is_late(until: float) -> bool:
 
 
 def our_rows(
-    name: str, shapes: Shapes, device: torch.device, place: str, repeats: int
+    name: str,
+    shapes: Shapes,
+    device: torch.device,
+    place: str,
+    repeats: int,
 ) -> Iterator[Row]:
     """Measure an update, one at which two snapshots are due, and averaged weights swapped in and
     out."""
@@ -215,7 +223,10 @@ def peer_update(shapes: Shapes, device: torch.device, repeats: int) -> tuple[flo
 
 
 def timed(
-    call: Callable[[], object], settle: Callable[[], object], device: torch.device, repeats: int
+    call: Callable[[], object],
+    settle: Callable[[], object],
+    device: torch.device,
+    repeats: int,
 ) -> tuple[float | None, float]:
     """Return the medians, in microseconds, of the stream's time, None on the CPU, and the
     host's."""
@@ -257,7 +268,10 @@ def finish(settle: Callable[[], object], device: torch.device) -> None:
 
 
 def swap_seconds(
-    ema: PostHocEMA, model: torch.nn.Module, device: torch.device, repeats: int
+    ema: PostHocEMA,
+    model: torch.nn.Module,
+    device: torch.device,
+    repeats: int,
 ) -> tuple[float, float]:
     """Return the seconds until a block of a tracked average begins, and until it has ended."""
     entering = list[float]()

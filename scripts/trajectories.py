@@ -63,7 +63,9 @@ class Trajectory:
 
 
 def record(
-    name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None = None
+    name: str,
+    steps: int = 10_000,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Trajectory:
     """Train the run `name` for `steps` steps, or read it from an earlier call's cache.
 
@@ -360,7 +362,9 @@ def _adamw(rate: float, decay: float) -> Callable[[nn.Module], torch.optim.Optim
 
 
 def _sgd(
-    rate: float, momentum: float, decay: float
+    rate: float,
+    momentum: float,
+    decay: float,
 ) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda model: torch.optim.SGD(
         model.parameters(), lr=rate, momentum=momentum, weight_decay=decay
@@ -472,7 +476,10 @@ HELD_OUT = (
 
 
 def _train(
-    model: nn.Module, recipe: Recipe, steps: int, restart: int | None
+    model: nn.Module,
+    recipe: Recipe,
+    steps: int,
+    restart: int | None,
 ) -> npt.NDArray[np.float32]:
     """Train and record the weights after every step: [steps, parameters]."""
     # The parameters become views of one vector, so that a step is recorded by one copy.

@@ -19,7 +19,9 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 
 @contextmanager
 def refused(
-    subject: str, *words: str, kind: type[PostHocError] = InvalidValueError
+    subject: str,
+    *words: str,
+    kind: type[PostHocError] = InvalidValueError,
 ) -> Iterator[None]:
     """Expect an error of this kind about `subject`, in one line that contains all of these
     words."""
@@ -32,7 +34,8 @@ def refused(
 
 
 def assert_same_tensors(
-    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+    found: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
 ) -> None:
     """Assert that both have the same names, and the same dtype and bits for each."""
     assert set(found) == set(expected)

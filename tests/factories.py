@@ -59,7 +59,9 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
 
 
 def exact_average(
-    values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequence[float]
+    values: Sequence[npt.ArrayLike],
+    sigma_rel: float,
+    times: Sequence[float],
 ) -> FloatArray:
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
@@ -68,7 +70,8 @@ def exact_average(
 
 
 def power_functions(
-    times: npt.ArrayLike, sigma_rels: Sequence[float] = (0.05, 0.28)
+    times: npt.ArrayLike,
+    sigma_rels: Sequence[float] = (0.05, 0.28),
 ) -> list[PowerFunction]:
     """Return the profiles of the snapshots that a run has at these times, in the order of time."""
     return [
@@ -117,7 +120,10 @@ def make_info(
 
 
 def write_tensors(
-    path: Path, values: Mapping[str, torch.Tensor], info: Snapshot | OutputInfo, overwrite: bool
+    path: Path,
+    values: Mapping[str, torch.Tensor],
+    info: Snapshot | OutputInfo,
+    overwrite: bool,
 ) -> None:
     entries = {
         name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()
@@ -151,7 +157,9 @@ def write_snapshot(
 
 
 def split_snapshot(
-    path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ...]] | None = None
+    path: Path,
+    parts: int = 3,
+    grids: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Path:
     """Replace a snapshot by a folder of parts, as several processes write them; return the folder.
 
@@ -239,7 +247,9 @@ def sketch_of(source: Source) -> Sketch:
 
 
 def write_output(
-    path: Path, tensors: Mapping[str, torch.Tensor], copies: tuple[str, ...] = ()
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    copies: tuple[str, ...] = (),
 ) -> Path:
     """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
     averages."""
@@ -300,7 +310,9 @@ def write_run(
 
 
 def random_walk(
-    steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0
+    steps: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int = 0,
 ) -> list[dict[str, FloatArray]]:
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(seed)

@@ -126,7 +126,10 @@ class Forked:
 
 
 def run(
-    code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    code: str,
+    *arguments: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Result:
     process = Forked(code, *arguments, cwd=cwd, env=env)
     out, err = process.communicate()
@@ -134,7 +137,10 @@ def run(
 
 
 def check(
-    code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    code: str,
+    *arguments: object,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> Result:
     done = run(code, *arguments, cwd=cwd, env=env)
     assert done.code == 0, done.err
@@ -181,7 +187,11 @@ def _server(modules: tuple[str, ...]) -> forkserver.ForkServer:
 
 
 def _become(
-    code: str, arguments: Sequence[str], cwd: str, environment: dict[str, str], streams: list[str]
+    code: str,
+    arguments: Sequence[str],
+    cwd: str,
+    environment: dict[str, str],
+    streams: list[str],
 ) -> None:
     """Set up a new process as if this interpreter had been started for `code`, and run it."""
     gc.freeze()  # collections would go through all that the server has imported, and so copy it

@@ -58,7 +58,11 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
 
 
 def run_group(
-    code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120
+    code: str,
+    ranks: int,
+    folder: Path,
+    *arguments: object,
+    timeout: float = 120,
 ) -> list[Result]:
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
@@ -255,7 +259,9 @@ def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) ->
 
 
 def truth(
-    sigma_rel: float, updates: list[int], dtype: torch.dtype = torch.float32
+    sigma_rel: float,
+    updates: list[int],
+    dtype: torch.dtype = torch.float32,
 ) -> Mapping[str, torch.Tensor]:
     """Return the float64 power-function average of each parameter over updates at these steps."""
     shares = [*zip(exact_weights(sigma_rel, updates), updates, strict=True)]

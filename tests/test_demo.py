@@ -130,7 +130,10 @@ def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(
 
     class Known(torch.nn.Module):
         def forward(
-            self, noisy: torch.Tensor, sigma: torch.Tensor, _: torch.Tensor
+            self,
+            noisy: torch.Tensor,
+            sigma: torch.Tensor,
+            _: torch.Tensor,
         ) -> torch.Tensor:
             return (0.25 * noisy + sigma**2 * 3.0) / (0.25 + sigma**2)
 
@@ -146,7 +149,8 @@ def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(
 
 
 def test_a_second_demo_takes_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert str(room.free_folder()) == "ema-demo"
@@ -156,7 +160,8 @@ def test_a_second_demo_takes_another_folder(
 
 
 def test_commands_are_printed_as_the_program_was_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     program = Path(".venv/bin/ema")

@@ -49,7 +49,10 @@ COPIES = ("var", "count")
 
 
 def exported(
-    tmp_path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = COPIES, **options: Any
+    tmp_path: Path,
+    tensors: Tensors = WEIGHTS,
+    copies: tuple[str, ...] = COPIES,
+    **options: Any,
 ) -> Tensors:
     source = write_output(tmp_path / "in.safetensors", tensors, copies)
     export_file(source, tmp_path / "out.safetensors", overwrite=True, **options)
@@ -68,7 +71,9 @@ SIZE = {"sharded": "100"}
 @pytest.mark.parametrize("layout", OUTPUTS)
 @pytest.mark.parametrize("dtype", [None, "bf16", torch.float64])
 def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copies_in_their_own(
-    tmp_path: Path, layout: str, dtype: str | torch.dtype | None
+    tmp_path: Path,
+    layout: str,
+    dtype: str | torch.dtype | None,
 ) -> None:
     own = {None: torch.float32, "bf16": torch.bfloat16}.get(dtype, torch.float64)
     expected = {**WEIGHTS, "a": WEIGHTS["a"].to(own), "b": WEIGHTS["b"].to(own)}
@@ -158,7 +163,11 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
     ],
 )
 def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
-    tmp_path: Path, value: float, stored: torch.dtype, dtype: str | None, message: str
+    tmp_path: Path,
+    value: float,
+    stored: torch.dtype,
+    dtype: str | None,
+    message: str,
 ) -> None:
     values = {"w": torch.ones(2), "bad": torch.tensor([value], dtype=stored)}
     snapshot = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
@@ -267,7 +276,9 @@ def write_base(tmp_path: Path, kind: str) -> Path:
     ("kind", "layout"), [("file", "safetensors"), ("folder", "pt"), ("index", "sharded")]
 )
 def test_a_base_adds_the_tensors_that_were_not_averaged(
-    tmp_path: Path, layout: str, kind: str
+    tmp_path: Path,
+    layout: str,
+    kind: str,
 ) -> None:
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out = tmp_path / OUTPUTS[layout]
@@ -330,7 +341,9 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
 
 @pytest.mark.parametrize("layout", ["sharded", "dcp"])
 def test_a_folder_that_holds_other_files_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
 ) -> None:
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     (tmp_path / "config").mkdir()
@@ -353,7 +366,8 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
 
 @pytest.mark.parametrize("at", [0, 2])
 def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
-    tmp_path: Path, at: int
+    tmp_path: Path,
+    at: int,
 ) -> None:
     """torch's writer itself raises an error about unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
@@ -364,7 +378,8 @@ def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
-    tmp_path: Path, run: Run
+    tmp_path: Path,
+    run: Run,
 ) -> None:
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
@@ -374,7 +389,8 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("name", ["out", "out.pt"])
 def test_a_write_that_fails_within_a_tensor_is_named_and_leaves_nothing(
-    tmp_path: Path, name: str
+    tmp_path: Path,
+    name: str,
 ) -> None:
     """torch's writer itself raises an error about unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
@@ -494,7 +510,10 @@ LINKS = {
 @pytest.mark.parametrize("kind", LINKS)
 @pytest.mark.parametrize("cached", [False, True])
 def test_no_link_out_of_the_folder_is_followed(
-    tmp_path: Path, run: Run, kind: str, cached: bool
+    tmp_path: Path,
+    run: Run,
+    kind: str,
+    cached: bool,
 ) -> None:
     """A secret would be in a folder that is uploaded; a device would fill the disk or block."""
     like, (name, target) = make_folder(tmp_path / "like"), LINKS[kind]

@@ -70,7 +70,9 @@ def write_folder(path: Path) -> None:
     ],
 )
 def test_content_is_synced_before_the_name_and_the_directory_after_it(
-    tmp_path: Path, write: Callable[[Path], None], expected: list[str]
+    tmp_path: Path,
+    write: Callable[[Path], None],
+    expected: list[str],
 ) -> None:
     steps: list[str] = []
     with ExitStack() as stack:
@@ -96,7 +98,9 @@ def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> Non
 @pytest.mark.parametrize("code", [errno.ENOSPC, None])
 @pytest.mark.parametrize("operation", STEPS_OF_A_NEW_FILE)
 def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reason(
-    tmp_path: Path, operation: str, code: int | None
+    tmp_path: Path,
+    operation: str,
+    code: int | None,
 ) -> None:
     kind = KeyboardInterrupt if code is None else WriteError
     before = free_descriptor()
@@ -114,7 +118,9 @@ def test_a_refused_step_or_ctrl_c_leaves_nothing_and_names_the_file_and_the_reas
 @pytest.mark.parametrize("existing", [True, False])
 @pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "rename", "fsync_directory"])
 def test_a_refused_step_of_a_replacement_keeps_the_old_file(
-    tmp_path: Path, operation: str, existing: bool
+    tmp_path: Path,
+    operation: str,
+    existing: bool,
 ) -> None:
     """After the last step the new file is complete, and the failure is still raised."""
     if existing:
@@ -141,7 +147,9 @@ def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Pa
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("appears", [False, True])
 def test_a_file_that_appears_before_publish_is_not_replaced(
-    tmp_path: Path, appears: bool, links: bool
+    tmp_path: Path,
+    appears: bool,
+    links: bool,
 ) -> None:
     """This also holds on a file system without hard links."""
     with (
@@ -159,7 +167,8 @@ def test_a_file_that_appears_before_publish_is_not_replaced(
 
 @pytest.mark.parametrize("name", ["x" * 300, "missing/a", "file/a"])
 def test_a_name_that_cannot_be_written_is_refused_before_any_work(
-    tmp_path: Path, name: str
+    tmp_path: Path,
+    name: str,
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WriteError):
@@ -181,7 +190,9 @@ def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(tmp_path:
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
 def test_a_file_system_that_cannot_sync_directories_is_accepted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
 ) -> None:
     def cannot(_: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -195,7 +206,10 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 @pytest.mark.parametrize("finish", ["discard", "end of the process"])
 @pytest.mark.parametrize("is_signal", [True, False])
 def test_a_discard_that_fails_is_completed(
-    tmp_path: Path, operation: str, finish: str, is_signal: bool
+    tmp_path: Path,
+    operation: str,
+    finish: str,
+    is_signal: bool,
 ) -> None:
     """After a signal or a refusal, an outer handler discards again, or the process ends."""
     pending = files.PendingFile(tmp_path / "x")
@@ -212,7 +226,9 @@ def test_a_discard_that_fails_is_completed(
 
 @pytest.mark.parametrize("url", ["hf://user/model", Path("s3://bucket/run")])
 def test_a_tracker_writes_to_no_url(
-    url: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str | Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Taken for a path it would be a folder `hf:` in the working directory."""
     monkeypatch.chdir(tmp_path)
@@ -242,7 +258,8 @@ URLS = {
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_url_that_names_no_place_in_a_store_is_an_error(
-    url: str, kind: Callable[[str], str | Path]
+    url: str,
+    kind: Callable[[str], str | Path],
 ) -> None:
     shown, reason = URLS[url]
     for call in (files.expanded, Run, functools.partial(files.given_path, "x")):
@@ -261,7 +278,8 @@ def test_a_path_with_a_colon_is_no_url(name: str) -> None:
 
 @pytest.mark.parametrize("error", [errno.EEXIST, errno.EIO, errno.ESTALE])
 def test_a_link_that_was_made_though_its_answer_was_lost_is_no_other_s_file(
-    tmp_path: Path, error: int
+    tmp_path: Path,
+    error: int,
 ) -> None:
     """As by a network file system that repeats a request."""
     path = tmp_path / "table.csv"

@@ -54,7 +54,8 @@ def test_no_row_begins_when_the_time_is_over() -> None:
 
 
 def test_a_program_that_takes_too_long_is_stopped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(gpu, "PART_LIMIT", 0.2)
     assert gpu.run_program(["-c", "import time; time.sleep(60)"]) is None

@@ -66,7 +66,9 @@ def make_model() -> torch.nn.Module:
 
 
 def train_step(
-    model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer
+    model: torch.nn.Module,
+    batch: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     optimizer.zero_grad()
     model(batch).square().mean().backward()
@@ -143,7 +145,8 @@ def scalars_of(folder: str) -> dict[str, list[tuple[int, float]]]:
 
 @pytest.mark.usefixtures("folder", "quiet_wandb")
 def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
-    ema: Ema, names: dict[str, Any]
+    ema: Ema,
+    names: dict[str, Any],
 ) -> None:
     order = re.findall(r"^\| \[\w+\]\(posthoc_cli/guides/(\w+)\.md\)", README.read_text(), re.M)
     assert sorted(order) == [page.stem for page in GUIDES]
@@ -203,7 +206,9 @@ def programs_of_the_readme() -> dict[str, str]:
 
 
 def test_the_readme_runs_as_pasted_in_an_empty_folder(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema: Ema,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     programs = programs_of_the_readme()
@@ -239,7 +244,8 @@ def number_after(name: str, lines: Sequence[str]) -> float:
 
 
 def test_the_training_in_the_readme_goes_on_after_an_interrupt_and_ends_when_it_is_finished(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is interrupted before its first checkpoint, and after one."""
     monkeypatch.chdir(tmp_path)

@@ -90,7 +90,10 @@ def store(
     ],
 )
 def test_a_library_stores_the_average_of_its_profile(
-    tmp_path: Path, library: str, update_every: int, more: dict[str, int]
+    tmp_path: Path,
+    library: str,
+    update_every: int,
+    more: dict[str, int],
 ) -> None:
     path = walk()
     store(
@@ -147,7 +150,9 @@ def drifting_walk() -> torch.Tensor:
     ("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)]
 )
 def test_predicted_errors_from_another_librarys_averages_hold(
-    tmp_path: Path, library: str, dtype: torch.dtype
+    tmp_path: Path,
+    library: str,
+    dtype: torch.dtype,
 ) -> None:
     """With distances of long averages from earlier ones alone, late motion and errors seemed much
     larger."""

@@ -19,7 +19,10 @@ LONG = (
 
 
 def curve(
-    low: float = 0.01, high: float = 0.2886, label: str = "run", others: Sequence[ErrorPoint] = ()
+    low: float = 0.01,
+    high: float = 0.2886,
+    label: str = "run",
+    others: Sequence[ErrorPoint] = (),
 ) -> ErrorCurve:
     widths = np.geomspace(low, high, 50)
     return ErrorCurve(
@@ -31,7 +34,8 @@ def curve(
     ("ends", "inside"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), "")]
 )
 def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(
-    ends: tuple[float, float], inside: str
+    ends: tuple[float, float],
+    inside: str,
 ) -> None:
     axes = plots.error_figure([curve(*ends)]).axes[0]
     dots = [x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
@@ -43,7 +47,8 @@ def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(
 
 @pytest.mark.parametrize(("least", "most"), [(0.0, 50.0), (1e-12, 0.3), (1e-3, 1e-3)])
 def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(
-    least: float, most: float
+    least: float,
+    most: float,
 ) -> None:
     errors = np.geomspace(1e-3, most, 50)
     errors[25] = least

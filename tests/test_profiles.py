@@ -126,7 +126,8 @@ def test_steps_between_known_pairs_have_equal_lengths() -> None:
 @pytest.mark.parametrize("every", [5, 40])
 @pytest.mark.parametrize("kind", ["ramp", "random", "jump"])
 def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(
-    kind: str, every: int
+    kind: str,
+    every: int,
 ) -> None:
     """Both in the root mean square over all steps, from straight lines between the pairs."""
     batches = {
@@ -225,7 +226,10 @@ NINE = Span(0, 9)
     ],
 )
 def test_each_target_has_its_names(
-    target: Target, label: str, title: str, sigma_rel: float | None
+    target: Target,
+    label: str,
+    title: str,
+    sigma_rel: float | None,
 ) -> None:
     assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
     assert as_target(target) is target
@@ -296,7 +300,9 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
     ],
 )
 def test_an_impossible_target_is_refused(
-    make: Callable[[], object], subject: str, words: str
+    make: Callable[[], object],
+    subject: str,
+    words: str,
 ) -> None:
     with refused(subject, words):
         make()

@@ -34,7 +34,10 @@ def network() -> torch.nn.Module:
 
 @functools.cache
 def train(
-    rate: float = 3e-3, falls: bool = False, optimizer: str = "Adam", seed: int = 1
+    rate: float = 3e-3,
+    falls: bool = False,
+    optimizer: str = "Adam",
+    seed: int = 1,
 ) -> np.ndarray:
     model = network()
     random = torch.Generator().manual_seed(seed)
@@ -116,7 +119,10 @@ def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:
 
 
 def error_of(
-    run: Run, sigma_rel: float = 0.15, prefix: str = "", weights: np.ndarray | None = None
+    run: Run,
+    sigma_rel: float = 0.15,
+    prefix: str = "",
+    weights: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Return the relative distance of an average from the sum over every step in float64, and the
     predicted error."""

@@ -243,7 +243,8 @@ def audits_of(
 
 
 def _last_before(
-    averages: Sequence[Checkpoint], weights: Mapping[float, Checkpoint]
+    averages: Sequence[Checkpoint],
+    weights: Mapping[float, Checkpoint],
 ) -> Checkpoint | None:
     """Return the last weights before an average that began between them and its first file.
 
@@ -339,7 +340,9 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
 
 
 def _roundings(
-    average: Checkpoint, names: Sequence[str], values: Sequence[npt.NDArray[Any]]
+    average: Checkpoint,
+    names: Sequence[str],
+    values: Sequence[npt.NDArray[Any]],
 ) -> list[float]:
     """Return the squared rounding errors of pieces of tensors with these names."""
     dtypes = [average.entries[name].dtype for name in names]
@@ -677,7 +680,9 @@ def _explanation(
 
 
 def _notes(
-    stands: npt.NDArray[np.bool_], times: FloatArray, restarts: Sequence[float]
+    stands: npt.NDArray[np.bool_],
+    times: FloatArray,
+    restarts: Sequence[float],
 ) -> list[str]:
     """Return what the checkpoints or the settings say of each interval; empty if nothing."""
     notes = [_STILL if still else "" for still in stands]

@@ -72,9 +72,9 @@ _CELLS = 16  # cells of time between two checkpoints, in which impulses count as
 _NOISE = (0.01, 0.3, 1.0)
 _BUILD_UP = 0.2
 # Motion that all of a training shares is that of the principal components of the weights, one for
-# so many checkpoints. Of ten trainings and time constants of 600 and 1,800 steps, from 20 files 300
-# steps apart, lengths were 0.07 and 0.02 % off in the median so, and with polynomials 0.11 and 0.06;
-# from 10 files 1.0 and 0.4 %: fewer show too few components, and no slow noise.
+# so many checkpoints. In ten trainings lengths of 600 and 1,800 steps were 0.07 and 0.02 % off in
+# the median so, from 20 files 300 steps apart, and with polynomials of time 0.11 and 0.06 %. Of 600
+# steps from 10 files they were 1.0 and 0.4 % off: few show too few components, and no slow noise.
 _CHECKPOINTS_A_COMPONENT = 7
 _MANY = 14
 _DEGREE = 3  # of a polynomial of time, for fewer checkpoints
@@ -505,6 +505,16 @@ def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]
     return 0.0, usual
 
 
+def _edges_of_cells(times: FloatArray) -> FloatArray:
+    """Return the ends of the cells up to each checkpoint, and their begin."""
+    cells = np.arange(len(times) * _CELLS + 1) / _CELLS
+    past = 2 * times[0] - times[1]  # which counts for one interval
+    begun = np.append(past, times)
+    numbers = np.arange(len(begun))
+    edges: FloatArray = np.interp(cells, numbers, begun)
+    return edges
+
+
 def _responses(
     at: FloatArray,
     edges: FloatArray,
@@ -555,19 +565,14 @@ class _Likelihood:
         self.sample, self.rounding = series.covariance()
         times = series.times
         self.count = len(times)
-        cells = np.arange(self.count * _CELLS + 1) / _CELLS
-        past = 2 * times[0] - times[1]  # which counts for one interval
-        begun = np.append(past, times)
-        numbers = np.arange(self.count + 1)
-        self.edges = np.interp(cells, numbers, begun)
+        self.edges = _edges_of_cells(times)
         middles = (self.edges[:-1] + self.edges[1:] + model.every) / 2
         at = np.append(middles, times)
+        noise = _NOISE if self.count >= _MANY else _NOISE[:-1]
         if self.count >= _MANY:
-            noise = _NOISE
             of_weights = self.sample[: self.count - 1, : self.count - 1]
             shared = _components(at, times, of_weights)
         else:
-            noise = _NOISE[:-1]
             shared = _polynomials(at, times)
         responses = _responses(at, self.edges, series.spacing, noise)
         self.impulses = responses.reshape(-1, _CELLS, len(at))

@@ -252,7 +252,9 @@ def by_names(readings: Mapping[Path, Reading]) -> Mapping[Path, Reading]:
 
 
 def times_of(
-    readings: Mapping[Path, Reading], counts: Mapping[Path, int], settings: ImportSettings
+    readings: Mapping[Path, Reading],
+    counts: Mapping[Path, int],
+    settings: ImportSettings,
 ) -> Times:
     """Return the times of a run's checkpoints, and what their numbers count.
 

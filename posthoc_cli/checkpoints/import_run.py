@@ -133,7 +133,8 @@ def with_checked_decays(sources: Sequence[Source]) -> Sequence[Source]:
 
 
 def _with_decay(
-    sources: Sequence[Checkpoint], given: ImportSettings
+    sources: Sequence[Checkpoint],
+    given: ImportSettings,
 ) -> tuple[ImportSettings, list[str]]:
     """Return the settings with what determines the decay of ordinary EMAs: said, and then checked,
     or found; and lines about it."""
@@ -159,7 +160,9 @@ def _with_decay(
 
 
 def _found_decay(
-    audit: Audit, given: ImportSettings, updates: Sequence[Updates]
+    audit: Audit,
+    given: ImportSettings,
+    updates: Sequence[Updates],
 ) -> tuple[ImportSettings, str]:
     """Return the settings with the decay that an audit of ordinary EMAs has found, and a line about
     it."""
@@ -230,7 +233,9 @@ def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> st
 
 
 def _unknown_decay(
-    sources: Sequence[Checkpoint], reason: str, audit: Audit | None = None
+    sources: Sequence[Checkpoint],
+    reason: str,
+    audit: Audit | None = None,
 ) -> InvalidValueError:
     """Return the error that asks for the decay, by the settings that the files' library has."""
     hint = "add `ema_warmup` if it rises"
@@ -289,7 +294,8 @@ def _check_is_average(audit: Audit) -> None:
 
 
 def _check_decay(
-    found: Sequence[Checkpoint], given: ImportSettings
+    found: Sequence[Checkpoint],
+    given: ImportSettings,
 ) -> tuple[ImportSettings, list[str]]:
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
     lines about it."""

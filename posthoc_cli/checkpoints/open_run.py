@@ -296,7 +296,8 @@ def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
 
 
 def _open_all(
-    paths: Sequence[Path], settings: ImportSettings
+    paths: Sequence[Path],
+    settings: ImportSettings,
 ) -> tuple[list[_Opened], dict[Path, PostHocError]]:
     """Return what files hold, without outputs of this package, and why others cannot be used."""
     opened = []
@@ -466,7 +467,9 @@ def _starts(source: Checkpoint) -> Iterator[FloatArray]:
 
 
 def _all_made(
-    opened: Sequence[_Opened], times: Times, settings: ImportSettings
+    opened: Sequence[_Opened],
+    times: Times,
+    settings: ImportSettings,
 ) -> list[Checkpoint]:
     checkpoints = []
     for one in opened:
@@ -662,7 +665,10 @@ def _has_number(one: Checkpoint) -> bool:
 
 
 def _mismatch(
-    one: Checkpoint | _Opened, other: Checkpoint | _Opened, difference: str, hint: str = _OF_NUMBERS
+    one: Checkpoint | _Opened,
+    other: Checkpoint | _Opened,
+    difference: str,
+    hint: str = _OF_NUMBERS,
 ) -> MismatchError:
     return MismatchError(f"{one.path} and {other.path}", difference, hint)
 

@@ -253,7 +253,9 @@ def _report_unexpected(kind: type[BaseException], error: BaseException, _: objec
 
 
 def _show_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
 ) -> None:
     for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
         output.print_note(line)

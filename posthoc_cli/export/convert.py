@@ -153,7 +153,10 @@ class Model(StoredTensors):
 
 
 def _combination(
-    source: StoredTensors, dtype: str | None, prefix: str = "", strip_prefix: str = ""
+    source: StoredTensors,
+    dtype: str | None,
+    prefix: str = "",
+    strip_prefix: str = "",
 ) -> Combination:
     """Return what makes a model in its own dtypes, or its averages in another one."""
     dtypes = {}

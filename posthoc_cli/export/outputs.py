@@ -90,7 +90,9 @@ class Shards:
 
 
 def cut_shards(
-    entries: Mapping[str, Entry], size: int, ranks: int
+    entries: Mapping[str, Entry],
+    size: int,
+    ranks: int,
 ) -> tuple[dict[str, list[str]], bytes]:
     """Return the tensors of each shard, and the index of several; there is one for each rank at
     least.

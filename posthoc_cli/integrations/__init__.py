@@ -22,7 +22,9 @@ STATE_NAME = "posthoc_ema"
 
 
 def make_tracker(
-    model: torch.nn.Module, checkpoint_dir: str | Path, options: dict[str, Any]
+    model: torch.nn.Module,
+    checkpoint_dir: str | Path,
+    options: dict[str, Any],
 ) -> PostHocEMA:
     """Return a tracker of a model, by default with `resume="auto"`."""
     return PostHocEMA.from_model(model, checkpoint_dir, **{"resume": "auto"} | options)
@@ -36,7 +38,10 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def write_state(
-    ema: PostHocEMA, folder: str | Path, model: torch.nn.Module, number: int = 0
+    ema: PostHocEMA,
+    folder: str | Path,
+    model: torch.nn.Module,
+    number: int = 0,
 ) -> None:
     """Write a tracker's own state into a checkpoint's folder, complete or not at all. Every process
     makes the call.

@@ -141,7 +141,10 @@ class PostHocEMAModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, model_cls: Any = None, foreach: bool = False
+        cls,
+        path: str | Path,
+        model_cls: Any = None,
+        foreach: bool = False,
     ) -> PostHocEMAModel:
         """Return an object whose `state_dict()` is the state that `save_pretrained` saved, for
         `load_state_dict`."""

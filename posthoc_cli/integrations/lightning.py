@@ -174,7 +174,10 @@ class PostHocWeightAveraging(Callback):
             self.ema.load_into(pl_module, self._wanted[0])
 
     def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        exception: BaseException,
     ) -> None:
         """Close the tracker; log an error of that, which must not hide the exception."""
         try:
@@ -190,7 +193,10 @@ class PostHocWeightAveraging(Callback):
         self._steps = state_dict["steps"]
 
     def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
     ) -> None:
         """Save the average as `state_dict`, the raw weights as `current_model_state`, and the
         tracker's state; for a sharded module write a snapshot, from which a training with the
@@ -215,7 +221,10 @@ class PostHocWeightAveraging(Callback):
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
 
     def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        checkpoint: dict[str, Any],
     ) -> None:
         """Keep the tracker's state for `on_train_start`, and replace the averaged weights by the
         raw ones."""

@@ -186,7 +186,12 @@ class PostHocCallback(TrainerCallback):
             metrics.update(result.metrics)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, *_: Any, model: Any = None, **__: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        *_: Any,
+        model: Any = None,
+        **__: Any,
     ) -> None:
         """Add the tracker's state to the checkpoint that was just saved, and the averaged model if
         its metric chooses the best one."""
@@ -220,7 +225,11 @@ class PostHocCallback(TrainerCallback):
                     )
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
     ) -> None:
         """Write a last snapshot, release the directory, and load the best average if requested."""
         if self.ema is None:

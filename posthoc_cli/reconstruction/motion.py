@@ -56,7 +56,10 @@ class Motion:
 
     @classmethod
     def even(
-        cls, t: float, variance: float = ASSUMED_STRETCH**2, steps: Steps | None = None
+        cls,
+        t: float,
+        variance: float = ASSUMED_STRETCH**2,
+        steps: Steps | None = None,
     ) -> Motion:
         """Return a constant walk of total `variance` over (0, t], without noise."""
         count = t if steps is None else float(steps.clock.step_at(t))
@@ -65,7 +68,10 @@ class Motion:
         return cls(edges, walk, noise=np.zeros(1))
 
     def on(
-        self, edges: FloatArray, alone: Sequence[float] = (), instant: float = 1.0
+        self,
+        edges: FloatArray,
+        alone: Sequence[float] = (),
+        instant: float = 1.0,
     ) -> tuple[FloatArray, FloatArray]:
         """Return walk and noise on intervals, each within one segment; the outer segments extend:
         [K + 1] to [K] each.
@@ -212,7 +218,11 @@ class _Fit:
     """
 
     def __init__(
-        self, influences: Influences, spacing: FloatArray, fits_noise: bool, fits_scatter: bool
+        self,
+        influences: Influences,
+        spacing: FloatArray,
+        fits_noise: bool,
+        fits_scatter: bool,
     ) -> None:
         # Averages that should be equal, and differ, are not what their files say: no motion
         # explains them.

@@ -83,7 +83,11 @@ class _Updates:
 
     @classmethod
     def of_intervals(
-        cls, intervals: IndexArray, ends: FloatArray, until: IndexArray, steps: Steps
+        cls,
+        intervals: IndexArray,
+        ends: FloatArray,
+        until: IndexArray,
+        steps: Steps,
     ) -> _Updates:
         """Return the updates of some of the intervals between `ends`, which follow `until` updates
         each; none begins before the first end."""
@@ -289,7 +293,9 @@ def _lagrange_polynomials(x: FloatArray, order: int) -> FloatArray:
 
 
 def _ends_of_mass(
-    edges: FloatArray, stored: Sequence[StoredProfile], steps: Steps | None
+    edges: FloatArray,
+    stored: Sequence[StoredProfile],
+    steps: Steps | None,
 ) -> FloatArray:
     """Return these edges, and the times between them at which stored profiles end, and points of
     mass begin and end."""
@@ -328,7 +334,9 @@ def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
 
 
 def _cut(
-    edges: FloatArray, few: npt.NDArray[np.bool_], powers: Sequence[PowerFunction]
+    edges: FloatArray,
+    few: npt.NDArray[np.bool_],
+    powers: Sequence[PowerFunction],
 ) -> FloatArray:
     """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL`, except in
     intervals of `few`."""

@@ -133,7 +133,9 @@ class Prior:
 
 
 def assumed_prior(
-    snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None
+    snapshots: Sequence[StoredProfile],
+    rounding: float = 0.0,
+    motion: Motion | None = None,
 ) -> Prior:
     """Return the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is root
     mean square."""
@@ -204,7 +206,9 @@ def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
 
 
 def _fitted(
-    averages: Sequence[StoredAverage], pairs: Sequence[Pair], steps: Steps | None
+    averages: Sequence[StoredAverage],
+    pairs: Sequence[Pair],
+    steps: Steps | None,
 ) -> tuple[Motion, float]:
     """Return the motion that explains the distances of averages, and `Prior.doubt`."""
     profiles = [average.profile for average in averages]
@@ -260,7 +264,9 @@ def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
 
 
 def _pairs(
-    profiles: Sequence[StoredProfile], measured: Sequence[Measurements], arithmetic: FloatArray
+    profiles: Sequence[StoredProfile],
+    measured: Sequence[Measurements],
+    arithmetic: FloatArray,
 ) -> list[Pair]:
     """Return the measured distance of each pair of averages; if a pair has several records, the
     last one.

@@ -235,7 +235,10 @@ class Problem:
     # --- the error of any coefficients
 
     def expected_squares(
-        self, coefficients: FloatArray, goal: Goal, solved: bool = False
+        self,
+        coefficients: FloatArray,
+        goal: Goal,
+        solved: bool = False,
     ) -> FloatArray:
         """Return E |error|^2 of coefficients of sum 1, [n] or [n, candidates], in two parts: [2] or
         [2, candidates].

@@ -83,7 +83,10 @@ class Sketch:
         return np.stack(means, axis=1)
 
     def of_shared_means(
-        self, profiles: Sequence[PowerFunction], largest: float, updates: FloatArray
+        self,
+        profiles: Sequence[PowerFunction],
+        largest: float,
+        updates: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
         """Return the errors of averages that share means with the weights of the `largest` gamma:
         projected, unseen.

@@ -65,7 +65,9 @@ class Reconstruction:
     prior: Prior
 
     def of(
-        self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None
+        self,
+        snapshots: Sequence[int] | None = None,
+        targets: Sequence[int] | None = None,
     ) -> Reconstruction:
         """Return the part for some of the snapshots, if the others have coefficients of 0, and some
         of the targets."""
@@ -138,7 +140,8 @@ def reconstruct(
 
 
 def _check_profiles(
-    snapshots: Sequence[StoredProfile], targets: Sequence[Profile | FloatArray]
+    snapshots: Sequence[StoredProfile],
+    targets: Sequence[Profile | FloatArray],
 ) -> None:
     if not snapshots:
         raise InvalidValueError("snapshots", "must be at least one")
@@ -191,7 +194,11 @@ class _Solver:
     """Both methods for the snapshots of a run."""
 
     def __init__(
-        self, snapshots: Sequence[StoredProfile], prior: Prior, t: float, method: str
+        self,
+        snapshots: Sequence[StoredProfile],
+        prior: Prior,
+        t: float,
+        method: str,
     ) -> None:
         self.problem = Problem(snapshots, prior, t)
         self._t = t
@@ -259,7 +266,10 @@ class _Solver:
         return self._best_measured(optimal, simple, goal)
 
     def _best_measured(
-        self, optimal: FloatArray, published: FloatArray, goal: Goal
+        self,
+        optimal: FloatArray,
+        published: FloatArray,
+        goal: Goal,
     ) -> tuple[FloatArray, FloatArray]:
         """Return the optimal coefficients if they are clearly better than others, else the best
         others, with squares.
@@ -280,7 +290,10 @@ class _Solver:
         return optimal, squares
 
     def _blended(
-        self, optimal: FloatArray, others: FloatArray, goal: Goal
+        self,
+        optimal: FloatArray,
+        others: FloatArray,
+        goal: Goal,
     ) -> tuple[FloatArray, FloatArray]:
         """Return coefficients between both, nearer to the other ones for a smaller gain, and their
         squares."""
@@ -304,7 +317,9 @@ a thousand."""
 
 
 def thinned_subset(
-    snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1
+    snapshots: Sequence[StoredProfile],
+    most: int = MOST_SOLVED,
+    keep: int = 1,
 ) -> list[int]:
     """Return the indices, ascending, of at most `most` snapshots, spread evenly back from each
     profile's newest.

@@ -53,7 +53,9 @@ _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still op
 
 
 def render(
-    runs: Run | Sequence[Run], sweeps: Sequence[Path] = (), out: Path = Path("report.html")
+    runs: Run | Sequence[Run],
+    sweeps: Sequence[Path] = (),
+    out: Path = Path("report.html"),
 ) -> str:
     """Return the page as HTML.
 

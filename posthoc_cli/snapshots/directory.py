@@ -409,7 +409,10 @@ def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
 
 
 def snapshot_path(
-    directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None
+    directory: Path,
+    t: float,
+    sigma_rel: float,
+    part: tuple[int, int] | None = None,
 ) -> Path:
     """Return the path of a new snapshot, or of a part of one. Names sort by time up to 2**53."""
     integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")

@@ -79,7 +79,9 @@ def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
 
 
 def joined_sample(
-    samples: Sequence[str], boxes: Sequence[Mapping[str, Box]], shapes: Mapping[str, Sequence[int]]
+    samples: Sequence[str],
+    boxes: Sequence[Mapping[str, Box]],
+    shapes: Mapping[str, Sequence[int]],
 ) -> str:
     """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
     values."""
@@ -113,7 +115,9 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
 
 
 def spacing(
-    values: FloatArray, mantissa_bits: npt.ArrayLike, lowest_exponent: npt.ArrayLike
+    values: FloatArray,
+    mantissa_bits: npt.ArrayLike,
+    lowest_exponent: npt.ArrayLike,
 ) -> FloatArray:
     """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
     exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)

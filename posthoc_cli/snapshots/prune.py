@@ -204,7 +204,9 @@ class _Choice:
 
 
 def prune(
-    directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None
+    directory: Path,
+    pruning: Pruning,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Pruning:
     """Carry out a plan as the one writer: verify all survivors, then delete the other snapshots.
 

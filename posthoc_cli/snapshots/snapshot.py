@@ -121,7 +121,9 @@ def _matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def make_selection(
-    include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    buffers: str,
 ) -> Selection:
     """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if
     one is invalid."""

@@ -171,7 +171,12 @@ class StoredTensors:
             yield part, as_strided(values[begin - first :], part.shape, steps)
 
     def _read(
-        self, file: TensorFile, name: str, begin: int, end: int, verify: bool
+        self,
+        file: TensorFile,
+        name: str,
+        begin: int,
+        end: int,
+        verify: bool,
     ) -> npt.NDArray[Any]:
         """Return the elements `begin` to `end` of a chunk, in the dtype of the run."""
         stored = file.entries[name].dtype

@@ -716,7 +716,10 @@ def is_sizes(value: Any) -> bool:
 
 
 def parse_object(
-    path: Path, data: bytes | str, what: str, most: int = MAX_VALUES
+    path: Path,
+    data: bytes | str,
+    what: str,
+    most: int = MAX_VALUES,
 ) -> dict[str, Any]:
     """Parse an object of at most so many values in strict JSON: no duplicate keys, no NaN, no zero
     bytes, no text that is not Unicode."""
@@ -944,7 +947,9 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_from_bytes(
-    data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]
+    data: npt.NDArray[np.uint8],
+    dtype: str,
+    shape: tuple[int, ...],
 ) -> torch.Tensor:
     """Return a tensor that shares the memory of these bytes."""
     import torch

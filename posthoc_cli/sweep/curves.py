@@ -40,7 +40,10 @@ _STATED = 1e-3, 1e6  # bounds of stated standard errors, relative to the spread 
 
 
 def draw_curves(
-    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: FloatArray
+    places: FloatArray,
+    values: FloatArray,
+    errors: FloatArray,
+    seeds: FloatArray,
 ) -> tuple[FloatArray, float]:
     """Return curves on GRID drawn from the mixture over all hyperparameters, [draws, POINTS], and
     the standard deviation of a measurement, without the offset of its seed.

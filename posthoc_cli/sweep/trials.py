@@ -38,7 +38,10 @@ class TrialError(Exception):
 
 
 def measure(
-    words: Sequence[str], folder: Path, log: Path, metric: Metric | None
+    words: Sequence[str],
+    folder: Path,
+    log: Path,
+    metric: Metric | None,
 ) -> tuple[float | None, float | None]:
     """Run a command, and return its metric, if one is asked for, and the standard error of that, if
     any; a TrialError says why it has none.

@@ -206,7 +206,10 @@ def cut_tiles(parts: Sequence[Combination], targets: int, device: torch.device) 
 
 
 def _kind_of(
-    plan: Combination, name: str, statistics: Collection[str], device: torch.device
+    plan: Combination,
+    name: str,
+    statistics: Collection[str],
+    device: torch.device,
 ) -> Kind:
     tensor = plan.tensors[name]
     stored = tuple(source.entries[name].dtype for source in plan.sources)

@@ -386,7 +386,9 @@ def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
 
 
 def _chosen(
-    sources: Sequence[Source], targets: Sequence[Target], t: float
+    sources: Sequence[Source],
+    targets: Sequence[Target],
+    t: float,
 ) -> tuple[list[Source], list[Source]]:
     """Return the sources to combine, at or before `t`, which are those of a `Mean`, too; and later
     ones."""

@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 
 
 def plan_possible(
-    sources: Sequence[Source], wanted: Mapping[str, Target]
+    sources: Sequence[Source],
+    wanted: Mapping[str, Target],
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """Plan averages by label, and say why others cannot be made yet, such as a window longer than
     the run so far."""
@@ -153,7 +154,9 @@ def with_replicas(
 
 
 def _add_names(
-    weights: Weights, tensors: Mapping[str, Tensor], dtype: Mapping[str, torch.dtype]
+    weights: Weights,
+    tensors: Mapping[str, Tensor],
+    dtype: Mapping[str, torch.dtype],
 ) -> None:
     """Add further names of tied tensors, and chunks without elements."""
     names = {id(tensors[name]): name for name in weights}

@@ -271,7 +271,10 @@ class Averages:
 
     @torch.no_grad()
     def read(
-        self, index: int, ranges: Sequence[ElementRange], pool: ThreadPool = SINGLE_THREAD
+        self,
+        index: int,
+        ranges: Sequence[ElementRange],
+        pool: ThreadPool = SINGLE_THREAD,
     ) -> list[Tensor]:
         """Return ranges of the average of that index, rounded once, on the host."""
         tensors = self.tensors
@@ -376,7 +379,11 @@ class _Update:
     """Takes the values of one update into averages, tile by tile, in the threads of a pool."""
 
     def __init__(
-        self, averages: Averages, values: Reader, shares: Shares, sampled: Elements | None
+        self,
+        averages: Averages,
+        values: Reader,
+        shares: Shares,
+        sampled: Elements | None,
     ) -> None:
         assert averages.tensors is not None
         self.sample = None if sampled is None else sampled.buffers()
@@ -390,7 +397,10 @@ class _Update:
         self._taken = list[Tile]()  # before all values were known to be finite
 
     def take_ordinary(
-        self, norms: list[float], limits: Sequence[float], pool: ThreadPool
+        self,
+        norms: list[float],
+        limits: Sequence[float],
+        pool: ThreadPool,
     ) -> str | None:
         """Take the tiles whose norms are within limits; fill in the norms.
 

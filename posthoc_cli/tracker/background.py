@@ -213,7 +213,9 @@ def end_threads() -> None:
 
 
 def _run_thread(
-    queue: SimpleQueue[Job[object] | None], vacancy: deque[None], device: int | None
+    queue: SimpleQueue[Job[object] | None],
+    vacancy: deque[None],
+    device: int | None,
 ) -> None:
     """Run queued jobs in a thread of their own, whose current accelerator is the training's."""
     keep_messages()

@@ -320,7 +320,10 @@ class Reader:
     those of each tile."""
 
     def __init__(
-        self, layout: Layout, parts: Sequence[Sequence[TilePart]], threads: int = 1
+        self,
+        layout: Layout,
+        parts: Sequence[Sequence[TilePart]],
+        threads: int = 1,
     ) -> None:
         self.layout = layout
         self.tiles = tiles_of(layout)

@@ -267,7 +267,9 @@ def is_swapped(model: nn.Module) -> bool:
 
 
 def collect_tensors(
-    model: nn.Module, selection: Selection, also: frozenset[str] = frozenset()
+    model: nn.Module,
+    selection: Selection,
+    also: frozenset[str] = frozenset(),
 ) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
@@ -604,7 +606,8 @@ def _join(path: str, key: str) -> str:
 
 
 def _adapter_names(
-    modules: Sequence[NamedModule], tensors: Sequence[NamedTensor]
+    modules: Sequence[NamedModule],
+    tensors: Sequence[NamedTensor],
 ) -> dict[str, str]:
     """Return the names under which PEFT saves and loads adapters' tensors, by torch's names.
 
@@ -640,7 +643,10 @@ def _adapter_names(
 
 
 def _names_in_adapter(
-    module: nn.Module, adapter: str, tensors: Sequence[NamedTensor], start: str
+    module: nn.Module,
+    adapter: str,
+    tensors: Sequence[NamedTensor],
+    start: str,
 ) -> dict[str, str]:
     """Return the names in PEFT's state of an adapter, by torch's names, which begin with
     `start`."""

@@ -78,7 +78,11 @@ class Pipeline:
     the background."""
 
     def __init__(
-        self, directory: Path, settings: Settings, tracking: Tracking, device: str | None = None
+        self,
+        directory: Path,
+        settings: Settings,
+        tracking: Tracking,
+        device: str | None = None,
     ) -> None:
         if device not in ("cpu", "model", None):
             reason = "must be 'cpu', or 'model' for the model's own device"
@@ -236,7 +240,10 @@ class Pipeline:
         self._writes.warn_of_waiting("snapshots (checkpoint_every)")
 
     def _update_by_copy(
-        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
+        self,
+        values: Reader,
+        copies: Mapping[str, Tensor],
+        progress: TrainingProgress,
     ) -> None:
         """Copy the values to the host, and update the averages while the training goes on."""
         streams = self._streams.current(copy.device for copy in copies.values())
@@ -259,7 +266,10 @@ class Pipeline:
         self._updates.submit(lambda: self._update(take_in, progress))
 
     def _update_in_place(
-        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
+        self,
+        values: Reader,
+        copies: Mapping[str, Tensor],
+        progress: TrainingProgress,
     ) -> None:
         """Update the averages while the training waits."""
         devices = [bucket.device for bucket in values.layout]
@@ -467,7 +477,10 @@ class Pipeline:
 
     @torch.no_grad()
     def _take_in(
-        self, values: Reader, copies: Mapping[str, Tensor], progress: TrainingProgress
+        self,
+        values: Reader,
+        copies: Mapping[str, Tensor],
+        progress: TrainingProgress,
     ) -> None:
         """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
         finite."""

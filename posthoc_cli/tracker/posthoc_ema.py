@@ -381,7 +381,9 @@ class PostHocEMA:
         self._run_callbacks()
 
     def attach(
-        self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        t: Callable[[], float] | None = None,
     ) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made
         with.
@@ -521,7 +523,10 @@ class PostHocEMA:
 
     @contextmanager
     def _evaluated(
-        self, model: Module, sigma_rel: Wanted, asked: dict[str, Any]
+        self,
+        model: Module,
+        sigma_rel: Wanted,
+        asked: dict[str, Any],
     ) -> Iterator[Module]:
         group, weights = self._average("model", check_model(model), sigma_rel, asked)
         if not group.is_alone:  # else `swapped_in` checks
@@ -533,7 +538,9 @@ class PostHocEMA:
             yield model
 
     def models(
-        self, model: Module, sigma_rels: Wanted | Sequence[Wanted]
+        self,
+        model: Module,
+        sigma_rels: Wanted | Sequence[Wanted],
     ) -> dict[str, AbstractContextManager[Module]]:
         """Return by label ("0.15", "decay-linear-20%") blocks like that of `model`, each made when
         it is entered.
@@ -630,7 +637,9 @@ class PostHocEMA:
         load_weights(model, weights)
 
     def reconstruction_error(
-        self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
+        self,
+        sigma_range: tuple[float, float] = (0.05, 0.28),
+        method: str | None = None,
     ) -> Figure:
         """Return a figure of the snapshots' error against sigma_rel, from the lowest to the highest
         of a range."""
@@ -774,7 +783,10 @@ class PostHocEMA:
         self._pipeline.count(progress)
 
     def _become_writer(
-        self, group: Group, run_id: str, read: Callable[[], Tracking | None]
+        self,
+        group: Group,
+        run_id: str,
+        read: Callable[[], Tracking | None],
     ) -> None:
         """Become a writer of the directory, if this process keeps averages, and continue from the
         state of `read`."""

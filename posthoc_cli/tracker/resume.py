@@ -83,7 +83,11 @@ class Start:
 
     @classmethod
     def of_model(
-        cls, model: nn.Module, directory: Path, settings: Settings, resume: str | int | None
+        cls,
+        model: nn.Module,
+        directory: Path,
+        settings: Settings,
+        resume: str | int | None,
     ) -> Start:
         """Return the start of a new run, or with `resume`, see `PostHocEMA.from_model`, of the run
         in the directory."""
@@ -212,7 +216,9 @@ class Start:
 
 
 def _fitting_and_newest_step(
-    values: Floats, weights: Mapping[int, Floats], stored: Sequence[Snapshot]
+    values: Floats,
+    weights: Mapping[int, Floats],
+    stored: Sequence[Snapshot],
 ) -> tuple[int | None, int]:
     """Return the newest step at which the network had these values, and that of the newest
     snapshot."""
@@ -359,7 +365,9 @@ def _complete(stored: Sequence[Snapshot], sigma_rels: Sequence[float]) -> list[S
 
 
 def _until(
-    snapshots: Sequence[Snapshot], step: int | None, argument: str = "step"
+    snapshots: Sequence[Snapshot],
+    step: int | None,
+    argument: str = "step",
 ) -> Sequence[Snapshot]:
     """Return the snapshots up to a call, which must have one; all for None. Errors name
     `argument`."""
@@ -398,7 +406,9 @@ def _are_rounded(snapshot: Snapshot) -> bool:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _load(
-    snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], tracked: TrackedModel
+    snapshots: Sequence[Snapshot],
+    sigma_rels: Sequence[float],
+    tracked: TrackedModel,
 ) -> Tracking:
     """Load the averages of the newest of these snapshots."""
     newest = snapshots[-1]

@@ -90,7 +90,11 @@ class LiveSource(Snapshot):
 
     @classmethod
     def of(
-        cls, header: Snapshot, layout: Layout, copies: Mapping[str, Tensor], **functions: Any
+        cls,
+        header: Snapshot,
+        layout: Layout,
+        copies: Mapping[str, Tensor],
+        **functions: Any,
     ) -> LiveSource:
         entries = _entries_of(copies)
         for bucket in layout:
@@ -492,7 +496,9 @@ class StagedAverage:
 
 @torch.no_grad()
 def stage(
-    storage: Storage, averages: Averages, pool: ThreadPool = SINGLE_THREAD
+    storage: Storage,
+    averages: Averages,
+    pool: ThreadPool = SINGLE_THREAD,
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
@@ -566,7 +572,10 @@ def _rounding(storage: Storage, measured: Sequence[Tensor]) -> FloatArray:
 
 
 def _stored_exactly(
-    storage: Storage, averages: Averages, index: int, doubtful: set[str]
+    storage: Storage,
+    averages: Averages,
+    index: int,
+    doubtful: set[str],
 ) -> dict[str, Tensor]:
     """Return running statistics, and those of the doubtful weights that the storage dtype cannot
     hold."""
@@ -591,7 +600,9 @@ def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
 
 
 def measured_now(
-    subset: Subset, averages: Averages, pool: ThreadPool = SINGLE_THREAD
+    subset: Subset,
+    averages: Averages,
+    pool: ThreadPool = SINGLE_THREAD,
 ) -> list[Measurements | None]:
     """Return the measurements of the averages as they are now, not rounded."""
     buffers = [subset.buffers() for _ in averages.sigma_rels]

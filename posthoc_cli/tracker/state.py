@@ -116,7 +116,9 @@ def _zeros(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack_state(
-    state: Mapping[str, Any], settings: Settings, tracked: TrackedModel
+    state: Mapping[str, Any],
+    settings: Settings,
+    tracked: TrackedModel,
 ) -> tuple[Tracking, tuple[float, ...]]:
     """Check a state against the tracker that is to continue from it, and load it one tensor after
     the other.
@@ -138,7 +140,10 @@ def unpack_state(
 
 
 def _unpacked_averages(
-    state: Mapping[str, Any], info: StateInfo, sigma_rels: tuple[float, ...], tracked: TrackedModel
+    state: Mapping[str, Any],
+    info: StateInfo,
+    sigma_rels: tuple[float, ...],
+    tracked: TrackedModel,
 ) -> Averages:
     tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
     for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
@@ -193,7 +198,9 @@ def host_layout(tracked: TrackedModel) -> Layout:
 
 
 def _check_names(
-    tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel
+    tensors: Mapping[str, Any],
+    expected: Mapping[str, object],
+    tracked: TrackedModel,
 ) -> None:
     missing = expected.keys() - tensors.keys()
     others = tensors.keys() - expected.keys() - tracked.members.names
@@ -207,7 +214,10 @@ def _check_names(
 
 
 def _own_part(
-    name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype
+    name: str,
+    tensors: Mapping[str, Any],
+    tracked: TrackedModel,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Return the part of a tensor of a state that this process owns, after checking it."""
     subject = f"tensor {name!r}"

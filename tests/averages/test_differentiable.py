@@ -79,7 +79,8 @@ def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
 
 
 def train(
-    ema: DifferentiableEMA, problem: Problem
+    ema: DifferentiableEMA,
+    problem: Problem,
 ) -> tuple[list[FloatArray], list[FloatArray], list[FloatArray]]:
     """Take steps of SGD on |average - target|**2 / 2; return the weights, averages and gradients of
     each step."""
@@ -184,7 +185,8 @@ def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
 @pytest.mark.parametrize("copied", [by_state, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
-    mode: str, copied: Callable[[Any], Any]
+    mode: str,
+    copied: Callable[[Any], Any],
 ) -> None:
     problem = Problem()
     first = make(mode)

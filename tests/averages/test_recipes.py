@@ -41,7 +41,10 @@ class Quadratic(torch.nn.Module):
 
 
 def train(
-    model: Quadratic, optimizer: torch.optim.Optimizer, recipe: Any, steps: int = STEPS
+    model: Quadratic,
+    optimizer: torch.optim.Optimizer,
+    recipe: Any,
+    steps: int = STEPS,
 ) -> Iterator[tuple[FloatArray, bool]]:
     """Take steps; yield after each the weights before a switch at that step, and whether there was
     a switch."""
@@ -109,7 +112,8 @@ def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
 
 @pytest.mark.parametrize("kind", [SwitchEMA, HareAndTortoise])
 def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(
-    kind: type, tmp_path: Path
+    kind: type,
+    tmp_path: Path,
 ) -> None:
     model = Quadratic()
     with tracker(model, tmp_path) as ema:

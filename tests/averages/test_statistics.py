@@ -16,7 +16,11 @@ NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
 def batches(
-    count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0
+    count: int,
+    rows: int,
+    dim_x: int,
+    dim_y: int,
+    seed: int = 0,
 ) -> list[tuple[FloatArray, FloatArray]]:
     """Return correlated batches with a nonzero, moving mean."""
     random = np.random.default_rng(seed)
@@ -29,7 +33,9 @@ def batches(
 
 
 def expected_statistics(
-    data: list[tuple[FloatArray, FloatArray]], momentum: float, running_mean: bool = True
+    data: list[tuple[FloatArray, FloatArray]],
+    momentum: float,
+    running_mean: bool = True,
 ) -> dict[str, FloatArray]:
     """Compute the statistics by definition, independently."""
     state: dict[str, FloatArray] = {}
@@ -50,7 +56,9 @@ def expected_statistics(
 
 
 def feed(
-    stats: EMAStats, data: list[tuple[FloatArray, FloatArray]], dtype: torch.dtype
+    stats: EMAStats,
+    data: list[tuple[FloatArray, FloatArray]],
+    dtype: torch.dtype,
 ) -> EMAStats:
     for x, y in data:
         stats(torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))

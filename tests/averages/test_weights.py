@@ -158,7 +158,9 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
 @pytest.mark.parametrize("num_updates", [None, 7, torch.tensor(7)])
 @pytest.mark.parametrize(("decay", "debias"), [(0.6, False), (0.9999, True)])
 def test_the_shadow_is_tensorflows_formula(
-    decay: float, debias: bool, num_updates: int | torch.Tensor | None
+    decay: float,
+    debias: bool,
+    num_updates: int | torch.Tensor | None,
 ) -> None:
     """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum
     of the weights."""
@@ -298,7 +300,10 @@ BAD = [
 
 @pytest.mark.parametrize(("kind", "usual", "name", "values"), BAD)
 def test_a_bad_argument_is_named(
-    kind: type, usual: dict[str, object], name: str, values: list[object]
+    kind: type,
+    usual: dict[str, object],
+    name: str,
+    values: list[object],
 ) -> None:
     for value in values:
         with refused(name):

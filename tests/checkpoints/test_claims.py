@@ -53,7 +53,8 @@ def save(folder: Path, decay: Decay, claim: float | None, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("decay", [often, seldom])
 def test_a_decay_that_files_say_and_their_weights_refute_is_an_error_of_every_average(
-    tmp_path: Path, decay: Decay
+    tmp_path: Path,
+    decay: Decay,
 ) -> None:
     run = Run(save(tmp_path / "files", decay, CLAIMED, torch.float32))
     for make in (run.average, run.plan):
@@ -74,7 +75,8 @@ def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(tmp_path: Pat
 
 @pytest.mark.parametrize("claim", [CLAIMED, None])
 def test_an_average_whose_updates_round_to_nothing_is_refused(
-    tmp_path: Path, claim: float | None
+    tmp_path: Path,
+    claim: float | None,
 ) -> None:
     """Such an average of decay 0.99 is 0.1 from the true one, and moves as one of 0.9892 would."""
     folder = save(tmp_path / "files", claimed, claim, torch.bfloat16)

@@ -442,7 +442,8 @@ def test_info_says_what_numbers_are_taken_for(tmp_path: Path, ema: Ema) -> None:
 
 
 def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """VITS stores the epoch as `iteration`."""
     names = {100 * epoch: epoch for epoch in range(1, 9)}
@@ -456,7 +457,8 @@ def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(
 
 
 def test_a_count_that_contradicts_names_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = {100 * epoch: epoch for epoch in range(1, 5)}
     place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 50})

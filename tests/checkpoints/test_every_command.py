@@ -59,7 +59,10 @@ def test_checkpoints_are_not_called_snapshots(ema: Ema, run: Path) -> None:
 
 
 def test_a_sweep_and_its_page_name_what_to_repeat(
-    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept")

@@ -285,7 +285,10 @@ def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> Non
     ],
 )
 def test_chunks_make_a_complete_tensor_of_one_dtype(
-    tmp_path: Path, offsets: Any, dtype: str, problem: str
+    tmp_path: Path,
+    offsets: Any,
+    dtype: str,
+    problem: str,
 ) -> None:
     folder = tmp_path / "step-1"
     folder.mkdir()
@@ -317,7 +320,8 @@ def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_ema_whose_settings_are_no_numbers_is_one_line(
-    setting: dict[str, Any], tmp_path: Path
+    setting: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """In a file of torch-ema, or in the configuration of diffusers' EMA."""
     if setting.keys() & {"decay", "num_updates"}:
@@ -340,7 +344,9 @@ def test_archives_of_another_kind(tmp_path: Path) -> None:
     }
 
     def refusal(
-        compression: int = zipfile.ZIP_STORED, twice: bool = False, **changed: bytes
+        compression: int = zipfile.ZIP_STORED,
+        twice: bool = False,
+        **changed: bytes,
     ) -> str:
         with zipfile.ZipFile(path, "w", compression) as archive:
             for name, data in members.items():

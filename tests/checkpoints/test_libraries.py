@@ -38,7 +38,10 @@ ASKED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("name", "settings", "reason"), ASKED)
 def test_what_numbered_files_lack_is_asked_for(
-    name: str, settings: dict[str, Any], reason: str, tmp_path: Path
+    name: str,
+    settings: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
 ) -> None:
     """With a wrong `update_after_step`, averages were 8 % off."""
     for number in (0, 1):
@@ -50,7 +53,10 @@ def test_what_numbered_files_lack_is_asked_for(
 
 @pytest.mark.parametrize(("update_every", "rate"), [(10, "falling"), (100, "constant")])
 def test_the_error_of_a_repair_is_known(
-    tmp_path: Path, imported: Imported, update_every: int, rate: str
+    tmp_path: Path,
+    imported: Imported,
+    update_every: int,
+    rate: str,
 ) -> None:
     """Stored averages are mostly of the first weights, which are far smaller than those of the
     synthesized average."""

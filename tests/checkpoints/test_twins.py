@@ -28,7 +28,8 @@ STILL = [WEIGHTS[0] for _ in WEIGHTS]
 
 
 def test_the_set_that_moves_less_is_the_average(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As in RoseTTAFold2, whose `model_state_dict` is the average."""
     folder = write(tmp_path / "files", model_state_dict=AVERAGES, final_state_dict=WEIGHTS)
@@ -51,7 +52,8 @@ def test_the_set_that_moves_less_is_the_average(
     ],
 )
 def test_a_copy_or_a_set_that_never_moves_is_no_average(
-    tmp_path: Path, sets: dict[str, list[Tensors]]
+    tmp_path: Path,
+    sets: dict[str, list[Tensors]],
 ) -> None:
     run = Run(write(tmp_path / "files", **sets))
     assert {source.holds for source in run.sources} == {"weights"}

@@ -42,7 +42,9 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
 
 
 def test_info_of_a_snapshot_and_of_another_programs_file(
-    ema: Ema, run: Path, tmp_path: Path
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
     report = ema("info", snapshot, "--json").json
@@ -91,7 +93,9 @@ def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
 
 
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(
-    ema: Ema, run: Path, tmp_path: Path
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     for name, options in (
         ("averages", ()),
@@ -273,7 +277,9 @@ def test_no_error_is_predicted_from_one_snapshot_without_a_sketch(ema: Ema, tmp_
 
 
 def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
-    ema: Ema, run: Path, tmp_path: Path
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     arguments = [
         "synthesize",
@@ -336,7 +342,9 @@ def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None
 
 
 def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it(
-    ema: Ema, run: Path, tmp_path: Path
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     (curve,) = ema("error-plot", run, "--out", tmp_path / "e.svg", "--json").json["curves"]
     for sigma_rel, error in zip(curve["sigma_rel"], curve["predicted_error"], strict=True):
@@ -382,7 +390,10 @@ PLANNED = ("plan", "--steps", "4000", "--params", "1M", "--disk", "50MB")
 
 
 def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
-    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It uses the motion of an earlier run, if one is given."""
     result = ema(*PLANNED)
@@ -434,7 +445,8 @@ def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
 
 
 def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(
-    ema: Ema, run: Path
+    ema: Ema,
+    run: Path,
 ) -> None:
     flip_bit(snapshot_files(run)[3])
     (run / ".ema-0123.tmp").write_text("half")
@@ -505,7 +517,12 @@ def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
     ("answer", "code", "left"), [("n\n", 1, 40), ("y\n", 0, 10), ("", 130, 40)]
 )
 def test_pruning_asks(
-    ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int
+    ema: Ema,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    code: int,
+    left: int,
 ) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -31,7 +31,11 @@ def precious(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.png"])
 def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_with_overwrite(
-    ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
+    precious: Path,
+    name: str,
 ) -> None:
     out = tmp_path / name
     out.symlink_to(precious)
@@ -93,7 +97,8 @@ def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
 
 
 def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(
-    run: Path, tmp_path: Path
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "\u65e5\u672c"))
     save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
@@ -183,7 +188,8 @@ error-plot run --out a.svg"""
 
 
 def test_commands_that_read_a_run_need_no_module_that_windows_lacks(
-    run: Path, tmp_path: Path
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     code = AS_ON_WINDOWS.replace("LINES", repr(READING))
     assert run.parent == tmp_path
@@ -205,7 +211,8 @@ savefig.directory: /
 
 
 def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_changes_a_picture(
-    ema: Ema, tmp_path: Path
+    ema: Ema,
+    tmp_path: Path,
 ) -> None:
     line = ["plan", "--steps", "1000", "--params", "10", "--out"]
     assert ema(*line, tmp_path / "plain.png").code == 0

@@ -137,7 +137,10 @@ def members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def test_one_name_means_one_thing_in_the_json_of_all_commands(
-    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kinds: dict[str, set[str]] = defaultdict(set)
@@ -215,7 +218,10 @@ def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.parametrize("command", sorted({line.split()[0] for line in recorded()}))
 def test_wrong_input_is_one_line_and_changes_nothing(
-    ema: Ema, places: Path, command: str, monkeypatch: pytest.MonkeyPatch
+    ema: Ema,
+    places: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(places)
     before = contents(places)

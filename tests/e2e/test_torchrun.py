@@ -111,7 +111,8 @@ def ended(code: str, *arguments: str) -> list[tuple[int, str]]:
 
 
 def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(
-    run: Path, tmp_path: Path
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     """Also without a launcher; the job can be run again."""
     out = tmp_path / "out"
@@ -146,7 +147,8 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
 
 
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(
-    run: Path, tmp_path: Path
+    run: Path,
+    tmp_path: Path,
 ) -> None:
     """9 tensors of 1.4 MB: there is room for one average, but not for two."""
     message = "the output takes 25,200,000 bytes, and 20,000,000 are free"
@@ -205,7 +207,10 @@ def write(own_run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **opt
 
 @pytest.mark.parametrize(("size", "dtype"), [(10, None), (60_000, "bfloat16"), (10**9, None)])
 def test_any_number_of_shards_gives_the_bytes_of_one_file(
-    own_run: Path, tmp_path: Path, size: int, dtype: str | None
+    own_run: Path,
+    tmp_path: Path,
+    size: int,
+    dtype: str | None,
 ) -> None:
     write(own_run, tmp_path / "out", [0.1, 0.2], size, dtype=dtype)
     for target in (0.1, 0.2):
@@ -225,7 +230,10 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     ("operation", "exists"), [("fsync", False), ("rename", False), ("rename", True)]
 )
 def test_a_failure_leaves_what_was_there(
-    own_run: Path, tmp_path: Path, operation: str, exists: bool
+    own_run: Path,
+    tmp_path: Path,
+    operation: str,
+    exists: bool,
 ) -> None:
     out = tmp_path / "out"
     if exists:
@@ -242,7 +250,10 @@ def test_a_failure_leaves_what_was_there(
     [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})],
 )
 def test_a_job_makes_a_folder_of_shards(
-    own_run: Path, tmp_path: Path, out: str, options: dict[str, Any]
+    own_run: Path,
+    tmp_path: Path,
+    out: str,
+    options: dict[str, Any],
 ) -> None:
     with pytest.raises(
         InvalidValueError, match="makes a folder of shards; name a folder; an export makes one file"

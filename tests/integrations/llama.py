@@ -58,7 +58,10 @@ def network() -> LlamaForCausalLM:
 
 
 def make_trainer(
-    folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any
+    folder: Path,
+    *callbacks: TrainerCallback,
+    model: Any = None,
+    **arguments: Any,
 ) -> Trainer:
     settings = {
         "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,

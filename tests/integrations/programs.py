@@ -53,7 +53,11 @@ def task() -> tuple[Path, int, str, bool]:
 
 
 def train(
-    program: str, folder: Path, kind: str, killed_at: int = 0, resumes: bool = False
+    program: str,
+    folder: Path,
+    kind: str,
+    killed_at: int = 0,
+    resumes: bool = False,
 ) -> list[int]:
     """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
     "sharded" model.

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 
 def fit(
-    folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any
+    folder: Path,
+    *callbacks: Any,
+    module: LightningModule | None = None,
+    **arguments: Any,
 ) -> LightningModule:
     checkpoint = arguments.pop("ckpt_path", None)
     module = Regression() if module is None else module
@@ -44,7 +47,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.T
 
 
 def test_validation_and_checkpoints_hold_the_average_and_training_does_not(
-    tmp_path: Path, expected: list[Any]
+    tmp_path: Path,
+    expected: list[Any],
 ) -> None:
     seen: list[dict[str, Any]] = []
 
@@ -91,7 +95,8 @@ class Failing(Regression):
 
 
 def test_an_average_that_needs_more_steps_is_left_out_of_checkpoints(
-    tmp_path: Path, expected: list[Any]
+    tmp_path: Path,
+    expected: list[Any],
 ) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", validate="window:5", **EVERY)
     fit(tmp_path, callback, max_epochs=1)
@@ -150,7 +155,8 @@ def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> N
 
 
 def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_average_at_its_end(
-    tmp_path: Path, expected: list[Any]
+    tmp_path: Path,
+    expected: list[Any],
 ) -> None:
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
     module = Failing()
@@ -165,7 +171,8 @@ def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_avera
 
 
 def test_a_resumed_training_goes_on_from_the_raw_weights(
-    tmp_path: Path, expected: list[Any]
+    tmp_path: Path,
+    expected: list[Any],
 ) -> None:
     begun: list[Any] = []
 
@@ -180,7 +187,8 @@ def test_a_resumed_training_goes_on_from_the_raw_weights(
 
 
 def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     fit(tmp_path, max_epochs=1)
     callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)

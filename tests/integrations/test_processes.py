@@ -30,7 +30,10 @@ KILLED = {"llama": (7, 4), "digits": (7, 4), "batches": (13, 2), "unet": (7, 4)}
 )
 @pytest.mark.parametrize("program", KILLED)
 def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
-    tmp_path: Path, program: str, kind: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    program: str,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each step counts once, also those before the kill that the checkpoint lacks; every process
     has one average, and none waits for processes that have no tracker."""

@@ -38,14 +38,19 @@ def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor
 
 
 def live(
-    ema: PostHocEMA | None, model: torch.nn.Module, sigma_rel: float
+    ema: PostHocEMA | None,
+    model: torch.nn.Module,
+    sigma_rel: float,
 ) -> dict[str, torch.Tensor]:
     with ema.model(model, sigma_rel):
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 def assert_exact(
-    ema: PostHocEMA | None, model: torch.nn.Module, weights: Recorded, every: int = 1
+    ema: PostHocEMA | None,
+    model: torch.nn.Module,
+    weights: Recorded,
+    every: int = 1,
 ) -> None:
     """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)

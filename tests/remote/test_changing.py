@@ -69,7 +69,9 @@ def test_an_output_in_a_store_is_refused(local: Path, ema: Ema, command: list[st
 
 
 def test_an_import_on_this_machine_refers_to_objects(
-    server: FaultyServer, tmp_path: Path, ema: Ema
+    server: FaultyServer,
+    tmp_path: Path,
+    ema: Ema,
 ) -> None:
     for step in STEPS:
         save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
@@ -103,7 +105,8 @@ def test_an_object_is_read_by_ranges(bucket: str) -> None:
 
 
 def test_functions_that_do_not_know_about_urls_fail_and_touch_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = remote_path("s3://bucket/run")

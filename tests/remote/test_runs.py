@@ -45,7 +45,9 @@ def made(_made: Path, bucket: str) -> Path:
 
 @pytest.mark.parametrize("name", ["run", "parted"])
 def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
-    made: Path, bucket: str, name: str
+    made: Path,
+    bucket: str,
+    name: str,
 ) -> None:
     local = Run(made / name)
     remote = Run(f"{bucket}/{name}")

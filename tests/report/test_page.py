@@ -81,7 +81,8 @@ def text(swept: tuple[Run, Path]) -> str:
 
 
 def test_a_page_has_the_answer_its_figures_and_every_trial(
-    swept: tuple[Run, Path], text: str
+    swept: tuple[Run, Path],
+    text: str,
 ) -> None:
     _, out = swept
     page = Page(text)
@@ -164,7 +165,8 @@ def test_a_page_shows_the_images_of_each_length_after_those_of_raw_weights(looks
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to open the page in")
 def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
-    looks: Path, tmp_path: Path
+    looks: Path,
+    tmp_path: Path,
 ) -> None:
     backgrounds = set()
     with browser(tmp_path) as page:
@@ -252,7 +254,8 @@ def test_the_command_of_a_page_makes_the_same_average(
 
 
 def test_a_file_that_is_no_result_of_a_sweep_is_refused(
-    swept: tuple[Run, Path], tmp_path: Path
+    swept: tuple[Run, Path],
+    tmp_path: Path,
 ) -> None:
     run, out = swept
     path = tmp_path / "sweep.json"
@@ -272,7 +275,9 @@ def test_a_file_that_is_no_result_of_a_sweep_is_refused(
 
 
 def test_two_runs_and_two_sweeps_are_compared_on_one_page(
-    ema: Ema, swept: tuple[Run, Path], tmp_path: Path
+    ema: Ema,
+    swept: tuple[Run, Path],
+    tmp_path: Path,
 ) -> None:
     run, out = swept
     write_run(tmp_path / "other", random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)

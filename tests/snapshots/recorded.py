@@ -60,7 +60,9 @@ def record(
 
 @contextmanager
 def failing(
-    operation: str, error: int | BaseException, when: Callable[..., bool] = lambda *_: True
+    operation: str,
+    error: int | BaseException,
+    when: Callable[..., bool] = lambda *_: True,
 ) -> Iterator[None]:
     """Let an operation of `files.system` fail within the block at the calls for which `when`
     returns True."""

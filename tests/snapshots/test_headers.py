@@ -121,7 +121,8 @@ def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("hidden", [False, True])
 def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
-    tmp_path: Path, hidden: bool
+    tmp_path: Path,
+    hidden: bool,
 ) -> None:
     """A value takes up to 90 bytes of memory, and two in the file."""
     values = b'{"a":[%b0]}' % (3_300_000 * b"0,")
@@ -152,7 +153,9 @@ json_values = st.recursive(
     value=json_values,
 )
 def test_any_foreign_header_is_refused_or_tiles_the_payload(
-    tmp_path_factory: pytest.TempPathFactory, path: Sequence[str], value: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    path: Sequence[str],
+    value: Any,
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
     header: dict[str, Any] = {"a": entry(0, 4), "b": entry(4, 8)}
@@ -267,7 +270,8 @@ def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
 
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
 def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
-    small: Small, kind: str
+    small: Small,
+    kind: str,
 ) -> None:
     path = small(kind)
     made = path.read_bytes()
@@ -305,7 +309,8 @@ def test_a_missing_key_is_named(small: Small, kind: str, required: str) -> None:
 
 @pytest.mark.parametrize("kind", ["snapshot", "output"])
 def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
-    small: Small, kind: str
+    small: Small,
+    kind: str,
 ) -> None:
     path = small(kind)
     before = examine(path)

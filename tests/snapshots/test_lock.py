@@ -43,7 +43,8 @@ def refused(directory: Path, message: str) -> None:
 
 
 def test_a_second_lock_is_refused_until_the_first_is_released(
-    tmp_path: Path, held: DirectoryLock
+    tmp_path: Path,
+    held: DirectoryLock,
 ) -> None:
     refused(tmp_path, OTHER_TRACKER)
     (tmp_path / "another").mkdir()
@@ -104,7 +105,9 @@ DirectoryLock(Path(sys.argv[1])).release()
 )
 @pytest.mark.usefixtures("held")
 def test_the_holder_is_named_escaped_or_as_another_process(
-    tmp_path: Path, text: bytes, holder: str
+    tmp_path: Path,
+    text: bytes,
+    holder: str,
 ) -> None:
     (tmp_path / LOCK_NAME).write_bytes(text)
     refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
@@ -112,7 +115,9 @@ def test_the_holder_is_named_escaped_or_as_another_process(
 
 @pytest.mark.parametrize("is_released", [False, True])
 def test_a_holder_that_has_not_yet_written_its_name_is_awaited(
-    tmp_path: Path, held: DirectoryLock, is_released: bool
+    tmp_path: Path,
+    held: DirectoryLock,
+    is_released: bool,
 ) -> None:
     note = tmp_path / LOCK_NAME
     name = note.read_bytes()
@@ -131,7 +136,10 @@ def test_a_holder_that_has_not_yet_written_its_name_is_awaited(
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
 def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, code: int
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
 ) -> None:
     """Any other reason is an error, and the lock is not held."""
 

@@ -46,7 +46,8 @@ def unmeasured(tmp_path: Path) -> Path:
 
 
 def errors_of(
-    snapshots: Sequence[Snapshot], ends: tuple[float, float] = (0.05, 0.28)
+    snapshots: Sequence[Snapshot],
+    ends: tuple[float, float] = (0.05, 0.28),
 ) -> ErrorCurve:
     return error_curve(
         "", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41
@@ -70,7 +71,8 @@ def dropped(snapshots: Sequence[Snapshot], keep: int) -> list[int]:
 
 @pytest.mark.parametrize("wish", [{"keep": 1}, {"max_error": 0.9}])
 def test_the_newest_time_stays_and_the_newest_with_all_profiles(
-    run: Path, wish: dict[str, Any]
+    run: Path,
+    wish: dict[str, Any],
 ) -> None:
     snapshots = read_directory(run)
     assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
@@ -102,7 +104,8 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["run", "unmeasured"])
 def test_the_errors_are_those_of_the_directory_before_and_after(
-    folder: str, request: pytest.FixtureRequest
+    folder: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     path: Path = request.getfixturevalue(folder)
     snapshots = read_directory(path)
@@ -141,7 +144,9 @@ def test_the_errors_are_those_of_the_directory_before_and_after(
     ],
 )
 def test_nothing_is_deleted_when_a_survivor_is_damaged(
-    run: Path, harm: Callable[[Path], None], kind: type[Exception]
+    run: Path,
+    harm: Callable[[Path], None],
+    kind: type[Exception],
 ) -> None:
     """Nor if a survivor was replaced or deleted."""
     pruning = plan_pruning(read_directory(run), keep=4)
@@ -156,7 +161,9 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(5, "Input/output error")])
 @pytest.mark.parametrize("after", [0, 7])
 def test_an_interruption_leaves_a_directory_that_works(
-    run: Path, stop: BaseException, after: int
+    run: Path,
+    stop: BaseException,
+    after: int,
 ) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
     kind = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError

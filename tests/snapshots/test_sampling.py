@@ -19,7 +19,11 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def write(
-    folder: Path, t: float, sigma_rel: float, values: dict[str, torch.Tensor], run_id: str = RUN_ID
+    folder: Path,
+    t: float,
+    sigma_rel: float,
+    values: dict[str, torch.Tensor],
+    run_id: str = RUN_ID,
 ) -> Snapshot:
     """Write a snapshot of a float32 model, or of float64 if that is the stored dtype."""
     tensors = {
@@ -52,7 +56,8 @@ def partners_of(measured: Measurements) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_model_smaller_than_the_sample_is_measured_exactly(
-    tmp_path: Path, dtype: torch.dtype
+    tmp_path: Path,
+    dtype: torch.dtype,
 ) -> None:
     values = {
         (t, s): {
@@ -87,7 +92,8 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1.0, 2e-7])
 def test_the_expected_rounding_is_that_of_values_that_are_rounded(
-    dtype: torch.dtype, scale: float
+    dtype: torch.dtype,
+    scale: float,
 ) -> None:
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
     exact = (

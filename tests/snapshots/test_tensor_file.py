@@ -47,7 +47,9 @@ def read_tensor(path: Path) -> object:
     ],
 )
 def test_an_error_of_reading_names_the_file_and_the_reason(
-    small: Small, read: Callable[[Path], object], fails: int
+    small: Small,
+    read: Callable[[Path], object],
+    fails: int,
 ) -> None:
     """Reading the header's length, the header, a tensor, or a small file fails; afterwards the file
     is deleted."""
@@ -81,7 +83,8 @@ def test_a_file_that_was_replaced_or_shrinks_after_its_header_was_read_is_refuse
 
 
 def test_a_file_without_checksums_that_changes_during_reading_is_an_error(
-    small: Small, tmp_path: Path
+    small: Small,
+    tmp_path: Path,
 ) -> None:
     """With checksums each block shows by itself whether it has changed."""
     foreign = tmp_path / "foreign.safetensors"
@@ -160,7 +163,9 @@ def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> 
 
 @pytest.mark.parametrize(("begin", "end"), RANGES)
 def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
-    tmp_path: Path, begin: int, end: int
+    tmp_path: Path,
+    begin: int,
+    end: int,
 ) -> None:
     path = write_pieces(tmp_path / "x.safetensors", 0)
     file = read_file(path)
@@ -206,7 +211,9 @@ def write(path: Path, overwrite: bool = False) -> None:
     [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})],
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
-    tmp_path: Path, name: str, where: dict[str, Any]
+    tmp_path: Path,
+    name: str,
+    where: dict[str, Any],
 ) -> None:
     with pytest.raises(InvalidValueError, match="zero byte"):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {name: torch.ones(1)}, **where)

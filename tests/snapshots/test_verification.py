@@ -79,7 +79,10 @@ def only_wrong(path: Path) -> tuple[str, str]:
 
 
 def test_outputs_in_any_layout_and_foreign_files(
-    run: Path, output: Path, shards: Path, tmp_path: Path
+    run: Path,
+    output: Path,
+    shards: Path,
+    tmp_path: Path,
 ) -> None:
     for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors"))):
         found = verified(path)
@@ -215,7 +218,9 @@ def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> No
 
 @pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
 def test_what_cannot_be_read_is_reported_and_the_others_are_read(
-    run: Path, code: int, state: str
+    run: Path,
+    code: int,
+    state: str,
 ) -> None:
     refused = snapshot_files(run)[0]
     os.mkfifo(run / "fifo.safetensors")

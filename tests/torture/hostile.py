@@ -287,7 +287,11 @@ def truncate(folder: Path, share: float, seed: int) -> Tally:
 
 
 def _harm(
-    folder: Path, change: Callable[[bytes, int], bytes], ways: int, share: float, seed: int
+    folder: Path,
+    change: Callable[[bytes, int], bytes],
+    ways: int,
+    share: float,
+    seed: int,
 ) -> Tally:
     """Damage each file in a share of the `ways` a byte: each damage is found or, in an index,
     changes nothing."""

@@ -24,7 +24,11 @@ class Training:
     step."""
 
     def __init__(
-        self, seed: int = 0, path: Sequence[Weights] = (), model: Any = None, size: float = 0.003
+        self,
+        seed: int = 0,
+        path: Sequence[Weights] = (),
+        model: Any = None,
+        size: float = 0.003,
     ) -> None:
         torch.manual_seed(seed)
         layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
@@ -33,7 +37,11 @@ class Training:
         self.size = size
 
     def run(
-        self, last: int, ema: PostHocEMA | None = None, salt: int = 0, scale: float = 0.0
+        self,
+        last: int,
+        ema: PostHocEMA | None = None,
+        salt: int = 0,
+        scale: float = 0.0,
     ) -> Training:
         """Go on to a step; with `scale`, on a clock of that interval."""
         for number in range(len(self.path) + 1, last + 1):
@@ -114,7 +122,9 @@ def as_if_killed(folder: Path) -> None:
 
 
 def assert_near(
-    found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], within: float = 1e-6
+    found: Mapping[str, torch.Tensor],
+    exact: Mapping[str, torch.Tensor],
+    within: float = 1e-6,
 ) -> None:
     """Fail unless all exact tensors, in float64, are found within a relative and absolute
     tolerance."""

@@ -39,7 +39,10 @@ def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
 
 
 def attached(
-    model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimizer, **settings: object
+    model: torch.nn.Module,
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    **settings: object,
 ) -> PostHocEMA:
     defaults: dict = {
         "update_every": 1,
@@ -68,7 +71,9 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
 def test_steps_that_a_grad_scaler_skips_do_not_count(
-    tmp_path: Path, fused: bool, unscaled: bool
+    tmp_path: Path,
+    fused: bool,
+    unscaled: bool,
 ) -> None:
     """The scaler calls a fused optimizer's `step` even then."""
     model = network()
@@ -175,7 +180,9 @@ REFUSED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("wrap", "message"), REFUSED)
 def test_optimizers_whose_hooks_miss_steps_are_refused_with_a_way_out(
-    tmp_path: Path, wrap: Any, message: str
+    tmp_path: Path,
+    wrap: Any,
+    message: str,
 ) -> None:
     Accelerator(cpu=True)
     model, optimizer = sgd()
@@ -319,7 +326,9 @@ def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None
     """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
 
     def train(
-        tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+        tracker: PostHocEMA | None,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
     ) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
         for number in range(4):

@@ -88,7 +88,9 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_late_snapshots_hold_the_averages_of_their_time(
-    tmp_path: Path, device: str, slow_disk: threading.Event
+    tmp_path: Path,
+    device: str,
+    slow_disk: threading.Event,
 ) -> None:
     """Three more updates are taken in while the first snapshots wait for the disk."""
     training, late = begin(tmp_path / "late", device)
@@ -101,7 +103,9 @@ def test_late_snapshots_hold_the_averages_of_their_time(
 
 
 def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_wait_for_the_disk(
-    tmp_path: Path, gate: threading.Event, slow_disk: threading.Event
+    tmp_path: Path,
+    gate: threading.Event,
+    slow_disk: threading.Event,
 ) -> None:
     """The request comes while the training waits for its turn, and is staged before the update that
     comes next."""
@@ -133,7 +137,10 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(
-    tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    device: str,
+    slow_disk: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The working directory changes in the meantime."""
     found: list[PostHocEMA] = []
@@ -154,7 +161,9 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_an_interrupted_wait_for_disk_counts_nothing(
-    tmp_path: Path, device: str, slow_disk: threading.Event
+    tmp_path: Path,
+    device: str,
+    slow_disk: threading.Event,
 ) -> None:
     training, tracker = begin(tmp_path / "cut", device)
     with tracker:
@@ -189,7 +198,8 @@ def interrupted(after: float) -> Iterator[None]:
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
-    tmp_path: Path, gate: threading.Event
+    tmp_path: Path,
+    gate: threading.Event,
 ) -> None:
     training, tracker = begin(tmp_path, "cpu", checkpoint_every=100)
     model = training.model
@@ -219,7 +229,9 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
     ("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)]
 )
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
-    tmp_path: Path, device: str, next_fails: bool
+    tmp_path: Path,
+    device: str,
+    next_fails: bool,
 ) -> None:
     """If the next call fails itself, the error is raised at a later one."""
     training, tracker = begin(tmp_path, device)
@@ -269,7 +281,8 @@ def test_what_a_killed_write_has_left_is_removed_when_it_is_old_enough(tmp_path:
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     training, tracker = begin(tmp_path)
     with failing("fsync", errno.ENOSPC), pytest.raises(ZeroDivisionError), tracker:
@@ -308,7 +321,8 @@ raise SystemExit(7)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
-    tmp_path: Path, device: str
+    tmp_path: Path,
+    device: str,
 ) -> None:
     """The work includes jobs that other jobs submit, and the last snapshot. A forked process has
     none of the tracker's threads, and would wait for them forever."""
@@ -440,7 +454,8 @@ class Streams:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
-    monkeypatch: pytest.MonkeyPatch, fails: bool
+    monkeypatch: pytest.MonkeyPatch,
+    fails: bool,
 ) -> None:
     """Else the next update could change what an earlier reader still copies, or begin before the
     work of one that ran out of memory has ended."""
@@ -468,7 +483,8 @@ def test_work_that_a_block_has_queued_is_waited_for_also_after_an_error(
 
 
 def test_threads_have_the_training_s_accelerator(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A thread begins with the first one as its current device, on which each process of a group
     would make a context of some hundred megabytes."""
@@ -512,7 +528,8 @@ print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where torch has one thread, as under torchrun."""
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)

@@ -52,7 +52,8 @@ def in_thread(work: Any) -> list[BaseException]:
 
 @pytest.mark.parametrize("part", ["all", "0", "wrapped"])
 def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
-    tmp_path: Path, part: str
+    tmp_path: Path,
+    part: str,
 ) -> None:
     model, ema = tracked(tmp_path / "run")
     other = {"all": model, "0": model[0], "wrapped": torch.nn.DataParallel(model)}[part]

@@ -75,7 +75,8 @@ def average_of(steps: int | None, values: np.ndarray) -> tuple[Target, np.ndarra
 
 @pytest.mark.parametrize("steps", [600, 700, None])
 def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
-    changed: Path, steps: int | None
+    changed: Path,
+    steps: int | None,
 ) -> None:
     """The batch changes twice between two snapshots, of which nothing else is known."""
     actual, predicted = errors(changed, *average_of(steps, path(changing_twice())))
@@ -86,7 +87,8 @@ def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
 
 @pytest.mark.parametrize("steps", [20, 57, None])
 def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(
-    tmp_path: Path, steps: int | None
+    tmp_path: Path,
+    steps: int | None,
 ) -> None:
     """Batches of random size; a clock from every fourth snapshot alone is off by 1e-4 and more."""
     times = np.cumsum(np.random.default_rng(0).integers(100, 2400, 60)).astype(np.float64)

@@ -111,7 +111,11 @@ class SimulatedDevice:
 
             @classmethod
             def __torch_function__(
-                cls, call: Any, types: Any, args: Any = (), kwargs: Any = None
+                cls,
+                call: Any,
+                types: Any,
+                args: Any = (),
+                kwargs: Any = None,
             ) -> Any:
                 if call.__name__ not in ("copy_", "_foreach_copy_"):
                     return super().__torch_function__(call, types, args, kwargs or {})
@@ -129,7 +133,10 @@ class SimulatedDevice:
         proxy.cuda = cuda
 
         def empty(
-            elements: int, dtype: torch.dtype, device: Any = None, pin_memory: bool = False
+            elements: int,
+            dtype: torch.dtype,
+            device: Any = None,
+            pin_memory: bool = False,
         ) -> torch.Tensor:
             made = torch.zeros(elements, dtype=dtype)
             return (

@@ -60,7 +60,9 @@ ASKING: list[Callable[[Any, PostHocEMA], object]] = [
 
 @pytest.mark.parametrize("ask", ASKING)
 def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
-    tmp_path: Path, ask: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    ask: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As where phases of a training have an optimizer each."""
     model = network()
@@ -90,7 +92,9 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
     ],
 )
 def test_a_forgotten_call_is_noticed_of_any_optimizer(
-    tmp_path: Path, make: Any, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    make: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, ema = made(tmp_path)
     train(model, make(model))
@@ -99,7 +103,8 @@ def test_a_forgotten_call_is_noticed_of_any_optimizer(
 
 
 def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, ema = made(tmp_path)
     best = deepcopy(model.state_dict())
@@ -122,7 +127,8 @@ def test_what_moves_no_weights_by_a_step_is_no_forgotten_call(
 
 
 def test_a_tracker_whose_steps_were_never_counted_says_so_at_its_end(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, ema = made(tmp_path / "run", steps=0)
     restored = network().state_dict()
@@ -156,7 +162,10 @@ for step in range(4):
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["no step", "another instance", "another's optimizer", "moves"])
 def test_weights_that_never_change_are_said_once(
-    tmp_path: Path, way: str, device: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    way: str,
+    device: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = network()
     other = network()
@@ -179,7 +188,9 @@ def test_weights_that_never_change_are_said_once(
 
 @pytest.mark.parametrize("stands", [True, False])
 def test_weights_that_stand_between_two_snapshots_are_said_once(
-    tmp_path: Path, stands: bool, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    stands: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As those of a copy that the optimizer does not know, which takes the model's place."""
     model = network()

@@ -66,7 +66,8 @@ def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -
 
 
 def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Python 3.12 and later start no threads in functions that run at exit."""
     training = Training()
@@ -83,7 +84,8 @@ def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
 
 
 def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     training = Training()
     with begin(training, tmp_path / "short") as tracker:
@@ -110,7 +112,9 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
 def test_snapshots_off_the_schedule_change_no_others(
-    tmp_path: Path, device: str, max_checkpoints: int | None
+    tmp_path: Path,
+    device: str,
+    max_checkpoints: int | None,
 ) -> None:
     """Headers hold distances, the motion so far and what thinning has left, none of them from those
     snapshots.
@@ -193,7 +197,8 @@ files.system.fsync = slow
 
 @pytest.mark.parametrize("interrupts", [0, 1, 2])
 def test_an_interrupt_while_the_exit_writes_loses_nothing_and_a_second_one_says_what_is_lost(
-    tmp_path: Path, interrupts: int
+    tmp_path: Path,
+    interrupts: int,
 ) -> None:
     done = forked.run(INTERRUPTED, tmp_path, interrupts)
     said = "writing the last snapshots of" in done.err
@@ -239,7 +244,9 @@ OPERATIONS = ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"]
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_directory_that_is_deleted_while_a_snapshot_is_written_is_named(
-    tmp_path: Path, operation: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    operation: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By errors of this package, once for each time that is lost; the averages can be read."""
     folder = tmp_path / "run"

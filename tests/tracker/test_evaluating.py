@@ -46,7 +46,8 @@ def test_the_average_is_of_the_last_update_and_not_of_the_last_snapshot_and_need
 
 
 def test_blocks_of_several_lengths_are_as_exact_as_the_log_predicts_and_made_when_they_are_entered(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A linear decay over the last fifth is the mean of that fifth; a window longer than the run is
     left out."""
@@ -308,7 +309,10 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
     ("device", "then", "most"), [("model", "", 4.0), ("cpu", "", 8.0), ("model", "query", 8.0)]
 )
 def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_averages(
-    tmp_path: Path, device: str, then: str, most: float
+    tmp_path: Path,
+    device: str,
+    then: str,
+    most: float,
 ) -> None:
     """Two profiles in float16; with averages on the host a copy of the model; and the result of a
     query.
@@ -323,7 +327,8 @@ def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_aver
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.1])
 def test_a_tensor_without_elements_that_is_alone_in_its_dtype_is_returned(
-    tmp_path: Path, sigma_rel: float
+    tmp_path: Path,
+    sigma_rel: float,
 ) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_parameter("empty", torch.nn.Parameter(torch.empty(0, 3, dtype=torch.bfloat16)))

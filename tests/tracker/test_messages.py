@@ -63,7 +63,10 @@ os._exit(0)
     ("call", "device"), [("close", "model"), ("snapshot", "cpu"), ("update_", "cpu")]
 )
 def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
-    tmp_path: Path, call: str, level: str, device: str
+    tmp_path: Path,
+    call: str,
+    level: str,
+    device: str,
 ) -> None:
     """At INFO each snapshot has a message, and at any level a disk that is full."""
     done = forked.run(IN_A_HANDLER, tmp_path / "run", call, level, device)
@@ -97,7 +100,9 @@ def test_no_thread_of_a_tracker_logs(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("heard", ["update_", "other", "exit"])
 def test_an_error_in_the_background_is_logged_by_the_next_call_of_any_tracker(
-    tmp_path: Path, heard: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    heard: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = torch.nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
@@ -127,7 +132,8 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_two_threads")
 def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As at the end of the process, or at a limit of threads: the calling thread does the work."""
 

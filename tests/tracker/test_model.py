@@ -35,7 +35,10 @@ class Network(torch.nn.Module):
 
 
 def trained(
-    folder: Path, steps: int = 10, dtype: torch.dtype = torch.float32, **settings: object
+    folder: Path,
+    steps: int = 10,
+    dtype: torch.dtype = torch.float32,
+    **settings: object,
 ) -> tuple:
     torch.manual_seed(0)
     model = Network(dtype)
@@ -113,7 +116,8 @@ def test_the_state_dict_is_a_dict_a_context_and_pickles_plainly(run: Run, tmp_pa
 
 
 def test_an_average_at_an_earlier_time_uses_only_snapshots_until_then(
-    run: Run, tmp_path: Path
+    run: Run,
+    tmp_path: Path,
 ) -> None:
     _, tracker = run
     _, early, _ = trained(tmp_path, steps=10)
@@ -156,7 +160,8 @@ def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: tor
 
 
 def test_a_buffer_with_nan_is_copied_and_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, tracker, _ = trained(tmp_path, steps=4, buffers="copy")
     model.norm.running_mean.fill_(float("nan"))
@@ -270,7 +275,10 @@ OTHERS: list[tuple[Callable[[], torch.nn.Module], type[PostHocError], str]] = [
 
 @pytest.mark.parametrize(("make", "kind", "message"), OTHERS)
 def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
-    run: Run, make: Callable[[], torch.nn.Module], kind: type[PostHocError], message: str
+    run: Run,
+    make: Callable[[], torch.nn.Module],
+    kind: type[PostHocError],
+    message: str,
 ) -> None:
     _, tracker = run
     other = make()
@@ -300,7 +308,8 @@ REFUSING = {
 
 @pytest.mark.parametrize("swapped", REFUSING)
 def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_update(
-    tmp_path: Path, swapped: str
+    tmp_path: Path,
+    swapped: str,
 ) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
     model[2].weight = model[0].weight  # tied

@@ -75,7 +75,9 @@ KINDS = ["plain", "closed", "attached", "function", "from_path", "wrapped"]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
 def test_a_cell_that_is_run_again_continues(
-    tmp_path: Path, kind: str, settings: dict[str, Any]
+    tmp_path: Path,
+    kind: str,
+    settings: dict[str, Any],
 ) -> None:
     """After 4, 5 and 7 steps, the first ones in the middle between two updates or snapshots."""
     notebook = Notebook(tmp_path / "run", settings, kind)
@@ -168,7 +170,8 @@ def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> 
 
 
 def test_the_earlier_tracker_says_that_it_was_closed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     notebook = Notebook(tmp_path / "run", EVERY)
     notebook.cell(4)

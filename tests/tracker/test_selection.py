@@ -55,7 +55,9 @@ ALL = {
     ],
 )
 def test_filters_take_what_they_name_and_the_header_lists_the_rest(
-    tmp_path: Path, filters: dict, taken: set
+    tmp_path: Path,
+    filters: dict,
+    taken: set,
 ) -> None:
     tracked(network(), tmp_path, **filters)
     info = Run(tmp_path).snapshots[-1]
@@ -178,7 +180,8 @@ def check_average(folder: Path, training: Training) -> None:
 
 @pytest.mark.parametrize("stored", [None, torch.float16])
 def test_tensors_without_dimensions_and_without_elements(
-    tmp_path: Path, stored: torch.dtype | None
+    tmp_path: Path,
+    stored: torch.dtype | None,
 ) -> None:
     model = Holder(
         scale=torch.tensor(2.0), none=torch.zeros(0), flat=torch.zeros(3, 0, 2), w=torch.ones(2, 2)
@@ -225,7 +228,9 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     ("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)]
 )
 def test_the_name_that_safetensors_reserves_is_refused(
-    tmp_path: Path, kind: str, tied: bool
+    tmp_path: Path,
+    kind: str,
+    tied: bool,
 ) -> None:
     """The error comes before training, not with the first snapshot; a tied parameter may have the
     name, too."""
@@ -247,7 +252,9 @@ def test_the_name_that_safetensors_reserves_is_refused(
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_name_that_no_header_can_hold_is_refused_before_training(
-    tmp_path: Path, name: str, trained: bool
+    tmp_path: Path,
+    name: str,
+    trained: bool,
 ) -> None:
     """Names of tensors that are left out are in the header, too."""
     model = torch.nn.Linear(3, 2)
@@ -269,7 +276,9 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_originals_of_a_parametrized_module_are_averaged(
-    tmp_path: Path, normalize, originals: set
+    tmp_path: Path,
+    normalize,
+    originals: set,
 ) -> None:  # type: ignore[no-untyped-def]
     model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
     check_average(tmp_path, tracked(model, tmp_path))

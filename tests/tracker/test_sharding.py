@@ -107,7 +107,9 @@ ema.close()
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)])
 def test_averages_of_a_sharded_model_are_those_of_one_process(
-    kind: str, ranks: int, tmp_path: Path
+    kind: str,
+    ranks: int,
+    tmp_path: Path,
 ) -> None:
     """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
     after it."""
@@ -837,7 +839,9 @@ if rank == 0:
     ],
 )
 def test_processes_try_again_only_if_snapshots_vanished_and_nothing_else_failed(
-    own: Exception | None, other: tuple[bool, int, str], raised: type[Exception]
+    own: Exception | None,
+    other: tuple[bool, int, str],
+    raised: type[Exception],
 ) -> None:
     """All processes of a group must do the same."""
 

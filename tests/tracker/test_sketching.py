@@ -30,7 +30,9 @@ def sketches(folder: Path) -> dict[int, Any]:
     ("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])]
 )
 def test_the_path_is_of_means_over_a_thousandth_of_training(
-    first: int, windows: list[int], tmp_path: Path
+    first: int,
+    windows: list[int],
+    tmp_path: Path,
 ) -> None:
     """A window has one value if a thousandth has fewer than two, and at most 104; the last may be
     open.
@@ -174,7 +176,10 @@ def squares(tensor: torch.Tensor) -> float:
 
 
 def check_run(
-    model: torch.nn.Module, folder: Path, *rels: tuple[float, ...], **settings: Any
+    model: torch.nn.Module,
+    folder: Path,
+    *rels: tuple[float, ...],
+    **settings: Any,
 ) -> None:
     with PostHocEMA.from_model(model, folder, *rels, **SETTINGS | settings) as tracker:
         exact = train(tracker, model, 10)
@@ -187,7 +192,10 @@ def check_run(
     [(torch.float32, (0.05, 0.1, 0.28)), (torch.float64, (0.1,)), (torch.bfloat16, (0.05, 0.28))],
 )
 def test_measurements_are_those_of_a_direct_computation(
-    tmp_path: Path, sigma_rels: tuple[float, ...], stored: str | None, dtype: torch.dtype
+    tmp_path: Path,
+    sigma_rels: tuple[float, ...],
+    stored: str | None,
+    dtype: torch.dtype,
 ) -> None:
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     check_run(tiny_model().to(dtype), tmp_path, sigma_rels, checkpoint_dtype=stored)
@@ -196,7 +204,8 @@ def test_measurements_are_those_of_a_direct_computation(
 
 @pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
 def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
-    tmp_path: Path, scale: float
+    tmp_path: Path,
+    scale: float,
 ) -> None:
     """Its values would be too large, too small (subnormal) or zero in float16."""
     model = torch.nn.Linear(4, 4)
@@ -250,7 +259,9 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
     ("stored", "size"), [("float16", 1e-2), ("bfloat16", 1e-4), ("float16", 1e-5)]
 )
 def test_measurements_of_a_subset_are_those_of_all_elements(
-    tmp_path: Path, size: float, stored: str
+    tmp_path: Path,
+    size: float,
+    stored: str,
 ) -> None:
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""

@@ -88,7 +88,10 @@ def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> Pos
 
 
 def away(
-    tensors: Mapping[str, torch.Tensor], sigma_rel: str, step: int, tolerance: float = TOLERANCE
+    tensors: Mapping[str, torch.Tensor],
+    sigma_rel: str,
+    step: int,
+    tolerance: float = TOLERANCE,
 ) -> list[str]:
     """Return a line if an element is too far from the average of the last update up to a step."""
     low = min(float(t.min()) for t in tensors.values())
@@ -129,7 +132,8 @@ def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("device", ["model", "cpu"])
 def test_averages_that_another_thread_reads_are_those_of_one_update(
-    tmp_path: Path, device: str
+    tmp_path: Path,
+    device: str,
 ) -> None:
     model = Equal(300_000)
     other = Equal(300_000)
@@ -172,7 +176,9 @@ class Stop(BaseException):
 @pytest.mark.parametrize("device", ["model", "cpu"])
 @pytest.mark.parametrize("last", ["close", "update"])
 def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
-    tmp_path: Path, device: str, last: str
+    tmp_path: Path,
+    device: str,
+    last: str,
 ) -> None:
     """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own
     within the update."""
@@ -304,7 +310,10 @@ def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Pa
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
 def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
-    tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    device: str,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The call comes from another thread, while the worker is in the middle of an update."""
     inside = threading.Event()

@@ -109,7 +109,8 @@ def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
-    tmp_path: Path, kind: str
+    tmp_path: Path,
+    kind: str,
 ) -> None:
     bare = network()
     wrapped = WRAPPERS[kind](network())
@@ -144,7 +145,8 @@ def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_ei
 
 
 def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
-    tmp_path: Path, one_process: None
+    tmp_path: Path,
+    one_process: None,
 ) -> None:
     """A parameter of ZeRO-3 is a placeholder, or for a while holds all values."""
     with pytest.raises(
@@ -198,7 +200,9 @@ def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, compiled])
 def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
-    tmp_path: Path, kind: str, wrap: Any
+    tmp_path: Path,
+    kind: str,
+    wrap: Any,
 ) -> None:
     model = get_peft_model(Adapted(), CONFIGS[kind])
     weights = average_of(wrap(model), tmp_path / "run")
@@ -259,7 +263,9 @@ def test_a_compiled_function_may_call_a_tracker(tmp_path: Path, call: str) -> No
 @pytest.mark.parametrize("part", [True, False])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
 def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
-    tmp_path: Path, compile: Any, part: bool
+    tmp_path: Path,
+    compile: Any,
+    part: bool,
 ) -> None:
     model = torch.nn.Linear(2, 2)
     compiled = compile(model)
