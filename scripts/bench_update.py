@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import platform
 import statistics
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, default=7, help="length of a run, in folds")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args(arguments)
+    logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # it warns that no weights change
     device = str(check_device(asked.device))
     repeats, scale = (1, 100) if asked.quick else (asked.repeats, 1)
     print(
