@@ -609,10 +609,14 @@ class PostHocEMA:
             dtype, method: dtype of the averages, by default each parameter's own; the solver,
                 "minvar" or "paper".
         """
+        asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         if sigma_rel is None:
+            for name, value in asked.items():
+                if value is not None:
+                    reason = f"must be given with {name}, which is of an average"
+                    raise InvalidValueError("sigma_rel", reason)
             return self._own_state()
         model = self._chunked_model()
-        asked = {"t": t, "step": step, "dtype": dtype, "method": method}
         _, weights = self._average("state_dict", model, sigma_rel, asked)
         return weights if model is None else averaged.as_dtensors(weights, model)
 

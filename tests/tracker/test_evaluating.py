@@ -107,6 +107,17 @@ def test_without_an_update_or_before_one_of_a_resumed_run_there_is_no_live_avera
         )
 
 
+@pytest.mark.parametrize("asked", [{"step": 10}, {"t": 0.0}, {"dtype": "float16"}])
+def test_what_is_of_an_average_is_refused_for_the_own_state(
+    tmp_path: Path,
+    asked: dict[str, Any],
+) -> None:
+    _, ema = trained(tmp_path, 10)
+    (name,) = asked
+    with pytest.raises(InvalidValueError, match=f"sigma_rel: must be given with {name}"):
+        ema.state_dict(None, **asked)
+
+
 def test_switching_to_the_average_between_steps_leaves_the_optimizer_its_parameters(
     tmp_path: Path,
 ) -> None:
