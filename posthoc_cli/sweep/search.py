@@ -581,7 +581,7 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
 
 def _with_error(value: float, error: float) -> str:
     """Return a value with its standard error, and no digits that the error makes meaningless."""
-    digits = max(0, 1 - math.floor(math.log10(error)))
+    digits = max(0, 1 - math.floor(math.log10(max(error, 1e-12))))
     return f"{value:.{digits}f} ± {error:.2g}"
 
 
