@@ -406,7 +406,7 @@ def of_undecided_buffers(folder: Path) -> None:
 
 
 UNCLEAR: dict[str, tuple[Odd, str]] = {
-    "no steps": (two_unknown_sets, "steps_per_epoch"),
+    "no steps": (two_unknown_sets, "--steps-per-epoch"),
     "two averages": (two_averages, "average"),
     "no time": (of_no_time, "its step"),
     "one time": (of_one_time, "are both of step 5"),
