@@ -76,7 +76,7 @@ _BUILD_UP = 0.2
 # the median so, from 20 files 300 steps apart, and with polynomials of time 0.11 and 0.06 %. Of 600
 # steps from 10 files they were 1.0 and 0.4 % off: few show too few components, and no slow noise.
 _CHECKPOINTS_A_COMPONENT = 7
-_MANY = 14
+_MANY = 2 * _CHECKPOINTS_A_COMPONENT
 _DEGREE = 3  # of a polynomial of time, for fewer checkpoints
 _ROUNDS = 40  # to find variances: with 100 no length changed by 0.5 %
 _LEAST = 1e-6  # least share of variance: the covariance of a path on a line is singular
@@ -568,11 +568,12 @@ class _Likelihood:
         self.edges = _edges_of_cells(times)
         middles = (self.edges[:-1] + self.edges[1:] + model.every) / 2
         at = np.append(middles, times)
-        noise = _NOISE if self.count >= _MANY else _NOISE[:-1]
+        noise: Sequence[float] = _NOISE
         if self.count >= _MANY:
             of_weights = self.sample[: self.count - 1, : self.count - 1]
             shared = _components(at, times, of_weights)
         else:
+            noise = _NOISE[:-1]
             shared = _polynomials(at, times)
         responses = _responses(at, self.edges, series.spacing, noise)
         self.impulses = responses.reshape(-1, _CELLS, len(at))

@@ -172,8 +172,8 @@ class Stored:
             raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
 
     def _warn_if_unrelated(self) -> None:
-        """Warn if the average is about as far from the weights as a network of
-        other weights is: the other tower of one model, whose key is `target_encoder`."""
+        """Warn if the average is as far from the weights as another network is, such as the other
+        tower of a model, whose key is `target_encoder`."""
         ours = self._made(self._found.averaged)
         theirs = self._made(self._found.weights)
         apart = 0.0
@@ -187,8 +187,9 @@ class Stored:
                 apart += float(gap @ gap)
                 own += float(first @ first + other @ other)
         if apart > own / 2:
-            reason = "is unrelated to the weights; name it by `average` if it is one"
-            log.warning("%s: the set whose key says an average %s", self._content.path, reason)
+            reason = "the set that its key calls an average is unrelated to the weights"
+            hint = "name it by `average` if it is one"
+            log.warning("%s: %s; %s", self._content.path, reason, hint)
 
     @property
     def groups(self) -> str:

@@ -129,8 +129,11 @@ class Bucket:
 
     @cached_property
     def _host_edges(self) -> list[int]:
-        """The ends of tiles on the host: of each tensor that is larger than one, and of as many
-        others as fit into one. So a tensor is read in place, and only small ones are copied."""
+        """The ends of tiles on the host, and 0.
+
+        A tensor larger than a tile shares none with others, so that it is read in place; smaller
+        ones share a tile, into which they are copied.
+        """
         edges = [0]
         for place in self.places.values():
             if place.end - edges[-1] > TILE and place.begin > edges[-1]:
@@ -144,7 +147,7 @@ class Bucket:
 
 
 def _grouped(edges: Sequence[int], most: int) -> list[int]:
-    """Return the fewest of the edges that are at most so far apart as `most`."""
+    """Return the fewest of the edges that are at most `most` apart."""
     grouped = [0]
     while grouped[-1] < edges[-1]:
         grouped.append(_last_within(edges, grouped[-1], most))
