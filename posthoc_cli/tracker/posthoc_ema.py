@@ -817,11 +817,16 @@ class PostHocEMA:
         self._pipeline.update(tensors, progress)
 
     def _note_uncounted(self, at_end: bool = False) -> None:
-        """Warn, once, of a model that has moved since the last counted step; of one that was never
-        counted, at the end."""
+        """Warn, once, of steps of the model that were not counted.
+
+        Between a step and its call of `update_` nothing is wrong, except at the end. A tracker that
+        has counted none yet may be one that only reads.
+        """
         step = self._last.progress.step
-        is_heard = not self.closed and self.keeps_averages and (at_end or step > 0)
-        if is_heard and self._last.has_moved and self._is_first_warning("uncounted"):
+        if self.closed or not self.keeps_averages:
+            return
+        missed = self._last.has_moved if at_end else step > 0 and self._last.was_missed
+        if missed and self._is_first_warning("uncounted"):
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted: call update_ "
                 "after every step, or attach the optimizer that takes them",

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +46,9 @@ GRACE = 30.0
 WARNING = 10.0
 LIMIT = 300.0
 
-# stores for each purpose and directory, which all processes make in the same order
-_made: Counter[str] = Counter()
+# the meeting points that this process has made, each named for a purpose or a directory: those of
+# one name in the same order in all processes
+_made: list[str] = []
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -154,6 +155,7 @@ class Group:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     device: torch.device = HOST
+    processes: Any = None  # torch's group of these ranks; None for all of the training
 
     @property
     def leads(self) -> bool:
@@ -166,7 +168,7 @@ class Group:
     def from_all(self, value: Result) -> list[Result]:
         values = [value] * len(self.ranks)
         if not self.is_alone:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.processes)
         return values
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
@@ -211,7 +213,7 @@ class Group:
         if self.is_alone:
             return work()
         sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
-        dist.broadcast_object_list(sent, self.ranks[0])
+        dist.broadcast_object_list(sent, self.ranks[0], self.processes)
         return sent[0][0]
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
@@ -228,7 +230,7 @@ class Group:
             return
         buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
         if len(ranks) == len(self.ranks):
-            dist.broadcast(buffer, ranks[0])
+            dist.broadcast(buffer, ranks[0], self.processes)
         elif self.rank == ranks[0]:
             for other in ranks[1:]:
                 dist.send(buffer, other)
@@ -266,17 +268,21 @@ class Rendezvous:
         # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
 
-        _made[name] += 1
-        self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
+        _made.append(name)
+        self._name = name
+        self._number = _made.count(name)
+        self.store: Store = PrefixStore(f"ema-{name}-{self._number}", _get_default_store())
+        self._all: Store = PrefixStore("ema-all", _get_default_store())
         self._hint = hint
         self._calls = 0
         self._rank = dist.get_rank()
-        self._ranks = range(dist.get_world_size())
+        self._ranks: Sequence[int] = range(dist.get_world_size())  # those that take part
         self._tensors = tensors  # identifies the tensors of this process's model
         self._begin = time.monotonic()
         if tensors:
             self.store.set(f"tensors/{self._rank}", tensors)
         self.store.set(f"made/{self._rank}", role)
+        self._all.set(f"made/{self._rank}", " ".join(_made))
 
     def check_tensors(self) -> None:
         """Raise a RankError if the model of this process or of rank 0, as far as trackers are made,
@@ -285,25 +291,21 @@ class Rendezvous:
         Of two processes, the one whose first update is the later sees the other's tracker.
         """
         for rank in self._ranks if self._rank == 0 else (0,):
-            key = f"tensors/{rank}"
-            if self.store.check([key]) and self.store.get(key).decode() != self._tensors:
+            if self._has("tensors", rank) and self._value("tensors", rank) != self._tensors:
                 reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
                 raise RankError(f"rank {rank}", reason, _STAGES)
 
     def check_keeper(self) -> None:
-        """Raise a RankError if no process keeps averages: if all have made a tracker, or `GRACE`
-        seconds after this one."""
-        until = self._begin + GRACE
-        while "keeps" not in self._roles():
-            if self._is_set("made") or time.monotonic() > until:
-                reason = "only counts steps, and no process that keeps averages has made a tracker"
-                raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
-            time.sleep(0.02)
+        """Raise a RankError if no process keeps averages, as far as trackers are made when
+        `_wait_for_trackers` returns."""
+        self._wait_for_trackers(lambda: "keeps" in self._roles().values())
+        if "keeps" not in self._roles().values():
+            reason = "only counts steps, and no process that keeps averages has made a tracker"
+            raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
 
-    def _roles(self) -> list[str]:
-        """Return the roles of the processes that have announced theirs."""
-        keys = [f"made/{rank}" for rank in self._ranks]
-        return [self.store.get(key).decode() for key in keys if self.store.check([key])]
+    def _roles(self) -> dict[int, str]:
+        """Return the roles of the processes that have announced theirs, by rank."""
+        return {rank: self._value("made", rank) for rank in self._ranks if self._has("made", rank)}
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -317,39 +319,63 @@ class Rendezvous:
         except BaseException as error:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
-        roles = self._values("made")
-        first = roles.index("keeps") if "keeps" in roles else 0
-        calls = self._values(prefix)
-        for rank, other in enumerate(calls):
+        first = self._ranks[0]
+        for rank, role in self._roles().items():
+            if role == "keeps":
+                first = rank
+                break
+        calls = {rank: self._value(prefix, rank) for rank in self._ranks}
+        for rank, other in calls.items():
             if other.startswith("left"):
                 raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
         others = [rank for rank in self._ranks if rank != first]
-        return Group(self._rank, (first, *others), device)
+        return Group(self._rank, (first, *others), device, self._processes)
+
+    @cached_property
+    def _processes(self) -> Any:
+        """torch's group of the processes that take part; None for all of the training."""
+        if len(self._ranks) == dist.get_world_size():
+            return None
+        return dist.new_group([*self._ranks], use_local_synchronization=True)
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether no other process has made a tracker `GRACE` seconds after this one; they are
-        told."""
-        until = self._begin + GRACE
-        if not self._is_set("made") and time.monotonic() + WARNING < until:
-            log.warning(
-                "waiting for trackers of other processes, for %.0f s: %s", GRACE, self._hint
-            )
-        while not self._is_set("made") and time.monotonic() < until:
-            time.sleep(0.02)
-        trackers = [role for role in self._roles() if role != "abstains"]
+        """Whether no other process has made a tracker of this directory when `_wait_for_trackers`
+        returns; they are told. Else those that have made one take part from here on."""
+        self._wait_for_trackers(lambda: False)
+        trackers = [rank for rank, role in self._roles().items() if role != "abstains"]
         if len(trackers) > 1:
+            if self._all_have_made_theirs():
+                self._ranks = trackers
             return False
         self.store.set("alone", str(self._rank))
         return True
 
+    def _wait_for_trackers(self, are_enough: Callable[[], bool]) -> None:
+        """Wait for trackers of other processes: until there are enough, all have made theirs, or
+        `GRACE` seconds are over since this one was made."""
+        until = self._begin + GRACE
+        warn_at = time.monotonic() + 1.0
+        while not (are_enough() or self._all_have_made_theirs()):
+            now = time.monotonic()
+            if now > until:
+                return
+            if now > warn_at:
+                log.warning(
+                    "waiting for trackers of other processes, %.0f s at most: %s",
+                    until - now,
+                    self._hint,
+                )
+                warn_at = until
+            time.sleep(0.02)
+
     def _check_in_time(self) -> None:
         if self.store.check(["alone"]):
             other = self.store.get("alone").decode()
-            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
+            reason = "evaluates alone: it found no other tracker of this directory"
             raise RankError(f"rank {other}", reason, self._hint)
 
     def _wait_for_all(self, prefix: str) -> None:
@@ -358,7 +384,8 @@ class Rendezvous:
         warned = False
         while not (self._is_set(prefix) and self._is_set("made")):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
+                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
+                absent = " and ".join(f"rank {rank}" for rank in late)
                 if warned:
                     raise RankError(
                         absent, f"did not make this call within {LIMIT:.0f} s", self._hint
@@ -368,17 +395,29 @@ class Rendezvous:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
+    def _all_have_made_theirs(self) -> bool:
+        """Return whether each process has made this tracker, or as many as this one, of other
+        directories: it is of a model of its own then."""
+        if self._is_set("made"):
+            return True
+        keys = [f"made/{rank}" for rank in self._ranks]
+        if not self._all.check(keys):
+            return False
+        for made in self._all.multi_get(keys):
+            names = made.decode().split()
+            if len(names) < len(_made) and names.count(self._name) < self._number:
+                return False
+        return True
+
     def _is_set(self, prefix: str) -> bool:
         """Return whether every process has set a key, by one request."""
         return bool(self.store.check([f"{prefix}/{rank}" for rank in self._ranks]))
 
-    def _values(self, prefix: str) -> list[str]:
-        """Return the value that each process has set a key to, by rank."""
-        return [self.store.get(f"{prefix}/{rank}").decode() for rank in self._ranks]
+    def _has(self, prefix: str, rank: int) -> bool:
+        return bool(self.store.check([f"{prefix}/{rank}"]))
 
-    def _absent(self, prefix: str) -> list[int]:
-        """Return the ranks of processes that have not set a key, by a request each."""
-        return [rank for rank in self._ranks if not self.store.check([f"{prefix}/{rank}"])]
+    def _value(self, prefix: str, rank: int) -> str:
+        return self.store.get(f"{prefix}/{rank}").decode()
 
 
 class Members:

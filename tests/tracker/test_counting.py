@@ -97,8 +97,48 @@ def test_a_forgotten_call_is_noticed_of_any_optimizer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, ema = made(tmp_path)
-    train(model, make(model))
+    optimizer = make(model)
+    train(model, optimizer, 2)
     evaluate(model, ema)
+    assert f"{MOVED}5," in caplog.text
+
+
+def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of one optimizer, or of several that step in turn. A call that does not follow is named."""
+    model, ema = made(tmp_path)
+    optimizer = sgd(model)
+    other = torch.optim.Adam(model[2].parameters())
+    for _ in range(3):
+        train(model, optimizer)
+        evaluate(model, ema)
+        train(model, other)
+        ema.state_dict(0.15)
+        ema.update_(model)
+    train(model, other)
+    evaluate(model, ema)
+    assert MOVED not in caplog.text
+    train(model, other)
+    evaluate(model, ema)
+    assert f"{MOVED}8, the last that was counted" in caplog.text
+
+
+def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as two skipped steps of a fused optimizer, whose third is taken."""
+    model, ema = made(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for skipped in (1, 1, 0):
+        optimizer.found_inf = torch.full((), float(skipped))  # type: ignore[attr-defined]
+        train(model, optimizer)
+        if skipped:
+            evaluate(model, ema)
+            assert MOVED not in caplog.text
+    ema.close()
     assert f"{MOVED}5," in caplog.text
 
 
