@@ -72,12 +72,18 @@ def reshard(model: nn.Module) -> None:
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the part of each tensor that this process holds: the same objects each time, as
     gradients are off."""
-    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+    parts = []
+    for tensor in tensors:
+        parts.append(tensor.to_local() if is_sharded(tensor) else tensor)  # type: ignore[attr-defined]
+    return parts
 
 
 def held_part(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor that this process holds, sharing their memory."""
-    return held_box("", tensor)[0] if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    part, _ = held_box("", tensor)
+    return part
 
 
 def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
@@ -97,7 +103,8 @@ def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
     with torch.no_grad():
         local = dtensor.to_local()
     (chunk,) = dtensor.__create_chunk_list__()
-    return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return local.detach().view(box.shape), box
 
 
 def _check_strided(name: str, dtensor: Any, axis: int) -> None:
@@ -135,7 +142,8 @@ def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
     sharded: Any = like
     # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others.
     if local.device.type == "cpu" and local.numel():
-        local = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy()).view(local.dtype)
+        in_bytes = local.reshape(-1).view(torch.uint8)
+        local = torch.from_numpy(in_bytes.numpy()).view(local.dtype)
     dtensor = DTensor.from_local(
         local.view(sharded.to_local().shape),
         sharded.device_mesh,
@@ -175,7 +183,8 @@ class Group:
         """Return the value of each process, by rank; raise a RankError that names a process at
         another step or t."""
         now = f"step {step:,}, t = {t:,.12g}"
-        times, values = zip(*self.from_all((now, value)), strict=True)
+        pairs = self.from_all((now, value))
+        times, values = zip(*pairs, strict=True)
         for rank, other in enumerate(times):
             if other != times[0]:
                 reason = f"is at {other}, and rank 0 at {times[0]}"
@@ -197,7 +206,9 @@ class Group:
         except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
         own_vanished = isinstance(failure, VanishedError)
-        own = None if failure is None else (own_vanished, self.rank, _describe(failure))
+        own = None
+        if failure is not None:
+            own = own_vanished, self.rank, _describe(failure)
         failed = sorted(filter(None, self.from_all(own)))
         if not failed:
             return result
@@ -212,9 +223,14 @@ class Group:
         `together` does."""
         if self.is_alone:
             return work()
-        sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
+
+        def work_first() -> list[Result]:
+            return [work()] if self.leads else []
+
+        sent = [self.together(work_first)]
         dist.broadcast_object_list(sent, self.ranks[0], self.processes)
-        return sent[0][0]
+        (result,) = sent[0]
+        return result
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Do work in the first process, then in the others, and return its result; an error in one
@@ -228,7 +244,8 @@ class Group:
         this."""
         if len(ranks) < 2 or not value.numel():
             return
-        buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        in_bytes = value.contiguous().reshape(-1).view(torch.uint8)
+        buffer = in_bytes.to(self.device)
         if len(ranks) == len(self.ranks):
             dist.broadcast(buffer, ranks[0], self.processes)
         elif self.rank == ranks[0]:
@@ -237,7 +254,8 @@ class Group:
         else:
             dist.recv(buffer, ranks[0])
         if self.rank != ranks[0]:
-            value.copy_(buffer.cpu().view(value.dtype).view(value.shape))
+            received = buffer.cpu().view(value.dtype)
+            value.copy_(received.view(value.shape))
 
 
 def _describe(error: BaseException) -> str:
@@ -290,7 +308,8 @@ class Rendezvous:
 
         Of two processes, the one whose first update is the later sees the other's tracker.
         """
-        for rank in self._ranks if self._rank == 0 else (0,):
+        others = self._ranks if self._rank == 0 else (0,)
+        for rank in others:
             if self._has("tensors", rank) and self._value("tensors", rank) != self._tensors:
                 reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
                 raise RankError(f"rank {rank}", reason, _STAGES)
@@ -305,7 +324,11 @@ class Rendezvous:
 
     def _roles(self) -> dict[int, str]:
         """Return the roles of the processes that have announced theirs, by rank."""
-        return {rank: self._value("made", rank) for rank in self._ranks if self._has("made", rank)}
+        roles = {}
+        for rank in self._ranks:
+            if self._has("made", rank):
+                roles[rank] = self._value("made", rank)
+        return roles
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -383,7 +406,8 @@ class Rendezvous:
         pause = 0.001
         warned = False
         while not (self._is_set(prefix) and self._is_set("made")):
-            if time.monotonic() - began > (LIMIT if warned else WARNING):
+            limit = LIMIT if warned else WARNING
+            if time.monotonic() - began > limit:
                 late = [rank for rank in self._ranks if not self._has(prefix, rank)]
                 absent = " and ".join(f"rank {rank}" for rank in late)
                 if warned:
@@ -411,7 +435,8 @@ class Rendezvous:
 
     def _is_set(self, prefix: str) -> bool:
         """Return whether every process has set a key, by one request."""
-        return bool(self.store.check([f"{prefix}/{rank}" for rank in self._ranks]))
+        keys = [f"{prefix}/{rank}" for rank in self._ranks]
+        return bool(self.store.check(keys))
 
     def _has(self, prefix: str, rank: int) -> bool:
         return bool(self.store.check([f"{prefix}/{rank}"]))
@@ -446,7 +471,8 @@ class Members:
         if model is not None and dist.is_initialized() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
-            tensors = _digest(repr(sorted((shapes or {}).items())))
+            named_shapes = sorted((shapes or {}).items())
+            tensors = _digest(repr(named_shapes))
             role = "keeps" if self.keeps else "counts"
             self._meeting = Rendezvous(_digest(str(directory)), role, hint, tensors)
 
@@ -474,9 +500,12 @@ class Members:
 
     def callers(self, call: str, is_tracking: bool, device: torch.device) -> Group:
         """Return the processes that make a call for averages; this one before it tracks."""
-        if self._meeting is None or not is_tracking or not dist.is_initialized():
+        meeting = self._meeting
+        if meeting is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
-        return THIS_PROCESS if self._meeting.is_alone else self._meeting.gather(device, call)
+        if meeting.is_alone:
+            return THIS_PROCESS
+        return meeting.gather(device, call)
 
 
 class ShardOwners(Members):
@@ -507,10 +536,17 @@ class ShardOwners(Members):
         self.mesh = _largest_mesh(model)
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
-        self._owners_meeting = Rendezvous("members", "keeps" if self.rank == 0 else "counts", hint)
+        role = "keeps" if self.rank == 0 else "counts"
+        self._owners_meeting = Rendezvous("members", role, hint)
         digests = _chunk_digests(tensors, chunks)
-        names = [*tensors, *aliases]
-        own = _Presence(options, [*digests.values()], run_id, time.time_ns(), names, shapes)
+        own = _Presence(
+            options=options,
+            digests=[*digests.values()],
+            run_id=run_id,
+            session=time.time_ns(),
+            names=[*tensors, *aliases],
+            shapes=shapes,
+        )
         presences = self.keepers("a tracker of this model").from_all(own)
         _check_options(presences)
         self.run_id = presences[0].run_id
@@ -526,11 +562,17 @@ class ShardOwners(Members):
             self.shapes |= presence.shapes
             for digest in presence.digests:
                 holders[digest].append(rank)
-        self.holders = {name: tuple(holders[digests[name]]) for name in digests}
-        self._owned = {name for name, ranks in self.holders.items() if ranks[0] == self.rank}
-        owners = sorted({ranks[0] for ranks in holders.values()})
+        self.holders = dict[str, tuple[int, ...]]()
+        self._owned = set[str]()
+        for name, digest in digests.items():
+            ranks = tuple(holders[digest])
+            self.holders[name] = ranks
+            if ranks[0] == self.rank:
+                self._owned.add(name)
+        owners = sorted({first for first, *_ in holders.values()})
         self.keeps = self.rank in owners
-        self.part = (owners.index(self.rank) + 1, len(owners)) if self.keeps else None
+        if self.keeps:
+            self.part = owners.index(self.rank) + 1, len(owners)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return the tensors whose chunk this process owns, and those that did not exist when the
@@ -577,13 +619,17 @@ class _Presence(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def _chunk_digests(tensors: Mapping[str, Tensor], chunks: Mapping[str, Chunk]) -> dict[str, str]:
+def _chunk_digests(
+    tensors: Mapping[str, Tensor],
+    chunks: Mapping[str, Chunk],
+) -> dict[str, str]:
     """Return the digest of each chunk in this process that may have an owner."""
     digests = {}
     for name, tensor in tensors.items():
         chunk = chunks.get(name)
         if tensor.numel() or chunk is None or not math.prod(chunk.shape):
-            digests[name] = _digest(repr((name, chunk, tuple(tensor.shape))))
+            identity = name, chunk, tuple(tensor.shape)
+            digests[name] = _digest(repr(identity))
     return digests
 
 
@@ -597,13 +643,14 @@ def _check_options(presences: Sequence[_Presence]) -> None:
 
 def _largest_mesh(model: nn.Module) -> dict[str, Any]:
     """Return the arrangement of the processes, as a snapshot's header has it."""
-    largest: Any = None
+    meshes: list[Any] = []
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None and (largest is None or mesh.size() > largest.size()):
-            largest = mesh
-    if largest is None:
+        if mesh is not None:
+            meshes.append(mesh)
+    if not meshes:
         return {}
+    largest = max(meshes, key=lambda mesh: mesh.size())
     return {"shape": list(largest.mesh.shape), "names": largest.mesh_dim_names}
 
 
@@ -629,4 +676,5 @@ def is_first_of_group(model: nn.Module | None) -> bool:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:16]
