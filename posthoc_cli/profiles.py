@@ -47,6 +47,12 @@ class StoredProfile(Profile, Protocol):
         """The time at which the average was taken, above 0; all mass is at or before it."""
 
 
+def tails_at(times: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
+    """Return the mass of each profile after each of the times: shape [times, profiles]."""
+    columns = [profile.tail(times) for profile in profiles]
+    return np.stack(columns, axis=1)
+
+
 # --- the power function (Karras et al., arXiv 2312.02696, section 3.1)
 #
 # An average taken at time t with exponent gamma weighs the network at time s by

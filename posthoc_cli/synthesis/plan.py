@@ -28,7 +28,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import check_within, error_curve
 from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.outputs import OutputInfo, Used
+from posthoc_cli.snapshots.snapshot import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
     StoredTensors,

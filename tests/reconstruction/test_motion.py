@@ -34,7 +34,7 @@ from posthoc_cli.reconstruction.motion import (
     sampling_errors,
     with_floor,
 )
-from posthoc_cli.reconstruction.prior import rounding_factor
+from posthoc_cli.reconstruction.solving import rounding_factor
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
