@@ -191,19 +191,28 @@ def test_the_minimum_is_that_of_sixty_digits(
     products = exact_products([*snapshots, *targets], of_tails)
     matrix = products[:n, :n] + rounding * np.eye(n)
     for number, target in enumerate(targets, start=n):
-        right = products[number, :n]
-        norm = products[number, number]
-        best = constrained_solution(matrix, right)
-        c = solved(solver, target)
-        least = exact_square(matrix, right, norm, best)
-        reached = exact_square(matrix, right, norm, c)
-        # What float64 leaves of a root: eps of the tails times the coefficients.
-        size = float(np.abs(c).sum())
-        slack = 1e-13 * size**2
-        assert reached - least <= 1e-9 * least + slack * float(norm)
-        ours = squared_error(solver, c, target)
-        assert reached == pytest.approx(ours, rel=1e-6, abs=slack)
-        check_sum(c)
+        check_minimum(solver, target, matrix, products[number, :n], products[number, number])
+
+
+def check_minimum(
+    solver: Problem,
+    target: PowerFunction,
+    matrix: Exact,
+    right: Exact,
+    norm: Exact,
+) -> None:
+    """Check that the square of our coefficients is the least one, and the one that we state."""
+    best = constrained_solution(matrix, right)
+    least = exact_square(matrix, right, norm, best)
+    c = solved(solver, target)
+    reached = exact_square(matrix, right, norm, c)
+    # What float64 leaves of a root: eps of the tails times the coefficients.
+    size = float(np.abs(c).sum())
+    slack = 1e-13 * size**2
+    assert reached - least <= 1e-9 * least + slack * float(norm)
+    ours = squared_error(solver, c, target)
+    assert reached == pytest.approx(ours, rel=1e-6, abs=slack)
+    check_sum(c)
 
 
 def constrained_solution(matrix: Exact, right: Exact) -> Exact:
