@@ -335,7 +335,7 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised() -> None:
     """A step in any direction from the optimum raises it alike on both sides."""
     prior = prior_of(walk(), 20, 0.02**2 * SIZE, 1e-4)
     target = TARGETS[1]
-    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), float(T))
+    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), T)
     goal = expected.goal(target)
     rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
 
@@ -344,7 +344,7 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised() -> None:
         measured = np.sum((rows @ np.append(c, -1)) ** 2)
         return float((motion + measured) / 2 + c**2 @ prior.rounding)
 
-    c = solved(Problem(SNAPSHOTS, prior, float(T)), target)
+    c = solved(Problem(SNAPSHOTS, prior, T), target)
     least = square(c)
     random = np.random.default_rng(0)
     for direction in random.standard_normal((5, c.size)):
