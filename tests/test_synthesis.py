@@ -99,9 +99,9 @@ def test_results_are_the_sums_within_rounding(
     averages = dict.fromkeys(("w", "odd", "scalar", "empty"), f"average {stored_name(own)}")
     write_random(tmp_path, stored, tensors=averages)
     plan = plan_of(tmp_path)
-    is_wide = own == torch.float64 or stored.itemsize >= 4
-    share = accumulated(plan, torch.float64)
-    share += accumulated(plan, torch.float64 if is_wide else torch.float32)
+    is_coarse = own != torch.float64 and stored.itemsize < 4
+    wide = torch.float32 if is_coarse else torch.float64
+    share = accumulated(plan, wide) + accumulated(plan, torch.float64)
     tensors = dict(synthesize(plan))
     for name in averages:
         sums, sizes = expected(tmp_path, plan, name)
