@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 import urllib.parse
@@ -49,6 +50,8 @@ _COMPARED = [
     ("raw weights", "raw"),
 ]
 """The columns of the table of several sweeps, with their keys."""
+_UNITS = re.compile(r"(?<=\d) (?=(?:%|±|x|s|[kMGTPE]?B)(?!\w))|(?<=[±<>]) (?=\d)")
+"""The spaces between numbers and units, and those in "0.29 ± 0.01" and "< 0.1 %"."""
 _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
@@ -101,7 +104,13 @@ def _template() -> jinja2.Template:
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )
     environment.filters["size"] = size_text
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("page.html")
+
+
+def _unbroken(text: str) -> str:
+    """Return a text in which no line ends between a number and its unit."""
+    return _UNITS.sub("\u00a0", text)
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
