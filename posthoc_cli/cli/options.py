@@ -185,7 +185,7 @@ def _check_content(path: Path) -> None:
         raise InvalidValueError(path, "is an empty file")
     text = beginning.decode(errors="replace")
     is_text = "\ufffd" not in text and all(c.isprintable() or c.isspace() for c in text)
-    if is_text and path.suffix != ".json":
+    if is_text and not path.name.endswith(".index.json"):
         reason = f"is a text, not a file of tensors: {errors.shown(text[:40])}"
         raise InvalidValueError(path, reason)
 
@@ -207,6 +207,8 @@ def open_run(place: str, directory: bool = True) -> Run:
         return Run(path)
     path = existing(path, directory)
     if path.is_dir() and not holds_snapshots(path):
+        if directory and (path / "sweep.json").is_file():
+            raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
         for folder in sorted(path.iterdir()):
             if folder.is_dir() and holds_snapshots(folder):
                 raise InvalidValueError(

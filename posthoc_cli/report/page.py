@@ -132,6 +132,9 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     """Return the texts and figures of a sweep, after adding them and its commands to the part of
     its run."""
     path = folder / RESULT
+    if not folder.is_dir():
+        reason = "is not a directory"
+        raise InvalidValueError("sweep", reason, "name the folder of a sweep", value=folder)
     if not path.is_file():
         raise InvalidValueError(
             "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder

@@ -29,7 +29,13 @@ from forked import Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import FileFormatError, LockedError, OutputExistsError, PostHocError
+from posthoc_cli.errors import (
+    FileFormatError,
+    LockedError,
+    MismatchError,
+    OutputExistsError,
+    PostHocError,
+)
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.curves import POINTS
@@ -139,6 +145,16 @@ def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
     with refused(str(tmp_path / "out"), f"a sweep of another {name}", kind=OutputExistsError):
         swept(run, tmp_path / "out", **({"command": command, "axis": GRID} | changed))
     assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(
+    run: Run,
+    tmp_path: Path,
+) -> None:
+    with refused("the sweep", kind=PostHocError):
+        swept(run, tmp_path / "out", "false {weights}", axis=GRID)
+    report = swept(run, tmp_path / "out", axis=GRID)
+    assert len(report.trials) == len(LENGTHS)
 
 
 def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
@@ -309,7 +325,10 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
         ("true '{weights}", {}, "cannot be split into words"),
         ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
         ("true {weights}", {"minimize": None}, "must contain {dir}, the folder for the images"),
+        ("true {weights}", {"images": "*.png"}, "must contain {dir}, the folder for the images"),
         ("python3 absent.py {weights}", {}, "absent.py: no such file"),
+        ("cat {weights} | wc -c", {}, "need a shell: sh -c '...'"),
+        ("SEED=1 eval {weights}", {}, "need a shell: sh -c '...'"),
     ],
 )
 def test_an_unusable_command_is_refused_before_anything_is_made(
@@ -524,7 +543,7 @@ def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run: Run, tmp_path: Path) -> None:
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
-    with refused("raw", str(raw), "lacks tensor 'a'"):
+    with refused(str(raw), "lacks tensor 'a'", kind=MismatchError):
         swept(run, tmp_path / "out", axis=GRID, raw=raw)
 
 
