@@ -199,7 +199,7 @@ def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for key in ("target", "seed", "value", "standard_error", "predicted_error", "seconds"):
         if any(trial[key] is not None for trial in trials):
             names[key] = result["metric"] if key == "value" else title_of(key)
-    best = result.get("best", {}).get("target")
+    best = _best_target(result)
     rows = []
     for trial in trials:
         log = f"{LOGS}/{Trial(**trial).name}"
@@ -233,6 +233,7 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """
     stops = dict[str, dict[str, Any]]()
     size = 0
+    best = _best_target(result)
     for trial in _sorted(result):
         target = trial["target"]
         kept = folder / images.FOLDER / Trial(**trial).name
@@ -243,15 +244,26 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             title = target
             if trial["value"] is not None:
                 title += f", {result['metric']} {trial['value']:.6g}"
-            is_best = target == result.get("best", {}).get("target")
-            stops[target] = {"title": title, "best": is_best, "images": []}
+            stops[target] = {"title": title, "best": target == best, "paths": []}
         size += sum(path.stat().st_size for path in paths)
-        stops[target]["images"] += paths
+        stops[target]["paths"] += paths
+    share = min(1, _MOST_IMAGES / max(size, 1))
     for stop in stops.values():
-        count = math.ceil(len(stop["images"]) * min(1, _MOST_IMAGES / size))
-        stop["left"] = len(stop["images"]) - count
-        stop["images"] = [(path.name, _image(path)) for path in stop["images"][:count]]
+        _read_images(stop, share)
     return [*stops.values()]
+
+
+def _read_images(stop: dict[str, Any], share: float) -> None:
+    """Add the first images of a length, and the number of those that are left out."""
+    paths = stop.pop("paths")
+    count = math.ceil(len(paths) * share)
+    stop["left"] = len(paths) - count
+    stop["images"] = [(path.name, _image(path)) for path in paths[:count]]
+
+
+def _best_target(result: dict[str, Any]) -> str | None:
+    best: str | None = result.get("best", {}).get("target")
+    return best
 
 
 def _image(path: Path) -> str:
