@@ -44,20 +44,33 @@ class Work:
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
         self.run = self.root / "run"
-        names = "out/sigma_rel-0.1.safetensors", "out/sigma_rel-0.2.safetensors", "shards"
-        self.outputs = [self.root / name for name in names]
+        self.averages = self.root / "out"
+        self.outputs = [
+            self.averages / "sigma_rel-0.1.safetensors",
+            self.averages / "sigma_rel-0.2.safetensors",
+            self.root / "shards",
+        ]
 
     def do(self) -> None:
         """Do all stages; repeat a stage that fails once."""
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        first, second, shards = self.outputs
-        self._twice(lambda: Run(self.run).write([0.1, 0.2], first.parent, overwrite=True))
-        self.done += [first, second]
-        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
+        self._twice(self._synthesize)
+        self._twice(self._export)
+        self._twice(self._prune)
+
+    def _synthesize(self) -> None:
+        Run(self.run).write([0.1, 0.2], self.averages, overwrite=True)
+        self.done += self.outputs[:2]
+
+    def _export(self) -> None:
+        average, _, shards = self.outputs
+        export_file(average, shards, max_shard_size="40", overwrite=True)
         self.done.append(shards)
-        self._twice(lambda: Run(self.run).prune(keep=2))
+
+    def _prune(self) -> None:
+        Run(self.run).prune(keep=2)
 
     def _twice(self, stage: Callable[[], object]) -> None:
         try:
@@ -69,20 +82,19 @@ class Work:
         self.make_room()
 
     def _train(self, until: int) -> None:
-        self.errors += train(
-            self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3
-        )
+        options = {"checkpoint_every": 1, "max_checkpoints": 3}
+        self.errors += train(self.run, until, (SAVES,), self.note, **options)
 
     def snapshots(self) -> set[str]:
         return {snapshot.path.name for snapshot in snapshots_in(self.run)}
 
     def wrong(self) -> list[str]:
         """Return the problems of all snapshots, and of the outputs that exist or have been made."""
-        outputs = (path for path in self.outputs if path.exists() or path in self.done)
-        return [
-            *wrong_snapshots(self.run),
-            *(line for path in outputs for line in wrong_output(path)),
-        ]
+        problems = [*wrong_snapshots(self.run)]
+        for path in self.outputs:
+            if path.exists() or path in self.done:
+                problems += wrong_output(path)
+        return problems
 
 
 # --- errors
@@ -98,23 +110,32 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     with installed(counting.do):
         reference.do()
     for kind in KINDS:
-        able = [
-            at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))
-        ]
-        for at in chance.sample(able, max(1, round(share * len(able)))):
-            work = Work(folder / "faulty", make_room=(system := Faulty(at, kind)).make_room)
+        able = []
+        for at, name in enumerate(counting.operations):
+            if can_fail(kind, name):
+                able.append(at)
+        count = max(1, round(share * len(able)))
+        for at in chance.sample(able, count):
+            system = Faulty(at, kind)
+            work = Work(folder / "faulty", make_room=system.make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
                 work.do()
-            if what := system.failed:
+            if system.failed:
                 tally.tried += 1
-                left = [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
-                tally.lost += [f"{what}: {line}" for line in (*work.wrong(), *left)]
-                if not work.errors and (differing := work.snapshots() ^ reference.snapshots()):
-                    tally.missed.append(
-                        f"{what}: no error was raised, and snapshots differ: {sorted(differing)}"
-                    )
+                judge(tally, system.failed, work, reference)
             shutil.rmtree(work.root)
     return tally
+
+
+def judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
+    """Count what is wrong after a fault, and whether an error was raised if something differs."""
+    problems = work.wrong()
+    problems += [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
+    tally.lost += [f"{fault}: {problem}" for problem in problems]
+    differing = work.snapshots() ^ reference.snapshots()
+    if differing and not work.errors:
+        text = f"{fault}: no error was raised, and snapshots differ: {sorted(differing)}"
+        tally.missed.append(text)
 
 
 @contextmanager
@@ -133,7 +154,10 @@ def installed(do: Callable[..., Any]) -> Iterator[None]:
 
 def really(name: str, *arguments: Any) -> Any:
     """Do a file operation; skip all syncs."""
-    return None if name.startswith("fsync") else getattr(files.FileSystem(), name)(*arguments)
+    if name.startswith("fsync"):
+        return None
+    operation = getattr(files.FileSystem(), name)
+    return operation(*arguments)
 
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
@@ -141,10 +165,15 @@ KINDS = (*ERRORS, "short", "torn", "full")
 """The faults: one error; a short read or write, which is allowed; half a write, then an error; a
 full disk until `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
-NEVER = ("close", "remove_directory")
+SAFE = ("close", "remove_directory")
 TAKE_ROOM = ("open_new", "write", "make_directory")
 """The operations that can be done by half, those that do not fail, and those that need room on the
 disk."""
+
+
+def can_fail(kind: str, name: str) -> bool:
+    """Return whether a fault of this kind can happen to an operation."""
+    return name not in SAFE and name in HALVED.get(kind, (name,))
 
 
 class Faulty:
@@ -164,25 +193,29 @@ class Faulty:
 
     def do(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            fails = (
-                len(self.operations) == self._at
-                and name in HALVED.get(self._kind, (name,))
-                and name not in NEVER
-            )
-            self.operations += [name] * (name not in NEVER)
+            is_next = len(self.operations) == self._at
+            fails = is_next and can_fail(self._kind, name)
+            if name not in SAFE:
+                self.operations.append(name)
             if fails:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
                 self._full = self._kind == "full"
-        if (fails and self._kind in ERRORS) or (self._full and name in TAKE_ROOM):
-            code = ERRORS.get(self._kind, errno.ENOSPC)
-            raise OSError(code, os.strerror(code))
+        if fails and self._kind in ERRORS:
+            raise system_error(ERRORS[self._kind])
+        if self._full and name in TAKE_ROOM:
+            raise system_error(errno.ENOSPC)
         if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
-            arguments = descriptor, view[: max(1, len(view) // 2)], offset
+            half = max(1, len(view) // 2)
+            arguments = (descriptor, view[:half], offset)
         done = really(name, *arguments)
         if fails and self._kind == "torn":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise system_error(errno.ENOSPC)
         return done
+
+
+def system_error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
 
 
 # --- crashes
@@ -211,28 +244,36 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     for where, work, kept in places:
         tally.tried += 1
         with tally.judged(where, refusable=False):
-            current = contents(work.run)
-            superseded = contents(work.run / "superseded")
-            gone = [
-                n
-                for n, content in kept.items()
-                if content not in (current.get(n), superseded.get(n))
-            ]
-            lost = [
-                f"{name}, which was durable, is gone or different" for name in gone
-            ] + work.wrong()
+            lost = without_durable(work.run, kept) + work.wrong()
             work.do()
             tally.missed += [f"{where}: resumed: {error}" for error in work.errors]
             lost += [f"resumed: {name} is not there" for name in newest - work.snapshots()]
-            tally.lost += [f"{where}: {line}" for line in (*lost, *work.wrong())]
+            lost += work.wrong()
+            tally.lost += [f"{where}: {line}" for line in lost]
         shutil.rmtree(work.root)
     return tally
+
+
+def without_durable(run: Path, durable: dict[str, bytes]) -> list[str]:
+    """Return a line about each durable snapshot that a run no longer has as it was."""
+    current = contents(run)
+    superseded = contents(run / "superseded")
+    lines = []
+    for name, content in durable.items():
+        if content not in (current.get(name), superseded.get(name)):
+            lines.append(f"{name}, which was durable, is gone or different")
+    return lines
 
 
 @dataclass(eq=False)
 class Inode:
     data: bytes = b""  # the current content of a file
     durable: bytes = b""
+
+    def write(self, data: memoryview, offset: int) -> None:
+        before = self.data[:offset].ljust(offset, b"\0")
+        after = self.data[offset + len(data) :]
+        self.data = before + data + after
 
 
 FOLDER = Inode()  # the entry of every directory
@@ -272,40 +313,47 @@ class Disk:
     def _follow(self, name: str, done: Any, path: Any, *more: Any) -> None:
         """Update the picture of the disk; `path` is a descriptor of an open file."""
         if name in ("unlink", "rename"):  # what is removed or replaced need not last
-            gone = [path, *more][-1]
-            self.kept = {
-                name: data for name, data in self.kept.items() if self._root / "run" / name != gone
-            }
+            gone = more[0] if more else path
+            if gone.parent == self._root / "run":
+                self.kept = dict(self.kept)
+                self.kept.pop(gone.name, None)
         if name == "open_new":
             self._open[done] = Inode()
             self._edit({path: self._open[done]})
         elif name == "open":
             self._open[done] = self._now.get(path) or Inode()
         elif name == "write":
-            inode, (view, offset) = self._open[path], more
-            inode.data = (
-                inode.data[:offset].ljust(offset, b"\0") + view[:done] + inode.data[offset + done :]
-            )
+            view, offset = more
+            self._open[path].write(view[:done], offset)
         elif name == "fsync":
             self._open[path].durable = self._open[path].data
         elif name == "fsync_directory":
-            for edits in [
-                edits for edits in self._pending if path in {entry.parent for entry in edits}
-            ]:
-                self._pending.remove(edits)
-                self._durable |= edits
-        elif name == "rename":  # of a folder, takes along what it holds
-            moved = [
-                entry for entry, inode in self._now.items() if inode and entry.is_relative_to(path)
-            ]
-            there = {more[0] / entry.relative_to(path): self._now[entry] for entry in moved}
-            self._edit({**dict.fromkeys(moved), **there})
+            self._sync(path)
+        elif name == "rename":
+            self._rename(path, more[0])
         elif name == "link":
             self._edit({more[0]: self._now[path]})
         elif name in ("unlink", "remove_directory"):
             self._edit({path: None})
         elif name == "make_directory" and self._now.get(path) is None:
             self._edit({path: FOLDER})
+
+    def _sync(self, folder: Path) -> None:
+        """Make the pending changes of a folder durable."""
+        for edits in [*self._pending]:
+            if any(entry.parent == folder for entry in edits):
+                self._pending.remove(edits)
+                self._durable |= edits
+
+    def _rename(self, path: Path, new: Path) -> None:
+        """Rename an entry, and take along what a folder holds."""
+        edits: Entries = {}
+        arrived: Entries = {}
+        for entry, inode in self._now.items():
+            if inode and entry.is_relative_to(path):
+                edits[entry] = None
+                arrived[new / entry.relative_to(path)] = inode
+        self._edit(edits | arrived)
 
     def _edit(self, edits: Entries) -> None:
         self._pending.append(edits)
@@ -319,16 +367,26 @@ class Disk:
         survived the latter.
         """
         entries = dict(self._now if crash in ("kill", "names") else self._durable)
-        for edits in self._pending if crash == "some" else ():
-            entries |= edits if chance.random() < 0.5 else {}
+        if crash == "some":
+            for edits in self._pending:
+                if chance.random() < 0.5:
+                    entries |= edits
         for name, inode in sorted(entries.items()):
             path = place / name.relative_to(self._root)
-            if inode is FOLDER and path.parent.exists():
+            if inode is None or not path.parent.exists():
+                continue
+            if inode is FOLDER:
                 path.mkdir()
-            elif inode and path.parent.exists():
-                data = inode.data if crash == "kill" else inode.durable
-                if crash == "some" and inode.data != data:
-                    end = chance.randrange(len(inode.data) + 1)
-                    left = inode.data[:end]
-                    data = chance.choice((data, left, left.ljust(len(inode.data), b"\0")))
-                path.write_bytes(data)
+            elif crash == "kill":
+                path.write_bytes(inode.data)
+            elif crash == "some" and inode.data != inode.durable:
+                path.write_bytes(survived(inode, chance))
+            else:
+                path.write_bytes(inode.durable)
+
+
+def survived(inode: Inode, chance: random.Random) -> bytes:
+    """Return what may be left of a file that was not synced."""
+    size = len(inode.data)
+    begin = inode.data[: chance.randrange(size + 1)]
+    return chance.choice((inode.durable, begin, begin.ljust(size, b"\0")))
