@@ -87,7 +87,7 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         "best": found.best,
         "equal_within_noise": [found.low, found.high],
         "commands": lines,
-        "files": [str(path) for path in sorted(out.iterdir())],
+        "files": list(map(str, sorted(out.iterdir()))),
         "seconds": time.perf_counter() - started,
     }
 
@@ -236,8 +236,10 @@ def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Pat
         if trial.x is not None and trial.x not in widths:
             continue
         averaged = make_denoiser(seed=0)
-        weights = model.state_dict() if trial.x is None else run.average(trial.x)
-        averaged.load_state_dict(weights)
+        if trial.x is None:
+            averaged.load_state_dict(model.state_dict())
+        else:
+            averaged.load_state_dict(run.average(trial.x))
         samples = sample(averaged, labels, seed=0)
         pictures = samples.reshape(-1, SIDE, SIDE).numpy()
         rows[trial.target] = pictures

@@ -130,7 +130,8 @@ def make_selection(
     one is invalid."""
     check_word("buffers", buffers, BUFFERS)
     chosen = list[tuple[str, ...]]()
-    for argument, given in (("include", include), ("exclude", exclude)):
+    arguments = {"include": include, "exclude": exclude}
+    for argument, given in arguments.items():
         listed: tuple[Any, ...] = (given,)
         if isinstance(given, Iterable) and not isinstance(given, str):
             listed = tuple(given)
@@ -146,7 +147,8 @@ def make_selection(
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    examples = ", ".join(map(repr, names[:3])) or "none"
+    quoted = map(repr, names[:3])
+    examples = ", ".join(quoted) or "none"
     for argument in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):
@@ -388,7 +390,8 @@ def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
     """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they
     are invalid."""
     tensors = dict[str, TrackedTensor]()
-    for words, names in converted(lists, dict[str, Any]).items():
+    lists = converted(lists, dict[str, Any])
+    for words, names in lists.items():
         is_list = isinstance(names, list)
         are_names = is_list and all(isinstance(name, str) for name in names)
         _check(are_names, "a list of names", names)
@@ -409,8 +412,11 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     samples = {}
     for snapshot in snapshots:
         samples[snapshot.step], _ = decode_sample(snapshot.sample)
-    complete = {step: weights for step, weights in samples.items() if len(weights) == count}
-    return {step: weights for step, weights in complete.items() if np.isfinite(weights).all()}
+    complete = {}
+    for step, weights in samples.items():
+        if len(weights) == count and np.isfinite(weights).all():
+            complete[step] = weights
+    return complete
 
 
 # --- decoding by annotations
@@ -483,7 +489,8 @@ def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
         _check(is_list, "a list", value)
         kinds = kinds[:1] * len(value)
     else:
-        _check(is_list and len(value) == len(kinds), f"a list of {len(kinds)}", value)
+        is_right = is_list and len(value) == len(kinds)
+        _check(is_right, f"a list of {len(kinds)}", value)
     return tuple(map(converted, value, kinds))
 
 

@@ -205,8 +205,9 @@ class StoredTensors:
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end, verified."""
-        if len(self.files) == 1 and not self.files[0].boxes:
-            self.files[0].read_many(names, out)
+        first, *others = self.files
+        if not (others or first.boxes):
+            first.read_many(names, out)
             return
         at = 0
         for name in names:
@@ -320,7 +321,9 @@ def run_clock(sources: Sequence[Source]) -> Clock:
             raise MismatchError("the snapshots are not of one training", pair)
     is_of_epochs = any(source.t_unit == "epochs" for source in sources)
     kind = EpochClock if is_of_epochs else Clock
-    return kind([step for step, _ in pairs], [t for _, t in pairs])
+    steps = [step for step, _ in pairs]
+    times = [t for _, t in pairs]
+    return kind(steps, times)
 
 
 def model_difference(one: Source, other: Source) -> str:
@@ -331,12 +334,16 @@ def model_difference(one: Source, other: Source) -> str:
     """
     if one.aliases != other.aliases:
         return "do not match: they tie different names together"
-    for name in sorted(one.tensors.keys() ^ other.tensors.keys()):
+    unshared = one.tensors.keys() ^ other.tensors.keys()
+    for name in sorted(unshared):
         lacking = other if name in one.tensors else one
         return f"do not match: tensor {shown(name)} is missing in {lacking.name}"
     for name, tensor in one.tensors.items():
         second = other.tensors[name]
-        if tensor.role != second.role or (one.word == "snapshot" and tensor != second):
+        differs = tensor.role != second.role
+        if one.word == "snapshot":
+            differs = tensor != second
+        if differs:
             kinds = f"{tensor.role} of {tensor.dtype} and {second.role} of {second.dtype}"
             return f"do not match: tensor {shown(name)} is {kinds}"
         shape = list(one.entries[name].shape)
@@ -387,7 +394,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     sampled = iter(sample_measurements(on_disk))
     for index, source in enumerate(sources):
         if source.files:
-            averages[index] = replace(averages[index], measurements=next(sampled))
+            measured = next(sampled)
+            averages[index] = replace(averages[index], measurements=measured)
     prior = measured_prior(averages, sketch)
     if prior.source == MEASURED:
         return replace(prior, source=SAMPLED)
@@ -460,8 +468,9 @@ class _Norms:
         squares = np.add.reduceat(sample.values**2, sample.starts)
         moves = sample.values - self._first
         distances = np.add.reduceat(moves**2, sample.starts)
+        has_moved = distances > _STILL * squares
         self._squares[id(sample.source)] = squares * sample.scale
-        self._moved = np.maximum(self._moved, distances > _STILL * squares)
+        self._moved = np.maximum(self._moved, has_moved)
 
     def of_moving(self) -> dict[int, float]:
         """Return the squared norm of each source, by its id; of all tensors if none moves."""
@@ -543,8 +552,12 @@ class _Sampling:
             sums += [distance.squared for distance in measurements.distances]
         if not np.isfinite(sums).all():
             return [None] * len(sources)
-        keys = [id(source) for source in sources]
-        return [replace(self._measured[key], norm=norms[key]) for key in keys]
+        found = list[Measurements | None]()
+        for source in sources:
+            norm = norms[id(source)]
+            measured = self._measured[id(source)]
+            found.append(replace(measured, norm=norm))
+        return found
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
@@ -647,7 +660,9 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
         return None
     sample_a = before[0][0]
     sample_b = before[1][0]
-    a, b, c = (each.source.profile for each in (sample_a, sample_b, sample))
+    a = sample_a.source.profile
+    b = sample_b.source.profile
+    c = sample.source.profile
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
     share_of_a = _share(a, b)
@@ -679,8 +694,9 @@ def _share(earlier: Discrete, later: Discrete) -> float | None:
     share = 1 - float(later.tail(earlier.t))
     if not _NONE < share < 1 - _NONE:
         return None
-    since = later.tail(earlier.times) - later.tail(earlier.t)
-    apart = since / share - earlier.tail(earlier.times)
+    times = earlier.times
+    since = later.tail(times) - later.tail(earlier.t)
+    apart = since / share - earlier.tail(times)
     if np.abs(apart).max() > _LIKE:
         return None
     return share

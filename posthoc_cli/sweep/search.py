@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number, percent
@@ -161,7 +162,12 @@ def good_range(run: Run, t: float) -> Axis:
     if not ranges:
         reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
         raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
-    low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
+
+    def ratio(ends: tuple[float, float]) -> float:
+        low, high = ends
+        return high / low
+
+    low, high = max(ranges, key=ratio)
     return Axis("sigma_rel", round(low, 4), round(high, 4))
 
 
@@ -211,7 +217,9 @@ class Estimate:
         xs, values, errors, seeds = _measurements(trials)
         sign = 1.0 if minimize else -1.0
         self._axis = axis
-        self._known = np.array(axis.values) if axis.values else xs
+        self._known = xs
+        if axis.values:
+            self._known = np.array(axis.values)
         places = axis.place(xs)
         self.draws, self.noise = draw_curves(places, sign * values, errors, seeds)
         self.curve = sign * self.draws.mean(axis=0)
@@ -233,7 +241,7 @@ class Estimate:
         if not self._axis.values:
             return int(means.argmin())
         places = self._axis.place(self._axis.values)
-        points = np.rint((POINTS - 1) * places).astype(int)
+        points = _nearest_points(places)
         best = means[points].argmin()
         return int(points[best])
 
@@ -244,7 +252,9 @@ class Estimate:
         quantiles = np.quantile(self._best_places(), [tail, 1 - tail])
         low, high = quantiles.tolist()
         half = 0.5 / (POINTS - 1)
-        return [max(low - half, 0.0), min(high + half, 1.0)]
+        low = max(low - half, 0.0)
+        high = min(high + half, 1.0)
+        return [low, high]
 
     def _best_places(self) -> FloatArray:
         """Return where each drawn curve is best: shape [draws]."""
@@ -290,8 +300,7 @@ class Estimate:
         is_likely = (low <= GRID) & (high >= GRID)
         spread = np.ptp(self.curve[is_likely])
         is_flat = repeat and self.noise > spread
-        places = self._axis.place([self.best])
-        best = round((POINTS - 1) * float(places[0]))
+        (best,) = _nearest_points(self._axis.place([self.best]))
         lowest = self.draws[:, best]
         values = []
         for _ in range(count):
@@ -305,6 +314,11 @@ class Estimate:
                 value = self._axis.value_at(float(GRID[point]))
             values.append(value)
         return list(dict.fromkeys(values))
+
+
+def _nearest_points(places: FloatArray) -> npt.NDArray[np.intp]:
+    """Return the points of the grid that are nearest to places."""
+    return np.rint((POINTS - 1) * places).astype(np.intp)
 
 
 def _measurements(trials: Sequence[Trial]) -> FloatArray:
@@ -408,11 +422,12 @@ class SweepReport:
         estimate = self.estimate
         if estimate is None:
             return values
+        best = {"target": self.best.title, self.axis.kind: estimate.best}
         xs = self.axis.at(GRID)
         rows = np.column_stack([xs, estimate.curve, estimate.errors])
         curve = [dict(zip(_CURVE, row, strict=True)) for row in rows.tolist()]
         return values | {
-            "best": {"target": self.best.title, self.axis.kind: estimate.best},
+            "best": best,
             "value": self.value,
             "estimate": estimate.mean,
             "standard_error": estimate.standard_error,
@@ -480,13 +495,15 @@ class Search:
         yield from self._measure(average, self._unmeasured([estimate.best]))
 
     def _seeds(self, x: float | None) -> set[int]:
-        return {trial.seed for trial in self.report.trials if trial.x == x}
+        trials = self.report.trials
+        return {trial.seed for trial in trials if trial.x == x}
 
     def _unmeasured(self, values: Iterable[float | None]) -> Lengths:
         """Return values with the first seeds, as far as they are missing."""
         lengths = {}
         for x in values:
-            missing = set(range(self.repeats)) - self._seeds(x)
+            wanted = set(range(self.repeats))
+            missing = wanted - self._seeds(x)
             if missing:
                 lengths[x] = missing
         return lengths
@@ -501,7 +518,9 @@ class Search:
 
     def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
         for x, seeds in lengths.items():
-            title = RAW if x is None else self.report.axis.target(x).title
+            title = RAW
+            if x is not None:
+                title = self.report.axis.target(x).title
             with average(x) as (measure, predicted_error):
                 for seed in seeds:
                     trial = Trial(title, x, seed, predicted_error=predicted_error)
@@ -522,13 +541,15 @@ class Search:
     def _check_latest(self) -> None:
         """Raise a PostHocError after two trials that failed alike, as all others would."""
         last = self.report.trials[-1]
-        errors = [trial.error or "" for trial in self.report.trials[-2:]]
-        causes = [error.partition(": ")[0] for error in errors]
-        if causes[0] and causes[1:] == causes[:1]:
+        causes = []
+        for trial in self.report.trials[-2:]:
+            cause, _, _ = (trial.error or "").partition(": ")
+            causes.append(cause)
+        if last.error and causes == causes[:1] * 2:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise PostHocError("the sweep", f"{reason}: {last.error}")
-        values = self._values()
-        if len(values) == 2 and len({*values.values()}) == 1:
+        values = [*self._values().values()]
+        if len(values) == 2 and values[0] == values[1]:
             doubt = "does the evaluation use the weights?"
             log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
 
@@ -546,17 +567,19 @@ class Search:
         if len({*values.values()}) == 1:
             reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        estimate = Estimate(self.report.trials, self.report.axis, minimize)
+        trials = self.report.trials
+        estimate = Estimate(trials, self.report.axis, minimize)
         self.report = replace(self.report, estimate=estimate)
         return estimate
 
     def _next(self, estimate: Estimate) -> Lengths:
         """Return the lengths of the next round; none if the search has ended, for the reason in
         `stopped`."""
-        lengths = {trial.x for trial in self.report.trials} - {None}
+        lengths = {trial.x for trial in self.report.trials}
         spent = 0
-        for x in lengths:
-            spent += math.ceil(len(self._seeds(x)) / self.repeats)
+        for x in lengths - {None}:
+            seeds = self._seeds(x)
+            spent += math.ceil(len(seeds) / self.repeats)
         left = self.budget - spent - 1  # the best length is measured last
         if self.report.axis.values:
             reason = "all given lengths are measured"
