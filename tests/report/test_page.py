@@ -34,7 +34,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.text = ""
-        self.feed(re.sub(r"<(style|script)>.*?</\1>|</?span>", "", text, flags=re.DOTALL))
+        self.feed(re.sub(r"<(style|script)>.*?</\1>|</?(span|code)>", "", text, flags=re.DOTALL))
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
@@ -181,6 +181,8 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            copied = page.evaluate(COPIED)
+            assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", copied)
             choose_lengths(page)
             assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
             asked = [one["params"] for one in page.events if "request" in one["params"]]
@@ -189,6 +191,7 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
     assert len(backgrounds) == 2
 
 
+COPIED = "getSelection().selectAllChildren(document.querySelector('pre')) ?? `${getSelection()}`"
 ALL = "[...document.querySelectorAll('*')]"
 SCROLLS = (
     "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"
