@@ -119,12 +119,18 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 def parse_max_error(text: str) -> float:
     """Return the relative error that `--max-error` names: 0.01, or 1% for the same."""
+    number = text.strip()
+    scale = 1
+    if number.endswith("%"):
+        number = number.removesuffix("%")
+        scale = 100
     try:
-        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
-        raise bad(
-            "--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%"
-        ) from None
+        error = float(number) / scale
+        errors.check_max_error(error)
+    except ValueError:  # of either line
+        reason = "must be a relative error in (0, 1), such as 0.01 or 1%"
+        raise bad("--max-error", text, reason) from None
+    return error
 
 
 def parse_targets(sigma_rels: Sequence[str], others: Sequence[str]) -> list[Target]:
