@@ -163,8 +163,7 @@ class Start:
         self._newest = newest
         if step is None:
             return now
-        last = _until(stored, step)[-1]
-        return replace(now, progress=self._progress or _progress_at(last))
+        return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""
