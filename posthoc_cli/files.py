@@ -201,6 +201,8 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
+    if path.is_dir():
+        raise InvalidValueError("out", "is a folder; name a file", value=path)
     if path.exists() and not overwrite:
         raise _taken(path)
     return path

@@ -670,7 +670,7 @@ def propose(
         check_count(name, count)
         check_number(name, count, lambda count: count <= 10**15, "be at most 1e15")
     low, high = check_sigma_range(sigma_range)
-    middle = float(f"{math.sqrt(low * high):.2g}")
+    middle = _round_middle(low, high)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
@@ -683,6 +683,13 @@ def propose(
         errors = _errors_of(schedule, label, sigma_range)
         proposals.append(Proposal(name, schedule, dtype, nbytes, errors))
     return proposals
+
+
+def _round_middle(low: float, high: float) -> float:
+    """Return the geometric mean of both, of two digits if that lies between them."""
+    middle = math.sqrt(low * high)
+    rounded = float(f"{middle:.2g}")
+    return rounded if low < rounded < high else middle
 
 
 def _errors_of(schedule: Schedule, label: str, sigma_range: tuple[float, float]) -> ErrorCurve:

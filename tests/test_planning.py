@@ -211,6 +211,12 @@ def test_the_ends_of_a_range_are_tracked(steps: int) -> None:
             assert tracked[-1] == 0.28
 
 
+def test_the_profiles_of_a_schedule_differ_in_a_narrow_range() -> None:
+    for proposal in propose(1000, 100, (0.1, 0.1001)):
+        widths = proposal.schedule.sigma_rels
+        assert len({*widths}) == len(widths)
+
+
 @pytest.mark.parametrize(("steps", "most"), [(20, 1), (400, 2), (3_000, 10)])
 def test_the_shortest_average_has_ten_updates_within_its_width(steps: int, most: int) -> None:
     for proposal in propose(steps, 1000):

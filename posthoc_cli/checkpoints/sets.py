@@ -29,7 +29,7 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
 
 _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
@@ -172,7 +172,7 @@ class Sets:
         choices = names_in(outermost or [*self.keys])
         if not choices:
             choices = f"only tensors {names_in([*self.content.tensors])}"
-        raise FileFormatError(self.content.path, f"{wrong} {shown(text)}: {choices}")
+        raise UnsuitableError(self.content.path, f"{wrong} {shown(text)}: {choices}")
 
     # --- the model
 
@@ -197,13 +197,13 @@ class Sets:
             return groups[0]
         if not groups:
             under = names_in(self.content.groups())
-            raise FileFormatError(
+            raise UnsuitableError(
                 self.content.path, f"holds no weights, only tensors under {under}"
             )
         reason = (
             f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         )
-        raise FileFormatError(self.content.path, reason, _WHICH)
+        raise UnsuitableError(self.content.path, reason, _WHICH)
 
     def _may_be_model(self, group: str) -> bool:
         return self.counts[group] > 0 and not self.is_averaged(group)
@@ -212,7 +212,7 @@ class Sets:
         """Return the weights of the model by name; all tensors if none of the model's names has a
         prefix."""
         if not self.content.tensors:
-            raise FileFormatError(self.content.path, "holds no tensors with names")
+            raise UnsuitableError(self.content.path, "holds no tensors with names")
         try:
             path = self.model_path()
         except FileFormatError:
@@ -247,7 +247,7 @@ class Sets:
         keys = [pair.weights_key for pair in pairs]
         if len(set(keys)) > 1:
             reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
-            raise FileFormatError(self.content.path, reason, _WHICH)
+            raise UnsuitableError(self.content.path, reason, _WHICH)
         return pairs[0]
 
     def _check_unpaired(self, average: str) -> None:
@@ -273,7 +273,7 @@ class Sets:
         """Raise FileFormatError if there are several averages."""
         if len(averages) > 1:
             reason = "which of its sets of tensors is the average is unclear"
-            raise FileFormatError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
+            raise UnsuitableError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""

@@ -18,6 +18,7 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     MismatchError,
+    UnsuitableError,
     check_alone,
     shown,
 )
@@ -235,7 +236,7 @@ def _read_source(source: Path, weights: bool = False, average: str | None = None
         if checkpoint is None:
             reason = f"holds no average that its keys name ({stored.groups})"
             hint = "name its key by `average`, or say `weights` for the raw ones"
-            raise FileFormatError(source, reason, hint)
+            raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:
         reason = f"is for a training's checkpoint, and {source.name} is none"
@@ -263,7 +264,7 @@ def _read_model(path: Path) -> StoredTensors:
         snapshot = read_snapshot(path)
         if snapshot.part is not None:
             hint = "export the folder of all its parts"
-            raise FileFormatError(path, "is a part of a snapshot", hint)
+            raise UnsuitableError(path, "is a part of a snapshot", hint)
         return snapshot
     return _model_of(path, opened, info)
 

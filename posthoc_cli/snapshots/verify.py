@@ -176,6 +176,8 @@ def _note_of_pickles(listing: Directory) -> list[str]:
     count = sum(entry.suffix in PICKLES for entry in listing.entries)
     if count == 0:
         return []
+    if count == 1:
+        return ["1 pickled file (.pt or the like) has no checksums and was not read"]
     return [f"{count:,} pickled files (.pt and the like) have no checksums and were not read"]
 
 
