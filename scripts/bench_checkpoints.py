@@ -223,15 +223,19 @@ def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -
             continue
         stored = {}
         if layout.weights:
-            stored["model"] = torch.from_numpy(path[step])
+            stored["model"] = rounded(path[step], layout.dtype)
             tails.append(is_later)
         if layout.decay:
-            stored["ema"] = torch.from_numpy(average)
+            stored["ema"] = rounded(average, layout.dtype)
             tails.append(later)
-        rounded = {key: value.float().to(layout.dtype) for key, value in stored.items()}
-        values += [value.double().numpy() for value in rounded.values()]
-        save_file(folder, layout, step, rounded)
+        values += [value.double().numpy() for value in stored.values()]
+        save_file(folder, layout, step, stored)
     return Saved(np.array(values), np.stack(tails, axis=1))
+
+
+def rounded(values: FloatArray, dtype: torch.dtype) -> torch.Tensor:
+    """Return values as a training in float32 stores them."""
+    return torch.from_numpy(values).float().to(dtype)
 
 
 def save_file(
