@@ -17,7 +17,7 @@ import argparse
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def walk(random: np.random.Generator) -> FloatArray:
 
 def decaying(random: np.random.Generator) -> FloatArray:
     """A walk whose steps are as large as a learning rate that falls to 0 by a cosine."""
-    rate = (1 + np.cos(np.pi * np.arange(STEPS + 1) / STEPS)) / 2
+    rate = (1 + half_wave()) / 2
     moves = random.standard_normal((STEPS + 1, SIZE))
     return np.cumsum(0.005 * rate[:, None] * moves, axis=0)
 
@@ -59,7 +59,8 @@ def decaying(random: np.random.Generator) -> FloatArray:
 def drift(random: np.random.Generator) -> FloatArray:
     """A straight path with noise that forgets in ten steps."""
     place = np.linspace(0, 1, STEPS + 1)[:, None]
-    return 0.3 * place * random.standard_normal(SIZE) + 0.03 * restored(random, 10)
+    moved = 0.3 * place * random.standard_normal(SIZE)
+    return moved + 0.03 * restored(random, 10)
 
 
 def minimum(memory: float) -> Motion:
@@ -79,15 +80,21 @@ def restored(random: np.random.Generator, memory: float) -> FloatArray:
 
 def cosine(random: np.random.Generator) -> FloatArray:
     """A smooth path: every weight goes from one value to another by half a cosine."""
-    place = (1 - np.cos(np.pi * np.arange(STEPS + 1) / STEPS)) / 2
+    place = (1 - half_wave()) / 2
     return place[:, None] * random.standard_normal(SIZE) * 0.3
+
+
+def half_wave() -> FloatArray:
+    """A cosine that falls from 1 to -1."""
+    return np.cos(np.pi * np.arange(STEPS + 1) / STEPS)
 
 
 def kinks(random: np.random.Generator) -> FloatArray:
     """Straight pieces, each in a direction of its own."""
     ends = np.sort(random.choice(np.arange(1, STEPS), 6, replace=False))
     slopes = random.standard_normal((7, SIZE)) * 0.3 / STEPS**0.5 / 20
-    return np.cumsum(slopes[np.searchsorted(ends, np.arange(STEPS + 1))], axis=0)
+    piece = np.searchsorted(ends, np.arange(STEPS + 1))
+    return np.cumsum(slopes[piece], axis=0)
 
 
 MOTIONS: dict[str, Motion] = {
@@ -107,7 +114,8 @@ Times = Callable[[np.random.Generator], list[int]]
 
 def each_epoch(count: int = FILES) -> Times:
     """Return evenly spaced steps."""
-    return lambda _: [STEPS * (index + 1) // count for index in range(count)]
+    steps = [STEPS * (index + 1) // count for index in range(count)]
+    return lambda _: steps
 
 
 def at_random(random: np.random.Generator) -> list[int]:
@@ -119,15 +127,19 @@ def at_random(random: np.random.Generator) -> list[int]:
 def by_the_clock(random: np.random.Generator) -> list[int]:
     """Gaps that vary by a third, as of saves every so many minutes."""
     gaps = random.uniform(2 / 3, 4 / 3, FILES)
-    return [int(step) for step in np.ceil(np.cumsum(gaps) / gaps.sum() * STEPS - 1e-9)]
+    passed = np.cumsum(gaps) / gaps.sum()
+    steps = np.ceil(passed * STEPS - 1e-9)
+    return [int(step) for step in steps]
 
 
 def kept_best(random: np.random.Generator) -> list[int]:
     """Records of a metric: rarer and rarer."""
-    chosen = 50 * (STEPS / 50) ** random.uniform(0, 1, 3 * FILES)
+    places = random.uniform(0, 1, 3 * FILES)
+    chosen = 50 * (STEPS / 50) ** places
     steps = sorted({int(step) for step in chosen if step < STEPS})
     picked = random.choice(len(steps), FILES - 1, replace=False)
-    return [*(steps[index] for index in sorted(picked)), STEPS]
+    records = [steps[index] for index in sorted(picked)]
+    return [*records, STEPS]
 
 
 @dataclass(frozen=True)
@@ -144,7 +156,9 @@ class Layout:
 
     def kept(self, update: int) -> float:
         """Return the share of the average that an update keeps, counted from 1."""
-        return min(self.decay, (1 + update) / (10 + update)) if self.warm_up else self.decay
+        if not self.warm_up:
+            return self.decay
+        return min(self.decay, (1 + update) / (10 + update))
 
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -166,12 +180,14 @@ LAYOUTS: dict[str, Layout] = {
     "EMA 0.9 every 10th": Layout(each_epoch(), weights=False, decay=0.9, every=10),
     "EMA 0.99 every 10th, weights": Layout(each_epoch(), decay=0.99, every=10),
 }
-LAYOUTS |= {f"weights, {name}": Layout(times) for name, times in UNEVEN.items()}
-LAYOUTS |= {f"EMA 0.999, {name}": Layout(times, False, 0.999) for name, times in UNEVEN.items()}
-LAYOUTS |= {
-    f"EMA 0.999, weights, {name}": Layout(times, decay=0.999) for name, times in UNEVEN.items()
-}
-LAYOUTS |= {f"weights, {name}": Layout(each_epoch(), dtype=dtype) for name, dtype in HALF.items()}
+for name, times in UNEVEN.items():
+    LAYOUTS[f"weights, {name}"] = Layout(times)
+for name, times in UNEVEN.items():
+    LAYOUTS[f"EMA 0.999, {name}"] = Layout(times, weights=False, decay=0.999)
+for name, times in UNEVEN.items():
+    LAYOUTS[f"EMA 0.999, weights, {name}"] = Layout(times, decay=0.999)
+for name, dtype in HALF.items():
+    LAYOUTS[f"weights, {name}"] = Layout(each_epoch(), dtype=dtype)
 LAYOUTS |= {
     "weights, 50 files, bf16": Layout(each_epoch(50), dtype=torch.bfloat16),
     "EMA 0.999, weights, bf16": Layout(each_epoch(), decay=0.999, dtype=torch.bfloat16),
@@ -197,30 +213,44 @@ def save(path: FloatArray, layout: Layout, times: Sequence[int], folder: Path) -
     later = np.zeros(STEPS)  # the average's mass after each step
     values = []
     tails = []
-
-    def stored(exact: FloatArray) -> torch.Tensor:
-        tensor = torch.from_numpy(exact).float().to(layout.dtype)
-        values.append(tensor.double().numpy())
-        return tensor
-
     for step in range(1, STEPS + 1):
+        is_later = np.where(steps < step, 1.0, 0.0)
         if layout.decay and step % layout.every == 0:
             kept = layout.kept(step // layout.every)
             average = kept * average + (1 - kept) * path[step]
-            later = kept * later + (1 - kept) * (steps < step)
+            later = kept * later + (1 - kept) * is_later
         if step not in times:
             continue
-        content: dict[str, object] = {} if layout.epochs else {"step": step}
+        stored = {}
         if layout.weights:
-            content["model"] = {"w": stored(path[step])}
-            tails.append(np.where(steps < step, 1.0, 0.0))
+            stored["model"] = rounded(path[step], layout.dtype)
+            tails.append(is_later)
         if layout.decay:
-            content["ema"] = {"w": stored(average)}
+            stored["ema"] = rounded(average, layout.dtype)
             tails.append(later)
-        number = step // EPOCH if layout.epochs else step
-        name = f"model_{number}.pth" if layout.epochs else f"step{number}.pt"
-        torch.save(content, folder / name)
+        values += [value.double().numpy() for value in stored.values()]
+        save_file(folder, layout, step, stored)
     return Saved(np.array(values), np.stack(tails, axis=1))
+
+
+def rounded(values: FloatArray, dtype: torch.dtype) -> torch.Tensor:
+    """Return values as a training in float32 stores them."""
+    return torch.from_numpy(values).float().to(dtype)
+
+
+def save_file(
+    folder: Path,
+    layout: Layout,
+    step: int,
+    stored: Mapping[str, torch.Tensor],
+) -> None:
+    """Write the file of a step."""
+    content: dict[str, object] = {key: {"w": value} for key, value in stored.items()}
+    name = f"model_{step // EPOCH}.pth"
+    if not layout.epochs:
+        content = {"step": step, **content}
+        name = f"step{step}.pt"
+    torch.save(content, folder / name)
 
 
 def opened(folder: Path, layout: Layout) -> Run:
@@ -230,15 +260,20 @@ def opened(folder: Path, layout: Layout) -> Run:
     out = folder.with_name("run")
     warm_up = "ratio" if layout.warm_up else "none"
     import_checkpoints(
-        folder, out, ema_decay=layout.decay, ema_warmup=warm_up, update_every=layout.every
+        folder,
+        out,
+        ema_decay=layout.decay,
+        ema_warmup=warm_up,
+        update_every=layout.every,
     )
     return Run(out)
 
 
 def plain(saved: Saved, wanted: FloatArray) -> FloatArray:
     """Return the coefficients with sum 1 that are nearest to a target by the tails."""
-    others = saved.tails[:, :-1] - saved.tails[:, -1:]
-    found, *_ = np.linalg.lstsq(others, wanted - saved.tails[:, -1], rcond=1e-12)
+    last = saved.tails[:, -1]
+    others = saved.tails[:, :-1] - last[:, None]
+    found, *_ = np.linalg.lstsq(others, wanted - last, rcond=1e-12)
     return np.append(found, 1 - found.sum())
 
 
@@ -253,33 +288,48 @@ class Cell:
     predicted: float
     plain: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.layout}; {self.motion}; {self.width}: {self.error:.1e} predicted "
+            f"{self.predicted:.1e} plain {self.plain:.1e} ratio {self.ratio:.1f}"
+        )
+
     @property
     def ratio(self) -> float:
         return max(self.error, LEAST) / max(self.predicted, LEAST)
 
 
-def measure(motion: str, layout: str, seed: int) -> Iterator[Cell]:
-    """Return the cells of one run."""
-    random = np.random.default_rng([seed, [*MOTIONS].index(motion), [*LAYOUTS].index(layout)])
+def measure(motion: str, name: str, seed: int) -> Iterator[Cell]:
+    """Return the cells of one run, of a motion and a layout."""
+    layout = LAYOUTS[name]
+    random = np.random.default_rng([seed, [*MOTIONS].index(motion), [*LAYOUTS].index(name)])
     path = random.standard_normal(SIZE) + MOTIONS[motion](random)
     path = path.astype(np.float32).astype(np.float64)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "files"
         folder.mkdir()
-        saved = save(path, LAYOUTS[layout], LAYOUTS[layout].times(random), folder)
-        run = opened(folder, LAYOUTS[layout])
+        saved = save(path, layout, layout.times(random), folder)
+        run = opened(folder, layout)
         for width in WIDTHS:
-            shares = (np.arange(STEPS + 1) / STEPS) ** (gamma_from_sigma_rel(width) + 1)
-            truth = np.diff(shares) @ path[1:]
+            passed = np.arange(STEPS + 1) / STEPS
+            until = passed ** (gamma_from_sigma_rel(width) + 1)
+            truth = np.diff(until) @ path[1:]
             made = run.average(width, dtype="float64")
-            nearest = plain(saved, 1 - shares[:-1]) @ saved.values
-            norm = float(np.linalg.norm(truth))
+            nearest = plain(saved, 1 - until[:-1]) @ saved.values
             yield Cell(
-                motion, layout, width,
-                float(np.linalg.norm(made["w"].numpy() - truth)) / norm,
-                made.predicted_error or np.nan,
-                float(np.linalg.norm(nearest - truth)) / norm,
-            )  # fmt: skip
+                motion=motion,
+                layout=name,
+                width=width,
+                error=relative_distance(made["w"].numpy(), truth),
+                predicted=made.predicted_error or np.nan,
+                plain=relative_distance(nearest, truth),
+            )
+
+
+def relative_distance(vector: FloatArray, truth: FloatArray) -> float:
+    """Return the distance from the truth, relative to its norm."""
+    distance = np.linalg.norm(vector - truth)
+    return float(distance / np.linalg.norm(truth))
 
 
 # --- the table
@@ -289,7 +339,9 @@ def row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
     """Return the row of some cells."""
     ratios = np.array([cell.ratio for cell in cells])
     larger = np.maximum(ratios, 1 / ratios)
-    against = [max(cell.error, LEAST) / max(cell.plain, LEAST) for cell in cells]
+    errors = np.array([cell.error for cell in cells])
+    nearest = np.array([cell.plain for cell in cells])
+    against = np.maximum(errors, LEAST) / np.maximum(nearest, LEAST)
     return (
         name,
         str(len(cells)),
@@ -299,7 +351,7 @@ def row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{ratios.max():.1f}",
         f"{np.median(against):.3f}",
         f"{np.quantile(against, 0.95):.3f}",
-        f"{np.mean(np.array(against) <= 1.05):.1%}",
+        f"{np.mean(against <= 1.05):.1%}",
     )
 
 
@@ -335,10 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 cells += measure(motion, layout, options.seed)
     if options.each:
         for cell in cells:
-            print(
-                f"{cell.layout}; {cell.motion}; {cell.width}: {cell.error:.1e} "
-                f"predicted {cell.predicted:.1e} plain {cell.plain:.1e} ratio {cell.ratio:.1f}"
-            )
+            print(cell)
     print(table(cells, [*MOTIONS], lambda cell: cell.motion), end="\n\n")
     print(table(cells, [*LAYOUTS], lambda cell: cell.layout), end="\n\n")
     uneven = [cell for cell in cells if cell.layout.endswith(tuple(UNEVEN))]

@@ -32,14 +32,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from compare_peers import markdown
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
@@ -118,10 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.out / "quick" if options.quick else options.out
         found = run(folder, options.processes, options.quick)
         folders = [folder, PICTURES] if options.record else [folder]
-        for file in [folder / RECORD.name, *[RECORD] * options.record]:
-            file.write_text(json.dumps(_rounded(found)))
+        text = json.dumps(_rounded(found))
+        (folder / RECORD.name).write_text(text)
+        if options.record:
+            RECORD.write_text(text)
+    drawing = plots.as_file(lambda: picture(found), ".svg")
     for folder in folders:
-        (folder / "gain-language.svg").write_bytes(plots.as_file(lambda: picture(found), ".svg"))
+        (folder / "gain-language.svg").write_bytes(drawing)
     print("\n\n".join(tables(found)))
 
 
@@ -620,14 +624,14 @@ def train(task: Task, training: Training, root: Path) -> None:
     classical = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     checkpoints: deque[Tensors] = deque(maxlen=LAST)
     every = max(10, task.steps // CHECKPOINTS)
-    kept: dict[str, Any] = {"max_checkpoints": task.max_checkpoints}
-    kept |= {"sigma_rels": TRACKED, "update_every": 1} if training.falls else {}
-    ema = PostHocEMA.from_model(model, folder / "ema", checkpoint_every=every, **kept)
+    ema = tracker(model, folder / "ema", task, training, every)
     random = torch.Generator()
     for step in range(1, task.steps + 1):
+        share = task.rate(training.schedule, step)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * task.rate(training.schedule, step)
-        loss = task.loss(model, random.manual_seed(1_000_003 * training.seed + step))
+            group["lr"] = rate * share
+        random.manual_seed(1_000_003 * training.seed + step)
+        loss = task.loss(model, random)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -635,10 +639,8 @@ def train(task: Task, training: Training, root: Path) -> None:
         classical.update_parameters(model)
         if step % every == 0:
             checkpoints.append(copied(model))
-            print(
-                f"{folder.name}: {step} of {task.steps}, loss {float(loss.detach()):.4f}",
-                flush=True,
-            )
+            now = float(loss.detach())
+            print(f"{folder.name}: {step} of {task.steps}, loss {now:.4f}", flush=True)
     ema.close()
     weights = {
         "last": copied(model),
@@ -648,14 +650,29 @@ def train(task: Task, training: Training, root: Path) -> None:
     torch.save(weights, folder / WEIGHTS)
 
 
+def tracker(
+    model: nn.Module,
+    folder: Path,
+    task: Task,
+    training: Training,
+    every: int,
+) -> PostHocEMA:
+    """Return the tracker of a training, which also tracks short averages where the rate falls."""
+    settings: dict[str, Any] = {"max_checkpoints": task.max_checkpoints}
+    if training.falls:
+        settings |= {"sigma_rels": TRACKED, "update_every": 1}
+    return PostHocEMA.from_model(model, folder, checkpoint_every=every, **settings)
+
+
 def mean(checkpoints: Sequence[Tensors]) -> Tensors:
     """Return the mean of each tensor; of integer tensors the last."""
-    return {
-        name: torch.stack([one[name] for one in checkpoints]).mean(dim=0)
-        if last.is_floating_point()
-        else last
-        for name, last in checkpoints[-1].items()
-    }
+    means = {}
+    for name, last in checkpoints[-1].items():
+        means[name] = last
+        if last.is_floating_point():
+            stacked = torch.stack([one[name] for one in checkpoints])
+            means[name] = stacked.mean(dim=0)
+    return means
 
 
 def measure(task: Task, training: Training, root: Path) -> None:
@@ -679,18 +696,20 @@ def measure(task: Task, training: Training, root: Path) -> None:
     run = Run(folder / "ema")
     weights = torch.load(folder / WEIGHTS)
     rows = {name: measured(one, renew=name != "last") for name, one in weights.items()}
-    lengths = SHORT + LENGTHS if training.falls else LENGTHS
-    low = min(SHORT) if training.falls else 0.02
-    found = sweep(
-        run,
-        lambda averaged: measured(averaged, "validation")["loss"],
-        low=low,
-        high=0.28,
-        budget=BUDGET,
-    )
-    best = found.found.best
+    lengths = LENGTHS
+    low = 0.02
+    if training.falls:
+        lengths = SHORT + LENGTHS
+        low = min(SHORT)
+
+    def loss(averaged: Mapping[str, torch.Tensor]) -> float:
+        return measured(averaged, "validation")["loss"]
+
+    report = sweep(run, loss, low=low, high=0.28, budget=BUDGET)
+    best = report.found.best
     rows["best"] = measured(run.average(best))
-    rows |= {f"{length:g}": measured(run.average(length)) for length in lengths}
+    for length in lengths:
+        rows[f"{length:g}"] = measured(run.average(length))
     if "decayed" in task.schedules and training.schedule == "constant":
         rows["linear"] = measured(run.average(Decay("linear", over=0.2)))
     (folder / MEASURED).write_text(json.dumps({**asdict(training), "rows": rows, "best": best}))
@@ -705,23 +724,23 @@ def run(root: Path, processes: int, quick: bool) -> dict[str, Any]:
     """Make what is missing in the folder `root`; return all measurements."""
     root.mkdir(parents=True, exist_ok=True)
     Language(root, quick)  # makes the text once, before the processes need it
-    jobs = [
-        (root, quick, Training(name, schedule, seed))
-        for seed in range(1 if quick else SEEDS)
-        for name, task in TASKS.items()
-        for schedule in task.schedules
-    ]
+    trainings = []
+    for seed in range(1 if quick else SEEDS):
+        for name, task in TASKS.items():
+            trainings += [Training(name, schedule, seed) for schedule in task.schedules]
+    work = partial(_work, root, quick)
     if processes == 1:
-        for job in jobs:
-            _work(*job)
+        for training in trainings:
+            work(training)
     else:
         with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-            for future in [pool.submit(_work, *job) for job in jobs]:
-                future.result()
-    trainings = [
-        json.loads((training.folder(root) / MEASURED).read_text()) for _, _, training in jobs
-    ]
-    return {"python": platform.python_version(), "torch": torch.__version__, "trainings": trainings}
+            for _ in pool.map(work, trainings):
+                pass
+    measured = []
+    for training in trainings:
+        file = training.folder(root) / MEASURED
+        measured.append(json.loads(file.read_text()))
+    return {"python": platform.python_version(), "torch": torch.__version__, "trainings": measured}
 
 
 def _work(root: Path, quick: bool, training: Training) -> None:
@@ -732,7 +751,8 @@ def _work(root: Path, quick: bool, training: Training) -> None:
 
 
 def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
-    return [one for one in found["trainings"] if (one["task"], one["schedule"]) == (task, schedule)]
+    of_task = [one for one in found["trainings"] if one["task"] == task]
+    return [one for one in of_task if one["schedule"] == schedule]
 
 
 # --- tables
@@ -742,63 +762,69 @@ def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
 def tables(found: dict[str, Any]) -> list[str]:
     """Return Markdown: a table of averages for each task, and one of differences for the language
     model."""
-    language = {schedule: _of(found, "language", schedule) for schedule in SCHEDULES}
-    diffusion, constant, cosine = (
-        _of(found, *name)
-        for name in (
-            ("diffusion", "inverse-sqrt"),
-            ("classifier", "constant"),
-            ("classifier", "cosine"),
-        )
-    )
+    language = {}
+    for schedule, title in SCHEDULES.items():
+        language[title] = Column(_of(found, "language", schedule), "loss", 1, 3)
+    diffusion = _of(found, "diffusion", "inverse-sqrt")
+    denoiser = {
+        "test loss, 1e-3": Column(diffusion, "loss", 1e3, 1),
+        "Frechet distance": Column(diffusion, "frechet", 1, 3),
+    }
+    classifier = {
+        "constant rate": Column(_of(found, "classifier", "constant"), "error", 100, 2),
+        "cosine": Column(_of(found, "classifier", "cosine"), "error", 100, 2),
+    }
+    constant = _of(found, "language", "constant")
     return [
-        _table(
-            "test loss, nats a token",
-            {SCHEDULES[name]: (runs, "loss", 1, 3) for name, runs in language.items()},
-        ),
-        _differences(language["constant"], language["decayed"]),
-        _table(
-            "denoiser",
-            {
-                "test loss, 1e-3": (diffusion, "loss", 1e3, 1),
-                "Frechet distance": (diffusion, "frechet", 1, 3),
-            },
-        ),
-        _table(
-            "error, %",
-            {"constant rate": (constant, "error", 100, 2), "cosine": (cosine, "error", 100, 2)},
-        ),
+        _table("test loss, nats a token", language),
+        _differences(constant, _of(found, "language", "decayed")),
+        _table("denoiser", denoiser),
+        _table("error, %", classifier),
     ]
 
 
-Column = tuple[list[Measured], str, float, int]
-"""Trainings, one a seed; a measure, its factor in the table, and its decimals."""
+class Column(NamedTuple):
+    """Trainings, one a seed; a measure, its factor in the table, and its decimals."""
+
+    runs: list[Measured]
+    metric: str
+    scale: float
+    digits: int
+
+    def cell(self, row: str) -> str:
+        """Return the mean of a row; in parentheses its difference from the last weights."""
+        values = self.values(row)
+        mean = _mean(values, self.digits)
+        if row == "last":
+            return mean
+        return f"{mean} ({_paired(values, self.values('last'), self.digits)})"
+
+    def values(self, row: str) -> list[float]:
+        """Return the scaled measure of a row, by seed."""
+        return [self.scale * run["rows"][row][self.metric] for run in self.runs]
 
 
 def _table(corner: str, columns: dict[str, Column]) -> str:
     """Return means with standard errors over seeds; in parentheses the difference from the last
     weights, by seed."""
-
-    def cell(row: str, runs: list[Measured], metric: str, scale: float, digits: int) -> str:
-        value = _mean([scale * one["rows"][row][metric] for one in runs], digits)
-        return (
-            value
-            if row == "last"
-            else f"{value} ({_paired(runs, row, runs, 'last', metric, scale, digits)})"
-        )
-
-    lines = [
-        (title, *(cell(row, *column) for column in columns.values())) for row, title in ROWS.items()
-    ]
-    lengths = [" ".join(f"{one['best']:.3g}" for one in runs) for runs, *_ in columns.values()]
-    return markdown([(corner, *columns), *lines, ("best length, by seed", *lengths)])
+    lines = [(corner, *columns)]
+    for row, title in ROWS.items():
+        cells = [column.cell(row) for column in columns.values()]
+        lines.append((title, *cells))
+    lengths = []
+    for column in columns.values():
+        best = [f"{run['best']:.3g}" for run in column.runs]
+        lengths.append(" ".join(best))
+    lines.append(("best length, by seed", *lengths))
+    return markdown(lines)
 
 
 def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
     """Return what another average of the language model gains or loses at a constant rate."""
 
     def less(row: str, others: list[Measured], other: str) -> str:
-        return _paired(constant, row, others, other, "loss", 1, 4)
+        losses = Column(constant, "loss", 1, 4).values(row)
+        return _paired(losses, Column(others, "loss", 1, 4).values(other), 4)
 
     return markdown(
         [
@@ -811,21 +837,9 @@ def _differences(constant: list[Measured], decayed: list[Measured]) -> str:
     )
 
 
-def _paired(
-    runs: list[Measured],
-    row: str,
-    others: list[Measured],
-    other: str,
-    metric: str,
-    scale: float,
-    digits: int,
-) -> str:
-    pairs = zip(runs, others, strict=True)
-    return _mean(
-        [scale * (a["rows"][row][metric] - b["rows"][other][metric]) for a, b in pairs],
-        digits,
-        sign="+",
-    )
+def _paired(values: Sequence[float], others: Sequence[float], digits: int) -> str:
+    differences = np.subtract(values, others)
+    return _mean(differences.tolist(), digits, sign="+")
 
 
 def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -836,11 +850,10 @@ def _mean(values: Sequence[float], digits: int, sign: str = "") -> str:
 
 def _error(values: Any) -> Any:
     """Return the standard error of the mean over the first axis; 0 for a single value."""
-    return (
-        np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
-        if len(values) > 1
-        else np.zeros(np.shape(values)[1:])
-    )
+    count = len(values)
+    if count == 1:
+        return np.zeros(np.shape(values)[1:])
+    return np.std(values, axis=0, ddof=1) / math.sqrt(count)
 
 
 # --- the picture
@@ -852,44 +865,55 @@ def picture(found: dict[str, Any]) -> Figure:
     length."""
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
     panels = list(figure.subplots(1, len(SCHEDULES)))
-    for axes, (schedule, title) in zip(panels, SCHEDULES.items(), strict=True):
+    for axes, schedule in zip(panels, SCHEDULES, strict=True):
         runs = [one["rows"] for one in _of(found, "language", schedule)]
-        ours = {
-            length: [
-                rows[f"{length:g}"]["loss"] - rows["last"]["loss"]
-                for rows in runs
-                if f"{length:g}" in rows
-            ]
-            for length in SHORT + LENGTHS
-            if any(f"{length:g}" in rows for rows in runs)
-        }
-        axes.set_xscale("log")
-        ticks = TICKS if min(ours) < min(LENGTHS) else LENGTHS
-        axes.set_xticks(ticks, [f"{length:g}" for length in ticks], fontsize=6)
-        axes.minorticks_off()
-        axes.set_xlabel("sigma_rel")
-        axes.grid(True, color="0.9", linewidth=0.6)
-        axes.errorbar(
-            [*ours],
-            [*map(np.mean, ours.values())],
-            [*map(_error, ours.values())],
-            color=plots.COLOURS[0],
-            linestyle=plots.STYLES[0],
-            marker=plots.MARKERS[0],
-            markersize=3.5,
-            capsize=2,
-            label="ours",
-        )
-        others = [rows["mean-5"]["loss"] - rows["last"]["loss"] for rows in runs]
-        mean = np.mean(others)
-        error = _error(others)
-        axes.axhline(mean, color=plots.COLOURS[1], linestyle=plots.STYLES[1], label=ROWS["mean-5"])
-        axes.axhspan(mean - error, mean + error, color=plots.COLOURS[1], alpha=0.2, linewidth=0)
-        axes.axhline(0, color="0.5", linewidth=0.8)
-        axes.set_title(title, fontsize=9)
+        _draw_gains(axes, runs)
+        axes.set_title(SCHEDULES[schedule], fontsize=9)
     panels[0].set_ylabel("loss less the last weights', nats a token", fontsize=9)
     panels[0].legend(fontsize=6, loc="upper left")
     return figure
+
+
+def _draw_gains(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
+    """Draw the gains of our averages and of the mean of checkpoints, each with its error."""
+    ours = {}
+    for length in SHORT + LENGTHS:
+        gains = _gains(runs, f"{length:g}")
+        if gains:
+            ours[length] = gains
+    axes.set_xscale("log")
+    ticks = TICKS if min(ours) < min(LENGTHS) else LENGTHS
+    axes.set_xticks(ticks, [f"{length:g}" for length in ticks], fontsize=6)
+    axes.minorticks_off()
+    axes.set_xlabel("sigma_rel")
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.errorbar(
+        [*ours],
+        [*map(np.mean, ours.values())],
+        [*map(_error, ours.values())],
+        color=plots.COLOURS[0],
+        linestyle=plots.STYLES[0],
+        marker=plots.MARKERS[0],
+        markersize=3.5,
+        capsize=2,
+        label="ours",
+    )
+    _draw_mean_of_checkpoints(axes, _gains(runs, "mean-5"))
+    axes.axhline(0, color="0.5", linewidth=0.8)
+
+
+def _draw_mean_of_checkpoints(axes: Axes, gains: Sequence[float]) -> None:
+    mean = np.mean(gains)
+    error = _error(gains)
+    colour = plots.COLOURS[1]
+    axes.axhline(mean, color=colour, linestyle=plots.STYLES[1], label=ROWS["mean-5"])
+    axes.axhspan(mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+
+
+def _gains(runs: Sequence[dict[str, Any]], row: str) -> list[float]:
+    """Return the loss of a row less that of the last weights, of each run that has the row."""
+    measured = [rows for rows in runs if row in rows]
+    return [rows[row]["loss"] - rows["last"]["loss"] for rows in measured]
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         if self.times is None:
-            object.__setattr__(self, "times", np.arange(1, self.steps + 1, dtype=np.float64))
+            times = np.arange(1.0, self.steps + 1)
+            object.__setattr__(self, "times", times)
 
     @property
     def steps(self) -> int:
@@ -146,7 +147,8 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    return torch.tensor((images - 4.9) / 6.0, dtype=torch.float32), torch.tensor(labels)
+    standardised = (images - 4.9) / 6.0
+    return torch.tensor(standardised, dtype=torch.float32), torch.tensor(labels)
 
 
 # --- a denoiser
@@ -175,14 +177,17 @@ def _denoising_loss() -> Loss:
     images, _ = digits()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
-        clean = images[torch.randint(len(images), (size,))]
-        level = torch.exp(1.2 * torch.randn(len(clean), 1) - 0.8)
+        chosen = torch.randint(len(images), (size,))
+        clean = images[chosen]
+        level = torch.exp(1.2 * torch.randn(size, 1) - 0.8)
         noisy = clean + level * torch.randn_like(clean)
         scale = torch.sqrt(level**2 + 1)
-        guess = model(torch.cat([noisy / scale, torch.log(level) / 4], dim=1))
+        given = torch.cat([noisy / scale, torch.log(level) / 4], dim=1)
+        guess = model(given)
         # The best linear guess is noisy / scale**2; the network learns what is left of it, in units
         # of its size.
-        target = (clean - noisy / scale**2) * scale / level
+        left = clean - noisy / scale**2
+        target = left * scale / level
         return nn.functional.mse_loss(guess, target)
 
     return loss
@@ -205,26 +210,27 @@ def convolutional_classification() -> Task:
 
 def _classifier(width: int) -> nn.Module:
     """Make a network from an image, [batch, 64], to the logits of 10 classes."""
-    return nn.Sequential(nn.Linear(SIDE * SIDE, width), nn.ReLU(), nn.Linear(width, CLASSES))
+    return nn.Sequential(
+        nn.Linear(SIDE * SIDE, width),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )
 
 
 def _convolutional_classifier() -> nn.Module:
     """Make a convolutional network from an image, [batch, 64], to the logits of 10 classes."""
     return nn.Sequential(
         nn.Unflatten(1, (1, SIDE, SIDE)),
-        *(
-            nn.Conv2d(1, 12, 3, padding=1, bias=False),
-            nn.BatchNorm2d(12),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ),
-        *(
-            nn.Conv2d(12, 32, 3, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ),
-        *(nn.Flatten(), nn.Linear(32 * 2 * 2, CLASSES)),
+        nn.Conv2d(1, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(12, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, CLASSES),
     )
 
 
@@ -235,7 +241,8 @@ def _classification_loss() -> Loss:
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
         chosen = torch.randint(len(images), (size,))
-        noisy = images[chosen] + 0.7 * torch.randn(size, images.shape[1])
+        clean = images[chosen]
+        noisy = clean + 0.7 * torch.randn_like(clean)
         return nn.functional.cross_entropy(model(noisy), labels[chosen])
 
     return loss
@@ -259,8 +266,11 @@ def digit_sequences() -> torch.Tensor:
     at 16.
     """
     images, labels = digits()
-    levels = ((images * 6.0 + 4.9).round() / 17 * 4).long()  # pixels are whole numbers from 0 to 16
-    return torch.cat([PIXELS + labels[:, None], 4 * levels[:, ::2] + levels[:, 1::2]], dim=1)
+    pixels = (images * 6.0 + 4.9).round()  # whole numbers from 0 to 16
+    levels = (pixels / 17 * 4).long()
+    pairs = 4 * levels[:, ::2] + levels[:, 1::2]
+    first = PIXELS + labels[:, None]
+    return torch.cat([first, pairs], dim=1)
 
 
 class _Block(nn.Module):
@@ -274,16 +284,19 @@ class _Block(nn.Module):
         self.mixed_in = nn.Linear(width, 3 * width)
         self.mixed_out = nn.Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
         )
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         """Map states, [batch, tokens, width], to states of the same shape."""
-        # three parts, two heads
-        parts = self.mixed_in(self.attention_norm(states)).unflatten(2, (3, 2, -1))
+        mixed = self.mixed_in(self.attention_norm(states))
+        parts = mixed.unflatten(2, (3, 2, -1))  # three parts, two heads
         query, key, value = parts.permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        states = states + self.mixed_out(seen.transpose(1, 2).flatten(2))
+        joined = seen.transpose(1, 2).flatten(2)
+        states = states + self.mixed_out(joined)
         changed: torch.Tensor = states + self.mlp(self.mlp_norm(states))
         return changed
 
@@ -294,15 +307,19 @@ class _Transformer(nn.Module):
     def __init__(self, width: int = 16, blocks: int = 2) -> None:
         super().__init__()
         self.token = nn.Embedding(PIXELS + CLASSES, width)
-        self.place = nn.Parameter(0.1 * torch.randn(SIDE * SIDE // 2, width))
-        self.blocks = nn.Sequential(*(_Block(width) for _ in range(blocks)))
+        length = SIDE * SIDE // 2
+        self.place = nn.Parameter(0.1 * torch.randn(length, width))
+        layers = [_Block(width) for _ in range(blocks)]
+        self.blocks = nn.Sequential(*layers)
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, PIXELS)
         nn.init.normal_(self.token.weight, std=0.1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute the logits at all positions; none depends on a later token."""
-        logits: torch.Tensor = self.logits(self.norm(self.blocks(self.token(tokens) + self.place)))
+        states = self.token(tokens) + self.place
+        changed = self.norm(self.blocks(states))
+        logits: torch.Tensor = self.logits(changed)
         return logits
 
 
@@ -311,10 +328,11 @@ def _next_token_loss() -> Loss:
     sequences = digit_sequences()
 
     def loss(model: nn.Module, size: int) -> torch.Tensor:
-        chosen = sequences[torch.randint(len(sequences), (size,))]
-        return nn.functional.cross_entropy(
-            model(chosen[:, :-1]).flatten(0, 1), chosen[:, 1:].flatten()
-        )
+        indices = torch.randint(len(sequences), (size,))
+        chosen = sequences[indices]
+        logits = model(chosen[:, :-1]).flatten(0, 1)
+        following = chosen[:, 1:].flatten()
+        return nn.functional.cross_entropy(logits, following)
 
     return loss
 
@@ -383,19 +401,25 @@ def _inverse_sqrt(fraction: float) -> float:
 
 def _cuts(fraction: float) -> float:
     """Fall to a tenth after 60 % of training, to a hundredth after 85 %."""
-    return 1.0 if fraction < 0.6 else 0.1 if fraction < 0.85 else 0.01
+    if fraction < 0.6:
+        return 1.0
+    return 0.1 if fraction < 0.85 else 0.01
 
 
 def _cosine(floor: float) -> Callable[[float], float]:
     """Warm up, then follow half a cosine wave down to `floor` over all of training."""
-    return lambda fraction: (
-        _warm_up(fraction) * (floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2)
-    )
+
+    def rate(fraction: float) -> float:
+        wave = 1 + math.cos(math.pi * fraction)
+        return _warm_up(fraction) * (floor + (1 - floor) * wave / 2)
+
+    return rate
 
 
 def _warm_up_stable_decay(fraction: float) -> float:
     """Warm up, stay constant until 80 % of training, then fall linearly to a hundredth."""
-    return _warm_up(fraction) * min(1.0, 1 - 0.99 * (fraction - 0.8) / 0.2)
+    falling = 1 - 0.99 * (fraction - 0.8) / 0.2
+    return _warm_up(fraction) * min(1.0, falling)
 
 
 def _warm_up_again(fraction: float) -> float:
@@ -406,7 +430,9 @@ def _warm_up_again(fraction: float) -> float:
 
 def _growing_batch(fraction: float) -> int:
     """Grow fourfold at 40 % of training and again at 80 %."""
-    return 16 if fraction < 0.4 else 64 if fraction < 0.8 else 256
+    if fraction < 0.4:
+        return 16
+    return 64 if fraction < 0.8 else 256
 
 
 # --- the runs
@@ -492,10 +518,12 @@ def _train(
     for step in range(steps):
         if step == restart:
             optimizer = recipe.optimizer(model)
+        fraction = step / steps
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = rate * recipe.rate(step / steps)
+            group["lr"] = rate * recipe.rate(fraction)
         optimizer.zero_grad()
-        loss(model, recipe.batch(step / steps)).backward()  # type: ignore[no-untyped-call]
+        error = loss(model, recipe.batch(fraction))
+        error.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         weights[step] = vector.numpy()
     return weights
@@ -503,9 +531,9 @@ def _train(
 
 def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:
     """Return the clock after every step. It is not recorded, since the recipe determines it."""
-    sizes = [
-        recipe.batch(step / steps) if recipe.t_unit == "images" else 1 for step in range(steps)
-    ]
+    if recipe.t_unit != "images":
+        return np.arange(1.0, steps + 1)
+    sizes = [recipe.batch(step / steps) for step in range(steps)]
     return np.cumsum(sizes, dtype=np.float64)
 
 
@@ -523,7 +551,8 @@ def one_thread() -> Iterator[None]:
 
 def _save(file: Path, weights: npt.NDArray[np.float32]) -> None:
     """Write under a temporary name first: another process may look for the same file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as temporary:
+    folder = file.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as temporary:
         np.save(temporary, weights)
     Path(temporary.name).replace(file)

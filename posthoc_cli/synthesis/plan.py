@@ -505,6 +505,13 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     )
 
 
+def _first_titles(titles: Sequence[str]) -> str:
+    names = ", ".join(titles[:5])
+    if len(titles) > 5:
+        names += f" and {len(titles) - 5} more"
+    return names
+
+
 def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> None:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
     one."""
@@ -513,16 +520,15 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
     if not titles:
         return
-    names = ", ".join(titles[:5])
+    names = _first_titles(titles)
     worst = percent(float(errors.max()))
-    if len(titles) > 5:
-        names += f" and {len(titles) - 5} more"
     if len(titles) > 1:
         worst = f"up to {worst}"
     snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     below = curve.ranges_text(POOR_ERROR)
-    origin = f"from the {counted(plan.sources, plan.solved)} up to t = {plan.t:,.12g}"
+    sources = counted(plan.sources, plan.solved)
+    origin = f"from the {sources} up to t = {plan.t:,.12g}"
     first = seen_from(0.0, [source.profile for source in plan.sources])
     if first > plan.t / 2:
         origin += f", which show nothing of the training before t = {first:,.4g}"
