@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import glob
 import os
 import re
 import secrets
@@ -147,6 +148,12 @@ def expanded(path: str | Path) -> Path:
     user."""
     path = as_path(path)
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
+
+
+def is_glob(place: str | Path) -> bool:
+    """Return whether a name is a pattern, and no file or directory has this name."""
+    path = expanded(place)
+    return glob.has_magic(str(path)) and not path.exists()
 
 
 def as_path(path: str | Path) -> Path:

@@ -205,11 +205,11 @@ def new_picture(out: Path | None, overwrite: bool) -> Path | None:
 
 def open_run(place: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
-    from posthoc_cli.checkpoints.open_run import is_glob
+
     from posthoc_cli.run import Run
 
     path = files.expanded(files.given_path("DIR", place))
-    if is_glob(path):
+    if files.is_glob(path):
         return Run(path)
     path = existing(path, directory)
     if path.is_dir() and not holds_snapshots(path):

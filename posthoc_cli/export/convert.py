@@ -23,12 +23,11 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.export.like import Like, Replacement, check_shape
-from posthoc_cli.export.options import OutputOptions
-from posthoc_cli.export.writing import Writing
+from posthoc_cli.export.writing import OutputOptions, Writing
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
-from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
+from posthoc_cli.snapshots.outputs import models_at, read_model
+from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes

@@ -1,5 +1,5 @@
-"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header, and
-specifies its content.
+"""The headers of our files. A snapshot is one average of one run at one time: the dataclass
+`Snapshot` is its header, and specifies its content; `OutputInfo` that of an output.
 
 One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
 that holds it.
@@ -417,6 +417,40 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
         if len(weights) == count and np.isfinite(weights).all():
             complete[step] = weights
     return complete
+
+
+# --- the header of an output
+
+
+@dataclass(frozen=True)
+class Used:
+    """A snapshot that an output was made from."""
+
+    file: str
+    coefficient: Annotated[float, ANY_SIGN]
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """The content of the header of an output, the file that a synthesis writes: `kind` is
+    "output"."""
+
+    run_id: RunId
+    profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
+    sigma_rel: float | None  # None, like gamma, if the profile is not a power function
+    gamma: Annotated[float, ANY_SIGN] | None
+    t: Time
+    t_unit: Unit
+    method: str
+    profile_error: float  # relative L2 error between the profiles
+    # expected relative L2 error of the weights; None if it is unknown
+    predicted_error: float | None
+    snapshots: tuple[Used, ...]
+    copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
+
+    def encoded(self) -> dict[str, Any]:
+        """Return the JSON object of a header, without the checksums of blocks."""
+        return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
 # --- decoding by annotations

@@ -24,12 +24,11 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
-    OutputInfo,
     decode_index,
     read_index,
     read_model,
 )
-from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
+from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
 

@@ -44,33 +44,20 @@ class Work:
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
         self.run = self.root / "run"
-        self.averages = self.root / "out"
-        self.outputs = [
-            self.averages / "sigma_rel-0.1.safetensors",
-            self.averages / "sigma_rel-0.2.safetensors",
-            self.root / "shards",
-        ]
+        names = "out/sigma_rel-0.1.safetensors", "out/sigma_rel-0.2.safetensors", "shards"
+        self.outputs = [self.root / name for name in names]
 
     def do(self) -> None:
         """Do all stages; repeat a stage that fails once."""
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        self._twice(self._synthesize)
-        self._twice(self._export)
-        self._twice(self._prune)
-
-    def _synthesize(self) -> None:
-        Run(self.run).write([0.1, 0.2], self.averages, overwrite=True)
-        self.done += self.outputs[:2]
-
-    def _export(self) -> None:
-        average, _, shards = self.outputs
-        export_file(average, shards, max_shard_size="40", overwrite=True)
+        first, second, shards = self.outputs
+        self._twice(lambda: Run(self.run).write([0.1, 0.2], first.parent, overwrite=True))
+        self.done += [first, second]
+        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
         self.done.append(shards)
-
-    def _prune(self) -> None:
-        Run(self.run).prune(keep=2)
+        self._twice(lambda: Run(self.run).prune(keep=2))
 
     def _twice(self, stage: Callable[[], object]) -> None:
         try:
@@ -82,8 +69,9 @@ class Work:
         self.make_room()
 
     def _train(self, until: int) -> None:
-        options = {"checkpoint_every": 1, "max_checkpoints": 3}
-        self.errors += train(self.run, until, (SAVES,), self.note, **options)
+        self.errors += train(
+            self.run, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3
+        )
 
     def snapshots(self) -> set[str]:
         return {snapshot.path.name for snapshot in snapshots_in(self.run)}
@@ -110,32 +98,28 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     with installed(counting.do):
         reference.do()
     for kind in KINDS:
-        able = []
-        for at, name in enumerate(counting.operations):
-            if can_fail(kind, name):
-                able.append(at)
-        count = max(1, round(share * len(able)))
-        for at in chance.sample(able, count):
+        able = [at for at, name in enumerate(counting.operations) if can_fail(name, kind)]
+        for at in chance.sample(able, max(1, round(share * len(able)))):
             system = Faulty(at, kind)
             work = Work(folder / "faulty", make_room=system.make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
                 work.do()
             if system.failed:
-                tally.tried += 1
-                judge(tally, system.failed, work, reference)
+                _judge(tally, system.failed, work, reference)
             shutil.rmtree(work.root)
     return tally
 
 
-def judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
-    """Count what is wrong after a fault, and whether an error was raised if something differs."""
-    problems = work.wrong()
-    problems += [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
-    tally.lost += [f"{fault}: {problem}" for problem in problems]
+def _judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
+    """Count the work that a fault has met, and what is wrong after it."""
+    tally.tried += 1
+    tally.lost += [f"{fault}: {line}" for line in work.wrong()]
+    for path in work.root.rglob(".ema-*.tmp"):
+        tally.lost.append(f"{fault}: {path.name} is left over")
     differing = work.snapshots() ^ reference.snapshots()
     if differing and not work.errors:
-        text = f"{fault}: no error was raised, and snapshots differ: {sorted(differing)}"
-        tally.missed.append(text)
+        reason = f"no error was raised, and snapshots differ: {sorted(differing)}"
+        tally.missed.append(f"{fault}: {reason}")
 
 
 @contextmanager
@@ -165,15 +149,15 @@ KINDS = (*ERRORS, "short", "torn", "full")
 """The faults: one error; a short read or write, which is allowed; half a write, then an error; a
 full disk until `make_room`."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
-SAFE = ("close", "remove_directory")
+NEVER = ("close", "remove_directory")
 TAKE_ROOM = ("open_new", "write", "make_directory")
 """The operations that can be done by half, those that do not fail, and those that need room on the
 disk."""
 
 
-def can_fail(kind: str, name: str) -> bool:
-    """Return whether a fault of this kind can happen to an operation."""
-    return name not in SAFE and name in HALVED.get(kind, (name,))
+def can_fail(name: str, kind: str) -> bool:
+    """Return whether an operation can fail with a fault of this kind."""
+    return name not in NEVER and name in HALVED.get(kind, (name,))
 
 
 class Faulty:
@@ -193,29 +177,23 @@ class Faulty:
 
     def do(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            is_next = len(self.operations) == self._at
-            fails = is_next and can_fail(self._kind, name)
-            if name not in SAFE:
+            fails = len(self.operations) == self._at and can_fail(name, self._kind)
+            if name not in NEVER:
                 self.operations.append(name)
             if fails:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
                 self._full = self._kind == "full"
-        if fails and self._kind in ERRORS:
-            raise system_error(ERRORS[self._kind])
-        if self._full and name in TAKE_ROOM:
-            raise system_error(errno.ENOSPC)
+        if (fails and self._kind in ERRORS) or (self._full and name in TAKE_ROOM):
+            code = ERRORS.get(self._kind, errno.ENOSPC)
+            raise OSError(code, os.strerror(code))
         if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
             half = max(1, len(view) // 2)
-            arguments = (descriptor, view[:half], offset)
+            arguments = descriptor, view[:half], offset
         done = really(name, *arguments)
         if fails and self._kind == "torn":
-            raise system_error(errno.ENOSPC)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return done
-
-
-def system_error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))
 
 
 # --- crashes
@@ -226,43 +204,49 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     again."""
     tally = Tally()
     chance = random.Random(seed)
-    places = list[tuple[str, Work, dict[str, bytes]]]()
+    crashes = list[Crash]()
 
     def crash(after: str) -> None:
         for kind in ("kill", "nothing", "names", "some"):
             if chance.random() <= share:
-                work = Work(folder / f"crash-{len(places)}")
+                work = Work(folder / f"crash-{len(crashes)}")
                 work.done = [work.root / path.relative_to(first.root) for path in first.done]
                 disk.leave(work.root, kind, chance)
-                places.append((f"{kind} after operation {after}", work, dict(disk.kept)))
+                crashes.append(Crash(f"{kind} after operation {after}", work, dict(disk.kept)))
 
     disk = Disk(folder / "first", crash)
     first = Work(folder / "first", disk.keep)
     with installed(disk.do):
         first.do()
     newest = {name for name in first.snapshots() if name.startswith(f"{STEPS:016d}")}
-    for where, work, kept in places:
+    for each in crashes:
         tally.tried += 1
-        with tally.judged(where, refusable=False):
-            lost = without_durable(work.run, kept) + work.wrong()
+        work = each.work
+        with tally.judged(each.where, refusable=False):
+            lost = [*each.gone(), *work.wrong()]
             work.do()
-            tally.missed += [f"{where}: resumed: {error}" for error in work.errors]
+            tally.missed += [f"{each.where}: resumed: {error}" for error in work.errors]
             lost += [f"resumed: {name} is not there" for name in newest - work.snapshots()]
             lost += work.wrong()
-            tally.lost += [f"{where}: {line}" for line in lost]
+            tally.lost += [f"{each.where}: {line}" for line in lost]
         shutil.rmtree(work.root)
     return tally
 
 
-def without_durable(run: Path, durable: dict[str, bytes]) -> list[str]:
-    """Return a line about each durable snapshot that a run no longer has as it was."""
-    current = contents(run)
-    superseded = contents(run / "superseded")
-    lines = []
-    for name, content in durable.items():
-        if content not in (current.get(name), superseded.get(name)):
-            lines.append(f"{name}, which was durable, is gone or different")
-    return lines
+@dataclass
+class Crash:
+    """What a crash has left, and the snapshots that were durable before it."""
+
+    where: str
+    work: Work
+    kept: dict[str, bytes]
+
+    def gone(self) -> Iterator[str]:
+        current = contents(self.work.run)
+        superseded = contents(self.work.run / "superseded")
+        for name, content in self.kept.items():
+            if content not in (current.get(name), superseded.get(name)):
+                yield f"{name}, which was durable, is gone or different"
 
 
 @dataclass(eq=False)
@@ -270,10 +254,10 @@ class Inode:
     data: bytes = b""  # the current content of a file
     durable: bytes = b""
 
-    def write(self, data: memoryview, offset: int) -> None:
+    def write(self, written: bytes, offset: int) -> None:
         before = self.data[:offset].ljust(offset, b"\0")
-        after = self.data[offset + len(data) :]
-        self.data = before + data + after
+        after = self.data[offset + len(written) :]
+        self.data = before + written + after
 
 
 FOLDER = Inode()  # the entry of every directory
@@ -312,11 +296,6 @@ class Disk:
 
     def _follow(self, name: str, done: Any, path: Any, *more: Any) -> None:
         """Update the picture of the disk; `path` is a descriptor of an open file."""
-        if name in ("unlink", "rename"):  # what is removed or replaced need not last
-            gone = more[0] if more else path
-            if gone.parent == self._root / "run":
-                self.kept = dict(self.kept)
-                self.kept.pop(gone.name, None)
         if name == "open_new":
             self._open[done] = Inode()
             self._edit({path: self._open[done]})
@@ -330,30 +309,43 @@ class Disk:
         elif name == "fsync_directory":
             self._sync(path)
         elif name == "rename":
-            self._rename(path, more[0])
+            (target,) = more
+            self._forget(target)
+            self._move(path, target)
         elif name == "link":
-            self._edit({more[0]: self._now[path]})
-        elif name in ("unlink", "remove_directory"):
+            (target,) = more
+            self._edit({target: self._now[path]})
+        elif name == "unlink":
+            self._forget(path)
+            self._edit({path: None})
+        elif name == "remove_directory":
             self._edit({path: None})
         elif name == "make_directory" and self._now.get(path) is None:
             self._edit({path: FOLDER})
 
-    def _sync(self, folder: Path) -> None:
-        """Make the pending changes of a folder durable."""
-        for edits in [*self._pending]:
-            if any(entry.parent == folder for entry in edits):
-                self._pending.remove(edits)
-                self._durable |= edits
+    def _forget(self, path: Path) -> None:
+        """What is removed or replaced need not last."""
+        if path.parent == self._root / "run":
+            self.kept = {name: data for name, data in self.kept.items() if name != path.name}
 
-    def _rename(self, path: Path, new: Path) -> None:
-        """Rename an entry, and take along what a folder holds."""
+    def _sync(self, directory: Path) -> None:
+        pending = []
+        for edits in self._pending:
+            if any(entry.parent == directory for entry in edits):
+                self._durable |= edits
+            else:
+                pending.append(edits)
+        self._pending = pending
+
+    def _move(self, path: Path, target: Path) -> None:
+        """Rename a file, or a folder, which takes along what it holds."""
         edits: Entries = {}
-        arrived: Entries = {}
+        moved: Entries = {}
         for entry, inode in self._now.items():
             if inode and entry.is_relative_to(path):
                 edits[entry] = None
-                arrived[new / entry.relative_to(path)] = inode
-        self._edit(edits | arrived)
+                moved[target / entry.relative_to(path)] = inode
+        self._edit(edits | moved)
 
     def _edit(self, edits: Entries) -> None:
         self._pending.append(edits)
@@ -373,20 +365,12 @@ class Disk:
                     entries |= edits
         for name, inode in sorted(entries.items()):
             path = place / name.relative_to(self._root)
-            if inode is None or not path.parent.exists():
-                continue
-            if inode is FOLDER:
+            if inode is FOLDER and path.parent.exists():
                 path.mkdir()
-            elif crash == "kill":
-                path.write_bytes(inode.data)
-            elif crash == "some" and inode.data != inode.durable:
-                path.write_bytes(survived(inode, chance))
-            else:
-                path.write_bytes(inode.durable)
-
-
-def survived(inode: Inode, chance: random.Random) -> bytes:
-    """Return what may be left of a file that was not synced."""
-    size = len(inode.data)
-    begin = inode.data[: chance.randrange(size + 1)]
-    return chance.choice((inode.durable, begin, begin.ljust(size, b"\0")))
+            elif inode and path.parent.exists():
+                data = inode.data if crash == "kill" else inode.durable
+                if crash == "some" and inode.data != data:
+                    end = chance.randrange(len(inode.data) + 1)
+                    left = inode.data[:end]
+                    data = chance.choice((data, left, left.ljust(len(inode.data), b"\0")))
+                path.write_bytes(data)
