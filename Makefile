@@ -10,6 +10,7 @@
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make compat   the wheel with the oldest Python and torch, and with the newest
+# make oldest   tests with the oldest release of each requirement, on PYTHON (python3.10)
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -26,7 +27,7 @@ JOBS ?= auto
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench gpu evidence torture integrations dist wheel compat audit clean
+.PHONY: help demo test lint types unit coverage bench gpu evidence torture integrations dist wheel compat oldest audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -106,6 +107,19 @@ wheel: dist
 compat:
 	$(MAKE) wheel PYTHON=python3.10 TORCH=torch==2.4.0
 	$(MAKE) wheel PYTHON=python3.13
+
+# Requirements as "name==oldest". Newer releases of click and pyparsing warn of uses by old typer and matplotlib.
+OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml) "click<8.2" "pyparsing<3.3"
+NEED_NEWER = accelerate fully_shard lightning obstore peft transformers
+
+oldest:
+	rm -rf $(VENV)-oldest
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) \
+	  pytest pytest-xdist pytest-randomly pytest-timeout hypothesis mpmath python-flint scikit-learn ipython
+	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup \
+	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' tests)
 
 audit: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit

@@ -11,7 +11,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -87,11 +87,10 @@ class ExponentialMovingAverage(nn.Module):
         accepted = "lie in (0, 1); usual values are 0.0001 to 0.1"
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
         if self.momentum > SUSPICIOUS_MOMENTUM:
-            text = (
+            warn(
                 f"momentum {momentum:g}: is the share of the new value and usually small; "
-                f"for a decay of"
+                f"for a decay of {momentum:g} pass {1 - momentum:.4g}"
             )
-            warn(f"{text} {momentum:g} pass {1 - momentum:.4g}")
         self.interval = check_count("interval", interval)
         self.update_buffers = update_buffers
         self.warmup = warmup
@@ -107,11 +106,16 @@ class ExponentialMovingAverage(nn.Module):
         """Average the model's weights. Call it after every optimizer step."""
         steps = int(self.steps)
         parameters, buffers = paired(self.module, model)
-        share = max(self.momentum, 9 / (10 + steps)) if self.warmup else self.momentum
-        averaged = []
-        if self.update_buffers and steps:
-            averaged = [pair for pair in buffers if is_averaged(pair[0])]
-        average_([pair for pair in buffers if not averaged or not is_averaged(pair[0])])
+        share = self.momentum
+        if self.warmup:
+            share = max(share, 9 / (10 + steps))
+        averaged: list[Pair] = []
+        copied: list[Pair] = []
+        for pair in buffers:
+            takes_part = self.update_buffers and steps and is_averaged(pair[0])
+            kind = averaged if takes_part else copied
+            kind.append(pair)
+        average_(copied)
         if steps == 0:
             average_(parameters)
         elif steps % self.interval == 0:
@@ -119,9 +123,8 @@ class ExponentialMovingAverage(nn.Module):
             # equal elements stay: the mean of two infinities in a mask would be nan
             for average, source in averaged:
                 value = source.to(average)
-                average.copy_(
-                    torch.where(average == value, value, torch.lerp(average, value, share))
-                )
+                moved = torch.lerp(average, value, share)
+                average.copy_(torch.where(average == value, value, moved))
         self.steps += 1
 
 
@@ -189,7 +192,8 @@ class ShadowModel(WideBuffers):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model in train mode, the shadow in eval mode."""
-        return self.model(*args, **kwargs) if self.training else self.shadow(*args, **kwargs)
+        network = self.model if self.training else self.shadow
+        return network(*args, **kwargs)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -237,12 +241,14 @@ def check_decay(decay: float, examples: str) -> float:
 # --- pairs of tensors
 
 # a tensor of the average, and the model's tensor of the same name
+Named = tuple[str, Tensor]
 Pair = tuple[Tensor, Tensor]
 
 
 def make_average(model: nn.Module) -> nn.Module:
     """Copy a model without gradients; half precision becomes float32."""
-    average = copy.deepcopy(unwrapped(check_model(model))).requires_grad_(False)
+    bare = unwrapped(check_model(model))
+    average = copy.deepcopy(bare).requires_grad_(False)
     average._apply(lambda tensor: tensor.float() if is_narrow(tensor.dtype) else tensor)  # type: ignore[no-untyped-call]
     return average
 
@@ -250,25 +256,25 @@ def make_average(model: nn.Module) -> nn.Module:
 def paired(average: nn.Module, model: nn.Module) -> tuple[list[Pair], list[Pair]]:
     """Return the parameters and the buffers of both, tied ones once; raise a ModelMismatchError if
     they differ."""
-    found = []
-    for kind in ("parameters", "buffers"):
-        own, others = (
-            dict(getattr(module, f"named_{kind}")())
-            for module in (average, unwrapped(check_model(model)))
-        )
-        for name in sorted(own.keys() ^ others.keys()):
-            raise ModelMismatchError(
-                "model", f"its {kind} are not the average's: only one of the two has {name!r}"
-            )
-        for name, tensor in own.items():
-            if others[name].shape != tensor.shape:
-                reason = (
-                    f"has the shape {list(others[name].shape)} in the model, "
-                    f"{list(tensor.shape)} in the average"
-                )
-                raise ModelMismatchError(f"tensor {name!r}", reason)
-        found.append([(tensor, others[name]) for name, tensor in own.items()])
-    return found[0], found[1]
+    bare = unwrapped(check_model(model))
+    parameters = _paired("parameters", average.named_parameters(), bare.named_parameters())
+    return parameters, _paired("buffers", average.named_buffers(), bare.named_buffers())
+
+
+def _paired(kind: str, averages: Iterable[Named], others: Iterable[Named]) -> list[Pair]:
+    own = dict(averages)
+    sources = dict(others)
+    for name in sorted(own.keys() ^ sources.keys()):
+        reason = f"its {kind} are not the average's: only one of the two has {name!r}"
+        raise ModelMismatchError("model", reason)
+    pairs = []
+    for name, tensor in own.items():
+        source = sources[name]
+        if source.shape != tensor.shape:
+            shapes = f"{list(source.shape)} in the model, {list(tensor.shape)} in the average"
+            raise ModelMismatchError(f"tensor {name!r}", f"has the shape {shapes}")
+        pairs.append((tensor, source))
+    return pairs
 
 
 def is_averaged(tensor: Tensor) -> bool:
@@ -285,14 +291,17 @@ def is_narrow(dtype: torch.dtype) -> bool:
 def average_(pairs: list[Pair], share: float = 1.0) -> None:
     """Set average + share (source - average); with a share of 1 copy, as tensors that are not
     `is_averaged` always."""
-    if copied := [pair for pair in pairs if share == 1 or not is_averaged(pair[0])]:
+    copied = []
+    averaged = []
+    for average, source in pairs:
+        if share == 1 or not is_averaged(average):
+            copied.append((average, source))
+        else:
+            averaged.append((average, source.to(average)))
+    if copied:
         averages, sources = zip(*copied, strict=True)
         torch._foreach_copy_(averages, sources)
-    if averaged := [
-        (average, source.to(average))
-        for average, source in pairs
-        if share != 1 and is_averaged(average)
-    ]:
+    if averaged:
         averages, sources = zip(*averaged, strict=True)
         torch._foreach_lerp_(averages, sources, share)
 
@@ -366,7 +375,8 @@ class SwitchEMA:
             self._average.load_into(model, self._sigma_rel)
         else:
             module = self._average.module
-            load_weights(model, dict([*module.named_parameters(), *module.named_buffers()]))
+            weights = dict(module.named_parameters())
+            load_weights(model, weights | dict(module.named_buffers()))
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of calls; the average and the optimizer have their own states."""
@@ -492,8 +502,9 @@ class DifferentiableEMA(WideBuffers):
         self.decay = check_decay(decay, "0.99 averages over about 100 values")
         self.mode = mode
         self._window = None if window is None else check_count("window", window)
-        self.register_buffer("average", torch.zeros(shape, device=device, dtype=dtype))
-        self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
+        average = torch.zeros(shape, device=device, dtype=dtype)
+        self.register_buffer("average", average)
+        self.register_buffer("num_updates", torch.tensor(0, device=device))
         self._start_anew()
 
     def forward(self, value: Tensor, leaves: Iterable[Tensor] | None = None) -> Tensor:
@@ -501,7 +512,9 @@ class DifferentiableEMA(WideBuffers):
 
         In mode "carried", `leaves` are those that gradients shall reach, the same at every update.
         """
-        if (found := _described(value)) != (own := _described(self.average)):
+        found = _described(value)
+        own = _described(self.average)
+        if found != own:
             raise InvalidValueError("value", f"is {found}; must be {own} as the average is")
         if not self.training:
             if not self._has_average:
@@ -544,7 +557,9 @@ class DifferentiableEMA(WideBuffers):
         self._start_anew()
 
     def _next(self, average: Tensor | None, value: Tensor) -> Tensor:
-        return value.clone() if average is None else average * self.decay + value * (1 - self.decay)
+        if average is None:
+            return value.clone()
+        return average * self.decay + value * (1 - self.decay)
 
     def _recomputed(self, value: Tensor) -> Tensor:
         """Average the kept values with their graphs after `_before`, the average of all earlier
@@ -552,14 +567,15 @@ class DifferentiableEMA(WideBuffers):
         if not self._kept:
             self._before = self.average if self._has_average else None
         elif len(self._kept) == self._window:
-            self._before = self._next(self._before, self._kept.popleft()).detach()
+            oldest = self._kept.popleft()
+            self._before = self._next(self._before, oldest).detach()
         # it may be a view of a parameter, which the optimizer changes
         self._kept.append(value.clone())
         if self.mode == "full" and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            text = (
-                f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each"
+            warn(
+                f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with "
+                f"each; use 'window' or 'carried' for training, or call reset()"
             )
-            warn(f"{text}; use 'window' or 'carried' for training, or call reset()")
         running = self._before
         for kept in self._kept:
             running = self._next(running, kept)
@@ -593,10 +609,13 @@ class DifferentiableEMA(WideBuffers):
         return result
 
     def _checked_leaves(self, leaves: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
-        given = () if leaves is None or isinstance(leaves, Tensor) else tuple(leaves)
+        given: tuple[Tensor, ...] = ()
+        if leaves is not None and not isinstance(leaves, Tensor):
+            given = tuple(leaves)
         ids = [*map(id, given)]
         is_same = not self._leaves or ids == [*map(id, self._leaves)]
-        if given and is_same and len({*ids}) == len(ids) and all(map(_is_trained_leaf, given)):
+        are_different = len({*ids}) == len(ids)
+        if given and is_same and are_different and all(map(_is_trained_leaf, given)):
             return given
         reason = (
             "must be different leaves that require gradients, such as [w], and the same ones at "
@@ -712,16 +731,18 @@ class EMAStats(WideBuffers):
     ) -> None:
         super().__init__()
         self.num_features_x = check_count("dim_x", dim_x)
-        self.num_features_y = self.num_features_x if dim_y is None else check_count("dim_y", dim_y)
+        self.num_features_y = self.num_features_x
+        if dim_y is not None:
+            self.num_features_y = check_count("dim_y", dim_y)
         self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
         self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
         self.center_with_running_mean = center_with_running_mean
         self._y_may_be_x = dim_y is None
-        default = torch.get_default_dtype()
+        dtype = torch.get_default_dtype()
+        if is_narrow(dtype):
+            dtype = torch.float32
         for name in (*_STATISTICS, "num_batches_tracked"):
-            self.register_buffer(
-                name, torch.zeros((), dtype=torch.float32 if is_narrow(default) else default)
-            )
+            self.register_buffer(name, torch.zeros((), dtype=dtype))
         self.reset()
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -729,30 +750,33 @@ class EMAStats(WideBuffers):
         if y is None:
             y = x if self._y_may_be_x else x.new_empty(0)
         own = self.cov_xx.dtype
-        for name, batch, dim in (("x", x, self.num_features_x), ("y", y, self.num_features_y)):
-            is_wide = (
-                not batch.is_floating_point()
-                or torch.finfo(batch.dtype).bits > torch.finfo(own).bits
-            )
-            if is_wide or batch.dim() != 2 or batch.shape[1] != dim or not len(x) == len(batch) > 0:
-                reason = (
-                    f"is {batch.dtype} of shape {list(batch.shape)}; must be "
-                    f"floating-point, no wider than the {own} "
-                )
-                reason += (
-                    f"of the statistics, and of shape [n, {dim}], n at least 1 and the "
-                    f"same for x and y"
-                )
-                raise InvalidValueError(name, reason, "double() makes the statistics float64")
+        rows = len(x) if x.dim() else 0
+        self._check("x", x, (rows, self.num_features_x))
+        self._check("y", y, (rows, self.num_features_y))
         if self.training:
-            kind = x.device.type  # autocast would multiply the centred batch in half precision
-            with (
-                torch.autocast(kind, enabled=False)
-                if torch.amp.is_autocast_available(kind)
-                else nullcontext()
-            ):
+            kind = x.device.type
+            precise: AbstractContextManager[Any] = nullcontext()
+            if torch.amp.is_autocast_available(kind):
+                # autocast would multiply the centred batch in half precision
+                precise = torch.autocast(kind, enabled=False)
+            with precise:
                 self._update(x.to(own), y.to(own))
         return x, y
+
+    def _check(self, name: str, batch: Tensor, shape: tuple[int, int]) -> None:
+        own = self.cov_xx.dtype
+        rows, dim = shape
+        is_wide = True
+        if batch.is_floating_point():
+            is_wide = torch.finfo(batch.dtype).bits > torch.finfo(own).bits
+        if rows and batch.shape == shape and not is_wide:
+            return
+        reason = (
+            f"is {batch.dtype} of shape {list(batch.shape)}; must be floating-point, no wider than "
+            f"the {own} of the statistics, and of shape [n, {dim}], n at least 1 and the same for "
+            f"x and y"
+        )
+        raise InvalidValueError(name, reason, "double() makes the statistics float64")
 
     def correlation(self) -> Tensor:
         """Return Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps)
@@ -764,10 +788,9 @@ class EMAStats(WideBuffers):
             raise NotReadyError(
                 "correlation", "no batch was tracked yet", "call the module in train mode first"
             )
-        scale_x, scale_y = (
-            (cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy)
-        )
-        return self.cov_xy * torch.outer(scale_x, scale_y)
+        variances_x = self.cov_xx.diagonal() + self.eps
+        variances_y = self.cov_yy.diagonal() + self.eps
+        return self.cov_xy * torch.outer(variances_x.rsqrt(), variances_y.rsqrt())
 
     def reset(self) -> None:
         x = self.num_features_x
@@ -785,9 +808,12 @@ class EMAStats(WideBuffers):
         own = first if self.center_with_running_mean else torch.ones_like(first)
         x = x - torch.where(own, means[0], self.mean_x.detach())
         y = y - torch.where(own, means[1], self.mean_y.detach())
-        covariances = (product / max(1, len(x) - 1) for product in (x.mT @ x, y.mT @ y, x.mT @ y))
+        products = x.mT @ x, y.mT @ y, x.mT @ y
+        degrees = max(1, len(x) - 1)
+        covariances = [product / degrees for product in products]
         for name, batch in zip(_STATISTICS, (*means, *covariances), strict=True):
-            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * batch
+            earlier = getattr(self, name).detach()
+            average = (1 - self.momentum) * earlier + self.momentum * batch
             setattr(self, name, torch.where(first, batch, average))
         self.num_batches_tracked = self.num_batches_tracked + 1
 

@@ -24,6 +24,8 @@ from factories import (
 )
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from posthoc_cli import Run, export_file
 from posthoc_cli.errors import (
@@ -384,6 +386,27 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_releases(
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The `save` of torch 2.4 to 2.6 has no argument that leaves a process group alone."""
+
+    def save_of_26(state_dict: object, *, checkpoint_id: object = None) -> None:
+        pytest.fail("would wait for all processes of a group")
+
+    run.write(0.2, tmp_path / "new", layout="dcp")
+    monkeypatch.setattr(state_dict_saver, "save", save_of_26)
+    run.write(0.2, tmp_path / "old", layout="dcp")
+    for name in ("new", "old"):
+        dcp_to_torch_save(tmp_path / name, tmp_path / f"{name}.pt")
+    new = load_output(tmp_path / "new.pt")
+    old = load_output(tmp_path / "old.pt")
+    assert_same_tensors(new, old)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -420,7 +420,7 @@ def check_profile_of(target: Target) -> None:
     assert profile.tail(-1.0) == 1
     tail = profile.tail(times)
     assert tail[-1] == 0
-    assert (np.diff(tail) <= 0).all()
+    assert np.diff(tail).max() <= 1e-15  # roundings: not every expm1 is monotonic
     bent = target.profile(1e6, Clock((5e5, 1e6), (1e5, 1e6)), 1.0)
     differs = not np.array_equal(bent.tail(times), tail)
     assert target.counts_steps == differs

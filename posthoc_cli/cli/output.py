@@ -21,7 +21,7 @@ from rich.text import Text
 from posthoc_cli import errors, files
 from posthoc_cli.errors import printable
 from posthoc_cli.report.facts import text, title_of
-from posthoc_cli.resources import ProgressBar
+from posthoc_cli.resources import ProgressBar, no_bar
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -181,17 +181,20 @@ def progress_bar(unit: str = "") -> ProgressBar:
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            with no_bar(what, total) as advance:
+                yield advance
+            return
         columns: list[live.ProgressColumn] = [live.TextColumn(what), live.BarColumn()]
         if unit:
             columns += [live.MofNCompleteColumn(), live.TextColumn(unit)]
         else:
             columns += [live.DownloadColumn(), live.TransferSpeedColumn()]
         columns.append(live.TimeRemainingColumn())
-        console = Console(stderr=True)
-        hidden = not console.is_terminal
         redirected = sys.stdout.isatty()
         with live.Progress(
-            *columns, console=console, transient=True, disable=hidden, redirect_stdout=redirected
+            *columns, console=console, transient=True, redirect_stdout=redirected
         ) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)

@@ -11,6 +11,7 @@ and the job is run again.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import logging
 import os
@@ -636,13 +637,12 @@ class DistributedFolder(Collected):
 
     def complete(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
-        from torch.distributed.checkpoint.state_dict_saver import save
 
         place = str(self._folder.temporary)
         with files.reported_as_write_error(self._folder.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
-                save(self.state, checkpoint_id=place, no_dist=True)
+                _save_alone(self.state, place)
             except CheckpointException as error:
                 (failure, _), *_ = error.failures.values()
                 # torch's own replaces that of a write
@@ -650,3 +650,16 @@ class DistributedFolder(Collected):
 
     def publish(self) -> None:
         self._folder.publish()
+
+
+def _save_alone(state: dict[str, torch.Tensor], folder: str) -> None:
+    """Write a folder of torch.distributed.checkpoint without the other processes of a group."""
+    from torch.distributed.checkpoint import state_dict_saver
+
+    if "no_dist" in inspect.signature(state_dict_saver.save).parameters:
+        state_dict_saver.save(state, checkpoint_id=folder, no_dist=True)
+        return
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    # deprecated, but the only function of torch 2.4 to 2.6 that leaves the group alone
+    state_dict_saver.save_state_dict(state, FileSystemWriter(folder), no_dist=True)

@@ -17,6 +17,7 @@ from posthoc_cli.reconstruction.motion import (
     StoredAverage,
     assumed_prior,
     measured_prior,
+    seen_from,
 )
 from posthoc_cli.reconstruction.nodes import Steps, relative_width
 from posthoc_cli.reconstruction.sketch import Sketch
@@ -36,5 +37,5 @@ __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
     "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "measured_prior",
-    "one_blas_thread", "reconstruct", "relative_width", "thinned_subset",
+    "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
 ]  # fmt: skip

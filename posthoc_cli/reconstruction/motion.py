@@ -264,10 +264,34 @@ def _fitted(
     motion, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
     doubt = _doubt(pairs, expected)
     if any(interval_of(profile) > 1 for profile in profiles):
-        sampling = sampling_of(motion, times, steps)
-        return replace(motion, sampling=sampling), doubt
-    spacing = spacing_of(motion.edges, discrete, steps)
-    return motion.with_forgotten(spacing), doubt
+        motion = replace(motion, sampling=sampling_of(motion, times, steps))
+    else:
+        spacing = spacing_of(motion.edges, discrete, steps)
+        motion = motion.with_forgotten(spacing)
+    norm = [each.measurements.norm for each in averages if each.measurements is not None]
+    even = _even_motion(profiles, np.array(norm), steps)
+    first = seen_from(start, profiles)
+    return motion.with_unseen(first, float(even.walk[0])), doubt
+
+
+_SAME = 0.98
+"""Tail of an average from which on it is taken for equal to all others that have as much: what lies
+before moves their difference by at most a fiftieth of its own motion."""
+
+_SEEN_WITHIN = 400  # parts of training, to one of which `seen_from` is exact for averages
+
+
+def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
+    """Return the time from which on averages show the motion: before it all of them move alike."""
+    first = []
+    for profile in profiles:
+        if isinstance(profile, Point):
+            first.append(profile.t)
+            continue
+        times = np.linspace(start, profile.t, _SEEN_WITHIN)
+        same = times[profile.tail(times) >= _SAME]
+        first.append(max(same, default=start))
+    return float(min(first))
 
 
 def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
@@ -363,6 +387,10 @@ weights. Recorded runs have 0.01 (learning rate decayed to almost 0) to 0.45 (co
 rate)."""
 
 
+# segments of a walk that rises towards the first update: each is off by a sixteenth of the rise
+_UNSEEN = 8
+
+
 @dataclass(frozen=True, eq=False)
 class Motion:
     """Walk and noise, summed over all elements of the weights, constant on each segment of
@@ -431,6 +459,36 @@ class Motion:
             scatter = self.scatter[segment[steps]]
             noise[steps] = instant * scatter
         return walk, noise
+
+    def with_unseen(self, end: float, most: float) -> Motion:
+        """Return the motion with a walk that rises to `most` from `end` back to the first update,
+        where no average shows it.
+
+        Learning rates fall, so that what came before the first file of a run, of which only the
+        last ones are kept, is seldom as quiet as what came after it.
+        """
+        start = self.edges[0]
+        if end <= start:
+            return self
+        unseen = np.linspace(start, end, _UNSEEN + 1)
+        edges = np.append(unseen, self.edges[self.edges > end])
+        segment = segments_of(self.edges, edges[1:])
+        motion = self._divided(edges, segment)
+        walk = motion.walk[:_UNSEEN]
+        middle = (unseen[1:] + unseen[:-1]) / 2
+        share = (end - middle) / (end - start)
+        walk += share * np.maximum(most - walk, 0.0)
+        return motion
+
+    def _divided(self, edges: FloatArray, segment: npt.NDArray[np.intp]) -> Motion:
+        """Return the same motion on more segments, each a part of one of these."""
+        scatter = self.scatter
+        if scatter is not None:
+            scatter = scatter[segment]
+        sampling = self.sampling
+        if sampling is not None:
+            sampling = sampling[segment]
+        return Motion(edges, self.walk[segment], self.noise[segment], scatter, sampling)
 
     def with_forgotten(self, spacing: FloatArray) -> Motion:
         """Return the motion with noise in place of the part of the walk that checkpoints show to be

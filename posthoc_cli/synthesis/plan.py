@@ -27,7 +27,14 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import check_within, error_curve
 from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
+from posthoc_cli.reconstruction import (
+    ROUNDING,
+    Prior,
+    Reconstruction,
+    check_method,
+    reconstruct,
+    seen_from,
+)
 from posthoc_cli.snapshots.snapshot import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
@@ -516,6 +523,9 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     below = curve.ranges_text(POOR_ERROR)
     origin = f"from the {counted(plan.sources, plan.solved)} up to t = {plan.t:,.12g}"
+    first = seen_from(0.0, [source.profile for source in plan.sources])
+    if first > plan.t / 2:
+        origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"

@@ -118,8 +118,11 @@ def chunks_of(model: nn.Module, tracked: TrackedModel) -> dict[str, Tensor]:
     tensors = {tensor.name: tensor.tensor for tensor in named_tensors(model)}
     for name, box in tracked.boxes.items():
         tensor = tensors.get(name)
-        expected = (tracked.complete_shape(name), box)
-        if tensor is None or (tuple(tensor.shape), held_box(name, tensor)[1]) != expected:
+        found = None
+        if tensor is not None:
+            _, held = held_box(name, tensor)
+            found = tuple(tensor.shape), held
+        if found != (tracked.complete_shape(name), box):
             where = "spread over the processes in another way than when tracked"
             reason = f"is missing in the model, of another shape, or {where}"
             raise ModelMismatchError(f"tensor {name!r}", reason)
@@ -137,8 +140,9 @@ def with_replicas(
 ) -> Weights:
     """Return the chunks of all `tensors` that this process holds, from its `own` averages and from
     those of other processes at the same step and time."""
-    said = {name: value.dtype for name, value in own.items()}, own.predicted_error
-    dtypes, errors = zip(*group.from_all_at(*now, said), strict=True)
+    own_dtypes = {name: value.dtype for name, value in own.items()}
+    answers = group.from_all_at(*now, (own_dtypes, own.predicted_error))
+    dtypes, errors = zip(*answers, strict=True)
     dtype = ChainMap(*dtypes)
     weights = Weights(own)
     for name in sorted(members.holders):  # in the same order in all processes

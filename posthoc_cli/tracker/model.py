@@ -476,13 +476,16 @@ class ModelWatch:
         if not picked:
             return {}
         device = picked[0].device  # which is waited for once
-        values = torch.stack([value.to(device, torch.float32) for value in picked])
-        return dict(zip(tracked.sampled, values.tolist(), strict=True))
+        values = [value.to(device, torch.float32) for value in picked]
+        numbers = torch.stack(values).tolist()
+        return dict(zip(tracked.sampled, numbers, strict=True))
 
     def check_kind(self, model: nn.Module) -> None:
         """Raise a ModelMismatchError if a model is sharded, but was not when its tracker was
         made."""
-        if not self._members.is_chunked and any(map(is_sharded, model.parameters())):
+        if self._members.is_chunked:
+            return
+        if any(map(is_sharded, model.parameters())):
             reason = "is sharded over processes, and was not when this tracker was made"
             way = "make the tracker in every process, with from_model or from_path(path, model)"
             raise ModelMismatchError("model", reason, f"shard the model first; then {way}")
@@ -664,7 +667,8 @@ def _adapter_names(
         if len(adapters) > 1 or configs[adapters[0]].is_prompt_learning:
             continue
         own_tensors = [entry for entry in tensors if entry.raw.startswith(start)]
-        for raw, saved in _names_in_adapter(module, adapters[0], own_tensors, start).items():
+        saved_names = _names_in_adapter(module, adapters[0], own_tensors, start)
+        for raw, saved in saved_names.items():
             names[raw] = start + saved
     _leave_out_wrappers(names, modules)
     return names

@@ -91,14 +91,15 @@ def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
     in the tensor."""
     if not is_sharded(tensor):
         return tensor.detach(), Box.full(tuple(tensor.shape))
-    from torch.distributed.tensor import Shard
-
     dtensor: Any = tensor
+    if not hasattr(dtensor, "__create_chunk_list__"):
+        reason = f"is sharded, which needs torch 2.5 or newer, not {torch.__version__}"
+        raise InvalidValueError("tensor", reason, value=f"{name!r}")
     for axis, placement in enumerate(dtensor.placements):
         if placement.is_partial():
             reason = f"has the placement {placement}: no process holds its values"
             raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
-        if not placement.is_replicate() and type(placement) is not Shard:
+        if hasattr(placement, "split_factor"):
             _check_strided(name, dtensor, axis)
     with torch.no_grad():
         local = dtensor.to_local()
@@ -137,14 +138,12 @@ def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
     `like` is not."""
     if not is_sharded(like):
         return local
-    from torch.distributed.tensor import DTensor
-
     sharded: Any = like
     # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others.
     if local.device.type == "cpu" and local.numel():
         in_bytes = local.reshape(-1).view(torch.uint8)
         local = torch.from_numpy(in_bytes.numpy()).view(local.dtype)
-    dtensor = DTensor.from_local(
+    dtensor: Tensor = type(sharded).from_local(
         local.view(sharded.to_local().shape),
         sharded.device_mesh,
         sharded.placements,

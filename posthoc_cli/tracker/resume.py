@@ -175,7 +175,8 @@ class Start:
                 f"has no time with snapshots of all of sigma_rel {listed(now.averages.sigma_rels)}"
             )
             raise DirectoryError(self.directory, reason, "begin anew by resume=0")
-        loaded = _load(_until(stored, self.step), self.settings.sigma_rels, now.tracked)
+        chosen = _until(stored, self.step)
+        loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
         if now.tracked.leads and _are_rounded(stored[-1]):
             log.warning(
                 "%s: the averages continue from step %d, rounded as its snapshots are, which "
@@ -230,7 +231,8 @@ def _fitting_and_newest_step(
 def sample_of_all(group: Group, own: Mapping[int, float]) -> Floats:
     """Return the values of a sample, of which each process has some by number."""
     sample = ChainMap(*group.from_all(dict(own)))
-    return np.array([sample[number] for number in sorted(sample)], np.float32)
+    values = [sample[number] for number in sorted(sample)]
+    return np.array(values, np.float32)
 
 
 # --- the arguments, and the directory
@@ -285,8 +287,12 @@ def _check_directory(directory: Path, is_new: bool) -> None:
         existing = directory
         while not (existing.is_symlink() or existing.exists()):
             existing = existing.parent
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
-        what = "cannot be written to" if existing.is_dir() else "is not a directory"
+    what = ""
+    if not existing.is_dir():
+        what = "is not a directory"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written to"
+    if what:
         reason = f"{what}; snapshots are written to the directory {directory}"
         raise DirectoryError(existing, reason, "name another one")
     stored = find_snapshots(directory) if is_new else []
@@ -400,7 +406,8 @@ def _progress_at(snapshot: Snapshot) -> TrainingProgress:
 
 def _are_rounded(snapshot: Snapshot) -> bool:
     """Return whether averages are stored in less than float32."""
-    return any(ITEM_BYTES[snapshot.entries[name].dtype] < 4 for name in snapshot.averages)
+    dtypes = {snapshot.entries[name].dtype for name in snapshot.averages}
+    return any(ITEM_BYTES[dtype] < 4 for dtype in dtypes)
 
 
 @torch.inference_mode(False)

@@ -362,8 +362,11 @@ class Snapshotter:
         if not self._leads or schedule.max_checkpoints is None:
             return
         snapshots = self._complete()
-        complete = {(s.t, s.sigma_rel) for s in snapshots}
-        unfinished = {s.t for s in self._stored if (s.t, s.sigma_rel) not in complete}
+        complete = {(snapshot.t, snapshot.sigma_rel) for snapshot in snapshots}
+        unfinished = set()
+        for snapshot in self._stored:
+            if (snapshot.t, snapshot.sigma_rel) not in complete:
+                unfinished.add(snapshot.t)
         finished = [s for s in snapshots if s.t not in unfinished]
         kept = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
         times = unfinished.union(s.t for s in kept)
@@ -426,15 +429,18 @@ def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
     process has them."""
     averages = state.averages
     sampled = state.tracked.sampled
-    if snapshot.t != averages.standing.t or snapshot.sigma_rel not in averages.sigma_rels:
+    if snapshot.t != averages.standing.t:
+        return False
+    if snapshot.sigma_rel not in averages.sigma_rels:
         return False
     _, recorded = decode_sample(snapshot.sample)
     if len(recorded) <= max(sampled, default=-1):
         return False
     profile = averages.sigma_rels.index(snapshot.sigma_rel)
     ranges = [ElementRange(name, at, at + 1) for name, at in sampled.values()]
-    own = [float(value) for value in averages.read(profile, ranges)]
-    return np.array_equal(recorded[list(sampled)], np.array(own, np.float32))
+    values = averages.read(profile, ranges)
+    own = np.array([float(value) for value in values], np.float32)
+    return np.array_equal(recorded[list(sampled)], own)
 
 
 class Storage:
@@ -558,8 +564,8 @@ class _RoundedAverage:
         squares = storage.subset.sums(joined(self._measured))
         rounding = _rounding(storage, self._measured)
         names = [*storage.subset.sizes]
-        for number, name in enumerate(names):
-            if not _is_accurate(squares[number], rounding[number], storage.dtype(name)):
+        for name, norm, error in zip(names, squares, rounding, strict=True):
+            if not _is_accurate(norm, error, storage.dtype(name)):
                 doubtful.add(name)
         others = _stored_exactly(storage, averages, index, doubtful)
         rounding[[name in others for name in names]] = 0.0
@@ -576,7 +582,8 @@ def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
     """Return the tensors of tiles whose norm the storage dtype cannot hold."""
     names = set[str]()
     ranges = ranges_of(storage.layout)
-    for tile, norm in zip(tiles_of(storage.layout), norms, strict=True):
+    tiles = tiles_of(storage.layout)
+    for tile, norm in zip(tiles, norms, strict=True):
         dtype = storage.stored[tile.bucket].dtype
         if not norm <= torch.finfo(dtype).max:
             names.update(piece.name for piece in ranges[tile.number])

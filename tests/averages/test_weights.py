@@ -76,10 +76,7 @@ def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers:
         if step % interval == 0:
             weights.append(numbers(model.head.weight))
             variances.append(numbers(model.norm.running_var))
-            momentum = 0.2
-            if warmup:
-                momentum = 1 - min(1 - 0.2, (1 + step) / (10 + step))
-            momenta.append(momentum)
+            momenta.append(max(0.2, 9 / (10 + step)) if warmup else 0.2)
     expected = average(weights, momenta)
     within = rounding(40, largest(*weights))
     error = numbers(ema.module.head.weight) - expected

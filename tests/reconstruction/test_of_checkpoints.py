@@ -106,6 +106,21 @@ def test_between_files_that_are_numbered_the_weights_move_on(
     assert_predicted(tmp_path, path, 1.4)
 
 
+def test_before_the_first_of_a_few_last_files_the_weights_may_have_moved_faster(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only the last three files of a training are kept. Taken for as quiet as they are, what came
+    before made errors 180 times as large as predicted."""
+    path = cooled()
+    for step in (1960, 1980, 2000):
+        save(tmp_path / f"{step}.pt", {"step": step, **weights(path, step)})
+    for width in (0.15, 0.28):
+        actual, predicted = errors(Run(tmp_path), path, width)
+        assert 1 / 8 < actual / predicted < 3
+    nothing = "which show nothing of the training before t = 1,960"
+    assert [nothing in message for message in caplog.messages] == [True, True]
+
+
 def test_the_unit_of_time_does_not_change_the_prediction(tmp_path: Path) -> None:
     path = walk()
     for number in range(1, 21):

@@ -11,7 +11,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
@@ -63,9 +63,7 @@ class Equal(torch.nn.Module):
     def __init__(self, elements: int) -> None:
         super().__init__()
         self.large = torch.nn.Parameter(torch.zeros(elements))
-        self.small = torch.nn.ParameterList(
-            [torch.nn.Parameter(torch.zeros(7, 3)) for _ in range(5)]
-        )
+        self.small = torch.nn.ParameterList([torch.zeros(7, 3) for _ in range(5)])
         self.wide = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
 
     def go_to(self, step: int) -> None:
@@ -94,15 +92,17 @@ def away(
     tolerance: float = TOLERANCE,
 ) -> list[str]:
     """Return a line if an element is too far from the average of the last update up to a step."""
-    low = min(float(t.min()) for t in tensors.values())
-    high = max(float(t.max()) for t in tensors.values())
+    low, high = limits(tensors)
     right = float(truth(sigma_rel)[step // EVERY - 1])
-    is_near = max(right - low, high - right) <= tolerance * right
-    return (
-        []
-        if is_near
-        else [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
-    )
+    if max(right - low, high - right) <= tolerance * right:
+        return []
+    return [f"sigma_rel {sigma_rel} at {step}: from {low} to {high}, and it is {right}"]
+
+
+def limits(tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    lowest = [float(tensor.min()) for tensor in tensors.values()]
+    highest = [float(tensor.max()) for tensor in tensors.values()]
+    return min(lowest), max(highest)
 
 
 def wrong_state(state: Mapping[str, Any]) -> list[str]:
@@ -114,20 +114,20 @@ def wrong_state(state: Mapping[str, Any]) -> list[str]:
         return [f"step {step} at t = {t} with averages of {updated} at {standing['t']}"]
     if standing["updates"] != updated // EVERY:
         return [f"step {step} with {standing['updates']} updates"]
-    averages = averages_in(state) if updated else {}
-    return [
-        line
-        for sigma_rel, tensors in averages.items()
-        for line in away(tensors, sigma_rel, updated)
-    ]
+    wrong = list[str]()
+    if updated:
+        for sigma_rel, tensors in averages_in(state).items():
+            wrong += away(tensors, sigma_rel, updated)
+    return wrong
 
 
 def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
     """Return what is wrong with an average of any length: a sum of tracked ones with coefficients
     up to about 4."""
-    low = min(float(t.min()) for t in weights.values())
-    high = max(float(t.max()) for t in weights.values())
-    return [] if high - low <= 8 * TOLERANCE * high else [f"from {low} to {high}"]
+    low, high = limits(weights)
+    if high - low <= 8 * TOLERANCE * high:
+        return []
+    return [f"from {low} to {high}"]
 
 
 @pytest.mark.parametrize("device", ["model", "cpu"])
@@ -173,6 +173,57 @@ class Stop(BaseException):
     """What a signal handler raises, like KeyboardInterrupt."""
 
 
+class Interruptions:
+    """Updates that a signal interrupts, whose handler does something once."""
+
+    def __init__(self, tracker: PostHocEMA, model: Equal) -> None:
+        self.wrong = list[str]()
+        self._tracker = tracker
+        self._model = model
+        self._chance = random.Random(0)
+        self._usual = 0.002  # seconds of an update
+        self._armed = False
+        self._way = ""
+
+    def update(self, way: str = "") -> None:
+        """Make an update, and within it what a way says, by default one at random."""
+        self._way = way or self._chance.choice(("stop", "read", "flush"))
+        self._model.go_to(self._tracker.step + 1)
+        began = time.perf_counter()
+        delay = self._chance.uniform(1e-6, 1.5 * self._usual)
+        self._armed = True
+        try:  # The statement after the update is inside, for a signal that comes just then.
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            self._tracker.update_(self._model)
+            self._armed = False
+        except Stop:
+            pass
+        except NotReadyError:
+            assert self._way != "read"
+        self._armed = False
+        took = time.perf_counter() - began
+        self._usual = min(0.02, 0.9 * self._usual + 0.1 * took)
+
+    def handle(self, *_: object) -> None:
+        if not self._armed:
+            return
+        self._armed = False
+        if self._way == "stop":
+            raise Stop
+        if self._way == "read":
+            self.wrong += wrong_state(self._tracker.state_dict())
+        elif self._way == "flush":
+            self._tracker.flush()
+        elif self._way == "close":
+            self._tracker.close()
+        else:
+            before = self._tracker.step
+            with suppress(NotReadyError):
+                self._tracker.update_(self._model)
+                if self._tracker.step != before + 1:
+                    self.wrong.append(f"step {before} became {self._tracker.step}")
+
+
 @pytest.mark.parametrize("device", ["model", "cpu"])
 @pytest.mark.parametrize("last", ["close", "update"])
 def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
@@ -183,55 +234,20 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
     """Handlers raise, read, flush; the last one closes the tracker, or makes an update of its own
     within the update."""
     model = Equal(3_000)
-    usual = 0.002
-    wrong = list[str]()
-    chance = random.Random(0)
-    armed = False
     tracker = start(tmp_path, model, device, 10 * EVERY)
-
-    def stop() -> list[str]:
-        raise Stop
-
-    def update() -> list[str]:
-        before = tracker.step
-        with suppress(NotReadyError):
-            tracker.update_(model)
-            return [] if tracker.step == before + 1 else [f"step {before} became {tracker.step}"]
-        return []
-
-    ways = {"stop": stop, "read": lambda: wrong_state(tracker.state_dict()), "flush": tracker.flush}
-    ends = {"close": tracker.close, "update": update}
-
-    def handle(*_: object) -> None:
-        nonlocal armed
-        if armed:
-            armed = False
-            wrong.extend((ways | ends)[way]() or [])
-
-    before = signal.signal(signal.SIGALRM, handle)
+    interruptions = Interruptions(tracker, model)
+    before = signal.signal(signal.SIGALRM, interruptions.handle)
     try:
-        for number in range(150):
-            way = chance.choice([*ways]) if number < 149 else last
-            model.go_to(tracker.step + 1)
-            started = time.perf_counter()
-            armed = True
-            try:  # The statement after the update is inside, for a signal that comes just then.
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-6, 1.5 * usual))
-                tracker.update_(model)
-                armed = False
-            except Stop:
-                pass
-            except NotReadyError:
-                assert way != "read"
-            armed = False
-            usual = min(0.02, 0.9 * usual + 0.1 * (time.perf_counter() - started))
-            wrong += wrong_state(tracker.state_dict()) if number < 149 else []
+        for _ in range(149):
+            interruptions.update()
+            interruptions.wrong += wrong_state(tracker.state_dict())
+        interruptions.update(last)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
         with suppress(NotReadyError):
             tracker.close()
-    assert wrong == []
+    assert interruptions.wrong == []
     if last == "close":
         for snapshot in Run(tmp_path).snapshots:
             with snapshot:
@@ -245,23 +261,23 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("size", [2, 7])
 def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
-    shapes = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}
+    options = {"update_every": 1, "checkpoint_every": 100}
     states = []
-    dtypes = {"b": torch.bfloat16, "d": torch.float64}
     for threads in (1, size):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
-        model = torch.nn.ParameterDict(
-            {name: torch.zeros(one, dtype=dtypes.get(name)) for name, one in shapes.items()}
-        )
-        with PostHocEMA.from_model(
-            model, tmp_path / str(threads), update_every=1, checkpoint_every=100
-        ) as tracker:
+        model = torch.nn.ParameterDict({"a": torch.zeros(37, 41)})
+        model["b"] = torch.zeros(5003, dtype=torch.bfloat16)
+        model["c"] = torch.zeros(3)
+        model["d"] = torch.zeros(64, 64, dtype=torch.float64)
+        model["e"] = torch.zeros(())
+        with PostHocEMA.from_model(model, tmp_path / f"{threads}", **options) as tracker:
             # folds of one update, which round, and of 32, which are exact; one window is open
             for k in range(1, 81):
                 for parameter in model.values():
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-                tracker.update_(model, t=float(k if k < 15 else 10**6 + k))
+                t = k if k < 15 else 10**6 + k
+                tracker.update_(model, float(t))
             assert tracker.state_dict()["standing"]["window"] > 0
             states.append(averages_in(tracker.state_dict()))
     for sigma_rel, average in states[0].items():
@@ -275,16 +291,20 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
     torch.set_num_threads(2)  # conftest sets the number to 1 for each test
     seen: list[int] = []
     model = torch.nn.Linear(60, 60)
-    with PostHocEMA.from_model(
-        model, tmp_path, update_every=1, checkpoint_every=2, device=device
-    ) as tracker:
+    options = {"update_every": 1, "checkpoint_every": 2}
+
+    def see() -> None:
+        seen.append(torch.get_num_threads())
+
+    with PostHocEMA.from_model(model, tmp_path, device=device, **options) as tracker:
         for _ in range(4):
             tracker.update_(model)
-            thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            thread = threading.Thread(target=see)
             thread.start()
             thread.join()
-            seen.append(torch.get_num_threads())
-    assert {*seen, torch.get_num_threads()} == {2}
+            see()
+    see()
+    assert {*seen} == {2}
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
@@ -296,11 +316,11 @@ def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Pa
     model = torch.nn.Linear(600, 600)
     model.weight.detach().mul(2)  # the training's own threads are there
     counts = []
-    with PostHocEMA.from_model(
-        model, tmp_path, update_every=1, checkpoint_every=2, device=device
-    ) as tracker:
+    options = {"update_every": 1, "checkpoint_every": 2}
+    with PostHocEMA.from_model(model, tmp_path, device=device, **options) as tracker:
         for _ in range(2):
-            counts.append(len([*Path("/proc/self/task").iterdir()]) - threading.active_count())
+            threads = [*Path("/proc/self/task").iterdir()]
+            counts.append(len(threads) - threading.active_count())
             for _ in range(4):
                 tracker.update_(model)
             tracker.flush()
@@ -335,12 +355,17 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
 
     train(22)  # the next update interpolates
     state = tracker.state_dict()
-    call: Callable[[], Any] = {
-        "state": lambda: found.append(tracker.state_dict()),
-        "load": lambda: tracker.load_state_dict(state),
-        "update": lambda: tracker.update_(model),
-        "close": tracker.close,
-    }[way]
+
+    def call() -> None:
+        if way == "state":
+            found.append(tracker.state_dict())
+        elif way == "load":
+            tracker.load_state_dict(state)
+        elif way == "update":
+            tracker.update_(model)
+        else:
+            tracker.close()
+
     monkeypatch.setattr(torch, "lerp", lerp)
     with ThreadPoolExecutor(2) as threads:
         training = threads.submit(train, 2)
@@ -351,6 +376,8 @@ def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
         for done in (training, other):
             with suppress(NotReadyError):
                 done.result(60)
-    assert all(wrong_state(one) == [] and one["step"] in (23, 24) for one in found)
+    for seen in found:
+        assert wrong_state(seen) == []
+        assert seen["step"] in (23, 24)
     assert wrong_state(tracker.state_dict()) == []
     tracker.close()

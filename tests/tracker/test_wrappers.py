@@ -23,7 +23,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tracker.runs import Training, contents
 
@@ -74,6 +76,18 @@ def one_process(tmp_path: Path) -> Iterator[None]:
         )
         yield
         dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_sharded_model_names_the_torch_that_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A DTensor of torch 2.4 does not tell its chunks."""
+    net = torch.nn.Linear(2, 2)
+    fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
+    monkeypatch.delattr(DTensor, "__create_chunk_list__")
+    with pytest.raises(InvalidValueError, match=r"'weight'.* needs torch 2.5 or newer, not 2\."):
+        PostHocEMA.from_model(net, tmp_path / "run").update_(net)
 
 
 def compiled(model: torch.nn.Module) -> torch.nn.Module:
