@@ -160,6 +160,7 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     assert "differ in 'run_id'" in other
     assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
     assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
+    assert found.notes == ["t = 30, the newest: no snapshot of sigma_rel 0.28"]
 
 
 # --- names

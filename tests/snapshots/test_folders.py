@@ -114,6 +114,13 @@ def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None
     assert room.tobytes() == values["w"].numpy().tobytes()
 
 
+def test_measurements_that_a_part_lacks_are_unknown(run: Path) -> None:
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
+    assert directories.read_snapshot(folder).measurements is not None
+    rewrite_snapshot(parts_of(folder)[1], measurements=None)
+    assert directories.read_snapshot(folder).measurements is None
+
+
 # --- incomplete snapshots, and parts that do not belong together
 
 
@@ -345,6 +352,7 @@ def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...]) -> None:
         ((4,), [Box((0,), (2,)), Box((3,), (1,))]),
         ((4,), [Box((0,), (5,))]),
         ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]),
+        ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))] * 2),
     ],
 )
 def test_chunks_that_do_not_cover_a_tensor_once_are_refused(

@@ -18,6 +18,7 @@ from snapshots.recorded import examine
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.outputs import INDEX_NAME, describe
+from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.tensorfile import read_file
 
 Small = Callable[[str], Path]
@@ -363,3 +364,8 @@ def test_a_false_or_hostile_index_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(FileFormatError, match=f"^{re.escape(str(index))}: ") as caught:
         describe(index)
     assert str(caught.value).isprintable()
+
+
+def test_running_statistics_are_those_of_layers_that_have_all() -> None:
+    layer = ["a.running_mean", "a.running_var", "a.num_batches_tracked"]
+    assert running_statistics([*layer, "b.running_mean", "running_meaning"]) == {*layer[:2]}

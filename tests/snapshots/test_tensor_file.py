@@ -5,6 +5,7 @@ import errno
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_a_file_without_checksums_that_changes_during_reading_is_an_error(
         os.utime(foreign, (0, 0))
     with read_file(path := small("output")):
         os.utime(path, (0, 0))
+
+
+def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
+    tmp_path: Path,
+) -> None:
+    """As views of one storage in a pickle; tensors around it are read together only if they
+    follow each other."""
+    values = torch.arange(27, dtype=torch.float32)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    file = read_file(tmp_path / "a.safetensors")
+    begin = file.entries["a"].begin
+    entries = {
+        "first": Entry("F32", (9,), begin),
+        "transposed": Entry("F32", (3, 3), begin + 36, (1, 3)),
+        "last": Entry("F32", (9,), begin + 72),
+    }
+    room = np.empty(27, np.float32)
+    replace(file, entries=entries).read_many([*entries], room.view(np.uint8).data)
+    expected = values.reshape(3, 3, 3)
+    expected[1] = expected[1].T.clone()
+    assert np.array_equal(room, expected.reshape(-1).numpy())
 
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
