@@ -167,9 +167,9 @@ def test_averages_that_are_stored_in_eight_bits_are_read(
     tmp_path: Path,
     dtype: torch.dtype,
 ) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
-    finite = codes[codes.float().isfinite()]
-    value = finite.repeat(300)
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[codes.view(dtype).float().isfinite()]
+    value = finite.repeat(300).view(dtype)
     values = {"w": value, "v": value[:9]}
     tensors = dict.fromkeys(values, "average F32")
     write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=tensors)
