@@ -53,7 +53,7 @@ from posthoc_cli.checkpoints.layouts import (
 )
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.nested import nested_in
-from posthoc_cli.checkpoints.programs import WEIGHTS_STATES
+from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
@@ -157,6 +157,7 @@ class Place:
 
     checkpoints: list[Checkpoint]
     says: str  # what the numbers of files are taken for
+    written_by: str = ""  # the programs that a layout or the name of a step shows
     notes: tuple[str, ...] = ()  # what is not used
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
 
@@ -216,7 +217,17 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     checkpoints = _all_made(used, times, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
-    return Place(checkpoints, times.says, notes, lacks_steps)
+    return Place(checkpoints, times.says, _programs(run), notes, lacks_steps)
+
+
+def _programs(run: Sequence[_Opened]) -> str:
+    """Return the programs that wrote the files, as far as these show it."""
+    names = dict[str, None]()
+    for one in run:
+        if one.found.kind not in ("ema", "checkpoints"):
+            names[one.found.kind] = None
+        names[program_of(one.reading.origin.strip("`"))] = None
+    return "; ".join(filter(None, names))
 
 
 def _warn_of_codes(checkpoint: Checkpoint) -> None:
@@ -424,22 +435,27 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     """Return the checkpoints; where files do not say which of two sets is the average, it is the
     one that moves less from file to file. There is none if the sets are equal, or one never moves.
 
-    Raise InvalidValueError if neither moves clearly less: averages of any length move by a third
-    less.
+    Raise InvalidValueError if neither moves clearly less, or the two are unrelated, as other
+    networks are: averages of any length move by a third less. Of parts of a model none is an
+    average then.
     """
     if not any(one.found.undecided for one in opened):
         return opened
     in_order = sorted(opened, key=lambda one: times.by_path[one.path])
     rows = np.stack([_start(one) for one in in_order])  # [files, average and weights, elements]
     average, weights = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2)).tolist()
+    without = [replace(one, found=one.found.without_average) for one in opened]
     if np.array_equal(rows[:, 0], rows[:, 1]):
-        return [replace(one, found=one.found.without_average) for one in opened]
+        return without
     path = opened[0].path
     names = opened[0].found.undecided
-    if not min(average, weights) <= 0.8 * max(average, weights) > 0:
+    is_slower = min(average, weights) <= 0.8 * max(average, weights) > 0
+    if opened[0].found.whole and not (is_slower and min(average, weights) and _are_near(rows)):
+        return without
+    if not (is_slower and _are_near(rows)):
         what = " or ".join(names)
-        reason = f"must be given: {path.name} holds two sets, and neither moves less: {what}"
-        raise InvalidValueError("average", reason)
+        reason = f"must be given: {path.name} holds two sets, and neither follows the other"
+        raise InvalidValueError("average", f"{reason}: {what}")
     name = names[0]
     if weights < average:
         name = names[1]
@@ -451,10 +467,19 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     return [replace(one, found=one.found.without_average) for one in opened]
 
 
+def _are_near(rows: FloatArray) -> bool:
+    """Return whether two sets are nearer to each other than other networks are, whose squared
+    distance is the sum of their squared norms: [files, sets, elements]."""
+    apart = np.square(rows[:, 0] - rows[:, 1]).sum()
+    return bool(apart < np.square(rows).sum() / 2)
+
+
 def _start(one: _Opened) -> FloatArray:
-    """Return the first elements of the average and of the weights: [2, elements]."""
-    average = make_checkpoint(one.content, one.found.averaged)
-    weights = make_checkpoint(one.content, one.found.weights)
+    """Return the first elements of the average and of its weights: [2, elements]."""
+    found = one.found
+    average = make_checkpoint(one.content, found.averaged)
+    of_average = {name: found.weights[name] for name in found.averaged}
+    weights = make_checkpoint(one.content, of_average)
     with average, weights:
         rows = [np.concatenate([*_starts(source)]) for source in (average, weights)]
     return np.stack(rows)
@@ -724,14 +749,11 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 def describe_checkpoints(place: Path) -> dict[str, Any]:
     """Return times, tensors and sizes from the indexes of files alone, for JSON."""
-    says = ""
-    notes: tuple[str, ...] = ()
+    found = Place([], "")
     if is_import(place):
         checkpoints = open_checkpoints(place)
     else:
         found = read_place(place, UNSPECIFIED, asks=False)
-        says = found.says
-        notes = found.notes
         checkpoints = _known_run(place, found)
     newest = checkpoints[-1]
     rows = []
@@ -752,11 +774,12 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
         "t_unit": newest.t_unit,
         "t": newest.t,
         "step": newest.step,
-        "numbers": says,
+        "written_by": found.written_by,
+        "numbers": found.says,
         **describe_tensors(newest),
         "bytes": sum(one.file_bytes for one in checkpoints),
         "checkpoints": rows,
-        "notes": list(notes),
+        "notes": list(found.notes),
     }
     if is_import(place):
         manifest = read_manifest(place)

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +53,12 @@ class Pair:
     weights: Tensors  # empty if the average is alone
     average_key: str  # path of the average in the checkpoint
     weights_key: str = ""
+
+
+def lies_below(tensor: StoredTensor, text: str) -> bool:
+    """Return whether a tensor is in a set that a text or glob means, or is meant itself."""
+    paths = [*_paths(tensor), tensor.name]
+    return any(_means(text.rstrip("."), path) for path in paths if path)
 
 
 def lies_in(path: str, outer: str) -> bool:
@@ -204,6 +212,13 @@ class Sets:
             f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
         )
         raise FileFormatError(self.content.path, reason, _WHICH)
+
+    def may_be_models(self) -> list[str]:
+        """Return the path of the model's weights, or those of all groups if it is unclear."""
+        try:
+            return [self.model_path()]
+        except FileFormatError:
+            return [name for name in self.content.groups() if self._may_be_model(name)]
 
     def _may_be_model(self, group: str) -> bool:
         return self.counts[group] > 0 and not self.is_averaged(group)
@@ -448,6 +463,57 @@ def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
         return alone
     part = f"`average` '{average}.{common}' with `weights` '{weights}.{common}'"
     return f"import the common part by {part}; {alone}"
+
+
+def twin_parts(tensors: Tensors) -> dict[str, str]:
+    """Return the parts of a model of which another part has the same names and shapes, each with
+    that one's name; none unless both together are half of the model.
+
+    All names of twins differ in the same word, as `encoder` and `encoder_m`; layers differ in a
+    number.
+    """
+    start = _common_start([*tensors])
+    shapes = dict[str, dict[str, tuple[int, ...]]]()
+    sizes = Counter[str]()
+    for name, tensor in tensors.items():
+        part, _, rest = name.removeprefix(start).partition(".")
+        shapes.setdefault(start + part, {})[rest] = tensor.shape
+        sizes[start + part] += math.prod(tensor.shape)
+    alike = dict[frozenset[Any], list[str]]()
+    for part, of_part in shapes.items():
+        alike.setdefault(frozenset(of_part.items()), []).append(part)
+    twins = dict[tuple[str, str], dict[str, str]]()
+    for parts in alike.values():
+        for part, twin in combinations(sorted(parts, key=len), 2):
+            change = _different_words(part, twin)
+            if re.search("[A-Za-z]", "".join(change)):
+                twins.setdefault(change, {})[part] = twin
+    for found in twins.values():
+        both = {*found, *found.values()}
+        if 2 * sum(sizes[part] for part in both) > sizes.total():
+            return found
+    return {}
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Return the first parts of names that all have, with a dot behind them."""
+    start = ""
+    heads = {name.partition(".")[0] for name in names}
+    while len(heads) == 1 and all(name.count(".") > start.count(".") for name in names):
+        start += f"{heads.pop()}."
+        heads = {name.removeprefix(start).partition(".")[0] for name in names}
+    return start
+
+
+def _different_words(one: str, other: str) -> tuple[str, str]:
+    """Return what is left of two names without their common begin and end."""
+    while one and one[:1] == other[:1]:
+        one = one[1:]
+        other = other[1:]
+    while one and one[-1:] == other[-1:]:
+        one = one[:-1]
+        other = other[:-1]
+    return one, other
 
 
 def _is_counter(tensor: StoredTensor) -> bool:

@@ -220,7 +220,7 @@ def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
         import_checkpoints(students, tmp_path / "again")
     assert ema("import", students, "--out", tmp_path / "again", "--weights", "one").code == 0
-    folder = write(tmp_path / "run", lambda w, a: {"first": w, "second": a})
+    folder = write(tmp_path / "run", lambda w, a: {"first": w, "second": a, "third": w})
     with pytest.raises(FileFormatError, match="unclear"):
         Run(folder).average(0.15)
     check(folder, ema_decay=DECAY, average="second", weights="first")
