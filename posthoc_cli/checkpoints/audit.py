@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import compress, repeat
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ from posthoc_cli.profiles import (
     Point,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
+from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundings
 
 _MOST_ELEMENTS = 100_000  # in the sample
 # In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
@@ -345,8 +345,11 @@ def _roundings(
     values: Sequence[npt.NDArray[Any]],
 ) -> list[float]:
     """Return the squared rounding errors of pieces of tensors with these names."""
-    dtypes = [average.entries[name].dtype for name in names]
-    return [*map(expected_rounding, values, dtypes, repeat("F32"))]
+    roundings = []
+    for name, of_piece in zip(names, values, strict=True):
+        dtype = average.entries[name].dtype
+        roundings.append(float(expected_roundings(of_piece, dtype, "F32").sum()))
+    return roundings
 
 
 def _pieces(first: Checkpoint) -> list[ElementRange]:

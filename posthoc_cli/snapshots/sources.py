@@ -410,14 +410,20 @@ class _Sample:
     values: FloatArray
     starts: npt.NDArray[np.intp]  # the first sampled element of each tensor
     scale: float
-    rounding: float
+    roundings: FloatArray  # the expected squared rounding error of each element
 
     def squared(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
 
+    def rounding(self, among: npt.NDArray[np.bool_] | slice = slice(None)) -> float:
+        """Return the expected squared rounding error, of all elements or of some."""
+        return float(self.roundings[among].sum()) * self.scale
+
     def distance(self, other: _Sample) -> Distance:
         squared = self.squared(self.values - other.values)
-        return Distance(other.source.profile, squared, self.rounding + other.rounding)
+        moved = self.values != other.values
+        rounding = self.rounding(moved) + other.rounding(moved)
+        return Distance(other.source.profile, squared, rounding)
 
 
 _STILL = 1e-12
@@ -455,7 +461,8 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     """Estimate the measurements of the sources of one run, in their order, from the stored
     averages.
 
-    `Distance.rounding` is the expected rounding of both averages. All are None if values are too
+    `Distance.rounding` is the expected rounding of both averages where they differ: elements that
+    stand still have equal errors. All are None if values are too
     large to be squared; a NonFiniteError for nan or infinity.
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
@@ -493,7 +500,7 @@ class _Sampling:
                 beside = [other for other in samples if other is not sample]
                 distances += map(sample.distance, beside + earlier)
             self._norms.add(sample)
-            measurements = Measurements(0.0, sample.rounding, tuple(distances))
+            measurements = Measurements(0.0, sample.rounding(), tuple(distances))
             self._measured[id(sample.source)] = measurements
         for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
             self._newest[kind] = [*self._newest[kind], list(of_kind)][-2:]
@@ -518,10 +525,10 @@ class _Sampling:
         return [replace(self._measured[key], norm=norms[key]) for key in keys]
 
 
-def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
-    """Return the expected sum of squared rounding errors of values that were rounded to nearest.
+def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
+    """Return the expected squared rounding error of each value that was rounded to nearest.
 
-    Each contributes spacing^2 / 12, the variance of a uniform error within half the spacing, also
+    It is spacing^2 / 12, the variance of a uniform error within half the spacing, also
     if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
     that never moved), as do all values if the stored dtype is as wide as the exact average: float64
     for a model's float64, else float32.
@@ -531,10 +538,12 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     this dtype, which move by whole spacings or not at all, so that no file tells them apart.
     """
     dtype = DTYPES[stored]
-    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
-        return 0.0
-    spacings = spacing(values[values != 0], dtype.mantissa_bits, dtype.lowest_exponent)
-    return float(np.dot(spacings, spacings)) / 12
+    roundings = np.zeros(len(values))
+    if dtype.mantissa_bits < DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
+        rounded = values != 0
+        spacings = spacing(values[rounded], dtype.mantissa_bits, dtype.lowest_exponent)
+        roundings[rounded] = spacings**2 / 12
+    return roundings
 
 
 def _sampled_ranges(source: Source) -> list[ElementRange]:
@@ -565,7 +574,7 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts = [np.empty(0)]
     sizes: dict[str, int] = {}
-    rounding = 0.0
+    roundings = [np.empty(0)]
     with source:
         for name, begin, end in ranges:
             sizes[name] = sizes.get(name, 0) + end - begin
@@ -575,12 +584,12 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
             stored = source.entries[name].dtype
-            rounding += expected_rounding(values, stored, source.tensors[name].dtype)
+            roundings.append(expected_roundings(values, stored, source.tensors[name].dtype))
     values = np.concatenate(parts)
     starts = np.cumsum([0, *sizes.values()])[:-1]
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)
-    return _Sample(source, values, starts, scale, rounding * scale)
+    return _Sample(source, values, starts, scale, np.concatenate(roundings))
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other
@@ -619,7 +628,10 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     rest = 1 - share
     unmoved = share * sample_b.values + rest * sample_a.values
     squared = sample.squared(sample.values - unmoved)
-    rounding = sample.rounding + share**2 * sample_b.rounding + rest**2 * sample_a.rounding
+    moved = (sample.values != sample_b.values) | (sample_b.values != sample_a.values)
+    rounding = sample.rounding(moved)
+    rounding += share**2 * sample_b.rounding(moved)
+    rounding += rest**2 * sample_a.rounding(moved)
     return Distance(_mixture(b, a, share), squared, rounding)
 
 

