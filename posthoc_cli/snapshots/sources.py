@@ -537,11 +537,11 @@ class _Sampling:
 
 # --- files of two trainings in one folder
 #
-# In ten trainings of 6,000 steps, one of them with restarts of the learning rate, and files at even,
-# uneven and geometric times, the motion over two intervals was at least 1.3 times that over one, and
-# no motion that was half as large as between networks was more than 1.9 times what its neighbours
-# would show at their speeds. Where two trainings were interleaved the first was 0.007 at most; where
-# one followed the other the second was 240.
+# In ten trainings of 6,000 steps, one of them with restarts of the learning rate, and files at
+# even, uneven and geometric times, the motion over two intervals was at least 1.3 times that over
+# one, and no motion that was half as large as between networks was more than 1.9 times what its
+# neighbours would show at their speeds. Where two trainings were interleaved the first was 0.007
+# at most; where one followed the other the second was 240.
 
 _INTERLEAVED = 0.25
 _JUMP = 10.0
