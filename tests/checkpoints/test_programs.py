@@ -710,6 +710,23 @@ def test_modules_of_ultralytics(has_model: bool, tmp_path: Path) -> None:
         check_export(file, halved(last.average), halved(last.weights))
 
 
+@pytest.mark.parametrize("late", [0, 5])
+def test_counts_of_torchvision_begin_after_its_warm_up(late: int, tmp_path: Path) -> None:
+    """It sets them back to 0 until the learning rate has risen."""
+    for save in saves()[5:]:
+        average = named("module.", save.average)
+        average["n_averaged"] = torch.tensor((save.epoch - late) * EVERY)
+        content = {"model": save.weights, "model_ema": average, "epoch": save.epoch - 1}
+        torch.save(content, tmp_path / f"model_{save.epoch - 1}.pth")
+    settings = {"ema_decay": 0.95, "ema_warmup": "none", "first_epoch": 0}
+    if late:
+        with pytest.raises(InvalidValueError, match=r"steps_per_epoch: must be .* since epoch 5"):
+            import_checkpoints(tmp_path, None, dry_run=True, **settings)
+        settings |= {"steps_per_epoch": EVERY, "update_every": 1}
+    found = import_checkpoints(tmp_path, None, dry_run=True, **settings).checkpoints
+    assert {one.t for one in found} == {save.step for save in saves()[5:]}
+
+
 def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:
     for save in saves():
         folder = tmp_path / f"global_step{save.step}"
