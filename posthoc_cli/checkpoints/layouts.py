@@ -103,7 +103,8 @@ class Found:
     def swapped(self) -> Found:
         """Return the same with the averages as weights, and these weights as averages."""
         averaged = {name: one for name, one in self.weights.items() if name in self.averaged}
-        return replace(self, averaged=averaged, weights={**self.weights, **self.averaged})
+        weights = {**self.weights, **self.averaged}
+        return replace(self, averaged=averaged, weights=weights, undecided=self.undecided[::-1])
 
 
 Finder = Callable[[Sets, ImportSettings], Found | None]

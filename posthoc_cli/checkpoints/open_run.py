@@ -451,30 +451,40 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     """
     if not any(one.found.undecided for one in opened):
         return opened
-    in_order = sorted(opened, key=lambda one: times.by_path[one.path])
-    rows = np.stack([_start(one) for one in in_order])  # [files, average and weights, elements]
+    rows = _starts_of(opened, times)
     average, weights = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
-    are_equal = np.array_equal(rows[:, 0], rows[:, 1])
-    without_average = [replace(one, found=one.found.without_average) for one in opened]
     follows = slower > 0 and slower <= _SLOWER * faster and _are_near(rows)
-    if are_equal or (opened[0].found.whole and not follows):
-        return without_average
-    path = opened[0].path
-    names = opened[0].found.undecided
-    if not follows and (slower > 0 or faster == 0):
-        what = " or ".join(names)
-        reason = f"must be given: {path.name} holds two sets, and neither follows the other"
+    are_equal = np.array_equal(rows[:, 0], rows[:, 1])
+    first = opened[0]
+    if are_equal or (first.found.whole and not follows):
+        return [replace(one, found=one.found.without_average) for one in opened]
+    is_still = slower == 0 and faster > 0
+    if not (follows or is_still):
+        what = " or ".join(first.found.undecided)
+        reason = f"must be given: {first.path.name} holds two sets, and neither follows the other"
         raise InvalidValueError("average", f"{reason}: {what}")
-    name = names[0]
     if weights < average:
-        name = names[1]
         opened = [replace(one, found=one.found.swapped()) for one in opened]
-    if follows:
-        log.warning("%s: the average is %s, which moves less from file to file", path.parent, name)
-        return opened
-    log.warning("%s: %s never moves, and is not used", path.parent, name)
-    return [replace(one, found=one.found.without_average) for one in opened]
+    return _with_slower(opened, is_still)
+
+
+def _with_slower(opened: list[_Opened], is_still: bool) -> list[_Opened]:
+    """Return the checkpoints with the slower set as the average, or without it if it is still."""
+    folder = opened[0].path.parent
+    name, _ = opened[0].found.undecided
+    if is_still:
+        log.warning("%s: %s never moves, and is not used", folder, name)
+        return [replace(one, found=one.found.without_average) for one in opened]
+    log.warning("%s: the average is %s, which moves less from file to file", folder, name)
+    return opened
+
+
+def _starts_of(opened: Sequence[_Opened], times: Times) -> FloatArray:
+    """Return the first elements of two sets in checkpoints by time: [files, average and weights,
+    elements]."""
+    in_order = sorted(opened, key=lambda one: times.by_path[one.path])
+    return np.stack([_start(one) for one in in_order])
 
 
 def _are_near(rows: FloatArray) -> bool:
@@ -757,24 +767,25 @@ def _check_updates(averages: Sequence[Checkpoint], values: FloatArray) -> None:
     """
     newest = averages[-1]
     eps = np.concatenate([*_digits_of(newest)])
+    in_half = eps > EPS["F32"]
     kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages)]
-    is_half = eps > EPS["F32"]
-    if min(kept) < _KEPT or not is_half.any():
+    if min(kept) < _KEPT or not in_half.any():
         return
-    digits = eps[is_half] * np.abs(values[:-1, is_half])
-    motion = np.abs(np.diff(values[:, is_half], axis=0))
-    is_moved = motion[:-1] > _DIGITS * digits[:-1]
-    is_lost = is_moved & (motion[1:] == 0)
+    digit = eps * np.abs(values[:-2])
+    motion = np.abs(np.diff(values, axis=0))
+    moved = (motion[:-1] > _DIGITS * digit)[:, in_half]
+    stands = (motion == 0)[:, in_half]
+    count = int(moved.sum())
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
-    if is_moved.sum() >= _LEAST_MOVED and is_lost.sum() > _LOST * is_moved.sum():
-        share = is_lost.sum() / is_moved.sum()
-        reason = f"{where}, and loses updates: {share:.0%} of the elements that move by"
-        reason += f" {_DIGITS} digits from file to file then stand still"
-        raise InvalidValueError(
-            "average", reason, "`kind` checkpoints with `weights` takes it for weights"
-        )
-    if is_moved.sum() < _LEAST_MOVED and (motion == 0).mean() > _STILL:
-        log.warning("%s, and most of it stands still: errors hold if only files are", where)
+    if count < _LEAST_MOVED:
+        if stands.mean() > _STILL:
+            log.warning("%s, and most of it stands still: errors hold if only files are", where)
+        return
+    share = float((moved & stands[1:]).sum()) / count
+    if share > _LOST:
+        reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
+        reason += " digits from file to file then stand still"
+        raise InvalidValueError("average", reason, "`kind` checkpoints with `weights` takes it")
 
 
 def _digits_of(source: Checkpoint) -> Iterator[FloatArray]:
