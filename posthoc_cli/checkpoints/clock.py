@@ -89,6 +89,11 @@ class Times:
     says: str  # what "numbers are", as the rest of a sentence
     by_path: Mapping[Path, int]  # 0 before the training
 
+    @property
+    def of_decays(self) -> Times:
+        """The same next to averages, whose decays are of steps."""
+        return replace(self, is_stated=self.is_stated or self.unit == "steps")
+
 
 # --- one checkpoint
 

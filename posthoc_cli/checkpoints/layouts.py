@@ -97,8 +97,14 @@ class Found:
 
     @property
     def without_average(self) -> Found:
-        weights = self.whole or self.weights
-        return replace(self, averaged={}, weights=weights, updates=None, undecided=(), whole={})
+        return Found(
+            self.kind,
+            weights=self.whole or self.weights,
+            step=self.step,
+            t_unit=self.t_unit,
+            unused=self.unused,
+            path=self.path,
+        )
 
     def swapped(self) -> Found:
         """Return the same with the averages as weights, and these weights as averages."""
@@ -265,8 +271,9 @@ def _diffusers(values: Values) -> Updates:
         if name in values:
             rule[name] = float(values[name])
     rule["least"] = float(values.get("min_decay") or 0.0)
-    begins = rule.get("inv_gamma", 1.0) > 0 and rule.get("power", 1.0) >= 0
-    if not begins:
+    inv_gamma = rule.get("inv_gamma", 1.0)
+    power = rule.get("power", 1.0)
+    if inv_gamma <= 0 or power < 0:
         raise ValueError("its warm-up never begins")
     return Updates(rule, _count(values["optimization_step"]))
 
@@ -739,9 +746,10 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
     if not inner:
         asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
     counters = ("initted", "step")
+    averaged = {name: tensor for name, tensor in tensors.items() if name not in counters}
     return Found(
         library,
-        {name: tensor for name, tensor in tensors.items() if name not in counters},
+        averaged,
         profile=profile,
         sigma_rel=width,
         step=int(match["step"]),

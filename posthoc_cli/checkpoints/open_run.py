@@ -213,22 +213,21 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         raise DirectoryError(place, "holds no checkpoints", hint)
     check_settings({one.found.kind for one in run}, settings)
     counts = _counts(run)
-    readings = by_names({one.path: one.reading for one in run})
-    times = times_of(readings, counts, settings)
+    times = _times_of(run, counts, settings)
     used = _decided(_begun(run, times), times)
-    has_decays = any(one.found.updates is not None for one in used)
     lacks_steps = ""
+    has_decays = any(one.found.updates is not None for one in used)
     if has_decays or settings.ema_decay:
         lacks_steps = _lacks_steps(times, bool(counts), asks)
-        if times.unit == "steps" and has_decays and not lacks_steps:
-            times = replace(times, is_stated=True)  # the decay is of the same steps
-    notes = tuple(filter(None, (left_out.text, _unused(used))))
+    if has_decays and not lacks_steps:
+        times = times.of_decays
+    notes = [note for note in (left_out.text, _unused(used)) if note]
     for note in notes:
         log.warning("%s: %s", place, note)
     checkpoints = _all_made(used, times, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
-    return Place(checkpoints, times.says, _programs(run), notes, lacks_steps)
+    return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
 
 
 def _programs(run: Sequence[_Opened]) -> str:
@@ -239,6 +238,15 @@ def _programs(run: Sequence[_Opened]) -> str:
             names[one.found.kind] = None
         names[program_of(one.reading.origin.strip("`"))] = None
     return "; ".join(filter(None, names))
+
+
+def _times_of(
+    run: Sequence[_Opened],
+    counts: Mapping[Path, int],
+    settings: ImportSettings,
+) -> Times:
+    readings = by_names({one.path: one.reading for one in run})
+    return times_of(readings, counts, settings)
 
 
 def _warn_of_codes(checkpoint: Checkpoint) -> None:
@@ -452,7 +460,8 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     if not any(one.found.undecided for one in opened):
         return opened
     rows = _starts_of(opened, times)
-    average, weights = np.square(np.diff(rows, axis=0)).sum(axis=(0, 2)).tolist()
+    motion = np.diff(rows, axis=0)
+    average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
     follows = slower > 0 and slower <= _SLOWER * faster and _are_near(rows)
     are_equal = np.array_equal(rows[:, 0], rows[:, 1])
@@ -490,8 +499,9 @@ def _starts_of(opened: Sequence[_Opened], times: Times) -> FloatArray:
 def _are_near(rows: FloatArray) -> bool:
     """Return whether two sets are nearer to each other than other networks are, whose squared
     distance is the sum of their squared norms: [files, sets, elements]."""
-    apart = np.square(rows[:, 0] - rows[:, 1]).sum()
-    return bool(apart < np.square(rows).sum() / 2)
+    difference = rows[:, 0] - rows[:, 1]
+    norms = np.square(rows).sum()
+    return bool(np.square(difference).sum() < norms / 2)
 
 
 def _start(one: _Opened) -> FloatArray:
@@ -500,8 +510,10 @@ def _start(one: _Opened) -> FloatArray:
     average = make_checkpoint(one.content, found.averaged)
     of_average = {name: found.weights[name] for name in found.averaged}
     weights = make_checkpoint(one.content, of_average)
+    rows = []
     with average, weights:
-        rows = [np.concatenate([*_starts(source)]) for source in (average, weights)]
+        for source in (average, weights):
+            rows.append(np.concatenate([*_starts(source)]))
     return np.stack(rows)
 
 
@@ -749,7 +761,8 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
 
 def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
     """Warn if averages, [times, elements], grow from file to file: they may be sums, or moments."""
-    norms = np.sqrt(np.square(values).sum(axis=1)).tolist()
+    squares = np.square(values).sum(axis=1)
+    norms = np.sqrt(squares).tolist()
     factors = [b / a for a, b in pairwise(norms) if a > 0]
     if factors and min(factors) > _GROWTH:
         name = newest.path.name
@@ -760,32 +773,40 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
 
 def _check_updates(averages: Sequence[Checkpoint], values: FloatArray) -> None:
     """Raise InvalidValueError if long averages in half precision, [times, elements], lose updates;
-    warn if they move too little to show that.
-
-    What moves by several digits goes on in the next interval, of which the average keeps most, if
-    it was rounded only when it was saved.
-    """
+    warn if they move too little to show that."""
     newest = averages[-1]
     eps = np.concatenate([*_digits_of(newest)])
     in_half = eps > EPS["F32"]
     kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages)]
     if min(kept) < _KEPT or not in_half.any():
         return
-    digit = eps * np.abs(values[:-2])
-    motion = np.abs(np.diff(values, axis=0))
-    moved = (motion[:-1] > _DIGITS * digit)[:, in_half]
-    stands = (motion == 0)[:, in_half]
-    count = int(moved.sum())
+    halves = values[:, in_half]
+    share = _lost_share(halves, eps[in_half])
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
-    if count < _LEAST_MOVED:
+    if share is None:
+        stands = halves[1:] == halves[:-1]
         if stands.mean() > _STILL:
             log.warning("%s, and most of it stands still: errors hold if only files are", where)
-        return
-    share = float((moved & stands[1:]).sum()) / count
-    if share > _LOST:
+    elif share > _LOST:
         reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
-        reason += " digits from file to file then stand still"
-        raise InvalidValueError("average", reason, "`kind` checkpoints with `weights` takes it")
+        hint = "`kind` checkpoints with `weights` takes it"
+        raise InvalidValueError("average", f"{reason} digits then stand still", hint)
+
+
+def _lost_share(values: FloatArray, eps: FloatArray) -> float | None:
+    """Return the share of the elements that move by several digits, and then stand still; None if
+    too few move. `values` are [times, elements], `eps` the distances between their numbers.
+
+    What moves goes on in the next interval, of which the average keeps most, if it was rounded only
+    when it was saved.
+    """
+    motion = np.abs(np.diff(values, axis=0))
+    moved = motion[:-1] > _DIGITS * eps * np.abs(values[:-2])
+    count = int(moved.sum())
+    if count < _LEAST_MOVED:
+        return None
+    stopped = moved & (motion[1:] == 0)
+    return int(stopped.sum()) / count
 
 
 def _digits_of(source: Checkpoint) -> Iterator[FloatArray]:
