@@ -197,14 +197,15 @@ class Stored:
             found = self._found
         except FileFormatError:  # perhaps of several averages
             return self._made(Sets(self._content).model())
-        if found.whole:
-            return self._made(found.whole)
         self._check_decided()
         return self._made(found.weights or Sets(self._content).model())
 
     @cached_property
     def _found(self) -> Found:
-        return recognise(self._content, self._settings)
+        found = recognise(self._content, self._settings)
+        if found.whole:  # one file does not show how parts move
+            return found.without_average
+        return found
 
     def _check_decided(self) -> None:
         if self._found.undecided:

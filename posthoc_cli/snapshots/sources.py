@@ -446,6 +446,8 @@ class _Sample:
         Rounded elements that move little are seen in motion with a chance only, which follows from
         how far the others are seen to move.
         """
+        if not self.rounding:
+            return 1.0
         motion = self.values - other.values
         moved = (motion != 0) & (self.roundings > 0)
         seen = float(self.roundings[moved].sum()) * self.scale
@@ -640,11 +642,12 @@ def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
     this dtype, which move by whole spacings or not at all, so that no file tells them apart.
     """
     dtype = DTYPES[stored]
-    roundings = np.zeros(len(values))
-    if dtype.mantissa_bits < DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
-        rounded = values != 0
-        spacings = spacing(values[rounded], dtype.mantissa_bits, dtype.lowest_exponent)
-        roundings[rounded] = spacings**2 / 12
+    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
+        return np.broadcast_to(0.0, values.shape)
+    roundings = np.zeros(values.shape)
+    rounded = values != 0
+    spacings = spacing(values[rounded], dtype.mantissa_bits, dtype.lowest_exponent)
+    roundings[rounded] = spacings**2 / 12
     return roundings
 
 
@@ -691,7 +694,10 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     starts = np.cumsum([0, *sizes.values()])[:-1]
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)
-    return _Sample(source, values, starts, scale, np.concatenate(roundings))
+    of_values = np.broadcast_to(0.0, values.shape)  # takes no memory
+    if any(part.any() for part in roundings):
+        of_values = np.concatenate(roundings)
+    return _Sample(source, values, starts, scale, of_values)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other

@@ -513,7 +513,7 @@ def test_the_values_show_that_parts_of_a_model_are_averages(name: str, tmp_path:
     check(tmp_path, average, in_two_parts(last.weights, FORMS[name][0]) | rest, None)
     file = tmp_path / "step400.pt"
     assert_equal(exported(file, weights=True), with_slow_parts(last, name))
-    with pytest.raises(FileFormatError, match="nothing tells which is the average"):
+    with pytest.raises(FileFormatError, match="holds no average"):
         exported(file)
 
 
