@@ -71,26 +71,31 @@ def run(out: Path, steps: int, say: Say, watch: ProgressBar) -> dict[str, Any]:
         swept, first = _train_and_measure(out, steps, say, watch)
     finally:
         torch.set_num_threads(threads)
-    lines = [first, *_run_commands(out, swept.found.best, say)]
-    averages = [trial for trial in swept.trials if trial.x is not None]
+    found = swept.found
+    lines = [first, *_run_commands(out, found.best, say)]
+    averages = []
+    for trial in swept.trials:
+        if trial.x is not None:
+            averages.append({"sigma_rel": trial.x, "loss": trial.value})
     return {
         "out": str(out),
         "steps": steps,
         "checkpoint_every": checkpoint_every(steps),
         "tracked": list(TRACKED),
         "raw": swept.raw,
-        "averages": [{"sigma_rel": trial.x, "loss": trial.value} for trial in averages],
-        "best": swept.found.best,
-        "equal_within_noise": [swept.found.low, swept.found.high],
+        "averages": averages,
+        "best": found.best,
+        "equal_within_noise": [found.low, found.high],
         "commands": lines,
-        "files": [str(path) for path in sorted(out.iterdir())],
+        "files": list(map(str, sorted(out.iterdir()))),
         "seconds": time.perf_counter() - started,
     }
 
 
 def _make_empty(out: Path) -> None:
     files.check_parent("out", out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    is_empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not is_empty:
         raise OutputExistsError(out, "already exists, and is no empty folder", "name another one")
     files.make_directory(out)
 
@@ -106,8 +111,9 @@ def _train_and_measure(
     say(f"training a diffusion model on {IMAGES:,} made-up images, {steps:,} steps; the hook")
     say(f"updates two averages every {UPDATE_EVERY} steps and writes snapshots of both every")
     say(f"{checkpoint_every(steps):,} steps to {snapshots}")
+    data = make_waves(IMAGES, seed=0)
     with watch("training", steps) as advance:
-        model = train(steps, make_waves(IMAGES, seed=0), snapshots, advance)
+        model = train(steps, data, snapshots, advance)
     line = run_command(say, "info", snapshots)
     say("")
     say(f"measuring {len(SIGMA_RELS)} averages and the raw weights on images that training")
@@ -116,7 +122,8 @@ def _train_and_measure(
     swept.write(out / "sweep")
     _draw_samples(model, snapshots, swept, out)
     figure = partial(plots.sweep_figure, swept.to_dict())
-    files.write_atomically(out / "loss.png", plots.as_file(figure, ".png"))
+    picture = plots.as_file(figure, ".png")
+    files.write_atomically(out / "loss.png", picture)
     return swept, line
 
 
@@ -137,7 +144,8 @@ def _run_commands(out: Path, best: float, say: Say) -> list[str]:
 
 def _measured(model: Denoiser, snapshots: Path) -> SweepReport:
     """Measure the loss of averages and of the raw weights, which the model has."""
-    validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
+    data = make_waves(VALIDATION_IMAGES, seed=1)
+    validation = Validation(data, seed=0, draws=16)
 
     def loss(measured: Denoiser) -> float:
         return float(validation(measured).mean())
@@ -154,7 +162,9 @@ def command_name() -> str:
         return "ema"
     found = shutil.which(given.name)
     is_on_path = found is not None and Path(found).samefile(given)
-    return given.name if is_on_path or not given.exists() else str(given)
+    if is_on_path or not given.exists():
+        return given.name
+    return str(given)
 
 
 def run_command(say: Say, *words: str | Path) -> str:
@@ -195,7 +205,8 @@ def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
     levels = (lowest + ramp * (highest - lowest)) ** RHO
     sigmas: list[float] = [*levels.tolist(), 0.0]
     random = torch.Generator().manual_seed(seed)
-    images = sigmas[0] * torch.randn(len(labels), PIXELS, generator=random)
+    noise = torch.randn(len(labels), PIXELS, generator=random)
+    images = sigmas[0] * noise
 
     def slope_at(images: torch.Tensor, sigma: float) -> torch.Tensor:
         levels = torch.full((len(labels), 1), sigma)
@@ -203,10 +214,12 @@ def sample(model: nn.Module, labels: torch.Tensor, seed: int) -> torch.Tensor:
         return (images - denoised) / sigma
 
     for sigma, after in itertools.pairwise(sigmas):
+        step = after - sigma
         first = slope_at(images, sigma)
-        ahead = images + (after - sigma) * first
+        ahead = images + step * first
         if after > 0:
-            ahead = images + (after - sigma) * (first + slope_at(ahead, after)) / 2
+            second = slope_at(ahead, after)
+            ahead = images + step * (first + second) / 2
         images = ahead
     return images
 
@@ -215,25 +228,29 @@ def _draw_samples(model: Denoiser, snapshots: Path, swept: SweepReport, out: Pat
     """Draw samples of the raw weights and of five lengths, each from the same noise: as images of
     the sweep, and as samples.png."""
     labels = torch.arange(DRAWN_CLASSES)
-    widths = list(dict.fromkeys([swept.found.best, *TRACKED, 0.1, 0.2, 0.025]))[:5]
+    candidates = [swept.found.best, *TRACKED, 0.1, 0.2, 0.025]
+    widths = list(dict.fromkeys(candidates))[:5]
     run = Run(snapshots)
     rows = {}
     for trial in swept.trials:
         if trial.x is not None and trial.x not in widths:
             continue
         averaged = make_denoiser(seed=0)
-        weights = model.state_dict() if trial.x is None else run.average(trial.x)
-        averaged.load_state_dict(weights)
-        pictures = sample(averaged, labels, seed=0).reshape(-1, SIDE, SIDE).numpy()
+        if trial.x is None:
+            averaged.load_state_dict(model.state_dict())
+        else:
+            averaged.load_state_dict(run.average(trial.x))
+        samples = sample(averaged, labels, seed=0)
+        pictures = samples.reshape(-1, SIDE, SIDE).numpy()
         rows[trial.target] = pictures
         folder = out / "sweep" / images.FOLDER / trial.name
         files.make_directory(folder)
         for number, picture in enumerate(pictures):
-            files.write_atomically(
-                folder / f"class-{number}.png", plots.as_picture(picture, _SCALE)
-            )
+            content = plots.as_picture(picture, _SCALE)
+            files.write_atomically(folder / f"class-{number}.png", content)
     figure = partial(plots.samples_figure, rows, best=swept.best.title)
-    files.write_atomically(out / "samples.png", plots.as_file(figure, ".png"))
+    all_samples = plots.as_file(figure, ".png")
+    files.write_atomically(out / "samples.png", all_samples)
 
 
 # --- the model and its data
@@ -257,11 +274,13 @@ def make_waves(count: int, seed: int) -> Images:
     18 degrees."""
     random = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=random)
-    direction = (math.pi * labels / CLASSES)[:, None, None]
+    angles = math.pi * labels / CLASSES
+    direction = angles[:, None, None]
     frequency = 2.4 + 3.5 * torch.rand(count, 1, 1, generator=random)
     phase = 2 * math.pi * torch.rand(count, 1, 1, generator=random)
     across = torch.linspace(-1, 1, SIDE)
-    place = direction.cos() * across + direction.sin() * across[:, None]
+    down = across[:, None]
+    place = direction.cos() * across + direction.sin() * down
     waves = (frequency * place + phase).sin()
     return Images(waves.flatten(1), labels)
 
@@ -298,12 +317,14 @@ class Denoiser(nn.Module):
         [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
-        condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        condition = self.noise(features) + self.label(labels)
         hidden = self.inward(noisy / total)
         for block in self.blocks:
             hidden = block(hidden, nn.functional.silu(condition))
         out: torch.Tensor = self.outward(hidden)
-        return noisy * _VARIANCE / total**2 + out * sigma * STANDARD_DEVIATION / total
+        kept = noisy * _VARIANCE / total**2
+        return kept + out * sigma * STANDARD_DEVIATION / total
 
 
 class _Block(nn.Module):
@@ -315,9 +336,10 @@ class _Block(nn.Module):
         self.outward = nn.Linear(width, width)
 
     def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        inner = self.inward(self.norm(hidden)) * (1 + self.scale(condition))
-        out: torch.Tensor = hidden + self.outward(nn.functional.silu(inner))
-        return out
+        inner = self.inward(self.norm(hidden))
+        inner = inner * (1 + self.scale(condition))
+        change: torch.Tensor = self.outward(nn.functional.silu(inner))
+        return hidden + change
 
 
 def make_denoiser(seed: int) -> Denoiser:
@@ -338,9 +360,11 @@ def losses(
 
     `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
     """
-    denoised = model(data.images + sigma * noise, sigma, data.labels)
+    noisy = data.images + sigma * noise
+    denoised = model(noisy, sigma, data.labels)
     weight = (sigma**2 + _VARIANCE) / (sigma**2 * _VARIANCE)
-    weighted: torch.Tensor = weight * (denoised - data.images) ** 2
+    errors: torch.Tensor = denoised - data.images
+    weighted = weight * errors**2
     return weighted.mean(dim=-1)
 
 
@@ -352,22 +376,31 @@ class Validation:
 
     def __init__(self, data: Images, seed: int, draws: int = 32) -> None:
         self._data = data
-        self._noise = torch.randn(
-            draws, *data.images.shape, generator=torch.Generator().manual_seed(seed)
-        )
+        random = torch.Generator().manual_seed(seed)
+        self._noise = torch.randn(draws, *data.images.shape, generator=random)
         middles = (torch.arange(draws) + 0.5) / draws
-        self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
+        quantiles = torch.special.ndtri(middles)
+        self._sigmas = _noise_levels(quantiles)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
-        sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._data.images), 1)
-        rows = [losses(model, self._data, *draw) for draw in zip(sigmas, self._noise, strict=True)]
+        count = len(self._data.images)
+        rows = []
+        for sigma, noise in zip(self._sigmas, self._noise, strict=True):
+            sigmas = sigma.expand(count, 1)
+            rows.append(losses(model, self._data, sigmas, noise))
         return torch.stack(rows).double().mean(dim=0)
 
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return random noise levels as in training, shape [count, 1]."""
-    return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
+    return _noise_levels(torch.randn(count, 1, generator=generator))
+
+
+def _noise_levels(normal: torch.Tensor) -> torch.Tensor:
+    """Return the noise levels of standard normal numbers."""
+    logarithms = LOG_NOISE_MEAN + LOG_NOISE_STD * normal
+    return logarithms.exp()
 
 
 # --- the training
@@ -385,16 +418,17 @@ any of them. With 12e-3 the best length is 0.05, which is tracked."""
 def checkpoint_every(steps: int) -> int:
     """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
     updates = steps // UPDATE_EVERY
-    return UPDATE_EVERY * next(
-        n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0
-    )
+    most = max(1, updates // SNAPSHOTS)
+    divisors = [count for count in range(1, most + 1) if updates % count == 0]
+    return UPDATE_EVERY * divisors[-1]
 
 
 def train(steps: int, data: Images, directory: Path, advance: Callable[[int], None]) -> Denoiser:
     """Train a denoiser with the hook, which writes snapshots to a directory; `advance` is called
     with done steps."""
     model = make_denoiser(seed=0)
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, (0.9, 0.99), fused=True)
+    betas = (0.9, 0.99)
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, betas, fused=True)
     every = checkpoint_every(steps)
     random = torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(
@@ -408,9 +442,9 @@ def train(steps: int, data: Images, directory: Path, advance: Callable[[int], No
         for step in range(1, steps + 1):
             chosen = torch.randint(len(data.images), (BATCH,), generator=random)
             sigma = random_noise_levels(BATCH, random)
-            images = Images(data.images[chosen], data.labels[chosen])
-            noise = torch.randn(images.images.shape, generator=random)
-            loss = losses(model, images, sigma, noise).mean()
+            batch = Images(data.images[chosen], data.labels[chosen])
+            noise = torch.randn(batch.images.shape, generator=random)
+            loss = losses(model, batch, sigma, noise).mean()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()

@@ -5,7 +5,9 @@ Each error has the fields `subject` (the file, tensor, argument or method that i
 do). The message joins them in one line. `shown` escapes and shortens names and values that were
 read from files.
 
-On the command line a path that does not exist is wrong usage, exit code 2.
+An error has exit code 2, wrong usage, if another command line is the remedy: it asks for what one
+of its inputs, which is whole, does not offer. The code is 1 if an input is damaged, if inputs do
+not fit each other, if the name of an output is taken, and if a check or the system fails.
 """
 
 from __future__ import annotations
@@ -71,6 +73,12 @@ class DirectoryError(PostHocError):
 
 class FileFormatError(PostHocError):
     """A file that is damaged, truncated or of another format."""
+
+
+class UnsuitableError(FileFormatError):
+    """A file that is whole, and does not hold what the call asks for; other arguments would."""
+
+    exit_code = 2
 
 
 class VanishedError(FileFormatError):
@@ -318,7 +326,8 @@ def check_word(name: str, value: object, accepted: Iterable[object]) -> None:
 def likely(value: object, words: Iterable[object]) -> str:
     """Return a hint with the word that may be meant; empty if none is like the value."""
     for word in get_close_matches(str(value), map(str, words), 1):
-        return f"did you mean {word}?"
+        if word != str(value):
+            return f"did you mean {word}?"
     return ""
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import glob
 import os
 import re
 import secrets
@@ -149,6 +150,12 @@ def expanded(path: str | Path) -> Path:
     return path if is_url(path) else Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
+def is_glob(place: str | Path) -> bool:
+    """Return whether a name is a pattern, and no file or directory has this name."""
+    path = expanded(place)
+    return glob.has_magic(str(path)) and not path.exists()
+
+
 def as_path(path: str | Path) -> Path:
     """Return a text as a Path, a URL as a RemotePath."""
     if not is_url(path):
@@ -194,6 +201,8 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
+    if path.is_dir():
+        raise InvalidValueError("out", "is a folder; name a file", value=path)
     if path.exists() and not overwrite:
         raise _taken(path)
     return path

@@ -34,6 +34,7 @@ from posthoc_cli.reconstruction import (
     Motion,
     Prior,
     Problem,
+    Reconstruction,
     assumed_prior,
     one_blas_thread,
     reconstruct,
@@ -78,12 +79,13 @@ class Schedule:
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         left: list[PowerFunction] = []
         for count in range(1, self.taken + 1):
-            left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
+            t = float(count * self.checkpoint_every)
+            left += [PowerFunction(gamma, t) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
                 ends = range_of(self.sigma_rels)
                 spared = spared_times(self.kept)
-                dropped = set(snapshots_to_drop(left, prior, self.kept, ends, spared))
+                dropped = snapshots_to_drop(left, prior, self.kept, ends, spared)
                 left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
@@ -173,16 +175,22 @@ def snapshots_to_drop(
     needed = left[-spared:]
     beyond: list[Removable] = []
     if len(snapshots) > MOST_SOLVED:
-        most = min(MOST_SOLVED * len(left) // len(snapshots), _SIMULATED * keep)
-        size = len(left)
-        count = min(size, max(most, keep))
-        chosen = {left[-1 - number * size // count].t for number in range(count)}
-        beyond = [time for time in left if time.t not in chosen and time not in needed]
+        solved = MOST_SOLVED * len(left) // len(snapshots)
+        most = max(keep, min(solved, _SIMULATED * keep))
+        beyond = [time for time in _beyond_even_choice(left, most) if time not in needed]
         left = [time for time in left if time not in beyond]
     dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
     kept = [time for time in left if time not in dropped]
     better = exchanged(snapshots, prior, kept, dropped, needed, sigma_range)
     return [index for time in (*beyond, *better) for index in time.indices]
+
+
+def _beyond_even_choice(times: Sequence[Removable], most: int) -> list[Removable]:
+    """Return those that are not among so many, spread evenly back from the newest."""
+    size = len(times)
+    count = min(size, most)
+    chosen = {times[-1 - number * size // count].t for number in range(count)}
+    return [time for time in times if time.t not in chosen]
 
 
 def removal_order(
@@ -199,14 +207,15 @@ def removal_order(
     chosen = _Chosen(snapshots, prior, among, sigma_range)
     counts = Counter(removable.kind for removable in left)
     dropped: list[Removable] = []
-    while may_go := [
-        removable for removable in left if counts[removable.kind] > keep and removable not in needed
-    ]:
+    unneeded = [removable for removable in left if removable not in needed]
+    while may_go := [removable for removable in unneeded if counts[removable.kind] > keep]:
         errors = chosen.errors_without(may_go)
-        equals = [may_go[index] for index in np.flatnonzero(errors == errors.min())]
+        is_least = errors == errors.min()
+        equals = [may_go[index] for index in np.flatnonzero(is_least)]
         least = _closest_together(left, equals)
         chosen.lose(least)
         left.remove(least)
+        unneeded.remove(least)
         dropped.append(least)
         counts[least.kind] -= 1
     return dropped
@@ -268,9 +277,11 @@ def _exchanges(
 ) -> Iterator[_Exchange]:
     """Yield the best exchange for each of the dropped ones."""
     for coming in dropped:
-        may_go = [each for each in kept if each not in needed and each.kind == coming.kind]
+        alike = [each for each in kept if each.kind == coming.kind]
+        may_go = [each for each in alike if each not in needed]
         if may_go:
-            errors = everyone.of([*kept, coming]).errors_without(may_go)
+            chosen = everyone.of([*kept, coming])
+            errors = chosen.errors_without(may_go)
             leaving = may_go[int(errors.argmin())]
             yield _Exchange(coming, leaving, float(errors.min()))
 
@@ -461,21 +472,13 @@ def error_curve(
     """
     low, high = check_sigma_range(sigma_range)
     t = time_between(snapshots, t)
-    others = others or {}
     among = [index for index, profile in enumerate(snapshots) if profile.t <= t]
     usable = [snapshots[index] for index in among]
     tracked = tracked_widths(usable)
     grid = _grid(low, high, points, tracked)
-    n = grid.size
-    targets = [*powers(grid, t), *others.values()]
+    further = dict(others or {})
+    targets = [*powers(grid, t), *further.values()]
     errors = reconstruct(usable, targets, method, prior.of(among), t)
-    # Weights of norm 0 are exact.
-    predicted = np.nan_to_num(errors.predicted_error, nan=0.0)
-    further = []
-    for index, (title, other) in enumerate(others.items(), start=n):
-        profile_error = float(errors.profile_error[index])
-        width = relative_width(other, t)
-        further.append(ErrorPoint(title, width, profile_error, float(predicted[index])))
     assumption = EVENLY if prior.source == ASSUMED else ""
     if assumption:
         label = f"{label}, if {assumption}"
@@ -483,12 +486,35 @@ def error_curve(
         label=label,
         t=t,
         sigma_rels=grid,
-        profile_error=errors.profile_error[:n],
-        predicted_error=predicted[:n],
+        profile_error=errors.profile_error[: grid.size],
+        predicted_error=_without_nan(errors.predicted_error[: grid.size]),
         tracked=tuple(tracked),
-        others=tuple(further),
+        others=_points(further, errors, grid.size, t),
         assumption=assumption,
     )
+
+
+def _without_nan(errors: FloatArray) -> FloatArray:
+    """Return predicted errors with 0 for weights of norm 0, which are exact."""
+    return np.nan_to_num(errors, nan=0.0)
+
+
+def _points(
+    others: Mapping[str, Profile],
+    errors: Reconstruction,
+    first: int,
+    t: float,
+) -> tuple[ErrorPoint, ...]:
+    """Return the errors of further targets, the columns of a reconstruction from the `first` on."""
+    points = []
+    profile_errors = errors.profile_error[first:].tolist()
+    predicted_errors = _without_nan(errors.predicted_error[first:]).tolist()
+    for title, profile_error, predicted in zip(
+        others, profile_errors, predicted_errors, strict=True
+    ):
+        width = relative_width(others[title], t)
+        points.append(ErrorPoint(title, width, profile_error, predicted))
+    return tuple(points)
 
 
 def _grid(low: float, high: float, points: int, tracked: Sequence[float]) -> FloatArray:
@@ -644,7 +670,7 @@ def propose(
         check_count(name, count)
         check_number(name, count, lambda count: count <= 10**15, "be at most 1e15")
     low, high = check_sigma_range(sigma_range)
-    middle = float(f"{math.sqrt(low * high):.2g}")
+    middle = _round_middle(low, high)
     tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
@@ -657,6 +683,13 @@ def propose(
         errors = _errors_of(schedule, label, sigma_range)
         proposals.append(Proposal(name, schedule, dtype, nbytes, errors))
     return proposals
+
+
+def _round_middle(low: float, high: float) -> float:
+    """Return the geometric mean of both, of two digits if that lies between them."""
+    middle = math.sqrt(low * high)
+    rounded = float(f"{middle:.2g}")
+    return rounded if low < rounded < high else middle
 
 
 def _errors_of(schedule: Schedule, label: str, sigma_range: tuple[float, float]) -> ErrorCurve:

@@ -29,6 +29,8 @@ from posthoc_cli.errors import printable
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve
 
+FloatArray = npt.NDArray[np.float64]
+
 PICTURES = (".png", ".svg", ".pdf")  # the endings of pictures
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
@@ -68,7 +70,9 @@ class _Figure(Figure):
     """A figure that a notebook can show without pyplot."""
 
     def _repr_html_(self) -> str:
-        return as_file(lambda: self, ".svg").decode().partition("?>")[2]
+        text = as_file(lambda: self, ".svg").decode()
+        _, _, drawing = text.partition("?>")
+        return drawing
 
 
 def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
@@ -83,8 +87,11 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     stream = io.BytesIO()
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.hashsalt": "ema", "svg.fonttype": "path"})
-        draw().savefig(stream, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
+        matplotlib.rcParams["svg.hashsalt"] = "ema"
+        matplotlib.rcParams["svg.fonttype"] = "path"
+        figure = draw()
+        kind = suffix.removeprefix(".")
+        figure.savefig(stream, format=kind, metadata=_METADATA[suffix])
     return stream.getvalue()
 
 
@@ -95,15 +102,17 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
     least = _lowest_error(curves)
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, least, index, alone=len(curves) == 1)
-        _draw_points(axes, curve, least, COLOURS[index % len(COLOURS)])
+        _draw_points(axes, curve, least, _colour(index))
     if profile_error:
         _draw_profile_errors(axes, curves)
-    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
+    dots = (0, (1, 3))
+    axes.axhline(GOOD_ERROR, color="0.35", linestyle=dots, linewidth=1.2)
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel("sigma_rel (width, as a fraction of training)")
     axes.margins(x=0.01)  # for marks at the ends
     axes.set_ylabel("expected relative L2 error of the weights")
-    _scale_errors(axes, np.concatenate([_all_errors(curve) for curve in curves]), least)
+    errors = [_all_errors(curve) for curve in curves]
+    _scale_errors(axes, np.concatenate(errors), least)
     title = "Predicted error"
     if len(curves) == 1:
         title += f": {_good_range(curves[0])}"
@@ -112,29 +121,33 @@ def error_figure(curves: Sequence[ErrorCurve], profile_error: bool = False) -> F
 
 def _lowest_error(curves: Sequence[ErrorCurve]) -> float:
     """Return the lower end of the error axis: the largest power of ten below nearly all errors."""
-    lows = [float(np.quantile(_heights(curve), 0.1)) for curve in curves]
-    power = 10 ** math.floor(math.log10(max(min(lows), 1e-300)))
-    return float(np.clip(power, *_LEAST_ERRORS))
+    lows = [np.quantile(_heights(curve), 0.1) for curve in curves]
+    low = max(float(min(lows)), 1e-300)
+    exponent = math.floor(math.log10(low))
+    return float(np.clip(10**exponent, *_LEAST_ERRORS))
 
 
-def _heights(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+def _heights(curve: ErrorCurve) -> FloatArray:
     return np.minimum(curve.predicted_error, _MOST_ERROR)
 
 
-def _all_errors(curve: ErrorCurve) -> npt.NDArray[np.float64]:
+def _all_errors(curve: ErrorCurve) -> FloatArray:
     points = [point.predicted_error for point in curve.others]
-    return np.concatenate([_heights(curve), points])
+    return np.append(_heights(curve), points)
 
 
-def _scale_errors(axes: Axes, errors: npt.NDArray[np.float64], least: float) -> None:
+def _scale_errors(axes: Axes, errors: FloatArray, least: float) -> None:
     """Set the range of the error axis, and say at its lower end if errors below it are drawn
     there."""
-    axes.set_ylim(least, np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR))
+    most = np.clip(2 * errors.max(), 2 * GOOD_ERROR, _MOST_ERROR)
+    axes.set_ylim(least, most)
     is_cut = errors.min() < least
 
     def as_percent(error: float, _: object) -> str:
         text = f"{100 * error:g} %"
-        return f"≤ {text}" if is_cut and error < 1.01 * least else text
+        if is_cut and error < 1.01 * least:
+            return f"≤ {text}"
+        return text
 
     axes.yaxis.set_major_formatter(as_percent)
 
@@ -142,15 +155,17 @@ def _scale_errors(axes: Axes, errors: npt.NDArray[np.float64], least: float) -> 
 def _draw_points(axes: Axes, curve: ErrorCurve, least: float, colour: str) -> None:
     """Draw the averages of a curve that are no power functions."""
     for number, point in enumerate(curve.others, start=1):
+        error = point.predicted_error
+        label = f"{point.label}: {100 * error:.2g} %"
         axes.plot(
             max(point.sigma_rel, _LEAST_WIDTH),
-            np.clip(point.predicted_error, least, _MOST_ERROR),
+            np.clip(error, least, _MOST_ERROR),
             marker=MARKERS[number % len(MARKERS)],
             color=colour,
             linestyle="none",
             clip_on=False,
             zorder=6,
-            label=_text(f"{point.label}: {100 * point.predicted_error:.2g} %"),
+            label=_text(label),
         )
 
 
@@ -159,26 +174,27 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, least: float, index: int, alone: 
     small errors."""
     label = curve.label[: _LONGEST_TEXT // 2]
     if curve.tracked:
-        tracked = ", ".join(f"{width:g}" for width in curve.tracked)
-        label += f"; tracked: {tracked}"
+        tracked = [f"{width:g}" for width in curve.tracked]
+        label += f"; tracked: {', '.join(tracked)}"
     if not alone:
         label += f"; {_good_range(curve)}"
     heights = np.maximum(_heights(curve), least)
-    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **_line(index))
+    style = _line(index)
+    axes.plot(curve.sigma_rels, heights, linewidth=1.8, label=_text(label), **style)
     low, *_, high = curve.sigma_rels
     marked = [width for width in curve.tracked if low <= width <= high]
     axes.plot(
         marked,
         np.interp(marked, curve.sigma_rels, heights),
         marker=MARKERS[0],
-        color=COLOURS[index % len(COLOURS)],
+        color=_colour(index),
         linestyle="none",
         clip_on=False,
         zorder=5,
     )
     if alone:  # those of several curves would overlap
         for begin, end in curve.ranges_below(GOOD_ERROR):
-            axes.axvspan(begin, end, color=COLOURS[index], alpha=0.10, linewidth=0)
+            axes.axvspan(begin, end, color=_colour(index), alpha=0.10, linewidth=0)
 
 
 def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
@@ -197,7 +213,9 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
 
 def _good_range(curve: ErrorCurve) -> str:
     ranges = curve.ranges_text(GOOD_ERROR)
-    return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
+    if not ranges:
+        return "nowhere below 1 %"
+    return f"below 1 % for sigma_rel {ranges}"
 
 
 def sweep_figure(found: dict[str, Any]) -> Figure:
@@ -211,24 +229,28 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     figure, axes = _figure()
     low, high = map(length, found["equal_within_noise"])
     label = f"equal within the noise: {low:g} to {high:g}"
-    axes.axvspan(low, high, color=COLOURS[2], alpha=0.15, linewidth=0, label=label)
+    green = _colour(2)
+    axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
     _draw_estimate(axes, found["curve"], length)
     ends = _draw_trials(axes, found["trials"], found["noise"], length)
     best = length(found["best"][kind])
-    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
+    label = f"best: {best:g}"
+    axes.axvline(best, color=green, linewidth=1.6, label=label)
     raw = found["raw"]
     if raw is not None:
-        label = f"raw weights: {raw:.5g}"
-        axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
-    axes.set_ylim(*_metric_range(ends, raw))
-    label = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
-    axes.set(xscale="log", xlabel=label)
+        _draw_reference(axes, raw, f"raw weights: {raw:.5g}")
+    low, high = _metric_range(ends, raw)
+    axes.set_ylim(low, high)
+    title = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
+    axes.set(xscale="log", xlabel=title)
     axes.set_ylabel(_text(found["metric"]))
     return _finish(figure, axes.xaxis)
 
 
 def _drawn_length(kind: str, value: float) -> float:
-    return 1 / (1 - value) if kind == "beta" else value
+    if kind == "beta":
+        return 1 / (1 - value)
+    return value
 
 
 def _draw_estimate(
@@ -238,9 +260,11 @@ def _draw_estimate(
 ) -> None:
     lengths = [length(point["x"]) for point in curve]
     means = np.array([point["estimate"] for point in curve])
-    bands = 2 * np.array([point["standard_error"] for point in curve])
-    blue = COLOURS[0]
-    axes.fill_between(lengths, means - bands, means + bands, color=blue, alpha=0.2, linewidth=0)
+    errors = np.array([point["standard_error"] for point in curve])
+    low = means - 2 * errors
+    high = means + 2 * errors
+    blue = _colour(0)
+    axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
     label = "estimate, band: two standard errors"
     axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
 
@@ -252,14 +276,22 @@ def _draw_trials(
     length: Callable[[float], float],
 ) -> list[float]:
     """Draw the measured metrics of averages, and return the ends of their bars."""
-    measured = [trial for trial in trials if None not in (trial["value"], trial["x"])]
-    values = np.array([trial["value"] for trial in measured])
-    noises = np.array([trial["standard_error"] or noise for trial in measured])
+    lengths = []
+    metrics = []
+    errors = []
+    for trial in trials:
+        if trial["value"] is None or trial["x"] is None:
+            continue
+        lengths.append(length(trial["x"]))
+        metrics.append(trial["value"])
+        errors.append(trial["standard_error"] or noise)
+    values = np.array(metrics)
+    noises = np.array(errors)
     axes.errorbar(
-        [length(trial["x"]) for trial in measured],
+        lengths,
         values,
         noises,
-        color=COLOURS[4],
+        color=_colour(4),
         marker="o",
         markersize=4,
         linestyle="none",
@@ -274,7 +306,8 @@ def _metric_range(ends: Sequence[float], raw: float | None) -> tuple[float, floa
     is near the averages'."""
     low = min(ends)
     high = max(ends)
-    if raw is not None and max(low - raw, raw - high) <= _FAR * (high - low):
+    spread = high - low
+    if raw is not None and max(low - raw, raw - high) <= _FAR * spread:
         low = min(low, raw)
         high = max(high, raw)
     margin = 0.1 * (high - low or 1)
@@ -287,11 +320,11 @@ def samples_figure(
 ) -> Figure:
     """Draw images of shape [columns, height, width] and values in -1 .. 1, a row for each title."""
     columns = max(map(len, rows.values()))
-    size = (_SAMPLES_WIDTH, 0.1 + len(rows) * 0.8 * _SAMPLES_WIDTH / columns)
-    figure = _Figure(figsize=size, dpi=150, facecolor="white")
+    height = 0.1 + len(rows) * 0.8 * _SAMPLES_WIDTH / columns
+    figure = _Figure(figsize=(_SAMPLES_WIDTH, height), dpi=150, facecolor="white")
     layout = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=_CLOSE)
-    for line, (title, images) in zip(layout, rows.items(), strict=True):
-        for axes, image in zip(line, images, strict=False):
+    for line, title in zip(layout, rows, strict=True):
+        for axes, image in zip(line, rows[title], strict=False):
             axes.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
         line[0].set_ylabel(
@@ -307,7 +340,8 @@ def samples_figure(
 def as_picture(image: npt.NDArray[np.floating[Any]], scale: int) -> bytes:
     """Return a grey image of values in -1 .. 1 as PNG, each value as so many pixels a side."""
     stream = io.BytesIO()
-    large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    high = image.repeat(scale, axis=0)
+    large = high.repeat(scale, axis=1)
     imsave(stream, large, vmin=-1, vmax=1, cmap="gray", format="png")
     return stream.getvalue()
 
@@ -323,10 +357,10 @@ def audit_figure(audit: dict[str, Any]) -> Figure:
     figure, axes = _figure()
     _draw_intervals(axes, intervals)
     if audit["found"] is not None:
-        _draw_common_length(axes, audit["length"] or 0.0, audit["uncertainty"] or 0.0)
+        length = audit["length"] or 0.0
+        _draw_common_length(axes, length, audit["uncertainty"] or 0.0)
     if claimed is not None:
-        label = f"claimed: {claimed:,.4g}"
-        axes.axhline(claimed, color=COLOURS[1], linestyle="--", linewidth=1.6, label=label)
+        _draw_reference(axes, claimed, f"claimed: {claimed:,.4g}")
     unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
     axes.set(xlabel="training time", ylabel=unit)
     if intervals or claimed is not None:
@@ -342,15 +376,18 @@ def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
     begins = [interval["begin"] for interval in intervals]
     ends = [interval["end"] for interval in intervals]
     label = "found in each interval"
-    axes.hlines(lengths, begins, ends, color=COLOURS[0], linewidth=2.5, label=label)
+    blue = _colour(0)
+    axes.hlines(lengths, begins, ends, color=blue, linewidth=2.5, label=label)
 
 
 def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
     if 0 < length < math.inf and uncertainty <= 1:
-        low = length / math.exp(uncertainty)
-        high = length * math.exp(uncertainty)
+        factor = math.exp(uncertainty)
+        low = length / factor
+        high = length * factor
         label = f"found in all together: {length:,.4g}"
-        axes.axhspan(low, high, color=COLOURS[0], alpha=0.2, linewidth=0, label=label)
+        blue = _colour(0)
+        axes.axhspan(low, high, color=blue, alpha=0.2, linewidth=0, label=label)
 
 
 # --- parts of all figures
@@ -358,12 +395,23 @@ def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
 
 def _figure() -> tuple[Figure, Axes]:
     layout = ConstrainedLayoutEngine(w_pad=_MARGIN, h_pad=_MARGIN)
-    figure = _Figure(figsize=(_WIDTH, _HEIGHT), dpi=200, layout=layout, facecolor="white")
+    size = (_WIDTH, _HEIGHT)
+    figure = _Figure(figsize=size, dpi=200, layout=layout, facecolor="white")
     return figure, figure.add_subplot()
 
 
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
 def _line(index: int) -> dict[str, Any]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
+    style = STYLES[index % len(STYLES)]
+    return {"color": _colour(index), "linestyle": style}
+
+
+def _draw_reference(axes: Axes, height: float, label: str) -> None:
+    """Draw what the averages are compared with."""
+    axes.axhline(height, color=_colour(1), linestyle="--", linewidth=1.6, label=label)
 
 
 def _text(text: str, width: int = 48) -> str:
@@ -371,9 +419,11 @@ def _text(text: str, width: int = 48) -> str:
 
     Lines of a legend fit into the figure even if they consist of W, the widest letter.
     """
-    kept_together = printable(text[:_LONGEST_TEXT]).replace(" %", "\N{NO-BREAK SPACE}%")
+    shown = printable(text[:_LONGEST_TEXT])
+    kept_together = shown.replace(" %", "\N{NO-BREAK SPACE}%")
     lines = textwrap.fill(kept_together, width)
-    return lines.replace("\N{NO-BREAK SPACE}", " ").replace("$", "\\$")
+    spaced = lines.replace("\N{NO-BREAK SPACE}", " ")
+    return spaced.replace("$", "\\$")
 
 
 def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
@@ -390,11 +440,16 @@ def _finish(figure: Figure, scaled: Axis, title: str = "") -> Figure:
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.set_title(_text(title, 58), fontsize=12)
-    legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-    lines = sum(1 + text.get_text().count("\n") for text in legend.get_texts())
+    below = (0.5, -0.14)
+    legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=below, frameon=False)
+    lines = 0
+    for text in legend.get_texts():
+        lines += 1 + text.get_text().count("\n")
     figure.set_size_inches(_WIDTH, _HEIGHT + _LINE * lines)
     return figure
 
 
 def _tick(value: float, _: object) -> str:
-    return f"{value:,.5g}" if value < 1000 else f"{value:,.0f}"
+    if value < 1000:
+        return f"{value:,.5g}"
+    return f"{value:,.0f}"

@@ -27,6 +27,10 @@ from posthoc_cli.errors import InvalidValueError, brief, check_number
 FloatArray = npt.NDArray[np.float64]
 
 
+def _floats(values: npt.ArrayLike) -> FloatArray:
+    return np.asarray(values, dtype=np.float64)
+
+
 class Profile(Protocol):
     """The mass of an average, 1 in total, over times on the run's clock."""
 
@@ -45,6 +49,12 @@ class StoredProfile(Profile, Protocol):
     @property
     def t(self) -> float:
         """The time at which the average was taken, above 0; all mass is at or before it."""
+
+
+def tails_at(times: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
+    """Return the mass of each profile after each of the times: shape [times, profiles]."""
+    columns = [profile.tail(times) for profile in profiles]
+    return np.stack(columns, axis=1)
 
 
 # --- the power function (Karras et al., arXiv 2312.02696, section 3.1)
@@ -102,8 +112,10 @@ def _gamma(sigma_rel: float) -> float:
     inverse_square = 1 / (sigma_rel * sigma_rel)
     x = 1 / sigma_rel
     while True:
-        value = (x + 1) ** 2 * (x + 2) - inverse_square * x
-        slope = (x + 1) * (3 * x + 5) - inverse_square
+        cubic = (x + 1) ** 2 * (x + 2)
+        value = cubic - inverse_square * x
+        cubic_slope = (x + 1) * (3 * x + 5)
+        slope = cubic_slope - inverse_square
         smaller = x - value / slope
         if not smaller < x:
             return x - 1
@@ -113,10 +125,10 @@ def _gamma(sigma_rel: float) -> float:
 def sigma_rel_from_gamma(gamma: float) -> float:
     """Return the width of the profile with exponent `gamma` > 0, as a fraction of training time."""
     if not (gamma > 0 and math.isfinite(gamma)):
-        raise InvalidValueError(
-            "gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}"
-        )
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+        reason = "must be above 0, the uniform average, and finite"
+        raise InvalidValueError("gamma", reason, value=f"{gamma:g}")
+    ratio = (gamma + 1) / (gamma + 3)
+    return math.sqrt(ratio) / (gamma + 2)
 
 
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
@@ -131,7 +143,8 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     passed = (t - t_prev) / t
     if passed == 1:  # beta, below 1e-16, is lost in rounding
         return 1.0
-    return -math.expm1((gamma + 1) * math.log1p(-passed))
+    log_beta = (gamma + 1) * math.log1p(-passed)
+    return -math.expm1(log_beta)
 
 
 @dataclass(frozen=True)
@@ -152,15 +165,16 @@ class PowerFunction:
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass per unit of time at `s`; 0 outside (0, t]."""
-        relative = np.asarray(s, dtype=np.float64) / self.t
+        relative = _floats(s) / self.t
         inside = (relative > 0) & (relative <= 1)
         relative = np.where(inside, relative, 1.0)
         powers = np.power(relative, self.gamma)
-        return np.where(inside, powers, 0.0) * (self.gamma + 1) / self.t
+        of_average = np.where(inside, powers, 0.0)
+        return of_average * (self.gamma + 1) / self.t
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
-        relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
+        relative = np.clip(_floats(s) / self.t, 0.0, 1.0)
         with np.errstate(divide="ignore"):
             logs = (self.gamma + 1) * np.log(relative)
         return np.asarray(-np.expm1(logs))
@@ -190,7 +204,8 @@ class Point:
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Return the mass after `s`: 1 before `t`, 0 from `t` on."""
-        return np.where(np.asarray(s, dtype=np.float64) < self.t, 1.0, 0.0)
+        is_before = _floats(s) < self.t
+        return np.where(is_before, 1.0, 0.0)
 
 
 class Discrete:
@@ -218,15 +233,15 @@ class Discrete:
         return float(self.times[0])
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        s = np.asarray(s, dtype=np.float64)
-        passed = np.searchsorted(self.times, s, side="right")
+        passed = np.searchsorted(self.times, _floats(s), side="right")
         return self._later[passed]
 
     @cached_property
     def _later(self) -> FloatArray:
         """The mass from each of the times on, then 0; summed from the end, which keeps the digits
         of small tails."""
-        later = np.append(np.cumsum(self.masses[::-1])[::-1], 0.0)
+        backwards = np.cumsum(self.masses[::-1])
+        later = np.append(backwards[::-1], 0.0)
         later[0] = 1.0
         return later
 
@@ -253,16 +268,17 @@ def ema_pytorch_profile(gamma: float, step: int, every: int, first: int = 1) -> 
     Raises:
         InvalidValueError: the step is before the first update, or makes more than `MOST_UPDATES`.
     """
-    check_number(
-        "step", step, lambda _: step >= first, f"be at least {first}, that of the first update"
-    )
+    accepted = f"be at least {first}, that of the first update"
+    check_number("step", step, lambda number: number >= first, accepted)
     count = (step - first) // every + 1
     _check_updates(count, step)
     calls = np.arange(1.0, count) * every + 1
-    logs = (gamma + 1) * np.log1p(-1 / (calls + 1))
-    kept = np.cumsum(logs[::-1])[::-1]
+    share = 1 / (calls + 1)
+    logs = (gamma + 1) * np.log1p(-share)
+    backwards = np.cumsum(logs[::-1])
+    later = -np.expm1(backwards[::-1])
     # the mass after each update, from that before the first one
-    after = np.concatenate(([1.0], -np.expm1(kept), [0.0]))
+    after = np.concatenate(([1.0], later, [0.0]))
     numbers, masses = _joined(-np.diff(after))
     return Discrete(first + every * numbers, masses, step)
 
@@ -276,7 +292,8 @@ def _joined(masses: FloatArray) -> tuple[FloatArray, FloatArray]:
     numbers = np.arange(masses.size) % size
     moments = np.add.reduceat(masses * numbers, begins)
     # Far before the end of a short average, masses are 0 in float64.
-    means: FloatArray = np.divide(moments, sums, out=np.zeros(begins.size), where=sums > 1e-300)
+    means = np.zeros(begins.size)
+    np.divide(moments, sums, out=means, where=sums > 1e-300)
     return begins + means, sums
 
 
@@ -285,9 +302,8 @@ def _joined(masses: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 def _check_updates(count: int, step: int) -> None:
     if count > MOST_UPDATES:
-        raise InvalidValueError(
-            "step", f"makes more than {MOST_UPDATES:,} updates", value=f"{step:,}"
-        )
+        reason = f"makes more than {MOST_UPDATES:,} updates"
+        raise InvalidValueError("step", reason, value=f"{step:,}")
 
 
 POWER_FUNCTION = "power function"
@@ -310,19 +326,25 @@ def _constant(rule: DecayRule, n: FloatArray) -> FloatArray:
 
 
 def _ratio(rule: DecayRule, n: FloatArray) -> FloatArray:
-    return np.minimum((1 + n) / (10 + n), rule.decay)
+    ratio = (1 + n) / (10 + n)
+    return np.minimum(ratio, rule.decay)
 
 
 def _power(rule: DecayRule, n: FloatArray) -> FloatArray:
-    return np.minimum(-np.expm1(-rule.power * np.log1p(n / rule.inv_gamma)), rule.decay)
+    logs = np.log1p(n / rule.inv_gamma)
+    rising = -np.expm1(-rule.power * logs)
+    return np.minimum(rising, rule.decay)
 
 
 def _ramp_up(rule: DecayRule, n: FloatArray) -> FloatArray:
-    return np.minimum(np.exp2(-1 / (rule.power * np.maximum(n, 1))), rule.decay)
+    half_life = rule.power * np.maximum(n, 1)
+    rising = np.exp2(-1 / half_life)
+    return np.minimum(rising, rule.decay)
 
 
 def _power_function(rule: DecayRule, n: FloatArray) -> FloatArray:
-    return np.asarray((n / (n + 1)) ** rule.power)
+    ratio = n / (n + 1)
+    return np.asarray(ratio**rule.power)
 
 
 def _exponential(rule: DecayRule, n: FloatArray) -> FloatArray:
@@ -331,17 +353,21 @@ def _exponential(rule: DecayRule, n: FloatArray) -> FloatArray:
 
 def _unbiased(rule: DecayRule, n: FloatArray) -> FloatArray:
     # 1 - d^n without cancellation; its quotient is exactly 1 for the first update
-    lost = -np.expm1(np.maximum(n, 1) * np.log(rule.decay))
-    return np.where(n > 1, 1 - (1 - rule.decay) / lost, 0.0)
+    logs = np.maximum(n, 1) * np.log(rule.decay)
+    lost = -np.expm1(logs)
+    kept = 1 - (1 - rule.decay) / lost
+    return np.where(n > 1, kept, 0.0)
 
 
 def _cosine(rule: DecayRule, n: FloatArray) -> FloatArray:
     # (1 + cos x) / 2 = cos^2(x / 2), which keeps the digits near the end
-    return 1 - (1 - rule.base) * np.cos(np.pi / 2 * rule.progress(n)) ** 2
+    angle = np.pi / 2 * rule.progress(n)
+    return 1 - (1 - rule.base) * np.cos(angle) ** 2
 
 
 def _linear(rule: DecayRule, n: FloatArray) -> FloatArray:
-    return 1 - (1 - rule.base) * (1 - rule.progress(n))
+    left = 1 - rule.progress(n)
+    return 1 - (1 - rule.base) * left
 
 
 @dataclass(frozen=True)
@@ -424,12 +450,8 @@ class DecayRule:
 
     def __post_init__(self) -> None:
         check_number("ema_decay", self.decay, lambda decay: 0 < decay < 1, "lie in (0, 1)")
-        check_number(
-            "ema_uncertainty",
-            self.uncertainty,
-            lambda part: 0 <= part <= 3,
-            "be a fraction such as 0.03",
-        )
+        accepted = "be a fraction such as 0.03"
+        check_number("ema_uncertainty", self.uncertainty, lambda part: 0 <= part <= 3, accepted)
 
     @property
     def is_schedule(self) -> bool:
@@ -439,46 +461,57 @@ class DecayRule:
     def begins_as_mean(self) -> bool:
         """Whether an average begins as the mean of all weights: with each update, one more
         counts."""
-        earlier, later = 1 / (1 - self.at(np.array([2.0, 3.0])))
+        updates = np.array([2.0, 3.0])
+        earlier, later = 1 / (1 - self.at(updates))
         return bool(np.isclose(later - earlier, 1))
 
     def with_number(self, number: float) -> DecayRule:
         """Return the rule with another number of its row in `WARM_UPS`."""
-        numbers: dict[str, Any] = {RULES[self.warm_up].number: number}
-        return replace(self, **numbers)
+        name = RULES[self.warm_up].number
+        changes: dict[str, Any] = {name: number}
+        return replace(self, **changes)
 
     def longer(self, factor: float) -> DecayRule:
         """Return the rule of an average that is longer by a factor at its end."""
         if self.is_schedule:
-            return replace(self, base=1 - (1 - self.base) / factor)
+            share = (1 - self.base) / factor
+            return replace(self, base=1 - share)
         if self.warm_up == POWER_FUNCTION:
             return replace(self, power=self.power / factor)
         if self.warm_up == "ramp-up" and self.decay == UNLIMITED:
             return replace(self, power=self.power * factor)
-        return replace(self, decay=1 - (1 - self.decay) / factor)
+        share = (1 - self.decay) / factor
+        return replace(self, decay=1 - share)
 
     @property
     def rule(self) -> str:
         """The warm-up in words, for messages."""
         n = "n" if self.inv_gamma == 1 else f"n / {self.inv_gamma:g}"
-        return RULES[self.warm_up].formula.format(n=n, **vars(self))
+        formula = RULES[self.warm_up].formula
+        return formula.format(n=n, **vars(self))
 
     def progress(self, n: FloatArray) -> FloatArray:
         """Return the share of a schedule that has passed before the n-th update."""
-        return np.minimum((n - 1 + self.before) / self.steps, 1.0)
+        made = n - 1 + self.before
+        return np.minimum(made / self.steps, 1.0)
 
     def at(self, updates: FloatArray) -> FloatArray:
         """Return the share of the previous average that updates keep, by their numbers from 1:
         shape of `updates`."""
         numbers = 1 + (updates - 1) * self.stride
-        n = numbers if self.is_schedule else np.maximum(numbers - self.copies, 0.0)
-        kept = RULES[self.warm_up].decay(self, n)
-        return np.where(numbers > self.copies, np.maximum(kept, self.least), 0.0)
+        n = numbers
+        if not self.is_schedule:
+            n = np.maximum(numbers - self.copies, 0.0)
+        by_rule = RULES[self.warm_up].decay(self, n)
+        kept = np.maximum(by_rule, self.least)
+        return np.where(numbers > self.copies, kept, 0.0)
 
     def kept_logs(self, updates: int) -> FloatArray:
         """Return the logarithm of the share that updates 1 to k keep together, for k from 0 to
         `updates`."""
-        return _kept_logs(self, 1 << max(10, updates.bit_length()))[: updates + 1]
+        digits = max(10, updates.bit_length())
+        logs = _kept_logs(self, 1 << digits)
+        return logs[: updates + 1]
 
     def profile(self, step: int, updates: int, every: int = 1, first: int = 0) -> OrdinaryEMA:
         """Return the profile of the average at a step of the training, after so many updates, one
@@ -497,9 +530,11 @@ class DecayRule:
 
 @lru_cache(maxsize=4)
 def _kept_logs(decay: DecayRule, most: int) -> FloatArray:
+    kept = decay.at(np.arange(1.0, most + 1))
     with np.errstate(divide="ignore"):
-        logs = np.log(decay.at(np.arange(1.0, most + 1)))
-    return np.append(0.0, np.cumsum(np.maximum(logs, _COPY)))
+        logs = np.log(kept)
+    bounded = np.maximum(logs, _COPY)
+    return np.append(0.0, np.cumsum(bounded))
 
 
 class OrdinaryEMA(Discrete):
@@ -512,40 +547,53 @@ class OrdinaryEMA(Discrete):
 
     def __init__(self, decay: DecayRule, step: int, updates: int, every: int, first: int) -> None:
         self.rule = decay
-        self._updates = {"updates": updates, "every": every, "first": first}
-        self.settings: dict[str, Any] = vars(decay) | self._updates
+        self._count = updates
+        self._every = every
+        self._first = first
+        self.settings: dict[str, Any] = vars(decay) | {
+            "updates": updates,
+            "every": every,
+            "first": first,
+        }
         self._start = max(float(first - every), 0.5)
         logs = decay.kept_logs(updates)
         self._logs = logs
-        # the updates that end a group, and are not forgotten
-        ends = 1 + np.flatnonzero(_group_ends(logs) & (logs[1:] - logs[-1] < _FORGOTTEN))
-        times = np.append(self._start, first + every * (ends - 1.0))
-        kept = np.exp(logs[-1] - logs[np.append(0, ends)])
+        is_remembered = logs[1:] - logs[-1] < _FORGOTTEN
+        ends = 1 + np.flatnonzero(_group_ends(logs) & is_remembered)
+        later = first + every * (ends - 1.0)
+        times = np.append(self._start, later)
+        before = logs[np.append(0, ends)]
+        kept = np.exp(logs[-1] - before)
         masses = np.diff(kept, prepend=0.0)
         super().__init__(times, masses, step)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
-        s = np.asarray(s, dtype=np.float64)
-        logs = self._logs
-        intervals = (s - self._updates["first"]) / self._updates["every"]
-        done = np.clip(np.floor(intervals) + 1, 0, logs.size - 1)  # updates up to each time
-        later = logs[-1] - logs[done.astype(np.intp)]
-        return np.where(s < self._start, 1.0, -np.expm1(later))
+        s = _floats(s)
+        intervals = (s - self._first) / self._every
+        updates = np.floor(intervals) + 1  # up to each time
+        done = np.clip(updates, 0, self._count).astype(np.intp)
+        later = self._logs[-1] - self._logs[done]
+        masses = -np.expm1(later)
+        return np.where(s < self._start, 1.0, masses)
 
     @property
     def others(self) -> tuple[OrdinaryEMA, OrdinaryEMA]:
         """The averages with a longer time constant and a later start, by their uncertainties;
         itself for 0."""
-        rule = replace(self.rule, uncertainty=0.0, late=0)
-        step = int(self.t)
+        sure = replace(self.rule, uncertainty=0.0, late=0)
         longer = self
         if self.rule.uncertainty:
-            longer = rule.longer(1 + self.rule.uncertainty).profile(step, **self._updates)
+            factor = 1 + self.rule.uncertainty
+            longer = self._with_rule(sure.longer(factor))
         later = self
-        late = min(self.rule.late // self._updates["every"], self._updates["updates"] - 1)
+        late = min(self.rule.late // self._every, self._count - 1)
         if late > 0:
-            later = replace(rule, copies=rule.copies + late).profile(step, **self._updates)
+            copies = sure.copies + late
+            later = self._with_rule(replace(sure, copies=copies))
         return longer, later
+
+    def _with_rule(self, rule: DecayRule) -> OrdinaryEMA:
+        return OrdinaryEMA(rule, int(self.t), self._count, self._every, self._first)
 
 
 def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
@@ -556,14 +604,17 @@ def _group_ends(logs: FloatArray) -> npt.NDArray[np.bool_]:
     groups.
     """
     numbers = np.arange(1, logs.size)
-    fallen = np.cumsum(np.maximum(np.diff(logs), -1.0))
-    level = np.floor(np.maximum(fallen, _COPY) * -_FINEST)
-    octave = np.floor(np.log2(numbers / _STEPS_FINEST))
-    size = np.exp2(np.maximum(octave, 0))
-    begin = np.floor((numbers - 1) / size) * size
-    is_end = np.ones(numbers.size, bool)  # also the last update
-    is_end[:-1] = (np.diff(level) > 0) | (np.diff(begin) > 0)
-    return is_end
+    falls = np.maximum(np.diff(logs), -1.0)
+    fallen = np.maximum(np.cumsum(falls), _COPY)
+    level = np.floor(fallen * -_FINEST)
+    doublings = np.log2(numbers / _STEPS_FINEST)
+    octave = np.maximum(np.floor(doublings), 0)
+    size = np.exp2(octave)
+    groups = np.floor((numbers - 1) / size)
+    has_fallen = np.diff(level) > 0
+    has_next = np.diff(groups * size) > 0
+    # also the last update
+    return np.append(has_fallen | has_next, [True])
 
 
 # --- classical averages of the same mean age
@@ -578,12 +629,16 @@ def mean_age(gamma: float, steps: int) -> float:
     of the age.
     """
     x = gamma + 1
-    ages = np.arange(1, min(steps, 100_001))
-    age = float(np.sum(np.exp(x * np.log1p(-ages / steps))))
-    before = steps - 1 - len(ages)
+    count = min(steps, 100_001)
+    ages = np.arange(1, count)
+    logs = x * np.log1p(-ages / steps)
+    age = float(np.sum(np.exp(logs)))
+    before = steps - count
     if before > 0:
-        last = math.exp(x * math.log1p((before - steps) / steps))
-        age += last * (before / (x + 1) + 0.5 + x / (12 * before))
+        log_of_last = x * math.log1p((before - steps) / steps)
+        integral = before / (x + 1)
+        slope = x / (12 * before)
+        age += math.exp(log_of_last) * (integral + 0.5 + slope)
     return age
 
 
@@ -600,12 +655,14 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
 
     age = beta / (1 - beta)
     # The mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    largest = 2 * steps * (2 + max(0.0, -math.log(age)))
+    shorter = max(0.0, -math.log(age))
+    largest = 2 * steps * (2 + shorter)
 
     def excess(log_x: float) -> float:
         return mean_age(math.expm1(log_x), steps) - age
 
-    log_x = brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)
+    bound = math.log(largest)
+    log_x = brentq(excess, 0.0, bound, xtol=1e-15, rtol=1e-14)
     return sigma_rel_from_gamma(math.expm1(log_x))
 
 
@@ -624,7 +681,8 @@ def convert(
     check_number("steps", steps, lambda count: 1 <= count <= 10**15, "be from 1 to 1e15")
     rows = [_row(sigma_rel, steps) for sigma_rel in sigma_rels]
     for beta in betas:
-        row = _row(sigma_rel_from_classical_beta(beta, steps), steps)
+        sigma_rel = sigma_rel_from_classical_beta(beta, steps)
+        row = _row(sigma_rel, steps)
         rows.append(row | {"beta": beta})
     return rows
 
@@ -665,7 +723,8 @@ class Clock:
 
     def __post_init__(self) -> None:
         for name in ("steps", "times"):
-            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+            values = map(float, getattr(self, name))
+            object.__setattr__(self, name, tuple(values))
 
     @classmethod
     def of_steps(cls) -> Clock:
@@ -675,12 +734,12 @@ class Clock:
     def step_at(self, s: npt.ArrayLike) -> FloatArray:
         """Return the step at times `s`, any shape, with fractions; 0 up to time 0."""
         times, steps = self._nodes
-        return _interpolated(np.asarray(s, dtype=np.float64), times, steps)
+        return _interpolated(_floats(s), times, steps)
 
     def time_at(self, step: npt.ArrayLike) -> FloatArray:
         """Return the time of steps, any shape: the inverse of `step_at`."""
         times, steps = self._nodes
-        return _interpolated(np.asarray(step, dtype=np.float64), steps, times)
+        return _interpolated(_floats(step), steps, times)
 
     def bent(self) -> Clock:
         """Return the clock that is off as far as is probable between known pairs: with more steps
@@ -693,24 +752,37 @@ class Clock:
         times, steps = self._nodes
         intervals = np.diff(times)
         counts = np.diff(steps)
-        changes = np.abs(np.diff(counts / intervals))
-        nearest = [changes[max(0, k - 2) : k + 2] for k in range(counts.size)]
-        change = np.array([near.max(initial=0) for near in nearest])
+        change = _nearest_changes(counts / intervals)
         # steps at the middle are between those at both ends
         most = 0.4 * np.maximum(counts - 1, 0.0)
-        errors = np.minimum(BENT * change * intervals, most)
-        bends = np.flatnonzero(errors > EQUAL_STEPS * steps[-1])
+        probable = BENT * change * intervals
+        errors = np.minimum(probable, most)
+        least = EQUAL_STEPS * steps[-1]
+        bends = np.flatnonzero(errors > least)
         if not bends.size:
             return self
         middle_times = times[bends] + intervals[bends] / 2
-        middle_steps = (steps[bends] + steps[bends + 1]) / 2 + errors[bends]
-        all_steps = np.insert(steps, bends + 1, middle_steps)
-        all_times = np.insert(times, bends + 1, middle_times)
-        return Clock(all_steps[1:].tolist(), all_times[1:].tolist())
+        even_steps = (steps[bends] + steps[bends + 1]) / 2
+        middle_steps = even_steps + errors[bends]
+        _, *all_steps = np.insert(steps, bends + 1, middle_steps).tolist()
+        _, *all_times = np.insert(times, bends + 1, middle_times).tolist()
+        return Clock(all_steps, all_times)
 
     @cached_property
     def _nodes(self) -> tuple[FloatArray, FloatArray]:
-        return np.array([0.0, *self.times]), np.array([0.0, *self.steps])
+        times = np.array([0.0, *self.times])
+        steps = np.array([0.0, *self.steps])
+        return times, steps
+
+
+def _nearest_changes(rates: FloatArray) -> FloatArray:
+    """Return the largest change among the four nearest to each rate."""
+    changes = np.abs(np.diff(rates))
+    largest = np.zeros(rates.size)
+    for k in range(rates.size):
+        nearest = changes[max(0, k - 2) : k + 2]
+        largest[k] = nearest.max(initial=0)
+    return largest
 
 
 class EpochClock(Clock):
@@ -725,9 +797,11 @@ def _interpolated(x: FloatArray, knots: FloatArray, values: FloatArray) -> Float
     """Interpolate linearly between knots: constant before the first one, with the last slope after
     the last."""
     last = knots[-1]
-    slope = (values[-1] - values[-2]) / (last - knots[-2])
+    change = values[-1] - values[-2]
+    slope = change / (last - knots[-2])
     later = values[-1] + (x - last) * slope
-    return np.where(x > last, later, np.interp(x, knots, values))
+    between = np.interp(x, knots, values)
+    return np.where(x > last, later, between)
 
 
 # --- folding updates into tracked averages
@@ -760,9 +834,12 @@ def window_ends(gammas: Sequence[float], window: int, begin: float, t: float, sh
     The first update is always folded. A mean that profiles share is exact for two values, however
     far they are apart.
     """
-    if window >= WINDOW or t - begin >= LONGEST_OWN * t:
+    covered = t - begin
+    if window >= WINDOW or covered >= LONGEST_OWN * t:
         return True
-    return shared and window > 1 and t - begin > _reach(gammas) * t
+    if not shared or window <= 1:
+        return False
+    return covered > _reach(gammas) * t
 
 
 def may_share_mean(window: int, begin: float, t: float) -> bool:
@@ -778,7 +855,10 @@ def sketched_window_ends(gammas: Sequence[float], begin: float, before: float, t
     `before` is the time of the last update. A window is as long as a shared mean; where that would
     contain two values, each value has a window.
     """
-    return (t - begin) * (2 if begin == before else 1) > _reach(gammas) * t
+    covered = t - begin
+    if begin == before:
+        covered *= 2
+    return covered > _reach(gammas) * t
 
 
 def roundings(gamma: float, updates: int) -> float:
@@ -795,6 +875,7 @@ def roundings(gamma: float, updates: int) -> float:
     n = min(WINDOW, max(1.0, LONGEST_OWN * updates))
     fading = 2 * gamma + 3
     of_mean = min(n / 3, updates / fading)
-    squared_masses = n / updates * (gamma + 1) ** 2 / (2 * gamma + 1)
+    square = (gamma + 1) ** 2
+    squared_masses = n / updates * square / (2 * gamma + 1)
     of_means = of_mean * min(1.0, squared_masses)
     return 1 + of_means + updates / n / fading

@@ -60,7 +60,7 @@ def size_text(nbytes: float) -> str:
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
     """Return a number with one of `units` (upper-case names) as a Decimal; None if it is
     invalid."""
-    match = re.fullmatch(r"(-?[\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
+    match = re.fullmatch(r"(-?[\d.,_]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     if match is None:
         return None
     unit = match[2].upper()

@@ -16,8 +16,9 @@ from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.open_run import (
     describe_checkpoints,
     describe_files,
-    disk_sources,
+    has_candidates,
     holds_checkpoints,
+    open_checkpoints,
 )
 from posthoc_cli.errors import (
     DirectoryError,
@@ -111,6 +112,24 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
     weights.predicted_error = plan.predicted_error(0)
     weights.profile_error = plan.profile_error(0)
     return weights
+
+
+def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
+    """Return the sources in the directory of a run or of an import, or those that a file or a glob
+    names.
+
+    They are snapshots of a tracker, or checkpoints; for `unclaimed` see `open_checkpoints`. Raise
+    DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
+    another model, InvalidValueError if an import must be given a setting.
+    """
+    path = files.expanded(directory)
+    if not (files.is_glob(path) or is_import(path)):
+        try:
+            return [*read_directory(path)]
+        except DirectoryError:
+            if not has_candidates(path):
+                raise
+    return [*open_checkpoints(path, unclaimed=unclaimed)]
 
 
 ATTEMPTS = 100  # largest number of plans; no training removes a snapshot after every one of them
@@ -297,14 +316,18 @@ class Run:
         Arguments as in `plan_synthesis`, and:
             out: a file, or a folder for a file per target; may be None in a dry run.
             progress: opens a progress bar.
-            options: the fields of `export.options.OutputOptions`: device, layout, overwrite,
+            options: the fields of `export.writing.OutputOptions`: device, layout, overwrite,
                 dry_run, like, ...
 
         Returns the report; None in every rank of a torchrun job but the first.
         """
         from posthoc_cli.export.like import Like
-        from posthoc_cli.export.options import OutputOptions, output_paths
-        from posthoc_cli.export.writing import all_ranks, write_synthesis
+        from posthoc_cli.export.writing import (
+            OutputOptions,
+            all_ranks,
+            output_paths,
+            write_synthesis,
+        )
 
         wanted = as_targets(targets)
         asked = OutputOptions(**options)

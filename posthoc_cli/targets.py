@@ -33,7 +33,9 @@ from posthoc_cli.profiles import (
 
 SHORTEST_BETA = 0.5  # the decay whose average has a mean age, beta / (1 - beta), of one step
 
-SHAPES: dict[str, Callable[[FloatArray], FloatArray]] = {
+Function = Callable[[FloatArray], FloatArray]
+
+SHAPES: dict[str, Function] = {
     "1-sqrt": lambda x: 1 - np.sqrt(x),
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
@@ -49,12 +51,13 @@ class Formula:
     outside [0, 1] are clipped.
     """
 
-    formula: Callable[[FloatArray], FloatArray]
+    formula: Function
     t: float
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         times = np.asarray(s, dtype=np.float64)
-        values = self.formula(np.clip(times, 0.0, self.t))
+        inside = np.clip(times, 0.0, self.t)
+        values = self.formula(inside)
         tail = np.clip(values, 0.0, 1.0)
         tail = np.where(times >= self.t, 0.0, tail)
         return np.where(times < 0, 1.0, tail)
@@ -160,8 +163,9 @@ class Beta(Target):
 
         def tail(s: FloatArray) -> FloatArray:
             ages = np.maximum(now - clock.step_at(s), 0.0)
+            later = -np.expm1(rate * ages)
             # all mass before the first update is on the value then
-            return np.where(s < start, 1.0, -np.expm1(rate * ages))
+            return np.where(s < start, 1.0, later)
 
         return Formula(tail, float(t))
 
@@ -173,7 +177,8 @@ class HalfLife(Beta):
     def __init__(self, steps: float) -> None:
         accepted = "be from 1 to 1e15 steps"
         self.steps = check_number("half-life", steps, lambda n: 1 <= n <= 1e15, accepted)
-        self.beta = float(0.5 ** (1 / self.steps))
+        rate = 1 / self.steps
+        self.beta = float(0.5**rate)
         Target.__init__(self, f"half-life:{_plain(self.steps)}")
 
 
@@ -196,7 +201,8 @@ class Window(Target):
             )
 
         def tail(s: FloatArray) -> FloatArray:
-            return (now - clock.step_at(s)) / self.steps
+            ages = now - clock.step_at(s)
+            return ages / self.steps
 
         return Formula(tail, float(t))
 
@@ -276,13 +282,14 @@ class Mean(Target):
             InvalidValueError: there are fewer checkpoints, or none but more than one average at
                 each time.
         """
-        points = [isinstance(profile, Point) for profile in stored]
-        times = {profile.t for profile in stored}
-        if not any(points) and len(times) < len(stored):
-            raise self._error(
-                "is for checkpoints; this run has none, but more than one average at each time"
-            )
-        usable = [index for index, is_point in enumerate(points) if is_point == any(points)]
+        everything = range(len(stored))
+        usable = [index for index in everything if isinstance(stored[index], Point)]
+        if not usable:
+            times = {profile.t for profile in stored}
+            if len(times) < len(stored):
+                reason = "is for checkpoints; this run has none, but more than one average"
+                raise self._error(f"{reason} at each time")
+            usable = list(everything)
         if len(usable) < self.last:
             raise self._error(f"the run has only {len(usable)} up to this time")
         usable.sort(key=lambda index: stored[index].t)
@@ -328,13 +335,16 @@ def _check_profile(profile: Profile, t: float, title: str) -> None:
     """
     near = np.geomspace(1e-9, 1e-3, 61)
     outside = [-1.0, -1e-6, 0.0, 1.5]
-    places = np.concatenate((outside, np.arange(1, 1025) / 1024, near, 1 - near))
+    even = np.arange(1, 1025) / 1024
+    places = np.concatenate((outside, even, near, 1 - near))
     times = np.unique(places) * t
     tail = _tail_of(profile, times, title)
-    before = np.concatenate(([1.0], tail[:-1]))
+    before = np.append(1.0, tail[:-1])
     least = np.where(times < 0, 1.0, 0.0)
     most = np.where(times >= t, 0.0, np.minimum(before, 1.0))
-    is_wrong = ~((tail >= least - _SLACK) & (tail <= most + _SLACK))
+    is_above = tail >= least - _SLACK
+    is_below = tail <= most + _SLACK
+    is_wrong = ~(is_above & is_below)  # also for nan
     if is_wrong.any():
         first = is_wrong.argmax()
         accepted = f"must be 1 before 0, never grow, and be 0 from t = {t:,.12g} on"
@@ -367,8 +377,8 @@ class Groups(Target):
             accepted = "must be globs on names, each with its sigma_rel, such as {'unet.*': 0.1}"
             raise InvalidValueError("group", accepted, value=brief(widths))
         self.widths = {glob: check_sigma_rel(width, "group") for glob, width in widths.items()}
-        named = ", ".join(f"{width!r} ({glob})" for glob, width in self.widths.items())
-        super().__init__(f"sigma_rel {named}")
+        named = [f"{width!r} ({glob})" for glob, width in self.widths.items()]
+        super().__init__(f"sigma_rel {', '.join(named)}")
         self.label = f"groups-{'-'.join(map(repr, self.widths.values()))}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
@@ -463,14 +473,18 @@ class Kind:
         """Return the targets of the text after the colon, or raise an InvalidValueError about a
         part of it."""
         if self.make_of_span is None:
-            make = self.make_of_share if self.make_of_share and "%" in text else self.make
+            make = self.make
+            if self.make_of_share and "%" in text:
+                make = self.make_of_share
             return [*map(make, _numbers(text, self.accepted))]
         targets: list[Target] = []
         for part in text.split(","):
             if ":" in part and "%" not in part:
-                targets.append(self.make_of_span(_span(part, self.accepted)))
+                span = _span(part, self.accepted)
+                targets.append(self.make_of_span(span))
             else:
-                targets += map(self.make, _numbers(part, self.accepted))
+                numbers = _numbers(part, self.accepted)
+                targets += map(self.make, numbers)
         return targets
 
 
@@ -557,9 +571,11 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
     that says what is accepted.
     """
     kind, values = kind_of(text) or (WIDTH, text)
-    if kind is WIDTH and any(character.isalpha() for character in text.partition(":")[0]):
+    first, _, _ = text.partition(":")
+    if kind is WIDTH and any(character.isalpha() for character in first):
         reason = f"must be a sigma_rel in (0, 0.2887), or one of {EXAMPLES}"
-        raise bad(name, text, reason, likely(text.rpartition(":")[0] or text, KINDS))
+        before, _, _ = text.rpartition(":")
+        raise bad(name, text, reason, likely(before or text, KINDS))
     try:
         targets = kind.parse(values)
     except InvalidValueError as error:
@@ -572,7 +588,9 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
 
 def _span(text: str, accepted: str) -> tuple[float, float]:
     start, _, end = text.partition(":")
-    return float(_decimal(start, accepted)), float(_decimal(end, accepted))
+    first = _decimal(start, accepted)
+    last = _decimal(end, accepted)
+    return float(first), float(last)
 
 
 def parse_numbers(text: str, name: str, form: str = _SIGMA_FORMS) -> list[float]:
@@ -602,11 +620,13 @@ def _numbers(text: str, form: str) -> list[float]:
     for index, item in enumerate(items):
         ends = item.split(":")
         if item == "..." and 2 <= index < len(items) - 1:
-            last = numbers[-1]
-            step = numbers[-1] - numbers[-2]
-            numbers += _steps(last + step, _decimal(items[index + 1], form), step)
+            *_, before, last = numbers
+            step = last - before
+            stop = _decimal(items[index + 1], form)
+            numbers += _steps(last + step, stop, step)
         elif len(ends) == 3:
-            numbers += _steps(*(_decimal(end, form) for end in ends))
+            start, stop, step = (_decimal(end, form) for end in ends)
+            numbers += _steps(start, stop, step)
         else:
             numbers.append(_decimal(item, form))
     return list(dict.fromkeys(map(float, numbers)))
@@ -630,11 +650,11 @@ def _decimal(text: str, form: str) -> Decimal:
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal) -> list[Decimal]:
     """Return start, start + step, ... up to stop, at most `MOST_VALUES` numbers."""
-    leads = step != 0 and (stop - start) * step >= 0
-    count = int((stop - start) / step) + 1 if leads else 0
-    if not 0 < count <= MOST_VALUES:
+    span = stop - start
+    if step == 0 or span * step < 0:
         reason = "the step must lead from the start to the stop, and not be 0"
-        raise InvalidValueError(
-            "step", f"makes more than {MOST_VALUES:,} values" if leads else reason
-        )
+        raise InvalidValueError("step", reason)
+    count = int(span / step) + 1
+    if count > MOST_VALUES:
+        raise InvalidValueError("step", f"makes more than {MOST_VALUES:,} values")
     return [start + index * step for index in range(count)]

@@ -32,8 +32,7 @@ from bench_update import TRACKED, Layers, Shapes, cell, is_installed, large_tens
 from compare_peers import ema_pytorch, posthoc_ema, without_noise
 
 from posthoc_cli import disk_sources
-from posthoc_cli.export.options import OutputOptions
-from posthoc_cli.export.writing import write_synthesis
+from posthoc_cli.export.writing import OutputOptions, write_synthesis
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
 from posthoc_cli.synthesis.engine import check_device, synthesize

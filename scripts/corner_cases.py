@@ -58,9 +58,11 @@ def walk(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
     norm."""
     random = np.random.default_rng(seed)
     place = SCALE * random.standard_normal(parameters)
-    path = random.standard_normal((steps, parameters))
-    path *= (SCALE / 4 / steps**0.5 * _rates(rate, steps))[:, None]
-    return _trajectory(f"walk, {rate}, {seed}", place + np.cumsum(path, axis=0))
+    moves = random.standard_normal((steps, parameters))
+    sizes = SCALE / 4 / steps**0.5 * _rates(rate, steps)
+    moves *= sizes[:, None]
+    path = place + np.cumsum(moves, axis=0)
+    return _trajectory(f"walk, {rate}, {seed}", path)
 
 
 def descent(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
@@ -72,12 +74,16 @@ def descent(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
     random = np.random.default_rng(seed)
     curvatures = np.geomspace(2 / steps, 0.3, parameters)
     optimum = SCALE * random.standard_normal(parameters)
-    weights = optimum + 0.5 * SCALE * random.standard_normal(parameters)
-    path = 0.05 * SCALE * np.sqrt(2 * curvatures) * random.standard_normal((steps, parameters))
-    for row, now in zip(path, _rates(rate, steps), strict=True):
-        weights = weights - now * (curvatures * (weights - optimum) + row)
-        row[:] = weights
-    return _trajectory(f"descent, {rate}, {seed}", path)
+    distance = random.standard_normal(parameters)
+    weights = optimum + 0.5 * SCALE * distance
+    widths = 0.05 * SCALE * np.sqrt(2 * curvatures)
+    noise = widths * random.standard_normal((steps, parameters))
+    path = []
+    for error, now in zip(noise, _rates(rate, steps), strict=True):
+        gradient = curvatures * (weights - optimum)
+        weights = weights - now * (gradient + error)
+        path.append(weights)
+    return _trajectory(f"descent, {rate}, {seed}", np.array(path))
 
 
 def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
@@ -89,16 +95,20 @@ def adam(rate: str, steps: int, parameters: int, seed: int) -> Trajectory:
     weights = optimum + SCALE * random.standard_normal(parameters)
     first = np.zeros(parameters)
     second = np.zeros(parameters)
-    highest = SCALE / steps**0.5
-    path = random.standard_normal((steps, parameters))
-    for step, (row, now) in enumerate(zip(path, _rates(rate, steps), strict=True), 1):
-        gradient = row + curvatures * (weights - optimum)
+    rates = _rates(rate, steps) * (SCALE / steps**0.5)
+    noise = random.standard_normal((steps, parameters))
+    path = []
+    for step in range(1, steps + 1):
+        slope = curvatures * (weights - optimum)
+        gradient = noise[step - 1] + slope
         first += 0.1 * (gradient - first)
         second += 1e-3 * (gradient * gradient - second)
-        scale = np.sqrt(second / (1 - 0.999**step)) + 1e-8
-        weights = weights - now * highest / (1 - 0.9**step) * first / scale
-        row[:] = weights
-    return _trajectory(f"adam, {rate}", path)
+        mean_square = second / (1 - 0.999**step)
+        scale = np.sqrt(mean_square) + 1e-8
+        now = rates[step - 1] / (1 - 0.9**step)
+        weights = weights - now * first / scale
+        path.append(weights)
+    return _trajectory(f"adam, {rate}", np.array(path))
 
 
 def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> Trajectory:
@@ -107,11 +117,12 @@ def wandering(steps: int, parameters: int, seed: int, memory: float = 0.01) -> T
     random = np.random.default_rng(seed)
     place = SCALE * random.standard_normal(parameters)
     kept = np.exp(-1 / (memory * steps))
-    moves = np.sqrt(1 - kept**2) * random.standard_normal((steps, parameters))
-    moves[0] = random.standard_normal(parameters)
-    for before, row in pairwise(moves):
-        row += kept * before
-    return _trajectory("wandering", place + 0.1 * SCALE * moves)
+    width = np.sqrt(1 - kept**2)
+    away = width * random.standard_normal((steps, parameters))
+    away[0] = random.standard_normal(parameters)
+    for before, now in pairwise(away):
+        now += kept * before
+    return _trajectory("wandering", place + 0.1 * SCALE * away)
 
 
 def course(
@@ -127,14 +138,21 @@ def course(
 
     `away` is the size of the place itself: with 0 all of the weights follow the course.
     """
-    place, direction = SCALE * np.random.default_rng(seed).standard_normal((2, parameters))
-    path = away * place + course_of(np.arange(1, steps + 1) / steps)[:, None] * direction
-    return _trajectory(label, path)
+    random = np.random.default_rng(seed)
+    place, direction = SCALE * random.standard_normal((2, parameters))
+    fraction = np.arange(1, steps + 1) / steps
+    moved = np.outer(course_of(fraction), direction)
+    return _trajectory(label, away * place + moved)
 
 
 def wave(periods: float, amplitude: float) -> Rate:
     """Return a course with so many periods in training."""
-    return lambda fraction: amplitude * np.sin(2 * np.pi * periods * fraction + 1)
+
+    def course_of(fraction: FloatArray) -> FloatArray:
+        angle = 2 * np.pi * periods * fraction + 1
+        return amplitude * np.sin(angle)
+
+    return course_of
 
 
 def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
@@ -145,11 +163,12 @@ def reinitialised(run: Trajectory, after: int, seed: int = 0) -> Trajectory:
     """
     size = run.shapes[-1][0]
     weights = run.weights.astype(np.float64)
-    fresh = SCALE * np.random.default_rng(seed).standard_normal(size)
-    weights[after:, -size:] += fresh - weights[after - 1, -size:]
-    return Trajectory(
-        f"{run.name}, reinit at {after}", weights.astype(np.float32), run.shapes, run.times
-    )
+    random = np.random.default_rng(seed)
+    fresh = SCALE * random.standard_normal(size)
+    last = weights[after - 1, -size:]
+    weights[after:, -size:] += fresh - last
+    name = f"{run.name}, reinit at {after}"
+    return Trajectory(name, weights.astype(np.float32), run.shapes, run.times)
 
 
 def _rates(rate: str, steps: int) -> FloatArray:
@@ -159,9 +178,9 @@ def _rates(rate: str, steps: int) -> FloatArray:
 
 def _trajectory(name: str, path: FloatArray) -> Trajectory:
     parameters = path.shape[1]
-    return Trajectory(
-        name, path.astype(np.float32), ((parameters - parameters // 10,), (parameters // 10,))
-    )
+    small = parameters // 10
+    shapes = ((parameters - small,), (small,))
+    return Trajectory(name, path.astype(np.float32), shapes)
 
 
 # --- what is measured
@@ -205,20 +224,21 @@ class Study:
 def studied(study: Study, root: Path) -> Iterator[Cell]:
     """Measure all cells of a study."""
     truth = true_averages(study.run, study.wanted, study.trackings[0].update_every)
-    for tracking, folder in zip(
-        study.trackings, track(study.run, study.trackings, root), strict=True
-    ):
+    folders = track(study.run, study.trackings, root)
+    for tracking, folder in zip(study.trackings, folders, strict=True):
         error, paper, predicted = compare(folder, study.wanted, truth)
-        nearest = _nearest(stored(folder)[-len(tracking.sigma_rels) :], truth)
-        rows = np.array([error, paper, nearest, predicted]).T.tolist()
-        for target, errors in zip(study.wanted, rows, strict=True):
+        newest = stored(folder)[-len(tracking.sigma_rels) :]
+        nearest = _nearest(newest, truth)
+        rows = np.array([error, paper, nearest, predicted])
+        for target, errors in zip(study.wanted, rows.T.tolist(), strict=True):
             yield Cell("", study.run.name, str(tracking), target.title, *errors)
 
 
 def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
     """Return the distance of the nearest average from each row of the truth, [targets, parameters]:
     [targets]."""
-    return np.min([distances(average[None, :], truth) for average in averages], axis=0)
+    of_each = [distances(average[None, :], truth) for average in averages]
+    return np.min(of_each, axis=0)
 
 
 # --- the independent set
@@ -240,11 +260,13 @@ def _alike(made: Iterable[Trajectory]) -> Iterator[Study]:
         *product((ONE,), ("float32",), (1, 3, 20)),
         *product((CLOSE,), ("float32",), (2, 20)),
     ]
-    trackings = [
-        Tracking(tracked, dtype, kept[n][0], _EVERY, kept[n][1]) for tracked, dtype, n in choices
-    ]
+    trackings = []
+    for tracked, dtype, count in choices:
+        interval, most = kept[count]
+        trackings.append(Tracking(tracked, dtype, interval, _EVERY, most))
+    widths = (0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886)
     others = [Window(800), Decay("linear", 0.5), Decay("1-sqrt", 0.2)]
-    wanted = [*map(as_target, (0.02, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.2886)), *others]
+    wanted = [*map(as_target, widths), *others]
     return (Study(run, trackings, wanted) for run in made)
 
 
@@ -278,9 +300,11 @@ def pathological() -> Iterator[Study]:
     }
     for seed, (label, motion) in enumerate(courses.items(), 21):
         yield from _alike([course(label, motion, _STEPS, _SIZE, seed)])
-    decay = course(
-        "decay to zero", lambda fraction: np.exp(-6 * fraction), _STEPS, _SIZE, 28, away=0.0
-    )
+
+    def decaying(fraction: FloatArray) -> FloatArray:
+        return np.exp(-6 * fraction)
+
+    decay = course("decay to zero", decaying, _STEPS, _SIZE, 28, away=0.0)
     yield from _alike([decay, walk("standstill", _STEPS, _SIZE, 29)])
 
 
@@ -292,6 +316,8 @@ CASES: dict[str, Callable[[], Iterable[Study]]] = {
 
 def measure(name: str) -> list[Cell]:
     """Measure all cells of one of `CASES`."""
+    cells = []
     with quiet(), tempfile.TemporaryDirectory() as root:
-        cells = (cell for study in CASES[name]() for cell in studied(study, Path(root)))
-        return [replace(cell, case=name) for cell in cells]
+        for study in CASES[name]():
+            cells += studied(study, Path(root))
+    return [replace(cell, case=name) for cell in cells]

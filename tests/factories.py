@@ -20,9 +20,15 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, Problem, Sketch
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
-from posthoc_cli.snapshots.outputs import OutputInfo, Used
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
-from posthoc_cli.snapshots.snapshot import Snapshot, TrackingSchedule, decode, decode_snapshot
+from posthoc_cli.snapshots.snapshot import (
+    OutputInfo,
+    Snapshot,
+    TrackingSchedule,
+    Used,
+    decode,
+    decode_snapshot,
+)
 from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Chunk, Entry, TensorFileWriter, read_file, tensor_bytes
 
@@ -44,7 +50,8 @@ OTHER_RUN_ID = "0ddd" * 8
 def exact_gamma(sigma_rel: float) -> float:
     """Return gamma of a power function: for x = gamma + 1 the largest root of (x + 1)**2 (x + 2) =
     x / sigma_rel**2."""
-    roots = np.roots([1.0, 4.0, 5.0 - sigma_rel**-2, 2.0])
+    linear = 5.0 - sigma_rel**-2
+    roots = np.roots([1.0, 4.0, linear, 2.0])
     return float(max(roots.real)) - 1.0
 
 
@@ -54,8 +61,9 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
 
     (t_k/T)**(gamma+1) - (t_{k-1}/T)**(gamma+1), where t_0 = 0.
     """
-    grid = np.concatenate(([0.0], np.asarray(times, dtype=np.float64)))
-    return np.diff((grid / grid[-1]) ** (exact_gamma(sigma_rel) + 1))
+    edges = np.append(0.0, times)
+    until = (edges / edges[-1]) ** (exact_gamma(sigma_rel) + 1)
+    return np.diff(until)
 
 
 def exact_average(
@@ -65,7 +73,7 @@ def exact_average(
 ) -> FloatArray:
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
-    stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
+    stacked = np.array(values, dtype=np.float64)
     return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
 
 
@@ -74,9 +82,10 @@ def power_functions(
     sigma_rels: Sequence[float] = (0.05, 0.28),
 ) -> list[PowerFunction]:
     """Return the profiles of the snapshots that a run has at these times, in the order of time."""
-    return [
-        PowerFunction.from_sigma_rel(s, float(t)) for t in np.atleast_1d(times) for s in sigma_rels
-    ]
+    profiles = []
+    for t in np.atleast_1d(times).tolist():
+        profiles += [PowerFunction.from_sigma_rel(sigma_rel, t) for sigma_rel in sigma_rels]
+    return profiles
 
 
 # --- snapshots
@@ -96,10 +105,13 @@ def make_info(
     `overrides` are fields of Snapshot; `tensors` names those that are something else, such as {"w":
     "average F32"}.
     """
-    tracked = {
-        name: f"{'average' if value.is_floating_point() else 'copy'} {stored_name(value.dtype)}"
-        for name, value in values.items()
-    } | overrides.pop("tensors", {})
+    tensors = {}
+    for name, value in values.items():
+        role = "average" if value.is_floating_point() else "copy"
+        tensors[name] = TrackedTensor(role, stored_name(value.dtype))
+    for name, text in overrides.pop("tensors", {}).items():
+        role, dtype = text.split()
+        tensors[name] = TrackedTensor(role, dtype)
     info = Snapshot(
         run_id=run_id,
         sigma_rel=sigma_rel,
@@ -111,12 +123,18 @@ def make_info(
         t_first=min(1.0, float(t)),
         max_interval=1.0,
         updates=max(int(t), 1),
-        schedule=TrackingSchedule(
-            update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None
-        ),
-        tensors={name: TrackedTensor(*text.split()) for name, text in tracked.items()},
+        schedule=EVERY_STEP,
+        tensors=tensors,
     )
     return replace(info, **overrides)
+
+
+EVERY_STEP = TrackingSchedule(
+    update_every=1,
+    checkpoint_every=1,
+    max_checkpoints=None,
+    checkpoint_dtype=None,
+)
 
 
 def write_tensors(
@@ -125,12 +143,11 @@ def write_tensors(
     info: Snapshot | OutputInfo,
     overwrite: bool,
 ) -> None:
-    entries = {
-        name: Entry(stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()
-    }
-    with TensorFileWriter(
-        path, entries, info.encoded(), getattr(info, "for_dcp", {}), overwrite
-    ) as writer:
+    entries = {}
+    for name, value in values.items():
+        entries[name] = Entry(stored_name(value.dtype), tuple(value.shape))
+    for_dcp = info.for_dcp if isinstance(info, Snapshot) else {}
+    with TensorFileWriter(path, entries, info.encoded(), for_dcp, overwrite) as writer:
         for name, value in values.items():
             writer.write(name, tensor_bytes(value))
         writer.commit()
@@ -151,7 +168,9 @@ def write_snapshot(
     """
     directory.mkdir(parents=True, exist_ok=True)
     info = make_info(values, t, sigma_rel, run_id, **overrides)
-    path = snapshot_path(directory, info.t, info.sigma_rel) if name is None else directory / name
+    path = snapshot_path(directory, info.t, info.sigma_rel)
+    if name is not None:
+        path = directory / name
     write_tensors(path, values, info, overwrite=False)
     return path
 
@@ -168,55 +187,64 @@ def split_snapshot(
     has all of the measurements.
     """
     info = read_snapshot(path)
-    values = load_file(path)
-    folder = path.with_name(path.name.removesuffix(".safetensors"))
-    held: list[dict[str, tuple[torch.Tensor, Chunk]]] = [{} for _ in range(parts)]
-    for name, value in values.items():
-        for number, (offset, piece) in enumerate(cut(value, (grids or {}).get(name, (parts,)))):
-            held[number][name] = (piece, Chunk(tuple(value.shape), offset))
-    nothing = info.measurements and Measurements(0.0, 0.0)
-    no_path = ""
-    if info.sketch:
-        known = decode_path(info.sketch).sketch
-        no_path = encode_path(
-            PathSketch(0, replace(known, means=0 * known.means, spread=0 * known.spread))
-        )
-    for number, own in enumerate(held, 1):
-        first = number == 1
-        part = replace(
-            info,
-            tensors={name: info.tensors[name] for name in own},
-            aliases={alias: name for alias, name in info.aliases.items() if name in own},
-            measurements=info.measurements if first else nothing,
-            part=(number, parts),
-            sketch=info.sketch if first else no_path,
-            chunks={name: chunk for name, (_, chunk) in own.items()},
-            mesh={"shape": [parts], "names": None},
-        )
-        file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))
-        assert file.parent == folder
-        folder.mkdir(exist_ok=True)
-        write_tensors(file, {n: v.contiguous() for n, (v, _) in own.items()}, part, overwrite=False)
+    pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(parts)]
+    chunks: list[dict[str, Chunk]] = [{} for _ in range(parts)]
+    for name, value in load_file(path).items():
+        grid = (grids or {}).get(name, (parts,))
+        for number, (offset, piece) in enumerate(cut(value, grid)):
+            pieces[number][name] = piece.contiguous()
+            chunks[number][name] = Chunk(tuple(value.shape), offset)
+    others = without_measurements(info)
+    for number in range(parts):
+        part = part_of(others if number else info, chunks[number], (number + 1, parts))
+        file = snapshot_path(path.parent, info.t, info.sigma_rel, part.part)
+        file.parent.mkdir(exist_ok=True)
+        write_tensors(file, pieces[number], part, overwrite=False)
     path.unlink()
-    return folder
+    return file.parent
+
+
+def part_of(info: Snapshot, chunks: Mapping[str, Chunk], part: tuple[int, int]) -> Snapshot:
+    """Return the header of a part, its number and the count, that holds these chunks."""
+    _, count = part
+    return replace(
+        info,
+        tensors={name: info.tensors[name] for name in chunks},
+        aliases={alias: name for alias, name in info.aliases.items() if name in chunks},
+        part=part,
+        chunks=chunks,
+        mesh={"shape": [count], "names": None},
+    )
+
+
+def without_measurements(info: Snapshot) -> Snapshot:
+    """Return the header of a part that measured nothing, where others did."""
+    if info.measurements:
+        info = replace(info, measurements=Measurements(0.0, 0.0))
+    if not info.sketch:
+        return info
+    known = decode_path(info.sketch).sketch
+    still = replace(known, means=0 * known.means, spread=0 * known.spread)
+    return replace(info, sketch=encode_path(PathSketch(0, still)))
 
 
 def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
     """Return the cells of a grid that have elements, each with the position of its first
     element."""
-    cells = [((0,) * value.dim(), value)]
+    whole = ((0,) * value.dim(), value)
+    cells = [whole]
     for axis, count in enumerate(grid[: value.dim()]):
         size = value.shape[axis]
         step = max(1, -(-size // count))
-        cells = [
-            (
-                (*offset[:axis], begin, *offset[axis + 1 :]),
-                cell.narrow(axis, begin, min(step, size - begin)),
-            )
-            for offset, cell in cells
-            for begin in range(0, size, step)
-        ]
-    return [cell for cell in cells if cell[1].numel()] or [((0,) * value.dim(), value)]
+        smaller = []
+        for offset, cell in cells:
+            for begin in range(0, size, step):
+                length = min(step, size - begin)
+                place = (*offset[:axis], begin, *offset[axis + 1 :])
+                smaller.append((place, cell.narrow(axis, begin, length)))
+        cells = smaller
+    filled = [(offset, cell) for offset, cell in cells if cell.numel()]
+    return filled or [whole]
 
 
 def rewrite_snapshot(
@@ -253,10 +281,18 @@ def write_output(
 ) -> Path:
     """Write an output, as of a synthesis, of any values; `copies` names the tensors that are no
     averages."""
-    width = (0.1, exact_gamma(0.1))
-    used = (Used("x", 1.0),)
     info = OutputInfo(
-        RUN_ID, "sigma_rel 0.1", *width, 10.0, "steps", "paper", 1e-3, None, used, copies
+        run_id=RUN_ID,
+        profile="sigma_rel 0.1",
+        sigma_rel=0.1,
+        gamma=exact_gamma(0.1),
+        t=10.0,
+        t_unit="steps",
+        method="paper",
+        profile_error=1e-3,
+        predicted_error=None,
+        snapshots=(Used("x", 1.0),),
+        copies=copies,
     )
     write_tensors(path, tensors, info, overwrite=True)
     return path
@@ -287,25 +323,23 @@ def write_run(
     Returns:
         The paths, by time, then sigma_rel.
     """
-    stored = stored_dtype or dtype
+    names = list(trajectory[0])
+    tracked = tuple(sorted(sigma_rels))
+    given = {
+        "tensors": dict.fromkeys(names, f"average {stored_name(dtype)}"),
+        "sigma_rels": tracked,
+    }
     paths = []
     for t in snapshot_times:
         times = range(1, t + 1)
-        for sigma_rel in sorted(sigma_rels):
-            averages = {
-                name: torch.from_numpy(
-                    exact_average([step[name] for step in trajectory[:t]], sigma_rel, times)
-                )
-                for name in trajectory[0]
-            }
-            tensors = dict.fromkeys(averages, f"average {stored_name(dtype)}")
-            values = {name: average.to(stored) for name, average in averages.items()}
-            tracked = tuple(sorted(sigma_rels))
-            paths.append(
-                write_snapshot(
-                    directory, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=tracked
-                )
-            )
+        for sigma_rel in tracked:
+            values = {}
+            for name in names:
+                weights = [step[name] for step in trajectory[:t]]
+                average = torch.from_numpy(exact_average(weights, sigma_rel, times))
+                values[name] = average.to(stored_dtype or dtype)
+            path = write_snapshot(directory, t, sigma_rel, run_id, values, **given)
+            paths.append(path)
     return paths
 
 
@@ -316,11 +350,12 @@ def random_walk(
 ) -> list[dict[str, FloatArray]]:
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(seed)
-    walks = {
-        name: np.cumsum(generator.normal(size=(steps, *shape)), axis=0)
-        for name, shape in shapes.items()
-    }
-    return [{name: walk[k] for name, walk in walks.items()} for k in range(steps)]
+    walk: list[dict[str, FloatArray]] = [{} for _ in range(steps)]
+    for name, shape in shapes.items():
+        moves = generator.normal(size=(steps, *shape))
+        for weights, place in zip(walk, np.cumsum(moves, axis=0), strict=True):
+            weights[name] = place
+    return walk
 
 
 # --- a model
@@ -355,22 +390,20 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
     found: dict[str, dict[str, torch.Tensor]] = {}
     standing = state["standing"]
+    folded = standing["folded_t"] / (standing["t"] or 1.0)
     for key, high in state["high"].items():
-        mass = 1 - (standing["folded_t"] / (standing["t"] or 1.0)) ** (exact_gamma(float(key)) + 1)
+        mass = 1 - folded ** (exact_gamma(float(key)) + 1)
         found[key] = {}
-        for name, one in high.items():
-            found[key][name] = one.double() + mass * (
-                state["mean"][key][name].double() - one.double()
-            )
+        for name, value in high.items():
+            average = value.double()
+            mean = state["mean"][key][name].double()
+            found[key][name] = average + mass * (mean - average)
     return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -386,16 +419,21 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     data = path.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    own = {
-        key: json.dumps(value) for key, value in json.loads(header["__metadata__"]["ema"]).items()
-    } | dict(changes)
-    items = (f"{json.dumps(key)}:{value}" for key, value in own.items() if value is not None)
-    header["__metadata__"] |= {"ema": "{" + ",".join(items) + "}", "ema.checksum": "0" * 16}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    blank = len(text).to_bytes(8, "little") + text
-    mark = b'"ema.checksum":"'
-    checksum = xxhash.xxh3_64_hexdigest(blank).encode()
-    path.write_bytes(blank.replace(mark + b"0" * 16, mark + checksum) + data[end:])
+    metadata = header["__metadata__"]
+    own: dict[str, str | None] = {}
+    for key, value in json.loads(metadata["ema"]).items():
+        own[key] = json.dumps(value)
+    own.update(changes)
+    items = [f"{json.dumps(key)}:{value}" for key, value in own.items() if value is not None]
+    metadata["ema"] = "{" + ",".join(items) + "}"
+    unsealed = "0" * 16
+    metadata["ema.checksum"] = unsealed
+    text = json.dumps(header, separators=(",", ":"))
+    size = len(text.encode()).to_bytes(8, "little")
+    checksum = xxhash.xxh3_64_hexdigest(size + text.encode())
+    mark = '"ema.checksum":"'
+    sealed = text.replace(mark + unsealed, mark + checksum)
+    path.write_bytes(size + sealed.encode() + data[end:])
     return path
 
 

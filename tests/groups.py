@@ -10,9 +10,10 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -48,13 +49,17 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
     # a killed group leaves its own behind
     descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)
     os.close(descriptor)
-    program = (
-        "import sys, groups\nfrom groups import *\n"
-        "rank, world, meeting, folder, *arguments = sys.argv[1:]\n"
-        "with groups.joined(int(rank), int(world), meeting) as (rank, world):\n"
-        + "".join(f"    {line}\n" for line in ["folder = Path(folder)", *code.splitlines()])
-    )
+    program = PROGRAM + indent(code, "    ")
     return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
+
+
+PROGRAM = """
+import sys, groups
+from groups import *
+rank, world, meeting, folder, *arguments = sys.argv[1:]
+with groups.joined(int(rank), int(world), meeting) as (rank, world):
+    folder = Path(folder)
+"""
 
 
 def run_group(
@@ -75,7 +80,8 @@ def run_group(
 
 def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
     results = run_group(code, ranks, folder, *arguments)
-    assert all(result.code == 0 for result in results), "\n".join(result.err for result in results)
+    errors = "\n".join(result.err for result in results)
+    assert all(result.code == 0 for result in results), errors
     return [result.out for result in results]
 
 
@@ -117,17 +123,19 @@ def spread(model: nn.Module, kind: str) -> nn.Module:
     """Return the model wrapped for a kind of parallel training: fsdp, hsdp, tp, fsdp-tp, ddp; else
     unchanged."""
     world = dist.get_world_size() if dist.is_initialized() else 1
+    of_two_rows = (2, world // 2)
     plan = {"first": ColwiseParallel(), "second": RowwiseParallel()}
     if kind == "fsdp":
         fully_shard(model.first)
         return fully_shard(model)
     if kind == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh("cpu", of_two_rows, mesh_dim_names=("replicate", "shard"))
         return fully_shard(model, mesh=mesh)
     if kind == "tp":
-        return parallelize_module(model, init_device_mesh("cpu", (world,)), plan)
+        mesh = init_device_mesh("cpu", (world,))
+        return parallelize_module(model, mesh, plan)
     if kind == "fsdp-tp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        mesh = init_device_mesh("cpu", of_two_rows, mesh_dim_names=("dp", "tp"))
         parallelize_module(model, mesh["tp"], plan)
         return fully_shard(model, mesh=mesh["dp"])
     if kind == "ddp":
@@ -143,14 +151,19 @@ def own_part(tensor: torch.Tensor) -> torch.Tensor:
 def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
     """Return the complete value of a tensor after a step: a walk from a start that depends on the
     name."""
-    total = torch.zeros(like.shape, dtype=torch.float64)
-    for number in range(step + 1):
-        seed = int.from_bytes(hashlib.sha256(f"{name}/{number}".encode()).digest()[:6], "big")
-        noise = torch.randn(
-            like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        total += noise if number == 0 else 0.05 * noise
-    return (100 * total).to(like.dtype) if not like.is_floating_point() else total.to(like.dtype)
+    total = _draw(f"{name}/0", like.shape)
+    for number in range(1, step + 1):
+        total += 0.05 * _draw(f"{name}/{number}", like.shape)
+    if not like.is_floating_point():
+        total *= 100
+    return total.to(like.dtype)
+
+
+def _draw(text: str, shape: torch.Size) -> torch.Tensor:
+    digest = hashlib.sha256(text.encode()).digest()
+    seed = int.from_bytes(digest[:6], "big")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
@@ -158,8 +171,9 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, DTensor):
         return complete
     (chunk,) = tensor.__create_chunk_list__()
-    for axis, (first, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-        complete = complete.narrow(axis, first, length) if length else complete.narrow(axis, 0, 0)
+    for axis, length in enumerate(chunk.sizes):
+        first = chunk.offsets[axis] if length else 0
+        complete = complete.narrow(axis, first, length)
     return complete
 
 
@@ -167,7 +181,8 @@ def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
 def move(model: nn.Module, step: int) -> None:
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
-        own_part(tensor).copy_(local(tensor, value(name, step, tensor)))
+        complete = value(name, step, tensor)
+        own_part(tensor).copy_(local(tensor, complete))
 
 
 def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
@@ -181,13 +196,9 @@ def restore(model: nn.Module, directory: Path) -> None:
     """Move a model to the newest time that has all snapshots, as a training restores its own
     checkpoint."""
     stored = Counter(snapshot.step for snapshot in snapshots_in(directory))
-    move(
-        model,
-        max(
-            (step for step, count in stored.items() if count == len(SETTINGS["sigma_rels"])),
-            default=0,
-        ),
-    )
+    all_of_them = len(SETTINGS["sigma_rels"])
+    complete = [step for step, count in stored.items() if count == all_of_them]
+    move(model, max(complete, default=0))
 
 
 def alone(folder: Path, last: int, **options: Any) -> PostHocEMA:
@@ -208,8 +219,10 @@ def averages(folder: Path, *steps: int) -> None:
         for step in steps:
             train(net, before + 1, step, ema)
             before = step
-            torch.save(dict(ema.state_dict(0.15)), folder / f"average-{step}.pt")
-            torch.save(dict(truth(0.2, [*range(2, step + 1, 2)])), folder / f"truth-{step}.pt")
+            average = dict(ema.state_dict(0.15))
+            torch.save(average, folder / f"average-{step}.pt")
+            exact = truth(0.2, range(2, step + 1, 2))
+            torch.save(exact, folder / f"truth-{step}.pt")
 
 
 # --- what a process holds
@@ -225,16 +238,18 @@ def held(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[name]) for name, value in one.items()
-    )
+    if one.keys() != other.keys():
+        return False
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
     tensors = _tensors(model)
-    return all(
-        torch.equal(own_part(tensors[n]), local(tensors[n], value)) for n, value in complete.items()
-    )
+    for name, value in complete.items():
+        tensor = tensors[name]
+        if not torch.equal(own_part(tensor), local(tensor, value)):
+            return False
+    return True
 
 
 def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
@@ -260,13 +275,18 @@ def refused(work: Callable[[], object], kind: type[Exception] = PostHocError) ->
 
 def truth(
     sigma_rel: float,
-    updates: list[int],
+    updates: Sequence[int],
     dtype: torch.dtype = torch.float32,
-) -> Mapping[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Return the float64 power-function average of each parameter over updates at these steps."""
-    shares = [*zip(exact_weights(sigma_rel, updates), updates, strict=True)]
-    return {
-        name: sum(share * value(name, step, parameter.to(dtype)).double() for share, step in shares)  # type: ignore[misc]
-        for name, parameter in Net().named_parameters()
-        if parameter.requires_grad
-    }
+    shares = exact_weights(sigma_rel, updates).tolist()
+    averages = {}
+    for name, parameter in Net().named_parameters():
+        if not parameter.requires_grad:
+            continue
+        average = torch.zeros(parameter.shape, dtype=torch.float64)
+        for share, step in zip(shares, updates, strict=True):
+            weights = value(name, step, parameter.to(dtype))
+            average += share * weights.double()
+        averages[name] = average
+    return averages

@@ -49,15 +49,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     command = ("demo", "--out", "my demo", "--steps", 100, "--json")
     refused = forked.run(forked.EMA, *command, cwd=base)
     assert (refused.code, [*out.iterdir()]) == (1, [out / "notes.txt"])
-    assert refused.error.endswith(
-        "my demo: already exists, and is no empty folder; name another one"
-    )
+    reason = "my demo: already exists, and is no empty folder; name another one"
+    assert refused.error.endswith(reason)
     (out / "notes.txt").unlink()
     done = forked.check(forked.EMA, *command, cwd=base)
     # one demo is enough for both forms of its report
     with mock.patch("posthoc_cli.demo.run", return_value=done.json):
         text = run_ema("demo", "--out", out).out
-    return Demo(base, done.json, text, re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE))
+    commands = re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE)
+    return Demo(base, done.json, text, commands)
 
 
 def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(
@@ -71,21 +71,18 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     best = result["best"]["sigma_rel"]
     assert (demo.report["best"], demo.report["raw"]) == (best, result["raw"])
-    assert [one["loss"] for one in demo.report["averages"]] == [
-        trial["value"] for trial in result["trials"][1:]
-    ]
+    values = [trial["value"] for trial in result["trials"]]
+    averages = [average["loss"] for average in demo.report["averages"]]
+    assert averages == values[1:]
     weights = load_file(out / "best.safetensors")
     assert_same_tensors(weights, dict(Run(out / "snapshots").average(round(best, 6))))
-    rows = re.findall(
-        r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +([+-].*?%))?.*?(<- best)?$", demo.text, re.MULTILINE
-    )
-    losses = {width: float(loss) for width, loss, _, _ in rows}
-    assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
-    assert losses == {
-        "raw weights" if trial["x"] is None else f"{trial['x']:g}": round(trial["value"], 5)
-        for trial in result["trials"]
-    }
-    assert [width for width, _, _, mark in rows if mark] == [f"{best:g}"]
+    pattern = r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +[+-].*?%)?.*?(<- best)?$"
+    rows = re.findall(pattern, demo.text, re.MULTILINE)
+    losses = {width: float(loss) for width, loss, _ in rows}
+    widths = [f"{width:g}" for width in SIGMA_RELS]
+    assert list(losses) == ["raw weights", *widths]
+    assert list(losses.values()) == [round(value, 5) for value in values]
+    assert [width for width, _, mark in rows if mark] == [f"{best:g}"]
     model = make_denoiser(seed=1)
     model.load_state_dict(weights)
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
@@ -94,7 +91,9 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
 
 
 def test_a_demo_compares_the_best_length_with_the_tracked_ones(demo: Demo) -> None:
-    losses = {one["sigma_rel"]: f"{one['loss']:.5f}" for one in demo.report["averages"]}
+    losses = {}
+    for average in demo.report["averages"]:
+        losses[average["sigma_rel"]] = f"{average['loss']:.5f}"
     best = demo.report["best"]
     line = f"a plain EMA of 0.05 or 0.28: {losses[0.05]} or {losses[0.28]}"
     assert f"{line}; yours, of {best:g}: {losses[best]}" in demo.text
@@ -107,18 +106,20 @@ def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_leng
     page = (out / "report.html").read_text()
     titles = re.findall(r"<figcaption>(raw weights|sigma_rel [\d.]+),", page)
     assert titles[0] == "raw weights"
-    assert {f"sigma_rel {width:g}" for width in (0.05, 0.28, demo.report["best"])} <= {*titles}
+    best = f"sigma_rel {demo.report['best']:g}"
+    assert {"sigma_rel 0.05", "sigma_rel 0.28", best} <= {*titles}
     assert len(titles) == 6
     assert page.count("data:image/png;base64,") == 6 * 8
     assert 'data-name="log"' not in page  # trials within a process write none
-    result = json.loads((out / "sweep/sweep.json").read_text())
     model = make_denoiser(seed=1)
     model.load_state_dict(load_file(out / "best.safetensors"))
     drawn = sample(model, torch.arange(8), seed=0).reshape(-1, 8, 8)
-    folder = out / "sweep/images" / f"sigma_rel-{result['best']['sigma_rel']:g}-seed-0"
+    folder = out / "sweep/images" / f"sigma_rel-{demo.report['best']:g}-seed-0"
     for number, image in enumerate(drawn):
-        pixels = matplotlib.image.imread(folder / f"class-{number}.png")[::8, ::8, 0]
-        assert abs(pixels - (image.clamp(-1, 1).numpy() + 1) / 2).max() < 0.01
+        picture = matplotlib.image.imread(folder / f"class-{number}.png")
+        pixels = picture[::8, ::8, 0]
+        brightness = (image.clamp(-1, 1).numpy() + 1) / 2
+        assert abs(pixels - brightness).max() < 0.01
 
 
 def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(
@@ -137,8 +138,11 @@ def test_heuns_method_draws_from_a_normal_distribution_whose_denoiser_is_known(
         ) -> torch.Tensor:
             return (0.25 * noisy + sigma**2 * 3.0) / (0.25 + sigma**2)
 
-    start = room.HIGHEST_NOISE * torch.randn(4, 64, generator=torch.Generator().manual_seed(5))
-    exact = 3 + (start.double() - 3) * (0.25 / (0.25 + room.HIGHEST_NOISE**2)) ** 0.5
+    random = torch.Generator().manual_seed(5)
+    highest = room.HIGHEST_NOISE
+    start = highest * torch.randn(4, 64, generator=random)
+    ratio = (0.25 / (0.25 + highest**2)) ** 0.5
+    exact = 3 + (start.double() - 3) * ratio
     errors = []
     for steps in (18, 36):
         monkeypatch.setattr(room, "SAMPLER_STEPS", steps)
@@ -180,13 +184,10 @@ def test_commands_are_printed_as_the_program_was_called(
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     """The commands that it suggests to try next work, too."""
     assert demo.commands == demo.report["commands"]
-    assert [shlex.split(command)[1] for command in demo.commands] == [
-        "info",
-        "synthesize",
-        "error-plot",
-        "report",
-    ]
-    suggested = re.findall(r"^  (ema .*)$", demo.text.partition("and try:")[2], re.MULTILINE)
+    names = [shlex.split(command)[1] for command in demo.commands]
+    assert names == ["info", "synthesize", "error-plot", "report"]
+    _, _, end = demo.text.partition("and try:")
+    suggested = re.findall(r"^  (ema .*)$", end, re.MULTILINE)
     assert len(suggested) == 3
     average = demo.base / "my demo" / "best.safetensors"
     before = load_file(average)
@@ -203,7 +204,8 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
     images = make_waves(200, seed=0)
     state = torch.get_rng_state()
     threads = torch.get_num_threads()
-    first, second = (train(100, images, tmp_path / name, lambda _: None) for name in "ab")
+    first = train(100, images, tmp_path / "first", lambda _: None)
+    second = train(100, images, tmp_path / "second", lambda _: None)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
     assert_same_tensors(first.state_dict(), second.state_dict())

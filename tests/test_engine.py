@@ -55,23 +55,23 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Snapshots with large and small tensors, one of which is in float32 in some files and in
     float16 in others."""
     directory = tmp_path_factory.mktemp("mixed")
+    aliases = {"tied": "large", "tied 0": "small 0"}
     for index, t in enumerate((10, 20, 30, 40)):
-        values = {
-            "large": draw(index, LARGE).half(),
-            "changing": draw(10 + index, 1031, 1024).to(
-                torch.float32 if index % 2 == 0 else torch.float16
-            ),
-            **{f"small {k}": draw(100 * index + k, 3 + k, 5).half() for k in range(40)},
-            "own": draw(50 + index, 300_001).double(),
-            "empty": torch.empty(0, 3).half(),
-            "scalar": draw(60 + index).half(),
-            "counter": torch.arange(400_000) + t,
-            "flag": torch.tensor(True),
+        in_float16 = {
+            "large": draw(index, LARGE),
+            "changing": draw(10 + index, 1031, 1024),
+            "empty": torch.empty(0, 3),
+            "scalar": draw(60 + index),
         }
-        tensors = {
-            n: "average F32" for n, v in values.items() if v.is_floating_point() and n != "own"
-        }
-        aliases = {"tied": "large", "tied 0": "small 0"}
+        for k in range(40):
+            in_float16[f"small {k}"] = draw(100 * index + k, 3 + k, 5)
+        values = {name: value.half() for name, value in in_float16.items()}
+        if index % 2 == 0:
+            values["changing"] = in_float16["changing"]
+        tensors = dict.fromkeys(values, "average F32")
+        values["own"] = draw(50 + index, 300_001).double()
+        values["counter"] = torch.arange(400_000) + t
+        values["flag"] = torch.tensor(True)
         write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
     return directory
 
@@ -85,9 +85,10 @@ def as_bytes(value: torch.Tensor) -> bytes:
 
 
 def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
-    return {
-        name: [as_bytes(value) for value in values] for name, values in synthesize(plan, **options)
-    }
+    tensors = {}
+    for name, values in synthesize(plan, **options):
+        tensors[name] = [as_bytes(value) for value in values]
+    return tensors
 
 
 Expected = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
@@ -101,10 +102,12 @@ def exact_sums(plan: Plan) -> Expected:
     for name in values[0].keys() - {"empty", "counter", "flag"}:
         stacked = torch.stack([tensors[name].double() for tensors in values])
         sums[name] = []
+        roundings = len(plan.sources) + 4
         for column in torch.from_numpy(plan.reconstruction.coefficients.T):
-            share = (len(plan.sources) + 4) * torch.finfo(torch.float32).eps / 2
-            bound = share * torch.tensordot(column.abs(), stacked.abs(), dims=1)
-            sums[name].append((torch.tensordot(column, stacked, dims=1), bound))
+            exact = torch.tensordot(column, stacked, dims=1)
+            size = torch.tensordot(column.abs(), stacked.abs(), dims=1)
+            bound = roundings * torch.finfo(torch.float32).eps / 2 * size
+            sums[name].append((exact, bound))
     return sums
 
 
@@ -112,7 +115,8 @@ def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expe
     tensors = dict(stream)
     for name, sums in expected.items():
         for value, (exact, bound) in zip(tensors[name], sums, strict=True):
-            assert bool(((value.cpu().double() - exact).abs() <= bound).all()), name
+            error = value.cpu().double() - exact
+            assert bool((error.abs() <= bound).all()), name
 
 
 # --- the same bytes
@@ -164,9 +168,11 @@ def test_averages_that_are_stored_in_eight_bits_are_read(
     dtype: torch.dtype,
 ) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
-    value = codes[codes.float().isfinite()].repeat(300)
+    finite = codes[codes.float().isfinite()]
+    value = finite.repeat(300)
     values = {"w": value, "v": value[:9]}
-    write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=dict.fromkeys(values, "average F32"))
+    tensors = dict.fromkeys(values, "average F32")
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=tensors)
     averages = dict(synthesize(plan_of(tmp_path, (0.05,))))
     assert torch.equal(averages["w"][0], value.float())
     assert torch.equal(averages["v"][0], value[:9].float())
@@ -195,9 +201,12 @@ def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(
 ) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     path = sorted(run.iterdir())[1]
-    assert bits(plan_of(run), progress=lambda _: path.unlink(missing_ok=True), workers=1) == bits(
-        plan_of(mixed)
-    )
+
+    def remove(_: int) -> None:
+        path.unlink(missing_ok=True)
+
+    found = bits(plan_of(run), progress=remove, workers=1)
+    assert found == bits(plan_of(mixed))
 
 
 # --- being stopped
@@ -230,8 +239,8 @@ def test_an_error_in_one_thread_stops_the_others_within_a_tile(mixed: Path) -> N
     ):
         bits(plan, workers=4)
     assert threads() == []
-    # 4 threads, of which each may have begun another tile
-    assert next(reads) < 8 + 4 * 2 * len(plan.sources)
+    begun = 4 * 2  # of 4 threads, of which each may have begun another tile
+    assert next(reads) < 8 + begun * len(plan.sources)
 
 
 def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
@@ -241,7 +250,9 @@ def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
         torch.set_num_threads(2)
         bits(plan_of(mixed, (0.1,)))
         with ThreadPoolExecutor(1) as pool:
-            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == 2
+            later = pool.submit(torch.get_num_threads)
+        assert later.result() == 2
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 
@@ -251,10 +262,10 @@ def test_a_synthesis_restores_torchs_number_of_threads(mixed: Path) -> None:
 
 
 def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[torch.Tensor]]:
-    return {
-        name: [value.cpu() for value in values]
-        for name, values in synthesize(plan, "cuda", workers)
-    }
+    tensors = {}
+    for name, values in synthesize(plan, "cuda", workers):
+        tensors[name] = [value.cpu() for value in values]
+    return tensors
 
 
 @needs_cuda
@@ -324,9 +335,10 @@ def test_a_value_that_a_model_of_float16_cannot_hold_is_refused(tmp_path: Path) 
     message = (
         r"'embed.weight': the model's torch.float16 cannot hold its largest value, [\d.]+e\+06"
     )
-    for fill in (tracker.load_into, lambda *given: tracker.model(*given).__enter__()):
-        with pytest.raises(NonFiniteError, match=message):
-            fill(model, 0.15)
+    with pytest.raises(NonFiniteError, match=message):
+        tracker.load_into(model, 0.15)
+    with pytest.raises(NonFiniteError, match=message), tracker.model(model, 0.15):
+        pass
     assert torch.equal(model.embed.weight, before)  # no infinity
 
 

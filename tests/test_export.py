@@ -35,7 +35,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     WriteError,
 )
-from posthoc_cli.export.options import OutputOptions
+from posthoc_cli.export.writing import OutputOptions
 
 Tensors = dict[str, torch.Tensor]
 

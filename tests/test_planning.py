@@ -71,25 +71,37 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
 ) -> None:
     """Compared with every choice of 3 of 16 snapshots with the newest among them."""
     snapshots = power_functions(range(1, 17), (sigma_rel,))
-    prior = assumed_prior(
-        snapshots, 2e-4, Motion(np.array([0.0, 8.0, 16.0]), np.array(rates), np.zeros(2))
-    )
-    targets = power_functions(16.0, np.geomspace(0.05, 0.28, 12).tolist())
+    prior = assumed_prior(snapshots, 2e-4, of_two_rates(*rates))
+    widths = np.geomspace(0.05, 0.28, 12)
+    targets = power_functions(16.0, widths.tolist())
 
     def error(choice: Sequence[int]) -> float:
         """The 8-norm over twelve targets, by which thinning chooses."""
-        solver = Problem([snapshots[i] for i in choice], prior.of(choice), 16.0)
-        squares = [squared_error(solver, solved(solver, target), target) for target in targets]
-        return float(np.mean(np.array(squares) ** 4) ** (1 / 8))
+        chosen = [snapshots[index] for index in choice]
+        solver = Problem(chosen, prior.of(choice), 16.0)
+        squares = []
+        for target in targets:
+            coefficients = solved(solver, target)
+            squares.append(squared_error(solver, coefficients, target))
+        fourth = np.mean(np.array(squares) ** 4)
+        return float(fourth ** (1 / 8))
 
+    left = kept(snapshots, prior, 3)
+    ours = error([snapshots.index(profile) for profile in left])
     best = min(error([*others, 15]) for others in combinations(range(15), 2))
-    assert error([snapshots.index(p) for p in kept(snapshots, prior, 3)]) <= 1.02 * best
+    assert ours <= 1.02 * best
+
+
+def of_two_rates(first: float, second: float) -> Motion:
+    """Return a walk over 16 steps whose speed changes half way."""
+    edges = np.array([0.0, 8.0, 16.0])
+    return Motion(edges, walk=np.array([first, second]), noise=np.zeros(2))
 
 
 def test_exact_snapshots_of_a_network_that_stood_still_are_thinned() -> None:
     snapshots = power_functions(range(1, 17))
-    motion = Motion(np.array([0.0, 8, 16]), np.array([0.0, 1]), np.zeros(2))
-    assert len(kept(snapshots, assumed_prior(snapshots, 0.0, motion), 3)) == 6
+    prior = assumed_prior(snapshots, 0.0, of_two_rates(0.0, 1.0))
+    assert len(kept(snapshots, prior, 3)) == 6
 
 
 @pytest.mark.parametrize("keep", [None, 4])
@@ -105,29 +117,31 @@ def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(
             tracker.update_(model)
     left = [s.profile for s in Run(tmp_path).snapshots if not s.off_schedule]
     assert len(planned) == len(left) == 2 * (keep or 10)
-    assert {p.t for p in planned} >= {1000.0}
+    assert {profile.t for profile in planned} >= {1000.0}
     if keep is None:  # the choice of thinning depends on how the network moved
-        assert {(p.t, round(p.sigma_rel, 9)) for p in planned} == {
-            (p.t, round(p.sigma_rel, 9)) for p in left
-        }
+        assert rounded(planned) == rounded(left)
+
+
+def rounded(profiles: Iterable[PowerFunction]) -> set[tuple[float, float]]:
+    return {(profile.t, round(profile.sigma_rel, 9)) for profile in profiles}
 
 
 def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
     snapshots = Schedule((0.05, 0.10), 10_000, 500).snapshots()
     curve = error_curve("run", snapshots, assumed_prior(snapshots), (0.02, 0.28))
-    assert (curve.tracked, curve.t, curve.assumption) == (
-        (0.05, 0.1),
-        10_000,
-        "the network moves evenly",
-    )
-    assert (curve.sigma_rels[0], curve.sigma_rels[-1]) == (0.02, 0.28)
-    for tracked in curve.tracked:
-        assert curve.profile_error[np.flatnonzero(curve.sigma_rels == tracked)[0]] < 1e-6
-    below = curve.predicted_error < 0.01
-    insides = [
-        (curve.sigma_rels >= a) & (curve.sigma_rels <= b) for a, b in curve.ranges_below(0.01)
-    ]
-    assert np.array_equal(np.any(insides, axis=0), below)
+    assert curve.tracked == (0.05, 0.1)
+    assert curve.t == 10_000
+    assert curve.assumption == "the network moves evenly"
+    widths = curve.sigma_rels
+    assert widths[0] == 0.02
+    assert widths[-1] == 0.28
+    is_tracked = np.isin(widths, curve.tracked)
+    assert is_tracked.sum() == 2
+    assert curve.profile_error[is_tracked].max() < 1e-6
+    is_inside = np.zeros(widths.size, dtype=bool)
+    for low, high in curve.ranges_below(0.01):
+        is_inside |= (widths >= low) & (widths <= high)
+    assert np.array_equal(is_inside, curve.predicted_error < 0.01)
 
 
 # 0.289 is above the uniform average and refused as input
@@ -136,14 +150,18 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
     [(0.0119, 0.2886, "0.012 to 0.288"), (0.0101, 0.0104, "0.0101 to 0.0104")],
 )
 def test_ranges_are_rounded_inwards(low: float, high: float, shown: str) -> None:
-    curve = ErrorCurve(
-        "x", 1.0, np.array([low, high]), np.array([1.0, 1.0]), np.array([1e-3, 1e-3]), (0.1,)
-    )
+    curve = curve_of([low, high], [1e-3, 1e-3])
     assert curve.ranges_text(0.01) == shown
-    lone = replace(
-        curve, sigma_rels=np.array([0.05, 0.1, 0.15]), predicted_error=np.array([0.5, 0.0, 0.5])
-    )
-    assert lone.ranges_below(0.01) == []
+
+
+def test_a_good_point_alone_is_no_range() -> None:
+    curve = curve_of([0.05, 0.1, 0.15], [0.5, 0.0, 0.5])
+    assert curve.ranges_below(0.01) == []
+
+
+def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:
+    predicted = np.array(errors)
+    return ErrorCurve("x", 1.0, np.array(widths), np.ones(predicted.size), predicted, (0.1,))
 
 
 # --- proposals ------------------------------------------------------------------------------------
@@ -157,16 +175,18 @@ def test_named_schedules_state_their_size_and_are_marked_if_they_fit(
     proposals = propose(steps, params)
     for proposal in proposals:
         schedule = proposal.schedule
-        most = schedule.kept + (schedule.kept < schedule.taken)  # one more before the thinning
-        nbytes = {"float16": 2, "float32": 4}[proposal.dtype]
-        assert proposal.nbytes == len(schedule.sigma_rels) * most * params * nbytes
+        fullest = min(schedule.kept + 1, schedule.taken)  # just before the thinning
+        elements = len(schedule.sigma_rels) * fullest * params
+        item_bytes = {"float16": 2, "float32": 4}[proposal.dtype]
+        assert proposal.nbytes == elements * item_bytes
         assert schedule.checkpoint_every % proposal.update_every == 0
         assert 0 < schedule.taken * schedule.checkpoint_every <= steps
-    report = PlanReport(tuple(proposals), proposals[1].nbytes)
-    assert report.within_disk is not None
-    assert report.within_disk.nbytes <= proposals[1].nbytes
-    fitting = [p.errors.worst for p in proposals if p.nbytes <= proposals[1].nbytes]
-    assert report.within_disk.errors.worst == min(fitting)
+    disk = proposals[1].nbytes
+    chosen = PlanReport(tuple(proposals), disk).within_disk
+    assert chosen is not None
+    assert chosen.nbytes <= disk
+    fitting = [proposal.errors.worst for proposal in proposals if proposal.nbytes <= disk]
+    assert chosen.errors.worst == min(fitting)
     assert PlanReport(tuple(proposals), 1).within_disk is None
     assert PlanReport(tuple(proposals)).within_disk is None
 
@@ -174,18 +194,27 @@ def test_named_schedules_state_their_size_and_are_marked_if_they_fit(
 def test_named_schedules_are_better_than_even_spacing() -> None:
     for proposal in propose(40_000, 10**6):
         schedule = proposal.schedule
-        even = replace(
-            schedule, checkpoint_every=-(-40_000 // schedule.kept), max_checkpoints=None
-        ).snapshots()
-        prior = assumed_prior(even, schedule.rounding, Motion.even(40_000))
-        assert proposal.errors.worst < 1.1 * error_curve("", even, prior, (0.05, 0.28)).worst
+        interval = -(-40_000 // schedule.kept)
+        evenly = replace(schedule, checkpoint_every=interval, max_checkpoints=None)
+        snapshots = evenly.snapshots()
+        prior = assumed_prior(snapshots, schedule.rounding, Motion.even(40_000))
+        curve = error_curve("", snapshots, prior, (0.05, 0.28))
+        assert proposal.errors.worst < 1.1 * curve.worst
 
 
 @pytest.mark.parametrize("steps", [20, 3_000])
 def test_the_ends_of_a_range_are_tracked(steps: int) -> None:
     for proposal in propose(steps, 1000, (0.05, 0.28)):
         tracked = proposal.schedule.sigma_rels
-        assert len(tracked) == 1 or (tracked[0], tracked[-1]) == (0.05, 0.28)
+        if len(tracked) > 1:
+            assert tracked[0] == 0.05
+            assert tracked[-1] == 0.28
+
+
+def test_the_profiles_of_a_schedule_differ_in_a_narrow_range() -> None:
+    for proposal in propose(1000, 100, (0.1, 0.1001)):
+        widths = proposal.schedule.sigma_rels
+        assert len({*widths}) == len(widths)
 
 
 @pytest.mark.parametrize(("steps", "most"), [(20, 1), (400, 2), (3_000, 10)])
@@ -212,15 +241,9 @@ def test_a_plan_refuses_empty_and_fractional_values(arguments: Any, subject: str
 
 # --- the choice of the snapshots that a reconstruction uses if there are very many
 
-SIGMA_RELS = (0.05, 0.28)
-
-
-def pure(sigma_rel: float, t: float) -> PowerFunction:
-    return PowerFunction.from_sigma_rel(sigma_rel, t)
-
 
 def regular(count: int) -> list[PowerFunction]:
-    return [pure(s, float(t)) for t in range(1, count + 1) for s in SIGMA_RELS]
+    return power_functions(range(1, count + 1))
 
 
 @given(
@@ -236,26 +259,34 @@ def test_the_choice_has_the_asked_number_and_the_newest_of_each_profile(
     profiles: int,
 ) -> None:
     sigma_rels = (0.05, 0.28, 0.1)[:profiles]
-    snapshots = [pure(s, t) for t in times for s in sigma_rels]
+    snapshots = power_functions(times, sigma_rels)
     found = thinned_subset(snapshots, most)
     assert found == sorted(set(found))
     assert len(found) <= max(most, profiles)
-    for sigma_rel in sigma_rels:
-        chosen = [snapshots[i].t for i in found if snapshots[i].gamma == pure(sigma_rel, 1.0).gamma]
-        assert len(chosen) >= min(max(1, most // profiles), len(times))
-        assert max(chosen) == max(times)
+    chosen: dict[float, list[float]] = {}
+    for index in found:
+        snapshot = snapshots[index]
+        chosen.setdefault(snapshot.gamma, []).append(snapshot.t)
+    assert len(chosen) == profiles
+    share = max(1, most // profiles)
+    for of_profile in chosen.values():
+        assert len(of_profile) >= min(share, len(times))
+        assert max(of_profile) == max(times)
 
 
 def test_the_choice_is_spread_evenly_back_from_the_newest() -> None:
-    snapshots = [pure(0.05, float(t)) for t in range(1, 101)] + [
-        pure(0.28, float(t)) for t in (50, 100)
-    ]
-    found = thinned_subset(snapshots, 20)
-    assert found[-1] == 101
-    gaps = np.diff([snapshots[i].t for i in found[:-1]])
-    assert snapshots[found[-2]].t == 100
-    assert (len(gaps), {*gaps.tolist()}) == (18, {5.0, 6.0})
-    # `keep` of each profile, even beyond `most`
+    of_one = power_functions(range(1, 101), (0.05,))
+    of_other = power_functions((50, 100), (0.28,))
+    *found, last = thinned_subset([*of_one, *of_other], 20)
+    assert last == 101
+    times = [of_one[index].t for index in found]
+    assert times[-1] == 100
+    gaps = np.diff(times)
+    assert len(gaps) == 18
+    assert {*gaps.tolist()} == {5.0, 6.0}
+
+
+def test_the_choice_keeps_so_many_of_each_profile_even_beyond_its_limit() -> None:
     assert len(thinned_subset(regular(50), 10, keep=20)) == 40
     assert len(thinned_subset(regular(MOST_SOLVED))) == MOST_SOLVED
     assert thinned_subset(regular(50), 100) == list(range(100))
@@ -270,19 +301,16 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
     snapshots = regular(150)
     t = 150.0
     edges = np.linspace(1, t, 33)
-    walk = (1.02 - edges[1:] / t) ** cooling
-    prior = assumed_prior(snapshots, rounding, Motion(edges, walk * 0.06 / t, np.zeros(32)))
-    targets = [pure(s, t) for s in (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28)]
-
-    def errors(which: Iterable[int]) -> np.ndarray:
-        chosen = sorted(which)
-        return reconstruct(
-            [snapshots[i] for i in chosen], targets, prior=prior.of(chosen), t=t
-        ).predicted_error
-
-    everything = errors(range(300))
-    found = errors(thinned_subset(snapshots, 150))
-    assert (found / everything).max() < 1.7
+    rate = (1.02 - edges[1:] / t) ** cooling
+    motion = Motion(edges, walk=0.06 / t * rate, noise=np.zeros(32))
+    prior = assumed_prior(snapshots, rounding, motion)
+    targets = power_functions(t, (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28))
+    subset = thinned_subset(snapshots, 150)
+    chosen = [snapshots[index] for index in subset]
+    of_all = reconstruct(snapshots, targets, prior=prior, t=t)
+    of_subset = reconstruct(chosen, targets, prior=prior.of(subset), t=t)
+    loss = of_subset.predicted_error / of_all.predicted_error
+    assert loss.max() < 1.7
 
 
 def test_at_most_a_quarter_of_the_kept_times_is_spared() -> None:

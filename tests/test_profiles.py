@@ -47,10 +47,9 @@ from posthoc_cli.targets import (
 def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
     with mpmath.workdps(50):
-        x = mpmath.polyroots(
-            [1, 4, 5 - 1 / mpmath.mpf(sigma_rel) ** 2, 2], maxsteps=500, extraprec=500
-        )
-        exact = max(mpmath.re(root) for root in x)
+        linear = 5 - 1 / mpmath.mpf(sigma_rel) ** 2
+        roots = mpmath.polyroots([1, 4, linear, 2], maxsteps=500, extraprec=500)
+        exact = max(mpmath.re(root) for root in roots)
     assert abs((gamma + 1) - exact) <= 1e-12 * exact
     # d log(sigma_rel) / d log(gamma + 1) is at most 1, and there are a few roundings.
     assert sigma_rel_from_gamma(gamma) == pytest.approx(sigma_rel, rel=1e-13, abs=0)
@@ -58,22 +57,21 @@ def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
 
 @pytest.mark.parametrize("wrong", ["0.15", None, [0.15], UNIFORM_SIGMA_REL, math.inf, -math.inf])
 def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong: Any) -> None:
-    accepted = (
-        "must lie in (0, 0.2887)"
-        if isinstance(wrong, float)
-        else "must be a number, and lie in (0, 0.2887)"
-    )
+    accepted = "must lie in (0, 0.2887)"
+    if not isinstance(wrong, float):
+        accepted = "must be a number, and lie in (0, 0.2887)"
     with refused("sigma_rel", accepted):
         gamma_from_sigma_rel(wrong)
 
 
 def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
     gamma = gamma_from_sigma_rel(0.28)
+    t = 10**12
     with mpmath.workdps(50):
-        exact = 1 - (mpmath.mpf(10**12 - 1) / 10**12) ** (mpmath.mpf(gamma) + 1)
-    assert new_value_share(gamma, 10**12 - 1, 10**12) == pytest.approx(
-        float(exact), rel=1e-14, abs=0
-    )
+        passed = mpmath.mpf(t - 1) / t
+        beta = passed ** (mpmath.mpf(gamma) + 1)
+        exact = float(1 - beta)
+    assert new_value_share(gamma, t - 1, t) == pytest.approx(exact, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-8, 1e-6, 1.1e-5, 1e-3, 0.05, 0.28, 0.288675])
@@ -81,14 +79,16 @@ def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel: float) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
     # 100,001 are summed term by term; 1 / (6 steps**2) is left out
     for steps in (1000, 100_001, 100_002, 1_000_001):
-        # the mass after each step
-        later = -np.expm1((gamma + 1) * np.log(np.arange(1, steps + 1) / steps))
-        age = float(np.sum(1 - later[:-1]))
+        passed = np.arange(1, steps) / steps
+        until = np.exp((gamma + 1) * np.log(passed))  # the mass until each step but the last
+        age = float(np.sum(until))
         assert mean_age(gamma, steps) == pytest.approx(age, rel=1e-10)
-        beta = convert(steps, [sigma_rel])[0]["beta"]
+        (row,) = convert(steps, [sigma_rel])
+        beta = row["beta"]
         assert beta == pytest.approx(age / (1 + age), rel=1e-10)
         if sigma_rel > 1e-3:
-            assert sigma_rel_from_classical_beta(beta, steps) == pytest.approx(sigma_rel, rel=1e-9)
+            found = sigma_rel_from_classical_beta(beta, steps)
+            assert found == pytest.approx(sigma_rel, rel=1e-9)
 
 
 def test_the_shortest_trainings_have_a_mean_age() -> None:
@@ -109,7 +109,9 @@ UNEVEN = Clock((10, 40, 100), (5.0, 80.0, 90.0))
 def uneven_time(step: int) -> float:
     if step <= 10:
         return step / 2
-    return 5 + (step - 10) * 2.5 if step <= 40 else 80 + (step - 40) / 6
+    if step <= 40:
+        return 5 + (step - 10) * 2.5
+    return 80 + (step - 40) / 6
 
 
 def test_steps_between_known_pairs_have_equal_lengths() -> None:
@@ -117,10 +119,14 @@ def test_steps_between_known_pairs_have_equal_lengths() -> None:
     times = np.array([uneven_time(step) for step in steps])
     np.testing.assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
     np.testing.assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
-    np.testing.assert_allclose(UNEVEN.step_at([[-3.0, 0.0], [100.0, 150.0]]), [[0, 0], [160, 460]])
-    at = np.array([0.0, 0.5, 1.0, 12345.0, 1e9])
-    for clock in (Clock.of_steps(), Clock(np.arange(1, 50), np.arange(1, 50))):
-        np.testing.assert_array_equal(clock.step_at(at), at)
+    outside = [[-3.0, 0.0], [100.0, 150.0]]
+    np.testing.assert_allclose(UNEVEN.step_at(outside), [[0, 0], [160, 460]])
+
+
+def test_on_the_clock_of_steps_the_time_of_a_step_is_its_number() -> None:
+    times = np.array([0.0, 0.5, 1.0, 12345.0, 1e9])
+    for clock in (Clock.of_steps(), Clock(range(1, 50), range(1, 50))):
+        np.testing.assert_array_equal(clock.step_at(times), times)
 
 
 @pytest.mark.parametrize("every", [5, 40])
@@ -132,19 +138,28 @@ def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(
     """Both in the root mean square over all steps, from straight lines between the pairs."""
     batches = {
         "ramp": np.linspace(16, 128, 2000),
-        "random": np.random.default_rng(0).integers(8, 129, 2000),
+        "random": random_batches(2000),
         "jump": np.where(np.arange(2000) < 1021, 64, 256),
     }
     times = np.cumsum(batches[kind])
     straight = Clock(range(every, 2001, every), times[every - 1 :: every])
     steps = straight.step_at(times)
-    off = np.sqrt(np.mean((steps - np.arange(1, 2001)) ** 2))
-    bent = np.sqrt(np.mean((straight.bent().step_at(times) - steps) ** 2))
+    off = root_mean_square(steps - np.arange(1, 2001))
+    bent = root_mean_square(straight.bent().step_at(times) - steps)
     assert off / 3 < bent < 4 * off
 
 
+def random_batches(count: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    return random.integers(8, 129, count)
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
 def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent() -> None:
-    uneven = Clock(range(1, 101), np.cumsum(np.random.default_rng(0).integers(8, 129, 100)))
+    uneven = Clock(range(1, 101), np.cumsum(random_batches(100)))
     for clock in (Clock.of_steps(), Clock([40, 70], [0.4, 0.7]), Clock([7], [91.0]), uneven):
         assert clock.bent() is clock
 
@@ -152,15 +167,21 @@ def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent() -> None:
 # --- other profiles ------------------------------------------------------------------------------
 
 
-def later_weights(weights: np.ndarray) -> np.ndarray:
-    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
-
-
 CLOCKS = (
     (Clock.of_steps(), np.arange(101.0)),
     (UNEVEN, np.array([uneven_time(step) for step in range(101)])),
 )
 """Clocks, with the times of steps 0 to 100."""
+
+
+def check_weights(target: Target, weights: np.ndarray, first: int) -> None:
+    """Check that a target weighs steps 0 to 100 so, on any clock, in a run with this first
+    update."""
+    backwards = np.cumsum(weights[:0:-1])
+    later = np.append(backwards[::-1], 0.0)
+    for clock, times in CLOCKS:
+        profile = target.profile(times[-1], clock, times[first])
+        np.testing.assert_allclose(profile.tail(times), later, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("decay", "first"), [(0.5, 1), (0.99, 7), (1 - 1e-12, 7)])
@@ -171,22 +192,14 @@ def test_the_classical_profile_has_the_weights_of_its_recursion(decay: float, fi
     for step in range(first + 1, 101):
         weights *= decay
         weights[step] += 1 - decay
-    for clock, times in CLOCKS:
-        profile = Beta(decay).profile(times[-1], clock, times[first])
-        np.testing.assert_allclose(
-            profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-15
-        )
+    check_weights(Beta(decay), weights, first)
 
 
 @pytest.mark.parametrize("steps", [1, 30, 100])
 def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
     weights = np.zeros(101)
     weights[-steps:] = 1 / steps
-    for clock, times in CLOCKS:
-        profile = Window(steps).profile(times[-1], clock, 1.0)
-        np.testing.assert_allclose(
-            profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12
-        )
+    check_weights(Window(steps), weights, 1)
 
 
 # --- checkpoints, and averages over known times
@@ -195,14 +208,15 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
 def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later() -> None:
     """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been
     copies."""
-    longer, later = DecayRule(0.99, uncertainty=0.1, late=40).profile(300, 300).others
+    rule = DecayRule(0.99, uncertainty=0.1, late=40)
+    longer, later = rule.profile(300, 300).others
     steps = np.arange(1, 301)
-    np.testing.assert_allclose(
-        longer.tail(steps), 1 - (1 - 0.01 / 1.1) ** (300 - steps), atol=1e-12
-    )
-    np.testing.assert_allclose(
-        later.tail(steps), np.where(steps < 40, 1, 1 - 0.99 ** (300 - steps)), atol=1e-12
-    )
+    ages = 300 - steps
+    by_decay = 1 - 0.99**ages
+    by_longer_decay = 1 - (1 - 0.01 / 1.1) ** ages
+    by_later_start = np.where(steps < 40, 1, by_decay)
+    np.testing.assert_allclose(longer.tail(steps), by_longer_decay, atol=1e-12)
+    np.testing.assert_allclose(later.tail(steps), by_later_start, atol=1e-12)
 
 
 # --- targets: the right profile for each target, and an error that names each impossible one
@@ -231,7 +245,9 @@ def test_each_target_has_its_names(
     title: str,
     sigma_rel: float | None,
 ) -> None:
-    assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
+    assert target.label == label
+    assert target.title == title
+    assert target.sigma_rel == sigma_rel
     assert as_target(target) is target
     if not isinstance(target, GivenProfile):
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
@@ -239,7 +255,8 @@ def test_each_target_has_its_names(
 
 def test_a_decay_over_a_part_of_training_ends_with_it() -> None:
     times = np.linspace(-1, 1.1e6, 1000)
-    part, span = (Decay("1-sqrt", over).profile(1e6, IMAGES, 1280.0) for over in (0.2, (8e5, 1e6)))
+    part = Decay("1-sqrt", 0.2).profile(1e6, IMAGES, 1280.0)
+    span = Decay("1-sqrt", (8e5, 1e6)).profile(1e6, IMAGES, 1280.0)
     np.testing.assert_allclose(part.tail(times), span.tail(times), atol=1e-12)
 
 
@@ -382,23 +399,31 @@ def test_each_kind_is_made_named_and_searched(name: str) -> None:
     assert parse_targets(target.title) == [target]
     assert target.label == target.title.replace(":", "-")
     axis = Axis.parse(f"{name}:{kind.range}", "target")
-    assert (axis.kind, axis.low < axis.high) == (name, True)
+    assert axis.kind == name
+    assert axis.low < axis.high
     for place in (0.0, 0.3, 1.0):
-        assert axis.place([float(axis.at(place))]) == pytest.approx([place], abs=1e-12)
+        length = float(axis.at(place))
+        assert axis.place([length]) == pytest.approx([place], abs=1e-12)
         searched = axis.target(axis.value_at(place))
         assert type(searched) is type(target)
         if isinstance(searched, Mean):
             stored = [Point(float(t)) for t in range(20)]
             assert searched.coefficients_of(stored).sum() == pytest.approx(1)
         else:
-            profile = searched.profile(1e6, STEPS, 1.0)
-            tail = profile.tail(np.linspace(-1.0, 1e6, 10_001))
-            assert (tail[0], tail[-1]) == (1, 0)
-            assert (np.diff(tail) <= 0).all()
-            bent = searched.profile(1e6, Clock((5e5, 1e6), (1e5, 1e6)), 1.0)
-            middle = np.linspace(0.0, 1e6, 10_001)
-            differs = not np.array_equal(bent.tail(middle), profile.tail(middle))
-            assert target.counts_steps == differs
+            check_profile_of(searched)
+
+
+def check_profile_of(target: Target) -> None:
+    """Check that a target's profile has the mass 1, and depends on the clock if it counts steps."""
+    times = np.linspace(0.0, 1e6, 10_001)
+    profile = target.profile(1e6, STEPS, 1.0)
+    assert profile.tail(-1.0) == 1
+    tail = profile.tail(times)
+    assert tail[-1] == 0
+    assert (np.diff(tail) <= 0).all()
+    bent = target.profile(1e6, Clock((5e5, 1e6), (1e5, 1e6)), 1.0)
+    differs = not np.array_equal(bent.tail(times), tail)
+    assert target.counts_steps == differs
 
 
 def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> None:
@@ -408,6 +433,6 @@ def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> No
     (target,) = parse_targets("half-life:5%")
     assert target.title == "half-life:5%"
     assert target.sigma_rel == pytest.approx(0.0629, abs=5e-5)
-    assert 1 - target.profile(1000.0, STEPS, 1.0).tail(999.0) == pytest.approx(
-        2 ** (-1 / 50), rel=2e-5
-    )
+    profile = target.profile(1000.0, STEPS, 1.0)
+    kept = 1 - profile.tail(999.0)
+    assert kept == pytest.approx(2 ** (-1 / 50), rel=2e-5)

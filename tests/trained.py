@@ -41,19 +41,24 @@ def train(
 ) -> np.ndarray:
     model = network()
     random = torch.Generator().manual_seed(seed)
-    teacher = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.ReLU(), torch.nn.Linear(40, 5))
+    first = torch.nn.Linear(20, 40)
+    teacher = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(40, 5))
+    parameters = list(model.parameters())
     options = {"momentum": 0.9} if optimizer == "SGD" else {}
-    made = getattr(torch.optim, optimizer)(model.parameters(), rate, **options)
-    found = np.empty((STEPS, sum(p.numel() for p in model.parameters())))
+    chosen = getattr(torch.optim, optimizer)(parameters, rate, **options)
+    path = []
     for step in range(STEPS):
-        for group in made.param_groups:
-            group["lr"] = rate * (1 - step / STEPS if falls else 1)
+        if falls:
+            for group in chosen.param_groups:
+                group["lr"] = rate * (1 - step / STEPS)
         x = torch.randn(16, 20, generator=random)
-        made.zero_grad()
-        (model(x) - teacher(x).detach()).square().mean().backward()
-        made.step()
-        found[step] = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy()
-    return found
+        chosen.zero_grad()
+        error = model(x) - teacher(x).detach()
+        error.square().mean().backward()
+        chosen.step()
+        weights = torch.nn.utils.parameters_to_vector(parameters)
+        path.append(weights.detach().double().numpy())
+    return np.array(path)
 
 
 @functools.cache
@@ -65,15 +70,21 @@ def named(vector: np.ndarray, dtype: torch.dtype = torch.float32) -> Weights:
     found = {}
     begin = 0
     for name, shape in shapes().items():
-        part = torch.from_numpy(vector[begin : begin + shape.numel()].copy())
+        end = begin + shape.numel()
+        part = torch.from_numpy(vector[begin:end].copy())
         found[name] = part.reshape(shape).to(dtype)
-        begin += shape.numel()
+        begin = end
     return found
 
 
 def by(decay: Callable[[int], float]) -> Average:
     """Return an EMA whose n-th update keeps decay(n)."""
-    return lambda step, average, weights: decay(step) * average + (1 - decay(step)) * weights
+
+    def update(step: int, average: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        kept = decay(step)
+        return kept * average + (1 - kept) * weights
+
+    return update
 
 
 def ema(decay: float) -> Average:
@@ -108,7 +119,9 @@ def write(
     folder.mkdir(exist_ok=True)
     averages = follow(update, weights)
     for step in TIMES:
-        content = form(step, named(weights[step - 1]), named(averages[step - 1], dtype))
+        now = named(weights[step - 1])
+        average = named(averages[step - 1], dtype)
+        content = form(step, now, average)
         torch.save(content, folder / f"step{step}.pt")
     return folder
 
@@ -127,10 +140,12 @@ def error_of(
     """Return the relative distance of an average from the sum over every step in float64, and the
     predicted error."""
     made = run.average(sigma_rel, dtype="float64")
-    vector = np.concatenate([made[prefix + name].numpy().ravel() for name in shapes()])
+    tensors = [made[prefix + name] for name in shapes()]
+    vector = np.concatenate([tensor.numpy().ravel() for tensor in tensors])
     truth = true_average(train() if weights is None else weights, sigma_rel)
+    error = np.linalg.norm(vector - truth) / np.linalg.norm(truth)
     assert made.predicted_error is not None
-    return float(np.linalg.norm(vector - truth) / np.linalg.norm(truth)), made.predicted_error
+    return float(error), made.predicted_error
 
 
 def check(
@@ -143,6 +158,8 @@ def check(
 ) -> None:
     """Check that an average is exact, and as exact as predicted: its error over the predicted one
     has bounds."""
-    error, predicted = error_of(Run(run) if isinstance(run, Path) else run, *of, **where)
+    if isinstance(run, Path):
+        run = Run(run)
+    error, predicted = error_of(run, *of, **where)
     assert error < most
     assert low < error / predicted < high

@@ -26,7 +26,7 @@ import numpy as np
 
 from posthoc_cli.checkpoints.pickles import Keys, Node, read_pickled, read_tensors
 from posthoc_cli.checkpoints.programs import AVERAGE_STATES, COUNTERS, MODEL_FILES
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.outputs import decode_index
 from posthoc_cli.snapshots.tensorfile import (
@@ -213,7 +213,7 @@ def _of_folder(folder: Path) -> Content:
             return open_checkpoint(places[0])
         if model is None:
             reason = "holds no weights: no safetensors, .bin or .pt file, and no .metadata"
-            raise FileFormatError(folder, reason)
+            raise UnsuitableError(folder, reason)
         if model == folder:
             content = _of_chunks(folder)
         elif model.name == DCP_METADATA:
@@ -305,13 +305,13 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
             return folder
         if any(name.startswith(_PARTITION) for name in models):
             reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
-            raise FileFormatError(folder, reason, "convert it by its zero_to_fp32.py")
+            raise UnsuitableError(folder, reason, "convert it by its zero_to_fp32.py")
         with_tensors = [name for name in models if len(models) == 1 or has_tensors(folder / name)]
         if len(with_tensors) == 1:
             return folder / with_tensors[0]
         if with_tensors:
             reason = f"holds several models: {names_in(with_tensors)}"
-            raise FileFormatError(folder, reason, f"name one by a glob such as */{with_tensors[0]}")
+            raise UnsuitableError(folder, reason, f"name one by a glob such as */{with_tensors[0]}")
     for name in names:
         metadata = folder / name / DCP_METADATA
         if name.startswith("pytorch_model_fsdp") and metadata.is_file():
@@ -376,7 +376,9 @@ def _of_file(path: Path) -> Content:
         if path.suffix == SUFFIX:
             header = decode_file(file)
             if header.kind == "snapshot":
-                raise FileFormatError(path, "is a snapshot of this package, no checkpoint")
+                raise UnsuitableError(
+                    path, "is a snapshot of this package, no checkpoint", "name its directory"
+                )
             values.update(header.metadata)
             values.update(_training_info(path, header.metadata))
             if header.kind is not None:

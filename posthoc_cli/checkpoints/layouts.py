@@ -50,7 +50,7 @@ from posthoc_cli.checkpoints.sets import (
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
-from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.errors import FileFormatError, InvalidValueError, UnsuitableError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
@@ -137,7 +137,7 @@ def _found(sets: Sets, settings: ImportSettings) -> Found:
         return _all_averaged(sets, settings)
     if settings.kind in (None, "checkpoints"):
         return _weights(sets, settings)
-    raise FileFormatError(sets.content.path, f"is no file of {settings.kind}")
+    raise UnsuitableError(sets.content.path, f"is no file of {settings.kind}")
 
 
 def _averages(sets: Sets, settings: ImportSettings) -> Iterator[Found]:
@@ -212,7 +212,7 @@ class Stored:
             first, other = self._found.undecided
             reason = "holds two sets, and nothing tells which is the average"
             hint = "name it by `average`, or name the folder of all files"
-            raise FileFormatError(self._content.path, f"{reason}: {first} or {other}", hint)
+            raise UnsuitableError(self._content.path, f"{reason}: {first} or {other}", hint)
 
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
@@ -444,7 +444,7 @@ def _check_slashes(content: Content) -> None:
     if len(heads) > 1 and any(map(AVERAGE_WORD.search, heads)):
         sets = ", ".join(f"{head}/" for head in heads)
         hint = f"import one of them with `include`, such as '{heads[-1]}/*'"
-        raise FileFormatError(content.path, f"holds tensors of {sets}", hint)
+        raise UnsuitableError(content.path, f"holds tensors of {sets}", hint)
 
 
 def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:

@@ -67,9 +67,9 @@ from posthoc_cli.errors import (
     VanishedError,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
-from posthoc_cli.snapshots.directory import is_import, is_snapshot_name, read_directory
+from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
 from posthoc_cli.snapshots.outputs import describe_tensors
-from posthoc_cli.snapshots.sources import Source, by_time, model_difference
+from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
@@ -577,27 +577,9 @@ def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
 # --- what is at a place
 
 
-def disk_sources(directory: str | Path, unclaimed: bool = False) -> list[Source]:
-    """Return the sources in the directory of a run or of an import, or those that a file or a glob
-    names.
-
-    They are snapshots of a tracker, or checkpoints; for `unclaimed` see `open_checkpoints`. Raise
-    DirectoryError if there are none, FileFormatError or MismatchError if a file is damaged or of
-    another model, InvalidValueError if an import must be given a setting.
-    """
-    if not (is_glob(directory) or is_import(directory)):
-        try:
-            return [*read_directory(files.as_path(directory))]
-        except DirectoryError:
-            if not files.expanded(directory).exists() or not _candidates(directory, _LeftOut()):
-                raise
-    return [*open_checkpoints(directory, unclaimed=unclaimed)]
-
-
-def is_glob(place: str | Path) -> bool:
-    """Return whether a name is a pattern, and no file or directory has this name."""
-    path = files.expanded(place)
-    return glob.has_magic(str(path)) and not path.exists()
+def has_candidates(directory: Path) -> bool:
+    """Return whether a directory exists and holds files that may be checkpoints."""
+    return directory.exists() and bool(_candidates(directory, _LeftOut()))
 
 
 def holds_checkpoints(place: str | Path) -> bool:
@@ -624,7 +606,7 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
 
 def _matches(pattern: Path) -> list[Path]:
     """Return the files and folders that a glob or a path names."""
-    if not is_glob(pattern):
+    if not files.is_glob(pattern):
         return [pattern] if pattern.exists() else []
     if files.is_url(pattern):
         from posthoc_cli.remote.store import matching

@@ -31,7 +31,7 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.checkpoints.source import STATISTICS, make_checkpoint, tied_names
 from posthoc_cli.dtypes import EPS
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
 
 _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
@@ -196,7 +196,7 @@ class Sets:
         if not choices:
             tensors = names_in([*self.content.tensors])
             choices = f"only tensors {tensors}"
-        raise FileFormatError(self.content.path, f"has no set of tensors {shown(text)}: {choices}")
+        raise UnsuitableError(self.content.path, f"has no set of tensors {shown(text)}: {choices}")
 
     # --- the model
 
@@ -219,9 +219,9 @@ class Sets:
         path = self.content.path
         if not groups:
             under = names_in(self.content.groups())
-            raise FileFormatError(path, f"holds no weights, only tensors under {under}")
+            raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
         reason = "which tensors are the model's is unclear: it has tensors under"
-        raise FileFormatError(path, f"{reason} {names_in(groups)}", _WHICH)
+        raise UnsuitableError(path, f"{reason} {names_in(groups)}", _WHICH)
 
     def _model_groups(self) -> list[str]:
         """Return the outermost keys that may be of a model, without copies of the best one so
@@ -244,7 +244,7 @@ class Sets:
         """Return the weights of the model by name; all tensors if none of the model's names has a
         prefix."""
         if not self.content.tensors:
-            raise FileFormatError(self.content.path, "holds no tensors with names")
+            raise UnsuitableError(self.content.path, "holds no tensors with names")
         try:
             path = self.model_path()
         except FileFormatError:
@@ -280,7 +280,7 @@ class Sets:
         keys = [pair.weights_key for pair in likeliest]
         if len(set(keys)) > 1:
             reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
-            raise FileFormatError(self.content.path, reason, _WHICH)
+            raise UnsuitableError(self.content.path, reason, _WHICH)
         return likeliest[0]
 
     def _check_unpaired(self, average: str) -> None:
@@ -309,7 +309,7 @@ class Sets:
         """Raise FileFormatError if there are several averages."""
         if len(averages) > 1:
             reason = "which of its sets of tensors is the average is unclear"
-            raise FileFormatError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
+            raise UnsuitableError(self.content.path, f"{reason}: {names_in(averages)}", _WHICH)
 
     def alone(self, average: str) -> Pair:
         """Return an average without weights, without keys that all its names begin with."""

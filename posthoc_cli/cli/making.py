@@ -272,6 +272,7 @@ def sweep(
     from posthoc_cli.sweep.trials import Metric
 
     _check_direction(minimize, look)
+    check_alone(look=look, metric=metric)
     check_alone(sigma_rel=sigma_rel, target=target)
     widths = options.optional(Axis.parse, sigma_rel, "--sigma-rel", "sigma_rel")
     axis = options.optional(Axis.parse, target, "--target") or widths

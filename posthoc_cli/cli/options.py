@@ -119,12 +119,18 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
 
 def parse_max_error(text: str) -> float:
     """Return the relative error that `--max-error` names: 0.01, or 1% for the same."""
+    number = text.strip()
+    scale = 1
+    if number.endswith("%"):
+        number = number.removesuffix("%")
+        scale = 100
     try:
-        return float(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
-    except ValueError:
-        raise bad(
-            "--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%"
-        ) from None
+        error = float(number) / scale
+        errors.check_max_error(error)
+    except ValueError:  # of either line
+        reason = "must be a relative error in (0, 1), such as 0.01 or 1%"
+        raise bad("--max-error", text, reason) from None
+    return error
 
 
 def parse_targets(sigma_rels: Sequence[str], others: Sequence[str]) -> list[Target]:
@@ -185,7 +191,7 @@ def _check_content(path: Path) -> None:
         raise InvalidValueError(path, "is an empty file")
     text = beginning.decode(errors="replace")
     is_text = "\ufffd" not in text and all(c.isprintable() or c.isspace() for c in text)
-    if is_text and path.suffix != ".json":
+    if is_text and not path.name.endswith(".index.json"):
         reason = f"is a text, not a file of tensors: {errors.shown(text[:40])}"
         raise InvalidValueError(path, reason)
 
@@ -199,14 +205,16 @@ def new_picture(out: Path | None, overwrite: bool) -> Path | None:
 
 def open_run(place: str, directory: bool = True) -> Run:
     """Open the run of DIR, which may be a file unless `directory`."""
-    from posthoc_cli.checkpoints.open_run import is_glob
+
     from posthoc_cli.run import Run
 
     path = files.expanded(files.given_path("DIR", place))
-    if is_glob(path):
+    if files.is_glob(path):
         return Run(path)
     path = existing(path, directory)
     if path.is_dir() and not holds_snapshots(path):
+        if directory and (path / "sweep.json").is_file():
+            raise InvalidValueError(path, "is the folder of a sweep", "name that of the run")
         for folder in sorted(path.iterdir()):
             if folder.is_dir() and holds_snapshots(folder):
                 raise InvalidValueError(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich import progress as live
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -54,7 +54,11 @@ def print_note(text: str) -> None:
 
 def _shown(text: str) -> str:
     """Return a text with control characters escaped, and options in place of quoted arguments."""
-    return printable(_QUOTED.sub(lambda match: OPTIONS.get(match[1], match[0]), text))
+
+    def option(match: re.Match[str]) -> str:
+        return OPTIONS.get(match[1], match[0])
+
+    return printable(_QUOTED.sub(option, text))
 
 
 def print_json(value: Any) -> None:
@@ -86,16 +90,24 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
     pairs = []
     for column in columns:
         title, separator, key = column.rpartition(":")
-        pairs.append((title if separator else title_of(key), key))
+        if not separator:
+            title = title_of(key)
+        pairs.append((title, key))
     for title, key in pairs:
-        is_number = all(isinstance(row.get(key, 0), int | float | None) for row in rows)
-        table.add_column(Text(title), justify="right" if is_number else "left", no_wrap=True)
+        values = [row.get(key, 0) for row in rows]
+        is_number = all(isinstance(value, int | float | None) for value in values)
+        side: JustifyMethod = "right" if is_number else "left"
+        table.add_column(Text(title), justify=side, no_wrap=True)
     for row in rows:
-        texts = [text(key, row[key]) if key in row else "" for _, key in pairs]
-        table.add_row(*[Text(printable(cell)) for cell in texts])
+        cells = []
+        for _, key in pairs:
+            cell = text(key, row[key]) if key in row else ""
+            cells.append(Text(printable(cell)))
+        table.add_row(*cells)
     drawn = io.StringIO()
     # as wide as its cells, also in a narrow terminal: lines can be searched and copied
-    Console(file=drawn, width=sys.maxsize, color_system=None).print(table)
+    console = Console(file=drawn, width=sys.maxsize, color_system=None)
+    console.print(table)
     for line in drawn.getvalue().splitlines():
         write(f"{line.rstrip()}\n")
 
@@ -108,18 +120,21 @@ def print_some(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         print_rows(rows, columns)
         return
     half = MOST_ROWS // 2
-    print_rows([*rows[:half], *rows[-half:]], columns)
+    first = rows[:half]
+    last = rows[-half:]
+    print_rows([*first, *last], columns)
     print_line(f"and {len(rows) - MOST_ROWS:,} more; --json lists them")
 
 
 def print_coefficients(snapshots: Sequence[Mapping[str, Any]]) -> None:
     """Print the snapshots of an average whose coefficients have the largest magnitude, in their
     order."""
-    sizes = [abs(snapshot["coefficient"]) for snapshot in snapshots]
-    by_size = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    sizes = [-abs(snapshot["coefficient"]) for snapshot in snapshots]
+    by_size = sorted(range(len(sizes)), key=sizes.__getitem__)
     largest = sorted(by_size[:MOST_ROWS])
-    print_rows([snapshots[index] for index in largest], ["file", "coefficient"])
-    left = len(snapshots) - len(largest)
+    rows = [snapshots[index] for index in largest]
+    print_rows(rows, ["file", "coefficient"])
+    left = len(snapshots) - len(rows)
     if left:
         print_line(f"and {left:,} more with smaller coefficients; --json lists them")
 
@@ -145,7 +160,8 @@ def write_picture(draw: Callable[[], Figure], path: Path, overwrite: bool) -> No
     """Write a figure to a file, which appears complete or not at all."""
     from posthoc_cli import plots
 
-    files.write_atomically(path, plots.as_file(draw, path.suffix), overwrite)
+    picture = plots.as_file(draw, path.suffix)
+    files.write_atomically(path, picture, overwrite)
 
 
 def counted(count: int, what: str) -> str:

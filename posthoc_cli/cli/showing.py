@@ -145,10 +145,11 @@ def _verdict(found: dict[str, Any], wrong: list[dict[str, Any]]) -> str:
         names = ", ".join(file["path"] for file in wrong[:3])
         more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
         return f"{len(wrong):,} of {total} {verb} {verdict}: {names}{more}"
+    unchecked = sum(file["state"] == "unchecked" for file in files)
     if found["bytes"]:
         size = resources.size_text(found["bytes"])
-        total += f", {size} verified in {found['seconds']:.1f} s"
-    unchecked = sum(file["state"] == "unchecked" for file in files)
+        verb = "read" if unchecked else "verified"
+        total += f", {size} {verb} in {found['seconds']:.1f} s"
     if not unchecked:
         return f"{total}: all intact"
     return f"{total}: {len(files) - unchecked:,} intact, {unchecked:,} without checksums"
@@ -426,7 +427,11 @@ def profile(
         text = _COMMON_WIDTHS if sigma_rel is None else sigma_rel
         rows = convert(count, parse_numbers(text, "--sigma-rel"), [])
     else:
-        rows = convert(count, [], _betas(target))
+        betas = _betas(target)
+        try:
+            rows = convert(count, [], betas)
+        except InvalidValueError as error:  # about a beta, where the target may be a half-life
+            raise bad("--target", target, error.reason) from error
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
         return

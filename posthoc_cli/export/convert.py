@@ -18,16 +18,16 @@ from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
     MismatchError,
+    UnsuitableError,
     check_alone,
     shown,
 )
 from posthoc_cli.export.like import Like, Replacement, check_shape
-from posthoc_cli.export.options import OutputOptions
-from posthoc_cli.export.writing import Writing
+from posthoc_cli.export.writing import OutputOptions, Writing
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.outputs import OutputInfo, Used, models_at, read_model
-from posthoc_cli.snapshots.snapshot import Snapshot, running_statistics
+from posthoc_cli.snapshots.outputs import models_at, read_model
+from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes
@@ -236,7 +236,7 @@ def _read_source(source: Path, weights: bool = False, average: str | None = None
         if checkpoint is None:
             reason = f"holds no average that its keys name ({stored.groups})"
             hint = "name its key by `average`, or say `weights` for the raw ones"
-            raise FileFormatError(source, reason, hint)
+            raise UnsuitableError(source, reason, hint)
         return checkpoint
     if weights:
         reason = f"is for a training's checkpoint, and {source.name} is none"
@@ -264,7 +264,7 @@ def _read_model(path: Path) -> StoredTensors:
         snapshot = read_snapshot(path)
         if snapshot.part is not None:
             hint = "export the folder of all its parts"
-            raise FileFormatError(path, "is a part of a snapshot", hint)
+            raise UnsuitableError(path, "is a part of a snapshot", hint)
         return snapshot
     return _model_of(path, opened, info)
 

@@ -38,11 +38,11 @@ import torch
 from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.content import INDEX_ENDING
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.checkpoints.pickles import FileRange, is_archive, member_begin
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES, WORDS
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, shown
-from posthoc_cli.export.options import INDEX_ENDING
 from posthoc_cli.snapshots.outputs import model_files, weights_at
 from posthoc_cli.snapshots.sources import Source, StoredTensors
 from posthoc_cli.snapshots.tensorfile import (

@@ -11,10 +11,13 @@ and the job is run again.
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -22,35 +25,182 @@ from datetime import timedelta
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import split_state_dict_into_shards_factory
 
-from posthoc_cli import files
+from posthoc_cli import files, resources
+from posthoc_cli.checkpoints.content import INDEX_ENDING
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import (
     FileFormatError,
+    InvalidValueError,
     OutputExistsError,
     PostHocError,
     RankError,
     WriteError,
+    check_alone,
+    check_word,
 )
 from posthoc_cli.export.like import Copy, Like, Replacement
-from posthoc_cli.export.options import OutputOptions
-from posthoc_cli.export.outputs import (
-    FOLDERS,
-    DistributedFolder,
-    FileOutput,
-    PickledFile,
-    SafetensorsFile,
-    Shards,
-    cut_shards,
-)
 from posthoc_cli.resources import ProgressBar, no_bar, worker_count
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.sources import counted
 from posthoc_cli.snapshots.tensorfile import SUFFIX, Entry, TensorFileWriter, read_file
-from posthoc_cli.synthesis.engine import check_device, cut_tiles, make_tiles
+from posthoc_cli.synthesis.engine import InMemory, Tile, check_device, cut_tiles, make_tiles
 from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
+from posthoc_cli.targets import Target
+
+# --- what a user wants of outputs: their layout and their names
+
+LAYOUTS = {
+    "safetensors": (SUFFIX,),
+    "sharded": (),
+    "pt": (".pt", ".pth", ".bin"),
+    "dcp": (),
+}
+"""The layouts of an output, each with the file name endings that it accepts; layouts without
+endings are folders."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Options for making averages and writing them to files."""
+
+    device: torch.device | str = "auto"  # computes the sums
+    workers: int | None = None  # number of threads; None for one per core
+    layout: str | None = None  # one of `LAYOUTS`; None to choose it by the output's name
+    # of a sharded output, such as "5GB", which is the default
+    max_shard_size: int | str | None = None
+    overwrite: bool = False
+    dry_run: bool = False  # plan only
+    # all processes of a torchrun job make this call, and each writes some of the shards
+    distributed: bool = False
+    # a checkpoint or model folder, which outputs are copies of but for the tensors of the average
+    like: str | Path | None = None
+    weights: bool = False  # replace its weights, not its own average
+    average: str | None = None  # the key, prefix or glob of the tensors to replace
+
+    def __post_init__(self) -> None:
+        if self.layout is not None:
+            check_word("layout", self.layout, LAYOUTS)
+        self.shard_bytes  # noqa: B018  raises an error if invalid
+        check_alone(weights=self.weights, average=self.average)
+        if self.like is None and (self.weights or self.average is not None):
+            name = "weights" if self.weights else "average"
+            raise InvalidValueError(name, "says which tensors of `like` to replace: give that, too")
+
+    @property
+    def shard_bytes(self) -> int:
+        size = "5GB" if self.max_shard_size is None else str(self.max_shard_size)
+        return resources.parse_bytes(size, "max_shard_size")
+
+    @property
+    def makes_folders(self) -> bool:
+        """Whether every output is a folder."""
+        if self.like is None:
+            return self.distributed or self.layout in ("sharded", "dcp")
+        like = files.local_path("like", files.expanded(self.like))
+        return like.is_dir() or like.name.endswith(INDEX_ENDING)
+
+    @property
+    def ending(self) -> str:
+        """The ending of the name of an output that is a file, by default."""
+        if self.like is not None:
+            return Path(self.like).suffix
+        return LAYOUTS[self.layout or "safetensors"][0]
+
+    def layout_of(self, path: Path) -> str:
+        """Return the layout of an output: as given, or by its name .pt, .safetensors, or a folder
+        of shards; or "like" for a copy.
+
+        Raises InvalidValueError if the name has the ending of another layout, or of none. A folder
+        may have any name.
+        """
+        if self.like is not None:
+            if not self.makes_folders and path.suffix != self.ending:
+                reason = f"must end in {self.ending}, as the file that it is a copy of"
+                raise InvalidValueError("out", reason, value=path)
+            return "like"
+        named = next((name for name, endings in LAYOUTS.items() if path.suffix in endings), None)
+        given = "sharded" if self.distributed else self.layout
+        layout = given or named or "sharded"
+        fits = named == layout or (named is None and (given is not None or not path.suffix))
+        if not (fits or path.is_dir()):
+            hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
+            reason = f"its ending does not fit the layout {layout}"
+            if given is None:
+                reason = f"the ending {path.suffix} says no layout"
+            raise InvalidValueError(path, reason, hint)
+        if self.max_shard_size is not None and layout != "sharded":
+            reason = f"is for a sharded output, and this layout is {layout}"
+            raise InvalidValueError("max_shard_size", reason, value=self.max_shard_size)
+        return layout
+
+    def check_like(self, dtype: torch.dtype | str | None) -> None:
+        """Raise an InvalidValueError for an option or a dtype that contradicts `like`."""
+        if self.like is None:
+            return
+        if any((self.distributed, self.layout, self.max_shard_size, parse_dtype(dtype))):
+            reason = (
+                "determines the output: `layout`, `dtype`, `max_shard_size` and torchrun cannot be "
+                "combined with it"
+            )
+            raise InvalidValueError("like", reason)
+        if self.overwrite and self.makes_folders:
+            raise InvalidValueError("overwrite", "a copy of a folder replaces no other folder")
+
+
+def output_paths(
+    targets: Sequence[Target],
+    out: str | Path | None,
+    dtype: torch.dtype | str | None,
+    options: OutputOptions,
+) -> list[Path]:
+    """Return the path of each target's output, none in a dry run: `out`, or a file or folder in it
+    for each.
+
+    Raises InvalidValueError if options contradict each other, or if two targets would have the same
+    path.
+    """
+    options.check_like(dtype)
+    if out is None:
+        if not options.dry_run:
+            raise InvalidValueError("out", "is missing; only a dry run needs no output")
+        return []
+    path = files.output_path("out", out)
+    is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
+    if options.distributed and (is_file or options.layout not in (None, "sharded")):
+        reason = "a job of several processes makes a folder of shards; name a folder"
+        raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
+    if not options.dry_run:
+        files.check_parent("out", path)
+    is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
+    if len(targets) == 1 and (options.makes_folders or not is_folder):
+        options.layout_of(path)
+        paths = [path]
+    elif is_file and not is_folder:
+        raise InvalidValueError("out", f"{len(targets)} targets need a folder", value=out)
+    else:
+        paths = _paths_in(path, targets, "" if options.makes_folders else options.ending)
+    return [] if options.dry_run else paths
+
+
+def _paths_in(folder: Path, targets: Sequence[Target], ending: str) -> list[Path]:
+    """Return paths named after the targets."""
+    paths = []
+    for target in targets:
+        name = target.label if target.sigma_rel is None else f"sigma_rel-{target.sigma_rel!r}"
+        path = folder / f"{name}{ending}"
+        if path in paths:
+            reason = f"two averages would both become {path}; a profile is named after its file"
+            raise InvalidValueError("out", reason, "rename one", value=folder)
+        paths.append(path)
+    return paths
+
 
 # --- processes
 
@@ -202,7 +352,7 @@ def _resources(options: OutputOptions, ranks: Ranks) -> tuple[torch.device, int 
     return check_device(device), max(1, worker_count() // count)
 
 
-# --- outputs
+# --- all outputs together
 
 CPU = torch.device("cpu")
 
@@ -332,3 +482,171 @@ def _check_no_snapshot(path: Path) -> None:
     if kind == "snapshot":
         reason = "is a snapshot of a run and is not replaced"
         raise OutputExistsError(path, reason, "choose another name")
+
+
+# --- one output, a class for each layout
+#
+# Each has a temporary name until it is published. `write` takes the tiles of one target, in any
+# order and thread. After the last one `complete` does what may fail, and `publish` gives the output
+# its name.
+
+FOLDERS = {
+    "sharded": re.compile(rf"model(-\d{{5}}-of-\d{{5}})?\.safetensors|{re.escape(INDEX_NAME)}"),
+    "dcp": re.compile(r"\.metadata|.*\.distcp"),
+}
+"""The layouts that are folders, each with a pattern of the names of its files: `overwrite` replaces
+a folder that holds no others."""
+
+
+class FileOutput(Protocol):
+    """An output on disk."""
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None: ...
+
+    def complete(self) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+class SafetensorsFile:
+    """One safetensors file with checksums."""
+
+    def __init__(self, writer: TensorFileWriter) -> None:
+        self._writer = writer
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        for name, data, begin in tile.pieces(values):
+            self._writer.write(name, data, begin)
+
+    def complete(self) -> None:
+        pass
+
+    def publish(self) -> None:
+        self._writer.commit()
+
+
+class Shards:
+    """A folder of safetensors files with their index; in a job, this rank's share of the files."""
+
+    def __init__(
+        self,
+        writers: Sequence[TensorFileWriter],
+        index: bytes,
+        folder: files.PendingFolder | None,
+    ) -> None:
+        self._files = writers
+        self._index = index
+        self._folder = folder  # in the first rank
+        self._writers = dict[str, TensorFileWriter]()
+        for writer in writers:
+            self._writers |= dict.fromkeys(writer.entries, writer)
+
+    def write(self, tile: Tile, values: torch.Tensor) -> None:
+        for name, data, begin in tile.pieces(values):
+            if name in self._writers:
+                self._writers[name].write(name, data, begin)
+
+    def complete(self) -> None:
+        for file in self._files:
+            file.commit()
+        if self._folder and self._index:
+            files.write_atomically(self._folder.temporary / INDEX_NAME, self._index)
+
+    def publish(self) -> None:
+        assert self._folder is not None, "the first rank publishes"
+        self._folder.publish()
+
+
+def cut_shards(
+    entries: Mapping[str, Entry],
+    size: int,
+    ranks: int,
+) -> tuple[dict[str, list[str]], bytes]:
+    """Return the tensors of each shard, and the index of several; there is one for each rank at
+    least.
+
+    Shards are cut as the Hugging Face libraries do; a single one has the name of a model in one
+    file.
+    """
+    total = nbytes(entries)
+    split = split_state_dict_into_shards_factory(
+        dict(entries),
+        get_storage_size=lambda entry: entry.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=min(size, max(1, -(-total // ranks))),
+    )
+    if not split.is_sharded:
+        return split.filename_to_tensors, b""
+    index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return split.filename_to_tensors, text.encode()
+
+
+class Collected(InMemory):
+    """Tensors that are collected in memory, since their library writes them in one call."""
+
+    def __init__(self, parts: Sequence[Combination]) -> None:
+        super().__init__(torch.device("cpu"))
+        self._parts = parts
+        for plan in parts:
+            self.make_room(plan, plan.tensors)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The tensors under all names."""
+        state = dict[str, torch.Tensor]()
+        for plan in self._parts:
+            for names in plan.names.values():
+                state |= dict.fromkeys(names, self.tensors[names[0]])
+        return state
+
+
+class PickledFile(Collected):
+    """A .pt file, which torch.load(weights_only=True) takes."""
+
+    def __init__(self, parts: Sequence[Combination], file: files.PendingFile) -> None:
+        super().__init__(parts)
+        self._file = file
+        self._end = 0
+
+    def complete(self) -> None:
+        stream = SimpleNamespace(write=self._append, flush=lambda: None)
+        try:
+            torch.save(self.state, stream)
+        # torch's own, which replaces that of `write`, and a KeyboardInterrupt
+        except RuntimeError as error:
+            raise error.__context__ or error from None
+
+    def _append(self, data: Any) -> int:
+        self._file.write_at(data, self._end)
+        size = memoryview(data).nbytes
+        self._end += size
+        return size
+
+    def publish(self) -> None:
+        self._file.publish()
+
+
+class DistributedFolder(Collected):
+    """A folder of torch.distributed.checkpoint."""
+
+    def __init__(self, parts: Sequence[Combination], folder: files.PendingFolder) -> None:
+        super().__init__(parts)
+        self._folder = folder
+
+    def complete(self) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        place = str(self._folder.temporary)
+        with files.reported_as_write_error(self._folder.path), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that there is only one process
+            try:
+                save(self.state, checkpoint_id=place, no_dist=True)
+            except CheckpointException as error:
+                (failure, _), *_ = error.failures.values()
+                # torch's own replaces that of a write
+                raise failure.__context__ or failure from error
+
+    def publish(self) -> None:
+        self._folder.publish()

@@ -1,28 +1,31 @@
 """The coefficients of the linear combination of stored averages that is nearest to a target.
 
-`solving` has both methods: the published one, and minimum variance, the default, whose `problem` is
-one of least squares. `prior` is what minimum variance knows about a run, from the `motion` of its
-network, fitted to distances, or from a `sketch` of its path; `nodes` are what both integrate over.
+`solving` has both methods: the published one, and minimum variance, the default. `motion` is what
+minimum variance knows about a run: how its network moves, fitted to distances, or from a `sketch`
+of its path. `nodes` are what both integrate over.
 """
 
-from posthoc_cli.reconstruction.motion import Distance, Motion
-from posthoc_cli.reconstruction.nodes import Steps, relative_width
-from posthoc_cli.reconstruction.prior import (
+from posthoc_cli.reconstruction.motion import (
     ASSUMED,
     MEASURED,
     ROUNDING,
     SAMPLED,
+    Distance,
     Measurements,
+    Motion,
     Prior,
     StoredAverage,
     assumed_prior,
     measured_prior,
+    seen_from,
 )
-from posthoc_cli.reconstruction.problem import Losses, Problem
+from posthoc_cli.reconstruction.nodes import Steps, relative_width
 from posthoc_cli.reconstruction.sketch import Sketch
 from posthoc_cli.reconstruction.solving import (
     METHODS,
     MOST_SOLVED,
+    Losses,
+    Problem,
     Reconstruction,
     check_method,
     one_blas_thread,
@@ -34,5 +37,5 @@ __all__ = [
     "ASSUMED", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "SAMPLED", "Distance", "Losses",
     "Measurements", "Motion", "Prior", "Problem", "Reconstruction", "Sketch", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "measured_prior",
-    "one_blas_thread", "reconstruct", "relative_width", "thinned_subset",
+    "one_blas_thread", "reconstruct", "relative_width", "seen_from", "thinned_subset",
 ]  # fmt: skip

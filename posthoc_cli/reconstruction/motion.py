@@ -1,10 +1,11 @@
-"""The motion of a network, fitted to the distances of its averages.
+"""What is known about stored averages in addition to their profiles: the motion of their network,
+their norms, and the errors of their copies.
 
-Model: the weights follow a random walk with independent increments of variance v(s) ds, which
-depends on the learning rate, plus noise of intensity w(s) whose memory is shorter than the time
-between snapshots, as of a network that is pulled back to its path. An average is theta_i = integral
-p_i(s) theta(s) ds = theta(0) + integral tail_i(s) d theta(s). The expected squared distance of two
-averages, one of them stored with a rounding error of variance r_j, is
+Model of the motion: the weights follow a random walk with independent increments of variance v(s)
+ds, which depends on the learning rate, plus noise of intensity w(s) whose memory is shorter than
+the time between snapshots, as of a network that is pulled back to its path. An average is theta_i =
+integral p_i(s) theta(s) ds = theta(0) + integral tail_i(s) d theta(s). The expected squared
+distance of two averages, one of them stored with a rounding error of variance r_j, is
 
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
@@ -14,6 +15,7 @@ ones), in float64."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -23,17 +25,370 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from posthoc_cli.profiles import (
+    Discrete,
     FloatArray,
     OrdinaryEMA,
     Point,
+    PowerFunction,
     StoredProfile,
+    roundings,
+    tails_at,
 )
-from posthoc_cli.reconstruction.nodes import MOST_POINTS, Nodes, Steps, evenly_chosen
+from posthoc_cli.reconstruction.nodes import EQUAL, MOST_POINTS, Nodes, Steps, evenly_chosen
+from posthoc_cli.reconstruction.sketch import Sketch
+
+# --- stored averages
+
+MEASURED = "measured"
+SAMPLED = "sampled"
+ASSUMED = "assumed"
+
+ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
+"""Root mean square error of one rounding to nearest, relative to the values, in units of eps:
+0.196.
+
+The error of a value m 2**e is uniform within a spacing of eps 2**e, with variance (eps 2**e)**2 /
+12. If logarithms of values are evenly distributed, the mean square of m in [1, 2) is 3 / (2 ln 2).
+"""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A squared distance from the average of the profile `other`, and the part of it that comes
+    from roundings."""
+
+    other: StoredProfile
+    squared: float
+    rounding: float
+
+
+Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an earlier one
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The squared norms of an exact average and of what its stored copy differs by; estimates for a
+    large model.
+
+    `distances` are to other averages, where both were sampled from files; headers hold none.
+    """
+
+    norm: float
+    rounding: float
+    distances: tuple[Distance, ...] = ()
+
+
+@dataclass(frozen=True)
+class StoredAverage:
+    """A stored average of so many updates, and its measurements."""
+
+    profile: PowerFunction | Point | Discrete
+    updates: int
+    eps: float  # distance from 1 to the next number of the accumulator's dtype
+    measurements: Measurements | None
+    steps: Steps | None = None
+    # exponents of all profiles that share means with it; empty if it has its own
+    gammas: tuple[float, ...] = ()
+    # time of a power function's first update: its mass before that applies to those values
+    t_first: float = 1.0
+
+    @property
+    def start(self) -> float:
+        """The earliest time at which motion matters: a tracker's first update, otherwise the first
+        training step, or the beginning if steps are unknown."""
+        if isinstance(self.profile, PowerFunction):
+            return self.t_first
+        if self.steps is None:
+            return 0.0
+        first_step = float(self.steps.clock.time_at(1))
+        return min(self.profile.t_first, first_step)
+
+    @property
+    def roundings(self) -> float:
+        """The number of independent roundings, each of a value of the average's size, that the
+        average contains."""
+        if isinstance(self.profile, PowerFunction):
+            return roundings(self.profile.gamma, self.updates)
+        if isinstance(self.profile, Point):
+            return 0.0
+        # Each update rounds, and its error decays as the mass of the earlier values does.
+        earlier = 1 - self.profile.tail(self.profile.times)
+        return float(np.sum(earlier**2))
+
+
+# --- the prior
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is known about snapshots in addition to their profiles. Arrays are in the snapshots'
+    order: shape [n] each.
+
+    `doubt` says how badly the motion explains the distances: the root mean square of log(measured /
+    expected). A walk with noise explains those of ordinary training within a few per cent; if the
+    path oscillates, or is smooth between snapshots, some are many times larger than expected, and
+    others smaller.
+    """
+
+    motion: Motion
+    rounding: FloatArray  # variance of each stored copy's rounding, r_i; 0 for an exact copy
+    arithmetic: FloatArray  # variance of each average from the arithmetic of its updates
+    norm: FloatArray  # squared norm of each average
+    # where the numbers come from: "measured" while training, "sampled" from the files, or "assumed"
+    source: str
+    steps: Steps | None = None
+    doubt: float = 0.0
+    sketch: Sketch | None = None
+    # errors that averages have in common, independent ones: shape [n, components]
+    shared: FloatArray | None = None
+
+    def of(self, snapshots: Sequence[int]) -> Prior:
+        """Return the prior of a subset of the snapshots, given by their indices."""
+        index = np.asarray(snapshots, dtype=np.intp)
+        shared = self.shared
+        if shared is not None:
+            shared = shared[index]
+        return replace(
+            self,
+            rounding=self.rounding[index],
+            arithmetic=self.arithmetic[index],
+            norm=self.norm[index],
+            shared=shared,
+        )
+
+
+def assumed_prior(
+    snapshots: Sequence[StoredProfile],
+    rounding: float = 0.0,
+    motion: Motion | None = None,
+) -> Prior:
+    """Return the prior of planned or unmeasured snapshots, relative to the norm; `rounding` is root
+    mean square."""
+    last = max(profile.t for profile in snapshots)
+    ones = np.ones(len(snapshots))
+    return Prior(
+        motion=motion or Motion.even(last),
+        rounding=rounding**2 * ones,
+        arithmetic=0 * ones,
+        norm=ones,
+        source=ASSUMED,
+    )
+
+
+# squared distance, relative to the largest one, below which its exact value hardly matters
+_NEGLIGIBLE = 1e-4
+
+
+def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = None) -> Prior:
+    """Return the prior from the measurements of a run's averages, or `assumed_prior` if any average
+    has none.
+
+    The order of the averages affects only that of the arrays. `sketch` covers the path up to the
+    last one.
+    """
+    profiles = [average.profile for average in averages]
+    measured = [average.measurements for average in averages if average.measurements is not None]
+    if not measured or len(measured) < len(averages):
+        return assumed_prior(profiles)
+    norm = np.array([measurements.norm for measurements in measured])
+    rounding = np.array([measurements.rounding for measurements in measured])
+    arithmetic = _arithmetic(averages, norm)
+    steps = _newest_steps(averages)
+    source = MEASURED
+    doubt = 0.0
+    pairs = _pairs(profiles, measured, arithmetic) if sketch is None else []
+    if sketch is not None:
+        motion = Motion.of_sketch(sketch, steps)
+    elif pairs:
+        motion, doubt = _fitted(averages, pairs, steps)
+    else:
+        motion = _even_motion(profiles, norm, steps)
+        # Weights that are all 0 have distances, but all of these are 0.
+        if norm.any() or not any(each.distances for each in measured):
+            source = ASSUMED
+    return Prior(
+        motion=motion,
+        rounding=rounding,
+        arithmetic=arithmetic,
+        norm=norm,
+        source=source,
+        steps=steps,
+        doubt=doubt,
+        sketch=sketch,
+        shared=_shared(averages, sketch),
+    )
+
+
+def _even_motion(
+    profiles: Sequence[StoredProfile],
+    norm: FloatArray,
+    steps: Steps | None,
+) -> Motion:
+    last = max(profile.t for profile in profiles)
+    variance = ASSUMED_STRETCH**2 * float(norm.mean())
+    return Motion.even(last, variance, steps)
+
+
+def _arithmetic(averages: Sequence[StoredAverage], norm: FloatArray) -> FloatArray:
+    """Return `Prior.arithmetic` of averages with these squared norms."""
+    counts = np.array([average.roundings for average in averages])
+    eps = np.array([average.eps for average in averages])
+    variances = (ROUNDING * eps) ** 2
+    return np.asarray(norm * variances * counts)
+
+
+def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
+    """Return the steps of the newest average, or of the one next to it whose steps are known, as
+    those of weights whose file does not say the unit of its number."""
+    in_order = sorted(averages, key=lambda average: _order_of(average.profile))
+    for average in reversed(in_order):
+        if average.steps is not None:
+            return average.steps
+    return None
+
+
+def _fitted(
+    averages: Sequence[StoredAverage],
+    pairs: Sequence[Pair],
+    steps: Steps | None,
+) -> tuple[Motion, float]:
+    """Return the motion that explains the distances of averages, and `Prior.doubt`."""
+    profiles = [average.profile for average in averages]
+    times = [profile.t for profile in profiles]
+    start = min(average.start for average in averages)
+    # Other libraries' averages of one time take the mean of the same weights in late intervals:
+    # with noise in place of a walk, combinations were up to 28 times as far off.
+    discrete = [profile.t for profile in profiles if isinstance(profile, Discrete)]
+    has_weights = any(isinstance(profile, Point) for profile in profiles)
+    beside = discrete if has_weights else []
+    motion, expected = fit_motion(start, times, pairs, steps, not discrete, beside)
+    doubt = _doubt(pairs, expected)
+    if any(interval_of(profile) > 1 for profile in profiles):
+        motion = replace(motion, sampling=sampling_of(motion, times, steps))
+    else:
+        spacing = spacing_of(motion.edges, discrete, steps)
+        motion = motion.with_forgotten(spacing)
+    norm = [each.measurements.norm for each in averages if each.measurements is not None]
+    even = _even_motion(profiles, np.array(norm), steps)
+    first = seen_from(start, profiles)
+    return motion.with_unseen(first, float(even.walk[0])), doubt
+
+
+_SAME = 0.98
+"""Tail of an average from which on it is taken for equal to all others that have as much: what lies
+before moves their difference by at most a fiftieth of its own motion."""
+
+_SEEN_WITHIN = 400  # parts of training, to one of which `seen_from` is exact for averages
+
+
+def seen_from(start: float, profiles: Sequence[StoredProfile]) -> float:
+    """Return the time from which on averages show the motion: before it all of them move alike."""
+    first = []
+    for profile in profiles:
+        if isinstance(profile, Point):
+            first.append(profile.t)
+            continue
+        times = np.linspace(start, profile.t, _SEEN_WITHIN)
+        same = times[profile.tail(times) >= _SAME]
+        first.append(max(same, default=start))
+    return float(min(first))
+
+
+def _doubt(pairs: Sequence[Pair], expected: FloatArray) -> float:
+    """Return `Prior.doubt`, from what motion expects relative to each distance."""
+    squares = np.array([distance.squared for _, distance in pairs])
+    least = _NEGLIGIBLE * squares.max()
+    ratios = (squares * expected + least) / (squares + least)
+    logs = np.log(ratios)
+    mean_square = np.mean(logs**2)
+    return float(np.sqrt(mean_square)) / 2
+
+
+def _shared(averages: Sequence[StoredAverage], sketch: Sketch | None) -> FloatArray | None:
+    """Return `Prior.shared`, from means that profiles share; None if there are none."""
+    steps = averages[-1].steps
+    if sketch is None or steps is None:
+        return None
+    largest = 0.0
+    indices = []
+    powers = []
+    for index, average in enumerate(averages):
+        largest = max(largest, *average.gammas, 0.0)
+        if isinstance(average.profile, PowerFunction):
+            indices.append(index)
+            powers.append(average.profile)
+    if all(profile.gamma >= largest for profile in powers):
+        return None
+    updates = steps.clock.step_at(sketch.edges) / steps.stride
+    projected, unseen = sketch.of_shared_means(powers, largest, updates)
+    rows = np.vstack((projected, unseen))
+    if not rows.any():
+        return None
+    shared = np.zeros((len(averages), len(rows)))
+    shared[indices] = rows.T
+    return shared
+
+
+def _order_of(profile: StoredProfile) -> tuple[float, float, float]:
+    """Return a sort key that depends on the profile alone; equal profiles have equal keys."""
+    if isinstance(profile, PowerFunction):
+        return profile.t, profile.gamma, 0.0
+    late = profile.tail(profile.t / 2)
+    return profile.t, np.inf, float(late)
+
+
+def _pairs(
+    profiles: Sequence[StoredProfile],
+    measured: Sequence[Measurements],
+    arithmetic: FloatArray,
+) -> list[Pair]:
+    """Return the measured distance of each pair of averages; if a pair has several records, the
+    last one.
+
+    Pairs of one power function, up to rounding, are left out: no motion explains their distance.
+    """
+    pairs: dict[tuple[tuple[float, ...], ...], Pair] = {}
+    largest = max(measurements.norm for measurements in measured)
+    floor = 1e-18 * largest
+    variances = arithmetic.tolist()
+    order = sorted(range(len(profiles)), key=lambda index: _order_of(profiles[index]))
+    for index in order:
+        profile = profiles[index]
+        variance = variances[index]
+        for distance in measured[index].distances:
+            earlier, later = sorted((profile, distance.other), key=_order_of)
+            keys = (_order_of(later), _order_of(earlier))
+            if _is_one_profile(*keys):
+                continue
+            # The partner may have been deleted; its arithmetic has about the same variance.
+            noise = distance.rounding + 2 * variance
+            # A distance below the errors is only known to be small.
+            squared = max(distance.squared, noise, floor)
+            if squared > 0:
+                # A gamma that was computed elsewhere may differ in its last bits.
+                key = tuple((t, round(gamma, 9), tail) for t, gamma, tail in keys)
+                pairs[key] = (later, Distance(earlier, squared, noise))
+    return list(pairs.values())
+
+
+def _is_one_profile(later: tuple[float, ...], earlier: tuple[float, ...]) -> bool:
+    """Return whether two keys of `_order_of` are of one power function, up to rounding."""
+    t, gamma, _ = later
+    earlier_t, earlier_gamma, _ = earlier
+    is_one_time = t - earlier_t <= EQUAL * t
+    return is_one_time and abs(gamma - earlier_gamma) < 1e-6 * (gamma + 1)
+
+
+# --- motion
 
 ASSUMED_STRETCH = 0.25
 """Assumed root mean square length of the walk over all of training, relative to the norm of the
 weights. Recorded runs have 0.01 (learning rate decayed to almost 0) to 0.45 (constant learning
 rate)."""
+
+
+# segments of a walk that rises towards the first update: each is off by a sixteenth of the rise
+_UNSEEN = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +422,19 @@ class Motion:
         walk = np.array([variance / count])
         return cls(edges, walk, noise=np.zeros(1))
 
+    @classmethod
+    def of_sketch(cls, sketch: Sketch, steps: Steps | None) -> Motion:
+        """Return the walk of a sketched path, see `Sketch.walked`, without noise."""
+        distinct = np.unique(sketch.edges)
+        if distinct.size < 2:
+            last = distinct[0]
+            return cls(np.array([last / 2, last]), walk=np.zeros(1), noise=np.zeros(1))
+        edges = evenly_chosen(distinct, MOST_SEGMENTS + 1)
+        ends = edges if steps is None else steps.clock.step_at(edges)
+        counts = np.diff(ends)
+        walk = sketch.walked(edges) / counts
+        return cls(edges, walk, noise=np.zeros_like(walk))
+
     def on(
         self,
         edges: FloatArray,
@@ -80,15 +448,47 @@ class Motion:
         of an average's mass, as of a checkpoint: there noise is the scatter of one value.
         """
         middle = (edges[:-1] + edges[1:]) / 2
-        segment = np.searchsorted(self.edges, middle, side="right") - 1
-        segment = np.clip(segment, 0, self.walk.size - 1)
+        begun = np.searchsorted(self.edges, middle, side="right")
+        last = self.walk.size - 1
+        segment = np.clip(begun - 1, 0, last)
         walk = self.walk[segment]
         noise = self.noise[segment]
         if self.scatter is not None:
             steps = np.searchsorted(edges, alone) - 1
             steps = steps[steps >= 0]
-            noise[steps] = instant * self.scatter[segment[steps]]
+            scatter = self.scatter[segment[steps]]
+            noise[steps] = instant * scatter
         return walk, noise
+
+    def with_unseen(self, end: float, most: float) -> Motion:
+        """Return the motion with a walk that rises to `most` from `end` back to the first update,
+        where no average shows it.
+
+        Learning rates fall, so that what came before the first file of a run, of which only the
+        last ones are kept, is seldom as quiet as what came after it.
+        """
+        start = self.edges[0]
+        if end <= start:
+            return self
+        unseen = np.linspace(start, end, _UNSEEN + 1)
+        edges = np.append(unseen, self.edges[self.edges > end])
+        segment = segments_of(self.edges, edges[1:])
+        motion = self._divided(edges, segment)
+        walk = motion.walk[:_UNSEEN]
+        middle = (unseen[1:] + unseen[:-1]) / 2
+        share = (end - middle) / (end - start)
+        walk += share * np.maximum(most - walk, 0.0)
+        return motion
+
+    def _divided(self, edges: FloatArray, segment: npt.NDArray[np.intp]) -> Motion:
+        """Return the same motion on more segments, each a part of one of these."""
+        scatter = self.scatter
+        if scatter is not None:
+            scatter = scatter[segment]
+        sampling = self.sampling
+        if sampling is not None:
+            sampling = sampling[segment]
+        return Motion(edges, self.walk[segment], self.noise[segment], scatter, sampling)
 
     def with_forgotten(self, spacing: FloatArray) -> Motion:
         """Return the motion with noise in place of the part of the walk that checkpoints show to be
@@ -106,7 +506,8 @@ class Motion:
         walked = self.walk * spacing
         forgotten = 2 * self.scatter
         total = walked + forgotten
-        share = np.divide(forgotten, total, out=0 * walked, where=self.scatter > 0)
+        share = np.zeros_like(walked)
+        np.divide(forgotten, total, out=share, where=self.scatter > 0)
         spectrum = share**2
         noise = self.noise + spectrum * walked * spacing / 3
         walk = (1 - spectrum) * self.walk
@@ -144,19 +545,6 @@ _UNSHOWN = 1e-20
 eps squared."""
 
 
-@dataclass(frozen=True)
-class Distance:
-    """A squared distance from the average of the profile `other`, and the part of it that comes
-    from roundings."""
-
-    other: StoredProfile
-    squared: float
-    rounding: float
-
-
-Pair = tuple[StoredProfile, Distance]  # an average, and its distance from an earlier one
-
-
 def fit_motion(
     start: float,
     times: Sequence[float],
@@ -188,10 +576,13 @@ def fit_motion(
     segments = edges.size - 1
     influences = influences_of(edges, pairs, steps)
     spacing = spacing_of(edges, ordinary, steps)
-    fits_noise = may_have_noise and len(pairs) >= _DISTANCES_FOR_NOISE * segments
-    fit = _Fit(influences, spacing, fits_noise, fits_scatter=len(ordinary) > 0)
+    has_enough = len(pairs) >= _DISTANCES_FOR_NOISE * segments
+    fits_noise = may_have_noise and has_enough
+    fits_scatter = len(ordinary) > 0
+    fit = _Fit(influences, spacing, fits_noise, fits_scatter)
     if not fit.has_influence:
-        return Motion(edges, *np.zeros((2, segments))), influences.rounding
+        still = np.zeros(segments)
+        return Motion(edges, walk=still, noise=still), influences.rounding
     for _ in range(_UPDATES):
         fit.update()
     walk, noise = fit.intensities()
@@ -199,7 +590,9 @@ def fit_motion(
     walk = with_floor(walk, influences.walk, others)
     scatter = fit.proportion * walk * spacing
     expected = influences.expected(walk, noise, scatter)
-    motion = Motion(edges, walk, noise, scatter if len(ordinary) else None)
+    motion = Motion(edges, walk, noise)
+    if fits_scatter:
+        motion = replace(motion, scatter=scatter)
     return motion, expected
 
 
@@ -226,7 +619,8 @@ class _Fit:
     ) -> None:
         # Averages that should be equal, and differ, are not what their files say: no motion
         # explains them.
-        explained = influences.walk.any(axis=1) | (influences.rounding > 0)
+        has_walk = influences.walk.any(axis=1)
+        explained = has_walk | (influences.rounding > 0)
         self._known = influences.rounding[explained]
         kinds = [influences.walk[explained]]
         if fits_noise:
@@ -237,8 +631,9 @@ class _Fit:
         # The same walk everywhere, as large as the distances are in the mean, and far less noise.
         first = []
         for share, influence in zip(_FIRST, kinds, strict=False):
-            mean = influence.sum(axis=1).mean()
-            first.append(share / max(mean, 1e-300))
+            totals = influence.sum(axis=1)
+            mean = max(totals.mean(), 1e-300)
+            first.append(share / mean)
         self._intensities = np.repeat(first, self._segments)
         self.proportion = _FIRST[1] if fits_scatter else 0.0
         self._scattered = np.zeros_like(self._influence)
@@ -249,9 +644,11 @@ class _Fit:
     def update(self) -> None:
         rows = self._rows
         total = rows.sum(axis=0)
-        expected = np.maximum(rows @ self._intensities + self._known, 1e-12)
-        weights = expected**-2
-        changes = np.divide(weights @ rows, total, out=np.ones_like(total), where=total > 0)
+        expected = rows @ self._intensities + self._known
+        weights = np.maximum(expected, 1e-12) ** -2
+        weighted = weights @ rows
+        changes = np.ones_like(total)
+        np.divide(weighted, total, out=changes, where=total > 0)
         if self.proportion:
             scatter = self._scattered @ self._intensities
             if scatter.any():
@@ -266,11 +663,14 @@ class _Fit:
         do.
         """
         fitted = self._intensities.reshape(-1, self._segments)
-        sizes = self._influence.sum(axis=0).reshape(fitted.shape)
+        totals = self._influence.sum(axis=0)
+        sizes = totals.reshape(fitted.shape)
+        segments = np.arange(self._segments)
         result = np.zeros((2, self._segments))
         for kind, values in enumerate(fitted):
-            shown = np.flatnonzero(sizes[kind] > _UNSHOWN * sizes[kind].max())
-            result[kind] = np.interp(np.arange(self._segments), shown, values[shown])
+            least = _UNSHOWN * sizes[kind].max()
+            shown = np.flatnonzero(sizes[kind] > least)
+            result[kind] = np.interp(segments, shown, values[shown])
         return result
 
 
@@ -284,11 +684,14 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
     least = _LEAST_OF_NEIGHBOURS * median_of_neighbours(walk)
     added = np.maximum(least - walk, 0.0)
     raised = walks * added
-    total = np.maximum(raised.sum(axis=1), 1e-300)
-    room = np.maximum(_MOST_RAISED - walks @ walk - others, 0.0)
+    sums = raised.sum(axis=1)
+    total = np.maximum(sums, 1e-300)
+    left = _MOST_RAISED - walks @ walk - others
+    room = np.maximum(left, 0.0)
     allowed = np.minimum(room / total, 1.0)
     shares = np.where(raised > 0, allowed[:, None], 1.0)
-    return np.asarray(walk + shares.min(axis=0) * added)
+    share = shares.min(axis=0)
+    return np.asarray(walk + share * added)
 
 
 def interval_of(profile: StoredProfile) -> int:
@@ -313,7 +716,8 @@ def sampling_of(motion: Motion, times: Sequence[float], steps: Steps | None) -> 
     """Return `Motion.sampling` for averages at these times."""
     if motion.scatter is not None:
         return _SAMPLED_OF_SCATTER * motion.scatter
-    return _SAMPLED_OF_WALK * motion.walk * spacing_of(motion.edges, times, steps)
+    spacing = spacing_of(motion.edges, times, steps)
+    return _SAMPLED_OF_WALK * motion.walk * spacing
 
 
 def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatArray:
@@ -329,22 +733,31 @@ def sampling_errors(profiles: Sequence[StoredProfile], motion: Motion) -> FloatA
         return np.zeros((0, len(profiles)))
     times = np.unique(np.concatenate(jumps))
     edges = evenly_chosen(times, MOST_POINTS)
-    tails = np.stack([profile.tail(edges) for profile in profiles], axis=1)
+    tails = tails_at(edges, profiles)
     masses = -np.diff(tails, axis=0, prepend=1.0)
     steps = np.diff(edges, prepend=edges[0])
-    updates = np.maximum(steps[:, None] / intervals, 1.0)
+    counts = steps[:, None] / intervals
+    updates = np.maximum(counts, 1.0)
     segment = segments_of(motion.edges, edges)
     variance = motion.sampling[segment]
     deviation = np.sqrt(variance[:, None] / updates)
-    rows = np.where(intervals > 1, deviation * masses, 0.0)
-    return np.asarray(np.linalg.qr(rows, mode="r"))
+    errors = deviation * masses
+    rows = np.where(intervals > 1, errors, 0.0)
+    return root_of(rows)
+
+
+def root_of(rows: FloatArray) -> FloatArray:
+    """Return rows of the same covariance, at most as many as there are columns."""
+    triangle = np.linalg.qr(rows, mode="r")
+    return np.asarray(triangle)
 
 
 def median_of_neighbours(values: FloatArray) -> FloatArray:
     """Return the median of each value, the two before and the two after it, as far as there are
     such: shape of `values`."""
     padded = np.pad(values, 2, constant_values=np.nan)
-    return np.nanmedian(sliding_window_view(padded, 5), axis=1)
+    neighbours = sliding_window_view(padded, 5)
+    return np.nanmedian(neighbours, axis=1)
 
 
 class Influences(NamedTuple):
@@ -359,25 +772,29 @@ class Influences(NamedTuple):
     def expected(self, walk: FloatArray, noise: FloatArray, scatter: FloatArray) -> FloatArray:
         """Return what motion expects of the distances, relative to them: shape [pairs]."""
         lasting = self.walk @ walk + self.noise @ noise
-        return np.asarray(lasting + self.rounding + self.scatter @ scatter)
+        known = lasting + self.rounding
+        return np.asarray(known + self.scatter @ scatter)
 
 
 def influences_of(edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> Influences:
     """Return the influences of motion between `edges` on measured distances."""
     integrals = _Integrals(edges, pairs, steps)
-    walk, noise, scatter = np.zeros((3, len(pairs), edges.size - 1))
+    segments = edges.size - 1
+    walk, noise, scatter = np.zeros((3, len(pairs), segments))
+    rounding = np.zeros(len(pairs))
     for row, (profile, distance) in enumerate(pairs):
         both = (profile, distance.other)
         walk[row] = integrals.of_tails(*both)
         noise[row] = integrals.of_masses(*both)
         if walk[row].any():  # else an average that is a copy of the checkpoint
             points = [each.t for each in both if isinstance(each, Point)]
-            scatter[row] = np.bincount(segments_of(edges, points), minlength=edges.size - 1)
-    squared = np.array([distance.squared for _, distance in pairs])
-    rounding = np.array([distance.rounding for _, distance in pairs])
-    by_pair = squared[:, None]
-    relative_rounding = np.minimum(rounding / squared, 1.0)
-    return Influences(walk / by_pair, noise / by_pair, scatter / by_pair, relative_rounding)
+            segment = segments_of(edges, points)
+            scatter[row] = np.bincount(segment, minlength=segments)
+        for kind in (walk, noise, scatter):
+            kind[row] /= distance.squared
+        share = distance.rounding / distance.squared
+        rounding[row] = min(share, 1.0)
+    return Influences(walk, noise, scatter, rounding)
 
 
 class _Integrals:
@@ -387,8 +804,8 @@ class _Integrals:
     def __init__(self, edges: FloatArray, pairs: Sequence[Pair], steps: Steps | None) -> None:
         self._columns: dict[StoredProfile, int] = {}
         for profile, distance in pairs:
-            self._columns.setdefault(profile, len(self._columns))
-            self._columns.setdefault(distance.other, len(self._columns))
+            for each in (profile, distance.other):
+                self._columns.setdefault(each, len(self._columns))
         profiles = list(self._columns)
         nodes = Nodes(edges, profiles, steps)
         self._tails = nodes.tails(profiles)
@@ -396,7 +813,8 @@ class _Integrals:
         self._weight = nodes.weight
         self._segments = edges.size - 1
         first = np.searchsorted(nodes.edges, edges[:-1])
-        self._segment = np.searchsorted(first, nodes.interval, side="right") - 1
+        begun = np.searchsorted(first, nodes.interval, side="right")
+        self._segment = begun - 1
 
     def of_tails(self, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
         return self._of(self._tails, later, earlier)
@@ -405,9 +823,12 @@ class _Integrals:
         return self._of(self._masses, later, earlier)
 
     def _of(self, values: FloatArray, later: StoredProfile, earlier: StoredProfile) -> FloatArray:
-        difference = values[:, self._columns[later]] - values[:, self._columns[earlier]]
+        of_later = values[:, self._columns[later]]
+        of_earlier = values[:, self._columns[earlier]]
+        difference = of_later - of_earlier
         squares = self._weight * difference**2
-        return np.asarray(np.bincount(self._segment, squares, self._segments))
+        sums = np.bincount(self._segment, squares, self._segments)
+        return np.asarray(sums)
 
 
 def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]:
@@ -418,7 +839,9 @@ def segments_of(edges: FloatArray, times: npt.ArrayLike) -> npt.NDArray[np.intp]
 
 def spacing_of(edges: FloatArray, times: Sequence[float], steps: Steps | None) -> FloatArray:
     """Return the steps from one of the times to the next on each segment: shape [segments]."""
-    segment = segments_of(edges, np.unique(times))
-    count = np.bincount(segment, minlength=edges.size - 1)
+    distinct = np.unique(times)
+    segment = segments_of(edges, distinct)
+    counts = np.bincount(segment, minlength=edges.size - 1)
     ends = edges if steps is None else steps.clock.step_at(edges)
-    return np.asarray(np.diff(ends) / np.maximum(count, 1))
+    lengths = np.diff(ends)
+    return np.asarray(lengths / np.maximum(counts, 1))

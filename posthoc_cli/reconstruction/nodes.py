@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.polynomial.legendre import leggauss, legvander
 
 from posthoc_cli.profiles import (
     Clock,
@@ -79,7 +80,8 @@ class _Updates:
     @classmethod
     def none(cls) -> _Updates:
         nothing = np.zeros(0)
-        return cls(nothing, nothing, np.zeros(0, dtype=np.intp), 0.0)
+        no_interval = np.zeros(0, dtype=np.intp)
+        return cls(nothing, nothing, no_interval, 0.0)
 
     @classmethod
     def of_intervals(
@@ -91,20 +93,24 @@ class _Updates:
     ) -> _Updates:
         """Return the updates of some of the intervals between `ends`, which follow `until` updates
         each; none begins before the first end."""
-        stride = steps.stride
-        numbers = [np.arange(until[interval], until[interval + 1]) for interval in intervals]
-        home = np.repeat(intervals, [len(each) for each in numbers])
-        count = np.concatenate((np.zeros(0), *numbers))
-        before = steps.clock.time_at(count * stride)
-        after = steps.clock.time_at((count + 1) * stride)
-        return cls(np.maximum(before, ends[0]), after, home, float(stride))
+        first = until[intervals]
+        counts = until[intervals + 1] - first
+        home = np.repeat(intervals, counts)
+        done = np.cumsum(counts) - counts
+        place = np.arange(counts.sum()) - np.repeat(done, counts)
+        number = np.repeat(first, counts) + place
+        before = steps.clock.time_at(number * steps.stride)
+        before = np.maximum(before, ends[0])
+        after = steps.clock.time_at((number + 1) * steps.stride)
+        return cls(before, after, home, float(steps.stride))
 
     def tails(self, profile: Profile) -> FloatArray:
         return self._at(self.before, profile)
 
     def masses(self, profile: Profile) -> FloatArray:
         """Return a profile's mass on each update, per step."""
-        masses = self.tails(profile) - self._at(self.after, profile)
+        later = self._at(self.after, profile)
+        masses = self.tails(profile) - later
         return masses / (self.stride or 1.0)
 
     def _at(self, times: FloatArray, profile: Profile) -> FloatArray:
@@ -112,7 +118,8 @@ class _Updates:
         end = np.inf
         if isinstance(profile, PowerFunction):
             end = profile.t * (1 + EQUAL)
-        return np.where(self.after <= end, profile.tail(times), 0.0)
+        tails = profile.tail(times)
+        return np.where(self.after <= end, tails, 0.0)
 
 
 class _Points(NamedTuple):
@@ -145,7 +152,8 @@ class Nodes:
         per_step: bool = True,
     ) -> None:
         powers = [profile for profile in stored if isinstance(profile, PowerFunction)]
-        self._gamma = max((profile.gamma for profile in powers), default=-1.0)
+        gammas = [profile.gamma for profile in powers]
+        self._gamma = max(gammas, default=-1.0)
         self._order = _ORDER if powers else 1
         self.instant = INSTANT if steps is None else float(steps.stride)
         base = _ends_of_mass(edges, stored, steps)
@@ -153,19 +161,24 @@ class Nodes:
         self._updates = _Updates.none()
         steps = steps if per_step else None
         if steps is not None:
-            bends = np.clip(steps.clock.times, base[0], base[-1])
+            start = base[0]
+            last = base[-1]
+            bends = np.clip(steps.clock.times, start, last)
             base = np.union1d(base, bends)
             until = _updates_until(base, steps)
             few = np.diff(until) <= FEW
-            self._updates = _Updates.of_intervals(np.flatnonzero(few), base, until, steps)
+            summed = np.flatnonzero(few)
+            self._updates = _Updates.of_intervals(summed, base, until, steps)
         self.edges = _cut(base, few, powers)
         self._density = _steps_per_time(self.edges, steps)
         self._set_nodes(base, few)
 
     def _set_nodes(self, base: FloatArray, few: npt.NDArray[np.bool_]) -> None:
         """Set the interval and the weight of each node, those of updates last."""
-        home = np.searchsorted(base, self.edges[1:]) - 1
-        self._cells = np.flatnonzero(~few[home])
+        ends = self.edges[1:]
+        home = np.searchsorted(base, ends) - 1
+        is_cell = ~few[home]
+        self._cells = np.flatnonzero(is_cell)
         by_time = self._place_in_cells()
         of_cells = np.repeat(self._cells, self._order)
         begins = base[self._updates.interval]
@@ -184,20 +197,24 @@ class Nodes:
         times = begin + half_width * (1 + x)
         self._s = times.ravel()
         self._width = half_width * w
-        return self._width * self._density[self._cells, None]
+        density = self._density[self._cells, None]
+        return self._width * density
 
     def tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass after each node: shape [M, n]."""
-        return np.stack([self._tail(profile) for profile in profiles], axis=1)
+        columns = [self._tail(profile) for profile in profiles]
+        return np.stack(columns, axis=1)
 
     def _tail(self, profile: Profile) -> FloatArray:
         inside = profile.tail(self._s)
-        return np.append(inside, self._updates.tails(profile))
+        of_updates = self._updates.tails(profile)
+        return np.append(inside, of_updates)
 
     def masses(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return each stored profile's mass at each node per step, or per time without a clock:
         shape [M, n]."""
-        return np.stack([self._mass(profile) for profile in profiles], axis=1)
+        columns = [self._mass(profile) for profile in profiles]
+        return np.stack(columns, axis=1)
 
     def _mass(self, profile: Profile) -> FloatArray:
         if isinstance(profile, PowerFunction):
@@ -210,16 +227,20 @@ class Nodes:
             per_time = np.repeat(mean, self._order)
         interval = self.interval[: per_time.size]
         inside = per_time / self._density[interval]
-        return np.append(inside, self._updates.masses(profile))
+        of_updates = self._updates.masses(profile)
+        return np.append(inside, of_updates)
 
     def goal_of_tail(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `tails`, [M], and the integral of the square that they miss,
         [K]; see `_projected`."""
         if self._is_polynomial(target):
-            return self._tail(target), np.zeros(self.edges.size - 1)
+            nothing = np.zeros(self.edges.size - 1)
+            return self._tail(target), nothing
         points = self._points_of(target)
-        inside, missed = self._projected(points, target.tail(points.s))
-        return np.append(inside, self._updates.tails(target)), missed
+        tails = target.tail(points.s)
+        inside, missed = self._projected(points, tails)
+        of_updates = self._updates.tails(target)
+        return np.append(inside, of_updates), missed
 
     def goal_of_mass(self, target: Profile) -> tuple[FloatArray, FloatArray]:
         """Return a target's values for `masses`, [M], and the integral of the square that they
@@ -229,7 +250,8 @@ class Nodes:
         of a 1-sqrt decay, has no integrable square, although the mass of each update is finite.
         """
         if self._is_polynomial(target):
-            return self._mass(target), np.zeros(self.edges.size - 1)
+            nothing = np.zeros(self.edges.size - 1)
+            return self._mass(target), nothing
         points = self._points_of(target)
         begin = self.edges[points.home]
         end = self.edges[points.home + 1]
@@ -241,9 +263,10 @@ class Nodes:
         high = np.minimum(points.s + reach, end)
         width = np.maximum(high - low, 1e-300)  # 0 in the last digits before an end
         mass = target.tail(low) - target.tail(high)
-        per_step = mass / (width * density)
-        inside, missed = self._projected(points, per_step)
-        return np.append(inside, self._updates.masses(target)), missed
+        steps = width * density
+        inside, missed = self._projected(points, mass / steps)
+        of_updates = self._updates.masses(target)
+        return np.append(inside, of_updates), missed
 
     def _is_polynomial(self, target: Profile) -> bool:
         if not isinstance(target, PowerFunction):
@@ -254,7 +277,9 @@ class Nodes:
         """Return points that resolve a target, in intervals whose updates are not nodes."""
         points = _resolving_points(target, self.edges)
         inside = np.isin(points.home, self._cells)
-        return _Points(points.s[inside], points.weights[inside], points.home[inside])
+        s = points.s[inside]
+        weights = points.weights[inside]
+        return _Points(s, weights, points.home[inside])
 
     def _projected(self, points: _Points, values: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Return the nearest polynomial's values at the nodes inside intervals, and the integral of
@@ -266,7 +291,8 @@ class Nodes:
         home = points.home
         begin = self.edges[home]
         end = self.edges[home + 1]
-        x = (2 * points.s - begin - end) / (end - begin)
+        from_middle = 2 * points.s - begin - end
+        x = from_middle / (end - begin)
         lagrange = _lagrange_polynomials(x, self._order)
         cells = np.searchsorted(self._cells, home)
         weighted = values * points.weights
@@ -274,19 +300,22 @@ class Nodes:
         sums = np.zeros_like(self._width)
         np.add.at(sums, cells, products)
         at_nodes = sums / self._width
-        polynomial = np.sum(lagrange * at_nodes[cells], axis=1)
-        left = values - polynomial
-        squares = left**2 * points.weights * self._density[home]
-        missed = np.bincount(home, squares, self.edges.size - 1)
-        return at_nodes.ravel(), np.asarray(missed, dtype=np.float64)
+        terms = lagrange * at_nodes[cells]
+        left = values - np.sum(terms, axis=1)
+        density = self._density[home]
+        squares = left**2 * points.weights * density
+        intervals = self.edges.size - 1
+        missed = np.bincount(home, squares, intervals)
+        return at_nodes.ravel(), missed.astype(np.float64)
 
 
 def _lagrange_polynomials(x: FloatArray, order: int) -> FloatArray:
     """Return the values at `x`, in [-1, 1], of the polynomials that are 1 at one of the nodes of an
     interval, and 0 at the others: shape [points, order]."""
     nodes, w = _gauss(order)
-    at_points = np.polynomial.legendre.legvander(x, order - 1)
-    at_nodes = np.polynomial.legendre.legvander(nodes, order - 1)
+    degree = order - 1
+    at_points = legvander(x, degree)
+    at_nodes = legvander(nodes, degree)
     norms = np.arange(order) + 0.5
     coefficients = norms[:, None] * at_nodes.T * w
     return np.asarray(at_points @ coefficients)
@@ -299,7 +328,8 @@ def _ends_of_mass(
 ) -> FloatArray:
     """Return these edges, and the times between them at which stored profiles end, and points of
     mass begin and end."""
-    jumps = [getattr(profile, "jumps", np.zeros(0)) for profile in stored]
+    nothing = np.zeros(0)
+    jumps = [getattr(profile, "jumps", nothing) for profile in stored]
     distinct = np.unique(np.concatenate(jumps))
     points = evenly_chosen(distinct, MOST_POINTS)
     if steps is None:
@@ -309,28 +339,32 @@ def _ends_of_mass(
         before = steps.clock.time_at(step - steps.stride)
     times = [profile.t for profile in stored]
     cuts = np.concatenate((edges, times, points, before))
-    inside = cuts.clip(edges.min(), edges.max())
-    return np.unique(inside)
+    first = edges.min()
+    last = edges.max()
+    return np.unique(cuts.clip(first, last))
 
 
 def _updates_until(times: FloatArray, steps: Steps) -> IndexArray:
     """Return the number of updates until each time; one exactly at a time is before it."""
     count = steps.clock.step_at(times) / steps.stride
-    return np.floor(count * (1 + EQUAL) + EQUAL).astype(np.intp)
+    raised = count * (1 + EQUAL) + EQUAL
+    return np.floor(raised).astype(np.intp)
 
 
 def _steps_per_time(edges: FloatArray, steps: Steps | None) -> FloatArray:
     if steps is None:
         return np.ones(edges.size - 1)
-    counts = np.diff(steps.clock.step_at(edges))
-    return np.asarray(counts / np.diff(edges))
+    ends = steps.clock.step_at(edges)
+    lengths = np.diff(edges)
+    return np.asarray(np.diff(ends) / lengths)
 
 
 def evenly_chosen(values: FloatArray, most: int) -> FloatArray:
     """Return at most so many of the values, both ends included."""
     count = min(values.size, most)
-    places = np.linspace(0, values.size - 1, count).round()
-    return np.asarray(values[places.astype(np.intp)])
+    places = np.linspace(0, values.size - 1, count)
+    indices = places.round().astype(np.intp)
+    return np.asarray(values[indices])
 
 
 def _cut(
@@ -341,11 +375,12 @@ def _cut(
     """Return edges between which log(s / t)**(gamma + 1) changes by at most `_FALL`, except in
     intervals of `few`."""
     cuts = [edges]
-    begins = edges[:-1][~few].tolist()
-    ends = edges[1:][~few].tolist()
+    begins = edges[:-1]
+    ends = edges[1:]
     for steep in {profile.gamma + 1 for profile in powers}:
-        for begin, end in zip(begins, ends, strict=True):
-            cuts.append(_cuts_between(begin, end, steep))
+        for index in np.flatnonzero(~few):
+            between = _cuts_between(float(begins[index]), float(ends[index]), steep)
+            cuts.append(between)
     return np.unique(np.concatenate(cuts))
 
 
@@ -353,13 +388,15 @@ def _cuts_between(begin: float, end: float, steep: float) -> FloatArray:
     """Return times in an interval between which log(s / t)**steep changes by at most `_FALL`."""
     fall = _FALLEN
     if begin > 0:
-        fall = min(_FALLEN, steep * np.log(end / begin))
+        change = steep * np.log(end / begin)
+        fall = min(fall, change)
     if fall <= _FALL:
         return np.zeros(0)
     count = np.ceil(fall / _FALL)
     last = count if begin > 0 else count + 1
     falls = np.arange(1, last) * fall / count
-    return np.asarray(end * np.exp(-falls / steep))
+    relative = np.exp(-falls / steep)
+    return np.asarray(end * relative)
 
 
 def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
@@ -369,17 +406,20 @@ def _resolving_points(profile: Profile, edges: FloatArray) -> _Points:
     and 1 geometrically: that resolves an average over a few of thousands of steps, and finds the
     edges of a window up to rounding.
     """
-    even = np.linspace(0, 1, 65)[1:-1]
-    geometric = np.exp2(-np.arange(1.0, 50.0))
-    levels = np.unique(np.concatenate((even, geometric, 1 - geometric)))
-    cuts = np.union1d(edges, _quantiles(profile, levels, edges))
+    even = np.arange(1, 64) / 64
+    halvings = np.arange(1.0, 50.0)
+    geometric = np.exp2(-halvings)
+    levels = np.concatenate((even, geometric, 1 - geometric))
+    quantiles = _quantiles(profile, np.unique(levels), edges)
+    cuts = np.union1d(edges, quantiles)
+    begins = cuts[:-1]
     x, w = _gauss(_FINE)
     half_width = np.diff(cuts)[:, None] / 2
-    middle = cuts[:-1, None] + half_width
+    middle = begins[:, None] + half_width
     times = middle + half_width * x
     widths = half_width * w
-    interval = np.searchsorted(edges, cuts[:-1], side="right") - 1
-    home = np.repeat(interval, _FINE)
+    begun = np.searchsorted(edges, begins, side="right")
+    home = np.repeat(begun - 1, _FINE)
     return _Points(times.ravel(), widths.ravel(), home)
 
 
@@ -388,19 +428,21 @@ def _quantiles(profile: Profile, levels: FloatArray, edges: FloatArray) -> Float
     low = edges[0]
     high = edges[-1]
     if isinstance(profile, PowerFunction):
-        relative = (1 - levels) ** (1 / (profile.gamma + 1))
-        return np.clip(profile.t * relative, low, high)
+        power = 1 / (profile.gamma + 1)
+        times = profile.t * (1 - levels) ** power
+        return np.clip(times, low, high)
     begin = np.full(levels.size, low)
     end = np.full(levels.size, high)
     for _ in range(100):  # bisections, to the last bit
         middle = (begin + end) / 2
-        above = profile.tail(middle) > levels
+        tail = profile.tail(middle)
+        above = tail > levels
         begin = np.where(above, middle, begin)
         end = np.where(above, end, middle)
     return end
 
 
-_gauss = lru_cache(np.polynomial.legendre.leggauss)
+_gauss = lru_cache(leggauss)
 
 
 def relative_width(profile: Profile, t: float) -> float:
@@ -408,9 +450,12 @@ def relative_width(profile: Profile, t: float) -> float:
     start included."""
     # With F = 1 - tail, by partial integration the mean is t - integral F and the mean square t^2 -
     # 2 integral s F.
-    points = _resolving_points(profile, np.array([0.0, t]))
-    below = (1 - profile.tail(points.s)) * points.weights
-    mean = t - float(below.sum())
-    mean_square = t * t - 2 * float(below @ points.s)
+    whole = np.array([0.0, t])
+    points = _resolving_points(profile, whole)
+    below = 1 - profile.tail(points.s)
+    weighted = below * points.weights
+    mean = t - float(weighted.sum())
+    moment = float(weighted @ points.s)
+    mean_square = t * t - 2 * moment
     variance = max(mean_square - mean**2, 0.0)
     return float(np.sqrt(variance)) / t

@@ -14,9 +14,8 @@ from posthoc_cli.profiles import (
     FloatArray,
     PowerFunction,
     Profile,
+    tails_at,
 )
-from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, Motion
-from posthoc_cli.reconstruction.nodes import Steps, evenly_chosen
 
 _POINTS = 4  # number of points in a window at which tails are evaluated
 
@@ -52,34 +51,40 @@ class Sketch:
     def measured(self, profiles: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
         """Return a column per profile whose combinations are errors: projected, [D, n], and unseen,
         [K + 2, n]."""
-        tails = self._tails(profiles)
-        bend = self._mean_tails(profiles) - (tails[1:] + tails[:-1]) / 2
+        tails = tails_at(self.edges, profiles)
+        line = (tails[1:] + tails[:-1]) / 2
+        bend = self._mean_tails(profiles) - line
         steps = np.diff(self.means, axis=0)
-        steady = self._steady * self._inner_share[:, None]
-        seen = steps.T @ tails[1:-1] + steady.T @ bend
+        along_line = steps.T @ tails[1:-1]
+        inside = self._steady * self._inner_share[:, None]
+        seen = along_line + inside.T @ bend
         # G, a parabola within a window, has the mean square departure 6/5 b^2 from its line. Noise
         # of n folds of variance s adds 12 s / n, for b = 1.
-        walk = np.sqrt(6 / 5 * self._inner_share * self._walk)
+        of_walk = 6 / 5 * self._inner_share * self._walk
+        walk = np.sqrt(of_walk)
         others = np.maximum(self.folds - 1, 1)
-        noise = np.sqrt(12 * self._unsteady / others)
-        either = np.hypot(walk, noise)[:, None] * bend
+        of_noise = 12 * self._unsteady / others
+        noise = np.sqrt(of_noise)
+        both = np.hypot(walk, noise)
+        either = both[:, None] * bend
         # Noise may be equal in all windows, as of weights that alternate: then its contributions
         # add up.
         aligned = noise @ bend
         # The mass of the first update lies on one value, not on the mean of its window.
-        first = np.sqrt(self.spread[0]) * tails[0]
-        return seen, np.vstack((either, aligned, first))
-
-    def _tails(self, profiles: Sequence[Profile]) -> FloatArray:
-        """Return the tails at the ends of the windows: shape [K + 1, n]."""
-        return np.stack([profile.tail(self.edges) for profile in profiles], axis=1)
+        spread = np.sqrt(self.spread[0])
+        first = spread * tails[0]
+        unseen = np.vstack((either, aligned, first))
+        return seen, unseen
 
     def _mean_tails(self, profiles: Sequence[Profile]) -> FloatArray:
         """Return the means of the tails over each window: shape [K, n]."""
         places = (np.arange(_POINTS) + 0.5) / _POINTS
-        lengths = np.diff(self.edges)
-        times = self.edges[:-1, None] + lengths[:, None] * places
-        means = [profile.tail(times).mean(axis=1) for profile in profiles]
+        begins = self.edges[:-1, None]
+        times = begins + self._lengths[:, None] * places
+        means = []
+        for profile in profiles:
+            tails = profile.tail(times)
+            means.append(tails.mean(axis=1))
         return np.stack(means, axis=1)
 
     def of_shared_means(
@@ -100,25 +105,34 @@ class Sketch:
         until each edge: folds of two are exact, since the newest value has each profile's own
         weight, and early in a run means are not shared.
         """
-        length = np.diff(self.edges) / self.folds / self.edges[1:]
+        ends = self.edges[1:]
+        length = self._lengths / self.folds / ends
         part = self._part_shared(updates, length)
-        steeper = np.array([largest - profile.gamma for profile in profiles])
-        masses = -np.diff(self._tails(profiles), axis=0)
+        gammas = np.array([profile.gamma for profile in profiles])
+        steeper = largest - gammas
+        tails = tails_at(self.edges, profiles)
+        masses = -np.diff(tails, axis=0)
         shift = part * length / self.folds / 12
         bend = shift[:, None] * steeper * masses
         noise, walk = self._noise_and_walk_of_folds()
-        of_noise = 12 * noise / np.where(part > 0, part, 1.0)
-        unseen = of_noise + 144 / 120 * 2 / 3 * walk
+        shared = np.where(part > 0, part, 1.0)
+        of_noise = 12 * noise / shared
+        of_walk = 144 / 120 * 2 / 3 * walk
+        unseen = of_noise + of_walk
         roots = np.sqrt(unseen * self.folds)
-        return self._steady.T @ bend, roots[:, None] * bend
+        projected = self._steady.T @ bend
+        return projected, roots[:, None] * bend
 
     def _part_shared(self, updates: FloatArray, length: FloatArray) -> FloatArray:
         """Return the part of u m / 12 that is an error, for folds of relative `length`: shape
         [K]."""
-        counts = np.maximum(np.diff(updates) / self.folds, 2.0)
-        is_shared = (length > 0) & (length * WINDOW <= LONGEST * counts)
+        per_fold = np.diff(updates) / self.folds
+        counts = np.maximum(per_fold, 2.0)
+        is_short = length * WINDOW <= LONGEST * counts
+        is_shared = (length > 0) & is_short
+        was_shared = np.logical_or.accumulate(is_shared)
         part = (counts - 1) * (counts - 2) / counts**2
-        return np.where(np.logical_or.accumulate(is_shared), part, 0.0)
+        return np.where(was_shared, part, 0.0)
 
     def _noise_and_walk_of_folds(self) -> tuple[FloatArray, FloatArray]:
         """Return the variances of noise in a fold's mean, s, and of a walk across a fold, v: shapes
@@ -128,33 +142,36 @@ class Sketch:
         `_walk` is 6 s / n + v n.
         """
         n = np.maximum(self.folds, 2.0)
-        noise = np.maximum(self._unsteady - 19 / 144 * self._inner_share * self._walk, 0.0)
-        noise /= (1 - 1 / n) * (1 - 5 / 6 * (1 + 1 / n) / n)
-        walk = np.maximum(self._walk - 6 * noise / n, 0.0) / n
+        of_walk = 19 / 144 * self._inner_share * self._walk
+        noise = np.maximum(self._unsteady - of_walk, 0.0)
+        deviating = 1 - 1 / n
+        unsteady = 1 - 5 / 6 * (1 + 1 / n) / n
+        noise /= deviating * unsteady
+        of_noise = 6 * noise / n
+        walk = np.maximum(self._walk - of_noise, 0.0) / n
         return noise, walk
 
-    def motion(self, steps: Steps | None) -> Motion:
-        """Return the walk that the path makes beyond its main direction, without noise.
+    def walked(self, edges: FloatArray) -> FloatArray:
+        """Return the squared length of the walk that the path makes beyond its main direction,
+        between edges of windows: shape [edges - 1].
 
         A projection shows motion in one direction fully, and coefficients fitted to it are right; a
         walk in many directions has errors in those that it does not show. Without that distinction
         errors of oscillations are up to 400 times larger; leaving out 4 or 16 directions in place
         of 1 makes a few ordinary ones larger.
         """
-        distinct = self.edges[np.diff(self.edges, prepend=-np.inf) > 0]
-        edges = evenly_chosen(distinct, MOST_SEGMENTS + 1)
-        if edges.size < 2:
-            edges = np.array([self.edges[0] / 2, self.edges[0]])
-            return Motion(edges, walk=np.zeros(1), noise=np.zeros(1))
         deviations = self._deviations
         if deviations.any():
             deviations = _without_main_direction(deviations)
-        squares = np.cumsum(self._squared(deviations))
-        until = np.append(0.0, squares)
+        squares = self._squared(deviations)
+        until = np.append(0.0, np.cumsum(squares))
         ends = np.searchsorted(self.edges[1:], edges[1:], side="right")
-        walked = np.diff(until[ends], prepend=0.0)
-        counts = np.diff(edges if steps is None else steps.clock.step_at(edges))
-        return Motion(edges, walk=walked / counts, noise=0 * counts)
+        return np.diff(until[ends], prepend=0.0)
+
+    @cached_property
+    def _lengths(self) -> FloatArray:
+        """The time that each window takes: shape [K]."""
+        return np.diff(self.edges)
 
     @cached_property
     def _inner_share(self) -> FloatArray:
@@ -172,15 +189,16 @@ class Sketch:
         if len(self.means) < 2:
             return np.zeros_like(self.means)
         slope = np.gradient(self.means, self._middle, axis=0)
-        lengths = np.diff(self.edges)
-        return np.asarray(slope * lengths[:, None])
+        steady = slope * self._lengths[:, None]
+        return np.asarray(steady)
 
     @cached_property
     def _unsteady(self) -> FloatArray:
         """The part of each window's spread that is not steady motion: shape [K]."""
-        steady = np.sum(self._steady**2, axis=1) / 12
-        rest = self.spread - self._inner_share * steady
-        return np.asarray(np.maximum(rest, 0.0))
+        squares = np.sum(self._steady**2, axis=1)
+        steady = self._inner_share * (squares / 12)
+        unsteady = np.maximum(self.spread - steady, 0.0)
+        return np.asarray(unsteady)
 
     @cached_property
     def _deviations(self) -> FloatArray:
@@ -193,11 +211,14 @@ class Sketch:
         if len(self.means) < 3:
             return np.diff(self.means, axis=0)
         before = self._middle[:-2]
-        span = self._middle[2:] - before
-        fraction = (self._middle[1:-1] - before) / span
+        after = self._middle[2:]
+        passed = self._middle[1:-1] - before
+        fraction = passed / (after - before)
         first = self.means[:-2]
-        line = first + (self.means[2:] - first) * fraction[:, None]
-        return np.asarray(2 * (self.means[1:-1] - line))
+        change = self.means[2:] - first
+        line = first + change * fraction[:, None]
+        deviations = self.means[1:-1] - line
+        return np.asarray(2 * deviations)
 
     @cached_property
     def _walk(self) -> FloatArray:
@@ -209,7 +230,8 @@ class Sketch:
         like their neighbours."""
         squares = np.sum(deviations**2, axis=1)
         if len(self.means) < 3:
-            return np.full(len(self.means), squares.sum())
+            total = squares.sum()
+            return np.full(len(self.means), total)
         return np.pad(squares, 1, mode="edge")
 
 
@@ -218,6 +240,8 @@ def _without_main_direction(vectors: FloatArray) -> FloatArray:
     been an average one."""
     _, _, directions = np.linalg.svd(vectors, full_matrices=False)
     main = directions[:1]
+    in_main = vectors @ main.T @ main
+    others = vectors - in_main
     count = vectors.shape[1]
-    others = vectors - vectors @ main.T @ main
-    return np.asarray(others * np.sqrt(count / (count - 1)))
+    scale = np.sqrt(count / (count - 1))
+    return np.asarray(others * scale)

@@ -19,7 +19,8 @@ _files: Any = HfFileSystem(skip_instance_cache=True)
 
 @cache
 def _commit(kind: str, repository: str, revision: str) -> str:
-    return str(_api.repo_info(repository, revision=revision, repo_type=kind).sha)
+    info = _api.repo_info(repository, revision=revision, repo_type=kind)
+    return str(info.sha)
 
 
 def _pinned(key: str) -> str:
@@ -43,7 +44,8 @@ def head(key: str) -> dict[str, Any]:
     if "@" not in folder:
         raise FileNotFoundError
     for entry in _files.ls(folder, detail=True):
-        if entry["name"] == pinned and entry["type"] == "file":
+        is_file = entry["type"] == "file"
+        if is_file and entry["name"] == pinned:
             return _facts(entry)
     raise FileNotFoundError
 
@@ -79,7 +81,8 @@ def revisions(key: str) -> list[str]:
     """Return the names of the branches and tags of a repository."""
     path = _files.resolve_path(key)
     refs = _api.list_repo_refs(path.repo_id, repo_type=path.repo_type)
-    return [ref.name for ref in (*refs.branches, *refs.tags)]
+    named = [*refs.branches, *refs.tags]
+    return [ref.name for ref in named]
 
 
 def _facts(entry: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import time
 import urllib.parse
@@ -49,6 +50,8 @@ _COMPARED = [
     ("raw weights", "raw"),
 ]
 """The columns of the table of several sweeps, with their keys."""
+_UNITS = re.compile(r"(?<=\d) (?=(?:%|±|x|s|[kMGTPE]?B)(?!\w))|(?<=[±<>]) (?=\d)")
+"""The spaces between numbers and units, and those in "0.29 ± 0.01" and "< 0.1 %"."""
 _MOST_IMAGES = 50_000_000  # bytes of a sweep's images, which a browser still opens at once
 
 
@@ -101,7 +104,13 @@ def _template() -> jinja2.Template:
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )
     environment.filters["size"] = size_text
+    environment.filters["unbroken"] = _unbroken
     return environment.get_template("page.html")
+
+
+def _unbroken(text: str) -> str:
+    """Return a text in which no line ends between a number and its unit."""
+    return _UNITS.sub("\u00a0", text)
 
 
 def _describe_run(run: Run) -> dict[str, Any]:
@@ -123,6 +132,9 @@ def _describe_sweep(folder: Path, parts: Sequence[dict[str, Any]], out: Path) ->
     """Return the texts and figures of a sweep, after adding them and its commands to the part of
     its run."""
     path = folder / RESULT
+    if not folder.is_dir():
+        reason = "is not a directory"
+        raise InvalidValueError("sweep", reason, "name the folder of a sweep", value=folder)
     if not path.is_file():
         raise InvalidValueError(
             "sweep", f"holds no {RESULT}", "name the folder of a sweep", value=folder
@@ -187,7 +199,7 @@ def _rows(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     for key in ("target", "seed", "value", "standard_error", "predicted_error", "seconds"):
         if any(trial[key] is not None for trial in trials):
             names[key] = result["metric"] if key == "value" else title_of(key)
-    best = result.get("best", {}).get("target")
+    best = _best_target(result)
     rows = []
     for trial in trials:
         log = f"{LOGS}/{Trial(**trial).name}"
@@ -221,6 +233,7 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """
     stops = dict[str, dict[str, Any]]()
     size = 0
+    best = _best_target(result)
     for trial in _sorted(result):
         target = trial["target"]
         kept = folder / images.FOLDER / Trial(**trial).name
@@ -231,15 +244,26 @@ def _stops(result: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             title = target
             if trial["value"] is not None:
                 title += f", {result['metric']} {trial['value']:.6g}"
-            is_best = target == result.get("best", {}).get("target")
-            stops[target] = {"title": title, "best": is_best, "images": []}
+            stops[target] = {"title": title, "best": target == best, "paths": []}
         size += sum(path.stat().st_size for path in paths)
-        stops[target]["images"] += paths
+        stops[target]["paths"] += paths
+    share = min(1, _MOST_IMAGES / max(size, 1))
     for stop in stops.values():
-        count = math.ceil(len(stop["images"]) * min(1, _MOST_IMAGES / size))
-        stop["left"] = len(stop["images"]) - count
-        stop["images"] = [(path.name, _image(path)) for path in stop["images"][:count]]
+        _read_images(stop, share)
     return [*stops.values()]
+
+
+def _read_images(stop: dict[str, Any], share: float) -> None:
+    """Add the first images of a length, and the number of those that are left out."""
+    paths = stop.pop("paths")
+    count = math.ceil(len(paths) * share)
+    stop["left"] = len(paths) - count
+    stop["images"] = [(path.name, _image(path)) for path in paths[:count]]
+
+
+def _best_target(result: dict[str, Any]) -> str | None:
+    best: str | None = result.get("best", {}).get("target")
+    return best
 
 
 def _image(path: Path) -> str:

@@ -39,7 +39,7 @@ from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, 
 from posthoc_cli.reconstruction import Measurements, measured_prior
 from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
 from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import averages_of, by_time, model_difference
+from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
     Box,
@@ -107,7 +107,9 @@ class Directory:
 def is_import(path: str | Path) -> bool:
     """Return whether a path is a folder with the manifest of an import."""
     manifest = files.as_path(path) / MANIFEST
-    return manifest.is_file() if files.is_url(manifest) else os.path.lexists(manifest)
+    if files.is_url(manifest):
+        return manifest.is_file()
+    return os.path.lexists(manifest)
 
 
 def is_snapshot_name(path: Path) -> bool:
@@ -123,10 +125,12 @@ def is_tensor_file(path: Path) -> bool:
 def is_parts_folder(path: Path) -> bool:
     """Return whether a path is a folder that, by the names in it, holds parts of one snapshot."""
     with suppress(DirectoryError):
-        entries = () if path.is_symlink() else list_directory(path)
-        found = [
-            entry.name for entry in entries if is_tensor_file(entry) or is_snapshot_name(entry)
-        ]
+        if path.is_symlink():
+            return False
+        found = []
+        for entry in list_directory(path):
+            if is_tensor_file(entry) or is_snapshot_name(entry):
+                found.append(entry.name)
         return bool(found) and all(map(_PART_NAME.fullmatch, found))
     return False
 
@@ -139,9 +143,10 @@ def list_directory(directory: Path) -> tuple[Path, ...]:
         if isinstance(error, PostHocError):
             raise
         known = {errno.ENOENT: "no such directory", errno.ENOTDIR: "is not a directory"}
-        unread = f"cannot be read: {(error.strerror or str(error)).lower()}"
-        hint = _NAME_A_RUN if error.errno in known else ""
-        raise DirectoryError(directory, known.get(error.errno or 0, unread), hint) from error
+        if error.errno in known:
+            raise DirectoryError(directory, known[error.errno], _NAME_A_RUN) from error
+        reason = error.strerror or str(error)
+        raise DirectoryError(directory, f"cannot be read: {reason.lower()}") from error
 
 
 def listed(directory: Path) -> Directory:
@@ -173,7 +178,9 @@ def _read(path: Path) -> Snapshot | FileFormatError | None:
     exists."""
     try:
         file = read_file(path)
-        return None if file.kind in (None, "output") else decode_snapshot(file)
+        if file.kind in (None, "output"):
+            return None
+        return decode_snapshot(file)
     except FileFormatError as error:
         return None if files.is_absent(path) else error
 
@@ -182,7 +189,8 @@ def inspect_directory(directory: Path) -> Directory:
     """Read the headers of all snapshots in a directory, continuing after errors; raise errors of
     `list_directory`."""
     listing = listed(directory)
-    return inspected(listing, in_turn(_read, listing.files, files.is_url(directory)))
+    headers = in_turn(_read, listing.files, files.is_url(directory))
+    return inspected(listing, headers)
 
 
 def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
@@ -196,13 +204,15 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
         try:
             content = joined(path, [header_of[file] for file in paths])
         except PostHocError as error:
-            problems += [] if files.is_absent(path) else [error]
+            if not files.is_absent(path):
+                problems.append(error)
             continue
         if isinstance(content, Snapshot):
             snapshots.append(content)
         elif content:
             notes.append(f"{path.name}: has {content}")
-            incomplete |= {} if path in paths else {path: content}
+            if path not in paths:
+                incomplete[path] = content
     snapshots = by_time(snapshots)
     notes += _missing_at_newest(snapshots)
     problems += contradictions(snapshots)
@@ -218,20 +228,26 @@ def inspected(listing: Directory, headers: Iterable[object]) -> Directory:
 def _missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
     """Return a note about each profile without a snapshot of the newest time, which thinning never
     removes. A run that was resumed without a profile does not track it any more."""
-    newest = [snapshot for snapshot in snapshots if snapshot.t == snapshots[-1].t]
+    if not snapshots:
+        return []
+    last = snapshots[-1].t
     missing = {snapshot.sigma_rel for snapshot in snapshots}
-    for snapshot in newest:
-        missing &= {*snapshot.sigma_rels}
-    missing -= {snapshot.sigma_rel for snapshot in newest}
-    at = f"t = {snapshots[-1].t:,.12g}, the newest" if newest else ""
+    for snapshot in snapshots:
+        if snapshot.t == last:
+            missing &= {*snapshot.sigma_rels}
+            missing.discard(snapshot.sigma_rel)
+    at = f"t = {last:,.12g}, the newest"
     return [f"{at}: no snapshot of sigma_rel {sigma_rel:g}" for sigma_rel in sorted(missing)]
 
 
 def read_snapshot(path: Path) -> Snapshot:
     """Read a snapshot, a file or a folder of parts; raise FileFormatError or MismatchError if it is
     not one."""
-    paths = [*filter(is_tensor_file, list_directory(path))] if path.is_dir() else [path]
-    content = joined(path, [*map(_read, paths)])
+    paths = [path]
+    if path.is_dir():
+        paths = [*filter(is_tensor_file, list_directory(path))]
+    headers = [*map(_read, paths)]
+    content = joined(path, headers)
     if not isinstance(content, Snapshot):
         raise FileFormatError(path, f"is no complete snapshot: it has {content or 'no parts'}")
     return content
@@ -240,7 +256,9 @@ def read_snapshot(path: Path) -> Snapshot:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """Read the snapshots of a run like `read_directory`; return none for a missing or empty
     directory."""
-    content = Directory(directory) if files.is_absent(directory) else inspect_directory(directory)
+    if files.is_absent(directory):
+        return []
+    content = inspect_directory(directory)
     for problem in content.problems:
         raise problem
     return list(content.snapshots)
@@ -255,10 +273,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
     if found := find_snapshots(directory):
         return found
     content = inspect_directory(directory)
-    foreign = [path.name for path in content.entries if path.suffix in (SUFFIX, *PICKLES)]
-    others = [*content.notes, *(f"{name} is not a snapshot of this package" for name in foreign)]
+    others = [*content.notes]
+    for path in content.entries:
+        if path.suffix in (SUFFIX, *PICKLES):
+            others.append(f"{path.name} is not a snapshot of this package")
+    reason = "; ".join(["no snapshots here", *others[:1]])
     hint = ON_ONE_FILE_SYSTEM if content.incomplete else _NAME_A_RUN
-    raise DirectoryError(directory, "; ".join(["no snapshots here", *others[:1]]), hint)
+    raise DirectoryError(directory, reason, hint)
 
 
 # --- snapshots of several parts
@@ -289,14 +310,19 @@ def joined(path: Path, headers: Sequence[object]) -> Snapshot | str:
     if parts[0].path == path and parts[0].part is None:
         return parts[0]
     sets = _sets(parts)
-    complete = [of_set for (number, *_), of_set in sets.items() if len(of_set) == number]
+    complete = []
+    texts = []
+    for (number, *_), of_set in sorted(sets.items()):
+        if len(of_set) == number:
+            complete.append(of_set)
+        texts.append(f"{len(of_set)} of {number} parts")
     if len(complete) > 1:
         first, other = complete[:2]
         raise _apart(first[0], other[0], "are parts of two complete snapshots", "remove one")
     if complete:
         return _join(path, complete[0])
-    texts = [f"{len(of_set)} of {number} parts" for (number, *_), of_set in sorted(sets.items())]
-    if len({session for _, session, _ in sets}) > 1:
+    sessions = {session for _, session, _ in sets}
+    if len(sessions) > 1:
         texts.append("of different sessions of the training")
     return ", ".join(texts)
 
@@ -313,11 +339,16 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
         for before in of_set[-1:]:
             reason = "are both part {} of {}".format(*part.part)
             if part.part != before.part:
-                reason = _difference(*(vars(one) | dict.fromkeys(_OWN) for one in (before, part)))
+                reason = _difference(_of_all_parts(before), _of_all_parts(part))
             if reason:
                 raise _apart(before, part, reason)
         of_set.append(part)
     return sets
+
+
+def _of_all_parts(part: Snapshot) -> dict[str, object]:
+    """Return the fields of a part without its own."""
+    return vars(part) | dict.fromkeys(_OWN)
 
 
 def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
@@ -333,18 +364,22 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     boxes = list[dict[str, Box]]()
     joined_files = list[TensorFile]()
     for part in parts:
-        chunks = {name: chunk.box(part.entries[name].shape) for name, chunk in part.chunks.items()}
+        chunks = {}
+        for name, chunk in part.chunks.items():
+            chunks[name] = chunk.box(part.entries[name].shape)
         boxes.append(chunks)
         joined_files.append(replace(part.files[0], boxes=chunks))
     shapes = dict[str, tuple[int, ...]]()
     for name, tensor in shared["tensors"].items():
         if tensor.role == "average":
             shapes[name] = entries[name].shape
+    samples = [part.sample for part in parts]
+    sketches = [part.sketch for part in parts]
     return replace(
         parts[0],
         **shared,
-        sample=joined_sample([part.sample for part in parts], boxes, shapes),
-        sketch=joined_paths([part.sketch for part in parts]),
+        sample=joined_sample(samples, boxes, shapes),
+        sketch=joined_paths(sketches),
         path=folder,
         entries=entries,
         files=tuple(joined_files),
@@ -352,25 +387,46 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
 
 
 def _joined_entry(folder: Path, name: str, parts: Sequence[Snapshot]) -> Entry:
-    held = [(part.chunks[name], part.entries[name]) for part in parts if name in part.chunks]
-    shape, *others = {chunk.shape for chunk, _ in held}
-    problem = cover_problem(shape, [chunk.box(entry.shape) for chunk, entry in held])
+    shapes = set()
+    boxes = []
+    dtypes = []
+    for part in parts:
+        if name in part.chunks:
+            chunk = part.chunks[name]
+            entry = part.entries[name]
+            shapes.add(chunk.shape)
+            boxes.append(chunk.box(entry.shape))
+            dtypes.append(entry.dtype)
+    shape, *others = shapes
+    problem = cover_problem(shape, boxes)
     if others:
         problem = f"its chunks are of the shapes {sorted([shape, *others])}"
     if problem:
         raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
     # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-    return Entry(max((entry.dtype for _, entry in held), key=ITEM_BYTES.__getitem__), shape)
+    widest = max(dtypes, key=ITEM_BYTES.__getitem__)
+    return Entry(widest, shape)
 
 
 def shared_fields(parts: Sequence[Snapshot]) -> dict[str, Any]:
     """Return the fields of the snapshot of these parts that follow from the headers alone."""
-    known = [part.measurements for part in parts if part.measurements is not None]
-    measured = Measurements(sum(part.norm for part in known), sum(part.rounding for part in known))
+    tensors = dict[str, TrackedTensor]()
+    aliases = dict[str, str]()
+    known = []
+    for part in parts:
+        tensors |= part.tensors
+        aliases |= part.aliases
+        if part.measurements is not None:
+            known.append(part.measurements)
+    measured = None
+    if len(known) == len(parts):
+        norm = sum(measurements.norm for measurements in known)
+        rounding = sum(measurements.rounding for measurements in known)
+        measured = Measurements(norm, rounding)
     return {
-        "tensors": {name: tensor for part in parts for name, tensor in part.tensors.items()},
-        "aliases": {alias: name for part in parts for alias, name in part.aliases.items()},
-        "measurements": measured if len(known) == len(parts) else None,
+        "tensors": tensors,
+        "aliases": aliases,
+        "measurements": measured,
         "part": None,
         "chunks": {},
     }
@@ -386,22 +442,31 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     seen = dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
         first = snapshots[0]
-        facts = [{"run_id": one.run_id, "t_unit": one.t_unit} for one in (first, snapshot)]
-        if reason := _difference(*facts) or model_difference(first, snapshot):
+        reason = _difference(_run_of(first), _run_of(snapshot))
+        reason = reason or model_difference(first, snapshot)
+        if reason:
             errors.append(_apart(first, snapshot, reason, "keep one run a directory"))
-        if (same := seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)) is not snapshot:
+        same = seen.setdefault((snapshot.t, snapshot.sigma_rel), snapshot)
+        if same is not snapshot:
             reason = f"both hold sigma_rel {same.sigma_rel:g} at t = {same.t:,.12g}"
             errors.append(_apart(same, snapshot, reason, "remove one"))
     return errors
 
 
+def _run_of(snapshot: Snapshot) -> dict[str, object]:
+    return {"run_id": snapshot.run_id, "t_unit": snapshot.t_unit}
+
+
 def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
     """Return the first difference between what two headers say, to follow their names; empty if
     there is none."""
-    for key in {**one, **other} if one != other else ():
-        values = [facts.get(key, "missing") for facts in (one, other)]
-        if values[0] != values[1]:
-            return f"differ in {shown(key)}: {shown(values[0])} and {shown(values[1])}"
+    if one == other:
+        return ""
+    for key in {**one, **other}:
+        first = one.get(key, "missing")
+        second = other.get(key, "missing")
+        if first != second:
+            return f"differ in {shown(key)}: {shown(first)} and {shown(second)}"
     return ""
 
 
@@ -565,10 +630,11 @@ def remove_snapshot(path: Path) -> None:
 def remove_leftovers(directory: Path) -> None:
     """Remove temporary files of interrupted writes from a locked directory and from the snapshots
     in it."""
-    for folder in (
-        directory,
-        *(path for path, paths in listed(directory).candidates.items() if path not in paths),
-    ):
+    folders = [directory]
+    for path, paths in listed(directory).candidates.items():
+        if path not in paths:
+            folders.append(path)
+    for folder in folders:
         files.remove_leftovers(folder, STILL_SECONDS)
 
 
@@ -582,7 +648,8 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+    is_other = folder.exists() and not folder.is_dir()
+    if is_other or folder.is_symlink():
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     files.make_directory(folder)
@@ -590,8 +657,9 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         moved = []
         for snapshot in stored:
             if not files.is_absent(snapshot.path):
-                moved.append(_free_path(folder, snapshot.path.name))
-                files.system.rename(snapshot.path, moved[-1])
+                path = _free_path(folder, snapshot.path.name)
+                moved.append(path)
+                files.system.rename(snapshot.path, path)
         # Sync the new names first, so that a crash in between loses no file.
         for changed in (folder, directory):
             files.system.fsync_directory(changed)
@@ -632,10 +700,12 @@ def thin(
     gone = set[float]()
     if count > max_checkpoints:
         gone = _least_needed(scheduled, max_checkpoints, sigma_range)
-    oldest_spared = sorted({snapshot.t for snapshot in stored})[-SPARED_TIMES:][0]
+    times = sorted({snapshot.t for snapshot in stored})
+    spared = times[-SPARED_TIMES:]
     off_schedule = sorted({snapshot.t for snapshot in stored if snapshot.off_schedule})
-    excess = max(len(off_schedule) - max(max_checkpoints - count, 0), 0)
-    gone |= {t for t in off_schedule[:excess] if t < oldest_spared}
+    room = max(max_checkpoints - count, 0)
+    excess = max(len(off_schedule) - room, 0)
+    gone |= {t for t in off_schedule[:excess] if t < spared[0]}
     left = list[Snapshot]()
     for snapshot in stored:
         if snapshot.t in gone:
@@ -653,7 +723,8 @@ def _least_needed(
 ) -> set[float]:
     """Return the times that reconstruction needs least, so that `keep` are left."""
     text = snapshots[-1].sketch
-    prior = measured_prior(averages_of(snapshots), decode_path(text).sketch if text else None)
+    sketch = decode_path(text).sketch if text else None
+    prior = measured_prior(averages_of(snapshots), sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
     dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
     return {snapshots[index].t for index in dropped}

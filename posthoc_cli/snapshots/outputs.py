@@ -1,7 +1,7 @@
 """Outputs and models on disk: a safetensors file, shards with an index, a folder of either, or a
 folder of several.
 
-The dataclass `OutputInfo` is the content of an output's header, see `tensorfile`. The index of a
+The index of a
 sharded model is a JSON file as the Hugging Face libraries define it:
 
     {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file next to the index}}
@@ -13,9 +13,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
@@ -27,11 +26,8 @@ from posthoc_cli.snapshots.directory import (
     read_snapshot,
 )
 from posthoc_cli.snapshots.snapshot import (
-    ANY_SIGN,
-    RunId,
+    OutputInfo,
     Snapshot,
-    Time,
-    Unit,
     decode,
     decode_snapshot,
     file_bytes,
@@ -39,7 +35,6 @@ from posthoc_cli.snapshots.snapshot import (
 )
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import (
-    FORMAT,
     MAX_HEADER_BYTES,
     SUFFIX,
     Entry,
@@ -56,37 +51,6 @@ _STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 
 # a name of a visible file in the same folder on every operating system
 _NAME = re.compile(r"[^./\\:][^/\\:]{0,254}")
-
-
-@dataclass(frozen=True)
-class Used:
-    """A snapshot that an output was made from."""
-
-    file: str
-    coefficient: Annotated[float, ANY_SIGN]
-
-
-@dataclass(frozen=True)
-class OutputInfo:
-    """The content of the header of an output, the file that a synthesis writes: `kind` is
-    "output"."""
-
-    run_id: RunId
-    profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
-    sigma_rel: float | None  # None, like gamma, if the profile is not a power function
-    gamma: Annotated[float, ANY_SIGN] | None
-    t: Time
-    t_unit: Unit
-    method: str
-    profile_error: float  # relative L2 error between the profiles
-    # expected relative L2 error of the weights; None if it is unknown
-    predicted_error: float | None
-    snapshots: tuple[Used, ...]
-    copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
-
-    def encoded(self) -> dict[str, Any]:
-        """Return the JSON object of a header, without the checksums of blocks."""
-        return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def decode_sample(text: str) -> tuple[Floats, Floats]:
     """Return the values of the network and of the average in a sample; raise ValueError if it is
     invalid."""
     data = base64.b64decode(text, validate=True)
-    if len(data) % 8 or len(data) > 8 * PLACES:
+    pairs, rest = divmod(len(data), 8)
+    if rest or pairs > PLACES:
         raise ValueError(f"must be two equal numbers of at most {PLACES} float32 values")
     values = np.frombuffer(data, "<f4").astype(np.float32)
     weights, average = values.reshape(2, -1)
@@ -60,9 +61,12 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
     sizes = {name: math.prod(shapes[name]) for name in sorted(shapes)}
     names = [name for name, size in sizes.items() if size]
     chosen = set[tuple[str, int]]()
-    for number in range(PLACES if names else 0):
+    if not names:
+        return []
+    for number in range(PLACES):
         name = names[number * len(names) // PLACES]
-        drawn = xxhash.xxh3_64_intdigest(f"{number}/{name}".encode(errors="replace"))
+        text = f"{number}/{name}"
+        drawn = xxhash.xxh3_64_intdigest(text.encode(errors="replace"))
         chosen.add((name, drawn % sizes[name]))
     return sorted(chosen)
 
@@ -70,8 +74,9 @@ def places(shapes: Mapping[str, Sequence[int]]) -> list[tuple[str, int]]:
 def index_within(box: Box, shape: Sequence[int], index: int) -> int | None:
     """Convert a row-major index in a tensor to the index in a box of it; return None if the element
     is outside."""
-    offset = np.unravel_index(index, tuple(shape))
-    element = Box(tuple(map(int, offset)), (1,) * len(shape))
+    found = np.unravel_index(index, tuple(shape))
+    offset = tuple(map(int, found))
+    element = Box(offset, (1,) * len(shape))
     if not box.intersection(element).size:
         return None
     begin, _ = box.span(element)
@@ -85,12 +90,16 @@ def joined_sample(
 ) -> str:
     """Join the samples of parts, which hold these boxes of complete tensors; return "" if one lacks
     values."""
-    left = [zip(*decode_sample(sample), strict=True) for sample in samples]
+    left = []
+    for sample in samples:
+        of_network, of_average = decode_sample(sample)
+        left.append(zip(of_network, of_average, strict=True))
     pairs = list[tuple[float, float]]()
     elements = places(shapes)
     for name, index in elements:
         for of_part, own in zip(left, boxes, strict=True):
-            if name in own and index_within(own[name], shapes[name], index) is not None:
+            box = own.get(name)
+            if box is not None and index_within(box, shapes[name], index) is not None:
                 pairs += islice(of_part, 1)
                 break
     if not elements or len(pairs) < len(elements):
@@ -109,7 +118,8 @@ def are_equal(model: Floats, recorded: Floats) -> bool:
     values = torch.from_numpy(model)
     exact = torch.from_numpy(recorded)
     for dtype in (torch.float16, torch.bfloat16):
-        if torch.equal(values, exact.to(dtype).float()):
+        rounded = exact.to(dtype).float()
+        if torch.equal(values, rounded):
             return True
     return False
 
@@ -120,8 +130,10 @@ def spacing(
     lowest_exponent: npt.ArrayLike,
 ) -> FloatArray:
     """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
-    exponent = np.maximum(np.frexp(values)[1] - 1, lowest_exponent)
-    return np.asarray(np.ldexp(1.0, exponent - mantissa_bits))
+    _, above = np.frexp(values)
+    exponent = np.maximum(above - 1, lowest_exponent)
+    spacings = np.ldexp(1.0, exponent - mantissa_bits)
+    return np.asarray(spacings)
 
 
 # --- the sketch of the path
@@ -151,14 +163,18 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
         return ""
     sketch = path.sketch
     means = sketch.means.astype("<f4")
-    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
+    if not np.isfinite(means).all():
+        return ""
+    if not np.all(sketch.spread < _MOST):
         return ""
     steps = np.diff(means.astype(np.float64), axis=0)
     largest = float(np.abs(steps).max(initial=0.0))
     factor = largest / _LARGEST or 1.0
-    counts = np.array([*means.shape, 4 if exact else 2, path.projection], "<i8")
-    known = np.concatenate((sketch.edges, sketch.folds, sketch.spread, [factor]))
-    data = counts.tobytes() + known.astype("<f8").tobytes()
+    size = 4 if exact else 2
+    counts = np.array([*means.shape, size, path.projection], "<i8")
+    parts = (sketch.edges, sketch.folds, sketch.spread, [factor])
+    known = np.concatenate(parts).astype("<f8")
+    data = counts.tobytes() + known.tobytes()
     if exact:
         data += means.tobytes()
     else:
@@ -169,7 +185,8 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
 def _steps(places: FloatArray, first: Floats) -> bytes:
     """Return the first mean, and the steps between places, each from the rounded place before, so
     that errors do not add up."""
-    steps = np.zeros((len(places) - 1, places.shape[1]), "<f2")
+    windows, numbers = places.shape
+    steps = np.zeros((windows - 1, numbers), "<f2")
     reached = places[0]
     for step, next_place in zip(steps, places[1:], strict=True):
         step[:] = next_place - reached
@@ -207,7 +224,9 @@ def joined_paths(texts: Sequence[str]) -> str:
     windows = set()
     for text in texts:
         sketch = _decoded(text).sketch
-        windows.add((sketch.means.shape, sketch.edges.tobytes(), sketch.folds.tobytes()))
+        edges = sketch.edges.tobytes()
+        folds = sketch.folds.tobytes()
+        windows.add((sketch.means.shape, edges, folds))
     if len(windows) != 1:
         return ""
     return _AND.join(texts)
@@ -219,15 +238,19 @@ def _decoded(text: str) -> PathSketch:
     windows, numbers, whole, projection = _checked_counts(data)
     begin_of_means = _COUNTS_BYTES + 8 * (3 * windows + 2)
     begin_of_steps = begin_of_means + 4 * numbers * whole
-    if len(data) != begin_of_steps + 2 * numbers * (windows - whole):
+    nbytes = begin_of_steps + 2 * numbers * (windows - whole)
+    if len(data) != nbytes:
         raise ValueError(_LIMITS)
-    known = np.frombuffer(data[_COUNTS_BYTES:begin_of_means], "<f8").astype(np.float64)
+    known = _numbers(data[_COUNTS_BYTES:begin_of_means], "<f8")
     ends = [windows + 1, 2 * windows + 1, 3 * windows + 1]
     edges, folds, spread, factor = np.split(known, ends)
-    means = _rows(data[begin_of_means:begin_of_steps], "<f4", numbers)
-    steps = _rows(data[begin_of_steps:], "<f2", numbers)
+    means = _numbers(data[begin_of_means:begin_of_steps], "<f4")
+    means = means.reshape(-1, numbers)
+    steps = _numbers(data[begin_of_steps:], "<f2")
+    steps = steps.reshape(-1, numbers)
     later = means[:1] + np.cumsum(steps * factor, axis=0)
-    return PathSketch(projection, Sketch(edges, folds, np.concatenate((means, later)), spread))
+    all_means = np.concatenate((means, later))
+    return PathSketch(projection, Sketch(edges, folds, all_means, spread))
 
 
 def _checked_counts(data: bytes) -> tuple[int, int, int, int]:
@@ -237,12 +260,16 @@ def _checked_counts(data: bytes) -> tuple[int, int, int, int]:
         raise ValueError(_LIMITS)
     counts = np.frombuffer(data[:_COUNTS_BYTES], "<i8")
     windows, numbers, size, projection = counts.tolist()
-    if not (0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS and size in (2, 4)):
+    if not 0 < windows <= MOST_WINDOWS:
+        raise ValueError(_LIMITS)
+    if not 0 < numbers <= MOST_NUMBERS:
+        raise ValueError(_LIMITS)
+    if size not in (2, 4):
         raise ValueError(_LIMITS)
     whole = windows if size == 4 else 1
     return windows, numbers, whole, projection
 
 
-def _rows(data: bytes, dtype: str, numbers: int) -> FloatArray:
-    values = np.frombuffer(data, dtype).astype(np.float64)
-    return values.reshape(-1, numbers)
+def _numbers(data: bytes, dtype: str) -> FloatArray:
+    values = np.frombuffer(data, dtype)
+    return values.astype(np.float64)

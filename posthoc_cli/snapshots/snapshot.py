@@ -1,5 +1,5 @@
-"""A snapshot: one average of one run at one time. The dataclass `Snapshot` is the header, and
-specifies its content.
+"""The headers of our files. A snapshot is one average of one run at one time: the dataclass
+`Snapshot` is its header, and specifies its content; `OutputInfo` that of an output.
 
 One small function, `converted`, decodes the JSON of a header by the annotations of the dataclass
 that holds it.
@@ -109,10 +109,11 @@ class Selection:
         statistics keep theirs."""
         if self.buffers == "copy" and "statistic" in roles.values():
             return replace(self, buffers="statistics").resumed(roles)
-        copies = running_statistics(name for name, role in roles.items() if role == "copy")
-        kept = tuple(sorted(name for name in copies if not self.copies(name)))
+        copies = [name for name, role in roles.items() if role == "copy"]
+        statistics = sorted(running_statistics(copies))
+        kept = [name for name in statistics if not self.copies(name)]
         if self.buffers == "statistics":
-            return replace(self, copy_only=self.copy_only + kept)
+            return replace(self, copy_only=(*self.copy_only, *kept))
         return self
 
 
@@ -129,22 +130,25 @@ def make_selection(
     one is invalid."""
     check_word("buffers", buffers, BUFFERS)
     chosen = list[tuple[str, ...]]()
-    for argument, given in (("include", include), ("exclude", exclude)):
-        listed = (
-            (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
-        )
+    arguments = {"include": include, "exclude": exclude}
+    for argument, given in arguments.items():
+        listed: tuple[Any, ...] = (given,)
+        if isinstance(given, Iterable) and not isinstance(given, str):
+            listed = tuple(given)
         globs = [glob for glob in listed if isinstance(glob, str) and glob]
         if len(globs) < len(listed) and given is not None:
             reason = "must be a glob on names, such as 'decoder.*', or a list"
             raise InvalidValueError(argument, reason, value=repr(given))
         chosen.append(tuple(globs))
-    return Selection(not chosen[0], chosen[0], chosen[1], buffers)
+    included, excluded = chosen
+    return Selection(not included, included, excluded, buffers)
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    examples = ", ".join(map(repr, names[:3])) or "none"
+    quoted = map(repr, names[:3])
+    examples = ", ".join(quoted) or "none"
     for argument in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, argument):
             if not any(fnmatchcase(name, glob) for name in names):
@@ -156,11 +160,15 @@ def running_statistics(names: Iterable[str]) -> frozenset[str]:
     """Return the names of BatchNorm's running means and variances: a layer has both, and a count of
     batches."""
     known = frozenset(names)
-    layers = {
-        name.removesuffix(_STATISTICS[0]) for name in known if name.split(".")[-1] == _STATISTICS[0]
-    }
-    complete = [layer for layer in layers if all(layer + part in known for part in _STATISTICS)]
-    return frozenset(layer + part for layer in complete for part in _STATISTICS[:2])
+    mean = _STATISTICS[0]
+    statistics = set[str]()
+    for name in known:
+        if name.split(".")[-1] == mean:
+            layer = name.removesuffix(mean)
+            parts = [layer + part for part in _STATISTICS]
+            if known.issuperset(parts):
+                statistics.update(parts[:2])
+    return frozenset(statistics)
 
 
 def statistics_notice(copies: Iterable[str]) -> str | None:
@@ -274,14 +282,22 @@ class Snapshot(Source):
         """Return the average as reconstruction uses it; a `profile` of points in time replaces the
         power function."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
-        is_float64 = {self.tensors[name].dtype for name in self.averages} == {"F64"}
+        dtypes = {self.tensors[name].dtype for name in self.averages}
+        eps = EPS["F64"]
+        gammas: tuple[float, ...] = ()
+        if dtypes != {"F64"}:
+            eps = EPS["F32"]
+            gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
+        if not isinstance(profile, Point | Discrete):
+            profile = self.profile
+        clock = Clock([self.step], [self.t])
         return StoredAverage(
-            profile=profile if isinstance(profile, Point | Discrete) else self.profile,
+            profile=profile,
             updates=self.updates,
-            eps=EPS["F64" if is_float64 else "F32"],
+            eps=eps,
             measurements=self.measurements,
-            steps=Steps(Clock([self.step], [self.t]), self.schedule.update_every),
-            gammas=() if is_float64 else tuple(map(gamma_from_sigma_rel, self.sigma_rels)),
+            steps=Steps(clock, self.schedule.update_every),
+            gammas=gammas,
             t_first=self.t_first,
         )
 
@@ -289,15 +305,18 @@ class Snapshot(Source):
         """Return the JSON object of its header, without the checksums of blocks."""
         values: dict[str, Any] = {}
         for each in fields(self):
+            if each.name in OUTSIDE_HEADER:
+                continue
             value = getattr(self, each.name)
-            if each.name not in OUTSIDE_HEADER and (value or _has_no_default(each)):
+            if value or _has_no_default(each):
                 values[each.name] = value
-        values["tensors"] = defaultdict(list)
+        names = defaultdict(list)
         for name, tensor in self.tensors.items():
-            values["tensors"][f"{tensor.role} {tensor.dtype}"].append(name)
-        if self.measurements is not None:
-            norm = self.measurements.norm
-            values["measurements"] = {"norm": norm, "rounding": self.measurements.rounding}
+            names[f"{tensor.role} {tensor.dtype}"].append(name)
+        values["tensors"] = names
+        measured = self.measurements
+        if measured is not None:
+            values["measurements"] = {"norm": measured.norm, "rounding": measured.rounding}
         return {"kind": "snapshot", "format": FORMAT, **values}
 
     @property
@@ -305,9 +324,9 @@ class Snapshot(Source):
         """The further metadata of a part, for torch.distributed.checkpoint."""
         if self.part is None:
             return {}
-        offsets = {
-            name: {"saved_offsets": chunk.offset} for name, chunk in sorted(self.chunks.items())
-        }
+        offsets = {}
+        for name, chunk in sorted(self.chunks.items()):
+            offsets[name] = {"saved_offsets": chunk.offset}
         return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
@@ -360,9 +379,10 @@ def _can_hold(dtype: str, tensor: TrackedTensor) -> bool:
 
 
 def _wrong_chunk(chunk: Chunk, shape: tuple[int, ...]) -> str:
-    fits = len(shape) == len(chunk.shape) == len(chunk.offset)
-    if fits and all(map(int.__le__, chunk.box(shape).end, chunk.shape)):
-        return ""
+    if len(shape) == len(chunk.shape) == len(chunk.offset):
+        end = chunk.box(shape).end
+        if all(map(int.__le__, end, chunk.shape)):
+            return ""
     return f"shape {list(shape)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
 
 
@@ -370,15 +390,16 @@ def ungrouped(lists: Any) -> dict[str, TrackedTensor]:
     """Return the tensors of a header's lists of names by role and dtype; raise ValueError if they
     are invalid."""
     tensors = dict[str, TrackedTensor]()
-    for words, names in converted(lists, dict[str, Any]).items():
-        _check(
-            isinstance(names, list) and all(isinstance(name, str) for name in names),
-            "a list of names",
-            names,
-        )
+    lists = converted(lists, dict[str, Any])
+    for words, names in lists.items():
+        is_list = isinstance(names, list)
+        are_names = is_list and all(isinstance(name, str) for name in names)
+        _check(are_names, "a list of names", names)
         role, _, dtype = words.partition(" ")
-        tensors |= dict.fromkeys(names, converted({"role": role, "dtype": dtype}, TrackedTensor))
-    _check(len(tensors) == sum(map(len, lists.values())), "without a name twice", lists)
+        tensor = converted({"role": role, "dtype": dtype}, TrackedTensor)
+        tensors |= dict.fromkeys(names, tensor)
+    count = sum(map(len, lists.values()))
+    _check(len(tensors) == count, "without a name twice", lists)
     return tensors
 
 
@@ -386,13 +407,50 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     """Return the network's sampled weights by step, in order, of the times whose headers hold a
     complete sample."""
     newest = snapshots[-1]
-    count = len(places({name: newest.entries[name].shape for name in newest.averages}))
-    samples = {snapshot.step: decode_sample(snapshot.sample)[0] for snapshot in snapshots}
-    return {
-        step: weights
-        for step, weights in samples.items()
-        if len(weights) == count and np.isfinite(weights).all()
-    }
+    shapes = {name: newest.entries[name].shape for name in newest.averages}
+    count = len(places(shapes))
+    samples = {}
+    for snapshot in snapshots:
+        samples[snapshot.step], _ = decode_sample(snapshot.sample)
+    complete = {}
+    for step, weights in samples.items():
+        if len(weights) == count and np.isfinite(weights).all():
+            complete[step] = weights
+    return complete
+
+
+# --- the header of an output
+
+
+@dataclass(frozen=True)
+class Used:
+    """A snapshot that an output was made from."""
+
+    file: str
+    coefficient: Annotated[float, ANY_SIGN]
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """The content of the header of an output, the file that a synthesis writes: `kind` is
+    "output"."""
+
+    run_id: RunId
+    profile: str  # the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
+    sigma_rel: float | None  # None, like gamma, if the profile is not a power function
+    gamma: Annotated[float, ANY_SIGN] | None
+    t: Time
+    t_unit: Unit
+    method: str
+    profile_error: float  # relative L2 error between the profiles
+    # expected relative L2 error of the weights; None if it is unknown
+    predicted_error: float | None
+    snapshots: tuple[Used, ...]
+    copies: tuple[str, ...] = ()  # names of the tensors that are copies (buffers), not averages
+
+    def encoded(self) -> dict[str, Any]:
+        """Return the JSON object of a header, without the checksums of blocks."""
+        return {"kind": "output", "format": FORMAT, **vars(self)}
 
 
 # --- decoding by annotations
@@ -465,7 +523,8 @@ def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
         _check(is_list, "a list", value)
         kinds = kinds[:1] * len(value)
     else:
-        _check(is_list and len(value) == len(kinds), f"a list of {len(kinds)}", value)
+        is_right = is_list and len(value) == len(kinds)
+        _check(is_right, f"a list of {len(kinds)}", value)
     return tuple(map(converted, value, kinds))
 
 
@@ -474,8 +533,11 @@ def _converted_object(value: Mapping[str, Any], form: Any) -> Any:
         is_optional = each.default_factory is not MISSING or not each.default
         if each.name not in value and not is_optional:
             raise ValueError(f"{each.name}: is missing")
-    members = {name: kind for name, kind in kinds_of(form).items() if name in value}
-    return form(**{name: _member(name, value[name], kind) for name, kind in members.items()})
+    members = {}
+    for name, kind in kinds_of(form).items():
+        if name in value:
+            members[name] = _member(name, value[name], kind)
+    return form(**members)
 
 
 def _member(name: str, value: Any, kind: Any) -> Any:

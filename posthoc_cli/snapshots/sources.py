@@ -100,18 +100,25 @@ class StoredTensors:
 
     @property
     def copies(self) -> list[str]:
-        return [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
+        return self._of_role("copy")
 
     @property
     def averages(self) -> list[str]:
-        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+        return self._of_role("average")
+
+    def _of_role(self, role: str) -> list[str]:
+        return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
     def cells(self, name: str) -> int:
         """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
         one file."""
         if len(self.files) == 1:
             return 0
-        boxes = [box for file in self.files if (box := file.box(name)) and box.size]
+        boxes = list[Box]()
+        for file in self.files:
+            box = file.box(name)
+            if box and box.size:
+                boxes.append(box)
         rows = {box.offset[:1] for box in boxes}
         return len(boxes) // max(1, len(rows))
 
@@ -140,10 +147,12 @@ class StoredTensors:
         dtype = self.entries[name].dtype
         for file in self.files:
             if file.box(name) == box and file.entries[name].dtype == dtype:
-                file.read(name, begin * ITEM_BYTES[dtype], out, verify)
+                offset = begin * ITEM_BYTES[dtype]
+                file.read(name, offset, out, verify)
                 return
         flat = np.frombuffer(out, items(dtype))
-        pieces = list(boxes_of_range(box, begin, begin + flat.size))
+        last = begin + flat.size
+        pieces = list(boxes_of_range(box, begin, last))
         steps = [flat.itemsize * step for step in row_major(box.shape)]
         for file in self.files:
             chunk = file.box(name)
@@ -152,7 +161,8 @@ class StoredTensors:
             common = [chunk.intersection(piece) for piece in pieces]
             for part, values in self._parts(file, name, common, verify):
                 first, end = box.span(part)
-                target = as_strided(flat[first - begin : end - begin], part.shape, steps)
+                elements = flat[first - begin : end - begin]
+                target = as_strided(elements, part.shape, steps)
                 target[...] = values
 
     def _parts(
@@ -173,7 +183,8 @@ class StoredTensors:
         values = self._read(file, name, first, last, verify)
         steps = [values.itemsize * step for step in row_major(chunk.shape)]
         for part, (begin, _) in zip(parts, spans, strict=True):
-            yield part, as_strided(values[begin - first :], part.shape, steps)
+            following = values[begin - first :]
+            yield part, as_strided(following, part.shape, steps)
 
     def _read(
         self,
@@ -187,24 +198,28 @@ class StoredTensors:
         stored = file.entries[name].dtype
         dtype = self.entries[name].dtype
         size = ITEM_BYTES[stored]
-        data = np.empty((end - begin) * size, np.uint8)
+        count = end - begin
+        data = np.empty(count * size, np.uint8)
         file.read(name, begin * size, data.data, verify)
         # parts use a wider dtype for values that are too large or small for the run's dtype
         if stored != dtype:
-            wide = decode_values(data, stored).astype(np.dtype(DTYPES[dtype].torch_name))
-            data = wide.view(np.uint8)
+            values = decode_values(data, stored)
+            wide = np.dtype(DTYPES[dtype].torch_name)
+            data = values.astype(wide).view(np.uint8)
         return data.view(items(dtype))
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
         """Fill `out` with complete tensors, end to end, verified."""
-        if len(self.files) == 1 and not self.files[0].boxes:
-            self.files[0].read_many(names, out)
+        first, *others = self.files
+        if not (others or first.boxes):
+            first.read_many(names, out)
             return
         at = 0
         for name in names:
             entry = self.entries[name]
-            self.read_box(name, Box.full(entry.shape), out[at : at + entry.nbytes])
-            at += entry.nbytes
+            end = at + entry.nbytes
+            self.read_box(name, Box.full(entry.shape), out[at:end])
+            at = end
 
     def tensor(self, name: str, box: Box | None = None) -> torch.Tensor:
         """Return a tensor, or a box of it, verified, in its stored dtype."""
@@ -218,8 +233,10 @@ class StoredTensors:
         """Return the elements `begin` to `end` of a tensor as float64, unverified, for estimates
         only."""
         entry = self.entries[name]
-        data = np.empty((end - begin) * ITEM_BYTES[entry.dtype], np.uint8)
-        self.read_box(name, Box.full(entry.shape), data.data, begin, verify=False)
+        count = end - begin
+        data = np.empty(count * ITEM_BYTES[entry.dtype], np.uint8)
+        whole = Box.full(entry.shape)
+        self.read_box(name, whole, data.data, begin, verify=False)
         return decode_values(data, entry.dtype)
 
 
@@ -305,13 +322,13 @@ def run_clock(sources: Sequence[Source]) -> Clock:
     pairs = sorted({(source.step, source.t) for source in sources})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
-            raise MismatchError(
-                "the snapshots are not of one training",
-                f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
-            )
+            pair = f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}"
+            raise MismatchError("the snapshots are not of one training", pair)
     is_of_epochs = any(source.t_unit == "epochs" for source in sources)
     kind = EpochClock if is_of_epochs else Clock
-    return kind([step for step, _ in pairs], [t for _, t in pairs])
+    steps = [step for step, _ in pairs]
+    times = [t for _, t in pairs]
+    return kind(steps, times)
 
 
 def model_difference(one: Source, other: Source) -> str:
@@ -322,24 +339,31 @@ def model_difference(one: Source, other: Source) -> str:
     """
     if one.aliases != other.aliases:
         return "do not match: they tie different names together"
-    for name in sorted(one.tensors.keys() ^ other.tensors.keys()):
+    unshared = one.tensors.keys() ^ other.tensors.keys()
+    for name in sorted(unshared):
         lacking = other if name in one.tensors else one
         return f"do not match: tensor {shown(name)} is missing in {lacking.name}"
     for name, tensor in one.tensors.items():
         second = other.tensors[name]
-        if tensor.role != second.role or (one.word == "snapshot" and tensor != second):
+        differs = tensor.role != second.role
+        if one.word == "snapshot":
+            differs = tensor != second
+        if differs:
             kinds = f"{tensor.role} of {tensor.dtype} and {second.role} of {second.dtype}"
             return f"do not match: tensor {shown(name)} is {kinds}"
-        shapes = [list(source.entries[name].shape) for source in (one, other)]
-        if shapes[0] != shapes[1]:
-            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
+        shape = list(one.entries[name].shape)
+        second_shape = list(other.entries[name].shape)
+        if shape != second_shape:
+            return f"do not match: tensor {shown(name)} has the shapes {shape} and {second_shape}"
     return ""
 
 
 def counted(sources: Sequence[Source], count: int | None = None, total: int | None = None) -> str:
     """Return number and kinds, "1 snapshot", or "20 of 80 checkpoints" with counts."""
-    count = len(sources) if count is None else count
-    total = count if total is None else total
+    if count is None:
+        count = len(sources)
+    if total is None:
+        total = count
     number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
     word = sources[0].word
     return f"{number} {word}" if total == 1 else f"{number} {word}s"
@@ -369,12 +393,14 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     on_disk = [source for source in sources if source.files]
     averages = averages_of(sources)
     sketch = _newest_sketch(sources)
-    if sketch is not None and all(source.measurements is not None for source in on_disk):
+    unmeasured = [source for source in on_disk if source.measurements is None]
+    if sketch is not None and not unmeasured:
         return measured_prior(averages, sketch)
     sampled = iter(sample_measurements(on_disk))
     for index, source in enumerate(sources):
         if source.files:
-            averages[index] = replace(averages[index], measurements=next(sampled))
+            measured = next(sampled)
+            averages[index] = replace(averages[index], measurements=measured)
     prior = measured_prior(averages, sketch)
     if prior.source == MEASURED:
         return replace(prior, source=SAMPLED)
@@ -400,10 +426,11 @@ def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
     clock = run_clock(sources)
     if isinstance(clock, EpochClock):
         return averages
-    return [
-        replace(average, steps=replace(average.steps, clock=clock)) if average.steps else average
-        for average in averages
-    ]
+    for index, average in enumerate(averages):
+        if average.steps:
+            steps = replace(average.steps, clock=clock)
+            averages[index] = replace(average, steps=steps)
+    return averages
 
 
 # Of Gaussian motions d with a standard deviation of 0, 0.35, 0.5, 0.7, 1, 1.5, 2, 4, 8 and 32
@@ -476,16 +503,21 @@ class _Norms:
         if self._first is None:
             self._first = sample.values
         squares = np.add.reduceat(sample.values**2, sample.starts)
-        distances = np.add.reduceat((sample.values - self._first) ** 2, sample.starts)
+        moves = sample.values - self._first
+        distances = np.add.reduceat(moves**2, sample.starts)
+        has_moved = distances > _STILL * squares
         self._squares[id(sample.source)] = squares * sample.scale
-        self._moved = np.maximum(self._moved, distances > _STILL * squares)
+        self._moved = np.maximum(self._moved, has_moved)
 
     def of_moving(self) -> dict[int, float]:
         """Return the squared norm of each source, by its id; of all tensors if none moves."""
         moving = np.asarray(self._moved, dtype=bool)
         if not moving.any():
             moving = ~moving
-        return {key: float(squares[moving].sum()) for key, squares in self._squares.items()}
+        norms = {}
+        for key, squares in self._squares.items():
+            norms[key] = float(squares[moving].sum())
+        return norms
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -522,8 +554,11 @@ class _Sampling:
 
     def add(self, samples: Sequence[_Sample]) -> None:
         """Measure the samples of one time, later than all before."""
-        recent = [_recent_motion(sample, self._newest[_kind(sample.source)]) for sample in samples]
-        is_clear = any(motion and motion.squared > _CLEAR * motion.rounding for motion in recent)
+        recent = []
+        for sample in samples:
+            before = self._newest[_kind(sample.source)]
+            recent.append(_recent_motion(sample, before))
+        is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent if motion)
         earlier = self._earlier()
         for sample, motion in zip(samples, recent, strict=True):
             distances = []
@@ -537,8 +572,8 @@ class _Sampling:
             self._measured[id(sample.source)] = measurements
         for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
             at_time = list(of_kind)
-            before = [of_time[0] for of_time in self._newest[kind]]
-            self._steps[kind] += _steps_to(at_time[0], before)
+            last_two = [of_time[0] for of_time in self._newest[kind]]
+            self._steps[kind] += _steps_to(at_time[0], last_two)
             self._newest[kind] = [*self._newest[kind], at_time][-2:]
 
     def _earlier(self) -> list[_Sample]:
@@ -559,8 +594,12 @@ class _Sampling:
             sums += [distance.squared for distance in measurements.distances]
         if not np.isfinite(sums).all():
             return [None] * len(sources)
-        keys = [id(source) for source in sources]
-        return [replace(self._measured[key], norm=norms[key]) for key in keys]
+        found = list[Measurements | None]()
+        for source in sources:
+            norm = norms[id(source)]
+            measured = self._measured[id(source)]
+            found.append(replace(measured, norm=norm))
+        return found
 
 
 # --- files of two trainings in one folder
@@ -659,21 +698,28 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     total = sum(sizes.values())
     if total <= MOST_ELEMENTS:
         return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
-    runs = -(-total // RUN_ELEMENTS)
-    generator = np.random.default_rng(int(source.run_id, 16))
-    drawn = generator.choice(runs, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
-    chosen = set(drawn.tolist())
+    chosen = _drawn_runs(source.run_id, total)
     edges = set(ends)
     for run in chosen:
-        edges.add(run * RUN_ELEMENTS)
-        edges.add(min((run + 1) * RUN_ELEMENTS, total))
+        begin = run * RUN_ELEMENTS
+        edges.add(begin)
+        edges.add(min(begin + RUN_ELEMENTS, total))
     ranges = []
     for begin, end in pairwise(sorted(edges)):
         if begin // RUN_ELEMENTS in chosen:
             index = bisect_right(ends, begin)
-            start = ends[index] - sizes[names[index]]
-            ranges.append(ElementRange(names[index], begin - start, end - start))
+            name = names[index]
+            start = ends[index] - sizes[name]
+            ranges.append(ElementRange(name, begin - start, end - start))
     return ranges
+
+
+def _drawn_runs(run_id: str, total: int) -> set[int]:
+    """Return the numbers of the runs to read of so many elements."""
+    runs = -(-total // RUN_ELEMENTS)
+    generator = np.random.default_rng(int(run_id, 16))
+    drawn = generator.choice(runs, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
+    return set(drawn.tolist())
 
 
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
@@ -682,7 +728,8 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     roundings = [np.empty(0)]
     with source:
         for name, begin, end in ranges:
-            sizes[name] = sizes.get(name, 0) + end - begin
+            count = end - begin
+            sizes[name] = sizes.get(name, 0) + count
             values = source.values(name, begin, end)
             if not np.isfinite(values).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
@@ -724,7 +771,9 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
         return None
     sample_a = before[0][0]
     sample_b = before[1][0]
-    a, b, c = (each.source.profile for each in (sample_a, sample_b, sample))
+    a = sample_a.source.profile
+    b = sample_b.source.profile
+    c = sample.source.profile
     if not (isinstance(a, Discrete) and isinstance(b, Discrete) and isinstance(c, Discrete)):
         return None
     share_of_a = _share(a, b)
@@ -743,8 +792,10 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
 
 def _mixture(later: Discrete, earlier: Discrete, share: float) -> Discrete:
     """Return the profile of `share` of an average, and the rest of an earlier one."""
-    tail = share * later.tail(later.times) + (1 - share) * earlier.tail(later.times)
-    masses = np.maximum(-np.diff(tail, prepend=1.0), 0.0)
+    of_later = share * later.tail(later.times)
+    of_earlier = (1 - share) * earlier.tail(later.times)
+    steps = np.diff(of_later + of_earlier, prepend=1.0)
+    masses = np.maximum(-steps, 0.0)
     return Discrete(later.times, masses, later.t)
 
 
@@ -753,8 +804,9 @@ def _share(earlier: Discrete, later: Discrete) -> float | None:
     share = 1 - float(later.tail(earlier.t))
     if not _NONE < share < 1 - _NONE:
         return None
-    since = later.tail(earlier.times) - later.tail(earlier.t)
-    apart = since / share - earlier.tail(earlier.times)
+    times = earlier.times
+    since = later.tail(times) - later.tail(earlier.t)
+    apart = since / share - earlier.tail(times)
     if np.abs(apart).max() > _LIKE:
         return None
     return share

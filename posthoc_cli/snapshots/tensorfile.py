@@ -32,6 +32,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import operator
 import os
 import re
 import stat
@@ -117,6 +118,10 @@ class Entry:
         return -(-math.prod(self.shape) // BLOCK)
 
     @property
+    def block_bytes(self) -> int:
+        return BLOCK * ITEM_BYTES[self.dtype]
+
+    @property
     def reach(self) -> int:
         """The number of elements from the first to the last in the file."""
         if not self.strides:
@@ -153,28 +158,24 @@ class Box:
     @property
     def end(self) -> tuple[int, ...]:
         """The first index after the box in each dimension."""
-        return tuple(begin + length for begin, length in zip(self.offset, self.shape, strict=True))
+        return tuple(map(operator.add, self.offset, self.shape))
 
     def intersection(self, other: Box) -> Box:
         """Return the intersection with another box, of size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
-        lengths = (
-            max(0, last - first)
-            for first, last in zip(begin, map(min, self.end, other.end), strict=True)
-        )
+        end = map(min, self.end, other.end)
+        lengths = [max(0, last - first) for first, last in zip(begin, end, strict=True)]
         return Box(begin, tuple(lengths))
 
     def span(self, inner: Box) -> tuple[int, int]:
         """Return the row-major positions in this box of the first element of `inner` and after its
         last one."""
-        strides = row_major(self.shape)
-        first = sum(
-            (at - begin) * step
-            for at, begin, step in zip(inner.offset, self.offset, strides, strict=True)
-        )
-        return first, first + sum(
-            (length - 1) * step for length, step in zip(inner.shape, strides, strict=True)
-        ) + 1
+        first = 0
+        reach = 1
+        for axis, step in enumerate(row_major(self.shape)):
+            first += (inner.offset[axis] - self.offset[axis]) * step
+            reach += (inner.shape[axis] - 1) * step
+        return first, first + reach
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,12 @@ class Chunk:
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the row-major strides of a shape, in elements."""
-    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    strides = []
+    step = 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return tuple(reversed(strides))
 
 
 def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
@@ -207,12 +213,14 @@ def boxes_of_range(box: Box, begin: int, end: int) -> Iterator[Box]:
     row = inner.size
     while begin < end:
         index, within = divmod(begin, row)
+        at = box.offset[0] + index
         count = (end - begin) // row if within == 0 else 0
         if count:
-            yield Box((box.offset[0] + index, *inner.offset), (count, *inner.shape))
+            yield Box((at, *inner.offset), (count, *inner.shape))
         else:
-            for part in boxes_of_range(inner, within, min(within + end - begin, row)):
-                yield Box((box.offset[0] + index, *part.offset), (1, *part.shape))
+            last = min(within + end - begin, row)
+            for part in boxes_of_range(inner, within, last):
+                yield Box((at, *part.offset), (1, *part.shape))
         begin = (index + max(count, 1)) * row
 
 
@@ -223,19 +231,23 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     combination occurs once. Chunks without elements are ignored.
     """
     filled = [chunk for chunk in chunks if chunk.size]
-    cuts = [
-        sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in filled})
-        for axis in range(len(shape))
-    ]
-    is_covered = len({*filled}) == len(filled) == math.prod(len(cut) for cut in cuts)
-    for length, cut in zip(shape, cuts, strict=True):
-        is_covered = is_covered and [0, *(end for _, end in cut)] == [
-            *(begin for begin, _ in cut),
-            length,
-        ]
-    if chunks and (is_covered or (not filled and 0 in shape)):
+    is_empty = not filled and 0 in shape
+    if chunks and (is_empty or _are_cells(filled, shape)):
         return None
     return "its chunks do not hold each element exactly once"
+
+
+def _are_cells(chunks: Sequence[Box], shape: Sequence[int]) -> bool:
+    """Return whether chunks are all cells of a grid over a shape, each once."""
+    cells = 1
+    for axis, length in enumerate(shape):
+        intervals = sorted({(chunk.offset[axis], chunk.end[axis]) for chunk in chunks})
+        begins = [begin for begin, _ in intervals]
+        ends = [end for _, end in intervals]
+        if [0, *ends] != [*begins, length]:
+            return False
+        cells *= len(intervals)
+    return len({*chunks}) == len(chunks) == cells
 
 
 # --- opening files
@@ -252,21 +264,14 @@ def named_on_error(path: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         # ESTALE: on a network file system another host has removed a file that is open here.
         kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
-        hint = (
-            "raise the limit of open files, as by ulimit -n 4096"
-            if error.errno == errno.EMFILE
-            else ""
-        )
-        raise kind(
-            path,
-            f"cannot be {verb}: {(error.strerror or str(error)).lower()}",
-            hint,
-        ) from error
+        reason = error.strerror or str(error)
+        hint = ""
+        if error.errno == errno.EMFILE:
+            hint = "raise the limit of open files, as by ulimit -n 4096"
+        raise kind(path, f"cannot be {verb}: {reason.lower()}", hint) from error
     except ValueError as error:
-        raise FileFormatError(
-            f"{str(path)!r}",
-            f"cannot be {verb}: no file can have this name",
-        ) from error
+        reason = "no file can have this name"
+        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: {reason}") from error
 
 
 class OpenedFile:
@@ -312,21 +317,24 @@ class OpenedFile:
             while done < len(view) and count:
                 rest = view[done:]
                 at = offset + done
-                count = (
-                    self.remote.read(rest, at)
-                    if self.remote
-                    else files.system.read(self._descriptor, rest, at)
-                )
+                if self.remote:
+                    count = self.remote.read(rest, at)
+                else:
+                    count = files.system.read(self._descriptor, rest, at)
                 done += count
         return done
 
     def read_at(self, count: int, offset: int) -> bytes:
         """Return `count` bytes at an offset, fewer at the end of the file."""
         buffer = bytearray(count)
-        return bytes(buffer[: self.read_into(memoryview(buffer), offset)])
+        count = self.read_into(memoryview(buffer), offset)
+        return bytes(buffer[:count])
 
     def close(self) -> None:
-        self.remote.close() if self.remote else files.system.close(self._descriptor)
+        if self.remote:
+            self.remote.close()
+        else:
+            files.system.close(self._descriptor)
 
     def __enter__(self) -> OpenedFile:
         return self
@@ -362,10 +370,12 @@ def sampled_identity(file: OpenedFile) -> str:
 
     For an object with a tag they are computed from its size and the tag.
     """
-    digest = xxhash.xxh3_64(file.size.to_bytes(8, "little") + file.tag.encode())
+    size = file.size.to_bytes(8, "little")
+    digest = xxhash.xxh3_64(size + file.tag.encode())
     last = max(0, file.size - _SAMPLE)
     for index in range(0 if file.tag else _SAMPLES):
-        digest.update(file.read_at(_SAMPLE, last * index // (_SAMPLES - 1)))
+        place = last * index // (_SAMPLES - 1)
+        digest.update(file.read_at(_SAMPLE, place))
     return digest.hexdigest()
 
 
@@ -428,7 +438,9 @@ class TensorFile:
         """Return the box of a tensor's elements in the file; None if it has none."""
         if self.boxes:
             return self.boxes.get(name)
-        return Box.full(self.entries[name].shape) if name in self.entries else None
+        if name not in self.entries:
+            return None
+        return Box.full(self.entries[name].shape)
 
     def __enter__(self) -> TensorFile:
         handle = self.handle
@@ -444,13 +456,13 @@ class TensorFile:
             file = stack.enter_context(OpenedFile(self.path))
             # The header identifies a file whose blocks are verified, also if it was copied over
             # itself.
-            is_same = self.sums and file.read_at(_DIGITS.stop, 0)[_DIGITS] == self.checksum.encode()
+            is_same = False
+            if self.sums:
+                start = file.read_at(_DIGITS.stop, 0)
+                is_same = start[_DIGITS] == self.checksum.encode()
             if not is_same and file.stamp != self.stamp:
-                raise FileFormatError(
-                    self.path,
-                    "was replaced while it was being used",
-                    "run again",
-                )
+                reason = "was replaced while it was being used"
+                raise FileFormatError(self.path, reason, "run again")
             stack.pop_all()
         return file
 
@@ -481,12 +493,17 @@ class TensorFile:
             if not (verify and self.sums):
                 self._fill(entry.begin + begin, view)
                 return
-            block = BLOCK * ITEM_BYTES[entry.dtype]
+            block = entry.block_bytes
             first = begin - begin % block
-            last = min(-(-end // block) * block, entry.nbytes)
-            room = view if (first, last) == (begin, end) else np.empty(last - first, np.uint8).data
-            for at in range(first, last, _PIECE * block):
-                piece = room[at - first : at - first + _PIECE * block]
+            blocks = -(-end // block)
+            last = min(blocks * block, entry.nbytes)
+            room = view
+            if (first, last) != (begin, end):
+                room = np.empty(last - first, np.uint8).data
+            size = _PIECE * block
+            for at in range(first, last, size):
+                place = at - first
+                piece = room[place : place + size]
                 self._fill(entry.begin + at, piece)
                 self._check(name, at, piece)
             if room is not view:
@@ -495,24 +512,25 @@ class TensorFile:
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
         """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read
         together."""
-        runs: list[list[int]] = []  # each one's place in the file, its begin and its end in `view`
-        bounds = [*accumulate((self.entries[name].nbytes for name in names), initial=0)]
+        runs: list[tuple[int, int, int]] = []  # the place in the file, begin and end in `view`
+        sizes = [self.entries[name].nbytes for name in names]
+        spans = [*pairwise(accumulate(sizes, initial=0))]
         with self:
-            for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+            for name, (begin, end) in zip(names, spans, strict=True):
                 entry = self.entries[name]
                 if entry.strides:
                     self.read(name, 0, view[begin:end])
-                elif (
-                    runs
-                    and runs[-1][2] == begin
-                    and runs[-1][0] + begin - runs[-1][1] == entry.begin
-                ):
-                    runs[-1][2] = end
-                else:
-                    runs.append([entry.begin, begin, end])
+                    continue
+                run = (entry.begin, begin, end)
+                if runs:
+                    place, first, last = runs[-1]
+                    if last == begin and place + begin - first == entry.begin:
+                        del runs[-1]
+                        run = (place, first, end)
+                runs.append(run)
             for place, begin, end in runs:
                 self._fill(place, view[begin:end])
-        for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+        for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -527,15 +545,14 @@ class TensorFile:
         checksums."""
         if not self.sums:
             return
-        size = BLOCK * ITEM_BYTES[self.entries[name].dtype]
+        size = self.entries[name].block_bytes
         sums = self.sums[name]
         for at in range(0, len(view), size):
             place = 16 * ((begin + at) // size)
-            if xxhash.xxh3_64_hexdigest(view[at : at + size]) != sums[place : place + 16]:
-                raise FileFormatError(
-                    self.path,
-                    f"tensor {shown(name)} is damaged: its checksum does not match",
-                )
+            digest = xxhash.xxh3_64_hexdigest(view[at : at + size])
+            if digest != sums[place : place + 16]:
+                reason = f"tensor {shown(name)} is damaged: its checksum does not match"
+                raise FileFormatError(self.path, reason)
 
     def _fill(self, offset: int, view: memoryview) -> None:
         file = self.handle.file
@@ -555,17 +572,19 @@ class TensorFile:
                 self._fill(entry.begin, stored.view(np.uint8).data)
                 steps = [dtype.itemsize * step for step in entry.strides]
                 strided = as_strided(stored, entry.shape, steps)
-                handle.reordered = entry, np.ascontiguousarray(strided).reshape(-1).view(np.uint8)
+                values = np.ascontiguousarray(strided).reshape(-1)
+                handle.reordered = entry, values.view(np.uint8)
             return handle.reordered[1]
 
     def verify(self, progress: Callable[[int], object]) -> None:
         """Read every byte, on several threads; raise the FileFormatError of the first damaged
         tensor."""
-        blocks = [
-            (name, begin, min(BLOCK * ITEM_BYTES[entry.dtype], entry.nbytes - begin))
-            for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin)
-            for begin in range(0, entry.nbytes, BLOCK * ITEM_BYTES[entry.dtype])
-        ]
+        blocks = []
+        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin):
+            most = entry.block_bytes
+            for begin in range(0, entry.nbytes, most):
+                size = min(most, entry.nbytes - begin)
+                blocks.append((name, begin, size))
 
         def read(block: tuple[str, int, int]) -> int:
             name, begin, size = block
@@ -592,27 +611,35 @@ def read_file(path: Path) -> TensorFile:
 def decode_file(file: OpenedFile) -> TensorFile:
     """Return what the header of an opened safetensors file says, checked."""
     start = _read_start(file)
-    checksum = start[_DIGITS].decode(errors="replace") if start.startswith(_START, 8) else ""
+    checksum = ""
+    if start.startswith(_START, 8):
+        checksum = start[_DIGITS].decode(errors="replace")
     try:
         _require(not checksum or checksum == _checksum(start), _DAMAGED)
         _require_few(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
-        are_strings = isinstance(metadata, dict) and all(
-            isinstance(value, str) for value in metadata.values()
-        )
-        _require(are_strings, "__metadata__ must map names to strings")
+        _require(_are_strings(metadata), "__metadata__ must map names to strings")
         old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
         _require("ema.version" not in metadata, old)
         own = metadata.pop("ema", "")
         mark = metadata.pop("ema.checksum", "")
         _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
         entries = _decode_entries(raw, len(start), file.size)
-        content = parse_object(file.path, own, "ema") if checksum else {}
-        sums = _decode_sums(content.pop("sums", None), entries) if checksum else {}
+        content: dict[str, Any] = {}
+        sums: dict[str, str] = {}
+        if checksum:
+            content = parse_object(file.path, own, "ema")
+            sums = _decode_sums(content.pop("sums", None), entries)
     except ValueError as error:
         raise FileFormatError(file.path, str(error)) from None
     return TensorFile(file.path, entries, file.stamp, sums, {}, metadata, content, checksum)
+
+
+def _are_strings(metadata: Any) -> bool:
+    if not isinstance(metadata, dict):
+        return False
+    return all(isinstance(value, str) for value in metadata.values())
 
 
 _DAMAGED = "damaged header: its checksum does not match"
@@ -626,10 +653,8 @@ def _require(is_right: bool, problem: str) -> None:
 
 
 def _require_few(count: int) -> None:
-    _require(
-        count <= MAX_TENSORS,
-        f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are allowed",
-    )
+    problem = f"its header names {count:,} tensors; at most {MAX_TENSORS:,} are allowed"
+    _require(count <= MAX_TENSORS, problem)
 
 
 def _read_start(file: OpenedFile) -> bytes:
@@ -646,15 +671,18 @@ def _read_start(file: OpenedFile) -> bytes:
         return prefix + text
     if prefix.startswith(_PICKLES):
         reason = "is a pickle (.pt, .bin), not safetensors"
-        raise FileFormatError(
-            file.path, reason, "name a safetensors file, or give this one the suffix of its format"
-        )
+        hint = "name a safetensors file, or give this one the suffix of its format"
+        raise FileFormatError(file.path, reason, hint)
     taken = f"its header would take {length:,} bytes of a file of {file.size:,}"
     raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 
 
 def _checksum(start: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(start[: _DIGITS.start] + b"0" * 16 + start[_DIGITS.stop :])
+    return xxhash.xxh3_64_hexdigest(_with_checksum(start, "0" * 16))
+
+
+def _with_checksum(start: bytes, digits: str) -> bytes:
+    return start[: _DIGITS.start] + digits.encode() + start[_DIGITS.stop :]
 
 
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
@@ -662,7 +690,12 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     of `nbytes`."""
     _require_few(len(raw))  # escaped keys were not counted before
     found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
-    in_order = sorted(found.items(), key=lambda item: (item[1].begin, item[1].nbytes, item[0]))
+
+    def place(item: tuple[str, Entry]) -> tuple[int, int, str]:
+        name, entry = item
+        return entry.begin, entry.nbytes, name
+
+    in_order = sorted(found.items(), key=place)
     position = start
     for name, entry in in_order:
         if entry.begin != position:
@@ -670,7 +703,8 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
             raise ValueError(f"tensor {shown(name)}: begins at {places}")
         position += entry.nbytes
     state = "truncated" if nbytes < position else "too long"
-    _require(position == nbytes, f"{state}: has {nbytes:,} bytes, its header says {position:,}")
+    problem = f"{state}: has {nbytes:,} bytes, its header says {position:,}"
+    _require(position == nbytes, problem)
     return dict(in_order)
 
 
@@ -697,12 +731,16 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
 
 
 def _decode_sums(sums: Any, entries: Mapping[str, Entry]) -> dict[str, str]:
-    ends = [*accumulate((16 * entry.blocks for entry in entries.values()), initial=0)]
-    is_complete = isinstance(sums, str) and len(sums) == ends[-1]
+    lengths = [16 * entry.blocks for entry in entries.values()]
+    is_complete = isinstance(sums, str) and len(sums) == sum(lengths)
     _require(is_complete, "ema: sums must have a checksum for each block of each tensor")
-    return {
-        name: sums[begin:end] for name, (begin, end) in zip(entries, pairwise(ends), strict=True)
-    }
+    of_tensors = {}
+    begin = 0
+    for name, length in zip(entries, lengths, strict=True):
+        end = begin + length
+        of_tensors[name] = sums[begin:end]
+        begin = end
+    return of_tensors
 
 
 def is_sizes(value: Any) -> bool:
@@ -726,7 +764,8 @@ def parse_object(
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         objects = text.count("{") + text.count("[")  # each takes 64 bytes of memory
-        _require(objects <= len(text) // 8 + 1000, "holds more objects than its length explains")
+        most_objects = len(text) // 8 + 1000
+        _require(objects <= most_objects, "holds more objects than its length explains")
         values = text.count(",")
         _require(values <= most, f"holds {values:,} values; at most {most:,} are allowed")
         value: dict[str, Any] = _DECODER.decode(text)
@@ -755,7 +794,8 @@ _NO_TEXT = re.compile(r"[\ud800-\udfff]|\\u0000")  # lone surrogates and escaped
 def check_text(text: str) -> None:
     """Raise ValueError if a name or value in compact JSON has a zero byte or is not Unicode."""
     if bad := _NO_TEXT.search(text):
-        near = ascii(text[max(0, bad.start() - 40) : bad.end() + 40])
+        begin = max(0, bad.start() - 40)
+        near = ascii(text[begin : bad.end() + 40])
         raise ValueError(f"a name or value has a zero byte or is no Unicode text: {near}")
 
 
@@ -763,7 +803,9 @@ def compact(value: object) -> str:
     """Return a value as JSON without spaces: arrays as lists, dataclasses as objects."""
 
     def plain(value: Any) -> object:
-        return value.tolist() if isinstance(value, np.ndarray) else vars(value)
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        return vars(value)
 
     return json.dumps(
         value,
@@ -807,7 +849,8 @@ class TensorFileWriter:
         self._sums_at = dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
-            self.entries[name] = replace(entry, begin=len(self._header) + entry.begin)
+            place = len(self._header) + entry.begin
+            self.entries[name] = replace(entry, begin=place)
             self._sums_at[name] = at
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
@@ -821,8 +864,9 @@ class TensorFileWriter:
         entry = self.entries[name]
         digest = xxhash.xxh3_64()
         at = begin
-        block = BLOCK * ITEM_BYTES[entry.dtype]
-        for view in (part.cast("B") for part in parts):
+        block = entry.block_bytes
+        for part in parts:
+            view = part.cast("B")
             self._file.write_at(view, entry.begin + at)
             while view:
                 taken = view[: block - at % block]
@@ -841,10 +885,10 @@ class TensorFileWriter:
         self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
-        sums = {
-            name: self._header[at : at + 16 * self.entries[name].blocks].decode()
-            for name, at in self._sums_at.items()
-        }
+        sums = {}
+        for name, begin in self._sums_at.items():
+            end = begin + 16 * self.entries[name].blocks
+            sums[name] = self._header[begin:end].decode()
         stamp = status.st_size, status.st_mtime_ns
         return TensorFile(
             self.path,
@@ -882,9 +926,8 @@ def encode_header(
     blocks = sum(entry.blocks for entry in entries.values())
     zeros = "0" * (16 * blocks)
     own = compact({"sums": sums or zeros, **content})
-    header: dict[str, Any] = {
-        "__metadata__": {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
-    }
+    strings = {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
+    header: dict[str, Any] = {"__metadata__": strings}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
@@ -893,7 +936,7 @@ def encode_header(
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
     start = len(text).to_bytes(8, "little") + text
-    return start[: _DIGITS.start] + _checksum(start).encode() + start[_DIGITS.stop :]
+    return _with_checksum(start, _checksum(start))
 
 
 def _checked_text(header: Mapping[str, Any]) -> bytes:
@@ -904,10 +947,8 @@ def _checked_text(header: Mapping[str, Any]) -> bytes:
     check_text(written)
     text = written.encode()
     text += b" " * (-len(text) % 8)
-    _require(
-        len(text) <= MAX_HEADER_BYTES,
-        f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed",
-    )
+    problem = f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+    _require(len(text) <= MAX_HEADER_BYTES, problem)
     return text
 
 
@@ -918,12 +959,14 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     Of each width, tensors of one block come last, next to each other: a synthesis reads many of
     them at a time.
     """
+
+    def place(item: tuple[str, Entry]) -> tuple[int, bool]:
+        _, entry = item
+        return -ITEM_BYTES[entry.dtype], entry.size <= BLOCK
+
     placed: dict[str, Entry] = {}
     begin = 0
-    for name, entry in sorted(
-        entries.items(),
-        key=lambda e: (-ITEM_BYTES[e[1].dtype], e[1].size <= BLOCK),
-    ):
+    for name, entry in sorted(entries.items(), key=place):
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes
     return placed
@@ -965,10 +1008,13 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.flo
     # NumPy lacks these dtypes; torch is imported only here, since that takes a second
     if dtype.startswith("F8"):
         # torch needs writable memory
-        return tensor_from_bytes(data.copy(), dtype, data.shape).double().numpy()
+        exact = tensor_from_bytes(data.copy(), dtype, data.shape).double()
+        return exact.numpy()
     if dtype == "BF16":  # the upper half of a float32
-        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        halves = data.view("<u2").astype(np.uint32)
+        values = (halves << 16).view(np.float32)
     else:
-        values = data.view("float32" if dtype == "C64" else DTYPES[dtype].torch_name)
+        name = "float32" if dtype == "C64" else DTYPES[dtype].torch_name
+        values = data.view(name)
     with np.errstate(invalid="ignore"):  # converting a signalling nan sets a floating-point flag
         return values.astype(np.float64)

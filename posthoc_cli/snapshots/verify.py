@@ -24,12 +24,11 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.outputs import (
     INDEX_NAME,
     INDEX_SUFFIX,
-    OutputInfo,
     decode_index,
     read_index,
     read_model,
 )
-from posthoc_cli.snapshots.snapshot import Snapshot, decode, decode_snapshot
+from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, decode, decode_snapshot
 from posthoc_cli.snapshots.sources import run_clock
 from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, file_size, read_file
 
@@ -177,6 +176,8 @@ def _note_of_pickles(listing: Directory) -> list[str]:
     count = sum(entry.suffix in PICKLES for entry in listing.entries)
     if count == 0:
         return []
+    if count == 1:
+        return ["1 pickled file (.pt or the like) has no checksums and was not read"]
     return [f"{count:,} pickled files (.pt and the like) have no checksums and were not read"]
 
 

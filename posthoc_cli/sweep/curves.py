@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,15 +66,21 @@ def draw_curves(
             noises.append(noise)
             posteriors.append(_posterior(prior, chance, standard))
     weights = softmax([posterior.likelihood for posterior in posteriors])
+    curves = centre + scale * _drawn(posteriors, weights)
+    return curves, float(scale * (weights @ noises))
+
+
+def _drawn(posteriors: Sequence[_Posterior], weights: FloatArray) -> FloatArray:
+    """Return curves drawn from the weighted mixture of posteriors, shape [draws, POINTS]."""
     random = np.random.default_rng(0)
     counts = random.multinomial(_DRAWS, weights)
     draws = []
-    for index in np.flatnonzero(counts):
-        _, mean, covariance = posteriors[index]
-        count = counts[index]
+    for posterior, count in zip(posteriors, counts, strict=True):
+        if count == 0:
+            continue
+        _, mean, covariance = posterior
         draws.append(random.multivariate_normal(mean, covariance, count, method="cholesky"))
-    curves: FloatArray = centre + scale * np.concatenate(draws)
-    return curves, float(scale * (weights @ noises))
+    return np.concatenate(draws)
 
 
 def _clipped(values: FloatArray) -> FloatArray:
@@ -82,7 +89,8 @@ def _clipped(values: FloatArray) -> FloatArray:
     reach = upper - second
     if reach <= 0:
         return values
-    return np.asarray(np.minimum(values, upper + _FAR * reach))
+    highest = upper + _FAR * reach
+    return np.asarray(np.minimum(values, highest))
 
 
 def _chances(errors: FloatArray, seeds: FloatArray) -> list[tuple[float, FloatArray]]:
@@ -93,22 +101,28 @@ def _chances(errors: FloatArray, seeds: FloatArray) -> list[tuple[float, FloatAr
         noises = (1.0,)
         scales = np.clip(errors, *_STATED)
     usual = float(np.sqrt((scales**2).mean()))
-    offsets = _OFFSETS if np.ptp(seeds) else _OFFSETS[:1]  # that of a single seed is in the trend
+    offsets: tuple[float, ...] = _OFFSETS
+    if np.ptp(seeds) == 0:
+        offsets = _OFFSETS[:1]  # that of a single seed is in the trend
     shared = np.equal.outer(seeds, seeds)
     chances = []
     for noise, offset in itertools.product(noises, offsets):
         variances = (noise * scales) ** 2
-        chances.append((noise * usual, np.diag(variances) + offset**2 * shared))
+        covariance = np.diag(variances) + offset**2 * shared
+        chances.append((noise * usual, covariance))
     return chances
 
 
 def _prior(x: FloatArray, length: float, size: float) -> FloatArray:
     """Return the covariance of the metric at all pairs of places before the measurements."""
-    trends = np.vander(2 * x - 1, 3, increasing=True) * _TRENDS
+    powers = np.vander(2 * x - 1, 3, increasing=True)
+    trends = powers * _TRENDS
     trend = trends @ trends.T
-    distance = math.sqrt(5) * np.abs(x[:, None] - x) / length
+    apart = np.abs(x[:, None] - x)
+    distance = math.sqrt(5) * apart / length
     matern = (1 + distance + distance**2 / 3) * np.exp(-distance)
-    return np.asarray(trend + size**2 * matern + _ROUNDING * np.eye(len(x)))
+    rounding = _ROUNDING * np.eye(len(x))
+    return np.asarray(trend + size**2 * matern + rounding)
 
 
 class _Posterior(NamedTuple):
@@ -123,11 +137,14 @@ def _posterior(prior: FloatArray, chance: FloatArray, values: FloatArray) -> _Po
     """Return the posterior for the covariances before and of the measurements (Rasmussen and
     Williams, algorithm 2.1)."""
     count = len(values)
-    root = cholesky(prior[:count, :count] + chance, lower=True, check_finite=False)
-    sides = np.column_stack([values, prior[:count, count:]])
+    measured = prior[:count, :count] + chance
+    across = prior[:count, count:]
+    root = cholesky(measured, lower=True, check_finite=False)
+    sides = np.column_stack([values, across])
     solved = solve_triangular(root, sides, lower=True, check_finite=False)
     fit = solved[:, 0]
     known = solved[:, 1:]
-    likelihood = float(-0.5 * fit @ fit - np.log(root.diagonal()).sum())
+    volume = np.log(root.diagonal()).sum()
+    likelihood = float(-0.5 * fit @ fit - volume)
     covariance = prior[count:, count:] - known.T @ known
     return _Posterior(likelihood, fit @ known, covariance)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number, percent
@@ -28,12 +29,13 @@ from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.curves import GRID, POINTS, draw_curves
 from posthoc_cli.sweep.trials import TrialError
-from posthoc_cli.targets import KINDS, WIDTH, Target, bad, kind_of, parse_numbers
+from posthoc_cli.targets import KINDS, WIDTH, Kind, Target, bad, kind_of, parse_numbers
 
 log = logging.getLogger(__name__)
 
 RAW = "raw weights"  # the target of trials of raw weights, which are not an average
 RESULT = "sweep.json"  # the file of a report in the folder of a sweep
+_CURVE = ("x", "estimate", "standard_error")  # of each point of its curve
 
 FIRST = 6  # lengths in the first batch, which are spread evenly
 NEXT = 2  # lengths in each further batch
@@ -73,10 +75,13 @@ class Axis:
     @classmethod
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
         """Return the axis of given values, which are all measured."""
-        numbers = {check_number(kind, value, math.isfinite, "be a number") for value in values}
+        numbers = set[float]()
+        for value in values:
+            numbers.add(check_number(kind, value, math.isfinite, "be a number"))
         if len(numbers) < 2:
             raise InvalidValueError("values", "name at least two lengths", value=list(values))
-        return cls(kind, min(numbers), max(numbers), tuple(sorted(numbers)))
+        ordered = sorted(numbers)
+        return cls(kind, ordered[0], ordered[-1], tuple(ordered))
 
     @classmethod
     def parse(cls, text: str, name: str, kind: str = "") -> Axis:
@@ -91,8 +96,10 @@ class Axis:
         searched, rest = kind_and_rest
         form = f"a range LOW:HIGH, such as {searched.range}, or a list"
         is_range = rest.count(":") == 1 and "," not in rest
+        if is_range:
+            rest = rest.replace(":", ",")
         try:
-            numbers = parse_numbers(rest.replace(":", ",") if is_range else rest, name, form)
+            numbers = parse_numbers(rest, name, form)
             if is_range:
                 return cls(searched.name, numbers[0], numbers[-1])
             return cls.of_values(searched.name, numbers)
@@ -100,57 +107,74 @@ class Axis:
             raise bad(name, text, error.reason, error.hint) from error
 
     def __contains__(self, value: float) -> bool:
-        return value in self.values if self.values else self.low <= value <= self.high
+        if self.values:
+            return value in self.values
+        return self.low <= value <= self.high
+
+    @property
+    def _of_kind(self) -> Kind:
+        return _KINDS[self.kind]
 
     def target(self, value: float) -> Target:
-        return _KINDS[self.kind].make(value)
+        return self._of_kind.make(value)
 
     def place(self, values: FloatArray | Sequence[float]) -> FloatArray:
         """Return the places of values in the range, from 0 to 1 by the logarithm of the length."""
         low, ratio = self._lengths()
-        lengths = _KINDS[self.kind].length(np.asarray(values))
-        return np.asarray(np.log(lengths / low) / math.log(ratio))
+        lengths = self._of_kind.length(np.asarray(values))
+        places = np.log(lengths / low) / math.log(ratio)
+        return np.asarray(places)
 
     def at(self, places: FloatArray | float) -> FloatArray:
         """Return the exact values at places in [0, 1], the inverse of `place`."""
         low, ratio = self._lengths()
-        return np.asarray(_KINDS[self.kind].value(low * ratio**places))
+        values = self._of_kind.value(low * ratio**places)
+        return np.asarray(values)
 
     def value_at(self, place: float) -> float:
         """Return the value at a place, whose length is rounded to three digits (more in a narrow
         range)."""
-        kind = _KINDS[self.kind]
+        kind = self._of_kind
         low, ratio = self._lengths()
         length = low * ratio**place
         if kind.is_whole:
             value = float(round(length))
         else:
-            digits = max(3, 2 - math.floor(math.log10(abs(math.log(ratio)))))
+            width = abs(math.log(ratio))
+            digits = max(3, 2 - math.floor(math.log10(width)))
             rounded = float(f"{length:.{digits}g}")
             value = round(kind.value(rounded), 15)
-        return float(min(max(value, self.low), self.high))
+        value = max(value, self.low)
+        return float(min(value, self.high))
 
     def _lengths(self) -> tuple[float, float]:
         """Return the length of the lowest value, and the ratio of that of the highest one to it."""
-        kind = _KINDS[self.kind]
-        low = kind.length(self.low)
-        return low, kind.length(self.high) / low
+        low = self._of_kind.length(self.low)
+        high = self._of_kind.length(self.high)
+        return low, high / low
 
 
 def good_range(run: Run, t: float) -> Axis:
     """Return the widest range of sigma_rel whose predicted error is below GOOD_ERROR, or raise an
     InvalidValueError."""
-    ranges = run.error_curve(t=t).ranges_below(GOOD_ERROR)
+    curve = run.error_curve(t=t)
+    ranges = curve.ranges_below(GOOD_ERROR)
     if not ranges:
         reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
         raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
-    low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
+
+    def ratio(ends: tuple[float, float]) -> float:
+        low, high = ends
+        return high / low
+
+    low, high = max(ranges, key=ratio)
     return Axis("sigma_rel", round(low, 4), round(high, 4))
 
 
 def has_raw(run: Run, t: float) -> bool:
     """Return whether a checkpoint holds the weights themselves at a time."""
-    return any(isinstance(source.profile, Point) and source.t == t for source in run.sources)
+    profiles = [source.profile for source in run.sources if source.t == t]
+    return any(isinstance(profile, Point) for profile in profiles)
 
 
 @dataclass(frozen=True)
@@ -193,15 +217,19 @@ class Estimate:
         xs, values, errors, seeds = _measurements(trials)
         sign = 1.0 if minimize else -1.0
         self._axis = axis
-        self._known = np.array(axis.values) if axis.values else xs
-        self.draws, self.noise = draw_curves(axis.place(xs), sign * values, errors, seeds)
+        self._known = xs
+        if axis.values:
+            self._known = np.array(axis.values)
+        places = axis.place(xs)
+        self.draws, self.noise = draw_curves(places, sign * values, errors, seeds)
         self.curve = sign * self.draws.mean(axis=0)
         self.errors = self.draws.std(axis=0)
         point = self._best_point()
         self.best = self._known_or_new(point)
         self.mean = float(self.curve[point])
         self.standard_error = float(self.errors[point])
-        regrets = self.draws[:, point] - self.draws.min(axis=1)
+        least = self.draws.min(axis=1)
+        regrets = self.draws[:, point] - least
         self.regret = float(regrets.mean())
         low, high = map(axis.value_at, self._likely())
         self.low = min(low, self.best)
@@ -213,7 +241,7 @@ class Estimate:
         if not self._axis.values:
             return int(means.argmin())
         places = self._axis.place(self._axis.values)
-        points = np.rint((POINTS - 1) * places).astype(int)
+        points = _nearest_points(places)
         best = means[points].argmin()
         return int(points[best])
 
@@ -221,18 +249,23 @@ class Estimate:
         """Return the ends of the range that contains the best with a probability of CONFIDENCE, as
         places."""
         tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(self._best_places(), [tail, 1 - tail]).tolist()
+        quantiles = np.quantile(self._best_places(), [tail, 1 - tail])
+        low, high = quantiles.tolist()
         half = 0.5 / (POINTS - 1)
-        return [max(low - half, 0.0), min(high + half, 1.0)]
+        low = max(low - half, 0.0)
+        high = min(high + half, 1.0)
+        return [low, high]
 
     def _best_places(self) -> FloatArray:
         """Return where each drawn curve is best: shape [draws]."""
-        return np.asarray(GRID[self.draws.argmin(axis=1)])
+        points = self.draws.argmin(axis=1)
+        return np.asarray(GRID[points])
 
     def _known_or_new(self, point: int) -> float:
         """Return the measured value next to a point of the grid, or else the value there."""
         place = float(GRID[point])
-        distances = np.abs(self._axis.place(self._known) - place)
+        known = self._axis.place(self._known)
+        distances = np.abs(known - place)
         nearest = distances.argmin()
         if distances[nearest] < _SAME:
             return float(self._known[nearest])
@@ -241,7 +274,8 @@ class Estimate:
     @property
     def settled(self) -> bool:
         """Whether more measurements would hardly lead to a better choice."""
-        return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
+        spread = float(np.ptp(self.curve))
+        return self.regret <= max(self.noise / 4, 0.005 * spread)
 
     @property
     def edge(self) -> float | None:
@@ -263,20 +297,28 @@ class Estimate:
         the best may be, a measured value replaces one next to it, for another seed.
         """
         low, high = self._likely()
-        within = self.curve[(low <= GRID) & (high >= GRID)]
-        is_flat = repeat and self.noise > np.ptp(within)
-        place = float(self._axis.place([self.best])[0])
-        lowest = self.draws[:, round((POINTS - 1) * place)]
+        is_likely = (low <= GRID) & (high >= GRID)
+        spread = np.ptp(self.curve[is_likely])
+        is_flat = repeat and self.noise > spread
+        (best,) = _nearest_points(self._axis.place([self.best]))
+        lowest = self.draws[:, best]
         values = []
         for _ in range(count):
             improved = np.minimum(self.draws, lowest[:, None])
-            point = int(improved.mean(axis=0).argmin())
+            means = improved.mean(axis=0)
+            point = int(means.argmin())
             lowest = improved[:, point]
             if is_flat:
-                values.append(self._known_or_new(point))
+                value = self._known_or_new(point)
             else:
-                values.append(self._axis.value_at(float(GRID[point])))
+                value = self._axis.value_at(float(GRID[point]))
+            values.append(value)
         return list(dict.fromkeys(values))
+
+
+def _nearest_points(places: FloatArray) -> npt.NDArray[np.intp]:
+    """Return the points of the grid that are nearest to places."""
+    return np.rint((POINTS - 1) * places).astype(np.intp)
 
 
 def _measurements(trials: Sequence[Trial]) -> FloatArray:
@@ -294,8 +336,9 @@ def first_batch(axis: Axis) -> list[float]:
     included."""
     if axis.values:
         return list(axis.values)
-    inner = np.linspace(0, 1, FIRST)[1:-1].tolist()
-    values = [axis.low, *map(axis.value_at, inner), axis.high]
+    places = np.linspace(0, 1, FIRST).tolist()
+    inner = map(axis.value_at, places[1:-1])
+    values = [axis.low, *inner, axis.high]
     return list(dict.fromkeys(values))
 
 
@@ -341,17 +384,21 @@ class SweepReport:
     @property
     def value(self) -> float | None:
         """The mean metric of the best average, as measured; None if that failed."""
-        return None if self.estimate is None else self._mean(self.estimate.best)
+        if self.estimate is None:
+            return None
+        return self._mean(self.estimate.best)
 
     def _mean(self, x: float | None) -> float | None:
-        values = [trial.value for trial in self.trials if trial.x == x and trial.value is not None]
+        of_length = [trial.value for trial in self.trials if trial.x == x]
+        values = [value for value in of_length if value is not None]
         if not values:
             return None
         return sum(values) / len(values)
 
     def __repr__(self) -> str:
-        texts = [f"{name}: {text}" for name, text in answer(self.to_dict()).items()]
-        return f"SweepReport({', '.join(texts)})"
+        texts = answer(self.to_dict())
+        facts = [f"{name}: {text}" for name, text in texts.items()]
+        return f"SweepReport({', '.join(facts)})"
 
     def write(self, folder: str | Path) -> None:
         """Write the report to a folder, for `ema report`; raise a WriteError if that fails."""
@@ -375,16 +422,19 @@ class SweepReport:
         estimate = self.estimate
         if estimate is None:
             return values
-        rows = np.column_stack([self.axis.at(GRID), estimate.curve, estimate.errors]).tolist()
+        best = {"target": self.best.title, self.axis.kind: estimate.best}
+        xs = self.axis.at(GRID)
+        rows = np.column_stack([xs, estimate.curve, estimate.errors])
+        curve = [dict(zip(_CURVE, row, strict=True)) for row in rows.tolist()]
         return values | {
-            "best": {"target": self.best.title, self.axis.kind: estimate.best},
+            "best": best,
             "value": self.value,
             "estimate": estimate.mean,
             "standard_error": estimate.standard_error,
             "equal_within_noise": [estimate.low, estimate.high],
             "expected_regret": estimate.regret,
             "noise": estimate.noise,
-            "curve": [{"x": x, "estimate": y, "standard_error": error} for x, y, error in rows],
+            "curve": curve,
         }
 
 
@@ -415,23 +465,25 @@ class Search:
 
     def __post_init__(self) -> None:
         # a search begins with FIRST lengths, and measures the best one last
-        check_count("budget", self.budget, 1 if self.report.axis.values else FIRST + 1)
+        least = 1 if self.report.axis.values else FIRST + 1
+        check_count("budget", self.budget, least)
         check_count("repeats", self.repeats)
 
     @property
     def expected(self) -> int:
         """About how many trials there will be; of a list, exactly."""
-        lengths = len(first_batch(self.report.axis))
-        if not self.report.axis.values and self.report.minimize is not None:
+        axis = self.report.axis
+        lengths = len(first_batch(axis))
+        if not axis.values and self.report.minimize is not None:
             lengths = min(self.budget, USUAL)
-        return max(self.repeats * (self.measures_raw + lengths), len(self.report.trials))
+        planned = self.repeats * (self.measures_raw + lengths)
+        return max(planned, len(self.report.trials))
 
     def run(self, average: Average) -> Iterator[Trial]:
         """Measure until the best is known within the noise or the budget is spent; yield each trial
         when it has ended."""
-        first: list[float | None] = [*first_batch(self.report.axis)]
-        if self.measures_raw:
-            first.insert(0, None)
+        first: list[float | None] = [None] if self.measures_raw else []
+        first += first_batch(self.report.axis)
         yield from self._measure(average, self._unmeasured(first))
         if self.report.minimize is None:
             self.report = replace(self.report, stopped="no metric was asked for")
@@ -443,13 +495,15 @@ class Search:
         yield from self._measure(average, self._unmeasured([estimate.best]))
 
     def _seeds(self, x: float | None) -> set[int]:
-        return {trial.seed for trial in self.report.trials if trial.x == x}
+        trials = self.report.trials
+        return {trial.seed for trial in trials if trial.x == x}
 
     def _unmeasured(self, values: Iterable[float | None]) -> Lengths:
         """Return values with the first seeds, as far as they are missing."""
         lengths = {}
         for x in values:
-            missing = set(range(self.repeats)) - self._seeds(x)
+            wanted = set(range(self.repeats))
+            missing = wanted - self._seeds(x)
             if missing:
                 lengths[x] = missing
         return lengths
@@ -464,12 +518,15 @@ class Search:
 
     def _measure(self, average: Average, lengths: Lengths) -> Iterator[Trial]:
         for x, seeds in lengths.items():
-            title = RAW if x is None else self.report.axis.target(x).title
+            title = RAW
+            if x is not None:
+                title = self.report.axis.target(x).title
             with average(x) as (measure, predicted_error):
                 for seed in seeds:
                     trial = Trial(title, x, seed, predicted_error=predicted_error)
                     trial = _measured(trial, measure)
-                    self.report = replace(self.report, trials=(*self.report.trials, trial))
+                    trials = (*self.report.trials, trial)
+                    self.report = replace(self.report, trials=trials)
                     yield trial
                     self._check_latest()
 
@@ -484,19 +541,23 @@ class Search:
     def _check_latest(self) -> None:
         """Raise a PostHocError after two trials that failed alike, as all others would."""
         last = self.report.trials[-1]
-        causes = [(trial.error or "").partition(": ")[0] for trial in self.report.trials[-2:]]
-        if causes[0] and causes[1:] == causes[:1]:
+        causes = []
+        for trial in self.report.trials[-2:]:
+            cause, _, _ = (trial.error or "").partition(": ")
+            causes.append(cause)
+        if last.error and causes == causes[:1] * 2:
             reason = f"two trials in a row have failed alike; the last one: {last.target}"
             raise PostHocError("the sweep", f"{reason}: {last.error}")
-        values = self._values()
-        if len(values) == 2 and len({*values.values()}) == 1:
+        values = [*self._values().values()]
+        if len(values) == 2 and values[0] == values[1]:
             doubt = "does the evaluation use the weights?"
             log.warning("two lengths have the same metric, %s: %s", last.value, doubt)
 
     def _estimate(self, minimize: bool) -> Estimate:
         """Estimate the best value, or raise a PostHocError if the trials do not allow it."""
         values = self._values()
-        least = min(3, max(2, len(first_batch(self.report.axis)) - 1))  # of three one may fail
+        first = len(first_batch(self.report.axis))
+        least = min(3, max(2, first - 1))  # of three one may fail
         if len(values) < least:
             trials = self.report.trials
             failed = [trial for trial in trials if trial.error]
@@ -506,15 +567,19 @@ class Search:
         if len({*values.values()}) == 1:
             reason = f"every trial has the same metric, {next(iter(values.values())):.12g}"
             raise PostHocError("the sweep", reason, "does the evaluation use the weights?")
-        estimate = Estimate(self.report.trials, self.report.axis, minimize)
+        trials = self.report.trials
+        estimate = Estimate(trials, self.report.axis, minimize)
         self.report = replace(self.report, estimate=estimate)
         return estimate
 
     def _next(self, estimate: Estimate) -> Lengths:
         """Return the lengths of the next round; none if the search has ended, for the reason in
         `stopped`."""
-        lengths = {trial.x for trial in self.report.trials} - {None}
-        spent = sum(math.ceil(len(self._seeds(x)) / self.repeats) for x in lengths)
+        lengths = {trial.x for trial in self.report.trials}
+        spent = 0
+        for x in lengths - {None}:
+            seeds = self._seeds(x)
+            spent += math.ceil(len(seeds) / self.repeats)
         left = self.budget - spent - 1  # the best length is measured last
         if self.report.axis.values:
             reason = "all given lengths are measured"
@@ -535,7 +600,8 @@ class Search:
     def _proposed(self, estimate: Estimate, count: int) -> Lengths:
         """Return proposed lengths with seeds, but those that have failed."""
         failed = {trial.x for trial in self.report.trials if trial.error}
-        values = [x for x in estimate.proposed(count, self.repeats_known) if x not in failed]
+        proposed = estimate.proposed(count, self.repeats_known)
+        values = [x for x in proposed if x not in failed]
         if self.repeats_known:
             return self._once_more(values)
         return self._unmeasured(values)
@@ -558,8 +624,9 @@ def _measured(trial: Trial, measure: Measure) -> Trial:
 def answer(report: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
     trials = report["trials"]
-    failed = sum(trial["error"] is not None for trial in trials)
-    measured = {trial["target"] for trial in trials if trial["error"] is None} - {RAW}
+    succeeded = [trial["target"] for trial in trials if trial["error"] is None]
+    failed = len(trials) - len(succeeded)
+    measured = {*succeeded} - {RAW}
     count = f"{len(measured)} averages in {len(trials)} trials"
     if failed:
         count += f", {failed} of which failed"
@@ -581,7 +648,8 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
 
 def _with_error(value: float, error: float) -> str:
     """Return a value with its standard error, and no digits that the error makes meaningless."""
-    digits = max(0, 1 - math.floor(math.log10(max(error, 1e-12))))
+    decade = math.floor(math.log10(max(error, 1e-12)))
+    digits = max(0, 1 - decade)
     return f"{value:.{digits}f} ± {error:.2g}"
 
 

@@ -22,6 +22,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
+    MismatchError,
     OutputExistsError,
     PostHocError,
     shown,
@@ -54,6 +55,8 @@ TRIALS = "trials.jsonl"  # the settings of the sweep, then a trial a line
 LOGS = "logs"
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
 _SCRATCH = ".scratch"
+_OPERATORS = ("|", "||", "&&", ">", ">>", "<", "&>", "2>", "2>&1")
+_USE_A_SHELL = "pipes, variables, cd and the like need a shell: sh -c '...'"
 
 
 @dataclass(eq=False)
@@ -160,19 +163,17 @@ class Sweep:
             raise self._unusable(f"cannot be split into words: {error}") from error
         if not any("{weights}" in word for word in words):
             raise self._unusable("must contain {weights}, which becomes the path of the average")
+        if self.minimize is None and self.images == "none":
+            raise InvalidValueError("images", "are what one looks at: keep some", value="none")
         if "{dir}" not in self.command:
             if self.metric.file is not None:
                 file = "the folder that is searched for the file with the metric"
                 raise self._unusable(f"must contain {{dir}}, {file}")
             if self.minimize is None:
                 raise self._unusable("must contain {dir}, the folder for the images to look at")
-        if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
-            reason = "its first word is neither a program on the PATH nor an executable file"
-            hint = "a script may need its interpreter first: python3"
-            raise InvalidValueError("command", reason, hint, value=words[0])
-        script = words[1] if len(words) > 1 else ""
-        if script.endswith((".py", ".sh")) and not Path(script).is_file():
-            raise InvalidValueError("command", "no such file", value=script)
+            if self.images not in (None, "none"):
+                raise self._unusable("must contain {dir}, the folder for the images to keep")
+        _check_program(words)
 
     def _unusable(self, reason: str) -> InvalidValueError:
         return InvalidValueError("command", reason, value=self.command or "(empty)")
@@ -238,7 +239,7 @@ class Sweep:
         lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
         if lacking:
             reason = f"lacks tensor {shown(min(lacking))} of the averages"
-            raise InvalidValueError("raw", reason, value=raw)
+            raise MismatchError(raw, reason)
         if self.like is None:
             plain.rename(weights)
         else:
@@ -286,6 +287,9 @@ class Sweep:
                     found[trial.target, trial.seed] = trial
         except (ValueError, TypeError) as error:
             raise FileFormatError(path, "is no record of a sweep", "name another folder") from error
+        if not found:  # nothing to lose: the call may have been wrong
+            self._write_lines([json.dumps(asked)])
+            return []
         for name, value in asked.items():
             if settings.get(name) != value:
                 reason = f"holds a sweep of another {name}, {shown(settings.get(name))}"
@@ -300,6 +304,21 @@ class Sweep:
     def _write_lines(self, lines: Sequence[str]) -> None:
         text = "".join(f"{line}\n" for line in lines)
         files.write_atomically(self.out / TRIALS, text.encode(), overwrite=True)
+
+
+def _check_program(words: Sequence[str]) -> None:
+    """Raise an InvalidValueError unless the words of a command can be run without a shell."""
+    operators = [word for word in words if word in _OPERATORS]
+    if operators:
+        reason = "is for a shell, without which the command is run"
+        raise InvalidValueError("command", reason, _USE_A_SHELL, value=operators[0])
+    if not _PLACEHOLDER.search(words[0]) and shutil.which(words[0]) is None:
+        reason = "its first word is neither a program on the PATH nor an executable file"
+        hint = f"a script may need its interpreter first: python3; {_USE_A_SHELL}"
+        raise InvalidValueError("command", reason, hint, value=words[0])
+    script = words[1] if len(words) > 1 else ""
+    if script.endswith((".py", ".sh")) and not Path(script).is_file():
+        raise InvalidValueError("command", "no such file", value=script)
 
 
 # --- in Python

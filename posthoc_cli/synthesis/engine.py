@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate, chain, cycle
+from itertools import accumulate, cycle
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -63,7 +63,8 @@ class Sums:
         self._sources, targets = coefficients.shape
         self._slot_count = 1 if targets == 1 else min(SLOTS, self._sources)
         self._scales = coefficients.tolist()
-        self._matrix = torch.from_numpy(coefficients.T.copy()).to(device, wide)
+        by_target = torch.from_numpy(coefficients.T.copy())
+        self._matrix = by_target.to(device, wide)
         # Initialized to zero: nan in the padding of a shorter chunk would slow down the arithmetic.
         self.totals = torch.zeros(targets, room, dtype=wide, device=device)
         self._values = torch.zeros(self._slot_count, room, dtype=wide, device=device)
@@ -75,9 +76,10 @@ class Sums:
         if size != self._size:
             self._size = size
             self._padded = -(-size // COLUMNS) * COLUMNS
+            padded = self._padded
             self._slots = [row[:size] for row in self._values.unbind()]
-            self._terms = [row[: self._padded] for row in self._values.unbind()]
-            self._rows = [row[: self._padded] for row in self.totals.unbind()]
+            self._terms = [row[:padded] for row in self._values.unbind()]
+            self._rows = [row[:padded] for row in self.totals.unbind()]
 
     def slot(self, source: int) -> torch.Tensor:
         """Return the buffer for the values of a source, shape [size]."""
@@ -91,18 +93,25 @@ class Sums:
             return
         first = source + 1 - count
         if self._slot_count > 1 and has_full_precision():
-            matrix = self._matrix[:, first : source + 1]
-            for begin in range(0, self._padded, COLUMNS):
-                end = begin + COLUMNS
-                sums = self.totals[:, begin:end]
-                values = self._values[:count, begin:end]
-                torch.addmm(sums, matrix, values, beta=int(first > 0), out=sums)
+            self._add_product(first, count)
             return
         for index in range(first, source + 1):
-            for total, scale in zip(self._rows, self._scales[index], strict=True):
+            values = self._terms[index - first]
+            scales = self._scales[index]
+            for total, scale in zip(self._rows, scales, strict=True):
                 if index == 0:
                     total.zero_()
-                total.add_(self._terms[index - first], alpha=scale)
+                total.add_(values, alpha=scale)
+
+    def _add_product(self, first: int, count: int) -> None:
+        """Add the values in so many slots, of the sources from the first one on."""
+        matrix = self._matrix[:, first : first + count]
+        keeps_sums = int(first > 0)
+        for begin in range(0, self._padded, COLUMNS):
+            end = begin + COLUMNS
+            sums = self.totals[:, begin:end]
+            values = self._values[:count, begin:end]
+            torch.addmm(sums, matrix, values, beta=keeps_sums, out=sums)
 
 
 def has_full_precision() -> bool:
@@ -110,10 +119,12 @@ def has_full_precision() -> bool:
     may change this."""
     backends: Any = torch.backends
     try:
-        allowed = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+        on_cuda = backends.cuda.matmul.fp32_precision
+        on_cpu = backends.mkldnn.matmul.fp32_precision
     except AttributeError:  # before torch 2.9
         return torch.get_float32_matmul_precision() == "highest"
-    return allowed <= {"none", "ieee"}
+    exact = ("none", "ieee")
+    return on_cuda in exact and on_cpu in exact
 
 
 # --- tiles
@@ -175,7 +186,8 @@ class Tile:
     @property
     def stored_bytes(self) -> int:
         """The bytes to read for the tile, over all sources."""
-        return self.size * sum(ITEM_BYTES[dtype] for dtype in self.kind.stored)
+        item_bytes = [ITEM_BYTES[dtype] for dtype in self.kind.stored]
+        return self.size * sum(item_bytes)
 
 
 def tile_size(targets: int) -> int:
@@ -196,12 +208,15 @@ def cut_tiles(parts: Sequence[Combination], targets: int, device: torch.device) 
             if size > BLOCK or name in plan.boxes:
                 tiles += _cut(plan, kind, name, tile_size(targets))
                 continue
-            if sizes[kind] + size > BLOCK or len(batches[kind]) == MAX_BATCH:
-                tiles.append(_batch(plan, kind, batches.pop(kind)))
+            is_full = len(batches[kind]) == MAX_BATCH
+            if is_full or sizes[kind] + size > BLOCK:
+                names = batches.pop(kind)
+                tiles.append(_batch(plan, kind, names))
                 sizes[kind] = 0
             batches[kind].append(name)
             sizes[kind] += size
-        tiles += [_batch(plan, kind, names) for kind, names in batches.items()]
+        for kind, names in batches.items():
+            tiles.append(_batch(plan, kind, names))
     return tiles
 
 
@@ -216,9 +231,12 @@ def _kind_of(
     dtype = plan.output_dtype(name)
     if tensor.role == "copy" or plan.coefficients is None:
         role = "copy" if tensor.role == "copy" else "stored"
-        return Kind(role, dtype, plan.newest.entries[name].dtype, stored)
+        newest = plan.newest.entries[name].dtype
+        return Kind(role, dtype, newest, stored)
+    role = "average"
     is_statistic = tensor.role == "statistic" or name in statistics
-    role = "variance" if is_statistic and name.endswith("running_var") else "average"
+    if is_statistic and name.endswith("running_var"):
+        role = "variance"
     wide = "F32"
     if tensor.dtype == "F64" or name not in plan.coarse:
         wide = "F64"
@@ -231,14 +249,17 @@ def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
     """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
     count = plan.box(name).size
     cells = max(source.cells(name) for source in plan.sources)
-    step = min(size * max(1, cells), max(size, MOST_PARTED))
+    parted = size * max(1, cells)
+    step = min(parted, max(size, MOST_PARTED))
     for begin in range(0, max(count, 1), step):
         end = min(begin + step, count)
-        yield Tile(plan, kind, (name,), (0, end - begin), begin, end == count)
+        bounds = (0, end - begin)
+        yield Tile(plan, kind, (name,), bounds, begin, last=end == count)
 
 
 def _batch(plan: Combination, kind: Kind, names: Sequence[str]) -> Tile:
-    bounds = accumulate((plan.box(name).size for name in names), initial=0)
+    sizes = [plan.box(name).size for name in names]
+    bounds = accumulate(sizes, initial=0)
     return Tile(plan, kind, tuple(names), tuple(bounds))
 
 
@@ -264,18 +285,24 @@ class InMemory:
         with torch.inference_mode(False):  # the caller may have enabled it
             for name in names:
                 key = plan.names[name][0]
-                if key not in self.tensors:
-                    dtype = torch_dtype(plan.output_dtype(name))
-                    shape = plan.box(name).shape
-                    self.tensors[key] = torch.empty(shape, dtype=dtype, device=self._device)
+                if key in self.tensors:
+                    continue
+                dtype = torch_dtype(plan.output_dtype(name))
+                shape = plan.box(name).shape
+                self.tensors[key] = torch.empty(shape, dtype=dtype, device=self._device)
 
     def write(self, tile: Tile, values: torch.Tensor) -> None:
-        flat = [self.tensors[tile.plan.names[name][0]].view(-1) for name in tile.names]
+        flat = []
+        for name in tile.names:
+            key = tile.plan.names[name][0]
+            flat.append(self.tensors[key].view(-1))
         if len(flat) == 1:
-            flat[0][tile.begin : tile.begin + tile.size].copy_(values)
+            part = flat[0][tile.begin : tile.begin + tile.size]
+            part.copy_(values)
             return
         sizes = [end - begin for _, begin, end in tile.spans]
-        torch._foreach_copy_(flat, torch.split(values, sizes))
+        parts = torch.split(values, sizes)
+        torch._foreach_copy_(flat, parts)
 
 
 def synthesize(
@@ -302,7 +329,9 @@ def synthesize(
         for tile in complete:
             if progress is not None:
                 progress(tile.stored_bytes)
-            for name in tile.names if tile.last else ():
+            if not tile.last:
+                continue
+            for name in tile.names:
                 names = tile.plan.names[name]
                 values = [output.tensors.pop(names[0]) for output in outputs]
                 for alias in names:
@@ -343,11 +372,14 @@ def make_tiles(
     error in a thread, by Ctrl-C or because the caller stops iterating, every thread is stopped
     first, within a tile.
     """
-    sources = [*chain.from_iterable(plan.sources for plan in parts)]
+    sources: list[StoredTensors] = []
+    for plan in parts:
+        sources += plan.sources
     remote = any(source.files and is_url(source.path) for source in sources)
     count = worker_count(workers)
     if workers is None and remote:
-        count = max(count, REMOTE_THREADS, min(REQUESTS // len(sources), MOST_THREADS))
+        requested = min(REQUESTS // len(sources), MOST_THREADS)
+        count = max(count, REMOTE_THREADS, requested)
     queue = deque[Future[Tile]]()
     with ExitStack() as stack:
         for source in in_turn(lambda source: source.__enter__(), sources, remote):
@@ -389,7 +421,8 @@ class _Threads:
         ready: Any = None
         if self._device.type == "cuda":
             # after all work so far in the calling thread's stream
-            ready = torch.cuda.current_stream(self._device).record_event()
+            stream = torch.cuda.current_stream(self._device)
+            ready = stream.record_event()
         return self._pool.submit(self._make, tile, ready)
 
     def result(self, future: Future[Tile]) -> Tile:
@@ -399,22 +432,22 @@ class _Threads:
             raise self._errors[0] from None
 
     def _make(self, tile: Tile, ready: Any) -> Tile:
-        local = self._local
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if not hasattr(local, "maker") or local.maker.plan is not tile.plan:
-                    local.maker = Maker(
-                        tile.plan,
-                        self._device,
-                        self._size,
-                        self._errors,
-                        self._readers,
-                    )
-                local.maker.make(tile, self._outputs, ready)
+                maker = self._maker(tile.plan)
+                maker.make(tile, self._outputs, ready)
             except BaseException as error:
                 self._errors.append(error)
                 raise
         return tile
+
+    def _maker(self, plan: Combination) -> Maker:
+        """Return the maker of this thread for a plan."""
+        maker: Maker | None = getattr(self._local, "maker", None)
+        if maker is None or maker.plan is not plan:
+            maker = Maker(plan, self._device, self._size, self._errors, self._readers)
+            self._local.maker = maker
+        return maker
 
     def __enter__(self) -> _Threads:
         return self
@@ -480,8 +513,17 @@ class StoredBytes:
                 self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
                 self._views = {}
             data = self._bytes[:nbytes].numpy()
-            self._views[count, dtype] = data.data, tensor_from_bytes(data, dtype, (count,))
+            values = tensor_from_bytes(data, dtype, (count,))
+            self._views[count, dtype] = (data.data, values)
         return self._views[count, dtype]
+
+
+class _Reading(NamedTuple):
+    """A tile's values of a source, which a request may still read into their buffer."""
+
+    request: Future[None] | None
+    buffer: StoredBytes
+    values: torch.Tensor
 
 
 class Maker:
@@ -529,18 +571,20 @@ class Maker:
                 results = [*self._average(tile)]
             for values, output in zip(results, outputs, strict=True):
                 if kind.dtype != kind.wide:
-                    values = self._buffer(kind.dtype, tile.size).copy_(values)
+                    rounded = self._buffer(kind.dtype, tile.size)
+                    values = rounded.copy_(values)
                 output.write(tile, values)
 
     def _copy(self, tile: Tile) -> torch.Tensor:
         """Return the values of the newest source; in a copy nan and infinity are kept."""
+        kind = tile.kind
         (copy,) = self._values([self.plan.newest], tile)
-        is_cast = tile.kind.wide != tile.kind.dtype
-        if tile.kind.wide in EPS and (is_cast or tile.kind.role == "stored"):
-            values = copy.cpu().double()[None]
-            if tile.kind.role == "copy":
+        is_checked = kind.wide != kind.dtype or kind.role == "stored"
+        if is_checked and kind.wide in EPS:
+            values = copy.cpu().double()
+            if kind.role == "copy":
                 values = values.nan_to_num(0.0, 0.0, 0.0)
-            self._check_finite(tile, values)
+            self._check_finite(tile, values[None])
         return copy
 
     def _average(self, tile: Tile) -> torch.Tensor:
@@ -548,17 +592,20 @@ class Maker:
         sums = self._sums_in(tile.kind.wide, tile.size)
         sums.start(tile.size)
         smallest: torch.Tensor | None = None
-        for index, values in enumerate(self._values(self.plan.sources, tile)):
+        stored = self._values(self.plan.sources, tile)
+        for index, values in enumerate(stored):
             slot = sums.slot(index).copy_(values)
             if tile.kind.role == "variance":
-                smallest = slot.clone() if smallest is None else smallest.minimum(slot)
+                least = slot if smallest is None else smallest
+                smallest = least.minimum(slot)
             sums.add(index)
         result = sums.totals[:, : tile.size]
         # extrapolating coefficients can make a small variance zero or negative
         if smallest is not None:
             result.copy_(result.maximum(smallest / 2))
         # A weighted sum reads all elements once, at the speed of memory; it may overflow itself.
-        weighted = torch.mv(result, sums.weights[: tile.size])
+        weights = sums.weights[: tile.size]
+        weighted = torch.mv(result, weights)
         is_finite = bool(weighted.isfinite().all())
         if not is_finite or tile.kind.wide != tile.kind.dtype:
             self._check_finite(tile, result)
@@ -583,7 +630,8 @@ class Maker:
 
     def _check_sources(self, tile: Tile) -> None:
         for source in self.plan.sources:
-            values = next(self._values([source], tile)).double()
+            stored = next(self._values([source], tile))
+            values = stored.double()
             for name, begin, end in tile.spans:
                 if not bool(values[begin:end].isfinite().all()):
                     raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
@@ -592,57 +640,62 @@ class Maker:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
         left = deque(sources)
-        begun = deque[tuple[Future[None] | None, StoredBytes, torch.Tensor]]()
+        begun = deque[_Reading]()
         ahead = self._ahead // max(tile.size, self._size)
-        buffers = cycle(self._stored[: ahead + 1 + self._is_cuda])
+        used = ahead + 1 + self._is_cuda
+        buffers = cycle(self._stored[:used])
         while left or begun:
             if self._errors:
                 raise CancelledError
             if left and len(begun) <= ahead:
-                begun.append(self._begin(left.popleft(), tile, next(buffers)))
+                source = left.popleft()
+                begun.append(self._begin(source, tile, next(buffers)))
                 continue
-            request, buffer, values = begun.popleft()
-            if request:
-                request.result()
-            values = values.to(self._device, non_blocking=self._is_cuda)
+            reading = begun.popleft()
+            if reading.request:
+                reading.request.result()
+            values = reading.values.to(self._device, non_blocking=self._is_cuda)
             if self._is_cuda:
-                buffer.sent = torch.cuda.current_stream(self._device).record_event()
+                stream = torch.cuda.current_stream(self._device)
+                reading.buffer.sent = stream.record_event()
             yield values
 
-    def _begin(
-        self,
-        source: StoredTensors,
-        tile: Tile,
-        buffer: StoredBytes,
-    ) -> tuple[Future[None] | None, StoredBytes, torch.Tensor]:
-        """Read a tile of a source into a buffer, or request it; return the request, and the buffer
-        with its values."""
+    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> _Reading:
+        """Read a tile of a source into a buffer, or request it."""
         name = tile.names[0]
         if buffer.sent:
             buffer.sent.synchronize()
-        data, values = buffer.views(tile.size, source.entries[name].dtype)
+        dtype = source.entries[name].dtype
+        data, values = buffer.views(tile.size, dtype)
         read: Callable[[], None]
         if len(tile.names) > 1:
             read = partial(source.read_many, tile.names, data)
         else:
-            read = partial(source.read_box, name, tile.plan.box(name), data, tile.begin)
+            box = tile.plan.box(name)
+            read = partial(source.read_box, name, box, data, tile.begin)
         if self._readers:
-            return self._readers.submit(read), buffer, values
+            request = self._readers.submit(read)
+            return _Reading(request, buffer, values)
         read()
-        return None, buffer, values
+        return _Reading(None, buffer, values)
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
-        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
-            self._buffers[dtype] = torch.empty(size, dtype=torch_dtype(dtype), device=self._device)
-        return self._buffers[dtype][:size]
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < size:
+            buffer = torch.empty(size, dtype=torch_dtype(dtype), device=self._device)
+            self._buffers[dtype] = buffer
+        return buffer[:size]
 
     def _sums_in(self, wide: str, size: int) -> Sums:
-        if wide not in self._sums or self._sums[wide].room < size:
+        sums = self._sums.get(wide)
+        if sums is None or sums.room < size:
             coefficients = self.plan.coefficients
             assert coefficients is not None, "only sums have them"
-            room = max(self._size, -(-size // COLUMNS) * COLUMNS)
-            self._sums[wide] = Sums(coefficients, room, torch_dtype(wide), self._device)
-        return self._sums[wide]
+            columns = -(-size // COLUMNS) * COLUMNS
+            room = max(self._size, columns)
+            sums = Sums(coefficients, room, torch_dtype(wide), self._device)
+            self._sums[wide] = sums
+        return sums
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
@@ -652,9 +705,12 @@ def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
         return True
     bounds = torch.stack(torch.aminmax(values))
     if dtype.itemsize > 1:
-        return bool(bounds.to(dtype).isfinite().all())
+        rounded = bounds.to(dtype)
+        return bool(rounded.isfinite().all())
     # For 8-bit dtypes torch clips to the largest value; a value is too large if it is half a unit
     # or more beyond it.
     info = torch.finfo(dtype)
-    limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
-    return bool((bounds.abs() <= limit).all())
+    exponent = math.floor(math.log2(info.max))
+    unit = info.eps * 2.0**exponent
+    are_small = bounds.abs() <= info.max + unit / 2
+    return bool(are_small.all())

@@ -26,9 +26,16 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.planning import check_within, error_curve
-from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
-from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.outputs import OutputInfo, Used
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
+from posthoc_cli.reconstruction import (
+    ROUNDING,
+    Prior,
+    Reconstruction,
+    check_method,
+    reconstruct,
+    seen_from,
+)
+from posthoc_cli.snapshots.snapshot import OutputInfo, Used
 from posthoc_cli.snapshots.sources import (
     Source,
     StoredTensors,
@@ -87,7 +94,9 @@ class Combination:
     def tensors(self) -> dict[str, TrackedTensor]:
         """The stored tensors to make."""
         stored = self.newest.tensors
-        return {name: stored[name] for name in stored if self.subset is None or name in self.subset}
+        if self.subset is None:
+            return dict(stored)
+        return {name: stored[name] for name in stored if name in self.subset}
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -103,7 +112,10 @@ class Combination:
 
     @property
     def read_bytes(self) -> int:
-        return sum(source.entries[name].nbytes for source in self.sources for name in self.tensors)
+        total = 0
+        for source in self.sources:
+            total += sum(source.entries[name].nbytes for name in self.tensors)
+        return total
 
     def box(self, name: str) -> Box:
         return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
@@ -197,7 +209,8 @@ class Plan(Combination):
             return [self]
         subsets = defaultdict[tuple[int, ...], list[str]](list)
         for name in self.names:
-            subsets[tuple(self._column(name, columns) for columns in self.columns)].append(name)
+            columns = tuple(self._column(name, globs) for globs in self.columns)
+            subsets[columns].append(name)
         if self.subset is None:
             self._check_groups(set().union(*subsets))
         separated = separate(self.targets)
@@ -225,7 +238,8 @@ class Plan(Combination):
         for columns in self.columns:
             for glob, column in columns.items():
                 if column not in used:
-                    examples = ", ".join(map(shown, list(self.names)[:3]))
+                    first = list(self.names)[:3]
+                    examples = ", ".join(map(shown, first))
                     reason = "matches no tensor that is not in a group before it; there are "
                     raise InvalidValueError("group", reason + examples, value=repr(glob))
 
@@ -256,7 +270,9 @@ class Plan(Combination):
     def profile_error(self, target: int) -> float:
         """Return the relative L2 distance between a target's profile and the one made, for `Groups`
         the largest."""
-        return float(self.reconstruction.profile_error[[*self.columns[target].values()]].max())
+        columns = list(self.columns[target].values())
+        errors = self.reconstruction.profile_error[columns]
+        return float(errors.max())
 
     def output_info(self, target: int) -> OutputInfo:
         """Return the metadata of a target's output; the snapshots of groups are listed one group
@@ -346,15 +362,15 @@ def plan_synthesis(
     """
     method = check_method(method)
     output_dtype = parse_dtype(dtype)
-    if not targets:
-        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     check_max_error(max_error)
-    wished = tuple(as_target(target) for target in targets)
+    wished = _wished(targets)
     time = _target_time(sources, t, step)
     usable, later = _chosen(sources, wished, time)
-    prior = source_prior([*usable, *later])  # later snapshots also measure the motion
+    known = [*usable, *later]  # later snapshots also measure the motion
+    prior = source_prior(known)
     result = _solved(wished, usable, run_clock(sources), time, method, prior)
     used = _used(result, usable)
+    times = [source.t for source in sources]
     plan = Plan(
         sources=tuple(usable[i] for i in used),
         targets=wished,
@@ -363,15 +379,20 @@ def plan_synthesis(
         reconstruction=result.of(snapshots=used),
         dtype=output_dtype,
         solved=len(usable),
-        available=sum(source.t <= time for source in sources),
-        last=max(source.t for source in sources),
+        available=sum(each <= time for each in times),
+        last=max(times),
         coarse=_coarse(usable),
     )
     plan.passes()  # raises an error if groups and tensors do not fit
-    if max_error is not None:
-        _check_errors(plan, max_error)
-    _warn_of_poor_targets(plan, [source.profile for source in (*usable, *later)], prior)
+    _check_errors(plan, max_error)
+    _warn_of_poor_targets(plan, known, prior)
     return plan
+
+
+def _wished(targets: Sequence[Target | Profile | float | str]) -> tuple[Target, ...]:
+    if not targets:
+        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
+    return tuple(as_target(target) for target in targets)
 
 
 def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
@@ -398,7 +419,9 @@ def _chosen(
     for target in separate(targets):
         if isinstance(target, Mean):
             column = target.coefficients_of([source.profile for source in available])
-            chosen |= {id(available[index]): available[index] for index in np.flatnonzero(column)}
+            for index in np.flatnonzero(column):
+                source = available[index]
+                chosen[id(source)] = source
     return by_time(chosen.values()), later
 
 
@@ -424,7 +447,8 @@ def _solved(
         profiles.append(target.profile(t, clock, first))
         if bent is not clock and target.counts_steps:
             others[index] = target.profile(t, bent, first)
-    return reconstruct(snapshots, profiles, method, prior.of(range(len(usable))), t, others)
+    known = prior.of(range(len(usable)))
+    return reconstruct(snapshots, profiles, method, known, t, others)
 
 
 def _coarse(sources: Sequence[Source]) -> frozenset[str]:
@@ -436,8 +460,11 @@ def _coarse(sources: Sequence[Source]) -> frozenset[str]:
     return frozenset(coarse)
 
 
-def _check_errors(plan: Plan, max_error: float) -> None:
-    """Raise an InexactError for a target whose predicted error is larger, or unknown."""
+def _check_errors(plan: Plan, max_error: float | None) -> None:
+    """Raise an InexactError for a target whose predicted error is larger than a limit, or
+    unknown."""
+    if max_error is None:
+        return
     for index, target in enumerate(plan.targets):
         error = plan.predicted_error(index)
         if error is None:
@@ -478,7 +505,7 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     )
 
 
-def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior: Prior) -> None:
+def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> None:
     """Log the targets with a predicted error above POOR_ERROR, and the sigma_rels with a smaller
     one."""
     errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
@@ -492,9 +519,13 @@ def _warn_of_poor_targets(plan: Plan, snapshots: Sequence[StoredProfile], prior:
         names += f" and {len(titles) - 5} more"
     if len(titles) > 1:
         worst = f"up to {worst}"
+    snapshots = [source.profile for source in known]
     curve = error_curve("", snapshots, prior, t=plan.t, method=plan.method)
     below = curve.ranges_text(POOR_ERROR)
     origin = f"from the {counted(plan.sources, plan.solved)} up to t = {plan.t:,.12g}"
+    first = seen_from(0.0, [source.profile for source in plan.sources])
+    if first > plan.t / 2:
+        origin += f", which show nothing of the training before t = {first:,.4g}"
     if curve.assumption:
         origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"

@@ -11,6 +11,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -153,48 +154,88 @@ class LastCount:
     def __init__(self) -> None:
         self.run_id = ""
         self.progress = TrainingProgress()  # another object after each call
-        # at which an optimizer has stepped that has a parameter of the model
-        self._moved_at: TrainingProgress | None = None
-        self._found_inf: Tensor | None = None  # 0 if one of these steps was not skipped
+        self._steps = _Steps()  # of optimizers that have a parameter of the model
+        self._repeated = _Steps()  # those that were not the optimizer's first after a call
         self._parameters: frozenset[int] = frozenset()  # their ids
-        # whether each optimizer, of so many groups, has one of them
-        self._optimizers: WeakKeyDictionary[Optimizer, tuple[int, bool]] = WeakKeyDictionary()
+        self._optimizers: WeakKeyDictionary[Optimizer, _Known] = WeakKeyDictionary()
 
     @property
     def has_moved(self) -> bool:
         """Whether an optimizer has stepped since."""
-        was_skipped = self._found_inf is not None and bool(self._found_inf)
-        return self._moved_at is self.progress and not was_skipped
+        return self._steps.were_taken_after(self.progress)
+
+    @property
+    def was_missed(self) -> bool:
+        """Whether an optimizer has stepped twice since. After one step a call may be about to
+        come."""
+        return self._repeated.were_taken_after(self.progress)
 
     def watch(self, model: nn.Module) -> None:
         """Look at the steps that are taken of a model's parameters from now on."""
-        self._moved_at = None
+        self._steps = _Steps()
+        self._repeated = _Steps()
         self._parameters = frozenset(map(id, model.parameters()))
         self._optimizers.clear()
         _watching.add(self)
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is about to step."""
-        has_moved = self._moved_at is self.progress
-        if has_moved and self._found_inf is None:
+        now = self.progress
+        if self._repeated.is_certain(now):
             return
-        groups, is_own = self._optimizers.get(optimizer, (0, False))
-        if groups != len(optimizer.param_groups):
-            is_own = self._has_parameter(optimizer)
-            self._optimizers[optimizer] = len(optimizer.param_groups), is_own
-        if not is_own or not changes_weights(optimizer):
+        known = self._optimizers.get(optimizer)
+        if known is None or known.groups != len(optimizer.param_groups):
+            known = _Known(len(optimizer.param_groups), self._has_parameter(optimizer))
+            self._optimizers[optimizer] = known
+        if not known.is_own or not changes_weights(optimizer):
             return
         found_inf = getattr(optimizer, "found_inf", None)
-        if has_moved and self._found_inf is not None and found_inf is not None:
-            found_inf = torch.minimum(self._found_inf, found_inf)
-        self._found_inf = found_inf
-        self._moved_at = self.progress
+        if known.stepped_after is now:
+            self._repeated.add(now, found_inf)
+        self._steps.add(now, found_inf)
+        known.stepped_after = now
 
     def _has_parameter(self, optimizer: Optimizer) -> bool:
         for group in optimizer.param_groups:
             if any(id(parameter) in self._parameters for parameter in group["params"]):
                 return True
         return False
+
+
+@dataclass
+class _Known:
+    """What is known of an optimizer."""
+
+    groups: int
+    is_own: bool  # whether it has a parameter of the model
+    stepped_after: TrainingProgress | None = None
+
+
+class _Steps:
+    """Steps after one counted call, of which a GradScaler may have skipped some."""
+
+    def __init__(self) -> None:
+        self._call: TrainingProgress | None = None
+        self._found_inf: Tensor | None = None  # 0 if one was taken; None if that is certain
+
+    def add(self, call: TrainingProgress, found_inf: Tensor | None) -> None:
+        """Add a step after a call."""
+        if self._call is call:
+            if self._found_inf is None or found_inf is None:
+                found_inf = None
+            else:
+                found_inf = torch.minimum(self._found_inf, found_inf)
+        self._call = call
+        self._found_inf = found_inf
+
+    def is_certain(self, call: TrainingProgress) -> bool:
+        """Return whether a step after this call was taken, as far as is known without a wait."""
+        return self._call is call and self._found_inf is None
+
+    def were_taken_after(self, call: TrainingProgress) -> bool:
+        if self._call is not call:
+            return False
+        return self._found_inf is None or not bool(self._found_inf)
 
 
 last_counts: WeakKeyDictionary[nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()

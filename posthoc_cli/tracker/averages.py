@@ -85,29 +85,41 @@ class Standing:
 
     def after(self, t: float, step: int, folds: bool) -> Standing:
         """Return the standing after an update, which folds the means or not."""
-        window = self.window + 1
+        max_interval = 0.0
+        if self.t:
+            max_interval = max(self.max_interval, t - self.t)
         after = replace(
             self,
             t=t,
             step=step,
             t_first=self.t_first or t,
-            window=window,
-            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
+            window=self.window + 1,
+            max_interval=max_interval,
             updates=self.updates + 1,
         )
         if not folds:
             return after
-        shared = may_share_mean(window, self.folded_t, t)
-        return replace(after, window=0, folds=self.folds + 1, folded_t=t, shared=shared)
+        return replace(
+            after,
+            window=0,
+            folds=self.folds + 1,
+            folded_t=t,
+            shared=may_share_mean(after.window, self.folded_t, t),
+        )
 
     def shares(self, gammas: Sequence[float], t: float) -> Shares:
         """Decide how an update at time `t` is taken in."""
-        masses = [new_value_share(gamma, self.folded_t, t) for gamma in gammas]
-        new = [1.0] * len(gammas)
-        if self.window:
-            for profile, gamma in enumerate(gammas):
-                new[profile] = new_value_share(gamma, self.t, t) / masses[profile]
-        folds = window_ends(gammas, self.window + 1, self.folded_t, t, self.shared)
+        new = []
+        masses = []
+        for gamma in gammas:
+            mass = new_value_share(gamma, self.folded_t, t)
+            share = 1.0
+            if self.window:
+                share = new_value_share(gamma, self.t, t) / mass
+            new.append(share)
+            masses.append(mass)
+        window = self.window + 1
+        folds = window_ends(gammas, window, self.folded_t, t, self.shared)
         return Shares(new, masses, folds)
 
 
@@ -130,13 +142,13 @@ class AverageTensors:
         self.places = places_of(wide)
         self.mean = [FlatTensors(wide) for _ in range(profiles)]
         self.high = [FlatTensors(wide) for _ in range(profiles)]
-        for tensors in (*self.mean, *self.high):
+        for tensors in self.mean + self.high:
             for (flat,) in tensors.slabs:
                 flat.zero_()  # so that the system allocates the memory now, not at the first write
 
     @property
     def nbytes(self) -> int:
-        return sum(tensors.nbytes for tensors in (*self.mean, *self.high))
+        return sum(tensors.nbytes for tensors in self.mean + self.high)
 
     def means(self, tile: Tile, shared: bool) -> list[Tensor]:
         """Return a tile of the means in use: one a profile, or the first alone."""
@@ -183,7 +195,7 @@ class Averages:
     known_path: PathSketch | None = None
 
     def __post_init__(self) -> None:
-        self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
+        self.gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
         # largest norms of tiles that need no check; empty: check all values first
         self._limits: list[float] = []
         self._scratch: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
@@ -194,8 +206,12 @@ class Averages:
 
     @property
     def nbytes(self) -> int:
-        parts = (self.tensors, self.sketcher, *self._scratch.values(), *self.copies.values())
-        return sum(part.nbytes for part in parts if part is not None)
+        parts = [*self._scratch.values(), *self.copies.values()]
+        nbytes = sum(part.nbytes for part in parts)
+        for kept in (self.tensors, self.sketcher):
+            if kept is not None:
+                nbytes += kept.nbytes
+        return nbytes
 
     @torch.no_grad()
     def update_(
@@ -217,7 +233,9 @@ class Averages:
         before = self.standing
         shares = before.shares(self.gammas, t)
         limits = self._take_limits(values.layout, shares)
-        norms = [0.0] * len(limits) if limits else values.norms(pool)
+        norms = [0.0] * len(limits)
+        if not limits:
+            norms = values.norms(pool)
         if (name := values.nonfinite_name(norms)) is not None:
             return name
         self._allocate(values.layout, pool.size)
@@ -249,9 +267,10 @@ class Averages:
         first, as after an update that is refused or fails."""
         limits = self._limits
         self._limits = []
-        moves = self.tensors is None or self.tensors.layout != layout
+        if self.tensors is None or self.tensors.layout != layout:
+            return []
         is_lasting = shares.folds or max(shares.new) > MOST_UNDONE
-        return [] if moves or is_lasting else limits
+        return [] if is_lasting else limits
 
     @torch.no_grad()
     def values(self, tile: Tile, profile: int, thread: int = 0) -> Tensor:
@@ -283,7 +302,8 @@ class Averages:
         pieces = list[tuple[Tile, Tensor]]()
         for run in _runs_of(tensors.places, ranges):
             bucket = tensors.layout[run.bucket]
-            flat = torch.empty(run.end - run.begin, dtype=bucket.wide)
+            size = run.end - run.begin
+            flat = torch.empty(size, dtype=bucket.wide)
             rows += torch.split(flat, run.sizes)
             pieces += run.pieces(flat, bucket.tile)
 
@@ -296,7 +316,8 @@ class Averages:
         for (name, begin, end), flat in zip(ranges, rows, strict=True):
             _, place = tensors.places[name]
             first = begin % place.row
-            parts.append(place.row_major(flat)[first : first + end - begin])
+            last = first + end - begin
+            parts.append(place.row_major(flat)[first:last])
         return parts
 
     @torch.no_grad()
@@ -311,9 +332,11 @@ class Averages:
             last_t = None
             if standing.shared and standing.window and not exact:
                 mean = tensors.mean[0]
-                pool.each(
-                    lambda tile, _: sketcher.take(tile, mean.tile(tile)), tiles_of(tensors.layout)
-                )
+
+                def take(tile: Tile, _: int) -> None:
+                    sketcher.take(tile, mean.tile(tile))
+
+                pool.each(take, tiles_of(tensors.layout))
                 last_t = standing.t
             path = sketcher.path(last_t)
         return path if exact or path is None else closed(path)
@@ -335,9 +358,9 @@ class Averages:
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
-            shape = 2, bucket.tile
             with torch.inference_mode(False):  # otherwise later calls could not write to them
-                self._scratch[key] = torch.empty(shape, dtype=bucket.wide, device=bucket.device)
+                pair = torch.empty(2, bucket.tile, dtype=bucket.wide, device=bucket.device)
+            self._scratch[key] = pair
         size = tile.end - tile.begin
         return [*self._scratch[key][:, :size]]
 
@@ -362,16 +385,21 @@ class _Run:
             begin = end
 
 
-def _runs_of(places: Mapping[str, tuple[int, Place]], ranges: Sequence[ElementRange]) -> list[_Run]:
+def _runs_of(
+    places: Mapping[str, tuple[int, Place]],
+    ranges: Sequence[ElementRange],
+) -> list[_Run]:
     """Join the whole rows that hold these ranges where they follow each other."""
     runs = list[_Run]()
     for name, begin, end in ranges:
         bucket, place = places[name]
         first, last = place.rows(begin, end)
-        if not runs or (runs[-1].bucket, runs[-1].end) != (bucket, first):
-            runs.append(_Run(bucket, first, first, []))
-        runs[-1].end = last
-        runs[-1].sizes.append(last - first)
+        run = runs[-1] if runs else None
+        if run is None or run.bucket != bucket or run.end != first:
+            run = _Run(bucket, first, first, [])
+            runs.append(run)
+        run.end = last
+        run.sizes.append(last - first)
     return runs
 
 
@@ -425,14 +453,17 @@ class _Update:
         """Take the tiles that are not taken yet."""
 
         def take(tile: Tile, thread: int) -> None:
-            self._take(tile, self._values.values(tile, thread), thread)
+            value = self._values.values(tile, thread)
+            self._take(tile, value, thread)
 
-        pool.each(take, {*self._values.tiles}.difference(self._taken))
+        others = set(self._values.tiles).difference(self._taken)
+        pool.each(take, others)
 
     def _undo(self, tile: Tile, thread: int) -> None:
         """Restore the means of a tile that was taken."""
         weights = [share / (share - 1) for share in self._shares.new]
-        self._interpolate(tile, self._values.values(tile, thread), weights)
+        value = self._values.values(tile, thread)
+        self._interpolate(tile, value, weights)
 
     def _take(self, tile: Tile, value: Tensor, thread: int) -> None:
         if self._sampled is not None and self.sample is not None:
@@ -461,7 +492,8 @@ class _Update:
             mean = value
             if before.window:
                 earlier = means[min(profile, len(means) - 1)]
-                mean = torch.lerp(earlier, value, self._shares.new[profile], out=change)
+                share = self._shares.new[profile]
+                mean = torch.lerp(earlier, value, share, out=change)
             if profile == 0 and self._sketcher is not None and before.shared:
                 self._sketcher.take(tile, mean)
             high = self._tensors.high[profile].tile(tile)

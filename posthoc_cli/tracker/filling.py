@@ -21,10 +21,10 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, 
     dtypes have the range of the values."""
     tensors = {tensor.name: tensor for tensor in named_tensors(check_model(model))}
     for name, value in weights.items():
-        tensor = tensors[name].tensor if name in tensors else None
-        if tensor is None:
+        if name not in tensors:
             reason = "is in the averaged weights, but the model has no such tensor"
             raise ModelMismatchError(f"tensor {name!r}", reason)
+        tensor = tensors[name].tensor
         if tensor.is_meta:
             hint = (
                 "model.load_state_dict(ema.state_dict(sigma_rel=...), assign=True) gives it those "
@@ -52,12 +52,14 @@ def _check_shape(name: str, tensor: Tensor, value: Tensor) -> None:
 def _check_fits(name: str, values: Tensor, dtype: torch.dtype) -> None:
     """Raise a NonFiniteError if a model's dtype has too small a range for the values of its
     tensor."""
-    both = values.dtype.is_floating_point and dtype.is_floating_point
-    if not both or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+    if not (values.dtype.is_floating_point and dtype.is_floating_point):
         return
-    lost = values.isfinite() & ~values.to(dtype).float().isfinite()
-    if bool(lost.any()):
-        largest = float(values[lost].abs().max())
+    if torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+        return
+    fits = values.to(dtype).float().isfinite()
+    lost = values[values.isfinite() & ~fits]
+    if lost.numel():
+        largest = float(lost.abs().max())
         reason = f"the model's {dtype} cannot hold its largest value, {largest:.6g}"
         hint = "convert the model first, by model.float()"
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
@@ -103,7 +105,8 @@ def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
                 "model", f"its tensor {name!r} was made in inference mode, and is read-only", hint
             )
     replaced = {id(target.tensor) for target in targets.values()}
-    block = Block(frozenset(chain(replaced, _holders(model, replaced))))
+    holders = _holders(model, replaced)
+    block = Block(frozenset(chain(replaced, holders)))
     with ExitStack() as stack:
         stack.callback(block.leave)
         block.enter()
@@ -128,7 +131,8 @@ def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
         undo.callback(setattr, module, "training", module.training)
         for contents in (module._parameters, module._buffers):
             for key, tensor in contents.items():
-                undo.callback(_restorer(contents, key, id(tensor) in replaced))
+                is_replaced = id(tensor) in replaced
+                undo.callback(_restorer(contents, key, is_replaced))
     # is called first: a forward pass may have replaced chunks by complete tensors
     undo.callback(reshard, model)
 
@@ -148,12 +152,17 @@ def _holders(model: nn.Module, tensors: Set[int]) -> Iterator[int]:
     """Yield the ids of the modules that hold some of these tensors, which may be replaced while the
     weights are swapped; the modules may not."""
     for module in model.modules():
-        own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
-        if any(id(tensor) in tensors for tensor in own):
+        parameters = module.parameters(recurse=False)
+        buffers = module.buffers(recurse=False)
+        if any(id(tensor) in tensors for tensor in chain(parameters, buffers)):
             yield id(module)
 
 
-def _restorer(contents: dict[str, Any], key: str, is_replaced: bool) -> Callable[[], None]:
+def _restorer(
+    contents: dict[str, Any],
+    key: str,
+    is_replaced: bool,
+) -> Callable[[], None]:
     """Return a function that restores a module's tensor, whose values weights replace or not."""
     tensor: Tensor | None = contents[key]
     if tensor is None:
@@ -167,8 +176,9 @@ def _restorer(contents: dict[str, Any], key: str, is_replaced: bool) -> Callable
     else:  # a forward pass may change a buffer; on meta it has no values to save
         saves = not tensor.is_meta and _is_writable(tensor)
     storage = held.data
-    # asynchronous copies are waited for together
-    values = held.data.to("cpu", non_blocking=held.is_cuda, copy=True) if saves else None
+    values = None
+    if saves:  # asynchronous copies are waited for together
+        values = storage.to("cpu", non_blocking=held.is_cuda, copy=True)
 
     def restore() -> None:
         # moving a module between kinds of devices may replace the Parameter itself

@@ -33,14 +33,16 @@ class _Ring:
         # torch keeps memory that it has freed
         kept = cuda.memory_reserved(device) - cuda.memory_allocated(device)
         free, _ = cuda.mem_get_info(device)
-        most = int(FREE_SHARE * (free + kept)) // max(sizes)
-        count = min(len(sizes), max(2, most))
+        usable = int(FREE_SHARE * (free + kept))
+        count = max(2, usable // max(sizes))
+        count = min(count, len(sizes))
         self._device = device
         self._stream = cuda.Stream(device)
         self._buffers = list[Tensor]()
         for number in range(count):
             size = max(sizes[number::count])
-            self._buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
+            buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            self._buffers.append(buffer)
         self._sent: list[Any] = [None] * count  # each buffer's last event
         self.nbytes = sum(buffer.nbytes for buffer in self._buffers)
 
@@ -50,8 +52,9 @@ class _Ring:
         cuda: Any = torch.cuda
         index = number % len(self._buffers)
         training = cuda.current_stream(self._device)
-        if self._sent[index] is not None:
-            training.wait_event(self._sent[index])
+        earlier = self._sent[index]
+        if earlier is not None:
+            training.wait_event(earlier)
         buffer = self._buffers[index]
         staged = buffer[: out.nbytes].view(out.dtype)
         _fill(staged, values)
@@ -59,12 +62,14 @@ class _Ring:
         with cuda.stream(self._stream):
             out.copy_(staged, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
-        self._sent[index] = self._stream.record_event(cuda.Event(blocking=True))
+        event = cuda.Event(blocking=True)
+        self._stream.record_event(event)
+        self._sent[index] = event
         # torch must not reuse a freed buffer's memory before both streams have finished with the
         # buffer.
         for user in (self._stream, training):
             buffer.record_stream(user)
-        return self._sent[index]
+        return event
 
 
 def _fill(flat: Tensor, values: list[Tensor]) -> None:
@@ -75,13 +80,16 @@ def _fill(flat: Tensor, values: list[Tensor]) -> None:
 
 def _rings_for(model: Reader) -> dict[torch.device, _Ring]:
     """Return a ring on each accelerator that holds some of a model's tiles."""
-    nbytes: dict[torch.device, list[int]] = defaultdict(list)
+    sizes: dict[torch.device, list[int]] = defaultdict(list)
     for tile in model.tiles:
         bucket = model.layout[tile.bucket]
         if bucket.device.type == "cuda":
-            size = tile.end - tile.begin
-            nbytes[bucket.device].append(size * bucket.dtype.itemsize)
-    return {device: _Ring(device, sizes) for device, sizes in nbytes.items()}
+            elements = tile.end - tile.begin
+            sizes[bucket.device].append(elements * bucket.dtype.itemsize)
+    rings = {}
+    for device, of_tiles in sizes.items():
+        rings[device] = _Ring(device, of_tiles)
+    return rings
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +123,8 @@ class ModelCopier:
     @property
     def nbytes(self) -> int:
         """Bytes of memory on the host and on accelerators, including a copy that is in use."""
-        return self._host_bytes + sum(ring.nbytes for ring in self._rings.values())
+        rings = self._rings.values()
+        return self._host_bytes + sum(ring.nbytes for ring in rings)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -134,11 +143,12 @@ class ModelCopier:
             device = model.layout[tile.bucket].device
             values = model.current(tile)
             out = copy.memory.tile(tile)
-            if device not in self._rings:
+            ring = self._rings.get(device)
+            if ring is None:
                 _fill(out, values)
                 return
             # a stream keeps order: the last event is enough
-            events[device] = self._rings[device].send(counts[device], values, out)
+            events[device] = ring.send(counts[device], values, out)
             counts[device] += 1
 
         pool.each(copy_tile, model.tiles)
@@ -150,7 +160,8 @@ class ModelCopier:
         if copy is None or copy.memory.layout != host:
             memory = FlatTensors(host, pinned=bool(self._rings))
             parts = [[memory.tile(tile)] for tile in tiles_of(host)]
-            copy = ModelCopy(memory, Reader(host, parts, self._threads))
+            reader = Reader(host, parts, self._threads)
+            copy = ModelCopy(memory, reader)
             self._host_bytes = memory.nbytes
         return copy
 

@@ -31,6 +31,7 @@ from posthoc_cli.tracker.memory import Elements, Layout, Tile
 MEASURED_ELEMENTS = 2**19  # of a large model, about
 
 Values = npt.NDArray[Any]
+Hashes = npt.NDArray[np.uint64]
 
 
 def joined(buffers: Sequence[Tensor]) -> Values:
@@ -54,26 +55,27 @@ class Subset(Elements):
         self.sizes = _sizes_of(layout, measured)  # of the tensors with elements
         total = sum(self.sizes.values())
         largest_stride = -(-total // MEASURED_ELEMENTS)
-        even_share = max(1, MEASURED_ELEMENTS // max(1, len(self.sizes)))
+        tensors = max(1, len(self.sizes))
+        even_share = max(1, MEASURED_ELEMENTS // tensors)
         counts = list[int]()
         positions = list[Values]()
         for bucket in layout:
             in_bucket = [np.empty(0, np.int64)]
-            for name, place in bucket.places.items():
-                if name not in self.sizes:
-                    continue
+            for name in filter(self.sizes.get, bucket.places):
                 size = self.sizes[name]
                 stride = min(largest_stride, size // even_share)
                 indices = _draw(name, size, stride)
                 counts.append(len(indices))
+                place = bucket.places[name]
                 in_bucket.append(place.positions(indices))
             positions.append(np.concatenate(in_bucket))
         super().__init__(layout, positions)
         # of each tensor's elements in the subset
-        self.edges = np.array([0, *accumulate(counts)], np.int64)
+        edges = [0, *accumulate(counts)]
+        self.edges = np.array(edges, np.int64)
         # the number of elements that each one in the subset represents
-        sizes = np.array([*self.sizes.values()], np.float64)
-        self.scales = sizes / np.array(counts, np.float64)
+        sizes = [*self.sizes.values()]
+        self.scales = np.array(sizes, float) / np.array(counts, float)
 
     def sums(self, values: Values, others: Values | None = None) -> FloatArray:
         """Return the squared norm of each tensor, or its squared distance from `others`: shape
@@ -92,12 +94,16 @@ def _sizes_of(layout: Layout, names: Collection[str]) -> dict[str, int]:
     sizes = {}
     for bucket in layout:
         for name, place in bucket.places.items():
-            if name in names and place.begin < place.end:
-                sizes[name] = place.end - place.begin
+            size = place.end - place.begin
+            if size and name in names:
+                sizes[name] = size
     return sizes
 
 
-def measured_as(squares: FloatArray, rounding: FloatArray | float = 0.0) -> Measurements | None:
+def measured_as(
+    squares: FloatArray,
+    rounding: FloatArray | float = 0.0,
+) -> Measurements | None:
     """Return the measurements of an average with these squared norms and rounding errors of its
     tensors; None if the norm is not finite."""
     norm = float(squares.sum())
@@ -106,7 +112,7 @@ def measured_as(squares: FloatArray, rounding: FloatArray | float = 0.0) -> Meas
     return Measurements(norm, float(np.sum(rounding)))
 
 
-def _hashed(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _hashed(numbers: Hashes) -> Hashes:
     """Return pseudo-random numbers, a hash of each number (splitmix64), which is the same in every
     run."""
     with np.errstate(over="ignore"):
@@ -125,7 +131,8 @@ def _draw(name: str, size: int, stride: int) -> Values:
     if stride <= 1:
         return np.arange(size, dtype=np.int64)
     indices = np.arange(0, size, stride, dtype=np.int64)
-    seed = np.uint64(xxhash.xxh3_64_intdigest(name.encode(errors="replace")))
+    encoded = name.encode(errors="replace")
+    seed = np.uint64(xxhash.xxh3_64_intdigest(encoded))
     hashes = _hashed(indices.view(np.uint64) + seed)
     offsets = hashes % np.uint64(stride)
     indices += offsets.view(np.int64)
@@ -169,35 +176,41 @@ class Window(NamedTuple):
 
 def _append(windows: list[Window], window: Window) -> None:
     """Append a fold: in a new window, or in the last one while it has fewer than the others."""
-    windows.append(window)
+    if not windows:
+        windows.append(window)
+        return
     with np.errstate(over="ignore", invalid="ignore"):
-        if len(windows) > 1 and windows[-2].folds < windows[0].folds:
-            windows[-2:] = [windows[-2].merged(window)]
-        elif len(windows) > MOST_WINDOWS:
+        last = windows[-1]
+        if last.folds < windows[0].folds:
+            windows[-1] = last.merged(window)
+            return
+        windows.append(window)
+        if len(windows) > MOST_WINDOWS:
             windows[:] = _halved(windows)
 
 
 def _halved(windows: list[Window]) -> list[Window]:
     """Merge each two windows; the last of an odd number stays."""
-    pairs = zip(windows[::2], windows[1::2], strict=False)
-    merged = [first.merged(second) for first, second in pairs]
-    return merged + windows[2 * len(merged) :]
+    merged = []
+    for first, second in zip(windows[::2], windows[1::2], strict=False):
+        merged.append(first.merged(second))
+    if len(windows) % 2:
+        merged.append(windows[-1])
+    return merged
 
 
 def _windows_of(sketch: Sketch) -> list[Window]:
     ends = sketch.edges[1:].tolist()
     folds = sketch.folds.tolist()
     spread = sketch.spread.tolist()
-    return [*map(Window, ends, folds, sketch.means, spread)]
+    windows = map(Window, ends, folds, sketch.means, spread)
+    return [*windows]
 
 
 def _sketch_of(first_t: float, windows: Sequence[Window]) -> Sketch:
-    edges = [first_t]
-    edges += [window.t for window in windows]
-    folds = [window.folds for window in windows]
-    means = [window.mean for window in windows]
-    spread = [window.spread for window in windows]
-    return Sketch(np.array(edges), np.array(folds), np.stack(means), np.array(spread))
+    ends, folds, means, spread = zip(*windows, strict=True)
+    edges = np.array([first_t, *ends])
+    return Sketch(edges, np.array(folds), np.stack(means), np.array(spread))
 
 
 def _identity_of(subset: Subset, part: int) -> int:
@@ -206,9 +219,11 @@ def _identity_of(subset: Subset, part: int) -> int:
     shapes = []
     for bucket in subset.layout:
         dtypes.append((str(bucket.wide), len(bucket.places)))
-        shapes += [place.shape for place in bucket.places.values()]
+        for place in bucket.places.values():
+            shapes.append(place.shape)
     names = [*subset.sizes]
-    identity = repr((part, shapes, dtypes, names, subset.edges.tolist()))
+    edges = subset.edges.tolist()
+    identity = repr((part, shapes, dtypes, names, edges))
     digest = xxhash.xxh3_64_intdigest(identity.encode())
     return digest >> 1
 
@@ -219,8 +234,8 @@ def _signed_roots(subset: Subset, part: int) -> Values:
     counts = np.diff(subset.edges)
     roots = np.repeat(np.sqrt(subset.scales), counts)
     first = np.uint64(part) << np.uint64(40)
-    numbers = np.arange(subset.edges[-1], dtype=np.uint64) + first
-    hashes = _hashed(~numbers)
+    numbers = np.arange(subset.edges[-1], dtype=np.uint64)
+    hashes = _hashed(~(numbers + first))
     is_positive = hashes >> np.uint64(63)
     signs = np.where(is_positive, np.float32(1), np.float32(-1))
     return np.asarray(roots * signs)
@@ -245,11 +260,13 @@ class Sketcher:
         self.subset = subset
         self._projection = _identity_of(subset, part)
         self._values = subset.buffers()
-        factors = torch.from_numpy(_signed_roots(subset, part))
-        sizes = [len(buffer) for buffer in self._values]
         self._factors = list[Tensor]()  # of the elements, by bucket
-        for factor, buffer in zip(torch.split(factors, sizes), self._values, strict=True):
-            self._factors.append(factor.to(buffer))
+        factors = torch.from_numpy(_signed_roots(subset, part))
+        begin = 0
+        for buffer in self._values:
+            end = begin + len(buffer)
+            self._factors.append(factors[begin:end].to(buffer))
+            begin = end
         self._pending = list[_Pending]()
         self._begin = 0.0  # the time at which the open window begins
         self._t = 0.0  # the time of the last value in it
@@ -271,7 +288,9 @@ class Sketcher:
         self._t = windows[-1].t
         if not windows[-1].folds:
             self._open = windows.pop().mean
-        self._begin = windows[-1].t if windows else first_t
+        self._begin = first_t
+        if windows:
+            self._begin = windows[-1].t
         self._first_t = first_t
         self._windows = windows
         return True
@@ -295,7 +314,8 @@ class Sketcher:
         self._t = t
         if ends:
             self._begin = t
-        self._pending.append(_Pending(t, share, ends, self._project()))
+        sums = self._project()
+        self._pending.append(_Pending(t, share, ends, sums))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
@@ -311,8 +331,11 @@ class Sketcher:
             windows.append(Window(self._t, 0.0, self._open))
         if not windows:
             return None
-        first_t = windows[0].t if self._first_t is None else self._first_t
-        return PathSketch(self._projection, _sketch_of(first_t, windows))
+        first_t = self._first_t
+        if first_t is None:
+            first_t = windows[0].t
+        sketch = _sketch_of(first_t, windows)
+        return PathSketch(self._projection, sketch)
 
     def _fetch(self) -> None:
         for pending in self._pending:
@@ -335,10 +358,12 @@ class Sketcher:
         sums = []
         for values, factors in zip(self._values, self._factors, strict=True):
             signed = values * factors
-            rows = len(values) // ROW
-            table = signed[: rows * ROW].view(rows, ROW)
-            rest = signed[rows * ROW :]
-            exact = torch.float32 if values.device.type == "mps" else torch.float64
+            end = len(values) - len(values) % ROW  # of the complete rows
+            rest = signed[end:]
+            exact = torch.float64
+            if values.device.type == "mps":
+                exact = torch.float32
+            table = signed[:end].view(-1, ROW)
             total = table.sum(dim=0, dtype=exact)
             total[: len(rest)] += rest
             sums.append(total)

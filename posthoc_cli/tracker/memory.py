@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby, pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -27,6 +27,8 @@ from posthoc_cli.snapshots.sources import ElementRange
 from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
 
 HOST = torch.device("cpu")
+
+Positions = npt.NDArray[np.int64]
 
 # Most elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE = 2**19
@@ -52,11 +54,16 @@ class Place(NamedTuple):
         ones."""
         if self.order == tuple(range(len(self.order))):
             return 1
-        return math.prod(self.shape[1:] if self.order[0] == 0 else self.shape)
+        if self.order[0] == 0:
+            return math.prod(self.shape[1:])
+        return math.prod(self.shape)
 
     def rows(self, begin: int, end: int) -> tuple[int, int]:
         """Return the range in the bucket of the whole rows that hold these row-major elements."""
-        return self.begin + begin - begin % self.row, self.begin + end + -end % self.row
+        row = self.row
+        first = begin - begin % row
+        last = end + -end % row
+        return self.begin + first, self.begin + last
 
     @property
     def _sizes(self) -> list[int]:
@@ -65,14 +72,15 @@ class Place(NamedTuple):
     @property
     def _axes(self) -> list[int]:
         """The place in `order` of each dimension."""
-        return sorted(range(len(self.order)), key=self.order.__getitem__)
+        return [self.order.index(axis) for axis in range(len(self.order))]
 
-    def positions(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def positions(self, indices: Positions) -> Positions:
         """Return the positions in the bucket of elements with these row-major indices."""
-        if self.row > 1:
-            index = np.unravel_index(indices, self.shape)
-            indices = np.ravel_multi_index([index[axis] for axis in self.order], self._sizes)
-        return self.begin + indices
+        if self.row == 1:
+            return self.begin + indices
+        by_axis = np.unravel_index(indices, self.shape)
+        in_order = [by_axis[axis] for axis in self.order]
+        return self.begin + np.ravel_multi_index(in_order, self._sizes)
 
     def view(self, flat: Tensor) -> Tensor:
         """Return the tensor whose elements are `flat` in memory."""
@@ -82,7 +90,8 @@ class Place(NamedTuple):
         """Return the elements of whole rows, see `row`, in row-major order."""
         if self.row == 1:
             return flat
-        return flat.view(-1, *self._sizes[1:]).permute(self._axes).reshape(-1)
+        in_memory = flat.view(-1, *self._sizes[1:])
+        return in_memory.permute(self._axes).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -98,12 +107,16 @@ class Bucket:
     def wide(self) -> torch.dtype:
         """The dtype of averages: in half precision, an average with a decay of 0.9999 would never
         move."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.dtype == torch.float64:
+            return torch.float64
+        return torch.float32
 
     @property
     def tile(self) -> int:
         """The most elements of a tile."""
-        return TILE if self.device.type == "cpu" else DEVICE_TILE
+        if self.device.type == "cpu":
+            return TILE
+        return DEVICE_TILE
 
     @cached_property
     def tile_edges(self) -> list[int]:
@@ -123,8 +136,10 @@ class Bucket:
         while left := self.size - edges[-1]:
             size = left
             if left > TILE:
-                size = min(SLAB, 2 ** (left.bit_length() - 1))
-            edges.append(_last_within(tiles, edges[-1], size))
+                power = 2 ** (left.bit_length() - 1)
+                size = min(SLAB, power)
+            edge = _last_within(tiles, edges[-1], size)
+            edges.append(edge)
         return edges
 
     @cached_property
@@ -136,11 +151,12 @@ class Bucket:
         """
         edges = [0]
         for place in self.places.values():
-            if place.end - edges[-1] > TILE and place.begin > edges[-1]:
+            end = place.end
+            if end - edges[-1] > TILE and place.begin > edges[-1]:
                 edges.append(place.begin)
-            if place.end - edges[-1] > TILE:
-                edges += range(edges[-1] + TILE, place.end, TILE)
-                edges.append(place.end)
+            if end - edges[-1] > TILE:
+                edges += range(edges[-1] + TILE, end, TILE)
+                edges.append(end)
         if edges[-1] < self.size:
             edges.append(self.size)
         return edges
@@ -148,9 +164,11 @@ class Bucket:
 
 def _grouped(edges: Sequence[int], most: int) -> list[int]:
     """Return the fewest of the edges that are at most `most` apart."""
-    grouped = [0]
-    while grouped[-1] < edges[-1]:
-        grouped.append(_last_within(edges, grouped[-1], most))
+    edge = 0
+    grouped = [edge]
+    while edge < edges[-1]:
+        edge = _last_within(edges, edge, most)
+        grouped.append(edge)
     return grouped
 
 
@@ -161,6 +179,7 @@ def _last_within(edges: Sequence[int], begin: int, size: int) -> int:
 
 
 Layout = tuple[Bucket, ...]
+Kind = tuple[torch.device, torch.dtype]
 
 
 class Tile(NamedTuple):
@@ -175,15 +194,19 @@ class Tile(NamedTuple):
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """Return the buckets of tensors with these devices, dtypes, shapes and strides."""
-    places: dict[tuple[torch.device, torch.dtype], dict[str, Place]] = defaultdict(dict)
-    sizes: dict[tuple[torch.device, torch.dtype], int] = defaultdict(int)
+    places: dict[Kind, dict[str, Place]] = defaultdict(dict)
+    sizes: dict[Kind, int] = defaultdict(int)
     for name, tensor in tensors.items():
         kind = tensor.device, tensor.dtype
         begin = sizes[kind]
         end = begin + tensor.numel()
-        places[kind][name] = Place(begin, end, tuple(tensor.shape), _order(tensor))
+        shape = tuple(tensor.shape)
+        places[kind][name] = Place(begin, end, shape, _order(tensor))
         sizes[kind] = end
-    return tuple(Bucket(*kind, places[kind], sizes[kind]) for kind in places)
+    buckets = []
+    for kind, of_bucket in places.items():
+        buckets.append(Bucket(*kind, of_bucket, sizes[kind]))
+    return tuple(buckets)
 
 
 def places_of(layout: Layout) -> dict[str, tuple[int, Place]]:
@@ -221,7 +244,8 @@ def tiles_of(layout: Layout) -> list[Tile]:
     tiles: list[Tile] = []
     for index, bucket in enumerate(layout):
         for begin, end in pairwise(bucket.tile_edges):
-            tiles.append(Tile(len(tiles), index, begin, end))
+            number = len(tiles)
+            tiles.append(Tile(number, index, begin, end))
     return tiles
 
 
@@ -232,13 +256,13 @@ def ranges_of(layout: Layout) -> list[list[ElementRange]]:
         edges = bucket.tile_edges
         ranges: list[list[ElementRange]] = [[] for _ in edges[1:]]
         for name, place in bucket.places.items():
-            size = place.end - place.begin
-            first = 0
-            while first < size:
-                tile = bisect_right(edges, place.begin + first) - 1
-                last = min(size, edges[tile + 1] - place.begin)
-                ranges[tile].append(ElementRange(name, first, last))
-                first = last
+            begin = place.begin
+            while begin < place.end:
+                tile = bisect_right(edges, begin) - 1
+                end = min(place.end, edges[tile + 1])
+                piece = ElementRange(name, begin - place.begin, end - place.begin)
+                ranges[tile].append(piece)
+                begin = end
         result += ranges
     return result
 
@@ -247,7 +271,8 @@ def numbers_of(values: Sequence[Tensor], tiles: Sequence[Tile]) -> list[float]:
     """Return the numbers of all tiles, waiting once a bucket."""
     numbers: list[float] = []
     for _, of_bucket in groupby(tiles, attrgetter("bucket")):
-        numbers += torch.stack([values[tile.number] for tile in of_bucket]).tolist()
+        in_bucket = [values[tile.number] for tile in of_bucket]
+        numbers += torch.stack(in_bucket).tolist()
     return numbers
 
 
@@ -261,12 +286,8 @@ class FlatTensors:
         self.slabs = list[list[Tensor]]()
         for bucket in layout:
             edges = bucket.slab_edges if pinned else [0, bucket.size]
-            dtype = bucket.dtype
-            slabs = []
-            for first, last in pairwise(edges):
-                shape = (last - first,)
-                slab = torch.empty(shape, dtype=dtype, device=bucket.device, pin_memory=pinned)
-                slabs.append(slab)
+            new = partial(torch.empty, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned)
+            slabs = [new(last - first) for first, last in pairwise(edges)]
             self.edges.append(edges)
             self.slabs.append(slabs)
 
@@ -280,14 +301,17 @@ class FlatTensors:
         views = {}
         for bucket, (flat,) in zip(self.layout, self.slabs, strict=True):
             for name, place in bucket.places.items():
-                views[name] = place.view(flat[place.begin : place.end])
+                elements = flat[place.begin : place.end]
+                views[name] = place.view(elements)
         return views
 
     def row_major(self, bucket: int, name: str) -> list[Tensor]:
         """Return the elements of a tensor in row-major order, in one piece or several."""
         place = self.layout[bucket].places[name]
         parts = self.parts(bucket, place.begin, place.end)
-        return parts if place.row == 1 else [place.row_major(torch.cat(parts))]
+        if place.row == 1:
+            return parts
+        return [place.row_major(torch.cat(parts))]
 
     def parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
@@ -295,9 +319,11 @@ class FlatTensors:
         edges = self.edges[bucket]
         slabs = self.slabs[bucket]
         parts = []
-        for number in range(bisect_right(edges, begin) - 1, bisect_left(edges, end)):
+        first_slab = bisect_right(edges, begin) - 1
+        for number in range(first_slab, bisect_left(edges, end)):
             first = max(begin - edges[number], 0)
-            parts.append(slabs[number][first : end - edges[number]])
+            last = end - edges[number]
+            parts.append(slabs[number][first:last])
         return parts
 
     def tile(self, tile: Tile) -> Tensor:
@@ -315,7 +341,8 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
     row = tensor[0].numel()
     first = begin // row
     last = -(-end // row)
-    return tensor[first:last], slice(begin - first * row, end - first * row)
+    skipped = first * row
+    return tensor[first:last], slice(begin - skipped, end - skipped)
 
 
 class Reader:
@@ -334,7 +361,8 @@ class Reader:
         self._scratch = list[Tensor]()  # by bucket, a row for each thread
         for bucket in layout:
             shape = threads, min(bucket.size, bucket.tile)
-            self._scratch.append(torch.empty(shape, dtype=bucket.wide, device=bucket.device))
+            rows = torch.empty(shape, dtype=bucket.wide, device=bucket.device)
+            self._scratch.append(rows)
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], threads: int = 1) -> Reader:
@@ -342,10 +370,14 @@ class Reader:
         in_memory = dict[str, Tensor]()  # with the dimensions as they are in memory
         for bucket in layout:
             for name, place in bucket.places.items():
-                in_memory[name] = tensors[name].detach().permute(place.order)
+                values = tensors[name].detach()
+                in_memory[name] = values.permute(place.order)
         parts = []
         for ranges in ranges_of(layout):
-            parts.append([_tile_part(in_memory[name], *piece) for name, *piece in ranges])
+            of_tile = []
+            for name, begin, end in ranges:
+                of_tile.append(_tile_part(in_memory[name], begin, end))
+            parts.append(of_tile)
         return cls(layout, parts, threads)
 
     @property
@@ -365,7 +397,9 @@ class Reader:
         call."""
         flat = self._flat(tile, thread)
         scratch = self._scratch_of(tile, thread)
-        return flat if flat.dtype == scratch.dtype else scratch.copy_(flat)
+        if flat.dtype == scratch.dtype:
+            return flat
+        return scratch.copy_(flat)
 
     def norms(self, pool: ThreadPool = SINGLE_THREAD) -> list[float]:
         """Return each tile's norm: not finite if a value is not, or if squares overflow. Waits once
@@ -373,7 +407,8 @@ class Reader:
         norms = [torch.empty(0)] * len(self.tiles)
 
         def measure(tile: Tile, thread: int) -> None:
-            norms[tile.number] = torch.linalg.vector_norm(self._flat(tile, thread))
+            values = self._flat(tile, thread)
+            norms[tile.number] = torch.linalg.vector_norm(values)
 
         pool.each(measure, self.tiles)
         return numbers_of(norms, self.tiles)
@@ -383,13 +418,16 @@ class Reader:
         finite, or None."""
         if all(map(math.isfinite, norms)):
             return None
-        for tile, ranges in zip(self.tiles, ranges_of(self.layout), strict=True):
+        of_tiles = ranges_of(self.layout)
+        for tile in self.tiles:
             if math.isfinite(norms[tile.number]):
                 continue
-            sizes = [end - begin for _, begin, end in ranges]
-            values = torch.split(self.values(tile), sizes)
-            for (name, *_), of_tensor in zip(ranges, values, strict=True):
-                if not bool(of_tensor.isfinite().all()):
+            end = 0
+            values = self.values(tile)
+            for name, first, last in of_tiles[tile.number]:
+                begin = end
+                end += last - first
+                if not bool(values[begin:end].isfinite().all()):
                     return name
         return None
 
@@ -399,16 +437,19 @@ class Reader:
         if not others and first.dtype in _LIKE_FLOAT32:
             return first
         scratch = self._scratch_of(tile, thread)
-        return torch.cat(parts, out=scratch) if others else scratch.copy_(first)
+        if others:
+            return torch.cat(parts, out=scratch)
+        return scratch.copy_(first)
 
     def _scratch_of(self, tile: Tile, thread: int) -> Tensor:
-        return self._scratch[tile.bucket][thread, : tile.end - tile.begin]
+        size = tile.end - tile.begin
+        return self._scratch[tile.bucket][thread, :size]
 
 
 class Elements:
     """A selection of a layout's elements, given by positions in each bucket."""
 
-    def __init__(self, layout: Layout, positions: Sequence[npt.NDArray[np.int64]]) -> None:
+    def __init__(self, layout: Layout, positions: Sequence[Positions]) -> None:
         self.layout = layout
         self._counts = [*map(len, positions)]
         # where in the tile, and where in the buffer
@@ -431,7 +472,8 @@ class Elements:
         """Return zeros for the values of the selected elements, one tensor a bucket."""
         zeros = []
         for count, bucket in zip(self._counts, self.layout, strict=True):
-            zeros.append(torch.zeros(count, dtype=bucket.wide, device=bucket.device))
+            buffer = torch.zeros(count, dtype=bucket.wide, device=bucket.device)
+            zeros.append(buffer)
         return zeros
 
     def take(self, tile: Tile, values: Tensor, buffers: Sequence[Tensor]) -> None:
@@ -439,6 +481,7 @@ class Elements:
         index, numbers = self._of_tiles[tile.number]
         buffer = buffers[tile.bucket]
         if isinstance(numbers, Tensor):
-            buffer.index_copy_(0, numbers, values.index_select(0, index))
+            selected = values.index_select(0, index)
+            buffer.index_copy_(0, numbers, selected)
         elif numbers.start < numbers.stop:
             torch.index_select(values, 0, index, out=buffer[numbers])

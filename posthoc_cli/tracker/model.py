@@ -43,6 +43,7 @@ from posthoc_cli.tracker.processes import (
 )
 
 Value = TypeVar("Value")
+Shape = tuple[int, ...]
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes for which torch has no arithmetic
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
@@ -67,35 +68,43 @@ class TrackedModel:
     """
 
     tensors: dict[str, TrackedTensor]
-    shapes: Mapping[str, tuple[int, ...]]  # of the parts that this process holds
+    shapes: Mapping[str, Shape]  # of the parts that this process holds
     aliases: dict[str, str]  # further names of these tensors (tied parameters) -> the stored name
     left_out: tuple[str, ...]  # names in the model's state that are not tracked
     frozen: frozenset[str] = frozenset()  # those of parameters without gradients
     chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
     members: Members = field(default_factory=Members)  # the processes that track the model
     # of a sharded one: all averages' shapes
-    everywhere: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    everywhere: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def known_names(self) -> frozenset[str]:
         return frozenset(self.tensors.keys() | self.aliases.keys())
 
-    def complete_shape(self, name: str) -> tuple[int, ...]:
-        return self.chunks[name].shape if name in self.chunks else self.shapes[name]
+    def complete_shape(self, name: str) -> Shape:
+        if name in self.chunks:
+            return self.chunks[name].shape
+        return self.shapes[name]
 
     @property
-    def complete_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self.everywhere or {name: self.complete_shape(name) for name in self.weights}
+    def complete_shapes(self) -> Mapping[str, Shape]:
+        if self.everywhere:
+            return self.everywhere
+        return {name: self.complete_shape(name) for name in self.weights}
 
     def box(self, name: str) -> Box:
         shape = self.shapes[name]
-        return self.chunks[name].box(shape) if name in self.chunks else Box.full(shape)
+        if name in self.chunks:
+            return self.chunks[name].box(shape)
+        return Box.full(shape)
 
     @cached_property
     def boxes(self) -> dict[str, Box]:
         """The elements that this process holds of each tensor of a sharded model; none of any other
         model."""
-        return {name: self.box(name) for name in self.tensors} if self.members.is_chunked else {}
+        if not self.members.is_chunked:
+            return {}
+        return {name: self.box(name) for name in self.tensors}
 
     @property
     def weights(self) -> list[str]:
@@ -109,10 +118,12 @@ class TrackedModel:
         row-major local index."""
         own = {}
         for number, (name, index) in enumerate(places(self.complete_shapes)):
-            if name in self.tensors:
-                local = index_within(self.box(name), self.complete_shape(name), index)
-                if local is not None:
-                    own[number] = name, local
+            if name not in self.tensors:
+                continue
+            shape = self.complete_shape(name)
+            local = index_within(self.box(name), shape, index)
+            if local is not None:
+                own[number] = name, local
         return own
 
     @property
@@ -133,41 +144,48 @@ class TrackedModel:
     def of(self, members: Members) -> TrackedModel:
         """Return the tensors that this process averages and writes."""
         names = members.owned(self.tensors.keys())
-        tensors = _only(self.tensors, names)
-        shapes = _only(self.shapes, names)
-        chunks = _only(self.chunks, names)
         aliases = {alias: name for alias, name in self.aliases.items() if name in names}
         return replace(
-            self, tensors=tensors, shapes=shapes, aliases=aliases, chunks=chunks, members=members
+            self,
+            tensors=_only(self.tensors, names),
+            shapes=_only(self.shapes, names),
+            aliases=aliases,
+            chunks=_only(self.chunks, names),
+            members=members,
         )
 
     def check(self, found: TrackedModel, elsewhere: Set[str] = frozenset()) -> None:
         """Raise a ModelMismatchError that names a tensor whose name, shape, dtype, role or tie is
         not the same; those of other processes, such as other stages of a pipeline, are
         `elsewhere`."""
-        names = dict.fromkeys((*self.tensors, *self.aliases, *found.tensors, *found.aliases))
+        names = chain(self.tensors, self.aliases, found.tensors, found.aliases)
         others = elsewhere - found.known_names
-        for name in names:
+        for name in dict.fromkeys(names):
             if name in others:
                 continue
             was = self._described(name)
             now = found._described(name)
-            if now == was:
-                continue
-            hint = ""
-            if name in self.tensors and name in found.tensors:
-                if self.tensors[name].dtype != found.tensors[name].dtype:
-                    hint = _OTHER_DTYPE
-            elif name in found.frozen or (name in self.left_out and name in found.tensors):
-                hint = _FROZEN_TOO
-            reason = f"is {now}, and was {was} when tracking began"
-            raise ModelMismatchError(f"tensor {name!r}", reason, hint)
+            if now != was:
+                reason = f"is {now}, and was {was} when tracking began"
+                raise ModelMismatchError(f"tensor {name!r}", reason, self._hint(name, found))
+
+    def _hint(self, name: str, found: TrackedModel) -> str:
+        """Return the way out where a tensor is not the same."""
+        is_found = name in found.tensors
+        if name in self.tensors and is_found:
+            if self.tensors[name].dtype != found.tensors[name].dtype:
+                return _OTHER_DTYPE
+        elif name in found.frozen or (name in self.left_out and is_found):
+            return _FROZEN_TOO
+        return ""
 
     def _described(self, name: str) -> str:
         if name in self.aliases:
             return f"tied to {self.aliases[name]!r}"
+        if name in self.frozen and name not in self.tensors:
+            return "left out, as it requires no gradients"
         if name not in self.tensors:
-            return "left out, as it requires no gradients" if name in self.frozen else "not tracked"
+            return "not tracked"
         tensor = self.tensors[name]
         kind = {
             "average": "averaged",
@@ -259,7 +277,8 @@ def is_swapped(model: nn.Module) -> bool:
     """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
     if not swapped:
         return False
-    ids = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
+    objects = chain(model.modules(), model.parameters(), model.buffers())
+    ids = frozenset(map(id, objects))
     return any(ids & block.held for block in [*swapped])
 
 
@@ -314,7 +333,8 @@ class _Collection:
         if is_sharded(tensor):
             self._chunks[name] = Chunk(tuple(tensor.shape), box.offset)
         role = "copy" if is_copied else self._role(entry)
-        self._tracked[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
+        dtype = stored_name(tensor.dtype, name)
+        self._tracked[name] = TrackedTensor(role, dtype)
 
     def _role(self, entry: NamedTensor) -> str:
         buffers = self._selection.buffers
@@ -327,13 +347,19 @@ class _Collection:
     def tensors(self) -> ModelTensors:
         """Return all; raise an InvalidValueError if none is averaged."""
         frozen = frozenset(filter(self._selection.names, self._left_out))
-        roles = {name: tensor.role for name, tensor in self._tracked.items()}
-        if "average" not in roles.values():
+        averaged = dict[str, Tensor]()
+        copied = dict[str, Tensor]()
+        shapes = {}
+        roles = set()
+        for name, part in self._parts.items():
+            role = self._tracked[name].role
+            kind = copied if role == "copy" else averaged
+            kind[name] = part
+            shapes[name] = tuple(part.shape)
+            roles.add(role)
+        if "average" not in roles:
             raise _without_average(self._selection, frozen)
-        averaged = {name: part for name, part in self._parts.items() if roles[name] != "copy"}
-        copied = _only(self._parts, self._parts.keys() - averaged.keys())
-        tracked = {name: self._tracked[name] for name in (*averaged, *copied)}
-        shapes = {name: tuple(part.shape) for name, part in self._parts.items()}
+        tracked = {name: self._tracked[name] for name in chain(averaged, copied)}
         left_out = tuple(self._left_out)
         known = TrackedModel(tracked, shapes, self._aliases, left_out, frozen, self._chunks)
         return ModelTensors(averaged, copied, known)
@@ -392,7 +418,8 @@ def _check(entry: NamedTensor) -> None:
 def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that holds a nan or an infinity, or None."""
     for name, tensor in tensors.items():
-        if not bool((tensor.float() if tensor.dtype in EIGHT_BITS else tensor).isfinite().all()):
+        values = tensor.float() if tensor.dtype in EIGHT_BITS else tensor
+        if not bool(values.isfinite().all()):
             return name
     return None
 
@@ -444,7 +471,8 @@ class ModelWatch:
         picked: list[Tensor] = []
         for name, index in tracked.sampled.values():
             tensor = found.averaged[name]
-            picked.append(tensor[np.unravel_index(index, tensor.shape)])
+            position = np.unravel_index(index, tensor.shape)
+            picked.append(tensor[position])
         if not picked:
             return {}
         device = picked[0].device  # which is waited for once
@@ -479,16 +507,20 @@ class _ModelFingerprint:
         self._tensors = [*model.parameters(), *model.buffers()]
         self._are_sharded = any(map(is_sharded, self._tensors))
         local, self._properties = self._read()
-        self._views = [p.detach() if p.layout == torch.strided else None for p in local]
+        self._views = list[Tensor | None]()
+        for tensor in local:
+            is_dense = tensor.layout == torch.strided
+            self._views.append(tensor.detach() if is_dense else None)
 
     def is_same(self) -> bool:
         """Return whether nothing has changed; the memory of sparse tensors is not compared."""
         local, properties = self._read()
         if properties != self._properties:
             return False
-        return all(
-            view is None or p.is_set_to(view) for p, view in zip(local, self._views, strict=True)
-        )
+        for tensor, view in zip(local, self._views, strict=True):
+            if view is not None and not tensor.is_set_to(view):
+                return False
+        return True
 
     def _read(self) -> tuple[Sequence[Tensor], tuple[object, ...]]:
         """Return the parts of the tensors that this process holds, and all compared properties
@@ -534,38 +566,34 @@ class NamedTensor(NamedTuple):
 
 def named_tensors(model: nn.Module) -> list[NamedTensor]:
     """Return the parameters, then the buffers, in the order of the modules, tied names included."""
-    modules = list(_named_modules(model))
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(
-        isinstance(module, fsdp.FullyShardedDataParallel) for *_, module in modules
-    ):
-        way = "use fully_shard or DistributedDataParallel"
-        raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
-    if any(isinstance(module, torch.jit.ScriptModule) for *_, module in modules):
-        hint = "track the module that it was made from, which has the same parameters"
-        raise InvalidValueError("model", "is compiled by torch.jit", hint)
-    tensors = [
-        NamedTensor(_join(path, key), _join(raw, key), parameter, True)
-        for path, raw, module in modules
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-    ]
-    tensors += [  # `state_dict` would call hooks, and copy
-        NamedTensor(
-            _join(path, key),
-            _join(raw, key),
-            buffer,
-            False,
-            key not in module._non_persistent_buffers_set,
-        )
-        for path, raw, module in modules
-        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
-    ]
+    modules = [*_named_modules(model)]
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    for *_, module in modules:
+        if isinstance(module, fsdp):
+            way = "use fully_shard or DistributedDataParallel"
+            raise InvalidValueError("model", "FSDP1 lays parameters end to end", way)
+        if isinstance(module, torch.jit.ScriptModule):
+            hint = "track the module that it was made from, which has the same parameters"
+            raise InvalidValueError("model", "is compiled by torch.jit", hint)
+    tensors = []
+    buffers = []
+    for path, raw, module in modules:  # `state_dict` would call hooks, and copy
+        for key, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
+            name = _join(path, key)
+            tensors.append(NamedTensor(name, _join(raw, key), tensor, True))
+        for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            name = _join(path, key)
+            in_state = key not in module._non_persistent_buffers_set
+            buffers.append(NamedTensor(name, _join(raw, key), buffer, False, in_state))
+    tensors += buffers
     renamed = _adapter_names(modules, tensors)
-    return (
-        [tensor._replace(name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors]
-        if renamed
-        else tensors
-    )
+    if not renamed:
+        return tensors
+    result = []
+    for entry in tensors:
+        name = renamed.get(entry.raw, entry.name)
+        result.append(entry._replace(name=name))
+    return result
 
 
 def _named_modules(model: nn.Module) -> Iterator[NamedModule]:
@@ -586,9 +614,9 @@ def wrapped_child(module: nn.Module) -> str | None:
     for defined_in, name in _WRAPPERS:
         # A class that nobody has imported wraps nothing. A release of torch without the class is an
         # error.
-        kind: type = (
-            getattr(sys.modules[defined_in], name) if defined_in in sys.modules else type(None)
-        )
+        if defined_in not in sys.modules:
+            continue
+        kind: type = getattr(sys.modules[defined_in], name)
         if isinstance(module, kind):
             return next(child for child, _ in module.named_children())
     return None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -699,7 +700,7 @@ class PostHocEMA:
             return  # the threads and the directory belong to another process
         if self._has_begun:
             self._last.progress = self._pipeline.progress
-        self._note_uncounted(at_end=True)
+        self._note_uncounted(is_end=sys.exc_info()[0] is None)
         if self.step and not self.has_average:
             log.warning("%s: no snapshot: %s", self.checkpoint_dir, self.settings.first_update(0))
         try:
@@ -816,12 +817,17 @@ class PostHocEMA:
             raise
         self._pipeline.update(tensors, progress)
 
-    def _note_uncounted(self, at_end: bool = False) -> None:
-        """Warn, once, of a model that has moved since the last counted step; of one that was never
-        counted, at the end."""
+    def _note_uncounted(self, is_end: bool = False) -> None:
+        """Warn, once, of steps of the model that were not counted.
+
+        The call for a single step may be about to come, except at an end that is no error: an
+        interrupt leaves a step without its call. A tracker that has counted none may only read.
+        """
         step = self._last.progress.step
-        is_heard = not self.closed and self.keeps_averages and (at_end or step > 0)
-        if is_heard and self._last.has_moved and self._is_first_warning("uncounted"):
+        if self.closed or not self.keeps_averages:
+            return
+        missed = self._last.has_moved if is_end else step > 0 and self._last.was_missed
+        if missed and self._is_first_warning("uncounted"):
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted: call update_ "
                 "after every step, or attach the optimizer that takes them",
@@ -1215,7 +1221,7 @@ def _note_uncounted_steps() -> None:
     """Warn of uncounted steps of trackers that the end of the process closes."""
     for tracker in [*_all]:
         if not tracker._pipeline.is_forked:
-            tracker._note_uncounted(at_end=True)
+            tracker._note_uncounted(is_end=not hasattr(sys, "last_value"))
 
 
 # by the bare model

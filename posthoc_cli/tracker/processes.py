@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
@@ -46,8 +46,9 @@ GRACE = 30.0
 WARNING = 10.0
 LIMIT = 300.0
 
-# stores for each purpose and directory, which all processes make in the same order
-_made: Counter[str] = Counter()
+# the meeting points that this process has made, each named for a purpose or a directory: those of
+# one name in the same order in all processes
+_made: list[str] = []
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -71,12 +72,18 @@ def reshard(model: nn.Module) -> None:
 def local_tensors(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the part of each tensor that this process holds: the same objects each time, as
     gradients are off."""
-    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+    parts = []
+    for tensor in tensors:
+        parts.append(tensor.to_local() if is_sharded(tensor) else tensor)  # type: ignore[attr-defined]
+    return parts
 
 
 def held_part(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor that this process holds, sharing their memory."""
-    return held_box("", tensor)[0] if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    part, _ = held_box("", tensor)
+    return part
 
 
 def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
@@ -96,7 +103,8 @@ def held_box(name: str, tensor: Tensor) -> tuple[Tensor, Box]:
     with torch.no_grad():
         local = dtensor.to_local()
     (chunk,) = dtensor.__create_chunk_list__()
-    return local.detach().view(tuple(chunk.sizes)), Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    box = Box(tuple(chunk.offsets), tuple(chunk.sizes))
+    return local.detach().view(box.shape), box
 
 
 def _check_strided(name: str, dtensor: Any, axis: int) -> None:
@@ -134,7 +142,8 @@ def as_dtensor(local: Tensor, like: Tensor) -> Tensor:
     sharded: Any = like
     # A storage of the tensor's size: torch cannot stage or deepcopy DTensors of others.
     if local.device.type == "cpu" and local.numel():
-        local = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy()).view(local.dtype)
+        in_bytes = local.reshape(-1).view(torch.uint8)
+        local = torch.from_numpy(in_bytes.numpy()).view(local.dtype)
     dtensor = DTensor.from_local(
         local.view(sharded.to_local().shape),
         sharded.device_mesh,
@@ -154,6 +163,7 @@ class Group:
     rank: int = 0
     ranks: tuple[int, ...] = (0,)
     device: torch.device = HOST
+    processes: Any = None  # torch's group of these ranks; None for all of the training
 
     @property
     def leads(self) -> bool:
@@ -166,14 +176,15 @@ class Group:
     def from_all(self, value: Result) -> list[Result]:
         values = [value] * len(self.ranks)
         if not self.is_alone:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.processes)
         return values
 
     def from_all_at(self, step: int, t: float, value: Result) -> list[Result]:
         """Return the value of each process, by rank; raise a RankError that names a process at
         another step or t."""
         now = f"step {step:,}, t = {t:,.12g}"
-        times, values = zip(*self.from_all((now, value)), strict=True)
+        pairs = self.from_all((now, value))
+        times, values = zip(*pairs, strict=True)
         for rank, other in enumerate(times):
             if other != times[0]:
                 reason = f"is at {other}, and rank 0 at {times[0]}"
@@ -195,7 +206,9 @@ class Group:
         except Exception as error:  # noqa: BLE001  raised again below, when the other processes know
             failure = error
         own_vanished = isinstance(failure, VanishedError)
-        own = None if failure is None else (own_vanished, self.rank, _describe(failure))
+        own = None
+        if failure is not None:
+            own = own_vanished, self.rank, _describe(failure)
         failed = sorted(filter(None, self.from_all(own)))
         if not failed:
             return result
@@ -210,9 +223,14 @@ class Group:
         `together` does."""
         if self.is_alone:
             return work()
-        sent: list[list[Result]] = [self.together(lambda: [work()] if self.leads else [])]
-        dist.broadcast_object_list(sent, self.ranks[0])
-        return sent[0][0]
+
+        def work_first() -> list[Result]:
+            return [work()] if self.leads else []
+
+        sent = [self.together(work_first)]
+        dist.broadcast_object_list(sent, self.ranks[0], self.processes)
+        (result,) = sent[0]
+        return result
 
     def first_then_others(self, work: Callable[[], Result]) -> Result:
         """Do work in the first process, then in the others, and return its result; an error in one
@@ -226,16 +244,18 @@ class Group:
         this."""
         if len(ranks) < 2 or not value.numel():
             return
-        buffer = value.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        in_bytes = value.contiguous().reshape(-1).view(torch.uint8)
+        buffer = in_bytes.to(self.device)
         if len(ranks) == len(self.ranks):
-            dist.broadcast(buffer, ranks[0])
+            dist.broadcast(buffer, ranks[0], self.processes)
         elif self.rank == ranks[0]:
             for other in ranks[1:]:
                 dist.send(buffer, other)
         else:
             dist.recv(buffer, ranks[0])
         if self.rank != ranks[0]:
-            value.copy_(buffer.cpu().view(value.dtype).view(value.shape))
+            received = buffer.cpu().view(value.dtype)
+            value.copy_(received.view(value.shape))
 
 
 def _describe(error: BaseException) -> str:
@@ -266,17 +286,21 @@ class Rendezvous:
         # trackers in a group.
         from torch.distributed.distributed_c10d import _get_default_store
 
-        _made[name] += 1
-        self.store: Store = PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
+        _made.append(name)
+        self._name = name
+        self._number = _made.count(name)
+        self.store: Store = PrefixStore(f"ema-{name}-{self._number}", _get_default_store())
+        self._all: Store = PrefixStore("ema-all", _get_default_store())
         self._hint = hint
         self._calls = 0
         self._rank = dist.get_rank()
-        self._ranks = range(dist.get_world_size())
+        self._ranks: Sequence[int] = range(dist.get_world_size())  # those that take part
         self._tensors = tensors  # identifies the tensors of this process's model
         self._begin = time.monotonic()
         if tensors:
             self.store.set(f"tensors/{self._rank}", tensors)
         self.store.set(f"made/{self._rank}", role)
+        self._all.set(f"made/{self._rank}", " ".join(_made))
 
     def check_tensors(self) -> None:
         """Raise a RankError if the model of this process or of rank 0, as far as trackers are made,
@@ -284,26 +308,27 @@ class Rendezvous:
 
         Of two processes, the one whose first update is the later sees the other's tracker.
         """
-        for rank in self._ranks if self._rank == 0 else (0,):
-            key = f"tensors/{rank}"
-            if self.store.check([key]) and self.store.get(key).decode() != self._tensors:
+        others = self._ranks if self._rank == 0 else (0,)
+        for rank in others:
+            if self._has("tensors", rank) and self._value("tensors", rank) != self._tensors:
                 reason = f"has other tensors than rank {self._rank}, as stages of a pipeline have"
                 raise RankError(f"rank {rank}", reason, _STAGES)
 
     def check_keeper(self) -> None:
-        """Raise a RankError if no process keeps averages: if all have made a tracker, or `GRACE`
-        seconds after this one."""
-        until = self._begin + GRACE
-        while "keeps" not in self._roles():
-            if self._is_set("made") or time.monotonic() > until:
-                reason = "only counts steps, and no process that keeps averages has made a tracker"
-                raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
-            time.sleep(0.02)
+        """Raise a RankError if no process keeps averages, as far as trackers are made when
+        `_wait_for_trackers` returns."""
+        self._wait_for_trackers(lambda: "keeps" in self._roles().values())
+        if "keeps" not in self._roles().values():
+            reason = "only counts steps, and no process that keeps averages has made a tracker"
+            raise RankError(f"rank {self._rank}", reason, f"{self._hint}; {_STAGES}")
 
-    def _roles(self) -> list[str]:
-        """Return the roles of the processes that have announced theirs."""
-        keys = [f"made/{rank}" for rank in self._ranks]
-        return [self.store.get(key).decode() for key in keys if self.store.check([key])]
+    def _roles(self) -> dict[int, str]:
+        """Return the roles of the processes that have announced theirs, by rank."""
+        roles = {}
+        for rank in self._ranks:
+            if self._has("made", rank):
+                roles[rank] = self._value("made", rank)
+        return roles
 
     def gather(self, device: torch.device, call: str) -> Group:
         """Return all processes, which make this `call`; a RankError names one that does not, or
@@ -317,39 +342,63 @@ class Rendezvous:
         except BaseException as error:
             self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
             raise
-        roles = self._values("made")
-        first = roles.index("keeps") if "keeps" in roles else 0
-        calls = self._values(prefix)
-        for rank, other in enumerate(calls):
+        first = self._ranks[0]
+        for rank, role in self._roles().items():
+            if role == "keeps":
+                first = rank
+                break
+        calls = {rank: self._value(prefix, rank) for rank in self._ranks}
+        for rank, other in calls.items():
             if other.startswith("left"):
                 raise RankError(f"rank {rank}", other, self._hint)
             if other != calls[first]:
                 reason = f"{other}, and rank {first} {calls[first].removeprefix('asks ')}"
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
         others = [rank for rank in self._ranks if rank != first]
-        return Group(self._rank, (first, *others), device)
+        return Group(self._rank, (first, *others), device, self._processes)
+
+    @cached_property
+    def _processes(self) -> Any:
+        """torch's group of the processes that take part; None for all of the training."""
+        if len(self._ranks) == dist.get_world_size():
+            return None
+        return dist.new_group([*self._ranks], use_local_synchronization=True)
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether no other process has made a tracker `GRACE` seconds after this one; they are
-        told."""
-        until = self._begin + GRACE
-        if not self._is_set("made") and time.monotonic() + WARNING < until:
-            log.warning(
-                "waiting for trackers of other processes, for %.0f s: %s", GRACE, self._hint
-            )
-        while not self._is_set("made") and time.monotonic() < until:
-            time.sleep(0.02)
-        trackers = [role for role in self._roles() if role != "abstains"]
+        """Whether no other process has made a tracker of this directory when `_wait_for_trackers`
+        returns; they are told. Else those that have made one take part from here on."""
+        self._wait_for_trackers(lambda: False)
+        trackers = [rank for rank, role in self._roles().items() if role != "abstains"]
         if len(trackers) > 1:
+            if self._all_have_made_theirs():
+                self._ranks = trackers
             return False
         self.store.set("alone", str(self._rank))
         return True
 
+    def _wait_for_trackers(self, are_enough: Callable[[], bool]) -> None:
+        """Wait for trackers of other processes: until there are enough, all have made theirs, or
+        `GRACE` seconds are over since this one was made."""
+        until = self._begin + GRACE
+        warn_at = time.monotonic() + 1.0
+        while not (are_enough() or self._all_have_made_theirs()):
+            now = time.monotonic()
+            if now > until:
+                return
+            if now > warn_at:
+                log.warning(
+                    "waiting for trackers of other processes, %.0f s at most: %s",
+                    until - now,
+                    self._hint,
+                )
+                warn_at = until
+            time.sleep(0.02)
+
     def _check_in_time(self) -> None:
         if self.store.check(["alone"]):
             other = self.store.get("alone").decode()
-            reason = f"evaluates alone: it found no other tracker {GRACE:.0f} s after its own"
+            reason = "evaluates alone: it found no other tracker of this directory"
             raise RankError(f"rank {other}", reason, self._hint)
 
     def _wait_for_all(self, prefix: str) -> None:
@@ -357,8 +406,10 @@ class Rendezvous:
         pause = 0.001
         warned = False
         while not (self._is_set(prefix) and self._is_set("made")):
-            if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = " and ".join(f"rank {rank}" for rank in self._absent(prefix))
+            limit = LIMIT if warned else WARNING
+            if time.monotonic() - began > limit:
+                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
+                absent = " and ".join(f"rank {rank}" for rank in late)
                 if warned:
                     raise RankError(
                         absent, f"did not make this call within {LIMIT:.0f} s", self._hint
@@ -368,17 +419,30 @@ class Rendezvous:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
+    def _all_have_made_theirs(self) -> bool:
+        """Return whether each process has made this tracker, or as many as this one, of other
+        directories: it is of a model of its own then."""
+        if self._is_set("made"):
+            return True
+        keys = [f"made/{rank}" for rank in self._ranks]
+        if not self._all.check(keys):
+            return False
+        for made in self._all.multi_get(keys):
+            names = made.decode().split()
+            if len(names) < len(_made) and names.count(self._name) < self._number:
+                return False
+        return True
+
     def _is_set(self, prefix: str) -> bool:
         """Return whether every process has set a key, by one request."""
-        return bool(self.store.check([f"{prefix}/{rank}" for rank in self._ranks]))
+        keys = [f"{prefix}/{rank}" for rank in self._ranks]
+        return bool(self.store.check(keys))
 
-    def _values(self, prefix: str) -> list[str]:
-        """Return the value that each process has set a key to, by rank."""
-        return [self.store.get(f"{prefix}/{rank}").decode() for rank in self._ranks]
+    def _has(self, prefix: str, rank: int) -> bool:
+        return bool(self.store.check([f"{prefix}/{rank}"]))
 
-    def _absent(self, prefix: str) -> list[int]:
-        """Return the ranks of processes that have not set a key, by a request each."""
-        return [rank for rank in self._ranks if not self.store.check([f"{prefix}/{rank}"])]
+    def _value(self, prefix: str, rank: int) -> str:
+        return self.store.get(f"{prefix}/{rank}").decode()
 
 
 class Members:
@@ -407,7 +471,8 @@ class Members:
         if model is not None and dist.is_initialized() and dist.get_world_size() > 1:
             # The first, second, ... tracker of a directory that each process makes meet.
             hint = f"make it in every process, with a tracker of {directory}"
-            tensors = _digest(repr(sorted((shapes or {}).items())))
+            named_shapes = sorted((shapes or {}).items())
+            tensors = _digest(repr(named_shapes))
             role = "keeps" if self.keeps else "counts"
             self._meeting = Rendezvous(_digest(str(directory)), role, hint, tensors)
 
@@ -435,9 +500,12 @@ class Members:
 
     def callers(self, call: str, is_tracking: bool, device: torch.device) -> Group:
         """Return the processes that make a call for averages; this one before it tracks."""
-        if self._meeting is None or not is_tracking or not dist.is_initialized():
+        meeting = self._meeting
+        if meeting is None or not is_tracking or not dist.is_initialized():
             return THIS_PROCESS
-        return THIS_PROCESS if self._meeting.is_alone else self._meeting.gather(device, call)
+        if meeting.is_alone:
+            return THIS_PROCESS
+        return meeting.gather(device, call)
 
 
 class ShardOwners(Members):
@@ -468,10 +536,17 @@ class ShardOwners(Members):
         self.mesh = _largest_mesh(model)
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
-        self._owners_meeting = Rendezvous("members", "keeps" if self.rank == 0 else "counts", hint)
+        role = "keeps" if self.rank == 0 else "counts"
+        self._owners_meeting = Rendezvous("members", role, hint)
         digests = _chunk_digests(tensors, chunks)
-        names = [*tensors, *aliases]
-        own = _Presence(options, [*digests.values()], run_id, time.time_ns(), names, shapes)
+        own = _Presence(
+            options=options,
+            digests=[*digests.values()],
+            run_id=run_id,
+            session=time.time_ns(),
+            names=[*tensors, *aliases],
+            shapes=shapes,
+        )
         presences = self.keepers("a tracker of this model").from_all(own)
         _check_options(presences)
         self.run_id = presences[0].run_id
@@ -487,11 +562,17 @@ class ShardOwners(Members):
             self.shapes |= presence.shapes
             for digest in presence.digests:
                 holders[digest].append(rank)
-        self.holders = {name: tuple(holders[digests[name]]) for name in digests}
-        self._owned = {name for name, ranks in self.holders.items() if ranks[0] == self.rank}
-        owners = sorted({ranks[0] for ranks in holders.values()})
+        self.holders = dict[str, tuple[int, ...]]()
+        self._owned = set[str]()
+        for name, digest in digests.items():
+            ranks = tuple(holders[digest])
+            self.holders[name] = ranks
+            if ranks[0] == self.rank:
+                self._owned.add(name)
+        owners = sorted({first for first, *_ in holders.values()})
         self.keeps = self.rank in owners
-        self.part = (owners.index(self.rank) + 1, len(owners)) if self.keeps else None
+        if self.keeps:
+            self.part = owners.index(self.rank) + 1, len(owners)
 
     def owned(self, names: Set[str]) -> Set[str]:
         """Return the tensors whose chunk this process owns, and those that did not exist when the
@@ -538,13 +619,17 @@ class _Presence(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def _chunk_digests(tensors: Mapping[str, Tensor], chunks: Mapping[str, Chunk]) -> dict[str, str]:
+def _chunk_digests(
+    tensors: Mapping[str, Tensor],
+    chunks: Mapping[str, Chunk],
+) -> dict[str, str]:
     """Return the digest of each chunk in this process that may have an owner."""
     digests = {}
     for name, tensor in tensors.items():
         chunk = chunks.get(name)
         if tensor.numel() or chunk is None or not math.prod(chunk.shape):
-            digests[name] = _digest(repr((name, chunk, tuple(tensor.shape))))
+            identity = name, chunk, tuple(tensor.shape)
+            digests[name] = _digest(repr(identity))
     return digests
 
 
@@ -558,13 +643,14 @@ def _check_options(presences: Sequence[_Presence]) -> None:
 
 def _largest_mesh(model: nn.Module) -> dict[str, Any]:
     """Return the arrangement of the processes, as a snapshot's header has it."""
-    largest: Any = None
+    meshes: list[Any] = []
     for parameter in model.parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None and (largest is None or mesh.size() > largest.size()):
-            largest = mesh
-    if largest is None:
+        if mesh is not None:
+            meshes.append(mesh)
+    if not meshes:
         return {}
+    largest = max(meshes, key=lambda mesh: mesh.size())
     return {"shape": list(largest.mesh.shape), "names": largest.mesh_dim_names}
 
 
@@ -590,4 +676,5 @@ def is_first_of_group(model: nn.Module | None) -> bool:
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode())
+    return digest.hexdigest()[:16]

@@ -120,14 +120,18 @@ class LiveSource(Snapshot):
         self._fill(out, [ElementRange(name, begin, end)])
 
     def read_many(self, names: Sequence[str], out: memoryview) -> None:
-        self._fill(out, [ElementRange(name, 0, self.entries[name].size) for name in names])
+        self._fill(out, self._complete(names))
 
     def copy(self) -> None:
         """Copy what would be read in place; called in the thread that changes the averages, before
         it does."""
         missing = [name for name in self.entries if name not in self.held]
-        ranges = [ElementRange(name, 0, self.entries[name].size) for name in missing]
-        self.held.update(zip(missing, self.read(ranges), strict=True))
+        copies = self.read(self._complete(missing))
+        self.held.update(zip(missing, copies, strict=True))
+
+    def _complete(self, names: Sequence[str]) -> list[ElementRange]:
+        """Return the ranges of all elements of tensors."""
+        return [ElementRange(name, 0, self.entries[name].size) for name in names]
 
     def _fill(self, out: memoryview, ranges: Sequence[ElementRange]) -> None:
         for values in self.call(lambda: self._values(ranges)):
@@ -141,7 +145,10 @@ class LiveSource(Snapshot):
         read = iter(self.read(missing))
         values = []
         for name, begin, end in ranges:
-            values.append(held[name].reshape(-1)[begin:end] if name in held else next(read))
+            if name in held:
+                values.append(held[name].reshape(-1)[begin:end])
+            else:
+                values.append(next(read))
         return values
 
 
@@ -158,7 +165,9 @@ def headers(
     standing = averages.standing
     tracked = state.tracked
     members = tracked.members
-    chunks = {n: Chunk(tracked.complete_shape(n), tracked.box(n).offset) for n in tracked.boxes}
+    chunks = {}
+    for name, box in tracked.boxes.items():
+        chunks[name] = Chunk(tracked.complete_shape(name), box.offset)
     sketch = encode_path(path)
     return [
         Snapshot(
@@ -323,12 +332,14 @@ class Snapshotter:
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
         entries = staged.storage.entries | _entries_of(others)
-        with TensorFileWriter(path, entries, info.encoded(), info.for_dcp, replaces) as writer:
+        header = info.encoded()
+        with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
             file = writer.commit()
-        self._stored = [*kept, replace(info, path=path, files=(file,), entries=file.entries)]
+        written = replace(info, path=path, files=(file,), entries=file.entries)
+        self._stored = [*kept, written]
         log.info("wrote %s", path)
         return sum(entry.nbytes for entry in entries.values())
 
@@ -382,7 +393,8 @@ def _clean(directory: Path) -> None:
 def _entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
     entries = {}
     for name, tensor in tensors.items():
-        entries[name] = Entry(stored_name(tensor.dtype, name), tuple(tensor.shape))
+        dtype = stored_name(tensor.dtype, name)
+        entries[name] = Entry(dtype, tuple(tensor.shape))
     return entries
 
 
@@ -435,7 +447,8 @@ class Storage:
         # The same buckets on the host in the storage dtype, in which values are stored if they fit.
         self.stored = on_host(layout)
         if dtype:
-            self.stored = tuple(replace(b, dtype=torch_dtype(dtype)) for b in self.stored)
+            rounded = torch_dtype(dtype)
+            self.stored = tuple(replace(bucket, dtype=rounded) for bucket in self.stored)
         self.places = places_of(layout)
         # are measured and rounded: all but running statistics
         self.weights = frozenset(tracked.weights)
@@ -448,7 +461,10 @@ class Storage:
             sampled.append((number, position))
         buckets, positions = np.array(sampled, np.int64).reshape(-1, 2).T
         self._order = np.lexsort((positions, buckets))  # sorted ones are taken faster
-        of_buckets = [np.sort(positions[buckets == number]) for number in range(len(layout))]
+        of_buckets = []
+        for number in range(len(layout)):
+            in_bucket = positions[buckets == number]
+            of_buckets.append(np.sort(in_bucket))
         self.sample = Elements(layout, of_buckets)
 
     def dtype(self, name: str) -> torch.dtype:
@@ -465,7 +481,8 @@ class Storage:
 
     def allocate(self, profiles: int) -> None:
         pinned = any(bucket.device.type == "cuda" for bucket in self.layout)
-        self.memory = self.memory or [FlatTensors(self.stored, pinned) for _ in range(profiles)]
+        while len(self.memory) < profiles:
+            self.memory.append(FlatTensors(self.stored, pinned))
 
     def in_order(self, buffers: Sequence[Tensor]) -> Values:
         """Return the values of a snapshot's sample in float32, in the sample's order."""
@@ -506,7 +523,8 @@ def stage(
 
     def take(tile: Tile, thread: int) -> None:
         for index, average in enumerate(rounded):
-            average.take(tile, averages.values(tile, index, thread))
+            exact = averages.values(tile, index, thread)
+            average.take(tile, exact)
 
     pool.each(take, tiles_of(storage.layout))
     return [average.staged(averages, index) for index, average in enumerate(rounded)]
@@ -535,7 +553,8 @@ class _RoundedAverage:
     def staged(self, averages: Averages, index: int) -> StagedAverage:
         """Return the average, of that index, when all tiles have been taken."""
         storage = self._storage
-        doubtful = _outside(storage, numbers_of(self._norms, self._tiles))
+        norms = numbers_of(self._norms, self._tiles)
+        doubtful = _outside(storage, norms)
         squares = storage.subset.sums(joined(self._measured))
         rounding = _rounding(storage, self._measured)
         names = [*storage.subset.sizes]
@@ -558,7 +577,8 @@ def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
     names = set[str]()
     ranges = ranges_of(storage.layout)
     for tile, norm in zip(tiles_of(storage.layout), norms, strict=True):
-        if not norm <= torch.finfo(storage.stored[tile.bucket].dtype).max:
+        dtype = storage.stored[tile.bucket].dtype
+        if not norm <= torch.finfo(dtype).max:
             names.update(piece.name for piece in ranges[tile.number])
     return names
 
@@ -583,20 +603,26 @@ def _stored_exactly(
     for name, (_, place) in storage.places.items():
         if name in storage.weights and name not in doubtful:
             continue
-        (exact,) = averages.read(index, [ElementRange(name, 0, place.end - place.begin)])
-        error = exact - exact.to(storage.dtype(name)).to(exact.dtype)
-        norm = float(torch.linalg.vector_norm(exact, dtype=torch.float64)) ** 2
-        rounding = float(torch.linalg.vector_norm(error, dtype=torch.float64)) ** 2
-        is_held = _is_accurate(norm, rounding, storage.dtype(name))
+        dtype = storage.dtype(name)
+        complete = ElementRange(name, 0, place.end - place.begin)
+        (exact,) = averages.read(index, [complete])
+        error = exact - exact.to(dtype).to(exact.dtype)
+        is_held = _is_accurate(_squared_norm(exact), _squared_norm(error), dtype)
         if name not in storage.weights or not is_held:
             others[name] = exact.view(place.shape)
     return others
 
 
+def _squared_norm(values: Tensor) -> float:
+    norm = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return float(norm) ** 2
+
+
 def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
     """Return whether a squared rounding error is at most eps / 2 relative: not for values out of
     the dtype's range."""
-    return math.isfinite(rounding) and rounding <= (torch.finfo(dtype).eps / 2) ** 2 * norm
+    relative = torch.finfo(dtype).eps / 2
+    return math.isfinite(rounding) and rounding <= relative**2 * norm
 
 
 def measured_now(
@@ -609,7 +635,8 @@ def measured_now(
 
     def take(tile: Tile, thread: int) -> None:
         for index, own in enumerate(buffers):
-            subset.take(tile, averages.values(tile, index, thread), own)
+            exact = averages.values(tile, index, thread)
+            subset.take(tile, exact, own)
 
     pool.each(take, tiles_of(subset.layout))
     squares = [subset.sums(joined(values)) for values in buffers]

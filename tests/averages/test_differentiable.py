@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from checking import refused, saved_and_loaded
@@ -40,12 +41,14 @@ class Problem:
         return torch.tanh(torch.as_tensor(self.data[step]) @ weight**2)
 
     def values(self, weights: Sequence[FloatArray]) -> FloatArray:
-        return np.tanh([data @ weight**2 for data, weight in zip(self.data, weights, strict=False)])
+        used = self.data[: len(weights)]
+        return np.tanh(np.einsum("irw,iw->ir", used, np.square(weights)))
 
     def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
         """Return df_i/dw at the weights of step i: [steps, rows, weights]."""
-        slopes = 2 * (1 - self.values(weights)[:, :, None] ** 2)
-        return slopes * self.data[: len(weights)] * np.array(weights)[:, None, :]
+        used = self.data[: len(weights)]
+        slopes = 2 * (1 - self.values(weights) ** 2)
+        return np.einsum("ir,irw,iw->irw", slopes, used, np.array(weights))
 
     def leaf(self) -> torch.nn.Parameter:
         return torch.nn.Parameter(torch.tensor(self.start))
@@ -55,7 +58,9 @@ def coefficients(decays: Sequence[float]) -> FloatArray:
     """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no
     1 - decay."""
     later = np.cumprod([1.0, *decays[:0:-1]])[::-1]
-    return later * np.array([1.0, *(1 - decay for decay in decays[1:])])
+    own = 1 - np.array(decays)
+    own[0] = 1.0
+    return later * own
 
 
 def rounding(steps: int = STEPS) -> float:
@@ -64,13 +69,19 @@ def rounding(steps: int = STEPS) -> float:
     return 8 * steps * ROWS * WEIGHTS * EPS
 
 
+def assert_near(found: npt.ArrayLike, expected: npt.ArrayLike) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding())
+
+
 def make(mode: str) -> DifferentiableEMA:
     return DifferentiableEMA(ROWS, DECAY, mode, **MODES[mode], dtype=torch.float64)
 
 
 def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Call the module; pass the leaf in the mode that needs it."""
-    return ema(value, leaves=[weight]) if ema.mode == "carried" else ema(value)
+    if ema.mode == "carried":
+        return ema(value, leaves=[weight])
+    return ema(value)
 
 
 def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
@@ -95,7 +106,9 @@ def train(
             value = problem.value(step, weight)
         average = take(ema, value, weight)
         optimizer.zero_grad()
-        ((average - torch.tensor(problem.target)).square().sum() / 2).backward(retain_graph=True)
+        distance = average - torch.tensor(problem.target)
+        loss = distance.square().sum() / 2
+        loss.backward(retain_graph=True)
         averages.append(average.detach().numpy())
         gradients.append(gradient_of(weight))
         optimizer.step()
@@ -115,11 +128,15 @@ def test_the_average_has_memory_of_its_own(mode: str) -> None:
         result.detach().mul_(7.0)
         torch.nn.init.constant_(weight, 50.0)
     expected = coefficients([DECAY] * 3) @ [1, 2, 3]
-    for average in (found, ema.average.numpy()):
-        np.testing.assert_allclose(average, expected, rtol=0, atol=rounding())
+    assert_near(found, expected)
+    assert_near(ema.average, expected)
 
 
-def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) -> list[FloatArray]:
+def expected_gradients(
+    problem: Problem,
+    seen: Sequence[FloatArray],
+    kept: int,
+) -> list[FloatArray]:
     """Return g^T sum_i c_i df_i/dw(w_i) at each step over the last `kept` values, with g = average
     - target."""
     values = problem.values(seen)
@@ -128,8 +145,9 @@ def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) 
     for t in range(1, len(seen) + 1):
         c = coefficients([DECAY] * t)
         g = c @ values[:t] - problem.target
-        first = max(0, t - kept)
-        found.append(np.einsum("i,r,irw->w", c[first:], g, derivatives[first:t]))
+        used = slice(max(0, t - kept), t)
+        gradient = np.einsum("i,r,irw->w", c[used], g, derivatives[used])
+        found.append(gradient)
     return found
 
 
@@ -145,31 +163,27 @@ def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode: str, kep
     ema = make(mode)
     weights, averages, gradients = train(ema, problem)
     assert np.linalg.norm(weights[-1] - weights[0]) > 0.2
-    np.testing.assert_allclose(
-        gradients, expected_gradients(problem, weights, kept), rtol=0, atol=rounding()
-    )
-    expected = [
-        coefficients([DECAY] * t) @ problem.values(weights[:t]) for t in range(1, STEPS + 1)
-    ]
-    np.testing.assert_allclose(averages, expected, rtol=0, atol=rounding())
+    derivatives = expected_gradients(problem, weights, kept)
+    assert_near(gradients, derivatives)
+    values = problem.values(weights)
+    expected = [coefficients([DECAY] * t) @ values[:t] for t in range(1, STEPS + 1)]
+    assert_near(averages, expected)
     np.testing.assert_array_equal(ema.average.numpy(), averages[-1])
     assert ema.num_updates == STEPS
 
 
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
-    one, two, other = (
-        torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3)
-    )
+    twos = torch.full((2,), 2.0, dtype=torch.float64)
+    one, two, other = (torch.nn.Parameter(twos.clone()) for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
-    with pytest.warns(
-        RuntimeWarning, match=r"depend on leaves\[1\] of the shape \[2\]: "
-    ) as warned:
+    expected = r"depend on leaves\[1\] of the shape \[2\]: "
+    with pytest.warns(RuntimeWarning, match=expected) as warned:
         ema((one * other).sum(), leaves=[one, two])
     assert [warning.filename for warning in warned] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
     average.backward()
-    assert torch.equal(one.grad, torch.full((2,), 0.5 * 2 + 0.5 * 4, dtype=torch.float64))
-    assert torch.equal(two.grad, torch.full((2,), 0.5 * 4, dtype=torch.float64))
+    assert one.grad.tolist() == [0.5 * 2 + 0.5 * 4] * 2
+    assert two.grad.tolist() == [0.5 * 4] * 2
     assert other.grad is None
 
 
@@ -199,11 +213,13 @@ def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
     average = take(second, problem.value(5, other), other)
     assert torch.equal(first.average, before)
     assert (first.num_updates, second.num_updates) == (5, 6)
-    expected = DECAY * before.numpy() + (1 - DECAY) * problem.values([problem.start] * 6)[5]
-    np.testing.assert_allclose(average.detach().numpy(), expected, rtol=0, atol=rounding())
+    starts = [problem.start] * 6
+    value = problem.values(starts)[5]
+    expected = DECAY * before.numpy() + (1 - DECAY) * value
+    assert_near(average.detach(), expected)
     average.sum().backward()
-    derivative = (1 - DECAY) * problem.derivatives([problem.start] * 6)[5].sum(axis=0)
-    np.testing.assert_allclose(gradient_of(other), derivative, rtol=0, atol=rounding())
+    derivative = (1 - DECAY) * problem.derivatives(starts)[5].sum(axis=0)
+    assert_near(gradient_of(other), derivative)
     assert weight.grad is None
 
 
@@ -215,7 +231,8 @@ def test_bad_values_and_leaves_are_named_and_not_taken_in() -> None:
     with refused("value", "is torch.float32 of shape [3] on cpu"):
         ema(torch.ones(3))
     assert ema.num_updates == 0
-    weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    weight = torch.nn.Parameter(torch.ones(2))
+    other = torch.nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
     for leaves in (
         None,

@@ -13,65 +13,61 @@ from posthoc_cli.averages import EMAStats
 from posthoc_cli.errors import NotReadyError
 
 NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
+Batch = tuple[FloatArray, FloatArray]
+Statistics = dict[str, FloatArray]
 
 
-def batches(
-    count: int,
-    rows: int,
-    dim_x: int,
-    dim_y: int,
-    seed: int = 0,
-) -> list[tuple[FloatArray, FloatArray]]:
+def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> list[Batch]:
     """Return correlated batches with a nonzero, moving mean."""
     random = np.random.default_rng(seed)
     mixing = random.normal(size=(dim_x, dim_y))
     found = []
     for index in range(count):
-        x = random.normal(size=(rows, dim_x)) + 2.0 + 0.1 * index
-        found.append((x, x @ mixing + 0.5 * random.normal(size=(rows, dim_y)) - 1.0))
+        x = random.normal(2.0 + 0.1 * index, size=(rows, dim_x))
+        noise = random.normal(-1.0, 0.5, size=(rows, dim_y))
+        found.append((x, x @ mixing + noise))
     return found
 
 
 def expected_statistics(
-    data: list[tuple[FloatArray, FloatArray]],
+    data: list[Batch],
     momentum: float,
     running_mean: bool = True,
-) -> dict[str, FloatArray]:
+) -> Statistics:
     """Compute the statistics by definition, independently."""
-    state: dict[str, FloatArray] = {}
+    state: Statistics = {}
     for x, y in data:
-        batch = {"mean_x": x.mean(axis=0), "mean_y": y.mean(axis=0)}
+        batch = {"mean_x": x.mean(0), "mean_y": y.mean(0)}
         center = state if state and running_mean else batch
         x = x - center["mean_x"]
         y = y - center["mean_y"]
         degrees = max(len(x) - 1, 1)
-        batch.update(
-            {"cov_xx": x.T @ x / degrees, "cov_yy": y.T @ y / degrees, "cov_xy": x.T @ y / degrees}
-        )
-        state = {
-            name: (1 - momentum) * state[name] + momentum * batch[name] if state else batch[name]
-            for name in NAMES
-        }
+        batch["cov_xx"] = x.T @ x / degrees
+        batch["cov_yy"] = y.T @ y / degrees
+        batch["cov_xy"] = x.T @ y / degrees
+        for name, value in batch.items():
+            earlier = state.get(name, value)
+            state[name] = (1 - momentum) * earlier + momentum * value
     return state
 
 
 def feed(
     stats: EMAStats,
-    data: list[tuple[FloatArray, FloatArray]],
-    dtype: torch.dtype,
+    data: list[Batch],
+    dtype: torch.dtype = torch.float32,
 ) -> EMAStats:
-    for x, y in data:
-        stats(torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
+    for batch in data:
+        x, y = map(torch.from_numpy, batch)
+        stats(x.to(dtype), y.to(dtype))
     return stats
 
 
-def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) -> None:
+def check(stats: EMAStats, expected: Statistics, tolerance: float) -> None:
     for name in NAMES:
         found = getattr(stats, name).detach().double().numpy()
+        within = tolerance * np.abs(expected[name]).max()
+        np.testing.assert_allclose(found, expected[name], rtol=0, atol=within, err_msg=name)
         assert found.shape == expected[name].shape
-        assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), (
-            name
-        )
 
 
 @pytest.mark.parametrize("running_mean", [True, False])
@@ -94,46 +90,53 @@ def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> N
         stats.correlation()
     ((x, y),) = data = batches(1, 50, 4, 3)
     feed(stats, data, torch.float64)
-    np.testing.assert_allclose(
-        stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11
-    )
-    np.testing.assert_allclose(stats.cov_xy, np.cov(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-12)
+    correlation = np.corrcoef(x, y, rowvar=False)[:4, 4:]
+    covariance = np.cov(x, y, rowvar=False)[:4, 4:]
+    np.testing.assert_allclose(stats.correlation(), correlation, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(stats.cov_xy, covariance, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy", "correlation"])
 @pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
     """Compared with finite differences; earlier batches are constants."""
-    state = feed(EMAStats(3, 2, 0.3).double(), batches(seen, 6, 3, 2), torch.float64).state_dict()
+    earlier = EMAStats(3, 2, 0.3).double()
+    feed(earlier, batches(seen, 6, 3, 2), torch.float64)
 
     def statistic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         stats = EMAStats(3, 2, 0.3).double()
-        stats.load_state_dict(state)
+        stats.load_state_dict(earlier.state_dict())
         stats(x, y)
-        return stats.correlation() if name == "correlation" else getattr(stats, name)
+        if name == "correlation":
+            return stats.correlation()
+        return getattr(stats, name)
 
-    x, y = (torch.randn(6, dim, dtype=torch.float64, requires_grad=True) for dim in (3, 2))
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(statistic, (x, y))
-    (grad,) = torch.autograd.grad(statistic(x, y).square().sum(), y if name == "mean_y" else x)
-    assert grad.abs().max() > 1e-3
+    statistic(x, y).square().sum().backward()
+    moved = y if name == "mean_y" else x
+    assert moved.grad.abs().max() > 1e-3
 
 
 def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module() -> (
     None
 ):
     dtype = torch.bfloat16
-    data = [
-        tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch)
-        for batch in batches(30, 64, 4, 3)
-    ]
+    data = []
+    for batch in batches(30, 64, 4, 3):
+        data.append([torch.from_numpy(part).to(dtype).double().numpy() for part in batch])
     with torch.autocast("cpu", dtype):
         stats = feed(EMAStats(4, 3, 0.05), data, dtype)
     assert stats.cov_xy.dtype == torch.float32
     # Sums of 64 products of values up to about 8 in float32; bfloat16 sums would be off by 4e-3 at
     # least.
     check(stats, expected_statistics(data, 0.05), 2e-5)
-    assert torch.nn.Sequential(stats).half()[0].cov_xy.dtype == torch.float32
-    assert torch.nn.Sequential(stats).double()[0].cov_xy.dtype == torch.float64
+    module = torch.nn.Sequential(stats)
+    module.half()
+    assert stats.cov_xy.dtype == torch.float32
+    module.double()
+    assert stats.cov_xy.dtype == torch.float64
 
 
 def by_state(stats: EMAStats) -> EMAStats:
@@ -146,29 +149,30 @@ def by_state(stats: EMAStats) -> EMAStats:
 def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(
     copied: Callable[[EMAStats], EMAStats],
 ) -> None:
-    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32)
-    stats(torch.randn(8, 3, requires_grad=True), torch.randn(8, 2))
+    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+    x = torch.randn(8, 3, requires_grad=True)
+    stats(x, torch.randn(8, 2))
     assert stats.cov_xy.requires_grad
     twin = copied(stats)
     data = batches(3, 8, 3, 2, seed=5)
     before = {name: value.clone() for name, value in stats.state_dict().items()}
     assert_same_tensors(twin.state_dict(), before)
     assert not any(getattr(twin, name).requires_grad for name in NAMES)
-    feed(twin, data, torch.float32)
+    feed(twin, data)
     assert_same_tensors(stats.state_dict(), before)
     stats.cov_xy.sum().backward()
-    feed(stats, data, torch.float32)
+    feed(stats, data)
     assert_same_tensors(twin.state_dict(), stats.state_dict())
 
 
 def test_a_state_of_symm_learning_loads() -> None:
     """Its class documents the names: `running_` before each statistic."""
-    values = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32).state_dict()
+    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+    values = stats.state_dict()
     state = {f"stats.running_{name}": values[name] for name in NAMES}
+    state["stats.num_batches_tracked"] = values["num_batches_tracked"]
     outer = torch.nn.ModuleDict({"stats": EMAStats(3, 2)})
-    outer.load_state_dict(
-        state | {"stats.num_batches_tracked": values["num_batches_tracked"]}, strict=True
-    )
+    outer.load_state_dict(state, strict=True)
     assert_same_tensors(outer["stats"].state_dict(), values)
 
 
@@ -177,17 +181,13 @@ def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
     y = torch.randn(5, 2)
     stats = EMAStats(3, 2).eval()
     assert stats(x, y) == (x, y)
-    for batch, subject in (
-        ((x[0], y), "x"),
-        ((x[:0], y[:0]), "x"),
-        ((x, x), "y"),
-        ((x, y[1:]), "y"),
-        ((x, None), "y"),
-        ((x.long(), y), "x"),
-        ((x, y.double()), "y"),
-    ):
-        with refused(subject):
-            stats.train()(*batch)
+    stats.train()
+    for other in (x[0], x[:0], x.long()):
+        with refused("x"):
+            stats(other, y[: len(other)])
+    for other in (x, y[1:], None, y.double()):
+        with refused("y"):
+            stats(x, other)
     assert stats.num_batches_tracked == 0
     alone = EMAStats(3)
     assert alone(x) == (x, x)

@@ -358,7 +358,7 @@ def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path: Path, 
     weights = named(train()[-1])  # of which a set with another purpose has one name
     torch.save({"model": weights, "ema": dict([*weights.items()][:1])}, tmp_path / "last.pt")
     refused = ema("export", tmp_path / "last.pt", "--out", tmp_path / "model.safetensors")
-    assert refused.code == 1
+    assert refused.code == 2
     assert (
         "last.pt: holds no average that its keys name ('model', 'ema'); name its key by --average"
         in refused.err

@@ -202,8 +202,10 @@ def places(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for name, harm in HARMS.items():
         shutil.copytree(_recorded_run, places / name)
         harm(places / name / "0000000000000300-0.28.safetensors")
-    for folder in ("empty", "foreign", "other"):
+    for folder in ("empty", "foreign", "other", "other.html", "swept"):
         (places / folder).mkdir()
+    for name in ("notes.json", "swept/sweep.json"):
+        (places / name).write_text("{}")
     for model in ("model", "foreign/model"):
         save_file({"w": torch.ones(3)}, places / f"{model}.safetensors")
     (places / "above").mkdir()

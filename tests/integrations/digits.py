@@ -29,12 +29,13 @@ class Regression(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
-        )
+        layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
+        self.net = torch.nn.Sequential(*layers)
 
     def loss(self, batch: Any) -> torch.Tensor:
-        return (self.net(batch[0]) - batch[1]).square().mean()
+        x, y = batch
+        error = self.net(x) - y
+        return error.square().mean()
 
     def training_step(self, batch: Any, _: int) -> torch.Tensor:
         return self.loss(batch)
@@ -74,11 +75,11 @@ def make_trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Traine
         "accelerator": "cpu",
         "logger": False,
         "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
     }
-    settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    return Trainer(
-        callbacks=[*callbacks, saving], default_root_dir=folder, **(settings | arguments)
-    )
+    return Trainer(callbacks=[*callbacks, saving], **(settings | arguments))
 
 
 class Sharded(Regression):
@@ -90,18 +91,21 @@ class Sharded(Regression):
 if __name__ == "__main__":
     folder, killed_at, kind, resumes = task()
     recorder = Recorder(killed_at)
-    group = {} if kind == "alone" else {"strategy": "ddp", "devices": 2}
+    group: dict[str, Any] = {}
+    module = Regression()
+    if kind != "alone":
+        group = {"strategy": "ddp", "devices": 2}
     if kind == "sharded":
         group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        module = Sharded()
     callback = PostHocWeightAveraging(folder / "ema", validate=0.2, **EVERY)
     trainer = make_trainer(folder, callback, recorder, **group)
-    module = (Sharded if kind == "sharded" else Regression)()
-    trainer.fit(
-        module, loader(), loader(), ckpt_path=folder / "out/step=4.ckpt" if resumes else None
-    )
+    checkpoint = folder / "out/step=4.ckpt" if resumes else None
+    trainer.fit(module, loader(), loader(), ckpt_path=checkpoint)
     with callback.ema.model(module, 0.2) as averaged:
         average = recorded(averaged)
     made = [recorder.weights, average, callback.ema.step, module.validated]
     if kind != "sharded":
-        made += [8, torch.load(folder / "out/step=8.ckpt", weights_only=True)["state_dict"]]
+        stored = torch.load(folder / "out/step=8.ckpt", weights_only=True)
+        made += [8, stored["state_dict"]]
     torch.save(made, folder / f"made-{trainer.global_rank}.pt")

@@ -21,36 +21,37 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 def test_a_script_finds_the_methods_of_the_librarys_own_averages(tmp_path: Path) -> None:
     """`test_processes` kills and resumes this training."""
     complete = Training(tmp_path)
-    assert complete.ema_model.cur_decay_value is None
+    ema_model = complete.ema_model
+    assert ema_model.cur_decay_value is None
     complete.run()
-    assert complete.ema_model.ema.step == 10
+    assert ema_model.ema.step == 10
+    average = exact(complete.weights, 0.2)
     parameters = list(complete.model.parameters())
-    complete.ema_model.store(parameters)
-    complete.ema_model.copy_to(parameters)
-    assert distance(recorded(complete.bare), exact(complete.weights, 0.2)) < 1e-6
-    complete.ema_model.restore(parameters)
+    ema_model.store(parameters)
+    ema_model.copy_to(parameters)
+    assert distance(recorded(complete.bare), average) < 1e-6
+    ema_model.restore(parameters)
     assert distance(recorded(complete.bare), complete.weights[-1]) == 0
-    saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
-    assert distance(dict(saved.named_parameters()), exact(complete.weights[:4], 0.2)) < 1e-6
     other = network()  # such as the model of a pipeline
-    complete.ema_model.copy_to(other.parameters())
-    assert distance(dict(other.named_parameters()), exact(complete.weights, 0.2)) < 1e-6
+    ema_model.copy_to(other.parameters())
+    assert distance(recorded(other), average) < 1e-6
+    shadow = zip(recorded(complete.bare), ema_model.shadow_params, strict=True)
+    assert distance(dict(shadow), average) < 1e-6
+    assert ema_model.optimization_step == 10
     # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
-    decay = complete.ema_model.cur_decay_value
+    decay = ema_model.cur_decay_value
     x = math.log(decay) / math.log(0.9)
     assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
-    shadow = dict(
-        zip(dict(complete.bare.named_parameters()), complete.ema_model.shadow_params, strict=True)
-    )
-    assert distance(shadow, exact(complete.weights, 0.2)) < 1e-6
-    assert complete.ema_model.optimization_step == 10
-    assert complete.ema_model.get_decay(10) == complete.ema_model.decay == decay
-    complete.ema_model.load_state_dict(complete.ema_model.state_dict())
-    assert complete.ema_model.ema.step == 10
+    assert ema_model.decay == decay
+    assert ema_model.get_decay(10) == decay
+    ema_model.load_state_dict(ema_model.state_dict())
+    assert ema_model.ema.step == 10
+    ema_model.close()
+    assert Run(tmp_path / "ema").step == 10
+    saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
+    assert distance(recorded(saved), exact(complete.weights[:4], 0.2)) < 1e-6
     with pytest.raises(NotReadyError, match="tracks no model"):
         PostHocEMAModel.from_pretrained(tmp_path / "saved/unet_ema").step()
-    complete.ema_model.close()
-    assert Run(tmp_path / "ema").step == 10
 
 
 def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:

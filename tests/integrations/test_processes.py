@@ -41,7 +41,8 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
         pytest.skip("transformers 4 shards models on accelerators only")
     if kind == "sharded" and program == "unet":
         pytest.skip("scripts of diffusers shard no models")
-    (killed_at, saved), ranks = KILLED[program], range(1 if kind == "alone" else 2)
+    killed_at, saved = KILLED[program]
+    ranks = range(1 if kind == "alone" else 2)
     assert train(program, tmp_path / "complete", kind) == [0 for _ in ranks]
     weights, *_ = torch.load(tmp_path / "complete/made-0.pt")
     codes = train(program, tmp_path, kind, killed_at)

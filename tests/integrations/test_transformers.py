@@ -4,7 +4,7 @@ import gc
 import itertools
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ pytest.importorskip(
 )
 
 from integrations.llama import BEST, DATA, EVERY, Recorder, make_trainer, network
-from integrations.truth import assert_exact, distance, exact
+from integrations.truth import assert_exact, distance, exact, recorded
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run
@@ -188,35 +188,39 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     trainer.train()
     losses: dict[str, dict[int, float]] = {}
     for label in ("0.2", "decay-linear-50%", "window-5"):
-        found, losses[label] = logged(trainer, f"eval_ema_{label}_loss"), {}
+        losses[label] = {}
+        found = logged(trainer, f"eval_ema_{label}_loss")
         for step in found:
-            count = {"0.2": 0, "decay-linear-50%": step // 2, "window-5": 5}[label]
-            average = (
-                mean(recorder.weights[:step], count)
-                if count
-                else exact(recorder.weights[:step], 0.2)
-            )
+            average = average_of(label, recorder.weights[:step])
             losses[label][step] = loss(average, tmp_path)
         # A tracked profile has float32 rounding; a reconstructed one is within the predicted error.
-        assert found == pytest.approx(losses[label], rel=1e-5 if label == "0.2" else 2e-3)
+        within = 1e-5 if label == "0.2" else 2e-3
+        assert found == pytest.approx(losses[label], rel=within)
     assert losses["window-5"].keys() == {6, 8}
     assert losses["0.2"].keys() == {2, 4, 6, 8}
     assert caplog.text.count("window:5") == 1
-    best = min(losses["decay-linear-50%"], key=losses["decay-linear-50%"].get)
+    of_decay = losses["decay-linear-50%"]
+    best = min(of_decay, key=of_decay.get)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
-    assert trainer.state.best_metric == pytest.approx(losses["decay-linear-50%"][best], rel=2e-3)
-    assert (
-        distance(dict(trainer.model.named_parameters()), mean(recorder.weights[:best], best // 2))
-        < 5e-3
-    )
+    assert trainer.state.best_metric == pytest.approx(of_decay[best], rel=2e-3)
+    average = average_of("decay-linear-50%", recorder.weights[:best])
+    assert distance(recorded(trainer.model), average) < 5e-3
     (folder,) = (tmp_path / f"out/checkpoint-{best}").glob("ema*")
     assert folder.name == "ema_decay-linear-50%"
-    saved = dict(LlamaForCausalLM.from_pretrained(folder).named_parameters())
-    assert distance(saved, mean(recorder.weights[:best], best // 2)) < 5e-3
+    saved = LlamaForCausalLM.from_pretrained(folder)
+    assert distance(recorded(saved), average) < 5e-3
 
 
-def mean(weights: list[Any], count: int) -> dict[str, torch.Tensor]:
-    return {name: sum(step[name] for step in weights[-count:]) / count for name in weights[0]}
+def average_of(label: str, weights: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return the average at the last of these steps, by definition."""
+    if label == "0.2":
+        return exact(weights, 0.2)
+    count = 5 if label == "window-5" else len(weights) // 2
+    mean = {}
+    for name in weights[0]:
+        values = torch.stack([step[name] for step in weights[-count:]])
+        mean[name] = values.mean(dim=0)
+    return mean
 
 
 def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:

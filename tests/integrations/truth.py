@@ -14,27 +14,36 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of the trainable parameters, complete and in float64, in every process of a
     sharded model."""
-    parameters = {
-        name: value.detach() for name, value in model.named_parameters() if value.requires_grad
-    }
-    return {
-        name: getattr(value, "full_tensor", value.clone)().double()
-        for name, value in parameters.items()
-    }
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = parameter.detach()
+            complete = getattr(value, "full_tensor", value.clone)
+            weights[name] = complete().double()
+    return weights
 
 
 def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
     """Return the power-function average: an update at t has the profile's mass since the last
     update."""
     times = range(every, len(history) + 1, every)
-    shares = [*zip(exact_weights(sigma_rel, times), times, strict=True)]
-    return {name: sum(share * history[t - 1][name] for share, t in shares) for name in history[0]}
+    shares = torch.tensor(exact_weights(sigma_rel, times))
+    averages = {}
+    for name in history[0]:
+        values = torch.stack([history[t - 1][name] for t in times])
+        averages[name] = torch.tensordot(shares, values, dims=1)
+    return averages
 
 
 def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
     """Return the relative L2 distance of weights from the exact ones, over all tensors of those."""
-    off = sum(float((found[name].double() - value).square().sum()) for name, value in truth.items())
-    return (off / sum(float(value.square().sum()) for value in truth.values())) ** 0.5
+    off = 0.0
+    norm = 0.0
+    for name, value in truth.items():
+        error = found[name].double() - value
+        off += float(error.square().sum())
+        norm += float(value.square().sum())
+    return (off / norm) ** 0.5
 
 
 def live(
@@ -55,4 +64,5 @@ def assert_exact(
     """Assert that every step has counted once and that each tracked average is exact."""
     assert ema.step == len(weights)
     for sigma_rel in ema.settings.sigma_rels:
-        assert distance(live(ema, model, sigma_rel), exact(weights, sigma_rel, every)) < 1e-6
+        found = live(ema, model, sigma_rel)
+        assert distance(found, exact(weights, sigma_rel, every)) < 1e-6

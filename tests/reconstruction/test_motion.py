@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from factories import FloatArray, exact_weights, power_functions, solved
@@ -34,7 +35,7 @@ from posthoc_cli.reconstruction.motion import (
     sampling_errors,
     with_floor,
 )
-from posthoc_cli.reconstruction.prior import rounding_factor
+from posthoc_cli.reconstruction.solving import rounding_factor
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
@@ -50,11 +51,14 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
         densities = float(p.density(s) - q.density(s))
         return walk * tails**2 + noise * densities**2
 
+    before = motion.edges[motion.edges < p.t]
+    kinks = sorted({*before, q.t, p.t})
     total = 0.0
-    for a, b in pairwise(sorted({*motion.edges[motion.edges < p.t], q.t, p.t})):
+    for a, b in pairwise(kinks):
         segment = int(np.searchsorted(motion.edges, (a + b) / 2)) - 1
-        weights = motion.walk[segment], motion.noise[segment]
-        total += integrate.quad(squared, a, b, weights, epsabs=1e-15, epsrel=1e-10)[0]
+        weights = (motion.walk[segment], motion.noise[segment])
+        integral, _ = integrate.quad(squared, a, b, weights, epsabs=1e-15, epsrel=1e-10)
+        total += integral
     return (p, Distance(q, total, 0.0))
 
 
@@ -67,17 +71,20 @@ def neighbours(
     previous times."""
     distances = []
     for index, t in enumerate(times):
-        now = power_functions(t, sigma_rels)
-        distances += [distance(p, q, motion) for i, p in enumerate(now) for q in now[:i]]
-        before = power_functions(times[max(index - 2, 0) : index], sigma_rels)
-        distances += [distance(p, q, motion) for p in now for q in before]
+        earlier = times[max(index - 2, 0) : index]
+        others = power_functions(earlier, sigma_rels)
+        for profile in power_functions(t, sigma_rels):
+            distances += [distance(profile, other, motion) for other in others]
+            others.append(profile)
     return distances
 
 
 def test_a_walk_is_recovered() -> None:
     """Wherever later averages contain the segment too, which the last one lacks."""
-    motion = Motion(EDGES, np.where(EDGES[1:] <= 500, 1.0, 0.1), np.zeros(20))
-    fitted = fit_motion(START, EDGES[1:], neighbours(EDGES[1:], motion))[0]
+    times = EDGES[1:]
+    slower = np.where(times <= 500, 1.0, 0.1)
+    motion = Motion(EDGES, walk=slower, noise=np.zeros(20))
+    fitted, _ = fit_motion(START, times, neighbours(times, motion))
     assert set(EDGES) <= set(fitted.edges)
     walk, noise = fitted.on(EDGES)
     np.testing.assert_allclose(walk[2:10], 1.0, rtol=0.1)
@@ -88,8 +95,11 @@ def test_a_walk_is_recovered() -> None:
 @pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.1,)])
 def test_noise_is_distinguished_from_a_walk(sigma_rels: tuple[float, ...]) -> None:
     edges = np.array([START, *range(100, 1001, 100)])
-    distances = neighbours(edges[1:], Motion(edges, np.full(10, 1e-6), np.ones(10)), sigma_rels)
-    walk, noise = fit_motion(START, edges[1:], distances)[0].on(edges)
+    times = edges[1:]
+    motion = Motion(edges, walk=np.full(10, 1e-6), noise=np.ones(10))
+    distances = neighbours(times, motion, sigma_rels)
+    fitted, _ = fit_motion(START, times, distances)
+    walk, noise = fitted.on(edges)
     np.testing.assert_allclose(noise[3:-1], 1.0, rtol=0.1)
     assert walk[3:-1].max() * 100**2 < 0.1
 
@@ -99,18 +109,18 @@ def test_too_large_and_too_small_fits_cost_the_same() -> None:
     where x^2 = sum_i s_i / sum_i (1 / s_i): between the harmonic mean and the mean.
     """
     p, q = power_functions(100.0)
-    fitted = fit_motion(
-        START, [100.0], [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)]
-    )[0]
-    assert distance(p, q, fitted)[1].squared == pytest.approx(
-        (10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4
-    )
+    pairs = [(p, Distance(q, squared, 0.0)) for squared in (1.0, 8.0, 1.0)]
+    fitted, _ = fit_motion(START, [100.0], pairs)
+    _, expected = distance(p, q, fitted)
+    best = 10 / (1 + 1 + 1 / 8)
+    assert expected.squared == pytest.approx(best**0.5, rel=1e-4)
 
 
 def test_a_fitted_walk_that_collapses_is_raised_to_a_share_of_its_neighbours() -> None:
     """It cost nothing where a fit left it at 0: errors were 60 times the predicted."""
     walk = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
-    of_two = 0.5 * np.eye(5)[:4] + 0.5 * np.eye(5)[1:]
+    each = np.eye(5)
+    of_two = (each[:4] + each[1:]) / 2
     raised = with_floor(walk, of_two, np.zeros(4))
     np.testing.assert_allclose(raised, [1, 1, 0.3, 1, 1])
 
@@ -127,8 +137,10 @@ def test_the_errors_of_sampled_values_are_those_of_each_update() -> None:
     edges = np.array([1.0, 400_000.0])
     motion = Motion(edges, np.ones(1), np.zeros(1), sampling=np.full(1, 3.0))
     root = sampling_errors([profile], motion)
-    masses = np.diff(profile.tail(np.arange(0, 400_001, 10.0)))
-    assert np.sum(root**2) == pytest.approx(3 * masses @ masses, rel=1e-3)
+    updates = np.arange(0, 400_001, 10.0)
+    masses = np.diff(profile.tail(updates))
+    expected = 3 * masses @ masses
+    assert np.sum(root**2) == pytest.approx(expected, rel=1e-3)
 
 
 # --- the prior from headers
@@ -142,26 +154,35 @@ def average(t: float, sigma_rel: float, norm: float, *distances: Distance) -> St
 
 def pair_at_10(squared: float, norm: float) -> list[StoredAverage]:
     """Two averages at time 10 that agree on the squared distance between them."""
-    first = average(10.0, 0.05, norm, Distance(power(0.25, 10.0), squared, 0.0))
-    return [first, average(10.0, 0.25, norm, Distance(first.profile, squared, 0.0))]
+    long = power(0.25, 10.0)
+    first = average(10.0, 0.05, norm, Distance(long, squared, 0.0))
+    second = average(10.0, 0.25, norm, Distance(first.profile, squared, 0.0))
+    return [first, second]
 
 
 ALONE = average(10.0, 0.1, 4.0)
+TWIN = Distance(power(0.1 * (1 + 1e-9), 20.0), 5.0, 0.0)
+"""A distance from an average of 0.1 at 20 to itself, up to rounding."""
+
+
+def even_walk(t: float, norm: float) -> float:
+    return float(ASSUMED_STRETCH**2 * norm / t)
 
 
 def test_weights_that_stand_still_have_no_motion() -> None:
-    prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, Distance(power(0.1, 10.0), 0.0, 0.0))])
-    result = reconstruct(
-        power_functions(20.0, (0.1,)), power_functions(20.0, (0.2,)), prior=prior.of([1])
-    )
-    assert result.predicted_error[0] < 1e-6
+    nothing = Distance(power(0.1, 10.0), 0.0, 0.0)
+    prior = measured_prior([ALONE, average(20.0, 0.1, 4.0, nothing)])
+    stored = power_functions(20.0, (0.1,))
+    longer = power_functions(20.0, (0.2,))
+    assert prior.motion.walk[-1] < 1e-6 * even_walk(20.0, norm=4.0)
+    result = reconstruct(stored, longer, prior=prior.of([1]))
+    assert result.predicted_error[0] < 1e-3  # from before time 5, which neither shows
 
 
 def test_the_distance_of_two_averages_of_one_profile_is_ignored() -> None:
     """It is rounding, or a mistake; no motion explains it."""
-    twin = Distance(power(0.1 * (1 + 1e-9), 20.0), 5.0, 0.0)
     real = Distance(power(0.1, 10.0), 0.5, 0.0)
-    with_twin = measured_prior([ALONE, average(20.0, 0.1, 4.0, real, twin)])
+    with_twin = measured_prior([ALONE, average(20.0, 0.1, 4.0, real, TWIN)])
     without = measured_prior([ALONE, average(20.0, 0.1, 4.0, real)])
     np.testing.assert_array_equal(with_twin.motion.walk, without.motion.walk)
 
@@ -169,7 +190,7 @@ def test_the_distance_of_two_averages_of_one_profile_is_ignored() -> None:
 def test_distances_of_0_show_that_nothing_moved() -> None:
     prior = measured_prior(pair_at_10(0.0, norm=4.0))
     assert prior.source == "measured"
-    assert prior.motion.walk.max() < prior.arithmetic.max()
+    assert prior.motion.walk[-1] < prior.arithmetic.max()
 
 
 def test_weights_of_0_do_not_move() -> None:
@@ -185,10 +206,10 @@ def test_a_run_with_an_unmeasured_average_has_an_assumed_prior() -> None:
 
 def test_without_distances_the_path_has_an_assumed_length() -> None:
     """Also with the distance of two averages of one profile alone."""
-    twin = Distance(power(0.1 * (1 + 1e-9), 20.0), 5.0, 0.0)
-    prior = measured_prior([ALONE, average(20.0, 0.1, 8.0, twin)])
+    prior = measured_prior([ALONE, average(20.0, 0.1, 8.0, TWIN)])
     assert prior.source == "assumed"
-    walked = prior.motion.walk @ np.diff(prior.motion.edges)
+    times = np.diff(prior.motion.edges)
+    walked = prior.motion.walk @ times
     assert walked == pytest.approx(ASSUMED_STRETCH**2 * 6.0)
 
 
@@ -202,10 +223,12 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     generator = np.random.default_rng(0)
     spacing = 2.0**-10
     values = generator.uniform(1.1, 1.9, 200_000)
-    moved = values + spacings * spacing * generator.normal(size=values.size)
-    errors = [x.astype(np.float16).astype(np.float64) - x for x in (values, moved)]
-    measured = np.array([[a @ b for b in errors] for a in errors])
-    apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
+    displacement = spacings * spacing * generator.normal(size=values.size)
+    both = np.stack((values, values + displacement))
+    errors = both.astype(np.float16) - both
+    measured = errors @ errors.T
+    squared = np.sum(displacement**2)
+    apart = np.array([[0.0, squared], [squared, 0.0]])
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is
     # limited to 0.99.
@@ -222,26 +245,38 @@ SIZE = 40
 def averages(path: FloatArray, profiles: list[PowerFunction]) -> FloatArray:
     """Return averages of the weights after each step: shape [profiles, SIZE]."""
     steps = np.arange(T + 1)
-    until = [np.minimum(steps / profile.t, 1.0) ** (profile.gamma + 1) for profile in profiles]
-    return np.diff(until) @ path
+    rows = []
+    for profile in profiles:
+        passed = np.minimum(steps / profile.t, 1.0)
+        until = passed ** (profile.gamma + 1)
+        rows.append(np.diff(until))
+    return np.array(rows) @ path
 
 
 def sketch_of(path: FloatArray, length: int) -> Sketch:
     """Return windows as the hook makes them: the first step alone, then `length` steps each;
     without projection."""
     ends = np.unique([1, *range(1 + length, T, length), T])
-    return windows_of(np.append(1.0, ends), np.split(path, ends[:-1]))
+    edges = np.append(1.0, ends)
+    windows = np.split(path, ends[:-1])
+    return windows_of(edges, windows)
 
 
 def windows_of(edges: FloatArray, windows: Sequence[FloatArray]) -> Sketch:
     """Return the sketch of windows of folds, without projection."""
-    means = np.array([window.mean(axis=0) for window in windows])
-    spread = np.array([window.var(axis=0).sum() for window in windows])
-    return Sketch(edges, np.array([*map(len, windows)], float), means, spread)
+    folds = []
+    means = []
+    spread = []
+    for window in windows:
+        folds.append(float(len(window)))
+        means.append(window.mean(axis=0))
+        spread.append(window.var(axis=0).sum())
+    return Sketch(edges, np.array(folds), np.array(means), np.array(spread))
 
 
 def walk() -> FloatArray:
-    steps = 0.02 * np.random.default_rng(2).standard_normal((T, SIZE))
+    random = np.random.default_rng(2)
+    steps = 0.02 * random.standard_normal((T, SIZE))
     return 1 + np.cumsum(steps, axis=0)
 
 
@@ -252,20 +287,20 @@ TARGETS = power_functions(T, (0.03, 0.08, 0.15, 0.28))
 def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | float) -> Prior:
     """Return the prior of snapshots whose motion by their distances is `walk`; `rounding` is
     relative to squares."""
-    norm = np.sum(averages(path, SNAPSHOTS) ** 2, axis=1)
-    motion = Motion(np.array([1.0, T]), np.array([walk]), np.zeros(1))
-    return Prior(
-        motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch_of(path, length)
-    )
+    stored = averages(path, SNAPSHOTS)
+    norm = np.sum(stored**2, axis=1)
+    edges = np.array([1.0, T])
+    motion = Motion(edges, walk=np.array([walk]), noise=np.zeros(1))
+    sketch = sketch_of(path, length)
+    return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch)
 
 
 def test_the_error_of_single_updates_is_measured_exactly() -> None:
     path = walk()
     sketch = sketch_of(path, 1)
-    stored = SNAPSHOTS[:3]
-    wanted = TARGETS[:1]
-    seen, unseen = sketch.measured([*stored, *wanted])
-    exact = averages(path, [*stored, *wanted]) - path[0]
+    profiles = [*SNAPSHOTS[:3], TARGETS[0]]
+    seen, unseen = sketch.measured(profiles)
+    exact = averages(path, profiles) - path[0]
     # The mass of power functions before the first update lies on that update, as in these sums.
     np.testing.assert_allclose(seen.T, exact, atol=1e-12)
     assert not unseen.any()
@@ -282,40 +317,47 @@ def track(path: FloatArray, folder: Path, **settings: Any) -> None:
 
 
 def distance_to(truth: FloatArray, weights: torch.Tensor) -> float:
-    return float(np.linalg.norm(weights.double().numpy().ravel() - truth))
+    vector = weights.double().numpy().ravel()
+    return float(np.linalg.norm(vector - truth))
 
 
 @pytest.mark.parametrize("kind", ["noise", "walk"])
 def test_what_windows_do_not_show_is_as_large_as_predicted(kind: str) -> None:
     """Of an average that is shorter than a window."""
-    path = np.random.default_rng(2).standard_normal((T, SIZE))
+    random = np.random.default_rng(2)
+    path = random.standard_normal((T, SIZE))
     if kind == "walk":
         path = np.cumsum(path, axis=0)
     short = power_functions(T, (0.01,))
     seen, unseen = sketch_of(path, 20).measured(short)
-    missed = averages(path, short)[0] - path[0] - seen[:, 0]
-    assert 0.3 < missed @ missed / np.sum(unseen**2) < 1.5
+    moved = averages(path, short) - path[0]
+    missed = moved[0] - seen[:, 0]
+    predicted = np.sum(unseen**2)
+    assert 0.3 < missed @ missed / predicted < 1.5
 
 
 def test_the_mean_of_expected_and_measured_squares_is_minimised() -> None:
     """A step in any direction from the optimum raises it alike on both sides."""
     prior = prior_of(walk(), 20, 0.02**2 * SIZE, 1e-4)
     target = TARGETS[1]
-    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), float(T))
+    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), T)
+    goal = expected.goal(target)
     rows = np.vstack(prior.sketch.measured([*SNAPSHOTS, target]))
 
     def square(c: FloatArray) -> float:
-        motion = expected.expected_squares(c, expected.goal(target))[0]
+        motion, _ = expected.expected_squares(c, goal)
         measured = np.sum((rows @ np.append(c, -1)) ** 2)
         return float((motion + measured) / 2 + c**2 @ prior.rounding)
 
-    c = solved(Problem(SNAPSHOTS, prior, float(T)), target)
-    for step in np.random.default_rng(0).standard_normal((5, c.size)):
-        step -= step.mean()
+    c = solved(Problem(SNAPSHOTS, prior, T), target)
+    least = square(c)
+    random = np.random.default_rng(0)
+    for direction in random.standard_normal((5, c.size)):
+        step = direction - direction.mean()
         step *= np.linalg.norm(c) / np.linalg.norm(step)
-        up = square(c + step)
-        down = square(c - step)
-        assert abs(up - down) < 1e-4 * (up + down - 2 * square(c))
+        up = square(c + step) - least
+        down = square(c - step) - least
+        assert abs(up - down) < 1e-4 * (up + down)
 
 
 @pytest.mark.parametrize(("beta", "after"), [(0.999, 500), (0.9999, 0)])
@@ -324,9 +366,11 @@ def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path
     window's mean."""
     random = np.random.default_rng(0)
     steps = 2000
-    place, side = random.standard_normal((2, 400)) * [[1], [0.1]]
-    drift = np.cumsum(2e-4 * random.standard_normal((steps, 400)), axis=0)
-    path = place + drift + side * np.where(np.arange(steps) % 2, 1, -1)[:, None]
+    place, side = random.standard_normal((2, 400))
+    drift = 2e-4 * random.standard_normal((steps, 400))
+    path = place + np.cumsum(drift, axis=0)
+    path[::2] -= 0.1 * side
+    path[1::2] += 0.1 * side
     track(path, tmp_path, update_after_step=after)
     truth = path[after]
     for weights in path[after:]:
@@ -339,9 +383,60 @@ def test_the_share_of_the_first_value_is_known(beta: float, after: int, tmp_path
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_path_of_one_window_or_two_has_an_error_too(count: int) -> None:
+    edges = 1 + np.arange(count + 1.0)
+    folds = np.full(count, 2.0)
     means = np.arange(count * SIZE, dtype=float).reshape(count, SIZE)
-    sketch = Sketch(np.arange(count + 1.0) + 1, np.full(count, 2.0), means, np.ones(count))
-    assert all(np.isfinite(rows).all() for rows in sketch.measured(TARGETS))
+    sketch = Sketch(edges, folds, means, spread=np.ones(count))
+    seen, unseen = sketch.measured(TARGETS)
+    assert np.isfinite(seen).all()
+    assert np.isfinite(unseen).all()
+
+
+UPDATES = 7201
+SINCE = 300_000
+"""The time of the first of so many updates: from t = 104,000 on 104 updates are less than a
+thousandth of training."""
+LARGEST = 17.0
+"""The exponent whose weights the older values of a fold have."""
+
+
+def path_of(motion: str) -> FloatArray:
+    """Return weights that scatter, walk, or swing in one direction: shape [UPDATES, SIZE]."""
+    random = np.random.default_rng(6)
+    free = random.standard_normal((UPDATES, SIZE))
+    if motion == "noise":
+        return free
+    if motion == "walk":
+        return np.cumsum(0.1 * free, axis=0)
+    direction = random.standard_normal(SIZE)
+    swing = np.sin(np.arange(UPDATES) / 300 + 1)
+    return 9 * np.outer(swing, direction)
+
+
+def error_of_shared_means(
+    profile: PowerFunction,
+    ends: npt.NDArray[np.int64],
+    path: FloatArray,
+) -> FloatArray:
+    """Return how far an average of folds between `ends` is off whose older values have the weights
+    of `LARGEST`: shape [SIZE]."""
+    error = np.zeros(SIZE)
+    before = ends[ends + SINCE <= profile.t]
+    for begin, end in pairwise(before.tolist()):
+        times = SINCE + np.arange(begin, end + 1.0)
+        last = times[-1]
+        right = older_weights(times, profile.gamma)
+        shared = older_weights(times, LARGEST)
+        wrong = shared * right.sum() / shared.sum() - right
+        share = (last / profile.t) ** (profile.gamma + 1)
+        error += share * wrong @ path[begin : end - 1]
+    return error
+
+
+def older_weights(times: FloatArray, gamma: float) -> FloatArray:
+    """Return the weights of a power function's updates at times, without the last one."""
+    until = (times / times[-1]) ** (gamma + 1)
+    return np.diff(until)[:-1]
 
 
 @pytest.mark.parametrize(("motion", "length"), [("noise", 3), ("walk", 20), ("wave", 6)])
@@ -349,54 +444,58 @@ def test_errors_from_means_that_profiles_share_are_known_with_their_correlation(
     motion: str,
     length: int,
 ) -> None:
-    """Folds whose older values have another profile's weights, as the hook's, from time 300,000 on;
-    windows of four.
-
-    From t = 104,000 on 104 updates are less than a thousandth of training.
-    """
-    updates = 7201
-    before = 300_000
-    random = np.random.default_rng(6)
-    free = random.standard_normal((updates, SIZE))
-    slow = np.sin(np.arange(updates) / 300 + 1)[:, None] * random.standard_normal(SIZE)
-    path = {"noise": free, "walk": np.cumsum(0.1 * free, axis=0), "wave": 9 * slow}[motion]
-    short = PowerFunction(17.0, 1.0)
-    profiles = [PowerFunction(g, t) for g, t in ((0.2, 304e3), (0.2, 307e3), (5.0, 307e3))]
-    ends = np.array([1, *range(1 + length, updates, length)])
-    errors = np.zeros((3, SIZE))
-    for profile, error in zip(profiles, errors, strict=True):
-        for begin, end in pairwise(ends[ends + before <= profile.t].tolist()):
-            times = before + np.arange(begin, end + 1.0)
-            right, shared = (
-                np.diff((times / times[-1]) ** (p.gamma + 1))[:-1] for p in (profile, short)
-            )
-            wrong = shared * right.sum() / shared.sum() - right
-            error += (times[-1] / profile.t) ** (profile.gamma + 1) * wrong @ path[begin : end - 1]
-    folds = np.array([fold.mean(axis=0) for fold in np.split(path, ends)[:-1]])
-    joined = [folds[:1], *np.split(folds[1:], range(4, len(folds) - 1, 4))]
-    edges = np.append(1, ends[np.cumsum([*map(len, joined)]) - 1])
-    sketch = windows_of(edges + before, joined)
-    early = windows_of(edges + 1000, joined)
-    assert not early.of_shared_means([PowerFunction(0.2, 8e3)], short.gamma, edges)[1].any()
-    seen, unseen = sketch.of_shared_means(profiles, short.gamma, edges)
-    expected = seen.T @ seen + unseen.T @ unseen
+    """Folds as the hook's, in windows of four."""
+    path = path_of(motion)
+    profiles = [PowerFunction(0.2, 304e3), PowerFunction(0.2, 307e3), PowerFunction(5.0, 307e3)]
+    ends = np.array([1, *range(1 + length, UPDATES, length)])
+    errors = np.array([error_of_shared_means(profile, ends, path) for profile in profiles])
     actual = errors @ errors.T
-    size, true = (np.sqrt(np.diag(covariance)) for covariance in (expected, actual))
+    edges, sketch = sketch_of_folds(path, ends)
+    seen, unseen = sketch.of_shared_means(profiles, LARGEST, edges)
+    expected = seen.T @ seen + unseen.T @ unseen
+    size = np.sqrt(np.diag(expected))
+    true = np.sqrt(np.diag(actual))
     np.testing.assert_allclose(size, true, rtol=0.4)
     # A walk of this length has few of the forty directions.
-    np.testing.assert_allclose(
-        expected / np.outer(size, size), actual / np.outer(true, true), atol=0.4
-    )
+    correlation = expected / np.outer(size, size)
+    true_correlation = actual / np.outer(true, true)
+    np.testing.assert_allclose(correlation, true_correlation, atol=0.4)
+
+
+def test_means_that_cover_more_than_a_thousandth_of_training_are_not_shared() -> None:
+    ends = np.array([1, *range(4, UPDATES, 3)])
+    edges, sketch = sketch_of_folds(path_of("noise"), ends)
+    early = replace(sketch, edges=edges + 1000.0)
+    _, unseen = early.of_shared_means([PowerFunction(0.2, 8e3)], LARGEST, edges)
+    assert not unseen.any()
+
+
+def sketch_of_folds(
+    path: FloatArray,
+    ends: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], Sketch]:
+    """Return the updates until each edge of windows of four folds, and their sketch."""
+    *whole, _ = np.split(path, ends)
+    folds = np.array([fold.mean(axis=0) for fold in whole])
+    lasts = [1, *range(5, len(folds), 4)]
+    windows = np.split(folds, lasts)
+    updates = ends[[0, *(last - 1 for last in lasts), -1]]
+    return updates, windows_of(SINCE + updates, windows)
 
 
 def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_distances_show() -> None:
     """No combination is nearer than one copy, while independent errors would average out."""
-    path = np.tile(np.random.default_rng(3).standard_normal(SIZE), (T, 1))
+    random = np.random.default_rng(3)
+    weights = random.standard_normal(SIZE)
+    path = np.tile(weights, (T, 1))
     exact = averages(path, SNAPSHOTS)
-    rounding = np.sum((exact.astype(np.float16) - exact) ** 2, axis=1) / np.sum(exact**2, axis=1)
-    prior = prior_of(path, 2, float(path[0] @ path[0]) / T, rounding)
-    predicted = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T)).predicted_error
-    np.testing.assert_allclose(predicted, np.sqrt(rounding[0]), rtol=0.05)
+    errors = exact.astype(np.float16) - exact
+    norm = float(weights @ weights)
+    rounding = np.sum(errors**2, axis=1) / norm
+    prior = prior_of(path, 2, norm / T, rounding)
+    result = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T))
+    one_copy = np.sqrt(rounding[0])
+    np.testing.assert_allclose(result.predicted_error, one_copy, rtol=0.05)
 
 
 @pytest.mark.parametrize(("rounding", "stays"), [(1e-8, True), (1e-3, False)])
@@ -407,15 +506,19 @@ def test_the_published_coefficients_stay_where_others_are_hardly_better(
     """The target is a stored profile; its only error is rounding, which others could lower by a few
     hundredths."""
     prior = prior_of(walk(), 1, 0.02**2 * SIZE, rounding)
-    column = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T)).coefficients[:, 0]
-    assert (np.count_nonzero(column) == 1) == stays
+    result = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T))
+    is_alone = np.count_nonzero(result.coefficients) == 1
+    assert is_alone == stays
 
 
 def test_an_earlier_snapshot_alone_may_be_nearest(tmp_path: Path) -> None:
     """For a sawtooth out of step with the snapshots, coefficients of all of them were 5 times as
     far from the truth."""
-    place, height = np.random.default_rng(0).normal(size=(2, 200))
-    path = place + height * (np.arange(1, 2001)[:, None] / 70 % 1)
+    random = np.random.default_rng(0)
+    place, height = random.normal(size=(2, 200))
+    steps = np.arange(1, 2001)
+    sawtooth = steps / 70 % 1
+    path = place + np.outer(sawtooth, height)
     track(path, tmp_path, max_checkpoints=None, checkpoint_dtype=torch.float16)
     truth = exact_weights(0.03, range(1, 2001)) @ path.astype(np.float32)
     best = np.inf

@@ -34,7 +34,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, Any]]] = []
         self.text = ""
-        self.feed(re.sub(r"<(style|script)>.*?</\1>", "", text, flags=re.DOTALL))
+        self.feed(re.sub(r"<(style|script)>.*?</\1>|</?(span|code)>", "", text, flags=re.DOTALL))
 
     def handle_starttag(self, tag: str, attributes: Any) -> None:
         self.tags.append((tag, dict(attributes)))
@@ -88,7 +88,7 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(
     page = Page(text)
     result = json.loads((out / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in page.text
-    for words in ("are equal within the noise", "below 1 %", "none in the headers"):
+    for words in ("are equal within the noise", "below 1\xa0%", "none in the headers"):
         assert words in page.text
     pictures = [
         base64.b64decode(image["src"].partition("base64,")[2]).decode() for image in page.all("img")
@@ -120,6 +120,12 @@ def test_a_page_makes_no_request_and_runs_no_script_but_its_own(text: str) -> No
         f"script-src 'sha256-{digest}'"
     )
     assert "alert(1)" in page.text
+
+
+def test_no_line_of_a_page_ends_between_a_number_and_its_unit(text: str) -> None:
+    shown = Page(text).text
+    assert re.findall(r"\d (?:%|±|x|[kMG]?B)\s", shown) == []
+    assert len(re.findall(r"\d\xa0(?:%|±|[kMG]?B)\s", shown)) >= 7
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +181,8 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.evaluate(f"{ALL}.filter({SCROLLS}).length") == 0
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            copied = page.evaluate(COPIED)
+            assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", copied)
             choose_lengths(page)
             assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
             asked = [one["params"] for one in page.events if "request" in one["params"]]
@@ -183,6 +191,7 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
     assert len(backgrounds) == 2
 
 
+COPIED = "getSelection().selectAllChildren(document.querySelector('pre')) ?? `${getSelection()}`"
 ALL = "[...document.querySelectorAll('*')]"
 SCROLLS = (
     "one => one.scrollWidth > one.clientWidth + 1 && getComputedStyle(one).overflowX != 'visible'"

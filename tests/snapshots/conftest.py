@@ -25,8 +25,9 @@ def run(_recorded: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = {"snapshot": small_snapshot, "output": small_output}
-    return {kind: make(tmp_path_factory.mktemp(kind)) for kind, make in makers.items()}
+    snapshot = small_snapshot(tmp_path_factory.mktemp("snapshot"))
+    output = small_output(tmp_path_factory.mktemp("output"))
+    return {"snapshot": snapshot, "output": output}
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from checking import refused
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
@@ -32,6 +33,7 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import sample_measurements
 from posthoc_cli.snapshots.verify import verify
 
@@ -45,7 +47,8 @@ def write_times(
 ) -> None:
     for t in times:
         for sigma_rel in sigma_rels:
-            write_snapshot(directory, t, sigma_rel, RUN_ID, {"w": torch.full((2, 3), float(t))})
+            values = {"w": torch.full((2, 3), float(t))}
+            write_snapshot(directory, t, sigma_rel, RUN_ID, values)
 
 
 def times_in(directory: Path) -> list[float]:
@@ -105,16 +108,14 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     last: bool,
 ) -> None:
     write_times(tmp_path, [20, 30])
-    odd = write_snapshot(
-        tmp_path,
-        40 if last else 10,
-        0.05,
-        **{"run_id": RUN_ID, "values": values, **fields},
-    )
+    t = 40 if last else 10
+    options = {"run_id": RUN_ID, "values": values, **fields}
+    odd = write_snapshot(tmp_path, t, 0.05, **options)
     with pytest.raises(MismatchError, match=message) as caught:
         read_directory(tmp_path)
     first = snapshot_path(tmp_path, 20, 0.05)
-    assert caught.value.subject == " and ".join(map(str, (first, odd) if last else (odd, first)))
+    subject = f"{first} and {odd}" if last else f"{odd} and {first}"
+    assert caught.value.subject == subject
     assert str(caught.value).isprintable()
 
 
@@ -134,7 +135,8 @@ def test_profiles_and_stored_dtypes_may_change_within_a_run(
     """A run may be resumed without a deleted profile, and a value too large for float16 is stored
     in float32."""
     write_times(tmp_path, [20, 30])
-    write_snapshot(tmp_path, 40, **{"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields})
+    options = {"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields}
+    write_snapshot(tmp_path, 40, **options)
     assert times_in(tmp_path) == [20, 30, 40]
 
 
@@ -154,7 +156,8 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     found = inspect_directory(tmp_path)
     assert (len(found.snapshots), len(found.problems)) == (8, 3)
     damaged, both, other = map(str, found.problems)
-    assert "damaged.safetensors: truncated" in damaged and "differ in 'run_id'" in other
+    assert "damaged.safetensors: truncated" in damaged
+    assert "differ in 'run_id'" in other
     assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
     assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
 
@@ -163,15 +166,11 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
 
 
 def test_names_sort_by_time() -> None:
-    paths = [
-        snapshot_path(Path(), t, 0.05).name
-        for t in (1e-6, 1 / 64, 12.5, 13.0, 1000.0, 1e15 + 0.5, 2.0**53)
-    ]
-    assert paths == sorted(paths)
-    assert [paths[2].lstrip("0"), paths[4].lstrip("0")] == [
-        "12.5-0.05.safetensors",
-        "1000-0.05.safetensors",
-    ]
+    times = (1e-6, 1 / 64, 12.5, 13.0, 1000.0, 1e15 + 0.5, 2.0**53)
+    names = [snapshot_path(Path(), t, 0.05).name for t in times]
+    assert names == sorted(names)
+    assert names[2].lstrip("0") == "12.5-0.05.safetensors"
+    assert names[4].lstrip("0") == "1000-0.05.safetensors"
 
 
 # --- adding
@@ -185,10 +184,9 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     trajectory = [{"w": values} for values in np.cumsum(moves, axis=0)]
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
     snapshots = read_directory(tmp_path)
-    measured = [
-        replace(snapshot, measurements=measurements)
-        for snapshot, measurements in zip(snapshots, sample_measurements(snapshots), strict=True)
-    ]
+    measured = []
+    for snapshot, sampled in zip(snapshots, sample_measurements(snapshots), strict=True):
+        measured.append(replace(snapshot, measurements=sampled))
     left = thin(measured, 3)
     # it hardly matters which earlier snapshot is left
     assert sum(40 <= s.t <= 80 for s in left) >= 3
@@ -207,20 +205,20 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
     superseded = tmp_path / "superseded"
     assert set_aside([]) == []
     assert not superseded.exists()
-    for attempt in range(3):
-        for t in (10, 20, 30):
-            if t > 10 or attempt == 0:
-                write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
-        moved = set_aside([s for s in read_directory(tmp_path) if s.t > 10])
-        again = f".{attempt}" if attempt else ""
-        assert moved == [
-            superseded / f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)
-        ]
-    assert len(list(superseded.iterdir())) == 6
-    assert {
-        safetensors.torch.load_file(path)["w"][0, 0].item() for path in superseded.iterdir()
-    } == {0.0, 1.0, 2.0}
+    write_times(tmp_path, [10])
+    for attempt, again in enumerate(("", ".1", ".2")):
+        values = {"w": torch.full((2, 3), float(attempt))}
+        for t in (20, 30):
+            write_snapshot(tmp_path, t, 0.05, RUN_ID, values)
+        names = [path.name for path in set_aside(later_than_10(tmp_path))]
+        assert names == [f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)]
+    found = [safetensors.torch.load_file(path)["w"][0, 0] for path in superseded.iterdir()]
+    assert sorted(found) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
     assert times_in(tmp_path) == [10]
+
+
+def later_than_10(directory: Path) -> list[Snapshot]:
+    return [snapshot for snapshot in read_directory(directory) if snapshot.t > 10]
 
 
 def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_one(
@@ -235,24 +233,24 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
 
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:
-    write_times(tmp_path / "run", [10, 20])
-    superseded = tmp_path / "run" / "superseded"
+    run = tmp_path / "run"
+    write_times(run, [10, 20])
+    superseded = run / "superseded"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    for make in (lambda: superseded.symlink_to(elsewhere), lambda: superseded.write_text("mine")):
-        superseded.unlink(missing_ok=True)
-        make()
-        with pytest.raises(
-            DirectoryError,
-            match=f"^{superseded}: is a link or no directory; .* move it away",
-        ):
-            set_aside(read_directory(tmp_path / "run"))
-    assert times_in(tmp_path / "run") == [10, 20]
+    superseded.symlink_to(elsewhere)
+    with refused(str(superseded), "is a link or no directory", kind=DirectoryError):
+        set_aside(read_directory(run))
+    superseded.unlink()
+    superseded.write_text("mine")
+    with refused(str(superseded), "is a link or no directory", kind=DirectoryError):
+        set_aside(read_directory(run))
+    assert times_in(run) == [10, 20]
     superseded.unlink()
     superseded.mkdir()
     link = superseded / snapshot_path(tmp_path, 20, 0.05).name
     link.symlink_to("nowhere")
-    (moved,) = set_aside([s for s in read_directory(tmp_path / "run") if s.t > 10])
+    (moved,) = set_aside(later_than_10(run))
     assert link.is_symlink()
     assert moved != link
 
@@ -263,7 +261,8 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
 
 def leave(path: Path, age: float) -> Path:
     path.write_text("half")
-    os.utime(path, (time.time() - age, time.time() - age))
+    changed = time.time() - age
+    os.utime(path, (changed, changed))
     return path
 
 
@@ -287,21 +286,22 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(
     young = leave(run / ".ema-2.tmp", 5)
     ahead = leave(run / ".ema-3.tmp", -3600)  # another host's clock is fast
     (tmp_path / "precious").write_text("x")
-    (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
-    folders = {name: run / f".ema-{name}.tmp" for name in ("5", "import", "growing")}
-    for folder in folders.values():
+    link = run / ".ema-4.tmp"
+    link.symlink_to(tmp_path / "precious")
+    empty = run / ".ema-5.tmp"
+    still = run / ".ema-import.tmp"
+    growing = run / ".ema-growing.tmp"
+    for folder in (empty, still, growing):
         folder.mkdir()
-    leave(folders["import"] / "0000000000000020-weights.safetensors", 120)
-    leave(folders["growing"] / ".ema-6.tmp", 5)
-    for name in (".ema-4.tmp", *(folder.name for folder in folders.values())):
-        os.utime(run / name, (0, 0), follow_symlinks=False)
+    leave(still / "0000000000000020-weights.safetensors", 120)
+    leave(growing / ".ema-6.tmp", 5)
+    for path in (link, empty, still, growing):
+        os.utime(path, (0, 0), follow_symlinks=False)
     (run / ".ema-not-ours").write_text("x")
     assert len(verify(run).leftovers) == 7
     writer(run)
-    assert set(verify(run).leftovers) == {young, ahead, folders["growing"]}
-    assert not any(
-        os.path.lexists(path) for path in (old, run / ".ema-4.tmp", folders["5"], folders["import"])
-    )
+    assert {*verify(run).leftovers} == {young, ahead, growing}
+    assert not any(map(os.path.lexists, (old, link, empty, still)))
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
 

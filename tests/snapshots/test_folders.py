@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checking import assert_same_tensors
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
@@ -47,8 +48,11 @@ def unsplit(run: Path, tmp_path: Path) -> Path:
 
 def split_all(run: Path, how: str = "rows") -> list[Path]:
     """Split the snapshots of a run: all by rows or a grid, or every second one."""
-    paths = snapshot_files(run)[:: 2 if how == "mixed" else 1]
-    return [split_snapshot(path, 4, GRIDS if how == "grid" else None) for path in paths]
+    paths = snapshot_files(run)
+    if how == "mixed":
+        paths = paths[::2]
+    grids = GRIDS if how == "grid" else None
+    return [split_snapshot(path, 4, grids) for path in paths]
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -74,16 +78,23 @@ def test_all_results_from_parts_equal_those_from_single_files(
     for target in (0.15, 0.27):
         average = expected.average(target)
         other = split.average(target)
-        assert all(torch.equal(tensor, other[name]) for name, tensor in average.items())
+        assert_same_tensors(other, average)
         assert other.predicted_error == average.predicted_error is not None
-    assert np.array_equal(*(each.error_curve().predicted_error for each in (expected, split)))
+    split_curve = split.error_curve()
+    assert np.array_equal(split_curve.predicted_error, expected.error_curve().predicted_error)
     assert [s.measurements for s in split.snapshots] == [s.measurements for s in expected.snapshots]
-    gone = [each.prune(keep=3, dry_run=True).to_delete for each in (expected, split)]
-    assert [(s.t, s.sigma_rel) for s in gone[0]] == [(s.t, s.sigma_rel) for s in gone[1]]
+    assert pruned(split) == pruned(expected)
     report = split.check()
     assert report.is_fine, report
+    info = split.info()
+    of_files = expected.info()
     for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "problems"):
-        assert split.info()[key] == expected.info()[key]
+        assert info[key] == of_files[key]
+
+
+def pruned(run: Run) -> list[tuple[float, float]]:
+    gone = run.prune(keep=3, dry_run=True).to_delete
+    return [(snapshot.t, snapshot.sigma_rel) for snapshot in gone]
 
 
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
@@ -112,20 +123,19 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     parts_of(folder)[1].unlink()
     found = inspect_directory(run)
     assert (len(found.snapshots), found.problems) == (count - 1, [])
-    assert dict(found.incomplete) == {folder: "3 of 4 parts"}
+    assert found.incomplete == {folder: "3 of 4 parts"}
     checked = verify(run)
     assert checked.is_fine
     assert checked.leftovers == (folder,)
     assert f"{folder.name}: has 3 of 4 parts" in checked.notes
     assert not verify(folder).is_fine
-    with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
+    with pytest.raises(FileFormatError, match="is no complete snapshot: it has 3 of 4 parts"):
         directories.read_snapshot(folder)
-    with pytest.raises(
-        DirectoryError,
-        match=r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory",
-    ):
+    reason = r"no snapshots here; part-\S+: has 1 of 4 parts; name the directory"
+    with pytest.raises(DirectoryError, match=reason):
         read_directory(folder)
-    (alone := run / "alone").mkdir()
+    alone = run / "alone"
+    alone.mkdir()
     folder.rename(alone / folder.name)
     hint = "has 3 of 4 parts; all processes .* write to one directory, on a file system"
     with pytest.raises(DirectoryError, match=hint):
@@ -138,20 +148,19 @@ def with_fields(**fields: object) -> Callable[[Path], None]:
 
 def elsewhere(**changes: tuple[int, ...]) -> Callable[[Path], None]:
     def harm(part: Path) -> None:
-        chunks = read_snapshot(part).chunks
-        rewrite_snapshot(
-            part,
-            chunks={**chunks, "0.weight": replace(chunks["0.weight"], **changes)},
-        )
+        chunks = dict(read_snapshot(part).chunks)
+        chunks["0.weight"] = replace(chunks["0.weight"], **changes)
+        rewrite_snapshot(part, chunks=chunks)
 
     return harm
 
 
 def gap(part: Path) -> None:
-    info = read_snapshot(part)
-    tensors, chunks = (
-        {n: v for n, v in table.items() if n != "0.weight"} for table in (info.tensors, info.chunks)
-    )
+    header = read_snapshot(part)
+    tensors = dict(header.tensors)
+    chunks = dict(header.chunks)
+    del tensors["0.weight"]
+    del chunks["0.weight"]
     rewrite_snapshot(part, lambda values: values.pop("0.weight"), tensors=tensors, chunks=chunks)
 
 
@@ -203,15 +212,14 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
     run: Path,
     unsplit: Path,
 ) -> None:
-    folder, old = (
-        split_snapshot(snapshot_files(each)[-1], count) for each, count in ((run, 4), (unsplit, 2))
-    )
-    shutil.copy(parts_of(old)[0], folder)
+    folder = split_snapshot(snapshot_files(run)[-1], 4)
+    first, second = parts_of(split_snapshot(snapshot_files(unsplit)[-1], 2))
+    shutil.copy(first, folder)
     assert len(read_directory(run)[-1].files) == 4
-    shutil.copy(parts_of(old)[1], folder)
+    shutil.copy(second, folder)
     with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
         read_directory(run)
-    for part in parts_of(old):
+    for part in (first, second):
         (folder / part.name).unlink()
     # it is being replaced by one on the schedule
     rewrite_snapshot(parts_of(folder)[0], off_schedule=True)
@@ -234,7 +242,7 @@ def test_pruning_and_thinning_delete_folders(run: Path) -> None:
 
 def test_folders_are_set_aside_and_not_overwritten(run: Path) -> None:
     folder = split_snapshot(snapshot_files(run)[-1], 4)
-    (newest,) = [snapshot for snapshot in read_directory(run) if snapshot.path == folder]
+    newest = directories.read_snapshot(folder)
     (moved,) = set_aside([newest])
     assert moved == run / "superseded" / folder.name
     shutil.copytree(moved, folder)  # a later snapshot of the same time
@@ -258,17 +266,18 @@ def test_the_next_training_removes_incomplete_snapshots(
     first, second, *others = [split_snapshot(path, 4) for path in snapshot_files(run)[:3]]
     for folder in (first, second):
         parts_of(folder)[0].unlink()
-    (others[0] / ".ema-1.tmp").write_text("half")
-    os.utime(others[0] / ".ema-1.tmp", (0, 0))
+    leftover = others[0] / ".ema-1.tmp"
+    leftover.write_text("half")
+    os.utime(leftover, (0, 0))
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model, step=60) as tracker:
         walk.train(tracker, 10)
     found = verify(run)
     assert found.is_fine
-    assert (found.leftovers, len(read_directory(run))) == ((), 12)
-    assert (
-        f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed" in caplog.text
-    )
+    assert found.leftovers == ()
+    assert len(read_directory(run)) == 12
+    note = f"{first}: has 3 of 4 parts, left by an interrupted training, and is removed"
+    assert note in caplog.text
     assert not first.exists()
 
 
@@ -279,30 +288,41 @@ SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
 
 def cut_randomly(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Box]:
     """Return a grid of boxes with random cuts, some of them empty, in random order."""
-    cuts = [sorted([0, n, *rng.integers(0, n + 1, rng.integers(0, 3)).tolist()]) for n in shape]
-    spans = itertools.product(*(itertools.pairwise(along) for along in cuts))
-    boxes = [Box(tuple(a for a, _ in span), tuple(b - a for a, b in span)) for span in spans]
+    intervals = [itertools.pairwise(cut_length(rng, length)) for length in shape]
+    boxes = []
+    for cell in itertools.product(*intervals):
+        offset = tuple(begin for begin, _ in cell)
+        lengths = tuple(end - begin for begin, end in cell)
+        boxes.append(Box(offset, lengths))
     rng.shuffle(boxes)  # type: ignore[arg-type]
     return boxes
+
+
+def cut_length(rng: np.random.Generator, length: int, most: int = 2) -> list[int]:
+    """Return the ends of random intervals that fill a length, in order."""
+    cuts = rng.integers(0, length + 1, rng.integers(0, most + 1))
+    return sorted([0, length, *cuts.tolist()])
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_box_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    tensors = {str(shape): rng.integers(0, 2**62, shape) for shape in SHAPES}
-    values = {name: torch.from_numpy(np.asarray(tensor)) for name, tensor in tensors.items()}
-    grids = {
-        name: tuple(rng.integers(1, 4, tensor.ndim).tolist()) for name, tensor in tensors.items()
-    }
-    split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), 81, grids)
+    tensors = {}
+    grids = {}
+    for shape in SHAPES:
+        name = str(shape)
+        tensors[name] = torch.from_numpy(np.asarray(rng.integers(0, 2**62, shape)))
+        grids[name] = tuple(rng.integers(1, 4, len(shape)).tolist())
+    split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors), 81, grids)
     (source,) = read_directory(tmp_path)
     for name, tensor in tensors.items():
-        for wanted in cut_randomly(rng, tensor.shape):
-            expected = tensor[tuple(map(slice, wanted.offset, wanted.end))].reshape(-1)
+        for box in cut_randomly(rng, tuple(tensor.shape)):
+            index = tuple(map(slice, box.offset, box.end))
+            expected = tensor.numpy()[index].reshape(-1)
             found = np.empty_like(expected)
-            edges = sorted([0, wanted.size, *rng.integers(0, wanted.size + 1, 4).tolist()])
-            for begin, end in itertools.pairwise(edges):
-                source.read_box(name, wanted, found[begin:end].view(np.uint8).data, begin)
+            for begin, end in itertools.pairwise(cut_length(rng, box.size, most=4)):
+                room = found[begin:end].view(np.uint8)
+                source.read_box(name, box, room.data, begin)
             assert np.array_equal(found, expected)
 
 
@@ -310,9 +330,11 @@ def test_any_box_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> None
 def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...]) -> None:
     boxes = cut_randomly(np.random.default_rng(0), shape)
     assert cover_problem(shape, boxes) is None
-    for box in (box for box in boxes if box.size):
-        assert cover_problem(shape, [other for other in boxes if other is not box])
-        assert cover_problem(shape, [*boxes, box])
+    for box in boxes:
+        if box.size:
+            others = [other for other in boxes if other is not box]
+            assert cover_problem(shape, others)
+            assert cover_problem(shape, [*boxes, box])
 
 
 @pytest.mark.parametrize(

@@ -36,34 +36,41 @@ def run(_measured: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def unmeasured(tmp_path: Path) -> Path:
-    write_run(
-        tmp_path / "old",
-        random_walk(80, {"w": (6, 5), "b": (3,)}),
-        range(10, 81, 10),
-        dtype=torch.float16,
-    )
-    return tmp_path / "old"
+    folder = tmp_path / "old"
+    walk = random_walk(80, {"w": (6, 5), "b": (3,)})
+    write_run(folder, walk, range(10, 81, 10), dtype=torch.float16)
+    return folder
 
 
 def errors_of(
     snapshots: Sequence[Snapshot],
     ends: tuple[float, float] = (0.05, 0.28),
 ) -> ErrorCurve:
-    return error_curve(
-        "", [snapshot.profile for snapshot in snapshots], source_prior(snapshots), ends, points=41
-    )
+    profiles = [snapshot.profile for snapshot in snapshots]
+    return error_curve("", profiles, source_prior(snapshots), ends, points=41)
 
 
 def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
     return {(s.t, s.sigma_rel) for s in snapshots}
 
 
-def dropped(snapshots: Sequence[Snapshot], keep: int) -> list[int]:
+def in_order_of_need(snapshots: Sequence[Snapshot], keep: int) -> list[Snapshot]:
     """Return the snapshots that go one after the other; those of the newest time stay."""
     profiles = [snapshot.profile for snapshot in snapshots]
     among = alone(profiles, range(24))
     order = removal_order(profiles, source_prior(snapshots), among, keep, among[22:])
-    return [one.indices[0] for one in order]
+    return [snapshots[one.indices[0]] for one in order]
+
+
+def without(snapshots: Sequence[Snapshot], gone: Sequence[Snapshot]) -> list[Snapshot]:
+    return [snapshot for snapshot in snapshots if snapshot not in gone]
+
+
+def without_newest(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Return all but the newest snapshot of 0.28."""
+    last = snapshots[-1]
+    assert last.sigma_rel == 0.28
+    return without(snapshots, [last])
 
 
 # --- the choice
@@ -75,13 +82,10 @@ def test_the_newest_time_stays_and_the_newest_with_all_profiles(
     wish: dict[str, Any],
 ) -> None:
     snapshots = read_directory(run)
-    assert keys(plan_pruning(snapshots, **wish).kept) >= {(240.0, 0.05), (240.0, 0.28)}
-    snapshots = [s for s in snapshots if (s.t, s.sigma_rel) != (240.0, 0.28)]
-    assert keys(plan_pruning(snapshots, **wish).kept) >= {
-        (240.0, 0.05),
-        (220.0, 0.05),
-        (220.0, 0.28),
-    }
+    both = plan_pruning(snapshots, **wish)
+    assert keys(both.kept) >= {(240.0, 0.05), (240.0, 0.28)}
+    one = plan_pruning(without_newest(snapshots), **wish)
+    assert keys(one.kept) >= {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
 
 
 def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
@@ -92,44 +96,54 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.t < 240.0 for s in pruning.kept)
-    order = dropped(snapshots, 1)
-    one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.to_delete) + 1]]
+    one_more = len(pruning.to_delete) + 1
+    too_few = without(snapshots, in_order_of_need(snapshots, 1)[:one_more])
     # half of `max_error`, since a prediction may be too low by 2
-    assert errors_of(one_less).worst > 1e-3
-    # Exchanges find better ones than deleting the least needed one after another.
-    order = dropped(snapshots, 4)
-    greedy = [snapshot for index, snapshot in enumerate(snapshots) if index not in order]
-    assert errors_of(plan_pruning(snapshots, keep=4).kept).worst < 0.9 * errors_of(greedy).worst
+    assert errors_of(too_few).worst > 1e-3
 
 
-@pytest.mark.parametrize("folder", ["run", "unmeasured"])
+def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_another(
+    run: Path,
+) -> None:
+    snapshots = read_directory(run)
+    greedy = without(snapshots, in_order_of_need(snapshots, 4))
+    exchanged = plan_pruning(snapshots, keep=4).kept
+    assert errors_of(exchanged).worst < 0.9 * errors_of(greedy).worst
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "change"),
+    [("run", "measured", 0.15), ("unmeasured", "sampled", 1.0)],
+)
 def test_the_errors_are_those_of_the_directory_before_and_after(
     folder: str,
+    source: str,
+    change: float,
     request: pytest.FixtureRequest,
 ) -> None:
+    """The survivors predict about the same error, if their headers keep the measurements of
+    all."""
     path: Path = request.getfixturevalue(folder)
     snapshots = read_directory(path)
     pruning = plan_pruning(snapshots, keep=3)
-    assert pruning.source == ("measured" if folder == "run" else "sampled")
-    narrow = plan_pruning(snapshots, keep=3, sigma_range=(0.1, 0.2))
-    assert narrow.before.worst == pytest.approx(errors_of(snapshots, (0.1, 0.2)).worst, rel=1e-12)
-    assert {
-        float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)
-    } == {0.1, 0.2}
-    np.testing.assert_allclose(
-        pruning.before.predicted_error,
-        errors_of(snapshots).predicted_error,
-        rtol=1e-12,
-    )
+    assert pruning.source == source
+    expected = errors_of(snapshots).predicted_error
+    np.testing.assert_allclose(pruning.before.predicted_error, expected, rtol=1e-12)
     prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
-    # The survivors predict about the same error, if their headers keep the measurements of all.
-    assert errors_of(left).worst == pytest.approx(
-        pruning.after.worst,
-        rel=0.15 if folder == "run" else 1.0,
-    )
+    assert errors_of(left).worst == pytest.approx(pruning.after.worst, rel=change)
     assert pruning.after.worst > pruning.before.worst
+
+
+def test_the_errors_are_those_of_the_range(run: Path) -> None:
+    snapshots = read_directory(run)
+    ends = (0.1, 0.2)
+    narrow = plan_pruning(snapshots, keep=3, sigma_range=ends)
+    assert narrow.before.worst == pytest.approx(errors_of(snapshots, ends).worst, rel=1e-12)
+    for curve in (narrow.before, narrow.after):
+        widths = curve.sigma_rels.tolist()
+        assert (widths[0], widths[-1]) == ends
 
 
 # --- deleting
@@ -153,7 +167,8 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
     victim = pruning.kept[-1].path
     harm(victim)
     before = contents(run)
-    with pytest.raises(kind, match=str(victim) if kind is FileFormatError else "has changed"):
+    message = str(victim) if kind is FileFormatError else "has changed"
+    with pytest.raises(kind, match=message):
         prune(run, pruning)
     assert contents(run).items() >= before.items()
 
@@ -166,12 +181,12 @@ def test_an_interruption_leaves_a_directory_that_works(
     after: int,
 ) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
-    kind = KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError
     is_next = call_number(after)
-    with (
-        failing("unlink", stop, lambda path: path.suffix == ".safetensors" and is_next()),
-        pytest.raises(kind),
-    ):
+
+    def fails(path: Path) -> bool:
+        return path.suffix == ".safetensors" and is_next()
+
+    with failing("unlink", stop, fails), pytest.raises((KeyboardInterrupt, WriteError)):
         prune(run, pruning)
     left = read_directory(run)
     assert len(left) == 24 - after
@@ -202,17 +217,15 @@ def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
-    profiles = [s.profile for s in read_directory(run) if s.t <= t]
-    return [profiles[i].t for i in thinned_subset(profiles, 20)]
+    profiles = [snapshot.profile for snapshot in read_directory(run) if snapshot.t <= t]
+    return [profiles[index].t for index in thinned_subset(profiles, 20)]
 
 
 @pytest.mark.usefixtures("_twenty")
 def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(many: Path) -> None:
     sources = disk_sources(many)
-    alone, company = (
-        plan_synthesis(given, targets, 143.0)
-        for given, targets in ((sources, [0.15]), (sources[::-1], [0.02, 0.15, Window(30)]))
-    )
+    alone = plan_synthesis(sources, [0.15], 143.0)
+    company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
     for plan in (alone, company):
         assert (plan.solved, plan.available) == (20, 56)
         assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
@@ -229,9 +242,10 @@ def test_pruning_first_deletes_what_no_reconstruction_uses_and_training_does_not
     many: Path,
 ) -> None:
     snapshots = read_directory(many)
-    outside = [s.path for s in snapshots if s.t not in chosen_times(many, 200.0)]
+    used = chosen_times(many, 200.0)
+    unused = [snapshot for snapshot in snapshots if snapshot.t not in used]
     pruned = plan_pruning(snapshots, keep=3)
-    assert {s.path for s in pruned.to_delete[:60]} == set(outside)
+    assert keys(pruned.to_delete[:60]) == keys(unused)
     assert len(pruned.kept) == 6
-    kept = plan_pruning([s for s in snapshots if (s.t, s.sigma_rel) != (200.0, 0.28)], keep=1).kept
-    assert {(s.t, s.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}
+    kept = plan_pruning(without_newest(snapshots), keep=1).kept
+    assert keys(kept) == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}

@@ -23,26 +23,30 @@ def write(
     t: float,
     sigma_rel: float,
     values: dict[str, torch.Tensor],
-    run_id: str = RUN_ID,
 ) -> Snapshot:
     """Write a snapshot of a float32 model, or of float64 if that is the stored dtype."""
-    tensors = {
-        n: "average F32" for n, v in values.items() if v.dtype not in (torch.int64, torch.float64)
-    }
-    path = write_snapshot(
-        folder,
-        t,
-        sigma_rel,
-        run_id,
-        values,
-        tensors=tensors,
-        sigma_rels=(0.05, 0.28),
-    )
+    tensors = {}
+    for name, value in values.items():
+        if value.dtype not in (torch.int64, torch.float64):
+            tensors[name] = "average F32"
+    widths = (0.05, 0.28)
+    path = write_snapshot(folder, t, sigma_rel, RUN_ID, values, tensors=tensors, sigma_rels=widths)
     return read_snapshot(path)
 
 
-def squares(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
-    return sum(float(((a.double() - b.double()) ** 2).sum()) for a, b in pairs)
+def squared(values: torch.Tensor) -> float:
+    return float((values.double() ** 2).sum())
+
+
+def squared_distance(
+    one: dict[str, torch.Tensor],
+    other: dict[str, torch.Tensor],
+    names: str,
+) -> float:
+    distance = 0.0
+    for name in names:
+        distance += squared(one[name].double() - other[name].double())
+    return distance
 
 
 # --- small models
@@ -54,36 +58,39 @@ def partners_of(measured: Measurements) -> list[tuple[float, float]]:
     return [(p.t, round(p.sigma_rel, 9)) for p in powers if isinstance(p, PowerFunction)]
 
 
+FIRST = [(10, 0.05), (10, 0.28)]
+PARTNERS = {
+    (10, 0.05): [(10, 0.28)],
+    (10, 0.28): [(10, 0.05)],
+    (20, 0.05): [(20, 0.28), *FIRST],
+    (20, 0.28): [(20, 0.05), *FIRST],
+}
+"""Of each average those from which its distance is measured."""
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_model_smaller_than_the_sample_is_measured_exactly(
     tmp_path: Path,
     dtype: torch.dtype,
 ) -> None:
-    values = {
-        (t, s): {
-            "w": draw(k, 300, 7).to(dtype),
-            "b": draw(k + 9, 11).to(dtype),
-            "n": torch.tensor([10**9]),
-        }
-        for k, (t, s) in enumerate([(10, 0.05), (10, 0.28), (20, 0.05), (20, 0.28)])
-    }
-    snapshots = [write(tmp_path, t, s, tensors) for (t, s), tensors in values.items()]
-    found = sample_measurements(snapshots)
-    keys = list(values)
-    partners = [[(10, 0.28)], [(10, 0.05)], [(20, 0.28), *keys[:2]], [(20, 0.05), *keys[:2]]]
-    for key, measured, others in zip(keys, found, partners, strict=True):
+    values = {}
+    snapshots = []
+    for seed, key in enumerate(PARTNERS):
+        weights = draw(seed, 300, 7).to(dtype)
+        bias = draw(seed + 9, 11).to(dtype)
+        values[key] = {"w": weights, "b": bias, "n": torch.tensor([10**9])}
+        snapshots.append(write(tmp_path, *key, values[key]))
+    found = dict(zip(values, sample_measurements(snapshots), strict=True))
+    for key, partners in PARTNERS.items():
         exact = values[key]
-        assert measured.norm == pytest.approx(
-            squares(*((exact[n], torch.zeros(1)) for n in "wb")), rel=1e-12
-        )
-        assert partners_of(measured) == others
-        for distance, place in zip(measured.distances, others, strict=True):
-            other = values[place]
-            assert distance.squared == pytest.approx(
-                squares(*((exact[n], other[n]) for n in "wb")), rel=1e-12
-            )
-            partner = found[keys.index(place)]
-            both = measured.rounding + partner.rounding
+        measured = found[key]
+        norm = squared(exact["w"]) + squared(exact["b"])
+        assert measured.norm == pytest.approx(norm, rel=1e-12)
+        assert partners_of(measured) == partners
+        for distance, partner in zip(measured.distances, partners, strict=True):
+            expected = squared_distance(exact, values[partner], "wb")
+            assert distance.squared == pytest.approx(expected, rel=1e-12)
+            both = measured.rounding + found[partner].rounding
             assert distance.rounding == pytest.approx(both, rel=0.01)  # some are equal by chance
 
 
@@ -97,16 +104,13 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(
     scale: float,
 ) -> None:
     """This includes subnormal numbers of float16; 200,000 errors average to within 2 %."""
-    exact = (
-        (draw(1, 200_000) * scale)
-        .float()
-        .to(torch.float64 if dtype == torch.float64 else torch.float32)
-    )
-    stored = exact.to(dtype)
     original = "F64" if dtype == torch.float64 else "F32"
+    exact = (draw(1, 200_000) * scale).float()
+    stored = exact.to(dtype)
     expected = expected_roundings(stored.double().numpy(), DTYPES[dtype], original).sum()
-    zeros = stored == 0
-    assert expected == pytest.approx(squares((exact[~zeros], stored[~zeros])), rel=0.02)
+    errors = exact.double() - stored.double()
+    errors[stored == 0] = 0
+    assert expected == pytest.approx(squared(errors), rel=0.02)
 
 
 # --- large models
@@ -117,24 +121,22 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
     leave about 4 %."""
     shapes = {"a": (1000, 1000), "b": (2_000_000,), "c": (777,)}
     scales = {"a": 3.0, "b": 1.0, "c": 10.0}
-    values = {
-        t: {
-            name: (draw(t + k, *shape) * scales[name]).half()
-            for k, (name, shape) in enumerate(shapes.items())
-        }
-        for t in (10, 20)
-    }
-    first, second = (write(tmp_path, t, 0.05, tensors) for t, tensors in values.items())
-    found = sample_measurements([first, second])
-    for t, measured in zip(values, found, strict=True):
-        norm = squares(*((x, torch.zeros(1)) for x in values[t].values()))
-        assert measured.norm == pytest.approx(norm, rel=0.15)
-        rounding = sum(
-            expected_roundings(x.double().reshape(-1).numpy(), "F16", "F32").sum()
-            for x in values[t].values()
-        )
+    models = []
+    snapshots = []
+    for t in (10, 20):
+        tensors = {}
+        for name, shape in shapes.items():
+            values = draw(t + len(tensors), *shape) * scales[name]
+            tensors[name] = values.half()
+        models.append(tensors)
+        snapshots.append(write(tmp_path, t, 0.05, tensors))
+    found = sample_measurements(snapshots)
+    for tensors, measured in zip(models, found, strict=True):
+        everything = torch.cat([values.double().reshape(-1) for values in tensors.values()])
+        assert measured.norm == pytest.approx(squared(everything), rel=0.15)
+        rounding = expected_roundings(everything.numpy(), "F16", "F32").sum()
         assert measured.rounding == pytest.approx(rounding, rel=0.15)
-    exact = squares(*((values[20][n], values[10][n]) for n in shapes))
+    exact = squared_distance(*models, "abc")
     assert found[1].distances[0].squared == pytest.approx(exact, rel=0.15)
 
 

@@ -2,6 +2,7 @@
 kept."""
 
 import base64
+import itertools
 import json
 import math
 import os
@@ -13,13 +14,10 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
@@ -29,12 +27,16 @@ from forked import Forked
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import FileFormatError, LockedError, OutputExistsError, PostHocError
+from posthoc_cli.errors import (
+    FileFormatError,
+    LockedError,
+    MismatchError,
+    OutputExistsError,
+    PostHocError,
+)
 from posthoc_cli.snapshots.directory import DirectoryLock
 from posthoc_cli.sweep import Axis, Metric, Sweep, SweepReport, sweep
-from posthoc_cli.sweep.curves import POINTS
-from posthoc_cli.sweep.search import NEXT, Estimate, Measure, Search, Trial, first_batch
-from posthoc_cli.sweep.trials import TrialError
+from posthoc_cli.sweep.search import Trial
 
 LENGTHS = (0.05, 0.1, 0.2)
 PRINTED = Metric()
@@ -71,7 +73,8 @@ def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_pat
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     assert_same_tensors(load_file(out / "best.safetensors"), run.average(found.best))
     assert json.loads((out / "sweep.json").read_text()) == report.to_dict()
-    assert [trial.x for trial in report.trials[:6]] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
+    measured = [trial.x for trial in report.trials]
+    assert measured[:6] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
     first = report.trials[0]
     assert first.predicted_error == run.plan(first.x).predicted_error(0)
 
@@ -91,12 +94,12 @@ def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
         f'"$4/a"; echo $2'
     )
     report = swept(run, Path("my sweep"), command, axis=GRID, repeats=2)
-    assert [(trial.x, trial.seed) for trial in report.trials] == [
-        (x, seed) for x in LENGTHS for seed in (0, 1)
-    ]
+    measured = [(trial.x, trial.seed) for trial in report.trials]
+    assert measured == [*itertools.product(LENGTHS, (0, 1))]
     for x in LENGTHS:
         assert_same_tensors(load_file(kept / f"{x}-1.safetensors"), run.average(x))
-        assert not Path((kept / f"{x}-0").read_text().strip()).exists()
+        folder = (kept / f"{x}-0").read_text().strip()
+        assert not Path(folder).exists()
     assert (kept / "0.1-0").read_text() != (kept / "0.1-1").read_text()
     assert (kept / "counts").read_text().split() == ["2"] * 6
 
@@ -129,24 +132,35 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
 )
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
     run: Run,
-    tmp_path: Path,
+    out: Path,
     name: str,
     changed: dict[str, Any],
 ) -> None:
-    command = f"{BOWL} {{dir}}"
-    swept(run, tmp_path / "out", command, axis=GRID)
-    before = contents(tmp_path / "out")
-    with refused(str(tmp_path / "out"), f"a sweep of another {name}", kind=OutputExistsError):
-        swept(run, tmp_path / "out", **({"command": command, "axis": GRID} | changed))
-    assert contents(tmp_path / "out") == before
+    options = {"command": f"{BOWL} {{dir}}", "axis": GRID}
+    swept(run, out, **options)
+    before = contents(out)
+    with refused(str(out), f"a sweep of another {name}", kind=OutputExistsError):
+        swept(run, out, **(options | changed))
+    assert contents(out) == before
 
 
-def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path) -> None:
+def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(
+    run: Run,
+    out: Path,
+) -> None:
+    with refused("the sweep", kind=PostHocError):
+        swept(run, out, "false {weights}", axis=GRID)
+    report = swept(run, out, axis=GRID)
+    assert len(report.trials) == len(LENGTHS)
+
+
+def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path, out: Path) -> None:
     other = tmp_path / "other"
-    write_run(other, random_walk(20, {"a": (30, 10)}), range(1, 21), run_id="0123" * 8)
-    swept(run, tmp_path / "out", axis=GRID)
-    with refused(str(tmp_path / "out"), "a sweep of another run", kind=OutputExistsError):
-        swept(Run(other), tmp_path / "out", axis=GRID)
+    walk = random_walk(20, {"a": (30, 10)})
+    write_run(other, walk, range(1, 21), run_id="0123" * 8)
+    swept(run, out, axis=GRID)
+    with refused(str(out), "a sweep of another run", kind=OutputExistsError):
+        swept(Run(other), out, axis=GRID)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"run": 1}\n{"target": "a"}', '{"run"'])
@@ -158,17 +172,20 @@ def test_a_record_that_is_none_is_refused(run: Run, tmp_path: Path, content: str
     assert path.read_text() == content
 
 
-def test_the_best_length_of_a_search_is_measured_last(run: Run, tmp_path: Path) -> None:
+def test_the_best_length_of_a_search_is_measured_last(run: Run, out: Path) -> None:
     """A best value between measured lengths is only an estimate until then."""
     bowl_at = BOWL.replace("0.1)", "0.13)")
-    report = swept(run, tmp_path / "out", bowl_at, axis=Axis("sigma_rel", 0.02, 0.28))
+    axis = Axis("sigma_rel", 0.02, 0.28)
+    report = swept(run, out, bowl_at, axis=axis)
+    best = report.found.best
     *before, last = report.trials
-    assert (last.x, last.value) == (report.found.best, report.value)
-    assert last.x not in {trial.x for trial in before}
-    assert report.value == pytest.approx(math.log(report.found.best / 0.13) ** 2, abs=1e-6)
+    assert (last.x, last.value) == (best, report.value)
+    assert best not in {trial.x for trial in before}
+    assert report.value == pytest.approx(math.log(best / 0.13) ** 2, abs=1e-6)
     assert report.value < min(trial.value for trial in before)
-    assert report.to_dict()["value"] == report.value != report.to_dict()["estimate"]
-    again = swept(run, tmp_path / "out", bowl_at, axis=Axis("sigma_rel", 0.02, 0.28))
+    values = report.to_dict()
+    assert values["value"] == report.value != values["estimate"]
+    again = swept(run, out, bowl_at, axis=axis)
     assert again.trials == report.trials
 
 
@@ -193,8 +210,7 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(
     report = swept(run, tmp_path / "out", command, axis=axis, say=say)
     (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
-    assert [trial for trial, _, _ in reported] == [*report.trials]
-    assert [counts for _, *counts in reported] == [[1, 4], [2, 4], [3, 4], [4, 4]]
+    assert reported == [(trial, number, 4) for number, trial in enumerate(report.trials, start=1)]
     assert (tmp_path / "out/logs" / f"{failed.name}.err").exists()
 
 
@@ -213,66 +229,67 @@ def test_two_failures_in_a_row_of_one_cause_end_a_sweep(
     words: str,
 ) -> None:
     command = shell(f"echo $2 >> {tmp_path}/calls; {script}")
-    with pytest.raises(
-        PostHocError, match=f"two trials .* failed alike; .*: sigma_rel 0.1: {words}"
-    ):
+    reason = f"two trials .* failed alike; .*: sigma_rel 0.1: {words}"
+    with pytest.raises(PostHocError, match=reason):
         swept(run, tmp_path / "out", command, metric, axis=GRID)
     assert len((tmp_path / "calls").read_text().split()) == 2
 
 
-def test_failures_of_different_causes_do_not(run: Run, tmp_path: Path) -> None:
+def test_failures_of_different_causes_do_not(run: Run, out: Path) -> None:
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.22, 0.25])
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
     with pytest.raises(PostHocError, match="3 of 5 trials have failed, too many to choose"):
-        swept(run, tmp_path / "out", shell(script), axis=axis)
+        swept(run, out, shell(script), axis=axis)
 
 
-def test_one_of_three_lengths_may_fail(run: Run, tmp_path: Path) -> None:
-    axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])
+def test_one_of_three_lengths_may_fail(run: Run, out: Path) -> None:
     script = "case $2 in 0.1) echo nan;; *) echo $2;; esac"
-    assert swept(run, tmp_path / "out", shell(script), axis=axis).found.best == 0.05
+    report = swept(run, out, shell(script), axis=GRID)
+    assert report.found.best == 0.05
 
 
-def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path) -> None:
+def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path, out: Path) -> None:
     """A wider range then continues from the trials."""
-    narrow = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.08))
+    narrow = swept(run, out, axis=Axis("sigma_rel", 0.05, 0.08))
     assert narrow.stopped.endswith("the best lies at the end, sigma_rel 0.08, and may lie beyond")
-    listed = swept(run, tmp_path / "listed", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=GRID)
+    listed = swept(run, tmp_path / "listed", shell("echo $2"), axis=GRID)
     assert listed.stopped.endswith("the best lies at the end, sigma_rel 0.05, and may lie beyond")
-    wider = swept(run, tmp_path / "out", axis=Axis("sigma_rel", 0.05, 0.2))
+    wider = swept(run, out, axis=Axis("sigma_rel", 0.05, 0.2))
     assert wider.found.best == pytest.approx(0.1, rel=0.1)
     assert "may lie beyond" not in wider.stopped
-    records = (tmp_path / "out" / "trials.jsonl").read_text()
+    records = (out / "trials.jsonl").read_text()
     assert all(records.count(f'"{trial.target}"') == 1 for trial in wider.trials)
 
 
 def of_raw_weights(folder: Path) -> Run:
     """Return a run of checkpoints, whose last weights are all 7."""
-    for step in (5, 10, 15, 20):
-        weights = torch.full((9,), 7.0 if step == 20 else float(step))
-        save_file({"a": weights}, folder / f"step-{step}.safetensors")
+    for step, value in ((5, 5.0), (10, 10.0), (15, 15.0), (20, 7.0)):
+        weights = {"a": torch.full((9,), value)}
+        save_file(weights, folder / f"step-{step}.safetensors")
     return Run(folder / "step-*.safetensors")
 
 
-def test_raw_weights_that_the_run_contains_are_measured(tmp_path: Path) -> None:
+def test_raw_weights_that_the_run_contains_are_measured(tmp_path: Path, out: Path) -> None:
     (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
     command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
-    report = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID)
+    run = of_raw_weights(tmp_path)
+    report = swept(run, out, command, axis=GRID)
     assert report.raw == 7.0
-    assert [trial.target for trial in report.trials][:1] == ["raw weights"]
-    more = swept(of_raw_weights(tmp_path), tmp_path / "out", command, axis=GRID, repeats=2)
-    assert sorted(trial.seed for trial in more.trials if trial.target == "raw weights") == [0, 1]
-    lines = (tmp_path / "out" / "trials.jsonl").read_text().splitlines()
+    assert report.trials[0].target == "raw weights"
+    more = swept(run, out, command, axis=GRID, repeats=2)
+    seeds = [trial.seed for trial in more.trials if trial.target == "raw weights"]
+    assert sorted(seeds) == [0, 1]
+    lines = (out / "trials.jsonl").read_text().splitlines()
     assert len(lines) - 1 == len(more.trials) == 8  # the first line has the settings
 
 
 def test_raw_weights_that_the_run_lacks_are_not_measured(
     ema: Ema,
     run: Run,
-    tmp_path: Path,
+    out: Path,
 ) -> None:
     words = "sweep", run.directory, "--run", BOWL, "--sigma-rel", "0.05,0.1,0.2", "--minimize"
-    done = ema(*words, "--out", tmp_path / "out")
+    done = ema(*words, "--out", out)
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
 
 
@@ -289,6 +306,7 @@ def test_raw_weights_that_the_run_lacks_are_not_measured(
 def test_a_sweep_without_a_best_says_why_and_writes_none(
     run: Run,
     tmp_path: Path,
+    out: Path,
     content: str,
     words: list[str],
 ) -> None:
@@ -296,8 +314,8 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
     program.write_text(content)
     program.chmod(0o755)
     with refused("the sweep", *words, kind=PostHocError):
-        swept(run, tmp_path / "out", f"{program} {{weights}}", axis=GRID)
-    assert names(tmp_path / "out") <= {"logs", "trials.jsonl", ".ema.lock"}
+        swept(run, out, f"{program} {{weights}}", axis=GRID)
+    assert names(out) <= {"logs", "trials.jsonl", ".ema.lock"}
 
 
 @pytest.mark.parametrize(
@@ -309,12 +327,16 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
         ("true '{weights}", {}, "cannot be split into words"),
         ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
         ("true {weights}", {"minimize": None}, "must contain {dir}, the folder for the images"),
+        ("true {weights}", {"images": "*.png"}, "must contain {dir}, the folder for the images"),
         ("python3 absent.py {weights}", {}, "absent.py: no such file"),
+        ("cat {weights} | wc -c", {}, "need a shell: sh -c '...'"),
+        ("SEED=1 eval {weights}", {}, "need a shell: sh -c '...'"),
     ],
 )
 def test_an_unusable_command_is_refused_before_anything_is_made(
     run: Run,
     tmp_path: Path,
+    out: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: str,
     options: dict[str, Any],
@@ -323,17 +345,19 @@ def test_an_unusable_command_is_refused_before_anything_is_made(
     monkeypatch.chdir(tmp_path)
     Path("eval.py").touch()
     with refused("command", words):
-        swept(run, tmp_path / "out", command, axis=GRID, **options)
-    assert not (tmp_path / "out").exists()
+        swept(run, out, command, axis=GRID, **options)
+    assert not out.exists()
 
 
 def gone(path: Path) -> bool:
     """Return whether the process of an id in a file ends within seconds: after a kill it must be
     scheduled."""
     state = Path(f"/proc/{int(path.read_text())}/stat")
-    return any(
-        not state.exists() or ") Z " in state.read_text() or time.sleep(0.05) for _ in range(100)
-    )
+    for _ in range(100):
+        if not state.exists() or ") Z " in state.read_text():
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def wait_for(path: Path, process: Forked | None = None) -> None:
@@ -431,15 +455,16 @@ def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path, name: str)
 )
 def test_each_length_of_a_narrow_range_is_measured_once(
     run: Run,
-    tmp_path: Path,
+    out: Path,
     axis: Axis,
     count: int,
 ) -> None:
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
-    report = swept(run, tmp_path / "out", command, axis=axis, budget=7)
+    report = swept(run, out, command, axis=axis, budget=7)
     assert not any(trial.error for trial in report.trials)
-    assert len(report.trials) == len({trial.x for trial in report.trials})
-    assert sum(axis.low <= trial.x <= axis.high for trial in report.trials) == count
+    measured = [trial.x for trial in report.trials]
+    assert len(measured) == len({*measured}) == count
+    assert axis.low <= min(measured) <= max(measured) <= axis.high
 
 
 @pytest.mark.parametrize(
@@ -453,13 +478,14 @@ def test_a_text_that_is_no_range_is_refused(text: str, words: str) -> None:
 def test_a_command_gets_whole_numbers_without_a_point(run: Run, tmp_path: Path) -> None:
     command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
     swept(run, tmp_path / "out", command, axis=Axis("window", 2, 18), budget=7)
-    assert {"2", "18"} < {*(tmp_path / "seen").read_text().split()}
-    assert "." not in (tmp_path / "seen").read_text()
+    seen = (tmp_path / "seen").read_text()
+    assert {"2", "18"} < {*seen.split()}
+    assert "." not in seen
 
 
-def test_a_decay_is_searched_by_its_time_constant(run: Run, tmp_path: Path) -> None:
+def test_a_decay_is_searched_by_its_time_constant(run: Run, out: Path) -> None:
     command = "awk 'BEGIN { print log((1 - {sigma_rel}) / 0.2) ^ 2 }' {weights}"
-    report = swept(run, tmp_path / "out", command, axis=Axis("beta", 0.5, 0.95))
+    report = swept(run, out, command, axis=Axis("beta", 0.5, 0.95))
     assert report.found.best == pytest.approx(0.8, rel=0.05)
 
 
@@ -517,14 +543,15 @@ def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
         )
     better = (7.0 - report.value) / 7.0
     assert f"{100 * better:.2g} % better than the raw weights" in repr(report)
-    most = swept(run, tmp_path / "most", command, axis=GRID, raw=tmp_path / name, minimize=False)
+    options = {"axis": GRID, "raw": tmp_path / "last.pt"}
+    most = swept(run, tmp_path / "most", command, minimize=False, **options)
     assert "22 % better than the raw weights" in repr(most)
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run: Run, tmp_path: Path) -> None:
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
-    with refused("raw", str(raw), "lacks tensor 'a'"):
+    with refused(str(raw), "lacks tensor 'a'", kind=MismatchError):
         swept(run, tmp_path / "out", axis=GRID, raw=raw)
 
 
@@ -546,9 +573,8 @@ DRAW = f'cd "$4"; mkdir b; echo {picture(9)} | base64 -d > a.png; cp a.png b/c.P
 
 def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
     run: Run,
-    tmp_path: Path,
+    out: Path,
 ) -> None:
-    out = tmp_path / "out"
     report = swept(run, out, shell(DRAW), axis=GRID, minimize=None)
     assert [(trial.x, trial.value, trial.error) for trial in report.trials] == [
         (x, None, None) for x in LENGTHS
@@ -588,9 +614,9 @@ def test_the_newest_images_are_kept_and_none_that_is_large(
     assert "20.png: 3.15 MB, too large to be kept: at most 2 MB" in caplog.text
 
 
-def test_a_look_without_images_says_so(run: Run, tmp_path: Path) -> None:
+def test_a_look_without_images_says_so(run: Run, out: Path) -> None:
     with refused("the sweep", "no trial has left an image in {dir}", kind=PostHocError):
-        swept(run, tmp_path / "out", "true {weights} {dir}", axis=GRID, minimize=None)
+        swept(run, out, "true {weights} {dir}", axis=GRID, minimize=None)
 
 
 # --- in Python
@@ -671,303 +697,18 @@ def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tmp_path
     assert sweep(again, metric, model=model, values=LENGTHS).raw is None
 
 
-# --- the estimate of the best length: the stated range contains it, and is as wide as the noise
-# requires
-
-LOW = 0.02
-HIGH = 0.28
-AXIS = Axis("sigma_rel", LOW, HIGH)
-
-
-def trial(x: float, value: float, standard_error: float | None = None, seed: int = 0) -> Trial:
-    return Trial(f"sigma_rel {x:g}", x, seed, value, standard_error)
-
-
-def bowl(x: float, best: float = 0.09) -> float:
-    return math.log(x / best) ** 2
-
-
-def trials(noise: float, count: int = 12, seed: int = 0, sign: float = 1.0) -> list[Trial]:
-    random = np.random.default_rng(seed)
-    return [
-        trial(x, sign * (bowl(x) + noise * random.normal()))
-        for x in np.geomspace(LOW, HIGH, count).tolist()
-    ]
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
-    found = Estimate(trials(0, 6, sign=sign), AXIS, minimize=sign > 0)
-    assert found.best == pytest.approx(0.09, rel=0.02)  # of the grid's spacing, 2.7 %
-    assert found.low <= 0.09 <= found.high < 1.1 * found.low
-    assert abs(found.mean) < 0.01
-    assert found.settled
-    assert found.curve.shape == found.errors.shape == (POINTS,)
-    exact = [sign * bowl(x) for x in np.geomspace(LOW, HIGH, POINTS).tolist()]
-    assert np.allclose(found.curve, exact, atol=0.02)
-
-
-@pytest.mark.parametrize("unit", [1e-9, 1e9])
-def test_the_unit_of_the_metric_changes_nothing(unit: float) -> None:
-    found = Estimate(trials(0.1), AXIS)
-    other = Estimate([trial(t.x, unit * (t.value or 0)) for t in trials(0.1)], AXIS)
-    for name in ("best", "low", "high"):
-        assert getattr(other, name) == pytest.approx(getattr(found, name))
-    assert other.mean / unit == pytest.approx(found.mean)
-
-
-def test_the_range_contains_the_best_as_often_as_stated() -> None:
-    """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
-    estimates = [Estimate(trials(0.5, seed=seed), AXIS) for seed in range(30)]
-    assert sum(found.low <= 0.09 <= found.high for found in estimates) >= 24
-    widths = [math.log(found.high / found.low) for found in estimates]
-    assert np.mean(widths) < 0.8 * math.log(HIGH / LOW)
-
-
-def test_more_noise_widens_the_range() -> None:
-    none, little, much = (Estimate(trials(noise), AXIS) for noise in (0, 0.1, 1.0))
-    assert none.high / none.low < little.high / little.low < much.high / much.low
-
-
-def test_a_stated_error_is_believed() -> None:
-    found = Estimate([trial(t.x, t.value, standard_error=1.0) for t in trials(0)], AXIS)
-    assert found.high / found.low > 1.5
-    assert found.noise == pytest.approx(1.0)
-
-
-def test_the_offset_of_a_seed_is_not_noise() -> None:
-    offset = {0: 0.0, 1: 5.0, 2: -3.0}
-    shared = [
-        trial(x, bowl(x) + offset[seed], seed=seed) for seed in offset for x in first_batch(AXIS)
-    ]
-    found = Estimate(shared, AXIS)
-    assert found.low <= 0.09 <= found.high < 1.25 * found.low
-
-
-@pytest.mark.parametrize(
-    "values",
-    [[0.0] * 6 + [1.0] * 6, [1, 0] * 6, [100.0 if k == 3 else 0.0 for k in range(12)]],
-    ids=["a-step", "two-values", "an-outlier"],
-)
-def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
-    given = [trial(t.x, value) for t, value in zip(trials(0), values, strict=True)]
-    found = Estimate(given, AXIS)
-    assert all(map(math.isfinite, (found.best, found.mean, found.standard_error, found.regret)))
-    assert LOW <= found.low <= found.best <= found.high <= HIGH
-    assert found.high > 1.3 * found.low
-
-
-def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() -> None:
-    first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
-    noisy = [trial(t.x, t.value, standard_error=1.5) for t in first]
-    found = Estimate(noisy, AXIS)
-    proposed = found.proposed()
-    assert 1 < len(proposed) <= NEXT
-    assert all(found.low <= x <= found.high for x in proposed)
-    crowded = [
-        trial(x, bowl(x), standard_error=30.0) for x in np.geomspace(0.0201, 0.279, 60).tolist()
-    ]
-    assert set(Estimate(crowded, AXIS).proposed(repeat=True)) <= {t.x for t in crowded}
-
-
-def test_one_far_value_does_not_hide_the_best() -> None:
-    """A wrong trial may have a value far from all others."""
-    for place in (1, 4):
-        measured = trials(0, 6)
-        measured[place] = trial(measured[place].x, 1000.0)
-        found = Estimate(measured, AXIS)
-        assert found.low <= 0.09 <= found.high
-        assert abs(found.mean) < 10
-
-
-# --- the rounds of a search
-
-
-def searched(
-    noise: float,
-    budget: int,
-    repeats: int = 1,
-    seed: int = 0,
-    raw: bool = False,
-) -> SweepReport:
-    search = Search(
-        report=SweepReport(axis=AXIS, metric="", minimize=True, settings={}),
-        budget=budget,
-        repeats=repeats,
-        repeats_known=True,
-        measures_raw=raw,
-    )
-    random = np.random.default_rng(seed)
-
-    @contextmanager
-    def average(x: float | None) -> Iterator[tuple[Measure, float | None]]:
-        yield lambda _: (bowl(x or LOW) + noise * random.normal(), None), None
-
-    for _ in search.run(average):
-        pass
-    return search.report
-
-
-def test_a_search_stops_when_further_trials_would_hardly_help() -> None:
-    """More noise needs more trials; the chosen length is then worse than the best by a small part
-    of the noise."""
-    counts = []
-    for noise in (0.1, 1.0):
-        done = [searched(noise, 60, seed=seed) for seed in range(12)]
-        assert all(search.stopped == "the best length is known within the noise" for search in done)
-        counts.append(np.mean([len(search.trials) for search in done]))
-        assert np.mean([bowl(search.found.best) for search in done]) < noise / 6
-    assert 6 <= counts[0] < 8
-    assert 9 < counts[1] < 15
-
-
-@pytest.mark.parametrize(("repeats", "raw"), [(1, False), (1, True), (2, True)])
-def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool) -> None:
-    """A length that is measured again with other seeds counts again; raw weights do not count. The
-    last one is for the best length, which may have been measured before."""
-    done = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)]
-    most = (7 + raw) * repeats
-    assert any(search.stopped == "the budget is spent" for search in done)
-    for search in done:
-        assert len({(one.x, one.seed) for one in search.trials}) == len(search.trials) <= most
-        if search.stopped == "the budget is spent":
-            assert len(search.trials) in (most, most - repeats)
-
-
-# --- the metric of a trial: on standard output or in JSON files, with its standard error
-
-
-def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, float | None]:
-    path = folder / "log.out"
-    path.write_text(text)
-    return Metric(name).read(path, folder)
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "found"),
-    [
-        ("loading\n0.5\n0.25\n", None, (0.25, None)),
-        ("0.5\ndone in 3 s\n\n", None, (0.5, None)),
-        (" 1e-3 \r\n", None, (0.001, None)),
-        ('{"loss": 0.5}\n{"loss": 0.25, "loss_stderr": 0.1}\nbye\n', "loss", (0.25, 0.1)),
-        ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", (0.5, None)),
-        ("x" * 3_000_000 + "\n0.5\n", None, (0.5, None)),
-        ('{"loss": 0.5, "loss_se": NaN}', "loss", (0.5, None)),
-        ("loss 2.67\nval_loss 9\nloss_2: 9", "loss", (2.67, None)),
-        ("epoch 3, Loss = 2.67, acc: 1", "loss", (2.67, None)),
-        ("epoch 3, loss: 2.67.", "loss", (2.67, None)),
-        ("loss=9, loss=+2.67e0 (best)", "loss", (2.67, None)),
-        ("loss 0.5\n2\n", "loss", (2.0, None)),
-        ("results.acc: .5", "results.acc", (0.5, None)),
-    ],
-)
-def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
-    tmp_path: Path,
-    text: str,
-    name: str | None,
-    found: tuple[float, float | None],
-) -> None:
-    assert printed(text, tmp_path, name) == found
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "message"),
-    [
-        ("loss 0.5\n", None, "no line of its standard output is a number"),
-        (
-            '{"acc": 1, "f1": 2}',
-            "loss",
-            "or has one after 'loss'; found 'f1', 'acc'",
-        ),
-        ("loss: nan", "loss", "its metric is nan"),
-        ("loss: 5x", "loss", "no line"),
-        ('{"loss": true}', "loss", "'loss' is True, not a number"),
-        ("{" * 100_000, "loss", "no line"),
-    ],
-)
-def test_an_output_without_a_metric_is_an_error_that_says_why(
-    tmp_path: Path,
-    text: str,
-    name: str | None,
-    message: str,
-) -> None:
-    with pytest.raises(TrialError, match=message):
-        printed(text, tmp_path, name)
-
-
-def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(
-    tmp_path: Path,
-) -> None:
-    """`json.dumps(..., indent=2)` prints each number of a list on a separate line."""
-    inner = {
-        "loss": 0.5,
-        "tasks": [{"loss": 0.9}, [1.0, 2.0]],
-        "deep": {"acc,none": 1, "acc_stderr,none": 0.25},
-    }
-    text = f"0.75\n{json.dumps(inner, indent=2)}\ndone\n"
-    assert printed(text, tmp_path, "loss") == (0.5, None)
-    assert printed(text, tmp_path, "deep.acc,none") == (1.0, 0.25)
-    assert printed(text, tmp_path) == (0.75, None)
-    assert printed(f"{text}[\n  3.0,\n  4.0\n]\n", tmp_path, "loss") == (0.5, None)
-    assert printed(f"[INFO] it works\n{text}0.25", tmp_path, "loss") == (0.25, None)
-    with pytest.raises(TrialError, match="no line of its standard output is a number"):
-        printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
-
-
-def test_a_metric_is_a_key_or_a_file_and_a_key() -> None:
-    assert Metric.parse("eval:loss") == Metric("eval:loss")
-    assert Metric.parse("*.json:a:b.json:c") == Metric("a:b.json:c", "*.json")
-
-
-def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(
-    tmp_path: Path,
-) -> None:
-    """lm-eval writes names with dots and commas, into a folder named after the model; here the file
-    is a link."""
-
-    def read(key: str, file: str = "*.json") -> tuple[float, float | None]:
-        return Metric(key, file).read(tmp_path, folder)
-
-    folder = tmp_path / "trial"
-    path = folder / "my__model" / "results_2026.json"
-    path.parent.mkdir(parents=True)
-    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a.b": {"c": 3}}
-    text = json.dumps({"results": {"hellaswag": scores}})
-    (tmp_path / "elsewhere").write_text(text, encoding="utf-8-sig")
-    path.symlink_to(tmp_path / "elsewhere")
-    (folder / "old.json").write_text('{"acc": 0.1}')
-    (folder / "nowhere.json").symlink_to(tmp_path / "nothing")
-    os.utime(folder / "old.json", (1, 1))
-    assert read("results.hellaswag.acc_norm,none") == (0.61, 0.02)
-    assert read("acc", "old.json") == (0.1, None)
-    assert read("results.hellaswag.a.b.c", "my__model/results_*.json") == (3, None)
-    with pytest.raises(TrialError, match=r"no member 'results.x'; found 'results.hellaswag.alias'"):
-        read("results.x")
-
-
-@pytest.mark.parametrize("name", ["results.json", "../elsewhere.json"])
-def test_a_file_that_is_not_there_is_an_error_that_lists_others(tmp_path: Path, name: str) -> None:
-    (tmp_path / "elsewhere.json").write_text("{}")
-    (tmp_path / "trial").mkdir()
-    (tmp_path / "trial/other.json").write_text("{}")
-    with pytest.raises(TrialError, match=f"no {name} in its folder; found 'other.json'"):
-        Metric("loss", name).read(tmp_path, tmp_path / "trial")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(100_000 * "[", "cannot be read"), ('{"a": [1]}', "not a number")]
-)
-def test_a_file_without_the_metric_is_an_error(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(TrialError, match=message):
-        Metric("a", "a.json").read(tmp_path, tmp_path)
-
-
 # --- a run for sweeps
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """The folder of a sweep, which does not exist yet."""
+    return tmp_path / "out"
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("swept") / "run"
-    write_run(folder, random_walk(20, {"a": (30, 10), "b": (7,)}), range(1, 21))
+    walk = random_walk(20, {"a": (30, 10), "b": (7,)})
+    write_run(folder, walk, range(1, 21))
     return Run(folder)

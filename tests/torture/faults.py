@@ -78,11 +78,11 @@ class Work:
 
     def wrong(self) -> list[str]:
         """Return the problems of all snapshots, and of the outputs that exist or have been made."""
-        outputs = (path for path in self.outputs if path.exists() or path in self.done)
-        return [
-            *wrong_snapshots(self.run),
-            *(line for path in outputs for line in wrong_output(path)),
-        ]
+        problems = [*wrong_snapshots(self.run)]
+        for path in self.outputs:
+            if path.exists() or path in self.done:
+                problems += wrong_output(path)
+        return problems
 
 
 # --- errors
@@ -98,23 +98,28 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     with installed(counting.do):
         reference.do()
     for kind in KINDS:
-        able = [
-            at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))
-        ]
+        able = [at for at, name in enumerate(counting.operations) if can_fail(name, kind)]
         for at in chance.sample(able, max(1, round(share * len(able)))):
-            work = Work(folder / "faulty", make_room=(system := Faulty(at, kind)).make_room)
+            system = Faulty(at, kind)
+            work = Work(folder / "faulty", make_room=system.make_room)
             with tally.judged(f"{kind} at operation {at}", refusable=False), installed(system.do):
                 work.do()
-            if what := system.failed:
-                tally.tried += 1
-                left = [f"{path.name} is left over" for path in work.root.rglob(".ema-*.tmp")]
-                tally.lost += [f"{what}: {line}" for line in (*work.wrong(), *left)]
-                if not work.errors and (differing := work.snapshots() ^ reference.snapshots()):
-                    tally.missed.append(
-                        f"{what}: no error was raised, and snapshots differ: {sorted(differing)}"
-                    )
+            if system.failed:
+                _judge(tally, system.failed, work, reference)
             shutil.rmtree(work.root)
     return tally
+
+
+def _judge(tally: Tally, fault: str, work: Work, reference: Work) -> None:
+    """Count the work that a fault has met, and what is wrong after it."""
+    tally.tried += 1
+    tally.lost += [f"{fault}: {line}" for line in work.wrong()]
+    for path in work.root.rglob(".ema-*.tmp"):
+        tally.lost.append(f"{fault}: {path.name} is left over")
+    differing = work.snapshots() ^ reference.snapshots()
+    if differing and not work.errors:
+        reason = f"no error was raised, and snapshots differ: {sorted(differing)}"
+        tally.missed.append(f"{fault}: {reason}")
 
 
 @contextmanager
@@ -133,7 +138,10 @@ def installed(do: Callable[..., Any]) -> Iterator[None]:
 
 def really(name: str, *arguments: Any) -> Any:
     """Do a file operation; skip all syncs."""
-    return None if name.startswith("fsync") else getattr(files.FileSystem(), name)(*arguments)
+    if name.startswith("fsync"):
+        return None
+    operation = getattr(files.FileSystem(), name)
+    return operation(*arguments)
 
 
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
@@ -145,6 +153,11 @@ NEVER = ("close", "remove_directory")
 TAKE_ROOM = ("open_new", "write", "make_directory")
 """The operations that can be done by half, those that do not fail, and those that need room on the
 disk."""
+
+
+def can_fail(name: str, kind: str) -> bool:
+    """Return whether an operation can fail with a fault of this kind."""
+    return name not in NEVER and name in HALVED.get(kind, (name,))
 
 
 class Faulty:
@@ -164,12 +177,9 @@ class Faulty:
 
     def do(self, name: str, *arguments: Any) -> Any:
         with self._lock:
-            fails = (
-                len(self.operations) == self._at
-                and name in HALVED.get(self._kind, (name,))
-                and name not in NEVER
-            )
-            self.operations += [name] * (name not in NEVER)
+            fails = len(self.operations) == self._at and can_fail(name, self._kind)
+            if name not in NEVER:
+                self.operations.append(name)
             if fails:
                 self.failed = f"{self._kind} at operation {self._at}, {name} {arguments[:1]}"
                 self._full = self._kind == "full"
@@ -178,7 +188,8 @@ class Faulty:
             raise OSError(code, os.strerror(code))
         if fails and self._kind in HALVED:
             descriptor, view, offset = arguments
-            arguments = descriptor, view[: max(1, len(view) // 2)], offset
+            half = max(1, len(view) // 2)
+            arguments = descriptor, view[:half], offset
         done = really(name, *arguments)
         if fails and self._kind == "torn":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -193,46 +204,60 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     again."""
     tally = Tally()
     chance = random.Random(seed)
-    places = list[tuple[str, Work, dict[str, bytes]]]()
+    crashes = list[Crash]()
 
     def crash(after: str) -> None:
         for kind in ("kill", "nothing", "names", "some"):
             if chance.random() <= share:
-                work = Work(folder / f"crash-{len(places)}")
+                work = Work(folder / f"crash-{len(crashes)}")
                 work.done = [work.root / path.relative_to(first.root) for path in first.done]
                 disk.leave(work.root, kind, chance)
-                places.append((f"{kind} after operation {after}", work, dict(disk.kept)))
+                crashes.append(Crash(f"{kind} after operation {after}", work, dict(disk.kept)))
 
     disk = Disk(folder / "first", crash)
     first = Work(folder / "first", disk.keep)
     with installed(disk.do):
         first.do()
     newest = {name for name in first.snapshots() if name.startswith(f"{STEPS:016d}")}
-    for where, work, kept in places:
+    for each in crashes:
         tally.tried += 1
-        with tally.judged(where, refusable=False):
-            current = contents(work.run)
-            superseded = contents(work.run / "superseded")
-            gone = [
-                n
-                for n, content in kept.items()
-                if content not in (current.get(n), superseded.get(n))
-            ]
-            lost = [
-                f"{name}, which was durable, is gone or different" for name in gone
-            ] + work.wrong()
+        work = each.work
+        with tally.judged(each.where, refusable=False):
+            lost = [*each.gone(), *work.wrong()]
             work.do()
-            tally.missed += [f"{where}: resumed: {error}" for error in work.errors]
+            tally.missed += [f"{each.where}: resumed: {error}" for error in work.errors]
             lost += [f"resumed: {name} is not there" for name in newest - work.snapshots()]
-            tally.lost += [f"{where}: {line}" for line in (*lost, *work.wrong())]
+            lost += work.wrong()
+            tally.lost += [f"{each.where}: {line}" for line in lost]
         shutil.rmtree(work.root)
     return tally
+
+
+@dataclass
+class Crash:
+    """What a crash has left, and the snapshots that were durable before it."""
+
+    where: str
+    work: Work
+    kept: dict[str, bytes]
+
+    def gone(self) -> Iterator[str]:
+        current = contents(self.work.run)
+        superseded = contents(self.work.run / "superseded")
+        for name, content in self.kept.items():
+            if content not in (current.get(name), superseded.get(name)):
+                yield f"{name}, which was durable, is gone or different"
 
 
 @dataclass(eq=False)
 class Inode:
     data: bytes = b""  # the current content of a file
     durable: bytes = b""
+
+    def write(self, written: bytes, offset: int) -> None:
+        before = self.data[:offset].ljust(offset, b"\0")
+        after = self.data[offset + len(written) :]
+        self.data = before + written + after
 
 
 FOLDER = Inode()  # the entry of every directory
@@ -271,41 +296,56 @@ class Disk:
 
     def _follow(self, name: str, done: Any, path: Any, *more: Any) -> None:
         """Update the picture of the disk; `path` is a descriptor of an open file."""
-        if name in ("unlink", "rename"):  # what is removed or replaced need not last
-            gone = [path, *more][-1]
-            self.kept = {
-                name: data for name, data in self.kept.items() if self._root / "run" / name != gone
-            }
         if name == "open_new":
             self._open[done] = Inode()
             self._edit({path: self._open[done]})
         elif name == "open":
             self._open[done] = self._now.get(path) or Inode()
         elif name == "write":
-            inode, (view, offset) = self._open[path], more
-            inode.data = (
-                inode.data[:offset].ljust(offset, b"\0") + view[:done] + inode.data[offset + done :]
-            )
+            view, offset = more
+            self._open[path].write(view[:done], offset)
         elif name == "fsync":
             self._open[path].durable = self._open[path].data
         elif name == "fsync_directory":
-            for edits in [
-                edits for edits in self._pending if path in {entry.parent for entry in edits}
-            ]:
-                self._pending.remove(edits)
-                self._durable |= edits
-        elif name == "rename":  # of a folder, takes along what it holds
-            moved = [
-                entry for entry, inode in self._now.items() if inode and entry.is_relative_to(path)
-            ]
-            there = {more[0] / entry.relative_to(path): self._now[entry] for entry in moved}
-            self._edit({**dict.fromkeys(moved), **there})
+            self._sync(path)
+        elif name == "rename":
+            (target,) = more
+            self._forget(target)
+            self._move(path, target)
         elif name == "link":
-            self._edit({more[0]: self._now[path]})
-        elif name in ("unlink", "remove_directory"):
+            (target,) = more
+            self._edit({target: self._now[path]})
+        elif name == "unlink":
+            self._forget(path)
+            self._edit({path: None})
+        elif name == "remove_directory":
             self._edit({path: None})
         elif name == "make_directory" and self._now.get(path) is None:
             self._edit({path: FOLDER})
+
+    def _forget(self, path: Path) -> None:
+        """What is removed or replaced need not last."""
+        if path.parent == self._root / "run":
+            self.kept = {name: data for name, data in self.kept.items() if name != path.name}
+
+    def _sync(self, directory: Path) -> None:
+        pending = []
+        for edits in self._pending:
+            if any(entry.parent == directory for entry in edits):
+                self._durable |= edits
+            else:
+                pending.append(edits)
+        self._pending = pending
+
+    def _move(self, path: Path, target: Path) -> None:
+        """Rename a file, or a folder, which takes along what it holds."""
+        edits: Entries = {}
+        moved: Entries = {}
+        for entry, inode in self._now.items():
+            if inode and entry.is_relative_to(path):
+                edits[entry] = None
+                moved[target / entry.relative_to(path)] = inode
+        self._edit(edits | moved)
 
     def _edit(self, edits: Entries) -> None:
         self._pending.append(edits)
@@ -319,8 +359,10 @@ class Disk:
         survived the latter.
         """
         entries = dict(self._now if crash in ("kill", "names") else self._durable)
-        for edits in self._pending if crash == "some" else ():
-            entries |= edits if chance.random() < 0.5 else {}
+        if crash == "some":
+            for edits in self._pending:
+                if chance.random() < 0.5:
+                    entries |= edits
         for name, inode in sorted(entries.items()):
             path = place / name.relative_to(self._root)
             if inode is FOLDER and path.parent.exists():

@@ -273,34 +273,30 @@ def writers(folder: Path, share: float, seed: int) -> Tally:
     for number in range(max(1, round(300 * share))):
         tally.tried += 1
         stop.unlink(missing_ok=True)
-        both = {
-            process.first_line(): process
-            for process in [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in "ab"]
-        }
+        processes = [Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) for _ in range(2)]
+        both = {process.first_line(): process for process in processes}
         refused = min(both)
         holds = max(both)
         holder = both[holds]
         wrongs = []
         if not holds.startswith("trains") or f"process {holder.pid} on " not in refused:
             wrongs.append(f"{holds}, {refused}")
-        if is_killed := chance.random() < 0.7:
+        is_killed = chance.random() < 0.7
+        if is_killed:
             time.sleep(chance.uniform(0, 0.02))
             holder.kill()
         stop.touch()
-        wrongs += [
-            f"{one.communicate()}"
-            for one in both.values()
-            if one.wait() and not (is_killed and one is holder)
-        ]
+        for process in processes:
+            if process.wait() and not (is_killed and process is holder):
+                wrongs.append(f"{process.communicate()}")
         stop.unlink()
         remove_half_begun(run)
         with Forked(TRAIN_ON, run, stop, 1, 0, 1, 4) as third:
-            if (answer := third.first_line()) != holds:
+            answer = third.first_line()
+            if answer != holds:
                 wrongs.append(f"{holds} was to be resumed: {answer}")
             time.sleep(chance.uniform(0, 0.01))
-        tally.lost += [
-            f"meeting {number}, killed: {is_killed}: {line}"
-            for line in (*wrongs, *wrong_snapshots(run))
-        ]
+        wrongs += wrong_snapshots(run)
+        tally.lost += [f"meeting {number}, killed: {is_killed}: {line}" for line in wrongs]
         shutil.rmtree(run)
     return tally

@@ -32,7 +32,9 @@ class Training:
     ) -> None:
         torch.manual_seed(seed)
         layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
-        self.model: Any = torch.nn.Sequential(*layers) if model is None else model
+        self.model: Any = model
+        if model is None:
+            self.model = torch.nn.Sequential(*layers)
         self.path = [*path]
         self.size = size
 
@@ -46,12 +48,12 @@ class Training:
         """Go on to a step; with `scale`, on a clock of that interval."""
         for number in range(len(self.path) + 1, last + 1):
             generator = torch.Generator().manual_seed(1000 * salt + number)
-            with torch.no_grad():
-                for tensor in self.model.state_dict().values():
-                    change = self.size * torch.randn(tensor.shape, generator=generator)
-                    tensor.copy_(
-                        tensor.float() + change if tensor.is_floating_point() else tensor + 1
-                    )
+            for tensor in self.model.state_dict().values():
+                change = self.size * torch.randn(tensor.shape, generator=generator)
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.float() + change)
+                else:
+                    tensor.add_(1)
             self.path.append(self.state())
             if ema is not None:
                 ema.update_(self.model, scale * number or None)
@@ -70,20 +72,22 @@ class Training:
         """Return the average of all but counters over updates at these steps, or at every second
         one, in float64."""
         updates = updates or range(2, len(self.path) + 1, 2)
-        names = [name for name, value in self.path[0].items() if value.is_floating_point()]
-        values = {
-            name: [self.path[step - 1][name].double().numpy() for step in updates] for name in names
-        }
-        return {
-            name: torch.from_numpy(exact_average(own, sigma_rel, updates))
-            for name, own in values.items()
-        }
+        exact = {}
+        for name, value in self.path[0].items():
+            if value.is_floating_point():
+                values = [self.path[step - 1][name].double().numpy() for step in updates]
+                average = exact_average(values, sigma_rel, updates)
+                exact[name] = torch.from_numpy(average)
+        return exact
 
     def error(self, ema: PostHocEMA, updates: Sequence[int] = ()) -> float:
         """Return the largest relative distance of a tracked average from the exact one."""
         assert ema.step == len(self.path)
-        averages = averages_in(ema.state_dict()).items()
-        return max(distance(found, self.exact(float(key), updates)) for key, found in averages)
+        distances = []
+        for sigma_rel, found in averages_in(ema.state_dict()).items():
+            exact = self.exact(float(sigma_rel), updates)
+            distances.append(distance(found, exact))
+        return max(distances)
 
 
 def wait_for_writers(folder: Path) -> None:
@@ -105,11 +109,13 @@ def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
     """Return the headers, but for the run's id, and the tensors of the snapshots on the
     schedule."""
     result = {}
-    for snapshot in (s for s in Run(folder).snapshots if not s.off_schedule):
-        flat = {
-            name: snapshot.tensor(name).reshape(-1).view(torch.uint8) for name in snapshot.entries
-        }
-        tensors = {name: value.numpy().tobytes() for name, value in flat.items()}
+    for snapshot in Run(folder).snapshots:
+        if snapshot.off_schedule:
+            continue
+        tensors = {}
+        for name in snapshot.entries:
+            in_bytes = snapshot.tensor(name).reshape(-1).view(torch.uint8)
+            tensors[name] = in_bytes.numpy().tobytes()
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
 

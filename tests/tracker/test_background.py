@@ -116,17 +116,15 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
         tracker.flush()
         gate.clear()
         training.run(6, tracker)
-        threads = [
-            threading.Thread(target=work)
-            for work in (lambda: training.run(7, tracker), tracker.snapshot)
-        ]
-        for thread in threads:
+        trains = threading.Thread(target=training.run, args=(7, tracker))
+        writes = threading.Thread(target=tracker.snapshot)
+        for thread in (trains, writes):
             thread.start()
             thread.join(0.3)
         gate.set()
-        threads[0].join(0.3)
+        trains.join(0.3)
         slow_disk.set()
-        for thread in threads:
+        for thread in (trains, writes):
             thread.join()
     assert times(tmp_path) == {6, 7}
     for snapshot in Run(tmp_path).snapshots:

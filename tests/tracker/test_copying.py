@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -119,14 +120,7 @@ class SimulatedDevice:
             ) -> Any:
                 if call.__name__ not in ("copy_", "_foreach_copy_"):
                     return super().__torch_function__(call, types, args, kwargs or {})
-                plain = [
-                    [x.as_subclass(torch.Tensor) for x in a] if isinstance(a, list) else a
-                    for a in args
-                ]
-                plain = [
-                    a.as_subclass(torch.Tensor) if isinstance(a, torch.Tensor) else a for a in plain
-                ]
-                self.current.add(lambda: call(*plain))
+                self.current.add(partial(call, *map(as_plain, args)))
                 return args[0]
 
         proxy = SimpleNamespace(**vars(torch))
@@ -139,12 +133,21 @@ class SimulatedDevice:
             pin_memory: bool = False,
         ) -> torch.Tensor:
             made = torch.zeros(elements, dtype=dtype)
-            return (
-                made.as_subclass(OnDevice) if device is not None and device.type == "cuda" else made
-            )
+            if device is not None and device.type == "cuda":
+                return made.as_subclass(OnDevice)
+            return made
 
         proxy.empty = empty
         return proxy
+
+
+def as_plain(argument: Any) -> Any:
+    """Return an argument of torch's with tensors of no subclass."""
+    if isinstance(argument, list):
+        return [tensor.as_subclass(torch.Tensor) for tensor in argument]
+    if isinstance(argument, torch.Tensor):
+        return argument.as_subclass(torch.Tensor)
+    return argument
 
 
 @pytest.fixture(params=range(12))
@@ -169,12 +172,12 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     """Return a reader of tensors as if they were on devices, float64 on a second one."""
-    numbers = {torch.float64: 1}
     host = Reader.of_tensors(tensors)
-    places = tuple(
-        replace(b, device=torch.device("cuda", numbers.get(b.dtype, 0))) for b in host.layout
-    )
-    return Reader(places, [host.current(tile) for tile in host.tiles], threads=0)
+    layout = []
+    for bucket in host.layout:
+        number = int(bucket.dtype == torch.float64)
+        layout.append(replace(bucket, device=torch.device("cuda", number)))
+    return Reader(tuple(layout), [host.current(tile) for tile in host.tiles], threads=0)
 
 
 def expected(copy: ModelCopy, number: int) -> bool:

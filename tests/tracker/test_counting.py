@@ -1,6 +1,7 @@
 """Steps that a tracker does not count, and weights that do not move, are said in one warning."""
 
 import gc
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.posthoc_ema import _note_uncounted_steps
 
 MOVED = "the model has moved since step "
 SAME = "the weights of step "
@@ -97,8 +99,48 @@ def test_a_forgotten_call_is_noticed_of_any_optimizer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, ema = made(tmp_path)
-    train(model, make(model))
+    optimizer = make(model)
+    train(model, optimizer, 2)
     evaluate(model, ema)
+    assert f"{MOVED}5," in caplog.text
+
+
+def test_an_average_between_a_step_and_its_call_is_no_forgotten_call(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of one optimizer, or of several that step in turn. A call that does not follow is named."""
+    model, ema = made(tmp_path)
+    optimizer = sgd(model)
+    other = torch.optim.Adam(model[2].parameters())
+    for _ in range(3):
+        train(model, optimizer)
+        evaluate(model, ema)
+        train(model, other)
+        ema.state_dict(0.15)
+        ema.update_(model)
+    train(model, other)
+    evaluate(model, ema)
+    assert MOVED not in caplog.text
+    train(model, other)
+    evaluate(model, ema)
+    assert f"{MOVED}8, the last that was counted" in caplog.text
+
+
+def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Such as two skipped steps of a fused optimizer, whose third is taken."""
+    model, ema = made(tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for skipped in (1, 1, 0):
+        optimizer.found_inf = torch.full((), float(skipped))  # type: ignore[attr-defined]
+        train(model, optimizer)
+        if skipped:
+            evaluate(model, ema)
+            assert MOVED not in caplog.text
+    ema.close()
     assert f"{MOVED}5," in caplog.text
 
 
@@ -147,6 +189,7 @@ def test_the_end_of_the_process_says_it_too(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.posthoc_ema import _note_uncounted_steps
 model = torch.nn.Linear(2, 2)
 ema = PostHocEMA.from_model(model, sys.argv[1], update_every=1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -157,6 +200,25 @@ for step in range(4):
         ema.update_(model)
 """
     assert f"{MOVED}3, the last that was counted" in forked.run(code, tmp_path).err
+
+
+def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ema = made(tmp_path / "block")
+    with pytest.raises(KeyboardInterrupt), ema:
+        train(model, sgd(model))
+        raise KeyboardInterrupt
+    model, ema = made(tmp_path / "exit")
+    train(model, sgd(model))
+    monkeypatch.setattr(sys, "last_value", KeyboardInterrupt(), raising=False)
+    _note_uncounted_steps()
+    assert MOVED not in caplog.text
+    monkeypatch.undo()
+    _note_uncounted_steps()
+    assert f"exit: {MOVED}5," in caplog.text
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])

@@ -32,13 +32,11 @@ def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
 def written(folder: Path) -> list[tuple[float, bool]]:
     """Return the time of each snapshot, equal for both profiles, and whether it is off the
     schedule."""
-    infos = Run(folder).snapshots
-    narrow, wide = (
-        [(i.t, i.off_schedule) for i in infos if i.sigma_rel == sigma_rel]
-        for sigma_rel in (0.05, 0.28)
-    )
-    assert narrow == wide
-    return narrow
+    found: dict[float, list[tuple[float, bool]]] = {0.05: [], 0.28: []}
+    for snapshot in Run(folder).snapshots:
+        found[snapshot.sigma_rel].append((snapshot.t, snapshot.off_schedule))
+    assert found[0.05] == found[0.28]
+    return found[0.05]
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -27,17 +28,13 @@ def buckets(sizes: list[int]) -> tuple[Bucket, Bucket]:
     for size in sizes:
         places[f"tensor {len(places)}"] = Place(end, end + size, (size,), (0,))
         end += size
-    host = torch.device("cpu")
-    accelerator = torch.device("cuda", 0)
-    return (
-        Bucket(host, torch.float32, places, end),
-        Bucket(accelerator, torch.float32, places, end),
-    )
+    on_host = Bucket(torch.device("cpu"), torch.float32, places, end)
+    return on_host, replace(on_host, device=torch.device("cuda", 0))
 
 
 def random_sizes(seed: int) -> list[int]:
     drawn = random.Random(seed)
-    return [drawn.choice([0, 1, 3, 7, 16, 17, 40, 64, 150, 700]) for _ in range(30)]
+    return drawn.choices([0, 1, 3, 7, 16, 17, 40, 64, 150, 700], k=30)
 
 
 @pytest.mark.usefixtures("small_sizes")
@@ -56,15 +53,14 @@ def test_slabs_consist_of_tiles_of_the_accelerator_and_these_of_tiles_of_the_hos
     seed: int,
 ) -> None:
     host, accelerator = buckets(random_sizes(seed))
-    assert set(host.slab_edges) <= set(accelerator.tile_edges) <= set(host.tile_edges)
-    for edges, most in (
-        (host.tile_edges, SIZES["TILE"]),
-        (accelerator.tile_edges, SIZES["DEVICE_TILE"]),
-        (host.slab_edges, SIZES["SLAB"]),
-    ):
+    assert set(host.slab_edges) <= set(accelerator.tile_edges)
+    assert set(accelerator.tile_edges) <= set(host.tile_edges)
+    all_edges = host.tile_edges, accelerator.tile_edges, host.slab_edges
+    for edges, most in zip(all_edges, SIZES.values(), strict=True):
         assert edges[0] == 0
         assert edges[-1] == host.size
-        assert all(0 < end - begin <= most for begin, end in pairwise(edges))
+        for begin, end in pairwise(edges):
+            assert 0 < end - begin <= most
 
 
 @pytest.mark.usefixtures("small_sizes")
@@ -76,8 +72,10 @@ def test_small_tensors_fill_a_tile_together() -> None:
 @pytest.mark.usefixtures("small_sizes")
 def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors() -> None:
     bucket, _ = buckets([150, 8] * 20)
-    rounded = [2 ** (end - begin - 1).bit_length() for begin, end in pairwise(bucket.slab_edges)]
-    assert sum(rounded) < 1.25 * bucket.size
+    rounded = 0
+    for begin, end in pairwise(bucket.slab_edges):
+        rounded += 2 ** (end - begin - 1).bit_length()
+    assert rounded < 1.25 * bucket.size
 
 
 def test_a_model_without_elements_has_no_tiles() -> None:

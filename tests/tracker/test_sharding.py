@@ -4,6 +4,7 @@ continue.
 Each agrees with the averages of one process.
 """
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from checking import assert_same_tensors
 from factories import read_snapshot, sketch_of
 from groups import SETTINGS, Net, alone, averages, check_group, move, run_group, truth, value
 from safetensors.torch import load_file
-from tracker.runs import assert_near
+from tracker.runs import assert_near, superseded
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import RankError, VanishedError
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.tracker.processes import Group
 
 BEGIN = """
@@ -552,28 +555,19 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         for tensor in tensors_of(found).values():
             tensor.zero_()
         dcp.load({"ema": found}, checkpoint_id=tmp_path / end)
-        loaded = tensors_of(found)
-        right = tensors_of(expected)
-        assert loaded.keys() == right.keys()
-        assert [
-            name for name, tensor in right.items() if not torch.equal(loaded[name], tensor)
-        ] == []
+        assert_same_tensors(tensors_of(found), tensors_of(expected))
         for key in ("step", "t", "standing"):
             assert found[key] == expected[key]
-    single_run, run = (
-        {(s.t, s.sigma_rel): s for s in Run(tmp_path / name).snapshots}
-        for name in ("single", "run")
-    )
+    single_run = snapshots_of(tmp_path / "single")
+    run = snapshots_of(tmp_path / "run")
     # Each stage of `run` has ended with a snapshot off the schedule, of the averages that the next
     # resumes from.
-    assert run.keys() == single_run.keys() | {
-        (t, sigma_rel) for t in (2, 6, 10) for sigma_rel in (0.1, 0.2)
-    }
-    assert len(list((tmp_path / "run" / "superseded").glob("*"))) == 0
+    ends = itertools.product((2, 6, 10), (0.1, 0.2))
+    assert run.keys() == single_run.keys() | {*ends}
+    assert superseded(tmp_path / "run") == 0
     for key, snapshot in single_run.items():
-        assert all(
-            torch.equal(run[key].tensor(name), snapshot.tensor(name)) for name in snapshot.entries
-        ), key
+        for name in snapshot.entries:
+            assert torch.equal(run[key].tensor(name), snapshot.tensor(name)), (key, name)
         measured = run[key].measurements
         true = snapshot.measurements
         assert measured is not None
@@ -581,6 +575,10 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         assert measured.norm == pytest.approx(true.norm)
         assert measured.rounding == pytest.approx(true.rounding)
     assert_near(Run(tmp_path / "run").average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
+
+
+def snapshots_of(folder: Path) -> dict[tuple[float, float], Snapshot]:
+    return {(snapshot.t, snapshot.sigma_rel): snapshot for snapshot in Run(folder).snapshots}
 
 
 def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Path) -> None:

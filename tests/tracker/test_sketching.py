@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import sketch_of, tiny_model
+from factories import FloatArray, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from tracker.runs import Training
@@ -16,10 +16,13 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
 
 
-def tracker_of(net: torch.nn.Module, folder: Path, **options: object) -> PostHocEMA:
-    return PostHocEMA.from_model(
-        net, folder, update_every=1, checkpoint_every=50, sigma_rels=(0.05, 0.28), **options
-    )  # type: ignore[arg-type]
+def tracker_of(net: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
+    settings = {"update_every": 1, "checkpoint_every": 50} | options
+    return PostHocEMA.from_model(net, folder, (0.05, 0.28), **settings)
+
+
+def squared_lengths(vectors: FloatArray) -> FloatArray:
+    return np.sum(vectors.astype(np.float64) ** 2, axis=1)
 
 
 def sketches(folder: Path) -> dict[int, Any]:
@@ -40,19 +43,19 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics
     do not count.
     """
-    net = torch.nn.Sequential(
-        torch.nn.Linear(50, 20, bias=False), torch.nn.BatchNorm1d(20, affine=False)
-    )
-    t = first - 1
+    layer = torch.nn.Linear(50, 20, bias=False)
+    norm = torch.nn.BatchNorm1d(20, affine=False)
+    net = torch.nn.Sequential(layer, norm)
+    end = first + sum(windows)
     with tracker_of(net, tmp_path, t_unit="images") as tracker:
-        for _ in range(sum(windows)):
-            torch.nn.init.normal_(net[0].weight)
-            net[1].running_mean.fill_(1000.0 * t)
-            tracker.update_(net, t := t + 1)
+        for t in range(first, end):
+            torch.nn.init.normal_(layer.weight)
+            norm.running_mean.fill_(1000.0 * t)
+            tracker.update_(net, t)
         tracker.snapshot()
-    sketch = max(sketches(tmp_path).items())[1]
+    sketch = sketches(tmp_path)[end - first]
     np.testing.assert_array_equal(sketch.edges[1:], first - 1 + np.cumsum(windows))
-    apart = np.sum(np.diff(sketch.means, axis=0) ** 2, axis=1) / 1000
+    apart = squared_lengths(np.diff(sketch.means, axis=0)) / 1000
     variances = 1 / np.array(windows)
     np.testing.assert_allclose(apart, variances[1:] + variances[:-1], rtol=0.6)
 
@@ -73,12 +76,11 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100
     # means.
     assert np.sqrt(np.mean((coarse.means[:100] - pairs) ** 2)) < 6e-6
-    steps = np.diff(fine.means, axis=0)
+    variance = squared_lengths(np.diff(fine.means, axis=0)).mean()
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
-    assert coarse.spread[1:-1].mean() == pytest.approx(
-        np.sum(steps**2, axis=1).mean() * (n - 1 / n) / 6, rel=0.3
-    )
+    expected = variance * (n - 1 / n) / 6
+    assert coarse.spread[1:-1].mean() == pytest.approx(expected, rel=0.3)
 
 
 def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
@@ -98,40 +100,48 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
     one, other = found
     assert other.edges[-1] == one.edges[-1]
     assert other.folds.sum() == 150
-    np.testing.assert_allclose(
-        one.folds @ one.means / 150, other.folds @ other.means / 150, atol=5e-4
-    )
+    mean = one.folds @ one.means / 150
+    resumed = other.folds @ other.means / 150
+    np.testing.assert_allclose(mean, resumed, atol=5e-4)
 
 
-@pytest.mark.parametrize("kind", ["alike", "columns", "one rank", "one layer", "one row", "gains"])
+KINDS = ("alike", "columns", "one rank", "one layer", "one row", "gains")
+
+
+def move(net: torch.nn.ParameterDict, kind: str) -> None:
+    random = torch.Generator().manual_seed(1)
+    if kind == "alike":
+        net["a"].fill_(1.0)
+    elif kind == "columns":
+        net["a"][:, ::64] = 1.0
+    elif kind == "one rank":
+        column = torch.randn(1024, 1, generator=random)
+        net["a"].copy_(column * torch.randn(1, 1024, generator=random))
+    elif kind == "one layer":
+        net["b"].normal_(generator=random)
+    elif kind == "one row":
+        net["b"][7].normal_(generator=random)
+    else:
+        net["gains"].normal_(generator=random)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> None:
     """A quarter of the elements is measured, and all of a small tensor."""
-    shapes = {"a": (1024, 1024), "gains": (1024,), "b": (1024, 1024)}
-    net = torch.nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
-    random = torch.Generator().manual_seed(1)
+    net = torch.nn.ParameterDict({"a": torch.zeros(1024, 1024)})
+    net["gains"] = torch.zeros(1024)
+    net["b"] = torch.zeros(1024, 1024)
     with tracker_of(net, tmp_path) as tracker:
         tracker.update_(net)
         with torch.no_grad():
-            if kind == "alike":
-                net["a"].fill_(1.0)
-            elif kind == "columns":
-                net["a"][:, ::64] = 1.0
-            elif kind == "one rank":
-                net["a"].copy_(
-                    torch.randn(1024, 1, generator=random) * torch.randn(1, 1024, generator=random)
-                )
-            elif kind == "one layer":
-                net["b"].normal_(generator=random)
-            elif kind == "one row":
-                net["b"][7].normal_(generator=random)
-            else:
-                net["gains"].normal_(generator=random)
+            move(net, kind)
         tracker.update_(net)
-    (moved,) = np.diff(sketches(tmp_path)[2].means, axis=0)
-    exact = sum(float(one.detach().double().square().sum()) for one in net.values())
-    ratio = float(np.sum(moved.astype(np.float64) ** 2)) / exact
-    drawn = 256  # elements of the row that are drawn
-    assert abs(ratio - 1) < 3 * np.sqrt(2 / 64 + (3 / drawn if kind == "one row" else 0))
+    (moved,) = squared_lengths(np.diff(sketches(tmp_path)[2].means, axis=0))
+    exact = sum(squares(parameter.detach()) for parameter in net.values())
+    variance = 2 / 64
+    if kind == "one row":
+        variance += 3 / 256  # of the elements that are drawn
+    assert abs(moved / exact - 1) < 3 * np.sqrt(variance)
 
 
 # --- the measurements in a snapshot's header agree with a direct computation in float64
@@ -147,27 +157,37 @@ def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 
     exact: Exact = {}
     while tracker.step < last:
         generator = torch.Generator().manual_seed(tracker.step)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            change = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data.add_((change * size).to(parameter))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                change = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data.add_((change * size).to(parameter))
         tracker.update_(model)
         if tracker.step % 5 == 0:
-            rels = tracker.settings.sigma_rels
-            exact |= {(tracker.t, s): tracker.state_dict(s, dtype="float64") for s in rels}
+            exact |= exact_now(tracker)
     tracker.flush()
     return exact
+
+
+def exact_now(tracker: PostHocEMA) -> Exact:
+    averages = {}
+    for sigma_rel in tracker.settings.sigma_rels:
+        averages[tracker.t, sigma_rel] = tracker.state_dict(sigma_rel, dtype="float64")
+    return averages
 
 
 def check(folder: Path, known: Exact, norm: float = 1e-12, rounding: float = 1e-6) -> None:
     for snapshot in Run(folder).snapshots:
         stored = load_file(snapshot.path)
-        found = snapshot.measurements
-        exact = {
-            name: known[snapshot.t, snapshot.sigma_rel][name].cpu() for name in snapshot.averages
-        }
+        average = known[snapshot.t, snapshot.sigma_rel]
+        norms = []
+        errors = []
+        for name in snapshot.averages:
+            exact = average[name].cpu()
+            norms.append(squares(exact))
+            errors.append(squares(exact - stored[name].double()))
         # Differences of float32 are rounded by 2^-24 of themselves; sums are float64.
-        assert found.norm == pytest.approx(sum(squares(one) for one in exact.values()), rel=norm)
-        errors = [squares(one - stored[name].double()) for name, one in exact.items()]
+        found = snapshot.measurements
+        assert found.norm == pytest.approx(sum(norms), rel=norm)
         assert found.rounding == pytest.approx(sum(errors), rel=rounding)
 
 
@@ -224,9 +244,7 @@ def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
     model = torch.nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)
-    with PostHocEMA.from_model(
-        model, tmp_path, (0.28,), update_every=1, checkpoint_every=1
-    ) as tracker:
+    with tracker_of(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
         tracker.update_(model)
     for snapshot in Run(tmp_path).snapshots:
@@ -251,8 +269,7 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
         ]
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
-        exact |= {(tracker.t, s): tracker.state_dict(s, dtype="float64") for s in (0.05, 0.28)}
-        check(tmp_path, exact)
+        check(tmp_path, exact | exact_now(tracker))
 
 
 @pytest.mark.parametrize(
@@ -265,17 +282,17 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 ) -> None:
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
-    model = torch.nn.Sequential(
-        torch.nn.Linear(1500, 600), torch.nn.LayerNorm(600), torch.nn.Linear(600, 1500)
-    )
-    with PostHocEMA.from_model(
-        model, tmp_path, **SETTINGS | {"checkpoint_dtype": stored}
-    ) as tracker:
+    outer = torch.nn.Linear(1500, 600)
+    inner = torch.nn.Linear(600, 1500)
+    model = torch.nn.Sequential(outer, torch.nn.LayerNorm(600), inner)
+    settings = SETTINGS | {"checkpoint_dtype": stored}
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         exact = train(tracker, model, 10, size)
     off = 4 * (2 / 2**19) ** 0.5
     check(tmp_path, exact, norm=off, rounding=2 * off)  # larger in each binade
-    norms = [sum(map(squares, exact[s.t, s.sigma_rel].values())) for s in Run(tmp_path).snapshots]
-    assert norms != [s.measurements.norm for s in Run(tmp_path).snapshots]
+    for snapshot in Run(tmp_path).snapshots:
+        average = exact[snapshot.t, snapshot.sigma_rel]
+        assert snapshot.measurements.norm != sum(map(squares, average.values()))
 
 
 @pytest.mark.cuda

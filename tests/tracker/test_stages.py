@@ -136,6 +136,33 @@ def test_stages_in_directories_of_their_own_are_tracked_by_the_first_of_their_re
         assert {*average} == {f"layer{rank}.weight", f"layer{rank}.bias"}
 
 
+OWN_MODELS = """
+import time
+from posthoc_cli.tracker import processes
+processes.GRACE = processes.LIMIT = 60  # seconds
+own = [0, 0, 1, 2][rank]
+groups = [dist.new_group(ranks) for ranks in ([0, 1], [2], [3])]
+model = torch.nn.Linear(2, 2 + own)
+torch.nn.init.constant_(model.weight, own)
+wrapped = torch.nn.parallel.DistributedDataParallel(model, process_group=groups[own])
+begin = time.monotonic()
+options = {"update_every": 1, "checkpoint_every": 2}
+with PostHocEMA.from_model(wrapped, folder / f"run-{own}", **options) as ema:
+    ema.update_(wrapped)
+    with ema.model(wrapped, 0.05):
+        assert torch.all(model.weight == own)
+    assert torch.all(ema.state_dict(0.15)["weight"] == own)
+assert time.monotonic() - begin < 50
+"""
+
+
+def test_models_in_directories_of_their_own_wait_for_their_replicas_alone(tmp_path: Path) -> None:
+    """One has two replicas; two others are trained by one process each."""
+    check_group(OWN_MODELS, 4, tmp_path)
+    for own in range(3):
+        assert len(Run(tmp_path / f"run-{own}").snapshots) == 2
+
+
 def test_replicas_are_no_stages(tmp_path: Path) -> None:
     for late in (False, True):
         first, second = stages(tmp_path / f"{late}", "same", late)
@@ -187,4 +214,4 @@ def test_a_process_that_makes_its_tracker_late_is_waited_for_or_told(tmp_path: P
     assert outs == ["evaluated twice\n"] * 2
     first, second = check_group(LATE, 2, tmp_path / "told", 0.3, 3)
     assert first == "evaluated twice\n"
-    assert second.startswith("RankError rank 0: evaluates alone: it found no other tracker 0 s")
+    assert second.startswith("RankError rank 0: evaluates alone: it found no other tracker of this")

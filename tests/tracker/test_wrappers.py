@@ -149,21 +149,18 @@ def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
     one_process: None,
 ) -> None:
     """A parameter of ZeRO-3 is a placeholder, or for a while holds all values."""
-    with pytest.raises(
-        InvalidValueError, match=r"model: FSDP1 lays .*; use fully_shard or Distributed"
-    ):
-        PostHocEMA.from_model(
-            FullyShardedDataParallel(network(), device_id=torch.device("cpu")), tmp_path
-        )
+    flat = FullyShardedDataParallel(network(), device_id=torch.device("cpu"))
+    reason = r"model: FSDP1 lays .*; use fully_shard or Distributed"
+    with pytest.raises(InvalidValueError, match=reason):
+        PostHocEMA.from_model(flat, tmp_path)
     for shape in ((0,), (3, 4)):
         model = network()
-        head = torch.nn.Parameter(torch.empty(shape))
-        head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
+        head: Any = torch.nn.Parameter(torch.empty(shape))
+        head.ds_id = 7
+        head.ds_tensor = torch.zeros(6)
         model.head[0].bias = head
-        with pytest.raises(
-            InvalidValueError,
-            match=r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3",
-        ):
+        reason = r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3"
+        with pytest.raises(InvalidValueError, match=reason):
             PostHocEMA.from_model(model, tmp_path)
     with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
         tracker.update_(model)

@@ -1,0 +1,205 @@
+"""The estimate of the best length: the stated range contains it, and is as wide as the noise
+requires; and the rounds of a search."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from posthoc_cli.sweep import Axis, SweepReport
+from posthoc_cli.sweep.curves import POINTS
+from posthoc_cli.sweep.search import NEXT, Estimate, Measure, Search, Trial, first_batch
+
+LOW = 0.02
+HIGH = 0.28
+AXIS = Axis("sigma_rel", LOW, HIGH)
+
+
+def trial(x: float, value: float, seed: int = 0) -> Trial:
+    return Trial(f"sigma_rel {x:g}", x, seed, value)
+
+
+def bowl(x: float, best: float = 0.09) -> float:
+    return math.log(x / best) ** 2
+
+
+def spaced(count: int) -> list[float]:
+    xs: list[float] = np.geomspace(LOW, HIGH, count).tolist()
+    return xs
+
+
+def trials(noise: float, count: int = 12, seed: int = 0) -> list[Trial]:
+    random = np.random.default_rng(seed)
+    return [trial(x, bowl(x) + noise * random.normal()) for x in spaced(count)]
+
+
+def estimated(noise: float, seed: int = 0) -> Estimate:
+    return Estimate(trials(noise, seed=seed), AXIS)
+
+
+def stated(measured: list[Trial], error: float) -> list[Trial]:
+    """Return trials with a standard error."""
+    return [replace(one, standard_error=error) for one in measured]
+
+
+def width(found: Estimate) -> float:
+    """Return the logarithm of the stated range's width."""
+    return math.log(found.high / found.low)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_without_noise_a_parabola_is_known_after_one_batch(sign: int) -> None:
+    measured = [trial(x, sign * bowl(x)) for x in spaced(6)]
+    found = Estimate(measured, AXIS, minimize=sign > 0)
+    assert found.best == pytest.approx(0.09, rel=0.02)  # of the grid's spacing, 2.7 %
+    assert found.low <= 0.09 <= found.high < 1.1 * found.low
+    assert abs(found.mean) < 0.01
+    assert found.settled
+    assert found.curve.shape == found.errors.shape == (POINTS,)
+    exact = [sign * bowl(x) for x in spaced(POINTS)]
+    assert np.allclose(found.curve, exact, atol=0.02)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1e9])
+def test_the_unit_of_the_metric_changes_nothing(unit: float) -> None:
+    measured = trials(0.1)
+    found = Estimate(measured, AXIS)
+    scaled = [replace(one, value=unit * one.value) for one in measured]
+    other = Estimate(scaled, AXIS)
+    for name in ("best", "low", "high"):
+        assert getattr(other, name) == pytest.approx(getattr(found, name))
+    assert other.mean / unit == pytest.approx(found.mean)
+
+
+def test_the_range_contains_the_best_as_often_as_stated() -> None:
+    """With a coverage of 95 %, fewer than 24 of 30 searches contain it once in 1,700 cases."""
+    estimates = [estimated(0.5, seed) for seed in range(30)]
+    right = [found for found in estimates if found.low <= 0.09 <= found.high]
+    assert len(right) >= 24
+    widths = [width(found) for found in estimates]
+    assert np.mean(widths) < 0.8 * math.log(HIGH / LOW)
+
+
+def test_more_noise_widens_the_range() -> None:
+    widths = [width(estimated(noise)) for noise in (0, 0.1, 1.0)]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_a_stated_error_is_believed() -> None:
+    found = Estimate(stated(trials(0), 1.0), AXIS)
+    assert found.high / found.low > 1.5
+    assert found.noise == pytest.approx(1.0)
+
+
+def test_the_offset_of_a_seed_is_not_noise() -> None:
+    measured = []
+    for seed, offset in enumerate((0.0, 5.0, -3.0)):
+        measured += [trial(x, bowl(x) + offset, seed) for x in first_batch(AXIS)]
+    found = Estimate(measured, AXIS)
+    assert found.low <= 0.09 <= found.high < 1.25 * found.low
+
+
+A_STEP = [0.0] * 6 + [1.0] * 6
+TWO_VALUES = [1.0, 0.0] * 6
+AN_OUTLIER = [0.0] * 3 + [100.0] + [0.0] * 8
+
+
+@pytest.mark.parametrize("values", [A_STEP, TWO_VALUES, AN_OUTLIER])
+def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values: list[float]) -> None:
+    measured = list(map(trial, spaced(12), values))
+    found = Estimate(measured, AXIS)
+    numbers = (found.best, found.mean, found.standard_error, found.regret)
+    assert np.isfinite(numbers).all()
+    assert LOW <= found.low <= found.best <= found.high <= HIGH
+    assert found.high > 1.3 * found.low
+
+
+def test_the_next_batch_lies_where_the_best_may_be_and_repeats_near_lengths() -> None:
+    first = [trial(x, bowl(x)) for x in first_batch(AXIS)]
+    found = Estimate(stated(first, 1.5), AXIS)
+    proposed = found.proposed()
+    assert 1 < len(proposed) <= NEXT
+    assert all(found.low <= x <= found.high for x in proposed)
+    crowd = np.geomspace(0.0201, 0.279, 60).tolist()
+    crowded = [trial(x, bowl(x)) for x in crowd]
+    repeated = Estimate(stated(crowded, 30.0), AXIS).proposed(repeat=True)
+    assert {*repeated} <= {*crowd}
+
+
+@pytest.mark.parametrize("place", [1, 4])
+def test_one_far_value_does_not_hide_the_best(place: int) -> None:
+    """A wrong trial may have a value far from all others."""
+    measured = trials(0, 6)
+    measured[place] = replace(measured[place], value=1000.0)
+    found = Estimate(measured, AXIS)
+    assert found.low <= 0.09 <= found.high
+    assert abs(found.mean) < 10
+
+
+# --- the rounds of a search
+
+
+def searched(
+    noise: float,
+    budget: int,
+    repeats: int = 1,
+    seed: int = 0,
+    raw: bool = False,
+) -> SweepReport:
+    report = SweepReport(axis=AXIS, metric="", minimize=True, settings={})
+    search = Search(
+        report=report,
+        budget=budget,
+        repeats=repeats,
+        repeats_known=True,
+        measures_raw=raw,
+    )
+    random = np.random.default_rng(seed)
+
+    def measure(trial: Trial) -> tuple[float, None]:
+        return bowl(trial.x or LOW) + noise * random.normal(), None
+
+    @contextmanager
+    def average(_: float | None) -> Iterator[tuple[Measure, None]]:
+        yield measure, None
+
+    for _ in search.run(average):
+        pass
+    return search.report
+
+
+@pytest.mark.parametrize(("noise", "least", "most"), [(0.1, 6, 8), (1.0, 9, 15)])
+def test_a_search_stops_when_further_trials_would_hardly_help(
+    noise: float,
+    least: int,
+    most: int,
+) -> None:
+    """More noise needs more trials; the chosen length is then worse than the best by a small part
+    of the noise."""
+    reports = [searched(noise, 60, seed=seed) for seed in range(12)]
+    reasons = {report.stopped for report in reports}
+    assert reasons == {"the best length is known within the noise"}
+    worse = [bowl(report.found.best) for report in reports]
+    assert np.mean(worse) < noise / 6
+    counts = [len(report.trials) for report in reports]
+    assert least <= np.mean(counts) < most
+
+
+@pytest.mark.parametrize(("repeats", "raw"), [(1, False), (1, True), (2, True)])
+def test_a_search_measures_as_many_lengths_as_its_budget(repeats: int, raw: bool) -> None:
+    """A length that is measured again with other seeds counts again; raw weights do not count. The
+    last one is for the best length, which may have been measured before."""
+    reports = [searched(1.0, 7, repeats, seed, raw) for seed in range(8)]
+    most = (7 + raw) * repeats
+    counts = set()
+    for report in reports:
+        count = len(report.trials)
+        assert len({(one.x, one.seed) for one in report.trials}) == count <= most
+        if report.stopped == "the budget is spent":
+            counts.add(count)
+    assert counts
+    assert counts <= {most, most - repeats}
