@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from itertools import compress, repeat
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,7 @@ from posthoc_cli.profiles import (
     Point,
     gamma_from_sigma_rel,
 )
-from posthoc_cli.snapshots.sources import ElementRange, Source, expected_rounding
+from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundings
 
 _MOST_ELEMENTS = 100_000  # in the sample
 # In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
@@ -164,7 +164,8 @@ class Audit:
     def jump(self) -> Interval | None:
         """The interval in which nothing explains the motion of the average, unlike in the others;
         None if there is none."""
-        usual = float(np.median([interval.unexplained or 0.0 for interval in self.intervals]))
+        shares = [interval.unexplained or 0.0 for interval in self.intervals]
+        usual = float(np.median(shares))
         for interval in self.intervals:
             share = interval.unexplained or 0.0
             if not interval.note and share > max(_JUMP, _FAR * usual):
@@ -180,7 +181,8 @@ class Audit:
         for index in range(2, len(logs) - 1):
             sides = (logs[:index], logs[index:])
             most = max(float(np.ptp(side)) for side in sides)
-            apart = abs(float(np.median(sides[0]) - np.median(sides[1])))
+            before, after = map(np.median, sides)
+            apart = abs(float(before - after))
             if apart > max(math.log(_CHANGED), 2 * most):
                 return clear[index].begin
         return None
@@ -320,23 +322,22 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
 
     Raises NonFiniteError for nan or infinity.
     """
-    pieces = _pieces(pairs[-1][1])
+    _, newest = pairs[-1]
+    pieces = _pieces(newest)
     names = [piece.name for piece in pieces]
     sizes = [piece.end - piece.begin for piece in pieces]
     rows = np.empty((2, len(pairs), sum(sizes)), np.float32)
     rounding = np.zeros((len(pairs), len(pieces)))
-    times = []
     for at, (weights, average) in enumerate(pairs):
-        times.append(average.t)
         with weights, average:  # which share their files
             rows[0, at] = np.concatenate(_values(weights, pieces))
             values = _values(average, pieces)
         rows[1, at] = np.concatenate(values)
         rounding[at] = _roundings(average, names, values)
-    begins = np.cumsum(sizes)[:-1]
-    split = np.split(rows, begins, axis=2)
-    eps = [EPS[average.entries[name].dtype] for name in names]
-    return Series(np.array(times), split, rounding, np.array(eps)), names
+    times = np.array([average.t for _, average in pairs])
+    split = np.split(rows, np.cumsum(sizes)[:-1], axis=2)
+    eps = np.array([EPS[newest.entries[name].dtype] for name in names])
+    return Series(times, split, rounding, eps), names
 
 
 def _roundings(
@@ -345,8 +346,11 @@ def _roundings(
     values: Sequence[npt.NDArray[Any]],
 ) -> list[float]:
     """Return the squared rounding errors of pieces of tensors with these names."""
-    dtypes = [average.entries[name].dtype for name in names]
-    return [*map(expected_rounding, values, dtypes, repeat("F32"))]
+    roundings = []
+    for name, of_piece in zip(names, values, strict=True):
+        dtype = average.entries[name].dtype
+        roundings.append(float(expected_roundings(of_piece, dtype, "F32").sum()))
+    return roundings
 
 
 def _pieces(first: Checkpoint) -> list[ElementRange]:
@@ -411,6 +415,11 @@ class _Moves:
         """Which pieces are always copied: [pieces]."""
         copied = self.copied[1:] | ~self.weights
         return np.asarray(copied.all(axis=0))
+
+    def lost(self, names: Sequence[str], averaged: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+        """Return those of the pieces' names whose weights move, and which are not averaged."""
+        are_lost = self.weights.any(axis=0) & ~averaged
+        return tuple(dict.fromkeys(compress(names, are_lost)))
 
     @property
     def copies(self) -> int:
@@ -514,7 +523,8 @@ class _Explanation:
         """The model with the value that all checkpoints show, and its uncertainty."""
         usable = self.usable
         gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        longest = max(np.split(usable, gaps), key=len).tolist()  # without a gap
+        without_gap = np.split(usable, gaps)
+        longest = max(without_gap, key=len).tolist()
         series = self.series.between(longest[0], longest[-1] + 1)
         model, sigma = refine(self.alike[0], series)
         end = self.series.times[-1]
@@ -532,7 +542,8 @@ class _Explanation:
         lost = 0
         for (weights, averages), eps in zip(self.series.values, self.series.eps, strict=True):
             before = averages[:-1]
-            motion = (1 - kept) * (weights[:-1] - before) + followed * np.diff(weights, axis=0)
+            apart = weights[:-1] - before
+            motion = (1 - kept) * apart + followed * np.diff(weights, axis=0)
             is_moved = np.abs(motion) > _DIGITS * eps * np.abs(before)
             is_lost = is_moved & (averages[1:] == before)
             moved += int(is_moved[self.usable].sum())
@@ -595,7 +606,8 @@ def _interval(row: Intervals, model: Model, note: str) -> Interval:
     if model.claimed is not None:
         claimed = _as_plain(model.claim, begin, end).length
     y, d = np.moveaxis(row.gram[..., :2], -1, 0)  # their products with y, d and v
-    moved = float((y[..., 0] + d[..., 1] - 2 * d[..., 0]).sum())
+    squares = y[..., 0] + d[..., 1] - 2 * d[..., 0]
+    moved = float(squares.sum())
     unexplained = None
     if moved > 0:
         left = float(row.residuals(model).sum())
@@ -638,10 +650,10 @@ def _judge(
     if explanation.stands:
         return replace(audit, text="in no interval do both the weights and the average move")
     explanation.find()
-    are_lost = moves.weights.any(axis=0) & ~averaged
-    lost = tuple(dict.fromkeys(compress(tensors, are_lost)))
+    lost = moves.lost(tensors, averaged)
     audit = _with_findings(audit, explanation)
-    verdict, text = _verdict(audit, explanation, lost, len(set(tensors)), unit)
+    total = len(set(tensors))
+    verdict, text = _verdict(audit, explanation, lost, total, unit)
     if verdict in ("undetermined", "another rule"):
         text += _change_text(audit)
     audit = replace(audit, verdict=verdict, text=text)
@@ -668,13 +680,16 @@ def _explanation(
     last = len(series.times) - 1
     weights = moves.weights[first:, averaged]
     values = [*compress(series.values, averaged)]
-    of_averages = Series(series.times, values, series.rounding[:, averaged], series.eps[averaged])
+    rounding = series.rounding[:, averaged]
+    of_averages = Series(series.times, values, rounding, series.eps[averaged])
+    stands = moves.stands[first:]
+    times = series.times[first:]
     return _Explanation(
         series=of_averages.between(first, last),
         model=model,
         rules=rules,
         moves=np.flatnonzero(weights.any(axis=1)).tolist(),
-        notes=_notes(moves.stands[first:], series.times[first:], model.starts[1:]),
+        notes=_notes(stands, times, model.starts[1:]),
         is_late=moves.copies > 0 and model.rule.copies <= 1,
     )
 
@@ -741,16 +756,19 @@ def _verdict(
         text = f"the average moves as by {settings}, not as by {_setting(model.claim)}"
         return "another rule", text
     verdict, text = _compare_lengths(audit, explanation, shown, unit)
-    is_clear = verdict in ("found", "as claimed") and (audit.uncertainty or 0.0) < _VAGUE / 2
-    jump = audit.jump if is_clear else None
-    if jump is not None:
-        return SET_BACK, _jump_text(jump, unit)
+    if verdict in ("found", "as claimed"):
+        return _set_back(audit, unit) or (verdict, text)
     return verdict, text
 
 
-def _jump_text(jump: Interval, unit: str) -> str:
+def _set_back(audit: Audit, unit: str) -> tuple[str, str] | None:
+    """Return the verdict on an average of a clear length that jumps; None if it does not."""
+    jump = audit.jump
+    if jump is None or (audit.uncertainty or 0.0) >= _VAGUE / 2:
+        return None
     text = f"the average of {unit[:-1]} {jump.end:,.12g} does not follow from that of "
-    return f"{text}{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+    text += f"{jump.begin:,.12g}: the average, or the weights, were set back or replaced"
+    return SET_BACK, text
 
 
 def _change_text(audit: Audit) -> str:
@@ -795,7 +813,7 @@ def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, st
 
 def _is_stopped(interval: Interval, model: Model) -> bool:
     """Return whether an average was not updated in an interval that has two updates or more."""
-    return interval.note == _STILL and interval.end - interval.begin >= 2 * model.every
+    return interval.note == _STILL and interval.time >= 2 * model.every
 
 
 def _setting(model: Model) -> str:

@@ -180,9 +180,11 @@ class Model:
         numbers = np.maximum(since / self.every, 0.0)
         most = float(numbers.max())
         ends = _groups_until(max(most, _UPDATES + 1.0))
+        counts = np.diff(ends)
         middles = (ends[1:] + ends[:-1] + 1) / 2
-        kept = np.maximum(self.fitted.at(middles), math.exp(-_COPIED))
-        lost = np.cumsum(-np.log(kept) * np.diff(ends))
+        least = math.exp(-_COPIED)
+        kept = np.maximum(self.fitted.at(middles), least)
+        lost = np.cumsum(-np.log(kept) * counts)
         if self.claimed is not None:
             lost *= self.value / self.claimed
         by_number = np.append(0.0, lost)
@@ -239,9 +241,11 @@ class Series:
 
     def between(self, first: int, last: int) -> Series:
         """Return the series from one time to another."""
-        times = slice(first, last + 1)
-        values = [values[:, times] for values in self.values]
-        return Series(self.times[times], values, self.rounding[times], self.eps)
+        chosen = slice(first, last + 1)
+        times = self.times[chosen]
+        rounding = self.rounding[chosen]
+        values = [of_piece[:, chosen] for of_piece in self.values]
+        return Series(times, values, rounding, self.eps)
 
     @property
     def spacing(self) -> float:
@@ -264,7 +268,8 @@ class Series:
             share = moved.shape[1] / motion
             total += gram * share
             rounding[count - 1 :] += errors * share
-        least = _LEAST * np.trace(total) / size * np.eye(size)
+        variance = np.trace(total) / size
+        least = _LEAST * variance * np.eye(size)
         return total + least, np.diag(rounding) + least
 
     def intervals(self) -> Intervals:
@@ -273,10 +278,13 @@ class Series:
         grams = []
         for values in self.values:
             weights, averages = values.astype(np.float64)
-            later = [averages[1:], averages[:-1], weights[1:]]
-            rows = np.stack(later, axis=1)
+            y = averages[1:]
+            d = averages[:-1]
+            v = weights[1:]
+            rows = np.stack([y, d, v], axis=1)
             rows -= weights[:-1, None]
-            grams.append(rows @ rows.swapaxes(1, 2))
+            products = rows @ rows.swapaxes(1, 2)
+            grams.append(products)
         gram = np.stack(grams, axis=1)
         before = self.rounding[:-1]
         after = self.rounding[1:]
@@ -284,7 +292,9 @@ class Series:
         squares = gram[..., rounded, rounded]
         squares -= np.stack([after, before], axis=-1)
         gram[..., rounded, rounded] = np.maximum(squares, 0)
-        return Intervals(self.times[:-1], self.times[1:], gram, before + after)
+        begin = self.times[:-1]
+        end = self.times[1:]
+        return Intervals(begin, end, gram, before + after)
 
 
 @dataclass(frozen=True)
@@ -297,7 +307,9 @@ class Intervals:
     rounding: FloatArray  # its variance: [intervals, pieces]
 
     def __getitem__(self, rows: Sequence[int]) -> Intervals:
-        return Intervals(self.begin[rows], self.end[rows], self.gram[rows], self.rounding[rows])
+        begin = self.begin[rows]
+        end = self.end[rows]
+        return Intervals(begin, end, self.gram[rows], self.rounding[rows])
 
     def shares(self, model: Model) -> tuple[FloatArray, FloatArray]:
         """Return B and s, [intervals, 1]; s is a mean of at most `_POINTS` updates."""
@@ -311,8 +323,10 @@ class Intervals:
         inner = begin + updates * length / counts
         times = np.hstack([inner, begin, end])
         forgotten = model.forgotten(times)
-        kept = _shares(forgotten[:, :-1] - forgotten[:, -1:])
-        tail = kept[:, :-1].mean(axis=1, keepdims=True)
+        by_end = forgotten[:, -1:]
+        kept = _shares(forgotten[:, :-1] - by_end)
+        of_updates = kept[:, :-1]
+        tail = of_updates.mean(axis=1, keepdims=True)
         return kept[:, -1:], 1 - tail
 
     def residuals(self, model: Model, bends: bool = False) -> FloatArray:
@@ -322,8 +336,10 @@ class Intervals:
         """
         b, s = self.shares(model)
         if bends:
-            y, d, v = np.moveaxis(self.gram[..., 2], -1, 0)  # their products with v
-            s = (y - b * d) / np.maximum(v, self._nothing)
+            with_v = self.gram[..., 2]
+            y, d, v = np.moveaxis(with_v, -1, 0)
+            length = np.maximum(v, self._nothing)
+            s = (y - b * d) / length
         all_factors = np.broadcast_arrays(1.0, -b, -s)
         factors = np.stack(all_factors, axis=-1)
         squares: FloatArray = np.einsum("ipj,ipjk,ipk->ip", factors, self.gram, factors)
@@ -332,7 +348,9 @@ class Intervals:
     @cached_property
     def _moved(self) -> FloatArray:
         """The squared norms of y and v together: [intervals, pieces]."""
-        moved: FloatArray = self.gram[..., 0, 0] + self.gram[..., 2, 2]
+        y = self.gram[..., 0, 0]
+        v = self.gram[..., 2, 2]
+        moved: FloatArray = y + v
         return moved
 
     @cached_property
@@ -344,7 +362,8 @@ class Intervals:
         """Return the value whose model has the smallest residuals, each weighted by its inverse, by
         that of no less than 1e-4 of the motion."""
         left = self._moved
-        least = 1e-4 * self.gram[..., 2, 2] + self._nothing
+        motion = self.gram[..., 2, 2]
+        least = 1e-4 * motion + self._nothing
         for _ in range(4):
             left = np.maximum(left, 0) + self.rounding
             weights = 1 / np.maximum(left, least)
@@ -355,8 +374,9 @@ class Intervals:
 
             costs = [cost(value) for value in grid.tolist()]
             best = int(np.argmin(costs))
-            low = grid[max(best - 1, 0)]
-            high = grid[min(best + 1, len(grid) - 1)]
+            beside = grid[max(best - 1, 0) : best + 2]
+            low = beside[0]
+            high = beside[-1]
             exact = 1e-5 * (high - low)
             value = float(_least(cost, low, high, exact).x)
             left = self.residuals(model_of(value))
@@ -368,15 +388,19 @@ class Intervals:
         """Return the model with the value that explains the intervals best, of a grid of values."""
         if grid is None:
             grid = self._grid(model)
-        value = self.search(lambda value: replace(model, value=value), grid)
-        return replace(model, value=value)
+
+        def with_value(value: float) -> Model:
+            return replace(model, value=value)
+
+        return with_value(self.search(with_value, grid))
 
     def _grid(self, model: Model) -> FloatArray:
         """Return the values of lengths from 1/100 of the least interval to 100 times the run."""
         if model.is_power:
             return np.geomspace(1.0, 2000.0, 60)
         run = self.end[-1] - self.begin[0]
-        interval = float((self.end - self.begin).min())
+        intervals = self.end - self.begin
+        interval = float(intervals.min())
         shortest = max(interval / 100, model.every / 20)
         return np.geomspace(0.01 / run, 1 / shortest, 60)
 
@@ -402,7 +426,9 @@ def _least(
     exact: float,
 ) -> Any:
     """Return the place `x` and the value `fun` of a minimum."""
-    return minimize_scalar(function, bounds=(low, high), method="bounded", options={"xatol": exact})
+    bounds = (low, high)
+    options = {"xatol": exact}
+    return minimize_scalar(function, bounds=bounds, method="bounded", options=options)
 
 
 # --- the rule
@@ -424,8 +450,9 @@ def best_models(model: Model, rules: Sequence[DecayRule], rows: Intervals) -> li
             misfit += alike
         misfits.append((misfit, fitted))
     misfits.sort(key=operator.itemgetter(0))
-    limit = misfits[0][0] + alike
-    best, *others = [fitted for misfit, fitted in misfits if misfit <= limit]
+    least, _ = misfits[0]
+    likely = [fitted for misfit, fitted in misfits if misfit <= least + alike]
+    best, *others = likely
     if best.rule.begins_as_mean:
         others = [other for other in others if not other.rule.begins_as_mean]
     return [best, *others]
@@ -441,9 +468,11 @@ def explains_more(rows: Intervals, one: Model, other: Model) -> bool:
     """Return whether a model explains the intervals clearly better than another one, also if
     weights bend."""
     least = 1 + _CLEARLY * len(rows.begin)
-    return all(
-        rows.misfit(one, bends) + least < rows.misfit(other, bends) for bends in (False, True)
-    )
+    for bends in (False, True):
+        apart = rows.misfit(other, bends) - rows.misfit(one, bends)
+        if apart <= least:
+            return False
+    return True
 
 
 # --- the likelihood of all checkpoints together
@@ -463,7 +492,8 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
         log = _PART * math.log(factor)
     unexplained = _UNLIKE + _UNEXPLAINED * max(divergence, 0.0)
     unlike = unexplained * _growth(found, series, end)
-    return found, math.hypot(_apart(found, series), unlike, log, _EXACT)
+    apart = _apart(found, series)
+    return found, math.hypot(apart, unlike, log, _EXACT)
 
 
 def _apart(model: Model, series: Series) -> float:
@@ -476,7 +506,8 @@ def _apart(model: Model, series: Series) -> float:
     earlier = series.between(0, middle)
     parts = [earlier, series.between(middle, last)]
     if model.rule.is_schedule:
-        parts.append(series.between(max(last - 2, 0), last))
+        first = max(last - 2, 0)
+        parts.append(series.between(first, last))
     most = 0.0
     for part in parts:
         log, _ = _likeliest(model, part, _FARTHEST)
@@ -523,9 +554,11 @@ def _responses(
 ) -> FloatArray:
     """Return what is left at each time of impulses in each cell, if it stays, decays as `noise`, or
     builds up: [responses, cells, times]."""
-    length = np.diff(edges)[:, None]
-    begun = np.maximum(at - edges[:-1, None], 0)
-    ended = np.maximum(at - edges[1:, None], 0)
+    begin = edges[:-1, None]
+    end = edges[1:, None]
+    length = end - begin
+    begun = np.maximum(at - begin, 0)
+    ended = np.maximum(at - end, 0)
     stays = (begun - ended) / length
 
     def decays(share: float) -> FloatArray:
@@ -535,14 +568,17 @@ def _responses(
         return response
 
     builds_up = stays - decays(_BUILD_UP)
-    responses = np.stack([stays, *map(decays, noise), builds_up])
+    fading = map(decays, noise)
+    responses = np.stack([stays, *fading, builds_up])
     return responses * np.sqrt(length / spacing)
 
 
 def _polynomials(at: FloatArray, times: FloatArray) -> FloatArray:
     """Return powers of the time, 0 at the first of the checkpoints: [powers, times]."""
     degrees = np.arange(1, _DEGREE + 1)[:, None]
-    powers: FloatArray = (at / times[-1]) ** degrees - (times[0] / times[-1]) ** degrees
+    first = times[0] / times[-1]
+    shares = at / times[-1]
+    powers: FloatArray = shares**degrees - first**degrees
     return powers
 
 
@@ -552,8 +588,10 @@ def _components(at: FloatArray, times: FloatArray, covariance: FloatArray) -> Fl
     count = len(times) // _CHECKPOINTS_A_COMPONENT
     _, vectors = np.linalg.eigh(covariance)
     principal = vectors[:, -count:]
-    path = CubicSpline(times, np.vstack([np.zeros(count), principal]))
-    between: FloatArray = path(np.minimum(at, times[-1])).T
+    origin = np.zeros(count)
+    path = CubicSpline(times, np.vstack([origin, principal]))
+    passed = np.minimum(at, times[-1])
+    between: FloatArray = path(passed).T
     return between
 
 
@@ -566,11 +604,14 @@ class _Likelihood:
         times = series.times
         self.count = len(times)
         self.edges = _edges_of_cells(times)
-        middles = (self.edges[:-1] + self.edges[1:] + model.every) / 2
+        begin = self.edges[:-1]
+        end = self.edges[1:]
+        middles = (begin + end + model.every) / 2
         at = np.append(middles, times)
         noise: Sequence[float] = _NOISE
         if self.count >= _MANY:
-            of_weights = self.sample[: self.count - 1, : self.count - 1]
+            later = slice(self.count - 1)
+            of_weights = self.sample[later, later]
             shared = _components(at, times, of_weights)
         else:
             noise = _NOISE[:-1]
@@ -582,18 +623,23 @@ class _Likelihood:
     def __call__(self, log: float) -> float:
         """Return the divergence for the model's value times exp(log)."""
         lost = self.model.scaled(log).forgotten(self.edges)
-        kept = _shares(lost[:, None] - lost[_CELLS::_CELLS])
+        by_checkpoint = lost[_CELLS::_CELLS]
+        kept = _shares(lost[:, None] - by_checkpoint)
         begin = np.zeros((1, 1, 2 * self.count - 1))
         begin[..., self.count - 1 :] = kept[_CELLS]  # the first average
         impulses = self._moved(self.impulses, kept)
-        paths = [impulses, begin, self._moved(self.shared, kept)]
+        shared = self._moved(self.shared, kept)
+        paths = [impulses, begin, shared]
         parts = [moved.swapaxes(1, 2) @ moved for moved in paths]
         return self._divergence(np.concatenate(parts))
 
     def _moved(self, values: FloatArray, kept: FloatArray) -> FloatArray:
         """Return the later weights and the averages, without the first weights, of paths through
         the cells: [paths, impulses, weights and averages]."""
-        path, first, later = np.split(values, [-self.count, 1 - self.count], axis=2)
+        cells = len(kept) - 1
+        path = values[..., :cells]
+        first = values[..., cells : cells + 1]
+        later = values[..., cells + 1 :]
         averages = path @ np.diff(kept, axis=0)
         return np.concatenate([later, averages], axis=2) - first
 
@@ -618,4 +664,5 @@ class _Likelihood:
         _, log_modelled = np.linalg.slogdet(modelled)
         _, log_sample = np.linalg.slogdet(sample)
         logs = log_modelled - log_sample
-        return float(logs + np.trace(explained)) / len(sample) - 1
+        twice = float(logs + np.trace(explained))
+        return twice / len(sample) - 1

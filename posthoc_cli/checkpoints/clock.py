@@ -89,6 +89,11 @@ class Times:
     says: str  # what "numbers are", as the rest of a sentence
     by_path: Mapping[Path, int]  # 0 before the training
 
+    @property
+    def of_decays(self) -> Times:
+        """The same next to averages, whose decays are of steps."""
+        return replace(self, is_stated=self.is_stated or self.unit == "steps")
+
 
 # --- one checkpoint
 
@@ -307,9 +312,25 @@ def _times_of_epochs(
         says += f"; the first checkpoint is of step {min(steps.values()):,}"
         return Times("steps", True, says, steps)
     if counts.keys() == readings.keys():
-        says += "; steps are the updates that the averages have counted"
-        return Times("steps", True, says, counts)
+        late = _late(epochs, counts)
+        if not late:
+            says += "; steps are the updates that the averages have counted"
+            return Times("steps", True, says, counts)
+        says += f", and the averages count their updates since epoch {late}"
     return Times("epochs", False, says, epochs)
+
+
+def _late(epochs: Mapping[Path, int], counts: Mapping[Path, int]) -> int:
+    """Return the epoch after which averages began to count their updates, as torchvision's do when
+    the learning rate has risen; 0 if they did with the training."""
+    first = min(epochs, key=epochs.__getitem__)
+    last = max(epochs, key=epochs.__getitem__)
+    counted = counts[last] - counts[first]
+    passed = epochs[last] - epochs[first]
+    if counted <= 0 or passed <= 0:
+        return 0
+    begin = epochs[first] - counts[first] * passed / counted
+    return max(round(begin), 0)
 
 
 def _why_epochs(numbers: Sequence[Reading]) -> str:

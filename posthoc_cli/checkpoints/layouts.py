@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +39,14 @@ from posthoc_cli.checkpoints.content import (
     open_checkpoint,
     stripped,
 )
-from posthoc_cli.checkpoints.sets import Pair, Sets, completed, match_names
+from posthoc_cli.checkpoints.sets import (
+    Pair,
+    Sets,
+    completed,
+    lies_below,
+    match_names,
+    twin_parts,
+)
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
@@ -77,6 +84,7 @@ class Found:
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
+    whole: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
     path: str = ""  # what leads to the weights in the checkpoint
 
@@ -89,10 +97,20 @@ class Found:
 
     @property
     def without_average(self) -> Found:
-        return replace(self, averaged={}, updates=None, undecided=())
+        return Found(
+            self.kind,
+            weights=self.whole or self.weights,
+            step=self.step,
+            t_unit=self.t_unit,
+            unused=self.unused,
+            path=self.path,
+        )
 
     def swapped(self) -> Found:
-        return replace(self, averaged=self.weights, weights=self.averaged)
+        """Return the same with the averages as weights, and these weights as averages."""
+        averaged = {name: one for name, one in self.weights.items() if name in self.averaged}
+        weights = {**self.weights, **self.averaged}
+        return replace(self, averaged=averaged, weights=weights, undecided=self.undecided[::-1])
 
 
 Finder = Callable[[Sets, ImportSettings], Found | None]
@@ -112,15 +130,37 @@ def recognise(content: Content, settings: ImportSettings) -> Found:
 
 def _found(sets: Sets, settings: ImportSettings) -> Found:
     if settings.kind != "checkpoints":
-        for finder in FINDERS:
-            found = finder(sets, settings)
-            if found is not None and settings.kind in (None, found.kind):
+        for found in _averages(sets, settings):
+            if settings.kind in (None, found.kind):
                 return found
     if settings.kind == "ema":
         return _all_averaged(sets, settings)
     if settings.kind in (None, "checkpoints"):
         return _weights(sets, settings)
     raise UnsuitableError(sets.content.path, f"is no file of {settings.kind}")
+
+
+def _averages(sets: Sets, settings: ImportSettings) -> Iterator[Found]:
+    for finder in FINDERS:
+        found = finder(sets, settings)
+        if found is None:
+            continue
+        for either in (found, found.swapped()):
+            is_average = _is_named(either.averaged, settings.average)
+            if is_average and _is_named(either.weights, settings.weights):
+                yield either
+                break
+    found = _find_average(sets, settings)
+    if found is not None:
+        yield found
+
+
+def _is_named(tensors: Tensors, text: str | None) -> bool:
+    """Return whether a text or glob means a set that all of these tensors are in; so it is without
+    a text."""
+    if text is None:
+        return True
+    return bool(tensors) and all(lies_below(tensor, text) for tensor in tensors.values())
 
 
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
@@ -162,7 +202,10 @@ class Stored:
 
     @cached_property
     def _found(self) -> Found:
-        return recognise(self._content, self._settings)
+        found = recognise(self._content, self._settings)
+        if found.whole:  # one file does not show how parts move
+            return found.without_average
+        return found
 
     def _check_decided(self) -> None:
         if self._found.undecided:
@@ -229,8 +272,9 @@ def _diffusers(values: Values) -> Updates:
         if name in values:
             rule[name] = float(values[name])
     rule["least"] = float(values.get("min_decay") or 0.0)
-    begins = rule.get("inv_gamma", 1.0) > 0 and rule.get("power", 1.0) >= 0
-    if not begins:
+    inv_gamma = rule.get("inv_gamma", 1.0)
+    power = rule.get("power", 1.0)
+    if inv_gamma <= 0 or power < 0:
         raise ValueError("its warm-up never begins")
     return Updates(rule, _count(values["optimization_step"]))
 
@@ -330,17 +374,39 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
 
 
 def _find_twin(sets: Sets) -> Found | None:
-    """Return the model and another set of the same tensors; None unless there is one such set."""
-    try:
-        path = sets.model_path()
-    except FileFormatError:
-        return None
+    """Return the model and another set of the same tensors, of which the values will tell whether
+    it is an average; None unless there is one such set."""
+    models = sets.may_be_models()
+    pairs = dict[frozenset[str], tuple[str, str]]()
+    for path in models:
+        for other in sets.keys:
+            if path and sets.are_alike(other, path):
+                pairs.setdefault(frozenset((other, path)), (other, path))
+    if len(pairs) == 1:
+        ((twin, path),) = pairs.values()
+        averaged = sets.below(twin)
+        model = sets.below(path)
+        if len(model) > 1:
+            return Found("ema", averaged, model, Updates(), undecided=(twin, path), path=path)
+    return _find_twin_parts(sets, models[0]) if len(models) == 1 else None
+
+
+def _find_twin_parts(sets: Sets, path: str) -> Found | None:
+    """Return the model with other parts of the same tensors, such as `visual_encoder_m` and
+    `text_encoder_m` of ALBEF; None if there are none, or if they are less than half of it."""
     model = sets.below(path)
-    twins = [other for other in sets.keys if path and sets.are_alike(other, path)]
-    if len(model) < 2 or len(twins) != 1:
+    twins = twin_parts(model)
+    averaged = {}
+    weights = dict(model)
+    for name, tensor in model.items():
+        for part, twin in twins.items():
+            if name.startswith(f"{twin}."):
+                averaged[part + name.removeprefix(twin)] = tensor
+                del weights[name]
+    if not averaged:
         return None
-    averaged = sets.below(twins[0])
-    return Found("ema", averaged, model, Updates(), undecided=(twins[0], path), path=path)
+    names = (", ".join(twins.values()), ", ".join(twins))
+    return Found("ema", averaged, weights, Updates(), undecided=names, whole=model, path=path)
 
 
 def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:
@@ -506,10 +572,12 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     matched = match_names(buffers, model)
     if not matched or 2 * len(matched) < len(model):
         return None
-    found = Found("mmcv", model, {**model, **matched}, Updates())
-    if settings.average is None:
+    averaged = {name: model[name] for name in matched}
+    found = Found("mmcv", averaged, {**model, **matched}, Updates())
+    text = settings.average or settings.weights
+    if text is None:
         return replace(found, undecided=(path or "the model", "ema_*"))
-    if settings.average.startswith("ema_"):
+    if text.startswith("ema_") == (text == settings.average):
         return found.swapped()
     return found
 
@@ -679,9 +747,10 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
     if not inner:
         asks["update_after_step"] = f"{unsaid}; the default of the library is 100"
     counters = ("initted", "step")
+    averaged = {name: tensor for name, tensor in tensors.items() if name not in counters}
     return Found(
         library,
-        {name: tensor for name, tensor in tensors.items() if name not in counters},
+        averaged,
         profile=profile,
         sigma_rel=width,
         step=int(match["step"]),
@@ -713,9 +782,9 @@ def _edm2(sets: Sets, settings: ImportSettings) -> Found | None:
 
 
 FINDERS: tuple[Finder, ...] = (
-    _edm2, _numbered, _torchtitan, _find_fixed, _edm, _raw_buffers, _find_average,
+    _edm2, _numbered, _torchtitan, _find_fixed, _edm, _raw_buffers,
 )  # fmt: skip
-"""What finds averages, in the order in which a file is tried; else it holds weights alone."""
+"""What finds averages by more than a key, in the order in which a file is tried."""
 
 _OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
 _OF_EMA = (

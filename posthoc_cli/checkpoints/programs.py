@@ -23,7 +23,7 @@ class Program:
 PROGRAMS = {
     "Lightning, transformers": Program(step="global_step"),
     "DeepSpeed": Program(step="global_steps"),
-    "loops of one's own": Program(step="step"),
+    "": Program(step="step"),
     "torch-ema, k-diffusion": Program(step="steps"),
     "nanoGPT": Program(step="iter_num"),
     "Megatron": Program(step="iteration", model="model_optim_rng.pt"),
@@ -38,7 +38,8 @@ PROGRAMS = {
     "accelerate": Program(average_state=r"custom_checkpoint_\d+\.pkl"),
     "timm": Program(from_0=frozenset({"arch", "version", "epoch"})),
 }
-"""A row for each program; of several steps in a file the first row's counts."""
+"""A row for each program, or several; of several steps in a file the first row's counts. `step` is
+of loops of one's own, too."""
 
 _ROWS = PROGRAMS.values()
 STEP_VALUES = [row.step for row in _ROWS if row.step]
@@ -50,3 +51,12 @@ FROM_0 = [row.from_0 for row in _ROWS if row.from_0]
 MODEL_FILES = {row.model for row in _ROWS if row.model}
 AVERAGE_STATES = re.compile("|".join(row.average_state for row in _ROWS if row.average_state))
 WEIGHTS_STATES = re.compile("|".join(row.weights_state for row in _ROWS if row.weights_state))
+
+
+def program_of(value: str) -> str:
+    """Return the program, or several, that states steps or images in a value of this name; empty if
+    many do."""
+    for name, row in PROGRAMS.items():
+        if value in (row.step, row.images):
+            return name
+    return ""

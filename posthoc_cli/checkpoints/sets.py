@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +41,7 @@ _STATES = re.compile(NO_MODEL.pattern.replace("opt|", "", 1), re.IGNORECASE)
 """Pattern of prefixes of names that are no model's: `opt` may be a module."""
 _PARTS = re.compile(r"^(?:named_)?(?:parameter|buffer)s_dict\.")  # of a model, in Composer
 _WHICH = "name the average by `average`, or the model by `weights`, or both, in an import"
+_LETTER = re.compile("[A-Za-z]")
 _SAMPLED = 4096  # elements of a tensor that are compared with others of its shape
 _LIKELY = 0.5  # an assignment is clear if each change of it adds more than this share of distance
 
@@ -51,6 +54,12 @@ class Pair:
     weights: Tensors  # empty if the average is alone
     average_key: str  # path of the average in the checkpoint
     weights_key: str = ""
+
+
+def lies_below(tensor: StoredTensor, text: str) -> bool:
+    """Return whether a tensor is in a set that a text or glob means, or is meant itself."""
+    paths = [*_paths(tensor), tensor.name]
+    return any(_means(text.rstrip("."), path) for path in paths if path)
 
 
 def lies_in(path: str, outer: str) -> bool:
@@ -70,8 +79,9 @@ class Sets:
         self.tensors = dict[str, StoredTensor]()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
+        named_paths = [path for path in named if path]
         for name, tensor in content.tensors.items():
-            is_named = any(path and lies_in(name, path) for path in named)
+            is_named = any(lies_in(name, path) for path in named_paths)
             if is_named or not _is_state(tensor):
                 self.tensors[name] = tensor
                 self._count(tensor)
@@ -92,21 +102,23 @@ class Sets:
         """
         in_group = Counter[str]()
         for tensor in self.tensors.values():
-            in_group[".".join(tensor.keys[:-1])] += 1
-        words = set()
+            group = ".".join(tensor.keys[:-1])
+            in_group[group] += 1
+        places = set()
         by_size = [path for path, _ in self.counts.most_common()]
         for path in sorted(by_size, key=_depth):
             outer, _, last = path.rpartition(".")
-            last = self.keys.get(path, last)
-            word = AVERAGE_WORD.search(last)
+            key = self.keys.get(path, last)
+            word = AVERAGE_WORD.search(key)
             if word is None or self.is_averaged(path):
                 continue
-            most = in_group[self._group(path)]
-            is_large = 4 * self.counts[path] >= most
-            is_part = (outer, word[0]) in words
+            group = self._group(path)
+            is_large = 4 * self.counts[path] >= in_group[group]
+            place = (outer, word[0])
+            is_part = place in places
             if path in self.keys or is_large or is_part:
                 self.averages.append(path)
-                words.add((outer, word[0]))
+                places.add(place)
 
     def _group(self, path: str) -> str:
         """Return the whole keys at the beginning of a path."""
@@ -117,7 +129,9 @@ class Sets:
     def is_all(self, path: str) -> bool:
         """Return whether a set has all tensors but counters."""
         for name, tensor in self.tensors.items():
-            if not (lies_in(name, path) or _is_counter(tensor)):
+            if lies_in(name, path):
+                continue
+            if not _is_counter(tensor):
                 return False
         return True
 
@@ -141,23 +155,30 @@ class Sets:
     def are_alike(self, path: str, other: str) -> bool:
         """Return whether two sets that lie apart have the same names and shapes. (A copy of the
         best model so far is no set of its own.)"""
-        if lies_in(path, other) or lies_in(other, path) or self.keys[path].startswith("best_"):
+        if lies_in(path, other) or lies_in(other, path):
             return False
-        shapes = {name: tensor.shape for name, tensor in self.below(path).items()}
-        return shapes == {name: tensor.shape for name, tensor in self.below(other).items()}
+        if self.keys[path].startswith("best_"):
+            return False
+        return self._shapes(path) == self._shapes(other)
+
+    def _shapes(self, path: str) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.below(path).items()}
 
     def without(self, used: Iterable[StoredTensor]) -> tuple[str, ...]:
         """Return the outermost paths of sets that hold none of these tensors, and are no parts of
         an average."""
-        outer = {path for tensor in used for path in _paths(tensor)}
-        found = dict[str, None]()
+        outer = {""}
+        for tensor in used:
+            outer.update(_paths(tensor))
+        unused = dict[str, None]()
         for tensor in self.tensors.values():
-            paths = [path for path in _paths(tensor) if path and path not in outer]
+            paths = [path for path in _paths(tensor) if path not in outer]
             averages = [path for path in paths if path in self.averages]
-            for path in (averages or paths)[:1]:
-                if averages or not (self.is_averaged(path) or _is_counter(tensor)):
-                    found[path] = None
-        return tuple(found)
+            if averages:
+                unused[averages[0]] = None
+            elif paths and not _is_counter(tensor) and not self.is_averaged(paths[0]):
+                unused[paths[0]] = None
+        return tuple(unused)
 
     def named(self, text: str) -> str:
         """Return the path of the outermost set that a text or glob means; raise FileFormatError if
@@ -168,20 +189,20 @@ class Sets:
         outermost = [path for path in matching if _depth(path) == level]
         if len(outermost) == 1:
             return outermost[0]
-        wrong = "has several sets of tensors" if outermost else "has no set of tensors"
-        choices = names_in(outermost or [*self.keys])
+        if outermost:
+            reason = f"has several sets of tensors {shown(text)}: {names_in(outermost)}"
+            raise FileFormatError(self.content.path, reason)
+        choices = names_in([*self.keys])
         if not choices:
-            choices = f"only tensors {names_in([*self.content.tensors])}"
-        raise UnsuitableError(self.content.path, f"{wrong} {shown(text)}: {choices}")
+            tensors = names_in([*self.content.tensors])
+            choices = f"only tensors {tensors}"
+        raise UnsuitableError(self.content.path, f"has no set of tensors {shown(text)}: {choices}")
 
     # --- the model
 
     def model_path(self) -> str:
         """Return the path of the model's weights; raise FileFormatError if it is unclear."""
-        groups = [name for name in self.content.groups() if self._may_be_model(name)]
-        newest = [name for name in groups if not name.startswith("best_")]
-        if newest:
-            groups = newest
+        groups = self._model_groups()
         for name in _MODEL_GROUPS:
             if name in groups:
                 return name
@@ -195,18 +216,29 @@ class Sets:
             return ""
         if len(groups) == 1:
             return groups[0]
+        path = self.content.path
         if not groups:
             under = names_in(self.content.groups())
-            raise UnsuitableError(
-                self.content.path, f"holds no weights, only tensors under {under}"
-            )
-        reason = (
-            f"which tensors are the model's is unclear: it has tensors under {names_in(groups)}"
-        )
-        raise UnsuitableError(self.content.path, reason, _WHICH)
+            raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
+        reason = "which tensors are the model's is unclear: it has tensors under"
+        raise UnsuitableError(path, f"{reason} {names_in(groups)}", _WHICH)
 
-    def _may_be_model(self, group: str) -> bool:
-        return self.counts[group] > 0 and not self.is_averaged(group)
+    def _model_groups(self) -> list[str]:
+        """Return the outermost keys that may be of a model, without copies of the best one so
+        far."""
+        groups = []
+        for name in self.content.groups():
+            if self.counts[name] > 0 and not self.is_averaged(name):
+                groups.append(name)
+        newest = [name for name in groups if not name.startswith("best_")]
+        return newest or groups
+
+    def may_be_models(self) -> list[str]:
+        """Return the path of the model's weights, or those of all groups if it is unclear."""
+        try:
+            return [self.model_path()]
+        except FileFormatError:
+            return self._model_groups()
 
     def model(self, prefix: str = "") -> dict[str, StoredTensor]:
         """Return the weights of the model by name; all tensors if none of the model's names has a
@@ -222,9 +254,10 @@ class Sets:
         tensors = self.below(path)
         if not path:
             tensors = {name: one for name, one in tensors.items() if len(one.keys) == 1}
-        if any(name.startswith(prefix) for name in tensors):
-            return tensors
-        return self.tensors if prefix else tensors
+        has_prefix = any(name.startswith(prefix) for name in tensors)
+        if prefix and not has_prefix:
+            return self.tensors
+        return tensors
 
     # --- an average and the weights
 
@@ -243,12 +276,12 @@ class Sets:
             self._check_unpaired(average)
             return None
         best = min(map(self._rank, pairs))
-        pairs = [pair for pair in pairs if self._rank(pair) == best]
-        keys = [pair.weights_key for pair in pairs]
+        likeliest = [pair for pair in pairs if self._rank(pair) == best]
+        keys = [pair.weights_key for pair in likeliest]
         if len(set(keys)) > 1:
             reason = f"which of its sets of tensors is the model is unclear: {names_in(keys)}"
             raise UnsuitableError(self.content.path, reason, _WHICH)
-        return pairs[0]
+        return likeliest[0]
 
     def _check_unpaired(self, average: str) -> None:
         """Raise FileFormatError if an average has most names of some weights, and others, or if it
@@ -258,14 +291,17 @@ class Sets:
             for root in self._roots(averaged, path):
                 weights = self.below(root)
                 others = [name for name in averaged if name not in weights]
-                if others and 2 * len(others) < len(averaged) > len(weights) / 2:
+                are_few = 2 * len(others) < len(averaged)
+                is_large = 2 * len(averaged) > len(weights)
+                if others and are_few and is_large:
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     reason = f"{reason} {names_in(others)}"
                     hint = _common_part(path, root, [*weights])
                     raise FileFormatError(self.content.path, reason, hint)
         averages = []
         for path, key in self.keys.items():
-            if path == f"{average}.{key}" and self._pairs_at(path, None, False):
+            is_within = path == f"{average}.{key}"
+            if is_within and self._pairs_at(path, None, False):
                 averages.append(path)
         self.check_one(averages)
 
@@ -448,6 +484,64 @@ def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
         return alone
     part = f"`average` '{average}.{common}' with `weights` '{weights}.{common}'"
     return f"import the common part by {part}; {alone}"
+
+
+def twin_parts(tensors: Tensors) -> dict[str, str]:
+    """Return the parts of a model of which another part has the same names and shapes, each with
+    that one's name; none unless both together are half of the model.
+
+    All names of twins differ in the same word, as `encoder` and `encoder_m`; layers differ in a
+    number.
+    """
+    start = _common_start([*tensors])
+    shapes = dict[str, dict[str, tuple[int, ...]]]()
+    sizes = Counter[str]()
+    for name, tensor in tensors.items():
+        first, _, rest = name.removeprefix(start).partition(".")
+        part = start + first
+        shapes.setdefault(part, {})[rest] = tensor.shape
+        sizes[part] += math.prod(tensor.shape)
+    for twins in _twins_by_word(shapes):
+        size = sum(sizes[part] + sizes[twin] for part, twin in twins.items())
+        if 2 * size > sizes.total():
+            return twins
+    return {}
+
+
+def _twins_by_word(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[dict[str, str]]:
+    """Return the parts with the same tensors, for each word in which their names differ."""
+    alike = dict[frozenset[Any], list[str]]()
+    for part, of_part in shapes.items():
+        tensors = frozenset(of_part.items())
+        alike.setdefault(tensors, []).append(part)
+    twins = dict[tuple[str, str], dict[str, str]]()
+    for parts in alike.values():
+        for part, twin in combinations(sorted(parts, key=len), 2):
+            words = _different_words(part, twin)
+            if any(map(_LETTER.search, words)):
+                twins.setdefault(words, {})[part] = twin
+    return [*twins.values()]
+
+
+def _common_start(names: Sequence[str]) -> str:
+    """Return the first parts of names that all have, with a dot behind them."""
+    start = ""
+    heads = {name.partition(".")[0] for name in names}
+    while len(heads) == 1 and all(name.count(".") > start.count(".") for name in names):
+        start += f"{heads.pop()}."
+        heads = {name.removeprefix(start).partition(".")[0] for name in names}
+    return start
+
+
+def _different_words(one: str, other: str) -> tuple[str, str]:
+    """Return what is left of two names without their common begin and end."""
+    while one and one[:1] == other[:1]:
+        one = one[1:]
+        other = other[1:]
+    while one and one[-1:] == other[-1:]:
+        one = one[:-1]
+        other = other[:-1]
+    return one, other
 
 
 def _is_counter(tensor: StoredTensor) -> bool:

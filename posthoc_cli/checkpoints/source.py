@@ -29,6 +29,8 @@ from posthoc_cli.reconstruction import Steps, StoredAverage
 from posthoc_cli.snapshots.sources import Source, TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 
+# of a codebook of vectors: the sums of which its vectors are the quotients
+_SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _ANY_TIME = Point(1.0)  # where times are of no account
@@ -225,9 +227,12 @@ def _is_text(name: str) -> bool:
 
 
 def _is_statistic(name: str, names: Collection[str]) -> bool:
-    """Return whether a tensor is of BatchNorm, or one of spectral norm's two vectors; weight norm's
-    is a weight."""
+    """Return whether a tensor is of BatchNorm, a sum of a codebook, or one of spectral norm's two
+    vectors; weight norm's is a weight."""
+    outer, dot, last = name.rpartition(".")
+    if last in _SUMS:
+        return all(f"{outer}{dot}{each}" in names for each in _SUMS)
     stem = name[:-1]
     is_vector = name.endswith(("_u", "_v")) and f"{stem}u" in names and f"{stem}v" in names
     is_of_norm = f"{stem}orig" in names or ("parametrizations." in name and stem.endswith("._"))
-    return name.rpartition(".")[2] in STATISTICS or (is_vector and is_of_norm)
+    return last in STATISTICS or (is_vector and is_of_norm)

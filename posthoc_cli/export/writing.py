@@ -147,7 +147,7 @@ class OutputOptions:
             return
         if any((self.distributed, self.layout, self.max_shard_size, parse_dtype(dtype))):
             reason = (
-                "determines the output: layout, dtype, max_shard_size and torchrun cannot be "
+                "determines the output: `layout`, `dtype`, `max_shard_size` and torchrun cannot be "
                 "combined with it"
             )
             raise InvalidValueError("like", reason)

@@ -3,12 +3,15 @@ what several of them show together: their order, their clock, and the prior of a
 
 from __future__ import annotations
 
+import logging
+import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
@@ -45,6 +48,8 @@ from posthoc_cli.snapshots.tensorfile import (
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 
 class Rule(NamedTuple):
@@ -428,6 +433,15 @@ def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
     return averages
 
 
+# Of Gaussian motions d with a standard deviation of 0, 0.35, 0.5, 0.7, 1, 1.5, 2, 4, 8 and 32
+# spacings: the mean squared motion of the rounded elements that are seen to move, in squared
+# spacings, and the chance E|d| - E(|d| - 1)+ that one is seen. The former is E|d| + 2 sum_k E(|d|
+# - k)+ divided by that chance; it is set above 1.0006 at 0.35 spacings, as where it is about 1 it
+# tells little.
+_MOTION = (1.0, 1.005, 1.065, 1.287, 1.848, 3.25, 5.18, 18.0, 67.5, 1037.0)
+_CHANCE = (0.0, 0.28, 0.39, 0.51, 0.631, 0.743, 0.805, 0.901, 0.95, 0.988)
+
+
 @dataclass(frozen=True)
 class _Sample:
     """The sampled elements of a source, shape [elements]; `scale` is all elements / sampled
@@ -437,15 +451,38 @@ class _Sample:
     values: FloatArray
     starts: npt.NDArray[np.intp]  # the first sampled element of each tensor
     scale: float
-    rounding: float
+    roundings: FloatArray  # the expected squared rounding error of each element
 
     def squared(self, values: FloatArray) -> float:
         return float(np.dot(values, values)) * self.scale
 
+    @cached_property
+    def rounding(self) -> float:
+        """The expected squared rounding error."""
+        return float(self.roundings.sum()) * self.scale
+
     def distance(self, other: _Sample) -> Distance:
         squared = self.squared(self.values - other.values)
         rounding = self.rounding + other.rounding
-        return Distance(other.source.profile, squared, rounding)
+        return Distance(other.source.profile, squared, self.moving_share(other) * rounding)
+
+    def moving_share(self, other: _Sample) -> float:
+        """Return the share of the rounding error that is of elements in motion: those that are
+        frozen have the same error in both samples.
+
+        Rounded elements that move little are seen in motion with a chance only, which follows from
+        how far the others are seen to move.
+        """
+        if not self.rounding:
+            return 1.0
+        motion = self.values - other.values
+        moved = (motion != 0) & (self.roundings > 0)
+        seen = float(self.roundings[moved].sum()) * self.scale
+        if not seen:
+            return 1.0
+        spacings = 12 * seen
+        chance = float(np.interp(self.squared(motion[moved]) / spacings, _MOTION, _CHANCE))
+        return seen / max(chance * self.rounding, seen)
 
 
 _STILL = 1e-12
@@ -488,7 +525,8 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     """Estimate the measurements of the sources of one run, in their order, from the stored
     averages.
 
-    `Distance.rounding` is the expected rounding of both averages. All are None if values are too
+    `Distance.rounding` is the expected rounding of both averages, of elements in motion. All are
+    None if values are too
     large to be squared; a NonFiniteError for nan or infinity.
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
@@ -512,6 +550,7 @@ class _Sampling:
         self._measured: dict[int, Measurements] = {}  # by the id of the source
         # of each kind the averages of the two newest times
         self._newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
+        self._steps: dict[tuple[float, bool], list[_Step]] = defaultdict(list)
 
     def add(self, samples: Sequence[_Sample]) -> None:
         """Measure the samples of one time, later than all before."""
@@ -532,9 +571,10 @@ class _Sampling:
             measurements = Measurements(0.0, sample.rounding, tuple(distances))
             self._measured[id(sample.source)] = measurements
         for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
-            newest = self._newest[kind]
-            newest.append(list(of_kind))
-            del newest[:-2]
+            at_time = list(of_kind)
+            last_two = [of_time[0] for of_time in self._newest[kind]]
+            self._steps[kind] += _steps_to(at_time[0], last_two)
+            self._newest[kind] = [*self._newest[kind], at_time][-2:]
 
     def _earlier(self) -> list[_Sample]:
         samples = []
@@ -546,6 +586,8 @@ class _Sampling:
     def measurements_of(self, sources: Sequence[Source]) -> list[Measurements | None]:
         """Return the measurements of the sources; all None if values are too large to be
         squared."""
+        for steps in self._steps.values():
+            _warn_of_two_trainings(steps)
         norms = self._norms.of_moving()
         sums = list(norms.values())
         for measurements in self._measured.values():
@@ -560,10 +602,76 @@ class _Sampling:
         return found
 
 
-def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
-    """Return the expected sum of squared rounding errors of values that were rounded to nearest.
+# --- files of two trainings in one folder
+#
+# In ten trainings of 6,000 steps, one of them with restarts of the learning rate, and files at
+# even, uneven and geometric times, the motion over two intervals was at least 1.3 times that over
+# one, and no motion that was half as large as between networks was more than 1.9 times what its
+# neighbours would show at their speeds. Where two trainings were interleaved the first was 0.007
+# at most; where one followed the other the second was 240.
 
-    Each contributes spacing^2 / 12, the variance of a uniform error within half the spacing, also
+_INTERLEAVED = 0.25
+_JUMP = 10.0
+_UNRELATED = 0.5  # share of the squared distance between other networks, the sum of squared norms
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The motion from one sample to the next."""
+
+    before: Source
+    after: Source
+    squared: float
+    share: float  # of the squared distance between unrelated networks
+    over_two: float  # squared motion in this step and the one before together; infinite if unknown
+
+    @property
+    def time(self) -> float:
+        return self.after.t - self.before.t
+
+
+def _steps_to(sample: _Sample, before: Sequence[_Sample]) -> Iterator[_Step]:
+    """Yield the step to a sample from the last one of at most two before."""
+    if not before:
+        return
+    last = before[-1]
+    squared = sample.distance(last).squared
+    norms = sample.squared(sample.values) + last.squared(last.values)
+    over_two = sample.distance(before[0]).squared if len(before) > 1 else math.inf
+    yield _Step(last.source, sample.source, squared, squared / max(norms, 1e-300), over_two)
+
+
+def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
+    """Warn if files move as those of two trainings do, of which one follows the other, or which are
+    interleaved."""
+    if len(steps) < 3:
+        return
+    is_back = []
+    for before, step in pairwise(steps):
+        over_one = min(before.squared, step.squared)
+        is_back.append(step.over_two < _INTERLEAVED * over_one)
+    if 2 * sum(is_back) > len(is_back):
+        _warn_of_one_step(steps[0])
+        return
+    for earlier, step, later in zip(steps, steps[1:], steps[2:], strict=False):
+        usual = 0.0
+        for other in (earlier, later):
+            usual = max(usual, other.squared * max(1.0, step.time / other.time) ** 2)
+        if step.share > _UNRELATED and step.squared > _JUMP * usual:
+            _warn_of_one_step(step)
+
+
+def _warn_of_one_step(step: _Step) -> None:
+    names = f"{step.before.path.name} and {step.after.path.name}"
+    reason = "are as far apart as files of two trainings, unlike others beside them"
+    hint = "name the files of one training by a glob"
+    log.warning("%s: %s %s: %s", step.after.path.parent, names, reason, hint)
+
+
+def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:
+    """Return the expected squared rounding error of each value that was rounded to nearest.
+
+    It is spacing^2 / 12, the variance of a uniform error within half the spacing, also
     if it is subnormal. Zeros contribute 0, since they are almost always exact (biases and gains
     that never moved), as do all values if the stored dtype is as wide as the exact average: float64
     for a model's float64, else float32.
@@ -573,12 +681,13 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     this dtype, which move by whole spacings or not at all, so that no file tells them apart.
     """
     dtype = DTYPES[stored]
-    exact = DTYPES["F64" if own == "F64" else "F32"]
-    if dtype.mantissa_bits >= exact.mantissa_bits:
-        return 0.0
-    rounded = values[values != 0]
-    spacings = spacing(rounded, dtype.mantissa_bits, dtype.lowest_exponent)
-    return float(np.dot(spacings, spacings)) / 12
+    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
+        return np.broadcast_to(0.0, values.shape)
+    roundings = np.zeros(values.shape)
+    rounded = values != 0
+    spacings = spacing(values[rounded], dtype.mantissa_bits, dtype.lowest_exponent)
+    roundings[rounded] = spacings**2 / 12
+    return roundings
 
 
 def _sampled_ranges(source: Source) -> list[ElementRange]:
@@ -616,7 +725,7 @@ def _drawn_runs(run_id: str, total: int) -> set[int]:
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
     parts = [np.empty(0)]
     sizes: dict[str, int] = {}
-    rounding = 0.0
+    roundings = [np.empty(0)]
     with source:
         for name, begin, end in ranges:
             count = end - begin
@@ -627,13 +736,15 @@ def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
             parts.append(values)
             stored = source.entries[name].dtype
-            own = source.tensors[name].dtype
-            rounding += expected_rounding(values, stored, own)
+            roundings.append(expected_roundings(values, stored, source.tensors[name].dtype))
     values = np.concatenate(parts)
     starts = np.cumsum([0, *sizes.values()])[:-1]
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)
-    return _Sample(source, values, starts, scale, rounding * scale)
+    of_values = np.broadcast_to(0.0, values.shape)  # takes no memory
+    if any(part.any() for part in roundings):
+        of_values = np.concatenate(roundings)
+    return _Sample(source, values, starts, scale, of_values)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other
@@ -674,10 +785,9 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     rest = 1 - share
     unmoved = share * sample_b.values + rest * sample_a.values
     squared = sample.squared(sample.values - unmoved)
-    rounding = sample.rounding
-    rounding += share**2 * sample_b.rounding
-    rounding += rest**2 * sample_a.rounding
-    return Distance(_mixture(b, a, share), squared, rounding)
+    rounding = sample.rounding + share**2 * sample_b.rounding + rest**2 * sample_a.rounding
+    moving = max(sample.moving_share(sample_b), sample_b.moving_share(sample_a))
+    return Distance(_mixture(b, a, share), squared, moving * rounding)
 
 
 def _mixture(later: Discrete, earlier: Discrete, share: float) -> Discrete:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def audiocraft(decay: float, _: int) -> Iterator[float]:
 
 def dino(base: float, steps: int) -> Iterator[float]:
     """As an array over the training, then 1."""
-    yield from 1 + 0.5 * (base - 1) * (1 + np.cos(np.pi * np.arange(steps) / steps))
+    angles = np.pi * np.arange(steps) / steps
+    yield from 1 + 0.5 * (base - 1) * (1 + np.cos(angles))
     while True:
         yield 1.0
 
@@ -46,7 +47,11 @@ def ijepa(base: float, steps: int) -> Iterator[float]:
         yield 1.0
 
 
-LOOPS: dict[str, tuple[Callable[[float, int], Iterator[float]], float, int]] = {
+Loop = Callable[[float, int], Iterator[float]]
+Decay = Callable[[int], float]
+"""The decay of the n-th update."""
+
+LOOPS: dict[str, tuple[Loop, float, int]] = {
     "exp:2000": (ultralytics, 0.9999, 2000),
     "unbiased": (audiocraft, 0.99, 0),
     "unbiased, long": (audiocraft, 0.99999, 0),
@@ -57,18 +62,36 @@ LOOPS: dict[str, tuple[Callable[[float, int], Iterator[float]], float, int]] = {
 """The decays of a library, by its decay or base, and by its second number if it has one."""
 
 
-RULES: dict[str, tuple[DecayRule, Callable[[int], float]]] = {
-    "constant": (DecayRule(0.99), lambda _: 0.99),
-    "first copies": (DecayRule(0.99, copies=1), lambda n: 0.99 if n > 1 else 0.0),
-    "ratio": (DecayRule(0.999, "ratio"), lambda n: min(0.999, ratio(n))),
-    "power": (
-        DecayRule(0.99, "power", copies=3),
-        lambda n: min(0.99, 1 - (1 + max(n - 3, 0)) ** (-2 / 3)),
-    ),
-    "slow power": (
-        DecayRule(0.99, "power", inv_gamma=20.0, power=0.8),
-        lambda n: min(0.99, 1 - (1 + n / 20) ** -0.8),
-    ),
+def constant(_: int) -> float:
+    return 0.99
+
+
+def after_a_copy(n: int) -> float:
+    return 0.99 if n > 1 else 0.0
+
+
+def long_ratio(n: int) -> float:
+    return min(0.999, ratio(n))
+
+
+def power(n: int) -> float:
+    return min(0.99, 1 - (1 + n) ** (-2 / 3))
+
+
+def power_after_three_copies(n: int) -> float:
+    return power(max(n - 3, 0))
+
+
+def slow_power(n: int) -> float:
+    return min(0.99, 1 - (1 + n / 20) ** -0.8)
+
+
+RULES: dict[str, tuple[DecayRule, Decay]] = {
+    "constant": (DecayRule(0.99), constant),
+    "first copies": (DecayRule(0.99, copies=1), after_a_copy),
+    "ratio": (DecayRule(0.999, "ratio"), long_ratio),
+    "power": (DecayRule(0.99, "power", copies=3), power_after_three_copies),
+    "slow power": (DecayRule(0.99, "power", inv_gamma=20.0, power=0.8), slow_power),
 }
 """Rules of other libraries, and the decay of their n-th update."""
 
@@ -96,24 +119,27 @@ def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
     """Of a random walk, the average by the loop and by the profile's masses are equal."""
     rule, decays = rule_and_decays(name)
     steps = 1000
-    walk = np.cumsum(np.random.default_rng(0).standard_normal(steps + 1))
+    motion = np.random.default_rng(0).standard_normal(steps + 1)
+    walk = np.cumsum(motion)
     average = walk[0]
-    for step, decay in zip(range(every, steps + 1, every), decays, strict=False):
+    for step in range(every, steps + 1, every):
+        decay = next(decays)
         average = decay * average + (1 - decay) * walk[step]
     profile = rule.profile(steps, steps // every, every)
     tails = profile.tail(np.arange(steps + 1.0) - 1e-9)
     masses = tails - np.append(tails[1:], 0.0)
     masses[0] = 1 - masses[1:].sum()  # the initial weights
-    assert masses @ walk == pytest.approx(average, abs=1e-12 * np.abs(walk).max())
+    exact = 1e-12 * np.abs(walk).max()
+    assert masses @ walk == pytest.approx(average, abs=exact)
 
 
 def test_a_schedule_goes_on_after_a_restart() -> None:
     """It counts the steps of the training, not the updates since the restart."""
     settings = ImportSettings(ema_warmup="cosine:0.99", steps=1000, ema_restarts=[400])
     profile = Updates().profile(Path("x"), 600, settings)
-    decays = [*zip(range(1, 601), dino(0.99, 1000), strict=False)]
+    decays = [*islice(dino(0.99, 1000), 600)]
     for s in (450, 599):
-        kept = math.prod(decay for step, decay in decays if step > s)
+        kept = math.prod(decays[s:])
         assert profile.tail(s) == pytest.approx(1 - kept, abs=1e-13)
 
 
@@ -122,6 +148,15 @@ def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
     profile = Updates().profile(Path("x"), 500, settings)
     kept = math.prod(0.9 + 0.1 * k / 100 for k in range(40, 50))
     assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
+
+
+def steps_of(profile: OrdinaryEMA, first: int) -> list[int]:
+    """Return the steps from a first one on at which the tail of a profile jumps."""
+    steps = []
+    for step in range(first, int(profile.t) + 1):
+        if profile.tail(step - 0.5) > profile.tail(step):
+            steps.append(step)
+    return steps
 
 
 @pytest.mark.parametrize(
@@ -137,15 +172,13 @@ def test_which_calls_are_updates(calls: Any, updates: range) -> None:
     a copy at most one interval before the first of them."""
     settings = ImportSettings(ema_decay=0.5, update_after_step=20, update_every=10)
     profile = Updates({}, calls=calls).profile(Path("x"), 97, settings)
-    steps = [step for step in range(1, 98) if profile.tail(step - 0.5) > profile.tail(step)]
-    assert steps == [*updates]
+    assert steps_of(profile, 1) == [*updates]
 
 
 def test_a_count_of_calls_tells_the_updates() -> None:
     settings = ImportSettings(ema_decay=0.5, update_after_step=0, update_every=10)
     profile = Updates({}, 97, calls="counted").profile(Path("x"), 97, settings)
-    steps = [step for step in range(12, 98) if profile.tail(step - 0.5) > profile.tail(step)]
-    assert steps == [*range(21, 98, 10)]
+    assert steps_of(profile, 12) == [*range(21, 98, 10)]
 
 
 @pytest.mark.parametrize("text", ["none", "power:0.75", "ramp-up", "exp:500", "unbiased", "cosine"])
@@ -171,7 +204,7 @@ def test_other_warm_ups_are_refused(text: str) -> None:
 )
 def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> None:
     """A training's share is a half-life, and says so."""
-    folder = write(tmp_path / "x", train(), by(lambda _: 0.99))
+    folder = write(tmp_path / "x", train(), by(constant))
     done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", text)
     assert done.code == 2
     accepted = "must be in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-"
@@ -190,14 +223,15 @@ def unbiased(step: int) -> float:
 
 
 def cosine(step: int) -> float:
-    return 1 - 0.01 * (math.cos(math.pi * (step - 1) / STEPS) + 1) / 2
+    angle = math.pi * (step - 1) / STEPS
+    return 1 - 0.01 * (math.cos(angle) + 1) / 2
 
 
 def beyond(step: int) -> float:
     return 0.99 + 0.01 * (step - 1) / (1.25 * STEPS)
 
 
-SAID: dict[str, tuple[Callable[[int], float], list[object]]] = {
+SAID: dict[str, tuple[Decay, list[object]]] = {
     "exp": (exponential, ["--ema-decay", 0.995, "--ema-warmup", "exp:500"]),
     "unbiased": (unbiased, ["--ema-decay", 0.995, "--ema-warmup", "unbiased"]),
     "cosine": (cosine, ["--ema-warmup", "cosine:0.99"]),
@@ -211,11 +245,8 @@ def form(step: int, weights: Weights, average: Weights) -> object:
 
 
 def last_profile(run: Path) -> OrdinaryEMA:
-    (profile,) = [
-        one.profile
-        for one in Run(run).sources
-        if one.t == STEPS and isinstance(one.profile, OrdinaryEMA)
-    ]
+    last = [one.profile for one in Run(run).sources if one.t == STEPS]
+    (profile,) = [one for one in last if isinstance(one, OrdinaryEMA)]
     return profile
 
 
@@ -264,8 +295,10 @@ def test_a_rule_that_nobody_says_is_found(name: str, tmp_path: Path) -> None:
 
 def drifting(noise: float) -> np.ndarray:
     random = np.random.default_rng(0)
-    drift = np.arange(STEPS)[:, None] * random.standard_normal(train().shape[1])
-    return train()[0] + 1e-3 * drift + noise * random.standard_normal(drift.shape)
+    direction = random.standard_normal(train().shape[1])
+    drift = 1e-3 * np.arange(STEPS)[:, None] * direction
+    noises = random.standard_normal(drift.shape)
+    return train()[0] + drift + noise * noises
 
 
 @pytest.mark.parametrize(("length", "noise"), [(3, 0.03), (20, 0.0), (20, 0.1)])
@@ -284,13 +317,18 @@ def test_a_length_far_below_the_spacing_is_not_claimed(
             import_checkpoints(folder, tmp_path / "run")
     else:
         assert found.uncertainty is not None
-        assert abs(math.log((1 - found.found) * length)) < 2 * found.uncertainty
+        factor = (1 - found.found) * length
+        assert abs(math.log(factor)) < 2 * found.uncertainty
 
 
-FEW: dict[str, Callable[[int], float]] = {
-    "constant": lambda _: 0.99,
-    "power": lambda n: min(0.99, 1 - (1 + n) ** (-2 / 3)),
-    "ratio": lambda n: min(0.995, ratio(n)),
+def medium_ratio(n: int) -> float:
+    return min(0.995, ratio(n))
+
+
+FEW: dict[str, Decay] = {
+    "constant": constant,
+    "power": power,
+    "ratio": medium_ratio,
     "unbiased": unbiased,
 }
 
@@ -310,8 +348,10 @@ def test_five_files_show_a_length_within_the_uncertainty(name: str, tmp_path: Pa
     found = last_profile(tmp_path / "run")
     decays = np.array([FEW[name](step) for step in range(1, STEPS + 1)])
     true = np.cumprod(decays[::-1]).sum()
-    length = (1 - found.tail(np.arange(STEPS) + 0.5)).sum()
-    assert abs(math.log(length / true)) < max(2.5 * settings["ema_uncertainty"], 0.02)
+    tails = found.tail(np.arange(STEPS) + 0.5)
+    length = (1 - tails).sum()
+    most = max(2.5 * settings["ema_uncertainty"], 0.02)
+    assert abs(math.log(length / true)) < most
 
 
 # --- a rule that is given, and that the files contradict
@@ -329,7 +369,7 @@ def late_ratio(step: int) -> float:
     return min(0.99, ratio(step))
 
 
-CONTRADICTED: dict[str, tuple[Callable[[int], float], dict[str, object], str]] = {
+CONTRADICTED: dict[str, tuple[Decay, dict[str, object], str]] = {
     "constant": (cosine, {"ema_decay": 0.99}, "cosine"),
     "a warm-up": (cosine, {"ema_decay": 0.99, "ema_warmup": "ratio"}, "cosine"),
     "another schedule": (cosine, {"ema_warmup": "linear:0.99"}, "cosine"),
@@ -346,7 +386,7 @@ def test_a_rule_that_explains_the_files_worse_is_refused(name: str, tmp_path: Pa
         import_checkpoints(folder, None, dry_run=True, **settings)
 
 
-TRUE: dict[str, tuple[dict[str, Any], Callable[[int], float], dict[str, object]]] = {
+TRUE: dict[str, tuple[dict[str, Any], Decay, dict[str, object]]] = {
     "ratio": (FALLING, late_ratio, {"ema_decay": 0.99, "ema_warmup": "ratio"}),
     "of a line": (FAST, line, {"ema_warmup": "linear:0.99"}),
     "exp": (FAST, exponential, {"ema_decay": 0.995, "ema_warmup": "exp:500"}),
@@ -364,7 +404,10 @@ def test_a_rule_that_is_true_is_taken(name: str, tmp_path: Path) -> None:
 
 
 def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(), by(lambda n: min(0.998, n / (n + 1))), form=form)
+    def rising(n: int) -> float:
+        return min(0.998, n / (n + 1))
+
+    folder = write(tmp_path / "x", train(), by(rising), form=form)
     reason = "ema_decay 0.998: does not fit .* without the warm-up .*; add `ema_warmup` power:1"
     with pytest.raises(errors.InvalidValueError, match=reason):
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.998)
@@ -379,10 +422,16 @@ def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> Non
         import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
 
 
-OUTSIDE: dict[str, Callable[[int], float]] = {
-    "a cosine to 0.999": lambda n: 0.9945 - 0.0045 * math.cos(math.pi * n / STEPS),
-    "two decays": lambda n: 0.99 if n < STEPS / 2 else 0.997,
-}
+def cosine_to_0_999(n: int) -> float:
+    angle = math.pi * n / STEPS
+    return 0.9945 - 0.0045 * math.cos(angle)
+
+
+def two_decays(n: int) -> float:
+    return 0.99 if n < STEPS / 2 else 0.997
+
+
+OUTSIDE: dict[str, Decay] = {"cosine": cosine_to_0_999, "two decays": two_decays}
 """Rules that the table has not."""
 
 
@@ -394,10 +443,12 @@ def test_a_rule_that_is_unknown_is_asked_for(name: str, tmp_path: Path) -> None:
 
 
 def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(**FALLING), by(lambda n: n / (n + 30)), form=form)
+    weights = train(**FALLING)
+    folder = write(tmp_path / "x", weights, by(lambda n: n / (n + 30)), form=form)
     import_checkpoints(folder, tmp_path / "run", ema_decay=0.98)
+    run = Run(tmp_path / "run")
     for width in (0.05, 0.25):
-        error, predicted = error_of(Run(tmp_path / "run"), width, weights=train(**FALLING))
+        error, predicted = error_of(run, width, weights=weights)
         assert error < 2 * predicted
 
 
@@ -408,7 +459,7 @@ def claiming_a_warm_up(step: int, weights: Weights, average: Weights) -> object:
 
 def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -> None:
     """A count of updates claims the warm-up of torch-ema; the average has none."""
-    folder = write(tmp_path / "x", train(), by(lambda _: 0.99), form=claiming_a_warm_up)
+    folder = write(tmp_path / "x", train(), by(constant), form=claiming_a_warm_up)
     command = ("import", folder, "--out", tmp_path / "run")
     refused = ema(*command).error
     assert "does not fit the files" in refused
@@ -423,7 +474,7 @@ def test_a_claim_that_nothing_can_check_is_not_replaced(tmp_path: Path) -> None:
     def alone(step: int, weights: Weights, average: Weights) -> object:
         return {"ema": average, "updates": step, "model": None}
 
-    folder = write(tmp_path / "x", train(), by(lambda _: 0.99), form=alone)
+    folder = write(tmp_path / "x", train(), by(constant), form=alone)
     with pytest.raises(errors.InvalidValueError, match="ema_warmup ratio: contradicts"):
         import_checkpoints(folder, tmp_path / "run", ema_warmup="ratio", ema_decay=0.9999)
 
@@ -432,7 +483,8 @@ def test_rules_that_begin_as_the_mean_count_the_first_weights_alike() -> None:
     numbers = np.arange(1.0, 21.0)
     for rule in possible_rules(1000):
         kept = rule.at(numbers)
-        later = np.append(np.cumprod(kept[:0:-1])[::-1], 1.0)
+        from_last = np.cumprod(kept[:0:-1])
+        later = np.append(from_last[::-1], 1.0)
         masses = (1 - kept) * later
         is_even = np.ptp(masses[1:]) < 1e-6  # the first update may be a copy
         is_mean = is_even and masses.sum() > 0.9

@@ -328,6 +328,20 @@ def test_a_program_that_is_known_by_its_structure(name: str, tmp_path: Path) -> 
     check_export(file, average, weights)
 
 
+WRITERS = {
+    "NeMo": "torch-ema; Lightning, transformers",
+    "ACE": "torch-ema; ACE",
+    "Unbiased Teacher": "Megatron",
+    "DDP, weights": "",
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_info_names_the_program(name: str, tmp_path: Path) -> None:
+    write(tmp_path / "run", PROGRAMS[name])
+    assert Run(tmp_path / "run").info()["written_by"] == WRITERS[name]
+
+
 def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
     """Its object has nothing but the average and counters."""
     for save in saves():
@@ -453,6 +467,135 @@ def test_an_average_in_two_parts_is_one(name: str, tmp_path: Path) -> None:
     )
 
 
+UNNAMED = {
+    "FUNIT": ("gen", "gen_test"),
+    "a word within a word": ("netG", "netGEMA"),
+    "plurals": ("models", "averages"),
+}
+"""Keys of the weights and of the average, of which none is a word for it."""
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_the_values_show_which_of_two_groups_is_the_average(name: str, tmp_path: Path) -> None:
+    key, other = UNNAMED[name]
+    discriminator = named("dis.", saves()[0].weights) | {"last.weight": torch.ones(3, 3)}
+    for save in saves():
+        content = {other: save.average, key: save.weights, "dis": discriminator}
+        torch.save(content, tmp_path / f"gen_{save.step:08}.pt")
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights, None)
+
+
+FORMS = {
+    "ALBEF, BLIP": ("{}_encoder", "{}_encoder_m"),
+    "begun with a word": ("{}", "slow_{}"),
+    "with another word": ("{}_q", "{}_k"),
+}
+
+
+def in_two_parts(tensors: Tensors, form: str) -> Tensors:
+    return named("module.", in_parts(tensors, form.format("visual"), form.format("text")))
+
+
+def with_slow_parts(save: Save, name: str) -> Tensors:
+    form, slow = FORMS[name]
+    rest = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
+    return in_two_parts(save.weights, form) | in_two_parts(save.average, slow) | rest
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_values_show_that_parts_of_a_model_are_averages(name: str, tmp_path: Path) -> None:
+    for save in saves():
+        torch.save({"model": with_slow_parts(save, name)}, tmp_path / f"step{save.step}.pt")
+    last = saves()[-1]
+    rest = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
+    average = in_two_parts(last.average, FORMS[name][0]) | rest
+    check(tmp_path, average, in_two_parts(last.weights, FORMS[name][0]) | rest, None)
+    file = tmp_path / "step400.pt"
+    assert_equal(exported(file, weights=True), with_slow_parts(last, name))
+    with pytest.raises(FileFormatError, match="holds no average"):
+        exported(file)
+
+
+def negated(tensors: Tensors) -> Tensors:
+    return {name: -value for name, value in tensors.items()}
+
+
+ALIKE: dict[str, Callable[[Save], Tensors]] = {
+    "two generators": lambda save: (
+        named("a_to_b.", save.weights) | named("b_to_a.", negated(save.average))
+    ),
+    "twin critics": lambda save: (
+        named("critic.", save.weights) | named("critic_b.", saves()[-save.epoch].weights)
+    ),
+    "a copy of the begin": lambda save: (
+        named("net.", save.weights) | named("net_init.", negated(negated(saves()[0].weights)))
+    ),
+    "layers": lambda save: named("block.", save.weights) | named("block1.", save.average),
+    "a small head": lambda save: (
+        {"body.weight": torch.ones(40, 40)}
+        | {
+            "head.weight": save.weights["head.weight"],
+            "head_aux.weight": save.average["head.weight"],
+        }
+    ),
+}
+"""Parts with the same names and shapes, of which none is an average."""
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_parts_that_are_alike_are_weights(name: str, tmp_path: Path) -> None:
+    for save in saves():
+        torch.save({"model": ALIKE[name](save)}, tmp_path / f"step{save.step}.pt")
+    run = Run(tmp_path)
+    assert {source.holds for source in run.sources} == {"weights"}
+    assert run.tensors.keys() == ALIKE[name](saves()[-1]).keys()
+
+
+FIXED_KEYS: dict[str, Callable[[Save], dict[str, Any]]] = {
+    "state_dict current_model_state": lambda save: {
+        "state_dict": save.average,
+        "current_model_state": save.weights,
+        "averaging_state": {"n_averaged": torch.tensor(save.step)},
+    },
+    "state_dict ema_state_dict": lambda save: {
+        "state_dict": save.average,
+        "ema_state_dict": named("module.", save.weights) | {"steps": torch.tensor(save.step)},
+    },
+    "ema_optimizer model": lambda save: {
+        "model": save.weights,
+        "ema_optimizer": {f"state.{name}.ema_params": one for name, one in save.average.items()},
+    },
+}
+"""The keys of the average and of the weights in Lightning, mmengine and torchtitan."""
+
+
+@pytest.mark.parametrize("keys", FIXED_KEYS)
+def test_a_set_that_is_named_counts_also_where_a_layout_has_another(
+    keys: str,
+    tmp_path: Path,
+) -> None:
+    for save in saves():
+        content = FIXED_KEYS[keys](save) | {
+            "slower": negated(save.average),
+            "global_step": save.step,
+        }
+        torch.save(content, tmp_path / f"step{save.step}.pt")
+    average_key, weights_key = keys.split()
+    last = saves()[-1]
+    file = tmp_path / "step400.pt"
+    assert_equal(exported(file, average=average_key), last.average)
+    assert_equal(exported(file, average=weights_key), last.weights)
+    assert_equal(exported(file, average="slower"), negated(last.average))
+    with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
+        exported(file, average="nowhere")
+    check(tmp_path, last.average, last.weights, None, average=average_key, weights=weights_key)
+    with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
+        import_checkpoints(tmp_path, None, dry_run=True, weights="nowhere")
+    others = import_checkpoints(tmp_path, None, dry_run=True, kind="checkpoints", weights="slower")
+    assert_equal(values_of(others.checkpoints[-1]), negated(last.average))
+
+
 LIT_EMA = {"decay": torch.tensor(0.95), "num_updates": torch.tensor(3)}
 NOT_ONE: dict[str, tuple[list[str], Tensors]] = {
     "of two rules": (["unet_ema", "vae_ema"], named("unet_ema.", LIT_EMA)),
@@ -518,6 +661,9 @@ def test_buffers_of_mmcv(
         keys.reverse()
     assert_equal(exported(file, average=keys[0]), last.average)
     assert_equal(exported(file, average=keys[1]), last.weights)
+    check(tmp_path, last.average, last.weights, None, weights=keys[1])
+    with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
+        exported(file, average="nowhere")
 
 
 def ramp(n: int) -> float:
@@ -562,6 +708,23 @@ def test_modules_of_ultralytics(has_model: bool, tmp_path: Path) -> None:
     if has_model:
         check(tmp_path, halved(last.average), halved(last.weights), 0.9999)
         check_export(file, halved(last.average), halved(last.weights))
+
+
+@pytest.mark.parametrize("late", [0, 5])
+def test_counts_of_torchvision_begin_after_its_warm_up(late: int, tmp_path: Path) -> None:
+    """It sets them back to 0 until the learning rate has risen."""
+    for save in saves()[5:]:
+        average = named("module.", save.average)
+        average["n_averaged"] = torch.tensor((save.epoch - late) * EVERY)
+        content = {"model": save.weights, "model_ema": average, "epoch": save.epoch - 1}
+        torch.save(content, tmp_path / f"model_{save.epoch - 1}.pth")
+    settings = {"ema_decay": 0.95, "ema_warmup": "none", "first_epoch": 0}
+    if late:
+        with pytest.raises(InvalidValueError, match=r"steps_per_epoch: must be .* since epoch 5"):
+            import_checkpoints(tmp_path, None, dry_run=True, **settings)
+        settings |= {"steps_per_epoch": EVERY, "update_every": 1}
+    found = import_checkpoints(tmp_path, None, dry_run=True, **settings).checkpoints
+    assert {one.t for one in found} == {save.step for save in saves()[5:]}
 
 
 def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:

@@ -71,6 +71,6 @@ def negated(weights: Tensors) -> Tensors:
 def test_two_models_that_move_alike_are_asked_about(tmp_path: Path) -> None:
     other = list(map(negated, WEIGHTS))
     run = Run(write(tmp_path / "files", model=WEIGHTS, twin=other))
-    with pytest.raises(InvalidValueError, match="neither moves less: twin or model"):
+    with pytest.raises(InvalidValueError, match="neither follows the other: twin or model"):
         print(run.sources)
     import_checkpoints(tmp_path / "files", tmp_path / "run", kind="checkpoints")

@@ -220,7 +220,7 @@ def test_which_set_is_meant_is_asked_where_two_or_none_have_a_word(
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
         import_checkpoints(students, tmp_path / "again")
     assert ema("import", students, "--out", tmp_path / "again", "--weights", "one").code == 0
-    folder = write(tmp_path / "run", lambda w, a: {"first": w, "second": a})
+    folder = write(tmp_path / "run", lambda w, a: {"first": w, "second": a, "third": w})
     with pytest.raises(FileFormatError, match="unclear"):
         Run(folder).average(0.15)
     check(folder, ema_decay=DECAY, average="second", weights="first")
@@ -304,6 +304,24 @@ def test_the_vectors_of_spectral_norm_are_copied(
     vectors = dict(layer.named_buffers())
     assert found.keys() == layer.state_dict().keys() and len(vectors) == 2
     assert all(torch.equal(found[name], vector) for name, vector in vectors.items())
+
+
+def test_the_sums_of_a_codebook_are_copied(tmp_path: Path) -> None:
+    """Their vectors are averaged; a tensor of such a name alone is a weight."""
+    for step in range(10, 70, 10):
+        codebook = {
+            "vq.embed": torch.full((8, 4), 1 + step / 1000),
+            "vq.cluster_size": torch.arange(8.0) * step**2,
+            "vq.embed_avg": torch.full((8, 4), 1e6 * step),
+            "layer.embed_avg": torch.full((3,), 1 + step / 1000),
+        }
+        torch.save({"state_dict": codebook}, tmp_path / f"step{step}.pt")
+    made = Run(tmp_path).average(0.2)
+    assert (made.predicted_error or 1.0) < 0.01
+    assert torch.equal(made["vq.cluster_size"], codebook["vq.cluster_size"])
+    assert torch.equal(made["vq.embed_avg"], codebook["vq.embed_avg"])
+    for name in ("vq.embed", "layer.embed_avg"):
+        assert 1.01 < made[name].flatten()[0] < 1.06
 
 
 @pytest.mark.parametrize("is_folder", [False, True])

@@ -1,0 +1,92 @@
+"""Long averages that files hold in half precision, without weights beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import exact_weights
+
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.errors import InvalidValueError
+
+STEPS = 600
+EVERY = 30
+ELEMENTS = 2000
+SIGMA = 0.1
+
+
+def write(
+    folder: Path,
+    dtype: torch.dtype,
+    decay: float,
+    rate: float,
+    moving: float = 1.0,
+    is_kept: bool = False,
+) -> np.ndarray:
+    """Write averages of a random walk of some elements, and return the true average of `SIGMA`.
+
+    Each is rounded when it is saved, or kept in its dtype and rounded at each update.
+    """
+    random = np.random.default_rng(0)
+    weights = random.standard_normal(ELEMENTS)
+    average = torch.from_numpy(weights.copy())
+    if is_kept:
+        average = average.to(dtype)
+    truth = np.zeros(ELEMENTS)
+    count = int(moving * ELEMENTS)
+    for step, share in enumerate(exact_weights(SIGMA, range(1, STEPS + 1)), 1):
+        weights[:count] += rate * random.standard_normal(count)
+        truth += share * weights
+        average.lerp_(torch.from_numpy(weights).to(average.dtype), 1 - decay)
+        if step % EVERY == 0:
+            content = {"ema": {"w": average.to(dtype)}, "global_step": step}
+            torch.save(content, folder / f"step{step}.pt")
+    return truth
+
+
+CASES = [
+    (torch.float16, 0.9999, 3e-3, 0.1),
+    (torch.bfloat16, 0.9995, 1e-2, 0.1),
+    (torch.float16, 0.999, 2e-3, 0.02),
+    (torch.bfloat16, 0.999, 3e-3, 1.0),
+    (torch.float16, 0.999, 3e-3, 1.0),
+]
+
+
+@pytest.mark.parametrize(("dtype", "decay", "rate", "moving"), CASES)
+def test_the_error_of_averages_of_which_most_stands_still_is_predicted(
+    dtype: torch.dtype,
+    decay: float,
+    rate: float,
+    moving: float,
+    tmp_path: Path,
+) -> None:
+    truth = write(tmp_path, dtype, decay, rate, moving)
+    import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
+    made = Run(tmp_path / "run").average(SIGMA, dtype="float64")
+    error = np.linalg.norm(made["w"].numpy() - truth) / np.linalg.norm(truth)
+    predicted = made.predicted_error or 0.0
+    assert predicted / 6 < error < 1.3 * predicted
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_averages_that_were_updated_in_half_precision_are_refused(
+    dtype: torch.dtype,
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, dtype, 0.9995, 3e-2, is_kept=True)
+    with pytest.raises(InvalidValueError, match=r"half precision, and loses updates: \d+%"):
+        import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.9995)
+    import_checkpoints(tmp_path, tmp_path / "run", kind="checkpoints", weights="ema")
+
+
+def test_averages_that_hardly_move_are_warned_of(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write(tmp_path, torch.bfloat16, 0.9999, 1e-3, is_kept=True)
+    import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.9999)
+    assert "in half precision, and most of it stands still" in caplog.text

@@ -1,0 +1,75 @@
+"""Checkpoints of two trainings in one folder are told by the distances between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from posthoc_cli import Run
+
+ELEMENTS = 500
+
+
+def walk(seed: int, steps: int = 100, rate: float = 0.02) -> np.ndarray:
+    """Return the weights of a training after each step, [steps, elements], of norm about 1 each."""
+    random = np.random.default_rng(seed)
+    motion = rate * random.standard_normal((steps, ELEMENTS))
+    motion[0] += random.standard_normal(ELEMENTS)
+    return motion.cumsum(axis=0)
+
+
+FIRST = walk(1)
+SECOND = walk(2)
+FAST = np.vstack([FIRST[:50], FIRST[49] + walk(3, rate=0.06)[:50] - walk(3, rate=0.06)[0]])
+"""As after a restart with a larger learning rate."""
+EVEN = range(5, 100, 5)
+UNEVEN = (1, 2, 3, 50, 51, 52, 98, 99)
+
+
+def in_turns(step: int) -> np.ndarray:
+    return (FIRST if step % 10 else SECOND)[step]
+
+
+def one_after_another(step: int) -> np.ndarray:
+    return (FIRST if step < 50 else SECOND)[step]
+
+
+def count_warnings(
+    folder: Path,
+    weights: Callable[[int], np.ndarray],
+    steps: object,
+    caplog: pytest.LogCaptureFixture,
+) -> int:
+    for step in steps:  # type: ignore[attr-defined]
+        state = {"w": torch.from_numpy(weights(step)).float()}
+        torch.save(state, folder / f"step{step}.pt")
+    Run(folder).plan(0.1)
+    return caplog.text.count("as far apart as files of two trainings")
+
+
+@pytest.mark.parametrize("weights", [in_turns, one_after_another])
+def test_files_of_two_trainings_are_warned_of(
+    weights: Callable[[int], np.ndarray],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert count_warnings(tmp_path, weights, EVEN, caplog) == 1
+    assert "name the files of one training by a glob" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("path", "steps"),
+    [(FIRST, EVEN), (FIRST, UNEVEN), (FAST, EVEN), (10 * FAST, UNEVEN), (0 * FIRST + 1, EVEN)],
+)
+def test_files_of_one_training_are_not(
+    path: np.ndarray,
+    steps: object,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also with other intervals, with a larger learning rate after a restart, and at rest."""
+    assert count_warnings(tmp_path, path.__getitem__, steps, caplog) == 0
