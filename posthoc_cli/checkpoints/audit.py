@@ -509,7 +509,8 @@ class _Explanation:
             own = row.unexplained(row.fit(model))
             limit = _CLEARLY * row.unexplained(model)
             # either another decay or a restart explains the interval
-            if kept[index] >= _SHORTEST and own < limit:
+            is_lost = row.kept()[0] < kept[index] / 2
+            if kept[index] >= _SHORTEST and is_lost and own < limit:
                 time = _locate_start(model, row)
                 begun = row.unexplained(model.begun(time))
                 if begun < min(limit, 1.5 * own):
@@ -804,7 +805,12 @@ def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, st
         return LOSES_UPDATES, f"{text}where the weights move them by two digits"
     if audit.is_of_other_weights:
         return "undetermined", _OTHER_WEIGHTS
-    stopped = [each for each in audit.intervals if _is_stopped(each, explanation.model)]
+    moved = [each.time for each in audit.intervals if each.note != _STILL]
+    shortest = min(moved, default=0.0)  # a shorter one may lie between two updates
+    stopped = []
+    for each in audit.intervals:
+        if _is_stopped(each, explanation.model) and each.time >= shortest:
+            stopped.append(each)
     if not stopped:
         return None
     text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "

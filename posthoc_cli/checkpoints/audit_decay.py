@@ -329,6 +329,20 @@ class Intervals:
         tail = of_updates.mean(axis=1, keepdims=True)
         return kept[:, -1:], 1 - tail
 
+    def kept(self) -> FloatArray:
+        """Return what is left at the end of each interval of the average at its beginning, whenever
+        the weights moved between them: [intervals].
+
+        It is the coefficient of d if d and v explain y, both freely.
+        """
+        sums = self.gram.sum(axis=1)
+        _, of_d, of_v = np.moveaxis(sums, -1, 0)  # products with y, d and v, in this order
+        determinant = of_d[:, 1] * of_v[:, 2] - of_d[:, 2] ** 2
+        kept: FloatArray = np.zeros_like(determinant)
+        product = of_d[:, 0] * of_v[:, 2] - of_v[:, 0] * of_d[:, 2]
+        np.divide(product, determinant, out=kept, where=determinant > 0)
+        return kept
+
     def residuals(self, model: Model, bends: bool = False) -> FloatArray:
         """Return the squared norms of y - B d - s v: [intervals, pieces].
 

@@ -287,6 +287,8 @@ def _round_decays(decay: float, distance: float) -> list[float]:
 def _check_is_average(audit: Audit) -> None:
     """Raise an InvalidValueError if no decay describes an average."""
     hint = "`kind` checkpoints takes the weights alone"
+    if audit.verdict == DOES_NOT_MOVE:
+        hint += ", and `update_every` says that it is updated less often"
     if audit.verdict in (SET_BACK, DOES_NOT_MOVE):
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
     if audit.verdict == LOSES_UPDATES:

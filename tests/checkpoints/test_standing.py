@@ -1,0 +1,83 @@
+"""Weights or averages that stand still within an interval are no fault of the average."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from factories import FloatArray
+
+from posthoc_cli import Run, import_checkpoints
+
+STEPS = 2000
+SIZE = 300
+
+
+def walk(rate: FloatArray) -> FloatArray:
+    """Return the weights after each step, [STEPS, SIZE], which move by this rate."""
+    random = np.random.default_rng(0)
+    moves = 0.02 * rate[:, None] * random.standard_normal((STEPS, SIZE))
+    start = random.standard_normal(SIZE)
+    path: FloatArray = start + np.cumsum(moves, axis=0)
+    return path
+
+
+def save(
+    folder: Path,
+    path: FloatArray,
+    steps: Iterable[int],
+    decay: float = 0.99,
+    every: int = 1,
+    reset: int | None = None,
+) -> Path:
+    """Write the weights and their average, which every so many steps takes them in, and at `reset`
+    is replaced by them."""
+    folder.mkdir()
+    written = set(steps)
+    average = path[0]
+    for step, weights in enumerate(path, 1):
+        if step % every == 0:
+            average = decay * average + (1 - decay) * weights
+        if step == reset:
+            average = weights
+        if step in written:
+            content = {"model": {"w": weights}, "ema": {"w": average}}
+            tensors = {
+                key: {name: torch.from_numpy(value).float() for name, value in part.items()}
+                for key, part in content.items()
+            }
+            torch.save({"step": step, **tensors}, folder / f"step{step}.pt")
+    return folder
+
+
+LATE = [*range(75, 1776, 100), STEPS]
+"""Of the last interval, 225 steps, the weights of `falling` hardly move in the second half."""
+
+
+def falling() -> FloatArray:
+    left = 1 - np.arange(1, STEPS + 1) / STEPS
+    return walk(np.clip(left / 0.1, 0, 1))
+
+
+def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(tmp_path: Path) -> None:
+    """Motion that is over early within an interval was taken for an average that began again."""
+    folder = save(tmp_path / "files", falling(), LATE)
+    (audit,) = Run(folder).audit()
+    assert (audit.verdict, audit.starts) == ("found", ())
+    assert audit.found is not None
+    assert abs(audit.found - 0.99) < 0.0005
+    import_checkpoints(folder, tmp_path / "run", ema_decay=0.99, ema_warmup="none")
+
+
+def test_a_restart_in_such_an_interval_is_still_one(tmp_path: Path) -> None:
+    folder = save(tmp_path / "files", falling(), LATE, reset=1935)
+    (audit,) = Run(folder).audit()
+    assert audit.verdict == "began again"
+
+
+def test_two_files_between_two_updates_have_one_average(tmp_path: Path) -> None:
+    steps = [*range(100, STEPS + 1, 100), 1722, 1725]
+    folder = save(tmp_path / "files", walk(np.ones(STEPS)), steps, decay=0.97, every=10)
+    (audit,) = Run(folder).audit()
+    assert audit.verdict == "found"
+    import_checkpoints(folder, tmp_path / "run")
