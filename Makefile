@@ -110,7 +110,7 @@ compat:
 
 # Requirements as "name==oldest". Newer releases of click and pyparsing warn of uses by old typer and matplotlib.
 OLDEST = $(shell sed -n '/^dependencies/,/^]/s/.*"\(.*\)>=\([0-9.]*\)".*/\1==\2/p' pyproject.toml) "click<8.2" "pyparsing<3.3"
-NEED_NEWER = accelerate fully_shard lightning peft transformers
+NEED_NEWER = accelerate Adafactor fully_shard lightning peft transformers
 
 oldest:
 	rm -rf $(VENV)-oldest
@@ -119,7 +119,8 @@ oldest:
 	  obstore==0.8.0 pytest pytest-xdist pytest-randomly pytest-timeout hypothesis mpmath python-flint scikit-learn ipython
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup \
-	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' tests)
+	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' tests) \
+	  -k "not 8_bit and not truncated_file_is_always_found"
 
 audit: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit

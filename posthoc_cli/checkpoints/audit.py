@@ -845,11 +845,21 @@ def _shown(
     if model.rule.is_schedule:
         return f"decay by {rule} (± {percent(sigma)} of what an update takes in)"
     if model.parameter > found + _RISES:
-        return f"decay {found:.7g} at the end, still rising by {rule}"
-    shown = f"decay {found:.7g}, a time constant of {model.length:,.4g} {unit} (± {percent(sigma)})"
+        return f"decay {_decay_text(found, sigma)} at the end, still rising by {rule}"
+    length = f"a time constant of {model.length:,.4g} {unit} (± {percent(sigma)})"
+    shown = f"decay {_decay_text(found, sigma)}, {length}"
     if model.rule.warm_up:
         shown += f", reached by {rule}"
     return shown
+
+
+def _decay_text(decay: float, sigma: float) -> str:
+    """Return a decay with two digits of its uncertainty, `sigma` relative to 1 - decay."""
+    error = (1 - decay) * min(max(sigma, 1e-9), 1.0)
+    if error <= 0:
+        return f"{decay:.7g}"
+    decimals = 1 - math.floor(math.log10(error))
+    return f"{decay:.{decimals}f}"
 
 
 def _why_vague(audit: Audit, model: Model, is_better: bool, unit: str) -> str:
