@@ -73,8 +73,9 @@ def test_a_sweep_and_its_page_name_what_to_repeat(
     assert_same_tensors(load_file("swept/best.safetensors"), wanted)
     assert ema("report", run / "own", "--sweep", "swept", "--out", "page.html").code == 0
     text = html.unescape(Path("page.html").read_text())
-    assert "40 x weights" in text
-    again, make = re.findall("^(?:<pre>)?ema (.*)", text, re.MULTILINE)
+    assert "40\N{NO-BREAK SPACE}x weights" in text
+    commands = text.replace("<span>", "").replace("</span>", "")
+    again, make = re.findall("<code>ema (.*?)</code>", commands)
     assert ema(*shlex.split(make)).code == 0
     assert_same_tensors(load_file("model.safetensors"), wanted)
     assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.15,0.2").code == 0
