@@ -132,6 +132,11 @@ class Sketch:
         is_shared = (length > 0) & is_short
         was_shared = np.logical_or.accumulate(is_shared)
         part = (counts - 1) * (counts - 2) / counts**2
+        # All values of a fold but the newest are within the longest time that may be shared: the
+        # rest of a longer one is a leap of the clock, on the newest alone.
+        longest = LONGEST * counts / (counts - 1)
+        without_leap = longest / np.maximum(length, longest)
+        part *= without_leap**2
         return np.where(was_shared, part, 0.0)
 
     def _noise_and_walk_of_folds(self) -> tuple[FloatArray, FloatArray]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, sketch_of, tiny_model
+from factories import FloatArray, exact_weights, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from tracker.runs import Training
@@ -81,6 +81,58 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     n = coarse.folds[1]
     expected = variance * (n - 1 / n) / 6
     assert coarse.spread[1:-1].mean() == pytest.approx(expected, rel=0.3)
+
+
+def clock_with_leaps(every: int, size: float) -> FloatArray:
+    """Return times one apart, but for a long interval before each update of a number that ends
+    `every` updates."""
+    numbers = np.arange(1, 1201)
+    is_leap = numbers % every == every - 7
+    return np.cumsum(np.where(is_leap, size, 1.0))
+
+
+def uneven_clock() -> FloatArray:
+    """Return times of which each window of the sketch has one: intervals are alternately 0.2 and 10
+    per cent of the time so far."""
+    growth = np.tile([1.002, 1.1], 600)
+    return np.cumprod(growth)
+
+
+CLOCKS = {
+    "even": np.arange(1.0, 1201.0),
+    "a late leap": clock_with_leaps(1200, 40_000),
+    "leaps": clock_with_leaps(300, 40_000),
+    "uneven": uneven_clock(),
+}
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_leaps_of_the_clock_are_not_smoothed(clock: str, tmp_path: Path) -> None:
+    """The path, known at each update, shows the error: where a window had taken the interval of a
+    leap for many updates it was 7 to 18 times that of the paper's method."""
+    times = CLOCKS[clock]
+    random = np.random.default_rng(0)
+    moves = random.standard_normal((times.size, 500))
+    start = random.standard_normal(500)
+    path = (start + np.cumsum(0.02 * moves, axis=0)).astype(np.float32)
+    net = torch.nn.ParameterDict({"w": torch.zeros(500)})
+    with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
+        for t, weights in zip(times.tolist(), path, strict=True):
+            net["w"].data.copy_(torch.from_numpy(weights))
+            tracker.update_(net, t)
+    run = Run(tmp_path)
+    sketch = sketch_of(run.sources[-1])
+    assert len(sketch.folds) <= 1024
+    exact = exact_weights(0.2, times.tolist()) @ path.astype(np.float64)
+
+    def error_of(average: Any) -> float:
+        return float(np.linalg.norm(average["w"].double().numpy() - exact))
+
+    best = run.average(0.2)
+    by_profile = run.average(0.2, method="paper")
+    assert error_of(best) < 1.1 * error_of(by_profile)
+    predicted = best.predicted_error * np.linalg.norm(exact)
+    assert predicted / 1.5 < error_of(best) < 1.5 * predicted
 
 
 def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
