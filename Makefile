@@ -10,7 +10,8 @@
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make compat   the wheel with the oldest Python and torch, and with the newest
-# make oldest   tests with the oldest release of each requirement, on PYTHON (python3.10)
+# make oldest   tests with the oldest release of each requirement, on PYTHON (python3.10); those of some ten files fail
+#               or are not collected, which use newer releases themselves
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -30,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo test lint types unit coverage bench gpu evidence torture integrations dist wheel compat oldest audit clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n '/^$$/q; s/^# //p' Makefile
 
 $(INSTALLED): pyproject.toml Makefile
 	@echo "installing the package into $(VENV), most of it torch: some minutes, and 1.3 GB with torch's"
@@ -118,8 +119,8 @@ oldest:
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) \
 	  obstore==0.8.0 pytest pytest-xdist pytest-randomly pytest-timeout hypothesis mpmath python-flint scikit-learn ipython
 	$(VENV)-oldest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup \
-	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' tests) \
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(JOBS) --dist loadgroup -W ignore::FutureWarning --continue-on-collection-errors \
+	  $(shell grep -rLE "$(shell echo $(NEED_NEWER) | tr ' ' '|')" --include='test_*.py' --exclude-dir=remote tests) \
 	  -k "not 8_bit and not truncated_file_is_always_found"
 
 audit: $(READY)

@@ -73,7 +73,7 @@ def exact_average(
 ) -> FloatArray:
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
-    stacked = np.array(values, dtype=np.float64)
+    stacked = np.array([np.asarray(value) for value in values], dtype=np.float64)
     return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
 
 
