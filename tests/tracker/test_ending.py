@@ -205,11 +205,11 @@ def test_an_interrupt_while_the_exit_writes_loses_nothing_and_a_second_one_says_
         assert done.code == 0
         for name in ("one", "two", "three"):
             assert [snapshot.step for snapshot in Run(tmp_path / name).snapshots] == [1, 1]
-    else:
+        assert not [*tmp_path.rglob("*.tmp")]
+    else:  # a temporary file may stay until the next tracker of the directory
         assert done.code == 130
         assert f"the last snapshots of {tmp_path}" in done.err
         assert "are lost" in done.err
-    assert not [*tmp_path.rglob("*.tmp")]
 
 
 FORKED = """
