@@ -200,7 +200,7 @@ def measured_prior(averages: Sequence[StoredAverage], sketch: Sketch | None = No
     if sketch is not None:
         motion = Motion.of_sketch(sketch, steps)
     elif pairs:
-        motion, doubt = _fitted(averages, pairs, steps)
+        motion, doubt = _fitted(averages, pairs, norm, steps)
     else:
         motion = _even_motion(profiles, norm, steps)
         # Weights that are all 0 have distances, but all of these are 0.
@@ -250,9 +250,11 @@ def _newest_steps(averages: Sequence[StoredAverage]) -> Steps | None:
 def _fitted(
     averages: Sequence[StoredAverage],
     pairs: Sequence[Pair],
+    norm: FloatArray,
     steps: Steps | None,
 ) -> tuple[Motion, float]:
-    """Return the motion that explains the distances of averages, and `Prior.doubt`."""
+    """Return the motion that explains the distances of averages, of these squared norms, and
+    `Prior.doubt`."""
     profiles = [average.profile for average in averages]
     times = [profile.t for profile in profiles]
     start = min(average.start for average in averages)
@@ -268,8 +270,7 @@ def _fitted(
     else:
         spacing = spacing_of(motion.edges, discrete, steps)
         motion = motion.with_forgotten(spacing)
-    norm = [each.measurements.norm for each in averages if each.measurements is not None]
-    even = _even_motion(profiles, np.array(norm), steps)
+    even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
     return motion.with_unseen(first, float(even.walk[0])), doubt
 

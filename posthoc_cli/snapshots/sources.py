@@ -526,8 +526,7 @@ def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     averages.
 
     `Distance.rounding` is the expected rounding of both averages, of elements in motion. All are
-    None if values are too
-    large to be squared; a NonFiniteError for nan or infinity.
+    None if values are too large to be squared; a NonFiniteError for nan or infinity.
 
     A distance that shows recent motion alone (see `_recent_motion`) replaces all distances of
     another library's average, if at its time it is well above its rounding.
