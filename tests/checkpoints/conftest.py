@@ -18,6 +18,12 @@ def weights() -> dict[int, Weights]:
 
 
 @pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Return where a test's checkpoints go."""
+    return tmp_path / "files"
+
+
+@pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Return where a test's import goes."""
     return tmp_path / "run"
