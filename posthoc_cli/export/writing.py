@@ -329,7 +329,8 @@ def write_synthesis(
         plan, copied = like.fitted(plan)
     if paths:
         infos = [plan.output_info(index) for index in range(len(plan.targets))]
-        headers = dict(zip(paths, (info.encoded() for info in infos), strict=True))
+        encoded = [info.encoded() for info in infos]
+        headers = dict(zip(paths, encoded, strict=True))
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
             writing = Writing(plan.passes(), headers, options, copied, ranks)
@@ -470,8 +471,9 @@ class Writing:
         if self.ranks.world == 1:
             return plan
         shards, _ = self.shards
-        own = set(chain(*[*shards.values()][self.ranks.rank :: self.ranks.world]))
-        subset = [name for name, aliases in plan.names.items() if not own.isdisjoint(aliases)]
+        mine = [*shards.values()][self.ranks.rank :: self.ranks.world]
+        names = set(chain(*mine))
+        subset = [name for name, aliases in plan.names.items() if not names.isdisjoint(aliases)]
         return replace(plan, subset=frozenset(subset))
 
 

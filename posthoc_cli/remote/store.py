@@ -145,7 +145,8 @@ class RemotePath(PosixPath):
         self._known = None
         info = self._ask()
         mode = stat.S_IFREG if info else stat.S_IFDIR
-        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, info.size if info else 0, 0, 0, 0))
+        size = info.size if info else 0
+        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, size, 0, 0, 0))
 
     lstat = stat
 
@@ -244,8 +245,10 @@ def listed(url: str) -> dict[str, ObjectInfo | None]:
         except RemoteError as error:
             if error.errno != errno.EAGAIN or not left:
                 raise
-    objects = {entry["path"]: _info(entry) for entry in answer["objects"] if entry["path"] != key}
-    entries = dict.fromkeys(answer["common_prefixes"]) | objects
+    entries = dict[str, ObjectInfo | None].fromkeys(answer["common_prefixes"])
+    for entry in answer["objects"]:
+        if entry["path"] != key:
+            entries[entry["path"]] = _info(entry)
     return {path.rpartition("/")[2]: info for path, info in entries.items()}
 
 
@@ -255,11 +258,12 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
     store, key = _place(url)
     if not key:
         raise _system_error(errno.ENOENT, url)  # a bucket
+    options: dict[str, Any] = {"range": (begin, end)}
+    if tag:
+        options["if_match"] = tag
     try:
         with request_errors(url):
-            answer = store.get(
-                key, options={"range": (begin, end)} | ({"if_match": tag} if tag else {})
-            )
+            answer = store.get(key, options=options)
             return memoryview(answer.bytes()), _info(answer.meta)
     except RemoteError as error:
         if error.errno != errno.ERANGE:
