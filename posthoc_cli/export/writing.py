@@ -434,7 +434,8 @@ class Writing:
         for path in self.headers:
             if self.options.overwrite:
                 _check_no_snapshot(path)
-            if self.layout in FOLDERS or (self.copied is not None and self.copied.like.is_folder):
+            copies_folder = self.copied is not None and self.copied.like.is_folder
+            if copies_folder or self.layout in FOLDERS:
                 replaces = FOLDERS.get(self.layout) if self.options.overwrite else None
                 folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
         return folders
