@@ -163,7 +163,7 @@ class RemotePath(PosixPath):
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
         """Yield the matches in this folder, hidden names included; `model@step*` matches revisions
         of the Hub."""
-        if str(self).startswith("hf://") and "@" in pattern:
+        if is_on_hub(str(self)) and "@" in pattern:
             repository, _at, wanted = pattern.partition("@")
             store, key = _place(str(self / repository))
             with request_errors(str(self / repository), "listed"):
@@ -224,10 +224,28 @@ def matching(pattern: Path) -> list[Path]:
 def head(url: str) -> ObjectInfo:
     """Return the facts about an object; raise a FileNotFoundError if it does not exist.
 
-    A byte is read: the answer to a HEAD request has no body, which would hold the reason of a
-    refusal.
+    A byte is read from a bucket: the answer to a HEAD request has no body, which would hold the
+    reason of a refusal.
     """
-    return get(url, 0, 1)[1]
+    if is_on_hub(url):
+        hub, key = _place(url)
+        with request_errors(url):
+            return _info(hub.head(key))
+    _, info = get(url, 0, 1)
+    return info
+
+
+def is_on_hub(url: str) -> bool:
+    """Return whether a URL names something on the Hugging Face Hub."""
+    return url.startswith("hf://")
+
+
+def download(url: str) -> Path:
+    """Return the path of a copy of a file of the Hub, in the cache of `huggingface_hub`."""
+    hub, key = _place(url)
+    with request_errors(url, "downloaded"):
+        copy: Path = hub.download(key)
+        return copy
 
 
 _LISTINGS = 4  # attempts at a complete answer, which the library does not make itself
@@ -383,6 +401,7 @@ _REASONS = (
         "",
     ),
     ("list response", errno.EAGAIN, "the answer is incomplete", ""),
+    ("^OfflineModeIsEnabled", errno.EIO, "the network may not be used", "unset HF_HUB_OFFLINE"),
     (
         "Connect|dns error|Timeout|timed out",
         errno.EIO,
