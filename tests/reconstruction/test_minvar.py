@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checking import refused
 from factories import FloatArray, power_functions, solved, squared_error
+from numpy.testing import assert_allclose, assert_array_equal, assert_equal
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
@@ -35,9 +36,16 @@ def uneven_motion(noise: float = 0.0) -> Motion:
     return Motion(edges, walk, noise * growing)
 
 
+def even_motion(start: float, end: float, noise: float) -> Motion:
+    """Return a walk of 1 and noise, each the same all the time."""
+    edges = np.array([start, end])
+    return Motion(edges, walk=np.ones(1), noise=np.array([noise]))
+
+
 def prior_of(snapshots: Sequence[object], motion: Motion, rounding: Any = 0.0) -> Prior:
     zeros = np.zeros(len(snapshots))
-    return Prior(motion, zeros + rounding, zeros, zeros + NORM**2, "measured")
+    norm = zeros + NORM**2
+    return Prior(motion, zeros + rounding, zeros, norm, "measured")
 
 
 def expected_square(
@@ -49,8 +57,8 @@ def expected_square(
 ) -> float:
     """The defining integral, by adaptive quadrature between all kinks."""
 
-    def square(s: float, value: Callable[[Profile, float], float]) -> float:
-        values = np.array([value(profile, s) for profile in snapshots])
+    def square(s, value):
+        values = [value(profile, s) for profile in snapshots]
         combined = float(coefficients @ values)
         return (combined - value(target, s)) ** 2
 
@@ -58,11 +66,13 @@ def expected_square(
     kinks = sorted({*motion.edges, *times, kink})
     total = 0.0
     for a, b in pairwise(kinks):
-        segment = int(np.searchsorted(motion.edges, (a + b) / 2)) - 1
-        for weight, value in ((motion.walk, tail_at), (motion.noise, density_at)):
-            if weight[segment]:
+        middle = (a + b) / 2
+        segment = np.searchsorted(motion.edges, middle) - 1
+        for weights, value in ((motion.walk, tail_at), (motion.noise, density_at)):
+            weight = weights[segment]
+            if weight:
                 integral, _ = integrate.quad(square, a, b, (value,), **QUADRATURE)
-                total += weight[segment] * integral
+                total += weight * integral
     return total
 
 
@@ -95,13 +105,14 @@ def check_sum(coefficients: FloatArray) -> None:
     ],
     ids=["power", "beta", "window"],
 )
-@pytest.mark.parametrize(("noise", "last"), [(0.0, T), (5.0, 900)])
-def test_the_expected_error_is_the_integral(
-    target: Profile,
-    kink: float,
-    noise: float,
-    last: float,
-) -> None:
+@pytest.mark.parametrize(
+    ("noise", "last"),
+    [
+        (0.0, T),
+        (5.0, 900),
+    ],
+)
+def test_the_expected_error_is_the_integral(target, kink, noise, last):
     """From snapshots at the time of the target, and from earlier ones, which miss the motion since
     then."""
     snapshots = power_functions((250, 500, 800, last))
@@ -153,14 +164,16 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
     y = flint.arb(q.gamma + 1)
     of_p = 1 / flint.arb(p.t) ** x
     of_q = 1 / flint.arb(q.t) ** y
-    powers = ((x, -of_p), (y, -of_q), (x + y, of_p * of_q))
+    powers = (
+        (flint.arb(0), flint.arb(1)),
+        (x, -of_p),
+        (y, -of_q),
+        (x + y, of_p * of_q),
+    )
     last = min(p.t, q.t)
-    segments = pairwise(motion.edges.tolist())
+    edges = [flint.arb(min(edge, last)) for edge in motion.edges.tolist()]
     total = flint.arb(0)
-    for (start, end), v in zip(segments, motion.walk.tolist(), strict=True):
-        a = flint.arb(min(start, last))
-        b = flint.arb(min(end, last))
-        total += v * (b - a)
+    for (a, b), v in zip(pairwise(edges), motion.walk.tolist(), strict=True):
         for z, scale in powers:
             difference = b ** (z + 1) - a ** (z + 1)
             total += v * scale * difference / (z + 1)
@@ -169,13 +182,13 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
 
 @pytest.mark.parametrize(
     ("count", "sigma_rels", "rounding"),
-    [(4, (0.05, 0.28), 1e-5), (16, (0.05, 0.10), 1e-12), (32, (0.1,), 1e-12)],
+    [
+        (4, (0.05, 0.28), 1e-5),
+        (16, (0.05, 0.10), 1e-12),
+        (32, (0.1,), 1e-12),
+    ],
 )
-def test_the_minimum_is_that_of_sixty_digits(
-    count: int,
-    sigma_rels: tuple[float, ...],
-    rounding: float,
-) -> None:
+def test_the_minimum_is_that_of_sixty_digits(count, sigma_rels, rounding):
     """The minima agree; coefficients of nearly equal snapshots may differ where the average does
     not.
 
@@ -191,7 +204,9 @@ def test_the_minimum_is_that_of_sixty_digits(
     products = exact_products([*snapshots, *targets], of_tails)
     matrix = products[:n, :n] + rounding * np.eye(n)
     for number, target in enumerate(targets, start=n):
-        check_minimum(solver, target, matrix, products[number, :n], products[number, number])
+        right = products[number, :n]
+        norm = products[number, number]
+        check_minimum(solver, target, matrix, right, norm)
 
 
 def check_minimum(
@@ -233,17 +248,19 @@ def even_times(count: int, last: float = T) -> FloatArray:
 # --- properties of any optimum
 
 
-def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
+def test_copies_between_which_nothing_moved_do_not_cancel():
     """Snapshots at the first update: no motion distinguishes them, and their roundings differ a
     little."""
     snapshots = power_functions((START, 10.0))
     rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
     norm = np.full(4, 4.0)
     motion = uneven_motion(5.0)
-    prior = Prior(motion, rounding, 1e-9 * rounding, norm, "measured", Steps(STEPS))
+    arithmetic = 1e-9 * rounding
+    prior = Prior(motion, rounding, arithmetic, norm, "measured", Steps(STEPS))
     for t, count in ((START, 2), (10.0, 4)):
+        target = power(0.1, t)
         known = prior.of(range(count))
-        result = reconstruct(snapshots[:count], [power(0.1, t)], prior=known)
+        result = reconstruct(snapshots[:count], [target], prior=known)
         assert np.abs(result.coefficients).sum() < 10
         error = NORM * result.predicted_error[0]
         assert error**2 > 0.4e-6
@@ -255,24 +272,33 @@ def random_problem(seed: int) -> tuple[list[PowerFunction], Prior, PowerFunction
     count = random.integers(1, 11)
     chosen = random.choice(np.arange(4, 1001), count, replace=False)
     times = np.sort(chosen)
-    tracked = [(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)]
-    snapshots = power_functions(times, tracked[seed % 4])
+    snapshots = power_functions(times, TRACKED[seed % 4])
     segments = int(random.integers(1, 6))
     edges = np.linspace(START, 1000, segments + 1)
     walk, noise = 10 ** random.uniform(-4, 1, (2, segments))
     if seed % 3 == 0:
         noise = np.zeros(segments)
+    motion = Motion(edges, walk, noise)
     rounding = 10 ** random.uniform(-10, -2, len(snapshots))
-    prior = prior_of(snapshots, Motion(edges, walk, noise), rounding)
-    target = power(random.uniform(0.02, 0.288), float(times[-1]))
+    prior = prior_of(snapshots, motion, rounding)
+    sigma_rel = random.uniform(0.02, 0.288)
+    target = power(sigma_rel, float(times[-1]))
     return snapshots, prior, target
+
+
+TRACKED = [
+    (0.05,),
+    (0.05, 0.10),
+    (0.05, 0.28),
+    (0.03, 0.10, 0.28),
+]
 
 
 SEEDS = pytest.mark.parametrize("seed", range(24))
 
 
 @SEEDS
-def test_units_of_time_and_of_weights_change_nothing(seed: int) -> None:
+def test_units_of_time_and_of_weights_change_nothing(seed):
     """A walk has the unit of squares per time, noise that of squares times time."""
     snapshots, prior, target = random_problem(seed)
     before = reconstruct(snapshots, [target], prior=prior)
@@ -287,17 +313,17 @@ def test_units_of_time_and_of_weights_change_nothing(seed: int) -> None:
         rounding=prior.rounding * weights,
         norm=prior.norm * weights,
     )
-    slower = [PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target)]
-    after = reconstruct(slower[:-1], slower[-1:], prior=scaled)
+    *stored, wanted = (PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target))
+    after = reconstruct(stored, [wanted], prior=scaled)
     # The floor is eps times the walk, under a root.
     same = pytest.approx(before.predicted_error, rel=1e-4, abs=1e-7)
     assert after.predicted_error == same
     scale = np.abs(before.coefficients).sum()
-    np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
+    assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
 
 
 @SEEDS
-def test_a_target_that_is_stored_exactly_is_its_snapshot(seed: int) -> None:
+def test_a_target_that_is_stored_exactly_is_its_snapshot(seed):
     snapshots, prior, _ = random_problem(seed)
     rounding = prior.rounding.copy()
     rounding[-1] = 0.0
@@ -310,10 +336,11 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(seed: int) -> None:
 
 
 @SEEDS
-def test_errors_after_losses_are_those_of_solving_without_the_lost(seed: int) -> None:
+def test_errors_after_losses_are_those_of_solving_without_the_lost(seed):
     """For the next loss of each remaining snapshot, after any number of losses."""
     snapshots, prior, target = random_problem(seed)
-    losses = Problem(snapshots, prior, target.t).losses([target])
+    problem = Problem(snapshots, prior, target.t)
+    losses = problem.losses([target])
     count = len(snapshots)
     random = np.random.default_rng(seed)
     left = random.permutation(count).tolist()
@@ -330,7 +357,7 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(seed: int) ->
         assert losses.squares[0] == same
 
 
-def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
+def test_the_error_is_relative_to_the_norm_of_the_target():
     """For a walk from a place theta0, E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
 
     All long averages of a long path may be far shorter vectors than a late one.
@@ -339,7 +366,7 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
     motion = uneven_motion()
     origin = PowerFunction(1e9, START)  # its tail is 0 where anything moves
 
-    def norm(profile: PowerFunction) -> float:
+    def norm(profile):
         return 0.5 + expected_square([profile], np.ones(1), origin, motion)
 
     norms = np.array([norm(snapshot) for snapshot in snapshots])
@@ -349,11 +376,12 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
         c = solved(solver, target)
         goal = solver.goal(target)
         squares = solver.expected_squares(c, goal)
+        relative = solver.relative(squares, c, goal)
         expected = np.sqrt(squares.sum() / norm(target))
-        assert solver.relative(squares, c, goal) == pytest.approx(expected, rel=1e-6)
+        assert relative == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_error_of_a_target_that_may_be_another_one_is_their_distance() -> None:
+def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
     snapshots = power_functions((500, T))
     target = snapshots[-1]
     other = power(0.2, T)
@@ -365,20 +393,25 @@ def test_the_error_of_a_target_that_may_be_another_one_is_their_distance() -> No
     assert result.predicted_error == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("arithmetic", "expected"), [(0.0, 0.0), (1.0, np.nan)])
-def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(
-    arithmetic: float,
-    expected: float,
-) -> None:
+@pytest.mark.parametrize(
+    ("arithmetic", "expected"),
+    [
+        (0.0, 0.0),
+        (1.0, np.nan),
+    ],
+)
+def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmetic, expected):
     """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
     snapshots = power_functions([500.0, T])
+    target = power(0.1, T)
+    still = Motion.even(T, 0.0)
     zeros = np.zeros(4)
-    prior = Prior(Motion.even(T, 0.0), zeros, zeros + arithmetic, zeros, "measured")
-    result = reconstruct(snapshots, [power(0.1, T)], prior=prior)
-    np.testing.assert_equal(result.predicted_error[0], expected)
+    prior = Prior(still, zeros, zeros + arithmetic, zeros, "measured")
+    result = reconstruct(snapshots, [target], prior=prior)
+    assert_equal(result.predicted_error[0], expected)
 
 
-def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
+def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion():
     """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the
     published error."""
     times = np.arange(100.0, T + 1, 100.0)
@@ -400,23 +433,19 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
     assert ours < 1.06**2 * paper
 
 
-def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few() -> None:
+def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few():
     """Where minimum variance has 0.7 of the published error, its coefficients are taken."""
     snapshots = power_functions((250, 500, 750, T))
-    edges = np.array([START, T])
-    motion = Motion(edges, walk=np.ones(1), noise=np.full(1, 300.0))
-    prior = prior_of(snapshots, motion, 1e-6)
+    prior = prior_of(snapshots, even_motion(START, T, 300.0), 1e-6)
     target = power(0.15, T)
     ours = reconstruct(snapshots, [target], "minvar", prior)
     paper = reconstruct(snapshots, [target], "paper", prior)
     assert 0.6 < ours.predicted_error / paper.predicted_error < 0.8
     optimal = solved(Problem(snapshots, prior, T), target)
-    np.testing.assert_allclose(ours.coefficients[:, 0], optimal, rtol=1e-9)
+    assert_allclose(ours.coefficients[:, 0], optimal, rtol=1e-9)
 
 
-def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones() -> (
-    None
-):
+def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones():
     snapshots = power_functions(even_times(20))
     target = power(0.15, T)
     prior = prior_of(snapshots, uneven_motion(), 1e-6)
@@ -440,10 +469,7 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
         power_functions((100, np.nextafter(100, 0))),
     ],
 )
-def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
-    snapshots: list[PowerFunction],
-    method: str,
-) -> None:
+def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapshots, method):
     result = reconstruct(snapshots, [power(0.1, 100.0)], method)
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
@@ -467,13 +493,18 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     s = flint.arb(early.t)
     t = flint.arb(late.t)
     common = (s / t) ** h / t
-    return (g + 1) * (h + 1) / (g + h + 1) * common
+    factor = (g + 1) * (h + 1) / (g + h + 1)
+    return factor * common
 
 
 @pytest.mark.parametrize(
-    ("count", "sigma_rels"), [(8, (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)), (128, (0.07, 0.28))]
+    ("count", "sigma_rels"),
+    [
+        (8, (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)),
+        (128, (0.07, 0.28)),
+    ],
 )
-def test_agrees_with_sixty_digits(count: int, sigma_rels: tuple[float, ...]) -> None:
+def test_agrees_with_sixty_digits(count, sigma_rels):
     snapshots = uniform_snapshots(count)
     targets = power_functions(LAST, sigma_rels)
     ours = reconstruct(snapshots, targets, "paper")
@@ -487,25 +518,26 @@ def test_agrees_with_sixty_digits(count: int, sigma_rels: tuple[float, ...]) -> 
         best = solution / solution.sum()
         gap = ours.coefficients[:, k] - best
         assert exact_square(relative, 0 * right, 0, gap) <= 1e-9**2
-        error = max(exact_square(relative, right, 1, best), 0) ** 0.5
+        square = exact_square(relative, right, 1, best)
+        error = max(square, 0) ** 0.5
         assert ours.profile_error[k] == pytest.approx(error, rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.parametrize("target", power_functions((LAST, 1.05 * LAST), (0.15,)))
-def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction) -> None:
+def test_the_stated_error_is_the_distance_of_the_profiles(target):
     """The mass of the target after the last snapshot included, which no coefficients reach."""
     snapshots = uniform_snapshots(8)
     result = reconstruct(snapshots, [target], "paper")
     edges = np.array([0.0, target.t])
     even = Motion(edges, walk=np.zeros(1), noise=np.ones(1))
-    c = result.coefficients[:, 0]
+    (c,) = result.coefficients.T
     square = expected_square(snapshots, c, target, even, 0.0)
     norm = expected_square([target], np.zeros(1), target, even, 0.0)
     distance = (square / norm) ** 0.5
     assert result.profile_error[0] == pytest.approx(distance, rel=1e-6)
 
 
-def test_a_target_with_no_mass_within_reach_is_refused() -> None:
+def test_a_target_with_no_mass_within_reach_is_refused():
     """All of a very short average lies after the last snapshot: all combinations are equally
     far."""
     snapshots = power_functions(1000.0)
@@ -514,7 +546,7 @@ def test_a_target_with_no_mass_within_reach_is_refused() -> None:
         reconstruct(snapshots, late, "paper")
 
 
-def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> None:
+def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
     result = reconstruct(power_functions(1000.0), [Point(1000.0)])
     assert result.profile_error[0] == 1.0
     assert np.isfinite(result.predicted_error).all()
@@ -526,14 +558,17 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> No
 
 def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
     zeros = np.zeros(count)
-    edges = np.array([1.0, t])
-    motion = Motion(edges, walk=np.ones(1), noise=np.full(1, noise))
+    motion = even_motion(1.0, t, noise)
     return Prior(motion, zeros, zeros, zeros + 1, "measured", Steps(STEPS))
 
 
-def test_a_known_motion_has_the_exact_expectation() -> None:
+def test_a_known_motion_has_the_exact_expectation():
     """For a walk with noise, by sums over steps."""
-    stored = [Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
+    stored = [
+        Point(500.0),
+        Point(990.0),
+        PowerFunction(5.0, 800.0),
+    ]
     for t in (300, 600, 1000):
         stored.append(ema_pytorch_profile(2.0, t, 25))
         stored.append(ema_pytorch_profile(7.0, t, 25))
@@ -551,41 +586,41 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
     assert squared_error(solver, c, target) == pytest.approx(exact, rel=0.03)
 
 
+PASSED = np.arange(200) / 200
+
+
 @pytest.mark.parametrize(
-    ("shape", "d"),
+    ("shape", "multipliers"),
     [
-        ("linear", lambda x: 1 - x),
-        ("1-sqrt", lambda x: 1 - np.sqrt(x)),
-        ("cosine", lambda x: (1 + np.cos(np.pi * x)) / 2),
+        ("linear", 1 - PASSED),
+        ("1-sqrt", 1 - np.sqrt(PASSED)),
+        ("cosine", (1 + np.cos(np.pi * PASSED)) / 2),
     ],
 )
-def test_a_decay_of_dense_checkpoints_is_the_closed_form(
-    shape: str,
-    d: Callable[[FloatArray], FloatArray],
-) -> None:
-    """theta(start) + the later increments times d, as a scheduler counts: the first step of the
-    decay has d(0).
+def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape, multipliers):
+    """theta(start) + the later increments times their multipliers, as a scheduler counts: that of
+    the first step of the decay is 1.
 
     By WSM the sums of the later coefficients are the multipliers.
     """
     stored = [Point(float(t)) for t in range(380, 601)]
-    target = Decay(shape, (400, 600)).profile(600, STEPS, 1.0)
+    decay = Decay(shape, (400, 600))
+    target = decay.profile(600, STEPS, 1.0)
     prior = even_prior(len(stored), 600.0)
     result = reconstruct(stored, [target], None, prior, 600.0)
     backwards = np.cumsum(result.coefficients[::-1, 0])
     sums = backwards[::-1]
     assert sums[:21] == pytest.approx(1, abs=1e-9)
-    multipliers = d(np.arange(200) / 200)
     assert sums[21:] == pytest.approx(multipliers, abs=1e-9)
     assert result.predicted_error[0] < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_given_coefficients_are_not_changed(method: str) -> None:
+def test_given_coefficients_are_not_changed(method):
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
     stored = [Point(t) for t in (1000, 2000, 3000, 4000)]
     targets = [power(0.1, 4000), wanted]
     result = reconstruct(stored, targets, method, even_prior(4, 4000.0), 4000.0)
-    np.testing.assert_array_equal(result.coefficients[:, 1], wanted)
+    assert_array_equal(result.coefficients[:, 1], wanted)
     assert result.predicted_error[1] == 0
     assert result.profile_error[1] == 0
