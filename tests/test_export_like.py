@@ -28,6 +28,7 @@ from factories import contents, write_output
 from groups import check_group
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import (
@@ -186,7 +187,7 @@ class Training:
     """A model and its optimizer."""
 
     def __init__(self) -> None:
-        self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+        self.model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
 
     def step(self) -> None:

@@ -20,6 +20,7 @@ import wandb
 from ema_command import Ema, unmeasured_environment
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA, Run
@@ -60,13 +61,13 @@ def commands(block: str) -> list[list[str]]:
     return [shlex.split(line) for line in COMMAND.findall(block)]
 
 
-def make_model() -> torch.nn.Module:
+def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
 def train_step(
-    model: torch.nn.Module,
+    model: nn.Module,
     batch: torch.Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -99,7 +100,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     model = make_model()
 
-    def evaluate(network: torch.nn.Module) -> float:
+    def evaluate(network: nn.Module) -> float:
         assert not network.training
         return 0.5
 
@@ -337,7 +338,7 @@ def files_entered(call: Callable[[], object]) -> set[str]:
 
 def test_the_development_guide_names_the_files_that_a_synthesis_enters(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    model = torch.nn.Linear(4, 4)
+    model = nn.Linear(4, 4)
     with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=2) as ema:
         for _ in range(8):
             ema.update_(model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from factories import averages_in, exact_average
 from integrations.truth import distance
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
@@ -31,10 +32,10 @@ class Training:
         size: float = 0.003,
     ) -> None:
         torch.manual_seed(seed)
-        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
+        layers = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 4)
         self.model: Any = model
         if model is None:
-            self.model = torch.nn.Sequential(*layers)
+            self.model = nn.Sequential(*layers)
         self.path = [*path]
         self.size = size
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from factories import exact_average
 from snapshots.recorded import failing
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -27,19 +28,19 @@ X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
 
 
-def network() -> torch.nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Linear(3, 2)
+    return nn.Linear(3, 2)
 
 
-def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def sgd(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer."""
     model = network()
     return model, torch.optim.SGD(model.parameters(), lr=0.1, **options)
 
 
 def attached(
-    model: torch.nn.Module,
+    model: nn.Module,
     folder: Path,
     optimizer: torch.optim.Optimizer,
     **settings: object,
@@ -55,12 +56,12 @@ def attached(
     return tracker
 
 
-def backward(model: torch.nn.Module) -> None:
+def backward(model: nn.Module) -> None:
     dtype = next(model.parameters()).dtype
     (model(X.to(dtype)) - Y.to(dtype)).square().mean().backward()
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
     for _ in range(count):
         optimizer.zero_grad()
         backward(model)
@@ -317,7 +318,7 @@ def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_pa
         tracker.update_(model)
     with pytest.raises(InvalidValueError, match="made without a model"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
-    PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other").attach(optimizer)
+    PostHocEMA.from_model(nn.Linear(1, 1), tmp_path / "other").attach(optimizer)
     with pytest.raises(NotReadyError, match="no longer exists"):
         optimizer.step()
 
@@ -327,7 +328,7 @@ def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None
 
     def train(
         tracker: PostHocEMA | None,
-        model: torch.nn.Module,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=4.0)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from integrations.truth import distance
 from snapshots.recorded import failing
+from torch import nn
 from tracker.runs import Training, contents, times, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run, files
@@ -370,13 +371,13 @@ def test_a_training_that_waits_gets_one_warning_with_the_times(
         assert len(warned) == 1
 
 
-def change(model: torch.nn.Sequential, what: str) -> None:
+def change(model: nn.Sequential, what: str) -> None:
     """Replace a part of the model by an equal one."""
     weight = model[0].weight
     if what == "storage":
         weight.data = weight.data.clone()
     elif what == "parameter":
-        model[0].weight = torch.nn.Parameter(weight.detach().clone())
+        model[0].weight = nn.Parameter(weight.detach().clone())
     elif what == "buffer":
         model[1].running_mean = model[1].running_mean.clone()
     elif what == "module":
@@ -532,7 +533,7 @@ def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
     """Also where torch has one thread, as under torchrun."""
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    model = torch.nn.Linear(2048, 2048, device="cuda")
+    model = nn.Linear(2048, 2048, device="cuda")
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
     ema.update_(model)
     ema.flush()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from checking import assert_same_tensors
+from torch import nn
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -18,7 +19,7 @@ from posthoc_cli.errors import NotReadyError
 def tracked(folder: Path, model: Any = None, **settings: Any) -> tuple[Any, PostHocEMA]:
     """Return a model after some steps, and its tracker."""
     if model is None:
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     ema = PostHocEMA.from_model(model, folder, update_every=1, **settings)
     for _ in range(5):
         for parameter in model.parameters():
@@ -59,7 +60,7 @@ def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
     if part == "0":
         other = model[0]
     elif part == "wrapped":
-        other = torch.nn.DataParallel(model)
+        other = nn.DataParallel(model)
     _, others = tracked(tmp_path / "other", other)
 
     def enter_other() -> None:
@@ -127,14 +128,14 @@ def test_a_step_in_a_block_of_another_thread_is_refused(tmp_path: Path) -> None:
     assert "holds averaged weights now" in str(error)
 
 
-class Shared(torch.nn.Module):
+class Shared(nn.Module):
     """A parameter whose rows are one memory, and one whose columns are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = torch.nn.Parameter(torch.ones(1, 4).expand(3, 4))
-        self.columns = torch.nn.Parameter(torch.ones(3, 1).expand(3, 4))
-        self.plain = torch.nn.Parameter(torch.zeros(2))
+        self.rows = nn.Parameter(torch.ones(1, 4).expand(3, 4))
+        self.columns = nn.Parameter(torch.ones(3, 1).expand(3, 4))
+        self.plain = nn.Parameter(torch.zeros(2))
 
 
 def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_block(

@@ -27,6 +27,7 @@ from ema_command import Ema
 from factories import averages_in
 from groups import check_group, truth
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from tracker.runs import Training, assert_near, contents, superseded, times
 
@@ -48,12 +49,12 @@ OF_NO_SNAPSHOT = (
 )
 
 
-def begin(model: torch.nn.Module, folder: Path, **settings: Any) -> PostHocEMA:
+def begin(model: nn.Module, folder: Path, **settings: Any) -> PostHocEMA:
     return PostHocEMA.from_model(model, folder, **SETTINGS | settings)
 
 
 def resume(
-    model: torch.nn.Module,
+    model: nn.Module,
     folder: Path,
     way: str = "from_model",
     **settings: Any,
@@ -358,8 +359,8 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
     tmp_path: Path,
     take: Any,
 ) -> None:
-    holder = torch.nn.Linear(2, 2)
-    holder.tracker = begin(torch.nn.Linear(2, 2), tmp_path)  # type: ignore[assignment]
+    holder = nn.Linear(2, 2)
+    holder.tracker = begin(nn.Linear(2, 2), tmp_path)  # type: ignore[assignment]
     for thing in (holder.tracker, holder):
         with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*outside of the module"):
             take(thing)
@@ -732,7 +733,7 @@ def test_a_folder_that_cannot_be_made_or_read_is_refused_at_once(
 def test_another_model_is_refused_at_once_and_a_frozen_one_read(tmp_path: Path) -> None:
     training = begun(tmp_path, 10)
     model = training.model
-    other = torch.nn.Linear(3, 4)
+    other = nn.Linear(3, 4)
     message = r"is of another model; use its model, or another directory$"
     with pytest.raises(ModelMismatchError, match=message):
         resume(other, tmp_path)
@@ -882,7 +883,7 @@ def test_a_new_beginning_takes_any_model_and_an_empty_directory(tmp_path: Path) 
     training = Training()
     with begin(training.model, tmp_path / "run", resume=0) as ema:
         training.run(12, ema)
-    other = torch.nn.Linear(3, 2)
+    other = nn.Linear(3, 2)
     with begin(other, tmp_path / "run", resume=0, t_unit="images") as ema:
         for number in range(1, 5):
             ema.update_(other, t=10.0 * number)

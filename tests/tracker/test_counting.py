@@ -10,6 +10,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from posthoc_cli import PostHocEMA
@@ -19,24 +20,22 @@ MOVED = "the model has moved since step "
 SAME = "the weights of step "
 
 
-def network() -> torch.nn.Module:
-    return torch.nn.Sequential(
-        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
-    )
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
-def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         model(torch.randn(8, 3)).square().mean().backward()
         optimizer.step()
 
 
-def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[torch.nn.Module, PostHocEMA]:
+def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[nn.Module, PostHocEMA]:
     """Return a model after some steps that were counted, and its tracker."""
     model = network()
     ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=100, **settings)
@@ -46,7 +45,7 @@ def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[torch.nn.Module
     return model, ema
 
 
-def evaluate(model: torch.nn.Module, ema: PostHocEMA) -> None:
+def evaluate(model: nn.Module, ema: PostHocEMA) -> None:
     with ema.model(model, 0.05):
         pass
 

@@ -12,6 +12,7 @@ import pytest
 import threadpoolctl
 import torch
 from snapshots.recorded import failing
+from torch import nn
 from tracker.runs import wait_for_writers
 
 from posthoc_cli import PostHocEMA
@@ -79,7 +80,7 @@ def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
 def test_no_thread_of_a_tracker_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A buffer with nan, a snapshot, one that is thinned, a folder that cannot be removed."""
     caplog.set_level(logging.DEBUG)
-    model = torch.nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2)
     model.register_buffer("copied", torch.tensor(torch.nan))
     (tmp_path / ".ema-old.tmp").mkdir()
     for device in ("cpu", "model"):
@@ -104,7 +105,7 @@ def test_an_error_in_the_background_is_logged_by_the_next_call_of_any_tracker(
     heard: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
     with failing("fsync", errno.ENOSPC):
         ema.update_(model)
@@ -145,7 +146,7 @@ def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
 
     before = threads()
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
         for _ in range(4):
             ema.update_(model)

@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 import torch
 from checking import assert_same_tensors
+from torch import nn
 
 from posthoc_cli import PostHocEMA, PostHocError
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 
 
-class Network(torch.nn.Module):
+class Network(nn.Module):
     """A model with tied and frozen parameters, float and integer buffers, and a transient
     buffer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.embed = torch.nn.Embedding(7, 4, dtype=dtype)
-        self.norm = torch.nn.BatchNorm1d(4, dtype=dtype)
-        self.frozen = torch.nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
-        self.head = torch.nn.Linear(4, 7, bias=False, dtype=dtype)
+        self.embed = nn.Embedding(7, 4, dtype=dtype)
+        self.norm = nn.BatchNorm1d(4, dtype=dtype)
+        self.frozen = nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
+        self.head = nn.Linear(4, 7, bias=False, dtype=dtype)
         self.head.weight = self.embed.weight
-        self.drop = torch.nn.Dropout(0.5)
+        self.drop = nn.Dropout(0.5)
         self.register_buffer("cache", torch.ones(2), persistent=False)
         self.cache: torch.Tensor
 
@@ -58,11 +59,11 @@ def words() -> torch.Tensor:
     return torch.randint(0, 7, (8, 3))
 
 
-def loss_of(model: torch.nn.Module) -> torch.Tensor:
+def loss_of(model: nn.Module) -> torch.Tensor:
     return model(words()).square().mean()
 
 
-def snapshot_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def snapshot_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of all that a block restores; `assert_same_tensors` compares dtypes, too."""
     state = {}
     for name, parameter in model.named_parameters():
@@ -163,7 +164,7 @@ def test_bad_arguments_are_value_errors(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = torch.nn.Linear(3, 3, dtype=dtype)
+    model = nn.Linear(3, 3, dtype=dtype)
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
     tracker.update_(model)
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
@@ -183,7 +184,7 @@ def test_a_buffer_with_nan_is_copied_and_named(
     tracker.update_(model)
     tracker.flush()
     assert "tensor 'norm.running_mean' holds nan" in caplog.text
-    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):  # no longer tied
         tracker.update_(model)
 
@@ -209,7 +210,7 @@ def do(body: str, model: Network) -> None:
     elif body == "freeze":
         model.requires_grad_(False)
     elif body == "fuse":
-        model.head.bias = torch.nn.Parameter(torch.ones(7))
+        model.head.bias = nn.Parameter(torch.ones(7))
 
 
 BODIES = ("use", "infer", "train", "fail", "move", "narrow", "freeze", "fuse")
@@ -245,7 +246,7 @@ def test_the_end_of_a_block_restores_everything(tmp_path: Path, body: str) -> No
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persistent: bool) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     value = 0.0 if persistent else torch.nan
     wide = torch.full((1,), value).expand(4)
     model.register_buffer("wide", wide, persistent=persistent)
@@ -268,10 +269,10 @@ def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) ->
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 
 
-OTHERS: list[tuple[Callable[[], torch.nn.Module], type[PostHocError], str]] = [
-    (lambda: torch.nn.Linear(4, 7), ModelMismatchError, "the model has no such tensor"),
+OTHERS: list[tuple[Callable[[], nn.Module], type[PostHocError], str]] = [
+    (lambda: nn.Linear(4, 7), ModelMismatchError, "the model has no such tensor"),
     (
-        lambda: torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}),
+        lambda: nn.ModuleDict({"embed": nn.Embedding(3, 3)}),
         ModelMismatchError,
         "'embed.weight': has the",
     ),
@@ -286,7 +287,7 @@ OTHERS: list[tuple[Callable[[], torch.nn.Module], type[PostHocError], str]] = [
 @pytest.mark.parametrize(("make", "kind", "message"), OTHERS)
 def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
     run: Run,
-    make: Callable[[], torch.nn.Module],
+    make: Callable[[], nn.Module],
     kind: type[PostHocError],
     message: str,
 ) -> None:
@@ -321,7 +322,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     tmp_path: Path,
     swapped: str,
 ) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
     model[2].weight = model[0].weight  # tied
     modules = {"all": model, "0": model[0], "1": model[1], "2": model[2]}
     trackers = {}
@@ -330,7 +331,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
         trackers[name].update_(module)
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
         if swapped == "1":  # the module is recognised even after its parameter was replaced
-            model[1].weight = torch.nn.Parameter(model[1].weight.detach().clone())
+            model[1].weight = nn.Parameter(model[1].weight.detach().clone())
         for name, module in modules.items():
             refusal: Any = nullcontext()
             if name in REFUSING[swapped]:
@@ -344,7 +345,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
-    model = torch.nn.Linear(4096, 4096, device="cuda")
+    model = nn.Linear(4096, 4096, device="cuda")
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
         before = torch.cuda.memory_allocated()

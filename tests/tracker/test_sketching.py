@@ -10,13 +10,14 @@ import torch
 from factories import FloatArray, exact_weights, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
+from torch import nn
 from tracker.runs import Training
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
 
 
-def tracker_of(net: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
+def tracker_of(net: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
     settings = {"update_every": 1, "checkpoint_every": 50} | options
     return PostHocEMA.from_model(net, folder, (0.05, 0.28), **settings)
 
@@ -43,13 +44,13 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics
     do not count.
     """
-    layer = torch.nn.Linear(50, 20, bias=False)
-    norm = torch.nn.BatchNorm1d(20, affine=False)
-    net = torch.nn.Sequential(layer, norm)
+    layer = nn.Linear(50, 20, bias=False)
+    norm = nn.BatchNorm1d(20, affine=False)
+    net = nn.Sequential(layer, norm)
     end = first + sum(windows)
     with tracker_of(net, tmp_path, t_unit="images") as tracker:
         for t in range(first, end):
-            torch.nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.weight)
             norm.running_mean.fill_(1000.0 * t)
             tracker.update_(net, t)
         tracker.snapshot()
@@ -115,7 +116,7 @@ def test_leaps_of_the_clock_are_not_smoothed(clock: str, tmp_path: Path) -> None
     moves = random.standard_normal((times.size, 500))
     start = random.standard_normal(500)
     path = (start + np.cumsum(0.02 * moves, axis=0)).astype(np.float32)
-    net = torch.nn.ParameterDict({"w": torch.zeros(500)})
+    net = nn.ParameterDict({"w": torch.zeros(500)})
     with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
         for t, weights in zip(times.tolist(), path, strict=True):
             net["w"].data.copy_(torch.from_numpy(weights))
@@ -160,7 +161,7 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
 KINDS = ("alike", "columns", "one rank", "one layer", "one row", "gains")
 
 
-def move(net: torch.nn.ParameterDict, kind: str) -> None:
+def move(net: nn.ParameterDict, kind: str) -> None:
     random = torch.Generator().manual_seed(1)
     if kind == "alike":
         net["a"].fill_(1.0)
@@ -180,7 +181,7 @@ def move(net: torch.nn.ParameterDict, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> None:
     """A quarter of the elements is measured, and all of a small tensor."""
-    net = torch.nn.ParameterDict({"a": torch.zeros(1024, 1024)})
+    net = nn.ParameterDict({"a": torch.zeros(1024, 1024)})
     net["gains"] = torch.zeros(1024)
     net["b"] = torch.zeros(1024, 1024)
     with tracker_of(net, tmp_path) as tracker:
@@ -203,7 +204,7 @@ Exact = dict[tuple[float, float], Tensors]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
 
 
-def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 0.1) -> Exact:
+def train(tracker: PostHocEMA, model: nn.Module, last: int, size: float = 0.1) -> Exact:
     """Train up to a step; return the exact averages at the times of snapshots, by t and
     sigma_rel."""
     exact: Exact = {}
@@ -248,7 +249,7 @@ def squares(tensor: torch.Tensor) -> float:
 
 
 def check_run(
-    model: torch.nn.Module,
+    model: nn.Module,
     folder: Path,
     *rels: tuple[float, ...],
     **settings: Any,
@@ -280,7 +281,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
     scale: float,
 ) -> None:
     """Its values would be too large, too small (subnormal) or zero in float16."""
-    model = torch.nn.Linear(4, 4)
+    model = nn.Linear(4, 4)
     with torch.no_grad():
         model.weight.fill_(scale)
     model.weight.requires_grad_(False)  # constant, but tracked
@@ -293,7 +294,7 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
 def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
     tmp_path: Path,
 ) -> None:
-    model = torch.nn.Linear(2, 2, dtype=torch.float64)
+    model = nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)
     with tracker_of(model, tmp_path, checkpoint_every=1) as tracker:
@@ -334,9 +335,9 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 ) -> None:
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
-    outer = torch.nn.Linear(1500, 600)
-    inner = torch.nn.Linear(600, 1500)
-    model = torch.nn.Sequential(outer, torch.nn.LayerNorm(600), inner)
+    outer = nn.Linear(1500, 600)
+    inner = nn.Linear(600, 1500)
+    model = nn.Sequential(outer, nn.LayerNorm(600), inner)
     settings = SETTINGS | {"checkpoint_dtype": stored}
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         exact = train(tracker, model, 10, size)
@@ -351,8 +352,8 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
     """All elements of a small model, and a subset of one of several tiles."""
-    check_run(torch.nn.Linear(123, 45).cuda(), tmp_path / "small")
-    model = torch.nn.Linear(2100, 2100).cuda()
+    check_run(nn.Linear(123, 45).cuda(), tmp_path / "small")
+    model = nn.Linear(2100, 2100).cuda()
     with PostHocEMA.from_model(model, tmp_path / "large", **SETTINGS) as tracker:
         exact = train(tracker, model, 10)
     check(tmp_path / "large", exact, norm=0.01, rounding=0.02)

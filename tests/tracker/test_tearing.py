@@ -25,6 +25,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import averages_in, exact_gamma
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
@@ -57,14 +58,14 @@ def truth(sigma_rel: str) -> npt.NDArray[np.float64]:
     return np.asarray(np.cumsum(values * np.diff(powers)) / powers[1:])
 
 
-class Equal(torch.nn.Module):
+class Equal(nn.Module):
     """A model in which all elements of all parameters are equal."""
 
     def __init__(self, elements: int) -> None:
         super().__init__()
-        self.large = torch.nn.Parameter(torch.zeros(elements))
-        self.small = torch.nn.ParameterList([torch.zeros(7, 3) for _ in range(5)])
-        self.wide = torch.nn.Parameter(torch.zeros(100, dtype=torch.float64))
+        self.large = nn.Parameter(torch.zeros(elements))
+        self.small = nn.ParameterList([torch.zeros(7, 3) for _ in range(5)])
+        self.wide = nn.Parameter(torch.zeros(100, dtype=torch.float64))
 
     def go_to(self, step: int) -> None:
         with torch.no_grad():
@@ -266,7 +267,7 @@ def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) 
     for threads in (1, size):
         torch.set_num_threads(threads)
         generator = torch.Generator().manual_seed(0)
-        model = torch.nn.ParameterDict({"a": torch.zeros(37, 41)})
+        model = nn.ParameterDict({"a": torch.zeros(37, 41)})
         model["b"] = torch.zeros(5003, dtype=torch.bfloat16)
         model["c"] = torch.zeros(3)
         model["d"] = torch.zeros(64, 64, dtype=torch.float64)
@@ -290,7 +291,7 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
     """Their number stays, also in threads that start during an update or later."""
     torch.set_num_threads(2)  # conftest sets the number to 1 for each test
     seen: list[int] = []
-    model = torch.nn.Linear(60, 60)
+    model = nn.Linear(60, 60)
     options = {"update_every": 1, "checkpoint_every": 2}
 
     def see() -> None:
@@ -313,7 +314,7 @@ def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Pa
     """On busy cores those wait for each other at every operation. Operations on a tile of this
     model would use some."""
     torch.set_num_threads(4)
-    model = torch.nn.Linear(600, 600)
+    model = nn.Linear(600, 600)
     model.weight.detach().mul(2)  # the training's own threads are there
     counts = []
     options = {"update_every": 1, "checkpoint_every": 2}

@@ -13,6 +13,7 @@ from checking import assert_same_tensors
 from factories import averages_in, exact_average, exact_gamma
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from tracker.runs import contents
 
 from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
@@ -27,10 +28,10 @@ from posthoc_cli.tracker.memory import Reader
 SIGMA_RELS = (0.05, 0.28)
 
 
-class Scalar(torch.nn.Module):
+class Scalar(nn.Module):
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
 
     def set(self, values: np.ndarray) -> None:
         with torch.no_grad():
@@ -252,7 +253,7 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
     kept = []
     options = {"update_every": 1, "checkpoint_every": 5, "max_checkpoints": 5}
     for sigma_rels in ((0.02, 0.04), (0.2, 0.28)):
-        model = torch.nn.Linear(30, 30)
+        model = nn.Linear(30, 30)
         generator = torch.Generator().manual_seed(0)
         folder = tmp_path / f"{sigma_rels}"
         with PostHocEMA.from_model(model, folder, sigma_rels, **options) as tracker:
@@ -329,14 +330,14 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
 ) -> None:
     """The bad value is in the last of many tiles, at first beside values so large that a trace of
     them would show."""
-    model = torch.nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
+    model = nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
     model.register_buffer("count", torch.zeros(()))
     options = {"update_every": 1, "checkpoint_every": 1000, "device": device}
     largest = 0.0
     generator = torch.Generator().manual_seed(0)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
         for step in range(1, 76):
-            torch.nn.init.normal_(model["weight"], generator=generator)
+            nn.init.normal_(model["weight"], generator=generator)
             largest = max(largest, float(model["weight"].detach().abs().max()))
             model.count += 1
             if step not in (2, 3, 20, 37, 50, 51, 70):
@@ -388,8 +389,8 @@ def test_an_infinity_among_the_largest_float64_values_is_refused(tmp_path: Path)
         torch.testing.assert_close(means, torch.full((3,), 1e308, dtype=torch.float64))
 
 
-def parameter(elements: int) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
+def parameter(elements: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
 
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
@@ -446,7 +447,7 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It would count once, however often the graph is replayed."""
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
     ema.update_(model)
     with monkeypatch.context() as capturing:
@@ -458,15 +459,15 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(
     assert ema.step == 2
 
 
-class Permuted(torch.nn.Module):
+class Permuted(nn.Module):
     """Weights of a convolution, of a layer that was transposed, and of one between two others."""
 
     def __init__(self, permutes: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.conv = torch.nn.Conv2d(6, 10, 3)
-        self.turned = torch.nn.Parameter(torch.randn(5, 7, 4))
-        self.piece = torch.nn.Parameter(torch.randn(9, 6))
+        self.conv = nn.Conv2d(6, 10, 3)
+        self.turned = nn.Parameter(torch.randn(5, 7, 4))
+        self.piece = nn.Parameter(torch.randn(9, 6))
         if permutes:
             self.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.turned.data = self.turned.permute(2, 0, 1).contiguous().permute(1, 2, 0)

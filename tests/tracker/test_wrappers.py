@@ -22,6 +22,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -35,15 +36,15 @@ from posthoc_cli.errors import InvalidValueError, NotReadyError
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
 
 
-class Network(torch.nn.Module):
+class Network(nn.Module):
     """A model with children whose names are those of wrappers' children, a tied parameter and
     buffers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.module = torch.nn.Linear(3, 4)
-        self._orig_mod = torch.nn.BatchNorm1d(4)
-        self.head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
+        self.module = nn.Linear(3, 4)
+        self._orig_mod = nn.BatchNorm1d(4)
+        self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
         self.head[1].weight = self.head[0].weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,28 +84,28 @@ def test_a_sharded_model_names_the_torch_that_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A DTensor of torch 2.4 does not tell its chunks."""
-    net = torch.nn.Linear(2, 2)
+    net = nn.Linear(2, 2)
     fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
     monkeypatch.delattr(DTensor, "__create_chunk_list__")
     with pytest.raises(InvalidValueError, match=r"'weight'.* needs torch 2.5 or newer, not 2\."):
         PostHocEMA.from_model(net, tmp_path / "run").update_(net)
 
 
-def compiled(model: torch.nn.Module) -> torch.nn.Module:
+def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
 
-def with_part(name: str, wrap: Callable[..., Any]) -> Callable[[torch.nn.Module], torch.nn.Module]:
-    def change(model: torch.nn.Module) -> torch.nn.Module:
+def with_part(name: str, wrap: Callable[..., Any]) -> Callable[[nn.Module], nn.Module]:
+    def change(model: nn.Module) -> nn.Module:
         model.add_module(name, wrap(model.get_submodule(name)))
         return model
 
     return change
 
 
-WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compiled": compiled,
-    "parallel": torch.nn.DataParallel,
+    "parallel": nn.DataParallel,
     "replicated": DistributedDataParallel,
     "compiled and replicated": lambda model: compiled(DistributedDataParallel(compiled(model))),
     "compiled part": with_part("head", compiled),
@@ -113,7 +114,7 @@ WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
 }
 
 
-def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+def values_of(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors that a tracker finds in a model: the average after the first update."""
     with PostHocEMA.from_model(model, folder, update_every=1) as tracker:
         tracker.update_(model)
@@ -169,7 +170,7 @@ def test_models_of_fsdp_1_and_of_deepspeed_zero_3_are_refused_by_name(
         PostHocEMA.from_model(flat, tmp_path)
     for shape in ((0,), (3, 4)):
         model = network()
-        head: Any = torch.nn.Parameter(torch.empty(shape))
+        head: Any = nn.Parameter(torch.empty(shape))
         head.ds_id = 7
         head.ds_tensor = torch.zeros(6)
         model.head[0].bias = head
@@ -192,16 +193,16 @@ CONFIGS = {
 }
 
 
-class Adapted(torch.nn.Module):
+class Adapted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = torch.nn.Embedding(7, 4)
-        self.middle = torch.nn.Linear(4, 4)
-        self.head = torch.nn.Linear(4, 2)
+        self.embed = nn.Embedding(7, 4)
+        self.middle = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 2)
 
 
-def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str, torch.Tensor]:
+def average_of(model: nn.Module, folder: Path, **filters: str) -> dict[str, torch.Tensor]:
     with PostHocEMA.from_model(model, folder, **SETTINGS, **filters) as run:
         Training(model=model).run(4, run)
     return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)
@@ -209,7 +210,7 @@ def average_of(model: torch.nn.Module, folder: Path, **filters: str) -> dict[str
 
 @PEFTS
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("wrap", [lambda model: model, torch.nn.DataParallel, compiled])
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, compiled])
 def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
     tmp_path: Path,
     kind: str,
@@ -231,7 +232,7 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
         assert set(average_of(model, tmp_path / "part")) == found
         model.base_model.model.middle = middle
     # a larger model, with one adapted part
-    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})
+    both = nn.ModuleDict({"text": model, "image": nn.Linear(2, 2)})
     assert {f"text.{name}" for name in found} | {"image.weight"} <= set(
         average_of(both, tmp_path / "both")
     )
@@ -245,7 +246,7 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
 @pytest.mark.parametrize("call", ["update_", "model", "state_dict", "flush"])
 def test_a_compiled_function_may_call_a_tracker(tmp_path: Path, call: str) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
 
     def step() -> float:
@@ -278,10 +279,10 @@ def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
     compile: Any,
     part: bool,
 ) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     compiled = compile(model)
     with pytest.raises(InvalidValueError, match=r"is compiled by torch\.jit; track the module"):
-        PostHocEMA.from_model(torch.nn.Sequential(compiled) if part else compiled, tmp_path)
+        PostHocEMA.from_model(nn.Sequential(compiled) if part else compiled, tmp_path)
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
         for value in (1.0, 3.0):
             for parameter in compiled.parameters():
@@ -291,7 +292,7 @@ def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
 
 
 def test_an_exported_model_is_tracked_and_filled_but_has_no_eval_mode(tmp_path: Path) -> None:
-    inner = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     model = torch.export.export(inner, (torch.ones(1, 2),)).module()
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
@@ -325,11 +326,11 @@ for path in sys.argv[1:]:
 
 def test_a_pickled_model_does_not_need_this_package(tmp_path: Path) -> None:
     """Pickled, or copied and pickled, before the first update, later, and after the end."""
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    model = nn.Sequential(nn.Linear(2, 2))
     paths = [tmp_path / f"{number}.pt" for number in range(5)]
     with PostHocEMA.from_model(model, tmp_path / "run", update_every=1) as ema:
         torch.save(model, paths[0])
-        torch.save(torch.nn.Sequential(model), paths[1])
+        torch.save(nn.Sequential(model), paths[1])
         ema.update_(model)
         torch.save(copy.deepcopy(model), paths[2])
         with ema.model(model, 0.1):
