@@ -154,12 +154,14 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     (tmp_path / "superseded").mkdir()
     (tmp_path / "superseded" / "x.safetensors").touch()
     found = inspect_directory(tmp_path)
-    assert (len(found.snapshots), len(found.problems)) == (8, 3)
+    assert len(found.snapshots) == 8
+    assert len(found.problems) == 3
     damaged, both, other = map(str, found.problems)
     assert "damaged.safetensors: truncated" in damaged
     assert "differ in 'run_id'" in other
     assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
-    assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
+    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
+    assert found.superseded == 1
     assert found.notes == ["t = 30, the newest: no snapshot of sigma_rel 0.28"]
 
 
@@ -337,7 +339,8 @@ def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: P
     (run / "linked").symlink_to(shards)
     (run / "0000000000000070-0.1").symlink_to(other)  # named as a snapshot
     found = verify(run)
-    assert (found.leftovers, found.superseded) == ((), 0)
+    assert found.leftovers == ()
+    assert found.superseded == 0
     (run / "0000000000000070-0.1").unlink()
     pruned(run)
     assert (contents(other), contents(shards)) == before

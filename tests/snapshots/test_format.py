@@ -136,7 +136,8 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
     del tensors["torch.bfloat16"]  # NumPy lacks it
     by_numpy = safetensors.numpy.load_file(write_snapshot(tmp_path, 20, 0.05, RUN_ID, tensors))
     assert by_numpy.keys() == tensors.keys()
-    assert all(np.array_equal(by_numpy[name], tensor.numpy()) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert np.array_equal(by_numpy[name], tensor.numpy())
 
 
 # --- metadata

@@ -96,7 +96,8 @@ def test_outputs_in_any_layout_and_foreign_files(
     save_file({"w": torch.full((3,), torch.nan)}, foreign)
     found = verified(foreign)
     assert found.is_fine
-    assert (found.files[0].what, found.files[0].state) == ("foreign", "unchecked")
+    assert found.files[0].what == "foreign"
+    assert found.files[0].state == "unchecked"
     found = verified(tmp_path)  # the folder of shards, the output and the foreign file
     assert found.is_fine
     assert len(found.files) == count + 2

@@ -217,11 +217,9 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
-    assert (state["step"], state["standing"]["step"], state["standing"]["updates"]) == (
-        7,
-        6,
-        2,
-    )
+    assert state["step"] == 7
+    assert state["standing"]["step"] == 6
+    assert state["standing"]["updates"] == 2
 
 
 @pytest.mark.parametrize(
