@@ -204,7 +204,13 @@ class Training:
         return Run(folder)
 
 
-@pytest.mark.parametrize(("replaced", "kept"), [("ema", "model"), ("model", "ema")])
+@pytest.mark.parametrize(
+    ("replaced", "kept"),
+    [
+        ("ema", "model"),
+        ("model", "ema"),
+    ],
+)
 def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
     tmp_path: Path,
     replaced: str,
@@ -253,7 +259,10 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
 
 
 def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
-    parts = {"q": torch.full((50, 3), 1.0), "k": torch.full((50, 4), 2.0)}
+    parts = {
+        "q": torch.full((50, 3), 1.0),
+        "k": torch.full((50, 4), 2.0),
+    }
     matrix = torch.zeros(50, 7)
     like = saved(tmp_path, q=matrix[:, :3], k=matrix[:, 3:])
     _, loaded = copied(stored(tmp_path, 1, parts), like, "last:1")
@@ -402,7 +411,10 @@ def trainer_output(folder: Path, stem: str, ending: str) -> Path:
 
 @pytest.mark.parametrize(
     ("stem", "ending", "stale"),
-    [("model", "safetensors", "pytorch_model.bin"), ("pytorch_model", "bin", "tf_model.h5")],
+    [
+        ("model", "safetensors", "pytorch_model.bin"),
+        ("pytorch_model", "bin", "tf_model.h5"),
+    ],
 )
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
     tmp_path: Path,
@@ -661,7 +673,13 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     copied(run, like)
 
 
-@pytest.mark.parametrize(("call", "problem"), [("open_new", "replaced"), ("write", "changed")])
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ("open_new", "replaced"),
+        ("write", "changed"),
+    ],
+)
 def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     tmp_path: Path,
     run: Run,

@@ -148,7 +148,11 @@ def drifting_walk() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)]
+    ("library", "dtype"),
+    [
+        ("ema-pytorch", torch.float16),
+        ("posthoc-ema", torch.float32),
+    ],
 )
 def test_predicted_errors_from_another_librarys_averages_hold(
     tmp_path: Path,

@@ -468,7 +468,12 @@ def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "left"), [("n\n", 1, 40), ("y\n", 0, 10), ("", 130, 40)]
+    ("answer", "code", "left"),
+    [
+        ("n\n", 1, 40),
+        ("y\n", 0, 10),
+        ("", 130, 40),
+    ],
 )
 def test_pruning_asks(
     ema: Ema,

@@ -110,7 +110,12 @@ COMMANDS = (
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""
-VOCABULARY = {"bytes": {"number"}, "snapshots": {"list"}, "t": {"number"}, "step": {"number"}}
+VOCABULARY = {
+    "bytes": {"number"},
+    "snapshots": {"list"},
+    "t": {"number"},
+    "step": {"number"},
+}
 SYNONYMS = {"nbytes", "size", "time", "sigma", "error", "width", "mean"}
 
 

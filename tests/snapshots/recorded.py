@@ -87,7 +87,10 @@ def call_number(number: int) -> Callable[..., bool]:
 
 # --- small files
 
-SMALL = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+SMALL = {
+    "a": torch.tensor([1.0, -2.5]),
+    "b": torch.tensor([7], dtype=torch.int16),
+}
 
 Content = dict[str, object]
 

@@ -59,7 +59,12 @@ def times_in(directory: Path) -> list[float]:
 
 
 def test_snapshots_are_ordered_by_time_then_sigma_rel_whatever_their_names(tmp_path: Path) -> None:
-    for name, t, sigma_rel in (("a", 30, 0.05), ("b", 20, 0.28), ("c", 20, 0.05), ("d", 100, 0.05)):
+    for name, t, sigma_rel in (
+        ("a", 30, 0.05),
+        ("b", 20, 0.28),
+        ("c", 20, 0.05),
+        ("d", 100, 0.05),
+    ):
         write_snapshot(tmp_path, t, sigma_rel, RUN_ID, W, name=f"{name}.safetensors")
     assert [s.path.stem for s in read_directory(tmp_path)] == ["c", "b", "a", "d"]
     for name in "ac":  # any snapshot can be moved or deleted
@@ -196,7 +201,11 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
 
 
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
-    for name, t in (("z", 10), ("y", 20), ("x", 30)):
+    for name, t in (
+        ("z", 10),
+        ("y", 20),
+        ("x", 30),
+    ):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
     assert len(thin(read_directory(tmp_path), 3)) == len(times_in(tmp_path)) == 3

@@ -293,7 +293,15 @@ def test_the_next_training_removes_incomplete_snapshots(
 
 # --- chunks of tensors: boxes assembled from any chunks equal NumPy's own indexing
 
-SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (5, 3),
+    (4, 1, 6),
+    (3, 4, 2, 2),
+    (0, 3),
+]
 
 
 def cut_randomly(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Box]:

@@ -144,7 +144,10 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
 
 
 def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
-    values = {"w": torch.zeros(2, dtype=torch.float16), "seen": torch.tensor(3)}
+    values = {
+        "w": torch.zeros(2, dtype=torch.float16),
+        "seen": torch.tensor(3),
+    }
     path = write_snapshot(
         tmp_path,
         1234.5,

@@ -114,7 +114,10 @@ def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_ano
 
 @pytest.mark.parametrize(
     ("folder", "source", "change"),
-    [("run", "measured", 0.15), ("unmeasured", "sampled", 1.0)],
+    [
+        ("run", "measured", 0.15),
+        ("unmeasured", "sampled", 1.0),
+    ],
 )
 def test_the_errors_are_those_of_the_directory_before_and_after(
     folder: str,

@@ -209,7 +209,13 @@ def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> No
 # --- errors of the system
 
 
-@pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        (errno.EACCES, "unreadable"),
+        (errno.EIO, "damaged"),
+    ],
+)
 def test_what_cannot_be_read_is_reported_and_the_others_are_read(
     run: Path,
     code: int,

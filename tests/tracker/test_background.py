@@ -223,7 +223,12 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
 
 
 @pytest.mark.parametrize(
-    ("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)]
+    ("device", "next_fails"),
+    [
+        ("cpu", False),
+        ("model", False),
+        ("cpu", True),
+    ],
 )
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     tmp_path: Path,
@@ -344,7 +349,11 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
 
 
 @pytest.mark.parametrize(
-    ("device", "of"), [("cpu", "updates of the averages"), ("model", "snapshots")]
+    ("device", "of"),
+    [
+        ("cpu", "updates of the averages"),
+        ("model", "snapshots"),
+    ],
 )
 def test_a_training_that_waits_gets_one_warning_with_the_times(
     tmp_path: Path,

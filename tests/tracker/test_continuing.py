@@ -228,7 +228,13 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
-@pytest.mark.parametrize(("last", "group", "scale"), [(1, False, 1.0), (15, True, 1.5)])
+@pytest.mark.parametrize(
+    ("last", "group", "scale"),
+    [
+        (1, False, 1.0),
+        (15, True, 1.5),
+    ],
+)
 def test_torch_distributed_checkpoint_keeps_all_of_the_state(
     tmp_path: Path,
     last: int,
@@ -521,7 +527,13 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     assert superseded(tmp_path) == 1
 
 
-@pytest.mark.parametrize(("first", "settings"), [(10, {}), (40, {"update_after_step": 35})])
+@pytest.mark.parametrize(
+    ("first", "settings"),
+    [
+        (10, {}),
+        (40, {"update_after_step": 35}),
+    ],
+)
 def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
     tmp_path: Path,
     first: int,
@@ -600,7 +612,13 @@ def test_rounded_snapshots_that_a_run_resumes_from_are_one_warning(
     assert caplog.text.count(said) == (dtype is not None)
 
 
-@pytest.mark.parametrize(("device", "last", "at"), [("cpu", 80, 80), ("model", 77, 76)])
+@pytest.mark.parametrize(
+    ("device", "last", "at"),
+    [
+        ("cpu", 80, 80),
+        ("model", 77, 76),
+    ],
+)
 def test_a_header_holds_the_weights_and_the_average_of_its_time(
     tmp_path: Path,
     device: str,
@@ -649,7 +667,11 @@ for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
 
 
 @pytest.mark.parametrize(
-    ("kinds", "ranks"), [(("tp", "fsdp"), (2, 3)), (("fsdp", "alone"), (2, 1))]
+    ("kinds", "ranks"),
+    [
+        (("tp", "fsdp"), (2, 3)),
+        (("fsdp", "alone"), (2, 1)),
+    ],
 )
 def test_processes_decide_together_with_the_samples_of_another_arrangement(
     kinds: tuple[str, str],

@@ -108,7 +108,13 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
     assert written(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
+@pytest.mark.parametrize(
+    ("device", "max_checkpoints"),
+    [
+        ("cpu", 3),
+        ("model", None),
+    ],
+)
 def test_snapshots_off_the_schedule_change_no_others(
     tmp_path: Path,
     device: str,

@@ -332,7 +332,11 @@ print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 )
 @pytest.mark.parametrize(
     ("device", "then", "most"),
-    [("model", "none", 4.0), ("cpu", "none", 8.0), ("model", "query", 8.0)],
+    [
+        ("model", "none", 4.0),
+        ("cpu", "none", 8.0),
+        ("model", "query", 8.0),
+    ],
 )
 def test_snapshots_take_little_more_than_their_own_bytes_in_addition_to_the_averages(
     tmp_path: Path,

@@ -61,7 +61,12 @@ os._exit(0)
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING"])
 @pytest.mark.parametrize(
-    ("call", "device"), [("close", "model"), ("snapshot", "cpu"), ("update_", "cpu")]
+    ("call", "device"),
+    [
+        ("close", "model"),
+        ("snapshot", "cpu"),
+        ("update_", "cpu"),
+    ],
 )
 def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
     tmp_path: Path,

@@ -264,7 +264,11 @@ def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persist
 
 def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
     ways = r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
-    for arguments in ((Network(),), (Network(), tmp_path), ()):
+    for arguments in (
+        (Network(),),
+        (Network(), tmp_path),
+        (),
+    ):
         with pytest.raises(InvalidValueError, match=ways):
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 

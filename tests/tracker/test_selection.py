@@ -255,7 +255,12 @@ def test_8_bit_parameters_are_stored_as_such_and_checked(
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)]
+    ("kind", "tied"),
+    [
+        ("parameter", False),
+        ("buffer", False),
+        ("parameter", True),
+    ],
 )
 def test_the_name_that_safetensors_reserves_is_refused(
     tmp_path: Path,

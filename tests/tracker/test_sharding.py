@@ -108,7 +108,15 @@ ema.close()
 """
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("fsdp", 3),
+        ("hsdp", 4),
+        ("tp", 2),
+        ("fsdp-tp", 4),
+    ],
+)
 def test_averages_of_a_sharded_model_are_those_of_one_process(
     kind: str,
     ranks: int,

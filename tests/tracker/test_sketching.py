@@ -31,7 +31,12 @@ def sketches(folder: Path) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize(
-    ("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])]
+    ("first", "windows"),
+    [
+        (1500, [1] * 8),
+        (3500, [1, 4, 4, 3]),
+        (300_000, [1, 104, 104, 5]),
+    ],
 )
 def test_the_path_is_of_means_over_a_thousandth_of_training(
     first: int,
@@ -262,7 +267,11 @@ def check_run(
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64", None])
 @pytest.mark.parametrize(
     ("dtype", "sigma_rels"),
-    [(torch.float32, (0.05, 0.1, 0.28)), (torch.float64, (0.1,)), (torch.bfloat16, (0.05, 0.28))],
+    [
+        (torch.float32, (0.05, 0.1, 0.28)),
+        (torch.float64, (0.1,)),
+        (torch.bfloat16, (0.05, 0.28)),
+    ],
 )
 def test_measurements_are_those_of_a_direct_computation(
     tmp_path: Path,
@@ -326,7 +335,12 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("stored", "size"), [("float16", 1e-2), ("bfloat16", 1e-4), ("float16", 1e-5)]
+    ("stored", "size"),
+    [
+        ("float16", 1e-2),
+        ("bfloat16", 1e-4),
+        ("float16", 1e-5),
+    ],
 )
 def test_measurements_of_a_subset_are_those_of_all_elements(
     tmp_path: Path,

@@ -91,7 +91,13 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
 
 
-@pytest.mark.parametrize(("dtype", "change"), [(torch.float32, 1e-4), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        (torch.float32, 1e-4),
+        (torch.bfloat16, 2**-7),
+    ],
+)
 def test_folds_do_not_lose_steps_below_half_a_last_digit(
     tmp_path: Path,
     dtype: torch.dtype,
@@ -120,7 +126,14 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.01, 0.1, 0.2886)])
-@pytest.mark.parametrize(("begin", "every"), [(0, 1), (40_000, 10), (1_000_000, 64)])
+@pytest.mark.parametrize(
+    ("begin", "every"),
+    [
+        (0, 1),
+        (40_000, 10),
+        (1_000_000, 64),
+    ],
+)
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path,
     sigma_rels: tuple[float, ...],
@@ -321,7 +334,13 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("begin", [0, 10**6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("device", "bad"), [("model", torch.nan), ("cpu", -torch.inf)])
+@pytest.mark.parametrize(
+    ("device", "bad"),
+    [
+        ("model", torch.nan),
+        ("cpu", -torch.inf),
+    ],
+)
 def test_a_refused_update_leaves_the_averages_as_they_are(
     tmp_path: Path,
     dtype: torch.dtype,
@@ -506,7 +525,13 @@ def record_permuted(folder: Path, changes: bool, model: Permuted, options: Any) 
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize(("device", "dtype"), [("model", None), ("cpu", torch.float16)])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("model", None),
+        ("cpu", torch.float16),
+    ],
+)
 def test_weights_in_another_order_of_memory_have_the_same_averages(
     tmp_path: Path,
     device: str,
