@@ -91,6 +91,16 @@ class Training:
         return max(distances)
 
 
+def track(model: nn.Module, folder: Path, *sigma_rels: Any, **settings: Any) -> PostHocEMA:
+    """Return a tracker that by default takes in every step."""
+    return PostHocEMA.from_model(model, folder, *sigma_rels, **{"update_every": 1} | settings)
+
+
+def update(tracker: PostHocEMA, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        tracker.update_(model)
+
+
 def wait_for_writers(folder: Path) -> None:
     """Wait until this process's trackers have written all due snapshots to a folder, or failed
     to."""

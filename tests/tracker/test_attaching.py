@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_state_dict,
 )
-from tracker.runs import wait_for_writers
+from tracker.runs import track, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
@@ -245,7 +245,7 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
     model, optimizer = sgd()
     compiled = torch.compile(optimizer.step, backend="eager")
     compiling = []
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
+    with track(model, tmp_path, t_unit="images") as tracker:
         with pytest.raises(
             InvalidValueError,
             match=r"t None: must be a function that returns the .* time in images",
@@ -317,7 +317,7 @@ def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(
 
 def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_path: Path) -> None:
     model, optimizer = sgd()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+    with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
     with pytest.raises(InvalidValueError, match="made without a model"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)

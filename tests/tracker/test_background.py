@@ -21,7 +21,7 @@ import torch
 from integrations.truth import distance
 from snapshots.recorded import failing
 from torch import nn
-from tracker.runs import Training, contents, times, wait_for_writers
+from tracker.runs import Training, contents, times, track, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
@@ -541,7 +541,7 @@ def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
     monkeypatch.setattr(pipeline, "worker_count", lambda: 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     model = nn.Linear(2048, 2048, device="cuda")
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema = track(model, tmp_path)
     ema.update_(model)
     ema.flush()
     names = {thread.name for thread in threading.enumerate()}

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from torch import nn
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -20,7 +21,7 @@ def tracked(folder: Path, model: Any = None, **settings: Any) -> tuple[Any, Post
     """Return a model after some steps, and its tracker."""
     if model is None:
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    ema = PostHocEMA.from_model(model, folder, update_every=1, **settings)
+    ema = track(model, folder, **settings)
     for _ in range(5):
         for parameter in model.parameters():
             parameter.data += torch.randn(parameter.shape)
@@ -142,7 +143,7 @@ def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_
     tmp_path: Path,
 ) -> None:
     model = Shared()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema = track(model, tmp_path)
     for value in (1.0, 5.0):
         model.rows.data[0] = value
         model.columns.data[:, 0] = value

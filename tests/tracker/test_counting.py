@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.posthoc_ema import _note_uncounted_steps
@@ -38,7 +39,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 def made(folder: Path, steps: int = 5, **settings: Any) -> tuple[nn.Module, PostHocEMA]:
     """Return a model after some steps that were counted, and its tracker."""
     model = network()
-    ema = PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=100, **settings)
+    ema = track(model, folder, checkpoint_every=100, **settings)
     for _ in range(steps):
         train(model, sgd(model))
         ema.update_(model)
@@ -67,7 +68,7 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
 ) -> None:
     """As where phases of a training have an optimizer each."""
     model = network()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100)
+    ema = track(model, tmp_path, checkpoint_every=100)
     optimizer = sgd(model)
     ema.attach(optimizer)
     train(model, optimizer, 5)

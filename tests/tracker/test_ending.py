@@ -10,7 +10,7 @@ import forked
 import pytest
 from factories import exact_average
 from safetensors.torch import load_file
-from tracker.runs import Training, contents
+from tracker.runs import Training, contents, track
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import LockedError, NonFiniteError, NotReadyError, WriteError
@@ -255,7 +255,7 @@ def test_a_directory_that_is_deleted_while_a_snapshot_is_written_is_named(
     """By errors of this package, once for each time that is lost; the averages can be read."""
     folder = tmp_path / "run"
     training = Training()
-    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    tracker = track(training.model, folder, checkpoint_every=2)
     training.run(3, tracker)
     tracker.flush()
     own = getattr(files.system, operation)
@@ -281,7 +281,7 @@ def test_a_directory_that_is_deleted_and_made_again_is_locked_again(tmp_path: Pa
     """Else a second training could write to it; one that already does is named."""
     folder = tmp_path / "run"
     training = Training()
-    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    tracker = track(training.model, folder, checkpoint_every=2)
     training.run(3, tracker)
     tracker.flush()
     for last in (4, 6):

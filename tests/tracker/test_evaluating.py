@@ -17,7 +17,7 @@ from checking import assert_same_tensors
 from factories import rewrite_snapshot
 from integrations.truth import distance
 from safetensors.torch import load_file
-from tracker.runs import Training, Weights
+from tracker.runs import Training, Weights, track, update
 
 from posthoc_cli import PostHocEMA, Run, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
@@ -260,7 +260,7 @@ def test_callbacks_run_in_the_training_thread_once_after_each_time_with_snapshot
 ) -> None:
     training = Training()
     calls = []
-    ema = PostHocEMA.from_model(training.model, tmp_path, update_every=1, checkpoint_every=10)
+    ema = track(training.model, tmp_path, checkpoint_every=10)
     ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
     for step in range(1, 26):
         training.run(step, ema)
@@ -367,9 +367,8 @@ def test_a_tensor_without_elements_that_is_alone_in_its_dtype_is_returned(
     model = torch.nn.Linear(2, 2)
     empty = torch.empty(0, 3, dtype=torch.bfloat16)
     model.register_parameter("empty", torch.nn.Parameter(empty))
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
-        for _ in range(4):
-            ema.update_(model)
+    with track(model, tmp_path, checkpoint_every=2) as ema:
+        update(ema, model, 4)
         value = ema.state_dict(sigma_rel)["empty"]
     assert value.shape == (0, 3)
     assert value.dtype == torch.bfloat16

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from torch import nn
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA, PostHocError
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
@@ -165,7 +166,7 @@ def test_bad_arguments_are_value_errors(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.Linear(3, 3, dtype=dtype)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
+    tracker = track(model, tmp_path, checkpoint_every=1)
     tracker.update_(model)
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
         assert source.state_dict(0.28)["weight"].dtype == dtype
@@ -251,7 +252,7 @@ def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persist
     wide = torch.full((1,), value).expand(4)
     model.register_buffer("wide", wide, persistent=persistent)
     model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    tracker = track(model, tmp_path)
     tracker.update_(model)
     with tracker.model(model, sigma_rel=0.28):
         pass
@@ -331,7 +332,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     modules = {"all": model, "0": model[0], "1": model[1], "2": model[2]}
     trackers = {}
     for name, module in modules.items():
-        trackers[name] = PostHocEMA.from_model(module, tmp_path / name, update_every=1)
+        trackers[name] = track(module, tmp_path / name)
         trackers[name].update_(module)
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
         if swapped == "1":  # the module is recognised even after its parameter was replaced
@@ -350,7 +351,7 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
     model = nn.Linear(4096, 4096, device="cuda")
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+    with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tracker.runs import Training, times
+from tracker.runs import Training, times, track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
@@ -208,14 +208,14 @@ def test_a_tracker_and_its_attachment_form_no_cycle(tmp_path: Path) -> None:
     try:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ema = PostHocEMA.from_model(model, tmp_path / "one", update_every=1)
+        ema = track(model, tmp_path / "one")
         handle = ema.attach(optimizer)
         reference = weakref.ref(ema)
         del ema
         assert reference() is not None  # which the optimizer updates
         handle.remove()
         assert reference() is None
-        other = PostHocEMA.from_model(model, tmp_path / "two", update_every=1)
+        other = track(model, tmp_path / "two")
         other.attach(optimizer)
         reference = weakref.ref(other)
         del other, optimizer, handle

@@ -26,6 +26,7 @@ import torch
 from checking import assert_same_tensors
 from factories import averages_in, exact_gamma
 from torch import nn
+from tracker.runs import update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
@@ -322,8 +323,7 @@ def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Pa
         for _ in range(2):
             threads = [*Path("/proc/self/task").iterdir()]
             counts.append(len(threads) - threading.active_count())
-            for _ in range(4):
-                tracker.update_(model)
+            update(tracker, model, 4)
             tracker.flush()
     assert counts[0] == counts[1]
 

@@ -14,7 +14,7 @@ from factories import averages_in, exact_average, exact_gamma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from tracker.runs import contents
+from tracker.runs import contents, track, update
 
 from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
 from posthoc_cli.errors import (
@@ -29,17 +29,20 @@ SIGMA_RELS = (0.05, 0.28)
 
 
 class Scalar(nn.Module):
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64, size: int = 3) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(size, dtype=dtype))
 
-    def set(self, values: np.ndarray) -> None:
-        with torch.no_grad():
-            self.weight.copy_(torch.from_numpy(values))
+    def set(self, values: torch.Tensor) -> None:
+        self.weight.data.copy_(values)
+
+    def values(self) -> np.ndarray:
+        return self.weight.detach().double().numpy()
 
 
 def tracked(tracker: PostHocEMA, sigma_rel: float) -> np.ndarray:
-    return tracker.state_dict(sigma_rel=sigma_rel, dtype="float64")["weight"].numpy()
+    average = tracker.state_dict(sigma_rel, dtype="float64")
+    return average["weight"].numpy()
 
 
 def relative_distance(found: np.ndarray, exact: np.ndarray) -> float:
@@ -73,7 +76,7 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
     times = numbers.astype(float)
     if unit == "images":
         times = np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps))
-    options = {
+    settings = {
         "update_every": update_every,
         "checkpoint_every": 1000 * update_every,
         "update_after_step": warm_up,
@@ -81,9 +84,9 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
     }
     model = Scalar()
     folder = tmp_path_factory.mktemp("run")
-    with PostHocEMA.from_model(model, folder, (sigma_rel,), **options) as tracker:
+    with track(model, folder, (sigma_rel,), **settings) as tracker:
         for value, t in zip(values, times.tolist(), strict=True):
-            model.set(value)
+            model.set(torch.from_numpy(value))
             tracker.update_(model, t if unit == "images" else None)
         is_update = (numbers % update_every == 0) & (numbers > warm_up)
         exact = exact_average(values[is_update], sigma_rel, times[is_update])
@@ -108,10 +111,9 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
     base = torch.linspace(1, 1.9, 1000).to(dtype)
     begin = 1e6 * change / 1e-4
     updates = 5120
-    model = Scalar(dtype)
-    model.weight.data = base.clone()
-    options = {"update_every": 1, "checkpoint_every": 10**6, "t_unit": "images"}
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
+    model = Scalar(dtype, size=1000)
+    model.set(base)
+    with track(model, tmp_path, (0.28,), checkpoint_every=10**6, t_unit="images") as tracker:
         tracker.update_(model, t=begin)
         model.weight.data.add_(change)
         for k in range(1, updates + 1):
@@ -123,6 +125,10 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
     # last digits; the change itself is rounded to one, which is 0.1 % of it
     assert moved > 4 * 2**-23
     assert np.abs(off).max() < 2 * 2**-23
+
+
+def read_after(k: int) -> bool:
+    return k < 4 or k in (35, 69, 70, 71, 149, 150)
 
 
 @pytest.mark.parametrize("sigma_rels", [(0.05,), (0.01, 0.1, 0.2886)])
@@ -142,25 +148,21 @@ def test_float32_averages_are_right_wherever_windows_end(
 ) -> None:
     """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
     another clock."""
-    model = Scalar(torch.float32)
+    model = Scalar(torch.float32, size=2000)
     path = []
     times = []
-    model.weight.data = torch.zeros(2000)
-    generator = torch.Generator().manual_seed(0)
     t = float(begin)
-    value = torch.randn(2000, generator=generator)
-    options = {"update_every": 1, "checkpoint_every": 10_000, "t_unit": "images"}
-    with PostHocEMA.from_model(model, tmp_path, sigma_rels, **options) as tracker:
+    model.set(torch.randn(2000))
+    with track(model, tmp_path, sigma_rels, checkpoint_every=10_000, t_unit="images") as tracker:
         for k in range(1, 151):
             t += every
             if k == 70:
                 t += 49 * every
-            value = value + 0.01 * torch.randn(2000, generator=generator)
-            model.weight.data.copy_(value)
+            model.weight.data += 0.01 * torch.randn(2000)
             tracker.update_(model, t=t)
-            path.append(value.double().numpy())
+            path.append(model.values())
             times.append(t)
-            if k not in (1, 2, 3, 35, 69, 70, 71, 149, 150):
+            if not read_after(k):
                 continue
             # One rounding is 0.2 * 2^-23 of the norm. Each update leaves at most one, in the mean
             # or the average, and reading one more; a window's weights of what moves in it, 0.01 an
@@ -180,27 +182,26 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 ) -> None:
     """They share it from t = 104,000 on; a run resumes within a window before, from a state with
     more profiles."""
-    model = Scalar(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    model.weight.data = torch.randn(500, generator=generator)
+    model = Scalar(torch.float32, size=500)
+    model.set(torch.randn(500))
     path = []
     times = []
-    options = {"update_every": 1, "checkpoint_every": 10**6}
 
     def train(tracker: PostHocEMA, updates: int) -> None:
-        for t in range(103_601 + len(times), 103_601 + len(times) + updates):
-            model.weight.data.add_(1e-3 * torch.randn(500, generator=generator))
-            tracker.update_(model, t=float(t))
-            path.append(model.weight.data.double().numpy())
-            times.append(float(t))
+        for _ in range(updates):
+            t = 103_601.0 + len(times)
+            model.weight.data += 1e-3 * torch.randn(500)
+            tracker.update_(model, t=t)
+            path.append(model.values())
+            times.append(t)
 
-    with PostHocEMA.from_model(model, tmp_path / "all", (0.05, 0.15, 0.28), **options) as tracker:
+    with track(model, tmp_path / "all", (0.05, 0.15, 0.28), checkpoint_every=10**6) as tracker:
         train(tracker, 200)
         before = tracker.metrics()["bytes"]
         state = tracker.state_dict()
     assert state["standing"]["window"] > 0
     for folder in ("fewer", "again"):  # from a state with own means, and from one with a shared one
-        with PostHocEMA.from_model(model, tmp_path / folder, kept, **options) as tracker:
+        with track(model, tmp_path / folder, kept, checkpoint_every=10**6) as tracker:
             tracker.load_state_dict(state)
             shared = []
             for updates in (0, 150, 250):
@@ -219,23 +220,16 @@ def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
 def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -> None:
     """The worst case is noise, here of 100 %, when profiles begin to share a mean; with twenty
     float32 snapshots."""
-    model = Scalar(torch.float32)
-    size = 1000
-    first = 104_000
-    updates = 4500
-    model.weight.data = torch.zeros(size)
-    generator = torch.Generator().manual_seed(0)
-    exact = np.zeros(size)
-    center = torch.randn(size, generator=generator)
-    power = exact_gamma(0.28) + 1
-    options = {"update_every": 1, "checkpoint_every": 225, "checkpoint_dtype": torch.float32}
-    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
-        for k in range(1, updates + 1):
-            model.weight.data.copy_(center + torch.randn(size, generator=generator))
-            t = float(first + k)
-            tracker.update_(model, t)
-            share = 1.0 if k == 1 else 1 - (1 - 1 / t) ** power
-            exact += share * (model.weight.data.double().numpy() - exact)
+    model = Scalar(torch.float32, size=1000)
+    path = []
+    times = range(104_001, 108_501)
+    center = torch.randn(1000)
+    with track(model, tmp_path, checkpoint_every=225, checkpoint_dtype=torch.float32) as tracker:
+        for t in times:
+            model.set(center + torch.randn(1000))
+            tracker.update_(model, float(t))
+            path.append(model.values())
+    exact = exact_average(path, 0.28, times)
     found = tracked(PostHocEMA.from_path(tmp_path), 0.28)
     error = relative_distance(found, exact)
     predicted = plan_synthesis(disk_sources(tmp_path), [0.28]).predicted_error(0)
@@ -264,14 +258,12 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
     """Short averages need late snapshots, long ones also early ones; a resumed run keeps its
     range."""
     kept = []
-    options = {"update_every": 1, "checkpoint_every": 5, "max_checkpoints": 5}
     for sigma_rels in ((0.02, 0.04), (0.2, 0.28)):
         model = nn.Linear(30, 30)
-        generator = torch.Generator().manual_seed(0)
         folder = tmp_path / f"{sigma_rels}"
-        with PostHocEMA.from_model(model, folder, sigma_rels, **options) as tracker:
+        with track(model, folder, sigma_rels, checkpoint_every=5, max_checkpoints=5) as tracker:
             for _ in range(100):
-                model.weight.data.add_(torch.randn(30, 30, generator=generator))
+                model.weight.data += torch.randn(30, 30)
                 tracker.update_(model)
         snapshots = Run(folder).snapshots
         kept.append(np.mean([snapshot.t for snapshot in snapshots]))
@@ -310,18 +302,29 @@ def test_an_impossible_setting_is_a_value_error_that_names_it(
     assert not (tmp_path / "run").exists()
 
 
-NO_LATER_TIMES: list[Any] = [64, 63, math.nan, math.inf, "abc", [1], 1j, 10**400, 1e101]
+NO_LATER_TIMES: list[Any] = [
+    64,
+    63,
+    math.nan,
+    math.inf,
+    "abc",
+    [1],
+    1j,
+    10**400,
+    1e101,
+    torch.ones(2),
+]
 
 
 def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
     model = Scalar()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
+    with track(model, tmp_path) as tracker:
         too_small = r"t 1e-101: must lie between 1e-100 and 1e\+100"
         with pytest.raises(InvalidValueError, match=too_small):
             tracker.update_(model, t=1e-101)
         tracker.update_(model, t=64)
         refused = r"must lie between .*, and be larger than at the last call"
-        for bad in (*NO_LATER_TIMES, torch.ones(2)):
+        for bad in NO_LATER_TIMES:
             with pytest.raises(InvalidValueError, match=refused):
                 tracker.update_(model, t=bad)
         with pytest.raises(InvalidValueError, match="at every call or at none"):
@@ -399,8 +402,7 @@ def test_an_infinity_among_the_largest_float64_values_is_refused(tmp_path: Path)
     model.weight.data.fill_(1e308)
     options = {"update_every": 1, "checkpoint_every": 100}
     with PostHocEMA.from_model(model, tmp_path, **options) as tracker:
-        for _ in range(20):
-            tracker.update_(model)
+        update(tracker, model, 20)
         model.weight.data[0] = torch.inf
         with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 21"):
             tracker.update_(model)
@@ -468,7 +470,7 @@ def test_a_step_that_a_cuda_graph_captures_is_refused(
 ) -> None:
     """It would count once, however often the graph is replayed."""
     model = nn.Linear(2, 2)
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema = track(model, tmp_path)
     ema.update_(model)
     with monkeypatch.context() as capturing:
         capturing.setattr(torch.cuda, "is_initialized", lambda: True)

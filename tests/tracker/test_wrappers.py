@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tracker.runs import Training, contents
+from tracker.runs import Training, contents, track
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError
@@ -116,7 +116,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 def values_of(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors that a tracker finds in a model: the average after the first update."""
-    with PostHocEMA.from_model(model, folder, update_every=1) as tracker:
+    with track(model, folder) as tracker:
         tracker.update_(model)
         return tracker.state_dict(sigma_rel=0.28)
 
@@ -245,7 +245,7 @@ def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
 @pytest.mark.parametrize("call", ["update_", "model", "state_dict", "flush"])
 def test_a_compiled_function_may_call_a_tracker(tmp_path: Path, call: str) -> None:
     model = nn.Linear(2, 2)
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema = track(model, tmp_path)
 
     def step() -> float:
         with torch.no_grad():
@@ -281,7 +281,7 @@ def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
     compiled = compile(model)
     with pytest.raises(InvalidValueError, match=r"is compiled by torch\.jit; track the module"):
         PostHocEMA.from_model(nn.Sequential(compiled) if part else compiled, tmp_path)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+    with track(model, tmp_path) as ema:
         for value in (1.0, 3.0):
             for parameter in compiled.parameters():
                 parameter.data.fill_(value)
@@ -293,7 +293,7 @@ def test_an_exported_model_is_tracked_and_filled_but_has_no_eval_mode(tmp_path: 
     inner = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     model = torch.export.export(inner, (torch.ones(1, 2),)).module()
     raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with PostHocEMA.from_model(model, tmp_path, update_every=1) as ema:
+    with track(model, tmp_path) as ema:
         ema.update_(model)
         with (
             pytest.raises(InvalidValueError, match=r"has no eval mode: .*; take the average by"),
@@ -326,7 +326,7 @@ def test_a_pickled_model_does_not_need_this_package(tmp_path: Path) -> None:
     """Pickled, or copied and pickled, before the first update, later, and after the end."""
     model = nn.Sequential(nn.Linear(2, 2))
     paths = [tmp_path / f"{number}.pt" for number in range(5)]
-    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1) as ema:
+    with track(model, tmp_path / "run") as ema:
         torch.save(model, paths[0])
         torch.save(nn.Sequential(model), paths[1])
         ema.update_(model)
