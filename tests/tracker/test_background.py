@@ -21,7 +21,7 @@ import torch
 from integrations.truth import distance
 from snapshots.recorded import failing
 from torch import nn
-from tracker.runs import Training, contents, times, track, wait_for_writers
+from tracker.runs import EITHER_DEVICE, Training, contents, times, track, wait_for_writers
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError
@@ -87,7 +87,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
     assert len(contents(tmp_path / "plain")) == 20
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_late_snapshots_hold_the_averages_of_their_time(
     tmp_path: Path,
     device: str,
@@ -134,7 +134,7 @@ def test_snapshots_that_another_thread_asks_for_are_not_overwritten_while_they_w
         assert distance({name: snapshot.tensor(name) for name in snapshot.entries}, right) < 1e-3
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_a_reader_in_the_same_process_waits_for_due_snapshots(
     tmp_path: Path,
     device: str,
@@ -158,7 +158,7 @@ def test_a_reader_in_the_same_process_waits_for_due_snapshots(
         assert found[0].t == 4
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_an_interrupted_wait_for_disk_counts_nothing(
     tmp_path: Path,
     device: str,
@@ -252,7 +252,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     assert times(tmp_path) == {8}
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_errors_of_a_closed_tracker_are_raised_once(tmp_path: Path, device: str) -> None:
     """A due snapshot has failed, and so has the last one."""
     training, tracker = begin(tmp_path, device)
@@ -321,7 +321,7 @@ raise SystemExit(7)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_a_process_that_ends_finishes_background_work_which_a_forked_one_leaves_alone(
     tmp_path: Path,
     device: str,
@@ -395,7 +395,7 @@ def change(model: nn.Sequential, what: str) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("what", ["storage", "parameter", "buffer", "module", "strides"])
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_tensors_that_were_replaced_are_followed(tmp_path: Path, what: str, device: str) -> None:
     training, tracker = begin(tmp_path / "changed", device)
     with tracker:
@@ -532,7 +532,6 @@ print(torch._C._cuda_hasPrimaryContext(0), torch._C._cuda_hasPrimaryContext(1))
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -29,7 +29,7 @@ from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import Training, assert_near, contents, superseded, times
+from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, superseded, times
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (
@@ -100,7 +100,7 @@ def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
 # --- from the state
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
     """Snapshots, also where some were thinned, are then those of a run without interruption."""
     settings = {"checkpoint_every": 4, "max_checkpoints": 3, "device": device}

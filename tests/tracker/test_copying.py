@@ -243,11 +243,7 @@ def test_memory_that_torch_has_freed_and_kept_counts_as_free(device: SimulatedDe
     assert stager.nbytes == 2 * sum(value.nbytes for value in tensors().values())
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
     """Training continues at once, also in another stream; copying 64 MB takes longer than its next

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from tracker.runs import track
+from tracker.runs import EITHER_DEVICE, track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.posthoc_ema import _note_uncounted_steps
@@ -221,7 +221,7 @@ def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
     assert f"exit: {MOVED}5," in caplog.text
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 @pytest.mark.parametrize("way", ["no step", "another instance", "another's optimizer", "moves"])
 def test_weights_that_never_change_are_said_once(
     tmp_path: Path,

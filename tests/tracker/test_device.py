@@ -9,11 +9,8 @@ from tracker.runs import track, update
 
 from posthoc_cli.errors import NotReadyError
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.mark.cuda
-@needs_cuda
 def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
     model = nn.Linear(2, 2, device="cuda")
     ema = track(model, tmp_path)
@@ -24,7 +21,6 @@ def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_an_update_by_copy_never_waits_for_the_device(tmp_path: Path) -> None:
     """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
     model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()

@@ -10,7 +10,7 @@ import forked
 import pytest
 from factories import exact_average
 from safetensors.torch import load_file
-from tracker.runs import Training, contents, track
+from tracker.runs import EITHER_DEVICE, Training, contents, track
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import LockedError, NonFiniteError, NotReadyError, WriteError
@@ -39,7 +39,7 @@ def written(folder: Path) -> list[tuple[float, bool]]:
     return found[0.05]
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 @pytest.mark.parametrize("end", ["block", "error", "process", "forgotten"])
 def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -> None:
     training = Training()

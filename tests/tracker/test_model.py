@@ -348,7 +348,6 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
     model = nn.Linear(4096, 4096, device="cuda")
     with track(model, tmp_path, checkpoint_every=1) as tracker:

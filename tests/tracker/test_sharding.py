@@ -693,7 +693,6 @@ refused(ema.state_dict)
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_with_nccl_are_those_of_one_process(tmp_path: Path) -> None:
     """As many processes as accelerators, at most two, make every exchange of tensors."""
     code = """

@@ -363,7 +363,6 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
     """All elements of a small model, and a subset of one of several tiles."""
     check_run(nn.Linear(123, 45).cuda(), tmp_path / "small")

@@ -26,7 +26,7 @@ import torch
 from checking import assert_same_tensors
 from factories import averages_in, exact_gamma
 from torch import nn
-from tracker.runs import update
+from tracker.runs import EITHER_DEVICE, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import NotReadyError
@@ -132,7 +132,7 @@ def wrong_weights(weights: Mapping[str, torch.Tensor]) -> list[str]:
     return [f"from {low} to {high}"]
 
 
-@pytest.mark.parametrize("device", ["model", "cpu"])
+@EITHER_DEVICE
 def test_averages_that_another_thread_reads_are_those_of_one_update(
     tmp_path: Path,
     device: str,
@@ -226,7 +226,7 @@ class Interruptions:
                     self.wrong.append(f"step {before} became {self._tracker.step}")
 
 
-@pytest.mark.parametrize("device", ["model", "cpu"])
+@EITHER_DEVICE
 @pytest.mark.parametrize("last", ["close", "update"])
 def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
     tmp_path: Path,
@@ -310,7 +310,7 @@ def test_threads_of_training_are_left_alone(device: str | None, tmp_path: Path) 
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the system does not list threads")
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Path) -> None:
     """On busy cores those wait for each other at every operation. Operations on a tile of this
     model would use some."""
@@ -328,7 +328,7 @@ def test_threads_of_averages_use_no_more_of_torchs_own(device: str, tmp_path: Pa
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@EITHER_DEVICE
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
 def test_a_call_during_an_update_sees_the_averages_before_or_after_it(
     tmp_path: Path,
