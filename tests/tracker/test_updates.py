@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.tracker.memory import Reader
 
-SIGMA_RELS = (0.05, 0.28)
+Tensors = dict[str, dict[str, torch.Tensor]]
+"""Tensors by kind and name."""
 
 
 class Scalar(nn.Module):
@@ -353,23 +355,22 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
 ) -> None:
     """The bad value is in the last of many tiles, at first beside values so large that a trace of
     them would show."""
-    model = nn.ParameterDict({"weight": torch.zeros(1000, dtype=dtype)})
+    model = Scalar(dtype, size=1000)
+    weight = model.weight.data
     model.register_buffer("count", torch.zeros(()))
-    options = {"update_every": 1, "checkpoint_every": 1000, "device": device}
     largest = 0.0
-    generator = torch.Generator().manual_seed(0)
-    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **options) as tracker:
+    with track(model, tmp_path, device=device) as tracker:
         for step in range(1, 76):
-            nn.init.normal_(model["weight"], generator=generator)
-            largest = max(largest, float(model["weight"].detach().abs().max()))
+            weight.normal_()
+            largest = max(largest, float(weight.abs().max()))
             model.count += 1
             if step not in (2, 3, 20, 37, 50, 51, 70):
                 tracker.update_(model, begin + step)
                 continue
             before = tracker.state_dict()
             if step < 40:
-                model["weight"].data.mul_(1e30)
-            model["weight"].data[999] = bad
+                weight.mul_(1e30)
+            weight[999] = bad
             named = f"'weight': holds nan or infinity at step {step}"
             with pytest.raises(NonFiniteError, match=named):
                 tracker.update_(model, begin + step)
@@ -380,39 +381,41 @@ def test_a_refused_update_leaves_the_averages_as_they_are(
                 # With |f| <= 1 an interpolation of values up to A rounds by at most u 7 A; its
                 # inverse, with the share f / (f - 1) down to -3, magnifies that by four, and rounds
                 # by u 19 A itself.
-                within = 47 * largest * 2.0 ** (-53 if dtype == torch.float64 else -24)
+                rounding = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+                within = 47 * largest * rounding
             check_same_averages(before, tracker.state_dict(), within)
 
 
 def check_same_averages(before: dict[str, Any], after: dict[str, Any], within: float) -> None:
     """Fail unless two states differ in the counts alone, and means by rounding."""
     # the model's own weights have changed
-    for name in before.keys() - {"mean", "high", "copies", "step", "t", "weights"}:
+    changed = {"mean", "high", "copies", "step", "t", "weights"}
+    for name in before.keys() - changed:
         assert after[name] == before[name]
     assert_same_tensors(after["copies"], before["copies"])
-    for key in map(repr, SIGMA_RELS):
+    for key in before["mean"]:
         assert_same_tensors(after["high"][key], before["high"][key])
         earlier = before["mean"][key]["weight"]
-        torch.testing.assert_close(after["mean"][key]["weight"], earlier, rtol=0, atol=within)
+        later = after["mean"][key]["weight"]
+        torch.testing.assert_close(later, earlier, rtol=0, atol=within)
 
 
 def test_an_infinity_among_the_largest_float64_values_is_refused(tmp_path: Path) -> None:
     """Twice their norm is infinite itself."""
     model = Scalar()
     model.weight.data.fill_(1e308)
-    options = {"update_every": 1, "checkpoint_every": 100}
-    with PostHocEMA.from_model(model, tmp_path, **options) as tracker:
+    with track(model, tmp_path) as tracker:
         update(tracker, model, 20)
         model.weight.data[0] = torch.inf
         with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 21"):
             tracker.update_(model)
             tracker.flush()
-        means = averages_in(tracker.state_dict())["0.28"]["weight"]
-        torch.testing.assert_close(means, torch.full((3,), 1e308, dtype=torch.float64))
+        means = tracked(tracker, 0.28)
+        np.testing.assert_allclose(means, 1e308, rtol=1e-7)
 
 
 def parameter(elements: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(elements, dtype=torch.float64))
+    return Scalar(size=elements).weight
 
 
 CHANGES: list[tuple[Callable[[Any], object], str]] = [
@@ -453,8 +456,7 @@ def test_a_model_that_changes_is_refused_and_nothing_written(
     model = Scalar()
     model.other_weight = parameter(2)
     model.frozen = parameter(2).requires_grad_(False)
-    options = {"update_every": 1, "checkpoint_every": 2}
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), **options) as tracker:
+    with track(model, tmp_path, checkpoint_every=2) as tracker:
         tracker.update_(model)
         change(model)
         with pytest.raises(ModelMismatchError, match=message):
@@ -492,20 +494,26 @@ class Permuted(nn.Module):
         self.piece = nn.Parameter(torch.randn(9, 6))
         if permutes:
             self.conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.turned.data = self.turned.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+            turned = self.turned.permute(2, 0, 1).contiguous()
+            self.turned.data = turned.permute(1, 2, 0)
             wide = torch.randn(9, 8)
             wide[:, 1:7] = self.piece.data
             self.piece.data = wide[:, 1:7]
 
 
-def record_permuted(folder: Path, changes: bool, model: Permuted, options: Any) -> dict[str, Any]:
+def record_permuted(
+    folder: Path,
+    changes: bool,
+    model: Permuted,
+    options: dict[str, Any],
+) -> Tensors:
     """Return what 40 steps leave; with `changes` step 30 is followed by a resumption with weights
     in another order."""
-    tracker = PostHocEMA.from_model(model, folder, resume="auto", **options)
+    tracker = track(model, folder, resume="auto", **options)
     for step in range(1, 41):
-        generator = torch.Generator().manual_seed(step)
+        torch.manual_seed(step)
         for parameter in model.parameters():
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            parameter.data += 0.1 * torch.randn(parameter.shape)
         tracker.update_(model)
         if step == 30 and changes:
             weights = model.state_dict()
@@ -513,17 +521,15 @@ def record_permuted(folder: Path, changes: bool, model: Permuted, options: Any) 
             tracker.close()
             model = Permuted(permutes=True)
             model.load_state_dict(weights)
-            tracker = PostHocEMA.from_model(model, folder, resume="auto", **options)
+            tracker = track(model, folder, resume="auto", **options)
             tracker.load_state_dict(state)
-    values = dict(tracker.state_dict(0.05))
+    found = {"0.05": tracker.state_dict(0.05)}
     with tracker.model(model, 0.28):
-        for name, value in model.state_dict().items():
-            values[f"in {name}"] = value.clone()
+        found["in the model"] = deepcopy(model.state_dict())
     for sigma_rel, average in averages_in(tracker.state_dict()).items():
-        for name, value in average.items():
-            values[f"{sigma_rel} {name}"] = value
+        found[f"tracked {sigma_rel}"] = average
     tracker.close()
-    return values
+    return found
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -541,13 +547,13 @@ def test_weights_in_another_order_of_memory_have_the_same_averages(
 ) -> None:
     """And the same snapshots, with their samples and paths, also if the order changes in
     mid-run."""
-    options: Any = {"update_every": 1, "checkpoint_every": 20, "checkpoint_dtype": dtype}
-    options["device"] = device
+    options = {"checkpoint_every": 20, "checkpoint_dtype": dtype, "device": device}
     expected = record_permuted(tmp_path / "rows", False, Permuted(False), options)
     for changes in (False, True):
         folder = tmp_path / f"permuted {changes}"
         found = record_permuted(folder, changes, Permuted(not changes), options)
-        assert_same_tensors(found, expected)
+        for kind, tensors in expected.items():
+            assert_same_tensors(found[kind], tensors)
         assert contents(folder) == contents(tmp_path / "rows")
 
 
@@ -555,5 +561,8 @@ def test_weights_in_another_order_of_memory_are_read_in_place() -> None:
     """A transposition took an update 1.9 times as long."""
     model = Permuted(permutes=True)
     reader = Reader.of_tensors(dict(model.named_parameters()))
-    places = [part.data_ptr() for tile in reader.tiles for part in reader.current(tile)]
-    assert {model.conv.weight.data_ptr(), model.turned.data_ptr()} <= {*places}
+    places = []
+    for tile in reader.tiles:
+        places += [part.data_ptr() for part in reader.current(tile)]
+    assert model.conv.weight.data_ptr() in places
+    assert model.turned.data_ptr() in places
