@@ -116,7 +116,8 @@ def test_nested_blocks_restore_what_was_around_them(tmp_path: Path) -> None:
     raw = deepcopy(model.state_dict())
     with ema.model(model, 0.05):
         outer = deepcopy(model.state_dict())
-        with pytest.raises(ZeroDivisionError), ema.model(model, 0.28), ema.model(model[0:2], 0.05):
+        inner = ema.model(model[0:2], 0.05)
+        with pytest.raises(ZeroDivisionError), ema.model(model, 0.28), inner:
             raise ZeroDivisionError
         assert_same_tensors(model.state_dict(), outer)
     assert_same_tensors(model.state_dict(), raw)
@@ -134,8 +135,10 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = nn.Parameter(torch.ones(1, 4).expand(3, 4))
-        self.columns = nn.Parameter(torch.ones(3, 1).expand(3, 4))
+        row = torch.ones(1, 4)
+        column = torch.ones(3, 1)
+        self.rows = nn.Parameter(row.expand(3, 4))
+        self.columns = nn.Parameter(column.expand(3, 4))
         self.plain = nn.Parameter(torch.zeros(2))
 
 
@@ -159,10 +162,9 @@ def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_
 
 def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path: Path) -> None:
     model, ema = tracked(tmp_path)
-    for call in (
-        lambda: ema.model(model, 0.1)(torch.ones(2, 3)),
-        lambda: ema.model(model, 0.1)(),
-        lambda: ema.models(model, [0.1])["0.1"](torch.ones(2, 3)),  # type: ignore[operator]
-    ):
-        with pytest.raises(NotReadyError, match=r"only within a `with` block; with ema\.model"):
-            call()
+    needs_with = r"only within a `with` block; with ema\.model"
+    batch = torch.ones(2, 3)
+    for block in (ema.model(model, 0.1), ema.models(model, [0.1])["0.1"]):
+        for arguments in ((batch,), ()):
+            with pytest.raises(NotReadyError, match=needs_with):
+                block(*arguments)
