@@ -116,6 +116,8 @@ def test_nested_blocks_restore_what_was_around_them(tmp_path: Path) -> None:
     raw = deepcopy(model.state_dict())
     with ema.model(model, 0.05):
         outer = deepcopy(model.state_dict())
+        with ema.model(model, 0.28) as averaged:
+            assert_same_tensors(averaged.state_dict(), ema.state_dict(0.28))
         inner = ema.model(model[0:2], 0.05)
         with pytest.raises(ZeroDivisionError), ema.model(model, 0.28), inner:
             raise ZeroDivisionError

@@ -22,13 +22,15 @@ SAME = "the weights of step "
 
 
 def network() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+    return nn.Sequential(*layers)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(8, 3)).square().mean().backward()
+        x = torch.randn(8, 3)
+        model(x).square().mean().backward()
         optimizer.step()
 
 
@@ -51,12 +53,16 @@ def evaluate(model: nn.Module, ema: PostHocEMA) -> None:
         pass
 
 
+def end(model: nn.Module, ema: PostHocEMA) -> None:
+    ema.close()
+
+
 ASKING: list[Callable[[Any, PostHocEMA], object]] = [
     evaluate,
     lambda _, ema: ema.state_dict(0.05),
     lambda _, ema: ema.state_dict(0.15),
     lambda model, ema: ema.load_into(model, 0.05),
-    lambda _, ema: ema.close(),
+    end,
 ]
 
 
@@ -72,7 +78,8 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
     optimizer = sgd(model)
     ema.attach(optimizer)
     train(model, optimizer, 5)
-    ask(deepcopy(model), ema) if ask is not ASKING[-1] else None
+    if ask is not end:
+        ask(deepcopy(model), ema)
     assert MOVED not in caplog.text
     optimizer = sgd(model)
     gc.collect()
@@ -134,12 +141,13 @@ def test_a_step_that_a_scaler_skips_is_no_forgotten_call(
     """Such as two skipped steps of a fused optimizer, whose third is taken."""
     model, ema = made(tmp_path)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    for skipped in (1, 1, 0):
-        optimizer.found_inf = torch.full((), float(skipped))  # type: ignore[attr-defined]
+    optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
+    for _ in range(2):
         train(model, optimizer)
-        if skipped:
-            evaluate(model, ema)
-            assert MOVED not in caplog.text
+        evaluate(model, ema)
+        assert MOVED not in caplog.text
+    optimizer.found_inf.zero_()
+    train(model, optimizer)
     ema.close()
     assert f"{MOVED}5," in caplog.text
 

@@ -4,6 +4,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,7 @@ def trained(
     torch.manual_seed(0)
     model = Network(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    defaults: dict = {"update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None}
-    tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
+    tracker = track(model, folder, checkpoint_every=5, checkpoint_dtype=None, **settings)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(model).backward()
@@ -93,7 +93,8 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
 ) -> None:
     _, tracker = run
     info = tracker.run.snapshots[-1]
-    assert {name: tensor.role for name, tensor in info.tensors.items()} == {
+    roles = {name: tensor.role for name, tensor in info.tensors.items()}
+    assert roles == {
         "embed.weight": "average",
         "norm.weight": "average",
         "norm.bias": "average",
@@ -102,13 +103,14 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
         "norm.num_batches_tracked": "copy",
     }
     assert info.aliases == {"head.weight": "embed.weight"}
-    assert set(info.left_out) == {"frozen.weight", "frozen.bias"}
+    frozen = {"frozen.weight", "frozen.bias"}
+    assert set(info.left_out) == frozen
     weights = tracker.state_dict(sigma_rel=0.28)
     assert tracker.run.tensors.keys() == weights.keys()
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
-    assert torch.equal(weights["norm.num_batches_tracked"], torch.tensor(20))
+    assert weights["norm.num_batches_tracked"] == 20
     missing = Network().load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) == {"frozen.weight", "frozen.bias"}
+    assert set(missing.missing_keys) == frozen
     assert missing.unexpected_keys == []
 
 
@@ -163,17 +165,22 @@ def test_bad_arguments_are_value_errors(
         tracker.state_dict(0.1, t=10, step=10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: torch.dtype) -> None:
     model = nn.Linear(3, 3, dtype=dtype)
     tracker = track(model, tmp_path, checkpoint_every=1)
     tracker.update_(model)
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
-        assert source.state_dict(0.28)["weight"].dtype == dtype
-        wide = source.state_dict(0.28, dtype=torch.float64)
-        assert wide["weight"].dtype == torch.float64
-        half = source.state_dict(0.28, dtype="bf16")
-        assert half["weight"].dtype == torch.bfloat16
+        for asked, expected in (
+            (None, dtype),
+            (torch.float64, torch.float64),
+            ("bf16", torch.bfloat16),
+        ):
+            weights = source.state_dict(0.28, dtype=asked)
+            assert weights["weight"].dtype == expected
 
 
 def test_a_buffer_with_nan_is_copied_and_named(
@@ -185,7 +192,7 @@ def test_a_buffer_with_nan_is_copied_and_named(
     tracker.update_(model)
     tracker.flush()
     assert "tensor 'norm.running_mean' holds nan" in caplog.text
-    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    model.head.weight = deepcopy(model.head.weight)
     with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):  # no longer tied
         tracker.update_(model)
 
@@ -250,15 +257,16 @@ def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persist
     model = nn.Linear(2, 2)
     value = 0.0 if persistent else torch.nan
     wide = torch.full((1,), value).expand(4)
+    sparse = torch.eye(3).to_sparse()
     model.register_buffer("wide", wide, persistent=persistent)
-    model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
+    model.register_buffer("adjacency", sparse, persistent=False)
     tracker = track(model, tmp_path)
     tracker.update_(model)
     with tracker.model(model, sigma_rel=0.28):
         pass
     assert model.training
     assert model.wide.stride() == (0,)
-    model.register_buffer("table", torch.eye(3).to_sparse())
+    model.register_buffer("table", sparse)
     with pytest.raises(InvalidValueError, match="'table': is torch"):
         PostHocEMA.from_model(model, tmp_path)
 
@@ -274,22 +282,26 @@ def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) ->
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 
 
-OTHERS: list[tuple[Callable[[], nn.Module], type[PostHocError], str]] = [
-    (lambda: nn.Linear(4, 7), ModelMismatchError, "the model has no such tensor"),
-    (
-        lambda: nn.ModuleDict({"embed": nn.Embedding(3, 3)}),
-        ModelMismatchError,
-        "'embed.weight': has the",
-    ),
-    (
-        lambda: Network().to("meta"),
-        InvalidValueError,
-        r"'embed\.weight': is on the meta device .*assign=True",
-    ),
-]
+def on_meta() -> nn.Module:
+    return Network().to("meta")
 
 
-@pytest.mark.parametrize(("make", "kind", "message"), OTHERS)
+def with_another_shape() -> nn.Module:
+    return nn.ModuleDict({"embed": nn.Embedding(3, 3)})
+
+
+def without_the_tensor() -> nn.Module:
+    return nn.Linear(4, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (without_the_tensor, ModelMismatchError, "the model has no such tensor"),
+        (with_another_shape, ModelMismatchError, "'embed.weight': has the"),
+        (on_meta, InvalidValueError, r"'embed\.weight': is on the meta device .*assign=True"),
+    ],
+)
 def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
     run: Run,
     make: Callable[[], nn.Module],
@@ -299,15 +311,17 @@ def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
     _, tracker = run
     other = make()
     before = snapshot_of(other)
-    for call in (
-        lambda: tracker.model(other, sigma_rel=0.15).__enter__(),
-        lambda: tracker.load_into(other, 0.15),
-        lambda: PostHocEMA.from_path(tracker.checkpoint_dir).load_into(other, 0.15),
-    ):
+    with pytest.raises(kind, match=message):
+        tracker.model(other, sigma_rel=0.15).__enter__()
+    for source in (tracker, PostHocEMA.from_path(tracker.checkpoint_dir)):
         with pytest.raises(kind, match=message):
-            call()
-    if "meta" not in message:
+            source.load_into(other, 0.15)
+    if make is not on_meta:
         assert_same_tensors(snapshot_of(other), before)
+
+
+def test_a_model_made_in_inference_mode_is_refused(run: Run) -> None:
+    _, tracker = run
     with torch.inference_mode():
         read_only = Network()
     with pytest.raises(InvalidValueError, match="was made in inference mode"):
@@ -327,16 +341,16 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     tmp_path: Path,
     swapped: str,
 ) -> None:
-    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[2].weight = model[0].weight  # tied
-    modules = {"all": model, "0": model[0], "1": model[1], "2": model[2]}
+    modules = {"all": model, **dict(model.named_children())}
     trackers = {}
     for name, module in modules.items():
         trackers[name] = track(module, tmp_path / name)
         trackers[name].update_(module)
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
         if swapped == "1":  # the module is recognised even after its parameter was replaced
-            model[1].weight = nn.Parameter(model[1].weight.detach().clone())
+            model[1].weight = deepcopy(model[1].weight)
         for name, module in modules.items():
             refusal: Any = nullcontext()
             if name in REFUSING[swapped]:
