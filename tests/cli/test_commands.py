@@ -29,7 +29,8 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     (run / "superseded").mkdir()
     (run / "superseded" / "x.safetensors").write_text("")
     result = ema("info", run)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     assert has_line("run +[0-9a-f]{32}$", result.out)
     assert has_line(r" *0\.28 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out)
     assert has_line("measured +40 of them, from which", result.out)
@@ -64,7 +65,8 @@ def test_info_of_a_snapshot_and_of_another_programs_file(
     assert has_line(r"measurements +norm [\d.]+, relative_rounding 0\.0\d+ %$", text)
     save_file({"w": torch.zeros(3, 2)}, tmp_path / "a.safetensors")
     report = ema("info", tmp_path / "a.safetensors", "--json").json
-    assert (report["kind"], report["parameters"]) == ("safetensors", 6)
+    assert report["kind"] == "safetensors"
+    assert report["parameters"] == 6
 
 
 def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -222,7 +224,8 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
     assert "nothing was written" in result.out
     for when in ("--t", "--step"):
         (target,) = ema(*words, when, "1000", "--json").json["targets"]
-        assert (target["t"], target["output"]) == (1000, None)
+        assert target["t"] == 1000
+        assert target["output"] is None
         files = [snapshot["file"] for snapshot in target["snapshots"]]
         assert max(files) < "0000000000001001"
     assert contents(run) == before
@@ -267,7 +270,8 @@ def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
         flip_bit(path)
     before = contents(tmp_path)
     result = ema(*arguments, "--overwrite", "--max-error", "0.01 %")
-    assert (result.code, result.out) == (1, "")
+    assert result.code == 1
+    assert result.out == ""
     assert re.match(r"sigma_rel 0\.(03|15): the predicted error is ", result.error)
     assert "0.01 %" in result.error
     assert contents(tmp_path) == before
@@ -280,7 +284,8 @@ def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
 def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
     targets = shlex.split("--target window:1 --target beta:0.999")
     result = ema("error-plot", run, "--out", tmp_path / "error.png", *targets)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     assert matplotlib.image.imread(tmp_path / "error.png").shape[1] >= 1000
     first, *lines = result.out.splitlines()
     assert first.endswith("/run: 40 snapshots up to 2,000 steps")
@@ -311,7 +316,8 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
     assert warning.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
     ends = re.findall(r"0\.\d+", shown)
     report = ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").json
-    assert all(target["predicted_error"] < 0.01 for target in report["targets"])
+    for target in report["targets"]:
+        assert target["predicted_error"] < 0.01
 
 
 def test_targets_are_points(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -347,7 +353,8 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
 ) -> None:
     """It uses the motion of an earlier run, if one is given."""
     result = ema(*PLANNED)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     report = ema(*PLANNED, "--json").json
     rows = [line.split() for line in result.out.splitlines()[1:6]]
     assert [row[0] for row in rows] == [each["name"] for each in report["schedules"]]
@@ -377,9 +384,11 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
 def test_a_run_that_is_intact(ema: Ema, run: Path) -> None:
     before = contents(run)
     result = ema("verify", run)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     first, empty, last = result.out.splitlines()
-    assert (first, empty) == ("40 files with nothing wrong; --json lists them", "")
+    assert first == "40 files with nothing wrong; --json lists them"
+    assert empty == ""
     assert last.startswith("40 files, ")
     assert last.endswith(" s: all intact")
     assert contents(run) == before
@@ -404,11 +413,13 @@ def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
     result = ema("verify", run, "--json")
-    assert (result.code, result.err) == (1, "")
+    assert result.err == ""
+    assert result.code == 1
     report = result.json
     (file,) = [file for file in report["files"] if file["state"] != "intact"]
     assert file.keys() == {"path", "what", "state", "detail", "bytes"}
-    assert (file["path"], file["state"]) == (snapshot_files(run)[3].name, "damaged")
+    assert file["path"] == snapshot_files(run)[3].name
+    assert file["state"] == "damaged"
     assert report["leftovers"] == [".ema-0123.tmp"]
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert report["seconds"] > 0
@@ -457,7 +468,12 @@ def test_json_says_what_was_deleted(ema: Ema, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "code", "left"), [("n\n", 1, 40), ("y\n", 0, 10), ("", 130, 40)]
+    ("answer", "code", "left"),
+    [
+        ("n\n", 1, 40),
+        ("y\n", 0, 10),
+        ("", 130, 40),
+    ],
 )
 def test_pruning_asks(
     ema: Ema,
@@ -479,6 +495,7 @@ def test_pruning_asks(
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     result = ema("prune", run, "--keep", "5")
-    assert (result.code, len(snapshot_files(run))) == (code, left)
+    assert result.code == code
+    assert len(snapshot_files(run)) == left
     assert (result.out + result.err).count("delete 30 snapshots for good?") == 1
     assert code != 1 or result.out.endswith("nothing was deleted\n")

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from integrations.programs import task, use_fsdp_on_the_cpu
 from integrations.truth import recorded
+from torch import nn
 
 from posthoc_cli.integrations.accelerate import prepare
 
@@ -37,7 +38,7 @@ class Training:
             )
         self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
         self.folder = folder
-        bare = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+        bare = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1))
         plain = torch.optim.Adam(bare.parameters(), lr=0.05)
         if before:
             self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)

@@ -11,6 +11,7 @@ from integrations.truth import recorded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -29,8 +30,8 @@ class Regression(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
-        self.net = torch.nn.Sequential(*layers)
+        layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+        self.net = nn.Sequential(*layers)
 
     def loss(self, batch: Any) -> torch.Tensor:
         x, y = batch

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip(
     "transformers", reason="transformers is not installed: make integrations installs it"
@@ -41,7 +42,7 @@ TEXT = {
     "vocab_size": 32,
 }
 LLAMA = {**TEXT, "num_key_value_heads": 2}
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
     "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "gpt2": lambda: GPT2LMHeadModel(
@@ -62,7 +63,7 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 }
 
 
-def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
+def track(model: nn.Module, folder: Path, **options: Any) -> None:
     """Write a run of six steps that move every parameter at random."""
     settings = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
     with PostHocEMA.from_model(model, folder, **(settings | options)) as ema, torch.no_grad():
@@ -77,7 +78,7 @@ def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
 
 
 @torch.no_grad()
-def answer(model: torch.nn.Module) -> torch.Tensor:
+def answer(model: nn.Module) -> torch.Tensor:
     tokens = torch.arange(1, 9)[None]
     more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     return model.eval()(input_ids=tokens, **more).logits

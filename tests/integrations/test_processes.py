@@ -21,7 +21,12 @@ transformers = pytest.importorskip(
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # one server that has imported them
 
-KILLED = {"llama": (7, 4), "digits": (7, 4), "batches": (13, 2), "unet": (7, 4)}
+KILLED = {
+    "llama": (7, 4),
+    "digits": (7, 4),
+    "batches": (13, 2),
+    "unet": (7, 4),
+}
 """By program the step, or the batch, that kills it, and the step of the checkpoint before."""
 
 
@@ -53,7 +58,10 @@ def test_a_killed_training_resumes_exactly_and_evaluates_the_average(
         (state,) = (one for one in tmp_path.rglob("posthoc_ema") if "complete" not in str(one))
         assert len([*state.glob("*.distcp")]) == 2
     assert train(program, tmp_path, kind, resumes=True) == [0 for _ in ranks]
-    for folder, begin in ((tmp_path / "complete", []), (tmp_path, weights[:saved])):
+    for folder, begin in (
+        (tmp_path / "complete", []),
+        (tmp_path, weights[:saved]),
+    ):
         # of `unet` the first process alone keeps averages
         for rank in ranks[:1] if program == "unet" else ranks:
             own, average, step, evaluated, *stored = torch.load(folder / f"made-{rank}.pt")

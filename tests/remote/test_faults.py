@@ -196,10 +196,8 @@ def test_a_lasting_failure_is_one_line(
     assert done.code in (1, 2)
     assert wanted in done.error
     assert not list(tmp_path.iterdir())
-    assert (
-        "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
-        and "AKIA" not in done.err + caplog.text
-    )
+    assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
+    assert "AKIA" not in done.err + caplog.text
 
 
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
@@ -320,11 +318,9 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
     once = sum(path.stat().st_size for path in stored)
     assert repository.sent == once  # by both commands, since copies are kept
     refused = ema("info", "hf://org/model-160m@none")
-    assert (
-        refused.returncode == 2
-        and "no such" in refused.stderr
-        and len(refused.stderr.splitlines()) == 1
-    )
+    assert refused.returncode == 2
+    assert "no such" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
     assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
 

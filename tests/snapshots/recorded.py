@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from factories import write_snapshot
 from safetensors.torch import load_file
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import FileFormatError
@@ -23,9 +24,7 @@ class Walk:
 
     def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20)).to(
-            dtype
-        )
+        self.model = nn.Sequential(nn.Linear(30, 20), nn.BatchNorm1d(20)).to(dtype)
         self.scale = scale
         self.generator = torch.Generator().manual_seed(1)
 
@@ -88,7 +87,10 @@ def call_number(number: int) -> Callable[..., bool]:
 
 # --- small files
 
-SMALL = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+SMALL = {
+    "a": torch.tensor([1.0, -2.5]),
+    "b": torch.tensor([7], dtype=torch.int16),
+}
 
 Content = dict[str, object]
 

@@ -59,7 +59,12 @@ def times_in(directory: Path) -> list[float]:
 
 
 def test_snapshots_are_ordered_by_time_then_sigma_rel_whatever_their_names(tmp_path: Path) -> None:
-    for name, t, sigma_rel in (("a", 30, 0.05), ("b", 20, 0.28), ("c", 20, 0.05), ("d", 100, 0.05)):
+    for name, t, sigma_rel in (
+        ("a", 30, 0.05),
+        ("b", 20, 0.28),
+        ("c", 20, 0.05),
+        ("d", 100, 0.05),
+    ):
         write_snapshot(tmp_path, t, sigma_rel, RUN_ID, W, name=f"{name}.safetensors")
     assert [s.path.stem for s in read_directory(tmp_path)] == ["c", "b", "a", "d"]
     for name in "ac":  # any snapshot can be moved or deleted
@@ -154,12 +159,14 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     (tmp_path / "superseded").mkdir()
     (tmp_path / "superseded" / "x.safetensors").touch()
     found = inspect_directory(tmp_path)
-    assert (len(found.snapshots), len(found.problems)) == (8, 3)
+    assert len(found.snapshots) == 8
+    assert len(found.problems) == 3
     damaged, both, other = map(str, found.problems)
     assert "damaged.safetensors: truncated" in damaged
     assert "differ in 'run_id'" in other
     assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
-    assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
+    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
+    assert found.superseded == 1
     assert found.notes == ["t = 30, the newest: no snapshot of sigma_rel 0.28"]
 
 
@@ -194,7 +201,11 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
 
 
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
-    for name, t in (("z", 10), ("y", 20), ("x", 30)):
+    for name, t in (
+        ("z", 10),
+        ("y", 20),
+        ("x", 30),
+    ):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
     assert len(thin(read_directory(tmp_path), 3)) == len(times_in(tmp_path)) == 3
@@ -337,7 +348,8 @@ def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: P
     (run / "linked").symlink_to(shards)
     (run / "0000000000000070-0.1").symlink_to(other)  # named as a snapshot
     found = verify(run)
-    assert (found.leftovers, found.superseded) == ((), 0)
+    assert found.leftovers == ()
+    assert found.superseded == 0
     (run / "0000000000000070-0.1").unlink()
     pruned(run)
     assert (contents(other), contents(shards)) == before

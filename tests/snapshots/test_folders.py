@@ -129,7 +129,8 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     count = len(read_directory(run))
     parts_of(folder)[1].unlink()
     found = inspect_directory(run)
-    assert (len(found.snapshots), found.problems) == (count - 1, [])
+    assert len(found.snapshots) == count - 1
+    assert found.problems == []
     assert found.incomplete == {folder: "3 of 4 parts"}
     checked = verify(run)
     assert checked.is_fine
@@ -209,8 +210,10 @@ def test_parts_that_do_not_belong_together_are_named(
     assert str(folder) in str(raised.value)
     found = verify(run)
     assert not found.is_fine
-    assert all(folder in path.parents for path in found.broken)
-    assert all(folder.name in problem for problem in found.problems)
+    for path in found.broken:
+        assert folder in path.parents
+    for problem in found.problems:
+        assert folder.name in problem
     shutil.move(folder, run.parent)
     assert len(read_directory(run)) == count - 1
 
@@ -290,7 +293,15 @@ def test_the_next_training_removes_incomplete_snapshots(
 
 # --- chunks of tensors: boxes assembled from any chunks equal NumPy's own indexing
 
-SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (5, 3),
+    (4, 1, 6),
+    (3, 4, 2, 2),
+    (0, 3),
+]
 
 
 def cut_randomly(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Box]:

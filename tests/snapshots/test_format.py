@@ -136,14 +136,18 @@ def test_readers_by_the_specification_and_of_safetensors_find_every_tensor(tmp_p
     del tensors["torch.bfloat16"]  # NumPy lacks it
     by_numpy = safetensors.numpy.load_file(write_snapshot(tmp_path, 20, 0.05, RUN_ID, tensors))
     assert by_numpy.keys() == tensors.keys()
-    assert all(np.array_equal(by_numpy[name], tensor.numpy()) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert np.array_equal(by_numpy[name], tensor.numpy())
 
 
 # --- metadata
 
 
 def test_the_metadata_of_a_snapshot_is_as_specified(tmp_path: Path) -> None:
-    values = {"w": torch.zeros(2, dtype=torch.float16), "seen": torch.tensor(3)}
+    values = {
+        "w": torch.zeros(2, dtype=torch.float16),
+        "seen": torch.tensor(3),
+    }
     path = write_snapshot(
         tmp_path,
         1234.5,

@@ -114,7 +114,10 @@ def test_exchanges_find_better_ones_than_deleting_the_least_needed_one_after_ano
 
 @pytest.mark.parametrize(
     ("folder", "source", "change"),
-    [("run", "measured", 0.15), ("unmeasured", "sampled", 1.0)],
+    [
+        ("run", "measured", 0.15),
+        ("unmeasured", "sampled", 1.0),
+    ],
 )
 def test_the_errors_are_those_of_the_directory_before_and_after(
     folder: str,
@@ -228,14 +231,17 @@ def test_a_synthesis_uses_the_choice_up_to_its_time_whatever_its_targets(many: P
     alone = plan_synthesis(sources, [0.15], 143.0)
     company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
     for plan in (alone, company):
-        assert (plan.solved, plan.available) == (20, 56)
+        assert plan.solved == 20
+        assert plan.available == 56
         assert plan.choice == "20 of 56 snapshots up to t = 143, evenly in time"
         assert [source.t for source in plan.sources] == chosen_times(many, 143.0)
     one = dict(synthesize(alone))["0.weight"][0]
     other = dict(synthesize(company))["0.weight"][1]
     torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-7)
     few = plan_synthesis(sources, [0.15], 50.0)
-    assert (few.solved, few.available, few.choice) == (20, 20, None)
+    assert few.solved == 20
+    assert few.available == 20
+    assert few.choice is None
 
 
 @pytest.mark.usefixtures("_twenty")

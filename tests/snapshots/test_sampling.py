@@ -119,7 +119,11 @@ def test_the_expected_rounding_is_that_of_values_that_are_rounded(
 def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
     """The model has 3,000,000 elements of two scales. With a relative variance of 1.6, 1,000 runs
     leave about 4 %."""
-    shapes = {"a": (1000, 1000), "b": (2_000_000,), "c": (777,)}
+    shapes = {
+        "a": (1000, 1000),
+        "b": (2_000_000,),
+        "c": (777,),
+    }
     scales = {"a": 3.0, "b": 1.0, "c": 10.0}
     models = []
     snapshots = []

@@ -221,7 +221,10 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
 
 
 def write(path: Path, overwrite: bool = False) -> None:
-    entries = {"a": Entry("U8", (4,)), "b": Entry("F32", (1,))}
+    entries = {
+        "a": Entry("U8", (4,)),
+        "b": Entry("F32", (1,)),
+    }
     with TensorFileWriter(path, entries, {"format": 3}, {}, overwrite) as writer:
         writer.write("a", memoryview(b"abcd"))
         writer.write("b", memoryview(bytes(4)))
@@ -230,7 +233,11 @@ def write(path: Path, overwrite: bool = False) -> None:
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})],
+    [
+        ("a\0", {}),
+        ("a", {"aliases": {"b\0": "a"}}),
+        ("a", {"left_out": ("b\0",)}),
+    ],
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
     tmp_path: Path,

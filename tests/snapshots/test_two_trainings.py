@@ -63,7 +63,13 @@ def test_files_of_two_trainings_are_warned_of(
 
 @pytest.mark.parametrize(
     ("path", "steps"),
-    [(FIRST, EVEN), (FIRST, UNEVEN), (FAST, EVEN), (10 * FAST, UNEVEN), (0 * FIRST + 1, EVEN)],
+    [
+        (FIRST, EVEN),
+        (FIRST, UNEVEN),
+        (FAST, EVEN),
+        (10 * FAST, UNEVEN),
+        (0 * FIRST + 1, EVEN),
+    ],
 )
 def test_files_of_one_training_are_not(
     path: np.ndarray,

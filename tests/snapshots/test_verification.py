@@ -96,7 +96,8 @@ def test_outputs_in_any_layout_and_foreign_files(
     save_file({"w": torch.full((3,), torch.nan)}, foreign)
     found = verified(foreign)
     assert found.is_fine
-    assert (found.files[0].what, found.files[0].state) == ("foreign", "unchecked")
+    assert found.files[0].what == "foreign"
+    assert found.files[0].state == "unchecked"
     found = verified(tmp_path)  # the folder of shards, the output and the foreign file
     assert found.is_fine
     assert len(found.files) == count + 2
@@ -208,7 +209,13 @@ def test_clocks_that_contradict_each_other_are_of_two_trainings(run: Path) -> No
 # --- errors of the system
 
 
-@pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [
+        (errno.EACCES, "unreadable"),
+        (errno.EIO, "damaged"),
+    ],
+)
 def test_what_cannot_be_read_is_reported_and_the_others_are_read(
     run: Path,
     code: int,

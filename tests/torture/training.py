@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from factories import FloatArray, exact_weights, read_output, snapshots_in
 from safetensors.numpy import load_file
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError, WriteError
@@ -51,13 +52,13 @@ class Tally:
                 )
 
 
-class Network(torch.nn.Module):
+class Network(nn.Module):
     """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
 
     def __init__(self, rows: int = 4) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(rows, 4))
-        self.bias = torch.nn.Parameter(torch.zeros(3))
+        self.weight = nn.Parameter(torch.zeros(rows, 4))
+        self.bias = nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
