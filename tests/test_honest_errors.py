@@ -31,19 +31,34 @@ STEPS = 4000
 STRIDE = 10
 WIDTHS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.28)
 
-RATES = {
+
+def cosine(passed):
+    return np.cos(np.pi * passed / 2) ** 2
+
+
+def frozen(passed):
+    return np.where(passed < 0.5, 1.0, 0.0)
+
+
+def restarts(passed):
+    of_cycle = 4 * passed % 1
+    return 1.0 - 0.97 * of_cycle
+
+
+SPEEDS = {
     "constant": np.ones_like,
-    "cosine": lambda x: np.cos(np.pi * x / 2) ** 2,
-    "frozen": lambda x: np.where(x < 0.5, 1.0, 0.0),
-    "restarts": lambda x: 1.0 - 0.97 * (4 * x % 1),
+    "cosine": cosine,
+    "frozen": frozen,
+    "restarts": restarts,
 }
+"""How fast weights move, by the part of the training that has passed."""
 
 
 def walk(rate: str, steps: int = STEPS, seed: int = 0) -> Path32:
     """Return weights of norm about 1 that move a quarter of that in a random walk."""
     generator = np.random.default_rng(seed)
     passed = np.arange(steps) / steps
-    speed = RATES[rate](passed)
+    speed = SPEEDS[rate](passed)
     moves = generator.normal(size=(steps, SIZE))
     moves *= speed[:, None]
     variance = SIZE * np.sum(speed**2)
@@ -90,8 +105,9 @@ def track(
     if times is not None:
         clock = times.tolist()
         settings["t_unit"] = "seconds"
+    rows = torch.from_numpy(path)
     with PostHocEMA.from_model(model, folder, **settings) as tracker:
-        for row, t in zip(torch.from_numpy(path), clock, strict=True):
+        for row, t in zip(rows, clock, strict=True):
             model.weight.data[0] = row
             tracker.update_(model, t)
     return Run(folder)
@@ -101,9 +117,9 @@ def made(run: Run, wanted: Sequence[Any], method: str = "minvar") -> tuple[Float
     """Return averages, shape [targets, elements], and their predicted errors."""
     plan = run.plan(wanted, method=method, dtype="float64")
     ((_, tensors),) = synthesize(plan)
-    averages = torch.stack(tensors).flatten(1).numpy()
+    averages = torch.stack(tensors).flatten(1)
     predicted = [plan.predicted_error(k) for k in range(len(wanted))]
-    return averages, np.array(predicted)
+    return averages.numpy(), np.array(predicted)
 
 
 def true(path: Path32, stride: int = STRIDE, times: Floats | None = None) -> Floats:
@@ -116,12 +132,14 @@ def true(path: Path32, stride: int = STRIDE, times: Floats | None = None) -> Flo
 
 
 def updates(path: Path32, stride: int = STRIDE) -> Floats:
-    return path[stride - 1 :: stride].astype(np.float64)
+    taken = path[stride - 1 :: stride]
+    return taken.astype(np.float64)
 
 
 def errors(found: Floats, truth: Floats) -> Floats:
     apart = np.linalg.norm(found - truth, axis=1)
-    return apart / np.linalg.norm(truth, axis=1)
+    norms = np.linalg.norm(truth, axis=1)
+    return apart / norms
 
 
 def judged(run: Run, truth: Floats, wanted: Sequence[Any] = WIDTHS) -> tuple[Floats, ...]:
@@ -189,7 +207,8 @@ def test_with_few_times_left(rate, options, tmp_path):
 )
 def test_an_oscillation_in_step_with_the_snapshots(amplitude, phase, tmp_path):
     """It looks like a standstill: errors were up to 47 times the predicted."""
-    check(tmp_path, wave(20, amplitude, phase), 2.5, checkpoint_dtype="float16")
+    path = wave(20, amplitude, phase)
+    check(tmp_path, path, 2.5, checkpoint_dtype="float16")
 
 
 @pytest.mark.parametrize(
@@ -202,14 +221,16 @@ def test_an_oscillation_in_step_with_the_snapshots(amplitude, phase, tmp_path):
 )
 def test_slow_oscillations_and_one_of_two_updates(periods, options, tmp_path):
     """Treated as a walk, errors were up to 110 times the published method's."""
-    check(tmp_path, wave(periods, 0.5), **EXACT, **options)
+    path = wave(periods, 0.5)
+    check(tmp_path, path, **EXACT, **options)
 
 
 def test_a_pause_of_the_clock(tmp_path):
     """In the middle, for as long as the training takes."""
-    pause = np.repeat([0.0, 4000.0], STEPS // 2)
-    times = np.arange(1.0, STEPS + 1) + pause
-    check(tmp_path, walk("cosine"), times=times, **EXACT)
+    times = np.arange(1.0, STEPS + 1)
+    times[STEPS // 2 :] += 4000
+    path = walk("cosine")
+    check(tmp_path, path, times=times, **EXACT)
 
 
 def test_a_training_of_25_steps(tmp_path):
@@ -231,7 +252,8 @@ def real() -> Path32:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_real_training(dtype, tmp_path):
     path = real()
-    run = track(tmp_path, path, checkpoint_every=100, checkpoint_dtype=dtype)
+    options = {"checkpoint_every": 100, "checkpoint_dtype": dtype}
+    run = track(tmp_path, path, **options)
     actual, theirs, predicted = judged(run, true(path))
     assert_honest(actual, theirs, predicted, 1.8)
     assert np.all(actual > 0.3 * predicted)
@@ -257,10 +279,12 @@ def test_other_targets_of_a_real_training(tmp_path):
     seen = np.arange(0, last + 1, STRIDE)
     since = last - seen
     of_decay = 1 - 0.995**since
+    of_window = since / 400
+    of_span = (1200 - seen) / 600
     tails = {  # mass after each step, from the definitions
         Beta(0.995): np.where(seen < STRIDE, 1.0, of_decay),
-        Window(400): np.clip(since / 400, 0, 1),
-        GivenProfile(Span(600, 1200)): np.clip((1200 - seen) / 600, 0, 1),
+        Window(400): of_window.clip(0, 1),
+        GivenProfile(Span(600, 1200)): of_span.clip(0, 1),
     }
     run = track(tmp_path, path, checkpoint_every=50, **EXACT)
     found, predicted = made(run, [*tails])
@@ -286,8 +310,10 @@ def check_pruning(
     run = track(folder, path, **options)
     pruning = run.prune(max_error=bound, sigma_range=(0.05, widest))
     assert pruning.to_delete
-    assert pruning.before.worst <= pruning.after.worst <= bound
-    assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
+    before = pruning.before
+    after = pruning.after
+    assert before.worst <= after.worst <= bound
+    assert np.all(after.predicted_error >= before.predicted_error)
     count = sum(width <= widest for width in WIDTHS)
     found, predicted = made(run, WIDTHS[:count])
     actual = errors(found, true(path)[:count])
@@ -321,7 +347,8 @@ def test_a_combination_replaces_the_newest_snapshot_only_if_it_is_clearly_better
     """The rounding of a combination is known; projections overestimate the snapshot's error by a
     fifth here."""
     path = course(lambda x: np.sin(40 * np.pi * x + 1), 3840, seed=23)
-    run = track(tmp_path, path, 6, checkpoint_every=60, checkpoint_dtype="float16")
+    options = {"checkpoint_every": 60, "checkpoint_dtype": "float16"}
+    run = track(tmp_path, path, 6, **options)
     times = np.arange(6.0, 3841, 6)
     truth = exact_weights(0.02, times) @ updates(path, 6)
     averages, _ = made(run, [0.02, 0.05])
@@ -334,7 +361,8 @@ def test_the_error_of_a_decay_that_begins_steeply_is_not_overestimated(tmp_path)
     times too large."""
     path = walk("constant")
     run = track(tmp_path, path, checkpoint_every=100, **EXACT)
-    found, predicted = made(run, [Decay("1-sqrt", 0.2)])
+    target = Decay("1-sqrt", 0.2)
+    found, predicted = made(run, [target])
     seen = np.arange(STRIDE, STEPS + 1, STRIDE)
     decayed = (seen / STEPS - 0.8) / 0.2
     until = np.sqrt(decayed.clip(0, 1))
@@ -422,8 +450,9 @@ def test_the_rounding_of_files_is_not_taken_for_motion(tmp_path, moved):
     half as large."""
     random = np.random.default_rng(0)
     place = random.normal(size=SIZE)
-    steps = random.normal(size=(STEPS, SIZE)) / STEPS**0.5
-    path = place + moved * np.cumsum(steps, axis=0)
+    steps = random.normal(size=(STEPS, SIZE))
+    steps *= moved / STEPS**0.5
+    path = place + np.cumsum(steps, axis=0)
     times = range(200, STEPS + 1, 200)
     actual, predicted = judged_files(tmp_path / "run", path, times, torch.float16)
     assert_near(actual, predicted, 1.35)

@@ -10,6 +10,7 @@ import torch
 from checking import refused, saved_and_loaded
 from factories import FloatArray
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
 from posthoc_cli.averages import DifferentiableEMA
 
@@ -52,8 +53,8 @@ class Problem:
         slopes = 2 * (1 - self.values(weights) ** 2)
         return np.einsum("ir,irw,iw->irw", slopes, used, np.array(weights))
 
-    def leaf(self) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.tensor(self.start))
+    def leaf(self) -> nn.Parameter:
+        return nn.Parameter(torch.tensor(self.start))
 
 
 def coefficients(decays: Sequence[float]) -> FloatArray:
@@ -87,7 +88,7 @@ def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> t
     return ema(value)
 
 
-def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
+def gradient_of(weight: nn.Parameter) -> FloatArray:
     assert weight.grad is not None
     return weight.grad.numpy().copy()
 
@@ -122,14 +123,14 @@ def train(
 def test_the_average_has_memory_of_its_own(mode):
     """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
     window recomputes its average from kept values."""
-    weight = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
+    weight = nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
     ema = make(mode)
     for number in (1.0, 2.0, 3.0):
-        torch.nn.init.constant_(weight, number)
+        nn.init.constant_(weight, number)
         result = take(ema, weight.view(ROWS), weight)
         found = result.detach().numpy().copy()
         result.detach().mul_(7.0)
-        torch.nn.init.constant_(weight, 50.0)
+        nn.init.constant_(weight, 50.0)
     expected = coefficients([DECAY] * 3) @ [1, 2, 3]
     assert_near(found, expected)
     assert_near(ema.average, expected)
@@ -245,8 +246,8 @@ def test_bad_values_and_leaves_are_named_and_not_taken_in():
     with refused("value", "is torch.float32 of shape [3] on cpu"):
         ema(torch.ones(3))
     assert ema.num_updates == 0
-    weight = torch.nn.Parameter(torch.ones(2))
-    other = torch.nn.Parameter(torch.ones(2))
+    weight = nn.Parameter(torch.ones(2))
+    other = nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
     for leaves in (
         None,

@@ -11,6 +11,7 @@ import torch
 from checking import refused
 from factories import FloatArray, exact_average
 from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
@@ -30,12 +31,12 @@ ROUNDING = 8 * STEPS * 10 * np.finfo(np.float64).eps
 """Eight roundings a step, and a momentum that sums up ten of them."""
 
 
-class Quadratic(torch.nn.Module):
+class Quadratic(nn.Module):
     """The loss sum curvature weight**2 / 2, whose gradient is curvature weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(START))
+        self.weight = nn.Parameter(torch.tensor(START))
 
     def loss(self) -> torch.Tensor:
         return (torch.tensor(CURVATURE) * self.weight**2).sum() / 2
@@ -57,11 +58,11 @@ def train(
         yield weights, recipe.update(model)
 
 
-def sgd(model: torch.nn.Module) -> torch.optim.SGD:
+def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
 
 
-def averaged(model: torch.nn.Module, **options: Any) -> AveragedModel:
+def averaged(model: nn.Module, **options: Any) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), **options)
 
 
@@ -115,7 +116,7 @@ def test_the_hares_optimizer_forgets_its_momentum_if_it_is_given():
     check_path(model, optimizer, recipe, forget_momentum=True)
 
 
-def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
+def tracker(model: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
     options = {
         "sigma_rels": (SIGMA_REL, 0.28),
         "update_every": 1,

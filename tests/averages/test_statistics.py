@@ -39,7 +39,10 @@ def expected_statistics(
     """Compute the statistics by definition, independently."""
     state = {}
     for x, y in data:
-        batch = {"mean_x": x.mean(0), "mean_y": y.mean(0)}
+        batch = {
+            "mean_x": x.mean(axis=0),
+            "mean_y": y.mean(axis=0),
+        }
         center = state if state and running_mean else batch
         x = x - center["mean_x"]
         y = y - center["mean_y"]
@@ -78,11 +81,12 @@ def check(stats: EMAStats, expected: Statistics, tolerance: float) -> None:
 @pytest.mark.parametrize("rows", [1, 33])
 def test_statistics_are_the_formulas(running_mean, momentum, rows):
     data = batches(12, rows, 4, 3)
-    stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean).double()
-    feed(stats, data, torch.float64)
+    stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean)
+    feed(stats.double(), data, torch.float64)
     # A few additions an element and batch, float64 on both sides; differences of values up to 10
     # that are about 1.
-    check(stats, expected_statistics(data, momentum, running_mean), 1e-12)
+    expected = expected_statistics(data, momentum, running_mean)
+    check(stats, expected, 1e-12)
     assert stats.num_batches_tracked == 12
     assert stats.num_features_x == 4
     assert stats.num_features_y == 3
@@ -95,8 +99,9 @@ def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy():
     feed(stats, data, torch.float64)
     correlations = np.corrcoef(x, y, rowvar=False)
     covariances = np.cov(x, y, rowvar=False)
-    assert_allclose(stats.correlation(), correlations[:4, 4:], rtol=0, atol=1e-11)
-    assert_allclose(stats.cov_xy, covariances[:4, 4:], rtol=0, atol=1e-12)
+    of_both = (slice(0, 4), slice(4, 7))
+    assert_allclose(stats.correlation(), correlations[of_both], rtol=0, atol=1e-11)
+    assert_allclose(stats.cov_xy, covariances[of_both], rtol=0, atol=1e-12)
 
 
 def test_a_correlation_needs_a_batch():
@@ -136,8 +141,9 @@ def in_dtype(values: FloatArray, dtype: torch.dtype) -> FloatArray:
 def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module():
     dtype = torch.bfloat16
     data = []
-    for x, y in batches(30, 64, 4, 3):
-        data.append((in_dtype(x, dtype), in_dtype(y, dtype)))
+    for batch in batches(30, 64, 4, 3):
+        x, y = (in_dtype(values, dtype) for values in batch)
+        data.append((x, y))
     with torch.autocast("cpu", dtype):
         stats = feed(EMAStats(4, 3, 0.05), data, dtype)
     assert stats.cov_xy.dtype == torch.float32
@@ -157,9 +163,14 @@ def by_state(stats: EMAStats) -> EMAStats:
     return twin
 
 
+@pytest.fixture
+def stats() -> EMAStats:
+    """Return statistics of two batches."""
+    return feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, by_state])
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied):
-    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied, stats):
     x = torch.randn(8, 3, requires_grad=True)
     stats(x, torch.randn(8, 2))
     assert stats.cov_xy.requires_grad
@@ -167,7 +178,8 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied):
     data = batches(3, 8, 3, 2, seed=5)
     before = copy.deepcopy(stats.state_dict())
     assert_same_tensors(twin.state_dict(), before)
-    assert not any(getattr(twin, name).requires_grad for name in NAMES)
+    for name in NAMES:
+        assert not getattr(twin, name).requires_grad
     feed(twin, data)
     assert_same_tensors(stats.state_dict(), before)
     stats.cov_xy.sum().backward()
@@ -175,9 +187,8 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied):
     assert_same_tensors(twin.state_dict(), stats.state_dict())
 
 
-def test_a_state_of_symm_learning_loads():
+def test_a_state_of_symm_learning_loads(stats):
     """Its class documents the names: `running_` before each statistic."""
-    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
     values = stats.state_dict()
     state = {f"stats.running_{name}": values[name] for name in NAMES}
     state["stats.num_batches_tracked"] = values["num_batches_tracked"]

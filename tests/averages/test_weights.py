@@ -12,6 +12,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
+from torch import nn
 
 from posthoc_cli import averages
 from posthoc_cli.averages import ExponentialMovingAverage, ShadowModel
@@ -32,7 +33,7 @@ def largest(*values: FloatArray) -> float:
     return float(np.abs(values).max())
 
 
-def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
+def random_steps(model: nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
     """Move every floating-point tensor and count every integer up, as a training would; yield each
     step."""
     generator = torch.Generator()
@@ -102,11 +103,11 @@ def test_a_warm_up_an_interval_and_averaged_buffers():
 def test_half_precision_averages_move():
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average
     would stay at 1."""
-    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-    torch.nn.init.ones_(model.weight)
+    model = nn.Linear(1, 1, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
     ema = ExponentialMovingAverage(model, momentum=2e-4)
     ema.update_parameters(model)
-    torch.nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.weight, 2.0)
     for _ in range(2000):
         ema.update_parameters(model)
     weight = ema.module.weight
@@ -126,7 +127,7 @@ def test_a_state_of_mmengine_loads_and_goes_on():
     saved["module.head.weight"] = saved["module.embed.weight"]
     saved["steps"] = torch.tensor(40)
     ema = ExponentialMovingAverage(model, momentum=0.25)
-    outer = torch.nn.ModuleDict({"ema": ema})
+    outer = nn.ModuleDict({"ema": ema})
     outer.load_state_dict({f"ema.{name}": value for name, value in saved.items()})
     assert set(ema.state_dict()) == set(saved)
     assert ema.steps == 40
@@ -228,11 +229,11 @@ def test_a_tensor_is_the_callers_clock_which_the_shadow_leaves_as_it_is(decay, d
     assert "num_updates" not in net.state_dict()
 
 
-class Dropped(torch.nn.Module):
+class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
-        self.drop = torch.nn.Dropout(1.0)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.drop = nn.Dropout(1.0)
 
     def forward(self, x, *more, shift=0.0):
         total = x + sum(more)
@@ -241,7 +242,7 @@ class Dropped(torch.nn.Module):
 
 def test_train_mode_runs_the_model_and_eval_mode_the_shadow():
     net = ShadowModel(Dropped(), 0.5)
-    torch.nn.init.constant_(net.model.scale, 3.0)
+    nn.init.constant_(net.model.scale, 3.0)
     net.model.drop.p = 0.0
     one = torch.tensor(1.0)
     two = torch.tensor(2.0)
@@ -283,7 +284,7 @@ MAKE = {
 }
 
 
-def updated(average: Any, model: torch.nn.Module, seed: int = 1) -> Any:
+def updated(average: Any, model: nn.Module, seed: int = 1) -> Any:
     """Return a ShadowModel after five steps of its model."""
     model = getattr(average, "model", model)
     for _ in random_steps(model, 5, seed):
@@ -319,7 +320,7 @@ def test_a_copy_goes_on_alone_and_exactly(kind, how, dtype):
 
 # --- arguments of the averages are checked
 
-LINEAR = torch.nn.Linear(1, 1)
+LINEAR = nn.Linear(1, 1)
 AVERAGE = partial(ExponentialMovingAverage, LINEAR)
 SHADOW = partial(ShadowModel, LINEAR, decay=0.9)
 STATISTICS = partial(averages.EMAStats, dim_x=2)

@@ -35,7 +35,8 @@ def copy(_, __, weights):
 
 
 def away_from_the_weights(_, average, weights):
-    return average + (1 - DECAY) / 10 * (average - weights)
+    share = (1 - DECAY) / 10
+    return average + share * (average - weights)
 
 
 def eight_times_a_step(_, average, weights):
@@ -77,7 +78,8 @@ def two_stuck(step, average, weights):
     for name, tensor in named(weights).items():
         is_stuck = name in STUCK
         parts.append(np.full(tensor.numel(), is_stuck))
-    return np.where(np.concatenate(parts), average, updated)
+    stuck = np.concatenate(parts)
+    return np.where(stuck, average, updated)
 
 
 def audited(folder: Path, weights: np.ndarray, update: Average, claimed=None) -> Audit:
@@ -102,8 +104,8 @@ HEALTHY = [
 
 @pytest.mark.parametrize(("training", "decay", "dtype"), HEALTHY)
 def test_a_healthy_average_is_as_claimed(training, decay, dtype, tmp_path):
-    weights = train(**training)
-    run = Run(write(tmp_path, weights, averaged(decay), dtype))
+    write(tmp_path, train(**training), averaged(decay), dtype)
+    run = Run(tmp_path)
     (found,) = run.audit()
     assert found.verdict == "found"
     assert found.warm_up == ""
@@ -120,7 +122,9 @@ def check_smooth(path: np.ndarray, folder: Path) -> None:
     start = random.standard_normal(train().shape[1])
     weights = np.outer(path, start)
     found = audited(folder, weights, every_step)
-    assert log_error(found, DECAY) < min(3 * found.uncertainty, 0.03)
+    error = log_error(found, DECAY)
+    assert error < 3 * found.uncertainty
+    assert error < 0.03
 
 
 INTERVALS = np.arange(STEPS) / EVERY
@@ -147,7 +151,8 @@ def test_steps_that_correlate_over_many_checkpoints(tmp_path):
         change = (2 / lasts) ** 0.5 * random.standard_normal(size)
         mean += change - mean / lasts
         noise = random.standard_normal(size)
-        weights[step] = weights[step - 1] + 1e-3 * mean + 1e-2 * noise
+        moved = 1e-3 * mean + 1e-2 * noise
+        weights[step] = weights[step - 1] + moved
     found = audited(tmp_path, weights, every_step)
     assert log_error(found, DECAY) < found.uncertainty < 0.01
 
@@ -211,8 +216,9 @@ def test_copies_at_first_are_as_claimed(tmp_path):
 )
 def test_the_updates_of_a_step_or_steps_of_an_update_lie_in_the_range(update, times, tmp_path):
     found = audited(tmp_path, train(**HELD_OUT), update, DECAY)
-    low, high = re.search(r"([\d.]+) to ([\d.]+)", found.text).groups()
-    assert float(low) / 1.05 < times < float(high) * 1.05
+    stated = re.search(r"([\d.]+) to ([\d.]+)", found.text)
+    low, high = map(float, stated.groups())
+    assert low / 1.05 < times < high * 1.05
 
 
 def test_an_average_that_is_not_finite_is_named(tmp_path):
@@ -221,7 +227,8 @@ def test_an_average_that_is_not_finite_is_named(tmp_path):
             average["2.weight"][0, 0] = math.nan
         return timm(step, weights, average)
 
-    run = Run(write(tmp_path, train(), every_step, form=form))
+    write(tmp_path, train(), every_step, form=form)
+    run = Run(tmp_path)
     reason = r"step700\.pt: tensor '2\.weight': holds nan or infinity"
     with pytest.raises(NonFiniteError, match=reason):
         run.audit()
@@ -261,11 +268,13 @@ def test_a_lone_checkpoint_cannot_be_audited(tmp_path):
 
 def returning(steps: range, weights: np.ndarray, average: np.ndarray) -> None:
     """Let weights return to the average, by a bend in their way, in the interval of `steps`."""
-    start = weights[steps[0] - 1].copy()
+    first = steps[0]
+    start = weights[first - 1].copy()
     away = average - start
-    signs = np.random.default_rng(0).choice([-0.05, 0.05], average.size)
+    random = np.random.default_rng(0)
+    signs = random.choice([-0.05, 0.05], average.size)
     for step in steps:
-        passed = (step + 1 - steps[0]) / len(steps)
+        passed = (step + 1 - first) / len(steps)
         bend = 8 * passed * (1 - passed) * signs
         straight = passed * (1 - signs) / 0.8
         weights[step] = start + (straight - bend) * away
@@ -299,10 +308,11 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path, ema):
 
 def test_the_command_fails_for_a_bad_average(tmp_path, ema):
     run = write(tmp_path / "x", train(), eight_times_a_step)
-    done = ema("audit", run, "--claimed", DECAY, "--out", tmp_path / "a.png")
+    picture = tmp_path / "a.png"
+    done = ema("audit", run, "--claimed", DECAY, "--out", picture)
     assert done.code == 1
     assert "too short: " in done.out
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 def test_the_command_prints_what_was_found(tmp_path, ema):

@@ -33,10 +33,16 @@ def claimed(_):
 
 def late_cap(n):
     """The warm-up reaches 0.97 at update 290 of 400."""
-    return min(0.97, (1 + n) / (10 + n))
+    rising = (1 + n) / (10 + n)
+    return min(0.97, rising)
 
 
-def save(folder: Path, decay: Decay, claim: float | None, dtype: torch.dtype) -> Path:
+def save(
+    folder: Path,
+    decay: Decay,
+    claim: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write the weights and their average, kept in a dtype, as OpenFold does."""
     folder.mkdir()
     first = walks.weights_of(walks.new_net())
@@ -47,7 +53,8 @@ def save(folder: Path, decay: Decay, claim: float | None, dtype: torch.dtype) ->
     for step, weights in enumerate(walks.history(STEPS), 1):
         share = 1 - decay(step)
         for name, value in average.items():
-            value += share * (weights[name].to(dtype) - value)
+            apart = weights[name].to(dtype) - value
+            value += share * apart
         if step % EVERY == 0:
             content = {"state_dict": weights, "ema": ema, "global_step": step}
             torch.save(content, folder / f"{step}.ckpt")
@@ -62,9 +69,9 @@ def check_average(place: Path, most: float) -> None:
 
 
 @pytest.mark.parametrize("decay", [often, seldom])
-def test_a_decay_that_files_say_and_their_weights_refute_is_an_error(tmp_path, decay):
+def test_a_decay_that_files_say_and_their_weights_refute_is_an_error(files, decay):
     """Of every average; the files are described."""
-    run = Run(save(tmp_path / "files", decay, CLAIMED, torch.float32))
+    run = Run(save(files, decay, CLAIMED))
     for make in (run.average, run.plan):
         with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too"):
             make(0.1)
@@ -73,50 +80,50 @@ def test_a_decay_that_files_say_and_their_weights_refute_is_an_error(tmp_path, d
     assert run.info()["kind"] == "checkpoints"
 
 
-def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(tmp_path):
-    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
-    check_average(folder, 0.01)
+def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(files):
+    save(files, claimed, CLAIMED)
+    check_average(files, 0.01)
 
 
 @pytest.mark.parametrize("claim", [CLAIMED, None])
-def test_an_average_whose_updates_round_to_nothing_is_refused(tmp_path, run, claim):
+def test_an_average_whose_updates_round_to_nothing_is_refused(files, run, claim):
     """Such an average of decay 0.99 is 0.1 from the true one, and moves as one of 0.9892 would."""
-    folder = save(tmp_path / "files", claimed, claim, torch.bfloat16)
+    save(files, claimed, claim, torch.bfloat16)
     with pytest.raises(InvalidValueError, match=r"too few digits: .*takes the weights alone"):
-        import_checkpoints(folder, run)
-    (audit,) = Run(folder).audit()
+        import_checkpoints(files, run)
+    (audit,) = Run(files).audit()
     assert audit.is_bad
-    import_checkpoints(folder, run, kind="checkpoints")
+    import_checkpoints(files, run, kind="checkpoints")
     check_average(run, 0.1)
 
 
-def test_an_average_that_was_set_back_is_refused(tmp_path):
+def test_an_average_that_was_set_back_is_refused(files):
     """From step 300 on, the files are those of a training that went on from step 200."""
-    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
+    save(files, claimed, CLAIMED)
     for step in range(400, 280, -EVERY):
-        content = torch.load(folder / f"{step - 100}.ckpt")
-        torch.save(content | {"global_step": step}, folder / f"{step}.ckpt")
+        content = torch.load(files / f"{step - 100}.ckpt")
+        torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
     with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
-        Run(folder).average(0.1)
+        Run(files).average(0.1)
 
 
-def test_an_average_that_is_only_stored_in_few_digits_is_taken(tmp_path):
-    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
-    for path in folder.iterdir():
+def test_an_average_that_is_only_stored_in_few_digits_is_taken(files):
+    save(files, claimed, CLAIMED)
+    for path in files.iterdir():
         content = torch.load(path)
         params = content["ema"]["params"]
         for name, value in params.items():
             params[name] = value.bfloat16()
         torch.save(content, path)
-    check_average(folder, 0.02)
+    check_average(files, 0.02)
 
 
-def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(tmp_path, run):
+def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
     """Taken for unlimited, such an average is 1 % off."""
-    folder = save(tmp_path / "files", late_cap, None, torch.float32)
-    found = import_checkpoints(folder, run)
-    _, _, decay, *_ = found.checks[-1].replace(",", " ").split()
-    assert float(decay) == pytest.approx(0.97, abs=0.0002)
+    save(files, late_cap)
+    found = import_checkpoints(files, run)
+    _, _, decay, *_ = found.checks[-1].split()
+    assert float(decay.strip(",")) == pytest.approx(0.97, abs=0.0002)
     check_average(run, 0.01)
 
 
@@ -133,7 +140,7 @@ def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_be
     settings = {"update_every": 1, "update_after_step": 100}
     found = import_checkpoints(tmp_path, run, ema_decay=0.95, **settings)
     assert "as claimed" in found.checks[-1]
-    assert list(Run(run).average(0.1)) == ["0", "1"]
+    assert Run(run).average(0.1).keys() == {"0", "1"}
     with pytest.raises(InvalidValueError, match="does not fit the files"):
         import_checkpoints(tmp_path, tmp_path / "other", ema_decay=0.8, **settings)
 
@@ -147,20 +154,20 @@ def change(n):
     return 0.9 if n <= STEPS // 2 else 0.98
 
 
-def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(tmp_path, run):
-    folder = save(tmp_path / "files", unknown_rise, None, torch.float32)
-    (audit,) = Run(folder).audit()
+def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
+    save(files, unknown_rise)
+    (audit,) = Run(files).audit()
     assert not audit.is_bad
     assert re.search(r"rises until step \d+ by a rule that is not known", audit.text)
-    import_checkpoints(folder, run)
+    import_checkpoints(files, run)
     check_average(run, 0.02)
 
 
-def test_a_decay_that_changes_is_refused_with_the_time(tmp_path, run):
-    folder = save(tmp_path / "files", change, None, torch.float32)
+def test_a_decay_that_changes_is_refused_with_the_time(files, run):
+    save(files, change)
     with pytest.raises(InvalidValueError, match=r"step \d+.*: name the files .* by a glob"):
-        import_checkpoints(folder, run, ema_decay=0.98, ema_warmup="none")
-    later = folder / "[234][0-9]0.ckpt"
+        import_checkpoints(files, run, ema_decay=0.98, ema_warmup="none")
+    later = files / "[234][0-9]0.ckpt"
     import_checkpoints(str(later), run, ema_decay=0.98)
 
 

@@ -51,8 +51,9 @@ def same(*epochs: int) -> dict[int, int]:
 
 def times(place: Path, **settings: Any) -> tuple[str, list[float]]:
     """Return the unit and the times of an import."""
-    found = import_checkpoints(place, None, dry_run=True, **settings).checkpoints
-    return found[0].t_unit, [one.t for one in found]
+    done = import_checkpoints(place, None, dry_run=True, **settings)
+    first, *_ = done.checkpoints
+    return first.t_unit, [one.t for one in done.checkpoints]
 
 
 def epochs_of(place: Path, **settings: Any) -> list[float]:
@@ -115,7 +116,8 @@ def test_numbers_are_epochs_if_the_contents_have_an_equal_epoch(tmp_path):
 
 
 def test_numbers_are_steps_if_the_contents_have_another_epoch(tmp_path):
-    write(tmp_path, "model_{}.pth", same(*BEST), lambda _: {"epoch": 2})
+    for number in BEST:
+        store(tmp_path / f"model_{number}.pth", number, epoch=2)
     assert steps_of(tmp_path) == BEST
 
 
@@ -159,11 +161,11 @@ def has_the_next_epoch(number):
     ],
 )
 def test_epochs_counted_from_0(name, numbers, content, tmp_path):
-    epochs = [number + 1 for number in numbers]
-    write(tmp_path, name, dict(zip(numbers, epochs, strict=True)), content)
-    assert epochs_of(tmp_path) == epochs
+    epochs = {number: number + 1 for number in numbers}
+    write(tmp_path, name, epochs, content)
+    assert epochs_of(tmp_path) == [*epochs.values()]
     assert says(tmp_path).startswith("epochs, counted from 0: ")
-    steps = [EACH * epoch for epoch in epochs]
+    steps = [EACH * epoch for epoch in epochs.values()]
     assert steps_of(tmp_path, steps_per_epoch=EACH) == steps
 
 
@@ -278,7 +280,8 @@ def test_averages_alone_by_epoch(tmp_path, run):
         times(tmp_path, **settings)
     import_checkpoints(tmp_path, run, steps_per_epoch=40, **settings)
     sources = Run(run).sources
-    assert [one.t for one in sources] == [save.step for save in saves()]
+    steps = [save.step for save in saves()]
+    assert [one.t for one in sources] == steps
     assert all(isinstance(one.profile, OrdinaryEMA) for one in sources)
     check_average(Run(run))
 
@@ -408,14 +411,17 @@ def test_the_content_has_the_epoch(tmp_path):
 # --- folders
 
 
-@pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+ENDINGS = pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+
+
+@ENDINGS
 def test_files_of_every_ending(ending, tmp_path):
     for epoch in (1, 2, 3):
         store(tmp_path / f"epoch_{epoch}.{ending}", epoch)
     assert epochs_of(tmp_path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+@ENDINGS
 def test_folders_with_files_of_every_ending(ending, tmp_path):
     for epoch in (1, 2, 3):
         folder = tmp_path / f"epoch_{epoch}"
@@ -436,7 +442,11 @@ def two_unknown_sets(folder):
 
 def two_averages(folder):
     for save in saves():
-        content = {"model": save.weights, "ema": save.average, "ema2": save.average}
+        content = {
+            "model": save.weights,
+            "ema": save.average,
+            "ema2": save.average,
+        }
         torch.save(content, folder / f"step_{save.step}.pt")
 
 
@@ -451,7 +461,10 @@ def of_one_time(folder):
 
 
 def of_ema_pytorch(folder):
-    content = {"initted": torch.tensor(True), "w": torch.ones(3)}
+    content = {
+        "initted": torch.tensor(True),
+        "w": torch.ones(3),
+    }
     for step in (1, 2):
         torch.save(content, folder / f"0.{step}.pt")
 
@@ -503,26 +516,34 @@ def test_info_says_what_numbers_are_taken_for(tmp_path, ema):
 
 def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path, caplog):
     """VITS stores the epoch as `iteration`."""
-    counted = {100: 1, 200: 1, 300: 2, 400: 2}
-    for number, epoch in counted.items():
-        store(tmp_path / f"G_{number}.pth", number // 100, iteration=epoch)
-    assert steps_of(tmp_path) == [*counted]
+    for epoch in (1, 2, 3, 4):
+        store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=(epoch + 1) // 2)
+    assert steps_of(tmp_path) == [100, 200, 300, 400]
     (line,) = caplog.messages
     taken = "taken is that in names, as `iteration` repeats"
     assert line.endswith(f"G_100.pth: `iteration` is 1, and the number in its name 100: {taken}")
 
 
 def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
-    for number in (100, 200, 300, 400):
-        store(tmp_path / f"G_{number}.pth", number // 100, iteration=number // 50)
+    for epoch in (1, 2, 3, 4):
+        store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=2 * epoch)
     assert steps_of(tmp_path) == [2, 4, 6, 8]
     assert "is 2, and the number in its name 100: taken is `iteration`; `step_from`" in caplog.text
 
 
-@pytest.mark.parametrize("steps", [[4, 8, 12], [5, 9, 13], [3, 7, 11], [200, 400, 600]], ids=str)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [4, 8, 12],
+        [5, 9, 13],
+        [3, 7, 11],
+        [200, 400, 600],
+    ],
+    ids=str,
+)
 def test_a_step_that_names_do_not_exceed_is_taken(steps, tmp_path, caplog):
-    for number, step in zip((4, 8, 12), steps, strict=True):
-        store(tmp_path / f"m{number}.pt", number, step=step)
+    for number in (1, 2, 3):
+        store(tmp_path / f"m{4 * number}.pt", number, step=steps[number - 1])
     assert steps_of(tmp_path) == steps
     assert not caplog.messages
 

@@ -147,19 +147,24 @@ def test_a_profile_weighs_as_the_library_does(name, every):
 def test_a_schedule_goes_on_after_a_restart():
     """It counts the steps of the training, not the updates since the restart."""
     settings = ImportSettings(ema_warmup="cosine:0.99", steps=1000, ema_restarts=[400])
-    profile = Updates().profile(Path("x"), 600, settings)
+    profile = Updates().profile(FILE, 600, settings)
     decays = [*islice(dino(0.99, 1000), 600)]
     for s in (450, 599):
-        kept = math.prod(decays[s:])
-        assert profile.tail(s) == pytest.approx(1 - kept, abs=1e-13)
+        mass = 1 - math.prod(decays[s:])
+        assert profile.tail(s) == pytest.approx(mass, abs=1e-13)
+
+
+FILE = Path("x")
+"""The file that an error would name."""
 
 
 def test_steps_are_of_the_training_where_updates_are_rarer():
     settings = ImportSettings(ema_warmup="linear:0.9", steps=1000, update_every=10)
-    profile = Updates().profile(Path("x"), 500, settings)
-    decays = 0.9 + 0.1 * np.arange(40, 50) / 100
-    kept = decays.prod()
-    assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
+    profile = Updates().profile(FILE, 500, settings)
+    passed = np.arange(40, 50) / 100
+    decays = 0.9 + 0.1 * passed
+    mass = 1 - decays.prod()
+    assert profile.tail(400) == pytest.approx(mass, abs=1e-13)
 
 
 def steps_of(profile: OrdinaryEMA, first: int) -> list[int]:
@@ -182,13 +187,15 @@ def test_which_calls_are_updates(calls, updates):
     """The steps of the updates by step 97, every tenth call, as told by the profile's jumps, after
     a copy at most one interval before the first of them."""
     settings = ImportSettings(ema_decay=0.5, update_after_step=20, update_every=10)
-    profile = Updates({}, calls=calls).profile(Path("x"), 97, settings)
+    counted = Updates({}, calls=calls)
+    profile = counted.profile(FILE, 97, settings)
     assert steps_of(profile, 1) == [*updates]
 
 
 def test_a_count_of_calls_tells_the_updates():
     settings = ImportSettings(ema_decay=0.5, update_after_step=0, update_every=10)
-    profile = Updates({}, 97, calls="counted").profile(Path("x"), 97, settings)
+    counted = Updates({}, 97, calls="counted")
+    profile = counted.profile(FILE, 97, settings)
     assert steps_of(profile, 12) == [*range(21, 98, 10)]
 
 
@@ -209,10 +216,10 @@ def test_other_warm_ups_are_refused(text):
 
 
 @pytest.mark.parametrize("text", ["99%", "5%", "half-life:"])
-def test_a_bare_percentage_is_no_decay(text, tmp_path, run, ema):
+def test_a_bare_percentage_is_no_decay(text, files, run, ema):
     """A training's share is a half-life, and says so."""
-    folder = write(tmp_path / "x", train(), by(constant))
-    done = ema("import", folder, "--out", run, "--ema-decay", text)
+    write(files, train(), by(constant))
+    done = ema("import", files, "--out", run, "--ema-decay", text)
     assert done.code == 2
     accepted = "must be in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-"
     assert f"--ema-decay '{text}': {accepted}life:5%" in done.error
@@ -233,7 +240,8 @@ def unbiased(step):
 
 def cosine(step):
     angle = math.pi * (step - 1) / STEPS
-    return 1 - 0.01 * (math.cos(angle) + 1) / 2
+    falling = (1 + math.cos(angle)) / 2
+    return 1 - 0.01 * falling
 
 
 def beyond(step):
@@ -262,32 +270,33 @@ def saved(folder: Path, decay: Any, **training: Any) -> Path:
 
 def last_profile(run: Path) -> OrdinaryEMA:
     last = [one.profile for one in Run(run).sources if one.t == STEPS]
-    (profile,) = [one for one in last if isinstance(one, OrdinaryEMA)]
+    (profile,) = (one for one in last if isinstance(one, OrdinaryEMA))
     return profile
 
 
 @pytest.mark.parametrize("decay", SAID)
-def test_a_rule_that_is_said_fits_the_files(decay, tmp_path, run):
-    folder = saved(tmp_path / "x", decay)
-    done = import_checkpoints(folder, run, **SAID[decay])
+def test_a_rule_that_is_said_fits_the_files(decay, files, run):
+    saved(files, decay)
+    done = import_checkpoints(files, run, **SAID[decay])
     assert any("as claimed" in line for line in done.checks)
     check(run, most=1e-2)  # the first files of long averages are not exact
+    profile = last_profile(run)
     decays = [decay(step) for step in range(1401, STEPS + 1)]
     mass = 1 - math.prod(decays)
-    assert last_profile(run).tail(1400) == pytest.approx(mass, abs=1e-12)
+    assert profile.tail(1400) == pytest.approx(mass, abs=1e-12)
 
 
-def test_a_schedule_without_its_steps_ends_with_the_last_file(tmp_path, run, ema):
-    folder = saved(tmp_path / "x", cosine)
-    done = ema("import", folder, "--out", run, "--ema-warmup", "cosine:0.99")
+def test_a_schedule_without_its_steps_ends_with_the_last_file(files, run, ema):
+    saved(files, cosine)
+    done = ema("import", files, "--out", run, "--ema-warmup", "cosine:0.99")
     assert done.code == 0, done.err
     assert "as claimed" in done.out
     assert "steps: taken as 1,500, the last" in done.out
 
 
-def test_the_steps_of_a_schedule_are_given(tmp_path, run, ema):
-    folder = saved(tmp_path / "x", beyond)
-    command = ("import", folder, "--out", run, "--ema-warmup", "linear:0.99")
+def test_the_steps_of_a_schedule_are_given(files, run, ema):
+    saved(files, beyond)
+    command = ("import", files, "--out", run, "--ema-warmup", "linear:0.99")
     done = ema(*command, "--steps", 1875)
     assert "as claimed" in done.out, done.err
     assert "steps: taken" not in done.out
@@ -299,22 +308,22 @@ def test_a_schedule_takes_no_decay_besides():
         ImportSettings(ema_decay=0.99, ema_warmup="cosine")
 
 
-def test_a_decay_takes_no_steps_of_a_schedule(tmp_path):
-    folder = saved(tmp_path / "x", constant)
+def test_a_decay_takes_no_steps_of_a_schedule(files):
+    saved(files, constant)
     with pytest.raises(InvalidValueError, match=r"steps 1500: is of no use"):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.99, steps=STEPS)
+        import_checkpoints(files, None, dry_run=True, ema_decay=0.99, steps=STEPS)
 
 
-def test_a_base_that_is_wrong_does_not_fit(tmp_path, run):
-    folder = saved(tmp_path / "x", cosine)
+def test_a_base_that_is_wrong_does_not_fit(files, run):
+    saved(files, cosine)
     with pytest.raises(InvalidValueError, match=r"does not fit the files: .* too long"):
-        import_checkpoints(folder, run, ema_warmup="cosine:0.9")
+        import_checkpoints(files, run, ema_warmup="cosine:0.9")
 
 
 @pytest.mark.parametrize("decay", [unbiased, cosine])
-def test_a_rule_that_nobody_says_is_found(decay, tmp_path, run):
-    folder = saved(tmp_path / "x", decay)
-    done = import_checkpoints(folder, run)
+def test_a_rule_that_nobody_says_is_found(decay, files, run):
+    saved(files, decay)
+    done = import_checkpoints(files, run)
     found = settings_of(run)["ema_warmup"]
     assert found.startswith(decay.__name__), done.checks
     check(run, most=1e-2)
@@ -339,17 +348,18 @@ def drifting(noise: float) -> np.ndarray:
         (20, 0.1),
     ],
 )
-def test_a_length_far_below_the_spacing_is_not_claimed(length, noise, tmp_path, run):
+def test_a_length_far_below_the_spacing_is_not_claimed(length, noise, files, run):
     """Drift and white noise, files 100 apart: the true length is within twice the ±, or asked."""
-    folder = write(tmp_path / "x", drifting(noise), ema(1 - 1 / length))
-    (found,) = Run(folder).audit()
+    write(files, drifting(noise), ema(1 - 1 / length))
+    (found,) = Run(files).audit()
     if found.found is None:
         assert re.search("too short|do not show its length|about equally", found.text)
         with pytest.raises(InvalidValueError, match="ema_decay: must be given"):
-            import_checkpoints(folder, run)
+            import_checkpoints(files, run)
     else:
         factor = (1 - found.found) * length
-        assert abs(math.log(factor)) < 2 * found.uncertainty
+        error = abs(math.log(factor))
+        assert error < 2 * found.uncertainty
 
 
 def medium_ratio(n):
@@ -357,12 +367,13 @@ def medium_ratio(n):
 
 
 @pytest.mark.parametrize("decay", [constant, power, medium_ratio, unbiased])
-def test_five_files_show_a_length_within_the_uncertainty(decay, tmp_path, run):
-    folder = saved(tmp_path / "x", decay, falls=True)
-    for step in {*TIMES} - {*range(300, STEPS + 1, 300)}:
-        (folder / f"step{step}.pt").unlink()
+def test_five_files_show_a_length_within_the_uncertainty(decay, files, run):
+    saved(files, decay, falls=True)
+    for step in TIMES:
+        if step % 300:
+            (files / f"step{step}.pt").unlink()
     try:
-        import_checkpoints(folder, run)
+        import_checkpoints(files, run)
     except InvalidValueError as error:
         assert "ema_decay: must be given" in str(error)
         return
@@ -372,7 +383,8 @@ def test_five_files_show_a_length_within_the_uncertainty(decay, tmp_path, run):
     tails = last_profile(run).tail(steps)
     length = (1 - tails).sum()
     most = 2.5 * settings_of(run)["ema_uncertainty"]
-    assert abs(math.log(length / true)) < max(most, 0.02)
+    error = abs(math.log(length / true))
+    assert error < max(most, 0.02)
 
 
 # --- a rule that is given, and that the files contradict
@@ -400,11 +412,11 @@ CONTRADICTED = [
 
 
 @pytest.mark.parametrize(("decay", "settings", "true"), CONTRADICTED)
-def test_a_rule_that_explains_the_files_worse_is_refused(decay, settings, true, tmp_path, run):
-    folder = saved(tmp_path / "x", decay, **FALLING)
+def test_a_rule_that_explains_the_files_worse_is_refused(decay, settings, true, files, run):
+    saved(files, decay, **FALLING)
     pattern = rf"does not fit the files: the average moves as by .*warm-up {true}:0\.(99|989)"
     with pytest.raises(InvalidValueError, match=pattern):
-        import_checkpoints(folder, run, **settings)
+        import_checkpoints(files, run, **settings)
 
 
 TRUE = [
@@ -417,29 +429,29 @@ more than the uncertainty says: the claims explain the intervals better."""
 
 
 @pytest.mark.parametrize(("training", "decay", "settings"), TRUE)
-def test_a_rule_that_is_true_is_taken(training, decay, settings, tmp_path, run):
-    folder = saved(tmp_path / "x", decay, **training)
-    done = import_checkpoints(folder, run, **settings)
+def test_a_rule_that_is_true_is_taken(training, decay, settings, files, run):
+    saved(files, decay, **training)
+    done = import_checkpoints(files, run, **settings)
     assert done.checks[-1].startswith("given: ")
 
 
-def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(tmp_path, run):
+def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(files, run):
     def rising(n):
         return min(0.998, n / (n + 1))
 
-    folder = saved(tmp_path / "x", rising)
+    saved(files, rising)
     reason = "ema_decay 0.998: does not fit .* without the warm-up .*; add `ema_warmup` power:1"
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(folder, run, ema_decay=0.998)
-    import_checkpoints(folder, run, ema_decay=0.998, ema_warmup="power:1")
+        import_checkpoints(files, run, ema_decay=0.998)
+    import_checkpoints(files, run, ema_decay=0.998, ema_warmup="power:1")
     check(run, most=1e-2)
 
 
-def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path, run):
+def test_a_length_that_nothing_limits_is_said_in_one_line(files, run):
     """An average of 1 step for 200 claimed ones: the factor between them has no upper bound."""
-    folder = saved(tmp_path / "x", exponential, **FALLING)
+    saved(files, exponential, **FALLING)
     with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too sh"):
-        import_checkpoints(folder, run, ema_decay=0.995)
+        import_checkpoints(files, run, ema_decay=0.995)
 
 
 def cosine_to_0_999(n):
@@ -452,56 +464,63 @@ def two_decays(n):
 
 
 @pytest.mark.parametrize("decay", [cosine_to_0_999, two_decays])
-def test_a_rule_that_the_table_has_not_is_asked_for(decay, tmp_path, run):
-    folder = saved(tmp_path / "x", decay, **FALLING)
+def test_a_rule_that_the_table_has_not_is_asked_for(decay, files, run):
+    saved(files, decay, **FALLING)
     with pytest.raises(InvalidValueError, match=r"ema_decay: must be given: .*length"):
-        import_checkpoints(folder, run)
+        import_checkpoints(files, run)
 
 
-def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(tmp_path, run):
+def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(files, run):
     def rising(n):
         return n / (n + 30)
 
-    folder = saved(tmp_path / "x", rising, **FALLING)
-    import_checkpoints(folder, run, ema_decay=0.98)
+    saved(files, rising, **FALLING)
+    import_checkpoints(files, run, ema_decay=0.98)
+    weights = train(**FALLING)
     for width in (0.05, 0.25):
-        error, predicted = error_of(Run(run), width, weights=train(**FALLING))
+        error, predicted = error_of(Run(run), width, weights=weights)
         assert error < 2 * predicted
 
 
 def claiming_a_warm_up(step, weights, average):
-    ema = {"decay": 0.99, "num_updates": step, "shadow_params": list(average.values())}
+    ema = {
+        "decay": 0.99,
+        "num_updates": step,
+        "shadow_params": list(average.values()),
+    }
     return {"model": weights, "ema": ema, "step": step}
 
 
-def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path, run, ema):
+def test_a_rule_that_files_claim_wrongly_is_replaced(files, run, ema):
     """A count of updates claims the warm-up of torch-ema; the average has none."""
-    folder = write(tmp_path / "x", train(), by(constant), form=claiming_a_warm_up)
-    command = ("import", folder, "--out", run)
+    write(files, train(), by(constant), form=claiming_a_warm_up)
+    command = ("import", files, "--out", run)
     refused = ema(*command).error
     assert "does not fit the files" in refused
     assert "--ema-decay and --ema-warmup of an import together replace what files say" in refused
-    assert "contradicts" in ema(*command, "--ema-warmup", "none").error
-    assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
+    command += ("--ema-warmup", "none")
+    assert "contradicts" in ema(*command).error
+    assert "as claimed" in ema(*command, "--ema-decay", "0.99").out
 
 
-def test_a_claim_that_nothing_can_check_is_not_replaced(tmp_path, run):
+def test_a_claim_that_nothing_can_check_is_not_replaced(files, run):
     """As of ultralytics, whose files hold no weights beside the average."""
 
     def alone(step, weights, average):
         return {"ema": average, "updates": step, "model": None}
 
-    folder = write(tmp_path / "x", train(), by(constant), form=alone)
+    write(files, train(), by(constant), form=alone)
     with pytest.raises(InvalidValueError, match="ema_warmup ratio: contradicts"):
-        import_checkpoints(folder, run, ema_warmup="ratio", ema_decay=0.9999)
+        import_checkpoints(files, run, ema_warmup="ratio", ema_decay=0.9999)
 
 
 def test_rules_that_begin_as_the_mean_count_the_first_weights_alike():
     means = []
     for rule in possible_rules(1000):
-        kept = rule.at(np.arange(20.0, 0.0, -1))
-        later = np.append(1.0, np.cumprod(kept)[:-1])
-        masses = (1 - kept) * later
+        numbers = np.arange(20.0, 0.0, -1)
+        kept = rule.at(numbers)
+        later = np.append(1.0, np.cumprod(kept))
+        masses = -np.diff(later)
         is_even = np.ptp(masses[:-1]) < 1e-6  # the first update may be a copy
         is_mean = is_even and masses.sum() > 0.9
         assert rule.begins_as_mean == is_mean, rule

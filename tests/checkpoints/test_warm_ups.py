@@ -82,15 +82,16 @@ WARM_UPS = {"still rising": "ratio", "another power": "power:0.75"}
 
 def imported_line(folder: Path, run: Path, update: Average) -> str:
     """Import a training's files; return what the import says."""
-    done = import_checkpoints(write(folder, train(), update), run)
+    write(folder, train(), update)
+    done = import_checkpoints(folder, run)
     (line,) = done.checks
     return line
 
 
 @pytest.mark.parametrize("case", RISING)
-def test_a_warm_up_that_nobody_says_is_found(case, tmp_path, run):
+def test_a_warm_up_that_nobody_says_is_found(case, files, run):
     decay, said = RISING[case]
-    line = imported_line(tmp_path / "x", run, by(decay))
+    line = imported_line(files, run, by(decay))
     assert re.search(f"^found: .*{said}", line), line
     settings = settings_of(run)
     assert settings["ema_warmup"] == WARM_UPS.get(case, case)
@@ -98,39 +99,41 @@ def test_a_warm_up_that_nobody_says_is_found(case, tmp_path, run):
     check(run, low=0.2)
 
 
-def test_a_restart_that_nobody_says_is_found(tmp_path, run):
-    line = imported_line(tmp_path / "x", run, again(constant))
+def test_a_restart_that_nobody_says_is_found(files, run):
+    line = imported_line(files, run, again(constant))
     said = "began again from the weights near step 8[3-6].*decay 0.99"
     assert re.search(f"^found: .*{said}", line), line
     settings = settings_of(run)
     assert settings["ema_warmup"] == "none"
-    assert settings["ema_restarts"] == [pytest.approx(850, abs=15)]
+    (restart,) = settings["ema_restarts"]
+    assert abs(restart - 850) <= 15
     check(run, low=0.2)
 
 
-def test_a_restart_of_a_warm_up_is_found(tmp_path, run):
-    line = imported_line(tmp_path / "x", run, again(limited_ratio))
+def test_a_restart_of_a_warm_up_is_found(files, run):
+    line = imported_line(files, run, again(limited_ratio))
     said = "near step 8[0-8].*decay 0.98[5-7].* still rising by"
     assert re.search(f"^found: .*{said}", line), line
     settings = settings_of(run)
     assert settings["ema_warmup"] == "ratio"
-    assert settings["ema_restarts"] == [pytest.approx(850, abs=40)]
+    (restart,) = settings["ema_restarts"]
+    assert abs(restart - 850) <= 40
     check(run, most=5e-3, low=0.2)
     assert_explained(run)
 
 
-def test_a_late_start_that_nobody_says_is_found(tmp_path, run):
-    line = imported_line(tmp_path / "x", run, late(430))
+def test_a_late_start_that_nobody_says_is_found(files, run):
+    line = imported_line(files, run, late(430))
     assert re.search("^found: .*near step 4[1-5]", line), line
     settings = settings_of(run)
     assert settings["ema_warmup"] == "none"
-    assert settings["update_after_step"] == pytest.approx(430, abs=15)
+    assert abs(settings["update_after_step"] - 430) <= 15
     check(run, low=0.2)
     assert_explained(run)
 
 
-def test_the_audit_of_an_import_knows_its_warm_up(tmp_path, run):
-    imported_line(tmp_path / "x", run, by(long_power))
+def test_the_audit_of_an_import_knows_its_warm_up(files, run):
+    imported_line(files, run, by(long_power))
     assert_explained(run)
 
 
@@ -141,14 +144,15 @@ def assert_explained(run: Path) -> None:
     assert all(interval.unexplained < 1 for interval in audit.intervals)
 
 
-def test_a_restart_that_was_found_counts_as_uncertain(tmp_path):
+def test_a_restart_that_was_found_counts_as_uncertain(tmp_path, files):
     """The target ends shortly after the restart, when much of the averages is of the weights at the
     restart."""
-    folder = write(tmp_path / "x", train(), again(lambda _: 0.999))
+    update = again(lambda _: 0.999)
+    write(files, train(), update)
     found = tmp_path / "found"
     said = tmp_path / "said"
-    import_checkpoints(folder, found)
-    import_checkpoints(folder, said, ema_decay=0.999, ema_restarts=[850])
+    import_checkpoints(files, found)
+    import_checkpoints(files, said, ema_decay=0.999, ema_restarts=[850])
     uncertain = Run(found).average(0.05, t=1000)
     certain = Run(said).average(0.05, t=1000)
     assert uncertain.predicted_error > certain.predicted_error
@@ -172,90 +176,99 @@ def weights_alone(_, weights, __):
 
 
 @pytest.mark.parametrize("form", [with_copies, without_copies])
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.995}])
-def test_files_before_a_late_start_are_weights(form, settings, tmp_path, run):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.995},
+    ],
+)
+def test_files_before_a_late_start_are_weights(form, settings, tmp_path, files, run):
     """The average in files before is a copy of the weights, or absent."""
-    folder = write(tmp_path / "x", train(), late(1000), form=form)
+    write(files, train(), late(1000), form=form)
     of_weights = write(tmp_path / "weights", train(), late(1000), form=weights_alone)
     alone, _ = error_of(Run(of_weights), 0.25)
-    done = import_checkpoints(folder, run, **settings)
+    done = import_checkpoints(files, run, **settings)
     assert done.counts["weights"] == len(TIMES)
     after = range(1100, STEPS + 1, EVERY)
     assert len(done.checkpoints) == len(TIMES) + len(after)
     check(run, 0.25, most=1.01 * alone, low=0.4, high=2)
 
 
-def test_a_start_after_the_last_file_is_refused(tmp_path):
-    folder = write(tmp_path / "x", train(), late(1000))
+def test_a_start_after_the_last_file_is_refused(files):
+    write(files, train(), late(1000))
+    settings = {"ema_decay": 0.995, "update_after_step": 1600}
     reason = r"update_after_step 1600: is not before .* 1,500: no"
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.995, update_after_step=1600)
+        import_checkpoints(files, None, dry_run=True, **settings)
 
 
 def of_power(folder: Path, exponent: float, weights: np.ndarray) -> tuple[Path, float]:
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
-    width = exponent**0.5 / ((exponent + 1) * (exponent + 2) ** 0.5)
-    return folder, width
+    variance = exponent / ((exponent + 1) ** 2 * (exponent + 2))
+    return folder, variance**0.5
 
 
-def test_a_power_function_is_found(tmp_path, run):
-    folder, width = of_power(tmp_path / "x", 3.0, train())
+def test_a_power_function_is_found(files, run):
+    folder, width = of_power(files, 3.0, train())
     import_checkpoints(folder, run)
     settings = settings_of(run)
     (found,) = settings["sigma_rels"]
-    assert found == pytest.approx(width, rel=2 * settings["ema_uncertainty"])
+    uncertainty = settings["ema_uncertainty"]
+    assert found == pytest.approx(width, rel=2 * uncertainty)
     for wanted in (0.1, 0.25):
         error, predicted = error_of(Run(run), wanted)
         assert error < 2 * predicted < 1e-2
 
 
-def test_a_power_function_that_files_show_too_vaguely_is_asked_for(tmp_path, run):
+def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
     weights = train(rate=1e-2, optimizer="SGD")
-    folder, _ = of_power(tmp_path / "x", 20.0, weights)
+    folder, _ = of_power(files, 20.0, weights)
     reason = "ema_decay: must be given: the files show it too vaguely: sigma_rel 0.04"
     with pytest.raises(InvalidValueError, match=reason):
         import_checkpoints(folder, run)
 
 
-def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path, run, ema):
+def test_rules_that_explain_the_files_equally_are_asked_for(files, run, ema):
     """Drift and white noise, from which no rule follows."""
     random = np.random.default_rng(0)
     direction = random.standard_normal(train().shape[1])
     drift = 1e-3 * np.outer(np.arange(STEPS), direction)
     noise = 0.1 * random.standard_normal(drift.shape)
     weights = train()[0] + drift + noise
-    folder = write(tmp_path / "x", weights, by(lambda _: 0.95))
-    done = ema("import", folder, "--out", run)
+    write(files, weights, by(lambda _: 0.95))
+    done = ema("import", files, "--out", run)
     assert done.code == 2
     choices = "about equally as decay .* with warm-up .*, and as decay .* with warm-up"
     assert re.search(f"--ema-decay: must be given: .* {choices}", done.error), done.error
     assert not run.exists()
-    assert ema("audit", folder).code == 0
+    assert ema("audit", files).code == 0
 
 
 def average_alone(_, __, average):
     return average
 
 
-def test_a_late_start_of_averages_alone(tmp_path, run):
+def test_a_late_start_of_averages_alone(files, run):
     """The files before it are copies of the weights: an average of any length is as exact as
     predicted."""
-    folder = write(tmp_path / "x", train(), late(700), form=average_alone)
-    import_checkpoints(folder, run, kind="ema", ema_decay=0.995, update_after_step=700)
+    write(files, train(), late(700), form=average_alone)
+    import_checkpoints(files, run, kind="ema", ema_decay=0.995, update_after_step=700)
     check(run, most=1, low=0.5, high=2)
 
 
-def test_a_restart_that_is_said_makes_the_true_profile(tmp_path, run, ema):
+def test_a_restart_that_is_said_makes_the_true_profile(files, run, ema):
     """The profile has the masses of the formula: all of the average at step 900 is of step 850 and
     later."""
-    folder = write(tmp_path / "x", train(), again(constant))
+    write(files, train(), again(constant))
     options = ("--ema-decay", 0.995, "--ema-restarts", 850)
-    done = ema("import", folder, "--out", run, *options)
+    done = ema("import", files, "--out", run, *options)
     assert done.code == 0, done.err
     at_900 = [one.profile for one in Run(run).sources if one.t == 900]
     (profile,) = [one for one in at_900 if not isinstance(one, Point)]
-    assert profile.tail(0) == profile.tail(849) == pytest.approx(1, abs=1e-12)
+    for s in (0, 849):
+        assert profile.tail(s) == pytest.approx(1, abs=1e-12)
     for s in (850, 870, 899):
         mass = 1 - 0.995 ** (900 - s)
         assert profile.tail(s) == pytest.approx(mass, abs=1e-12)
@@ -283,9 +296,9 @@ def timm(folder):
         torch.save(content, folder / f"checkpoint-{epoch}.pth.tar")
 
 
-def test_epochs_become_steps(tmp_path, run, ema):
-    timm(tmp_path / "x")
-    command = ("import", tmp_path / "x", "--out", run)
+def test_epochs_become_steps(files, run, ema):
+    timm(files)
+    command = ("import", files, "--out", run)
     done = ema(*command, "--ema-decay", 0.99)
     assert done.code == 2
     reason = "must be given: decays are of steps, and numbers are epochs, counted from 0: "
@@ -339,28 +352,29 @@ def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half
 def check_tail(run: Run, step: int, mass: float) -> None:
     """Check the mass after a step of the average in the last file."""
     last = [one for one in run.sources if one.step == BATCH * STEPS]
-    (average,) = [one for one in last if one.decay]
-    assert average.profile.tail(step * BATCH) == pytest.approx(mass, abs=1e-9)
+    (profile,) = (one.profile for one in last if one.decay)
+    assert profile.tail(step * BATCH) == pytest.approx(mass, abs=1e-9)
 
 
 @pytest.mark.parametrize("library", ["edm", "stylegan"])
-def test_half_lives_in_images(library, tmp_path):
-    folder = edm(tmp_path / "x", library)
+def test_half_lives_in_images(library, files):
+    folder = edm(files, library)
     key = "ema_halflife_kimg" if library == "edm" else "ema_kimg"
-    options = json.dumps({"batch_size": BATCH, key: HALF_LIFE / 1000})
-    (folder / "training_options.json").write_text(options)
+    options = {"batch_size": BATCH, key: HALF_LIFE / 1000}
+    (folder / "training_options.json").write_text(json.dumps(options))
     run = Run(folder)
-    assert {one.t for one in run.sources} == {BATCH * step for step in TIMES}
+    times = [one.t for one in run.sources]
+    assert {*times} == {BATCH * step for step in TIMES}
+    assert len(times) == 2 * len(TIMES)
     assert {one.t_unit for one in run.sources} == {"images"}
-    assert len(run.sources) == 2 * len(TIMES)
     check(run, prefix="model.")
     for step in (1, 50, 1400, 1499):
         decays = [half_life(later) for later in range(step + 1, STEPS + 1)]
         check_tail(run, step, 1 - np.prod(decays))
 
 
-def test_what_files_of_images_do_not_say_is_asked_for(tmp_path, run, ema):
-    command = ["import", edm(tmp_path / "x"), "--out", run]
+def test_what_files_of_images_do_not_say_is_asked_for(files, run, ema):
+    command = ["import", edm(files), "--out", run]
     assert "--update-every: must be given, the images of a batch: " in ema(*command).error
     command += ["--update-every", BATCH, "--ema-decay", "half-life:60k"]
     assert "--ema-warmup: must be given, ramp-up or none: " in ema(*command).error
@@ -369,27 +383,28 @@ def test_what_files_of_images_do_not_say_is_asked_for(tmp_path, run, ema):
     check(run, prefix="model.")
 
 
-def test_a_ramp_up_is_found(tmp_path, run, ema):
-    folder = edm(tmp_path / "x")
+def test_a_ramp_up_is_found(files, run, ema):
+    folder = edm(files)
     done = ema("import", folder, "--out", run, "--update-every", BATCH)
     assert "the ramp-up of its half-life to 0.05 of the training so far" in done.out, done.err
     check(run, prefix="model.")
 
 
-def test_names_count_thousands_of_images_rounded_down(tmp_path):
-    file = edm(tmp_path / "x") / "network-snapshot-000040.pkl"
+def test_names_count_thousands_of_images_rounded_down(files):
+    file = edm(files) / "network-snapshot-000040.pkl"
     settings = {"update_every": 399, "ema_decay": "half-life:60k", "ema_warmup": "ramp-up"}
     done = import_checkpoints(file, None, dry_run=True, **settings)
     assert done.checkpoints[0].step == 101 * 399
 
 
-def test_a_half_life_without_ramp_up(tmp_path):
+def test_a_half_life_without_ramp_up(files):
     """The profile is the product of equal decays."""
     beta = 0.5 ** (BATCH / HALF_LIFE)
-    folder = edm(tmp_path / "x", decay=lambda _: beta)
+    folder = edm(files, decay=lambda _: beta)
     options = {"batch_size": BATCH, "ema_halflife_kimg": 60, "ema_rampup_ratio": None}
     (folder / "training_options.json").write_text(json.dumps(options))
     run = Run(folder)
     check(run, prefix="model.")
     for step in (1, 1400, 1499):
-        check_tail(run, step, 1 - beta ** (STEPS - step))
+        kept = beta ** (STEPS - step)
+        check_tail(run, step, 1 - kept)

@@ -39,7 +39,8 @@ def uneven_motion(noise: float = 0.0) -> Motion:
 def even_motion(start: float, end: float, noise: float) -> Motion:
     """Return a walk of 1 and noise, each the same all the time."""
     edges = np.array([start, end])
-    return Motion(edges, walk=np.ones(1), noise=np.array([noise]))
+    one = np.ones(1)
+    return Motion(edges, walk=one, noise=noise * one)
 
 
 def prior_of(snapshots: Sequence[object], motion: Motion, rounding: Any = 0.0) -> Prior:
@@ -68,8 +69,11 @@ def expected_square(
     for a, b in pairwise(kinks):
         middle = (a + b) / 2
         segment = np.searchsorted(motion.edges, middle) - 1
-        for weights, value in ((motion.walk, tail_at), (motion.noise, density_at)):
-            weight = weights[segment]
+        weights = {
+            tail_at: motion.walk[segment],
+            density_at: motion.noise[segment],
+        }
+        for value, weight in weights.items():
             if weight:
                 integral, _ = integrate.quad(square, a, b, (value,), **QUADRATURE)
                 total += weight * integral
@@ -86,22 +90,27 @@ def tail_at(profile: Profile, s: float) -> float:
 def density_at(profile: Profile, s: float) -> float:
     if isinstance(profile, PowerFunction):
         return float(profile.density(s))
-    mass = tail_at(profile, s - 1e-4) - tail_at(profile, s + 1e-4)
-    return mass / 2e-4
+    before = tail_at(profile, s - 1e-4)
+    after = tail_at(profile, s + 1e-4)
+    return (before - after) / 2e-4
 
 
 def check_sum(coefficients: FloatArray) -> None:
     """Check that coefficients have the sum 1, up to rounding."""
-    size = np.abs(coefficients).sum()
-    assert coefficients.sum() == pytest.approx(1, abs=1e-14 * size)
+    rounding = 1e-14 * np.abs(coefficients).sum()
+    assert coefficients.sum() == pytest.approx(1, abs=rounding)
+
+
+BETA = Beta(0.99).profile(T, STEPS, START)
+WINDOW = Window(150).profile(T, STEPS, START)
 
 
 @pytest.mark.parametrize(
     ("target", "kink"),
     [
         (power(0.1, T), T),
-        (Beta(0.99).profile(T, STEPS, START), T),
-        (Window(150).profile(T, STEPS, START), 850.0),
+        (BETA, T),
+        (WINDOW, 850.0),
     ],
     ids=["power", "beta", "window"],
 )
@@ -138,13 +147,15 @@ def exact_products(profiles: Sequence[PowerFunction], product: Product) -> Exact
     flint.ctx.dps = 60
     rows = []
     for first in profiles:
-        rows.append([product(first, second) for second in profiles])
+        row = [product(first, second) for second in profiles]
+        rows.append(row)
     return np.array(rows)
 
 
 def exact_solution(matrix: Exact, right: Exact) -> Exact:
     n = len(right)
-    left = flint.arb_mat(n, n, matrix.ravel().tolist())
+    entries = matrix.ravel().tolist()
+    left = flint.arb_mat(n, n, entries)
     column = flint.arb_mat(n, 1, right.tolist())
     solution = left.solve(column)
     return np.array(solution.entries())
@@ -171,12 +182,13 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
         (x + y, of_p * of_q),
     )
     last = min(p.t, q.t)
-    edges = [flint.arb(min(edge, last)) for edge in motion.edges.tolist()]
+    edges = [flint.arb(edge) for edge in np.minimum(motion.edges, last).tolist()]
     total = flint.arb(0)
-    for (a, b), v in zip(pairwise(edges), motion.walk.tolist(), strict=True):
-        for z, scale in powers:
-            difference = b ** (z + 1) - a ** (z + 1)
-            total += v * scale * difference / (z + 1)
+    for z, scale in powers:
+        exponent = z + 1
+        integrals = [edge**exponent / exponent for edge in edges]
+        for v, (before, after) in zip(motion.walk.tolist(), pairwise(integrals), strict=True):
+            total += v * scale * (after - before)
     return total
 
 
@@ -199,7 +211,8 @@ def test_the_minimum_is_that_of_sixty_digits(count, sigma_rels, rounding):
     targets = power_functions(T, (0.02, 0.07, 0.15, 0.27))
     motion = uneven_motion()
     n = len(snapshots)
-    solver = Problem(snapshots, prior_of(snapshots, motion, rounding), T)
+    prior = prior_of(snapshots, motion, rounding)
+    solver = Problem(snapshots, prior, T)
     of_tails = partial(tail_product, motion=motion)
     products = exact_products([*snapshots, *targets], of_tails)
     matrix = products[:n, :n] + rounding * np.eye(n)
@@ -252,7 +265,7 @@ def test_copies_between_which_nothing_moved_do_not_cancel():
     """Snapshots at the first update: no motion distinguishes them, and their roundings differ a
     little."""
     snapshots = power_functions((START, 10.0))
-    rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
+    rounding = np.array([1.0e-6, 1.1e-6, 1.0e-6, 1.2e-6])
     norm = np.full(4, 4.0)
     motion = uneven_motion(5.0)
     arithmetic = 1e-9 * rounding
@@ -316,10 +329,9 @@ def test_units_of_time_and_of_weights_change_nothing(seed):
     *stored, wanted = (PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target))
     after = reconstruct(stored, [wanted], prior=scaled)
     # The floor is eps times the walk, under a root.
-    same = pytest.approx(before.predicted_error, rel=1e-4, abs=1e-7)
-    assert after.predicted_error == same
-    scale = np.abs(before.coefficients).sum()
-    assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
+    assert_allclose(after.predicted_error, before.predicted_error, rtol=1e-4, atol=1e-7)
+    size = np.abs(before.coefficients).sum()
+    assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * size)
 
 
 @SEEDS
@@ -328,7 +340,8 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(seed):
     rounding = prior.rounding.copy()
     rounding[-1] = 0.0
     exact = replace(prior, rounding=rounding, arithmetic=prior.rounding)
-    result = reconstruct(snapshots, snapshots[-1:], prior=exact)
+    newest = snapshots[-1]
+    result = reconstruct(snapshots, [newest], prior=exact)
     *others, last = result.coefficients[:, 0]
     assert last == 1
     assert not any(others)
@@ -349,11 +362,13 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(seed):
         (after,) = losses.squares_without(each)
         lost = left.pop()
         others = [snapshots[index] for index in left]
-        anew = Problem(others, prior.of(left), target.t)
-        error = squared_error(anew, solved(anew, target), target)
-        losses.lose(lost)
+        known = prior.of(left)
+        anew = Problem(others, known, target.t)
+        c = solved(anew, target)
+        error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3, abs=1e-8)
         assert after[lost] == same
+        losses.lose(lost)
         assert losses.squares[0] == same
 
 
@@ -367,12 +382,15 @@ def test_the_error_is_relative_to_the_norm_of_the_target():
     origin = PowerFunction(1e9, START)  # its tail is 0 where anything moves
 
     def norm(profile):
-        return 0.5 + expected_square([profile], np.ones(1), origin, motion)
+        moved = expected_square([profile], np.ones(1), origin, motion)
+        return 0.5 + moved
 
-    norms = np.array([norm(snapshot) for snapshot in snapshots])
-    prior = replace(prior_of(snapshots, motion, 1e-6), norm=norms)
+    norms = [norm(snapshot) for snapshot in snapshots]
+    prior = prior_of(snapshots, motion, 1e-6)
+    prior = replace(prior, norm=np.array(norms))
     solver = Problem(snapshots, prior, T)
-    for target in power_functions(T, (0.02, 0.05, 0.15, 0.28)):
+    targets = power_functions(T, (0.02, 0.05, 0.15, 0.28))
+    for target in targets:
         c = solved(solver, target)
         goal = solver.goal(target)
         squares = solver.expected_squares(c, goal)
@@ -388,7 +406,8 @@ def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
     motion = uneven_motion()
     prior = prior_of(snapshots, motion)
     result = reconstruct(snapshots, [target], prior=prior, others={0: other})
-    apart = expected_square([target], np.ones(1), other, motion)
+    one = np.ones(1)
+    apart = expected_square([target], one, other, motion)
     expected = np.sqrt(apart) / NORM
     assert result.predicted_error == pytest.approx(expected, rel=1e-6)
 
@@ -414,14 +433,15 @@ def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmet
 def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion():
     """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the
     published error."""
-    times = np.arange(100.0, T + 1, 100.0)
+    times = even_times(10)
+    edges = np.append(START, times)
     snapshots = power_functions(times)
     random = np.random.default_rng(202)
     walk = 10 ** random.uniform(-1, 0, 10)
     noise = 300 * 10 ** random.uniform(-1, 0, 10)
-    true = Motion(np.append(START, times), walk, noise)
+    true = Motion(edges, walk, noise)
     walk_off, noise_off = 10.0 ** random.choice([-1, 0, 1], (2, 10))
-    fitted = Motion(true.edges, walk * walk_off, noise * noise_off)
+    fitted = Motion(edges, walk * walk_off, noise * noise_off)
     prior = prior_of(snapshots, fitted)
     target = power(0.1, T)
     squares = []
@@ -436,13 +456,15 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion():
 def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few():
     """Where minimum variance has 0.7 of the published error, its coefficients are taken."""
     snapshots = power_functions((250, 500, 750, T))
-    prior = prior_of(snapshots, even_motion(START, T, 300.0), 1e-6)
+    motion = even_motion(START, T, 300.0)
+    prior = prior_of(snapshots, motion, 1e-6)
     target = power(0.15, T)
     ours = reconstruct(snapshots, [target], "minvar", prior)
     paper = reconstruct(snapshots, [target], "paper", prior)
     assert 0.6 < ours.predicted_error / paper.predicted_error < 0.8
-    optimal = solved(Problem(snapshots, prior, T), target)
-    assert_allclose(ours.coefficients[:, 0], optimal, rtol=1e-9)
+    problem = Problem(snapshots, prior, T)
+    (c,) = ours.coefficients.T
+    assert_allclose(c, solved(problem, target), rtol=1e-9)
 
 
 def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones():
@@ -455,22 +477,22 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
         doubted = replace(prior, doubt=doubt)
         result = reconstruct(snapshots, [target], None, doubted)
         difference = result.coefficients - paper
-        apart.append(float(np.abs(difference).sum()))
-    assert apart[0] > apart[1] > 1
-    assert apart[2] == pytest.approx(0.0, abs=1e-12)
+        apart.append(np.abs(difference).sum())
+    own, between, published = apart
+    assert own > between > 1
+    assert published == pytest.approx(0.0, abs=1e-12)
+
+
+ONE = power_functions((100,), (0.05,))
+OF_NEAR_WIDTHS = power_functions((50, 100), (0.1, 0.1 + 1e-14, 0.1000001))
+OF_NEAR_TIMES = power_functions((100, np.nextafter(100, 0)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "snapshots",
-    [
-        power_functions((100,), (0.05,)),
-        power_functions((50, 100), (0.1, 0.1 + 1e-14, 0.1000001)),
-        power_functions((100, np.nextafter(100, 0))),
-    ],
-)
+@pytest.mark.parametrize("snapshots", [ONE, OF_NEAR_WIDTHS, OF_NEAR_TIMES])
 def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapshots, method):
-    result = reconstruct(snapshots, [power(0.1, 100.0)], method)
+    target = power(0.1, 100.0)
+    result = reconstruct(snapshots, [target], method)
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
 
@@ -517,22 +539,28 @@ def test_agrees_with_sixty_digits(count, sigma_rels):
         solution = exact_solution(relative, right)
         best = solution / solution.sum()
         gap = ours.coefficients[:, k] - best
-        assert exact_square(relative, 0 * right, 0, gap) <= 1e-9**2
+        apart = exact_square(relative, 0 * right, 0, gap)
+        assert apart <= 1e-9**2
         square = exact_square(relative, right, 1, best)
         error = max(square, 0) ** 0.5
         assert ours.profile_error[k] == pytest.approx(error, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("target", power_functions((LAST, 1.05 * LAST), (0.15,)))
+AT_LAST = power(0.15, LAST)
+LATER = power(0.15, 1.05 * LAST)
+
+
+@pytest.mark.parametrize("target", [AT_LAST, LATER])
 def test_the_stated_error_is_the_distance_of_the_profiles(target):
     """The mass of the target after the last snapshot included, which no coefficients reach."""
     snapshots = uniform_snapshots(8)
     result = reconstruct(snapshots, [target], "paper")
     edges = np.array([0.0, target.t])
-    even = Motion(edges, walk=np.zeros(1), noise=np.ones(1))
+    one = np.ones(1)
+    even = Motion(edges, walk=0 * one, noise=one)
     (c,) = result.coefficients.T
     square = expected_square(snapshots, c, target, even, 0.0)
-    norm = expected_square([target], np.zeros(1), target, even, 0.0)
+    norm = expected_square([target], 0 * one, target, even, 0.0)
     distance = (square / norm) ** 0.5
     assert result.profile_error[0] == pytest.approx(distance, rel=1e-6)
 
@@ -559,7 +587,8 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
 def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
     zeros = np.zeros(count)
     motion = even_motion(1.0, t, noise)
-    return Prior(motion, zeros, zeros, zeros + 1, "measured", Steps(STEPS))
+    steps = Steps(STEPS)
+    return Prior(motion, zeros, zeros, zeros + 1, "measured", steps)
 
 
 def test_a_known_motion_has_the_exact_expectation():
@@ -576,14 +605,15 @@ def test_a_known_motion_has_the_exact_expectation():
     target = PowerFunction(9.0, T)
     random = np.random.default_rng(0)
     c = random.dirichlet(np.ones(count))
-    solver = Problem(stored, even_prior(count, T, 15.0), T)
+    prior = even_prior(count, T, 15.0)
+    solver = Problem(stored, prior, T)
+    error = squared_error(solver, c, target)
     steps = np.arange(1001)
     tails = [profile.tail(steps) for profile in stored]
     missed = c @ tails - target.tail(steps)
     of_walk = np.sum(missed[1:] ** 2)
     of_noise = 15.0 * np.sum(np.diff(missed) ** 2)
-    exact = of_walk + of_noise
-    assert squared_error(solver, c, target) == pytest.approx(exact, rel=0.03)
+    assert error == pytest.approx(of_walk + of_noise, rel=0.03)
 
 
 PASSED = np.arange(200) / 200
@@ -608,8 +638,8 @@ def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape, multipliers):
     target = decay.profile(600, STEPS, 1.0)
     prior = even_prior(len(stored), 600.0)
     result = reconstruct(stored, [target], None, prior, 600.0)
-    backwards = np.cumsum(result.coefficients[::-1, 0])
-    sums = backwards[::-1]
+    (c,) = result.coefficients.T
+    sums = np.cumsum(c[::-1])[::-1]
     assert sums[:21] == pytest.approx(1, abs=1e-9)
     assert sums[21:] == pytest.approx(multipliers, abs=1e-9)
     assert result.predicted_error[0] < 1e-6
@@ -620,7 +650,9 @@ def test_given_coefficients_are_not_changed(method):
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
     stored = [Point(t) for t in (1000, 2000, 3000, 4000)]
     targets = [power(0.1, 4000), wanted]
-    result = reconstruct(stored, targets, method, even_prior(4, 4000.0), 4000.0)
-    assert_array_equal(result.coefficients[:, 1], wanted)
+    prior = even_prior(4, 4000.0)
+    result = reconstruct(stored, targets, method, prior, 4000.0)
+    _, found = result.coefficients.T
+    assert_array_equal(found, wanted)
     assert result.predicted_error[1] == 0
     assert result.profile_error[1] == 0

@@ -40,7 +40,8 @@ from posthoc_cli.reconstruction.solving import rounding_factor
 
 power = PowerFunction.from_sigma_rel
 START = 2.0
-EDGES = np.array([START, *range(50, 1001, 50)])
+TIMES = np.arange(50.0, 1001, 50)
+EDGES = np.append(START, TIMES)
 
 
 def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
@@ -48,8 +49,8 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
     integrals."""
 
     def squared(s, walk, noise):
-        tails = float(p.tail(s) - q.tail(s))
-        densities = float(p.density(s) - q.density(s))
+        tails = p.tail(s) - q.tail(s)
+        densities = p.density(s) - q.density(s)
         return walk * tails**2 + noise * densities**2
 
     before = motion.edges[motion.edges < p.t]
@@ -59,9 +60,12 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion) -> Pair:
         middle = (a + b) / 2
         segment = np.searchsorted(motion.edges, middle) - 1
         weights = (motion.walk[segment], motion.noise[segment])
-        integral, _ = integrate.quad(squared, a, b, weights, epsabs=1e-15, epsrel=1e-10)
+        integral, _ = integrate.quad(squared, a, b, weights, **QUADRATURE)
         total += integral
     return (p, Distance(q, total, 0.0))
+
+
+QUADRATURE = {"epsabs": 1e-15, "epsrel": 1e-10}
 
 
 def neighbours(
@@ -83,10 +87,10 @@ def neighbours(
 
 def test_a_walk_is_recovered():
     """Wherever later averages contain the segment too, which the last one lacks."""
-    times = EDGES[1:]
-    slower = np.where(times <= 500, 1.0, 0.1)
-    motion = Motion(EDGES, walk=slower, noise=np.zeros(20))
-    fitted, _ = fit_motion(START, times, neighbours(times, motion))
+    slower = np.where(TIMES <= 500, 1.0, 0.1)
+    motion = Motion(EDGES, walk=slower, noise=0 * slower)
+    distances = neighbours(TIMES, motion)
+    fitted, _ = fit_motion(START, TIMES, distances)
     assert set(EDGES) <= set(fitted.edges)
     walk, noise = fitted.on(EDGES)
     assert_allclose(walk[2:10], 1.0, rtol=0.1)
@@ -95,16 +99,24 @@ def test_a_walk_is_recovered():
     assert noise[2:-1].max() < 0.05 * of_walk
 
 
-@pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.1,)])
+@pytest.mark.parametrize(
+    "sigma_rels",
+    [
+        (0.05, 0.28),
+        (0.1,),
+    ],
+)
 def test_noise_is_distinguished_from_a_walk(sigma_rels):
-    edges = np.array([START, *range(100, 1001, 100)])
-    times = edges[1:]
-    motion = Motion(edges, walk=np.full(10, 1e-6), noise=np.ones(10))
+    times = TIMES[1::2]
+    edges = np.append(START, times)
+    ones = np.ones(10)
+    motion = Motion(edges, walk=1e-6 * ones, noise=ones)
     distances = neighbours(times, motion, sigma_rels)
     fitted, _ = fit_motion(START, times, distances)
     walk, noise = fitted.on(edges)
     assert_allclose(noise[3:-1], 1.0, rtol=0.1)
-    assert walk[3:-1].max() * 100**2 < 0.1
+    of_walk = walk[3:-1].max() * 100**2
+    assert of_walk < 0.1
 
 
 def test_too_large_and_too_small_fits_cost_the_same():
@@ -117,24 +129,25 @@ def test_too_large_and_too_small_fits_cost_the_same():
         pairs.append((p, Distance(q, squared, 0.0)))
     fitted, _ = fit_motion(START, [100.0], pairs)
     _, expected = distance(p, q, fitted)
-    best = 10 / (1 + 1 + 1 / 8)
-    assert expected.squared == pytest.approx(best**0.5, rel=1e-4)
+    best = (10 / (1 + 1 + 1 / 8)) ** 0.5
+    assert expected.squared == pytest.approx(best, rel=1e-4)
+
+
+COLLAPSED = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
 
 
 def test_a_fitted_walk_that_collapses_is_raised_to_a_share_of_its_neighbours():
     """It cost nothing where a fit left it at 0: errors were 60 times the predicted."""
-    walk = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
     each = np.eye(5)
     of_two = (each[:4] + each[1:]) / 2
-    raised = with_floor(walk, of_two, np.zeros(4))
+    raised = with_floor(COLLAPSED, of_two, np.zeros(4))
     assert_allclose(raised, [1, 1, 0.3, 1, 1])
 
 
 def test_a_standstill_that_a_distance_shows_remains_one():
-    walk = np.array([1.0, 1.0, 1e-12, 1.0, 1.0])
-    shown = np.diag(1 / walk)
-    raised = with_floor(walk, shown, np.zeros(5))
-    assert_allclose(raised, walk, rtol=2)
+    shown = np.diag(1 / COLLAPSED)
+    raised = with_floor(COLLAPSED, shown, np.zeros(5))
+    assert_allclose(raised, COLLAPSED, rtol=2)
 
 
 def test_the_errors_of_sampled_values_are_those_of_each_update():
@@ -143,11 +156,11 @@ def test_the_errors_of_sampled_values_are_those_of_each_update():
     edges = np.array([1.0, 400_000.0])
     one = np.ones(1)
     motion = Motion(edges, one, 0 * one, sampling=3 * one)
-    root = sampling_errors([profile], motion)
+    (root,) = sampling_errors([profile], motion).T
     updates = np.arange(0, 400_001, 10.0)
     masses = np.diff(profile.tail(updates))
     expected = 3 * masses @ masses
-    assert np.sum(root**2) == pytest.approx(expected, rel=1e-3)
+    assert root @ root == pytest.approx(expected, rel=1e-3)
 
 
 # --- the prior from headers
@@ -183,9 +196,10 @@ def test_weights_that_stand_still_have_no_motion():
     nothing = Distance(ALONE.profile, 0.0, 0.0)
     later = average(20.0, 0.1, 4.0, nothing)
     prior = measured_prior([ALONE, later])
+    even = even_walk(20.0, norm=4.0)
+    assert prior.motion.walk[-1] < 1e-6 * even
     stored = power_functions(20.0, (0.1,))
     longer = power_functions(20.0, (0.2,))
-    assert prior.motion.walk[-1] < 1e-6 * even_walk(20.0, norm=4.0)
     result = reconstruct(stored, longer, prior=prior.of([1]))
     assert result.predicted_error[0] < 1e-3  # from before time 5, which neither shows
 
@@ -215,7 +229,8 @@ def test_weights_of_0_do_not_move():
 
 def test_a_run_with_an_unmeasured_average_has_an_assumed_prior():
     unmeasured = replace(ALONE, measurements=None)
-    prior = measured_prior([unmeasured, *pair_at_10(0.5, norm=4.0)])
+    measured = pair_at_10(0.5, norm=4.0)
+    prior = measured_prior([unmeasured, *measured])
     assert prior.source == "assumed"
 
 
@@ -243,8 +258,8 @@ def test_the_correlation_is_that_of_values_that_move(spacings):
     both = np.stack((values, values + displacement))
     errors = both.astype(np.float16) - both
     measured = errors @ errors.T
-    squared = np.sum(displacement**2)
-    apart = squared * np.array([[0.0, 1.0], [1.0, 0.0]])
+    squared = displacement @ displacement
+    apart = squared * (1 - np.eye(2))
     factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
     # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000); the correlation is
     # limited to 0.99.
@@ -282,14 +297,14 @@ def sketch_of(path: FloatArray, length: int) -> Sketch:
 
 def windows_of(edges: FloatArray, windows: Sequence[FloatArray]) -> Sketch:
     """Return the sketch of windows of folds, without projection."""
-    folds = []
-    means = []
-    spread = []
-    for window in windows:
-        folds.append(float(len(window)))
-        means.append(window.mean(axis=0))
-        spread.append(window.var(axis=0).sum())
-    return Sketch(edges, np.array(folds), np.array(means), np.array(spread))
+    folds = np.array([len(window) for window in windows], dtype=float)
+    means = np.array([window.mean(axis=0) for window in windows])
+    variances = np.array([window.var(axis=0) for window in windows])
+    return Sketch(edges, folds, means, variances.sum(axis=1))
+
+
+RATE = 0.02**2 * SIZE
+"""The expected square of a step of `walk`."""
 
 
 def walk() -> FloatArray:
@@ -308,7 +323,8 @@ def prior_of(path: FloatArray, length: int, walk: float, rounding: FloatArray | 
     stored = averages(path, SNAPSHOTS)
     norm = np.sum(stored**2, axis=1)
     edges = np.array([1.0, T])
-    motion = Motion(edges, walk=np.array([walk]), noise=np.zeros(1))
+    one = np.ones(1)
+    motion = Motion(edges, walk=walk * one, noise=0 * one)
     sketch = sketch_of(path, length)
     return Prior(motion, rounding * norm, 0 * norm, norm, "measured", sketch=sketch)
 
@@ -357,9 +373,10 @@ def test_what_windows_do_not_show_is_as_large_as_predicted(kind):
 
 def test_the_mean_of_expected_and_measured_squares_is_minimised():
     """A step in any direction from the optimum raises it alike on both sides."""
-    prior = prior_of(walk(), 20, 0.02**2 * SIZE, 1e-4)
+    prior = prior_of(walk(), 20, RATE, 1e-4)
     target = TARGETS[1]
-    expected = Problem(SNAPSHOTS, replace(prior, sketch=None), T)
+    without_sketch = replace(prior, sketch=None)
+    expected = Problem(SNAPSHOTS, without_sketch, T)
     goal = expected.goal(target)
     seen_and_unseen = prior.sketch.measured([*SNAPSHOTS, target])
     rows = np.vstack(seen_and_unseen)
@@ -370,12 +387,14 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised():
         measured = missed @ missed
         return (motion + measured) / 2 + c**2 @ prior.rounding
 
-    c = solved(Problem(SNAPSHOTS, prior, T), target)
+    problem = Problem(SNAPSHOTS, prior, T)
+    c = solved(problem, target)
     least = square(c)
     random = np.random.default_rng(0)
     for direction in random.standard_normal((5, c.size)):
         step = direction - direction.mean()
-        step *= np.linalg.norm(c) / np.linalg.norm(step)
+        step /= np.linalg.norm(step)
+        step *= np.linalg.norm(c)
         up = square(c + step) - least
         down = square(c - step) - least
         assert abs(up - down) < 1e-4 * (up + down)
@@ -436,8 +455,8 @@ def path_of(motion: str) -> FloatArray:
     if motion == "walk":
         return np.cumsum(0.1 * free, axis=0)
     direction = random.standard_normal(SIZE)
-    swing = np.sin(np.arange(UPDATES) / 300 + 1)
-    return 9 * np.outer(swing, direction)
+    phase = np.arange(UPDATES) / 300 + 1
+    return 9 * np.outer(np.sin(phase), direction)
 
 
 def error_of_shared_means(
@@ -454,15 +473,17 @@ def error_of_shared_means(
         last = times[-1]
         right = older_weights(times, profile.gamma)
         shared = older_weights(times, LARGEST)
-        wrong = shared * right.sum() / shared.sum() - right
+        shared *= right.sum() / shared.sum()
         share = (last / profile.t) ** (profile.gamma + 1)
-        error += share * wrong @ path[begin : end - 1]
+        wrong = share * (shared - right)
+        error += wrong @ path[begin : end - 1]
     return error
 
 
 def older_weights(times: FloatArray, gamma: float) -> FloatArray:
     """Return the weights of a power function's updates at times, without the last one."""
-    until = (times / times[-1]) ** (gamma + 1)
+    passed = times / times[-1]
+    until = passed ** (gamma + 1)
     return np.diff(until)[:-1]
 
 
@@ -516,7 +537,8 @@ def sketch_of_folds(
     folds = [fold.mean(axis=0) for fold in whole]
     lasts = np.arange(1, len(folds), 4)
     windows = np.split(np.array(folds), lasts)
-    updates = ends[[0, *(lasts - 1), -1]]
+    known = [0, *(lasts - 1), -1]
+    updates = ends[known]
     return updates, windows_of(SINCE + updates, windows)
 
 
@@ -530,7 +552,7 @@ def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_dista
     norm = float(weights @ weights)
     rounding = np.sum(errors**2, axis=1) / norm
     prior = prior_of(path, 2, norm / T, rounding)
-    result = reconstruct(SNAPSHOTS, TARGETS, None, prior, float(T))
+    result = reconstruct(SNAPSHOTS, TARGETS, None, prior, T)
     one_copy = np.sqrt(rounding[0])
     assert_allclose(result.predicted_error, one_copy, rtol=0.05)
 
@@ -545,8 +567,9 @@ def test_copies_are_rounded_alike_where_the_path_stands_still_whatever_the_dista
 def test_the_published_coefficients_stay_where_others_are_hardly_better(rounding, stays):
     """The target is a stored profile; its only error is rounding, which others could lower by a few
     hundredths."""
-    prior = prior_of(walk(), 1, 0.02**2 * SIZE, rounding)
-    result = reconstruct(SNAPSHOTS, TARGETS[-1:], None, prior, float(T))
+    prior = prior_of(walk(), 1, RATE, rounding)
+    stored = TARGETS[-1]
+    result = reconstruct(SNAPSHOTS, [stored], None, prior, T)
     is_alone = np.count_nonzero(result.coefficients) == 1
     assert is_alone == stays
 
@@ -566,4 +589,5 @@ def test_an_earlier_snapshot_alone_may_be_nearest(tmp_path):
         weights = load_file(file)["weight"]
         stored.append(distance_to(truth, weights))
     made = Run(tmp_path).average(0.03, dtype=torch.float64)
-    assert distance_to(truth, made["weight"]) <= 1.05 * min(stored)
+    found = distance_to(truth, made["weight"])
+    assert found <= 1.05 * min(stored)
