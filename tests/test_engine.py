@@ -6,7 +6,7 @@ import itertools
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -39,11 +39,6 @@ LARGE = 2_500_003
 register."""
 
 TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
-
-
-def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.cuda(without(test))  # type: ignore[no-any-return]
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -268,7 +263,7 @@ def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[to
     return tensors
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: Path) -> None:
     """Neither threads nor TF32 change sums."""
     plan = plan_of(mixed)
@@ -296,7 +291,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
         torch.set_float32_matmul_precision("highest")
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
     mixed: Path,
     tmp_path: Path,
@@ -311,7 +306,8 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
             list(synthesize(plan, "cuda"))
         new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
         torch.cuda.synchronize()
-        assert all(not bool(tensor.any()) for tensor in new)
+        for tensor in new:
+            assert not bool(tensor.any())
 
 
 # --- filling a model

@@ -28,6 +28,7 @@ from factories import contents, write_output
 from groups import check_group
 from safetensors.torch import load_file, save_file
 from snapshots.recorded import call_number, failing
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import (
@@ -186,7 +187,7 @@ class Training:
     """A model and its optimizer."""
 
     def __init__(self) -> None:
-        self.model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+        self.model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
 
     def step(self) -> None:
@@ -203,7 +204,13 @@ class Training:
         return Run(folder)
 
 
-@pytest.mark.parametrize(("replaced", "kept"), [("ema", "model"), ("model", "ema")])
+@pytest.mark.parametrize(
+    ("replaced", "kept"),
+    [
+        ("ema", "model"),
+        ("model", "ema"),
+    ],
+)
 def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
     tmp_path: Path,
     replaced: str,
@@ -252,7 +259,10 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
 
 
 def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
-    parts = {"q": torch.full((50, 3), 1.0), "k": torch.full((50, 4), 2.0)}
+    parts = {
+        "q": torch.full((50, 3), 1.0),
+        "k": torch.full((50, 4), 2.0),
+    }
     matrix = torch.zeros(50, 7)
     like = saved(tmp_path, q=matrix[:, :3], k=matrix[:, 3:])
     _, loaded = copied(stored(tmp_path, 1, parts), like, "last:1")
@@ -401,7 +411,10 @@ def trainer_output(folder: Path, stem: str, ending: str) -> Path:
 
 @pytest.mark.parametrize(
     ("stem", "ending", "stale"),
-    [("model", "safetensors", "pytorch_model.bin"), ("pytorch_model", "bin", "tf_model.h5")],
+    [
+        ("model", "safetensors", "pytorch_model.bin"),
+        ("pytorch_model", "bin", "tf_model.h5"),
+    ],
 )
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
     tmp_path: Path,
@@ -660,7 +673,13 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     copied(run, like)
 
 
-@pytest.mark.parametrize(("call", "problem"), [("open_new", "replaced"), ("write", "changed")])
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        ("open_new", "replaced"),
+        ("write", "changed"),
+    ],
+)
 def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     tmp_path: Path,
     run: Run,

@@ -111,7 +111,8 @@ def test_a_library_stores_the_average_of_its_profile(
                 first = max(after, 1)
             profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every, first)
             torch.testing.assert_close(value, averaged(profile, path), rtol=0, atol=1e-9)
-            assert (profile.t, profile.t_first) == (step, first)
+            assert profile.t == step
+            assert profile.t_first == first
 
 
 def test_very_many_updates_are_joined() -> None:
@@ -147,7 +148,11 @@ def drifting_walk() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("library", "dtype"), [("ema-pytorch", torch.float16), ("posthoc-ema", torch.float32)]
+    ("library", "dtype"),
+    [
+        ("ema-pytorch", torch.float16),
+        ("posthoc-ema", torch.float32),
+    ],
 )
 def test_predicted_errors_from_another_librarys_averages_hold(
     tmp_path: Path,

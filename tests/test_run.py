@@ -34,7 +34,9 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_a_run_describes_its_snapshots(run: Run) -> None:
-    assert (run.t, run.step, run.profiles) == (100.0, 100, [0.05, 0.28])
+    assert run.t == 100.0
+    assert run.step == 100
+    assert run.profiles == [0.05, 0.28]
     assert [snapshot.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
     assert {name: (spec.dtype, spec.shape) for name, spec in run.tensors.items()} == {
         "w": ("F32", (5, 3)),
@@ -200,7 +202,8 @@ def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
         assert repr(tracker.run) == f"Run({str(tmp_path / 'run')!r}: no such directory)"
         for _ in range(10):
             tracker.update_(model)
-        assert (tracker.run.step, len(tracker.run.snapshots)) == (10, 4)
+        assert tracker.run.step == 10
+        assert len(tracker.run.snapshots) == 4
 
 
 def test_a_time_of_seven_digits_is_shown_with_all_of_them(tmp_path: Path) -> None:

@@ -113,7 +113,16 @@ def test_results_are_the_sums_within_rounding(
             assert np.all(error <= of_sums + of_result + torch.finfo(own).tiny)
 
 
-@pytest.mark.parametrize(("t", "newest"), [(None, 40), (40, 40), (39.999, 30), (30, 30), (10, 10)])
+@pytest.mark.parametrize(
+    ("t", "newest"),
+    [
+        (None, 40),
+        (40, 40),
+        (39.999, 30),
+        (30, 30),
+        (10, 10),
+    ],
+)
 def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_newest_of_them(
     tmp_path: Path,
     t: float | None,
@@ -131,7 +140,13 @@ def test_only_snapshots_at_or_before_the_time_are_used_and_copies_come_from_the_
 
 
 @pytest.mark.parametrize(
-    ("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")]
+    ("dtype", "own"),
+    [
+        (None, "F32"),
+        ("keep", "F32"),
+        ("bf16", "BF16"),
+        (torch.float64, "F64"),
+    ],
 )
 def test_the_specs_of_a_plan_are_what_it_makes(
     tmp_path: Path,
@@ -149,7 +164,11 @@ def test_the_specs_of_a_plan_are_what_it_makes(
     for name, values in tensors.items():
         for value in values:
             assert Entry(stored_name(value.dtype), tuple(value.shape)) == specs[name]
-    for alias, name in (("tied", "w"), ("tied too", "w"), ("count too", "count")):
+    for alias, name in (
+        ("tied", "w"),
+        ("tied too", "w"),
+        ("count too", "count"),
+    ):
         for tied, value in zip(tensors[alias], tensors[name], strict=True):
             assert torch.equal(tied, value)
 
@@ -278,7 +297,12 @@ def test_a_device_that_does_not_exist_is_refused_with_the_devices_that_do() -> N
 
 # --- groups: averages of different lengths for different tensors
 
-SHAPES = {"up.a": (30, 10), "down.b": (7,), "up.c": (5,), "down.d": (300, 40)}
+SHAPES = {
+    "up.a": (30, 10),
+    "down.b": (7,),
+    "up.c": (5,),
+    "down.d": (300, 40),
+}
 GROUPS = {"up.*": 0.2, "*": 0.1}
 
 

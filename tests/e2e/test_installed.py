@@ -62,7 +62,8 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     failed = ema(
         "synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path
     )
-    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.returncode == 2
+    assert failed.stdout == ""
     assert failed.stderr.startswith("ema: error: nowhere: no such directory")
     assert failed.stderr.count("\n") == 1
     assert "Traceback" in forked.run(forked.EMA, "--debug", "info", "nowhere", cwd=tmp_path).err
@@ -109,13 +110,12 @@ def test_a_closed_pipe_is_no_error_message_and_a_full_disk_is_one(large_run: Pat
         os.close(read)
         with os.fdopen(write, "w") as closed:
             done = subprocess.run([EMA, *words], stdout=closed, stderr=subprocess.PIPE, check=False)
-        assert (done.returncode, done.stderr) == (141, b"")
+        assert done.stderr == b""
+        assert done.returncode == 141
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([EMA, "profile"], stdout=full, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        b"ema: error: standard output: no space left on device\n",
-    )
+    assert done.stderr == b"ema: error: standard output: no space left on device\n"
+    assert done.returncode == 1
 
 
 def interrupted_when_it_writes(

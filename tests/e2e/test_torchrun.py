@@ -205,7 +205,14 @@ def write(own_run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **opt
     Run(own_run).write(target, out, distributed=True, max_shard_size=size, **options)
 
 
-@pytest.mark.parametrize(("size", "dtype"), [(10, None), (60_000, "bfloat16"), (10**9, None)])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (10, None),
+        (60_000, "bfloat16"),
+        (10**9, None),
+    ],
+)
 def test_any_number_of_shards_gives_the_bytes_of_one_file(
     own_run: Path,
     tmp_path: Path,
@@ -227,7 +234,12 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
 
 
 @pytest.mark.parametrize(
-    ("operation", "exists"), [("fsync", False), ("rename", False), ("rename", True)]
+    ("operation", "exists"),
+    [
+        ("fsync", False),
+        ("rename", False),
+        ("rename", True),
+    ],
 )
 def test_a_failure_leaves_what_was_there(
     own_run: Path,
@@ -247,7 +259,12 @@ def test_a_failure_leaves_what_was_there(
 
 @pytest.mark.parametrize(
     ("out", "options"),
-    [("m.safetensors", {}), ("m.pt", {}), ("m", {"layout": "pt"}), ("m", {"layout": "dcp"})],
+    [
+        ("m.safetensors", {}),
+        ("m.pt", {}),
+        ("m", {"layout": "pt"}),
+        ("m", {"layout": "dcp"}),
+    ],
 )
 def test_a_job_makes_a_folder_of_shards(
     own_run: Path,

@@ -101,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("Content-Length", end - begin),
             ("ETag", tag),
             ("Accept-Ranges", "bytes"),
+            ("X-Repo-Commit", self._revision()),  # a header of the Hub
         ):
             self.send_header(name, str(value))
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
@@ -108,6 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if self.command == "GET":
             self.body(path, begin, end)
+
+    def _revision(self) -> str:
+        _, _, rest = self.path.partition("/resolve/")
+        revision, _, _ = rest.partition("/")
+        return revision
 
     def body(self, path: Path, begin: int, end: int) -> None:
         """Send bytes of a file, half of them if the answer is to be cut."""

@@ -196,10 +196,8 @@ def test_a_lasting_failure_is_one_line(
     assert done.code in (1, 2)
     assert wanted in done.error
     assert not list(tmp_path.iterdir())
-    assert (
-        "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
-        and "AKIA" not in done.err + caplog.text
-    )
+    assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
+    assert "AKIA" not in done.err + caplog.text
 
 
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
@@ -266,28 +264,40 @@ def repository(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_revisions_of_a_repository_are_checkpoints_of_a_run(
+REVISIONS = "hf://org/model-160m@step*"
+
+
+@pytest.fixture
+def ema_on_hub(
     repository: Server,
     tmp_path: Path,
-) -> None:
-    home = {
-        "HF_ENDPOINT": repository.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_topsecret",
-    }
-    place = "hf://org/model-160m@step*"
-    out = tmp_path / "mean.safetensors"
-
-    def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: object, home: Path = tmp_path / "home") -> subprocess.CompletedProcess[str]:
+        settings = {
+            "HF_ENDPOINT": repository.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_topsecret",
+        }
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
         return subprocess.run(
             command,
-            env=os.environ | home,
+            env=os.environ | settings,
             capture_output=True,
             text=True,
             check=False,
         )
 
+    return run
+
+
+def test_revisions_of_a_repository_are_checkpoints_of_a_run(
+    repository: Server,
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    ema = ema_on_hub
+    place = REVISIONS
+    out = tmp_path / "mean.safetensors"
     shown = ema("info", place, "--json")
     assert shown.returncode == 0, shown.stderr
     info = json.loads(shown.stdout)
@@ -304,13 +314,37 @@ def test_revisions_of_a_repository_are_checkpoints_of_a_run(
         rtol=3e-7,
         atol=1e-8,
     )
-    sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
-    assert repository.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))
+    stored = [*(tmp_path / "served").rglob("model.safetensors")]
+    once = sum(path.stat().st_size for path in stored)
+    assert repository.sent == once  # by both commands, since copies are kept
     refused = ema("info", "hf://org/model-160m@none")
-    assert (
-        refused.returncode == 2
-        and "no such" in refused.stderr
-        and len(refused.stderr.splitlines()) == 1
-    )
+    assert refused.returncode == 2
+    assert "no such" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
     assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
+
+
+def test_a_download_from_the_hub_that_is_refused_says_why(
+    repository: Server,
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    def refuse(_number: int, handler: Any) -> bool:
+        return "/resolve/" in handler.path and handler.refuse(403, "AccessDenied")
+
+    repository.fault = refuse
+    done = ema_on_hub("info", REVISIONS)
+    assert done.returncode == 1
+    assert "model.safetensors: cannot be downloaded: access is denied" in done.stderr
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    done = ema_on_hub("info", REVISIONS, home=home)
+    assert done.returncode == 1
+    assert f"cannot be written to {home}/hub: not a directory" in done.stderr
+    assert "HF_HOME names another folder" in done.stderr

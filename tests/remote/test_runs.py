@@ -56,10 +56,8 @@ def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
         wanted = local.average(target)
         found = remote.average(target)
         assert found.predicted_error == wanted.predicted_error
-        assert (
-            all(torch.equal(found[key], wanted[key]) for key in wanted)
-            and found.keys() == wanted.keys()
-        )
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert found.keys() == wanted.keys()
     facts = [run.info() | {"path": "", "bytes": 0} for run in (local, remote)]
     assert json.dumps(facts[1], default=str).replace(bucket, str(made)) == json.dumps(
         facts[0],
