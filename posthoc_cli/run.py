@@ -52,8 +52,8 @@ from posthoc_cli.snapshots.sources import (
     Source,
     chosen_up_to,
     counted,
-    run_clock,
     source_prior,
+    target_clock,
 )
 from posthoc_cli.snapshots.tensorfile import Entry
 from posthoc_cli.snapshots.verify import DAMAGED, UNCHECKED, FileReport, Verification, verify
@@ -373,7 +373,7 @@ class Run:
         available = sum(source.t <= last for source in sources)
         found = counted(sources, len(usable), available)
         label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
-        clock = run_clock(sources)
+        clock = target_clock(sources)
         first = min(source.t_first for source in sources)
         wanted = {}
         for target in as_targets(others):

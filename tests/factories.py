@@ -21,7 +21,7 @@ from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Measurements, Problem, Sketch
 from posthoc_cli.snapshots.directory import find_snapshots, snapshot_path
-from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
+from posthoc_cli.snapshots.path import decode_path, encode_path
 from posthoc_cli.snapshots.snapshot import (
     OutputInfo,
     Snapshot,
@@ -227,9 +227,9 @@ def without_measurements(info: Snapshot) -> Snapshot:
         info = replace(info, measurements=Measurements(0.0, 0.0))
     if not info.sketch:
         return info
-    known = decode_path(info.sketch).sketch
-    still = replace(known, means=0 * known.means, spread=0 * known.spread)
-    return replace(info, sketch=encode_path(PathSketch(0, still)))
+    path = decode_path(info.sketch)
+    still = replace(path.sketch, means=0 * path.sketch.means, spread=0 * path.sketch.spread)
+    return replace(info, sketch=encode_path(path._replace(sketch=still)))
 
 
 def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:

@@ -133,7 +133,7 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Pat
         aliases={"tied": "a"},
         left_out=("frozen",),
         measurements=Measurements(7.25, 1e-7),
-        sketch=encode_path(PathSketch(1, sketch)),
+        sketch=encode_path(PathSketch(1, sketch, np.array([5.0, 10.0]))),
     )
 
 

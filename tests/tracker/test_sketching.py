@@ -1,5 +1,6 @@
 """The sketch of the weights' path that the tracker makes at folds."""
 
+import base64
 import errno
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tracker.runs import Training, track, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
+from posthoc_cli.reconstruction import Sketch
+from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
 
 
 def squared_lengths(vectors: FloatArray) -> FloatArray:
@@ -366,3 +369,85 @@ def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
     with track(model, tmp_path / "large", checkpoint_every=5) as tracker:
         exact = train(tracker, model, 10)
     check(tmp_path / "large", exact, norm=0.01, rounding=0.02)
+
+
+def steps_of(folder: Path) -> FloatArray:
+    newest = Run(folder).sources[-1]
+    return decode_path(newest.sketch).steps
+
+
+@pytest.mark.parametrize("target", ["beta:0.99", "half-life:100", "window:90"])
+def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
+    target: str,
+    tmp_path: Path,
+) -> None:
+    """The clock of the snapshots alone spreads their steps over the leap: errors of 5 times the
+    predicted ones and more."""
+    count = 800
+    numbers = np.arange(1, count + 1)
+    times = np.cumsum(np.where(numbers == 750, 64.0 * count, 64.0)).tolist()
+    random = np.random.default_rng(0)
+    moves = 0.02 * random.standard_normal((count, 300))
+    path = (random.standard_normal(300) + np.cumsum(moves, axis=0)).astype(np.float32)
+    net = torch.nn.ParameterDict({"w": torch.zeros(300)})
+    with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
+        for t, weights in zip(times, path, strict=True):
+            net["w"].data.copy_(torch.from_numpy(weights))
+            tracker.update_(net, t)
+    ages = count - numbers
+    if target == "window:90":
+        masses = (ages < 90) / 90
+    else:
+        beta = 0.99 if target == "beta:0.99" else 0.5**0.01
+        masses = (1 - beta) * beta**ages
+        masses[0] = beta ** ages[0]
+    truth = masses @ path.astype(np.float64)
+    average = Run(tmp_path).average(target)
+    error = np.linalg.norm(average["w"].double().numpy() - truth)
+    predicted = average.predicted_error * np.linalg.norm(truth)
+    assert predicted / 3 < error < 2 * predicted
+
+
+@pytest.mark.parametrize("images", [1, 64])
+def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
+    images: int,
+    tmp_path: Path,
+) -> None:
+    training = Training()
+    net = training.model
+    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+        for step in range(1, 101):
+            tracker.update_(net, images * step)
+    sketch = sketches(tmp_path)[100]
+    steps = steps_of(tmp_path)
+    if images == 1:
+        assert np.isnan(steps).all()
+    else:
+        np.testing.assert_array_equal(steps, sketch.edges[1:] / images)
+
+
+def test_a_run_that_is_resumed_keeps_the_steps_of_windows(tmp_path: Path) -> None:
+    net = tiny_model()
+    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+        for step in range(1, 51):
+            tracker.update_(net, 64 * step)
+        state = tracker.state_dict()
+    with PostHocEMA.from_path(tmp_path, net) as tracker:
+        tracker.load_state_dict(state)
+        for step in range(51, 101):
+            tracker.update_(net, 6400 * step)
+    steps = steps_of(tmp_path)
+    sketch = sketches(tmp_path)[100]
+    np.testing.assert_array_equal(steps[steps <= 50], sketch.edges[1:][steps <= 50] / 64)
+    np.testing.assert_array_equal(steps[steps > 50], sketch.edges[1:][steps > 50] / 6400)
+
+
+def test_a_path_without_steps_is_that_of_an_earlier_version() -> None:
+    sketch = Sketch(np.array([10.0, 20.0, 30.0]), np.ones(2), np.eye(2), np.zeros(2))
+    for exact in (False, True):
+        path = PathSketch(7, sketch, np.array([2.0, 3.0]))
+        data = base64.b64decode(encode_path(path, exact))
+        for known, steps in ((data, [2, 3]), (data[:-16], [np.nan, np.nan])):
+            found = decode_path(base64.b64encode(known).decode())
+            np.testing.assert_array_equal(found.sketch.means, sketch.means)
+            np.testing.assert_array_equal(found.steps, steps)
