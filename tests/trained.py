@@ -1,6 +1,7 @@
 """A small real training, all of its weights, and averages of them."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def write(
         content = form(step, now, average)
         torch.save(content, folder / f"step{step}.pt")
     return folder
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Return the settings in the manifest of an import."""
+    manifest = run / "ema-import.json"
+    settings: dict[str, Any] = json.loads(manifest.read_text())["settings"]
+    return settings
 
 
 def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:

@@ -98,11 +98,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - begin))
         self.send_header("ETag", tag)
         self.send_header("Accept-Ranges", "bytes")
+        self.send_header("X-Repo-Commit", self._revision())  # a header of the Hub
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         self.end_headers()
         self.wfile.flush()
         if self.command == "GET":
             self.body(path, begin, end)
+
+    def _revision(self) -> str:
+        _, _, rest = self.path.partition("/resolve/")
+        revision, _, _ = rest.partition("/")
+        return revision
 
     def body(self, path: Path, begin: int, end: int) -> None:
         """Send bytes of a file, half of them if the answer is to be cut."""

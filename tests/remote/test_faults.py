@@ -286,59 +286,80 @@ def repository(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-Done = subprocess.CompletedProcess[str]
+REVISIONS = "hf://org/model-160m@step*"
 
 
 @pytest.fixture
-def ema_of_hub(repository: Server, tmp_path: Path) -> Callable[..., Done]:
-    """Return a function that runs `ema` with the repository's server in place of the Hub."""
-    home = {
-        "HF_ENDPOINT": repository.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_topsecret",
-    }
-
-    def ema(*arguments: object) -> Done:
+def ema_on_hub(
+    repository: Server,
+    tmp_path: Path,
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    def run(*arguments: object, home: Path = tmp_path / "home") -> subprocess.CompletedProcess[str]:
+        settings = {
+            "HF_ENDPOINT": repository.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_topsecret",
+        }
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
         return subprocess.run(
             command,
-            env=os.environ | home,
+            env=os.environ | settings,
             capture_output=True,
             text=True,
             check=False,
         )
 
-    return ema
+    return run
 
 
 def test_revisions_of_a_repository_are_checkpoints_of_a_run(
     repository: Server,
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
     tmp_path: Path,
-    ema_of_hub: Callable[..., Done],
 ) -> None:
-    place = "hf://org/model-160m@step*"
+    ema = ema_on_hub
+    place = REVISIONS
     out = tmp_path / "mean.safetensors"
-    shown = ema_of_hub("info", place, "--json")
+    shown = ema("info", place, "--json")
     assert shown.returncode == 0, shown.stderr
     info = json.loads(shown.stdout)
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
-    done = ema_of_hub("synthesize", place, "--target", "last:2", "--out", out)
+    done = ema("synthesize", place, "--target", "last:2", "--out", out)
     assert done.returncode == 0, done.stderr
-    _, *last = sorted((tmp_path / "served").rglob("model.safetensors"))
-    one, other = (load_file(path)["w"].double() for path in last)
+    stored = sorted((tmp_path / "served").rglob("model.safetensors"))
+    one, other = (load_file(path)["w"].double() for path in stored[1:])
     found = load_file(out)["w"].double()
     torch.testing.assert_close(found, (one + other) / 2, rtol=3e-7, atol=1e-8)
-    assert repository.sent < 12 * last[0].stat().st_size
-    assert not any((tmp_path / "home").rglob("*.safetensors"))
-
-
-def test_a_revision_that_a_repository_lacks_is_an_error_of_one_line(
-    repository: Server,
-    ema_of_hub: Callable[..., Done],
-) -> None:
-    refused = ema_of_hub("info", "hf://org/model-160m@none")
+    once = sum(path.stat().st_size for path in stored)
+    assert repository.sent == once  # by both commands, since copies are kept
+    refused = ema("info", "hf://org/model-160m@none")
     assert refused.returncode == 2
     assert "no such" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
     assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
+
+
+def test_a_download_from_the_hub_that_is_refused_says_why(
+    repository: Server,
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    def refuse(_number: int, handler: Any) -> bool:
+        return "/resolve/" in handler.path and handler.refuse(403, "AccessDenied")
+
+    repository.fault = refuse
+    done = ema_on_hub("info", REVISIONS)
+    assert done.returncode == 1
+    assert "model.safetensors: cannot be downloaded: access is denied" in done.stderr
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(
+    ema_on_hub: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    done = ema_on_hub("info", REVISIONS, home=home)
+    assert done.returncode == 1
+    assert f"cannot be written to {home}/hub: not a directory" in done.stderr
+    assert "HF_HOME names another folder" in done.stderr
