@@ -200,6 +200,18 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     assert sum(40 <= s.t <= 80 for s in left) >= 3
 
 
+def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
+    for name, t in (
+        ("z", 10),
+        ("y", 20),
+        ("x", 30),
+    ):
+        path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
+        os.utime(path, (1e9 - t, 1e9 - t))
+    thin(read_directory(tmp_path), 1)
+    assert times_in(tmp_path) == [30]
+
+
 def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path: Path) -> None:
     superseded = tmp_path / "superseded"
     assert set_aside([]) == []
