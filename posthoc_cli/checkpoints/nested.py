@@ -45,7 +45,7 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     if places:
         _ask_which(folder, [*places], last)
     if endings := _without_endings(entries):
-        _ask(folder, "its files of tensors have no usual endings", endings)
+        _ask(folder, "its files of tensors are named as shards, or have no usual endings", endings)
     if foreign := [entry.name for entry in entries if _FOREIGN.search(entry.name)]:
         reason = f"its files are of kinds that are not read: {names_in(foreign)}"
         raise InvalidValueError(

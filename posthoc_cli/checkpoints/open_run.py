@@ -236,7 +236,7 @@ def _programs(run: Sequence[_Opened]) -> str:
     for one in run:
         if one.found.kind not in ("ema", "checkpoints"):
             names[one.found.kind] = None
-        names[program_of(one.reading.origin.strip("`"))] = None
+        names[program_of(one.reading.value)] = None
     return "; ".join(filter(None, names))
 
 
@@ -263,11 +263,12 @@ def _warn_of_codes(checkpoint: Checkpoint) -> None:
 
 def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
     """Return the checkpoints of a training that has begun."""
-    used = []
+    used = [one for one in run if times.by_path[one.path] > 0]
+    if not used:
+        reason = "its number is 0, as that of all files, so that it may be something else"
+        raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
     for one in run:
-        if times.by_path[one.path] > 0:
-            used.append(one)
-        else:
+        if times.by_path[one.path] == 0:
             reason = "left out, as its weights are those before the training, of step 0"
             log.warning("%s: %s", one.path, reason)
     return used
@@ -373,8 +374,10 @@ def _one_run(
     opened = _largest_group(opened, _model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {one.reading.unit: one for one in opened}
-    if "steps" in units and "epochs" in units:
-        raise _mismatch(units["steps"], units["epochs"], "are numbered by steps and by epochs")
+    for unit, name in {"steps": "steps", "": "an unknown unit"}.items():
+        if unit in units and "epochs" in units:
+            reason = f"are numbered by {name} and by epochs"
+            raise _mismatch(units[unit], units["epochs"], reason)
     return opened
 
 

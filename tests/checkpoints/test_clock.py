@@ -339,7 +339,7 @@ def test_the_content_has_the_step(tmp_path: Path) -> None:
     for word, epoch in WORDS.items():
         store(tmp_path / f"{word}.pt", epoch, global_step=EACH * epoch)
     assert times(tmp_path) == ("steps", [100, 200, 400])
-    assert says(tmp_path) == "steps, by `global_step`"
+    assert says(tmp_path) == "steps, by 'global_step' in the contents"
     assert Run(tmp_path).sources[0].has_step_unit  # type: ignore[attr-defined]
 
 
@@ -451,8 +451,8 @@ def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(
     assert times(place) == ("steps", [*names])
     (line,) = caplog.messages
     assert line.endswith(
-        "G_100.pth: `iteration` is 1, and the number in its name 100: taken is that in names, as "
-        "`iteration` repeats"
+        "G_100.pth: 'iteration' in the contents is 1, and the number in its name 100: taken is "
+        "that in names, as 'iteration' in the contents repeats"
     )
 
 
@@ -463,7 +463,8 @@ def test_a_count_that_contradicts_names_is_said(
     names = {100 * epoch: epoch for epoch in range(1, 5)}
     place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 50})
     assert times(place) == ("steps", [2, 4, 6, 8])
-    assert "is 2, and the number in its name 100: taken is `iteration`; `step_from`" in caplog.text
+    said = "is 2, and the number in its name 100: taken is 'iteration' in the contents; `step_from`"
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize(
