@@ -320,21 +320,24 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
         if any(name.startswith(_PARTITION) for name in models):
             reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
             raise UnsuitableError(folder, reason, "convert it by its zero_to_fp32.py")
-        with_tensors = [name for name in models if len(models) == 1 or has_tensors(folder / name)]
+        with_tensors = [name for name in models if has_tensors(folder / name)]
         if len(with_tensors) == 1:
             return folder / with_tensors[0]
         if with_tensors:
-            reason = f"holds several models: {names_in(with_tensors)}"
-            hint = f"name one by a glob such as */{with_tensors[0]}"
-            series = {re.sub("[0-9]+", "*", name) for name in with_tensors}
-            if len(series) == 1:  # a training's own folder
-                hint = f"name this folder, or a glob such as */{series.pop()}"
-            raise UnsuitableError(folder, reason, hint)
+            raise _several_models(folder, with_tensors)
     for name in names:
         metadata = folder / name / DCP_METADATA
         if name.startswith("pytorch_model_fsdp") and metadata.is_file():
             return metadata  # accelerate's
     return None
+
+
+def _several_models(folder: Path, names: Sequence[str]) -> UnsuitableError:
+    hint = f"name one by a glob such as */{names[0]}"
+    series = {re.sub("[0-9]+", "*", name) for name in names}
+    if len(series) == 1:  # the files of a training
+        hint = f"name this folder, or a glob such as */{series.pop()}"
+    return UnsuitableError(folder, f"holds several models: {names_in(names)}", hint)
 
 
 def places_below(folder: Path, levels: int = 3) -> list[Path]:

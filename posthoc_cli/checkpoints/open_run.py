@@ -229,8 +229,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     for note in notes:
         log.warning("%s: %s", place, note)
     checkpoints = _all_made(used, times, settings)
-    if settings.kind is None:
-        _warn_if_even(checkpoints)
+    _warn_if_even(checkpoints, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
@@ -758,12 +757,13 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
         )
 
 
-def _warn_if_even(checkpoints: Sequence[Checkpoint]) -> None:
-    """Warn if the newest weights go on from file to file as an average does: trainings save one in
-    the model's place, too, and do not say so."""
+def _warn_if_even(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> None:
+    """Warn if the newest weights go on from file to file as an average does, unless their kind is
+    given: trainings save one in the model's place, too, and do not say so."""
     by_number = {one.t: one for one in by_time(checkpoints)}  # without copies
     newest = [*by_number.values()][-6:]
-    if len(newest) < 6 or not all(isinstance(one.profile, Point) for one in newest):
+    are_weights = all(isinstance(one.profile, Point) for one in newest)
+    if settings.kind is not None or not are_weights or len(newest) < 6:
         return
     moves = np.diff([_first_values(one) for one in newest], axis=0)
     products = moves @ moves.T

@@ -210,10 +210,9 @@ def test_a_wrapper_within_the_model_changes_names_of_one_set(
         return {name.replace("body.", f"body.{wrapper}."): one for name, one in tensors.items()}
 
     def content(save: Save) -> object:
-        average, raw = save.average, save.weights
         if is_of_average:
-            return {"net": raw, "ema": wrapped(average), "step": save.step}
-        return {"net": wrapped(raw), "ema": average, "step": save.step}
+            return {"net": save.weights, "ema": wrapped(save.average), "step": save.step}
+        return {"net": wrapped(save.weights), "ema": save.average, "step": save.step}
 
     write(tmp_path, "s{save.step}.pt", content)
     made = read(tmp_path, ema_decay=0.95)
