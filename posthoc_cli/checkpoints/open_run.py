@@ -309,7 +309,10 @@ def _unused(opened: Sequence[_Opened]) -> str:
     for one in opened:
         if keys := one.found.unused:
             what = f"{one.path.name} also holds {names_in(keys)}, not used"
-            return f"{what}: an import takes another set by `average` or `weights`"
+            text = f"{what}: an import takes another set by `average` or `weights`"
+            if one.found.averaged:
+                text += ", and the model alone by `kind` checkpoints"
+            return text
     return ""
 
 
@@ -354,7 +357,19 @@ def _open_all(
             raise
         except (FileFormatError, InvalidValueError) as error:
             errors[path] = error
+    if settings.step_from is not None:
+        opened = _of_one_unit(opened)
     return opened, errors
+
+
+def _of_one_unit(opened: list[_Opened]) -> list[_Opened]:
+    """Return checkpoints whose numbers one pattern finds, all with the unit of those that have a
+    word."""
+    units = {one.reading.unit for one in opened} - {""}
+    if len(units) != 1:
+        return opened
+    unit = units.pop()
+    return [replace(one, reading=replace(one.reading, unit=unit)) for one in opened]
 
 
 # --- which of them are one run

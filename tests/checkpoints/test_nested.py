@@ -130,6 +130,11 @@ def foreign(folder: Path, step: int, weights: Tensors) -> None:
     (folder / f"model-{step}.gguf").write_bytes(b"GGUF" + weights["a.weight"].numpy().tobytes())
 
 
+def orbax(folder: Path, step: int, _: Tensors) -> None:
+    (folder / str(step)).mkdir(parents=True)
+    (folder / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+
+
 def one_level_up(folder: Path, step: int, weights: Tensors) -> None:
     lerobot(folder / "checkpoints", step, weights)
 
@@ -145,6 +150,7 @@ def one_level_up(folder: Path, step: int, weights: Tensors) -> None:
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),
+        (orbax, r"of kinds that are not read: .*, or by torch.save; unpack archives"),
         (one_level_up, r"run: holds no checkpoints itself; name its folder checkpoints"),
     ],
 )

@@ -245,3 +245,27 @@ def test_averages_in_the_place_of_the_model_are_warned_of(
         caplog.clear()
         read(tmp_path, kind="ema", ema_decay=0.99, steps_per_epoch=EVERY)
         assert said not in caplog.text
+
+
+def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As in the policies of Stable-Baselines3."""
+
+    def content(save: Save) -> Tensors:
+        tensors = {}
+        for name, value in save.weights.items():
+            tensors[f"actor.{name}"] = value
+            tensors[f"critic.{name}"] = value + 1
+            tensors[f"critic_target.{name}"] = save.average[name] + 1
+        return tensors
+
+    write(tmp_path, "step_{save.step}/policy.pth", content)
+    place = tmp_path / "*" / "policy.pth"
+    read(place, ema_decay=0.95)
+    (said,) = [line for line in caplog.messages if "also holds 'actor', not used" in line]
+    assert said.endswith("and the model alone by `kind` checkpoints")
+    (newest, *_) = read(place, kind="checkpoints").checkpoints
+    heads = {name.partition(".")[0] for name in newest.entries}
+    assert heads == {"actor", "critic"}
