@@ -300,8 +300,8 @@ def times_of(
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
         return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
-    if counts and all(counts.get(path, 0) > one.number + 1 for path, one in readings.items()):
-        why = why or "averages have counted more updates"
+    if not why and _are_exceeded(readings, counts):
+        why = "averages have counted more updates"
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
     if not why:
@@ -335,6 +335,15 @@ def _times_of_epochs(
             return Times("steps", True, says, counts)
         says += f", and the averages count their updates since epoch {late}"
     return Times("epochs", False, says, epochs)
+
+
+def _are_exceeded(readings: Mapping[Path, Reading], counts: Mapping[Path, int]) -> bool:
+    """Return whether averages have counted more updates than each number, which is no step then."""
+    for path, one in readings.items():
+        count = counts.get(path, 0)
+        if count <= one.number + 1:
+            return False
+    return True
 
 
 def _late(epochs: Mapping[Path, int], counts: Mapping[Path, int]) -> int:

@@ -369,7 +369,11 @@ def _of_one_unit(opened: list[_Opened]) -> list[_Opened]:
     if len(units) != 1:
         return opened
     unit = units.pop()
-    return [replace(one, reading=replace(one.reading, unit=unit)) for one in opened]
+    of_unit = []
+    for one in opened:
+        reading = replace(one.reading, unit=unit)
+        of_unit.append(replace(one, reading=reading))
+    return of_unit
 
 
 # --- which of them are one run
@@ -785,7 +789,10 @@ def _warn_if_even(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -
     squares = products.diagonal()
     if moves.shape[1] < _COMPARED or squares.min() <= 0:
         return
-    cosines = products.diagonal(1) / np.sqrt(squares[1:] * squares[:-1])
+    norms = np.sqrt(squares)
+    successive = products.diagonal(1)
+    cosines = successive / norms[1:]
+    cosines /= norms[:-1]
     even = float(np.median(cosines))
     if even > _EVEN:
         what = f"weights go on from file to file as averages do (cosine of moves {even:.2f})"

@@ -409,7 +409,10 @@ class Sets:
             return []
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
         outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
-        return _roots_of(longest, outside, _squeeze) or _roots_of(longest, outside, _unwrapped)
+        roots = _roots_of(longest, outside, _squeeze)
+        if not roots:
+            roots = _roots_of(longest, outside, _unwrapped)
+        return roots
 
 
 _KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
