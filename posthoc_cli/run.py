@@ -244,8 +244,11 @@ class Run:
             return describe_checkpoints(place)
         except PostHocError as error:
             with suppress(PostHocError):
-                # outputs, or models of other programs that are not checkpoints of one run
-                return describe(place)
+                # outputs, or a model of another program that is no checkpoint
+                described = describe(place)
+                others = [one for one in described.get("outputs", []) if one["kind"] != "output"]
+                if not others:
+                    return described
             return describe_files(place, error)
 
     def _checked_sources(self) -> Sequence[Source]:

@@ -82,6 +82,7 @@ _LEAST_MOVED = 1000  # elements, of which the share is a statistic
 DOES_NOT_MOVE = "does not move"
 LOSES_UPDATES = "loses updates"
 SET_BACK = "set back"
+SOME_TENSORS = "some tensors"
 _OTHER_WEIGHTS = (
     "the weights at these checkpoints do not explain how the average moves between them: they "
     "forget faster than checkpoints are apart, or are of another run"
@@ -92,7 +93,7 @@ BAD = (
     DOES_NOT_MOVE,
     "equals the weights",
     "began again",
-    "some tensors",
+    SOME_TENSORS,
     "another rule",
     SET_BACK,
     LOSES_UPDATES,
@@ -660,7 +661,7 @@ def _judge(
     audit = replace(audit, verdict=verdict, text=text)
     if verdict == "undetermined":
         return replace(audit, found=None)
-    if verdict != "some tensors":
+    if verdict != SOME_TENSORS:
         lost = ()
     return replace(audit, tensors=lost)
 
@@ -749,7 +750,7 @@ def _verdict(
         return broken
     if lost:
         text = f"{len(lost)} of {tensors} tensors are not followed, or copied, while the others are"
-        return "some tensors", f"{text} averaged: {names_in(lost, 3)}"
+        return SOME_TENSORS, f"{text} averaged: {names_in(lost, 3)}"
     if model.starts[1:]:
         shown += f"; begun from the weights near step {_steps(model.starts[1:])}"
     if explanation.better_rules:

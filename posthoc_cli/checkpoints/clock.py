@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from posthoc_cli.checkpoints.content import ENDINGS, Content
-from posthoc_cli.checkpoints.programs import FROM_0, IMAGE_VALUES, STEP_VALUES
+from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, IMAGE_VALUES, STEP_VALUES
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
-
-_EPOCH_VALUES = ("epoch", "meta.epoch")
 
 Unit = Literal["steps", "epochs", "images", ""]
 
@@ -78,6 +76,7 @@ class Reading:
     is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
     named: Reading | None = None  # what its name says, where its content has a step
     is_from_0: bool = False  # whether it is of a program that counts epochs from 0
+    value: str = ""  # the name of the value in its content
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ def read_time(content: Content, settings: ImportSettings) -> Reading:
 
 def _read_number(content: Content, settings: ImportSettings) -> Reading:
     path = content.path
-    epoch = _whole(content, _EPOCH_VALUES)
+    epoch = _whole(content, EPOCH_VALUES)
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
     for name in STEP_VALUES:
@@ -115,11 +114,12 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             number = checked_number(path, value)
-            return Reading(number, "steps", f"`{name}`", epoch, named=_named(path))
+            return Reading(number, "steps", _stored(name), epoch, named=_named(path), value=name)
     images = _whole(content, IMAGE_VALUES)
     if images:
-        return Reading(checked_number(path, images), "images", f"`{IMAGE_VALUES[0]}`")
-    of_content = Reading(epoch or 0, "epochs", "`epoch`", epoch, is_nameless=True)
+        (name,) = IMAGE_VALUES
+        return Reading(checked_number(path, images), "images", _stored(name), value=name)
+    of_content = Reading(epoch or 0, "epochs", _stored("epoch"), epoch, is_nameless=True)
     has_epoch = epoch is not None and epoch >= 0
     try:
         reading = named_time(path)
@@ -130,6 +130,11 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     if has_epoch and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=epoch)
+
+
+def _stored(name: str) -> str:
+    """Return where a value is found; its name may be that of an option, too."""
+    return f"{name!r} in the contents"
 
 
 def _named(path: Path) -> Reading | None:
@@ -159,10 +164,20 @@ def _searched(path: Path, settings: ImportSettings) -> Reading:
     number = read_number(match[1] or "") if match else None
     if match is None or number is None:
         raise InvalidValueError("step_from", f"finds no number in {path}", value=pattern)
-    unit: Unit = "steps"
-    if settings.steps_per_epoch or any(one.search(match[0]) for one in _MARKED["epochs"]):
-        unit = "epochs"
-    return Reading(checked_number(path, number), unit, "`step_from`")
+    unit: Unit = "epochs"
+    if not settings.steps_per_epoch:
+        unit = _unit_at(match[0], match.start(1) - match.start())
+    return Reading(checked_number(path, number), unit, "what `step_from` finds")
+
+
+def _unit_at(text: str, begin: int) -> Unit:
+    """Return what the number that begins at a place of a text counts, by the word before it, or
+    else behind it; empty if there is none."""
+    for patterns in zip(*_MARKED.values(), strict=True):
+        for unit, pattern in zip(_MARKED, patterns, strict=True):
+            if any(one.start("number") == begin for one in pattern.finditer(text)):
+                return unit
+    return ""
 
 
 def _whole(content: Content, names: Sequence[str]) -> int | None:
@@ -285,6 +300,8 @@ def times_of(
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
         return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
+    if not why and _are_exceeded(readings, counts):
+        why = "averages have counted more updates"
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
     if not why:
@@ -320,6 +337,15 @@ def _times_of_epochs(
     return Times("epochs", False, says, epochs)
 
 
+def _are_exceeded(readings: Mapping[Path, Reading], counts: Mapping[Path, int]) -> bool:
+    """Return whether averages have counted more updates than each number, which is no step then."""
+    for path, one in readings.items():
+        count = counts.get(path, 0)
+        if count <= one.number + 1:
+            return False
+    return True
+
+
 def _late(epochs: Mapping[Path, int], counts: Mapping[Path, int]) -> int:
     """Return the epoch after which averages began to count their updates, as torchvision's do when
     the learning rate has risen; 0 if they did with the training."""
@@ -340,7 +366,7 @@ def _why_epochs(numbers: Sequence[Reading]) -> str:
     if all(one.epoch is not None for one in numbers):
         apart = {one.epoch - one.number for one in numbers if one.epoch is not None}
         if apart <= {0} or apart <= {1}:
-            return "the contents hold the same `epoch`"
+            return "the contents hold the same epoch"
     distinct = {one.number for one in numbers}
     span = max(distinct) - min(distinct)
     if len(distinct) > 1 and span == len(distinct) - 1:

@@ -158,6 +158,20 @@ class Content:
         """Return the tensors below a prefix, by the rest of their names; all without a prefix."""
         return stripped(self.tensors, f"{prefix}." if prefix else "")
 
+    @cached_property
+    def optimizers(self) -> frozenset[str]:
+        """The keys of the states of optimizers, which have `param_groups` beside them, whatever
+        they are called."""
+        found = set()
+        for name in self.values:
+            outer, is_group, _ = f".{name}".partition(".param_groups.0.")
+            if is_group:
+                found.add(f"{outer}.state".removeprefix("."))
+        return frozenset(found)
+
+    def is_of_optimizer(self, tensor: StoredTensor) -> bool:
+        return any(tensor.name.startswith(f"{path}.") for path in self.optimizers)
+
     def groups(self, *outer: str) -> list[str]:
         """Return the next keys after `outer` that are followed by further keys of tensors."""
         level = len(outer)
@@ -306,12 +320,11 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
         if any(name.startswith(_PARTITION) for name in models):
             reason = "holds the partitions of ZeRO-3, which are no tensors of the model"
             raise UnsuitableError(folder, reason, "convert it by its zero_to_fp32.py")
-        with_tensors = [name for name in models if len(models) == 1 or has_tensors(folder / name)]
+        with_tensors = [name for name in models if has_tensors(folder / name)]
         if len(with_tensors) == 1:
             return folder / with_tensors[0]
         if with_tensors:
-            reason = f"holds several models: {names_in(with_tensors)}"
-            raise UnsuitableError(folder, reason, f"name one by a glob such as */{with_tensors[0]}")
+            raise _several_models(folder, with_tensors)
     for name in names:
         metadata = folder / name / DCP_METADATA
         if name.startswith("pytorch_model_fsdp") and metadata.is_file():
@@ -319,7 +332,15 @@ def model_in(folder: Path, skip: Sequence[str] = ()) -> Path | None:
     return None
 
 
-def places_below(folder: Path, levels: int = 2) -> list[Path]:
+def _several_models(folder: Path, names: Sequence[str]) -> UnsuitableError:
+    hint = f"name one by a glob such as */{names[0]}"
+    series = {re.sub("[0-9]+", "*", name) for name in names}
+    if len(series) == 1:  # the files of a training
+        hint = f"name this folder, or a glob such as */{series.pop()}"
+    return UnsuitableError(folder, f"holds several models: {names_in(names)}", hint)
+
+
+def places_below(folder: Path, levels: int = 3) -> list[Path]:
     """Return the folders that hold a model, up to so many levels below a folder."""
     places = []
     for name in _names_in(folder):
@@ -340,9 +361,10 @@ def has_tensors(path: Path) -> bool:
     """Return whether a file or folder holds tensors; also if it cannot be read, which is said when
     it is opened."""
     try:
-        return bool(open_checkpoint(path).tensors)
+        content = open_checkpoint(path)
     except FileFormatError:
         return True
+    return not all(map(content.is_of_optimizer, content.tensors.values()))
 
 
 def _models_among(names: Sequence[str], ending: str) -> list[str]:

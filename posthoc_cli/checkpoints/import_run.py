@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.audit import DOES_NOT_MOVE, LOSES_UPDATES, SET_BACK, Audit, audits_of
+from posthoc_cli.checkpoints.audit import (
+    DOES_NOT_MOVE,
+    LOSES_UPDATES,
+    SET_BACK,
+    SOME_TENSORS,
+    Audit,
+    audits_of,
+)
 from posthoc_cli.checkpoints.manifest import write_manifest
 from posthoc_cli.checkpoints.open_run import checked_run, is_copy, read_place
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
@@ -293,6 +300,8 @@ def _check_is_average(audit: Audit) -> None:
         raise InvalidValueError("average", audit.text, f"name files of one side by a glob; {hint}")
     if audit.verdict == LOSES_UPDATES:
         raise InvalidValueError("average", audit.text, hint)
+    if audit.verdict == SOME_TENSORS:
+        raise InvalidValueError("average", audit.text, f"leave them out by `exclude`; {hint}")
 
 
 def _check_decay(

@@ -318,6 +318,10 @@ def _composer(_: Values) -> Updates:
     return Updates()
 
 
+def _counted(values: Values) -> Updates:
+    return Updates(count=_count(values["updates"]))
+
+
 LIBRARIES = (
     Library("diffusers-ema", ("optimization_step", "decay"), _diffusers),
     Library("ema-pytorch-ema", ("initted", "step"), _ema_pytorch),
@@ -326,6 +330,7 @@ LIBRARIES = (
     Library("audiocraft", ("ema.count", "xp.sig"), _audiocraft),
     Library("composer", ("ema_weights_active",), _composer),
     Library("torch-ema", ("decay",), _with_decay),
+    Library("ema", ("updates",), _counted),  # RT-DETR, D-FINE
 )
 """The first one whose values are there counts."""
 

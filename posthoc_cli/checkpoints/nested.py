@@ -21,6 +21,8 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 
 _FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
 
+_ORBAX = "_CHECKPOINT_METADATA"
+
 
 def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     """Return the numbered folders that each hold one model, at the same place in each; none if
@@ -45,16 +47,20 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
     if places:
         _ask_which(folder, [*places], last)
     if endings := _without_endings(entries):
-        _ask(folder, "its files of tensors have no usual endings", endings)
-    if foreign := [entry.name for entry in entries if _FOREIGN.search(entry.name)]:
+        _ask(folder, "its files of tensors are named as shards, or have no usual endings", endings)
+    if foreign := [entry.name for entry in entries if _is_foreign(entry)]:
         reason = f"its files are of kinds that are not read: {names_in(foreign)}"
-        raise InvalidValueError(
-            folder, reason, "save the tensors as .safetensors, or by torch.save"
-        )
+        hint = "save the tensors as .safetensors, or by torch.save; unpack archives"
+        raise InvalidValueError(folder, reason, hint)
     inner = [entry.name for entry in entries if _holds_checkpoints(entry)]
     if inner:
         raise DirectoryError(folder, "holds no checkpoints itself", f"name its folder {inner[0]}")
     return []
+
+
+def _is_foreign(entry: Path) -> bool:
+    """Return whether an entry is another program's file of weights, or a folder of Orbax."""
+    return bool(_FOREIGN.search(entry.name)) or (entry / _ORBAX).is_file()
 
 
 def _has_step(entry: Path) -> bool:

@@ -12,6 +12,7 @@ class Program:
 
     step: str = ""  # the value that states the step; `*` is the last item of a list
     images: str = ""  # the value that states images
+    epoch: str = ""  # the value that states the epoch
     # the values that show that it has written a file, if it counts epochs from 0
     from_0: frozenset[str] = frozenset()
     model: str = ""  # the file of a model, though its name seems to say a state
@@ -23,12 +24,12 @@ class Program:
 PROGRAMS = {
     "Lightning, transformers": Program(step="global_step"),
     "DeepSpeed": Program(step="global_steps"),
-    "": Program(step="step"),
+    "": Program(step="step", epoch="epoch"),
     "torch-ema, k-diffusion": Program(step="steps"),
     "nanoGPT": Program(step="iter_num"),
     "Megatron": Program(step="iteration", model="model_optim_rng.pt"),
     "torchtitan": Program(step="train_state.step"),
-    "mmengine": Program(step="meta.iter"),
+    "mmengine": Program(step="meta.iter", epoch="meta.epoch"),
     "kohya": Program(step="ss_steps"),
     "ai-toolkit": Program(step="training_info.step"),
     "ACE": Program(step="num_batches_seen"),
@@ -36,6 +37,10 @@ PROGRAMS = {
     "fairseq": Program(step="optimizer_history.*.num_updates"),
     "EDM": Program(images="state.cur_nimg", weights_state=r"training-state-\d+\.pt"),
     "accelerate": Program(average_state=r"custom_checkpoint_\d+\.pkl"),
+    "icefall": Program(step="batch_idx_train"),
+    "RT-DETR, D-FINE": Program(epoch="last_epoch"),
+    "nnU-Net": Program(epoch="current_epoch"),
+    "YOLOX": Program(epoch="start_epoch"),
     "timm": Program(from_0=frozenset({"arch", "version", "epoch"})),
 }
 """A row for each program, or several; of several steps in a file the first row's counts. `step` is
@@ -44,6 +49,7 @@ of loops of one's own, too."""
 _ROWS = PROGRAMS.values()
 STEP_VALUES = [row.step for row in _ROWS if row.step]
 IMAGE_VALUES = [row.images for row in _ROWS if row.images]
+EPOCH_VALUES = [row.epoch for row in _ROWS if row.epoch]
 COUNTERS = {name.rpartition(".")[2] for name in STEP_VALUES}
 COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
 """Last keys of values that trainings store as tensors of one element."""
@@ -57,6 +63,6 @@ def program_of(value: str) -> str:
     """Return the program, or several, that states steps or images in a value of this name; empty if
     many do."""
     for name, row in PROGRAMS.items():
-        if value in (row.step, row.images):
+        if value and value in (row.step, row.images):
             return name
     return ""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -82,7 +82,7 @@ class Sets:
         named_paths = [path for path in named if path]
         for name, tensor in content.tensors.items():
             is_named = any(lies_in(name, path) for path in named_paths)
-            if is_named or not _is_state(tensor):
+            if is_named or not (_is_state(tensor) or content.is_of_optimizer(tensor)):
                 self.tensors[name] = tensor
                 self._count(tensor)
         self.averages = list[str]()
@@ -408,19 +408,11 @@ class Sets:
         if not names:
             return []
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
-        squeezed = _squeeze(longest)
-        last = _squeeze(longest.rpartition(".")[2])
-        roots = dict[str, None]()
-        for name in self.tensors:
-            if name.startswith(f"{average}.") or not _squeeze(name).endswith(last):
-                continue
-            parts = name.split(".")
-            for level in range(len(parts)):
-                rest = ".".join(parts[level:])
-                if _squeeze(rest) == squeezed:
-                    root = ".".join(parts[:level])
-                    roots[root] = None
-        return list(roots)
+        outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
+        roots = _roots_of(longest, outside, _squeeze)
+        if not roots:
+            roots = _roots_of(longest, outside, _unwrapped)
+        return roots
 
 
 _KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
@@ -455,6 +447,34 @@ def _squeeze(name: str) -> str:
     """Return a name without dots and underscores: libraries that keep averages in buffers remove
     the dots, or replace them."""
     return name.replace(".", "").replace("_", "")
+
+
+_WRAPPERS = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+)
+"""Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
+
+
+def _unwrapped(name: str) -> str:
+    return _squeeze(_WRAPPERS.sub("", name))
+
+
+def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:
+    """Return the paths below which one of the names is the longest of an average, in a form of
+    both."""
+    wanted = form(longest)
+    last = _squeeze(longest.rpartition(".")[2])
+    roots = dict[str, None]()
+    for name in names:
+        if not _squeeze(name).endswith(last):
+            continue
+        parts = name.split(".")
+        for level in range(len(parts)):
+            rest = ".".join(parts[level:])
+            if form(rest) == wanted:
+                root = ".".join(parts[:level])
+                roots[root] = None
+    return list(roots)
 
 
 def _change(pair: Pair) -> tuple[str, str, str] | None:
@@ -557,10 +577,10 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors | None:
         full = name
         if name not in weights:
             if by_squeezed is None:
-                by_squeezed = {_squeeze(one): one for one in weights}
+                by_squeezed = {_unwrapped(one): one for one in weights}
                 if len(by_squeezed) < len(weights):
                     return None  # two names are alike
-            full = by_squeezed.get(_squeeze(name), "")
+            full = by_squeezed.get(_unwrapped(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
         elif not _is_counter(tensor):

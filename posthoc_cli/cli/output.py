@@ -144,7 +144,7 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     width = max(cell_len(name) for name, _ in pairs)
     for name, value in pairs:
         space = " " * (width - cell_len(name))
-        write(f"{name}{space}  {printable(value)}\n")
+        write(f"{name}{space}  {_shown(value)}\n")
 
 
 def warn_of_statistics(copies: Iterable[str]) -> None:

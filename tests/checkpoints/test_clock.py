@@ -397,7 +397,7 @@ def test_the_content_has_the_step(tmp_path):
     for word, epoch in WORDS.items():
         store(tmp_path / f"{word}.pt", epoch, global_step=EACH * epoch)
     assert steps_of(tmp_path) == [100, 200, 400]
-    assert says(tmp_path) == "steps, by `global_step`"
+    assert says(tmp_path) == "steps, by 'global_step' in the contents"
     assert Run(tmp_path).sources[0].has_step_unit
 
 
@@ -520,15 +520,17 @@ def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path, caplog
         store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=(epoch + 1) // 2)
     assert steps_of(tmp_path) == [100, 200, 300, 400]
     (line,) = caplog.messages
-    taken = "taken is that in names, as `iteration` repeats"
-    assert line.endswith(f"G_100.pth: `iteration` is 1, and the number in its name 100: {taken}")
+    taken = "taken is that in names, as 'iteration' in the contents repeats"
+    said = "G_100.pth: 'iteration' in the contents is 1, and the number in its name 100"
+    assert line.endswith(f"{said}: {taken}")
 
 
 def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
     for epoch in (1, 2, 3, 4):
         store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=2 * epoch)
     assert steps_of(tmp_path) == [2, 4, 6, 8]
-    assert "is 2, and the number in its name 100: taken is `iteration`; `step_from`" in caplog.text
+    said = "the number in its name 100: taken is 'iteration' in the contents; `step_from`"
+    assert said in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def foreign(folder, step, weights):
     file.write_bytes(b"GGUF" + values.tobytes())
 
 
+def orbax(folder, step, _):
+    (folder / str(step)).mkdir(parents=True)
+    (folder / str(step) / "_CHECKPOINT_METADATA").write_text("{}")
+
+
 def one_level_up(folder, step, weights):
     lerobot(folder / "checkpoints", step, weights)
 
@@ -150,6 +155,7 @@ def one_level_up(folder, step, weights):
         (without_endings, r"no usual endings; name .* by a glob, such as '\S+run/g_\*', perhaps"),
         (versions, r"by a glob, such as '\S+run/\*/checkpoints/\*', perhaps"),
         (foreign, r"of kinds that are not read: 'model-100.gguf', .*; save the tensors as .safet"),
+        (orbax, r"of kinds that are not read: .*, or by torch.save; unpack archives"),
         (one_level_up, r"run: holds no checkpoints itself; name its folder checkpoints"),
     ],
 )
