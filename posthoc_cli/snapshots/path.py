@@ -149,11 +149,12 @@ _AND = "|"  # the separator between the sketches of parts; used in memory only
 
 
 class PathSketch(NamedTuple):
-    """A sketch and the identifier of its projection, which depends on the tensors and the random
-    signs."""
+    """A sketch, the identifier of its projection, which depends on the tensors and the random
+    signs, and the step at the end of each window, nan if unknown: [K]."""
 
     projection: int
     sketch: Sketch
+    steps: FloatArray
 
 
 def encode_path(path: PathSketch | None, exact: bool = False) -> str:
@@ -178,20 +179,29 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     if exact:
         data += means.tobytes()
     else:
-        data += _steps(means / factor, means[0])
+        data += _moves(means / factor, means[0])
+    if _has_own_clock(path):
+        data += path.steps.astype("<f8").tobytes()
     return base64.b64encode(data).decode()
 
 
-def _steps(places: FloatArray, first: Floats) -> bytes:
-    """Return the first mean, and the steps between places, each from the rounded place before, so
+def _has_own_clock(path: PathSketch) -> bool:
+    """Return whether times are not just the numbers of the steps, as far as these are known."""
+    is_known = np.isfinite(path.steps)
+    ends = path.sketch.edges[1:]
+    return not np.array_equal(path.steps[is_known], ends[is_known])
+
+
+def _moves(places: FloatArray, first: Floats) -> bytes:
+    """Return the first mean, and the moves between places, each from the rounded place before, so
     that errors do not add up."""
     windows, numbers = places.shape
-    steps = np.zeros((windows - 1, numbers), "<f2")
+    moves = np.zeros((windows - 1, numbers), "<f2")
     reached = places[0]
-    for step, next_place in zip(steps, places[1:], strict=True):
-        step[:] = next_place - reached
-        reached = reached + step
-    return first.tobytes() + steps.tobytes()
+    for move, next_place in zip(moves, places[1:], strict=True):
+        move[:] = next_place - reached
+        reached = reached + move
+    return first.tobytes() + moves.tobytes()
 
 
 def decode_path(text: str) -> PathSketch:
@@ -199,11 +209,11 @@ def decode_path(text: str) -> PathSketch:
     it is invalid."""
     first, *others = map(_decoded, text.split(_AND))
     total = first.sketch
-    for _, sketch in others:
-        means = total.means + sketch.means
-        spread = total.spread + sketch.spread
+    for other in others:
+        means = total.means + other.sketch.means
+        spread = total.spread + other.sketch.spread
         total = replace(total, means=means, spread=spread)
-    return PathSketch(first.projection, total)
+    return first._replace(sketch=total)
 
 
 def path_of_part(text: str, part: tuple[int, int] | None) -> PathSketch | None:
@@ -237,20 +247,23 @@ def _decoded(text: str) -> PathSketch:
     data = base64.b64decode(text, validate=True)
     windows, numbers, whole, projection = _checked_counts(data)
     begin_of_means = _COUNTS_BYTES + 8 * (3 * windows + 2)
-    begin_of_steps = begin_of_means + 4 * numbers * whole
-    nbytes = begin_of_steps + 2 * numbers * (windows - whole)
-    if len(data) != nbytes:
+    begin_of_moves = begin_of_means + 4 * numbers * whole
+    begin_of_steps = begin_of_moves + 2 * numbers * (windows - whole)
+    if len(data) not in (begin_of_steps, begin_of_steps + 8 * windows):
         raise ValueError(_LIMITS)
     known = _numbers(data[_COUNTS_BYTES:begin_of_means], "<f8")
     ends = [windows + 1, 2 * windows + 1, 3 * windows + 1]
     edges, folds, spread, factor = np.split(known, ends)
-    means = _numbers(data[begin_of_means:begin_of_steps], "<f4")
+    means = _numbers(data[begin_of_means:begin_of_moves], "<f4")
     means = means.reshape(-1, numbers)
-    steps = _numbers(data[begin_of_steps:], "<f2")
-    steps = steps.reshape(-1, numbers)
-    later = means[:1] + np.cumsum(steps * factor, axis=0)
+    moves = _numbers(data[begin_of_moves:begin_of_steps], "<f2")
+    moves = moves.reshape(-1, numbers)
+    later = means[:1] + np.cumsum(moves * factor, axis=0)
     all_means = np.concatenate((means, later))
-    return PathSketch(projection, Sketch(edges, folds, all_means, spread))
+    steps = np.full(windows, np.nan)
+    if len(data) > begin_of_steps:
+        steps = _numbers(data[begin_of_steps:], "<f8")
+    return PathSketch(projection, Sketch(edges, folds, all_means, spread), steps)
 
 
 def _checked_counts(data: bytes) -> tuple[int, int, int, int]:

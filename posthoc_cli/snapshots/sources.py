@@ -29,12 +29,11 @@ from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Prior,
-    Sketch,
     StoredAverage,
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import decode_path, spacing
+from posthoc_cli.snapshots.path import PathSketch, decode_path, spacing
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
@@ -316,10 +315,11 @@ def _thinned(items: Sequence[_Source]) -> list[_Source]:
     return [items[index] for index in thinned_subset(profiles)]
 
 
-def run_clock(sources: Sequence[Source]) -> Clock:
-    """Return the run's clock from the steps and times of all its snapshots; raise MismatchError if
-    two contradict each other."""
-    pairs = sorted({(source.step, source.t) for source in sources})
+def run_clock(sources: Sequence[Source], others: Iterable[tuple[float, float]] = ()) -> Clock:
+    """Return the run's clock from the steps and times of all its snapshots, and other pairs; raise
+    MismatchError if two contradict each other."""
+    known = {(source.step, source.t) for source in sources}
+    pairs = sorted(known.union(others))
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             pair = f"step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}"
@@ -329,6 +329,22 @@ def run_clock(sources: Sequence[Source]) -> Clock:
     steps = [step for step, _ in pairs]
     times = [t for _, t in pairs]
     return kind(steps, times)
+
+
+def target_clock(sources: Sequence[Source]) -> Clock:
+    """Return the clock for averages over steps: that of the snapshots, and of the windows of the
+    newest sketch.
+
+    Between two snapshots `t` may leap, as if it goes on from elsewhere after a restart: with their
+    clock alone an error was 5.8 times the predicted one.
+    """
+    path = _newest_path(sources)
+    if path is None:
+        return run_clock(sources)
+    is_known = np.isfinite(path.steps)
+    steps = path.steps[is_known].tolist()
+    times = path.sketch.edges[1:][is_known].tolist()
+    return run_clock(sources, zip(steps, times, strict=True))
 
 
 def model_difference(one: Source, other: Source) -> str:
@@ -392,7 +408,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     """
     on_disk = [source for source in sources if source.files]
     averages = averages_of(sources)
-    sketch = _newest_sketch(sources)
+    path = _newest_path(sources)
+    sketch = None if path is None else path.sketch
     unmeasured = [source for source in on_disk if source.measurements is None]
     if sketch is not None and not unmeasured:
         return measured_prior(averages, sketch)
@@ -407,15 +424,15 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     return prior
 
 
-def _newest_sketch(sources: Sequence[Source]) -> Sketch | None:
-    """Return the sketch at the newest time, of a file if one has it: earlier ones show a part of
-    the path."""
+def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
+    """Return the sketched path at the newest time, of a file if one has it: earlier ones show a
+    part of it."""
     last = max((source.t for source in sources), default=0.0)
     newest = [source for source in sources if source.t == last and source.sketch]
     newest.sort(key=lambda source: not source.files)
     if not newest:
         return None
-    return decode_path(newest[0].sketch).sketch
+    return decode_path(newest[0].sketch)
 
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:

@@ -257,10 +257,11 @@ class Averages:
     def _sketch(self, sketcher: Sketcher, was_shared: bool, folds: bool) -> None:
         """Add to the path what an update has given to its sketch: its values, or at a fold the
         mean that profiles share."""
+        now = self.standing
         if not was_shared:
-            sketcher.end_value(self.gammas, self.standing.t, self.standing.shared)
+            sketcher.end_value(self.gammas, now.t, now.step, now.shared)
         elif folds:
-            sketcher.end_window(self.standing.t)
+            sketcher.end_window(now.t, now.step)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
         """Return the norms up to which tiles need no check; none if all values are to be checked
@@ -338,7 +339,7 @@ class Averages:
 
                 pool.each(take, tiles_of(tensors.layout))
                 last_t = standing.t
-            path = sketcher.path(last_t)
+            path = sketcher.path(last_t, standing.step)
         return path if exact or path is None else closed(path)
 
     def _allocate(self, layout: Layout, threads: int) -> None:

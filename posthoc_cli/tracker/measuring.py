@@ -164,10 +164,11 @@ _PENDING = 64
 
 
 class Window(NamedTuple):
-    """Some folds, the last one at time `t`, none in an open window: see `reconstruction.Sketch`.
-    The mean has the shape [D]."""
+    """Some folds, the last one at time `t` and step `step`, none in an open window: see
+    `reconstruction.Sketch`. The mean has the shape [D]."""
 
     t: float
+    step: float  # nan in a path of an earlier version
     folds: float
     mean: FloatArray
     spread: float = 0.0
@@ -180,7 +181,7 @@ class Window(NamedTuple):
         mean = _rounded(self.mean + share * change)
         spread = self.spread + share * (later.spread - self.spread)
         spread += share * (1 - share) * squared_distance
-        return Window(later.t, folds, mean, spread)
+        return Window(later.t, later.step, folds, mean, spread)
 
 
 def _append(windows: list[Window], window: Window) -> None:
@@ -235,18 +236,20 @@ def _are_alike(begin: float, first: Window, second: Window, most_uneven: float) 
     return longer / most_uneven <= min(length, next_length)
 
 
-def _windows_of(sketch: Sketch) -> list[Window]:
+def _windows_of(path: PathSketch) -> list[Window]:
+    sketch = path.sketch
     ends = sketch.edges[1:].tolist()
     folds = sketch.folds.tolist()
     spread = sketch.spread.tolist()
-    windows = map(Window, ends, folds, sketch.means, spread)
+    windows = map(Window, ends, path.steps.tolist(), folds, sketch.means, spread)
     return [*windows]
 
 
-def _sketch_of(first_t: float, windows: Sequence[Window]) -> Sketch:
-    ends, folds, means, spread = zip(*windows, strict=True)
+def _path_of(projection: int, first_t: float, windows: Sequence[Window]) -> PathSketch:
+    ends, steps, folds, means, spread = zip(*windows, strict=True)
     edges = np.array([first_t, *ends])
-    return Sketch(edges, np.array(folds), np.stack(means), np.array(spread))
+    sketch = Sketch(edges, np.array(folds), np.stack(means), np.array(spread))
+    return PathSketch(projection, sketch, np.array(steps))
 
 
 def _identity_of(subset: Subset, part: int) -> int:
@@ -281,6 +284,7 @@ class _Pending(NamedTuple):
     """A projection that may still be on an accelerator: of the value at time `t`, or of a mean."""
 
     t: float
+    step: int
     share: float  # in the mean of the open window
     ends: bool  # the open window
     sums: list[Tensor]
@@ -306,6 +310,7 @@ class Sketcher:
         self._pending = list[_Pending]()
         self._begin = 0.0  # the time at which the open window begins
         self._t = 0.0  # the time of the last value in it
+        self._step = 0.0  # the step of that value
         self._first_t: float | None = None
         self._windows: list[Window] = []  # that have ended
         self._open: FloatArray | None = None  # the open window's mean, without pending values
@@ -319,9 +324,10 @@ class Sketcher:
         """Continue a path, and return True, if it is of the same projection."""
         if path.projection != self._projection:
             return False
-        windows = _windows_of(path.sketch)
+        windows = _windows_of(path)
         first_t = float(path.sketch.edges[0])
         self._t = windows[-1].t
+        self._step = windows[-1].step
         if not windows[-1].folds:
             self._open = windows.pop().mean
         self._begin = first_t
@@ -334,44 +340,44 @@ class Sketcher:
     def take(self, tile: Tile, values: Tensor) -> None:
         self.subset.take(tile, values, self._values)
 
-    def end_value(self, gammas: Sequence[float], t: float, is_last: bool) -> None:
+    def end_value(self, gammas: Sequence[float], t: float, step: int, is_last: bool) -> None:
         """Add the values at time `t`, whose tiles have been taken in, to a window, and end it if
         due or `is_last`."""
         own_mass = new_value_share(gammas[0], self._t, t)
         mass = new_value_share(gammas[0], self._begin, t)
         ends = is_last or sketched_window_ends(gammas, self._begin, self._t, t)
-        self._end(t, own_mass / mass, ends)
+        self._end(t, step, own_mass / mass, ends)
 
-    def end_window(self, t: float) -> None:
+    def end_window(self, t: float, step: int) -> None:
         """End a window at time `t`, all tiles of whose mean have been taken in."""
-        self._end(t, 1.0, ends=True)
+        self._end(t, step, 1.0, ends=True)
 
-    def _end(self, t: float, share: float, ends: bool) -> None:
+    def _end(self, t: float, step: int, share: float, ends: bool) -> None:
         self._t = t
+        self._step = step
         if ends:
             self._begin = t
         sums = self._project()
-        self._pending.append(_Pending(t, share, ends, sums))
+        self._pending.append(_Pending(t, step, share, ends, sums))
         if len(self._pending) >= _PENDING:
             self._fetch()
 
-    def path(self, t: float | None = None) -> PathSketch | None:
+    def path(self, t: float | None = None, step: int = 0) -> PathSketch | None:
         """Return the path so far, an open window as a last one of no folds, or closed by the tiles
-        taken in at `t`."""
+        taken in at `t`, after `step`."""
         self._fetch()
         windows = [*self._windows]
         if t is not None:
             mean = _numbers(self._project())
-            _append(windows, Window(t, 1.0, mean))
+            _append(windows, Window(t, step, 1.0, mean))
         elif self._open is not None and windows:
-            windows.append(Window(self._t, 0.0, self._open))
+            windows.append(Window(self._t, self._step, 0.0, self._open))
         if not windows:
             return None
         first_t = self._first_t
         if first_t is None:
             first_t = windows[0].t
-        sketch = _sketch_of(first_t, windows)
-        return PathSketch(self._projection, sketch)
+        return _path_of(self._projection, first_t, windows)
 
     def _fetch(self) -> None:
         for pending in self._pending:
@@ -385,7 +391,7 @@ class Sketcher:
             self._open = None
             if self._first_t is None:
                 self._first_t = pending.t
-            _append(self._windows, Window(pending.t, 1.0, mean))
+            _append(self._windows, Window(pending.t, pending.step, 1.0, mean))
         self._pending.clear()
 
     def _project(self) -> list[Tensor]:
@@ -408,13 +414,13 @@ class Sketcher:
 
 def closed(path: PathSketch) -> PathSketch:
     """Return the path with an open window closed at its last value."""
-    windows = _windows_of(path.sketch)
+    windows = _windows_of(path)
     if windows[-1].folds:
         return path
     last = windows.pop()
     _append(windows, last._replace(folds=1.0))
     first_t = float(path.sketch.edges[0])
-    return path._replace(sketch=_sketch_of(first_t, windows))
+    return _path_of(path.projection, first_t, windows)
 
 
 def _numbers(sums: list[Tensor]) -> FloatArray:
