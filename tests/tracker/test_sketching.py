@@ -389,8 +389,8 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
     random = np.random.default_rng(0)
     moves = 0.02 * random.standard_normal((count, 300))
     path = (random.standard_normal(300) + np.cumsum(moves, axis=0)).astype(np.float32)
-    net = torch.nn.ParameterDict({"w": torch.zeros(300)})
-    with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
+    net = nn.ParameterDict({"w": torch.zeros(300)})
+    with track(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
         for t, weights in zip(times, path, strict=True):
             net["w"].data.copy_(torch.from_numpy(weights))
             tracker.update_(net, t)
@@ -415,7 +415,7 @@ def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
 ) -> None:
     training = Training()
     net = training.model
-    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+    with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 101):
             tracker.update_(net, images * step)
     sketch = sketches(tmp_path)[100]
@@ -428,7 +428,7 @@ def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
 
 def test_a_run_that_is_resumed_keeps_the_steps_of_windows(tmp_path: Path) -> None:
     net = tiny_model()
-    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+    with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 51):
             tracker.update_(net, 64 * step)
         state = tracker.state_dict()
