@@ -223,9 +223,13 @@ class EachOnce(logging.Handler):
 
 def show_unhandled(_: str, text: str) -> None:
     """Print a warning with the package's name if the program has set up no logging, as
-    `logging.lastResort` does."""
-    if not logging.getLogger().handlers:
-        sys.stderr.write(f"posthoc_cli: {text}\n")
+    `logging.lastResort` does.
+
+    A stream that is absent, closed or full ends no training.
+    """
+    if not logging.getLogger().handlers and sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"posthoc_cli: {text}\n")
 
 
 class Log:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import safetensors
 import torch
@@ -412,6 +413,35 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
+
+
+LIMITED = """
+import resource, sys
+from posthoc_cli import Run
+from posthoc_cli.errors import WriteError
+
+endless = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), endless))
+try:
+    Run(sys.argv[1]).write(0.2, sys.argv[1] + "-out", layout="dcp")
+except WriteError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 600])
+def test_a_disk_that_is_full_at_the_first_bytes_for_torch_distributed_is_named(
+    tmp_path: Path,
+    limit: int,
+) -> None:
+    """torch then replaces the system's error by one about the positions in its archive."""
+    run = tmp_path / "run"
+    write_snapshot(run, 10, 0.2, RUN_ID, {"w": torch.ones(10_000)})
+    done = forked.check(LIMITED, run, limit)
+    name = f"{run}-out"
+    assert done.out == f"{name}: cannot be written: file too large; nothing partial is left\n"
+    assert not Path(name).exists()
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -32,6 +32,9 @@ from posthoc_cli.errors import PostHocError, one_line
 # all usage errors in either case.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
+# of torch's RuntimeError, and of the ImportError of a library
+_NO_MEMORY = ("DefaultCPUAllocator: ", "failed to map segment")
+_NO_THREAD = "can't start new thread"  # of Python's RuntimeError
 
 
 class _Flags:
@@ -253,8 +256,14 @@ def _print_message(kind: str, message: object) -> None:
 
 
 def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:
-    hint = f"run again with {_DEBUG} to see where, and report it"
-    _print_message("error", f"unexpected {kind.__name__}: {error}; {hint}")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        _print_message("error", "not enough memory is free")
+    elif isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        reason = "the system starts no more threads: a limit of processes or of memory is reached"
+        _print_message("error", reason)
+    else:
+        hint = f"run again with {_DEBUG} to see where, and report it"
+        _print_message("error", f"unexpected {kind.__name__}: {error}; {hint}")
 
 
 def _show_traceback(

@@ -48,8 +48,13 @@ def print_line(text: str = "") -> None:
 
 
 def print_note(text: str) -> None:
-    """Print one line to stderr."""
-    sys.stderr.write(f"{_shown(text)}\n")
+    """Print one line to stderr; a stream that is full changes no result or exit code."""
+    try:
+        sys.stderr.write(f"{_shown(text)}\n")
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def _shown(text: str) -> str:
@@ -183,8 +188,7 @@ def progress_bar(unit: str = "") -> ProgressBar:
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        console = Console(stderr=True)
-        if not console.is_terminal:
+        if not sys.stderr.isatty():  # `Console.is_terminal` follows FORCE_COLOR
             with no_bar(what, total) as advance:
                 yield advance
             return
@@ -196,7 +200,10 @@ def progress_bar(unit: str = "") -> ProgressBar:
         columns.append(live.TimeRemainingColumn())
         redirected = sys.stdout.isatty()
         with live.Progress(
-            *columns, console=console, transient=True, redirect_stdout=redirected
+            *columns,
+            console=Console(stderr=True),
+            transient=True,
+            redirect_stdout=redirected,
         ) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)

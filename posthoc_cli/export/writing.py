@@ -648,6 +648,8 @@ class DistributedFolder(Collected):
                 _save_alone(self.state, place)
             except CheckpointException as error:
                 (failure, _), *_ = error.failures.values()
+                if isinstance(failure, OSError):
+                    raise failure from error
                 # torch's own replaces that of a write
                 raise failure.__context__ or failure from error
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import importlib.resources
 import json
 import math
 import os
@@ -83,7 +84,7 @@ def render(
     commands: list[str] = []
     for part in parts:
         commands += part["commands"] or [_command(part["run"])]
-    script = (Path(__file__).parent / "page.js").read_text()
+    script = (importlib.resources.files("posthoc_cli.report") / "page.js").read_text("utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     names = [str(part["run"].directory) for part in parts]
     return _template().render(
@@ -109,7 +110,7 @@ def _versions() -> dict[str, str]:
 
 
 def _template() -> jinja2.Template:
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    loader = jinja2.PackageLoader("posthoc_cli.report", "")
     environment = jinja2.Environment(
         autoescape=True, loader=loader, undefined=jinja2.StrictUndefined
     )

@@ -272,7 +272,12 @@ def _check_names(model: nn.Module, selection: Selection) -> None:
 
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
-    absolute = files.expanded(files.given_path("checkpoint_dir", path)).absolute()
+    given = files.expanded(files.given_path("checkpoint_dir", path))
+    try:
+        absolute = given.absolute()
+    except FileNotFoundError as error:
+        reason = "is relative to the working directory, which was deleted"
+        raise InvalidValueError("checkpoint_dir", reason, value=given) from error
     if files.is_url(absolute):
         reason = (
             "must be a folder of this machine: snapshots are copied to a store by `rclone` "

@@ -2,9 +2,12 @@
 
 import fcntl
 import io
+import os
 import re
 import shlex
+import subprocess
 import sys
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -518,3 +521,67 @@ def test_pruning_asks(
     assert (result.out + result.err).count("delete 30 snapshots for good?") == 1
     if code == 1:
         assert result.out.endswith("nothing was deleted\n")
+
+
+@pytest.mark.parametrize(
+    ("lack", "message"),
+    [
+        ("memory", "not enough memory is free"),
+        ("memory of torch", "not enough memory is free"),
+        ("library", "not enough memory is free"),
+        (
+            "thread",
+            "the system starts no more threads: a limit of processes or of memory is reached",
+        ),
+    ],
+)
+def test_a_lack_of_memory_or_of_threads_is_named(
+    ema: Ema,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lack: str,
+    message: str,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        if lack == "memory":
+            raise MemoryError
+        if lack == "memory of torch":
+            torch.empty(2**60, dtype=torch.uint8)
+        if lack == "library":
+            raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    result = ema("verify", run)
+    assert (result.code, result.error) == (1, message)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("info", "absent"), 2), (("--version",), 0)])
+def test_messages_that_cannot_be_printed_change_no_exit_code(
+    arguments: tuple[str, ...],
+    code: int,
+) -> None:
+    command = [sys.executable, "-m", "posthoc_cli", *arguments]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stderr=full, stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == code
+
+
+def test_a_log_has_no_progress_bar_also_with_forced_color(
+    ema: Ema,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = ema("verify", run)
+    assert (result.code, result.err) == (0, "")
+
+
+def test_a_page_shows_a_directory_whose_name_is_no_valid_text(
+    ema: Ema,
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    folder = run.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    assert ema("report", folder, "--out", tmp_path / "page.html").code == 0
+    assert "caf\\udce9" in (tmp_path / "page.html").read_text()

@@ -4,8 +4,12 @@ refused."""
 import base64
 import hashlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from factories import random_walk, write_run
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
+import posthoc_cli
 from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.report.page import render
@@ -322,3 +327,13 @@ def test_two_runs_and_two_sweeps_are_compared_on_one_page(
     assert "ended with exit code 1" not in second
     with refused(str(second_out / "sweep.json"), "another run", kind=MismatchError):
         render(run, [out, second_out])
+
+
+def test_a_page_is_made_by_a_package_in_an_archive(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", random_walk(20, {"a": (3,)}), range(1, 21))
+    package = Path(posthoc_cli.__file__).parent
+    shutil.make_archive(str(tmp_path / "archive"), "zip", package.parent, package.name)
+    command = [sys.executable, "-m", "posthoc_cli", "report", "run", "--out", "page.html"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "archive.zip")}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert "</html>" in (tmp_path / "page.html").read_text()

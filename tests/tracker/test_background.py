@@ -2,6 +2,8 @@
 nothing lost."""
 
 import errno
+import io
+import logging
 import os
 import shutil
 import signal
@@ -560,3 +562,28 @@ def test_averages_on_the_host_use_the_cores_that_an_accelerator_leaves_idle(
     names = {thread.name for thread in threading.enumerate()}
     assert {"ema-averages-1", "ema-averages-2"} <= names
     ema.close()
+
+
+class FullStream(io.StringIO):
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("stream", ["absent", "closed", "full"])
+def test_a_warning_that_cannot_be_printed_ends_no_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stream: str,
+) -> None:
+    """A service may have no stderr, and that of a long job may lie on a full disk."""
+    stderr = None if stream == "absent" else FullStream()
+    if stream == "closed":
+        stderr = io.StringIO()
+        stderr.close()
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr("sys.stderr", stderr)
+    training, tracker = begin(tmp_path)
+    for _ in range(30):  # weights that stand still are warned of
+        tracker.update_(training.model)
+    tracker.close()
+    assert times(tmp_path) == {*range(4, 29, 4), 30}

@@ -947,3 +947,16 @@ def test_a_new_beginning_takes_any_model_and_an_empty_directory(tmp_path: Path) 
             ema.update_(other, t=t)
     assert times(tmp_path / "run") == {40}
     assert Run(tmp_path / "run").average(0.1).keys() == {"weight", "bias"}
+
+
+def test_a_relative_directory_in_a_deleted_working_directory_is_an_error_of_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(InvalidValueError, match="checkpoint_dir run: is relative to the working"):
+        PostHocEMA.from_model(model, "run")
+    PostHocEMA.from_model(model, tmp_path / "run").update_(model)
