@@ -796,7 +796,13 @@ class EMAStats(WideBuffers):
         x = self.num_features_x
         y = self.num_features_y
         like = self.cov_xx
-        empty = torch.zeros(x), torch.zeros(y), torch.eye(x), torch.eye(y), torch.zeros(x, y)
+        empty = [
+            torch.zeros(x),
+            torch.zeros(y),
+            torch.eye(x),
+            torch.eye(y),
+            torch.zeros(x, y),
+        ]
         for name, value in zip(_STATISTICS, empty, strict=True):
             setattr(self, name, value.to(like.device, like.dtype))
         self.num_batches_tracked = torch.tensor(0, device=like.device)

@@ -276,8 +276,9 @@ def make_waves(count: int, seed: int) -> Images:
     labels = torch.randint(CLASSES, (count,), generator=random)
     angles = math.pi * labels / CLASSES
     direction = angles[:, None, None]
-    frequency = 2.4 + 3.5 * torch.rand(count, 1, 1, generator=random)
-    phase = 2 * math.pi * torch.rand(count, 1, 1, generator=random)
+    size = (count, 1, 1)
+    frequency = 2.4 + 3.5 * torch.rand(size, generator=random)
+    phase = 2 * math.pi * torch.rand(size, generator=random)
     across = torch.linspace(-1, 1, SIDE)
     down = across[:, None]
     place = direction.cos() * across + direction.sin() * down
@@ -317,7 +318,8 @@ class Denoiser(nn.Module):
         [batch, 64]."""
         total = (sigma**2 + _VARIANCE).sqrt()
         angles = sigma.log() / 4 * self.frequencies
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        waves = [angles.cos(), angles.sin()]
+        features = torch.cat(waves, dim=-1)
         condition = self.noise(features) + self.label(labels)
         hidden = self.inward(noisy / total)
         for block in self.blocks:

@@ -286,7 +286,9 @@ def check_number(
 ) -> float:
     """Return `value` as a float; raise InvalidValueError ("must {accepted}") unless `accepts` it,
     which refuses nan."""
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    number = math.nan
+    if isinstance(value, Real) and not isinstance(value, bool):
+        number = float(value)
     if not accepts(number):
         raise InvalidValueError(name, f"must {accepted}", value=brief(value))
     return number
@@ -309,10 +311,10 @@ def check_count(name: str, value: object, least: int = 1) -> int:
 def check_alone(least: int = 0, **given: object) -> None:
     """Raise InvalidValueError unless `least` to 1 of these arguments are given; None and False
     count as not given."""
-    if not least <= sum(value is not None and value is not False for value in given.values()) <= 1:
-        raise InvalidValueError(
-            " and ".join(given), "give one of them" if least else "give at most one of them"
-        )
+    count = sum(value is not None and value is not False for value in given.values())
+    if not least <= count <= 1:
+        reason = "give one of them" if least else "give at most one of them"
+        raise InvalidValueError(" and ".join(given), reason)
 
 
 def check_word(name: str, value: object, accepted: Iterable[object]) -> None:

@@ -144,7 +144,11 @@ class Removable:
 
 def alone(snapshots: Sequence[PowerFunction], indices: Iterable[int]) -> list[Removable]:
     """Return snapshots that are dropped one by one."""
-    return [Removable(snapshots[i].t, snapshots[i].gamma, (i,)) for i in indices]
+    times = []
+    for index in indices:
+        snapshot = snapshots[index]
+        times.append(Removable(snapshot.t, snapshot.gamma, (index,)))
+    return times
 
 
 def times_of(snapshots: Sequence[PowerFunction]) -> list[Removable]:
@@ -152,7 +156,10 @@ def times_of(snapshots: Sequence[PowerFunction]) -> list[Removable]:
     members: dict[float, list[int]] = {}
     for index, snapshot in enumerate(snapshots):
         members.setdefault(snapshot.t, []).append(index)
-    return [Removable(t, -1.0, tuple(members[t])) for t in sorted(members)]
+    times = []
+    for t, indices in sorted(members.items()):
+        times.append(Removable(t, -1.0, tuple(indices)))
+    return times
 
 
 @one_blas_thread()
@@ -189,7 +196,10 @@ def _beyond_even_choice(times: Sequence[Removable], most: int) -> list[Removable
     """Return those that are not among so many, spread evenly back from the newest."""
     size = len(times)
     count = min(size, most)
-    chosen = {times[-1 - number * size // count].t for number in range(count)}
+    chosen = set()
+    for number in range(count):
+        back = number * size // count
+        chosen.add(times[-1 - back].t)
     return [time for time in times if time.t not in chosen]
 
 
@@ -331,7 +341,8 @@ def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) ->
     for kind in {removable.kind for removable in equals}:
         alike = [removable for removable in left if removable.kind == kind]
         in_order = sorted(alike, key=lambda removable: removable.t)
-        for before, removable, after in zip(in_order, in_order[1:], in_order[2:], strict=False):
+        neighbours = zip(in_order, in_order[1:], in_order[2:], strict=False)
+        for before, removable, after in neighbours:
             if removable in gaps:
                 gaps[removable] = after.t - before.t
     return min(equals, key=gaps.__getitem__)
@@ -409,8 +420,9 @@ class ErrorCurve:
         ends = []
         for run in np.split(below, gaps):
             if run.size > 1:
-                low, high = self.sigma_rels[run[[0, -1]]].tolist()
-                ends.append((low, high))
+                low = self.sigma_rels[run[0]]
+                high = self.sigma_rels[run[-1]]
+                ends.append((float(low), float(high)))
         return ends
 
     def to_dict(self) -> dict[str, Any]:
@@ -640,9 +652,9 @@ class PlanReport:
     def within_disk(self) -> Proposal | None:
         """The most exact schedule whose snapshots fit the disk; None if none fits, or without a
         disk."""
-        fitting = [
-            each for each in self.proposals if self.disk is not None and each.nbytes <= self.disk
-        ]
+        if self.disk is None:
+            return None
+        fitting = [each for each in self.proposals if each.nbytes <= self.disk]
         return min(fitting, key=lambda each: each.errors.worst, default=None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -671,7 +683,11 @@ def propose(
         check_number(name, count, lambda count: count <= 10**15, "be at most 1e15")
     low, high = check_sigma_range(sigma_range)
     middle = _round_middle(low, high)
-    tracked = {1: (middle,), 2: (low, high), 3: (low, middle, high)}
+    tracked = {
+        1: (middle,),
+        2: (low, high),
+        3: (low, middle, high),
+    }
     proposals = []
     for name, (profiles, dtype, kept) in NAMES.items():
         interval = _round_interval(steps, _TAKEN * kept)
@@ -713,7 +729,10 @@ def _round_interval(steps: int, times: int) -> int:
 
     def cost(every: int) -> tuple[bool, int, float]:
         left = steps % every
+        percent_left = round(100 * left / steps)
         digits = len(str(every).rstrip("0"))
-        return left > 0, round(100 * left / steps), math.log(every / least) + 0.1 * digits
+        length = math.log(every / least)
+        return left > 0, percent_left, length + 0.1 * digits
 
-    return min((every for every in candidates if least <= every <= most), key=cost)
+    allowed = [every for every in candidates if least <= every <= most]
+    return min(allowed, key=cost)

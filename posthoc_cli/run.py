@@ -370,11 +370,14 @@ class Run:
         usable, later = chosen_up_to(sources, t)
         last = usable[-1].t
         known = [*usable, *later]
-        found = counted(sources, len(usable), sum(source.t <= last for source in sources))
+        available = sum(source.t <= last for source in sources)
+        found = counted(sources, len(usable), available)
         label = f"{self.directory}: {found} up to {last:,.12g} {sources[0].t_unit}"
         clock = target_clock(sources)
         first = min(source.t_first for source in sources)
-        wanted = {target.title: target.profile(t, clock, first) for target in as_targets(others)}
+        wanted = {}
+        for target in as_targets(others):
+            wanted[target.title] = target.profile(t, clock, first)
         profiles = [source.profile for source in known]
         return error_curve(label, profiles, source_prior(known), sigma_range, t, method, wanted)
 

@@ -19,9 +19,8 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,62 +61,83 @@ def decays(library: str, decay: float) -> Callable[[int], float]:
     return lambda n: decay if n > 1 or library in ("plain", "timm") else 0.0
 
 
-def own_ema(
-    library: str,
-    net: Replay,
-    decay: float,
-    place: Path,
-) -> tuple[Callable[[], Any], Save] | None:
-    """Return the library's own update and save functions; None if it is not installed or has no
-    file format."""
-    if library == "diffusers" and find_spec("diffusers"):
-        from diffusers import ModelMixin
-        from diffusers.configuration_utils import ConfigMixin
-        from diffusers.training_utils import EMAModel
+class Own(NamedTuple):
+    """A library's own functions."""
 
-        class Small(Replay, ModelMixin, ConfigMixin):  # type: ignore[misc]
-            config_name = "config.json"
+    update: Callable[[], Any]
+    save: Save
 
-            def __init__(self) -> None:
-                torch.nn.Module.__init__(self)
-                for name, p in net.named_parameters():
-                    self.register_parameter(name, torch.nn.Parameter(p.detach().clone()))
 
-        ema = EMAModel(net.parameters(), decay=decay, model_cls=Small, model_config={})
+def own_ema(library: str, net: Replay, decay: float, place: Path) -> Own | None:
+    """Return the library's own functions; None if it is not installed or has no file format."""
+    if library == "diffusers":
+        return own_of_diffusers(net, decay, place)
+    if library in ("averaged-model", "lightning"):
+        return own_of_torch(library, net, decay, place)
+    if library == "ema-pytorch":
+        import ema_pytorch
+
+        ema = ema_pytorch.EMA(net, beta=decay, update_every=1)
 
         def save(step: int) -> None:
-            ema.save_pretrained(place / f"checkpoint-{step}" / "unet_ema")
-            (place / f"checkpoint-{step}" / "unet").mkdir()
-            save_file(copies(net), place / f"checkpoint-{step}" / "unet" / "model.safetensors")
+            torch.save(ema.state_dict(), place / f"step{step}.pt")
 
-        return lambda: ema.step(net.parameters()), save
-    if library in ("averaged-model", "lightning"):
-        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        return Own(ema.update, save)
+    return None
 
-        own = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
-        def content(step: int) -> dict[str, Any]:
-            state = own.state_dict()
-            if library == "averaged-model":
-                return {"model": copies(net), "ema": state, "step": step}
-            rest = {"n_averaged": state.pop("n_averaged")}
+def own_of_diffusers(net: Replay, decay: float, place: Path) -> Own:
+    """Return the functions of diffusers' `EMAModel`."""
+    from diffusers import ModelMixin
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.training_utils import EMAModel
+
+    class Small(Replay, ModelMixin, ConfigMixin):  # type: ignore[misc]
+        config_name = "config.json"
+
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            for name, value in copies(net).items():
+                self.register_parameter(name, torch.nn.Parameter(value))
+
+    ema = EMAModel(net.parameters(), decay=decay, model_cls=Small, model_config={})
+
+    def update() -> None:
+        ema.step(net.parameters())
+
+    def save(step: int) -> None:
+        checkpoint = place / f"checkpoint-{step}"
+        ema.save_pretrained(checkpoint / "unet_ema")
+        (checkpoint / "unet").mkdir()
+        save_file(copies(net), checkpoint / "unet" / "model.safetensors")
+
+    return Own(update, save)
+
+
+def own_of_torch(library: str, net: Replay, decay: float, place: Path) -> Own:
+    """Return the functions of torch's `AveragedModel`, which Lightning uses."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def update() -> None:
+        ema.update_parameters(net)
+
+    def save(step: int) -> None:
+        state = ema.state_dict()
+        content = {"model": copies(net), "ema": state, "step": step}
+        if library == "lightning":
+            count = state.pop("n_averaged")
             averaged = {name.removeprefix("module."): value for name, value in state.items()}
-            return {
+            content = {
                 "global_step": step,
                 "current_model_state": copies(net),
                 "state_dict": averaged,
-                "averaging_state": rest,
+                "averaging_state": {"n_averaged": count},
             }
+        torch.save(content, place / f"step={step}.ckpt")
 
-        return lambda: own.update_parameters(net), lambda step: torch.save(
-            content(step), place / f"step={step}.ckpt"
-        )
-    if library == "ema-pytorch" and find_spec("ema_pytorch"):
-        import ema_pytorch
-
-        its = ema_pytorch.EMA(net, beta=decay, update_every=1)
-        return its.update, lambda step: torch.save(its.state_dict(), place / f"step{step}.pt")
-    return None
+    return Own(update, save)
 
 
 def in_format(
@@ -129,47 +149,197 @@ def in_format(
     step: int,
 ) -> None:
     """Save weights and an average in the format of a library that is not installed."""
-    count = torch.tensor(step)
     if library == "plain":
-        save_file(
-            {name: value.half() for name, value in average.items()},
-            place / f"ema_step{step}.safetensors",
-        )
+        halves = {name: value.half() for name, value in average.items()}
+        save_file(halves, place / f"ema_step{step}.safetensors")
         save_file(raw, place / f"step{step}.safetensors")
         return
-    held: dict[str, Any] = {
-        "state_dict": raw,
-        "state_dict_ema": average,
-        "epoch": step // EPOCH - 1,
-    }
-    if library == "lit-ema":
-        state = {f"model.{name}": value for name, value in raw.items()} | {
-            "model_ema.num_updates": count
-        }
-        state |= {f"model_ema.{name}": value for name, value in average.items()}
-        held = {"state_dict": state | {"model_ema.decay": torch.tensor(decay)}, "global_step": step}
-    elif library == "torch-ema":
-        held = {"decay": decay, "num_updates": step, "shadow_params": [*average.values()]}
-        held = {"model": raw, "ema": held, "step": step}
-    elif library == "mmengine":
-        swapped = {f"module.{name}": value for name, value in raw.items()} | {"steps": count}
-        held = {"state_dict": average, "ema_state_dict": swapped, "meta": {"iter": step}}
+    epoch = step // EPOCH - 1
+    name = f"{step}.pt"
+    content: dict[str, Any] = {"state_dict": raw, "state_dict_ema": average, "epoch": epoch}
+    if library.startswith("timm"):
+        name = f"checkpoint-{epoch}.pt"
     elif library == "edm":
-        held = {"ema": average, "net": raw}
-    names = {"edm": f"network-snapshot-{step:06d}.pkl", "lit-ema": f"step={step}.ckpt"}
-    torch.save(
-        held,
-        place
-        / names.get(
-            library, f"checkpoint-{step // EPOCH - 1}.pt" if "epoch" in held else f"{step}.pt"
-        ),
-    )
+        name = f"network-snapshot-{step:06d}.pkl"
+        content = {"ema": average, "net": raw}
+    elif library == "lit-ema":
+        name = f"step={step}.ckpt"
+        state = prefixed("model.", raw) | prefixed("model_ema.", average)
+        state["model_ema.num_updates"] = torch.tensor(step)
+        state["model_ema.decay"] = torch.tensor(decay)
+        content = {"state_dict": state, "global_step": step}
+    elif library == "torch-ema":
+        ema = {"decay": decay, "num_updates": step, "shadow_params": [*average.values()]}
+        content = {"model": raw, "ema": ema, "step": step}
+    elif library == "mmengine":
+        swapped = prefixed("module.", raw)
+        swapped["steps"] = torch.tensor(step)
+        content = {"state_dict": average, "ema_state_dict": swapped, "meta": {"iter": step}}
+    torch.save(content, place / name)
+
+
+def prefixed(prefix: str, weights: Weights) -> Weights:
+    """Return weights under longer names."""
+    return {prefix + name: value for name, value in weights.items()}
 
 
 LIBRARIES = (
-    "diffusers", "timm", "timm, warm-up", "averaged-model", "lightning", "ema-pytorch", "torch-ema",
-    "lit-ema", "mmengine", "edm",
-)  # fmt: skip
+    "diffusers",
+    "timm",
+    "timm, warm-up",
+    "averaged-model",
+    "lightning",
+    "ema-pytorch",
+    "torch-ema",
+    "lit-ema",
+    "mmengine",
+    "edm",
+)
+
+
+# --- one training
+
+
+class Errors(NamedTuple):
+    """Errors of an average of one width: of ours, of the EMA in its place, of least squares over
+    raw checkpoints and over the EMAs, and the predicted one of ours."""
+
+    ours: float
+    ema: float
+    raw: float
+    plain: float
+    predicted: float
+
+
+class Result(NamedTuple):
+    """What the import of a training found: the decay, how uncertain it is, whether it asked for
+    it; and the errors by width."""
+
+    true: float
+    found: float
+    uncertainty: float
+    asked: bool
+    errors: list[Errors]
+
+    @property
+    def off(self) -> float:
+        """Return how far the length of the average that was found is off."""
+        return float(np.log((1 - self.true) / (1 - self.found)))
+
+
+def measure(library: str, run: Trajectory, length: float) -> Result:
+    """Store an EMA of a training, import it, and compare averages of each width with the truth."""
+    decay = 1 - 1 / (length * run.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "x"
+        place.mkdir()
+        emas = follow(library, run, decay, place)
+        imported = Run(Path(folder) / "run")
+        asked = import_stored(library, place, imported.directory, decay)
+        (audit,) = imported.audit()
+        made = [imported.average(width, dtype="float64") for width in WIDTHS]
+    names = dict(Replay(run).named_parameters())
+    ours = [torch.cat([average[name].flatten() for name in names]).numpy() for average in made]
+    predicted = [average.predicted_error or np.nan for average in made]
+    at = decays(library, decay)
+    dtype = np.float16 if library == "plain" else np.float32
+    others = other_ways(run, at, emas, emas.astype(dtype).astype(np.float64))
+    truth = np.diff(masses_until(run.steps), axis=0).T @ run.weights
+    columns = [distances(values, truth) for values in (np.array(ours), *others)]
+    errors = [Errors(*map(float, row)) for row in zip(*columns, predicted, strict=True)]
+    found = math.nan if audit.found is None else audit.found
+    uncertainty = math.nan if audit.uncertainty is None else audit.uncertainty
+    return Result(at(run.steps), found, uncertainty, asked, errors)
+
+
+def other_ways(
+    run: Trajectory,
+    at: Callable[[int], float],
+    emas: np.ndarray,
+    stored: np.ndarray,
+) -> list[np.ndarray]:
+    """Return the last EMA for each width, and least squares over raw weights and stored EMAs."""
+    times = checkpoint_times(run.steps)
+    wanted = 1 - masses_until(run.steps)[:-1]  # the tails of the averages
+    points = np.arange(run.steps)[:, None] < times
+    of_raw = least_squares(points.astype(np.float64), wanted)
+    of_emas = least_squares(tails_of_emas(at, run.steps), wanted)
+    last = np.repeat(emas[-1:], len(WIDTHS), axis=0)
+    return [last, of_raw.T @ run.weights[times - 1], of_emas.T @ stored]
+
+
+def checkpoint_times(steps: int) -> np.ndarray:
+    """Return the steps of the checkpoints."""
+    numbers = np.arange(1, CHECKPOINTS + 1)
+    return np.round(steps * numbers / CHECKPOINTS).astype(int)
+
+
+def follow(library: str, run: Trajectory, decay: float, place: Path) -> np.ndarray:
+    """Let an EMA follow a training, and save it with the weights; return it at each checkpoint, in
+    float64."""
+    net = Replay(run)
+    held = Replay(run)
+    own = own_ema(library, net, decay, place)
+    at = decays(library, decay)
+    times = checkpoint_times(run.steps)
+    average = run.weights[0].astype(np.float64)
+    emas = []
+    for step, weights in enumerate(run.weights, 1):
+        average = at(step) * average + (1 - at(step)) * weights
+        if own is not None or step in times:
+            net.go_to(step - 1)
+        if own is not None:
+            own.update()
+        if step in times:
+            emas.append(average)
+            held.take(torch.from_numpy(average.astype(np.float32)))
+            if own is not None:
+                own.save(step)
+            else:
+                in_format(library, copies(net), copies(held), decay, place, step)
+    return np.array(emas)
+
+
+UNSAID: dict[str, dict[str, Any]] = {
+    "timm": {"steps_per_epoch": EPOCH},
+    "timm, warm-up": {"steps_per_epoch": EPOCH},
+    "edm": {"update_every": 1000},
+    "lit-ema": {"prefix": "model."},
+}
+"""The settings that no file of a library contains."""
+
+
+def import_stored(library: str, place: Path, out: Path, decay: float) -> bool:
+    """Import checkpoints; return whether the import asked for the decay."""
+    settings = UNSAID.get(library, {})
+    if library == "ema-pytorch":
+        settings = {"ema_decay": decay, "update_every": 1, "update_after_step": 100}
+    try:
+        import_checkpoints(place, out, **settings)
+    except InvalidValueError:
+        import_checkpoints(place, out, **settings | {"ema_decay": decay})
+        return True
+    return False
+
+
+def masses_until(steps: int) -> np.ndarray:
+    """Return the mass of each wanted average until each step: [steps + 1, widths]."""
+    until = np.arange(steps + 1) / steps
+    columns = [until ** (gamma_from_sigma_rel(width) + 1) for width in WIDTHS]
+    return np.stack(columns, axis=1)
+
+
+def tails_of_emas(at: Callable[[int], float], steps: int) -> np.ndarray:
+    """Return the mass that the EMA of each checkpoint has after each step: [steps, checkpoints]."""
+    logs = np.zeros(steps + 1)
+    for step in range(1, steps + 1):
+        logs[step] = logs[step - 1] + np.log(max(at(step), 1e-30))
+    columns = []
+    for time in checkpoint_times(steps):
+        tail = np.where(np.arange(steps) < time, 1 - np.exp(logs[time] - logs[:-1]), 0)
+        tail[0] = 1
+        columns.append(tail)
+    return np.stack(columns, axis=1)
 
 
 def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -181,88 +351,27 @@ def least_squares(tails: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.vstack([found, 1 - found.sum(axis=0)])
 
 
-def measure(
-    library: str,
-    run: Trajectory,
-    length: float,
-) -> tuple[tuple[float, ...], list[tuple[float, ...]]]:
-    """Return decay, found, uncertainty, whether the import asked for it; by width error, EMA, raw,
-    plain, predicted."""
-    steps = run.steps
-    net = Replay(run)
-    decay = 1 - 1 / (length * run.steps)
-    times = [round(steps * (index + 1) / CHECKPOINTS) for index in range(CHECKPOINTS)]
-    at = decays(library, decay)
-    with tempfile.TemporaryDirectory() as folder:
-        (place := Path(folder) / "x").mkdir()
-        own = own_ema(library, net, decay, place)
-        held = Replay(run)
-        average = run.weights[0].astype(np.float64)
-        forgot = [0.0]
-        ends = []
-        for step, weights in enumerate(run.weights, 1):
-            average = at(step) * average + (1 - at(step)) * weights
-            forgot.append(forgot[-1] + float(np.log(max(at(step), 1e-30))))
-            if own or step in times:
-                net.go_to(step - 1)
-            if own:
-                own[0]()
-            if step in times:
-                ends.append(average)
-                held.take(torch.from_numpy(average.astype(np.float32)))
-                own[1](step) if own else in_format(
-                    library, copies(net), copies(held), decay, place, step
-                )
-        said: dict[str, Any] = {"steps_per_epoch": EPOCH} if library.startswith("timm") else {}
-        said |= (
-            {"ema_decay": decay, "update_every": 1, "update_after_step": 100}
-            if library == "ema-pytorch"
-            else {}
-        )
-        said |= {"update_every": 1000} if library == "edm" else {}
-        said |= {"prefix": "model."} if library == "lit-ema" else {}
-        try:
-            import_checkpoints(place, Path(folder) / "run", **said)
-            asked = False
-        except InvalidValueError:
-            import_checkpoints(place, Path(folder) / "run", **said | {"ema_decay": decay})
-            asked = True
-        (audit,) = Run(Path(folder) / "run").audit()
-        made = [Run(Path(folder) / "run").average(width, dtype="float64") for width in WIDTHS]
-    predicted = [one.predicted_error or np.nan for one in made]
-    vectors = np.array(
-        [
-            torch.cat([one[name].flatten() for name, _ in net.named_parameters()]).numpy()
-            for one in made
-        ]
-    )
-    shares = (np.arange(steps + 1) / steps)[:, None] ** (
-        np.array([gamma_from_sigma_rel(w) for w in WIDTHS]) + 1
-    )
-    truth = np.diff(shares, axis=0).T @ run.weights
-    logs = np.array(forgot)
-    tails = np.array(
-        [
-            np.where(np.arange(steps) < t, 1 - np.exp(logs[t] - np.minimum(logs[:-1], 1e9)), 0)
-            for t in times
-        ]
-    )
-    tails[:, 0] = 1
-    points = np.array([np.arange(steps) < t for t in times], dtype=np.float64)
+# --- all trainings
 
-    stored = (
-        np.array(ends).astype(np.float16 if library == "plain" else np.float32).astype(np.float64)
-    )
-    plain = least_squares(tails.T, 1 - shares[:-1]).T @ stored
-    raw = least_squares(points.T, 1 - shares[:-1]).T @ run.weights[np.array(times) - 1]
-    own_average = np.broadcast_to(ends[-1], truth.shape)
-    cells = zip(
-        *(distances(one, truth) for one in (vectors, own_average, raw, plain)),
-        predicted,
-        strict=True,
-    )
-    stated = (math.nan if value is None else value for value in (audit.found, audit.uncertainty))
-    return (at(steps), *stated, asked), [tuple(map(float, cell)) for cell in cells]
+
+class Job(NamedTuple):
+    """An EMA of a library over a recorded training, with a time constant as a fraction of it."""
+
+    library: str
+    training: str
+    length: float
+
+
+def jobs_of(options: argparse.Namespace) -> list[Job]:
+    """Return what the user asks for."""
+    lengths = LENGTHS
+    if options.lengths:
+        lengths = tuple(float(steps) / options.steps for steps in options.lengths.split(","))
+    jobs = []
+    for index, library in enumerate(LIBRARIES):
+        jobs.append(Job(library, NAMES[index % len(NAMES)], LENGTHS[0]))
+    jobs += [Job("plain", name, length) for length in lengths for name in NAMES]
+    return [job for job in jobs if options.only in (None, job.library)]
 
 
 @quiet()
@@ -274,83 +383,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", help="a library, or plain")
     parser.add_argument("--lengths", help="time constants of the EMA of a plain loop, in steps")
     options = parser.parse_args(arguments)
-    lengths = LENGTHS
-    if options.lengths:
-        lengths = tuple(float(steps) / options.steps for steps in options.lengths.split(","))
-    jobs = [(name, NAMES[index % len(NAMES)], LENGTHS[0]) for index, name in enumerate(LIBRARIES)]
-    jobs += [("plain", name, length) for length in lengths for name in NAMES]
-    rows = [
-        (
-            "EMA of",
-            "training",
-            "true decay",
-            "found",
-            "of the length: off by",
-            "uncertainty",
-            "import",
-        )
-    ]
-    errors = [
+    results = {}
+    for job in jobs_of(options):
+        run = record(job.training, options.steps, options.cache)
+        results[job] = measure(job.library, run, job.length)
+        print(*decay_row(job, results[job]), file=sys.stderr, flush=True)
+    print(decay_table(results), error_table(results), sep="\n\n", end="\n\n", flush=True)
+    held_out = {job for job in results if job.training in HELD_OUT}
+    print_summary("chosen by", [results[job] for job in results if job not in held_out])
+    print_summary("held out", [results[job] for job in results if job in held_out])
+
+
+def decay_row(job: Job, result: Result) -> tuple[str, ...]:
+    """Return a row of the first table."""
+    return (
+        job.library,
+        job.training,
+        f"{result.true:.6f}",
+        f"{result.found:.6f}",
+        f"{result.off:+.2%}",
+        f"{result.uncertainty:.2%}",
+        "asked for" if result.asked else "",
+    )
+
+
+def decay_table(results: dict[Job, Result]) -> str:
+    """Return what the imports found."""
+    titles = (
+        "EMA of",
+        "training",
+        "true decay",
+        "found",
+        "of the length: off by",
+        "uncertainty",
+        "import",
+    )
+    return markdown([titles, *(decay_row(job, result) for job, result in results.items())])
+
+
+def error_table(results: dict[Job, Result]) -> str:
+    """Return the errors of each width."""
+    rows: list[tuple[str, ...]] = [
         ("EMA of", "training", "sigma_rel", "error", "that EMA", "from raw", "plain", "predicted")
     ]
-    sets: dict[str, list[tuple[float, ...]]] = {"chosen by": [], "held out": []}
-    bands: dict[str, list[float]] = {"chosen by": [], "held out": []}
-    for library, name, length in jobs:
-        if options.only not in (None, library):
-            continue
-        (true, found, unsure, asked), cells = measure(
-            library, record(name, options.steps, options.cache), length
-        )
-        off = float(np.log((1 - true) / (1 - found)))
-        rows.append(
-            (
-                library,
-                name,
-                f"{true:.6f}",
-                f"{found:.6f}",
-                f"{off:+.2%}",
-                f"{unsure:.2%}",
-                "asked for" if asked else "",
+    for job, result in results.items():
+        for width, errors in zip(WIDTHS, result.errors, strict=True):
+            figures = [f"{value:.1e}" for value in errors]
+            rows.append(
+                (job.library, f"{job.training}, {job.length:g} T", f"{width:.2f}", *figures)
             )
-        )
-        print(
-            *rows[-1],
-            [tuple(f"{value:.1e}" for value in cell) for cell in cells],
-            file=sys.stderr,
-            flush=True,
-        )
-        part = "held out" if name in HELD_OUT else "chosen by"
-        bands[part] += [] if np.isnan(unsure + off) else [abs(off) / unsure]
-        sets[part] += cells
-        for width, cell in zip(WIDTHS, cells, strict=True):
-            errors.append(
-                (
-                    library,
-                    f"{name}, {length:g} T",
-                    f"{width:.2f}",
-                    *(f"{value:.1e}" for value in cell),
-                )
-            )
-    print(markdown(rows), markdown(errors), sep="\n\n", end="\n\n", flush=True)
-    for part, values in sets.items():
-        if values:
-            error, own, raw, plain, predicted = np.array(values).T
-            held = np.maximum(error / predicted, predicted / error)
-            for what, ratio in (
-                ("that EMA's", own),
-                ("raw checkpoints'", raw),
-                ("plain least squares'", plain),
-            ):
-                print(
-                    f"{part}: error / {what}: median {np.median(error / ratio):.3f}, most "
-                    f"{(error / ratio).max():.2f}"
-                )
-            within = ", ".join(f"{np.mean(held < k):.1%} within {k}" for k in (2, 3))
-            print(f"{part}: actual / predicted: {within}, most {held.max():.2f}, of {len(values)}")
-            shares = ", ".join(
-                f"{np.mean(np.array(bands[part]) < k):.0%} within {k}" for k in (1, 2, 3)
-            )
-            print(f"{part}: true length, in uncertainties: {shares}, of {len(bands[part])}")
+    return markdown(rows)
+
+
+def print_summary(part: str, results: Sequence[Result]) -> None:
+    """Print how errors compare with other ways, and how many predictions hold."""
+    errors = [one for result in results for one in result.errors]
+    if not errors:
+        return
+    ours, ema, raw, plain, predicted = np.array(errors).T
+    for what, other in (
+        ("that EMA's", ema),
+        ("raw checkpoints'", raw),
+        ("plain least squares'", plain),
+    ):
+        ratio = ours / other
+        print(f"{part}: error / {what}: median {np.median(ratio):.3f}, most {ratio.max():.2f}")
+    held = np.maximum(ours / predicted, predicted / ours)
+    within = ", ".join(f"{np.mean(held < k):.1%} within {k}" for k in (2, 3))
+    print(f"{part}: actual / predicted: {within}, most {held.max():.2f}, of {len(held)}")
+    bands = np.array([abs(result.off) / result.uncertainty for result in results])
+    bands = bands[~np.isnan(bands)]
+    shares = ", ".join(f"{np.mean(bands < k):.0%} within {k}" for k in (1, 2, 3))
+    print(f"{part}: true length, in uncertainties: {shares}, of {len(bands)}")
 
 
 if __name__ == "__main__":

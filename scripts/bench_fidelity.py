@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -51,8 +52,6 @@ from matplotlib.ticker import NullFormatter
 from posthoc_cli.plots import COLOURS, STYLES
 from posthoc_cli.targets import as_target
 
-Cell = TypeVar("Cell")
-
 LEAST = 2.0**-23
 """The least error of hard cases: eps of float32, to which averages and results are rounded."""
 Found = TypeVar("Found")
@@ -69,18 +68,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured = partial(_in_processes, processes=options.processes)
     cells: Sequence[Any]
     if options.hard:
-        cases = [case for case in corner_cases.CASES if case in (options.only or [case])]
+        cases = [case for case in corner_cases.CASES if _is_asked(case, options.only)]
         cells = measured(cases, corner_cases.measure)
         print(hard_table(cells))
     else:
         if options.figure is not None:
             draw(options.steps, options.cache).savefig(options.figure)
-        jobs = [job for job in runs.JOBS if job.label in (options.only or [job.label])]
-        cells = measured(jobs, partial(runs.measure, steps=options.steps, cache=options.cache))
+        jobs = [job for job in runs.JOBS if _is_asked(job.label, options.only)]
+        measure = partial(runs.measure, steps=options.steps, cache=options.cache)
+        cells = measured(jobs, measure)
         print(recorded_table(cells))
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+        content = [asdict(cell) for cell in cells]
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _is_asked(label: str, only: Sequence[str] | None) -> bool:
+    return only is None or label in only
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,17 +147,29 @@ def _in_processes(
 
 def ratios(cells: Sequence[Any], over: str, least: float = 0.0) -> FloatArray:
     """Return the error of each cell divided by another one, for cells that have both."""
-    pairs = np.array([(cell.error, getattr(cell, over)) for cell in cells]).reshape(-1, 2)
-    first, second = np.maximum(pairs[~np.isnan(pairs).any(axis=1)], least).T
-    return np.asarray(first / second)
+    errors = np.array([cell.error for cell in cells], dtype=np.float64)
+    others = np.array([getattr(cell, over) for cell in cells], dtype=np.float64)
+    found = np.maximum(errors, least) / np.maximum(others, least)
+    return found[~np.isnan(errors + others)]
 
 
-def grouped(cells: Iterable[Cell], label: Callable[[Cell], str]) -> dict[str, list[Cell]]:
+def grouped(cells: Iterable[Any], label: Callable[[Any], str]) -> dict[str, list[Any]]:
     """Return the cells by label, in order of first appearance."""
-    groups: dict[str, list[Cell]] = {}
+    groups = defaultdict[str, list[Any]](list)
     for cell in cells:
-        groups.setdefault(label(cell), []).append(cell)
+        groups[label(cell)].append(cell)
     return groups
+
+
+def storage(cell: Any) -> str:
+    """Return how a cell's snapshots are stored, and of which averages they are."""
+    tracked = ", ".join(f"{sigma_rel:.2f}" for sigma_rel in cell.tracked)
+    return f"{cell.dtype}, ({tracked})"
+
+
+def run_of(cell: Any) -> str:
+    """Return the run of a cell, and whether it is held out."""
+    return f"{cell.run} (held out)" if cell.held_out else str(cell.run)
 
 
 def recorded_table(cells: Sequence[Any]) -> str:
@@ -174,23 +191,21 @@ def recorded_table(cells: Sequence[Any]) -> str:
         )
     ]
     held_out = [cell for cell in cells if cell.held_out]
-    groups = {"all runs": cells} | ({"held-out runs": held_out} if held_out else {})
-    for label in (
-        lambda cell: (
-            f"{cell.dtype}, ({', '.join(f'{sigma_rel:.2f}' for sigma_rel in cell.tracked)})"
-        ),
-        lambda cell: f"{cell.snapshots} snapshots",
-        lambda cell: cell.target,
-        lambda cell: cell.run + " (held out)" * cell.held_out,
-    ):
-        groups |= grouped(cells, label)
+    groups = {"all runs": cells}
+    if held_out:
+        groups["held-out runs"] = held_out
+    groups |= grouped(cells, storage)
+    groups |= grouped(cells, lambda cell: f"{cell.snapshots} snapshots")
+    groups |= grouped(cells, lambda cell: cell.target)
+    groups |= grouped(cells, run_of)
     for label, group in groups.items():
         predicted = ratios(group, "predicted")
-        published, floor = (
-            summary(ratios(group, over), "median", "max") for over in ("paper", "floor")
-        )
-        held = (*summary(predicted, "median", "max"), share(within(predicted, 2)))
-        rows.append((label, str(len(group)), *published, floor[0], *held))
+        row = [label, str(len(group))]
+        row += summary(ratios(group, "paper"), "median", "max")
+        row += summary(ratios(group, "floor"), "median")
+        row += summary(predicted, "median", "max")
+        row.append(share(within(predicted, 2)))
+        rows.append(tuple(row))
     return markdown(rows)
 
 
@@ -207,30 +222,23 @@ def hard_table(cells: Sequence[Any]) -> str:
     if len(groups) == 1:
         groups = grouped(cells, lambda cell: cell.run)
     for label, group in ({"all": cells} | groups).items():
-        paper, nearest, predicted = (
-            ratios(group, over, least=LEAST) for over in ("paper", "nearest", "predicted")
-        )
-        shares = share(within(predicted, 2)), share(within(predicted, 3)), share(predicted > 3)
-        bounds = (
-            (*summary(one, "median", "max"), str(np.sum(one > 1.05))) for one in (paper, nearest)
-        )
-        rows.append(
-            (
-                label,
-                str(len(group)),
-                *shares,
-                *next(bounds),
-                *next(bounds),
-                str(len(group) - predicted.size),
-            )
-        )
+        predicted = ratios(group, "predicted", LEAST)
+        row = [label, str(len(group))]
+        row += [share(within(predicted, 2)), share(within(predicted, 3)), share(predicted > 3)]
+        for over in ("paper", "nearest"):
+            found = ratios(group, over, LEAST)
+            row += [*summary(found, "median", "max"), str(np.sum(found > 1.05))]
+        row.append(str(len(group) - predicted.size))
+        rows.append(tuple(row))
     return markdown(rows)
 
 
 def summary(values: FloatArray, *names: str) -> list[str]:
     """Return the results of these NumPy functions, in three digits; empty texts without values."""
-    found = [float(getattr(np, name)(values)) if values.size else np.nan for name in names]
-    return ["" if np.isnan(one) else f"{one:.3f}" if one < 10 else f"{one:.1f}" for one in found]
+    if not values.size:
+        return [""] * len(names)
+    found = [float(getattr(np, name)(values)) for name in names]
+    return [f"{one:.3f}" if one < 10 else f"{one:.1f}" for one in found]
 
 
 def within(values: FloatArray, factor: float) -> npt.NDArray[np.bool_]:
@@ -250,24 +258,26 @@ def share(holds: npt.NDArray[np.bool_]) -> str:
 def _pictured_widths() -> FloatArray:
     """Return widths for the picture, among them the tracked ones; dense towards 0.2887, where
     errors change fast."""
-    return np.unique(
-        [*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1][0]]
-    )
+    _, (tracked, _, _) = PICTURED
+    low = np.geomspace(0.02, 0.22, 80)
+    high = np.linspace(0.22, 0.2886, 80)
+    return np.unique([*low, *high, *tracked])
 
 
 def draw(steps: int, cache: Path | None) -> Figure:
     """Draw error against sigma_rel."""
-    (job, setup), sigma_rels = PICTURED, _pictured_widths()
+    job, setup = PICTURED
     tracked, snapshots, dtype = setup
-    (curves,) = runs.measure_setups(
-        job, [setup], [as_target(width) for width in sigma_rels], steps, cache
-    )
+    sigma_rels = _pictured_widths()
+    targets = [as_target(width) for width in sigma_rels]
+    (curves,) = runs.measure_setups(job, [setup], targets, steps, cache)
     error, paper, predicted, floor = curves
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     every = np.arange(sigma_rels.size)
     # The rounding of each width is its own: joined densely, the floor would be a thicket.
-    even = np.unique(np.searchsorted(sigma_rels, np.geomspace(sigma_rels[0], sigma_rels[-1], 25)))
+    places = np.geomspace(sigma_rels[0], sigma_rels[-1], 25)
+    even = np.unique(np.searchsorted(sigma_rels, places))
     for values, drawn, colour, style, label in (
         (paper, every, COLOURS[1], STYLES[1], "published method"),
         (error, every, COLOURS[0], STYLES[0], "posthoc_cli"),

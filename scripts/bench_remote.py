@@ -15,9 +15,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,84 +51,103 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sigma-rel", default="0.15", help="several with commas")
-    parser.add_argument(
-        "--quick", action="store_true", help="measure a small run on a server in this process"
-    )
+    parser.add_argument("--quick", action="store_true", help="a small run, served by this process")
     options = parser.parse_args(arguments)
-    with ExitStack() as stack:
-        url = stack.enter_context(served()) if options.quick else options.run
-        measure(
-            Run(url),
-            [float(width) for width in options.sigma_rel.split(",")],
-            1 if options.quick else options.rounds,
-        )
-
-
-def measure(run: Run, targets: list[float], rounds: int) -> None:
-    """Print the times of a synthesis and of obstore alone, in turns."""
-    plan = run.plan(targets)
-    parts = plan.passes()
-    tiles = cut_tiles(parts, len(targets), CPU)
-    requests = list[tuple[str, int, int]]()
-    peak = [0]
-    get = store.get
-    ended = threading.Event()
-    outputs = [Discarded()] * len(targets)
-
-    def counted(url: str, begin: int, end: int, tag: str = "") -> Any:
-        requests.append((url, begin, end))
-        return get(url, begin, end, tag)
-
-    def watch() -> None:
-        while not ended.wait(0.005):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    targets = [float(width) for width in options.sigma_rel.split(",")]
     print(
         "| requests | MB | synthesis | obstore alone | rate | processor time | memory above torch |"
     )
     print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    try:
-        for _ in range(rounds):
-            requests.clear()
-            peak[0], store.get = 0, counted
-            ours, own = timed(lambda: [None for _ in make_tiles(parts, tiles, outputs, CPU)])
-            memory = peak[0] - IMPORTED
-            store.get = get
-            alone, theirs = timed(
-                lambda: fetch(requests, REQUESTS * (1 if len(targets) == 1 else 4))
-            )
-            times = (
-                f"{ours:.2f} s | {alone:.2f} s | {alone / ours:.2f} | {own:.2f} s, {theirs:.2f} s"
-            )
-            megabytes = sum(end - begin for _, begin, end in requests) / 1e6
-            print(
-                f"| {len(requests):,} | {megabytes:,.0f} | {times} | {memory / 1e6:.0f} MB |",
-                flush=True,
-            )
-    finally:
-        store.get = get
-        ended.set()
-        watcher.join()
+    if options.quick:
+        with served() as url:
+            measure(Run(url), targets)
+    else:
+        for _ in range(options.rounds):
+            measure(Run(options.run), targets)
 
 
-def timed(call: Any) -> tuple[float, float]:
+Request = tuple[str, int, int]
+"""A URL, and the range of its bytes."""
+
+
+def measure(run: Run, targets: list[float]) -> None:
+    """Print the times of a synthesis and then of obstore alone."""
+    parts = run.plan(targets).passes()
+    tiles = cut_tiles(parts, len(targets), CPU)
+    outputs = [Discarded()] * len(targets)
+
+    def synthesize() -> None:
+        for _ in make_tiles(parts, tiles, outputs, CPU):
+            pass
+
+    with noted_requests() as requests, watched_memory() as peak:
+        ours, own = timed(synthesize)
+    threads = REQUESTS if len(targets) == 1 else 4 * REQUESTS
+    alone, theirs = timed(lambda: fetch(requests, threads))
+    megabytes = sum(end - begin for _, begin, end in requests) / 1e6
+    cells = (
+        f"{len(requests):,}",
+        f"{megabytes:,.0f}",
+        f"{ours:.2f} s",
+        f"{alone:.2f} s",
+        f"{alone / ours:.2f}",
+        f"{own:.2f} s, {theirs:.2f} s",
+        f"{(max(peak) - IMPORTED) / 1e6:.0f} MB",
+    )
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+@contextmanager
+def noted_requests() -> Iterator[list[Request]]:
+    """Yield the requests that a block makes."""
+    requests = list[Request]()
+    get = store.get
+
+    def noted(url: str, begin: int, end: int, tag: str = "") -> Any:
+        requests.append((url, begin, end))
+        return get(url, begin, end, tag)
+
+    store.get = noted
+    yield requests
+    store.get = get
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """Yield the resident bytes that a thread reads every 5 ms in a block."""
+    sizes = [resident()]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            sizes.append(resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield sizes
+    ended.set()
+    watcher.join()
+
+
+def timed(call: Callable[[], None]) -> tuple[float, float]:
     """Return the seconds and processor time of a call."""
-    began = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
+    used = time.process_time()
     call()
-    return time.perf_counter() - began[0], time.process_time() - began[1]
+    return time.perf_counter() - began, time.process_time() - used
 
 
-def fetch(requests: Sequence[tuple[str, int, int]], threads: int) -> None:
+def fetch(requests: Sequence[Request], threads: int) -> None:
     """Make the same requests by obstore alone."""
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda request: len(store.get(*request)[0]), requests))
+        for _ in pool.map(lambda request: store.get(*request), requests):
+            pass
 
 
 def served() -> Any:
     """Return a context that serves a small run from this process, and yields its URL."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/remote"))
+    root = Path(__file__).resolve().parent.parent
+    sys.path.insert(0, str(root / "tests/remote"))
     from servers import serving_as_s3
 
     folder = Path(tempfile.mkdtemp()) / "bucket"

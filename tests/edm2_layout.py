@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 
 class EasyDict(dict[str, Any]):
     """A dict that is pickled with its class."""
 
 
-class Persistent(torch.nn.Module):
+class Persistent(nn.Module):
     """A module that is pickled with its source."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -38,23 +39,23 @@ def _reconstruct_persistent_obj(meta: EasyDict) -> None:
     raise SystemExit("a pickle was executed")
 
 
-def network() -> torch.nn.Module:
+def network() -> nn.Module:
     inner = Persistent()
-    inner.weight = torch.nn.Parameter(torch.randn(20, 30))
+    inner.weight = nn.Parameter(torch.randn(20, 30))
     inner.register_buffer("freqs", torch.randn(7))
     net = Persistent()
     net.unet = Persistent()
-    net.unet.enc = torch.nn.ModuleDict({"64x64_conv": inner, "norm": torch.nn.Linear(3, 2)})
+    net.unet.enc = nn.ModuleDict({"64x64_conv": inner, "norm": nn.Linear(3, 2)})
     net.logvar = inner
     return net
 
 
 def save(
     path: Path,
-    net: torch.nn.Module,
+    net: nn.Module,
     half: bool = True,
     under: str = "ema",
-    **others: torch.nn.Module,
+    **others: nn.Module,
 ) -> None:
     """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in
     it."""

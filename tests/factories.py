@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 import xxhash
 from safetensors.torch import load_file
+from torch import nn
 
 from posthoc_cli.dtypes import stored_name
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -62,7 +63,8 @@ def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
     (t_k/T)**(gamma+1) - (t_{k-1}/T)**(gamma+1), where t_0 = 0.
     """
     edges = np.append(0.0, times)
-    until = (edges / edges[-1]) ** (exact_gamma(sigma_rel) + 1)
+    passed = edges / edges[-1]
+    until = passed ** (exact_gamma(sigma_rel) + 1)
     return np.diff(until)
 
 
@@ -73,8 +75,9 @@ def exact_average(
 ) -> FloatArray:
     """Return the power-function average of `values` taken at `times`, at the last of these
     times."""
+    shares = exact_weights(sigma_rel, times)
     stacked = np.array([np.asarray(value) for value in values], dtype=np.float64)
-    return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
+    return np.tensordot(shares, stacked, axes=1)
 
 
 def power_functions(
@@ -187,8 +190,8 @@ def split_snapshot(
     has all of the measurements.
     """
     info = read_snapshot(path)
-    pieces: list[dict[str, torch.Tensor]] = [{} for _ in range(parts)]
-    chunks: list[dict[str, Chunk]] = [{} for _ in range(parts)]
+    pieces = [{} for _ in range(parts)]
+    chunks = [{} for _ in range(parts)]
     for name, value in load_file(path).items():
         grid = (grids or {}).get(name, (parts,))
         for number, (offset, piece) in enumerate(cut(value, grid)):
@@ -196,7 +199,8 @@ def split_snapshot(
             chunks[number][name] = Chunk(tuple(value.shape), offset)
     others = without_measurements(info)
     for number in range(parts):
-        part = part_of(others if number else info, chunks[number], (number + 1, parts))
+        header = others if number else info
+        part = part_of(header, chunks[number], (number + 1, parts))
         file = snapshot_path(path.parent, info.t, info.sigma_rel, part.part)
         file.parent.mkdir(exist_ok=True)
         write_tensors(file, pieces[number], part, overwrite=False)
@@ -350,7 +354,7 @@ def random_walk(
 ) -> list[dict[str, FloatArray]]:
     """Return weights that walk randomly as a network's do: after each step, by name, float64."""
     generator = np.random.default_rng(seed)
-    walk: list[dict[str, FloatArray]] = [{} for _ in range(steps)]
+    walk = [{} for _ in range(steps)]
     for name, shape in shapes.items():
         moves = generator.normal(size=(steps, *shape))
         for weights, place in zip(walk, np.cumsum(moves, axis=0), strict=True):
@@ -362,20 +366,21 @@ def random_walk(
 # ---------------------------------------------------------------------------------------
 
 
-class TinyModel(torch.nn.Module):
+class TinyModel(nn.Module):
     """A small model with tensors of every kind, see `tiny_model`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = torch.nn.Embedding(5, 3)
-        self.norm = torch.nn.BatchNorm1d(3)
-        self.frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
-        self.head = torch.nn.Linear(3, 5)
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.frozen = nn.Parameter(torch.randn(3), requires_grad=False)
+        self.head = nn.Linear(3, 5)
         self.head.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return logits, shape [batch, 5], of tokens 0 .. 4, shape [batch]."""
-        return self.head(self.norm(self.embed(tokens)) + self.frozen)
+        hidden = self.norm(self.embed(tokens))
+        return self.head(hidden + self.frozen)
 
 
 def tiny_model(seed: int = 0) -> TinyModel:
@@ -388,7 +393,7 @@ def tiny_model(seed: int = 0) -> TinyModel:
 
 def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """Return the averages in a tracker's state by sigma_rel and name, in float64."""
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    found = {}
     standing = state["standing"]
     folded = standing["folded_t"] / (standing["t"] or 1.0)
     for key, high in state["high"].items():
@@ -402,8 +407,12 @@ def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            found[name] = path.read_bytes()
+    return found
 
 
 # --- damage ---------------------------------------------------------------------------------------
@@ -420,7 +429,7 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     metadata = header["__metadata__"]
-    own: dict[str, str | None] = {}
+    own = {}
     for key, value in json.loads(metadata["ema"]).items():
         own[key] = json.dumps(value)
     own.update(changes)
@@ -454,7 +463,9 @@ def solved(solver: Problem, target: Profile) -> FloatArray:
 
 def squared_error(solver: Problem, coefficients: FloatArray, target: Profile) -> float:
     """Return the expected squared error of any coefficients for one target."""
-    return float(solver.expected_squares(coefficients, solver.goal(target)).sum())
+    goal = solver.goal(target)
+    squares = solver.expected_squares(coefficients, goal)
+    return float(squares.sum())
 
 
 @dataclass(frozen=True)
@@ -465,4 +476,5 @@ class Span:
     end: float
 
     def tail(self, s: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        return np.clip((self.end - np.asarray(s)) / (self.end - self.start), 0.0, 1.0)
+        left = self.end - np.asarray(s)
+        return np.clip(left / (self.end - self.start), 0.0, 1.0)

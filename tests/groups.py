@@ -30,12 +30,30 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 
 __all__ = [
-    "SETTINGS", "Net", "Path", "PostHocEMA", "PostHocError", "Run", "close", "dist", "equal",
-    "filled", "held", "move", "refused", "restore", "spread", "torch", "train",
-]  # fmt: skip
-SETTINGS: dict[str, Any] = {
-    "sigma_rels": (0.1, 0.2), "update_every": 2, "checkpoint_every": 4, "checkpoint_dtype": None,
-}  # fmt: skip
+    "SETTINGS",
+    "Net",
+    "Path",
+    "PostHocEMA",
+    "PostHocError",
+    "Run",
+    "close",
+    "dist",
+    "equal",
+    "filled",
+    "held",
+    "move",
+    "refused",
+    "restore",
+    "spread",
+    "torch",
+    "train",
+]
+SETTINGS = {
+    "sigma_rels": (0.1, 0.2),
+    "update_every": 2,
+    "checkpoint_every": 4,
+    "checkpoint_dtype": None,
+}
 
 
 def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
@@ -71,8 +89,13 @@ def run_group(
 ) -> list[Result]:
     """Run processes as `start_group` does until they end; return the result of each."""
     processes = start_group(code, ranks, folder, *arguments)
+    results = []
     try:
-        return [Result(process.wait(timeout), *process.communicate()) for process in processes]
+        for process in processes:
+            exit_code = process.wait(timeout)
+            out, err = process.communicate()
+            results.append(Result(exit_code, out, err))
+        return results
     finally:
         for process in processes:
             process.kill()
@@ -116,7 +139,8 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.first(x).relu()
-        return self.second(hidden).sum() + self.odd.sum() + self.short.sum()
+        logits = self.second(hidden)
+        return logits.sum() + self.odd.sum() + self.short.sum()
 
 
 def spread(model: nn.Module, kind: str) -> nn.Module:
@@ -182,7 +206,8 @@ def move(model: nn.Module, step: int) -> None:
     bare = getattr(model, "module", model)
     for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
         complete = value(name, step, tensor)
-        own_part(tensor).copy_(local(tensor, complete))
+        part = local(tensor, complete)
+        own_part(tensor).copy_(part)
 
 
 def train(model: nn.Module, first: int, last: int, *trackers: PostHocEMA) -> None:
@@ -230,7 +255,9 @@ def averages(folder: Path, *steps: int) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     bare = getattr(model, "module", model)
-    return dict([*bare.named_parameters(remove_duplicate=False), *bare.named_buffers()])
+    parameters = dict(bare.named_parameters(remove_duplicate=False))
+    buffers = dict(bare.named_buffers())
+    return parameters | buffers
 
 
 def held(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -247,7 +274,8 @@ def filled(model: nn.Module, complete: Mapping[str, torch.Tensor]) -> bool:
     tensors = _tensors(model)
     for name, value in complete.items():
         tensor = tensors[name]
-        if not torch.equal(own_part(tensor), local(tensor, value)):
+        part = local(tensor, value)
+        if not torch.equal(own_part(tensor), part):
             return False
     return True
 
@@ -256,8 +284,9 @@ def close(model: nn.Module, path: Path, tolerance: float = 1e-6) -> None:
     """Fail if a model's tensors differ from the complete tensors of a file."""
     tensors = _tensors(model)
     for name, value in torch.load(path).items():
-        found = own_part(tensors[name]).double()
-        wanted = local(tensors[name], value).double()
+        tensor = tensors[name]
+        found = own_part(tensor).double()
+        wanted = local(tensor, value).double()
         assert torch.allclose(found, wanted, rtol=tolerance, atol=tolerance), name
 
 

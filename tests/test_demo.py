@@ -48,7 +48,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     (out / "notes.txt").write_text("x")
     command = ("demo", "--out", "my demo", "--steps", 100, "--json")
     refused = forked.run(forked.EMA, *command, cwd=base)
-    assert (refused.code, [*out.iterdir()]) == (1, [out / "notes.txt"])
+    assert refused.code == 1
+    assert [*out.iterdir()] == [out / "notes.txt"]
     reason = "my demo: already exists, and is no empty folder; name another one"
     assert refused.error.endswith(reason)
     (out / "notes.txt").unlink()
@@ -70,7 +71,8 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     result = json.loads((out / "sweep" / "sweep.json").read_text())
     assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     best = result["best"]["sigma_rel"]
-    assert (demo.report["best"], demo.report["raw"]) == (best, result["raw"])
+    assert demo.report["best"] == best
+    assert demo.report["raw"] == result["raw"]
     values = [trial["value"] for trial in result["trials"]]
     averages = [average["loss"] for average in demo.report["averages"]]
     assert averages == values[1:]

@@ -6,7 +6,7 @@ import itertools
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -28,6 +28,7 @@ from factories import (
 )
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA, Run, disk_sources
 from posthoc_cli.errors import FileFormatError, NonFiniteError
@@ -41,35 +42,26 @@ register."""
 TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
 
 
-def needs_cuda(test: Callable[..., None]) -> Callable[..., None]:
-    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-    return pytest.mark.cuda(without(test))  # type: ignore[no-any-return]
-
-
-def draw(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Snapshots with large and small tensors, one of which is in float32 in some files and in
     float16 in others."""
     directory = tmp_path_factory.mktemp("mixed")
+    torch.manual_seed(0)
     aliases = {"tied": "large", "tied 0": "small 0"}
-    for index, t in enumerate((10, 20, 30, 40)):
-        in_float16 = {
-            "large": draw(index, LARGE),
-            "changing": draw(10 + index, 1031, 1024),
-            "empty": torch.empty(0, 3),
-            "scalar": draw(60 + index),
+    for t in (10, 20, 30, 40):
+        values = {
+            "large": torch.randn(LARGE).half(),
+            "changing": torch.randn(1031, 1024),
+            "empty": torch.empty(0, 3).half(),
+            "scalar": torch.randn(()).half(),
         }
+        if t in (20, 40):
+            values["changing"] = values["changing"].half()
         for k in range(40):
-            in_float16[f"small {k}"] = draw(100 * index + k, 3 + k, 5)
-        values = {name: value.half() for name, value in in_float16.items()}
-        if index % 2 == 0:
-            values["changing"] = in_float16["changing"]
+            values[f"small {k}"] = torch.randn(3 + k, 5).half()
         tensors = dict.fromkeys(values, "average F32")
-        values["own"] = draw(50 + index, 300_001).double()
+        values["own"] = torch.randn(300_001).double()
         values["counter"] = torch.arange(400_000) + t
         values["flag"] = torch.tensor(True)
         write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
@@ -115,8 +107,8 @@ def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expe
     tensors = dict(stream)
     for name, sums in expected.items():
         for value, (exact, bound) in zip(tensors[name], sums, strict=True):
-            error = value.cpu().double() - exact
-            assert bool((error.abs() <= bound).all()), name
+            error = (value.cpu().double() - exact).abs()
+            assert (error <= bound).all(), name
 
 
 # --- the same bytes
@@ -138,14 +130,15 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
 ) -> None:
     """Of large and small tensors, and of more sources than one matrix product takes."""
     for t in range(1, SLOTS + 3):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t, 3, 7)})
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.randn(3, 7)})
     for plan in (plan_of(mixed, targets), plan_of(tmp_path, targets)):
         assert_sums(synthesize(plan), exact_sums(plan))
 
 
-@pytest.mark.parametrize(
-    "mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"]
-)
+MODES = [torch.inference_mode(), torch.device("meta")]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["inference", "meta"])
 def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
     Run(mixed).write(0.1, tmp_path / "one.pt")
     with mode:  # type: ignore[attr-defined]
@@ -154,8 +147,9 @@ def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: o
 
 
 def test_a_file_holds_what_is_made_in_memory(mixed: Path, tmp_path: Path) -> None:
-    Run(mixed).write(0.1, tmp_path / "out.safetensors")
-    assert_same_tensors(load_file(tmp_path / "out.safetensors"), Run(mixed).average(0.1))
+    out = tmp_path / "out.safetensors"
+    Run(mixed).write(0.1, out)
+    assert_same_tensors(load_file(out), Run(mixed).average(0.1))
 
 
 # --- dtypes
@@ -221,8 +215,11 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
+    def bar(*_: object) -> Any:
+        return nullcontext(interrupt)
+
     with pytest.raises(KeyboardInterrupt):
-        Run(mixed).write(TARGETS, tmp_path / "out", progress=lambda *_: nullcontext(interrupt))
+        Run(mixed).write(TARGETS, tmp_path / "out", progress=bar)
     assert list(tmp_path.iterdir()) == threads() == []
     stream = synthesize(plan_of(mixed))
     next(stream)
@@ -233,10 +230,8 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 def test_an_error_in_one_thread_stops_the_others_within_a_tile(mixed: Path) -> None:
     plan = plan_of(mixed)
     reads = itertools.count()
-    with (
-        failing("read", errno.EIO, lambda *_: next(reads) == 8),
-        pytest.raises(FileFormatError, match="input/output"),
-    ):
+    fails = failing("read", errno.EIO, lambda *_: next(reads) == 8)
+    with fails, pytest.raises(FileFormatError, match="input/output"):
         bits(plan, workers=4)
     assert threads() == []
     begun = 4 * 2  # of 4 threads, of which each may have begun another tile
@@ -268,7 +263,7 @@ def made_on_the_gpu(plan: Plan, workers: int | None = None) -> dict[str, list[to
     return tensors
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: Path) -> None:
     """Neither threads nor TF32 change sums."""
     plan = plan_of(mixed)
@@ -296,7 +291,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
         torch.set_float32_matmul_precision("highest")
 
 
-@needs_cuda
+@pytest.mark.cuda
 def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
     mixed: Path,
     tmp_path: Path,
@@ -311,7 +306,8 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
             list(synthesize(plan, "cuda"))
         new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
         torch.cuda.synchronize()
-        assert all(not bool(tensor.any()) for tensor in new)
+        for tensor in new:
+            assert not bool(tensor.any())
 
 
 # --- filling a model
@@ -320,10 +316,9 @@ def test_memory_that_a_failed_synthesis_has_freed_is_no_longer_written(
 
 def tracked(folder: Path, scale: float = 1.0) -> PostHocEMA:
     model = tiny_model()
-    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=1) as tracker:
-        for step in range(4):
-            with torch.no_grad():
-                model.embed.weight.copy_(scale * draw(step, 5, 3))
+    with track(model, folder, checkpoint_every=1) as tracker:
+        for _ in range(4):
+            model.embed.weight.data = scale * torch.randn(5, 3)
             tracker.update_(model)
     return PostHocEMA.from_path(folder)
 
@@ -408,8 +403,11 @@ def test_an_open_file_that_another_host_removes_is_planned_without(
     record(tmp_path, 20, checkpoint_every=2)
     expected = average(tmp_path)
     once = iter([True])
-    # beyond the header
-    with failing("read", errno.ESTALE, lambda _file, _view, at: at > 8 and next(once, False)):
+
+    def is_first_beyond_a_header(_file: int, _view: memoryview, at: int) -> bool:
+        return at > 8 and next(once, False)
+
+    with failing("read", errno.ESTALE, is_first_beyond_a_header):
         assert torch.equal(average(tmp_path), expected)
-    (warning,) = caplog.records
-    assert ".safetensors: cannot be read: stale file handle; planning again" in warning.getMessage()
+    (warning,) = caplog.messages
+    assert ".safetensors: cannot be read: stale file handle; planning again" in warning

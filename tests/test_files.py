@@ -85,7 +85,14 @@ def test_content_is_synced_before_the_name_and_the_directory_after_it(
     assert steps == expected
 
 
-@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize(
+    ("mask", "mode"),
+    [
+        (0o022, 0o644),
+        (0o077, 0o600),
+        (0o002, 0o664),
+    ],
+)
 def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:

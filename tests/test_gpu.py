@@ -26,7 +26,8 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
 
 def test_without_a_device_one_line_says_so_and_nothing_is_run() -> None:
     done = run_python("scripts/gpu.py", CUDA_VISIBLE_DEVICES="")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert done.returncode == 1
+    assert done.stdout == ""
     assert done.stderr == "gpu: no CUDA device is here, so nothing was run\n"
 
 

@@ -20,6 +20,7 @@ import wandb
 from ema_command import Ema, unmeasured_environment
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torture.test_torture import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA, Run
@@ -60,13 +61,13 @@ def commands(block: str) -> list[list[str]]:
     return [shlex.split(line) for line in COMMAND.findall(block)]
 
 
-def make_model() -> torch.nn.Module:
+def make_model() -> nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
 
 def train_step(
-    model: torch.nn.Module,
+    model: nn.Module,
     batch: torch.Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> None:
@@ -99,7 +100,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(tmp_path)
     model = make_model()
 
-    def evaluate(network: torch.nn.Module) -> float:
+    def evaluate(network: nn.Module) -> float:
         assert not network.training
         return 0.5
 
@@ -164,7 +165,8 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
                 assert result.code == 0, (name, arguments, result.err)
     wandb.log({}, step=21)  # it keeps a step's figures until the next step
     figures = dict(wandb.run.summary)
-    assert (figures["_step"], figures["step"]) == (20, 20)
+    assert figures["_step"] == 20
+    assert figures["step"] == 20
     assert figures["predicted_error_0.1"] > 0
     names["writer"].close()
     figures = last_scalars("run/events")
@@ -270,7 +272,8 @@ def test_the_training_in_the_readme_goes_on_after_an_interrupt_and_ends_when_it_
         failed = forked.run(fails)
         assert failed.code == 1
         first, *_, last = failed.out.split()
-        assert (first, last) == ("1", str(count))
+        assert first == "1"
+        assert last == str(count)
     done = forked.check(train.replace(update, f"    print(step)\n{update}"))
     assert done.out.split()[:130] == [str(step) for step in range(101, 231)]
     assert {snapshot.t for snapshot in Run("run/ema").snapshots} == {100, 200, 230}
@@ -281,7 +284,8 @@ def test_the_training_in_the_readme_goes_on_after_an_interrupt_and_ends_when_it_
 
 def test_the_readme_is_short_and_links_to_every_guide_and_links_to_files_lead_somewhere() -> None:
     assert len(README.read_text().splitlines()) <= 227
-    assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
+    for guide in GUIDES:
+        assert f"posthoc_cli/guides/{guide.name})" in README.read_text()
     for page in (README, *GUIDES):
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), link
@@ -337,7 +341,7 @@ def files_entered(call: Callable[[], object]) -> set[str]:
 
 def test_the_development_guide_names_the_files_that_a_synthesis_enters(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    model = torch.nn.Linear(4, 4)
+    model = nn.Linear(4, 4)
     with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=2) as ema:
         for _ in range(8):
             ema.update_(model)

@@ -4,8 +4,6 @@ spacing."""
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -50,10 +48,8 @@ def kept(snapshots: list[PowerFunction], prior: Prior, keep: int) -> list[PowerF
 )
 @settings(max_examples=30)
 def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(
-    times: list[float],
-    keep: int,
-    sigma_rels: tuple[float, ...],
-) -> None:
+    times, keep, sigma_rels
+):
     snapshots = power_functions(times, sigma_rels)
     left = kept(snapshots, assumed_prior(snapshots, 2e-4), keep)
     for profile in power_functions(1.0, sigma_rels):
@@ -63,19 +59,21 @@ def test_thinning_keeps_the_newest_and_the_requested_number_of_each_profile(
 
 
 @pytest.mark.parametrize(
-    ("sigma_rel", "rates"), [(0.10, (1.0, 1.0)), (0.10, (1.0, 0.01)), (0.05, (0.01, 1.0))]
+    ("sigma_rel", "rates"),
+    [
+        (0.10, (1.0, 1.0)),
+        (0.10, (1.0, 0.01)),
+        (0.05, (0.01, 1.0)),
+    ],
 )
-def test_thinning_makes_nearly_the_best_choice_of_its_size(
-    sigma_rel: float,
-    rates: tuple[float, float],
-) -> None:
+def test_thinning_makes_nearly_the_best_choice_of_its_size(sigma_rel, rates):
     """Compared with every choice of 3 of 16 snapshots with the newest among them."""
     snapshots = power_functions(range(1, 17), (sigma_rel,))
     prior = assumed_prior(snapshots, 2e-4, of_two_rates(*rates))
     widths = np.geomspace(0.05, 0.28, 12)
     targets = power_functions(16.0, widths.tolist())
 
-    def error(choice: Sequence[int]) -> float:
+    def error(choice):
         """The 8-norm over twelve targets, by which thinning chooses."""
         chosen = [snapshots[index] for index in choice]
         solver = Problem(chosen, prior.of(choice), 16.0)
@@ -88,30 +86,30 @@ def test_thinning_makes_nearly_the_best_choice_of_its_size(
 
     left = kept(snapshots, prior, 3)
     ours = error([snapshots.index(profile) for profile in left])
-    best = min(error([*others, 15]) for others in combinations(range(15), 2))
+    choices = [(*others, 15) for others in combinations(range(15), 2)]
+    best = min(map(error, choices))
     assert ours <= 1.02 * best
 
 
 def of_two_rates(first: float, second: float) -> Motion:
     """Return a walk over 16 steps whose speed changes half way."""
     edges = np.array([0.0, 8.0, 16.0])
-    return Motion(edges, walk=np.array([first, second]), noise=np.zeros(2))
+    walk = np.array([first, second])
+    return Motion(edges, walk, noise=0 * walk)
 
 
-def test_exact_snapshots_of_a_network_that_stood_still_are_thinned() -> None:
+def test_exact_snapshots_of_a_network_that_stood_still_are_thinned():
     snapshots = power_functions(range(1, 17))
     prior = assumed_prior(snapshots, 0.0, of_two_rates(0.0, 1.0))
     assert len(kept(snapshots, prior, 3)) == 6
 
 
 @pytest.mark.parametrize("keep", [None, 4])
-def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(
-    tmp_path: Path,
-    keep: int | None,
-) -> None:
-    settings: dict = {"checkpoint_every": 100, "max_checkpoints": keep}
+def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path, keep):
+    settings = {"checkpoint_every": 100, "max_checkpoints": keep}
     model = torch.nn.Linear(1, 1)
-    planned = Schedule((0.05, 0.28), steps=1050, **settings).snapshots()
+    schedule = Schedule((0.05, 0.28), steps=1050, **settings)
+    planned = schedule.snapshots()
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         for _ in range(1050):
             tracker.update_(model)
@@ -126,9 +124,10 @@ def rounded(profiles: Iterable[PowerFunction]) -> set[tuple[float, float]]:
     return {(profile.t, round(profile.sigma_rel, 9)) for profile in profiles}
 
 
-def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
+def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges():
     snapshots = Schedule((0.05, 0.10), 10_000, 500).snapshots()
-    curve = error_curve("run", snapshots, assumed_prior(snapshots), (0.02, 0.28))
+    prior = assumed_prior(snapshots)
+    curve = error_curve("run", snapshots, prior, (0.02, 0.28))
     assert curve.tracked == (0.05, 0.1)
     assert curve.t == 10_000
     assert curve.assumption == "the network moves evenly"
@@ -147,31 +146,39 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
 # 0.289 is above the uniform average and refused as input
 @pytest.mark.parametrize(
     ("low", "high", "shown"),
-    [(0.0119, 0.2886, "0.012 to 0.288"), (0.0101, 0.0104, "0.0101 to 0.0104")],
+    [
+        (0.0119, 0.2886, "0.012 to 0.288"),
+        (0.0101, 0.0104, "0.0101 to 0.0104"),
+    ],
 )
-def test_ranges_are_rounded_inwards(low: float, high: float, shown: str) -> None:
+def test_ranges_are_rounded_inwards(low, high, shown):
     curve = curve_of([low, high], [1e-3, 1e-3])
     assert curve.ranges_text(0.01) == shown
 
 
-def test_a_good_point_alone_is_no_range() -> None:
+def test_a_good_point_alone_is_no_range():
     curve = curve_of([0.05, 0.1, 0.15], [0.5, 0.0, 0.5])
     assert curve.ranges_below(0.01) == []
 
 
 def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:
     predicted = np.array(errors)
-    return ErrorCurve("x", 1.0, np.array(widths), np.ones(predicted.size), predicted, (0.1,))
+    ones = np.ones(predicted.size)
+    return ErrorCurve("x", 1.0, np.array(widths), ones, predicted, (0.1,))
 
 
 # --- proposals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "params"), [(1, 1), (97, 10**10), (3_000, 10**6)])
-def test_named_schedules_state_their_size_and_are_marked_if_they_fit(
-    steps: int,
-    params: int,
-) -> None:
+@pytest.mark.parametrize(
+    ("steps", "params"),
+    [
+        (1, 1),
+        (97, 10**10),
+        (3_000, 10**6),
+    ],
+)
+def test_named_schedules_state_their_size_and_are_marked_if_they_fit(steps, params):
     proposals = propose(steps, params)
     for proposal in proposals:
         schedule = proposal.schedule
@@ -191,7 +198,7 @@ def test_named_schedules_state_their_size_and_are_marked_if_they_fit(
     assert PlanReport(tuple(proposals)).within_disk is None
 
 
-def test_named_schedules_are_better_than_even_spacing() -> None:
+def test_named_schedules_are_better_than_even_spacing():
     for proposal in propose(40_000, 10**6):
         schedule = proposal.schedule
         interval = -(-40_000 // schedule.kept)
@@ -203,7 +210,7 @@ def test_named_schedules_are_better_than_even_spacing() -> None:
 
 
 @pytest.mark.parametrize("steps", [20, 3_000])
-def test_the_ends_of_a_range_are_tracked(steps: int) -> None:
+def test_the_ends_of_a_range_are_tracked(steps):
     for proposal in propose(steps, 1000, (0.05, 0.28)):
         tracked = proposal.schedule.sigma_rels
         if len(tracked) > 1:
@@ -211,14 +218,21 @@ def test_the_ends_of_a_range_are_tracked(steps: int) -> None:
             assert tracked[-1] == 0.28
 
 
-def test_the_profiles_of_a_schedule_differ_in_a_narrow_range() -> None:
+def test_the_profiles_of_a_schedule_differ_in_a_narrow_range():
     for proposal in propose(1000, 100, (0.1, 0.1001)):
         widths = proposal.schedule.sigma_rels
         assert len({*widths}) == len(widths)
 
 
-@pytest.mark.parametrize(("steps", "most"), [(20, 1), (400, 2), (3_000, 10)])
-def test_the_shortest_average_has_ten_updates_within_its_width(steps: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "most"),
+    [
+        (20, 1),
+        (400, 2),
+        (3_000, 10),
+    ],
+)
+def test_the_shortest_average_has_ten_updates_within_its_width(steps, most):
     for proposal in propose(steps, 1000):
         assert proposal.update_every <= most
 
@@ -234,7 +248,7 @@ def test_the_shortest_average_has_ten_updates_within_its_width(steps: int, most:
         ((10, 1, (0.28, 0.05)), "sigma_range"),
     ],
 )
-def test_a_plan_refuses_empty_and_fractional_values(arguments: Any, subject: str) -> None:
+def test_a_plan_refuses_empty_and_fractional_values(arguments, subject):
     with refused(subject):
         propose(*arguments)
 
@@ -253,17 +267,13 @@ def regular(count: int) -> list[PowerFunction]:
 )
 @example([999999972.0, 999999973.0], 1, 1)
 @settings(max_examples=60)
-def test_the_choice_has_the_asked_number_and_the_newest_of_each_profile(
-    times: list[float],
-    most: int,
-    profiles: int,
-) -> None:
+def test_the_choice_has_the_asked_number_and_the_newest_of_each_profile(times, most, profiles):
     sigma_rels = (0.05, 0.28, 0.1)[:profiles]
     snapshots = power_functions(times, sigma_rels)
     found = thinned_subset(snapshots, most)
     assert found == sorted(set(found))
     assert len(found) <= max(most, profiles)
-    chosen: dict[float, list[float]] = {}
+    chosen = {}
     for index in found:
         snapshot = snapshots[index]
         chosen.setdefault(snapshot.gamma, []).append(snapshot.t)
@@ -274,7 +284,7 @@ def test_the_choice_has_the_asked_number_and_the_newest_of_each_profile(
         assert max(of_profile) == max(times)
 
 
-def test_the_choice_is_spread_evenly_back_from_the_newest() -> None:
+def test_the_choice_is_spread_evenly_back_from_the_newest():
     of_one = power_functions(range(1, 101), (0.05,))
     of_other = power_functions((50, 100), (0.28,))
     *found, last = thinned_subset([*of_one, *of_other], 20)
@@ -286,16 +296,23 @@ def test_the_choice_is_spread_evenly_back_from_the_newest() -> None:
     assert {*gaps.tolist()} == {5.0, 6.0}
 
 
-def test_the_choice_keeps_so_many_of_each_profile_even_beyond_its_limit() -> None:
-    assert len(thinned_subset(regular(50), 10, keep=20)) == 40
-    assert len(thinned_subset(regular(MOST_SOLVED))) == MOST_SOLVED
-    assert thinned_subset(regular(50), 100) == list(range(100))
+def test_the_choice_keeps_so_many_of_each_profile_even_beyond_its_limit():
+    snapshots = regular(50)
+    assert len(thinned_subset(snapshots, 10, keep=20)) == 40
+    assert thinned_subset(snapshots, 100) == list(range(100))
+    many = regular(MOST_SOLVED)
+    assert len(thinned_subset(many)) == MOST_SOLVED
 
 
 @pytest.mark.parametrize(
-    ("rounding", "cooling"), [(2e-4, 2.0), (1.5e-3, 0.0)], ids=["float16", "bfloat16"]
+    ("rounding", "cooling"),
+    [
+        (2e-4, 2.0),
+        (1.5e-3, 0.0),
+    ],
+    ids=["float16", "bfloat16"],
 )
-def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
+def test_the_choice_loses_little(rounding, cooling):
     """With half of the snapshots no average loses much more than what rounding alone would cost, a
     root of 2."""
     snapshots = regular(150)
@@ -313,5 +330,6 @@ def test_the_choice_loses_little(rounding: float, cooling: float) -> None:
     assert loss.max() < 1.7
 
 
-def test_at_most_a_quarter_of_the_kept_times_is_spared() -> None:
-    assert [spared_times(keep) for keep in (1, 4, 8, 20, 40)] == [1, 1, 2, 5, 5]
+def test_at_most_a_quarter_of_the_kept_times_is_spared():
+    spared = {keep: spared_times(keep) for keep in (1, 4, 8, 20, 40)}
+    assert spared == {1: 1, 4: 1, 8: 2, 20: 5, 40: 5}

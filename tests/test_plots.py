@@ -37,7 +37,12 @@ def curve(
 
 
 @pytest.mark.parametrize(
-    ("ends", "inside"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), "")]
+    ("ends", "inside"),
+    [
+        ((0.01, 0.2886), "0.05, 0.28"),
+        ((0.04, 0.2), "0.05"),
+        ((0.1, 0.2), ""),
+    ],
 )
 def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(
     ends: tuple[float, float],
@@ -51,7 +56,14 @@ def test_tracked_profiles_in_the_range_are_dots_and_all_are_named(
     assert text.get_text() == "run; tracked: 0.05, 0.28"
 
 
-@pytest.mark.parametrize(("least", "most"), [(0.0, 50.0), (1e-12, 0.3), (1e-3, 1e-3)])
+@pytest.mark.parametrize(
+    ("least", "most"),
+    [
+        (0.0, 50.0),
+        (1e-12, 0.3),
+        (1e-3, 1e-3),
+    ],
+)
 def test_curves_stay_within_the_axes_and_the_lowest_tick_says_if_errors_are_smaller(
     least: float,
     most: float,

@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import mpmath
 import numpy as np
 import pytest
 from checking import refused
 from factories import Span
+from numpy.testing import assert_allclose, assert_array_equal
 
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
@@ -40,48 +40,54 @@ from posthoc_cli.targets import (
     parse_targets,
 )
 
+ANY = [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28]
 
-@pytest.mark.parametrize(
-    "sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28]
-)
-def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
+
+@pytest.mark.parametrize("sigma_rel", ANY)
+def test_gamma_agrees_with_fifty_digits(sigma_rel):
     gamma = gamma_from_sigma_rel(sigma_rel)
     with mpmath.workdps(50):
         linear = 5 - 1 / mpmath.mpf(sigma_rel) ** 2
         roots = mpmath.polyroots([1, 4, linear, 2], maxsteps=500, extraprec=500)
         exact = max(mpmath.re(root) for root in roots)
-    assert abs((gamma + 1) - exact) <= 1e-12 * exact
+    error = abs((gamma + 1) - exact)
+    assert error <= 1e-12 * exact
     # d log(sigma_rel) / d log(gamma + 1) is at most 1, and there are a few roundings.
-    assert sigma_rel_from_gamma(gamma) == pytest.approx(sigma_rel, rel=1e-13, abs=0)
+    again = sigma_rel_from_gamma(gamma)
+    assert again == pytest.approx(sigma_rel, rel=1e-13, abs=0)
 
 
-@pytest.mark.parametrize("wrong", ["0.15", None, [0.15], UNIFORM_SIGMA_REL, math.inf, -math.inf])
-def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong: Any) -> None:
-    accepted = "must lie in (0, 0.2887)"
-    if not isinstance(wrong, float):
-        accepted = "must be a number, and lie in (0, 0.2887)"
-    with refused("sigma_rel", accepted):
+@pytest.mark.parametrize("wrong", [UNIFORM_SIGMA_REL, math.inf, -math.inf])
+def test_an_impossible_sigma_rel_is_refused_with_the_range(wrong):
+    with refused("sigma_rel", "must lie in (0, 0.2887)"):
         gamma_from_sigma_rel(wrong)
 
 
-def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
+@pytest.mark.parametrize("wrong", ["0.15", None, [0.15]], ids=str)
+def test_a_sigma_rel_that_is_no_number_is_refused_with_the_range(wrong):
+    with refused("sigma_rel", "must be a number, and lie in (0, 0.2887)"):
+        gamma_from_sigma_rel(wrong)
+
+
+def test_the_share_of_a_new_value_keeps_its_digits_late_in_training():
     gamma = gamma_from_sigma_rel(0.28)
     t = 10**12
     with mpmath.workdps(50):
         passed = mpmath.mpf(t - 1) / t
         beta = passed ** (mpmath.mpf(gamma) + 1)
         exact = float(1 - beta)
-    assert new_value_share(gamma, t - 1, t) == pytest.approx(exact, rel=1e-14, abs=0)
+    share = new_value_share(gamma, t - 1, t)
+    assert share == pytest.approx(exact, rel=1e-14, abs=0)
 
 
 @pytest.mark.parametrize("sigma_rel", [1e-8, 1e-6, 1.1e-5, 1e-3, 0.05, 0.28, 0.288675])
-def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel: float) -> None:
+def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel):
     gamma = gamma_from_sigma_rel(sigma_rel)
     # 100,001 are summed term by term; 1 / (6 steps**2) is left out
     for steps in (1000, 100_001, 100_002, 1_000_001):
         passed = np.arange(1, steps) / steps
-        until = np.exp((gamma + 1) * np.log(passed))  # the mass until each step but the last
-        age = float(np.sum(until))
+        until = passed ** (gamma + 1)  # the mass until each step but the last
+        age = until.sum()
         assert mean_age(gamma, steps) == pytest.approx(age, rel=1e-10)
         (row,) = convert(steps, [sigma_rel])
         beta = row["beta"]
@@ -91,10 +97,11 @@ def test_the_mean_age_is_that_of_the_discrete_weights(sigma_rel: float) -> None:
             assert found == pytest.approx(sigma_rel, rel=1e-9)
 
 
-def test_the_shortest_trainings_have_a_mean_age() -> None:
+def test_the_shortest_trainings_have_a_mean_age():
     assert mean_age(1.0, 1) == 0.0
     # After two steps the mean age is (1/2)**(gamma + 1), here 1/4, as is beta / (1 - beta).
-    assert sigma_rel_from_classical_beta(0.2, 2) == pytest.approx(18**-0.5, rel=1e-12)
+    found = sigma_rel_from_classical_beta(0.2, 2)
+    assert found == pytest.approx(18**-0.5, rel=1e-12)
     for steps in (1, 3):  # after three steps it is the uniform average's
         with refused("target", "must lie in"):
             sigma_rel_from_classical_beta(0.5, steps)
@@ -106,7 +113,7 @@ UNEVEN = Clock((10, 40, 100), (5.0, 80.0, 90.0))
 """Steps of half a unit, then of two and a half, then of a sixth."""
 
 
-def uneven_time(step: int) -> float:
+def uneven_time(step):
     if step <= 10:
         return step / 2
     if step <= 40:
@@ -114,27 +121,31 @@ def uneven_time(step: int) -> float:
     return 80 + (step - 40) / 6
 
 
-def test_steps_between_known_pairs_have_equal_lengths() -> None:
+def test_steps_between_known_pairs_have_equal_lengths():
     steps = np.arange(101)
     times = np.array([uneven_time(step) for step in steps])
-    np.testing.assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
-    np.testing.assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
+    assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
+    assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
+
+
+def test_steps_outside_of_known_pairs_have_the_length_of_the_nearest():
     outside = [[-3.0, 0.0], [100.0, 150.0]]
-    np.testing.assert_allclose(UNEVEN.step_at(outside), [[0, 0], [160, 460]])
+    found = UNEVEN.step_at(outside)
+    assert_allclose(found, [[0, 0], [160, 460]])
 
 
-def test_on_the_clock_of_steps_the_time_of_a_step_is_its_number() -> None:
+EACH_STEP = Clock(range(1, 50), range(1, 50))
+
+
+@pytest.mark.parametrize("clock", [Clock.of_steps(), EACH_STEP])
+def test_on_the_clock_of_steps_the_time_of_a_step_is_its_number(clock):
     times = np.array([0.0, 0.5, 1.0, 12345.0, 1e9])
-    for clock in (Clock.of_steps(), Clock(range(1, 50), range(1, 50))):
-        np.testing.assert_array_equal(clock.step_at(times), times)
+    assert_array_equal(clock.step_at(times), times)
 
 
 @pytest.mark.parametrize("every", [5, 40])
 @pytest.mark.parametrize("kind", ["ramp", "random", "jump"])
-def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(
-    kind: str,
-    every: int,
-) -> None:
+def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(kind, every):
     """Both in the root mean square over all steps, from straight lines between the pairs."""
     batches = {
         "ramp": np.linspace(16, 128, 2000),
@@ -142,10 +153,12 @@ def test_a_bent_clock_is_about_as_far_off_as_the_true_one_between_known_pairs(
         "jump": np.where(np.arange(2000) < 1021, 64, 256),
     }
     times = np.cumsum(batches[kind])
-    straight = Clock(range(every, 2001, every), times[every - 1 :: every])
+    known = times[every - 1 :: every]
+    straight = Clock(range(every, 2001, every), known)
+    curved = straight.bent()
     steps = straight.step_at(times)
     off = root_mean_square(steps - np.arange(1, 2001))
-    bent = root_mean_square(straight.bent().step_at(times) - steps)
+    bent = root_mean_square(curved.step_at(times) - steps)
     assert off / 3 < bent < 4 * off
 
 
@@ -158,10 +171,20 @@ def root_mean_square(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent() -> None:
-    uneven = Clock(range(1, 101), np.cumsum(random_batches(100)))
-    for clock in (Clock.of_steps(), Clock([40, 70], [0.4, 0.7]), Clock([7], [91.0]), uneven):
-        assert clock.bent() is clock
+WITH_EVERY_STEP = Clock(range(1, 101), np.cumsum(random_batches(100)))
+
+
+@pytest.mark.parametrize(
+    "clock",
+    [
+        Clock.of_steps(),
+        Clock([40, 70], [0.4, 0.7]),
+        Clock([7], [91.0]),
+        WITH_EVERY_STEP,
+    ],
+)
+def test_a_clock_of_equal_steps_or_with_every_step_is_not_bent(clock):
+    assert clock.bent() is clock
 
 
 # --- other profiles ------------------------------------------------------------------------------
@@ -181,11 +204,18 @@ def check_weights(target: Target, weights: np.ndarray, first: int) -> None:
     later = np.append(backwards[::-1], 0.0)
     for clock, times in CLOCKS:
         profile = target.profile(times[-1], clock, times[first])
-        np.testing.assert_allclose(profile.tail(times), later, rtol=1e-12, atol=1e-12)
+        assert_allclose(profile.tail(times), later, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("decay", "first"), [(0.5, 1), (0.99, 7), (1 - 1e-12, 7)])
-def test_the_classical_profile_has_the_weights_of_its_recursion(decay: float, first: int) -> None:
+@pytest.mark.parametrize(
+    ("decay", "first"),
+    [
+        (0.5, 1),
+        (0.99, 7),
+        (1 - 1e-12, 7),
+    ],
+)
+def test_the_classical_profile_has_the_weights_of_its_recursion(decay, first):
     """x <- decay x + (1 - decay) theta_k, which starts with x = theta_first."""
     weights = np.zeros(101)
     weights[first] = 1.0
@@ -196,7 +226,7 @@ def test_the_classical_profile_has_the_weights_of_its_recursion(decay: float, fi
 
 
 @pytest.mark.parametrize("steps", [1, 30, 100])
-def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
+def test_a_window_weighs_each_of_its_steps_the_same(steps):
     weights = np.zeros(101)
     weights[-steps:] = 1 / steps
     check_weights(Window(steps), weights, 1)
@@ -205,7 +235,7 @@ def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
 # --- checkpoints, and averages over known times
 
 
-def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later() -> None:
+def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_began_later():
     """The decay is 0.99, within a tenth of its time constant; the first 40 updates may have been
     copies."""
     rule = DecayRule(0.99, uncertainty=0.1, late=40)
@@ -215,8 +245,8 @@ def test_the_others_of_an_estimated_decay_are_a_longer_average_and_one_that_bega
     by_decay = 1 - 0.99**ages
     by_longer_decay = 1 - (1 - 0.01 / 1.1) ** ages
     by_later_start = np.where(steps < 40, 1, by_decay)
-    np.testing.assert_allclose(longer.tail(steps), by_longer_decay, atol=1e-12)
-    np.testing.assert_allclose(later.tail(steps), by_later_start, atol=1e-12)
+    assert_allclose(longer.tail(steps), by_longer_decay, atol=1e-12)
+    assert_allclose(later.tail(steps), by_later_start, atol=1e-12)
 
 
 # --- targets: the right profile for each target, and an error that names each impossible one
@@ -239,12 +269,7 @@ NINE = Span(0, 9)
         (GivenProfile(NINE, "mine"), "mine", "profile mine", None),
     ],
 )
-def test_each_target_has_its_names(
-    target: Target,
-    label: str,
-    title: str,
-    sigma_rel: float | None,
-) -> None:
+def test_each_target_has_its_names(target, label, title, sigma_rel):
     assert target.label == label
     assert target.title == title
     assert target.sigma_rel == sigma_rel
@@ -253,14 +278,16 @@ def test_each_target_has_its_names(
         assert as_target(target.title.removeprefix("sigma_rel ")) == target
 
 
-def test_a_decay_over_a_part_of_training_ends_with_it() -> None:
+def test_a_decay_over_a_part_of_training_ends_with_it():
     times = np.linspace(-1, 1.1e6, 1000)
-    part = Decay("1-sqrt", 0.2).profile(1e6, IMAGES, 1280.0)
-    span = Decay("1-sqrt", (8e5, 1e6)).profile(1e6, IMAGES, 1280.0)
-    np.testing.assert_allclose(part.tail(times), span.tail(times), atol=1e-12)
+    by_part = Decay("1-sqrt", 0.2)
+    by_span = Decay("1-sqrt", (8e5, 1e6))
+    part = by_part.profile(1e6, IMAGES, 1280.0)
+    span = by_span.profile(1e6, IMAGES, 1280.0)
+    assert_allclose(part.tail(times), span.tail(times), atol=1e-12)
 
 
-def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
+def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile():
     for value in (0.15, np.float32(0.15), np.array(0.15)):
         assert as_target(value) == SigmaRel(float(value))
     assert as_target(NINE) == GivenProfile(NINE)
@@ -316,11 +343,7 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile() -> None:
         ),
     ],
 )
-def test_an_impossible_target_is_refused(
-    make: Callable[[], object],
-    subject: str,
-    words: str,
-) -> None:
+def test_an_impossible_target_is_refused(make, subject, words):
     with refused(subject, words):
         make()
 
@@ -332,10 +355,26 @@ class Written:
     tail: Callable = Span(0, 100).tail
 
 
-def test_valid_profiles_are_used_unchanged() -> None:
-    rounded = Written(lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist())
-    for profile in (Written(), PowerFunction.from_sigma_rel(0.01, 100.0), rounded):
-        assert as_target(profile).profile(100.0, STEPS, 1.0) is profile
+def uniform(s):
+    return np.clip(1 - s / 100, 0, 1)
+
+
+def rounded(s):
+    return list(uniform(s) + 1e-12)
+
+
+def twice_as_long(s):
+    return np.clip(1 - s / 200, 0, 1)
+
+
+def with_a_step(s):
+    return np.where(abs(s - 50) < 10, 1, uniform(s))
+
+
+def test_valid_profiles_are_used_unchanged():
+    for profile in (Written(), PowerFunction.from_sigma_rel(0.01, 100.0), Written(rounded)):
+        target = as_target(profile)
+        assert target.profile(100.0, STEPS, 1.0) is profile
 
 
 @pytest.mark.parametrize(
@@ -344,31 +383,28 @@ def test_valid_profiles_are_used_unchanged() -> None:
         (Written(lambda s: s * np.nan), "tail is nan at s = -100"),
         (Written(lambda _: 0.01), "times of shape (1150,) give the shape ()"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
-        (
-            Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)),
-            "tail is 0.5 at s = 100; must be 1 before 0",
-        ),
-        (
-            Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))),
-            "tail is 1 at s = 40.0390625",
-        ),
+        (Written(twice_as_long), "tail is 0.5 at s = 100; must be 1 before 0"),
+        (Written(with_a_step), "tail is 1 at s = 40.0390625"),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
 )
-def test_the_fault_of_a_given_profile_is_named(profile: object, words: str) -> None:
+def test_the_fault_of_a_given_profile_is_named(profile, words):
     with refused("profile given", words):
         as_target(profile).profile(100.0, STEPS, 1.0)
 
 
-def test_the_mean_is_of_the_last_checkpoints() -> None:
+def test_the_mean_is_of_the_last_checkpoints():
     stored = [Point(30), PowerFunction(5.0, 40.0), Point(10), Point(20)]
-    assert Mean(2).coefficients_of(stored).tolist() == [0.5, 0, 0, 0.5]
+    of_two = Mean(2).coefficients_of(stored)
+    assert of_two.tolist() == [0.5, 0, 0, 0.5]
     averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
-    assert Mean(1).coefficients_of(averages).tolist() == [0, 1]
+    of_one = Mean(1).coefficients_of(averages)
+    assert of_one.tolist() == [0, 1]
     with refused("target", "last:4: the run has only 3 up to this time"):
         Mean(4).coefficients_of(stored)
+    two = [PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)]
     with refused("target", "last:1", "this run has none, but more than one average at each time"):
-        Mean(1).coefficients_of([PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
+        Mean(1).coefficients_of(two)
 
 
 @pytest.mark.parametrize(
@@ -386,12 +422,12 @@ def test_the_mean_is_of_the_last_checkpoints() -> None:
         ("decay:cosine:100:200,5%", [Decay("cosine", (100, 200)), Decay("cosine", 0.05)]),
     ],
 )
-def test_a_text_names_targets(text: str, targets: list[Target]) -> None:
+def test_a_text_names_targets(text, targets):
     assert parse_targets(text) == targets
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_kind_is_made_named_and_searched(name: str) -> None:
+def test_each_kind_is_made_named_and_searched(name):
     """Its text form gives it back, it has a profile or coefficients in a small run, and a search of
     its range proposes values that it takes."""
     kind = KINDS[name]
@@ -426,10 +462,11 @@ def check_profile_of(target: Target) -> None:
     assert target.counts_steps == differs
 
 
-def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent() -> None:
+def test_a_half_life_is_a_decay_in_steps_and_a_power_function_in_percent():
     """Then an update at step n keeps 2^(-1 / (share n)), as (1 - 1 / n)^(gamma + 1) does for many
     steps."""
-    assert HalfLife(2000).beta == pytest.approx(0.5 ** (1 / 2000), rel=1e-15)
+    beta = 0.5 ** (1 / 2000)
+    assert HalfLife(2000).beta == pytest.approx(beta, rel=1e-15)
     (target,) = parse_targets("half-life:5%")
     assert target.title == "half-life:5%"
     assert target.sigma_rel == pytest.approx(0.0629, abs=5e-5)

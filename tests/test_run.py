@@ -13,6 +13,7 @@ from checking import assert_same_tensors, refused
 from ema_command import Ema
 from factories import Span, random_walk, write_run
 from safetensors.torch import load_file
+from tracker.runs import steps, track, update
 
 from posthoc_cli import Beta, Groups, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, OutputExistsError
@@ -29,30 +30,35 @@ TARGETS = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    write_run(tmp_path / "run", random_walk(100, {"w": (5, 3), "b": (3,)}), range(10, 101, 10))
+    walk = random_walk(100, {"w": (5, 3), "b": (3,)})
+    write_run(tmp_path / "run", walk, range(10, 101, 10))
     return Run(tmp_path / "run")
 
 
 def test_a_run_describes_its_snapshots(run: Run) -> None:
-    assert (run.t, run.step, run.profiles) == (100.0, 100, [0.05, 0.28])
-    assert [snapshot.t for snapshot in run.snapshots[:3]] == [10.0, 10.0, 20.0]
-    assert {name: (spec.dtype, spec.shape) for name, spec in run.tensors.items()} == {
-        "w": ("F32", (5, 3)),
-        "b": ("F32", (3,)),
-    }
+    assert run.t == 100.0
+    assert run.step == 100
+    assert run.profiles == [0.05, 0.28]
+    assert steps(run.directory)[:3] == [10, 10, 20]
+    shapes = {name: spec.shape for name, spec in run.tensors.items()}
+    assert shapes == {"w": (5, 3), "b": (3,)}
+    assert {spec.dtype for spec in run.tensors.values()} == {"F32"}
     assert repr(run) == f"Run({str(run.directory)!r}: 20 snapshots of 0.05, 0.28 up to 100 steps)"
-    assert run.info()["profiles"][1]["times"] == [10.0 * k for k in range(1, 11)]
+    _, long = run.info()["profiles"]
+    assert long["times"] == [*range(10, 101, 10)]
 
 
 def test_reading_headers_needs_neither_torch_nor_scipy(run: Run) -> None:
-    code = (
-        f"from posthoc_cli import Run; run = Run({str(run.directory)!r}); print(run, "
-        f"run.tensors, run.info(), "
-        "run.plan(0.15), run.error_curve().to_dict(), run.check(), run.prune(keep=5, "
-        "dry_run=True)); "
-        "import sys; assert not {'torch', 'scipy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    code = """
+import sys
+from posthoc_cli import Run
+run = Run(sys.argv[1])
+print(run, run.tensors, run.info(), run.plan(0.15), run.error_curve().to_dict(), run.check())
+run.prune(keep=5, dry_run=True)
+assert not {"torch", "scipy"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", code, run.directory]
+    subprocess.run(command, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -62,17 +68,17 @@ def test_an_average_equals_that_of_the_tracker_and_that_in_a_file(
     name: str,
 ) -> None:
     target = TARGETS[name]
+    out = tmp_path / "a.safetensors"
     weights = run.average(target, dtype="float64")
-    expected = PostHocEMA.from_path(run.directory).state_dict(sigma_rel=target, dtype="float64")
+    tracker = PostHocEMA.from_path(run.directory)
+    expected = tracker.state_dict(sigma_rel=target, dtype="float64")
     assert_same_tensors(weights, expected)
     assert weights.predicted_error == expected.predicted_error
-    assert (
-        weights.profile_error
-        == run.plan(target, dtype="float64").to_dict()["targets"][0]["profile_error"]
-    )
-    report = run.write(target, tmp_path / "a.safetensors", dtype="float64")
-    assert_same_tensors(load_file(tmp_path / "a.safetensors"), weights)
-    assert report.to_dict()["targets"][0]["predicted_error"] == weights.predicted_error
+    (planned,) = run.plan(target, dtype="float64").to_dict()["targets"]
+    assert weights.profile_error == planned["profile_error"]
+    (made,) = run.write(target, out, dtype="float64").to_dict()["targets"]
+    assert_same_tensors(load_file(out), weights)
+    assert made["predicted_error"] == weights.predicted_error
 
 
 def test_an_average_of_another_time_and_dtype_loads_without_this_package(
@@ -83,7 +89,11 @@ def test_an_average_of_another_time_and_dtype_loads_without_this_package(
     assert weights["w"].dtype == torch.bfloat16
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
     torch.save(weights, tmp_path / "weights.pt")
-    assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert_same_tensors(loaded, weights)
+
+
+def test_a_curve_has_the_errors_of_plans(run: Run) -> None:
     curve = run.error_curve((0.1, 0.2), others=[Window(50)])
     plan = run.plan([0.1, Window(50)], dtype="float64")
     assert curve.predicted_error[0] == pytest.approx(plan.predicted_error(0))
@@ -123,7 +133,8 @@ def test_writing_several_averages_returns_what_the_command_prints(
     with pytest.raises(InexactError):
         run.write(0.1, tmp_path / "no.safetensors", max_error=1e-9)
     assert not (tmp_path / "no.safetensors").exists()
-    assert run.write(0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
+    (planned,) = run.write(0.1, None, dry_run=True).to_dict()["targets"]
+    assert planned["output"] is None
     with refused("out"):
         run.write(0.1, None)
     with pytest.raises(TypeError, match="unexpected keyword argument 'force'"):
@@ -173,11 +184,13 @@ def test_an_invalid_argument_is_refused(
 
 
 def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema) -> None:
-    curve = run.error_curve((0.05, 0.28), others=Window(50))
+    curve = run.error_curve((0.05, 0.28), others=Window(50)).to_dict()
     words = "--sigma-range 0.05:0.28 --target window:50 --json"
-    assert ema("error-plot", run.directory, *words.split()).json == {"curves": [curve.to_dict()]}
-    printed = ema("plan", "--steps", "1000", "--params", "100", "--disk", "10kB", "--json").json
-    assert printed == json.loads(json.dumps(plan_training(1000, 100, 10_000).to_dict()))
+    printed = ema("error-plot", run.directory, *words.split()).json
+    assert printed == {"curves": [curve]}
+    plan = plan_training(1000, 100, 10_000).to_dict()
+    words = "plan --steps 1000 --params 100 --disk 10kB --json"
+    assert ema(*words.split()).json == json.loads(json.dumps(plan))
 
 
 def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:
@@ -194,19 +207,17 @@ def test_every_call_reads_the_directory_anew(run: Run, tmp_path: Path) -> None:
 
 def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(
-        model, tmp_path / "run", update_every=1, checkpoint_every=5
-    ) as tracker:
+    with track(model, tmp_path / "run", checkpoint_every=5) as tracker:
         assert repr(tracker.run) == f"Run({str(tmp_path / 'run')!r}: no such directory)"
-        for _ in range(10):
-            tracker.update_(model)
-        assert (tracker.run.step, len(tracker.run.snapshots)) == (10, 4)
+        update(tracker, model, 10)
+        assert tracker.run.step == 10
+        assert len(tracker.run.snapshots) == 4
 
 
 def test_a_time_of_seven_digits_is_shown_with_all_of_them(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 1)
     folder = tmp_path / "run"
-    with PostHocEMA.from_model(model, folder, update_every=1, t_unit="images") as ema:
+    with track(model, folder, t_unit="images") as ema:
         ema.update_(model, t=1_234_567)
     run = Run(folder)
     assert repr(run).endswith(" up to 1,234,567 images)")

@@ -1,6 +1,7 @@
 """A small real training, all of its weights, and averages of them."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from factories import exact_weights
+from torch import nn
 
 from posthoc_cli import Run
 
@@ -21,15 +23,15 @@ Form = Callable[[int, Weights, Weights], object]
 """What a training saves at a step, of the weights and their average."""
 
 
-def network() -> torch.nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
     layers = (
-        torch.nn.Linear(20, 40),
-        torch.nn.Tanh(),
-        torch.nn.Linear(40, 30),
-        torch.nn.Linear(30, 5),
+        nn.Linear(20, 40),
+        nn.Tanh(),
+        nn.Linear(40, 30),
+        nn.Linear(30, 5),
     )
-    return torch.nn.Sequential(*layers)
+    return nn.Sequential(*layers)
 
 
 @functools.cache
@@ -41,8 +43,8 @@ def train(
 ) -> np.ndarray:
     model = network()
     random = torch.Generator().manual_seed(seed)
-    first = torch.nn.Linear(20, 40)
-    teacher = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Linear(40, 5))
+    first = nn.Linear(20, 40)
+    teacher = nn.Sequential(first, nn.ReLU(), nn.Linear(40, 5))
     parameters = list(model.parameters())
     options = {"momentum": 0.9} if optimizer == "SGD" else {}
     chosen = getattr(torch.optim, optimizer)(parameters, rate, **options)
@@ -56,7 +58,7 @@ def train(
         error = model(x) - teacher(x).detach()
         error.square().mean().backward()
         chosen.step()
-        weights = torch.nn.utils.parameters_to_vector(parameters)
+        weights = nn.utils.parameters_to_vector(parameters)
         path.append(weights.detach().double().numpy())
     return np.array(path)
 
@@ -124,6 +126,13 @@ def write(
         content = form(step, now, average)
         torch.save(content, folder / f"step{step}.pt")
     return folder
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """Return the settings in the manifest of an import."""
+    manifest = run / "ema-import.json"
+    settings: dict[str, Any] = json.loads(manifest.read_text())["settings"]
+    return settings
 
 
 def true_average(weights: np.ndarray, sigma_rel: float) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from factories import exact_weights
+from torch import nn
 
 Tensors = dict[str, torch.Tensor]
 Decay = Callable[[int], float]
@@ -17,14 +18,14 @@ STEPS = 400
 EVERY = 40
 
 
-class Net(torch.nn.Module):
+class Net(nn.Module):
     """A model whose tensors have pairs of equal shapes, so that shapes do not tell which is
     which."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 24))
-        self.head = torch.nn.Linear(24, 24, bias=False)
+        self.body = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 24))
+        self.head = nn.Linear(24, 24, bias=False)
 
 
 def new_net() -> Net:
@@ -32,7 +33,7 @@ def new_net() -> Net:
     return Net()
 
 
-def walk(net: torch.nn.Module, steps: int = STEPS, rate: float = 0.004) -> Iterator[int]:
+def walk(net: nn.Module, steps: int = STEPS, rate: float = 0.004) -> Iterator[int]:
     """Move the trained parameters of a model at random, and yield the number of each step."""
     generator = torch.Generator().manual_seed(1)
     for step in range(1, steps + 1):
@@ -48,7 +49,7 @@ def copied(tensors: Tensors) -> Tensors:
     return {name: value.detach().clone() for name, value in tensors.items()}
 
 
-def weights_of(net: torch.nn.Module) -> Tensors:
+def weights_of(net: nn.Module) -> Tensors:
     return copied(dict(net.named_parameters()))
 
 

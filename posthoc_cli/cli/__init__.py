@@ -70,7 +70,12 @@ class _Command(_Flags, typer.core.TyperCommand):
 
 def _options_of(command: Any) -> dict[str, str]:
     """Return the options of a command by the names of their arguments."""
-    return {option.name: option.opts[0] for option in command.params if option.opts[0][:2] == "--"}
+    options = {}
+    for option in command.params:
+        name = option.opts[0]
+        if name.startswith("--"):
+            options[option.name] = name
+    return options
 
 
 app = typer.Typer(

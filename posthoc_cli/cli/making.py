@@ -121,8 +121,10 @@ def _print_synthesize(report: dict[str, Any]) -> None:
         errors.append("profile_error")
     _print_origin(report)
     if len(targets) > 1:
-        # all in one folder
-        rows = [target | {"file": Path(target["output"] or "-").name} for target in targets]
+        rows = []
+        for target in targets:
+            path = Path(target["output"] or "-")  # all in one folder
+            rows.append(target | {"file": path.name})
         output.print_rows(rows, ["target", *errors, "output:file"])
         output.print_line()
     elif not first["output"]:
@@ -306,7 +308,8 @@ def sweep(
     ).run_all()
     if (out / "images").is_dir():
         page = out / "report.html"
-        files.write_atomically(page, render(run, [out], page).encode(), overwrite=True)
+        content = render(run, [out], page)
+        files.write_atomically(page, content.encode(), overwrite=True)
         report = replace(report, outputs=(*report.outputs, page))
     output.show(report.to_dict(), as_json, _print_sweep)
 
@@ -349,7 +352,10 @@ def _print_sweep(report: dict[str, Any]) -> None:
     from posthoc_cli.sweep.search import answer
 
     texts = answer(report)
-    pairs = [("measured", texts["measured"]), ("wrote", ", ".join(report["outputs"]))]
+    pairs = [
+        ("measured", texts["measured"]),
+        ("wrote", ", ".join(report["outputs"])),
+    ]
     if "best" in texts:
         if report["raw"] is None:
             texts["raw"] += ": the run lacks them; name their file by --raw"
@@ -720,7 +726,8 @@ def demo(
     count = options.parse_count(steps, "--steps", "6000, 6e3 or 6K")
     say = output.print_note if as_json else output.print_line
     folder = free_folder() if out is None else files.output_path("--out", out)
-    output.show(run(folder, count, say, output.progress_bar(unit="steps")), as_json, _print_demo)
+    progress = output.progress_bar(unit="steps")
+    output.show(run(folder, count, say, progress), as_json, _print_demo)
 
 
 def _print_demo(results: dict[str, Any]) -> None:

@@ -172,6 +172,8 @@ def counted(count: int, what: str) -> str:
 def log_to_stderr() -> None:
     """Print the library's warnings to stderr, each once."""
     show = errors.EachOnce(lambda level, text: print_note(f"ema: {level}: {text}"))
+    # which prints its messages itself
+    show.addFilter(lambda record: not record.name.startswith("huggingface_hub"))
     logging.basicConfig(handlers=[show], force=True)
 
 

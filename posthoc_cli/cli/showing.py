@@ -40,24 +40,28 @@ def info(
 def _print_info(report: dict[str, Any]) -> None:
     output.print_pairs(facts(report))
     if profiles := report.get("profiles"):
-        rows = [
-            one | {"count": len(one["times"]), "first": one["times"][0], "last": one["times"][-1]}
-            for one in profiles
-        ]
-        times = [
+        rows = []
+        for profile in profiles:
+            times = profile["times"]
+            ends = {"count": len(times), "first": times[0], "last": times[-1]}
+            rows.append(profile | ends)
+        columns = [
+            "sigma_rel",
             "snapshots:count",
             "first t:first",
             "last t:last",
             "rounding:relative_rounding_range",
+            "size:bytes",
         ]
         output.print_line()
-        output.print_rows(rows, ["sigma_rel", *times, "size:bytes"])
+        output.print_rows(rows, columns)
     if checkpoints := report.get("checkpoints"):
         output.print_some(checkpoints, ["checkpoint:file", "t", "holds", "size:bytes"])
     if outputs := report.get("outputs"):
-        rows = [
-            {"profile": one["kind"]} | one | {"name": Path(one["path"]).name} for one in outputs
-        ]
+        rows = []
+        for made in outputs:
+            name = Path(made["path"]).name
+            rows.append({"profile": made["kind"]} | made | {"name": name})
         output.print_some(rows, ["output:name", "profile", "t", "predicted_error", "size:bytes"])
     if report["kind"] == "output":
         output.print_line()
@@ -476,17 +480,18 @@ def guide(
     if name is not None:
         check_word("guide", name, guides)
     # Each guide begins with a line such as "# Training: record averages while a model trains".
-    about = {page: source.splitlines()[0].partition(": ")[2] for page, source in guides.items()}
+    about = {}
+    for page, source in guides.items():
+        title, *_ = source.splitlines()
+        _, _, about[page] = title.partition(": ")
     if as_json:
         chosen = guides if name is None else [name]
         text = {} if name is None else {"text": guides[name]}
-        output.print_json(
-            {"guides": [{"guide": page, "about": about[page]} | text for page in chosen]}
-        )
+        shown = [{"guide": page, "about": about[page]} | text for page in chosen]
+        output.print_json({"guides": shown})
     elif name is None:
-        output.print_rows(
-            [{"guide": page, "about": said} for page, said in about.items()], ["guide", "about"]
-        )
+        rows = [{"guide": page, "about": said} for page, said in about.items()]
+        output.print_rows(rows, ["guide", "about"])
     elif not sys.stdout.isatty():
         output.write(guides[name])
     else:

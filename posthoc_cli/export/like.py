@@ -25,6 +25,7 @@ import threading
 import zipfile
 import zlib
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -490,7 +491,7 @@ class Copy:
         self._replacement = replacement
         self._folder = folder
         self._files = dict[Path, CopiedFile]()
-        chunks: dict[Path, list[Chunk]] = {file: [] for file in replacement.like.files}
+        chunks = defaultdict[Path, list[Chunk]](list)
         for replaced in replacement.tensors.values():
             for chunk in replaced.chunks:
                 chunks[chunk.path].append(chunk)

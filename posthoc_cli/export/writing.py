@@ -329,7 +329,8 @@ def write_synthesis(
         plan, copied = like.fitted(plan)
     if paths:
         infos = [plan.output_info(index) for index in range(len(plan.targets))]
-        headers = dict(zip(paths, (info.encoded() for info in infos), strict=True))
+        encoded = [info.encoded() for info in infos]
+        headers = dict(zip(paths, encoded, strict=True))
         bar = no_bar if ranks.rank else progress
         with bar("synthesizing", plan.read_bytes // ranks.world) as advance:
             writing = Writing(plan.passes(), headers, options, copied, ranks)
@@ -433,7 +434,8 @@ class Writing:
         for path in self.headers:
             if self.options.overwrite:
                 _check_no_snapshot(path)
-            if self.layout in FOLDERS or (self.copied is not None and self.copied.like.is_folder):
+            copies_folder = self.copied is not None and self.copied.like.is_folder
+            if copies_folder or self.layout in FOLDERS:
                 replaces = FOLDERS.get(self.layout) if self.options.overwrite else None
                 folders[path] = stack.enter_context(files.PendingFolder(path, replaces))
         return folders
@@ -470,8 +472,9 @@ class Writing:
         if self.ranks.world == 1:
             return plan
         shards, _ = self.shards
-        own = set(chain(*[*shards.values()][self.ranks.rank :: self.ranks.world]))
-        subset = [name for name, aliases in plan.names.items() if not own.isdisjoint(aliases)]
+        mine = [*shards.values()][self.ranks.rank :: self.ranks.world]
+        names = set(chain(*mine))
+        subset = [name for name, aliases in plan.names.items() if not names.isdisjoint(aliases)]
         return replace(plan, subset=frozenset(subset))
 
 

@@ -66,7 +66,8 @@ def write_state(
 def read_state(ema: PostHocEMA, folder: str | Path, number: int = 0) -> bool:
     """Continue from the state in a checkpoint, also of other processes; return False if it has
     none."""
-    paths = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
+    places = [Path(folder) / name for name in _state_names(number)]
+    paths = [path for path in places if path.exists()]
     if len(paths) > 1:
         raise MismatchError(
             " and ".join(map(str, paths)),

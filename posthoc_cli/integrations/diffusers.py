@@ -79,9 +79,9 @@ class PostHocEMAModel:
 
     def get_decay(self, optimization_step: int) -> float:
         """Return the decay of a step, counted from 1: that of the power function."""
-        return float(
-            (1 - 1 / max(1, optimization_step)) ** (gamma_from_sigma_rel(self.sigma_rel) + 1)
-        )
+        gamma = gamma_from_sigma_rel(self.sigma_rel)
+        step = max(1, optimization_step)
+        return float((1 - 1 / step) ** (gamma + 1))
 
     @property
     def shadow_params(self) -> list[torch.Tensor]:

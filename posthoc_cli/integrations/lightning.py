@@ -210,13 +210,13 @@ class PostHocWeightAveraging(Callback):
                 ema.snapshot()
             return
         checkpoint["averaging_state"] = ema.state_dict()
-        for block in (
-            ema.models(pl_module, self._wanted).values() if self._wanted and ema.has_average else ()
-        ):
+        if not self._wanted or not ema.has_average:
+            return
+        for block in ema.models(pl_module, self._wanted).values():
+            averaged = {}
             with block:
-                averaged = {
-                    name: value.detach().clone() for name, value in pl_module.state_dict().items()
-                }
+                for name, value in pl_module.state_dict().items():
+                    averaged[name] = value.detach().clone()
             checkpoint["current_model_state"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
 

@@ -53,9 +53,10 @@ class PostHocCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         wanted: Any = evaluate if isinstance(evaluate, list | tuple) else [evaluate]
-        self._lengths = (
-            {} if evaluate is None else {target.label: target for target in map(as_target, wanted)}
-        )
+        if evaluate is None:
+            wanted = []
+        targets = [as_target(length) for length in wanted]
+        self._lengths = {target.label: target for target in targets}
         # Of metrics, and of folders.
         self._names = {
             label: f"ema_{label}" if wanted is evaluate else "ema" for label in self._lengths
@@ -173,11 +174,9 @@ class PostHocCallback(TrainerCallback):
                 if isinstance(callback, ProgressCallback):
                     callback.on_evaluate(args, state, control)
             name = self._names[label]
-            own = (
-                prefix.replace("eval", f"eval_{name}", 1)
-                if prefix.startswith("eval")
-                else f"{prefix}_{name}"
-            )
+            own = f"{prefix}_{name}"
+            if prefix.startswith("eval"):
+                own = prefix.replace("eval", f"eval_{name}", 1)
             with block:
                 result = trainer.evaluation_loop(
                     eval_dataloader, "Evaluation", losses_only, metric_key_prefix=own

@@ -1,4 +1,5 @@
-"""Repositories of the Hugging Face Hub, with the functions of an object store that `store` calls.
+"""Repositories of the Hugging Face Hub: what is in them, and copies of their files in the cache of
+`huggingface_hub`.
 
 A key is `org/model@revision/file`. A revision is resolved to its commit once: a branch that moves
 afterwards changes nothing.
@@ -6,11 +7,15 @@ afterwards changes nothing.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
-from types import SimpleNamespace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, HfFileSystem
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from posthoc_cli.errors import RemoteError
 
 _PREFIXES = {"model": "", "dataset": "datasets/", "space": "spaces/"}
 _api: Any = HfApi()
@@ -32,9 +37,26 @@ def _pinned(key: str) -> str:
     return pinned.rstrip("/")
 
 
-@lru_cache(maxsize=256)  # files whose download addresses are kept
-def _opened(pinned: str) -> Any:
-    return _files.open(pinned, "rb", cache_type="none")
+def download(key: str) -> Path:
+    """Return the path of a file in the cache, after downloading it if it is not there."""
+    path = _files.resolve_path(key)
+    commit = _commit(path.repo_type, path.repo_id, path.revision)
+    try:
+        copy = _api.hf_hub_download(
+            path.repo_id,
+            path.path_in_repo,
+            repo_type=path.repo_type,
+            revision=commit,
+        )
+    except LocalEntryNotFoundError as error:  # the request has failed, for the reason in its cause
+        raise error.__cause__ or ConnectionError from error
+    except ConnectionError:
+        raise
+    except OSError as error:
+        reason = f"cannot be written to {HF_HUB_CACHE}: {(error.strerror or str(error)).lower()}"
+        hint = "HF_HOME names another folder"
+        raise RemoteError(f"hf://{key}", reason, hint, errno=error.errno) from error
+    return Path(copy)
 
 
 def head(key: str) -> dict[str, Any]:
@@ -63,18 +85,6 @@ def list_with_delimiter(key: str) -> dict[str, Any]:
         elif entry["type"] == "file":
             objects.append(_facts(entry))
     return {"common_prefixes": folders, "objects": objects}
-
-
-def get(key: str, options: dict[str, Any]) -> Any:
-    """Return a range of a file at the commit of its revision."""
-    facts = head(key)
-    begin, end = options["range"]
-    end = min(end, facts["size"])
-    data = b""
-    if begin < end:
-        file = _opened(_pinned(key))
-        data = file._fetch_range(begin, end)
-    return SimpleNamespace(bytes=lambda: data, meta=facts)
 
 
 def revisions(key: str) -> list[str]:

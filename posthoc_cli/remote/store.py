@@ -145,7 +145,8 @@ class RemotePath(PosixPath):
         self._known = None
         info = self._ask()
         mode = stat.S_IFREG if info else stat.S_IFDIR
-        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, info.size if info else 0, 0, 0, 0))
+        size = info.size if info else 0
+        return os.stat_result((mode | 0o666, 0, 0, 1, 0, 0, size, 0, 0, 0))
 
     lstat = stat
 
@@ -162,7 +163,7 @@ class RemotePath(PosixPath):
     def glob(self, pattern: str, **_: Any) -> Iterator[RemotePath]:  # type: ignore[override]
         """Yield the matches in this folder, hidden names included; `model@step*` matches revisions
         of the Hub."""
-        if str(self).startswith("hf://") and "@" in pattern:
+        if is_on_hub(str(self)) and "@" in pattern:
             repository, _at, wanted = pattern.partition("@")
             store, key = _place(str(self / repository))
             with request_errors(str(self / repository), "listed"):
@@ -223,10 +224,28 @@ def matching(pattern: Path) -> list[Path]:
 def head(url: str) -> ObjectInfo:
     """Return the facts about an object; raise a FileNotFoundError if it does not exist.
 
-    A byte is read: the answer to a HEAD request has no body, which would hold the reason of a
-    refusal.
+    A byte is read from a bucket: the answer to a HEAD request has no body, which would hold the
+    reason of a refusal.
     """
-    return get(url, 0, 1)[1]
+    if is_on_hub(url):
+        hub, key = _place(url)
+        with request_errors(url):
+            return _info(hub.head(key))
+    _, info = get(url, 0, 1)
+    return info
+
+
+def is_on_hub(url: str) -> bool:
+    """Return whether a URL names something on the Hugging Face Hub."""
+    return url.startswith("hf://")
+
+
+def download(url: str) -> Path:
+    """Return the path of a copy of a file of the Hub, in the cache of `huggingface_hub`."""
+    hub, key = _place(url)
+    with request_errors(url, "downloaded"):
+        copy: Path = hub.download(key)
+        return copy
 
 
 _LISTINGS = 4  # attempts at a complete answer, which the library does not make itself
@@ -244,8 +263,10 @@ def listed(url: str) -> dict[str, ObjectInfo | None]:
         except RemoteError as error:
             if error.errno != errno.EAGAIN or not left:
                 raise
-    objects = {entry["path"]: _info(entry) for entry in answer["objects"] if entry["path"] != key}
-    entries = dict.fromkeys(answer["common_prefixes"]) | objects
+    entries = dict[str, ObjectInfo | None].fromkeys(answer["common_prefixes"])
+    for entry in answer["objects"]:
+        if entry["path"] != key:
+            entries[entry["path"]] = _info(entry)
     return {path.rpartition("/")[2]: info for path, info in entries.items()}
 
 
@@ -255,11 +276,12 @@ def get(url: str, begin: int, end: int, tag: str = "") -> tuple[memoryview, Obje
     store, key = _place(url)
     if not key:
         raise _system_error(errno.ENOENT, url)  # a bucket
+    options: dict[str, Any] = {"range": (begin, end)}
+    if tag:
+        options["if_match"] = tag
     try:
         with request_errors(url):
-            answer = store.get(
-                key, options={"range": (begin, end)} | ({"if_match": tag} if tag else {})
-            )
+            answer = store.get(key, options=options)
             return memoryview(answer.bytes()), _info(answer.meta)
     except RemoteError as error:
         if error.errno != errno.ERANGE:
@@ -379,6 +401,7 @@ _REASONS = (
         "",
     ),
     ("list response", errno.EAGAIN, "the answer is incomplete", ""),
+    ("^OfflineModeIsEnabled", errno.EIO, "the network may not be used", "unset HF_HUB_OFFLINE"),
     (
         "Connect|dns error|Timeout|timed out",
         errno.EIO,

@@ -65,9 +65,14 @@ def text(key: str, value: Any) -> str:
 def facts(description: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the result of `Run.info` as names and texts to print, without its tables and notes."""
     hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
-    hidden |= set() if description.get("method") == "paper" else {"profile_error"}
+    if description.get("method") != "paper":
+        hidden.add("profile_error")
     hidden |= {key for key in ("aliases", "superseded") if not description.get(key)}
-    pairs = [
-        (title_of(key), text(key, value)) for key, value in description.items() if key not in hidden
-    ]
-    return [(name, said) for name, said in pairs if said]
+    pairs = []
+    for key, value in description.items():
+        if key in hidden:
+            continue
+        said = text(key, value)
+        if said:
+            pairs.append((title_of(key), said))
+    return pairs

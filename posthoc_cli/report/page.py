@@ -72,18 +72,22 @@ def render(
         FileFormatError, MismatchError: a sweep cannot be read, or is of another run.
         DirectoryError: a run has no snapshots.
     """
-    parts = [_describe_run(run) for run in ([runs] if isinstance(runs, Run) else runs)]
+    if isinstance(runs, Run):
+        runs = [runs]
+    parts = [_describe_run(run) for run in runs]
     swept = [_describe_sweep(folder, parts, out) for folder in sweeps]
     errors = None
     if len(parts) > 1:
-        errors = _picture(partial(plots.error_figure, [part["curve"] for part in parts]))
+        curves = [part["curve"] for part in parts]
+        errors = _picture(partial(plots.error_figure, curves))
     commands: list[str] = []
     for part in parts:
         commands += part["commands"] or [_command(part["run"])]
     script = (Path(__file__).parent / "page.js").read_text()
     digest = hashlib.sha256(script.encode()).digest()
+    names = [str(part["run"].directory) for part in parts]
     return _template().render(
-        title=printable(" and ".join(str(part["run"].directory) for part in parts)),
+        title=printable(" and ".join(names)),
         parts=parts,
         sweeps=swept,
         columns=_COMPARED,
@@ -93,9 +97,15 @@ def render(
         digest=base64.b64encode(digest).decode(),
         date=time.strftime("%d %B %Y"),
         commands=commands,
-        versions={"Python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        versions=_versions(),
     )
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in _PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def _template() -> jinja2.Template:
@@ -173,8 +183,8 @@ def _part_of(result: dict[str, Any], parts: Sequence[dict[str, Any]], path: Path
         if part["info"]["run"] == run_id:
             return part
     run_ids = [run_id, *(part["info"]["run"] for part in parts)]
-    names = " and ".join(shown(str(name)[:8]) for name in run_ids)
-    raise MismatchError(path, f"is of another run: {names}")
+    names = [shown(str(name)[:8]) for name in run_ids]
+    raise MismatchError(path, f"is of another run: {' and '.join(names)}")
 
 
 def _texts_of(result: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -289,7 +299,10 @@ def _command(run: Run, result: dict[str, Any] | None = None) -> str:
         return shlex.join([*words, "--sigma-rel", "0.1", "--out", "model.safetensors"])
     kind = result["axis"]
     best = f"{result['best'][kind]:.12g}"
-    words += ["--sigma-rel", best] if kind == "sigma_rel" else ["--target", f"{kind}:{best}"]
+    if kind == "sigma_rel":
+        words += ["--sigma-rel", best]
+    else:
+        words += ["--target", f"{kind}:{best}"]
     t = result["settings"]["t"]
     if t != run.t:
         words += ["--t", f"{t:.12g}"]

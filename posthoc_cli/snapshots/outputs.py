@@ -113,12 +113,13 @@ def models_at(path: Path) -> list[Path]:
     """
     if is_parts_folder(path) or weights_at(path) is not None:
         return [path]
-    entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    models = [
-        e
-        for e in entries
-        if e.suffix == SUFFIX or (e.is_dir() and (is_parts_folder(e) or weights_at(e)))
-    ]
+    models = []
+    for entry in sorted(files.system.list(path)):
+        if entry.name.startswith("."):
+            continue
+        is_folder = entry.is_dir() and (is_parts_folder(entry) or weights_at(entry))
+        if entry.suffix == SUFFIX or is_folder:
+            models.append(entry)
     if any(map(is_snapshot_name, models)):
         raise DirectoryError(
             path,

@@ -79,13 +79,19 @@ class Pruning:
         return f"Pruning({left} of {count} snapshots stay: {errors})"
 
     def to_dict(self) -> dict[str, Any]:
+        gone = []
+        for snapshot in self.to_delete:
+            facts = {
+                "file": snapshot.path.name,
+                "t": snapshot.t,
+                "sigma_rel": snapshot.sigma_rel,
+                "bytes": snapshot.nbytes,
+            }
+            gone.append(facts)
         return {
             "run": self.kept[0].run_id,
             "kept": [snapshot.path.name for snapshot in self.kept],
-            "gone": [
-                {"file": s.path.name, "t": s.t, "sigma_rel": s.sigma_rel, "bytes": s.nbytes}
-                for s in self.to_delete
-            ],
+            "gone": gone,
             "bytes": file_bytes(self.kept),
             "gone_bytes": file_bytes(self.to_delete),
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
@@ -124,7 +130,8 @@ def plan_pruning(
         choice.check(max_error)
         bound = max_error / _MARGIN
         counts = range(1, len(order) + 1)
-        order = order[: bisect_right(counts, bound, key=lambda n: choice.without(order[:n]).worst)]
+        most = bisect_right(counts, bound, key=lambda count: choice.without(order[:count]).worst)
+        order = order[:most]
     better = choice.exchanged(order)
     if choice.without(better).worst <= bound:
         order = better

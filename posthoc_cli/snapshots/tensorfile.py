@@ -286,14 +286,17 @@ class OpenedFile:
         self.tag = ""
         self.remote: RemoteBytes | None = None
         with named_on_error(path, "opened"):
+            copy = path
             if files.is_url(path):
-                from posthoc_cli.remote.store import RemoteBytes
+                from posthoc_cli.remote import store
 
-                self.remote = RemoteBytes(path)
-                self.size = self.remote.size
-                self.tag = self.remote.tag
-                return
-            self._descriptor = files.system.open(path)
+                if not store.is_on_hub(str(path)):
+                    self.remote = store.RemoteBytes(path)
+                    self.size = self.remote.size
+                    self.tag = self.remote.tag
+                    return
+                copy = store.download(str(path))
+            self._descriptor = files.system.open(copy)
             status = os.fstat(self._descriptor)
             self.size = status.st_size
             if not stat.S_ISREG(status.st_mode):

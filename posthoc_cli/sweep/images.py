@@ -44,7 +44,8 @@ def keep_images(folder: Path, kept: Path, glob: str | None) -> None:
     if paths:
         files.make_directory(kept)
     for path in paths[-MOST:]:
-        path.rename(kept / str(path.relative_to(folder)).replace("/", "-"))
+        name = str(path.relative_to(folder))
+        path.rename(kept / name.replace("/", "-"))
 
 
 def _images(folder: Path, glob: str | None) -> Iterator[Path]:

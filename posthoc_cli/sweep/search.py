@@ -425,7 +425,9 @@ class SweepReport:
         best = {"target": self.best.title, self.axis.kind: estimate.best}
         xs = self.axis.at(GRID)
         rows = np.column_stack([xs, estimate.curve, estimate.errors])
-        curve = [dict(zip(_CURVE, row, strict=True)) for row in rows.tolist()]
+        curve = []
+        for row in rows.tolist():
+            curve.append(dict(zip(_CURVE, row, strict=True)))
         return values | {
             "best": best,
             "value": self.value,

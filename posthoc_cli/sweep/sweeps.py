@@ -93,7 +93,9 @@ class Sweep:
             PostHocError: two trials in a row have failed alike, or all have the same metric.
         """
         self._check_command()
-        target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
+        target: Target = SigmaRel(0.2)
+        if self.axis is not None:
+            target = self.axis.target(self.axis.high)
         self.t = self._write(target, None, dry_run=True).plan.t
         axis = self.axis or good_range(self.run, self.t)
         report = SweepReport(
@@ -136,8 +138,8 @@ class Sweep:
         """Go on from the recorded trials, and record those that follow."""
         axis = search.report.axis
         recorded = self._recorded(search.report.settings)
-        known = tuple(trial for trial in recorded if trial.x is None or trial.x in axis)
-        search.report = replace(search.report, trials=known)
+        known = [trial for trial in recorded if trial.x is None or trial.x in axis]
+        search.report = replace(search.report, trials=tuple(known))
         with self.progress("measuring", search.expected) as advance:
             advance(len(known))
             for trial in search.run(lambda x: self._average(axis, x)):
@@ -185,7 +187,9 @@ class Sweep:
         files.check_parent("out", self.out)
         if self.out.exists() and not self.out.is_dir():
             raise InvalidValueError("out", "is a file", "name a folder", value=self.out)
-        names = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
+        names = set[str]()
+        if self.out.is_dir():
+            names = {path.name for path in files.system.list(self.out)}
         if names - {LOCK_NAME, LOGS, _SCRATCH} and TRIALS not in names:
             # A sweep might replace or remove files of other programs that have the same names as
             # its own.
@@ -221,7 +225,8 @@ class Sweep:
         weights = scratch / f"weights{self._suffix}"
         error = None
         if x is not None:
-            error = self._write(axis.target(x), weights).plan.predicted_error(0)
+            written = self._write(axis.target(x), weights)
+            error = written.plan.predicted_error(0)
         elif self.raw is not None:
             self._write_raw(self.raw, weights)
         else:
@@ -236,7 +241,8 @@ class Sweep:
             export_file(raw, plain, weights=True)
         except InvalidValueError:  # a file of nothing but weights
             export_file(raw, plain)
-        lacking = self.run.tensors.keys() - read_file(plain).entries.keys()
+        names = read_file(plain).entries.keys()
+        lacking = self.run.tensors.keys() - names
         if lacking:
             reason = f"lacks tensor {shown(min(lacking))} of the averages"
             raise MismatchError(raw, reason)
@@ -249,9 +255,12 @@ class Sweep:
         """Run the command; return the metric and its standard error, or raise a TrialError."""
         # Each trial has a new folder: the process of a killed sweep may still write to its old one.
         folder = Path(tempfile.mkdtemp(prefix=f"{trial.name}-", dir=weights.parent))
+        length = "raw"
+        if trial.x is not None:
+            length = str(trial.x).removesuffix(".0")
         texts = {
             "weights": weights,
-            "sigma_rel": "raw" if trial.x is None else str(trial.x).removesuffix(".0"),
+            "sigma_rel": length,
             "seed": trial.seed,
             "dir": folder,
         }
@@ -263,7 +272,8 @@ class Sweep:
         try:
             measured = measure(words, folder, self.out / LOGS / trial.name, metric)
             if self.images != "none":
-                images.keep_images(folder, self.out / images.FOLDER / trial.name, self.images)
+                kept = self.out / images.FOLDER / trial.name
+                images.keep_images(folder, kept, self.images)
             return measured
         finally:
             images.remove(folder)
@@ -299,7 +309,8 @@ class Sweep:
     def _record(self, trial: Trial) -> None:
         """Add a trial durably to the file; raise a WriteError if that fails."""
         lines = (self.out / TRIALS).read_text().splitlines()
-        self._write_lines([*lines, json.dumps(asdict(trial), allow_nan=False)])
+        line = json.dumps(asdict(trial), allow_nan=False)
+        self._write_lines([*lines, line])
 
     def _write_lines(self, lines: Sequence[str]) -> None:
         text = "".join(f"{line}\n" for line in lines)

@@ -185,8 +185,9 @@ def _printed(text: str, key: str | None) -> Iterator[Any]:
             continue  # within a JSON value
         with suppress(ValueError):
             yield float(line[0])
-        if key:
-            yield from ({key: number} for number in named.findall(line[0])[-1:])
+        numbers = named.findall(line[0])
+        if key and numbers:
+            yield {key: numbers[-1]}
         with suppress(ValueError, RecursionError):
             if begin := _BEGIN_OF_JSON.match(text, line.start()):
                 value, end_of_value = json.JSONDecoder().raw_decode(text, begin.end())
@@ -198,12 +199,16 @@ def _printed(text: str, key: str | None) -> Iterator[Any]:
 def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
     """Return the newest matching file and its JSON value; raise a TrialError if there is
     none."""
-    paths = {
-        str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-    matching = [path for name, path in paths.items() if Path(name).match(pattern)]
+    names = []
+    matching = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder)
+            names.append(str(name))
+            if name.match(pattern):
+                matching.append(path)
     if not matching:
-        raise TrialError(f"there is no {pattern} in its folder{_listed([*paths])}")
+        raise TrialError(f"there is no {pattern} in its folder{_listed(names)}")
     newest = max(matching, key=lambda path: (path.stat().st_mtime_ns, path))
     try:
         return newest, json.loads(newest.read_text(encoding="utf-8-sig"))
@@ -214,7 +219,8 @@ def _stored(folder: Path, pattern: str) -> tuple[Path, Any]:
 def _read_tail(path: Path, count: int) -> str:
     """Return the last `count` bytes of a file as text."""
     with path.open("rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - count))
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - count))
         return file.read().decode(errors="replace")
 
 
@@ -238,17 +244,19 @@ def _standard_error(members: dict[str, Any], name: str) -> float | None:
     """Return the standard error of a member, such as `acc_stderr` of `acc`, or lm-eval's
     `acc_stderr,none`, if any."""
     head, comma, tail = name.partition(",")
-    errors = (
-        _number(members.get(f"{head}_{word}{comma}{tail}"))
-        for word in ("stderr", "se", "standard_error")
-    )
-    return next((error for error in errors if error is not None and 0 < error < math.inf), None)
+    for word in ("stderr", "se", "standard_error"):
+        error = _number(members.get(f"{head}_{word}{comma}{tail}"))
+        if error is not None and 0 < error < math.inf:
+            return error
+    return None
 
 
 def _number(value: Any) -> float | None:
     """Return a number or the text of one as a float; None for other values."""
+    if isinstance(value, bool):
+        return None
     try:
-        return None if isinstance(value, bool) else float(value)
+        return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
 
@@ -258,5 +266,7 @@ def _listed(names: list[str]) -> str:
     unique = list(dict.fromkeys(names))
     if not unique:
         return ""
-    more = ", ..." if len(unique) > _MOST_NAMES else ""
-    return f"; found {', '.join(map(shown, unique[:_MOST_NAMES]))}{more}"
+    first = [shown(name) for name in unique[:_MOST_NAMES]]
+    if len(unique) > _MOST_NAMES:
+        first.append("...")
+    return f"; found {', '.join(first)}"

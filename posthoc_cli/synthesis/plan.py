@@ -118,7 +118,9 @@ class Combination:
         return total
 
     def box(self, name: str) -> Box:
-        return self.boxes.get(name) or Box.full(self.newest.entries[name].shape)
+        if name in self.boxes:
+            return self.boxes[name]
+        return Box.full(self.newest.entries[name].shape)
 
     def output_dtype(self, name: str) -> str:
         """Return the safetensors name of a tensor's dtype in the outputs: copies and statistics
@@ -253,7 +255,8 @@ class Plan(Combination):
             if tensor.role == "average":
                 size = self.newest.entries[name].size
                 total += size
-                squares += size * (ROUNDING * EPS.get(self.output_dtype(name), 0.0)) ** 2
+                spacing = EPS.get(self.output_dtype(name), 0.0)
+                squares += size * (ROUNDING * spacing) ** 2
         return math.sqrt(squares / max(1, total))
 
     def predicted_error(self, target: int) -> float | None:
@@ -418,7 +421,8 @@ def _chosen(
     chosen = {id(source): source for source in usable}
     for target in separate(targets):
         if isinstance(target, Mean):
-            column = target.coefficients_of([source.profile for source in available])
+            profiles = [source.profile for source in available]
+            column = target.coefficients_of(profiles)
             for index in np.flatnonzero(column):
                 source = available[index]
                 chosen[id(source)] = source
@@ -472,10 +476,10 @@ def _check_errors(plan: Plan, max_error: float | None) -> None:
             hint = "set no limit on the error, or take more snapshots"
             raise InexactError(target.title, f"{reason}the network", hint)
         if error > max_error:
+            predicted = f"the predicted error is {100 * error:.3g} %"
             accepted = f"above the accepted {100 * max_error:.3g} %"
-            reason = f"the predicted error is {100 * error:.3g} %, {accepted}"
             hint = "the error curve shows what these snapshots can make"
-            raise InexactError(target.title, reason, hint)
+            raise InexactError(target.title, f"{predicted}, {accepted}", hint)
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
@@ -492,8 +496,10 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
         return max(times.values())
     check_within("step", step, times.keys())
     check_number("step", step, float.is_integer, "be a whole number")
-    if step in times or all(t == s for s, t in times.items()):
-        return times.get(step, float(step))
+    if step in times:
+        return times[step]
+    if all(t == s for s, t in times.items()):
+        return float(step)
     before = max(s for s in times if s < step)
     after = min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"

@@ -1,8 +1,7 @@
 """`DifferentiableEMA`: averages and gradients against formulas in NumPy, states and bad input."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +9,8 @@ import pytest
 import torch
 from checking import refused, saved_and_loaded
 from factories import FloatArray
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 
 from posthoc_cli.averages import DifferentiableEMA
 
@@ -19,7 +20,7 @@ ROWS = 3
 WEIGHTS = 5
 EPS = np.finfo(np.float64).eps
 
-MODES: dict[str, dict[str, Any]] = {
+MODES = {
     "truncated": {},
     "window": {"window": 7},
     "carried": {},
@@ -38,11 +39,13 @@ class Problem:
         self.target = random.normal(size=ROWS)
 
     def value(self, step: int, weight: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(torch.as_tensor(self.data[step]) @ weight**2)
+        matrix = torch.as_tensor(self.data[step])
+        return torch.tanh(matrix @ weight**2)
 
     def values(self, weights: Sequence[FloatArray]) -> FloatArray:
         used = self.data[: len(weights)]
-        return np.tanh(np.einsum("irw,iw->ir", used, np.square(weights)))
+        products = np.einsum("irw,iw->ir", used, np.square(weights))
+        return np.tanh(products)
 
     def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
         """Return df_i/dw at the weights of step i: [steps, rows, weights]."""
@@ -50,27 +53,28 @@ class Problem:
         slopes = 2 * (1 - self.values(weights) ** 2)
         return np.einsum("ir,irw,iw->irw", slopes, used, np.array(weights))
 
-    def leaf(self) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.tensor(self.start))
+    def leaf(self) -> nn.Parameter:
+        return nn.Parameter(torch.tensor(self.start))
 
 
 def coefficients(decays: Sequence[float]) -> FloatArray:
     """Return the coefficient of each value: (1 - decay_i) times all later decays; the first has no
     1 - decay."""
-    later = np.cumprod([1.0, *decays[:0:-1]])[::-1]
+    backwards = [1.0, *decays[:0:-1]]
+    later = np.cumprod(backwards)[::-1]
     own = 1 - np.array(decays)
     own[0] = 1.0
     return later * own
 
 
-def rounding(steps: int = STEPS) -> float:
+def rounding(steps=STEPS):
     """Bound the rounding of a sum of `steps` products of numbers near 1, with 8 roundings a
     step."""
     return 8 * steps * ROWS * WEIGHTS * EPS
 
 
 def assert_near(found: npt.ArrayLike, expected: npt.ArrayLike) -> None:
-    np.testing.assert_allclose(found, expected, rtol=0, atol=rounding())
+    assert_allclose(found, expected, rtol=0, atol=rounding())
 
 
 def make(mode: str) -> DifferentiableEMA:
@@ -84,7 +88,7 @@ def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> t
     return ema(value)
 
 
-def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
+def gradient_of(weight: nn.Parameter) -> FloatArray:
     assert weight.grad is not None
     return weight.grad.numpy().copy()
 
@@ -116,17 +120,17 @@ def train(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_average_has_memory_of_its_own(mode: str) -> None:
+def test_the_average_has_memory_of_its_own(mode):
     """Neither a change of the result by the caller nor of a leaf by the optimizer changes it: the
     window recomputes its average from kept values."""
-    weight = torch.nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
+    weight = nn.Parameter(torch.zeros(ROWS, dtype=torch.float64))
     ema = make(mode)
     for number in (1.0, 2.0, 3.0):
-        torch.nn.init.constant_(weight, number)
+        nn.init.constant_(weight, number)
         result = take(ema, weight.view(ROWS), weight)
         found = result.detach().numpy().copy()
         result.detach().mul_(7.0)
-        torch.nn.init.constant_(weight, 50.0)
+        nn.init.constant_(weight, 50.0)
     expected = coefficients([DECAY] * 3) @ [1, 2, 3]
     assert_near(found, expected)
     assert_near(ema.average, expected)
@@ -145,7 +149,8 @@ def expected_gradients(
     for t in range(1, len(seen) + 1):
         c = coefficients([DECAY] * t)
         g = c @ values[:t] - problem.target
-        used = slice(max(0, t - kept), t)
+        first = max(0, t - kept)
+        used = slice(first, t)
         gradient = np.einsum("i,r,irw->w", c[used], g, derivatives[used])
         found.append(gradient)
     return found
@@ -153,28 +158,37 @@ def expected_gradients(
 
 @pytest.mark.parametrize(
     ("mode", "kept"),
-    [("truncated", 1), ("window", 7), ("full", STEPS), ("carried", STEPS)],
+    [
+        ("truncated", 1),
+        ("window", 7),
+        ("full", STEPS),
+        ("carried", STEPS),
+    ],
     ids=MODES,
 )
-def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode: str, kept: int) -> None:
+def test_averages_and_gradients_over_30_steps_of_backward_and_sgd(mode, kept):
     """Each kept value's derivative is taken at the weight of its step, although the optimizer has
     changed it since."""
     problem = Problem()
     ema = make(mode)
     weights, averages, gradients = train(ema, problem)
-    assert np.linalg.norm(weights[-1] - weights[0]) > 0.2
+    moved = weights[-1] - weights[0]
+    assert np.linalg.norm(moved) > 0.2
     derivatives = expected_gradients(problem, weights, kept)
     assert_near(gradients, derivatives)
     values = problem.values(weights)
-    expected = [coefficients([DECAY] * t) @ values[:t] for t in range(1, STEPS + 1)]
+    expected = []
+    for t in range(1, STEPS + 1):
+        c = coefficients([DECAY] * t)
+        expected.append(c @ values[:t])
     assert_near(averages, expected)
-    np.testing.assert_array_equal(ema.average.numpy(), averages[-1])
+    assert_array_equal(ema.average.numpy(), averages[-1])
     assert ema.num_updates == STEPS
 
 
-def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
-    twos = torch.full((2,), 2.0, dtype=torch.float64)
-    one, two, other = (torch.nn.Parameter(twos.clone()) for _ in range(3))
+def test_carried_reaches_every_leaf_that_it_was_given_and_no_other():
+    twos = torch.tensor([2.0, 2.0], dtype=torch.float64)
+    one, two, other = (twos.clone().requires_grad_() for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
     expected = r"depend on leaves\[1\] of the shape \[2\]: "
     with pytest.warns(RuntimeWarning, match=expected) as warned:
@@ -182,8 +196,10 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     assert [warning.filename for warning in warned] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
     average.backward()
-    assert one.grad.tolist() == [0.5 * 2 + 0.5 * 4] * 2
-    assert two.grad.tolist() == [0.5 * 4] * 2
+    earlier = 0.5 * 2
+    later = 0.5 * 4
+    assert one.grad.tolist() == [earlier + later] * 2
+    assert two.grad.tolist() == [later] * 2
     assert other.grad is None
 
 
@@ -198,10 +214,7 @@ def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
 
 @pytest.mark.parametrize("copied", [by_state, copy.deepcopy, saved_and_loaded])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
-    mode: str,
-    copied: Callable[[Any], Any],
-) -> None:
+def test_a_copy_goes_on_alone_with_the_average_as_a_constant(mode, copied):
     problem = Problem()
     first = make(mode)
     weight = problem.leaf()
@@ -212,18 +225,20 @@ def test_a_copy_goes_on_alone_with_the_average_as_a_constant(
     before = first.average.clone()
     average = take(second, problem.value(5, other), other)
     assert torch.equal(first.average, before)
-    assert (first.num_updates, second.num_updates) == (5, 6)
+    assert first.num_updates == 5
+    assert second.num_updates == 6
     starts = [problem.start] * 6
-    value = problem.values(starts)[5]
+    *_, value = problem.values(starts)
     expected = DECAY * before.numpy() + (1 - DECAY) * value
     assert_near(average.detach(), expected)
     average.sum().backward()
-    derivative = (1 - DECAY) * problem.derivatives(starts)[5].sum(axis=0)
-    assert_near(gradient_of(other), derivative)
+    *_, derivative = problem.derivatives(starts)
+    expected = (1 - DECAY) * derivative.sum(axis=0)
+    assert_near(gradient_of(other), expected)
     assert weight.grad is None
 
 
-def test_bad_values_and_leaves_are_named_and_not_taken_in() -> None:
+def test_bad_values_and_leaves_are_named_and_not_taken_in():
     ema = DifferentiableEMA(2, 0.9).half()
     for changed in ({"dtype": torch.float64}, {"device": "meta"}):
         with refused("value", "must be torch.float32 of shape [2] on cpu as the average is"):
@@ -231,8 +246,8 @@ def test_bad_values_and_leaves_are_named_and_not_taken_in() -> None:
     with refused("value", "is torch.float32 of shape [3] on cpu"):
         ema(torch.ones(3))
     assert ema.num_updates == 0
-    weight = torch.nn.Parameter(torch.ones(2))
-    other = torch.nn.Parameter(torch.ones(2))
+    weight = nn.Parameter(torch.ones(2))
+    other = nn.Parameter(torch.ones(2))
     ema = DifferentiableEMA(2, 0.9, "carried")
     for leaves in (
         None,

@@ -10,6 +10,8 @@ import pytest
 import torch
 from checking import refused
 from factories import FloatArray, exact_average
+from numpy.testing import assert_allclose, assert_array_equal
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
@@ -29,12 +31,12 @@ ROUNDING = 8 * STEPS * 10 * np.finfo(np.float64).eps
 """Eight roundings a step, and a momentum that sums up ten of them."""
 
 
-class Quadratic(torch.nn.Module):
+class Quadratic(nn.Module):
     """The loss sum curvature weight**2 / 2, whose gradient is curvature weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor(START))
+        self.weight = nn.Parameter(torch.tensor(START))
 
     def loss(self) -> torch.Tensor:
         return (torch.tensor(CURVATURE) * self.weight**2).sum() / 2
@@ -56,11 +58,11 @@ def train(
         yield weights, recipe.update(model)
 
 
-def sgd(model: torch.nn.Module) -> torch.optim.SGD:
+def sgd(model: nn.Module) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
 
 
-def averaged(model: torch.nn.Module, **options: Any) -> AveragedModel:
+def averaged(model: nn.Module, **options: Any) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY), **options)
 
 
@@ -74,93 +76,112 @@ def expected_path(forget_momentum: bool) -> list[FloatArray]:
         velocity = MOMENTUM * velocity + CURVATURE * weight
         weight = weight - RATE * velocity
         path.append(weight)
-        average = weight if average is None else DECAY * average + (1 - DECAY) * weight
+        if average is None:
+            average = weight
+        average = DECAY * average + (1 - DECAY) * weight
         if step % EVERY == 0:
             weight = average
-            velocity = np.zeros(3) if forget_momentum else velocity
+            if forget_momentum:
+                velocity = np.zeros(3)
     return path
 
 
-@pytest.mark.parametrize("kind", ["switch", "hare", "hare and its optimizer"])
-def test_switching_keeps_the_momentum_unless_the_hares_optimizer_is_given(kind: str) -> None:
+def check_path(
+    model: Quadratic,
+    optimizer: torch.optim.Optimizer,
+    recipe: Any,
+    forget_momentum: bool,
+) -> None:
+    path = []
+    for step, (weights, switched) in enumerate(train(model, optimizer, recipe), 1):
+        path.append(weights)
+        assert switched == (step % EVERY == 0)
+    assert_allclose(path, expected_path(forget_momentum), rtol=0, atol=ROUNDING)
+    other = expected_path(not forget_momentum)
+    assert np.abs(np.subtract(path, other)).max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [SwitchEMA, HareAndTortoise])
+def test_switching_keeps_the_momentum(kind):
     model = Quadratic()
-    optimizer = sgd(model)
     average = averaged(model)
-    given = (optimizer,) if kind == "hare and its optimizer" else ()
-    recipe = (
-        SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
-    )
-    weights, switched = zip(*train(model, optimizer, recipe), strict=True)
-    assert [*switched] == [step % EVERY == 0 for step in range(1, STEPS + 1)]
-    np.testing.assert_allclose(
-        weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING
-    )
-    other = np.array(expected_path(forget_momentum=not given))
-    assert np.abs(np.array(weights) - other).max() > 0.1
+    check_path(model, sgd(model), kind(average, EVERY), forget_momentum=False)
     assert torch.equal(model.weight, average.module.weight)
 
 
-def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
+def test_the_hares_optimizer_forgets_its_momentum_if_it_is_given():
+    model = Quadratic()
+    optimizer = sgd(model)
+    recipe = HareAndTortoise(averaged(model), EVERY, optimizer)
+    check_path(model, optimizer, recipe, forget_momentum=True)
+
+
+def tracker(model: nn.Module, folder: Path, **options: Any) -> PostHocEMA:
     options = {
+        "sigma_rels": (SIGMA_REL, 0.28),
         "update_every": 1,
         "checkpoint_every": 6,
         "checkpoint_dtype": torch.float64,
         **options,
     }
-    return PostHocEMA.from_model(model, folder, sigma_rels=(SIGMA_REL, 0.28), **options)
+    return PostHocEMA.from_model(model, folder, **options)
 
 
 @pytest.mark.parametrize("kind", [SwitchEMA, HareAndTortoise])
-def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(
-    kind: type,
-    tmp_path: Path,
-) -> None:
+def test_a_switch_gives_the_trackers_average_and_later_ones_go_on_over_the_jumps(kind, tmp_path):
     model = Quadratic()
     with tracker(model, tmp_path) as ema:
         recipe = kind(ema, EVERY, sigma_rel=SIGMA_REL)
-        seen: list[FloatArray] = []
+        seen = []
         for step, (weights, switched) in enumerate(train(model, sgd(model), recipe), 1):
             seen.append(weights)
             assert switched == (step % EVERY == 0)
-            for sigma_rel in (SIGMA_REL, 0.28):
+            for sigma_rel in (0.28, SIGMA_REL):
                 expected = exact_average(seen, sigma_rel, range(1, step + 1))
-                found = ema.state_dict(sigma_rel)["weight"].numpy()
-                np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
-                if step % EVERY == 0 and sigma_rel == SIGMA_REL:
-                    np.testing.assert_allclose(
-                        model.weight.detach().numpy(), expected, rtol=0, atol=ROUNDING
-                    )
-        assert np.abs(seen[-1] - seen[-2]).max() > 1e-3
+                found = ema.state_dict(sigma_rel)["weight"]
+                assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+            if switched:
+                found = model.weight.detach()
+                assert_allclose(found, expected, rtol=0, atol=ROUNDING)
+        *_, before, last = seen
+        assert np.abs(last - before).max() > 1e-3
 
 
-def test_switching_goes_on_exactly_after_an_interruption(tmp_path: Path) -> None:
-    paths = []
-    for name, stops in (("whole", [STEPS]), ("parts", [10, STEPS])):
-        model = Quadratic()
-        done = 0
-        states = None
-        weights: list[FloatArray] = []
-        for stop in stops:
-            optimizer = sgd(model)
-            ema = tracker(model, tmp_path / name, resume="auto")
-            recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
-            if states is not None:
-                optimizer.load_state_dict(states[0])
-                ema.load_state_dict(states[1])
-                recipe.load_state_dict(states[2])
-            with ema:
-                weights += [one for one, _ in train(model, optimizer, recipe, stop - done)]
-                states = optimizer.state_dict(), ema.state_dict(), recipe.state_dict()
-            done = stop
-        assert recipe.step == STEPS
-        paths.append(weights)
-    np.testing.assert_array_equal(paths[0], paths[1])
+def test_switching_goes_on_exactly_after_an_interruption(tmp_path):
+    whole = switched_path(tmp_path / "whole", [STEPS])
+    parts = switched_path(tmp_path / "parts", [10, STEPS - 10])
+    assert_array_equal(whole, parts)
+
+
+def switched_path(folder: Path, parts: list[int]) -> list[FloatArray]:
+    """Return the weights after each step of a training in so many steps each, which saves all of
+    its state."""
+    model = Quadratic()
+    states = []
+    path = []
+    for steps in parts:
+        optimizer = sgd(model)
+        ema = tracker(model, folder, resume="auto")
+        recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
+        stateful = (optimizer, ema, recipe)
+        for each, state in zip(stateful, states, strict=False):
+            each.load_state_dict(state)
+        with ema:
+            for weights, _ in train(model, optimizer, recipe, steps):
+                path.append(weights)
+            states = [each.state_dict() for each in stateful]
+    assert recipe.step == STEPS
+    return path
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")]
+    ("kind", "name"),
+    [
+        (SwitchEMA, "switch_every"),
+        (HareAndTortoise, "reset_every"),
+    ],
 )
-def test_a_bad_period_or_length_is_named(kind: type, name: str, tmp_path: Path) -> None:
+def test_a_bad_period_or_length_is_named(kind, name, tmp_path):
     for every in (0, -1, 2.5, True, "6"):
         with pytest.raises(InvalidValueError, match=name):
             kind(averaged(Quadratic()), every)
@@ -173,8 +194,11 @@ def test_a_bad_period_or_length_is_named(kind: type, name: str, tmp_path: Path) 
         kind(averaged(Quadratic()), 6, sigma_rel=0.1)
 
 
-def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
+def test_nothing_is_switched_before_there_is_an_average(tmp_path):
     model = Quadratic()
     with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
-        path = [*train(model, sgd(model), SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL), steps=12)]
-    assert [switched for _, switched in path] == [False] * 11 + [True]
+        recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
+        *before, last = train(model, sgd(model), recipe, steps=12)
+    assert not any(switched for _, switched in before)
+    _, switched = last
+    assert switched

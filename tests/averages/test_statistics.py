@@ -1,13 +1,13 @@
 """EMAStats: the formulas in NumPy, gradients, precision, copies, and what is refused."""
 
 import copy
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray
+from numpy.testing import assert_allclose
 
 from posthoc_cli.averages import EMAStats
 from posthoc_cli.errors import NotReadyError
@@ -23,9 +23,11 @@ def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> lis
     mixing = random.normal(size=(dim_x, dim_y))
     found = []
     for index in range(count):
-        x = random.normal(2.0 + 0.1 * index, size=(rows, dim_x))
+        mean = 2.0 + 0.1 * index
+        x = random.normal(mean, size=(rows, dim_x))
         noise = random.normal(-1.0, 0.5, size=(rows, dim_y))
-        found.append((x, x @ mixing + noise))
+        y = x @ mixing + noise
+        found.append((x, y))
     return found
 
 
@@ -35,9 +37,12 @@ def expected_statistics(
     running_mean: bool = True,
 ) -> Statistics:
     """Compute the statistics by definition, independently."""
-    state: Statistics = {}
+    state = {}
     for x, y in data:
-        batch = {"mean_x": x.mean(0), "mean_y": y.mean(0)}
+        batch = {
+            "mean_x": x.mean(axis=0),
+            "mean_y": y.mean(axis=0),
+        }
         center = state if state and running_mean else batch
         x = x - center["mean_x"]
         y = y - center["mean_y"]
@@ -64,46 +69,55 @@ def feed(
 
 def check(stats: EMAStats, expected: Statistics, tolerance: float) -> None:
     for name in NAMES:
+        exact = expected[name]
         found = getattr(stats, name).detach().double().numpy()
-        within = tolerance * np.abs(expected[name]).max()
-        np.testing.assert_allclose(found, expected[name], rtol=0, atol=within, err_msg=name)
-        assert found.shape == expected[name].shape
+        within = tolerance * np.abs(exact).max()
+        assert_allclose(found, exact, rtol=0, atol=within, err_msg=name)
+        assert found.shape == exact.shape
 
 
 @pytest.mark.parametrize("running_mean", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
 @pytest.mark.parametrize("rows", [1, 33])
-def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: int) -> None:
+def test_statistics_are_the_formulas(running_mean, momentum, rows):
     data = batches(12, rows, 4, 3)
-    stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean).double()
-    feed(stats, data, torch.float64)
+    stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean)
+    feed(stats.double(), data, torch.float64)
     # A few additions an element and batch, float64 on both sides; differences of values up to 10
     # that are about 1.
-    check(stats, expected_statistics(data, momentum, running_mean), 1e-12)
+    expected = expected_statistics(data, momentum, running_mean)
+    check(stats, expected, 1e-12)
     assert stats.num_batches_tracked == 12
-    assert (stats.num_features_x, stats.num_features_y) == (4, 3)
+    assert stats.num_features_x == 4
+    assert stats.num_features_y == 3
 
 
-def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> None:
+def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy():
     stats = EMAStats(4, 3, 0.01, eps=1e-12).double()
+    data = batches(1, 50, 4, 3)
+    ((x, y),) = data
+    feed(stats, data, torch.float64)
+    correlations = np.corrcoef(x, y, rowvar=False)
+    covariances = np.cov(x, y, rowvar=False)
+    of_both = (slice(0, 4), slice(4, 7))
+    assert_allclose(stats.correlation(), correlations[of_both], rtol=0, atol=1e-11)
+    assert_allclose(stats.cov_xy, covariances[of_both], rtol=0, atol=1e-12)
+
+
+def test_a_correlation_needs_a_batch():
+    stats = EMAStats(4, 3)
     with pytest.raises(NotReadyError, match="correlation"):
         stats.correlation()
-    ((x, y),) = data = batches(1, 50, 4, 3)
-    feed(stats, data, torch.float64)
-    correlation = np.corrcoef(x, y, rowvar=False)[:4, 4:]
-    covariance = np.cov(x, y, rowvar=False)[:4, 4:]
-    np.testing.assert_allclose(stats.correlation(), correlation, rtol=0, atol=1e-11)
-    np.testing.assert_allclose(stats.cov_xy, covariance, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy", "correlation"])
 @pytest.mark.parametrize("seen", [0, 1])
-def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
+def test_gradients_are_those_of_the_newest_batch(name, seen):
     """Compared with finite differences; earlier batches are constants."""
     earlier = EMAStats(3, 2, 0.3).double()
     feed(earlier, batches(seen, 6, 3, 2), torch.float64)
 
-    def statistic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def statistic(x, y):
         stats = EMAStats(3, 2, 0.3).double()
         stats.load_state_dict(earlier.state_dict())
         stats(x, y)
@@ -111,21 +125,25 @@ def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
             return stats.correlation()
         return getattr(stats, name)
 
-    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 3).double().requires_grad_()
+    y = torch.randn(6, 2).double().requires_grad_()
     assert torch.autograd.gradcheck(statistic, (x, y))
     statistic(x, y).square().sum().backward()
     moved = y if name == "mean_y" else x
     assert moved.grad.abs().max() > 1e-3
 
 
-def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module() -> (
-    None
-):
+def in_dtype(values: FloatArray, dtype: torch.dtype) -> FloatArray:
+    rounded = torch.from_numpy(values).to(dtype)
+    return rounded.double().numpy()
+
+
+def test_statistics_are_float32_of_half_precision_batches_under_autocast_and_in_a_cast_module():
     dtype = torch.bfloat16
     data = []
     for batch in batches(30, 64, 4, 3):
-        data.append([torch.from_numpy(part).to(dtype).double().numpy() for part in batch])
+        x, y = (in_dtype(values, dtype) for values in batch)
+        data.append((x, y))
     with torch.autocast("cpu", dtype):
         stats = feed(EMAStats(4, 3, 0.05), data, dtype)
     assert stats.cov_xy.dtype == torch.float32
@@ -145,19 +163,23 @@ def by_state(stats: EMAStats) -> EMAStats:
     return twin
 
 
+@pytest.fixture
+def stats() -> EMAStats:
+    """Return statistics of two batches."""
+    return feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, by_state])
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(
-    copied: Callable[[EMAStats], EMAStats],
-) -> None:
-    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied, stats):
     x = torch.randn(8, 3, requires_grad=True)
     stats(x, torch.randn(8, 2))
     assert stats.cov_xy.requires_grad
     twin = copied(stats)
     data = batches(3, 8, 3, 2, seed=5)
-    before = {name: value.clone() for name, value in stats.state_dict().items()}
+    before = copy.deepcopy(stats.state_dict())
     assert_same_tensors(twin.state_dict(), before)
-    assert not any(getattr(twin, name).requires_grad for name in NAMES)
+    for name in NAMES:
+        assert not getattr(twin, name).requires_grad
     feed(twin, data)
     assert_same_tensors(stats.state_dict(), before)
     stats.cov_xy.sum().backward()
@@ -165,23 +187,29 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(
     assert_same_tensors(twin.state_dict(), stats.state_dict())
 
 
-def test_a_state_of_symm_learning_loads() -> None:
+def test_a_state_of_symm_learning_loads(stats):
     """Its class documents the names: `running_` before each statistic."""
-    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2))
     values = stats.state_dict()
     state = {f"stats.running_{name}": values[name] for name in NAMES}
     state["stats.num_batches_tracked"] = values["num_batches_tracked"]
-    outer = torch.nn.ModuleDict({"stats": EMAStats(3, 2)})
+    loaded = EMAStats(3, 2)
+    outer = torch.nn.ModuleDict({"stats": loaded})
     outer.load_state_dict(state, strict=True)
-    assert_same_tensors(outer["stats"].state_dict(), values)
+    assert_same_tensors(loaded.state_dict(), values)
 
 
-def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
+def test_batches_pass_unchanged_and_count_in_train_mode_only():
     x = torch.randn(5, 3)
     y = torch.randn(5, 2)
     stats = EMAStats(3, 2).eval()
     assert stats(x, y) == (x, y)
-    stats.train()
+    assert stats.num_batches_tracked == 0
+
+
+def test_batches_that_do_not_fit_are_refused():
+    x = torch.randn(5, 3)
+    y = torch.randn(5, 2)
+    stats = EMAStats(3, 2)
     for other in (x[0], x[:0], x.long()):
         with refused("x"):
             stats(other, y[: len(other)])
@@ -189,6 +217,10 @@ def test_batches_pass_unchanged_count_in_train_mode_only_and_must_fit() -> None:
         with refused("y"):
             stats(x, other)
     assert stats.num_batches_tracked == 0
+
+
+def test_statistics_of_one_batch_are_of_it_and_itself():
+    x = torch.randn(5, 3)
     alone = EMAStats(3)
     assert alone(x) == (x, x)
     assert torch.equal(alone.cov_xy, alone.cov_xx)

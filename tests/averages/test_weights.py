@@ -2,7 +2,8 @@
 wrappers."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
+from torch import nn
 
 from posthoc_cli import averages
 from posthoc_cli.averages import ExponentialMovingAverage, ShadowModel
@@ -31,19 +33,18 @@ def largest(*values: FloatArray) -> float:
     return float(np.abs(values).max())
 
 
-def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
+def random_steps(model: nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
     """Move every floating-point tensor and count every integer up, as a training would; yield each
     step."""
     generator = torch.Generator()
     generator.manual_seed(seed)
     for step in range(steps):
         tensors = {id(tensor): tensor for tensor in model.state_dict().values()}
-        with torch.no_grad():
-            for tensor in tensors.values():
-                change = torch.ones(())
-                if tensor.is_floating_point():
-                    change = torch.randn(tensor.shape, generator=generator)
-                tensor.add_(change.to(tensor.dtype))
+        for tensor in tensors.values():
+            change = torch.ones(())
+            if tensor.is_floating_point():
+                change = torch.randn(tensor.shape, generator=generator)
+            tensor.add_(change.to(tensor.dtype))
         yield step
 
 
@@ -51,62 +52,71 @@ def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[
 # ------------------------------------------------------------------------
 
 
-def average(values: Sequence[FloatArray], momenta: Sequence[float]) -> FloatArray:
-    """Return the average by definition, in float64; `momenta[0]` belongs to the first value and is
-    not used."""
-    result = values[0]
-    for value, momentum in zip(values[1:], momenta[1:], strict=True):
-        result = (1 - momentum) * result + momentum * value
-    return result
+def check_average(
+    found: torch.Tensor, values: Sequence[FloatArray], momenta: Sequence[float]
+) -> None:
+    """Compare with the average by definition, in float64; `momenta[0]` belongs to the first value,
+    and changes nothing."""
+    expected = values[0]
+    for value, momentum in zip(values, momenta, strict=True):
+        expected = (1 - momentum) * expected + momentum * value
+    within = rounding(40, largest(*values))
+    error = numbers(found) - expected
+    assert largest(error) < within < 0.01 * largest(expected)
 
 
-@pytest.mark.parametrize(
-    ("warmup", "interval", "update_buffers"), [(False, 1, False), (True, 3, True)]
-)
-def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers: bool) -> None:
+def test_the_average_is_the_formula():
+    """Buffers are copied."""
     model = tiny_model()
-    ema = ExponentialMovingAverage(
-        model, 0.2, interval, update_buffers=update_buffers, warmup=warmup
-    )
+    ema = ExponentialMovingAverage(model, 0.2)
+    weights = []
+    for _ in random_steps(model, 40):
+        ema.update_parameters(model)
+        weights.append(numbers(model.head.weight))
+    averaged = ema.module
+    check_average(averaged.head.weight, weights, [0.2] * 40)
+    assert averaged.head.weight is averaged.embed.weight
+    assert torch.equal(averaged.norm.running_var, model.norm.running_var)
+    assert averaged.norm.num_batches_tracked == 40
+    assert ema.steps == 40
+
+
+def test_a_warm_up_an_interval_and_averaged_buffers():
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, 0.2, 3, update_buffers=True, warmup=True)
     weights = []
     variances = []
     momenta = []
     for step in random_steps(model, 40):  # the warm-up has ended by then
         ema.update_parameters(model)
-        if step % interval == 0:
+        if step % 3 == 0:
             weights.append(numbers(model.head.weight))
             variances.append(numbers(model.norm.running_var))
-            momenta.append(max(0.2, 9 / (10 + step)) if warmup else 0.2)
-    expected = average(weights, momenta)
-    within = rounding(40, largest(*weights))
-    error = numbers(ema.module.head.weight) - expected
-    assert largest(error) < within < 0.01 * largest(expected)
-    assert ema.module.head.weight is ema.module.embed.weight
-    expected = numbers(model.norm.running_var)
-    if update_buffers:
-        expected = average(variances, momenta)
-    error = numbers(ema.module.norm.running_var) - expected
-    assert largest(error) < rounding(40, largest(*variances))
-    assert ema.module.norm.num_batches_tracked == model.norm.num_batches_tracked == 40
+            momenta.append(max(0.2, 9 / (10 + step)))
+    averaged = ema.module
+    check_average(averaged.head.weight, weights, momenta)
+    check_average(averaged.norm.running_var, variances, momenta)
+    assert averaged.norm.num_batches_tracked == 40
     assert ema.steps == 40
 
 
-def test_half_precision_averages_move() -> None:
+def test_half_precision_averages_move():
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average
     would stay at 1."""
-    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
-    torch.nn.init.ones_(model.weight)
+    model = nn.Linear(1, 1, dtype=torch.bfloat16)
+    nn.init.ones_(model.weight)
     ema = ExponentialMovingAverage(model, momentum=2e-4)
     ema.update_parameters(model)
-    torch.nn.init.constant_(model.weight, 2.0)
+    nn.init.constant_(model.weight, 2.0)
     for _ in range(2000):
         ema.update_parameters(model)
+    weight = ema.module.weight
     expected = 2 - (1 - 2e-4) ** 2000
-    assert ema.module.weight.dtype == torch.float32
-    assert abs(ema.module.weight.item() - expected) < rounding(2000, 2.0)
+    assert weight.dtype == torch.float32
+    assert abs(weight.item() - expected) < rounding(2000, 2.0)
 
 
-def test_a_state_of_mmengine_loads_and_goes_on() -> None:
+def test_a_state_of_mmengine_loads_and_goes_on():
     """`mmengine.model.ExponentialMovingAverage(model).state_dict()` has these names, as
     documented."""
     model = tiny_model()
@@ -117,18 +127,17 @@ def test_a_state_of_mmengine_loads_and_goes_on() -> None:
     saved["module.head.weight"] = saved["module.embed.weight"]
     saved["steps"] = torch.tensor(40)
     ema = ExponentialMovingAverage(model, momentum=0.25)
-    both = torch.nn.ModuleDict({"generator": model, "ema": ema})
-    given = {f"generator.{name}": value for name, value in model.state_dict().items()}
-    given.update((f"ema.{name}", value) for name, value in saved.items())
-    both.load_state_dict(given, strict=True)
+    outer = nn.ModuleDict({"ema": ema})
+    outer.load_state_dict({f"ema.{name}": value for name, value in saved.items()})
     assert set(ema.state_dict()) == set(saved)
     assert ema.steps == 40
     ema.update_parameters(model)
-    expected = 0.75 * saved["module.head.bias"] + 0.25 * model.head.bias
-    torch.testing.assert_close(ema.module.head.bias, expected.detach(), rtol=0, atol=1e-6)
+    expected = 0.75 * saved["module.head.bias"] + 0.25 * model.head.bias.detach()
+    found = ema.module.head.bias
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> None:
+def test_another_model_is_an_error_that_lists_names_and_changes_nothing():
     model = tiny_model()
     ema = ExponentialMovingAverage(model)
     ema.update_parameters(model)
@@ -158,70 +167,97 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
     return values
 
 
-@pytest.mark.parametrize("num_updates", [None, 7, torch.tensor(7)])
-@pytest.mark.parametrize(("decay", "debias"), [(0.6, False), (0.9999, True)])
-def test_the_shadow_is_tensorflows_formula(
-    decay: float,
-    debias: bool,
-    num_updates: int | torch.Tensor | None,
-) -> None:
-    """A tensor is the caller's clock, which stays as it is here. Zero debiasing divides by the sum
-    of the weights."""
-    net = ShadowModel(tiny_model(), decay, num_updates, debias)
-    counts = isinstance(num_updates, int)
-    steps = 20
+STEPS = 20
+
+
+def check_shadow(net: ShadowModel, clocks: Iterable[float]) -> None:
+    """Compare with TensorFlow's formula, by the count of updates before each.
+
+    Zero debiasing divides by the sum of the weights.
+    """
     shadow = numbers(net.shadow.head.weight)
-    if debias:
+    if net.zero_debias:
         shadow = np.zeros_like(shadow)
     mass = 0.0
-    values = train(net, steps)
-    clock = 1e9 if num_updates is None else int(num_updates)
-    for value in values:
-        current = min(decay, (1 + clock) / (10 + clock))
-        shadow = current * shadow + (1 - current) * value
-        mass = current * mass + (1 - current)
-        clock += counts
-    within = rounding(steps, largest(*values))
-    if debias:
+    values = train(net, STEPS)
+    for value, clock in zip(values, clocks, strict=True):
+        rising = (1 + clock) / (10 + clock)
+        decay = min(net.decay, rising)
+        shadow = decay * shadow + (1 - decay) * value
+        mass = decay * mass + (1 - decay)
+    within = rounding(STEPS, largest(*values))
+    if net.zero_debias:
         # The mass is float32: its error, at most half a bit an update, is one of the share too.
-        assert net.debias_mass.item() == pytest.approx(mass, rel=steps * 2.0**-24)
+        half_bits = STEPS * 2.0**-24
+        assert net.debias_mass.item() == pytest.approx(mass, rel=half_bits)
         shadow = shadow / mass
         within = 2 * within
     error = numbers(net.shadow.head.weight) - shadow
     assert largest(error) < within < 0.01 * largest(shadow)
-    if num_updates is None:
-        assert net.num_updates is None
-    else:
-        assert int(net.num_updates) == clock
-    assert ("num_updates" in net.state_dict()) == counts
 
 
-class Dropped(torch.nn.Module):
+SETTINGS = pytest.mark.parametrize(
+    ("decay", "debias"),
+    [
+        (0.6, False),
+        (0.9999, True),
+    ],
+)
+
+
+@SETTINGS
+def test_a_shadow_without_a_count_has_a_constant_decay(decay, debias):
+    net = ShadowModel(tiny_model(), decay, None, debias)
+    check_shadow(net, [1e9] * STEPS)
+    assert net.num_updates is None
+    assert "num_updates" not in net.state_dict()
+
+
+@SETTINGS
+def test_a_shadow_counts_from_a_number(decay, debias):
+    net = ShadowModel(tiny_model(), decay, 7, debias)
+    check_shadow(net, range(7, 7 + STEPS))
+    assert net.num_updates == 7 + STEPS
+    assert "num_updates" in net.state_dict()
+
+
+@SETTINGS
+def test_a_tensor_is_the_callers_clock_which_the_shadow_leaves_as_it_is(decay, debias):
+    net = ShadowModel(tiny_model(), decay, torch.tensor(7), debias)
+    check_shadow(net, [7] * STEPS)
+    assert net.num_updates == 7
+    assert "num_updates" not in net.state_dict()
+
+
+class Dropped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
-        self.drop = torch.nn.Dropout(1.0)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.drop = nn.Dropout(1.0)
 
-    def forward(self, x: torch.Tensor, *more: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
-        return self.drop(self.scale * (x + sum(more)) + shift)
+    def forward(self, x, *more, shift=0.0):
+        total = x + sum(more)
+        return self.drop(self.scale * total + shift)
 
 
-def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
+def test_train_mode_runs_the_model_and_eval_mode_the_shadow():
     net = ShadowModel(Dropped(), 0.5)
-    torch.nn.init.constant_(net.model.scale, 3.0)
+    nn.init.constant_(net.model.scale, 3.0)
     net.model.drop.p = 0.0
     one = torch.tensor(1.0)
     two = torch.tensor(2.0)
-    assert net(one, two, shift=1.0).item() == 10.0
-    assert net.shadow(one).item() == 1.0, "in eval mode always: nothing is dropped"
-    assert net.eval()(one, two, shift=1.0).item() == 4.0
+    assert net(one, two, shift=1.0) == 10.0
+    assert net.shadow(one) == 1.0, "in eval mode always: nothing is dropped"
+    net.eval()
+    assert net(one, two, shift=1.0) == 4.0
     assert not net.model.training
     net.train()
     assert net.model.training
-    assert not any(module.training for module in net.shadow.modules())
+    for module in net.shadow.modules():
+        assert not module.training
 
 
-def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
+def test_everything_moves_and_casts_together_but_the_mass_stays_exact():
     net = ShadowModel(tiny_model(), 0.9, num_updates=0, zero_debias=True)
     train(net, 5)
     mass = net.debias_mass.clone()
@@ -234,20 +270,21 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     net.double()
     assert net.shadow.head.weight.dtype == torch.float64
     net.to("meta")
-    assert all(tensor.is_meta for tensor in net.state_dict().values())
+    for tensor in net.state_dict().values():
+        assert tensor.is_meta
 
 
 # --- both
 # ---------------------------------------------------------------------------------------------
 
 
-MAKE: dict[str, Callable[[torch.nn.Module], Any]] = {
-    "average": lambda model: ExponentialMovingAverage(model, momentum=0.1),
-    "shadow": lambda model: ShadowModel(model, 0.9, num_updates=0, zero_debias=True),
+MAKE = {
+    "average": partial(ExponentialMovingAverage, momentum=0.1),
+    "shadow": partial(ShadowModel, decay=0.9, num_updates=0, zero_debias=True),
 }
 
 
-def updated(average: Any, model: torch.nn.Module, seed: int = 1) -> Any:
+def updated(average: Any, model: nn.Module, seed: int = 1) -> Any:
     """Return a ShadowModel after five steps of its model."""
     model = getattr(average, "model", model)
     for _ in random_steps(model, 5, seed):
@@ -261,16 +298,17 @@ def updated(average: Any, model: torch.nn.Module, seed: int = 1) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["copied", "saved", "by state"])
 @pytest.mark.parametrize("kind", MAKE)
-def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtype) -> None:
+def test_a_copy_goes_on_alone_and_exactly(kind, how, dtype):
+    make = MAKE[kind]
     model = tiny_model().to(dtype)
-    first = updated(MAKE[kind](model), model)
+    first = updated(make(model), model)
     before = copy.deepcopy(first.state_dict())
     if how == "copied":
         twin = copy.deepcopy(first)
     elif how == "saved":
         twin = saved_and_loaded(first)
     else:
-        twin = MAKE[kind](tiny_model(3).to(dtype))
+        twin = make(tiny_model(3).to(dtype))
         twin.load_state_dict(copy.deepcopy(before), strict=True)
     updated(twin, copy.deepcopy(model), seed=2)
     assert_same_tensors(first.state_dict(), before)
@@ -282,18 +320,19 @@ def test_a_copy_goes_on_alone_and_exactly(kind: str, how: str, dtype: torch.dtyp
 
 # --- arguments of the averages are checked
 
-AVERAGE = partial(averages.ExponentialMovingAverage, torch.nn.Linear(1, 1))
-SHADOW = partial(averages.ShadowModel, torch.nn.Linear(1, 1), decay=0.9)
+LINEAR = nn.Linear(1, 1)
+AVERAGE = partial(ExponentialMovingAverage, LINEAR)
+SHADOW = partial(ShadowModel, LINEAR, decay=0.9)
 STATISTICS = partial(averages.EMAStats, dim_x=2)
 DIFFERENTIABLE = partial(averages.DifferentiableEMA, 2, decay=0.9)
-NUMBERS: list[object] = [-0.1, 2, float("nan"), True, "0.1", None]
+NUMBERS = [-0.1, 2, math.nan, True, "0.1", None]
 BAD = [
-    (AVERAGE, "momentum", [0.0, 1.0, float("inf"), [0.1], *NUMBERS]),
+    (AVERAGE, "momentum", [0.0, 1.0, math.inf, [0.1], *NUMBERS]),
     (AVERAGE, "interval", [0, -1, 1.5, True, "2"]),
     (SHADOW, "decay", [1.0, *NUMBERS]),
     (SHADOW, "num_updates", [-1, 1.5, True, "3"]),
     (STATISTICS, "momentum", [0.0, *NUMBERS]),
-    (STATISTICS, "eps", [-1e-9, float("nan"), float("inf"), "small"]),
+    (STATISTICS, "eps", [-1e-9, math.nan, math.inf, "small"]),
     (STATISTICS, "dim_x", [0, 2.0]),
     (STATISTICS, "dim_y", [0, True]),
     (DIFFERENTIABLE, "decay", [1.0, *NUMBERS]),
@@ -305,11 +344,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("make", "name", "values"), BAD)
-def test_a_bad_argument_is_named(
-    make: Callable[..., object],
-    name: str,
-    values: list[object],
-) -> None:
+def test_a_bad_argument_is_named(make, name, values):
     for value in values:
         with refused(name):
             make(**{name: value})

@@ -18,6 +18,18 @@ def weights() -> dict[int, Weights]:
 
 
 @pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Return where a test's checkpoints go."""
+    return tmp_path / "files"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return where a test's import goes."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
 def write(tmp_path: Path, weights: dict[int, Weights]) -> Callable[[str], Path]:
     """Return a function that writes all steps in a layout, and returns the folder."""
 

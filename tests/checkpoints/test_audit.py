@@ -4,18 +4,17 @@ bug reports."""
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema
-from trained import EVERY, STEPS, Average, Weights, named, timm, train, write
+from trained import EVERY, STEPS, TIMES, Average, follow, named, timm, train, write
 from trained import ema as averaged
 
-from posthoc_cli import PostHocEMA, Run, errors, import_checkpoints
+from posthoc_cli import PostHocEMA, Run, import_checkpoints
+from posthoc_cli.checkpoints.audit import Audit
+from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError
 
 DECAY = 0.995
 STUCK = ("2.weight", "2.bias")
@@ -23,34 +22,80 @@ HELD_OUT = {"falls": True, "seed": 7}
 """A training that was not used to choose any threshold."""
 
 
-def when(condition: Callable[[int], object], update: Average, otherwise: Average) -> Average:
-    return lambda step, average, weights: (update if condition(step) else otherwise)(
-        step, average, weights
-    )
+def every_step(step, average, weights):
+    return averaged(DECAY)(step, average, weights)
 
 
-def stay(_: int, average: np.ndarray, __: np.ndarray) -> np.ndarray:
+def stay(_, average, __):
     return average
 
 
-def copy(_: int, __: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def copy(_, __, weights):
     return weights.copy()
 
 
-def two_stuck(step: int, average: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def away_from_the_weights(_, average, weights):
+    share = (1 - DECAY) / 10
+    return average + share * (average - weights)
+
+
+def eight_times_a_step(_, average, weights):
+    kept = DECAY**8
+    return kept * average + (1 - kept) * weights
+
+
+def every_tenth_step(step, average, weights):
+    update = stay if step % 10 else every_step
+    return update(step, average, weights)
+
+
+def set_back_once(step, average, weights):
+    update = copy if step == 850 else every_step
+    return update(step, average, weights)
+
+
+def of_another_run(step, average, _):
+    others = train()[step - 1]
+    return every_step(step, average, others)
+
+
+def in_the_first_half(step, average, weights):
+    update = stay if step > STEPS // 2 else every_step
+    return update(step, average, weights)
+
+
+def copied_first(step, average, weights):
+    """As ema-pytorch, at an interval of its own."""
+    if step > 120:
+        return every_step(step, average, weights)
+    return weights.copy() if step % 10 == 1 else average
+
+
+def two_stuck(step, average, weights):
     """As under torch.compile with half of the names."""
-    sizes = {name: tensor.numel() for name, tensor in named(weights).items()}
-    stuck = np.concatenate([np.full(size, name in STUCK) for name, size in sizes.items()])
-    return np.where(stuck, average, averaged(DECAY)(step, average, weights))
+    updated = every_step(step, average, weights)
+    parts = []
+    for name, tensor in named(weights).items():
+        is_stuck = name in STUCK
+        parts.append(np.full(tensor.numel(), is_stuck))
+    stuck = np.concatenate(parts)
+    return np.where(stuck, average, updated)
 
 
-def log_error(found: float | None, decay: float) -> float:
+def audited(folder: Path, weights: np.ndarray, update: Average, claimed=None) -> Audit:
+    """Return the audit of a training's only average."""
+    run = Run(write(folder, weights, update))
+    (found,) = run.audit(claimed)
+    return found
+
+
+def log_error(found: Audit, decay: float) -> float:
     """Return the error of a found decay, as the logarithm of the ratio of time constants."""
-    assert found is not None
-    return abs(math.log((1 - found) / (1 - decay)))
+    ratio = (1 - found.found) / (1 - decay)
+    return abs(math.log(ratio))
 
 
-HEALTHY: list[tuple[dict[str, Any], float, torch.dtype]] = [
+HEALTHY = [
     ({"falls": True}, 0.995, torch.float16),
     ({}, 0.99, torch.bfloat16),
     ({"rate": 1e-2, "optimizer": "SGD"}, 0.999, torch.float32),
@@ -58,198 +103,229 @@ HEALTHY: list[tuple[dict[str, Any], float, torch.dtype]] = [
 
 
 @pytest.mark.parametrize(("training", "decay", "dtype"), HEALTHY)
-def test_a_healthy_average_is_as_claimed(
-    training: dict[str, Any],
-    decay: float,
-    dtype: torch.dtype,
-    tmp_path: Path,
-) -> None:
-    run = Run(write(tmp_path / "x", train(**training), averaged(decay), dtype))
+def test_a_healthy_average_is_as_claimed(training, decay, dtype, tmp_path):
+    write(tmp_path, train(**training), averaged(decay), dtype)
+    run = Run(tmp_path)
     (found,) = run.audit()
-    assert (found.verdict, found.warm_up, found.starts) == ("found", "", ())
-    assert found.uncertainty is not None
-    assert log_error(found.found, decay) < 3 * found.uncertainty
+    assert found.verdict == "found"
+    assert found.warm_up == ""
+    assert found.starts == ()
+    assert log_error(found, decay) < 3 * found.uncertainty
     (found,) = run.audit(decay)
-    assert (found.verdict, found.is_bad) == ("as claimed", False), found.text
+    assert found.verdict == "as claimed", found.text
+    assert not found.is_bad
 
 
-@pytest.mark.parametrize("settling", [0.3, math.inf], ids=["soon", "never"])
-def test_weights_without_noise_show_the_decay_too(settling: float, tmp_path: Path) -> None:
-    """They settle, in so many intervals, or move on a line; the covariance of such a path is nearly
-    singular."""
-    start = np.random.default_rng(0).standard_normal(train().shape[1])
-    place = np.arange(STEPS)[:, None] / EVERY
-    weights = start * (1 + (place if settling == math.inf else np.exp(-place / settling)))
-    (found,) = Run(write(tmp_path / "x", weights, averaged(DECAY))).audit()
-    assert found.uncertainty is not None
-    assert log_error(found.found, DECAY) < min(3 * found.uncertainty, 0.03)
+def check_smooth(path: np.ndarray, folder: Path) -> None:
+    """Check the audit of an average of weights that move in one direction, `path` times."""
+    random = np.random.default_rng(0)
+    start = random.standard_normal(train().shape[1])
+    weights = np.outer(path, start)
+    found = audited(folder, weights, every_step)
+    error = log_error(found, DECAY)
+    assert error < 3 * found.uncertainty
+    assert error < 0.03
 
 
-def test_steps_that_correlate_over_many_checkpoints(tmp_path: Path) -> None:
+INTERVALS = np.arange(STEPS) / EVERY
+
+
+def test_weights_that_settle_without_noise_show_the_decay(tmp_path):
+    """The covariance of such a path is nearly singular."""
+    check_smooth(1 + np.exp(-INTERVALS / 0.3), tmp_path)
+
+
+def test_weights_that_move_on_a_line_show_the_decay(tmp_path):
+    check_smooth(1 + INTERVALS, tmp_path)
+
+
+def test_steps_that_correlate_over_many_checkpoints(tmp_path):
     """A random walk whose mean step lasts for ten intervals, against the decay that the average was
     made with."""
     random = np.random.default_rng(0)
     weights = np.zeros_like(train())
-    mean = random.standard_normal(weights.shape[1])
+    size = weights.shape[1]
+    mean = random.standard_normal(size)
+    lasts = 10 * EVERY
     for step in range(1, STEPS):
-        mean += (2 / (10 * EVERY)) ** 0.5 * random.standard_normal(mean.size) - mean / (10 * EVERY)
-        weights[step] = weights[step - 1] + 1e-3 * mean + 1e-2 * random.standard_normal(mean.size)
-    (found,) = Run(write(tmp_path / "x", weights, averaged(DECAY))).audit()
-    assert found.uncertainty is not None
-    assert log_error(found.found, DECAY) < found.uncertainty < 0.01
+        change = (2 / lasts) ** 0.5 * random.standard_normal(size)
+        mean += change - mean / lasts
+        noise = random.standard_normal(size)
+        moved = 1e-3 * mean + 1e-2 * noise
+        weights[step] = weights[step - 1] + moved
+    found = audited(tmp_path, weights, every_step)
+    assert log_error(found, DECAY) < found.uncertainty < 0.01
 
 
-CASES: dict[str, tuple[Average, str, str]] = {
-    "sign": (
-        lambda _, e, x: e + (1 - DECAY) / 10 * (e - x),
-        "undetermined",
-        "do not explain how the average moves",
-    ),
+BAD = {
     "stuck": (stay, "does not move", "is its update called"),
-    "microbatch": (
-        lambda _, e, x: DECAY**8 * e + (1 - DECAY**8) * x,
-        "too short",
-        "once a microbatch",
-    ),
-    "every tenth": (
-        when(lambda step: step % 10 == 0, averaged(DECAY), stay),
-        "too long",
-        r"every k-th step.* \(k = ",
-    ),
-    "reset": (
-        when(lambda step: step == 850, copy, averaged(DECAY)),
-        "began again",
-        "near step 8[3-7]",
-    ),
+    "microbatch": (eight_times_a_step, "too short", "once a microbatch"),
+    "every tenth": (every_tenth_step, "too long", r"every k-th step.* \(k = "),
+    "reset": (set_back_once, "began again", "near step 8[3-7]"),
     "copy": (copy, "equals the weights", "copied"),
     "two tensors": (two_stuck, "some tensors", "2 of 6 tensors are not followed"),
-    "another run": (
-        lambda step, e, _: averaged(DECAY)(step, e, train()[step - 1]),
-        "undetermined",
-        "or are of another run",
-    ),
     "not updated later": (
-        when(lambda step: step > STEPS // 2, stay, averaged(DECAY)),
+        in_the_first_half,
         "does not move",
         "from step 800 to 1,500, while the weights do",
-    ),
-    "copied first, at its own interval": (  # as ema-pytorch
-        when(
-            lambda step: step > 120, averaged(DECAY), when(lambda step: step % 10 == 1, copy, stay)
-        ),
-        "as claimed",
-        "",
     ),
 }
 
 
-TIMES_A_STEP = {"microbatch": 8, "every tenth": 10}
-"""The updates of a step, or steps of an update; a verdict gives a range that contains this number.
-"""
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_an_average_did_is_named(case: str, tmp_path: Path) -> None:
-    update, verdict, reason = CASES[case]
-    (found,) = Run(write(tmp_path / "x", train(**HELD_OUT), update)).audit(DECAY)
-    assert (found.verdict, found.is_bad) == (
-        verdict,
-        verdict not in ("undetermined", "as claimed"),
-    ), found.text
+@pytest.mark.parametrize("case", BAD)
+def test_what_an_average_did_is_named(case, tmp_path):
+    update, verdict, reason = BAD[case]
+    found = audited(tmp_path, train(**HELD_OUT), update, DECAY)
+    assert found.verdict == verdict, found.text
+    assert found.is_bad
     assert re.search(reason, found.text)
-    assert sorted(found.tensors) == sorted(STUCK if case == "two tensors" else ())
-    if times := TIMES_A_STEP.get(case):
-        low, high = re.search(r"([\d.]+) to ([\d.]+)", found.text).groups()  # type: ignore[union-attr]
-        assert float(low) / 1.05 < times < float(high) * 1.05
+    stuck = STUCK if update is two_stuck else ()
+    assert sorted(found.tensors) == sorted(stuck)
     json.dumps(found.to_dict(), allow_nan=False)
-    still = [one.begin for one in found.intervals if one.note == "was not updated"]
-    assert still == [*range(800, STEPS, EVERY)] * (case == "not updated later")
+    still = {one.begin for one in found.intervals if one.note == "was not updated"}
+    later = range(800, STEPS, EVERY)
+    assert still == {*later} if update is in_the_first_half else not still
 
 
-def test_an_average_that_does_not_fit_its_weights_or_is_not_finite_is_named(tmp_path: Path) -> None:
-    def form(step: int, weights: Weights, average: Weights) -> object:
+UNDETERMINED = {
+    away_from_the_weights: "do not explain how the average moves",
+    of_another_run: "or are of another run",
+}
+
+
+@pytest.mark.parametrize("update", UNDETERMINED)
+def test_what_nothing_explains_is_undetermined(update, tmp_path):
+    found = audited(tmp_path, train(**HELD_OUT), update, DECAY)
+    assert found.verdict == "undetermined", found.text
+    assert not found.is_bad
+    assert UNDETERMINED[update] in found.text
+
+
+def test_copies_at_first_are_as_claimed(tmp_path):
+    found = audited(tmp_path, train(**HELD_OUT), copied_first, DECAY)
+    assert found.verdict == "as claimed", found.text
+    assert not found.is_bad
+
+
+@pytest.mark.parametrize(
+    ("update", "times"),
+    [
+        (eight_times_a_step, 8),
+        (every_tenth_step, 10),
+    ],
+)
+def test_the_updates_of_a_step_or_steps_of_an_update_lie_in_the_range(update, times, tmp_path):
+    found = audited(tmp_path, train(**HELD_OUT), update, DECAY)
+    stated = re.search(r"([\d.]+) to ([\d.]+)", found.text)
+    low, high = map(float, stated.groups())
+    assert low / 1.05 < times < high * 1.05
+
+
+def test_an_average_that_is_not_finite_is_named(tmp_path):
+    def form(step, weights, average):
         if step == 700:
             average["2.weight"][0, 0] = math.nan
         return timm(step, weights, average)
 
-    with pytest.raises(
-        errors.NonFiniteError, match=r"step700\.pt: tensor '2\.weight': holds nan or infinity"
-    ):
-        Run(write(tmp_path / "x", train(), averaged(DECAY), form=form)).audit()
-    run = write(
-        tmp_path / "y",
-        train(),
-        averaged(DECAY),
-        form=lambda step, w, a: timm(step, w, a | {"other": torch.zeros(3)}),
-    )
+    write(tmp_path, train(), every_step, form=form)
+    run = Run(tmp_path)
+    reason = r"step700\.pt: tensor '2\.weight': holds nan or infinity"
+    with pytest.raises(NonFiniteError, match=reason):
+        run.audit()
+
+
+def test_an_average_that_does_not_fit_its_weights_is_named(tmp_path):
+    def form(step, weights, average):
+        average["other"] = torch.zeros(3)
+        return timm(step, weights, average)
+
+    folder = write(tmp_path, train(), every_step, form=form)
     reason = "an EMA and weights of different models: only the EMA has 'other'"
-    with pytest.raises(errors.FileFormatError, match=reason):
-        import_checkpoints(run, tmp_path / "run", ema_decay=DECAY)
+    with pytest.raises(FileFormatError, match=reason):
+        import_checkpoints(folder, tmp_path / "run", ema_decay=DECAY)
 
 
-def test_what_is_undetermined_is_said(tmp_path: Path) -> None:
-    (found,) = Run(write(tmp_path / "short", train(), averaged(0.5))).audit(0.5)
-    assert (found.verdict, found.found) == ("undetermined", None)
+def test_an_average_too_short_for_its_files_is_said(tmp_path):
+    found = audited(tmp_path, train(), averaged(0.5), 0.5)
+    assert found.verdict == "undetermined"
+    assert found.found is None
     assert "checkpoints closer than 20 steps would show it" in found.text
-    (found,) = Run(
-        write(tmp_path / "still", np.ones((STEPS, 1)) * train()[-1], averaged(DECAY))
-    ).audit()
+
+
+def test_weights_that_stand_still_are_said(tmp_path):
+    still = np.tile(train()[-1], (STEPS, 1))
+    found = audited(tmp_path, still, every_step)
     assert "the weights stand still" in found.text
-    (tmp_path / "one").mkdir()
-    (tmp_path / "short" / "step300.pt").rename(tmp_path / "one" / "step300.pt")
-    with pytest.raises(
-        errors.InvalidValueError, match="no two times at which there are an average and the weights"
-    ):
-        Run(tmp_path / "one").audit()
 
 
-def test_an_interval_with_two_explanations_has_the_one_near_the_others(tmp_path: Path) -> None:
+def test_a_lone_checkpoint_cannot_be_audited(tmp_path):
+    write(tmp_path, train(), every_step)
+    run = Run(tmp_path / "step300.pt")
+    reason = "no two times at which there are an average and the weights"
+    with pytest.raises(InvalidValueError, match=reason):
+        run.audit()
+
+
+def returning(steps: range, weights: np.ndarray, average: np.ndarray) -> None:
+    """Let weights return to the average, by a bend in their way, in the interval of `steps`."""
+    first = steps[0]
+    start = weights[first - 1].copy()
+    away = average - start
+    random = np.random.default_rng(0)
+    signs = random.choice([-0.05, 0.05], average.size)
+    for step in steps:
+        passed = (step + 1 - first) / len(steps)
+        bend = 8 * passed * (1 - passed) * signs
+        straight = passed * (1 - signs) / 0.8
+        weights[step] = start + (straight - bend) * away
+
+
+def test_an_interval_with_two_explanations_has_the_one_near_the_others(tmp_path):
     """Weights that return to the average, d = e - x = 0.8 v, move it by about as much (B d + s v)
     for the decay's B of 0.61 as for 0.09; by a bend in their way, the latter explains this interval
     better.
     """
     weights = train().copy()
-    average = train()[0].copy()
-    signs = np.random.default_rng(0).choice([-0.05, 0.05], average.size)
-    for step in range(1, STEPS + 1):
-        if step == 701:
-            away = average - weights[699]
-        if 700 < step <= 800:
-            u = (step - 700) / 100
-            weights[step - 1] = (
-                weights[699] + (u * (1 - signs) / 0.8 - 8 * u * (1 - u) * signs) * away
-            )
-        elif step > 800:
-            weights[step - 1] += weights[799] - train()[799]
-        average = averaged(DECAY)(step, average, weights[step - 1])
-    (found,) = Run(write(tmp_path / "x", weights, averaged(DECAY))).audit(DECAY)
-    assert [one.found for one in found.intervals] == pytest.approx([1 / (1 - DECAY)] * 14, rel=0.2)
+    average = follow(every_step, weights)[699]
+    returning(range(700, 800), weights, average)
+    weights[800:] += weights[799] - train()[799]
+    found = audited(tmp_path, weights, every_step, DECAY)
+    lengths = [one.found for one in found.intervals]
+    true = 1 / (1 - DECAY)
+    assert lengths == pytest.approx([true] * 14, rel=0.2)
 
 
-def test_a_trackers_snapshots_need_no_audit(tmp_path: Path, ema: Ema) -> None:
+def test_a_trackers_snapshots_need_no_audit(tmp_path, ema):
     model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(
-        model, tmp_path / "ema", update_every=1, checkpoint_every=1
-    ) as tracker:
+    settings = {"update_every": 1, "checkpoint_every": 1}
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
         tracker.update_(model)
-    refused = ema("audit", tmp_path / "ema")
-    reason = (
-        "holds snapshots of a tracker: their headers hold the width exactly, and `ema "
-        "info` shows it"
-    )
-    assert (refused.code, refused.error) == (2, f"{tmp_path / 'ema'}: {reason}")
+    refused = ema("audit", tmp_path)
+    assert refused.code == 2
+    known = "their headers hold the width exactly, and `ema info` shows it"
+    assert refused.error == f"{tmp_path}: holds snapshots of a tracker: {known}"
 
 
-def test_the_command(tmp_path: Path, ema: Ema) -> None:
-    run = write(tmp_path / "x", train(), lambda _, e, x: DECAY**8 * e + (1 - DECAY**8) * x)
-    done = ema("audit", run, "--claimed", DECAY, "--out", tmp_path / "a.png")
+def test_the_command_fails_for_a_bad_average(tmp_path, ema):
+    run = write(tmp_path / "x", train(), eight_times_a_step)
+    picture = tmp_path / "a.png"
+    done = ema("audit", run, "--claimed", DECAY, "--out", picture)
     assert done.code == 1
     assert "too short: " in done.out
-    assert (tmp_path / "a.png").stat().st_size > 10_000
-    done = ema("audit", write(tmp_path / "y", train(), averaged(DECAY)), "--json")
+    assert picture.stat().st_size > 10_000
+
+
+def test_the_command_prints_what_was_found(tmp_path, ema):
+    run = write(tmp_path, train(), every_step)
+    done = ema("audit", run, "--json")
     (found,) = done.json["audits"]
     assert found["verdict"] == "found"
     assert found["length"] == pytest.approx(1 / (1 - DECAY), rel=0.1)
-    assert len(found["intervals"]) == len(range(EVERY, STEPS, EVERY))
+    assert len(found["intervals"]) == len(TIMES) - 1
+
+
+def test_a_claim_that_is_no_decay_is_refused(tmp_path, ema):
+    run = write(tmp_path, train(), every_step)
     refused = ema("audit", run, "--claimed", "7")
-    assert (refused.code, refused.error) == (2, "--claimed 7: must lie in (0, 1)")
+    assert refused.code == 2
+    assert refused.error == "--claimed 7: must lie in (0, 1)"

@@ -19,44 +19,59 @@ STEPS = 400
 EVERY = 20
 
 
-def often(_: int) -> float:
+def often(_):
     return CLAIMED**4
 
 
-def seldom(step: int) -> float:
+def seldom(step):
     return 1.0 if step % 4 else CLAIMED
 
 
-def claimed(_: int) -> float:
+def claimed(_):
     return CLAIMED
 
 
-def late_cap(n: int) -> float:
+def late_cap(n):
     """The warm-up reaches 0.97 at update 290 of 400."""
-    return min(0.97, (1 + n) / (10 + n))
+    rising = (1 + n) / (10 + n)
+    return min(0.97, rising)
 
 
-def save(folder: Path, decay: Decay, claim: float | None, dtype: torch.dtype) -> Path:
+def save(
+    folder: Path,
+    decay: Decay,
+    claim: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write the weights and their average, kept in a dtype, as OpenFold does."""
     folder.mkdir()
-    average = walks.copied(dict(walks.new_net().named_parameters()))
-    average = {name: value.to(dtype) for name, value in average.items()}
+    first = walks.weights_of(walks.new_net())
+    average = {name: value.to(dtype) for name, value in first.items()}
+    ema = {"params": average}
+    if claim is not None:
+        ema["decay"] = claim
     for step, weights in enumerate(walks.history(STEPS), 1):
+        share = 1 - decay(step)
         for name, value in average.items():
-            value += (1 - decay(step)) * (weights[name].to(dtype) - value)
+            apart = weights[name].to(dtype) - value
+            value += share * apart
         if step % EVERY == 0:
-            ema = {"params": average} if claim is None else {"params": average, "decay": claim}
             content = {"state_dict": weights, "ema": ema, "global_step": step}
             torch.save(content, folder / f"{step}.ckpt")
     return folder
 
 
+def check_average(place: Path, most: float) -> None:
+    """Check that an average's error is the predicted one, which is at most half of `most`."""
+    made = Run(place).average(0.1)
+    error = walks.distance(made, walks.true_average(0.1))
+    assert error < 2 * made.predicted_error < most
+
+
 @pytest.mark.parametrize("decay", [often, seldom])
-def test_a_decay_that_files_say_and_their_weights_refute_is_an_error_of_every_average(
-    tmp_path: Path,
-    decay: Decay,
-) -> None:
-    run = Run(save(tmp_path / "files", decay, CLAIMED, torch.float32))
+def test_a_decay_that_files_say_and_their_weights_refute_is_an_error(files, decay):
+    """Of every average; the files are described."""
+    run = Run(save(files, decay, CLAIMED))
     for make in (run.average, run.plan):
         with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too"):
             make(0.1)
@@ -65,132 +80,125 @@ def test_a_decay_that_files_say_and_their_weights_refute_is_an_error_of_every_av
     assert run.info()["kind"] == "checkpoints"
 
 
-def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(tmp_path: Path) -> None:
-    run = Run(save(tmp_path / "files", claimed, CLAIMED, torch.float32))
-    made = run.average(0.1)
-    error = walks.distance(made, walks.true_average(0.1))
-    assert made.predicted_error is not None
-    assert error < 2 * made.predicted_error < 0.01
+def test_a_decay_that_files_say_is_taken_where_it_fits_the_weights(files):
+    save(files, claimed, CLAIMED)
+    check_average(files, 0.01)
 
 
 @pytest.mark.parametrize("claim", [CLAIMED, None])
-def test_an_average_whose_updates_round_to_nothing_is_refused(
-    tmp_path: Path,
-    claim: float | None,
-) -> None:
+def test_an_average_whose_updates_round_to_nothing_is_refused(files, run, claim):
     """Such an average of decay 0.99 is 0.1 from the true one, and moves as one of 0.9892 would."""
-    folder = save(tmp_path / "files", claimed, claim, torch.bfloat16)
+    save(files, claimed, claim, torch.bfloat16)
     with pytest.raises(InvalidValueError, match=r"too few digits: .*takes the weights alone"):
-        import_checkpoints(folder, tmp_path / "run")
-    (audit,) = Run(folder).audit()
+        import_checkpoints(files, run)
+    (audit,) = Run(files).audit()
     assert audit.is_bad
-    import_checkpoints(folder, tmp_path / "run", kind="checkpoints")
-    made = Run(tmp_path / "run").average(0.1)
-    error = walks.distance(made, walks.true_average(0.1))
-    assert made.predicted_error is not None
-    assert error < 2 * made.predicted_error < 0.1
+    import_checkpoints(files, run, kind="checkpoints")
+    check_average(run, 0.1)
 
 
-def test_an_average_that_was_set_back_is_refused(tmp_path: Path) -> None:
+def test_an_average_that_was_set_back_is_refused(files):
     """From step 300 on, the files are those of a training that went on from step 200."""
-    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
+    save(files, claimed, CLAIMED)
     for step in range(400, 280, -EVERY):
-        content = torch.load(folder / f"{step - 100}.ckpt")
-        torch.save(content | {"global_step": step}, folder / f"{step}.ckpt")
+        content = torch.load(files / f"{step - 100}.ckpt")
+        torch.save(content | {"global_step": step}, files / f"{step}.ckpt")
     with pytest.raises(InvalidValueError, match="step 300 does not follow from that of 280"):
-        Run(folder).average(0.1)
+        Run(files).average(0.1)
 
 
-def test_an_average_that_is_only_stored_in_few_digits_is_taken(tmp_path: Path) -> None:
-    folder = save(tmp_path / "files", claimed, CLAIMED, torch.float32)
-    for path in folder.iterdir():
+def test_an_average_that_is_only_stored_in_few_digits_is_taken(files):
+    save(files, claimed, CLAIMED)
+    for path in files.iterdir():
         content = torch.load(path)
         params = content["ema"]["params"]
-        content["ema"]["params"] = {name: value.bfloat16() for name, value in params.items()}
+        for name, value in params.items():
+            params[name] = value.bfloat16()
         torch.save(content, path)
-    made = Run(folder).average(0.1)
-    error = walks.distance(made, walks.true_average(0.1))
-    assert made.predicted_error is not None
-    assert error < 2 * made.predicted_error < 0.02
+    check_average(files, 0.02)
 
 
-def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(tmp_path: Path) -> None:
+def test_a_decay_that_a_warm_up_reaches_only_near_the_end_is_found(files, run):
     """Taken for unlimited, such an average is 1 % off."""
-    folder = save(tmp_path / "files", late_cap, None, torch.float32)
-    found = import_checkpoints(folder, tmp_path / "run")
-    decay = float(found.checks[-1].split()[2].strip(","))
-    assert abs(decay - 0.97) < 0.0002
-    made = Run(tmp_path / "run").average(0.1)
-    error = walks.distance(made, walks.true_average(0.1))
-    assert made.predicted_error is not None
-    assert error < 2 * made.predicted_error < 0.01
+    save(files, late_cap)
+    found = import_checkpoints(files, run)
+    _, _, decay, *_ = found.checks[-1].split()
+    assert float(decay.strip(",")) == pytest.approx(0.97, abs=0.0002)
+    check_average(run, 0.01)
 
 
-def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_begins(
-    tmp_path: Path,
-) -> None:
+def test_an_average_that_copies_the_weights_at_first_is_checked_from_where_it_begins(tmp_path, run):
     """ema-pytorch copies for 100 steps; names of these parameters are numbers."""
     library = pytest.importorskip("ema_pytorch")
-    net = torch.nn.ParameterList([torch.zeros(24, 24), torch.zeros(24)])
+    parameters = [torch.zeros(24, 24), torch.zeros(24)]
+    net = torch.nn.ParameterList(parameters)
     average = library.EMA(net, beta=0.95, update_every=1)
     for step in walks.walk(net):
         average.update()
         if step % EVERY == 0:
             torch.save(average.state_dict(), tmp_path / f"step{step}.pt")
     settings = {"update_every": 1, "update_after_step": 100}
-    found = import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.95, **settings)
+    found = import_checkpoints(tmp_path, run, ema_decay=0.95, **settings)
     assert "as claimed" in found.checks[-1]
-    assert list(Run(tmp_path / "run").average(0.1)) == ["0", "1"]
+    assert Run(run).average(0.1).keys() == {"0", "1"}
     with pytest.raises(InvalidValueError, match="does not fit the files"):
         import_checkpoints(tmp_path, tmp_path / "other", ema_decay=0.8, **settings)
 
 
-def unknown_rise(n: int) -> float:
-    return 0.99 * min(1, n / 200)
+def unknown_rise(n):
+    risen = min(1, n / 200)
+    return 0.99 * risen
 
 
-def change(n: int) -> float:
+def change(n):
     return 0.9 if n <= STEPS // 2 else 0.98
 
 
-def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(tmp_path: Path) -> None:
-    folder = save(tmp_path / "files", unknown_rise, None, torch.float32)
-    (audit,) = Run(folder).audit()
+def test_a_decay_that_rises_by_a_rule_of_no_library_is_no_restart(files, run):
+    save(files, unknown_rise)
+    (audit,) = Run(files).audit()
     assert not audit.is_bad
     assert re.search(r"rises until step \d+ by a rule that is not known", audit.text)
-    import_checkpoints(folder, tmp_path / "run")
-    made = Run(tmp_path / "run").average(0.1)
-    assert walks.distance(made, walks.true_average(0.1)) < 2 * (made.predicted_error or 0) < 0.02
+    import_checkpoints(files, run)
+    check_average(run, 0.02)
 
 
-def test_a_decay_that_changes_is_refused_with_the_time(tmp_path: Path) -> None:
-    folder = save(tmp_path / "files", change, None, torch.float32)
+def test_a_decay_that_changes_is_refused_with_the_time(files, run):
+    save(files, change)
     with pytest.raises(InvalidValueError, match=r"step \d+.*: name the files .* by a glob"):
-        import_checkpoints(folder, tmp_path / "run", ema_decay=0.98, ema_warmup="none")
-    import_checkpoints(str(folder / "[234][0-9]0.ckpt"), tmp_path / "run", ema_decay=0.98)
+        import_checkpoints(files, run, ema_decay=0.98, ema_warmup="none")
+    later = files / "[234][0-9]0.ckpt"
+    import_checkpoints(str(later), run, ema_decay=0.98)
 
 
-def test_the_part_that_an_average_and_the_weights_share_is_named(tmp_path: Path) -> None:
+SAID = {"ema_decay": 0.95, "ema_warmup": "none"}
+
+
+def test_the_part_that_an_average_and_the_weights_share_is_named(tmp_path, run):
     """F5-TTS keeps a buffer in its average that the weights lack."""
     for one in walks.saves():
-        weights = {f"net.{name}": value for name, value in one.weights.items()}
-        average = {f"net.{name}": value for name, value in one.average.items()}
-        content = {"model": weights, "ema_model": average | {"window": torch.ones(4)}}
+        weights = named("net.", one.weights)
+        average = named("net.", one.average)
+        average["window"] = torch.ones(4)
+        content = {"model": weights, "ema_model": average}
         torch.save(content, tmp_path / f"model_{one.step}.pt")
     with pytest.raises(FileFormatError, match=r"'ema_model\.net' with `weights` 'model\.net'"):
-        import_checkpoints(tmp_path, tmp_path / "run")
-    parts = {"average": "ema_model.net", "weights": "model.net", "ema_decay": 0.95}
-    found = import_checkpoints(tmp_path, tmp_path / "run", ema_warmup="none", **parts)
+        import_checkpoints(tmp_path, run)
+    parts = {"average": "ema_model.net", "weights": "model.net"}
+    found = import_checkpoints(tmp_path, run, **SAID, **parts)
     assert found.counts["EMA of decay 0.95"] == len(walks.saves())
 
 
-def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(tmp_path: Path) -> None:
+def named(prefix: str, tensors: walks.Tensors) -> walks.Tensors:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(tmp_path, run):
     """As of FastGAN, whose generator `g` has an average in a list."""
     for one in walks.saves():
         other = {name: -value for name, value in one.weights.items()}
-        content = {"g": one.weights, "d": other, "g_ema": [*one.average.values()]}
+        averages = list(one.average.values())
+        content = {"g": one.weights, "d": other, "g_ema": averages}
         torch.save(content, tmp_path / f"all_{one.step}.pth")
-    found = import_checkpoints(
-        tmp_path, tmp_path / "run", prefix="g.", ema_decay=0.95, ema_warmup="none"
-    )
+    found = import_checkpoints(tmp_path, run, prefix="g.", **SAID)
     assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}

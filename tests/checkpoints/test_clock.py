@@ -4,15 +4,15 @@ epoch are."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ema_command import Ema
 from safetensors.torch import save_file
-from walks import STEPS, Tensors, distance, history, ratio, saves, true_average
+from walks import STEPS, Save, Tensors, distance, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
@@ -21,6 +21,7 @@ from posthoc_cli.profiles import OrdinaryEMA
 EPOCHS = 20
 EACH = STEPS // EPOCHS
 """Steps of an epoch."""
+ALL = [*range(1, EPOCHS + 1)]
 
 
 def store(path: Path, epoch: int, /, **values: Any) -> None:
@@ -50,8 +51,21 @@ def same(*epochs: int) -> dict[int, int]:
 
 def times(place: Path, **settings: Any) -> tuple[str, list[float]]:
     """Return the unit and the times of an import."""
-    found = import_checkpoints(place, None, dry_run=True, **settings).checkpoints
-    return found[0].t_unit, [one.t for one in found]
+    done = import_checkpoints(place, None, dry_run=True, **settings)
+    first, *_ = done.checkpoints
+    return first.t_unit, [one.t for one in done.checkpoints]
+
+
+def epochs_of(place: Path, **settings: Any) -> list[float]:
+    unit, found = times(place, **settings)
+    assert unit == "epochs"
+    return found
+
+
+def steps_of(place: Path, **settings: Any) -> list[float]:
+    unit, found = times(place, **settings)
+    assert unit == "steps"
+    return found
 
 
 def says(place: Path, **settings: Any) -> str:
@@ -71,235 +85,283 @@ def says(place: Path, **settings: Any) -> str:
         ("model.epoch={:04}.ckpt", "by the word for epochs in names"),
     ],
 )
-def test_numbers_of_epochs(name: str, why: str, tmp_path: Path) -> None:
-    write(tmp_path, name, same(*range(1, 21)))
-    assert times(tmp_path) == ("epochs", [*range(1, 21)])
+def test_numbers_of_epochs(name, why, tmp_path):
+    write(tmp_path, name, same(*ALL))
+    assert epochs_of(tmp_path) == ALL
     assert says(tmp_path) == f"epochs, counted from 1: {why}"
-    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", [EACH * e for e in range(1, 21)])
-    assert says(tmp_path, steps_per_epoch=EACH).endswith(f"the first checkpoint is of step {EACH}")
+    assert steps_of(tmp_path, steps_per_epoch=EACH) == [EACH * epoch for epoch in ALL]
+    said = says(tmp_path, steps_per_epoch=EACH)
+    assert said.endswith(f"the first checkpoint is of step {EACH}")
 
 
-def test_an_equal_epoch_in_the_contents(tmp_path: Path) -> None:
-    """Without it, such numbers are steps, which nothing states."""
-    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20))
-    assert times(tmp_path) == ("steps", [3, 7, 9, 20])
-    assert "taken for steps: they are the only number in names" in says(tmp_path)
-    assert "nothing states their unit" in says(tmp_path)
-    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch})
-    assert times(tmp_path) == ("epochs", [3, 7, 9, 20])
-    write(tmp_path, "model_{}.pth", same(3, 7, 9, 20), lambda _: {"epoch": 2})
-    assert times(tmp_path) == ("steps", [3, 7, 9, 20])
+BEST = [3, 7, 9, 20]
+"""The epochs of files that were kept because they are the best."""
 
 
-def test_steps_and_images_are_not_mixed(tmp_path: Path) -> None:
-    write(tmp_path, "model_{}.pth", same(3), lambda step: {"global_step": step})
-    write(tmp_path, "model_{}.pth", same(7), lambda _: {"state": {"cur_nimg": 640}})
+def has_its_epoch(number):
+    return {"epoch": number}
+
+
+def test_numbers_with_gaps_are_steps_which_nothing_states(tmp_path):
+    write(tmp_path, "model_{}.pth", same(*BEST))
+    assert steps_of(tmp_path) == BEST
+    said = says(tmp_path)
+    assert "taken for steps: they are the only number in names" in said
+    assert "nothing states their unit" in said
+
+
+def test_numbers_are_epochs_if_the_contents_have_an_equal_epoch(tmp_path):
+    write(tmp_path, "model_{}.pth", same(*BEST), has_its_epoch)
+    assert epochs_of(tmp_path) == BEST
+
+
+def test_numbers_are_steps_if_the_contents_have_another_epoch(tmp_path):
+    for number in BEST:
+        store(tmp_path / f"model_{number}.pth", number, epoch=2)
+    assert steps_of(tmp_path) == BEST
+
+
+def test_steps_and_images_are_not_mixed(tmp_path):
+    store(tmp_path / "model_3.pth", 3, global_step=3)
+    store(tmp_path / "model_7.pth", 7, state={"cur_nimg": 640})
     with pytest.raises(InvalidValueError, match="some files state their steps, and others images"):
         times(tmp_path)
 
 
-def test_an_unknown_first_epoch_is_said(tmp_path: Path) -> None:
-    """Of files that were kept because they are the best; timm counts from 0."""
-    write(tmp_path, "checkpoint-{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch})
-    unknown = "nothing shows the first: `first_epoch` is 0 if it is"
-    assert unknown in says(tmp_path)
-    assert unknown not in says(tmp_path, first_epoch=1)
-    of_timm = {"arch": "vit", "version": 2}
-    write(
-        tmp_path, "checkpoint-{}.pth", same(3, 7, 9, 20), lambda epoch: {"epoch": epoch} | of_timm
-    )
-    assert times(tmp_path) == ("epochs", [4, 8, 10, 21])
-    assert unknown not in says(tmp_path)
+UNKNOWN = "nothing shows the first: `first_epoch` is 0 if it is"
+
+
+def test_an_unknown_first_epoch_is_said(tmp_path):
+    write(tmp_path, "checkpoint-{}.pth", same(*BEST), has_its_epoch)
+    assert UNKNOWN in says(tmp_path)
+    assert UNKNOWN not in says(tmp_path, first_epoch=1)
+
+
+def test_timm_counts_epochs_from_0(tmp_path):
+    def content(number):
+        return {"epoch": number, "arch": "vit", "version": 2}
+
+    write(tmp_path, "checkpoint-{}.pth", same(*BEST), content)
+    assert epochs_of(tmp_path) == [4, 8, 10, 21]
+    assert UNKNOWN not in says(tmp_path)
+
+
+def has_the_next_epoch(number):
+    return {"epoch": number + 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "epochs", "content"),
+    ("name", "numbers", "content"),
     [
-        ("model_{}.pth", {e: e + 1 for e in range(20)}, None),
-        ("checkpoint{:04}.pth", {e: e + 1 for e in range(20)}, lambda n: {"epoch": n + 1}),
-        ("checkpoint{:04}.pth", {e: e + 1 for e in (2, 5, 8, 19)}, lambda n: {"epoch": n + 1}),
-        ("water_run-123_epoch-{}.pt", {e: e + 1 for e in range(1, 20, 2)}, None),
-        ("epoch_{}.pt", {e: e + 1 for e in (4, 9, 14, 19)}, None),
+        ("model_{}.pth", range(20), None),
+        ("checkpoint{:04}.pth", range(20), has_the_next_epoch),
+        ("checkpoint{:04}.pth", (2, 5, 8, 19), has_the_next_epoch),
+        ("water_run-123_epoch-{}.pt", range(1, 20, 2), None),
+        ("epoch_{}.pt", (4, 9, 14, 19), None),
     ],
 )
-def test_epochs_counted_from_0(
-    name: str,
-    epochs: dict[int, int],
-    content: Any,
-    tmp_path: Path,
-) -> None:
+def test_epochs_counted_from_0(name, numbers, content, tmp_path):
+    epochs = {number: number + 1 for number in numbers}
     write(tmp_path, name, epochs, content)
-    assert times(tmp_path) == ("epochs", [*epochs.values()])
+    assert epochs_of(tmp_path) == [*epochs.values()]
     assert says(tmp_path).startswith("epochs, counted from 0: ")
     steps = [EACH * epoch for epoch in epochs.values()]
-    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", steps)
+    assert steps_of(tmp_path, steps_per_epoch=EACH) == steps
 
 
-@pytest.mark.parametrize("first", [0, 1])
-def test_the_first_epoch_is_given(first: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "epochs"),
+    [
+        (0, [6, 11, 16, 21]),
+        (1, [5, 10, 15, 20]),
+    ],
+)
+def test_the_first_epoch_is_given(first, epochs, tmp_path):
     write(tmp_path, "epoch_{}.pt", same(5, 10, 15, 20))
-    assert times(tmp_path)[1] == [5, 10, 15, 20]
-    assert times(tmp_path, first_epoch=first)[1] == [e + 1 - first for e in (5, 10, 15, 20)]
-    steps = [EACH * (epoch + 1 - first) for epoch in (5, 10, 15, 20)]
-    assert times(tmp_path, first_epoch=first, steps_per_epoch=EACH) == ("steps", steps)
+    assert epochs_of(tmp_path) == [5, 10, 15, 20]
+    assert epochs_of(tmp_path, first_epoch=first) == epochs
+    steps = [EACH * epoch for epoch in epochs]
+    assert steps_of(tmp_path, first_epoch=first, steps_per_epoch=EACH) == steps
 
 
-def test_weights_before_the_training_are_left_out(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Of a first epoch 1, the number 0 is before the training; and of steps."""
+def test_weights_before_the_training_are_left_out(tmp_path, caplog):
+    """Of a first epoch 1, the number 0 is before the training."""
     write(tmp_path, "epoch_{}.pt", {0: 1} | same(1, 2, 3))
-    assert times(tmp_path, first_epoch=1) == ("epochs", [1, 2, 3])
+    assert epochs_of(tmp_path, first_epoch=1) == [1, 2, 3]
     assert "epoch_0.pt: left out, as its weights are those before the training" in caplog.text
-    write(tmp_path / "steps", "step_{}.pt", {0: 1, 100: 5, 250: 10})
-    assert times(tmp_path / "steps") == ("steps", [100, 250])
+
+
+def test_a_step_0_is_left_out(tmp_path):
+    write(tmp_path, "step_{}.pt", {0: 1, 100: 5, 250: 10})
+    assert steps_of(tmp_path) == [100, 250]
 
 
 @pytest.mark.parametrize("pattern", [r"epoch-(\d+)", r"-(\d+)\.pt", r"(\d+)\.pt$"])
-def test_a_pattern_and_the_steps_of_an_epoch(pattern: str, tmp_path: Path) -> None:
-    write(tmp_path, "run-123_epoch-{}.pt", same(3, 7, 9, 20))
-    steps = [60, 140, 180, 400]
-    assert times(tmp_path, step_from=pattern, steps_per_epoch=EACH) == ("steps", steps)
+def test_a_pattern_and_the_steps_of_an_epoch(pattern, tmp_path):
+    write(tmp_path, "run-123_epoch-{}.pt", same(*BEST))
+    steps = steps_of(tmp_path, step_from=pattern, steps_per_epoch=EACH)
+    assert steps == [60, 140, 180, 400]
+
+
+def has_its_step(number):
+    return {"global_step": number}
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("model_{}.pt", lambda number: {"global_step": number}), ("step_{}.pt", None)],
+    [
+        ("model_{}.pt", has_its_step),
+        ("step_{}.pt", None),
+    ],
 )
-def test_numbers_that_are_steps_take_no_epochs(name: str, content: Any, tmp_path: Path) -> None:
-    write(tmp_path, name, same(*range(1, 21)), content)
-    assert times(tmp_path) == ("steps", [*range(1, 21)])
+def test_numbers_that_are_steps_take_no_epochs(name, content, tmp_path):
+    write(tmp_path, name, same(*ALL), content)
+    assert steps_of(tmp_path) == ALL
     assert says(tmp_path).startswith("steps, by ")
     with pytest.raises(InvalidValueError, match="says nothing about numbers that are steps, by"):
         times(tmp_path, steps_per_epoch=EACH)
 
 
-def test_an_average_needs_the_steps_of_an_epoch(tmp_path: Path) -> None:
-    """They are asked for, or are what the average has counted."""
+def store_with_average(path: Path, save: Save, **values: Any) -> None:
+    """Write weights and their average, whose decay the file states."""
+    average = {"params": save.average, "decay": 0.95, **values}
+    torch.save({"model": save.weights, "ema": average}, path)
+
+
+def twice() -> list[int]:
+    """Return the steps of all weights and averages."""
+    steps = [save.step for save in saves()]
+    return sorted(steps + steps)
+
+
+def test_an_average_needs_the_steps_of_an_epoch(tmp_path):
     for save in saves():
-        content = {"model": save.weights, "ema": {"params": save.average, "decay": 0.95}}
-        torch.save(content, tmp_path / f"epoch_{save.epoch}.pt")
+        store_with_average(tmp_path / f"epoch_{save.epoch}.pt", save)
     with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: must be given: decays are of"):
         times(tmp_path)
-    unit, found = times(tmp_path, steps_per_epoch=40)
-    assert (unit, found) == ("steps", sorted(2 * [save.step for save in saves()]))
-    averaged = {one["t"]: one["holds"] for one in Run(tmp_path).info()["checkpoints"]}
-    assert set(averaged.values()) == {"weights"}
+    assert steps_of(tmp_path, steps_per_epoch=40) == twice()
+    described = Run(tmp_path).info()["checkpoints"]
+    assert {one["holds"] for one in described} == {"weights"}
+
+
+def test_the_updates_of_an_average_are_the_steps_of_an_epoch(tmp_path):
     for save in saves(ratio):
-        counted = {"params": save.average, "decay": 0.95, "num_updates": save.step}
-        content = {"model": save.weights, "ema": counted}
-        torch.save(content, tmp_path / f"epoch_{save.epoch}.pt")
-    unit, found = times(tmp_path)
-    assert (unit, found) == ("steps", sorted(2 * [save.step for save in saves()]))
+        file = tmp_path / f"epoch_{save.epoch}.pt"
+        store_with_average(file, save, num_updates=save.step)
+    assert steps_of(tmp_path) == twice()
     assert "steps are the updates that the averages have counted" in says(tmp_path)
 
 
-def test_a_decay_and_numbers_that_may_be_epochs(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def check_average(run: Run) -> None:
+    made = run.average(0.1, dtype="float64")
+    assert distance(made, true_average(0.1)) < 3 * made.predicted_error
+
+
+def test_a_decay_and_numbers_that_may_be_epochs(tmp_path, caplog):
     """Of kept best epochs the averages are left out, and an import sees that the decay does not
     fit; with the steps of an epoch it does."""
     for epoch in (3, 4, 6, 7, 9, 10):
-        kept = saves()[epoch - 1]
-        content = {"model": kept.weights, "ema": {"params": kept.average, "decay": 0.95}}
-        torch.save(content, tmp_path / f"net_{epoch}.pt")
-    made = Run(tmp_path).average(0.1, dtype="float64")
-    assert made.predicted_error is not None
-    assert distance(made, true_average(0.1)) < 3 * made.predicted_error
+        store_with_average(tmp_path / f"net_{epoch}.pt", saves()[epoch - 1])
+    check_average(Run(tmp_path))
     assert "6 EMAs, such as net_10.pt, left out of averages: their decay is of" in caplog.text
     assert "nothing states their unit" in caplog.text
     with pytest.raises(InvalidValueError, match=r"^ema_decay 0\.95: does not fit the files"):
         times(tmp_path)
-    assert times(tmp_path, steps_per_epoch=40)[1][-1] == STEPS
+    assert steps_of(tmp_path, steps_per_epoch=40)[-1] == STEPS
 
 
-def test_averages_alone_by_epoch(tmp_path: Path) -> None:
+def test_averages_alone_by_epoch(tmp_path, run):
     """Files of MACE have an average only; steps of an epoch make a run of it."""
     for save in saves():
-        torch.save({"model": save.average}, tmp_path / f"water_run-123_epoch-{save.epoch - 1}.pt")
+        file = tmp_path / f"water_run-123_epoch-{save.epoch - 1}.pt"
+        torch.save({"model": save.average}, file)
     settings = {"kind": "ema", "ema_decay": 0.95}
     with pytest.raises(InvalidValueError, match=r"^steps_per_epoch: must be given"):
         times(tmp_path, **settings)
-    import_checkpoints(tmp_path, tmp_path / "new", steps_per_epoch=40, **settings)
-    run = Run(tmp_path / "new")
-    assert [one.t for one in run.sources] == [save.step for save in saves()]
-    assert all(isinstance(one.profile, OrdinaryEMA) for one in run.sources)
-    made = run.average(0.1, dtype="float64")
-    assert made.predicted_error is not None
-    assert distance(made, true_average(0.1)) < 3 * made.predicted_error
+    import_checkpoints(tmp_path, run, steps_per_epoch=40, **settings)
+    sources = Run(run).sources
+    steps = [save.step for save in saves()]
+    assert [one.t for one in sources] == steps
+    assert all(isinstance(one.profile, OrdinaryEMA) for one in sources)
+    check_average(Run(run))
 
 
 # --- odd files
 
 
-Odd = Callable[[Path], object]
+@pytest.fixture
+def epochs(tmp_path: Path) -> Path:
+    """Return a folder with the weights of all epochs."""
+    return write(tmp_path / "epochs", "epoch_{}.pt", same(*ALL))
 
 
-def another_model(path: Path) -> None:
+def of_epoch_20(path):
+    store(path, 20)
+
+
+def another_model(path):
     torch.save({"model": {"x": torch.ones(3)}}, path)
 
 
-ODD: dict[str, tuple[Odd, str]] = {
-    "latest.ckpt": (lambda path: store(path, 20), "no step"),
-    "best.pt": (lambda path: store(path, 7), "no step"),
+def text(path):
+    path.write_text("these are the good ones")
+
+
+def broken(path):
+    path.write_bytes(b"PK\x03\x04" + bytes(40))
+
+
+def without_tensors(path):
+    torch.save({"losses": [1.0, 2.0]}, path)
+
+
+ODD = {
+    "latest.ckpt": (of_epoch_20, "no step"),
     "vae_30.pt": (another_model, "another model"),
-    "notes.pt": (lambda path: path.write_text("these are the good ones"), "cannot be"),
-    "broken.pt": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(40)), ""),
-    "log_5.pt": (lambda path: torch.save({"losses": [1.0, 2.0]}, path), "holds no"),
-    "step_400.pt": (lambda path: store(path, 20), "another kind"),
+    "notes.pt": (text, "cannot be"),
+    "broken.pt": (broken, ""),
+    "log_5.pt": (without_tensors, "holds no"),
+    "step_400.pt": (of_epoch_20, "another kind"),
 }
 
 
 @pytest.mark.parametrize("odd", ODD)
-def test_an_odd_file_is_left_out_and_named(
-    odd: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
+def test_an_odd_file_is_left_out_and_named(odd, epochs, caplog):
     make, reason = ODD[odd]
-    make(tmp_path / odd)
-    assert [one.t for one in Run(tmp_path).sources] == [*range(1, 21)]
+    make(epochs / odd)
+    assert epochs_of(epochs) == ALL
     assert f"left out: {odd} ({reason}" in caplog.text
 
 
 @pytest.mark.parametrize("odd", ["optimizer_20.pt", "scheduler_20.pt", "rng_state_20.pth"])
-def test_states_of_a_training_are_no_models(odd: str, tmp_path: Path) -> None:
-    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
-    torch.save({"x": torch.ones(3)}, tmp_path / odd)
-    assert [one.t for one in Run(tmp_path).sources] == [*range(1, 21)]
+def test_states_of_a_training_are_no_models(odd, epochs):
+    torch.save({"x": torch.ones(3)}, epochs / odd)
+    assert epochs_of(epochs) == ALL
 
 
-def test_a_copy_that_says_its_epoch_is_one_time(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_copy_that_says_its_epoch_is_one_time(tmp_path, caplog):
     """Equal or not, a file without a number does not replace the numbered one."""
-    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)), lambda epoch: {"epoch": epoch})
+    write(tmp_path, "epoch_{}.pt", same(*ALL), has_its_epoch)
     store(tmp_path / "last.pt", 20, epoch=20)
     store(tmp_path / "best.pt", 6, epoch=7)
-    run = Run(tmp_path)
-    assert [one.t for one in run.sources] == [*range(1, 21)]
-    assert all(one.path.name.startswith("epoch_") for one in run.sources)
+    sources = Run(tmp_path).sources
+    assert [one.t for one in sources] == ALL
+    assert all(one.path.name.startswith("epoch_") for one in sources)
     assert "best.pt: left out, as epoch_7.pt has the same number" in caplog.text
     assert "last.pt" not in caplog.text
 
 
 @pytest.mark.parametrize("size", [100, 5000])
-def test_a_truncated_file_of_the_run_is_an_error(size: int, tmp_path: Path) -> None:
-    write(tmp_path, "epoch_{}.pt", same(*range(1, 21)))
-    file = tmp_path / "epoch_7.pt"
-    file.write_bytes(file.read_bytes()[:size])
+def test_a_truncated_file_of_the_run_is_an_error(size, epochs):
+    os.truncate(epochs / "epoch_7.pt", size)
     with pytest.raises(FileFormatError, match=r"epoch_7\.pt"):
-        _ = Run(tmp_path).sources
-    described = Run(tmp_path).info()
+        _ = Run(epochs).sources
+    described = Run(epochs).info()
     assert len(described["checkpoints"]) == 20
     assert any("epoch_7.pt" in problem for problem in described["problems"])
 
 
-def test_two_models_of_about_equally_many_files_are_an_error(tmp_path: Path) -> None:
+def test_two_models_of_about_equally_many_files_are_an_error(tmp_path):
     write(tmp_path, "epoch_{}.pt", same(*range(1, 6)))
     for epoch in range(6, 10):
         another_model(tmp_path / f"epoch_{epoch}.pt")
@@ -307,7 +369,7 @@ def test_two_models_of_about_equally_many_files_are_an_error(tmp_path: Path) -> 
         _ = Run(tmp_path).sources
 
 
-def test_epochs_and_steps_do_not_mix(tmp_path: Path) -> None:
+def test_epochs_and_steps_do_not_mix(tmp_path):
     write(tmp_path, "epoch_{}.pt", same(1, 2, 3))
     write(tmp_path, "step_{}.pt", {80: 4, 100: 5})
     with pytest.raises(MismatchError, match="are numbered by steps and by epochs"):
@@ -316,17 +378,13 @@ def test_epochs_and_steps_do_not_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["exp_100epochs", "lr-3_ep50", "of_9_steps", "checkpoint-7"])
-def test_the_number_of_an_experiment_is_none_of_its_files(
-    folder: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    place = write(tmp_path / folder, "epoch_{}.pt", same(*range(1, 21)))
+def test_the_number_of_an_experiment_is_none_of_its_files(folder, tmp_path, caplog):
+    place = write(tmp_path / folder, "epoch_{}.pt", same(*ALL))
     store(place / "best.pt", 7)
-    assert times(place) == ("epochs", [*range(1, 21)])
+    assert epochs_of(place) == ALL
     assert "left out: best.pt (no step)" in caplog.text
     store(place / "best.pt", 7, epoch=7)
-    assert times(place) == ("epochs", [*range(1, 21)])
+    assert epochs_of(place) == ALL
 
 
 # --- files without a number
@@ -335,164 +393,162 @@ def test_the_number_of_an_experiment_is_none_of_its_files(
 WORDS = {"first": 5, "middle": 10, "newest": 20}
 
 
-def test_the_content_has_the_step(tmp_path: Path) -> None:
+def test_the_content_has_the_step(tmp_path):
     for word, epoch in WORDS.items():
         store(tmp_path / f"{word}.pt", epoch, global_step=EACH * epoch)
-    assert times(tmp_path) == ("steps", [100, 200, 400])
+    assert steps_of(tmp_path) == [100, 200, 400]
     assert says(tmp_path) == "steps, by `global_step`"
-    assert Run(tmp_path).sources[0].has_step_unit  # type: ignore[attr-defined]
+    assert Run(tmp_path).sources[0].has_step_unit
 
 
-def test_the_content_has_the_epoch(tmp_path: Path) -> None:
+def test_the_content_has_the_epoch(tmp_path):
     for word, epoch in WORDS.items():
         store(tmp_path / f"{word}.pt", epoch, epoch=epoch)
-    assert times(tmp_path) == ("epochs", [5, 10, 20])  # the folder has the word, too
-    assert times(tmp_path, steps_per_epoch=EACH) == ("steps", [100, 200, 400])
+    assert epochs_of(tmp_path) == [5, 10, 20]  # the folder has the word, too
+    assert steps_of(tmp_path, steps_per_epoch=EACH) == [100, 200, 400]
 
 
 # --- folders
 
 
-@pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
-def test_files_of_every_ending(ending: str, tmp_path: Path) -> None:
-    write(tmp_path, f"epoch_{{}}.{ending}", same(*range(1, 6)))
-    assert times(tmp_path) == ("epochs", [1, 2, 3, 4, 5])
-    for epoch in range(1, 6):
-        folder = tmp_path / "folders" / f"epoch_{epoch}"
-        folder.mkdir(parents=True)
-        (tmp_path / f"epoch_{epoch}.{ending}").rename(folder / f"model.{ending}")
-    assert times(tmp_path / "folders") == ("epochs", [1, 2, 3, 4, 5])
+ENDINGS = pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+
+
+@ENDINGS
+def test_files_of_every_ending(ending, tmp_path):
+    for epoch in (1, 2, 3):
+        store(tmp_path / f"epoch_{epoch}.{ending}", epoch)
+    assert epochs_of(tmp_path) == [1, 2, 3]
+
+
+@ENDINGS
+def test_folders_with_files_of_every_ending(ending, tmp_path):
+    for epoch in (1, 2, 3):
+        folder = tmp_path / f"epoch_{epoch}"
+        folder.mkdir()
+        store(folder / f"model.{ending}", epoch)
+    assert epochs_of(tmp_path) == [1, 2, 3]
 
 
 # --- info
 
 
-def two_unknown_sets(folder: Path) -> None:
+def two_unknown_sets(folder):
     """Write averages of unknown decay, by epoch."""
     for save in saves():
         content = {"model": save.weights, "ema": save.average}
         torch.save(content, folder / f"epoch_{save.epoch}.pt")
 
 
-def two_averages(folder: Path) -> None:
+def two_averages(folder):
     for save in saves():
-        content = {"model": save.weights, "ema": save.average, "ema2": save.average}
+        content = {
+            "model": save.weights,
+            "ema": save.average,
+            "ema2": save.average,
+        }
         torch.save(content, folder / f"step_{save.step}.pt")
 
 
-def of_no_time(folder: Path) -> None:
+def of_no_time(folder):
     for name in ("a", "b"):
         store(folder / f"{name}.pt", 3)
 
 
-def of_one_time(folder: Path) -> None:
+def of_one_time(folder):
     store(folder / "a_5.pt", 5)
     store(folder / "b_5.pt", 6)
 
 
-def of_ema_pytorch(folder: Path) -> None:
+def of_ema_pytorch(folder):
+    content = {
+        "initted": torch.tensor(True),
+        "w": torch.ones(3),
+    }
     for step in (1, 2):
-        torch.save({"initted": torch.tensor(True), "w": torch.ones(3)}, folder / f"0.{step}.pt")
+        torch.save(content, folder / f"0.{step}.pt")
 
 
-def of_modules_without_tensors(folder: Path) -> None:
+def of_modules_without_tensors(folder):
     torch.save({"model": None, "epoch": 3}, folder / "epoch_3.pt")
 
 
-def of_undecided_buffers(folder: Path) -> None:
+def of_undecided_buffers(folder):
     for save in saves():
-        flat = {f"ema_{name.replace('.', '_')}": one for name, one in save.weights.items()}
-        torch.save({"state_dict": save.weights | flat}, folder / f"iter_{save.step}.pth")
+        state = dict(save.weights)
+        for name, value in save.weights.items():
+            flat = name.replace(".", "_")
+            state[f"ema_{flat}"] = value
+        torch.save({"state_dict": state}, folder / f"iter_{save.step}.pth")
 
 
-UNCLEAR: dict[str, tuple[Odd, str]] = {
-    "no steps": (two_unknown_sets, "--steps-per-epoch"),
-    "two averages": (two_averages, "average"),
-    "no time": (of_no_time, "its step"),
-    "one time": (of_one_time, "are both of step 5"),
-    "no width": (of_ema_pytorch, "sigma_rels"),
-    "no tensors": (of_modules_without_tensors, "no tensors"),
-    "undecided": (of_undecided_buffers, "average"),
+UNCLEAR = {
+    two_unknown_sets: "--steps-per-epoch",
+    two_averages: "average",
+    of_no_time: "its step",
+    of_one_time: "are both of step 5",
+    of_ema_pytorch: "sigma_rels",
+    of_modules_without_tensors: "no tensors",
+    of_undecided_buffers: "average",
 }
 
 
-@pytest.mark.parametrize("what", UNCLEAR)
-def test_info_answers_where_an_import_has_to_be_told_something(
-    what: str,
-    tmp_path: Path,
-    ema: Ema,
-) -> None:
-    make, asked = UNCLEAR[what]
+@pytest.mark.parametrize("make", UNCLEAR)
+def test_info_answers_where_an_import_has_to_be_told_something(make, tmp_path, ema):
     make(tmp_path)
     shown = ema("info", tmp_path)
     assert shown.code in (0, 1), shown.err
-    assert asked in shown.out + shown.err
+    assert UNCLEAR[make] in shown.out + shown.err
     assert ema("info", tmp_path, "--json").json["checkpoints"]
 
 
-def test_info_says_what_numbers_are_taken_for(tmp_path: Path, ema: Ema) -> None:
-    write(tmp_path, "model_{}.pth", same(*range(1, 21)))
+def test_info_says_what_numbers_are_taken_for(tmp_path, ema):
+    write(tmp_path, "model_{}.pth", same(*ALL))
     sentence = "epochs, counted from 1: they follow each other without a gap"
     assert Run(tmp_path).info()["numbers"] == sentence
-    assert sentence in " ".join(ema("info", tmp_path).out.split())
-    assert sentence in " ".join(ema("import", tmp_path, "--dry-run").out.split())
+    for command in (["info"], ["import", "--dry-run"]):
+        shown = ema(*command, tmp_path).out
+        assert sentence in " ".join(shown.split())
 
 
 # --- numbers in contents and names that differ, and files beside folders
 
 
-def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_count_that_repeats_gives_way_to_the_numbers_in_names(tmp_path, caplog):
     """VITS stores the epoch as `iteration`."""
-    names = {100 * epoch: epoch for epoch in range(1, 9)}
-    place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 300 + 1})
-    assert times(place) == ("steps", [*names])
+    for epoch in (1, 2, 3, 4):
+        store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=(epoch + 1) // 2)
+    assert steps_of(tmp_path) == [100, 200, 300, 400]
     (line,) = caplog.messages
-    assert line.endswith(
-        "G_100.pth: `iteration` is 1, and the number in its name 100: taken is that in names, as "
-        "`iteration` repeats"
-    )
+    taken = "taken is that in names, as `iteration` repeats"
+    assert line.endswith(f"G_100.pth: `iteration` is 1, and the number in its name 100: {taken}")
 
 
-def test_a_count_that_contradicts_names_is_said(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    names = {100 * epoch: epoch for epoch in range(1, 5)}
-    place = write(tmp_path, "G_{}.pth", names, lambda number: {"iteration": number // 50})
-    assert times(place) == ("steps", [2, 4, 6, 8])
+def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
+    for epoch in (1, 2, 3, 4):
+        store(tmp_path / f"G_{100 * epoch}.pth", epoch, iteration=2 * epoch)
+    assert steps_of(tmp_path) == [2, 4, 6, 8]
     assert "is 2, and the number in its name 100: taken is `iteration`; `step_from`" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("factor", "offset"),
+    "steps",
     [
-        (1, 0),
-        (1, 1),
-        (1, -1),
-        (50, 0),
+        [4, 8, 12],
+        [5, 9, 13],
+        [3, 7, 11],
+        [200, 400, 600],
     ],
+    ids=str,
 )
-def test_a_step_that_names_do_not_exceed_is_taken(
-    factor: int,
-    offset: int,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    steps = []
-    for number in (4, 8, 12):
-        step = factor * number + offset
-        steps.append(step)
-        store(tmp_path / f"m{number}.pt", number, step=step)
-    unit, found = times(tmp_path)
-    assert unit == "steps"
-    assert found == steps
+def test_a_step_that_names_do_not_exceed_is_taken(steps, tmp_path, caplog):
+    for number in (1, 2, 3):
+        store(tmp_path / f"m{4 * number}.pt", number, step=steps[number - 1])
+    assert steps_of(tmp_path) == steps
     assert not caplog.messages
 
 
-def test_two_files_of_one_number_are_answered_by_what_chooses_files(tmp_path: Path) -> None:
+def test_two_files_of_one_number_are_answered_by_what_chooses_files(tmp_path):
     write(tmp_path, "model{:06}.pt", same(5, 10))
     write(tmp_path, "other{:06}.pt", {5: 7, 10: 12})
     with pytest.raises(MismatchError, match="are both of") as caught:
@@ -501,20 +557,21 @@ def test_two_files_of_one_number_are_answered_by_what_chooses_files(tmp_path: Pa
 
 
 @pytest.mark.parametrize("folder", ["{}.ckpt", "{:07}"])
-def test_a_folder_whose_name_is_a_number_has_that_of_its_files(folder: str, tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_a_number_has_that_of_its_files(folder, tmp_path):
     for step in (100, 200, 400):
         place = tmp_path / folder.format(step)
         place.mkdir()
         store(place / "nnet.00-of-01.pth", step // 100)
         torch.save(step, place / "step.pth")
-    assert times(tmp_path) == ("steps", [100, 200, 400])
-    assert times(tmp_path / "*" / "nnet*.pth") == ("steps", [100, 200, 400])
+    assert steps_of(tmp_path) == [100, 200, 400]
+    assert steps_of(tmp_path / "*" / "nnet*.pth") == [100, 200, 400]
 
 
-def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path: Path) -> None:
+def test_the_number_of_an_experiment_is_no_step_of_a_glob(tmp_path):
     for number in (1, 2, 3):
-        (tmp_path / str(number)).mkdir()
-        store(tmp_path / str(number) / "last.pt", number)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        store(folder / "last.pt", number)
     with pytest.raises(InvalidValueError, match="neither its content nor its name tells its step"):
         times(tmp_path / "*" / "last.pt")
 
@@ -523,62 +580,62 @@ def lora(folder: Path, files: int, states: int) -> Path:
     """Write series of weights as kohya does: of the last step without a number in the name."""
     for epoch in range(1, files + 1):
         step = 100 * epoch
-        name = f"lora-step{step:08}"
-        if epoch == files:
-            name = "lora"
+        name = "lora" if epoch == files else f"lora-step{step:08}"
         metadata = {"ss_steps": str(step)}
-        weights = weights_at(epoch)
-        save_file(weights, folder / f"{name}.safetensors", metadata)
+        save_file(weights_at(epoch), folder / f"{name}.safetensors", metadata)
     for epoch in range(1, states + 1):
-        state = folder / f"lora-step{epoch * 100:08}-state"
+        step = 100 * epoch
+        state = folder / f"lora-step{step:08}-state"
         state.mkdir()
         save_file(weights_at(epoch), state / "model.safetensors")
     return folder
 
 
-def test_a_series_of_weights_counts_beside_states(tmp_path: Path) -> None:
-    assert times(lora(tmp_path, 5, 4)) == ("steps", [100, 200, 300, 400, 500])
+def test_a_series_of_weights_counts_beside_states(tmp_path):
+    assert steps_of(lora(tmp_path, 5, 4)) == [100, 200, 300, 400, 500]
 
 
-def test_more_states_than_weights_are_asked_for(tmp_path: Path) -> None:
+def test_more_states_than_weights_are_asked_for(tmp_path):
     lora(tmp_path, 4, 6)
     globs = r"by a glob: '(\S+/\*state)' or '(\S+/lora-step\*\.safetensors)'"
     with pytest.raises(InvalidValueError, match=globs) as caught:
         times(tmp_path)
     states = str(caught.value).split("'")[1]
-    assert times(Path(states)) == ("steps", [100, 200, 300, 400, 500, 600])
+    assert steps_of(Path(states)) == [100, 200, 300, 400, 500, 600]
 
 
-def test_the_step_in_the_metadata_of_ai_toolkit(tmp_path: Path) -> None:
+def test_the_step_in_the_metadata_of_ai_toolkit(tmp_path):
     names = {
         "lora_000000100": 100,
         "lora_000000200": 200,
         "lora": 300,
     }
     for name, step in names.items():
-        text = json.dumps({"step": step, "epoch": 1})
+        info = json.dumps({"step": step, "epoch": 1})
         file = tmp_path / f"{name}.safetensors"
         weights = weights_at(step // 100)
-        save_file(weights, file, {"training_info": text})
-    unit, steps = times(tmp_path)
-    assert unit == "steps"
-    assert steps == [100, 200, 300]
+        save_file(weights, file, {"training_info": info})
+    assert steps_of(tmp_path) == [100, 200, 300]
 
 
-def test_a_text_that_another_program_calls_training_info(tmp_path: Path) -> None:
+def test_a_text_that_another_program_calls_training_info(tmp_path):
     file = tmp_path / "m-7.safetensors"
     metadata = {"training_info": "a text"}
     save_file(weights_at(1), file, metadata)
-    assert times(tmp_path) == ("steps", [7])
+    assert steps_of(tmp_path) == [7]
 
 
-def test_a_file_of_states_alone_is_said(tmp_path: Path) -> None:
-    state = {"optimizer_state_dict": {"exp_avg": torch.ones(3)}}
-    torch.save({"epoch": 1, **state}, tmp_path / "checkpoint.0.100.pt")
+def test_a_file_of_states_alone_is_said(tmp_path):
+    file = tmp_path / "checkpoint.0.100.pt"
+    state = {"exp_avg": torch.ones(3)}
+    torch.save({"epoch": 1, "optimizer_state_dict": state}, file)
     with pytest.raises(FileFormatError, match="no weights, only tensors under 'optimizer_st"):
-        times(tmp_path / "checkpoint.0.100.pt")
-    torch.save({"a.weight": torch.ones(3)}, tmp_path / "m-1.pt")
-    with pytest.raises(
-        FileFormatError, match=r"has no set of tensors 'ema': only tensors 'a\.weight'"
-    ):
-        times(tmp_path / "m-1.pt", average="ema")
+        times(file)
+
+
+def test_a_set_that_a_file_lacks_is_said(tmp_path):
+    file = tmp_path / "m-1.pt"
+    torch.save({"a.weight": torch.ones(3)}, file)
+    reason = r"has no set of tensors 'ema': only tensors 'a\.weight'"
+    with pytest.raises(FileFormatError, match=reason):
+        times(file, average="ema")

@@ -1,57 +1,64 @@
 """Rules of decay, each against a loop in float64 of its library's own formula."""
 
-import json
 import math
-from collections.abc import Callable, Iterator
-from itertools import count, islice
+import re
+from collections.abc import Iterator
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ema_command import Ema
-from trained import STEPS, TIMES, Weights, by, check, ema, error_of, ratio, train, write
+from trained import (
+    STEPS,
+    TIMES,
+    by,
+    check,
+    ema,
+    error_of,
+    ratio,
+    settings_of,
+    train,
+    write,
+)
 
-from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.checkpoints.audit_decay import possible_rules
 from posthoc_cli.checkpoints.settings import ImportSettings, warm_up_of, warm_up_text
 from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, OrdinaryEMA
 
 
-def ultralytics(decay: float, tau: int) -> Iterator[float]:
-    updates = 0
+def ultralytics(decay, tau):
+    for updates in count(1):
+        risen = 1 - math.exp(-updates / tau)
+        yield decay * risen
+
+
+def audiocraft(decay, _):
+    total = 0.0
     while True:
-        updates += 1
-        yield decay * (1 - math.exp(-updates / tau))
+        total = total * decay + 1
+        yield 1 - 1 / total
 
 
-def audiocraft(decay: float, _: int) -> Iterator[float]:
-    count = 0.0
-    while True:
-        count = count * decay + 1
-        yield 1 - 1 / count
-
-
-def dino(base: float, steps: int) -> Iterator[float]:
+def dino(base, steps):
     """As an array over the training, then 1."""
-    angles = np.pi * np.arange(steps) / steps
-    yield from 1 + 0.5 * (base - 1) * (1 + np.cos(angles))
-    while True:
-        yield 1.0
+    angles = np.linspace(0, np.pi, steps, endpoint=False)
+    falling = 0.5 * (1 + np.cos(angles))
+    yield from 1 - (1 - base) * falling
+    yield from repeat(1.0)
 
 
-def ijepa(base: float, steps: int) -> Iterator[float]:
-    yield from (base + k * (1 - base) / steps for k in range(steps))
-    while True:
-        yield 1.0
+def ijepa(base, steps):
+    each = (1 - base) / steps
+    for k in range(steps):
+        yield base + k * each
+    yield from repeat(1.0)
 
 
-Loop = Callable[[float, int], Iterator[float]]
-Decay = Callable[[int], float]
-"""The decay of the n-th update."""
-
-LOOPS: dict[str, tuple[Loop, float, int]] = {
+LOOPS = {
     "exp:2000": (ultralytics, 0.9999, 2000),
     "unbiased": (audiocraft, 0.99, 0),
     "unbiased, long": (audiocraft, 0.99999, 0),
@@ -62,31 +69,34 @@ LOOPS: dict[str, tuple[Loop, float, int]] = {
 """The decays of a library, by its decay or base, and by its second number if it has one."""
 
 
-def constant(_: int) -> float:
+def constant(_):
     return 0.99
 
 
-def after_a_copy(n: int) -> float:
+def after_a_copy(n):
     return 0.99 if n > 1 else 0.0
 
 
-def long_ratio(n: int) -> float:
+def long_ratio(n):
     return min(0.999, ratio(n))
 
 
-def power(n: int) -> float:
-    return min(0.99, 1 - (1 + n) ** (-2 / 3))
+def power(n):
+    rising = 1 - (1 + n) ** (-2 / 3)
+    return min(0.99, rising)
 
 
-def power_after_three_copies(n: int) -> float:
-    return power(max(n - 3, 0))
+def power_after_three_copies(n):
+    counted = max(n - 3, 0)
+    return power(counted)
 
 
-def slow_power(n: int) -> float:
-    return min(0.99, 1 - (1 + n / 20) ** -0.8)
+def slow_power(n):
+    rising = 1 - (1 + n / 20) ** -0.8
+    return min(0.99, rising)
 
 
-RULES: dict[str, tuple[DecayRule, Decay]] = {
+RULES = {
     "constant": (DecayRule(0.99), constant),
     "first copies": (DecayRule(0.99, copies=1), after_a_copy),
     "ratio": (DecayRule(0.999, "ratio"), long_ratio),
@@ -98,8 +108,8 @@ RULES: dict[str, tuple[DecayRule, Decay]] = {
 
 def rule_of(name: str) -> DecayRule:
     _, first, second = LOOPS[name]
-    arguments = warm_up_of(name.partition(",")[0])
-    assert arguments is not None
+    text, *_ = name.split(",")
+    arguments = warm_up_of(text)
     if "base" in arguments:
         return DecayRule(steps=second, **arguments)
     return DecayRule(first, **arguments)
@@ -115,48 +125,54 @@ def rule_and_decays(name: str) -> tuple[DecayRule, Iterator[float]]:
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("name", [*LOOPS, *RULES])
-def test_a_profile_weighs_as_the_library_does(name: str, every: int) -> None:
+def test_a_profile_weighs_as_the_library_does(name, every):
     """Of a random walk, the average by the loop and by the profile's masses are equal."""
     rule, decays = rule_and_decays(name)
     steps = 1000
-    motion = np.random.default_rng(0).standard_normal(steps + 1)
-    walk = np.cumsum(motion)
+    random = np.random.default_rng(0)
+    walk = np.cumsum(random.standard_normal(steps + 1))
     average = walk[0]
     for step in range(every, steps + 1, every):
         decay = next(decays)
         average = decay * average + (1 - decay) * walk[step]
     profile = rule.profile(steps, steps // every, every)
-    tails = profile.tail(np.arange(steps + 1.0) - 1e-9)
-    masses = tails - np.append(tails[1:], 0.0)
+    before = np.arange(steps + 1.0) - 1e-9
+    tails = profile.tail(before)
+    masses = -np.diff(tails, append=0.0)
     masses[0] = 1 - masses[1:].sum()  # the initial weights
     exact = 1e-12 * np.abs(walk).max()
     assert masses @ walk == pytest.approx(average, abs=exact)
 
 
-def test_a_schedule_goes_on_after_a_restart() -> None:
+def test_a_schedule_goes_on_after_a_restart():
     """It counts the steps of the training, not the updates since the restart."""
     settings = ImportSettings(ema_warmup="cosine:0.99", steps=1000, ema_restarts=[400])
-    profile = Updates().profile(Path("x"), 600, settings)
+    profile = Updates().profile(FILE, 600, settings)
     decays = [*islice(dino(0.99, 1000), 600)]
     for s in (450, 599):
-        kept = math.prod(decays[s:])
-        assert profile.tail(s) == pytest.approx(1 - kept, abs=1e-13)
+        mass = 1 - math.prod(decays[s:])
+        assert profile.tail(s) == pytest.approx(mass, abs=1e-13)
 
 
-def test_steps_are_of_the_training_where_updates_are_rarer() -> None:
+FILE = Path("x")
+"""The file that an error would name."""
+
+
+def test_steps_are_of_the_training_where_updates_are_rarer():
     settings = ImportSettings(ema_warmup="linear:0.9", steps=1000, update_every=10)
-    profile = Updates().profile(Path("x"), 500, settings)
-    kept = math.prod(0.9 + 0.1 * k / 100 for k in range(40, 50))
-    assert profile.tail(400) == pytest.approx(1 - kept, abs=1e-13)
+    profile = Updates().profile(FILE, 500, settings)
+    passed = np.arange(40, 50) / 100
+    decays = 0.9 + 0.1 * passed
+    mass = 1 - decays.prod()
+    assert profile.tail(400) == pytest.approx(mass, abs=1e-13)
 
 
 def steps_of(profile: OrdinaryEMA, first: int) -> list[int]:
     """Return the steps from a first one on at which the tail of a profile jumps."""
-    steps = []
-    for step in range(first, int(profile.t) + 1):
-        if profile.tail(step - 0.5) > profile.tail(step):
-            steps.append(step)
-    return steps
+    steps = np.arange(first, int(profile.t) + 1)
+    before = profile.tail(steps - 0.5)
+    jumps = before > profile.tail(steps)
+    return steps[jumps].tolist()
 
 
 @pytest.mark.parametrize(
@@ -167,45 +183,43 @@ def steps_of(profile: OrdinaryEMA, first: int) -> list[int]:
         ("after copy", range(20, 98, 10)),
     ],
 )
-def test_which_calls_are_updates(calls: Any, updates: range) -> None:
+def test_which_calls_are_updates(calls, updates):
     """The steps of the updates by step 97, every tenth call, as told by the profile's jumps, after
     a copy at most one interval before the first of them."""
     settings = ImportSettings(ema_decay=0.5, update_after_step=20, update_every=10)
-    profile = Updates({}, calls=calls).profile(Path("x"), 97, settings)
+    counted = Updates({}, calls=calls)
+    profile = counted.profile(FILE, 97, settings)
     assert steps_of(profile, 1) == [*updates]
 
 
-def test_a_count_of_calls_tells_the_updates() -> None:
+def test_a_count_of_calls_tells_the_updates():
     settings = ImportSettings(ema_decay=0.5, update_after_step=0, update_every=10)
-    profile = Updates({}, 97, calls="counted").profile(Path("x"), 97, settings)
+    counted = Updates({}, 97, calls="counted")
+    profile = counted.profile(FILE, 97, settings)
     assert steps_of(profile, 12) == [*range(21, 98, 10)]
 
 
-@pytest.mark.parametrize("text", ["none", "power:0.75", "ramp-up", "exp:500", "unbiased", "cosine"])
-def test_a_warm_up_reads_as_it_is_written(text: str) -> None:
+WARM_UPS = ["none", "power:0.75", "ramp-up", "exp:500", "unbiased", "cosine"]
+
+
+@pytest.mark.parametrize("text", WARM_UPS)
+def test_a_warm_up_reads_as_it_is_written(text):
     arguments = warm_up_of(text)
-    assert arguments is not None
-    assert warm_up_text(DecayRule(0.99, **arguments)) == text
+    rule = DecayRule(0.99, **arguments)
+    assert warm_up_text(rule) == text
 
 
 @pytest.mark.parametrize("text", ["exp:0", "unbiased:3", "cosine:1", "linear:", "yolo"])
-def test_other_warm_ups_are_refused(text: str) -> None:
-    with pytest.raises(errors.InvalidValueError, match=r"must be one of none, .*cosine\[:0\.996\]"):
+def test_other_warm_ups_are_refused(text):
+    with pytest.raises(InvalidValueError, match=r"must be one of none, .*cosine\[:0\.996\]"):
         ImportSettings(ema_warmup=text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "99%",
-        "5%",
-        "half-life:",
-    ],
-)
-def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> None:
+@pytest.mark.parametrize("text", ["99%", "5%", "half-life:"])
+def test_a_bare_percentage_is_no_decay(text, files, run, ema):
     """A training's share is a half-life, and says so."""
-    folder = write(tmp_path / "x", train(), by(constant))
-    done = ema("import", folder, "--out", tmp_path / "run", "--ema-decay", text)
+    write(files, train(), by(constant))
+    done = ema("import", files, "--out", run, "--ema-decay", text)
     assert done.code == 2
     accepted = "must be in (0, 1), 0.99 for 99%, or a half-life such as half-life:500000 or half-"
     assert f"--ema-decay '{text}': {accepted}life:5%" in done.error
@@ -214,80 +228,105 @@ def test_a_bare_percentage_is_no_decay(text: str, tmp_path: Path, ema: Ema) -> N
 # --- files whose rule is said, or found
 
 
-def exponential(step: int) -> float:
-    return 0.995 * (1 - math.exp(-step / 500))
+def exponential(step):
+    risen = 1 - math.exp(-step / 500)
+    return 0.995 * risen
 
 
-def unbiased(step: int) -> float:
-    return 1 - (1 - 0.995) / (1 - 0.995**step)
+def unbiased(step):
+    counted = 1 - 0.995**step
+    return 1 - (1 - 0.995) / counted
 
 
-def cosine(step: int) -> float:
+def cosine(step):
     angle = math.pi * (step - 1) / STEPS
-    return 1 - 0.01 * (math.cos(angle) + 1) / 2
+    falling = (1 + math.cos(angle)) / 2
+    return 1 - 0.01 * falling
 
 
-def beyond(step: int) -> float:
-    return 0.99 + 0.01 * (step - 1) / (1.25 * STEPS)
+def beyond(step):
+    passed = (step - 1) / (1.25 * STEPS)
+    return 0.99 + 0.01 * passed
 
 
-SAID: dict[str, tuple[Decay, list[object]]] = {
-    "exp": (exponential, ["--ema-decay", 0.995, "--ema-warmup", "exp:500"]),
-    "unbiased": (unbiased, ["--ema-decay", 0.995, "--ema-warmup", "unbiased"]),
-    "cosine": (cosine, ["--ema-warmup", "cosine:0.99"]),
-    "linear": (beyond, ["--ema-warmup", "linear:0.99", "--steps", 1875]),
+SAID = {
+    exponential: {"ema_decay": 0.995, "ema_warmup": "exp:500"},
+    unbiased: {"ema_decay": 0.995, "ema_warmup": "unbiased"},
+    cosine: {"ema_warmup": "cosine:0.99"},
+    beyond: {"ema_warmup": "linear:0.99", "steps": 1875},
 }
 
 
-def form(step: int, weights: Weights, average: Weights) -> object:
+def form(step, weights, average):
     """As a loop of one's own: nothing says how the average is updated."""
     return {"model": weights, "ema": average, "step": step}
 
 
+def saved(folder: Path, decay: Any, **training: Any) -> Path:
+    """Write the files of a training whose n-th update keeps decay(n)."""
+    folder.mkdir()
+    return write(folder, train(**training), by(decay), form=form)
+
+
 def last_profile(run: Path) -> OrdinaryEMA:
     last = [one.profile for one in Run(run).sources if one.t == STEPS]
-    (profile,) = [one for one in last if isinstance(one, OrdinaryEMA)]
+    (profile,) = (one for one in last if isinstance(one, OrdinaryEMA))
     return profile
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_a_rule_that_is_said_fits_the_files(name: str, tmp_path: Path, ema: Ema) -> None:
-    decay, options = SAID[name]
-    folder = write(tmp_path / "x", train(), by(decay), form=form)
-    done = ema("import", folder, "--out", tmp_path / "run", *options)
+@pytest.mark.parametrize("decay", SAID)
+def test_a_rule_that_is_said_fits_the_files(decay, files, run):
+    saved(files, decay)
+    done = import_checkpoints(files, run, **SAID[decay])
+    assert any("as claimed" in line for line in done.checks)
+    check(run, most=1e-2)  # the first files of long averages are not exact
+    profile = last_profile(run)
+    decays = [decay(step) for step in range(1401, STEPS + 1)]
+    mass = 1 - math.prod(decays)
+    assert profile.tail(1400) == pytest.approx(mass, abs=1e-12)
+
+
+def test_a_schedule_without_its_steps_ends_with_the_last_file(files, run, ema):
+    saved(files, cosine)
+    done = ema("import", files, "--out", run, "--ema-warmup", "cosine:0.99")
     assert done.code == 0, done.err
     assert "as claimed" in done.out
-    assert ("steps: taken as 1,500, the last" in done.out) == (name == "cosine")
-    check(tmp_path / "run", most=1e-2)  # the first files of long averages are not exact
-    profile = last_profile(tmp_path / "run")
-    kept = math.prod(decay(step) for step in range(1401, STEPS + 1))
-    assert profile.tail(1400) == pytest.approx(1 - kept, abs=1e-12)
+    assert "steps: taken as 1,500, the last" in done.out
 
 
-def test_settings_that_a_rule_does_not_take_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        errors.InvalidValueError, match=r"ema_decay 0\.99: has no place beside ema_warmup cosine"
-    ):
+def test_the_steps_of_a_schedule_are_given(files, run, ema):
+    saved(files, beyond)
+    command = ("import", files, "--out", run, "--ema-warmup", "linear:0.99")
+    done = ema(*command, "--steps", 1875)
+    assert "as claimed" in done.out, done.err
+    assert "steps: taken" not in done.out
+
+
+def test_a_schedule_takes_no_decay_besides():
+    reason = r"ema_decay 0\.99: has no place beside ema_warmup cosine"
+    with pytest.raises(InvalidValueError, match=reason):
         ImportSettings(ema_decay=0.99, ema_warmup="cosine")
-    folder = write(tmp_path / "x", train(), ema(0.99))
-    with pytest.raises(errors.InvalidValueError, match=r"steps 1500: is of no use"):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.99, steps=STEPS)
 
 
-def test_a_base_that_is_wrong_does_not_fit(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(), by(cosine), form=form)
-    with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* too long"):
-        import_checkpoints(folder, tmp_path / "run", ema_warmup="cosine:0.9")
+def test_a_decay_takes_no_steps_of_a_schedule(files):
+    saved(files, constant)
+    with pytest.raises(InvalidValueError, match=r"steps 1500: is of no use"):
+        import_checkpoints(files, None, dry_run=True, ema_decay=0.99, steps=STEPS)
 
 
-@pytest.mark.parametrize("name", ["unbiased", "cosine"])
-def test_a_rule_that_nobody_says_is_found(name: str, tmp_path: Path) -> None:
-    decay, _ = SAID[name]
-    folder = write(tmp_path / "x", train(), by(decay), form=form)
-    done = import_checkpoints(folder, tmp_path / "run")
-    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    assert settings["ema_warmup"].startswith(name), done.checks
-    check(tmp_path / "run", most=1e-2)
+def test_a_base_that_is_wrong_does_not_fit(files, run):
+    saved(files, cosine)
+    with pytest.raises(InvalidValueError, match=r"does not fit the files: .* too long"):
+        import_checkpoints(files, run, ema_warmup="cosine:0.9")
+
+
+@pytest.mark.parametrize("decay", [unbiased, cosine])
+def test_a_rule_that_nobody_says_is_found(decay, files, run):
+    saved(files, decay)
+    done = import_checkpoints(files, run)
+    found = settings_of(run)["ema_warmup"]
+    assert found.startswith(decay.__name__), done.checks
+    check(run, most=1e-2)
 
 
 # --- what the files do not show
@@ -296,198 +335,195 @@ def test_a_rule_that_nobody_says_is_found(name: str, tmp_path: Path) -> None:
 def drifting(noise: float) -> np.ndarray:
     random = np.random.default_rng(0)
     direction = random.standard_normal(train().shape[1])
-    drift = 1e-3 * np.arange(STEPS)[:, None] * direction
+    drift = 1e-3 * np.outer(np.arange(STEPS), direction)
     noises = random.standard_normal(drift.shape)
     return train()[0] + drift + noise * noises
 
 
-@pytest.mark.parametrize(("length", "noise"), [(3, 0.03), (20, 0.0), (20, 0.1)])
-def test_a_length_far_below_the_spacing_is_not_claimed(
-    length: int,
-    noise: float,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize(
+    ("length", "noise"),
+    [
+        (3, 0.03),
+        (20, 0.0),
+        (20, 0.1),
+    ],
+)
+def test_a_length_far_below_the_spacing_is_not_claimed(length, noise, files, run):
     """Drift and white noise, files 100 apart: the true length is within twice the ±, or asked."""
-    folder = write(tmp_path / "x", drifting(noise), ema(1 - 1 / length))
-    (found,) = Run(folder).audit()
+    write(files, drifting(noise), ema(1 - 1 / length))
+    (found,) = Run(files).audit()
     if found.found is None:
-        reasons = ("too short", "do not show its length", "about equally")
-        assert any(reason in found.text for reason in reasons), found.text
-        with pytest.raises(errors.InvalidValueError, match="ema_decay: must be given"):
-            import_checkpoints(folder, tmp_path / "run")
+        assert re.search("too short|do not show its length|about equally", found.text)
+        with pytest.raises(InvalidValueError, match="ema_decay: must be given"):
+            import_checkpoints(files, run)
     else:
-        assert found.uncertainty is not None
         factor = (1 - found.found) * length
-        assert abs(math.log(factor)) < 2 * found.uncertainty
+        error = abs(math.log(factor))
+        assert error < 2 * found.uncertainty
 
 
-def medium_ratio(n: int) -> float:
+def medium_ratio(n):
     return min(0.995, ratio(n))
 
 
-FEW: dict[str, Decay] = {
-    "constant": constant,
-    "power": power,
-    "ratio": medium_ratio,
-    "unbiased": unbiased,
-}
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_five_files_show_a_length_within_the_uncertainty(name: str, tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(falls=True), by(FEW[name]), form=form)
+@pytest.mark.parametrize("decay", [constant, power, medium_ratio, unbiased])
+def test_five_files_show_a_length_within_the_uncertainty(decay, files, run):
+    saved(files, decay, falls=True)
     for step in TIMES:
         if step % 300:
-            (folder / f"step{step}.pt").unlink()
+            (files / f"step{step}.pt").unlink()
     try:
-        import_checkpoints(folder, tmp_path / "run")
-    except errors.InvalidValueError as error:
+        import_checkpoints(files, run)
+    except InvalidValueError as error:
         assert "ema_decay: must be given" in str(error)
         return
-    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    found = last_profile(tmp_path / "run")
-    decays = np.array([FEW[name](step) for step in range(1, STEPS + 1)])
-    true = np.cumprod(decays[::-1]).sum()
-    tails = found.tail(np.arange(STEPS) + 0.5)
+    decays = [decay(step) for step in range(STEPS, 0, -1)]
+    true = np.cumprod(decays).sum()
+    steps = np.arange(STEPS) + 0.5
+    tails = last_profile(run).tail(steps)
     length = (1 - tails).sum()
-    most = max(2.5 * settings["ema_uncertainty"], 0.02)
-    assert abs(math.log(length / true)) < most
+    most = 2.5 * settings_of(run)["ema_uncertainty"]
+    error = abs(math.log(length / true))
+    assert error < max(most, 0.02)
 
 
 # --- a rule that is given, and that the files contradict
 
 
-def line(step: int) -> float:
-    return 0.99 + 0.01 * (step - 1) / STEPS
+def line(step):
+    passed = (step - 1) / STEPS
+    return 0.99 + 0.01 * passed
 
 
-FALLING: dict[str, Any] = {"falls": True, "seed": 7}
-FAST: dict[str, Any] = {"rate": 1e-2, "optimizer": "SGD"}
+FALLING = {"falls": True, "seed": 7}
+FAST = {"rate": 1e-2, "optimizer": "SGD"}
 
 
-def late_ratio(step: int) -> float:
+def late_ratio(step):
     return min(0.99, ratio(step))
 
 
-CONTRADICTED: dict[str, tuple[Decay, dict[str, object], str]] = {
-    "constant": (cosine, {"ema_decay": 0.99}, "cosine"),
-    "a warm-up": (cosine, {"ema_decay": 0.99, "ema_warmup": "ratio"}, "cosine"),
-    "another schedule": (cosine, {"ema_warmup": "linear:0.99"}, "cosine"),
-    "of a line": (line, {"ema_decay": 0.99}, "linear"),
-}
+CONTRADICTED = [
+    (cosine, {"ema_decay": 0.99}, "cosine"),
+    (cosine, {"ema_decay": 0.99, "ema_warmup": "ratio"}, "cosine"),
+    (cosine, {"ema_warmup": "linear:0.99"}, "cosine"),
+    (line, {"ema_decay": 0.99}, "linear"),
+]
 
 
-@pytest.mark.parametrize("name", CONTRADICTED)
-def test_a_rule_that_explains_the_files_worse_is_refused(name: str, tmp_path: Path) -> None:
-    decay, settings, true = CONTRADICTED[name]
-    folder = write(tmp_path / "x", train(**FALLING), by(decay), form=form)
+@pytest.mark.parametrize(("decay", "settings", "true"), CONTRADICTED)
+def test_a_rule_that_explains_the_files_worse_is_refused(decay, settings, true, files, run):
+    saved(files, decay, **FALLING)
     pattern = rf"does not fit the files: the average moves as by .*warm-up {true}:0\.(99|989)"
-    with pytest.raises(errors.InvalidValueError, match=pattern):
-        import_checkpoints(folder, None, dry_run=True, **settings)
+    with pytest.raises(InvalidValueError, match=pattern):
+        import_checkpoints(files, run, **settings)
 
 
-TRUE: dict[str, tuple[dict[str, Any], Decay, dict[str, object]]] = {
-    "ratio": (FALLING, late_ratio, {"ema_decay": 0.99, "ema_warmup": "ratio"}),
-    "of a line": (FAST, line, {"ema_warmup": "linear:0.99"}),
-    "exp": (FAST, exponential, {"ema_decay": 0.995, "ema_warmup": "exp:500"}),
-}
-"""Of "ratio" and "exp" the path of the weights shows another length, 14 and 90 % off and by more
-than the uncertainty says: the claims explain the intervals better."""
+TRUE = [
+    (FALLING, late_ratio, {"ema_decay": 0.99, "ema_warmup": "ratio"}),
+    (FAST, line, {"ema_warmup": "linear:0.99"}),
+    (FAST, exponential, {"ema_decay": 0.995, "ema_warmup": "exp:500"}),
+]
+"""Of the first and the last the path of the weights shows another length, 14 and 90 % off and by
+more than the uncertainty says: the claims explain the intervals better."""
 
 
-@pytest.mark.parametrize("name", TRUE)
-def test_a_rule_that_is_true_is_taken(name: str, tmp_path: Path) -> None:
-    training, decay, settings = TRUE[name]
-    folder = write(tmp_path / "x", train(**training), by(decay), form=form)
-    done = import_checkpoints(folder, None, dry_run=True, **settings)
+@pytest.mark.parametrize(("training", "decay", "settings"), TRUE)
+def test_a_rule_that_is_true_is_taken(training, decay, settings, files, run):
+    saved(files, decay, **training)
+    done = import_checkpoints(files, run, **settings)
     assert done.checks[-1].startswith("given: ")
 
 
-def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(tmp_path: Path) -> None:
-    def rising(n: int) -> float:
+def test_a_decay_that_is_true_with_a_warm_up_is_refused_with_the_warm_up(files, run):
+    def rising(n):
         return min(0.998, n / (n + 1))
 
-    folder = write(tmp_path / "x", train(), by(rising), form=form)
+    saved(files, rising)
     reason = "ema_decay 0.998: does not fit .* without the warm-up .*; add `ema_warmup` power:1"
-    with pytest.raises(errors.InvalidValueError, match=reason):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.998)
-    import_checkpoints(folder, tmp_path / "run", ema_decay=0.998, ema_warmup="power:1")
-    check(tmp_path / "run", most=1e-2)
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(files, run, ema_decay=0.998)
+    import_checkpoints(files, run, ema_decay=0.998, ema_warmup="power:1")
+    check(run, most=1e-2)
 
 
-def test_a_length_that_nothing_limits_is_said_in_one_line(tmp_path: Path) -> None:
+def test_a_length_that_nothing_limits_is_said_in_one_line(files, run):
     """An average of 1 step for 200 claimed ones: the factor between them has no upper bound."""
-    folder = write(tmp_path / "x", train(**FALLING), by(exponential), form=form)
-    with pytest.raises(errors.InvalidValueError, match=r"does not fit the files: .* times too sh"):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.995)
+    saved(files, exponential, **FALLING)
+    with pytest.raises(InvalidValueError, match=r"does not fit the files: .* times too sh"):
+        import_checkpoints(files, run, ema_decay=0.995)
 
 
-def cosine_to_0_999(n: int) -> float:
+def cosine_to_0_999(n):
     angle = math.pi * n / STEPS
     return 0.9945 - 0.0045 * math.cos(angle)
 
 
-def two_decays(n: int) -> float:
+def two_decays(n):
     return 0.99 if n < STEPS / 2 else 0.997
 
 
-OUTSIDE: dict[str, Decay] = {"cosine": cosine_to_0_999, "two decays": two_decays}
-"""Rules that the table has not."""
+@pytest.mark.parametrize("decay", [cosine_to_0_999, two_decays])
+def test_a_rule_that_the_table_has_not_is_asked_for(decay, files, run):
+    saved(files, decay, **FALLING)
+    with pytest.raises(InvalidValueError, match=r"ema_decay: must be given: .*length"):
+        import_checkpoints(files, run)
 
 
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_a_rule_that_is_unknown_is_asked_for(name: str, tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(**FALLING), by(OUTSIDE[name]), form=form)
-    with pytest.raises(errors.InvalidValueError, match=r"ema_decay: must be given: .*length"):
-        import_checkpoints(folder, tmp_path / "run")
+def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(files, run):
+    def rising(n):
+        return n / (n + 30)
 
-
-def test_a_decay_that_an_unknown_rule_reaches_widens_the_error(tmp_path: Path) -> None:
+    saved(files, rising, **FALLING)
+    import_checkpoints(files, run, ema_decay=0.98)
     weights = train(**FALLING)
-    folder = write(tmp_path / "x", weights, by(lambda n: n / (n + 30)), form=form)
-    import_checkpoints(folder, tmp_path / "run", ema_decay=0.98)
-    run = Run(tmp_path / "run")
     for width in (0.05, 0.25):
-        error, predicted = error_of(run, width, weights=weights)
+        error, predicted = error_of(Run(run), width, weights=weights)
         assert error < 2 * predicted
 
 
-def claiming_a_warm_up(step: int, weights: Weights, average: Weights) -> object:
-    ema = {"decay": 0.99, "num_updates": step, "shadow_params": list(average.values())}
+def claiming_a_warm_up(step, weights, average):
+    ema = {
+        "decay": 0.99,
+        "num_updates": step,
+        "shadow_params": list(average.values()),
+    }
     return {"model": weights, "ema": ema, "step": step}
 
 
-def test_a_rule_that_files_claim_wrongly_is_replaced(tmp_path: Path, ema: Ema) -> None:
+def test_a_rule_that_files_claim_wrongly_is_replaced(files, run, ema):
     """A count of updates claims the warm-up of torch-ema; the average has none."""
-    folder = write(tmp_path / "x", train(), by(constant), form=claiming_a_warm_up)
-    command = ("import", folder, "--out", tmp_path / "run")
+    write(files, train(), by(constant), form=claiming_a_warm_up)
+    command = ("import", files, "--out", run)
     refused = ema(*command).error
     assert "does not fit the files" in refused
     assert "--ema-decay and --ema-warmup of an import together replace what files say" in refused
-    assert "contradicts" in ema(*command, "--ema-warmup", "none").error
-    assert "as claimed" in ema(*command, "--ema-warmup", "none", "--ema-decay", "0.99").out
+    command += ("--ema-warmup", "none")
+    assert "contradicts" in ema(*command).error
+    assert "as claimed" in ema(*command, "--ema-decay", "0.99").out
 
 
-def test_a_claim_that_nothing_can_check_is_not_replaced(tmp_path: Path) -> None:
+def test_a_claim_that_nothing_can_check_is_not_replaced(files, run):
     """As of ultralytics, whose files hold no weights beside the average."""
 
-    def alone(step: int, weights: Weights, average: Weights) -> object:
+    def alone(step, weights, average):
         return {"ema": average, "updates": step, "model": None}
 
-    folder = write(tmp_path / "x", train(), by(constant), form=alone)
-    with pytest.raises(errors.InvalidValueError, match="ema_warmup ratio: contradicts"):
-        import_checkpoints(folder, tmp_path / "run", ema_warmup="ratio", ema_decay=0.9999)
+    write(files, train(), by(constant), form=alone)
+    with pytest.raises(InvalidValueError, match="ema_warmup ratio: contradicts"):
+        import_checkpoints(files, run, ema_warmup="ratio", ema_decay=0.9999)
 
 
-def test_rules_that_begin_as_the_mean_count_the_first_weights_alike() -> None:
-    numbers = np.arange(1.0, 21.0)
+def test_rules_that_begin_as_the_mean_count_the_first_weights_alike():
+    means = []
     for rule in possible_rules(1000):
+        numbers = np.arange(20.0, 0.0, -1)
         kept = rule.at(numbers)
-        from_last = np.cumprod(kept[:0:-1])
-        later = np.append(from_last[::-1], 1.0)
-        masses = (1 - kept) * later
-        is_even = np.ptp(masses[1:]) < 1e-6  # the first update may be a copy
+        later = np.append(1.0, np.cumprod(kept))
+        masses = -np.diff(later)
+        is_even = np.ptp(masses[:-1]) < 1e-6  # the first update may be a copy
         is_mean = is_even and masses.sum() > 0.9
         assert rule.begins_as_mean == is_mean, rule
-    named = [warm_up_text(rule) for rule in possible_rules(1000) if rule.begins_as_mean]
-    assert named == ["power:1", "unbiased"]
+        if is_mean:
+            means.append(warm_up_text(rule))
+    assert means == ["power:1", "unbiased"]

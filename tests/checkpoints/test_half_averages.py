@@ -37,10 +37,12 @@ def write(
         average = average.to(dtype)
     truth = np.zeros(ELEMENTS)
     count = int(moving * ELEMENTS)
-    for step, share in enumerate(exact_weights(SIGMA, range(1, STEPS + 1)), 1):
+    shares = exact_weights(SIGMA, range(1, STEPS + 1))
+    for step, share in enumerate(shares, 1):
         weights[:count] += rate * random.standard_normal(count)
         truth += share * weights
-        average.lerp_(torch.from_numpy(weights).to(average.dtype), 1 - decay)
+        values = torch.from_numpy(weights).to(average.dtype)
+        average.lerp_(values, 1 - decay)
         if step % EVERY == 0:
             content = {"ema": {"w": average.to(dtype)}, "global_step": step}
             torch.save(content, folder / f"step{step}.pt")
@@ -58,35 +60,25 @@ CASES = [
 
 @pytest.mark.parametrize(("dtype", "decay", "rate", "moving"), CASES)
 def test_the_error_of_averages_of_which_most_stands_still_is_predicted(
-    dtype: torch.dtype,
-    decay: float,
-    rate: float,
-    moving: float,
-    tmp_path: Path,
-) -> None:
+    dtype, decay, rate, moving, tmp_path
+):
     truth = write(tmp_path, dtype, decay, rate, moving)
     import_checkpoints(tmp_path, tmp_path / "run", ema_decay=decay)
     made = Run(tmp_path / "run").average(SIGMA, dtype="float64")
-    error = np.linalg.norm(made["w"].numpy() - truth) / np.linalg.norm(truth)
-    predicted = made.predicted_error or 0.0
-    assert predicted / 6 < error < 1.3 * predicted
+    distance = np.linalg.norm(made["w"].numpy() - truth)
+    error = distance / np.linalg.norm(truth)
+    assert made.predicted_error / 6 < error < 1.3 * made.predicted_error
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_averages_that_were_updated_in_half_precision_are_refused(
-    dtype: torch.dtype,
-    tmp_path: Path,
-) -> None:
+def test_averages_that_were_updated_in_half_precision_are_refused(dtype, tmp_path):
     write(tmp_path, dtype, 0.9995, 3e-2, is_kept=True)
     with pytest.raises(InvalidValueError, match=r"half precision, and loses updates: \d+%"):
         import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.9995)
     import_checkpoints(tmp_path, tmp_path / "run", kind="checkpoints", weights="ema")
 
 
-def test_averages_that_hardly_move_are_warned_of(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_averages_that_hardly_move_are_warned_of(tmp_path, caplog):
     write(tmp_path, torch.bfloat16, 0.9999, 1e-3, is_kept=True)
     import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.9999)
     assert "in half precision, and most of it stands still" in caplog.text

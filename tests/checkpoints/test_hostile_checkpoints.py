@@ -21,7 +21,8 @@ from checkpoint_layouts import LAYOUTS, distributed
 from safetensors.torch import save_file
 from torture.hostile import Bomb
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Run
+from posthoc_cli.errors import PostHocError
 
 Write = Callable[[str], Path]
 
@@ -30,42 +31,67 @@ def read(run: Path) -> str:
     """Return the message of the error that a synthesis ends with; empty if it succeeds."""
     try:
         Run(run).average(0.2)
-    except errors.PostHocError as error:
+    except PostHocError as error:
         text = str(error)
         assert "\n" not in text
         return text
     return ""
 
 
-@pytest.mark.parametrize("place", ["archive", "plain", "root", "distributed", "metadata", "edm2"])
-def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+WEIGHTS = {"w": torch.ones(3)}
+
+
+def with_bombs(bomb):
+    return {"state_dict": WEIGHTS, "bomb": bomb, Path(bomb): [bomb]}
+
+
+def archive(run, bomb):
+    torch.save(with_bombs(bomb), run / "step10.pt")
+
+
+def plain(run, bomb):
+    content = pickle.dumps(with_bombs(bomb))
+    (run / "step10.pt").write_bytes(content)
+
+
+def edm2(run, bomb):
+    net = edm2_layout.network()
+    net.logvar.bomb = bomb
+    edm2_layout.save(run / "network-snapshot-0000010-0.050.pkl", net)
+
+
+def of_torch_distributed(run, bomb):
+    distributed(run / "step-10", WEIGHTS | {"step": bomb})
+
+
+def root(run, bomb):
+    torch.save(bomb, run / "step10.pt")
+
+
+def metadata(run, bomb):
+    of_torch_distributed(run, bomb)
+    (run / "step-10" / ".metadata").write_bytes(pickle.dumps(bomb))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (archive, ""),
+        (plain, ""),
+        (edm2, ""),
+        (of_torch_distributed, ""),
+        (root, "holds no tensors"),
+        (metadata, "is no metadata of torch.distributed.checkpoint"),
+    ],
+)
+def test_a_bomb_is_read_as_data(write, message, run, tmp_path):
     marker = tmp_path / "executed"
-    bomb = Bomb(marker)
     run.mkdir()
-    for step in (10, 20):
-        weights = {"w": torch.full((3,), float(step))}
-        content = {"state_dict": weights, "bomb": bomb, marker: [bomb]}
-        if place == "plain":
-            (run / f"step{step}.pt").write_bytes(pickle.dumps(content))
-        elif place in ("archive", "root"):
-            torch.save(content if place == "archive" else bomb, run / f"step{step}.pt")
-        elif place == "edm2":
-            net = edm2_layout.network()
-            net.logvar.bomb = bomb
-            edm2_layout.save(run / f"network-snapshot-{step:07d}-0.050.pkl", net)
-        else:
-            distributed(run / f"step-{step}", weights | {"step": bomb})
-            if place == "metadata":
-                (run / f"step-{step}" / ".metadata").write_bytes(pickle.dumps(bomb))
-    message = read(run)
+    write(run, Bomb(marker))
+    said = read(run)
     assert not marker.exists()
-    wanted = {
-        "root": "holds no tensors",
-        "metadata": "is no metadata of torch.distributed.checkpoint",
-    }
-    assert wanted.get(place, "") in message
-    assert bool(message) == (place in wanted)
+    assert message in said
+    assert bool(said) == bool(message)
 
 
 _MANY_CALLS = b"%sq\x00%sq\x0100]q\x02(" + b"h\x00h\x01R" * 100_000 + b"e."
@@ -134,7 +160,7 @@ OPCODES = {
 
 
 @pytest.mark.parametrize("what", OPCODES)
-def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) -> None:
+def test_a_pickle_that_is_none_is_one_line_at_once(what, tmp_path):
     started = time.process_time()
     (tmp_path / "step1.pt").write_bytes(OPCODES[what])
     assert read(tmp_path).startswith(f"{tmp_path / 'step1.pt'}: ")
@@ -144,169 +170,239 @@ def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) ->
 EMPTY_OBJECTS = b'{"w":[' + b",".join([b"{}"] * 1_000_000) + b"]}"
 """A header that would take 64 bytes of memory for 3 of the file: 24 MB took 1.2 GB."""
 
-LARGE: dict[str, tuple[bytes, int]] = {
-    **{
-        f"{what}.pt": (OPCODES[what], 50_000_000)
-        for what in ("empty dicts", "long names again and again")
-    },
-    "header.safetensors": (len(EMPTY_OBJECTS).to_bytes(8, "little") + EMPTY_OBJECTS, 0),
-}
-"""Files, and the memory that may be used in addition to a multiple of their length."""
 
-
-@pytest.mark.parametrize("name", LARGE)
-def test_what_a_pickle_makes_is_limited_by_its_length(name: str, tmp_path: Path) -> None:
-    """So is what the header of a safetensors file makes."""
-    content, more = LARGE[name]
-    (tmp_path / f"step1-{name}").write_bytes(content)
+def memory_to_refuse(folder: Path) -> int:
+    """Return the most memory that is used until a file is refused as too large in memory."""
     tracemalloc.start()
     try:
-        assert "than its length explains" in read(tmp_path)
-        assert tracemalloc.get_traced_memory()[1] < more + (64 if more else 4) * len(content)
+        assert "than its length explains" in read(folder)
+        _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
+    return most
 
 
-def test_what_a_pickle_could_reach_is_left_as_it_was(tmp_path: Path) -> None:
-    """Functions in the registry of extensions, and attributes of the functions in place of
-    torch's."""
-    copyreg.add_extension("os", "getpid", 0x7FFF1234)
-    extension = b"\x84" + (0x7FFF1234).to_bytes(4, "little")
+@pytest.mark.parametrize("what", ["empty dicts", "long names again and again"])
+def test_what_a_pickle_makes_is_limited_by_its_length(what, tmp_path):
+    content = OPCODES[what]
+    (tmp_path / "step1.pt").write_bytes(content)
+    assert memory_to_refuse(tmp_path) < 50_000_000 + 64 * len(content)
+
+
+def test_what_a_header_makes_is_limited_by_its_length(tmp_path):
+    length = len(EMPTY_OBJECTS)
+    content = length.to_bytes(8, "little") + EMPTY_OBJECTS
+    (tmp_path / "step1.safetensors").write_bytes(content)
+    assert memory_to_refuse(tmp_path) < 4 * len(content)
+
+
+def test_a_function_in_the_registry_of_extensions_is_not_called(tmp_path):
+    code = 0x7FFF1234
+    copyreg.add_extension("os", "getpid", code)
+    extension = b"\x84" + code.to_bytes(4, "little")
     # from now on the registry has it in a cache
     assert pickle.loads(b"\x80\x02" + extension + b")R.") == os.getpid()
-    (tmp_path / "step1.pt").write_bytes(b"\x80\x02}(X\x01\x00\x00\x00w" + extension + b")Ru.")
+    content = b"\x80\x02}(X\x01\x00\x00\x00w" + extension + b")Ru."
+    (tmp_path / "step1.pt").write_bytes(content)
     assert "damaged pickle" in read(tmp_path)
+
+
+def test_the_functions_in_place_of_torchs_are_left_as_they_were(tmp_path):
     attributes = b"N}X\x0c\x00\x00\x00__defaults__)s\x86b"
     rebuild = b"ctorch._utils\n_rebuild_tensor\n"
     (tmp_path / "step1.pt").write_bytes(b"\x80\x02" + rebuild + attributes + b".")
     assert "holds no tensors" in read(tmp_path)
-    torch.save({"w": torch.ones(3)}, tmp_path / "step1.pt", _use_new_zipfile_serialization=False)
+    torch.save(WEIGHTS, tmp_path / "step1.pt")
+    assert read(tmp_path) == ""
+
+
+def test_a_file_of_an_old_torch_is_named(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "step1.pt", _use_new_zipfile_serialization=False)
     assert "is of torch.save before release 1.6" in read(tmp_path)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
     (tmp_path / "step1.pt").write_bytes(b"GGUF" + bytes(100))
     assert read(tmp_path).endswith("or of another kind: begins with b'GGUF'")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_truncated_file_is_always_found(layout: str, write: Write) -> None:
+def test_a_truncated_file_is_always_found(layout, write):
     """`torture.hostile` tries other damage."""
     run = write(layout)
     assert read(run) == ""
-    paths = [path for path in run.rglob("*") if path.is_file() and path.name != "rng_state.pth"]
-    path = max(paths, key=lambda path: path.stat().st_size)
-    os.truncate(path, path.stat().st_size // 2)
+    sizes = {}
+    for path in run.rglob("*"):
+        if path.is_file() and path.name != "rng_state.pth":
+            sizes[path] = path.stat().st_size
+    largest = max(sizes, key=sizes.get)
+    os.truncate(largest, sizes[largest] // 2)
     assert read(run).startswith(str(run))
 
 
-SHARD = "-00001-of-00002.safetensors"
+@pytest.mark.parametrize("place", ["../../other.safetensors", "{}/other.safetensors"])
+def test_an_index_leads_to_no_other_folder(place, write, tmp_path):
+    shutil.copy(write("transformers") / SHARD, tmp_path / "other.safetensors")
+    name = place.format(tmp_path)
+    assert "is not the name of a file" in read_with_shard(tmp_path / "run", name)
 
 
-def test_shards_lead_nowhere_else(write: Write, tmp_path: Path) -> None:
-    run = write("transformers")
-    index, shard = (
-        run / "checkpoint-20" / f"model{end}" for end in (".safetensors.index.json", SHARD)
-    )
+SHARD = "checkpoint-20/model-00001-of-00002.safetensors"
+
+
+def read_with_shard(run: Path, name: str) -> str:
+    """Read a run whose index has one more tensor, 'x', in a shard of this name."""
+    index = run / "checkpoint-20" / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    shutil.copy(shard, tmp_path / "other.safetensors")
-    for name, problem in (
-        ("../../other.safetensors", "is not the name of a file"),
-        (str(tmp_path / "other.safetensors"), "is not the name of a file"),
-        (shard.name, "tensor 'x': is not in it, as the index says"),
-    ):
-        index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"x": name}}))
-        assert problem in read(run)
+    content["weight_map"]["x"] = name
     index.write_text(json.dumps(content))
-    for make, problem in (
-        (lambda: None, f"{shard.name}: cannot be opened: no such file"),
-        (
-            lambda: shard.symlink_to(shard.name),
-            "cannot be opened: too many levels of symbolic links",
-        ),
-        (lambda: os.mkfifo(shard), "is not a regular file"),
-    ):
-        shard.unlink(missing_ok=True)
-        make()
-        assert problem in read(run)
+    return read(run)
 
 
-def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
-    for step in (10, 20):
-        distributed(tmp_path / f"step-{step}", {"w": torch.full((300,), float(step))})
-    metadata = tmp_path / "step-10" / ".metadata"
-    whole = metadata.read_bytes()
-    assert whole.count(b"__0_0.distcp") == 1
-    for name in (b"../0.distcp\x00", b"/etc/passwds", b"./__0.distcp"):
-        metadata.write_bytes(whole.replace(b"__0_0.distcp", name))
-        assert "is not the name of a file in its folder" in read(tmp_path)
-    content = pickle.loads(whole)
-    ((index, place),) = content.storage_data.items()
-    content.storage_data = {index: place, dataclasses.replace(index, fqn="other"): place}
-    content.state_dict_metadata |= {"other": content.state_dict_metadata["w"]}
-    metadata.write_bytes(pickle.dumps(content))
-    assert "__0_0.distcp: tensor 'other': shares bytes with another object" in read(tmp_path)
-    metadata.write_bytes(whole.replace(b"__0_0.distcp", b"__1_0.distcp"))
-    assert "__1_0.distcp: cannot be opened" in read(tmp_path)
+def test_a_tensor_that_a_shard_lacks_is_named(write):
+    run = write("transformers")
+    message = read_with_shard(run, Path(SHARD).name)
+    assert "tensor 'x': is not in it, as the index says" in message
 
 
-DISTRIBUTED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
-    "a shape of texts": ({"sizes": ["x"]}, {}, {}, "its shape, or that of a chunk, is"),
-    "a hole": ({"sizes": torch.Size([299])}, {}, {}, "'w': "),
-    "another shape": (
-        {"sizes": torch.Size([200])},
-        {"size": torch.Size([200])},
-        {},
-        "'w': holds no tensor of shape [200]",
-    ),
-    "no place": ({}, {}, {"relative_path": None}, "'w': its place is missing"),
-    "a far end": ({}, {}, {"length": 10**9}, "'w': truncated: it would end beyond"),
-    "compressed": ({}, {}, {"transform_descriptors": ["zstd"]}, "compressed or encrypted"),
-}
+def nothing(_):
+    pass
 
 
-@pytest.mark.parametrize("what", DISTRIBUTED)
-def test_metadata_that_do_not_fit_are_one_line(what: str, tmp_path: Path) -> None:
-    """Attributes of the chunk, of the tensor or of the place are changed."""
-    distributed(tmp_path / "step-10", {"w": torch.full((300,), 1.0)})
-    metadata, (*changes, problem) = tmp_path / "step-10" / ".metadata", DISTRIBUTED[what]
-    content = pickle.loads(metadata.read_bytes())
-    tensor, (place,) = content.state_dict_metadata["w"], content.storage_data.values()
-    for changed, change in zip((tensor.chunks[0], tensor, place), changes, strict=True):
-        vars(changed).update(change)
-    metadata.write_bytes(pickle.dumps(content))
-    assert problem in read(tmp_path)
+def link_to_itself(path):
+    path.symlink_to(path.name)
 
 
 @pytest.mark.parametrize(
-    ("offsets", "dtype", "problem"),
+    ("make", "problem"),
     [
-        ([[0], [3]], "float32", ""),
-        ([[0], [2]], "float32", "'w': "),
-        ([[0], [3]], "float16", "are of several dtypes"),
-        ([[0], [3, 0]], "float32", "must give its offsets"),
+        (nothing, "cannot be opened: no such file"),
+        (link_to_itself, "cannot be opened: too many levels of symbolic links"),
+        (os.mkfifo, "is not a regular file"),
     ],
 )
-def test_chunks_make_a_complete_tensor_of_one_dtype(
-    tmp_path: Path,
-    offsets: Any,
-    dtype: str,
-    problem: str,
-) -> None:
-    folder = tmp_path / "step-1"
-    folder.mkdir()
-    for part, offset in enumerate(offsets):
-        info = json.dumps({"w": {"saved_offsets": offset}})
-        values = torch.ones(3, dtype=getattr(torch, dtype) if part else torch.float32)
-        save_file({"w": values}, folder / f"model-{part}.safetensors", {"DCP_SHARDING_INFO": info})
+def test_a_shard_that_is_no_file_is_named(make, problem, write):
+    run = write("transformers")
+    shard = run / SHARD
+    shard.unlink()
+    make(shard)
+    assert f"{shard.name}: {problem}" in read(run)
+
+
+@pytest.fixture
+def metadata_of_chunks(tmp_path: Path) -> Path:
+    """Return the metadata of a checkpoint of torch.distributed with one tensor in one chunk."""
+    distributed(tmp_path / "step-10", {"w": torch.ones(300)})
+    return tmp_path / "step-10" / ".metadata"
+
+
+def read_with(metadata: Path, change: Callable[[Any], object]) -> str:
+    """Read a checkpoint after a change of its metadata."""
+    content = pickle.loads(metadata.read_bytes())
+    change(content)
+    metadata.write_bytes(pickle.dumps(content))
+    return read(metadata.parent.parent)
+
+
+@pytest.mark.parametrize("name", [b"../0.distcp\x00", b"/etc/passwds", b"./__0.distcp"])
+def test_chunks_lead_to_no_other_folder(name, metadata_of_chunks, tmp_path):
+    whole = metadata_of_chunks.read_bytes()
+    assert whole.count(b"__0_0.distcp") == 1
+    metadata_of_chunks.write_bytes(whole.replace(b"__0_0.distcp", name))
+    assert "is not the name of a file in its folder" in read(tmp_path)
+
+
+def test_a_missing_file_of_chunks_is_named(metadata_of_chunks, tmp_path):
+    whole = metadata_of_chunks.read_bytes()
+    metadata_of_chunks.write_bytes(whole.replace(b"__0_0.distcp", b"__1_0.distcp"))
+    assert "__1_0.distcp: cannot be opened" in read(tmp_path)
+
+
+def test_chunks_that_share_bytes_are_refused(metadata_of_chunks):
+    def change(content):
+        ((index, place),) = content.storage_data.items()
+        other = dataclasses.replace(index, fqn="other")
+        content.storage_data[other] = place
+        content.state_dict_metadata["other"] = content.state_dict_metadata["w"]
+
+    message = read_with(metadata_of_chunks, change)
+    assert "__0_0.distcp: tensor 'other': shares bytes with another object" in message
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [
+        (["x"], "its shape, or that of a chunk, is"),
+        (torch.Size([299]), "'w': "),
+    ],
+)
+def test_a_chunk_that_does_not_fill_its_tensor_is_refused(sizes, problem, metadata_of_chunks):
+    def change(content):
+        (chunk,) = content.state_dict_metadata["w"].chunks
+        vars(chunk)["sizes"] = sizes
+
+    assert problem in read_with(metadata_of_chunks, change)
+
+
+def test_a_tensor_of_another_shape_than_its_chunk_is_refused(metadata_of_chunks):
+    def change(content):
+        tensor = content.state_dict_metadata["w"]
+        tensor.size = torch.Size([200])
+        vars(tensor.chunks[0])["sizes"] = torch.Size([200])
+
+    assert "'w': holds no tensor of shape [200]" in read_with(metadata_of_chunks, change)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("relative_path", None, "'w': its place is missing"),
+        ("length", 10**9, "'w': truncated: it would end beyond"),
+        ("transform_descriptors", ["zstd"], "compressed or encrypted"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(name, value, problem, metadata_of_chunks):
+    def change(content):
+        (place,) = content.storage_data.values()
+        vars(place)[name] = value
+
+    assert problem in read_with(metadata_of_chunks, change)
+
+
+@pytest.mark.parametrize(
+    ("offset", "dtype", "problem"),
+    [
+        ([3], torch.float32, ""),
+        ([2], torch.float32, "'w': "),
+        ([3], torch.float16, "are of several dtypes"),
+        ([3, 0], torch.float32, "must give its offsets"),
+    ],
+)
+def test_chunks_make_a_complete_tensor_of_one_dtype(offset, dtype, problem, tmp_path):
+    save_chunk(tmp_path / "step-1" / "model-0.safetensors", [0], torch.float32)
+    save_chunk(tmp_path / "step-1" / "model-1.safetensors", offset, dtype)
     message = read(tmp_path)
     assert problem in message
     assert bool(problem) == bool(message)
 
 
-def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
-    for name in ("", "__metadata__", "a\0b", "\ud800"):
-        torch.save({"w": torch.ones(3), name: torch.ones(2)}, tmp_path / "step1.pt")
-        assert "a model's tensor cannot have this name" in read(tmp_path)
-    torch.save(torch.ones(3), tmp_path / "step1.pt")
-    assert read(tmp_path) == f"{tmp_path / 'step1.pt'}: holds no tensors with names"
+def save_chunk(file: Path, offset: list[int], dtype: torch.dtype) -> None:
+    file.parent.mkdir(exist_ok=True)
+    info = json.dumps({"w": {"saved_offsets": offset}})
+    values = torch.ones(3, dtype=dtype)
+    save_file({"w": values}, file, {"DCP_SHARDING_INFO": info})
+
+
+@pytest.mark.parametrize("name", ["", "__metadata__", "a\0b", "\ud800"])
+def test_a_name_that_no_tensor_can_have_is_refused(name, tmp_path):
+    torch.save(WEIGHTS | {name: torch.ones(2)}, tmp_path / "step1.pt")
+    assert "a model's tensor cannot have this name" in read(tmp_path)
+
+
+def test_a_tensor_without_a_name_is_no_model(tmp_path):
+    file = tmp_path / "step1.pt"
+    torch.save(torch.ones(3), file)
+    assert read(tmp_path) == f"{file}: holds no tensors with names"
 
 
 @pytest.mark.parametrize(
@@ -314,99 +410,147 @@ def test_a_name_that_no_tensor_can_have_is_refused(tmp_path: Path) -> None:
     [
         {"decay": "much"},
         {"num_updates": float("inf")},
+    ],
+)
+def test_an_ema_whose_settings_are_no_numbers_is_one_line(setting, tmp_path):
+    average = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(3)]}
+    torch.save({"model": WEIGHTS, "ema": average | setting}, tmp_path / "step5.pt")
+    assert "holds an EMA whose settings cannot be read" in read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
         {"power": "x"},
         {"inv_gamma": 0},
         {"min_decay": [1]},
     ],
 )
-def test_an_ema_whose_settings_are_no_numbers_is_one_line(
-    setting: dict[str, Any],
-    tmp_path: Path,
-) -> None:
-    """In a file of torch-ema, or in the configuration of diffusers' EMA."""
-    if setting.keys() & {"decay", "num_updates"}:
-        average = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(3)]} | setting
-        torch.save({"model": {"w": torch.ones(3)}, "ema": average}, tmp_path / "step5.pt")
-    else:
-        for name in ("unet", "unet_ema"):
-            (tmp_path / "checkpoint-5" / name).mkdir(parents=True)
-            save_file({"w": torch.ones(3)}, tmp_path / "checkpoint-5" / name / "model.safetensors")
-        config = {"decay": 0.9, "optimization_step": 5, "use_ema_warmup": True} | setting
-        (tmp_path / "checkpoint-5" / "unet_ema" / "config.json").write_text(json.dumps(config))
+def test_a_configuration_of_diffusers_that_has_no_numbers_is_one_line(setting, tmp_path):
+    for name in ("unet", "unet_ema"):
+        folder = tmp_path / "checkpoint-5" / name
+        folder.mkdir(parents=True)
+        save_file(WEIGHTS, folder / "model.safetensors")
+    config = {"decay": 0.9, "optimization_step": 5, "use_ema_warmup": True}
+    (folder / "config.json").write_text(json.dumps(config | setting))
     assert "holds an EMA whose settings cannot be read" in read(tmp_path)
 
 
-def test_archives_of_another_kind(tmp_path: Path) -> None:
+def members_of(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def read_archive(path: Path, members: dict[str, bytes], compression: int = 0) -> str:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return read(path.parent)
+
+
+@pytest.fixture
+def archived(tmp_path: Path) -> Path:
+    """Return a file of torch.save, written anew as another program would."""
     path = tmp_path / "step1.pt"
     torch.save({"w": torch.ones(300)}, path)
-    members = {
-        info.filename: zipfile.ZipFile(path).read(info) for info in zipfile.ZipFile(path).infolist()
-    }
+    assert read_archive(path, members_of(path)) == ""
+    return path
 
-    def refusal(
-        compression: int = zipfile.ZIP_STORED,
-        twice: bool = False,
-        **changed: bytes,
-    ) -> str:
-        with zipfile.ZipFile(path, "w", compression) as archive:
-            for name, data in members.items():
-                archive.writestr(name, changed.get(name.rpartition("/")[2].replace(".", "_"), data))
-            if twice:
-                with pytest.warns(UserWarning, match="Duplicate"):
-                    archive.writestr("step1/data/0", b"")
-        return read(tmp_path)
 
-    assert refusal() == ""
-    assert "compressed or encrypted" in refusal(zipfile.ZIP_DEFLATED)
-    assert "two members of one name" in refusal(twice=True)
-    assert "big-endian" in refusal(byteorder=b"big")
-    assert "damaged pickle" in refusal(data_pkl=b"\x80\x02(.")
-    assert "a tensor reaches beyond its storage" in refusal(**{"0": b"short"})
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("byteorder", b"big", "big-endian"),
+        ("data.pkl", b"\x80\x02(.", "damaged pickle"),
+        ("data/0", b"short", "a tensor reaches beyond its storage"),
+    ],
+)
+def test_an_archive_whose_members_do_not_fit_is_named(name, data, problem, archived):
+    members = members_of(archived)
+    members[f"step1/{name}"] = data
+    assert problem in read_archive(archived, members)
+
+
+def test_an_archive_that_lacks_a_tensor_is_named(archived):
+    members = members_of(archived)
     del members["step1/data/0"]
-    assert "it has no 'data/0'" in refusal()
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("hello.txt", b"x")
-    assert "not of torch.save" in read(tmp_path)
+    assert "it has no 'data/0'" in read_archive(archived, members)
 
 
-def test_a_tensor_that_repeats_few_bytes_stays_small(tmp_path: Path) -> None:
+def test_an_archive_of_another_program_is_named(archived):
+    assert "not of torch.save" in read_archive(archived, {"hello.txt": b"x"})
+
+
+def test_a_compressed_archive_is_named(archived):
+    members = members_of(archived)
+    message = read_archive(archived, members, zipfile.ZIP_DEFLATED)
+    assert "compressed or encrypted" in message
+
+
+def test_an_archive_with_two_members_of_one_name_is_refused(archived):
+    with (
+        zipfile.ZipFile(archived, "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
+        archive.writestr("step1/data/0", b"")
+    assert "two members of one name" in read(archived.parent)
+
+
+def test_a_tensor_that_repeats_few_bytes_is_read(tmp_path):
     torch.save({"w": torch.ones(1).expand(3, 4)}, tmp_path / "step2.pt")
-    assert Run(tmp_path).average(0.2)["w"].shape == (3, 4)
+    made = Run(tmp_path).average(0.2)
+    assert made["w"].shape == (3, 4)
+
+
+def test_a_tensor_that_repeats_few_bytes_too_often_is_refused(tmp_path):
     torch.save({"w": torch.ones(1).expand(2**38)}, tmp_path / "step2.pt")
     reason = "a tensor of shape [274877906944] that repeats 4 bytes"
     assert f"step2.pt: cannot be read as tensors: {reason}" in read(tmp_path)
 
 
-def test_tensors_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_path: Path) -> None:
-    """A file of 4 MB could hold 1,000 tensors of 4 MB, in one storage or in members of a zip; views
-    and tied weights are read.
-    """
-    values = torch.arange(1_000_000.0)
-    path = tmp_path / "step2.pt"
-    few, many = ({f"w{i}": values[i : 990_000 + i] for i in range(count)} for count in (4, 1000))
-    torch.save(few | {"tied": values[:990_000]}, path)
-    assert torch.equal(Run(tmp_path).average(0.2)["w3"], few["w3"])
-    torch.save(many, path)
+VALUES = torch.arange(1_000_000.0)
+
+
+def views(count: int) -> dict[str, torch.Tensor]:
+    return {f"w{begin}": VALUES[begin : 990_000 + begin] for begin in range(count)}
+
+
+def test_views_and_tied_weights_are_read(tmp_path):
+    content = views(4)
+    content["tied"] = content["w0"]
+    torch.save(content, tmp_path / "step2.pt")
+    made = Run(tmp_path).average(0.2)
+    assert torch.equal(made["w3"], content["w3"])
+
+
+def test_tensors_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_path):
+    """A file of 4 MB could hold 1,000 tensors of 4 MB."""
+    torch.save(views(1000), tmp_path / "step2.pt")
     assert "its tensors share bytes, and would take" in read(tmp_path)
-    torch.save(
-        {name: torch.full((i + 1,), 1.0) for i, name in enumerate(many)} | {"all": values}, path
-    )
+
+
+def test_members_that_share_bytes_cost_no_more_than_a_few_times_their_file(tmp_path):
+    """In a zip, members may lie at one place."""
+    path = tmp_path / "step2.pt"
+    content = {f"w{size}": torch.ones(size) for size in range(1, 1001)}
+    content["all"] = VALUES
+    torch.save(content, path)
     with zipfile.ZipFile(path, "a") as archive:
-        largest = max(archive.infolist(), key=lambda info: info.file_size)
-        for info in archive.infolist():
-            info.header_offset = (
-                largest.header_offset if "/data/" in info.filename else info.header_offset
-            )
+        members = [info for info in archive.infolist() if "/data/" in info.filename]
+        largest = max(members, key=lambda info: info.file_size)
+        for info in members:
+            info.header_offset = largest.header_offset
         archive.comment = b"x"  # which makes it write the changed directory
     started = time.process_time()
     assert Run(path).sources[0].file_bytes < 9 * path.stat().st_size
     assert time.process_time() - started < 10
 
 
-def test_two_thousand_files(tmp_path: Path) -> None:
+def test_two_thousand_files(tmp_path):
     for step in range(1, 2001):
-        save_file({"w": torch.ones(3)}, tmp_path / f"step{step}.safetensors")
+        save_file(WEIGHTS, tmp_path / f"step{step}.safetensors")
     started = time.process_time()
     sources = Run(tmp_path).sources
-    assert (len(sources), sources[-1].step) == (2000, 2000)
+    assert len(sources) == 2000
+    assert sources[-1].step == 2000
     assert time.process_time() - started < 20

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from ema_command import Ema
 from safetensors.torch import load_file, save_file
 from trained import (
     EVERY,
     STEPS,
     TIMES,
-    Weights,
     by,
     check,
     ema,
@@ -23,11 +21,15 @@ from trained import (
     named,
     network,
     ratio,
+    settings_of,
     train,
     write,
 )
+from walks import walk
 
-from posthoc_cli import Run, errors, export_file, import_checkpoints
+from posthoc_cli import Run, export_file, import_checkpoints
+from posthoc_cli.checkpoints.import_run import Import
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import DecayRule, Point
 
 DECAY = 0.995
@@ -47,25 +49,28 @@ def replay(
             save(step, model)
 
 
-def test_long_averages_have_few_times() -> None:
+def test_long_averages_have_few_times():
     """A run opens 20 files of a million updates each."""
     for decay in (0.99, 0.9999, 0.99999):
-        assert DecayRule(decay).profile(10**6, 10**6).times.size < 10_000
+        profile = DecayRule(decay).profile(10**6, 10**6)
+        assert profile.times.size < 10_000
 
 
-def timm(folder: Path) -> dict[str, Any]:
+def timm(folder):
     write(folder, train(), ema(DECAY))
     return {"ema_decay": DECAY}
 
 
-def plain(folder: Path) -> dict[str, Any]:
-    for path in write(folder, train(), ema(DECAY), torch.float16).iterdir():
-        save_file(torch.load(path)["state_dict_ema"], path.with_suffix(".safetensors"))
+def plain(folder):
+    write(folder, train(), ema(DECAY), torch.float16)
+    for path in folder.iterdir():
+        average = torch.load(path)["state_dict_ema"]
+        save_file(average, path.with_suffix(".safetensors"))
         path.unlink()
     return {"ema_decay": DECAY, "kind": "ema"}
 
 
-def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
+def diffusers(folder, **settings):
     pytest.importorskip("diffusers")
     from diffusers import ModelMixin
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -73,7 +78,7 @@ def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
 
     class Small(ModelMixin, ConfigMixin):
         @register_to_config
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.net = network()
 
@@ -82,11 +87,11 @@ def diffusers(folder: Path, **settings: Any) -> dict[str, Any]:
         model.parameters(), decay=DECAY, model_cls=Small, model_config=model.config, **settings
     )
 
-    def save(step: int, _: torch.nn.Module) -> None:
+    def save(step, _):
         average.save_pretrained(folder / f"checkpoint-{step}" / "unet_ema")
         model.save_pretrained(folder / f"checkpoint-{step}" / "unet")
 
-    def update(now: torch.nn.Module) -> None:
+    def update(now):
         model.net.load_state_dict(now.state_dict())
         average.step(model.parameters())
 
@@ -101,11 +106,14 @@ def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20
         online, beta=DECAY, update_every=update_every, update_after_step=update_after_step
     )
 
-    def update(model: torch.nn.Module) -> None:
+    def update(model):
         online.load_state_dict(model.state_dict())
         average.update()
 
-    replay(update, lambda step, _: torch.save(average.state_dict(), folder / f"step{step}.pt"))
+    def save(step, _):
+        torch.save(average.state_dict(), folder / f"step{step}.pt")
+
+    replay(update, save)
     return {
         "ema_decay": DECAY,
         "update_every": update_every,
@@ -113,7 +121,7 @@ def ema_pytorch(folder: Path, update_every: int = 5, update_after_step: int = 20
     }
 
 
-def lightning(folder: Path) -> dict[str, Any]:
+def lightning(folder):
     """Write files with its Trainer, callback and checkpoints; each step loads the recorded
     weights."""
     library = pytest.importorskip(
@@ -122,16 +130,16 @@ def lightning(folder: Path) -> dict[str, Any]:
     weights = iter(train())
 
     class Replay(library.LightningModule):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.net = network()
             self.automatic_optimization = False
 
-        def training_step(self, *_: object) -> None:
+        def training_step(self, *_):
             self.optimizers().step()
             self.net.load_state_dict(named(next(weights)))
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
+        def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), 0.1)
 
     callbacks = [
@@ -146,7 +154,7 @@ def lightning(folder: Path) -> dict[str, Any]:
     return {"ema_decay": DECAY, "prefix": "net."}
 
 
-def mmengine(folder: Path) -> dict[str, Any]:
+def mmengine(folder):
     """Write files with its Runner, EMAHook and checkpoints; each step loads the recorded
     weights."""
     pytest.importorskip("mmengine.hooks")
@@ -156,15 +164,15 @@ def mmengine(folder: Path) -> dict[str, Any]:
     weights = iter(train())
 
     class Replay(BaseModel):  # type: ignore[misc]
-        def __init__(self) -> None:
+        def __init__(self):
             super().__init__()
             self.net = network()
 
-        def train_step(self, *_: object, **__: object) -> dict[str, torch.Tensor]:
+        def train_step(self, *_, **__):
             self.net.load_state_dict(named(next(weights)))
             return {"loss": torch.zeros(())}
 
-        def forward(self, *_: object) -> None:
+        def forward(self, *_):
             raise NotImplementedError
 
     Runner(
@@ -186,200 +194,247 @@ LIBRARIES = [timm, plain, diffusers, lightning, ema_pytorch, mmengine]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
-def test_an_ordinary_ema_makes_other_lengths(
-    library: Callable[[Path], dict[str, Any]],
-    tmp_path: Path,
-) -> None:
+def test_an_ordinary_ema_makes_other_lengths(library, files, run):
     """The error from 15 checkpoints of the weights is 1.3e-2; from their EMAs an eighth of it, also
     in float16."""
-    (folder := tmp_path / "x").mkdir()
-    settings = library(folder)
-    done = import_checkpoints(folder, tmp_path / "run", **settings)
-    assert any(one.decay == DECAY for one in done.checkpoints)
-    run = Run(tmp_path / "run")
-    assert len([one for one in run.sources if not isinstance(one.profile, Point)]) == len(TIMES)
+    files.mkdir()
+    settings = library(files)
+    done = import_checkpoints(files, run, **settings)
+    averages = [one for one in Run(run).sources if not isinstance(one.profile, Point)]
+    assert len(averages) == len(TIMES)
+    assert any(one.decay == DECAY for one in averages)
     check(run)
     if library is not plain:
         assert all("as claimed" in line for line in done.checks), done.checks
 
 
-def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path: Path) -> None:
+def test_the_first_update_of_diffusers_copies_and_later_ones_warm_up(tmp_path):
     for name in ("unet", "unet_ema"):
-        (folder := tmp_path / "checkpoint-3" / name).mkdir(parents=True)
+        folder = tmp_path / "checkpoint-3" / name
+        folder.mkdir(parents=True)
         save_file({"w": torch.ones(2)}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"decay": DECAY, "optimization_step": 3}))
-    (average,) = (one for one in Run(tmp_path).sources if one.sigma_rel or one.decay)
-    assert [average.profile.tail(step) for step in (1, 2)] == pytest.approx(
-        [1 - 2 / 11 * 3 / 12, 1 - 3 / 12]
-    )
+    config = {"decay": DECAY, "optimization_step": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    (average,) = (one for one in Run(tmp_path).sources if one.decay)
+    kept = 3 / 12
+    assert average.profile.tail(2) == pytest.approx(1 - kept)
+    kept *= 2 / 11
+    assert average.profile.tail(1) == pytest.approx(1 - kept)
 
 
-def test_averages_without_names_are_those_of_the_parameters(tmp_path: Path) -> None:
+def test_averages_without_names_are_those_of_the_parameters(tmp_path):
+    file = tmp_path / "step5.pt"
+    out = tmp_path / "average.safetensors"
     layers = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(3))
     average = {
         "decay": 0.9,
         "num_updates": 5,
         "shadow_params": [torch.full((3,), float(k)) for k in range(4)],
     }
-    torch.save({"model": layers.state_dict(), "ema": average}, tmp_path / "step5.pt")
-    export_file(tmp_path / "step5.pt", tmp_path / "average.safetensors")
-    assert load_file(tmp_path / "average.safetensors")["1.weight"][0] == 2
+    torch.save({"model": layers.state_dict(), "ema": average}, file)
+    export_file(file, out)
+    assert load_file(out)["1.weight"].tolist() == [2.0, 2.0, 2.0]
 
 
-def test_the_decay_is_found(tmp_path: Path, ema: Ema, caplog: pytest.LogCaptureFixture) -> None:
-    timm(tmp_path / "x")
-    assert len(Run(tmp_path / "x").sources) == len(TIMES)  # the weights alone
+def test_averages_of_an_unknown_decay_are_left_out(tmp_path, ema, caplog):
+    timm(tmp_path)
+    assert len(Run(tmp_path).sources) == len(TIMES)  # the weights alone
     assert f"{len(TIMES)} EMAs, such as " in caplog.text
     assert "left out of averages: their files do not say the decay" in caplog.text
-    assert "left out" not in ema("audit", tmp_path / "x").err  # it makes no averages
-    done = ema("import", tmp_path / "x", "--out", tmp_path / "run")
-    assert "found: decay 0.99" in done.out, done.err
-    (decay,) = {
-        one.decay for one in Run(tmp_path / "run").sources if not isinstance(one.profile, Point)
-    }
-    assert decay == pytest.approx(DECAY, abs=2e-4)
-    assert error_of(Run(tmp_path / "run"))[0] < 2e-3
+    assert "left out" not in ema("audit", tmp_path).err  # it makes no averages
 
 
-def test_the_interval_of_ema_pytorch_is_not_guessed(tmp_path: Path) -> None:
-    """Its files count calls, and do not say how many there are between two updates."""
-    (folder := tmp_path / "x").mkdir()
-    ema_pytorch(folder, 1, 0)
-    (audit,) = Run(folder).audit()
-    assert audit.verdict == "found"
-    assert audit.found == pytest.approx(min(DECAY, 1 - STEPS ** (-2 / 3)), abs=1e-3)  # its warm-up
-    import_checkpoints(folder, tmp_path / "found")
-    check(tmp_path / "found", most=1)
-    for name, said in (("update_every", {}), ("update_after_step", {"update_every": 1})):
-        with pytest.raises(
-            errors.InvalidValueError,
-            match=rf"{name}: must be given: step\d+\.pt .* default of the library",
-        ):
-            import_checkpoints(folder, tmp_path / "asked", ema_decay=DECAY, **said)
-    # These files did not copy the weights for 100 calls: distances that no motion explains do not
-    # disturb the fit.
-    import_checkpoints(
-        folder, tmp_path / "wrong", ema_decay=DECAY, update_every=1, update_after_step=100
-    )
-    assert error_of(Run(tmp_path / "wrong"))[0] < 5e-3
+def decays_of(done: Import) -> set[float]:
+    """Return the decays of the averages in an import."""
+    return {one.decay for one in done.checkpoints if one.decay}
 
 
-def test_the_decay_is_found_though_some_of_the_files_say_theirs(tmp_path: Path) -> None:
-    def form(step: int, weights: Weights, average: Weights) -> object:
-        told = {"decay": 0.9, "num_updates": None, "shadow_params": [*average.values()]}
-        return {"model": weights, "ema": told if step < STEPS // 2 else average, "step": step}
-
-    done = import_checkpoints(
-        write(tmp_path / "x", train(), ema(DECAY), form=form), tmp_path / "run"
-    )
+def test_the_decay_is_found(files, run):
+    timm(files)
+    done = import_checkpoints(files, run)
     assert done.checks[0].startswith("found: decay 0.99")
-    assert len({one.decay for one in done.checkpoints if one.decay}) == 1
+    (decay,) = decays_of(done)
+    assert decay == pytest.approx(DECAY, abs=2e-4)
+    error, _ = error_of(Run(run))
+    assert error < 2e-3
 
 
-def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(tmp_path: Path) -> None:
+@pytest.fixture
+def of_ema_pytorch(tmp_path: Path) -> Path:
+    """Return files that count calls, and do not say how many there are between two updates."""
+    folder = tmp_path / "x"
+    folder.mkdir()
+    ema_pytorch(folder, 1, 0)
+    return folder
+
+
+def test_the_warm_up_of_ema_pytorch_is_found(of_ema_pytorch, run):
+    (audit,) = Run(of_ema_pytorch).audit()
+    assert audit.verdict == "found"
+    last = 1 - STEPS ** (-2 / 3)
+    assert audit.found == pytest.approx(last, abs=1e-3)
+    import_checkpoints(of_ema_pytorch, run)
+    check(run, most=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ({}, "update_every"),
+        ({"update_every": 1}, "update_after_step"),
+    ],
+)
+def test_the_interval_of_ema_pytorch_is_not_guessed(said, asked, of_ema_pytorch, run):
+    reason = rf"{asked}: must be given: step\d+\.pt .* default of the library"
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(of_ema_pytorch, run, ema_decay=DECAY, **said)
+
+
+def test_distances_that_no_motion_explains_do_not_disturb_the_fit(of_ema_pytorch, run):
+    """These files did not copy the weights for 100 calls."""
+    wrong = {"update_every": 1, "update_after_step": 100}
+    import_checkpoints(of_ema_pytorch, run, ema_decay=DECAY, **wrong)
+    error, _ = error_of(Run(run))
+    assert error < 5e-3
+
+
+def test_the_decay_is_found_though_some_of_the_files_say_theirs(files, run):
+    def form(step, weights, average):
+        content = {"model": weights, "ema": average, "step": step}
+        if step < STEPS // 2:
+            content["ema"] = {
+                "decay": 0.9,
+                "num_updates": None,
+                "shadow_params": [*average.values()],
+            }
+        return content
+
+    write(files, train(), ema(DECAY), form=form)
+    done = import_checkpoints(files, run)
+    assert done.checks[0].startswith("found: decay 0.99")
+    assert len(decays_of(done)) == 1
+
+
+def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(tmp_path, files):
     """If predictions ignored it, actual errors would be up to 43 times the predicted ones."""
     weights = train(0.1, True, "SGD")
-    write(tmp_path / "x", weights, ema(0.9925))
-    import_checkpoints(tmp_path / "x", tmp_path / "found")
-    import_checkpoints(tmp_path / "x", tmp_path / "said", ema_decay=0.9925)
+    write(files, weights, ema(0.9925))
+    import_checkpoints(files, tmp_path / "found")
+    import_checkpoints(files, tmp_path / "said", ema_decay=0.9925)
+    found = Run(tmp_path / "found")
+    said = Run(tmp_path / "said")
     for width in (0.05, 0.1, 0.15, 0.25):
-        error, found = error_of(Run(tmp_path / "found"), width, weights=weights)
-        _, said = error_of(Run(tmp_path / "said"), width, weights=weights)
-        assert 1 / 3 < error / found < 3
-        assert said < found  # what is said is exact
+        error, uncertain = error_of(found, width, weights=weights)
+        assert 1 / 3 < error / uncertain < 3
+        _, exact = error_of(said, width, weights=weights)
+        assert exact < uncertain
 
 
-def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(), ema(0.9873))
-    later = folder / f"step{STEPS}.pt"
+def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path, files):
+    write(files, train(), ema(0.9873))
+    later = files / f"step{STEPS}.pt"
     later.rename(tmp_path / "later.pt")
-    first = import_checkpoints(folder, tmp_path / "run")
+    first = import_checkpoints(files, tmp_path / "run")
     (tmp_path / "later.pt").rename(later)
-    again = import_checkpoints(folder, tmp_path / "run")
+    again = import_checkpoints(files, tmp_path / "run")
     assert again.written
     assert len(again.checkpoints) == len(first.checkpoints) + 2
-    assert len({one.decay for done in (first, again) for one in done.checkpoints if one.decay}) == 2
-    with pytest.raises(errors.OutputExistsError, match="with other settings"):
-        import_checkpoints(folder, tmp_path / "run", ema_decay=0.9873)
+    assert len(decays_of(first) | decays_of(again)) == 2
+    with pytest.raises(OutputExistsError, match="with other settings"):
+        import_checkpoints(files, tmp_path / "run", ema_decay=0.9873)
 
 
-def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(tmp_path: Path) -> None:
-    done = import_checkpoints(
-        write(tmp_path / "x", train(1e-2, False, "SGD"), ema(0.98)), tmp_path / "run"
-    )
+def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(files, run):
+    write(files, train(1e-2, False, "SGD"), ema(0.98))
+    done = import_checkpoints(files, run)
     assert "; taken as 0.98" in done.checks[0]
-    assert {one.decay for one in done.checkpoints} == {0.0, 0.98}
-    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    assert settings["ema_uncertainty"] > 0
+    assert decays_of(done) == {0.98}
+    assert settings_of(run)["ema_uncertainty"] > 0
 
 
-def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(1e-2, False, "Adam"), ema(0.98))
+def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
+    write(files, train(1e-2, False, "Adam"), ema(0.98))
     for step in range(EVERY, STEPS - EVERY, EVERY):  # the two files that remain show it to 72 %
-        (folder / f"step{step}.pt").unlink()
-    with pytest.raises(
-        errors.InvalidValueError, match="ema_decay: must be given: the checkpoints do not show"
-    ):
-        import_checkpoints(folder, tmp_path / "run")
-    assert import_checkpoints(folder, tmp_path / "run", ema_decay=0.98).written
+        (files / f"step{step}.pt").unlink()
+    reason = "ema_decay: must be given: the checkpoints do not show"
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(files, run)
+    assert import_checkpoints(files, run, ema_decay=0.98).written
 
 
-def test_the_interval_is_asked_for_where_counts_do_not_show_it(tmp_path: Path) -> None:
-    """50 updates at step 100 may mean one update in 2 steps, or an average that began at step
-    51."""
+@pytest.fixture
+def begun_at_51(tmp_path: Path) -> Path:
+    """Return files whose counts of updates do not show the interval: 50 at step 100 may mean one
+    update in 2 steps, or an average that began at step 51."""
 
-    def form(step: int, weights: Weights, average: Weights) -> object:
-        shadow = {"shadow_params": [*average.values()], "collected_params": None}
-        return {
-            "model": weights,
-            "ema": {"decay": DECAY, "num_updates": step - 50} | shadow,
-            "step": step,
+    def form(step, weights, average):
+        ema = {
+            "decay": DECAY,
+            "num_updates": step - 50,
+            "shadow_params": [*average.values()],
+            "collected_params": None,
         }
+        return {"model": weights, "ema": ema, "step": step}
 
-    update = by(lambda step: min(DECAY, ratio(step - 50)) if step > 50 else 0.0)
-    folder = write(tmp_path / "x", train(), update, form=form)
+    def decay(step):
+        return min(DECAY, ratio(step - 50)) if step > 50 else 0.0
+
+    return write(tmp_path / "x", train(), by(decay), form=form)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"update_every": 3},
+    ],
+)
+def test_the_interval_is_asked_for_where_counts_do_not_show_it(settings, begun_at_51, run):
     reason = r"update_every: must be given, and fit: step\d+.pt has counted [\d,]+ updates"
-    for wrong in ({}, {"update_every": 3}):
-        with pytest.raises(errors.InvalidValueError, match=reason):
-            import_checkpoints(folder, tmp_path / "run", **wrong)
-    import_checkpoints(folder, tmp_path / "run", update_every=1)
-    run = Run(tmp_path / "run")
-    settings = [
-        vars(one.profile)["settings"] for one in run.sources if not isinstance(one.profile, Point)
-    ]
-    assert {(one["every"], one["first"]) for one in settings} == {(1, 51)}
-    error, predicted = error_of(run)
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(begun_at_51, run, **settings)
+
+
+def test_the_interval_and_the_counts_tell_the_first_update(begun_at_51, run):
+    import_checkpoints(begun_at_51, run, update_every=1)
+    averages = [one for one in Run(run).sources if not isinstance(one.profile, Point)]
+    for average in averages:
+        settings = vars(average.profile)["settings"]
+        assert settings["every"] == 1
+        assert settings["first"] == 51
+    error, predicted = error_of(Run(run))
     assert error < 2 * predicted < 2e-3
 
 
-def test_what_an_import_cannot_find_is_named(tmp_path: Path) -> None:
-    plain(tmp_path / "x")
-    with pytest.raises(errors.FileFormatError, match="is no file of torchtitan"):
-        import_checkpoints(tmp_path / "x", tmp_path / "run", kind="torchtitan")
-    for path in (tmp_path / "x").iterdir():
+def test_a_kind_that_files_are_not_is_named(files, run):
+    plain(files)
+    with pytest.raises(FileFormatError, match="is no file of torchtitan"):
+        import_checkpoints(files, run, kind="torchtitan")
+
+
+def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):
+    plain(tmp_path)
+    for path in tmp_path.iterdir():
         path.rename(path.with_name(f"ema_{path.name}"))
-    with pytest.raises(
-        errors.InvalidValueError, match="cannot be found without weights next to the averages"
-    ):
-        import_checkpoints(tmp_path / "x", tmp_path / "run")
+    reason = "cannot be found without weights next to the averages"
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(tmp_path, run)
 
 
-def test_the_power_of_ema_pytorch_is_looked_for(tmp_path: Path) -> None:
+def test_the_power_of_ema_pytorch_is_looked_for(tmp_path):
     """Its files do not say it: the default, 2/3, was taken for 0.75, 40 times off in silence."""
     library = pytest.importorskip("ema_pytorch")
-    generator = torch.Generator().manual_seed(0)
     model = torch.nn.Linear(40, 40)
-    average = library.EMA(
-        model, beta=0.9999, power=0.75, update_every=1, update_after_step=0,
-        include_online_model=False,
-    )  # fmt: skip
-    for step in range(1, 1001):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+    settings = {"beta": 0.9999, "power": 0.75, "update_every": 1, "update_after_step": 0}
+    average = library.EMA(model, include_online_model=False, **settings)
+    for step in walk(model, 1000, 0.01):
         average.update()
         if step % 100 == 0:
-            content = {"model": model.state_dict(), "ema": average.state_dict(), "step": step}
+            content = {
+                "model": model.state_dict(),
+                "ema": average.state_dict(),
+                "step": step,
+            }
             torch.save(content, tmp_path / f"{step}.pt")
     done = import_checkpoints(tmp_path, None, dry_run=True)
     (found,) = [line for line in done.checks if line.startswith("found: ")]

@@ -32,7 +32,10 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
-OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(24, 24)}}, "param_groups": [{"params": [0]}]}
+OPTIMIZER = {
+    "state": {0: {"exp_avg": torch.zeros(24, 24)}},
+    "param_groups": [{"params": [0]}],
+}
 
 
 def named(prefix: str, tensors: Tensors) -> Tensors:
@@ -41,14 +44,14 @@ def named(prefix: str, tensors: Tensors) -> Tensors:
 
 def values_of(source: Checkpoint) -> Tensors:
     """Return the tensors of a source, under all their names."""
-    names = {name: name for name in source.entries} | source.aliases
+    found = {}
     with source:
-        return {
-            alias: torch.from_numpy(source.values(name, 0, source.entries[name].size)).reshape(
-                source.entries[name].shape
-            )
-            for alias, name in names.items()
-        }
+        for name, entry in source.entries.items():
+            values = source.values(name, 0, entry.size)
+            found[name] = torch.from_numpy(values).reshape(entry.shape)
+    for alias, name in source.aliases.items():
+        found[alias] = found[name]
+    return found
 
 
 def assert_equal(made: Tensors, stored: Tensors) -> None:
@@ -80,6 +83,17 @@ def check(
     assert len(found) >= 19  # an average that has not begun is none
 
 
+def check_last(place: Path, **settings: Any) -> None:
+    """Check that an import finds the last weights and their average, of a decay that no file
+    says."""
+    last = saves()[-1]
+    check(place, last.average, last.weights, None, **settings)
+
+
+def all_steps() -> list[int]:
+    return [save.step for save in saves()]
+
+
 def exported(file: Path, **options: Any) -> Tensors:
     out = file.with_name("exported.safetensors")
     export_file(file, out, overwrite=True, **options)
@@ -106,11 +120,12 @@ class Program:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def unbiased(n: int) -> float:
-    return 1.0 - (1 - 0.95) / float(1 - 0.95**n)
+def unbiased(n):
+    counted = 1 - 0.95**n
+    return 1 - 0.05 / counted
 
 
-def audiocraft(save: Save) -> object:
+def audiocraft(save):
     return {
         "xp.cfg": {"optim": {"ema": {"use": True, "decay": 0.95, "updates": 1}}},
         "xp.sig": "abc",
@@ -123,7 +138,7 @@ def audiocraft(save: Save) -> object:
     }
 
 
-def openfold(save: Save) -> object:
+def openfold(save):
     return {
         "epoch": save.epoch - 1,
         "global_step": save.step,
@@ -133,7 +148,7 @@ def openfold(save: Save) -> object:
     }
 
 
-def composer(save: Save, is_active: bool) -> object:
+def composer(save, is_active):
     stored = save.weights if is_active else save.average
     model = save.average if is_active else save.weights
     states = {"ema_model": {"parameters_dict": stored, "buffers_dict": {}}}
@@ -148,7 +163,8 @@ def composer(save: Save, is_active: bool) -> object:
     }
 
 
-def ace(save: Save) -> object:
+def ace(save):
+    names = {name: name.replace(".", "") for name in save.weights}
     return {
         "num_batches_seen": save.step,
         "epoch": save.epoch,
@@ -158,25 +174,39 @@ def ace(save: Save) -> object:
             "decay": torch.tensor(0.95),
             "num_updates": torch.tensor(save.step),
             "faster_decay_at_start": True,
-            "module_name_to_ema_name": {name: name.replace(".", "") for name in save.weights},
-            "ema_params": {name.replace(".", ""): one for name, one in save.average.items()},
+            "module_name_to_ema_name": names,
+            "ema_params": {flat: save.average[name] for name, flat in names.items()},
         },
     }
 
 
 def lightning_like(*sets: Callable[[Save], Tensors]) -> Callable[[Save], object]:
-    def content(save: Save) -> object:
-        state = {name: value for one in sets for name, value in one(save).items()}
-        return {"state_dict": state, "global_step": save.step, "epoch": save.epoch - 1}
+    def content(save):
+        state = {}
+        for tensors_of in sets:
+            state |= tensors_of(save)
+        return {
+            "state_dict": state,
+            "global_step": save.step,
+            "epoch": save.epoch - 1,
+        }
 
     return content
 
 
 def moco(save: Save, online: str, slow: str) -> object:
-    state = named(f"module.{online}.", save.weights) | named(f"module.{slow}.", save.average)
-    state["module.queue"] = torch.zeros(4, 8)
-    state["module.queue_ptr"] = torch.zeros(1)
-    return {"epoch": save.epoch, "arch": "vit", "state_dict": state, "optimizer": OPTIMIZER}
+    state = {
+        **named(f"module.{online}.", save.weights),
+        **named(f"module.{slow}.", save.average),
+        "module.queue": torch.zeros(4, 8),
+        "module.queue_ptr": torch.zeros(1),
+    }
+    return {
+        "epoch": save.epoch,
+        "arch": "vit",
+        "state_dict": state,
+        "optimizer": OPTIMIZER,
+    }
 
 
 EPOCHS = {"steps_per_epoch": EVERY}
@@ -310,15 +340,25 @@ PROGRAMS = {
 
 def write(folder: Path, program: Program) -> Path:
     """Write the files of a program; return the last one."""
+    return write_each(folder, program.file, program.content, program.decay)
+
+
+def write_each(
+    folder: Path,
+    name: str,
+    content: Callable[[Save], object],
+    decay: Callable[[int], float] = constant,
+) -> Path:
+    """Write a file at each save; return the last one."""
     folder.mkdir(exist_ok=True)
-    for save in saves(program.decay):
-        file = folder / program.file.format(step=save.step, epoch=save.epoch)
-        torch.save(program.content(save), file)
+    for save in saves(decay):
+        file = folder / name.format(step=save.step, epoch=save.epoch)
+        torch.save(content(save), file)
     return file
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_a_program_that_is_known_by_its_structure(name: str, tmp_path: Path) -> None:
+def test_a_program_that_is_known_by_its_structure(name, tmp_path):
     program = PROGRAMS[name]
     file = write(tmp_path / "run", program)
     last = saves(program.decay)[-1]
@@ -337,12 +377,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_info_names_the_program(name: str, tmp_path: Path) -> None:
+def test_info_names_the_program(name, tmp_path):
     write(tmp_path / "run", PROGRAMS[name])
     assert Run(tmp_path / "run").info()["written_by"] == WRITERS[name]
 
 
-def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
+def test_ema_pytorch_in_files_of_its_own(tmp_path):
     """Its object has nothing but the average and counters."""
     for save in saves():
         torch.save({"model": save.weights}, tmp_path / f"model-{save.step}.pt")
@@ -356,79 +396,83 @@ def test_ema_pytorch_in_files_of_its_own(tmp_path: Path) -> None:
     assert_equal(exported(file), last.average)
 
 
-def test_megatron_has_a_folder_for_each_rank(tmp_path: Path) -> None:
+def test_megatron_has_a_folder_for_each_rank(tmp_path):
     for save in saves():
         folder = tmp_path / f"iter_{save.step:07}/mp_rank_00"
         folder.mkdir(parents=True)
         content = {"iteration": save.step, "model": {"language_model": save.weights}}
         torch.save(content | {"optimizer": OPTIMIZER}, folder / "model_optim_rng.pt")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
-    assert [one.t for one in Run(tmp_path).sources] == [save.step for save in saves()]
+    assert [one.t for one in Run(tmp_path).sources] == all_steps()
 
 
-def test_states_of_edm_hold_the_weights(tmp_path: Path) -> None:
+def test_states_of_edm_hold_the_weights(tmp_path):
     """Their names count thousands of images, rounded."""
-    for save in saves():
-        state = {"cur_nimg": 640 * save.step, "total_elapsed_time": 1.0}
+    for step, save in zip(all_steps(), saves(), strict=True):
+        images = 640 * step
+        state = {"cur_nimg": images, "total_elapsed_time": 1.0}
         content = {"net": save.weights, "optimizer_state": OPTIMIZER, "state": state}
-        torch.save(content, tmp_path / f"training-state-{640 * save.step // 1000:07}.pt")
-    run = Run(tmp_path)
-    assert [(one.t, one.t_unit) for one in run.sources] == [
-        (640 * save.step, "images") for save in saves()
-    ]
+        torch.save(content, tmp_path / f"training-state-{images // 1000:07}.pt")
+    sources = Run(tmp_path).sources
+    assert [one.t for one in sources] == [640 * step for step in all_steps()]
+    assert {one.t_unit for one in sources} == {"images"}
 
 
-def test_composer_links_its_newest_file(tmp_path: Path) -> None:
+def test_composer_links_its_newest_file(tmp_path):
     file = write(tmp_path / "run", PROGRAMS["Composer"])
     (file.parent / "latest-rank0.pt").symlink_to(file.name)
-    last = saves()[-1]
-    check(file.parent, last.average, last.weights, None)
+    check_last(file.parent)
 
 
-def test_several_averages_of_demucs_are_asked_for(tmp_path: Path) -> None:
-    last = saves()[-1]
+def test_several_averages_of_demucs_are_asked_for(tmp_path):
+    file = tmp_path / "checkpoint.th"
+    first, *_, before, last = saves()
     content = {
         "state": last.weights,
         "optimizer": OPTIMIZER,
-        "best_state": saves()[0].weights,
+        "best_state": first.weights,
         "ema_batch_0": {"state": last.average, "count": 20.0},
-        "ema_epoch_0": {"state": saves()[-2].average, "count": 2.0},
+        "ema_epoch_0": {"state": before.average, "count": 2.0},
     }
-    torch.save(content, tmp_path / "checkpoint.th")
+    torch.save(content, file)
     with pytest.raises(FileFormatError, match=r"unclear: .*ema_batch_0.*, .*ema_epoch_0"):
-        exported(tmp_path / "checkpoint.th")
+        exported(file)
     for key in ("ema_batch_0", "ema_batch_0.state"):
-        assert_equal(exported(tmp_path / "checkpoint.th", average=key), last.average)
-    assert_equal(exported(tmp_path / "checkpoint.th", weights=True), last.weights)
+        assert_equal(exported(file, average=key), last.average)
+    assert_equal(exported(file, weights=True), last.weights)
 
 
-SEVERAL: dict[str, tuple[Callable[[Save], dict[str, Any]], str, str]] = {
-    "by decay in keys": (
-        lambda save: {"ema_0.95": save.average, "ema_0.99": save.weights},
-        "ema_0.95",
-        "ema_0.99",
-    ),
-    "a list": (lambda save: {"emas": [save.average, save.weights]}, "emas.0", "emas.1"),
-    "deep": (
-        lambda save: {"a": {"ema": save.average}, "b": ({"net_ema": save.weights},)},
-        "a.ema",
-        "b.0.net_ema",
-    ),
-}
+def by_decay_in_keys(save):
+    return {"ema_0.95": save.average, "ema_0.99": save.weights}
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_of_several_averages_one_is_chosen(name: str, tmp_path: Path) -> None:
-    content, key, other = SEVERAL[name]
-    for save in saves():
-        torch.save({"model": save.weights, **content(save)}, tmp_path / f"step{save.step}.pt")
-    last = saves()[-1]
+def in_a_list(save):
+    return {"emas": [save.average, save.weights]}
+
+
+def deep(save):
+    return {"a": {"ema": save.average}, "b": ({"net_ema": save.weights},)}
+
+
+@pytest.mark.parametrize(
+    ("averages", "key", "other"),
+    [
+        (by_decay_in_keys, "ema_0.95", "ema_0.99"),
+        (in_a_list, "emas.0", "emas.1"),
+        (deep, "a.ema", "b.0.net_ema"),
+    ],
+)
+def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
+    def content(save):
+        return {"model": save.weights, **averages(save)}
+
+    file = write_each(tmp_path, "step{step}.pt", content)
     with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
-        exported(tmp_path / "step400.pt")
+        exported(file)
     with pytest.raises(FileFormatError, match=f"unclear: '{key}', '{other}'"):
         _ = Run(tmp_path).sources
-    check(tmp_path, last.average, last.weights, None, average=key)
-    assert_equal(exported(tmp_path / "step400.pt", average=other), last.weights)
+    check_last(tmp_path, average=key)
+    assert_equal(exported(file, average=other), saves()[-1].weights)
 
 
 PARTS = {
@@ -436,7 +480,6 @@ PARTS = {
     "DINO": ("student_backbone", "student_head", "teacher_backbone", "teacher_head"),
 }
 """Keys of the two parts of a model, and of their averages."""
-OTHERS = {"predictor.bias": torch.ones(3), "momentum_classifier.bias": torch.ones(3)}
 
 
 def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
@@ -448,23 +491,25 @@ def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_an_average_in_two_parts_is_one(name: str, tmp_path: Path) -> None:
+def test_an_average_in_two_parts_is_one(name, tmp_path):
     """Also beside a layer that has no average, and a trained one of an average's features."""
-    keys = PARTS[name][:2]
+    body, head, slow_body, slow_head = PARTS[name]
+    classifier = body.replace("backbone", "classifier")
+    layers = ("predictor", "momentum_classifier", classifier)
+    others = {f"{layer}.bias": torch.ones(3) for layer in layers}
     content = lightning_like(
-        lambda save: in_parts(save.weights, *keys),
-        lambda save: in_parts(save.average, *PARTS[name][2:]),
-        lambda _: OTHERS | {f"{keys[0].replace('backbone', 'classifier')}.bias": torch.ones(3)},
+        lambda save: in_parts(save.weights, body, head),
+        lambda save: in_parts(save.average, slow_body, slow_head),
+        lambda _: others,
     )
-    file = write(tmp_path / "run", Program("step={step}.ckpt", content))
+    file = write_each(tmp_path / "run", "step={step}.ckpt", content)
     last = saves()[-1]
-    average = in_parts(last.average, *keys)
-    weights = in_parts(last.weights, *keys)
+    average = in_parts(last.average, body, head)
+    weights = in_parts(last.weights, body, head)
     check(file.parent, average, weights, None)
     assert_equal(exported(file), average)
-    assert_equal(
-        exported(file, average=PARTS[name][3]), {"head.weight": last.average["head.weight"]}
-    )
+    of_head = {"head.weight": last.average["head.weight"]}
+    assert_equal(exported(file, average=slow_head), of_head)
 
 
 UNNAMED = {
@@ -476,14 +521,16 @@ UNNAMED = {
 
 
 @pytest.mark.parametrize("name", UNNAMED)
-def test_the_values_show_which_of_two_groups_is_the_average(name: str, tmp_path: Path) -> None:
+def test_the_values_show_which_of_two_groups_is_the_average(name, tmp_path):
     key, other = UNNAMED[name]
-    discriminator = named("dis.", saves()[0].weights) | {"last.weight": torch.ones(3, 3)}
-    for save in saves():
-        content = {other: save.average, key: save.weights, "dis": discriminator}
-        torch.save(content, tmp_path / f"gen_{save.step:08}.pt")
-    last = saves()[-1]
-    check(tmp_path, last.average, last.weights, None)
+    discriminator = named("dis.", saves()[0].weights)
+    discriminator["last.weight"] = torch.ones(3, 3)
+
+    def content(save):
+        return {other: save.average, key: save.weights, "dis": discriminator}
+
+    write_each(tmp_path, "gen_{step:08}.pt", content)
+    check_last(tmp_path)
 
 
 FORMS = {
@@ -493,26 +540,29 @@ FORMS = {
 }
 
 
+REST = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
+
+
 def in_two_parts(tensors: Tensors, form: str) -> Tensors:
-    return named("module.", in_parts(tensors, form.format("visual"), form.format("text")))
-
-
-def with_slow_parts(save: Save, name: str) -> Tensors:
-    form, slow = FORMS[name]
-    rest = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
-    return in_two_parts(save.weights, form) | in_two_parts(save.average, slow) | rest
+    visual = form.format("visual")
+    text = form.format("text")
+    return named("module.", in_parts(tensors, visual, text))
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_values_show_that_parts_of_a_model_are_averages(name: str, tmp_path: Path) -> None:
-    for save in saves():
-        torch.save({"model": with_slow_parts(save, name)}, tmp_path / f"step{save.step}.pt")
+def test_the_values_show_that_parts_of_a_model_are_averages(name, tmp_path):
+    form, slow = FORMS[name]
+
+    def model(save):
+        averages = in_two_parts(save.average, slow)
+        return in_two_parts(save.weights, form) | averages | REST
+
+    file = write_each(tmp_path, "step{step}.pt", lambda save: {"model": model(save)})
     last = saves()[-1]
-    rest = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
-    average = in_two_parts(last.average, FORMS[name][0]) | rest
-    check(tmp_path, average, in_two_parts(last.weights, FORMS[name][0]) | rest, None)
-    file = tmp_path / "step400.pt"
-    assert_equal(exported(file, weights=True), with_slow_parts(last, name))
+    average = in_two_parts(last.average, form) | REST
+    weights = in_two_parts(last.weights, form) | REST
+    check(tmp_path, average, weights, None)
+    assert_equal(exported(file, weights=True), model(last))
     with pytest.raises(FileFormatError, match="holds no average"):
         exported(file)
 
@@ -521,156 +571,191 @@ def negated(tensors: Tensors) -> Tensors:
     return {name: -value for name, value in tensors.items()}
 
 
-ALIKE: dict[str, Callable[[Save], Tensors]] = {
-    "two generators": lambda save: (
-        named("a_to_b.", save.weights) | named("b_to_a.", negated(save.average))
-    ),
-    "twin critics": lambda save: (
-        named("critic.", save.weights) | named("critic_b.", saves()[-save.epoch].weights)
-    ),
-    "a copy of the begin": lambda save: (
-        named("net.", save.weights) | named("net_init.", negated(negated(saves()[0].weights)))
-    ),
-    "layers": lambda save: named("block.", save.weights) | named("block1.", save.average),
-    "a small head": lambda save: (
-        {"body.weight": torch.ones(40, 40)}
-        | {
-            "head.weight": save.weights["head.weight"],
-            "head_aux.weight": save.average["head.weight"],
-        }
-    ),
-}
-"""Parts with the same names and shapes, of which none is an average."""
+def two_generators(save):
+    other = negated(save.average)
+    return named("a_to_b.", save.weights) | named("b_to_a.", other)
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_parts_that_are_alike_are_weights(name: str, tmp_path: Path) -> None:
-    for save in saves():
-        torch.save({"model": ALIKE[name](save)}, tmp_path / f"step{save.step}.pt")
+def twin_critics(save):
+    other = saves()[-save.epoch].weights
+    return named("critic.", save.weights) | named("critic_b.", other)
+
+
+def a_copy_of_the_begin(save):
+    first = copied(saves()[0].weights)
+    return named("net.", save.weights) | named("net_init.", first)
+
+
+def layers(save):
+    return named("block.", save.weights) | named("block1.", save.average)
+
+
+def a_small_head(save):
+    return {
+        "body.weight": torch.ones(40, 40),
+        "head.weight": save.weights["head.weight"],
+        "head_aux.weight": save.average["head.weight"],
+    }
+
+
+@pytest.mark.parametrize(
+    "model", [two_generators, twin_critics, a_copy_of_the_begin, layers, a_small_head]
+)
+def test_parts_that_are_alike_are_weights(model, tmp_path):
+    """They have the same names and shapes, and none is an average."""
+    write_each(tmp_path, "step{step}.pt", lambda save: {"model": model(save)})
     run = Run(tmp_path)
     assert {source.holds for source in run.sources} == {"weights"}
-    assert run.tensors.keys() == ALIKE[name](saves()[-1]).keys()
+    assert run.tensors.keys() == model(saves()[-1]).keys()
 
 
-FIXED_KEYS: dict[str, Callable[[Save], dict[str, Any]]] = {
-    "state_dict current_model_state": lambda save: {
+def fixed_by_lightning(save):
+    return {
         "state_dict": save.average,
         "current_model_state": save.weights,
         "averaging_state": {"n_averaged": torch.tensor(save.step)},
-    },
-    "state_dict ema_state_dict": lambda save: {
-        "state_dict": save.average,
-        "ema_state_dict": named("module.", save.weights) | {"steps": torch.tensor(save.step)},
-    },
-    "ema_optimizer model": lambda save: {
-        "model": save.weights,
-        "ema_optimizer": {f"state.{name}.ema_params": one for name, one in save.average.items()},
-    },
-}
-"""The keys of the average and of the weights in Lightning, mmengine and torchtitan."""
+    }
 
 
-@pytest.mark.parametrize("keys", FIXED_KEYS)
-def test_a_set_that_is_named_counts_also_where_a_layout_has_another(
-    keys: str,
-    tmp_path: Path,
-) -> None:
-    for save in saves():
-        content = FIXED_KEYS[keys](save) | {
-            "slower": negated(save.average),
-            "global_step": save.step,
-        }
-        torch.save(content, tmp_path / f"step{save.step}.pt")
-    average_key, weights_key = keys.split()
+def fixed_by_mmengine(save):
+    weights = named("module.", save.weights)
+    weights["steps"] = torch.tensor(save.step)
+    return {"state_dict": save.average, "ema_state_dict": weights}
+
+
+def fixed_by_torchtitan(save):
+    states = {f"state.{name}.ema_params": value for name, value in save.average.items()}
+    return {"model": save.weights, "ema_optimizer": states}
+
+
+@pytest.mark.parametrize(
+    ("layout", "average", "weights"),
+    [
+        (fixed_by_lightning, "state_dict", "current_model_state"),
+        (fixed_by_mmengine, "state_dict", "ema_state_dict"),
+        (fixed_by_torchtitan, "ema_optimizer", "model"),
+    ],
+)
+def test_a_set_that_is_named_counts_where_a_layout_has_another(layout, average, weights, tmp_path):
+    def content(save):
+        slower = negated(save.average)
+        return {**layout(save), "slower": slower, "global_step": save.step}
+
+    file = write_each(tmp_path, "step{step}.pt", content)
     last = saves()[-1]
-    file = tmp_path / "step400.pt"
-    assert_equal(exported(file, average=average_key), last.average)
-    assert_equal(exported(file, average=weights_key), last.weights)
-    assert_equal(exported(file, average="slower"), negated(last.average))
+    slower = negated(last.average)
+    assert_equal(exported(file, average=average), last.average)
+    assert_equal(exported(file, average=weights), last.weights)
+    assert_equal(exported(file, average="slower"), slower)
     with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
         exported(file, average="nowhere")
-    check(tmp_path, last.average, last.weights, None, average=average_key, weights=weights_key)
+    check_last(tmp_path, average=average, weights=weights)
     with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
         import_checkpoints(tmp_path, None, dry_run=True, weights="nowhere")
     others = import_checkpoints(tmp_path, None, dry_run=True, kind="checkpoints", weights="slower")
-    assert_equal(values_of(others.checkpoints[-1]), negated(last.average))
+    assert_equal(values_of(others.checkpoints[-1]), slower)
 
 
-LIT_EMA = {"decay": torch.tensor(0.95), "num_updates": torch.tensor(3)}
-NOT_ONE: dict[str, tuple[list[str], Tensors]] = {
-    "of two rules": (["unet_ema", "vae_ema"], named("unet_ema.", LIT_EMA)),
-    "of two words": (["unet_ema", "teacher_vae"], {}),
-}
+LIT_EMA = {"unet_ema.decay": torch.tensor(0.95), "unet_ema.num_updates": torch.tensor(3)}
 
 
-@pytest.mark.parametrize("name", NOT_ONE)
-def test_averages_of_two_rules_are_asked_for(name: str, tmp_path: Path) -> None:
-    keys, values = NOT_ONE[name]
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("vae_ema", LIT_EMA),
+        ("teacher_vae", {}),
+    ],
+    ids=["of two rules", "of two words"],
+)
+def test_averages_of_two_rules_are_asked_for(key, values, tmp_path):
+    file = tmp_path / "step400.ckpt"
     last = saves()[-1]
-    state = named("unet.", last.weights) | named("vae.", last.weights) | values
-    for key in keys:
-        state |= named(f"{key}.", last.average)
-    torch.save({"state_dict": state}, tmp_path / "step400.ckpt")
-    with pytest.raises(FileFormatError, match=f"unclear: '.*({'|'.join(keys)})', '.*_"):
-        exported(tmp_path / "step400.ckpt")
+    state = {
+        **named("unet.", last.weights),
+        **named("vae.", last.weights),
+        **named("unet_ema.", last.average),
+        **named(f"{key}.", last.average),
+        **values,
+    }
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(FileFormatError, match=f"unclear: '.*(unet_ema|{key})', '.*_"):
+        exported(file)
 
 
-def test_averages_of_two_models_are_asked_for(tmp_path: Path) -> None:
-    last = saves()[-1]
-    content = {"G": last.weights, "D": saves()[0].weights, "G_ema": last.average}
-    torch.save(content | {"D_ema": saves()[0].average}, tmp_path / "step400.pt")
+def test_averages_of_two_models_are_asked_for(tmp_path):
+    file = tmp_path / "step400.pt"
+    first, *_, last = saves()
+    content = {
+        "G": last.weights,
+        "D": first.weights,
+        "G_ema": last.average,
+        "D_ema": first.average,
+    }
+    torch.save(content, file)
     with pytest.raises(FileFormatError, match="unclear: 'G_ema', 'D_ema'"):
-        exported(tmp_path / "step400.pt")
+        exported(file)
 
 
-def test_composer_averages_buffers_apart(tmp_path: Path) -> None:
-    last = saves()[-1]
-    for save in saves():
-        buffers = {f"bn.{index}.running_mean": torch.full((4,), 1.0 * index) for index in range(9)}
-        averaged = {name: value / 2 for name, value in buffers.items()}
+def test_composer_averages_buffers_apart(tmp_path):
+    buffers = {}
+    averaged = {}
+    for index in range(9):
+        mean = torch.full((4,), 1.0 * index)
+        buffers[f"bn.{index}.running_mean"] = mean
+        averaged[f"bn.{index}.running_mean"] = mean / 2
+
+    def content(save):
         parts = {"named_parameters_dict": save.average, "named_buffers_dict": averaged}
         algorithms = [("EMA", {"ema_model": parts, "ema_weights_active": False})]
-        state = {"model": save.weights | buffers, "algorithms": algorithms}
-        torch.save({"state": state}, tmp_path / f"ep0-ba{save.step}-rank0.pt")
-    check(tmp_path, last.average | averaged, last.weights | buffers, None, step_from=r"ba(\d+)")
-    file = tmp_path / "ep0-ba400-rank0.pt"
-    check_export(file, last.average | averaged, last.weights | buffers)
+        model = save.weights | buffers
+        return {"state": {"model": model, "algorithms": algorithms}}
 
-
-@pytest.mark.parametrize("is_swapped", [False, True])
-def test_buffers_of_mmcv(
-    is_swapped: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Of the two sets the average is the one that moves less; a single file asks."""
-    for save in saves():
-        model = save.average if is_swapped else save.weights
-        buffers = save.weights if is_swapped else save.average
-        flat = {f"ema_{name.replace('.', '_')}": value for name, value in buffers.items()}
-        meta = {"epoch": save.epoch, "iter": save.step}
-        file = tmp_path / f"iter_{save.step}.pth"
-        torch.save({"meta": meta, "state_dict": model | flat, "optimizer": OPTIMIZER}, file)
+    file = write_each(tmp_path, "ep0-ba{step}-rank0.pt", content)
     last = saves()[-1]
-    check(tmp_path, last.average, last.weights, None)
+    average = last.average | averaged
+    weights = last.weights | buffers
+    check(tmp_path, average, weights, None, step_from=r"ba(\d+)")
+    check_export(file, average, weights)
+
+
+def of_mmcv(save, is_swapped):
+    """The average is in buffers, or has been swapped with the weights."""
+    model = save.average if is_swapped else save.weights
+    buffers = save.weights if is_swapped else save.average
+    state = dict(model)
+    for name, value in buffers.items():
+        flat = name.replace(".", "_")
+        state[f"ema_{flat}"] = value
+    meta = {"epoch": save.epoch, "iter": save.step}
+    return {"meta": meta, "state_dict": state, "optimizer": OPTIMIZER}
+
+
+@pytest.mark.parametrize(
+    ("is_swapped", "average", "weights"),
+    [
+        (False, "ema_*", "state_dict"),
+        (True, "state_dict", "ema_*"),
+    ],
+)
+def test_buffers_of_mmcv(is_swapped, average, weights, tmp_path, caplog):
+    """Of the two sets the average is the one that moves less; a single file asks."""
+    file = write_each(tmp_path, "iter_{step}.pth", lambda save: of_mmcv(save, is_swapped))
+    check_last(tmp_path)
     assert "which moves less from file to file" in caplog.text
     with pytest.raises(FileFormatError, match="nothing tells which is the average"):
         exported(file)
-    keys = ["ema_*", "state_dict"]
-    if is_swapped:
-        keys.reverse()
-    assert_equal(exported(file, average=keys[0]), last.average)
-    assert_equal(exported(file, average=keys[1]), last.weights)
-    check(tmp_path, last.average, last.weights, None, weights=keys[1])
-    with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
-        exported(file, average="nowhere")
+    last = saves()[-1]
+    assert_equal(exported(file, average=average), last.average)
+    assert_equal(exported(file, average=weights), last.weights)
+    check_last(tmp_path, weights=weights)
 
 
-def ramp(n: int) -> float:
-    return 0.9999 * (1 - math.exp(-n / 2000))
+def ramp(n):
+    risen = 1 - math.exp(-n / 2000)
+    return 0.9999 * risen
 
 
-def of_ultralytics(save: Save, has_model: bool) -> object:
+def of_ultralytics(save, has_model):
     """Whole modules in half precision."""
     net = new_net()
     net.load_state_dict(save.weights)
@@ -691,43 +776,47 @@ def halved(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("has_model", [False, True])
-def test_modules_of_ultralytics(has_model: bool, tmp_path: Path) -> None:
+def test_modules_of_ultralytics(has_model, tmp_path):
     """The `updates` of the average turn epochs into steps."""
     for save in saves(ramp):
         content = of_ultralytics(save, has_model)
         file = tmp_path / f"epoch{save.epoch - 1}.pt"
         torch.save(content, file)
+    last = saves(ramp)[-1]
     for copy in ("last.pt", "best.pt"):
         torch.save(content, tmp_path / copy)
-    last = saves(ramp)[-1]
     found = import_checkpoints(tmp_path, None, dry_run=True).checkpoints
     averaged = [one for one in found if isinstance(one.profile, OrdinaryEMA)]
-    assert [one.t for one in averaged] == [save.step for save in saves(ramp)]
+    assert [one.t for one in averaged] == all_steps()
     assert averaged[-1].decay == 0.9999
-    assert_equal(exported(file), halved(last.average))
+    average = halved(last.average)
+    assert_equal(exported(file), average)
     if has_model:
-        check(tmp_path, halved(last.average), halved(last.weights), 0.9999)
-        check_export(file, halved(last.average), halved(last.weights))
+        weights = halved(last.weights)
+        check(tmp_path, average, weights, 0.9999)
+        check_export(file, average, weights)
 
 
 @pytest.mark.parametrize("late", [0, 5])
-def test_counts_of_torchvision_begin_after_its_warm_up(late: int, tmp_path: Path) -> None:
+def test_counts_of_torchvision_begin_after_its_warm_up(late, tmp_path):
     """It sets them back to 0 until the learning rate has risen."""
     for save in saves()[5:]:
+        counted = (save.epoch - late) * EVERY
         average = named("module.", save.average)
-        average["n_averaged"] = torch.tensor((save.epoch - late) * EVERY)
-        content = {"model": save.weights, "model_ema": average, "epoch": save.epoch - 1}
-        torch.save(content, tmp_path / f"model_{save.epoch - 1}.pth")
+        average["n_averaged"] = torch.tensor(counted)
+        epoch = save.epoch - 1
+        content = {"model": save.weights, "model_ema": average, "epoch": epoch}
+        torch.save(content, tmp_path / f"model_{epoch}.pth")
     settings = {"ema_decay": 0.95, "ema_warmup": "none", "first_epoch": 0}
     if late:
         with pytest.raises(InvalidValueError, match=r"steps_per_epoch: must be .* since epoch 5"):
             import_checkpoints(tmp_path, None, dry_run=True, **settings)
         settings |= {"steps_per_epoch": EVERY, "update_every": 1}
     found = import_checkpoints(tmp_path, None, dry_run=True, **settings).checkpoints
-    assert {one.t for one in found} == {save.step for save in saves()[5:]}
+    assert {one.t for one in found} == {*all_steps()[5:]}
 
 
-def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:
+def test_states_of_deepspeed_are_no_model(tmp_path):
     for save in saves():
         folder = tmp_path / f"global_step{save.step}"
         folder.mkdir()
@@ -739,79 +828,77 @@ def test_states_of_deepspeed_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("global_step400")
     (tmp_path / "zero_to_fp32.py").write_text("")
     run = Run(tmp_path)
-    assert [one.step for one in run.sources] == [save.step for save in saves()]
+    assert [one.step for one in run.sources] == all_steps()
     assert_equal(run.average("last:1"), saves()[-1].weights)
 
 
-def test_target_networks_in_files_of_their_own(tmp_path: Path) -> None:
+def test_target_networks_in_files_of_their_own(tmp_path):
     for save in saves():
         torch.save(save.weights, tmp_path / f"model_{save.step}.pt")
         torch.save(save.average, tmp_path / f"target_model_{save.step}.pt")
+    check_last(tmp_path)
     last = saves()[-1]
-    check(tmp_path, last.average, last.weights, None)
     assert_equal(exported(tmp_path / "target_model_400.pt"), last.average)
     assert_equal(exported(tmp_path / "model_400.pt", weights=True), last.weights)
 
 
 @pytest.mark.parametrize("kept", ["embed.weight", "head.weight"])
-def test_tied_parameters_have_one_average(kept: str, tmp_path: Path) -> None:
+def test_tied_parameters_have_one_average(kept, tmp_path):
     """An EMA of `named_parameters()` has one of the two names; both get the average."""
-    for save in saves():
-        state = dict(save.weights)
+
+    def content(save):
         average = dict(save.average)
-        state["embed.weight"] = state["head.weight"]
-        average["embed.weight"] = average.pop("head.weight")
-        average[kept] = average.pop("embed.weight")
-        torch.save({"model": state, "ema": average}, tmp_path / f"step{save.step}.pt")
+        average[kept] = average.pop("head.weight")
+        return {"model": tied(save.weights), "ema": average}
+
+    def tied(tensors):
+        return tensors | {"embed.weight": tensors["head.weight"]}
+
+    file = write_each(tmp_path, "step{step}.pt", content)
     last = saves()[-1]
-    weights = last.weights | {"embed.weight": last.weights["head.weight"]}
-    averaged = last.average | {"embed.weight": last.average["head.weight"]}
-    check(tmp_path, averaged, weights, None)
-    check_export(tmp_path / "step400.pt", averaged, weights)
+    average = tied(last.average)
+    weights = tied(last.weights)
+    check(tmp_path, average, weights, None)
+    check_export(file, average, weights)
 
 
-def test_an_average_of_a_part_of_the_model(tmp_path: Path) -> None:
+TEXT = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
+
+
+def test_an_average_of_a_part_of_the_model(tmp_path):
     """Names tell which part it is of; the run is of that part."""
-    text = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
-    for save in saves():
-        model = {"state_dict": named("net.", save.weights) | text}
-        torch.save(model | {"ema": named("net.", save.average)}, tmp_path / f"step{save.step}.pt")
-    last = saves()[-1]
-    check(tmp_path, last.average, last.weights, None)
-    assert_equal(exported(tmp_path / "step400.pt"), last.average)
+
+    def content(save):
+        model = named("net.", save.weights) | TEXT
+        return {"state_dict": model, "ema": named("net.", save.average)}
+
+    file = write_each(tmp_path, "step{step}.pt", content)
+    check_last(tmp_path)
+    assert_equal(exported(file), saves()[-1].average)
 
 
-def test_an_average_that_is_not_used_is_named(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
     """An average of a small part of the model is used if the user names it."""
-    rest = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
-    for save in saves():
-        content = {"state_dict": save.weights | rest, "extra": {"deep": {"ema": save.average}}}
-        torch.save(content, tmp_path / f"step{save.step}.pt")
-    last = saves()[-1]
+
+    def content(save):
+        model = save.weights | TEXT
+        return {"state_dict": model, "extra": {"deep": {"ema": save.average}}}
+
+    file = write_each(tmp_path, "step{step}.pt", content)
     Run(tmp_path).average(0.1)
     assert "also holds 'extra.deep.ema', not used: an import takes another set by" in caplog.text
-    check(tmp_path, last.average | rest, last.weights | rest, None, average="deep.ema")
-    assert_equal(exported(tmp_path / "step400.pt", average="ema"), last.average | rest)
+    last = saves()[-1]
+    average = last.average | TEXT
+    check(tmp_path, average, last.weights | TEXT, None, average="deep.ema")
+    assert_equal(exported(file, average="ema"), average)
 
 
-def test_two_towers_are_no_average_and_its_weights(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
     """Networks of other weights have the same names and shapes, and norms that are alike."""
     file = tmp_path / "step9.pt"
-    noise = torch.Generator().manual_seed(0)
-    source = {
-        "w": torch.randn(20, 20, generator=noise),
-        "norm": torch.ones(20),
-    }
-    target = {
-        "w": torch.randn(20, 20, generator=noise),
-        "norm": torch.ones(20),
-    }
+    first, second = torch.randn(2, 20, 20)
+    source = {"w": first, "norm": torch.ones(20)}
+    target = {"w": second, "norm": torch.ones(20)}
     torch.save({"source_encoder": source, "target_encoder": target}, file)
     exported(file)
     assert "average is unrelated to the weights; name it by `average` if it is" in caplog.text
@@ -826,7 +913,7 @@ def test_two_towers_are_no_average_and_its_weights(
 # --- written by the libraries
 
 
-def test_accelerate_with_an_average_of_diffusers(tmp_path: Path) -> None:
+def test_accelerate_with_an_average_of_diffusers(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     training = pytest.importorskip("diffusers.training_utils")
     net = new_net()
@@ -863,7 +950,7 @@ def by_ema_pytorch(
     return copied(average.ema_model.state_dict()), weights_of(net)
 
 
-OF_EMA_PYTORCH: dict[str, Any] = {
+OF_EMA_PYTORCH = {
     "ema_decay": 0.95,
     "ema_warmup": "power:1",
     "update_every": 1,
@@ -872,8 +959,8 @@ OF_EMA_PYTORCH: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("has_online", [False, True])
-def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) -> None:
-    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+def test_ema_pytorch_in_a_module_of_lightning(has_online, tmp_path):
+    def save(step, net, average):
         state = named("diffusion.model.", net.state_dict())
         state |= named("diffusion_ema.", average.state_dict())
         state["diffusion.text.weight"] = torch.ones(9, 9)
@@ -888,8 +975,8 @@ def test_ema_pytorch_in_a_module_of_lightning(has_online: bool, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("has_online", [False, True])
-def test_ema_pytorch_in_a_list_of_imagen(has_online: bool, tmp_path: Path) -> None:
-    def save(step: int, net: torch.nn.Module, average: torch.nn.Module) -> None:
+def test_ema_pytorch_in_a_list_of_imagen(has_online, tmp_path):
+    def save(step, net, average):
         content = {
             "model": named("unets.0.", net.state_dict()),
             "version": "1.26",
@@ -905,7 +992,7 @@ def test_ema_pytorch_in_a_list_of_imagen(has_online: bool, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("is_swapped", [False, True])
-def test_torch_ema_with_weights_set_aside(is_swapped: bool, tmp_path: Path) -> None:
+def test_torch_ema_with_weights_set_aside(is_swapped, tmp_path):
     """While the average is swapped in, the raw weights are in `collected_params`; afterwards old
     ones are there."""
     library = pytest.importorskip("torch_ema")
@@ -929,7 +1016,7 @@ def test_torch_ema_with_weights_set_aside(is_swapped: bool, tmp_path: Path) -> N
     check_export(tmp_path / "step=400.ckpt", averaged, weights)
 
 
-def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path) -> None:
+def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path):
     """The list has one tensor of two of a shape, and is matched by values."""
     net = new_net()
     net.body[1].weight.requires_grad_(False)
@@ -937,19 +1024,32 @@ def test_lists_of_the_first_torch_ema_leave_out_frozen_parameters(tmp_path: Path
     trained = {name: one for name, one in net.named_parameters() if one.requires_grad}
     shadow = copied(trained)
     for step in walk(net):
+        share = 1 - ratio(step)
         for name, value in shadow.items():
-            value.lerp_(trained[name].detach(), 1 - ratio(step))
+            value.lerp_(trained[name].detach(), share)
         if step % EVERY == 0:
-            state = {"decay": 0.95, "num_updates": step, "shadow_params": [*shadow.values()]}
-            torch.save({"model": net.state_dict(), "ema": state}, tmp_path / f"step{step}.pt")
+            content = {
+                "model": net.state_dict(),
+                "ema": torch_ema(step, *shadow.values()),
+            }
+            torch.save(content, tmp_path / f"step{step}.pt")
     averaged = weights_of(net) | shadow
     check(tmp_path, averaged, weights_of(net))
     check_export(tmp_path / "step400.pt", averaged, weights_of(net))
 
 
-def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path: Path) -> None:
-    first, second = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    state = {"decay": 0.95, "num_updates": 5, "shadow_params": [(first + second) / 2]}
-    torch.save({"model": {"a": first, "b": second}, "ema": state}, tmp_path / "step5.pt")
+def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
+    return {
+        "decay": 0.95,
+        "num_updates": updates,
+        "shadow_params": [*averages],
+    }
+
+
+def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path):
+    file = tmp_path / "step5.pt"
+    first, second = torch.randn(2, 50)
+    average = torch_ema(5, (first + second) / 2)
+    torch.save({"model": {"a": first, "b": second}, "ema": average}, file)
     with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
-        exported(tmp_path / "step5.pt")
+        exported(file)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from factories import FloatArray
 
@@ -16,10 +17,10 @@ SIZE = 300
 def walk(rate: FloatArray) -> FloatArray:
     """Return the weights after each step, [STEPS, SIZE], which move by this rate."""
     random = np.random.default_rng(0)
-    moves = 0.02 * rate[:, None] * random.standard_normal((STEPS, SIZE))
+    moves = random.standard_normal((STEPS, SIZE))
+    moves *= 0.02 * rate[:, None]
     start = random.standard_normal(SIZE)
-    path: FloatArray = start + np.cumsum(moves, axis=0)
-    return path
+    return start + np.cumsum(moves, axis=0)
 
 
 def save(
@@ -41,12 +42,12 @@ def save(
         if step == reset:
             average = weights
         if step in written:
-            content = {"model": {"w": weights}, "ema": {"w": average}}
-            tensors = {
-                key: {name: torch.from_numpy(value).float() for name, value in part.items()}
-                for key, part in content.items()
+            content = {
+                "step": step,
+                "model": {"w": torch.from_numpy(weights).float()},
+                "ema": {"w": torch.from_numpy(average).float()},
             }
-            torch.save({"step": step, **tensors}, folder / f"step{step}.pt")
+            torch.save(content, folder / f"step{step}.pt")
     return folder
 
 
@@ -59,25 +60,26 @@ def falling() -> FloatArray:
     return walk(np.clip(left / 0.1, 0, 1))
 
 
-def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(tmp_path: Path) -> None:
+def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(tmp_path, files):
     """Motion that is over early within an interval was taken for an average that began again."""
-    folder = save(tmp_path / "files", falling(), LATE)
-    (audit,) = Run(folder).audit()
-    assert (audit.verdict, audit.starts) == ("found", ())
-    assert audit.found is not None
-    assert abs(audit.found - 0.99) < 0.0005
-    import_checkpoints(folder, tmp_path / "run", ema_decay=0.99, ema_warmup="none")
+    save(files, falling(), LATE)
+    (audit,) = Run(files).audit()
+    assert audit.verdict == "found"
+    assert audit.starts == ()
+    assert audit.found == pytest.approx(0.99, abs=0.0005)
+    import_checkpoints(files, tmp_path / "run", ema_decay=0.99, ema_warmup="none")
 
 
-def test_a_restart_in_such_an_interval_is_still_one(tmp_path: Path) -> None:
-    folder = save(tmp_path / "files", falling(), LATE, reset=1935)
-    (audit,) = Run(folder).audit()
+def test_a_restart_in_such_an_interval_is_still_one(files):
+    save(files, falling(), LATE, reset=1935)
+    (audit,) = Run(files).audit()
     assert audit.verdict == "began again"
 
 
-def test_two_files_between_two_updates_have_one_average(tmp_path: Path) -> None:
+def test_two_files_between_two_updates_have_one_average(tmp_path, files):
     steps = [*range(100, STEPS + 1, 100), 1722, 1725]
-    folder = save(tmp_path / "files", walk(np.ones(STEPS)), steps, decay=0.97, every=10)
-    (audit,) = Run(folder).audit()
+    path = walk(np.ones(STEPS))
+    save(files, path, steps, decay=0.97, every=10)
+    (audit,) = Run(files).audit()
     assert audit.verdict == "found"
-    import_checkpoints(folder, tmp_path / "run")
+    import_checkpoints(files, tmp_path / "run")

@@ -5,19 +5,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import edm2_layout
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema
 from trained import (
     EVERY,
     STEPS,
     TIMES,
     Average,
-    Weights,
     by,
     check,
     error_of,
@@ -25,11 +22,13 @@ from trained import (
     named,
     network,
     ratio,
+    settings_of,
     train,
     write,
 )
 
-from posthoc_cli import Run, errors, import_checkpoints
+from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import Point
 
 
@@ -40,8 +39,15 @@ def power(n: float, exponent: float = 2 / 3) -> float:
 def again(decay: Callable[[int], float], begin: int = 850) -> Average:
     """Return an EMA that restarts from the weights at a step, and then counts its updates from
     0."""
-    update = by(lambda step: decay(step if step < begin else step - begin))
-    return lambda step, e, x: x.copy() if step == begin else update(step, e, x)
+
+    def updated(step, average, weights):
+        if step == begin:
+            return weights.copy()
+        counted = step if step < begin else step - begin
+        kept = decay(counted)
+        return kept * average + (1 - kept) * weights
+
+    return updated
 
 
 def late(begin: int) -> Average:
@@ -49,202 +55,258 @@ def late(begin: int) -> Average:
     return by(lambda step: 0.995 if step > begin else 0.0)
 
 
-UNSAID: dict[str, tuple[Average, str | None, tuple[int, ...], str]] = {
-    "ratio": (
-        by(lambda n: min(0.99, ratio(n))),
-        "ratio",
-        (),
-        r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / ",
-    ),
-    "still rising": (
-        by(ratio),
-        "ratio",
-        (),
-        r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)",
-    ),
-    "power": (
-        by(lambda n: min(0.99, power(n))),
-        "power",
-        (),
-        r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667",
-    ),
-    "another power": (
-        by(lambda n: power(n, 0.75)),
-        "power:0.75",
-        (),
-        r"the warm-up 1 - \(1 \+ n\)\^-0.75",
-    ),
-    "restart": (
-        again(lambda _: 0.995),
-        None,
-        (850,),
-        "began again from the weights near step 8[3-6].*decay 0.99",
-    ),
-    "restart of a warm-up": (
-        again(lambda n: min(0.99, ratio(n))),
-        "ratio",
-        (850,),
-        "near step 8[0-8].*decay 0.98[5-7].* still rising by",
-    ),
-    "late": (late(430), None, (430,), "near step 4[1-5]"),
+def constant(_):
+    return 0.995
+
+
+def limited_ratio(n):
+    return min(0.99, ratio(n))
+
+
+def limited_power(n):
+    return min(0.99, power(n))
+
+
+def long_power(n):
+    return power(n, 0.75)
+
+
+RISING = {
+    "ratio": (limited_ratio, r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / "),
+    "still rising": (ratio, r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
+    "power": (limited_power, r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
+    "another power": (long_power, r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
 }
+WARM_UPS = {"still rising": "ratio", "another power": "power:0.75"}
 
 
-@pytest.mark.parametrize("case", UNSAID)
-def test_what_nobody_says_is_found(case: str, tmp_path: Path) -> None:
-    """The import finds the decay's rule and the restarts; averages are as exact as predicted."""
-    update, warm_up, begun, said = UNSAID[case]
-    done = import_checkpoints(write(tmp_path / "x", train(), update), tmp_path / "run")
+def imported_line(folder: Path, run: Path, update: Average) -> str:
+    """Import a training's files; return what the import says."""
+    write(folder, train(), update)
+    done = import_checkpoints(folder, run)
     (line,) = done.checks
+    return line
+
+
+@pytest.mark.parametrize("case", RISING)
+def test_a_warm_up_that_nobody_says_is_found(case, files, run):
+    decay, said = RISING[case]
+    line = imported_line(files, run, by(decay))
     assert re.search(f"^found: .*{said}", line), line
-    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    assert settings.get("ema_warmup") == (warm_up or "none")
-    found = [settings["update_after_step"]] if case == "late" else settings.get("ema_restarts", [])
-    assert found == [pytest.approx(step, abs=40 if warm_up else 15) for step in begun]
-    check(tmp_path / "run", most=5e-3 if begun and warm_up else 2e-3, low=0.2)
-    if case in ("another power", "restart of a warm-up", "late"):
-        (audit,) = Run(tmp_path / "run").audit()
-        assert audit.verdict == "as claimed"
-        assert all(interval.unexplained < 1 for interval in audit.intervals)
+    settings = settings_of(run)
+    assert settings["ema_warmup"] == WARM_UPS.get(case, case)
+    assert not settings.get("ema_restarts")
+    check(run, low=0.2)
 
 
-def test_a_restart_that_was_found_counts_as_uncertain(tmp_path: Path) -> None:
+def test_a_restart_that_nobody_says_is_found(files, run):
+    line = imported_line(files, run, again(constant))
+    said = "began again from the weights near step 8[3-6].*decay 0.99"
+    assert re.search(f"^found: .*{said}", line), line
+    settings = settings_of(run)
+    assert settings["ema_warmup"] == "none"
+    (restart,) = settings["ema_restarts"]
+    assert abs(restart - 850) <= 15
+    check(run, low=0.2)
+
+
+def test_a_restart_of_a_warm_up_is_found(files, run):
+    line = imported_line(files, run, again(limited_ratio))
+    said = "near step 8[0-8].*decay 0.98[5-7].* still rising by"
+    assert re.search(f"^found: .*{said}", line), line
+    settings = settings_of(run)
+    assert settings["ema_warmup"] == "ratio"
+    (restart,) = settings["ema_restarts"]
+    assert abs(restart - 850) <= 40
+    check(run, most=5e-3, low=0.2)
+    assert_explained(run)
+
+
+def test_a_late_start_that_nobody_says_is_found(files, run):
+    line = imported_line(files, run, late(430))
+    assert re.search("^found: .*near step 4[1-5]", line), line
+    settings = settings_of(run)
+    assert settings["ema_warmup"] == "none"
+    assert abs(settings["update_after_step"] - 430) <= 15
+    check(run, low=0.2)
+    assert_explained(run)
+
+
+def test_the_audit_of_an_import_knows_its_warm_up(files, run):
+    imported_line(files, run, by(long_power))
+    assert_explained(run)
+
+
+def assert_explained(run: Path) -> None:
+    """Assert that the settings of an import explain every interval."""
+    (audit,) = Run(run).audit()
+    assert audit.verdict == "as claimed"
+    assert all(interval.unexplained < 1 for interval in audit.intervals)
+
+
+def test_a_restart_that_was_found_counts_as_uncertain(tmp_path, files):
     """The target ends shortly after the restart, when much of the averages is of the weights at the
     restart."""
-    folder = write(tmp_path / "x", train(), again(lambda _: 0.999))
-    import_checkpoints(folder, tmp_path / "found")
-    import_checkpoints(folder, tmp_path / "said", ema_decay=0.999, ema_restarts=[850])
-    made = [Run(tmp_path / name).average(0.05, t=1000) for name in ("found", "said")]
-    assert made[0].predicted_error > made[1].predicted_error  # type: ignore[operator]
-    settings = json.loads((tmp_path / "found" / "ema-import.json").read_text())["settings"]
-    assert abs(settings["ema_restarts"][0] - 850) < 3 * settings["ema_late"]
+    update = again(lambda _: 0.999)
+    write(files, train(), update)
+    found = tmp_path / "found"
+    said = tmp_path / "said"
+    import_checkpoints(files, found)
+    import_checkpoints(files, said, ema_decay=0.999, ema_restarts=[850])
+    uncertain = Run(found).average(0.05, t=1000)
+    certain = Run(said).average(0.05, t=1000)
+    assert uncertain.predicted_error > certain.predicted_error
+    settings = settings_of(found)
+    (restart,) = settings["ema_restarts"]
+    assert abs(restart - 850) < 3 * settings["ema_late"]
 
 
-@pytest.mark.parametrize("copies", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.995}])
-def test_files_before_a_late_start_are_weights(
-    copies: bool,
-    settings: dict[str, Any],
-    tmp_path: Path,
-) -> None:
+def with_copies(_, weights, average):
+    return {"state_dict": weights, "state_dict_ema": average}
+
+
+def without_copies(step, weights, average):
+    if step > 1000:
+        return with_copies(step, weights, average)
+    return {"state_dict": weights}
+
+
+def weights_alone(_, weights, __):
+    return weights
+
+
+@pytest.mark.parametrize("form", [with_copies, without_copies])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.995},
+    ],
+)
+def test_files_before_a_late_start_are_weights(form, settings, tmp_path, files, run):
     """The average in files before is a copy of the weights, or absent."""
-
-    def form(step: int, weights: Weights, average: Weights) -> object:
-        if copies or step > 1000:
-            return {"state_dict": weights, "state_dict_ema": average}
-        return {"state_dict": weights}
-
-    folder = write(tmp_path / "x", train(), late(1000), form=form)
-    write(tmp_path / "weights", train(), late(1000), form=lambda _, w, __: w)
-    alone, _ = error_of(Run(tmp_path / "weights"), 0.25)
-    done = import_checkpoints(folder, tmp_path / "run", **settings)
+    write(files, train(), late(1000), form=form)
+    of_weights = write(tmp_path / "weights", train(), late(1000), form=weights_alone)
+    alone, _ = error_of(Run(of_weights), 0.25)
+    done = import_checkpoints(files, run, **settings)
     assert done.counts["weights"] == len(TIMES)
-    assert sum(done.counts.values()) == len(TIMES) + sum(step > 1000 for step in TIMES)
-    check(tmp_path / "run", 0.25, most=1.01 * alone, low=0.4, high=2)
+    after = range(1100, STEPS + 1, EVERY)
+    assert len(done.checkpoints) == len(TIMES) + len(after)
+    check(run, 0.25, most=1.01 * alone, low=0.4, high=2)
 
 
-def test_a_start_after_the_last_file_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "x", train(), late(1000))
+def test_a_start_after_the_last_file_is_refused(files):
+    write(files, train(), late(1000))
+    settings = {"ema_decay": 0.995, "update_after_step": 1600}
     reason = r"update_after_step 1600: is not before .* 1,500: no"
-    with pytest.raises(errors.InvalidValueError, match=reason):
-        import_checkpoints(folder, None, dry_run=True, ema_decay=0.995, update_after_step=1600)
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(files, None, dry_run=True, **settings)
 
 
 def of_power(folder: Path, exponent: float, weights: np.ndarray) -> tuple[Path, float]:
     """Write averages whose n-th update keeps (1 - 1/n)^exponent; return their folder and width."""
     write(folder, weights, by(lambda n: (1 - 1 / n) ** exponent))
-    return folder, exponent**0.5 / ((exponent + 1) * (exponent + 2) ** 0.5)
+    variance = exponent / ((exponent + 1) ** 2 * (exponent + 2))
+    return folder, variance**0.5
 
 
-def test_a_power_function_is_found(tmp_path: Path) -> None:
-    folder, width = of_power(tmp_path / "x", 3.0, train())
-    import_checkpoints(folder, tmp_path / "run")
-    settings = json.loads((tmp_path / "run" / "ema-import.json").read_text())["settings"]
-    assert settings["sigma_rels"] == [pytest.approx(width, rel=2 * settings["ema_uncertainty"])]
+def test_a_power_function_is_found(files, run):
+    folder, width = of_power(files, 3.0, train())
+    import_checkpoints(folder, run)
+    settings = settings_of(run)
+    (found,) = settings["sigma_rels"]
+    uncertainty = settings["ema_uncertainty"]
+    assert found == pytest.approx(width, rel=2 * uncertainty)
     for wanted in (0.1, 0.25):
-        error, predicted = error_of(Run(tmp_path / "run"), wanted)
+        error, predicted = error_of(Run(run), wanted)
         assert error < 2 * predicted < 1e-2
 
 
-def test_a_power_function_that_files_show_too_vaguely_is_asked_for(tmp_path: Path) -> None:
-    folder, _ = of_power(tmp_path / "x", 20.0, train(rate=1e-2, optimizer="SGD"))
+def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
+    weights = train(rate=1e-2, optimizer="SGD")
+    folder, _ = of_power(files, 20.0, weights)
     reason = "ema_decay: must be given: the files show it too vaguely: sigma_rel 0.04"
-    with pytest.raises(errors.InvalidValueError, match=reason):
-        import_checkpoints(folder, tmp_path / "run")
+    with pytest.raises(InvalidValueError, match=reason):
+        import_checkpoints(folder, run)
 
 
-def test_rules_that_explain_the_files_equally_are_asked_for(tmp_path: Path, ema: Ema) -> None:
+def test_rules_that_explain_the_files_equally_are_asked_for(files, run, ema):
     """Drift and white noise, from which no rule follows."""
     random = np.random.default_rng(0)
-    drift = np.arange(STEPS)[:, None] * random.standard_normal(train().shape[1])
-    weights = train()[0] + 1e-3 * drift + 0.1 * random.standard_normal(drift.shape)
-    folder = write(tmp_path / "x", weights, by(lambda _: 0.95))
-    done = ema("import", folder, "--out", tmp_path / "run")
+    direction = random.standard_normal(train().shape[1])
+    drift = 1e-3 * np.outer(np.arange(STEPS), direction)
+    noise = 0.1 * random.standard_normal(drift.shape)
+    weights = train()[0] + drift + noise
+    write(files, weights, by(lambda _: 0.95))
+    done = ema("import", files, "--out", run)
     assert done.code == 2
     choices = "about equally as decay .* with warm-up .*, and as decay .* with warm-up"
     assert re.search(f"--ema-decay: must be given: .* {choices}", done.error), done.error
-    assert not (tmp_path / "run").exists()
-    assert ema("audit", folder).code == 0
+    assert not run.exists()
+    assert ema("audit", files).code == 0
 
 
-def test_a_late_start_of_averages_alone(tmp_path: Path) -> None:
+def average_alone(_, __, average):
+    return average
+
+
+def test_a_late_start_of_averages_alone(files, run):
     """The files before it are copies of the weights: an average of any length is as exact as
     predicted."""
-    folder = write(tmp_path / "x", train(), late(700), form=lambda _, __, average: average)
-    import_checkpoints(folder, tmp_path / "run", kind="ema", ema_decay=0.995, update_after_step=700)
-    check(tmp_path / "run", most=1, low=0.5, high=2)
+    write(files, train(), late(700), form=average_alone)
+    import_checkpoints(files, run, kind="ema", ema_decay=0.995, update_after_step=700)
+    check(run, most=1, low=0.5, high=2)
 
 
-def test_a_restart_that_is_said_makes_the_true_profile(tmp_path: Path, ema: Ema) -> None:
+def test_a_restart_that_is_said_makes_the_true_profile(files, run, ema):
     """The profile has the masses of the formula: all of the average at step 900 is of step 850 and
     later."""
-    folder = write(tmp_path / "x", train(), again(lambda _: 0.995))
-    done = ema(
-        "import", folder, "--out", tmp_path / "run", "--ema-decay", 0.995, "--ema-restarts", 850
-    )
+    write(files, train(), again(constant))
+    options = ("--ema-decay", 0.995, "--ema-restarts", 850)
+    done = ema("import", files, "--out", run, *options)
     assert done.code == 0, done.err
-    (profile,) = [
-        one.profile
-        for one in Run(tmp_path / "run").sources
-        if one.t == 900 and not isinstance(one.profile, Point)
-    ]
-    for s in (0, 849, 850, 870, 899):
-        assert profile.tail(s) == pytest.approx(
-            1 - 0.995 ** (900 - max(s, 850)) if s >= 850 else 1, abs=1e-12
-        )
-    check(tmp_path / "run", low=0.4)
+    at_900 = [one.profile for one in Run(run).sources if one.t == 900]
+    (profile,) = [one for one in at_900 if not isinstance(one, Point)]
+    for s in (0, 849):
+        assert profile.tail(s) == pytest.approx(1, abs=1e-12)
+    for s in (850, 870, 899):
+        mass = 1 - 0.995 ** (900 - s)
+        assert profile.tail(s) == pytest.approx(mass, abs=1e-12)
+    check(run, low=0.4)
 
 
 # --- timm's warm-up, and files that know only their epoch
 
 
-def timm(folder: Path) -> None:
+def timm(folder):
     """Write files as with timm's ModelEmaV3 and `use_warmup`: one after each epoch of 100
     updates."""
     folder.mkdir()
-    averages = follow(by(lambda step: min(0.99, power(step - 1))))
+    averages = follow(by(lambda step: limited_power(step - 1)))
     for step in TIMES:
         epoch = step // EVERY - 1
-        content = {"epoch": epoch, "arch": "x", "version": 2, "optimizer": {"state": {}}}
-        content |= {"state_dict": named(train()[step - 1])}
-        content |= {"state_dict_ema": named(averages[step - 1])}
+        content = {
+            "epoch": epoch,
+            "arch": "x",
+            "version": 2,
+            "optimizer": {"state": {}},
+            "state_dict": named(train()[step - 1]),
+            "state_dict_ema": named(averages[step - 1]),
+        }
         torch.save(content, folder / f"checkpoint-{epoch}.pth.tar")
 
 
-def test_epochs_become_steps(tmp_path: Path, ema: Ema) -> None:
-    timm(tmp_path / "x")
-    command = ("import", tmp_path / "x", "--out", tmp_path / "run")
+def test_epochs_become_steps(files, run, ema):
+    timm(files)
+    command = ("import", files, "--out", run)
     done = ema(*command, "--ema-decay", 0.99)
     assert done.code == 2
-    reason = (
-        "--steps-per-epoch: must be given: decays are of steps, and numbers are epochs, "
-        "counted from 0: "
-    )
-    assert reason in done.error
+    reason = "must be given: decays are of steps, and numbers are epochs, counted from 0: "
+    assert f"--steps-per-epoch: {reason}" in done.error
     done = ema(*command, "--steps-per-epoch", EVERY)
     assert "reached by the warm-up 1 - (1 + n)^-0.667" in done.out, done.err
-    assert {one.step for one in Run(tmp_path / "run").sources} == {*TIMES}
-    check(tmp_path / "run", low=0.4)
+    assert {one.step for one in Run(run).sources} == {*TIMES}
+    check(run, low=0.4)
 
 
 # --- EDM and StyleGAN: pickles, a half-life in images, a ramp-up
@@ -253,9 +315,11 @@ BATCH = 400
 HALF_LIFE = 60_000
 
 
-def half_life(step: int) -> float:
+def half_life(step):
     """Return the decay of a step by the formula, from the images before it."""
-    return 0.5 ** (BATCH / max(min(HALF_LIFE, 0.05 * (step - 1) * BATCH), 1e-8))
+    images = (step - 1) * BATCH
+    length = min(HALF_LIFE, 0.05 * images)
+    return 0.5 ** (BATCH / max(length, 1e-8))
 
 
 def persistent(vector: np.ndarray) -> torch.nn.Module:
@@ -272,71 +336,75 @@ def edm(folder: Path, library: str = "edm", decay: Callable[[int], float] = half
     averages = follow(by(decay))
     for step in TIMES:
         kimg = f"{step * BATCH // 1000:06d}"
-        weights = persistent(train()[step - 1])
-        average = averages[step - 1]
         path = folder / f"network-snapshot-{kimg}.pkl"
+        weights = persistent(train()[step - 1])
+        average = persistent(averages[step - 1])
         if library == "edm":
-            edm2_layout.save(path, persistent(average), half=False)
-            torch.save(
-                {"net": weights.state_dict(), "optimizer_state": {}},
-                folder / f"training-state-{kimg}.pt",
-            )
+            edm2_layout.save(path, average, half=False)
+            state = {"net": weights.state_dict(), "optimizer_state": {}}
+            torch.save(state, folder / f"training-state-{kimg}.pt")
         else:
             others = {"G": weights, "D": edm2_layout.network()}
-            edm2_layout.save(path, persistent(average), half=False, under="G_ema", **others)
+            edm2_layout.save(path, average, half=False, under="G_ema", **others)
     return folder
 
 
+def check_tail(run: Run, step: int, mass: float) -> None:
+    """Check the mass after a step of the average in the last file."""
+    last = [one for one in run.sources if one.step == BATCH * STEPS]
+    (profile,) = (one.profile for one in last if one.decay)
+    assert profile.tail(step * BATCH) == pytest.approx(mass, abs=1e-9)
+
+
 @pytest.mark.parametrize("library", ["edm", "stylegan"])
-def test_half_lives_in_images(library: str, tmp_path: Path) -> None:
-    folder = edm(tmp_path / "x", library)
+def test_half_lives_in_images(library, files):
+    folder = edm(files, library)
     key = "ema_halflife_kimg" if library == "edm" else "ema_kimg"
-    options = json.dumps({"batch_size": BATCH, key: HALF_LIFE / 1000})
-    (folder / "training_options.json").write_text(options)
+    options = {"batch_size": BATCH, key: HALF_LIFE / 1000}
+    (folder / "training_options.json").write_text(json.dumps(options))
     run = Run(folder)
-    assert {one.t for one in run.sources} == {BATCH * step for step in TIMES}
+    times = [one.t for one in run.sources]
+    assert {*times} == {BATCH * step for step in TIMES}
+    assert len(times) == 2 * len(TIMES)
     assert {one.t_unit for one in run.sources} == {"images"}
-    assert len(run.sources) == 2 * len(TIMES)
     check(run, prefix="model.")
-    average = next(one for one in run.sources if one.step == BATCH * STEPS and one.decay)
     for step in (1, 50, 1400, 1499):
-        kept = np.prod([half_life(later) for later in range(step + 1, STEPS + 1)])
-        assert average.profile.tail(step * BATCH) == pytest.approx(1 - kept, abs=1e-9)
+        decays = [half_life(later) for later in range(step + 1, STEPS + 1)]
+        check_tail(run, step, 1 - np.prod(decays))
 
 
-def test_what_files_of_images_do_not_say_is_asked_for(tmp_path: Path, ema: Ema) -> None:
-    command = ["import", edm(tmp_path / "x"), "--out", tmp_path / "run"]
+def test_what_files_of_images_do_not_say_is_asked_for(files, run, ema):
+    command = ["import", edm(files), "--out", run]
     assert "--update-every: must be given, the images of a batch: " in ema(*command).error
     command += ["--update-every", BATCH, "--ema-decay", "half-life:60k"]
     assert "--ema-warmup: must be given, ramp-up or none: " in ema(*command).error
     done = ema(*command, "--ema-warmup", "ramp-up")
     assert "as claimed" in done.out, done.err
-    check(tmp_path / "run", prefix="model.")
+    check(run, prefix="model.")
 
 
-def test_a_ramp_up_is_found(tmp_path: Path, ema: Ema) -> None:
-    folder = edm(tmp_path / "x")
-    done = ema("import", folder, "--out", tmp_path / "run", "--update-every", BATCH)
+def test_a_ramp_up_is_found(files, run, ema):
+    folder = edm(files)
+    done = ema("import", folder, "--out", run, "--update-every", BATCH)
     assert "the ramp-up of its half-life to 0.05 of the training so far" in done.out, done.err
-    check(tmp_path / "run", prefix="model.")
+    check(run, prefix="model.")
 
 
-def test_names_count_thousands_of_images_rounded_down(tmp_path: Path) -> None:
-    file = edm(tmp_path / "x") / "network-snapshot-000040.pkl"
+def test_names_count_thousands_of_images_rounded_down(files):
+    file = edm(files) / "network-snapshot-000040.pkl"
     settings = {"update_every": 399, "ema_decay": "half-life:60k", "ema_warmup": "ramp-up"}
     done = import_checkpoints(file, None, dry_run=True, **settings)
     assert done.checkpoints[0].step == 101 * 399
 
 
-def test_a_half_life_without_ramp_up(tmp_path: Path) -> None:
+def test_a_half_life_without_ramp_up(files):
     """The profile is the product of equal decays."""
     beta = 0.5 ** (BATCH / HALF_LIFE)
-    folder = edm(tmp_path / "x", decay=lambda _: beta)
+    folder = edm(files, decay=lambda _: beta)
     options = {"batch_size": BATCH, "ema_halflife_kimg": 60, "ema_rampup_ratio": None}
     (folder / "training_options.json").write_text(json.dumps(options))
     run = Run(folder)
     check(run, prefix="model.")
-    average = next(one for one in run.sources if one.step == BATCH * STEPS and one.decay)
     for step in (1, 1400, 1499):
-        tail = 1 - beta ** (STEPS - step)
-        assert average.profile.tail(step * BATCH) == pytest.approx(tail, abs=1e-9)
+        kept = beta ** (STEPS - step)
+        check_tail(run, step, 1 - kept)

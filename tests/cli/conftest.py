@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from posthoc_cli import PostHocEMA
 
@@ -13,17 +14,14 @@ from posthoc_cli import PostHocEMA
 def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded") / "run"
     torch.manual_seed(0)
-    model = torch.nn.Sequential(
-        torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).half()
-    )
+    layers = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2).half()
+    model = nn.Sequential(*layers)
     model[2].bias.requires_grad_(False)
-    with PostHocEMA.from_model(
-        model, folder, update_every=10, checkpoint_every=100, max_checkpoints=None
-    ) as tracker:
+    settings = {"checkpoint_every": 100, "max_checkpoints": None}
+    with PostHocEMA.from_model(model, folder, **settings) as tracker:
         for _ in range(2000):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(0.1 * torch.randn_like(parameter))
+            for parameter in model.parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
             tracker.update_(model)
     return folder
 

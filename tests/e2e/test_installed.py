@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -54,36 +55,44 @@ def test_the_peers_example_runs_with_only_its_import_changed(tmp_path: Path) -> 
 
 def ema(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [EMA, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False
+        [EMA, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
-    failed = ema(
-        "synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path
-    )
-    assert (failed.returncode, failed.stdout) == (2, "")
+    command = "synthesize nowhere --sigma-rel 0.15 --out x.safetensors"
+    failed = ema(*command.split(), cwd=tmp_path)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
     assert failed.stderr.startswith("ema: error: nowhere: no such directory")
     assert failed.stderr.count("\n") == 1
-    assert "Traceback" in forked.run(forked.EMA, "--debug", "info", "nowhere", cwd=tmp_path).err
+    debugging = forked.run(forked.EMA, "--debug", "info", "nowhere", cwd=tmp_path)
+    assert "Traceback" in debugging.err
+
+
+def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
     module = [sys.executable, "-m", "posthoc_cli", "profile", "--json"]
-    as_module = subprocess.run(module, capture_output=True, text=True, check=True)
-    assert as_module.stdout == ema("profile", "--json", cwd=tmp_path).stdout
+    done = subprocess.run(module, capture_output=True, text=True, check=True)
+    assert done.stdout == ema("profile", "--json", cwd=tmp_path).stdout
 
 
 def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(
     tmp_path: Path,
 ) -> None:
-    assert ema("guide", "exactness", cwd=tmp_path).stdout == (GUIDES / "exactness.md").read_text()
+    source = (GUIDES / "exactness.md").read_text()
+    assert ema("guide", "exactness", cwd=tmp_path).stdout == source
     parent, terminal = pty.openpty()
     environment = os.environ | {
         "PAGER": f"cat > {tmp_path}/paged",
         "TERM": "dumb",
         "COLUMNS": "200",
     }
-    subprocess.run(
-        [EMA, "guide", "exactness"], stdin=terminal, stdout=terminal, env=environment, check=True
-    )
+    command = [EMA, "guide", "exactness"]
+    subprocess.run(command, stdin=terminal, stdout=terminal, env=environment, check=True)
     for descriptor in (parent, terminal):
         os.close(descriptor)
     lines = (tmp_path / "paged").read_text().splitlines()
@@ -108,14 +117,17 @@ def test_a_closed_pipe_is_no_error_message_and_a_full_disk_is_one(large_run: Pat
         read, write = os.pipe()
         os.close(read)
         with os.fdopen(write, "w") as closed:
-            done = subprocess.run([EMA, *words], stdout=closed, stderr=subprocess.PIPE, check=False)
-        assert (done.returncode, done.stderr) == (141, b"")
+            done = written_to(closed, *words)
+        assert done.stderr == b""
+        assert done.returncode == 141
     with Path("/dev/full").open("w") as full:
-        done = subprocess.run([EMA, "profile"], stdout=full, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, done.stderr) == (
-        1,
-        b"ema: error: standard output: no space left on device\n",
-    )
+        done = written_to(full, "profile")
+    assert done.stderr == b"ema: error: standard output: no space left on device\n"
+    assert done.returncode == 1
+
+
+def written_to(stdout: Any, *words: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([EMA, *words], stdout=stdout, stderr=subprocess.PIPE, check=False)
 
 
 def interrupted_when_it_writes(

@@ -9,11 +9,20 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from integrations.programs import task, use_fsdp_on_the_cpu
 from integrations.truth import recorded
+from torch import nn
 
 from posthoc_cli.integrations.accelerate import prepare
 
-EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+EVERY: dict[str, Any] = {
+    "update_every": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
+
+
+def batch(number: int) -> torch.Tensor:
+    return X[4 * number : 4 * number + 4]
 
 
 class Training:
@@ -33,11 +42,13 @@ class Training:
         if sharded:
             use_fsdp_on_the_cpu()
             arguments["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-                fsdp_version=2, cpu_ram_efficient_loading=False
+                fsdp_version=2,
+                cpu_ram_efficient_loading=False,
             )
         self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
         self.folder = folder
-        bare = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+        layers = nn.Linear(4, 5), nn.Linear(5, 1)
+        bare = nn.Sequential(*layers)
         plain = torch.optim.Adam(bare.parameters(), lr=0.05)
         if before:
             self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **every)
@@ -51,8 +62,8 @@ class Training:
     def run(self, first: int = 0, killed_at: int = 0) -> None:
         for number in range(first, 15):
             with self.accelerator.accumulate(self.model):
-                loss = self.model(X[number * 4 : number * 4 + 4]).square().mean()
-                self.accelerator.backward(loss)
+                output = self.model(batch(number))
+                self.accelerator.backward(output.square().mean())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
@@ -72,7 +83,5 @@ if __name__ == "__main__":
     training.run(first=6 if resumes else 0, killed_at=killed_at)
     with training.ema.model(training.model, 0.2) as averaged:
         average = recorded(training.accelerator.unwrap_model(averaged))
-    torch.save(
-        [training.weights, average, training.ema.step, average],
-        folder / f"made-{training.accelerator.process_index}.pt",
-    )
+    made = [training.weights, average, training.ema.step, average]
+    torch.save(made, folder / f"made-{training.accelerator.process_index}.pt")

@@ -11,12 +11,17 @@ from integrations.truth import recorded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 
-EVERY: dict[str, Any] = {"update_every_n_steps": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+EVERY: dict[str, Any] = {
+    "update_every_n_steps": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
 X = torch.randn(24, 4, generator=torch.manual_seed(5))
 Y = X @ torch.randn(4, 1, generator=torch.manual_seed(6))
 
@@ -29,8 +34,8 @@ class Regression(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layers = torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1)
-        self.net = torch.nn.Sequential(*layers)
+        layers = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)
+        self.net = nn.Sequential(*layers)
 
     def loss(self, batch: Any) -> torch.Tensor:
         x, y = batch

@@ -14,7 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from posthoc_cli.integrations.transformers import PostHocCallback
 
-EVERY = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+EVERY = {
+    "update_every": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
 BEST = {
     "metric_for_best_model": "eval_ema_loss",
     "load_best_model_at_end": True,
@@ -48,13 +52,15 @@ class Recorder(TrainerCallback):
 
 def network() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape))
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config)
 
 
 def make_trainer(
@@ -64,16 +70,26 @@ def make_trainer(
     **arguments: Any,
 ) -> Trainer:
     settings = {
-        "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
-        "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3,
+        "max_steps": 10,
+        "save_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 5,
+        "seed": 3,
         "eval_steps": 4,
-    }  # fmt: skip
+    }
     args = TrainingArguments(str(folder / "out"), **(settings | arguments))
-    model = network() if model is None else model
+    if model is None:
+        model = network()
     trainer = Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4])
     for callback in callbacks:
-        evaluates = isinstance(callback, PostHocCallback) and callback.evaluate is not None
-        callback.install(trainer) if evaluates else trainer.add_callback(callback)
+        if getattr(callback, "evaluate", None) is not None:
+            callback.install(trainer)
+        else:
+            trainer.add_callback(callback)
     return trainer
 
 

@@ -20,10 +20,8 @@ FRAMEWORKS = ("accelerate", "diffusers", "lightning.pytorch", "transformers.trai
 def start(program: str, *arguments: object, **environment: str) -> Forked:
     """Start a program of Python, or a module of this folder by its name."""
     if program.isidentifier():
-        program = (
-            f"import runpy; runpy.run_module('integrations.{program}', "
-            f"run_name='__main__', alter_sys=True)"
-        )
+        options = f"'integrations.{program}', run_name='__main__', alter_sys=True"
+        program = f"import runpy; runpy.run_module({options})"
     return Forked(program, *arguments, env=os.environ | environment, modules=FRAMEWORKS)
 
 
@@ -36,9 +34,10 @@ def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> l
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the first process opens no store of its own
     }
-    processes = [
-        start(program, *arguments, RANK=rank, LOCAL_RANK=rank, **environment) for rank in "01"
-    ]
+    processes = []
+    for rank in "01":
+        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
+        processes.append(start(program, *arguments, **own))
     for process in processes:
         _, errors = process.communicate(250)
         print(errors)
@@ -75,8 +74,10 @@ def train(
 def forget() -> None:
     """Reset the state that accelerate's objects share, as in a new process."""
     module = sys.modules.get("accelerate.state")
-    for kind in ("AcceleratorState", "GradientState", "PartialState") if module else ():
-        getattr(module, kind)._reset_state()
+    if module is not None:
+        module.AcceleratorState._reset_state()
+        module.GradientState._reset_state()
+        module.PartialState._reset_state()
 
 
 def use_fsdp_on_the_cpu() -> None:
@@ -91,8 +92,7 @@ def use_fsdp_on_the_cpu() -> None:
         real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
-            PartialState._shared_state["distributed_type"] = self.distributed_type = (
-                DistributedType.FSDP
-            )
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = init

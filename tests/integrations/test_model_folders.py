@@ -2,19 +2,22 @@
 compute the same."""
 
 import json
-from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip(
     "transformers", reason="transformers is not installed: make integrations installs it"
 )
 
+from checking import assert_same_tensors
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
+from tracker import runs
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -41,55 +44,63 @@ TEXT = {
     "vocab_size": 32,
 }
 LLAMA = {**TEXT, "num_key_value_heads": 2}
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)
-    ),
-    "bert": lambda: BertForMaskedLM(BertConfig(**TEXT, max_position_embeddings=16)),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(
-            d_model=16,
-            d_ff=32,
-            num_layers=2,
-            num_heads=2,
-            d_kv=8,
-            vocab_size=32,
-            decoder_start_token_id=0,
-        )
-    ),
+GPT2 = {
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "vocab_size": 32,
+    "n_positions": 16,
+}
+T5 = {
+    "d_model": 16,
+    "d_ff": 32,
+    "num_layers": 2,
+    "num_heads": 2,
+    "d_kv": 8,
+    "vocab_size": 32,
+    "decoder_start_token_id": 0,
+}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**LLAMA, tie_word_embeddings=True)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
+    "bert": (BertForMaskedLM, BertConfig(**TEXT, max_position_embeddings=16)),
+    "t5": (T5ForConditionalGeneration, T5Config(**T5)),
 }
 
 
-def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
+def model_of(name: str) -> nn.Module:
+    kind, config = MODELS[name]
+    return kind(deepcopy(config))
+
+
+def track(model: nn.Module, folder: Path, **options: Any) -> None:
     """Write a run of six steps that move every parameter at random."""
-    settings = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
-    with PostHocEMA.from_model(model, folder, **(settings | options)) as ema, torch.no_grad():
-        for number in range(6):
-            generator = torch.manual_seed(number)
+    with runs.track(model, folder, checkpoint_every=2, checkpoint_dtype=None, **options) as ema:
+        for _ in range(6):
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(
-                        parameter.dtype
-                    )
+                    parameter.data += 0.02 * torch.randn_like(parameter)
             ema.update_(model)
 
 
 @torch.no_grad()
-def answer(model: torch.nn.Module) -> torch.Tensor:
+def answer(model: nn.Module) -> torch.Tensor:
     tokens = torch.arange(1, 9)[None]
     more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
     return model.eval()(input_ids=tokens, **more).logits
 
 
-def stored(folder: Path) -> dict[str, torch.dtype]:
-    paths = folder.glob("*.safetensors")
-    return {
-        (path.name, name): tensor.dtype
-        for path in paths
-        for name, tensor in load_file(path).items()
-    }
+def stored(folder: Path) -> dict[tuple[str, str], torch.dtype]:
+    dtypes = {}
+    for path in folder.glob("*.safetensors"):
+        for name, tensor in load_file(path).items():
+            dtypes[path.name, name] = tensor.dtype
+    return dtypes
+
+
+def size_of_shards(is_sharded: bool) -> str:
+    return "10KB" if is_sharded else "1GB"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -97,52 +108,48 @@ def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model
     tmp_path: Path,
     name: str,
 ) -> None:
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    model.save_pretrained(
-        tmp_path / "like", max_shard_size="10KB" if name in ("llama", "bert") else "1GB"
-    )
-    (tmp_path / "like/tokenizer.json").write_text("{}")
+    model = model_of(name)
+    like = tmp_path / "like"
+    new = tmp_path / "new"
+    model.save_pretrained(like, max_shard_size=size_of_shards(name in ("llama", "bert")))
+    (like / "tokenizer.json").write_text("{}")
     track(model, tmp_path / "run")
-    report = Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
+    report = Run(tmp_path / "run").write(0.2, new, like=like)
     assert report.copied.kept == []
-    loaded, warnings = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
+    loaded, warnings = type(model).from_pretrained(new, output_loading_info=True)
     assert not any(warnings.values()), warnings
     raw = answer(model)
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     assert torch.equal(answer(loaded), answer(model))
     assert not torch.equal(answer(loaded), raw)
-    assert stored(tmp_path / "new") == stored(tmp_path / "like")
-    for path in (tmp_path / "like").iterdir():
+    assert stored(new) == stored(like)
+    for path in like.iterdir():
         if path.suffix != ".safetensors":
-            assert (tmp_path / "new" / path.name).read_bytes() == path.read_bytes(), path
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+            assert (new / path.name).read_bytes() == path.read_bytes(), path
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_dtypes_and_tensors_that_the_run_lacks_are_those_of_the_folder(
     tmp_path: Path,
     ema: Ema,
 ) -> None:
-    model = MODELS["llama-tied"]()
+    model = model_of("llama-tied")
     model.model.norm.weight.requires_grad_(False)
-    MODELS["llama-tied"]().bfloat16().save_pretrained(tmp_path / "like")
-    track(model, tmp_path / "run")
-    words = "synthesize", tmp_path / "run", "--sigma-rel", "0.1,0.2", "--like", tmp_path / "like"
-    done = ema(*words, "--out", tmp_path / "new")
+    like = tmp_path / "like"
+    model_of("llama-tied").bfloat16().save_pretrained(like)
+    run = tmp_path / "run"
+    new = tmp_path / "new"
+    track(model, run)
+    done = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--like", like, "--out", new)
     assert done.code == 0, done.err
     assert "kept 1 tensor (model.norm.weight) of like, which the run does not have" in done.err
-    raw = load_file(tmp_path / "like/model.safetensors")
+    raw = load_file(like / "model.safetensors")
     for sigma_rel in (0.1, 0.2):
-        folder = tmp_path / "new" / f"sigma_rel-{sigma_rel}"
-        loaded = type(model).from_pretrained(folder, dtype="auto").state_dict()
-        expected = raw | {
-            name: value.bfloat16()
-            for name, value in Run(tmp_path / "run").average(sigma_rel).items()
-        }
-        assert loaded.keys() == expected.keys()
-        for tensor, value in loaded.items():
-            assert torch.equal(value, expected[tensor]), tensor
-        assert stored(folder) == stored(tmp_path / "like")
+        folder = new / f"sigma_rel-{sigma_rel}"
+        loaded = type(model).from_pretrained(folder, dtype="auto")
+        average = Run(run).average(sigma_rel, dtype="bfloat16")
+        assert_same_tensors(loaded.state_dict(), raw | average)
+        assert stored(folder) == stored(like)
 
 
 def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
@@ -158,7 +165,8 @@ def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
     assert not (tmp_path / "new").exists()
     PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
     model.save_pretrained(tmp_path / "new")
-    assert torch.equal(answer(MixtralForCausalLM.from_pretrained(tmp_path / "new")), answer(model))
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "new")
+    assert torch.equal(answer(loaded), answer(model))
 
 
 def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
@@ -174,28 +182,26 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
     Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
     loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path / "new")
     PostHocEMA.from_path(tmp_path / "run").load_into(unet, 0.2)
-    for name, value in unet.state_dict().items():
-        assert torch.equal(loaded.unet.state_dict()[name], value)
+    assert_same_tensors(loaded.unet.state_dict(), unet.state_dict())
 
 
 def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behind(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = MODELS["llama"]()
+    model = model_of("llama")
     track(model, tmp_path / "run")
-    names = "like", "renamed", "quantized", "linked", "broken"
-    for name in names:
-        model.save_pretrained(tmp_path / name, max_shard_size="10KB" if name == "broken" else "1GB")
+    for name in ("like", "renamed", "quantized", "linked", "broken"):
+        model.save_pretrained(tmp_path / name, max_shard_size=size_of_shards(name == "broken"))
     (tmp_path / "empty").mkdir()
     weights = load_file(tmp_path / "renamed/model.safetensors")
     # a name that only a library could know
     weights["model.norm.scale"] = weights.pop("model.norm.weight")
     save_file(weights, tmp_path / "renamed/model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "quantized/config.json").read_text())
-    (tmp_path / "quantized/config.json").write_text(
-        json.dumps(config | {"quantization_config": {"bits": 8}})
-    )
+    config = tmp_path / "quantized/config.json"
+    content = json.loads(config.read_text())
+    content["quantization_config"] = {"bits": 8}
+    config.write_text(json.dumps(content))
     (tmp_path / "linked/tokenizer.json").symlink_to("nowhere")
     next((tmp_path / "broken").glob("*.safetensors")).unlink()
     for like, kind, words in (
@@ -212,4 +218,4 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
         Run(tmp_path / "run").write(0.2, tmp_path / "linked", like=tmp_path / "like")
     assert "planning again" not in caplog.text
     assert not (tmp_path / "new").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not [*tmp_path.glob(".*")]

@@ -1,7 +1,6 @@
 """The callback for the transformers Trainer, with the real library."""
 
 import gc
-import itertools
 import shutil
 import weakref
 from collections.abc import Mapping, Sequence
@@ -31,14 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 def with_weights(weights: Mapping[str, torch.Tensor]) -> LlamaForCausalLM:
     model = network()
-    model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
+    model.load_state_dict(weights, strict=False)
     return model
 
 
 def loss(weights: Mapping[str, torch.Tensor], folder: Path) -> float:
     """Return the library's loss of weights without a callback; releases weigh the last tokens
     differently."""
-    return float(make_trainer(folder, model=with_weights(weights)).evaluate()["eval_loss"])
+    trainer = make_trainer(folder, model=with_weights(weights))
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def logged(trainer: Trainer, name: str = "eval_ema_loss") -> dict[int, float]:
@@ -111,9 +111,8 @@ def test_a_training_that_begins_again_with_smaller_batches_continues_its_average
 
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     recorder = Large()
-    trainer = make_trainer(
-        tmp_path, callback, recorder, auto_find_batch_size=True, save_strategy="no"
-    )
+    options = {"auto_find_batch_size": True, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, callback, recorder, **options)
     trainer.train()
     assert trainer.state.global_step == 10
     assert_exact(callback.ema, trainer.model, recorder.weights)
@@ -133,11 +132,11 @@ def test_steps_that_a_scaler_skips_do_not_count(
 
     scaler = torch.amp.GradScaler("cpu")
     real = AcceleratedOptimizer.__init__
-    monkeypatch.setattr(
-        AcceleratedOptimizer,
-        "__init__",
-        lambda self, inner, *_, **__: real(self, inner, False, scaler=scaler),
-    )
+
+    def init(self: Any, inner: Any, *_: Any, **__: Any) -> None:
+        real(self, inner, False, scaler=scaler)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "__init__", init)
 
     class Infinite(Recorder):
         def on_pre_optimizer_step(
@@ -180,9 +179,8 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     recorder = Recorder()
     name = "eval_ema_decay-linear-50%_loss"
     arguments = BEST | {"metric_for_best_model": name}
-    trainer = make_trainer(
-        tmp_path, recorder, max_steps=8, learning_rate=0.05, eval_steps=2, save_steps=2, **arguments
-    )
+    arguments |= {"max_steps": 8, "learning_rate": 0.05, "eval_steps": 2, "save_steps": 2}
+    trainer = make_trainer(tmp_path, recorder, **arguments)
     callback.options |= {"checkpoint_every": 2, "checkpoint_dtype": None}
     assert callback.install(trainer) is callback
     trainer.train()
@@ -234,16 +232,13 @@ def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     # also when training is over
     assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_ema_a_loss"}
     assert {"ema/predicted_error_0.15", "ema/snapshot_seconds"} <= names
-    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == list(
-        range(1, 11)
-    )
+    assert [*logged(trainer, "loss")] == [*range(1, 11)]
 
 
 def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    model = peft.get_peft_model(
-        network(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(network(), config)
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY)
     recorder = Recorder()
     trainer = make_trainer(tmp_path, recorder, model=model, max_steps=4, **BEST)
@@ -281,29 +276,26 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(
     make_trainer(tmp_path, callback).train(resume_from_checkpoint=True)
     assert "or begin with this training" in caplog.text
     assert callback.ema.step == 6
+    again = PostHocCallback(tmp_path / "ema", **EVERY)
+    trainer = make_trainer(tmp_path, again, save_strategy="no")
     with pytest.raises(ModelMismatchError, match="to begin anew"):
-        make_trainer(
-            tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no"
-        ).train()
+        trainer.train()
 
 
 def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
     """That callback counts its calls, and is disabled by one without the metric; here it is before
     ours."""
     stopping = EarlyStoppingCallback(early_stopping_patience=2)
-    trainer = make_trainer(
-        tmp_path, stopping, learning_rate=10.0, eval_steps=1, save_steps=1, **BEST
-    )
+    arguments = BEST | {"learning_rate": 10.0, "eval_steps": 1, "save_steps": 1}
+    trainer = make_trainer(tmp_path, stopping, **arguments)
     PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY).install(trainer)
     trainer.train()
     losses = [*logged(trainer).values()]
-    worse = [
-        loss >= best
-        for loss, best in zip(losses[1:], itertools.accumulate(losses, min), strict=False)
-    ]
-    # such steps only make it worse, and the second one ends it
-    assert worse == [False] * (len(worse) - 2) + [True] * 2
     assert trainer.state.global_step == len(losses) < 10
+    # each step was better than those before, but for the last two
+    *better, one, other = losses
+    assert better == sorted({*better}, reverse=True)
+    assert min(one, other) >= better[-1]
 
 
 @pytest.mark.parametrize("evaluate", [None, 0.15])
@@ -315,8 +307,10 @@ def test_a_finished_training_frees_its_model_and_trainer(
     trainer = make_trainer(tmp_path, save_strategy="no")
     callback.install(trainer)
     trainer.train()
-    references = [weakref.ref(trainer.model), weakref.ref(trainer)]
+    model = weakref.ref(trainer.model)
+    reference = weakref.ref(trainer)
     del trainer
     gc.collect()
-    assert [reference() for reference in references] == [None, None]
+    assert model() is None
+    assert reference() is None
     assert callback.ema is not None

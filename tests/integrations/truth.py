@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from factories import exact_weights
+from torch import nn
 
 from posthoc_cli import PostHocEMA
 
@@ -11,7 +12,7 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 """The weights after each optimizer step, the first one at index 0."""
 
 
-def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def recorded(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of the trainable parameters, complete and in float64, in every process of a
     sharded model."""
     weights = {}
@@ -48,7 +49,7 @@ def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor
 
 def live(
     ema: PostHocEMA | None,
-    model: torch.nn.Module,
+    model: nn.Module,
     sigma_rel: float,
 ) -> dict[str, torch.Tensor]:
     with ema.model(model, sigma_rel):
@@ -57,7 +58,7 @@ def live(
 
 def assert_exact(
     ema: PostHocEMA | None,
-    model: torch.nn.Module,
+    model: nn.Module,
     weights: Recorded,
     every: int = 1,
 ) -> None:

@@ -16,7 +16,11 @@ from integrations.truth import recorded
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
-EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+EVERY: dict[str, Any] = {
+    "update_every": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
 IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
 
 
@@ -68,9 +72,8 @@ class Training:
         loaded = PostHocEMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DModel)
         self.ema_model.load_state_dict(loaded.state_dict())
         self.ema_model.to(self.accelerator.device)
-        models.pop().load_state_dict(
-            UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict()
-        )
+        saved = UNet2DModel.from_pretrained(input_dir, subfolder="unet")
+        models.pop().load_state_dict(saved.state_dict())
 
     def run(self, first: int = 0, killed_at: int = 0) -> None:
         scheduler = DDPMScheduler(num_train_timesteps=10)
@@ -79,10 +82,9 @@ class Training:
             noise = torch.randn(2, 1, 8, 8, generator=generator)
             times = torch.randint(0, 10, (2,), generator=generator)
             with self.accelerator.accumulate(self.model):
-                predicted = self.model(
-                    scheduler.add_noise(IMAGES[number], noise, times), times
-                ).sample
-                self.accelerator.backward((predicted - noise).square().mean())
+                noisy = scheduler.add_noise(IMAGES[number], noise, times)
+                error = self.model(noisy, times).sample - noise
+                self.accelerator.backward(error.square().mean())
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             if self.accelerator.sync_gradients:
@@ -105,10 +107,8 @@ if __name__ == "__main__":
     if training.accelerator.is_main_process:
         training.ema_model.copy_to(other.parameters())
         average = recorded(other)
-        torch.save(
-            [training.weights, average, training.ema_model.optimization_step, average],
-            folder / "made-0.pt",
-        )
+        made = [training.weights, average, training.ema_model.optimization_step, average]
+        torch.save(made, folder / "made-0.pt")
     else:
         training.ema_model.save_pretrained(folder / "none")
         with pytest.raises(NotReadyError, match="the first process keeps the averages"):

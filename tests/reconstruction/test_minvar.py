@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checking import refused
 from factories import FloatArray, power_functions, solved, squared_error
+from numpy.testing import assert_allclose, assert_array_equal, assert_equal
 from scipy import integrate
 
 from posthoc_cli.profiles import Clock, Point, PowerFunction, Profile, ema_pytorch_profile
@@ -35,9 +36,17 @@ def uneven_motion(noise: float = 0.0) -> Motion:
     return Motion(edges, walk, noise * growing)
 
 
+def even_motion(start: float, end: float, noise: float) -> Motion:
+    """Return a walk of 1 and noise, each the same all the time."""
+    edges = np.array([start, end])
+    one = np.ones(1)
+    return Motion(edges, walk=one, noise=noise * one)
+
+
 def prior_of(snapshots: Sequence[object], motion: Motion, rounding: Any = 0.0) -> Prior:
     zeros = np.zeros(len(snapshots))
-    return Prior(motion, zeros + rounding, zeros, zeros + NORM**2, "measured")
+    norm = zeros + NORM**2
+    return Prior(motion, zeros + rounding, zeros, norm, "measured")
 
 
 def expected_square(
@@ -49,8 +58,8 @@ def expected_square(
 ) -> float:
     """The defining integral, by adaptive quadrature between all kinks."""
 
-    def square(s: float, value: Callable[[Profile, float], float]) -> float:
-        values = np.array([value(profile, s) for profile in snapshots])
+    def square(s, value):
+        values = [value(profile, s) for profile in snapshots]
         combined = float(coefficients @ values)
         return (combined - value(target, s)) ** 2
 
@@ -58,11 +67,16 @@ def expected_square(
     kinks = sorted({*motion.edges, *times, kink})
     total = 0.0
     for a, b in pairwise(kinks):
-        segment = int(np.searchsorted(motion.edges, (a + b) / 2)) - 1
-        for weight, value in ((motion.walk, tail_at), (motion.noise, density_at)):
-            if weight[segment]:
+        middle = (a + b) / 2
+        segment = np.searchsorted(motion.edges, middle) - 1
+        weights = {
+            tail_at: motion.walk[segment],
+            density_at: motion.noise[segment],
+        }
+        for value, weight in weights.items():
+            if weight:
                 integral, _ = integrate.quad(square, a, b, (value,), **QUADRATURE)
-                total += weight[segment] * integral
+                total += weight * integral
     return total
 
 
@@ -76,32 +90,38 @@ def tail_at(profile: Profile, s: float) -> float:
 def density_at(profile: Profile, s: float) -> float:
     if isinstance(profile, PowerFunction):
         return float(profile.density(s))
-    mass = tail_at(profile, s - 1e-4) - tail_at(profile, s + 1e-4)
-    return mass / 2e-4
+    before = tail_at(profile, s - 1e-4)
+    after = tail_at(profile, s + 1e-4)
+    return (before - after) / 2e-4
 
 
 def check_sum(coefficients: FloatArray) -> None:
     """Check that coefficients have the sum 1, up to rounding."""
-    size = np.abs(coefficients).sum()
-    assert coefficients.sum() == pytest.approx(1, abs=1e-14 * size)
+    rounding = 1e-14 * np.abs(coefficients).sum()
+    assert coefficients.sum() == pytest.approx(1, abs=rounding)
+
+
+BETA = Beta(0.99).profile(T, STEPS, START)
+WINDOW = Window(150).profile(T, STEPS, START)
 
 
 @pytest.mark.parametrize(
     ("target", "kink"),
     [
         (power(0.1, T), T),
-        (Beta(0.99).profile(T, STEPS, START), T),
-        (Window(150).profile(T, STEPS, START), 850.0),
+        (BETA, T),
+        (WINDOW, 850.0),
     ],
     ids=["power", "beta", "window"],
 )
-@pytest.mark.parametrize(("noise", "last"), [(0.0, T), (5.0, 900)])
-def test_the_expected_error_is_the_integral(
-    target: Profile,
-    kink: float,
-    noise: float,
-    last: float,
-) -> None:
+@pytest.mark.parametrize(
+    ("noise", "last"),
+    [
+        (0.0, T),
+        (5.0, 900),
+    ],
+)
+def test_the_expected_error_is_the_integral(target, kink, noise, last):
     """From snapshots at the time of the target, and from earlier ones, which miss the motion since
     then."""
     snapshots = power_functions((250, 500, 800, last))
@@ -127,13 +147,15 @@ def exact_products(profiles: Sequence[PowerFunction], product: Product) -> Exact
     flint.ctx.dps = 60
     rows = []
     for first in profiles:
-        rows.append([product(first, second) for second in profiles])
+        row = [product(first, second) for second in profiles]
+        rows.append(row)
     return np.array(rows)
 
 
 def exact_solution(matrix: Exact, right: Exact) -> Exact:
     n = len(right)
-    left = flint.arb_mat(n, n, matrix.ravel().tolist())
+    entries = matrix.ravel().tolist()
+    left = flint.arb_mat(n, n, entries)
     column = flint.arb_mat(n, 1, right.tolist())
     solution = left.solve(column)
     return np.array(solution.entries())
@@ -153,29 +175,32 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
     y = flint.arb(q.gamma + 1)
     of_p = 1 / flint.arb(p.t) ** x
     of_q = 1 / flint.arb(q.t) ** y
-    powers = ((x, -of_p), (y, -of_q), (x + y, of_p * of_q))
+    powers = (
+        (flint.arb(0), flint.arb(1)),
+        (x, -of_p),
+        (y, -of_q),
+        (x + y, of_p * of_q),
+    )
     last = min(p.t, q.t)
-    segments = pairwise(motion.edges.tolist())
+    edges = [flint.arb(edge) for edge in np.minimum(motion.edges, last).tolist()]
     total = flint.arb(0)
-    for (start, end), v in zip(segments, motion.walk.tolist(), strict=True):
-        a = flint.arb(min(start, last))
-        b = flint.arb(min(end, last))
-        total += v * (b - a)
-        for z, scale in powers:
-            difference = b ** (z + 1) - a ** (z + 1)
-            total += v * scale * difference / (z + 1)
+    for z, scale in powers:
+        exponent = z + 1
+        integrals = [edge**exponent / exponent for edge in edges]
+        for v, (before, after) in zip(motion.walk.tolist(), pairwise(integrals), strict=True):
+            total += v * scale * (after - before)
     return total
 
 
 @pytest.mark.parametrize(
     ("count", "sigma_rels", "rounding"),
-    [(4, (0.05, 0.28), 1e-5), (16, (0.05, 0.10), 1e-12), (32, (0.1,), 1e-12)],
+    [
+        (4, (0.05, 0.28), 1e-5),
+        (16, (0.05, 0.10), 1e-12),
+        (32, (0.1,), 1e-12),
+    ],
 )
-def test_the_minimum_is_that_of_sixty_digits(
-    count: int,
-    sigma_rels: tuple[float, ...],
-    rounding: float,
-) -> None:
+def test_the_minimum_is_that_of_sixty_digits(count, sigma_rels, rounding):
     """The minima agree; coefficients of nearly equal snapshots may differ where the average does
     not.
 
@@ -186,12 +211,15 @@ def test_the_minimum_is_that_of_sixty_digits(
     targets = power_functions(T, (0.02, 0.07, 0.15, 0.27))
     motion = uneven_motion()
     n = len(snapshots)
-    solver = Problem(snapshots, prior_of(snapshots, motion, rounding), T)
+    prior = prior_of(snapshots, motion, rounding)
+    solver = Problem(snapshots, prior, T)
     of_tails = partial(tail_product, motion=motion)
     products = exact_products([*snapshots, *targets], of_tails)
     matrix = products[:n, :n] + rounding * np.eye(n)
     for number, target in enumerate(targets, start=n):
-        check_minimum(solver, target, matrix, products[number, :n], products[number, number])
+        right = products[number, :n]
+        norm = products[number, number]
+        check_minimum(solver, target, matrix, right, norm)
 
 
 def check_minimum(
@@ -233,17 +261,19 @@ def even_times(count: int, last: float = T) -> FloatArray:
 # --- properties of any optimum
 
 
-def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
+def test_copies_between_which_nothing_moved_do_not_cancel():
     """Snapshots at the first update: no motion distinguishes them, and their roundings differ a
     little."""
     snapshots = power_functions((START, 10.0))
-    rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
+    rounding = np.array([1.0e-6, 1.1e-6, 1.0e-6, 1.2e-6])
     norm = np.full(4, 4.0)
     motion = uneven_motion(5.0)
-    prior = Prior(motion, rounding, 1e-9 * rounding, norm, "measured", Steps(STEPS))
+    arithmetic = 1e-9 * rounding
+    prior = Prior(motion, rounding, arithmetic, norm, "measured", Steps(STEPS))
     for t, count in ((START, 2), (10.0, 4)):
+        target = power(0.1, t)
         known = prior.of(range(count))
-        result = reconstruct(snapshots[:count], [power(0.1, t)], prior=known)
+        result = reconstruct(snapshots[:count], [target], prior=known)
         assert np.abs(result.coefficients).sum() < 10
         error = NORM * result.predicted_error[0]
         assert error**2 > 0.4e-6
@@ -255,24 +285,33 @@ def random_problem(seed: int) -> tuple[list[PowerFunction], Prior, PowerFunction
     count = random.integers(1, 11)
     chosen = random.choice(np.arange(4, 1001), count, replace=False)
     times = np.sort(chosen)
-    tracked = [(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)]
-    snapshots = power_functions(times, tracked[seed % 4])
+    snapshots = power_functions(times, TRACKED[seed % 4])
     segments = int(random.integers(1, 6))
     edges = np.linspace(START, 1000, segments + 1)
     walk, noise = 10 ** random.uniform(-4, 1, (2, segments))
     if seed % 3 == 0:
         noise = np.zeros(segments)
+    motion = Motion(edges, walk, noise)
     rounding = 10 ** random.uniform(-10, -2, len(snapshots))
-    prior = prior_of(snapshots, Motion(edges, walk, noise), rounding)
-    target = power(random.uniform(0.02, 0.288), float(times[-1]))
+    prior = prior_of(snapshots, motion, rounding)
+    sigma_rel = random.uniform(0.02, 0.288)
+    target = power(sigma_rel, float(times[-1]))
     return snapshots, prior, target
+
+
+TRACKED = [
+    (0.05,),
+    (0.05, 0.10),
+    (0.05, 0.28),
+    (0.03, 0.10, 0.28),
+]
 
 
 SEEDS = pytest.mark.parametrize("seed", range(24))
 
 
 @SEEDS
-def test_units_of_time_and_of_weights_change_nothing(seed: int) -> None:
+def test_units_of_time_and_of_weights_change_nothing(seed):
     """A walk has the unit of squares per time, noise that of squares times time."""
     snapshots, prior, target = random_problem(seed)
     before = reconstruct(snapshots, [target], prior=prior)
@@ -287,22 +326,22 @@ def test_units_of_time_and_of_weights_change_nothing(seed: int) -> None:
         rounding=prior.rounding * weights,
         norm=prior.norm * weights,
     )
-    slower = [PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target)]
-    after = reconstruct(slower[:-1], slower[-1:], prior=scaled)
+    *stored, wanted = (PowerFunction(p.gamma, p.t * time) for p in (*snapshots, target))
+    after = reconstruct(stored, [wanted], prior=scaled)
     # The floor is eps times the walk, under a root.
-    same = pytest.approx(before.predicted_error, rel=1e-4, abs=1e-7)
-    assert after.predicted_error == same
-    scale = np.abs(before.coefficients).sum()
-    np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
+    assert_allclose(after.predicted_error, before.predicted_error, rtol=1e-4, atol=1e-7)
+    size = np.abs(before.coefficients).sum()
+    assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * size)
 
 
 @SEEDS
-def test_a_target_that_is_stored_exactly_is_its_snapshot(seed: int) -> None:
+def test_a_target_that_is_stored_exactly_is_its_snapshot(seed):
     snapshots, prior, _ = random_problem(seed)
     rounding = prior.rounding.copy()
     rounding[-1] = 0.0
     exact = replace(prior, rounding=rounding, arithmetic=prior.rounding)
-    result = reconstruct(snapshots, snapshots[-1:], prior=exact)
+    newest = snapshots[-1]
+    result = reconstruct(snapshots, [newest], prior=exact)
     *others, last = result.coefficients[:, 0]
     assert last == 1
     assert not any(others)
@@ -310,10 +349,11 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(seed: int) -> None:
 
 
 @SEEDS
-def test_errors_after_losses_are_those_of_solving_without_the_lost(seed: int) -> None:
+def test_errors_after_losses_are_those_of_solving_without_the_lost(seed):
     """For the next loss of each remaining snapshot, after any number of losses."""
     snapshots, prior, target = random_problem(seed)
-    losses = Problem(snapshots, prior, target.t).losses([target])
+    problem = Problem(snapshots, prior, target.t)
+    losses = problem.losses([target])
     count = len(snapshots)
     random = np.random.default_rng(seed)
     left = random.permutation(count).tolist()
@@ -322,15 +362,17 @@ def test_errors_after_losses_are_those_of_solving_without_the_lost(seed: int) ->
         (after,) = losses.squares_without(each)
         lost = left.pop()
         others = [snapshots[index] for index in left]
-        anew = Problem(others, prior.of(left), target.t)
-        error = squared_error(anew, solved(anew, target), target)
-        losses.lose(lost)
+        known = prior.of(left)
+        anew = Problem(others, known, target.t)
+        c = solved(anew, target)
+        error = squared_error(anew, c, target)
         same = pytest.approx(error, rel=1e-3, abs=1e-8)
         assert after[lost] == same
+        losses.lose(lost)
         assert losses.squares[0] == same
 
 
-def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
+def test_the_error_is_relative_to_the_norm_of_the_target():
     """For a walk from a place theta0, E |theta|^2 = |theta0|^2 + integral v tail^2 ds.
 
     All long averages of a long path may be far shorter vectors than a late one.
@@ -339,56 +381,67 @@ def test_the_error_is_relative_to_the_norm_of_the_target() -> None:
     motion = uneven_motion()
     origin = PowerFunction(1e9, START)  # its tail is 0 where anything moves
 
-    def norm(profile: PowerFunction) -> float:
-        return 0.5 + expected_square([profile], np.ones(1), origin, motion)
+    def norm(profile):
+        moved = expected_square([profile], np.ones(1), origin, motion)
+        return 0.5 + moved
 
-    norms = np.array([norm(snapshot) for snapshot in snapshots])
-    prior = replace(prior_of(snapshots, motion, 1e-6), norm=norms)
+    norms = [norm(snapshot) for snapshot in snapshots]
+    prior = prior_of(snapshots, motion, 1e-6)
+    prior = replace(prior, norm=np.array(norms))
     solver = Problem(snapshots, prior, T)
-    for target in power_functions(T, (0.02, 0.05, 0.15, 0.28)):
+    targets = power_functions(T, (0.02, 0.05, 0.15, 0.28))
+    for target in targets:
         c = solved(solver, target)
         goal = solver.goal(target)
         squares = solver.expected_squares(c, goal)
+        relative = solver.relative(squares, c, goal)
         expected = np.sqrt(squares.sum() / norm(target))
-        assert solver.relative(squares, c, goal) == pytest.approx(expected, rel=1e-6)
+        assert relative == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_error_of_a_target_that_may_be_another_one_is_their_distance() -> None:
+def test_the_error_of_a_target_that_may_be_another_one_is_their_distance():
     snapshots = power_functions((500, T))
     target = snapshots[-1]
     other = power(0.2, T)
     motion = uneven_motion()
     prior = prior_of(snapshots, motion)
     result = reconstruct(snapshots, [target], prior=prior, others={0: other})
-    apart = expected_square([target], np.ones(1), other, motion)
+    one = np.ones(1)
+    apart = expected_square([target], one, other, motion)
     expected = np.sqrt(apart) / NORM
     assert result.predicted_error == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize(("arithmetic", "expected"), [(0.0, 0.0), (1.0, np.nan)])
-def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(
-    arithmetic: float,
-    expected: float,
-) -> None:
+@pytest.mark.parametrize(
+    ("arithmetic", "expected"),
+    [
+        (0.0, 0.0),
+        (1.0, np.nan),
+    ],
+)
+def test_the_relative_error_of_weights_that_are_all_0_is_0_or_undefined(arithmetic, expected):
     """It is 0 if no error is expected, and otherwise nan, since the norm is 0."""
     snapshots = power_functions([500.0, T])
+    target = power(0.1, T)
+    still = Motion.even(T, 0.0)
     zeros = np.zeros(4)
-    prior = Prior(Motion.even(T, 0.0), zeros, zeros + arithmetic, zeros, "measured")
-    result = reconstruct(snapshots, [power(0.1, T)], prior=prior)
-    np.testing.assert_equal(result.predicted_error[0], expected)
+    prior = Prior(still, zeros, zeros + arithmetic, zeros, "measured")
+    result = reconstruct(snapshots, [target], prior=prior)
+    assert_equal(result.predicted_error[0], expected)
 
 
-def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
+def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion():
     """The fit is off by factors of ten in some segments; minimum variance alone has 1.09 times the
     published error."""
-    times = np.arange(100.0, T + 1, 100.0)
+    times = even_times(10)
+    edges = np.append(START, times)
     snapshots = power_functions(times)
     random = np.random.default_rng(202)
     walk = 10 ** random.uniform(-1, 0, 10)
     noise = 300 * 10 ** random.uniform(-1, 0, 10)
-    true = Motion(np.append(START, times), walk, noise)
+    true = Motion(edges, walk, noise)
     walk_off, noise_off = 10.0 ** random.choice([-1, 0, 1], (2, 10))
-    fitted = Motion(true.edges, walk * walk_off, noise * noise_off)
+    fitted = Motion(edges, walk * walk_off, noise * noise_off)
     prior = prior_of(snapshots, fitted)
     target = power(0.1, T)
     squares = []
@@ -400,23 +453,21 @@ def test_a_small_gain_is_not_worth_the_risk_of_a_wrong_motion() -> None:
     assert ours < 1.06**2 * paper
 
 
-def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few() -> None:
+def test_the_motion_of_two_profiles_is_trusted_though_snapshots_are_few():
     """Where minimum variance has 0.7 of the published error, its coefficients are taken."""
     snapshots = power_functions((250, 500, 750, T))
-    edges = np.array([START, T])
-    motion = Motion(edges, walk=np.ones(1), noise=np.full(1, 300.0))
+    motion = even_motion(START, T, 300.0)
     prior = prior_of(snapshots, motion, 1e-6)
     target = power(0.15, T)
     ours = reconstruct(snapshots, [target], "minvar", prior)
     paper = reconstruct(snapshots, [target], "paper", prior)
     assert 0.6 < ours.predicted_error / paper.predicted_error < 0.8
-    optimal = solved(Problem(snapshots, prior, T), target)
-    np.testing.assert_allclose(ours.coefficients[:, 0], optimal, rtol=1e-9)
+    problem = Problem(snapshots, prior, T)
+    (c,) = ours.coefficients.T
+    assert_allclose(c, solved(problem, target), rtol=1e-9)
 
 
-def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones() -> (
-    None
-):
+def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_published_ones():
     snapshots = power_functions(even_times(20))
     target = power(0.15, T)
     prior = prior_of(snapshots, uneven_motion(), 1e-6)
@@ -426,25 +477,22 @@ def test_the_worse_motion_explains_distances_the_nearer_coefficients_are_to_publ
         doubted = replace(prior, doubt=doubt)
         result = reconstruct(snapshots, [target], None, doubted)
         difference = result.coefficients - paper
-        apart.append(float(np.abs(difference).sum()))
-    assert apart[0] > apart[1] > 1
-    assert apart[2] == pytest.approx(0.0, abs=1e-12)
+        apart.append(np.abs(difference).sum())
+    own, between, published = apart
+    assert own > between > 1
+    assert published == pytest.approx(0.0, abs=1e-12)
+
+
+ONE = power_functions((100,), (0.05,))
+OF_NEAR_WIDTHS = power_functions((50, 100), (0.1, 0.1 + 1e-14, 0.1000001))
+OF_NEAR_TIMES = power_functions((100, np.nextafter(100, 0)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    "snapshots",
-    [
-        power_functions((100,), (0.05,)),
-        power_functions((50, 100), (0.1, 0.1 + 1e-14, 0.1000001)),
-        power_functions((100, np.nextafter(100, 0))),
-    ],
-)
-def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(
-    snapshots: list[PowerFunction],
-    method: str,
-) -> None:
-    result = reconstruct(snapshots, [power(0.1, 100.0)], method)
+@pytest.mark.parametrize("snapshots", [ONE, OF_NEAR_WIDTHS, OF_NEAR_TIMES])
+def test_coefficients_of_one_snapshot_and_of_nearly_equal_ones_are_finite(snapshots, method):
+    target = power(0.1, 100.0)
+    result = reconstruct(snapshots, [target], method)
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
 
@@ -467,13 +515,18 @@ def product(a: PowerFunction, b: PowerFunction) -> flint.arb:
     s = flint.arb(early.t)
     t = flint.arb(late.t)
     common = (s / t) ** h / t
-    return (g + 1) * (h + 1) / (g + h + 1) * common
+    factor = (g + 1) * (h + 1) / (g + h + 1)
+    return factor * common
 
 
 @pytest.mark.parametrize(
-    ("count", "sigma_rels"), [(8, (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)), (128, (0.07, 0.28))]
+    ("count", "sigma_rels"),
+    [
+        (8, (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)),
+        (128, (0.07, 0.28)),
+    ],
 )
-def test_agrees_with_sixty_digits(count: int, sigma_rels: tuple[float, ...]) -> None:
+def test_agrees_with_sixty_digits(count, sigma_rels):
     snapshots = uniform_snapshots(count)
     targets = power_functions(LAST, sigma_rels)
     ours = reconstruct(snapshots, targets, "paper")
@@ -486,26 +539,33 @@ def test_agrees_with_sixty_digits(count: int, sigma_rels: tuple[float, ...]) -> 
         solution = exact_solution(relative, right)
         best = solution / solution.sum()
         gap = ours.coefficients[:, k] - best
-        assert exact_square(relative, 0 * right, 0, gap) <= 1e-9**2
-        error = max(exact_square(relative, right, 1, best), 0) ** 0.5
+        apart = exact_square(relative, 0 * right, 0, gap)
+        assert apart <= 1e-9**2
+        square = exact_square(relative, right, 1, best)
+        error = max(square, 0) ** 0.5
         assert ours.profile_error[k] == pytest.approx(error, rel=1e-5, abs=1e-7)
 
 
-@pytest.mark.parametrize("target", power_functions((LAST, 1.05 * LAST), (0.15,)))
-def test_the_stated_error_is_the_distance_of_the_profiles(target: PowerFunction) -> None:
+AT_LAST = power(0.15, LAST)
+LATER = power(0.15, 1.05 * LAST)
+
+
+@pytest.mark.parametrize("target", [AT_LAST, LATER])
+def test_the_stated_error_is_the_distance_of_the_profiles(target):
     """The mass of the target after the last snapshot included, which no coefficients reach."""
     snapshots = uniform_snapshots(8)
     result = reconstruct(snapshots, [target], "paper")
     edges = np.array([0.0, target.t])
-    even = Motion(edges, walk=np.zeros(1), noise=np.ones(1))
-    c = result.coefficients[:, 0]
+    one = np.ones(1)
+    even = Motion(edges, walk=0 * one, noise=one)
+    (c,) = result.coefficients.T
     square = expected_square(snapshots, c, target, even, 0.0)
-    norm = expected_square([target], np.zeros(1), target, even, 0.0)
+    norm = expected_square([target], 0 * one, target, even, 0.0)
     distance = (square / norm) ** 0.5
     assert result.profile_error[0] == pytest.approx(distance, rel=1e-6)
 
 
-def test_a_target_with_no_mass_within_reach_is_refused() -> None:
+def test_a_target_with_no_mass_within_reach_is_refused():
     """All of a very short average lies after the last snapshot: all combinations are equally
     far."""
     snapshots = power_functions(1000.0)
@@ -514,7 +574,7 @@ def test_a_target_with_no_mass_within_reach_is_refused() -> None:
         reconstruct(snapshots, late, "paper")
 
 
-def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> None:
+def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density():
     result = reconstruct(power_functions(1000.0), [Point(1000.0)])
     assert result.profile_error[0] == 1.0
     assert np.isfinite(result.predicted_error).all()
@@ -526,14 +586,18 @@ def test_a_target_at_one_time_is_as_far_as_its_own_norm_from_any_density() -> No
 
 def even_prior(count: int, t: float, noise: float = 0.0) -> Prior:
     zeros = np.zeros(count)
-    edges = np.array([1.0, t])
-    motion = Motion(edges, walk=np.ones(1), noise=np.full(1, noise))
-    return Prior(motion, zeros, zeros, zeros + 1, "measured", Steps(STEPS))
+    motion = even_motion(1.0, t, noise)
+    steps = Steps(STEPS)
+    return Prior(motion, zeros, zeros, zeros + 1, "measured", steps)
 
 
-def test_a_known_motion_has_the_exact_expectation() -> None:
+def test_a_known_motion_has_the_exact_expectation():
     """For a walk with noise, by sums over steps."""
-    stored = [Point(500.0), Point(990.0), PowerFunction(5.0, 800.0)]
+    stored = [
+        Point(500.0),
+        Point(990.0),
+        PowerFunction(5.0, 800.0),
+    ]
     for t in (300, 600, 1000):
         stored.append(ema_pytorch_profile(2.0, t, 25))
         stored.append(ema_pytorch_profile(7.0, t, 25))
@@ -541,51 +605,54 @@ def test_a_known_motion_has_the_exact_expectation() -> None:
     target = PowerFunction(9.0, T)
     random = np.random.default_rng(0)
     c = random.dirichlet(np.ones(count))
-    solver = Problem(stored, even_prior(count, T, 15.0), T)
+    prior = even_prior(count, T, 15.0)
+    solver = Problem(stored, prior, T)
+    error = squared_error(solver, c, target)
     steps = np.arange(1001)
     tails = [profile.tail(steps) for profile in stored]
     missed = c @ tails - target.tail(steps)
     of_walk = np.sum(missed[1:] ** 2)
     of_noise = 15.0 * np.sum(np.diff(missed) ** 2)
-    exact = of_walk + of_noise
-    assert squared_error(solver, c, target) == pytest.approx(exact, rel=0.03)
+    assert error == pytest.approx(of_walk + of_noise, rel=0.03)
+
+
+PASSED = np.arange(200) / 200
 
 
 @pytest.mark.parametrize(
-    ("shape", "d"),
+    ("shape", "multipliers"),
     [
-        ("linear", lambda x: 1 - x),
-        ("1-sqrt", lambda x: 1 - np.sqrt(x)),
-        ("cosine", lambda x: (1 + np.cos(np.pi * x)) / 2),
+        ("linear", 1 - PASSED),
+        ("1-sqrt", 1 - np.sqrt(PASSED)),
+        ("cosine", (1 + np.cos(np.pi * PASSED)) / 2),
     ],
 )
-def test_a_decay_of_dense_checkpoints_is_the_closed_form(
-    shape: str,
-    d: Callable[[FloatArray], FloatArray],
-) -> None:
-    """theta(start) + the later increments times d, as a scheduler counts: the first step of the
-    decay has d(0).
+def test_a_decay_of_dense_checkpoints_is_the_closed_form(shape, multipliers):
+    """theta(start) + the later increments times their multipliers, as a scheduler counts: that of
+    the first step of the decay is 1.
 
     By WSM the sums of the later coefficients are the multipliers.
     """
     stored = [Point(float(t)) for t in range(380, 601)]
-    target = Decay(shape, (400, 600)).profile(600, STEPS, 1.0)
+    decay = Decay(shape, (400, 600))
+    target = decay.profile(600, STEPS, 1.0)
     prior = even_prior(len(stored), 600.0)
     result = reconstruct(stored, [target], None, prior, 600.0)
-    backwards = np.cumsum(result.coefficients[::-1, 0])
-    sums = backwards[::-1]
+    (c,) = result.coefficients.T
+    sums = np.cumsum(c[::-1])[::-1]
     assert sums[:21] == pytest.approx(1, abs=1e-9)
-    multipliers = d(np.arange(200) / 200)
     assert sums[21:] == pytest.approx(multipliers, abs=1e-9)
     assert result.predicted_error[0] < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_given_coefficients_are_not_changed(method: str) -> None:
+def test_given_coefficients_are_not_changed(method):
     wanted = np.array([0.5, 0.0, -0.25, 0.75])
     stored = [Point(t) for t in (1000, 2000, 3000, 4000)]
     targets = [power(0.1, 4000), wanted]
-    result = reconstruct(stored, targets, method, even_prior(4, 4000.0), 4000.0)
-    np.testing.assert_array_equal(result.coefficients[:, 1], wanted)
+    prior = even_prior(4, 4000.0)
+    result = reconstruct(stored, targets, method, prior, 4000.0)
+    _, found = result.coefficients.T
+    assert_array_equal(found, wanted)
     assert result.predicted_error[1] == 0
     assert result.profile_error[1] == 0

@@ -24,10 +24,10 @@ def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
     """Return a function that sets the environment of a user of the server at a URL."""
 
     def use(url: str) -> None:
-        environment = {"AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1"}
-        environment |= {"AWS_ACCESS_KEY_ID": "AKIASECRETID", "AWS_SECRET_ACCESS_KEY": "topsecret"}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+        monkeypatch.setenv("AWS_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRETID")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
         monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
         store.open_bucket.cache_clear()
 
@@ -41,7 +41,8 @@ def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> Fault
     _s3_server.answer = lambda _: None
     _s3_server.seen = []
     urllib.request.urlopen(f"{_s3_server.url}/moto-api/reset", b"")
-    urllib.request.urlopen(urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT"))
+    making = urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT")
+    urllib.request.urlopen(making)
     use_server(_s3_server.url)
     return _s3_server
 

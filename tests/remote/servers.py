@@ -5,7 +5,6 @@ It implements as much of S3 as reading a bucket needs, so that each request of a
 fail.
 """
 
-import hashlib
 import json
 import os
 import threading
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 
@@ -59,20 +58,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with self.server.lock:
-            self.server.asked.append(
-                f"{self.command} {self.path} {self.headers.get('range', '')}".strip(),
-            )
+            requested = self.headers.get("range", "")
+            self.server.asked.append(f"{self.command} {self.path} {requested}".strip())
             number = len(self.server.asked)
         if self.server.fault(number, self):
             return
         url = urlsplit(self.path)
         place = unquote(url.path).replace("/resolve/", "/").lstrip("/")  # a path of the Hub
-        query = parse_qs(url.query)
+        query = dict(parse_qsl(url.query))
         path = self.server.folder / place
         if url.path.startswith("/api/models/"):
             self._describe_repository(unquote(url.path).split("/")[3:])
         elif "list-type" in query:
-            self._list(path, query.get("prefix", [""])[0], query.get("delimiter", [""])[0])
+            self._list(path, query.get("prefix", ""), query.get("delimiter", ""))
         elif path.is_file():
             self._send(path)
         else:
@@ -80,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, path: Path) -> None:
         size = path.stat().st_size
-        tag = f'"{hashlib.md5(str(path.stat().st_mtime_ns).encode()).hexdigest()}"'
+        tag = f'"{path.stat().st_mtime_ns:032x}"'
         if self.headers.get("if-match", tag) != tag:
             self.refuse(412, "PreconditionFailed")
             return
@@ -97,29 +95,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if wanted else 200)
         if wanted:
             self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{size}")
-        for name, value in (
-            ("Content-Length", end - begin),
-            ("ETag", tag),
-            ("Accept-Ranges", "bytes"),
-        ):
-            self.send_header(name, str(value))
+        self.send_header("Content-Length", str(end - begin))
+        self.send_header("ETag", tag)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("X-Repo-Commit", self._revision())  # a header of the Hub
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         self.end_headers()
         self.wfile.flush()
         if self.command == "GET":
             self.body(path, begin, end)
 
+    def _revision(self) -> str:
+        _, _, rest = self.path.partition("/resolve/")
+        revision, _, _ = rest.partition("/")
+        return revision
+
     def body(self, path: Path, begin: int, end: int) -> None:
         """Send bytes of a file, half of them if the answer is to be cut."""
         if self.is_cut:
             end = (begin + end) // 2
         with path.open("rb") as file:
-            while begin < end and (
-                count := os.sendfile(self.connection.fileno(), file.fileno(), begin, end - begin)
-            ):
-                begin += count
-                with self.server.lock:
-                    self.server.sent += count
+            sent = self.connection.sendfile(file, begin, end - begin) if end > begin else 0
+        with self.server.lock:
+            self.server.sent += sent
         if self.is_cut:
             self.reset()
 
@@ -127,56 +125,41 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer as the Hub: `org/model` is a folder that holds a folder for each revision, which
         is its own commit."""
         repository = self.server.folder.joinpath(*parts[:2])
-        what, revision, *within = [*parts[2:], "", ""][: max(2, len(parts) - 2)]
+        organization, model, *rest = parts
+        what, revision, *within = rest if len(rest) > 1 else (*rest, "", "")[:2]
         folder = repository.joinpath(revision or "main", *within)
         if what == "refs":
-            names = sorted(path.name for path in repository.iterdir())
-            refs = [
-                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name} for name in names
-            ]
-            facts: Any = {"branches": refs, "tags": [], "converts": []}
+            branches = [_branch(path.name) for path in sorted(repository.iterdir())]
+            facts: Any = {"branches": branches, "tags": [], "converts": []}
         elif not folder.is_dir():
             self.refuse(404, "RevisionNotFound")
             return
         elif what == "tree":
-            facts = [
-                {
-                    "type": "file" if path.is_file() else "directory",
-                    "path": path.relative_to(folder).as_posix(),
-                    "oid": f"{path.stat().st_mtime_ns:040x}",
-                    "size": path.stat().st_size,
-                }
-                for path in sorted(folder.iterdir())
-            ]
+            facts = [_file_of_tree(path) for path in sorted(folder.iterdir())]
         else:
-            facts = {"id": "/".join(parts[:2]), "sha": revision or "main", "siblings": []}
+            facts = {
+                "id": f"{organization}/{model}",
+                "sha": revision or "main",
+                "siblings": [],
+            }
         self.answer(200, json.dumps(facts).encode())
 
     def _list(self, bucket: Path, prefix: str, delimiter: str) -> None:
-        keys = [
-            path.relative_to(bucket).as_posix()
-            for path in sorted(bucket.rglob("*"))
-            if path.is_file()
-        ]
-        keys = [key for key in keys if key.startswith(prefix)]
-        inner = [key for key in keys if delimiter and delimiter in key[len(prefix) :]]
-        folders = sorted(
-            {prefix + key[len(prefix) :].partition(delimiter)[0] + delimiter for key in inner}
-        )
-        text = "".join(
-            f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
-            for folder in folders
-        )
-        for key in (key for key in keys if key not in inner):
-            facts = f"<Size>{(bucket / key).stat().st_size}</Size>"
-            facts += "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            text += (
-                f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
-            )
-        self.answer(
-            200,
-            f"<ListBucketResult><IsTruncated>false</IsTruncated>{text}</ListBucketResult>".encode(),
-        )
+        folders = set()
+        text = ""
+        for path in sorted(bucket.rglob("*")):
+            key = path.relative_to(bucket).as_posix()
+            if not path.is_file() or not key.startswith(prefix):
+                continue
+            within = key[len(prefix) :]
+            if delimiter and delimiter in within:
+                folders.add(prefix + within.partition(delimiter)[0] + delimiter)
+            else:
+                text += _contents_of_listing(key, path.stat().st_size)
+        for folder in sorted(folders):
+            text += f"<CommonPrefixes><Prefix>{escape(folder)}</Prefix></CommonPrefixes>"
+        text = f"<IsTruncated>false</IsTruncated>{text}"
+        self.answer(200, f"<ListBucketResult>{text}</ListBucketResult>".encode())
 
     def refuse(self, status: int, code: str) -> bool:
         self.answer(status, f"<Error><Code>{code}</Code><Message>secret</Message></Error>".encode())
@@ -203,6 +186,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(2)
         return True
+
+
+def _branch(name: str) -> dict[str, str]:
+    return {"name": name, "ref": f"refs/heads/{name}", "targetCommit": name}
+
+
+def _file_of_tree(path: Path) -> dict[str, Any]:
+    return {
+        "type": "file" if path.is_file() else "directory",
+        "path": path.name,
+        "oid": f"{path.stat().st_mtime_ns:040x}",
+        "size": path.stat().st_size,
+    }
+
+
+def _contents_of_listing(key: str, size: int) -> str:
+    facts = f"<Size>{size}</Size><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+    return f"<Contents><Key>{escape(key)}</Key>{facts}<ETag>&quot;x&quot;</ETag></Contents>"
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from ema_command import Ema
@@ -44,7 +43,8 @@ def served(
 ) -> Iterator[Server]:
     """A server that fails on request; each request is retried three times."""
     backoff = {"init_backoff": SHORT, "max_backoff": SHORT, "base": 2}
-    monkeypatch.setattr(store, "RETRIES", store.RETRIES | {"max_retries": 3, "backoff": backoff})
+    monkeypatch.setitem(store.RETRIES, "max_retries", 3)
+    monkeypatch.setitem(store.RETRIES, "backoff", backoff)
     with serving(_folder) as server:
         use_server(server.url)
         yield server
@@ -54,11 +54,33 @@ SHORT = timedelta(milliseconds=5)
 RUN = "s3://bucket/run"
 
 
-def once(number: int, act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
+Act = Callable[[Any], bool]
+"""What a server does with a request: its handler is given, and whether it has answered returned."""
+Fault = Callable[[int, Any], bool]
+"""The same, given the number of the request, too."""
+
+
+def once(number: int, act: Act) -> Fault:
     return lambda asked, handler: asked == number and act(handler)
 
 
-ACTS = (lambda h: h.reset(), lambda h: h.refuse(500, "InternalError"), lambda h: h.cut())
+def reset(handler: Any) -> bool:
+    return handler.reset()
+
+
+def cut(handler: Any) -> bool:
+    return handler.cut()
+
+
+def deny(handler: Any) -> bool:
+    return handler.refuse(403, "AccessDenied")
+
+
+def fail(handler: Any) -> bool:
+    return handler.refuse(500, "InternalError")
+
+
+ACTS = (reset, fail, cut)
 
 
 def requests_of_a_synthesis(server: Server, out: Path) -> int:
@@ -72,15 +94,15 @@ def test_a_connection_that_breaks_at_any_request_of_a_synthesis_changes_nothing(
     tmp_path: Path,
 ) -> None:
     """Every eighth request is tried, in turns by the three ways to break."""
-    count = requests_of_a_synthesis(served, tmp_path / "sound.safetensors")
+    sound = tmp_path / "sound.safetensors"
+    again = tmp_path / "again.safetensors"
+    count = requests_of_a_synthesis(served, sound)
     assert count > 20
     for number in range(1, count + 1, 8):
         served.fault = once(number, ACTS[number % len(ACTS)])
-        requests_of_a_synthesis(served, tmp_path / "again.safetensors")
-        assert (tmp_path / "again.safetensors").read_bytes() == (
-            tmp_path / "sound.safetensors"
-        ).read_bytes()
-        (tmp_path / "again.safetensors").unlink()
+        requests_of_a_synthesis(served, again)
+        assert again.read_bytes() == sound.read_bytes()
+        again.unlink()
 
 
 def test_a_listing_that_is_cut_is_asked_for_again(served: Server) -> None:
@@ -117,39 +139,39 @@ def test_a_wrong_answer_of_a_server_is_an_error(
 ) -> None:
     """Of one that does not compare the tag, or sends less than it says."""
     get = store.get
-    monkeypatch.setattr(
-        store,
-        "get",
-        lambda url, begin, *rest: harm(*get(url, begin, *rest)) if begin else get(url, 0, *rest),
-    )
+
+    def harmed(url: str, begin: int, *rest: Any) -> Answer:
+        answer = get(url, begin, *rest)
+        return harm(*answer) if begin else answer
+
+    monkeypatch.setattr(store, "get", harmed)
     with pytest.raises(RemoteError, match=message):
         Run(RUN).write(0.1, tmp_path / "out.safetensors")
 
 
-def always(status: int, code: str) -> Callable[[int, Any], bool]:
+def always(status: int, code: str) -> Fault:
     """Return a refusal of all requests; the answer to a HEAD has no body to hold the reason."""
-    return lambda _number, handler: bool(handler.refuse(status, code))
+    return lambda _, handler: handler.refuse(status, code)
 
 
-def listing(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
-    return lambda _number, handler: "list-type" in handler.path and act(handler)
+def listing(act: Act) -> Fault:
+    return lambda _, handler: "list-type" in handler.path and act(handler)
 
 
-def bodies(act: Callable[[Any], bool]) -> Callable[[int, Any], bool]:
-    return lambda _number, handler: (
-        ".safetensors" in handler.path and handler.command == "GET" and act(handler)
-    )
+def bodies(act: Act) -> Fault:
+    def fault(_: int, handler: Any) -> bool:
+        is_body = ".safetensors" in handler.path and handler.command == "GET"
+        return is_body and act(handler)
+
+    return fault
 
 
 def stall(handler: Any) -> bool:
     """Send the beginning of an answer only."""
     handler.send_response(206)
-    for name, value in (
-        ("Content-Range", "bytes 0-99/100"),
-        ("Content-Length", "100"),
-        ("ETag", '"x"'),
-    ):
-        handler.send_header(name, value)
+    handler.send_header("Content-Range", "bytes 0-99/100")
+    handler.send_header("Content-Length", "100")
+    handler.send_header("ETag", '"x"')
     handler.send_header("Last-Modified", handler.date_time_string())
     handler.end_headers()
     handler.wfile.write(b"12345")
@@ -162,19 +184,16 @@ READ = f"{RUN}: cannot be read: "
 LOST = "cannot be read: the connection was lost, or the answer is incomplete"
 FAULTS = {
     "500s": (always(500, "InternalError"), READ + "the server answers 500"),
-    "resets": (bodies(lambda h: h.reset()), LOST),
-    "short answers": (bodies(lambda h: h.cut()), LOST),
+    "resets": (bodies(reset), LOST),
+    "short answers": (bodies(cut), LOST),
     "no bucket": (always(404, "NoSuchBucket"), READ + "there is no such bucket"),
     "expired": (
         always(400, "ExpiredToken"),
         READ + "the credentials are missing, expired or not accepted",
     ),
-    "short listings": (listing(lambda h: h.cut()), LIST + "the answer is incomplete"),
-    "not to list": (listing(lambda h: h.refuse(403, "AccessDenied")), LIST + "access is denied"),
-    "not to read": (
-        bodies(lambda h: h.refuse(403, "AccessDenied")),
-        "safetensors: cannot be read: access is denied",
-    ),
+    "short listings": (listing(cut), LIST + "the answer is incomplete"),
+    "not to list": (listing(deny), LIST + "access is denied"),
+    "not to read": (bodies(deny), "safetensors: cannot be read: access is denied"),
     "slow bodies": (bodies(stall), "safetensors: cannot be read: no answer of the server"),
     "too many": (always(503, "SlowDown"), READ + "the server answers 503 SlowDown"),
 }
@@ -196,29 +215,31 @@ def test_a_lasting_failure_is_one_line(
     assert done.code in (1, 2)
     assert wanted in done.error
     assert not list(tmp_path.iterdir())
-    assert (
-        "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
-        and "AKIA" not in done.err + caplog.text
-    )
+    assert "ecret" not in done.err.lower().replace("aws_secret_access_key", "")
+    assert "AKIA" not in done.err + caplog.text
 
 
 def test_a_failure_while_an_archive_is_opened_is_no_damage(served: Server, ema: Ema) -> None:
     place = served.folder / "bucket/archive/step1.pt"
     place.parent.mkdir()
     torch.save({"w": torch.ones(200_000)}, place)  # its end is not in the first request
-    served.fault = lambda _, h: (
-        not h.headers.get("range", "bytes=0-").startswith("bytes=0-") and h.refuse(500, "Oops")
-    )
+
+    def fault(_: int, handler: Any) -> bool:
+        is_first = handler.headers.get("range", "bytes=0-").startswith("bytes=0-")
+        return not is_first and fail(handler)
+
+    served.fault = fault
     error = ema("info", "s3://bucket/archive/step1.pt").error
-    assert error.endswith("step1.pt: cannot be read: the server answers 500 Oops")
+    assert error.endswith("step1.pt: cannot be read: the server answers 500 InternalError")
 
 
 def test_with_permission_to_read_and_not_to_list_a_file_is_read(served: Server, ema: Ema) -> None:
     """Such a store gives the same answer for a missing object as for a forbidden one."""
 
-    def fault(_number: int, handler: Any) -> bool:
-        exists = (served.folder / handler.path.lstrip("/").partition("?")[0]).is_file()
-        return not exists and bool(handler.refuse(403, "AccessDenied"))
+    def fault(_: int, handler: Any) -> bool:
+        place, _, _ = handler.path.lstrip("/").partition("?")
+        exists = (served.folder / place).is_file()
+        return not exists and deny(handler)
 
     served.fault = fault
     file = f"{RUN}/0000000000000006-0.05.safetensors"
@@ -254,11 +275,10 @@ STEPS = (1000, 3000, 512000)
 @pytest.fixture
 def repository(tmp_path: Path) -> Iterator[Server]:
     """A server of a repository with one checkpoint in each revision."""
-    rng = np.random.default_rng(0)
     for step in STEPS:
         folder = tmp_path / f"served/org/model-160m/step{step}"
         folder.mkdir(parents=True)
-        weights = {"w": torch.from_numpy(rng.normal(size=(300, 400)).astype(np.float32))}
+        weights = {"w": torch.randn(300, 400)}
         torch.save(weights, folder / "pytorch_model.bin")
         save_file(weights, folder / "model.safetensors")
     (tmp_path / "served/org/model-160m/main").mkdir()
@@ -266,51 +286,86 @@ def repository(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_revisions_of_a_repository_are_checkpoints_of_a_run(
-    repository: Server,
-    tmp_path: Path,
-) -> None:
-    home = {
-        "HF_ENDPOINT": repository.url,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_TOKEN": "hf_topsecret",
-    }
-    place = "hf://org/model-160m@step*"
-    out = tmp_path / "mean.safetensors"
+REVISIONS = "hf://org/model-160m@step*"
 
-    def ema(*arguments: object) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+@pytest.fixture
+def ema_of_hub(repository: Server, tmp_path: Path) -> Callable[..., Done]:
+    """Return a function that runs `ema` with the repository's server in place of the Hub."""
+
+    def ema(*arguments: object, home: Path = tmp_path / "home") -> Done:
+        settings = {
+            "HF_ENDPOINT": repository.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_topsecret",
+        }
         command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
         return subprocess.run(
             command,
-            env=os.environ | home,
+            env=os.environ | settings,
             capture_output=True,
             text=True,
             check=False,
         )
 
-    shown = ema("info", place, "--json")
+    return ema
+
+
+def test_revisions_of_a_repository_are_checkpoints_of_a_run(
+    repository: Server,
+    tmp_path: Path,
+    ema_of_hub: Callable[..., Done],
+) -> None:
+    out = tmp_path / "mean.safetensors"
+    shown = ema_of_hub("info", REVISIONS, "--json")
     assert shown.returncode == 0, shown.stderr
     info = json.loads(shown.stdout)
     assert [checkpoint["t"] for checkpoint in info["checkpoints"]] == list(STEPS)
-    done = ema("synthesize", place, "--target", "last:2", "--out", out)
+    done = ema_of_hub("synthesize", REVISIONS, "--target", "last:2", "--out", out)
     assert done.returncode == 0, done.stderr
-    last = [
-        load_file(tmp_path / f"served/org/model-160m/step{step}/model.safetensors")["w"]
-        for step in STEPS[-2:]
-    ]
-    np.testing.assert_allclose(
-        load_file(out)["w"],
-        torch.stack(last).double().mean(0),
-        rtol=3e-7,
-        atol=1e-8,
-    )
-    sent = sum(path.stat().st_size for path in (tmp_path / "served").rglob("model.safetensors"))
-    assert repository.sent < 4 * sent and not any((tmp_path / "home").rglob("*.safetensors"))
-    refused = ema("info", "hf://org/model-160m@none")
-    assert (
-        refused.returncode == 2
-        and "no such" in refused.stderr
-        and len(refused.stderr.splitlines()) == 1
-    )
+    stored = sorted((tmp_path / "served").rglob("model.safetensors"))
+    _, *last = stored
+    one, other = (load_file(path)["w"].double() for path in last)
+    found = load_file(out)["w"].double()
+    torch.testing.assert_close(found, (one + other) / 2, rtol=3e-7, atol=1e-8)
+    once = sum(path.stat().st_size for path in stored)
+    assert repository.sent == once  # by both commands, since copies are kept
+
+
+def test_a_revision_that_a_repository_lacks_is_an_error_of_one_line(
+    repository: Server,
+    ema_of_hub: Callable[..., Done],
+) -> None:
+    refused = ema_of_hub("info", "hf://org/model-160m@none")
+    assert refused.returncode == 2
+    assert "no such" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
     assert "topsecret" not in refused.stderr
     assert repr(Run("hf://org/model-160m@step1")).startswith("Run('hf://org/model-160m@step1': ")
+
+
+def test_a_download_from_the_hub_that_is_refused_says_why(
+    repository: Server,
+    ema_of_hub: Callable[..., Done],
+) -> None:
+    def refuse(_number: int, handler: Any) -> bool:
+        return "/resolve/" in handler.path and handler.refuse(403, "AccessDenied")
+
+    repository.fault = refuse
+    done = ema_of_hub("info", REVISIONS)
+    assert done.returncode == 1
+    assert "model.safetensors: cannot be downloaded: access is denied" in done.stderr
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_named(
+    ema_of_hub: Callable[..., Done],
+    tmp_path: Path,
+) -> None:
+    home = tmp_path / "file"
+    home.touch()
+    done = ema_of_hub("info", REVISIONS, home=home)
+    assert done.returncode == 1
+    assert f"cannot be written to {home}/hub: not a directory" in done.stderr
+    assert "HF_HOME names another folder" in done.stderr

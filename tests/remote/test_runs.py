@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import assert_same_tensors
 from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
 from remote.objects import upload
@@ -26,13 +27,12 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "run", folder / "parted")
     for path in sorted((folder / "parted").iterdir()):
         split_snapshot(path)
+    (folder / "pickles").mkdir()
     for step in STEPS:
-        weights = {
-            name: torch.tensor(value, dtype=torch.float32) for name, value in walk[step - 1].items()
-        }
+        values = walk[step - 1]
+        weights = {name: torch.tensor(value).float() for name, value in values.items()}
         (folder / f"folders/checkpoint-{step}").mkdir(parents=True)
         save_file(weights, folder / f"folders/checkpoint-{step}/model.safetensors")
-        (folder / "pickles").mkdir(exist_ok=True)
         torch.save({"state_dict": weights, "global_step": step}, folder / f"pickles/step{step}.pt")
     return folder
 
@@ -56,54 +56,41 @@ def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
         wanted = local.average(target)
         found = remote.average(target)
         assert found.predicted_error == wanted.predicted_error
-        assert (
-            all(torch.equal(found[key], wanted[key]) for key in wanted)
-            and found.keys() == wanted.keys()
-        )
-    facts = [run.info() | {"path": "", "bytes": 0} for run in (local, remote)]
-    assert json.dumps(facts[1], default=str).replace(bucket, str(made)) == json.dumps(
-        facts[0],
-        default=str,
-    )
+        assert_same_tensors(found, wanted)
+    assert facts_of(remote).replace(bucket, str(made)) == facts_of(local)
 
 
-@pytest.mark.parametrize(
-    "place", ["folders", "folders/checkpoint-*", "pickles", "pickles/step*.pt"]
-)
+def facts_of(run: Run) -> str:
+    facts = run.info() | {"path": "", "bytes": 0}
+    return json.dumps(facts, default=str)
+
+
+PLACES = ["folders", "folders/checkpoint-*", "pickles", "pickles/step*.pt"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: str) -> None:
     found = Run(f"{bucket}/{place}").average("last:3")
-    weights = [
-        load_file(made / f"folders/checkpoint-{step}/model.safetensors") for step in STEPS[-3:]
-    ]
+    _, *last = sorted((made / "folders").rglob("*.safetensors"))
+    weights = [load_file(path) for path in last]
     for name, value in found.items():
-        mean = torch.stack([each[name].double() for each in weights]).mean(0)
+        mean = sum(each[name].double() for each in weights) / 3
         torch.testing.assert_close(value.double(), mean, rtol=3e-7, atol=1e-7)
 
 
 def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: Path) -> None:
     run = f"{bucket}/run"
+    file = f"{run}/0000000000000040-0.05.safetensors"
     out = tmp_path / "out.safetensors"
+    other = tmp_path / "other.safetensors"
+    synthesis = ["synthesize", run, "--sigma-rel", "0.1", "--out", out]
     assert ema("info", run, "--json").json["path"] == run
     assert ema("error-plot", run, "--out", tmp_path / "error.png").code == 0
-    assert (
-        "would read " in ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--dry-run").out
-    )
-    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out).code == 0
-    for path in (run, f"{run}/0000000000000040-0.05.safetensors", f"{bucket}/parted"):
+    assert "would read " in ema(*synthesis, "--dry-run").out
+    assert ema(*synthesis).code == 0
+    for path in (run, file, f"{bucket}/parted"):
         assert "all intact" in ema("verify", path).out
-    assert (
-        ema("export", f"{run}/0000000000000040-0.05.safetensors", "--out", tmp_path / "one.pt").code
-        == 0
-    )
+    assert ema("export", file, "--out", tmp_path / "one.pt").code == 0
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
-    assert (
-        ema(
-            "synthesize",
-            f"{bucket}/folders",
-            "--out",
-            tmp_path / "with.safetensors",
-            "--sigma-rel",
-            "0.1",
-        ).code
-        == 0
-    )
+    done = ema("synthesize", f"{bucket}/folders", "--sigma-rel", "0.1", "--out", other)
+    assert done.code == 0

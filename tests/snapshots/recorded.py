@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from factories import write_snapshot
 from safetensors.torch import load_file
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run, export_file, files
 from posthoc_cli.errors import FileFormatError
@@ -23,19 +24,16 @@ class Walk:
 
     def __init__(self, dtype: torch.dtype = torch.float32, scale: float = 0.1) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20)).to(
-            dtype
-        )
+        layers = nn.Linear(30, 20), nn.BatchNorm1d(20)
+        self.model = nn.Sequential(*layers).to(dtype)
         self.scale = scale
         self.generator = torch.Generator().manual_seed(1)
 
     def train(self, tracker: PostHocEMA, steps: int) -> None:
         for _ in range(steps):
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    parameter.add_(
-                        self.scale * torch.randn(parameter.shape, generator=self.generator),
-                    )
+            for parameter in self.model.parameters():
+                change = torch.randn(parameter.shape, generator=self.generator)
+                parameter.data += self.scale * change
             tracker.update_(self.model)
 
 
@@ -68,9 +66,12 @@ def failing(
     returns True."""
     original = getattr(files.system, operation)
 
+    if isinstance(error, int):
+        error = OSError(error, os.strerror(error))
+
     def call(*arguments: object) -> object:
         if when(*arguments):
-            raise OSError(error, os.strerror(error)) if isinstance(error, int) else error
+            raise error
         return original(*arguments)
 
     setattr(files.system, operation, call)
@@ -88,7 +89,10 @@ def call_number(number: int) -> Callable[..., bool]:
 
 # --- small files
 
-SMALL = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+SMALL = {
+    "a": torch.tensor([1.0, -2.5]),
+    "b": torch.tensor([7], dtype=torch.int16),
+}
 
 Content = dict[str, object]
 
@@ -117,12 +121,8 @@ def used(source: Path, out: Path) -> Content:
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
-    sketch = Sketch(
-        np.array([1.0, 5.0, 10.0]),
-        np.ones(2),
-        np.array([[0.0, 0.0], [0.5, 0.25]]),
-        np.zeros(2),
-    )
+    means = np.array([[0.0, 0.0], [0.5, 0.25]])
+    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), means, np.zeros(2))
     return write_snapshot(
         folder / "run",
         10,

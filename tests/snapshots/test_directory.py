@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from checking import refused
 from factories import (
@@ -22,6 +21,7 @@ from factories import (
     write_run,
     write_snapshot,
 )
+from safetensors.torch import load_file, save_file
 from snapshots.recorded import Walk
 
 from posthoc_cli import PostHocEMA, Run, export_file, files
@@ -40,15 +40,9 @@ from posthoc_cli.snapshots.verify import verify
 W = {"w": torch.ones(2, 3)}
 
 
-def write_times(
-    directory: Path,
-    times: list[float],
-    sigma_rels: tuple[float, ...] = (0.05,),
-) -> None:
+def write_times(directory: Path, *times: float, sigma_rel: float = 0.05, value: float = 1) -> None:
     for t in times:
-        for sigma_rel in sigma_rels:
-            values = {"w": torch.full((2, 3), float(t))}
-            write_snapshot(directory, t, sigma_rel, RUN_ID, values)
+        write_snapshot(directory, t, sigma_rel, RUN_ID, {"w": value * W["w"]})
 
 
 def times_in(directory: Path) -> list[float]:
@@ -59,13 +53,23 @@ def times_in(directory: Path) -> list[float]:
 
 
 def test_snapshots_are_ordered_by_time_then_sigma_rel_whatever_their_names(tmp_path: Path) -> None:
-    for name, t, sigma_rel in (("a", 30, 0.05), ("b", 20, 0.28), ("c", 20, 0.05), ("d", 100, 0.05)):
+    for name, t, sigma_rel in (
+        ("a", 30, 0.05),
+        ("b", 20, 0.28),
+        ("c", 20, 0.05),
+        ("d", 100, 0.05),
+    ):
         write_snapshot(tmp_path, t, sigma_rel, RUN_ID, W, name=f"{name}.safetensors")
-    assert [s.path.stem for s in read_directory(tmp_path)] == ["c", "b", "a", "d"]
+    assert names_in(tmp_path) == ["c", "b", "a", "d"]
     for name in "ac":  # any snapshot can be moved or deleted
-        (tmp_path / f"{name}.safetensors").rename(tmp_path / f"0{name}.safetensors")
+        path = tmp_path / f"{name}.safetensors"
+        path.rename(path.with_stem(f"0{name}"))
     (tmp_path / "b.safetensors").unlink()
-    assert [s.path.stem for s in read_directory(tmp_path)] == ["0c", "0a", "d"]
+    assert names_in(tmp_path) == ["0c", "0a", "d"]
+
+
+def names_in(directory: Path) -> list[str]:
+    return [snapshot.path.stem for snapshot in read_directory(directory)]
 
 
 def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alone(
@@ -73,13 +77,13 @@ def test_outputs_temporary_hidden_and_other_files_next_to_snapshots_are_left_alo
     small: Callable[[str], Path],
 ) -> None:
     small("output")
-    safetensors.torch.save_file(W, tmp_path / "foreign.safetensors")
+    save_file(W, tmp_path / "foreign.safetensors")
     for name in (".ema-0123.tmp", ".ema.lock", "._x.safetensors", "notes.txt", "old.pt"):
         (tmp_path / name).write_bytes(b"junk")
     (tmp_path / "superseded").mkdir()
     (tmp_path / "superseded" / "x.safetensors").write_bytes(b"junk")
     before = contents(tmp_path)
-    write_times(tmp_path, [10, 20, 30])
+    write_times(tmp_path, 10, 20, 30)
     thin(read_directory(tmp_path), 1)
     assert times_in(tmp_path) == [30]
     assert contents(tmp_path).items() > before.items()
@@ -107,7 +111,7 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     message: str,
     last: bool,
 ) -> None:
-    write_times(tmp_path, [20, 30])
+    write_times(tmp_path, 20, 30)
     t = 40 if last else 10
     options = {"run_id": RUN_ID, "values": values, **fields}
     odd = write_snapshot(tmp_path, t, 0.05, **options)
@@ -134,7 +138,7 @@ def test_profiles_and_stored_dtypes_may_change_within_a_run(
 ) -> None:
     """A run may be resumed without a deleted profile, and a value too large for float16 is stored
     in float32."""
-    write_times(tmp_path, [20, 30])
+    write_times(tmp_path, 20, 30)
     options = {"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields}
     write_snapshot(tmp_path, 40, **options)
     assert times_in(tmp_path) == [20, 30, 40]
@@ -144,8 +148,9 @@ def test_profiles_and_stored_dtypes_may_change_within_a_run(
 
 
 def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None:
-    write_times(tmp_path, [10, 20], (0.05, 0.28))
-    write_times(tmp_path, [5, 30])  # at earlier times thinning keeps different profiles
+    write_times(tmp_path, 10, 20)
+    write_times(tmp_path, 10, 20, sigma_rel=0.28)
+    write_times(tmp_path, 5, 30)  # at earlier times thinning keeps different profiles
     write_snapshot(tmp_path, 15, 0.05, OTHER_RUN_ID, W, name="foreign.safetensors")
     first = snapshot_path(tmp_path, 10, 0.05)
     double = shutil.copy(first, tmp_path / "double.safetensors")
@@ -154,12 +159,14 @@ def test_an_inspection_lists_every_problem_and_continues(tmp_path: Path) -> None
     (tmp_path / "superseded").mkdir()
     (tmp_path / "superseded" / "x.safetensors").touch()
     found = inspect_directory(tmp_path)
-    assert (len(found.snapshots), len(found.problems)) == (8, 3)
+    assert len(found.snapshots) == 8
+    assert len(found.problems) == 3
     damaged, both, other = map(str, found.problems)
     assert "damaged.safetensors: truncated" in damaged
     assert "differ in 'run_id'" in other
     assert both == f"{first} and {double}: both hold sigma_rel 0.05 at t = 10; remove one"
-    assert (found.leftovers, found.superseded) == ([tmp_path / ".ema-0123.tmp"], 1)
+    assert found.leftovers == [tmp_path / ".ema-0123.tmp"]
+    assert found.superseded == 1
     assert found.notes == ["t = 30, the newest: no snapshot of sigma_rel 0.28"]
 
 
@@ -193,28 +200,21 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     assert sum(40 <= s.t <= 80 for s in left) >= 3
 
 
-def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
-    for name, t in (("z", 10), ("y", 20), ("x", 30)):
-        path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
-        os.utime(path, (1e9 - t, 1e9 - t))
-    assert len(thin(read_directory(tmp_path), 3)) == len(times_in(tmp_path)) == 3
-    thin(read_directory(tmp_path), 1)
-    assert times_in(tmp_path) == [30]
-
-
 def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path: Path) -> None:
     superseded = tmp_path / "superseded"
     assert set_aside([]) == []
     assert not superseded.exists()
-    write_times(tmp_path, [10])
+    write_times(tmp_path, 10)
     for attempt, again in enumerate(("", ".1", ".2")):
-        values = {"w": torch.full((2, 3), float(attempt))}
-        for t in (20, 30):
-            write_snapshot(tmp_path, t, 0.05, RUN_ID, values)
-        names = [path.name for path in set_aside(later_than_10(tmp_path))]
-        assert names == [f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)]
-    found = [safetensors.torch.load_file(path)["w"][0, 0] for path in superseded.iterdir()]
-    assert sorted(found) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
+        write_times(tmp_path, 20, 30, value=attempt)
+        moved = set_aside(later_than_10(tmp_path))
+        assert [path.name for path in moved] == [
+            f"0000000000000020-0.05{again}.safetensors",
+            f"0000000000000030-0.05{again}.safetensors",
+        ]
+        for path in moved:
+            assert load_file(path)["w"][0, 0] == attempt
+    assert len([*superseded.iterdir()]) == 6
     assert times_in(tmp_path) == [10]
 
 
@@ -226,7 +226,7 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_times(tmp_path, [10, 20])
+    write_times(tmp_path, 10, 20)
     synced = list[Path]()
     monkeypatch.setattr(files.system, "fsync_directory", synced.append)
     set_aside(read_directory(tmp_path))
@@ -235,7 +235,7 @@ def test_what_is_set_aside_has_its_new_name_on_the_disk_before_it_loses_the_old_
 
 def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_times(run, [10, 20])
+    write_times(run, 10, 20)
     superseded = run / "superseded"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -302,7 +302,8 @@ def test_the_next_writer_removes_leftovers_that_no_longer_change(
     assert len(verify(run).leftovers) == 7
     writer(run)
     assert {*verify(run).leftovers} == {young, ahead, growing}
-    assert not any(map(os.path.lexists, (old, link, empty, still)))
+    for path in (old, link, empty, still):
+        assert not os.path.lexists(path)
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
 
@@ -337,7 +338,8 @@ def test_nothing_in_another_directory_is_moved_or_deleted(run: Path, tmp_path: P
     (run / "linked").symlink_to(shards)
     (run / "0000000000000070-0.1").symlink_to(other)  # named as a snapshot
     found = verify(run)
-    assert (found.leftovers, found.superseded) == ((), 0)
+    assert found.leftovers == ()
+    assert found.superseded == 0
     (run / "0000000000000070-0.1").unlink()
     pruned(run)
     assert (contents(other), contents(shards)) == before

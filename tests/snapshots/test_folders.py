@@ -4,7 +4,7 @@ one."""
 import itertools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from posthoc_cli.snapshots.directory import (
     set_aside,
     thin,
 )
+from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.tensorfile import Box, cover_problem
 from posthoc_cli.snapshots.verify import verify
 
@@ -80,9 +81,10 @@ def test_all_results_from_parts_equal_those_from_single_files(
         other = split.average(target)
         assert_same_tensors(other, average)
         assert other.predicted_error == average.predicted_error is not None
-    split_curve = split.error_curve()
-    assert np.array_equal(split_curve.predicted_error, expected.error_curve().predicted_error)
-    assert [s.measurements for s in split.snapshots] == [s.measurements for s in expected.snapshots]
+    for part, whole in zip(split.snapshots, expected.snapshots, strict=True):
+        assert part.measurements == whole.measurements
+    curve = split.error_curve()
+    assert np.array_equal(curve.predicted_error, expected.error_curve().predicted_error)
     assert pruned(split) == pruned(expected)
     report = split.check()
     assert report.is_fine, report
@@ -100,18 +102,19 @@ def pruned(run: Run) -> list[tuple[float, float]]:
 def test_chunks_of_several_dtypes_are_read_as_the_widest(tmp_path: Path) -> None:
     narrow = torch.randn(3, 4).half()
     wide = 1e6 * torch.randn(2, 4)
-    values = {"w": torch.cat([narrow.float(), wide])}
-    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values), 2)
-    first = parts_of(folder)[0]
+    values = torch.cat([narrow.float(), wide])
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": values})
+    first = parts_of(split_snapshot(path, 2))[0]
     assert load_file(first)["w"].shape == (3, 4)
-    rewrite_snapshot(first, lambda held: held.update(w=held["w"].half()))
+    rewrite_snapshot(first, lambda held: held.update(w=narrow))
     (snapshot,) = read_directory(tmp_path)
     assert snapshot.entries["w"].dtype == "F32"
-    assert torch.equal(snapshot.tensor("w"), values["w"])
-    assert torch.equal(snapshot.tensor("w", Box((2, 0), (2, 4))), values["w"][2:4])
+    assert torch.equal(snapshot.tensor("w"), values)
+    rows = Box((2, 0), (2, 4))
+    assert torch.equal(snapshot.tensor("w", rows), values[2:4])
     room = memoryview(bytearray(80))
     snapshot.read_many(["w"], room)
-    assert room.tobytes() == values["w"].numpy().tobytes()
+    assert room.tobytes() == values.numpy().tobytes()
 
 
 def test_measurements_that_a_part_lacks_are_unknown(run: Path) -> None:
@@ -129,7 +132,8 @@ def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
     count = len(read_directory(run))
     parts_of(folder)[1].unlink()
     found = inspect_directory(run)
-    assert (len(found.snapshots), found.problems) == (count - 1, [])
+    assert len(found.snapshots) == count - 1
+    assert found.problems == []
     assert found.incomplete == {folder: "3 of 4 parts"}
     checked = verify(run)
     assert checked.is_fine
@@ -193,7 +197,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("harm", "message"), FAULTS, ids=[message for _, message in FAULTS])
+@pytest.mark.parametrize(("harm", "message"), FAULTS)
 def test_parts_that_do_not_belong_together_are_named(
     run: Path,
     harm: Callable[[Path], None],
@@ -203,14 +207,17 @@ def test_parts_that_do_not_belong_together_are_named(
     folder = split_snapshot(snapshot_files(run)[-1], 4)
     bad = parts_of(folder)[1]
     harm(bad)
+    named = folder if "its chunks " in message else bad
     with pytest.raises((FileFormatError, MismatchError), match=message) as raised:
         find_snapshots(run)
-    assert (bad.parent if "its chunks " in message else bad).name in str(raised.value)
+    assert named.name in str(raised.value)
     assert str(folder) in str(raised.value)
     found = verify(run)
     assert not found.is_fine
-    assert all(folder in path.parents for path in found.broken)
-    assert all(folder.name in problem for problem in found.problems)
+    for path in found.broken:
+        assert folder in path.parents
+    for problem in found.problems:
+        assert folder.name in problem
     shutil.move(folder, run.parent)
     assert len(read_directory(run)) == count - 1
 
@@ -220,7 +227,8 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
     unsplit: Path,
 ) -> None:
     folder = split_snapshot(snapshot_files(run)[-1], 4)
-    first, second = parts_of(split_snapshot(snapshot_files(unsplit)[-1], 2))
+    other = split_snapshot(snapshot_files(unsplit)[-1], 2)
+    first, second = parts_of(other)
     shutil.copy(first, folder)
     assert len(read_directory(run)[-1].files) == 4
     shutil.copy(second, folder)
@@ -239,12 +247,17 @@ def test_parts_of_another_attempt_neither_complete_a_snapshot_nor_hide_one(
 def test_pruning_and_thinning_delete_folders(run: Path) -> None:
     split_all(run, "mixed")
     done = Run(run).prune(keep=3)
-    assert not any(os.path.lexists(snapshot.path) for snapshot in done.to_delete)
+    for snapshot in done.to_delete:
+        assert not os.path.lexists(snapshot.path)
     stored = read_directory(run)
-    assert [s.path for s in stored] == [s.path for s in done.kept]
+    assert paths(stored) == paths(done.kept)
     left = thin(stored, 2)
-    assert [s.path for s in read_directory(run)] == [s.path for s in left]
+    assert paths(read_directory(run)) == paths(left)
     assert len(left) < len(stored)
+
+
+def paths(snapshots: Sequence[Snapshot]) -> list[Path]:
+    return [snapshot.path for snapshot in snapshots]
 
 
 def test_folders_are_set_aside_and_not_overwritten(run: Path) -> None:
@@ -270,10 +283,10 @@ def test_the_next_training_removes_incomplete_snapshots(
     run: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first, second, *others = [split_snapshot(path, 4) for path in snapshot_files(run)[:3]]
+    first, second, third = (split_snapshot(path, 4) for path in snapshot_files(run)[:3])
     for folder in (first, second):
         parts_of(folder)[0].unlink()
-    leftover = others[0] / ".ema-1.tmp"
+    leftover = third / ".ema-1.tmp"
     leftover.write_text("half")
     os.utime(leftover, (0, 0))
     walk = Walk()
@@ -290,7 +303,15 @@ def test_the_next_training_removes_incomplete_snapshots(
 
 # --- chunks of tensors: boxes assembled from any chunks equal NumPy's own indexing
 
-SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
+SHAPES = [
+    (),
+    (1,),
+    (7,),
+    (5, 3),
+    (4, 1, 6),
+    (3, 4, 2, 2),
+    (0, 3),
+]
 
 
 def cut_randomly(rng: np.random.Generator, shape: tuple[int, ...]) -> list[Box]:
@@ -318,9 +339,10 @@ def test_any_box_is_assembled_from_any_chunks(tmp_path: Path, seed: int) -> None
     grids = {}
     for shape in SHAPES:
         name = str(shape)
-        tensors[name] = torch.from_numpy(np.asarray(rng.integers(0, 2**62, shape)))
+        tensors[name] = torch.randint(2**62, shape)
         grids[name] = tuple(rng.integers(1, 4, len(shape)).tolist())
-    split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors), 81, grids)
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, tensors)
+    split_snapshot(path, 81, grids)
     (source,) = read_directory(tmp_path)
     for name, tensor in tensors.items():
         for box in cut_randomly(rng, tuple(tensor.shape)):
@@ -344,15 +366,26 @@ def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...]) -> None:
             assert cover_problem(shape, [*boxes, box])
 
 
+def of_row(begin: int, end: int) -> Box:
+    return Box((begin,), (end - begin,))
+
+
+SQUARES = [
+    Box((0, 0), (2, 2)),
+    Box((2, 2), (2, 2)),
+]
+"""Two of the four quarters of a square of 4 by 4."""
+
+
 @pytest.mark.parametrize(
     ("shape", "boxes"),
     [
         ((0, 3), []),
-        ((4,), [Box((0,), (3,)), Box((2,), (2,))]),
-        ((4,), [Box((0,), (2,)), Box((3,), (1,))]),
-        ((4,), [Box((0,), (5,))]),
-        ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]),
-        ((4, 4), [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))] * 2),
+        ((4,), [of_row(0, 3), of_row(2, 4)]),
+        ((4,), [of_row(0, 2), of_row(3, 4)]),
+        ((4,), [of_row(0, 5)]),
+        ((4, 4), SQUARES),
+        ((4, 4), SQUARES + SQUARES),
     ],
 )
 def test_chunks_that_do_not_cover_a_tensor_once_are_refused(

@@ -5,12 +5,12 @@ Each value of a header is checked against its annotation.
 
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checking import refused
 from factories import forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,17 +24,21 @@ from posthoc_cli.snapshots.tensorfile import read_file
 Small = Callable[[str], Path]
 
 
-def craft(path: Path, header: bytes | Any, payload: int = 0, length: int | None = None) -> Path:
+def craft(path: Path, header: Any, payload: int = 0, length: int | None = None) -> Path:
     """Write a safetensors file with exactly this header, without checksums."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(
-        (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(payload),
-    )
+    if length is None:
+        length = len(text)
+    path.write_bytes(length.to_bytes(8, "little") + text + bytes(payload))
     return path
 
 
-def entry(begin: Any = 0, end: Any = 4, dtype: Any = "F32", shape: Any = (1,)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+def entry(begin: Any = 0, end: Any = 4, dtype: str = "F32", shape: Any = (1,)) -> dict[str, Any]:
+    return {
+        "dtype": dtype,
+        "shape": shape,
+        "data_offsets": [begin, end],
+    }
 
 
 A = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -62,27 +66,31 @@ LIES: list[tuple[Any, int]] = [
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', 4),
     (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%b]}}' % (b"9" * 5000), 4),
     # shapes and dtypes
-    *(
-        ({"a": entry(shape=shape)}, 4)
-        for shape in ([-1, -1], [1.0], [2], [2**62, 2**62], [1] * 65, [float("nan")])
-    ),
+    ({"a": entry(shape=[-1, -1])}, 4),
+    ({"a": entry(shape=[1.0])}, 4),
+    ({"a": entry(shape=[2])}, 4),
+    ({"a": entry(shape=[2**62, 2**62])}, 4),
+    ({"a": entry(shape=[1] * 65)}, 4),
+    ({"a": entry(shape=[float("nan")])}, 4),
     ({"a": entry(0, 1, "U8", shape=[True])}, 1),
     ({"a": entry(0, 0, shape=[0, 2**62, 2**62])}, 0),
     ({"a": entry(0, 4, "F13")}, 4),
     # malformed entries and metadata
     ({"a": {**entry(), "extra": 1}}, 4),
     ({"a": {"dtype": "F32", "shape": [1]}}, 4),
-    *(
-        (b'{"__metadata__":%b,%b}' % (value, A), 4)
-        for value in (b"null", b"[]", b'{"k":1}', b'{"k":"\\ud800"}')
-    ),
+    (b'{"__metadata__":null,%b}' % A, 4),
+    (b'{"__metadata__":[],%b}' % A, 4),
+    (b'{"__metadata__":{"k":1},%b}' % A, 4),
+    (b'{"__metadata__":{"k":"\\ud800"},%b}' % A, 4),
     # invalid JSON, invalid UTF-8, too deep nesting
     (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0),
     (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0),
-    *(
-        (text, 0)
-        for text in (b"[]", b"", b"{}{}", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"__metadata__":{},}')
-    ),
+    (b"[]", 0),
+    (b"", 0),
+    (b"{}{}", 0),
+    (b"\xff\xfe{}", 0),
+    (b"\xef\xbb\xbf{}", 0),
+    (b'{"__metadata__":{},}', 0),
     (b'{"__metadata__":{},%b} x' % A, 4),
     (b'{"__metadata__":{} %b}' % A, 4),
     (b'{"\xc3\x28"%b}' % A[3:], 4),
@@ -95,28 +103,30 @@ def test_a_false_header_is_refused(tmp_path: Path, header: Any, size: int) -> No
     path = craft(tmp_path / "x.safetensors", header, size)
     with pytest.raises(FileFormatError) as caught:
         read_file(path)
-    assert str(caught.value).startswith(f"{path}: ")
+    assert caught.value.subject == str(path)
     assert len(str(caught.value)) < 600
     assert "\n" not in str(caught.value)
 
 
-def test_an_impossible_header_length_is_refused_before_memory_is_allocated(tmp_path: Path) -> None:
-    for length in (3, 10**8 + 1, 2**31, 2**63, 2**64 - 1):
-        path = craft(tmp_path / "x.safetensors", b"{}", length=length)
-        if length == 10**8 + 1:
-            os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
-        with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
-            read_file(path)
+@pytest.mark.parametrize("length", [3, 10**8 + 1, 2**31, 2**63, 2**64 - 1])
+def test_an_impossible_header_length_is_refused_before_memory_is_allocated(
+    tmp_path: Path,
+    length: int,
+) -> None:
+    path = craft(tmp_path / "x.safetensors", b"{}", length=length)
+    if length == 10**8 + 1:
+        os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
+    with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
+        read_file(path)
 
 
 def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
     """700,000 empty tensors once took minutes."""
-    text = b",".join(
-        b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % n for n in range(200_001)
-    )
-    path = craft(tmp_path / "a.safetensors", b"{%b}" % text)
-    message = f"{path}: its header names 200,001 tensors; at most 200,000 are allowed"
-    with pytest.raises(FileFormatError, match=re.escape(message)):
+    empty = entry(0, 0, shape=[0])
+    header = dict.fromkeys(map(str, range(200_001)), empty)
+    path = craft(tmp_path / "a.safetensors", header)
+    message = "its header names 200,001 tensors; at most 200,000 are allowed"
+    with refused(str(path), message, kind=FileFormatError):
         read_file(path)
 
 
@@ -134,6 +144,11 @@ def test_more_values_than_any_header_has_are_refused_before_they_are_parsed(
         read_file(path)
 
 
+def containers(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    keys = st.text(max_size=8)
+    return st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3)
+
+
 json_values = st.recursive(
     st.none()
     | st.booleans()
@@ -141,29 +156,25 @@ json_values = st.recursive(
     | st.floats()
     | st.text(st.characters())
     | st.just(2**70),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
+    containers,
     max_leaves=6,
 )
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]),
+    key=st.sampled_from(["a", "dtype", "shape", "data_offsets", "new"]),
     value=json_values,
 )
 def test_any_foreign_header_is_refused_or_tiles_the_payload(
     tmp_path_factory: pytest.TempPathFactory,
-    path: Sequence[str],
+    key: str,
     value: Any,
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    header: dict[str, Any] = {"a": entry(0, 4), "b": entry(4, 8)}
-    container: Any = header
-    for key in path[:-1]:
-        container = container[key]
-    container[path[-1]] = value
+    header = {"a": entry(0, 4), "b": entry(4, 8)}
+    container = header["a"] if key in header["a"] else header
+    container[key] = value
     made = craft(folder / "x.safetensors", header, 8)
     try:
         found = read_file(made)
@@ -176,19 +187,36 @@ def test_any_foreign_header_is_refused_or_tiles_the_payload(
 # --- foreign files
 
 
-def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path) -> None:
-    for order in (b'{"__metadata__":M,A}', b'{A,"__metadata__":M}', b' { "__metadata__" : M , A }'):
-        text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
-        header = read_file(craft(tmp_path / "x", text, 4))
-        assert header.metadata == {"k": 'a},"b'}
-        assert [(n, e.dtype, e.shape, e.nbytes) for n, e in header.entries.items()] == [
-            ("a", "F32", (1,), 4)
-        ]
-
-
 @pytest.mark.parametrize(
-    "name", ["../../x", "/etc/passwd", "a\nb", "\x1b[31mred", "nul\0", "\ud800"]
+    "order",
+    [
+        b'{"__metadata__":M,A}',
+        b'{A,"__metadata__":M}',
+        b' { "__metadata__" : M , A }',
+    ],
 )
+def test_metadata_may_be_anywhere_in_the_header(tmp_path: Path, order: bytes) -> None:
+    text = order.replace(b"A", A).replace(b"M", b'{"k":"a},\\"b"}')
+    header = read_file(craft(tmp_path / "x", text, 4))
+    assert header.metadata == {"k": 'a},"b'}
+    assert [*header.entries] == ["a"]
+    only = header.entries["a"]
+    assert only.dtype == "F32"
+    assert only.shape == (1,)
+    assert only.nbytes == 4
+
+
+HOSTILE_NAMES = [
+    "../../x",
+    "/etc/passwd",
+    "a\nb",
+    "\x1b[31mred",
+    "nul\0",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     path = craft(tmp_path / "folder" / "x.safetensors", {name: entry(0, 8)}, 8)
@@ -202,7 +230,6 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
 # --- metadata
 
 
-ROLES = '{"%s %s":["a"],"copy %s":["b"]}'
 IMPOSSIBLE = {
     "snapshot": {
         "format": ["2", '"3"'],
@@ -213,15 +240,10 @@ IMPOSSIBLE = {
         "schedule": ['{"update_every":1}', '{"update_every":true}'],
         "tensors": [
             "{}",
-            *(
-                ROLES % roles
-                for roles in (
-                    ("sum", "F32", "I16"),
-                    ("average", "F13", "I16"),
-                    ("average", "I64", "I16"),
-                    ("average", "F32", "F16"),
-                )
-            ),
+            '{"sum F32":["a"],"copy I16":["b"]}',
+            '{"average F13":["a"],"copy I16":["b"]}',
+            '{"average I64":["a"],"copy I16":["b"]}',
+            '{"average F32":["a"],"copy F16":["b"]}',
         ],
         "aliases": ['{"tied":"missing"}', '{"a":"b"}', '{"__metadata__":"a"}'],
         "selection": ["{}"],
@@ -269,7 +291,10 @@ def is_refused(path: Path, made: bytes, key: str, text: str) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "output"])
+EITHER_KIND = pytest.mark.parametrize("kind", ["snapshot", "output"])
+
+
+@EITHER_KIND
 def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
     small: Small,
     kind: str,
@@ -280,35 +305,31 @@ def test_a_value_in_a_sealed_header_is_refused_in_one_line_or_is_valid(
     for key, texts in IMPOSSIBLE[kind].items():
         for text in texts:
             assert is_refused(path, made, key, text), (key, text)
-    refused = sum(is_refused(path, made, key, text) for key in content for text in ODD)
-    assert refused > 0.8 * len(content) * len(ODD)
+    refusals = 0
+    for key in content:
+        refusals += sum(is_refused(path, made, key, text) for text in ODD)
+    assert refusals > 0.8 * len(content) * len(ODD)
 
 
-@pytest.mark.parametrize(
-    ("kind", "required"),
-    [
-        (
-            "snapshot",
-            "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval updates "
-            "schedule tensors",
-        ),
-        (
-            "output",
-            "run_id profile sigma_rel gamma t t_unit method profile_error predicted_error "
-            "snapshots",
-        ),
-    ],
-)
-def test_a_missing_key_is_named(small: Small, kind: str, required: str) -> None:
-    content = {key for key in read_file(small(kind)).content if key not in ("kind", "format")}
-    for key in required.split():
+REQUIRED = {
+    "snapshot": "run_id sigma_rel gamma sigma_rels t t_unit step t_first max_interval updates "
+    "schedule tensors",
+    "output": "run_id profile sigma_rel gamma t t_unit method profile_error predicted_error "
+    "snapshots",
+}
+
+
+@EITHER_KIND
+def test_a_missing_key_is_named(small: Small, kind: str) -> None:
+    required = {*REQUIRED[kind].split()}
+    for key in required:
         with pytest.raises(FileFormatError, match=rf"{key}: is missing"):
             examine(forge(small(kind), {key: None}))
-    for key in content - {*required.split()}:
+    for key in read_file(small(kind)).content.keys() - required - {"kind", "format"}:
         examine(forge(small(kind), {key: None, "aliases": None}))
 
 
-@pytest.mark.parametrize("kind", ["snapshot", "output"])
+@EITHER_KIND
 def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
     small: Small,
     kind: str,
@@ -324,10 +345,8 @@ def test_a_missing_checksum_is_an_error_and_sealing_alone_changes_nothing(
 
 
 def test_a_file_of_an_earlier_format_is_named_as_such(tmp_path: Path) -> None:
-    path = craft(
-        tmp_path / "x.safetensors",
-        {"__metadata__": {"ema.format": "snapshot", "ema.version": "1"}},
-    )
+    metadata = {"ema.format": "snapshot", "ema.version": "1"}
+    path = craft(tmp_path / "x.safetensors", {"__metadata__": metadata})
     with pytest.raises(FileFormatError, match="is of an earlier release"):
         read_file(path)
 
@@ -361,11 +380,13 @@ INDEXES += ["", "[]", "{}", "{", "[" * 100_000, '{"weight_map":{}}']
 def test_a_false_or_hostile_index_is_named(tmp_path: Path, text: str) -> None:
     index = tmp_path / INDEX_NAME
     index.write_text(text)
-    with pytest.raises(FileFormatError, match=f"^{re.escape(str(index))}: ") as caught:
+    with pytest.raises(FileFormatError) as caught:
         describe(index)
+    assert caught.value.subject == str(index)
     assert str(caught.value).isprintable()
 
 
 def test_running_statistics_are_those_of_layers_that_have_all() -> None:
-    layer = ["a.running_mean", "a.running_var", "a.num_batches_tracked"]
-    assert running_statistics([*layer, "b.running_mean", "running_meaning"]) == {*layer[:2]}
+    statistics = {"a.running_mean", "a.running_var"}
+    others = {"a.num_batches_tracked", "b.running_mean", "running_meaning"}
+    assert running_statistics([*statistics, *others]) == statistics

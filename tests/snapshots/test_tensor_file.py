@@ -3,7 +3,7 @@ a value is used."""
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xxhash
-from factories import RUN_ID, forge, write_snapshot
+from factories import RUN_ID, flip_bit, forge, write_snapshot
 from safetensors.torch import save_file
 from snapshots.recorded import call_number, failing
 
@@ -56,16 +56,12 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
     is deleted."""
     path = small("snapshot")
     message = rf"^{path}: .*cannot be read: input/output error$"
-    with (
-        failing("read", errno.EIO, call_number(fails)),
-        pytest.raises(FileFormatError, match=message),
-    ):
+    refused = pytest.raises(FileFormatError, match=message)
+    with failing("read", errno.EIO, call_number(fails)), refused:
         read(path)
     path.unlink()
-    with pytest.raises(
-        VanishedError,
-        match=rf"^{path}: cannot be opened: no such file or directory$",
-    ):
+    message = rf"^{path}: cannot be opened: no such file or directory$"
+    with pytest.raises(VanishedError, match=message):
         read(path)
 
 
@@ -111,7 +107,8 @@ def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
         "last": Entry("F32", (9,), begin + 72),
     }
     room = np.empty(27, np.float32)
-    replace(file, entries=entries).read_many([*entries], room.view(np.uint8).data)
+    file = replace(file, entries=entries)
+    file.read_many([*entries], room.view(np.uint8).data)
     expected = values.reshape(3, 3, 3)
     expected[1] = expected[1].T.clone()
     assert np.array_equal(room, expected.reshape(-1).numpy())
@@ -119,18 +116,14 @@ def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
 
 def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
     """Values are sampled before they are verified where headers have no measurements."""
-    path = write_snapshot(
-        tmp_path / "run",
-        10,
-        0.05,
-        RUN_ID,
-        {"a": torch.tensor([1.0, 2.0])},
-        sigma_rels=(0.05,),
-    )
+    run = tmp_path / "run"
+    out = tmp_path / "out.safetensors"
+    values = {"a": torch.tensor([1.0, 2.0])}
+    path = write_snapshot(run, 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
     path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
     with pytest.raises(FileFormatError, match="tensor 'a' is damaged"):
-        Run(tmp_path / "run").write(0.05, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+        Run(run).write(0.05, out)
+    assert not out.exists()
 
 
 # --- ranges of a tensor, each with the checksums of all blocks that it touches
@@ -153,11 +146,13 @@ def write_pieces(path: Path, size: int) -> Path:
     """Write a tensor between two others, in parts of `size` bytes; or if 0 in two ranges, the later
     one first."""
     entries = {
-        name: Entry("U8", (count,)) for name, count in (("before", 3), ("x", SIZE), ("after", 2))
+        "before": Entry("U8", (3,)),
+        "x": Entry("U8", (SIZE,)),
+        "after": Entry("U8", (2,)),
     }
     with TensorFileWriter(path, entries, {"format": 3}, {}) as writer:
         if size:
-            writer.write_parts("x", (DATA[at : at + size].data for at in range(0, SIZE, size)))
+            writer.write_parts("x", pieces(size))
         else:
             writer.write("x", DATA[2 * BLOCK :].data, 2 * BLOCK)
             writer.write("x", DATA[: 2 * BLOCK].data)
@@ -167,20 +162,36 @@ def write_pieces(path: Path, size: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [0, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE])
+def pieces(size: int) -> Iterator[memoryview]:
+    for begin in range(0, SIZE, size):
+        yield DATA[begin : begin + size].data
+
+
+SIZES = [0, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE]
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
     file = read_file(write_pieces(tmp_path / "x.safetensors", size))
-    assert file.sums["x"] == "".join(
-        xxhash.xxh3_64_hexdigest(DATA[b : b + BLOCK]) for b in range(0, SIZE, BLOCK)
-    )
-    assert [bytes(tensor_bytes(file.tensor(name))) for name in ("before", "x", "after")] == [
-        b"abc",
-        bytes(DATA),
-        b"de",
-    ]
+    assert file.sums["x"] == "".join(map(xxhash.xxh3_64_hexdigest, pieces(BLOCK)))
+    assert tensor_bytes(file.tensor("before")) == b"abc"
+    assert tensor_bytes(file.tensor("x")) == DATA.data
+    assert tensor_bytes(file.tensor("after")) == b"de"
     room = memoryview(bytearray(SIZE + 5))
     file.read_many(["after", "before", "x"], room)
     assert bytes(room) == b"deabc" + bytes(DATA)
+
+
+FLIPPED = [
+    0,
+    1,
+    BLOCK - 1,
+    BLOCK,
+    2 * BLOCK + 77,
+    3 * BLOCK - 1,
+    3 * BLOCK,
+    SIZE - 1,
+]
 
 
 @pytest.mark.parametrize(("begin", "end"), RANGES)
@@ -197,31 +208,32 @@ def test_a_range_is_read_from_any_thread_and_each_of_its_blocks_is_verified(
         file.read("x", begin, memoryview(found), verify)
         return bytes(found)
 
+    expected = bytes(DATA[begin:end])
     with file, ThreadPoolExecutor(4) as pool:
-        assert {*pool.map(read, [True, False] * 20)} == {bytes(DATA[begin:end])}
+        assert {*pool.map(read, [True, False] * 20)} == {expected}
     start = file.entries["x"].begin
+    blocks = range(begin // BLOCK, (end - 1) // BLOCK + 1)
+    damaged = r"x\.safetensors: tensor 'x' is damaged: its checksum"
     stamp = path.stat()
-    data = bytearray(path.read_bytes())
-    for position in (0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 77, 3 * BLOCK - 1, 3 * BLOCK, SIZE - 1):
-        data[start + position] ^= 1
-        path.write_bytes(data)
+    for position in FLIPPED:
+        flip_bit(path, start + position)
         os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        if begin // BLOCK <= position // BLOCK <= (end - 1) // BLOCK:
-            with pytest.raises(
-                FileFormatError,
-                match=r"x\.safetensors: tensor 'x' is damaged: its checksum",
-            ):
+        if position // BLOCK in blocks:
+            with pytest.raises(FileFormatError, match=damaged):
                 read()
         else:
-            assert read() == bytes(DATA[begin:end])
-        data[start + position] ^= 1
+            assert read() == expected
+        flip_bit(path, start + position)
 
 
 # --- writing
 
 
 def write(path: Path, overwrite: bool = False) -> None:
-    entries = {"a": Entry("U8", (4,)), "b": Entry("F32", (1,))}
+    entries = {
+        "a": Entry("U8", (4,)),
+        "b": Entry("F32", (1,)),
+    }
     with TensorFileWriter(path, entries, {"format": 3}, {}, overwrite) as writer:
         writer.write("a", memoryview(b"abcd"))
         writer.write("b", memoryview(bytes(4)))
@@ -230,7 +242,11 @@ def write(path: Path, overwrite: bool = False) -> None:
 
 @pytest.mark.parametrize(
     ("name", "where"),
-    [("a\0", {}), ("a", {"aliases": {"b\0": "a"}}), ("a", {"left_out": ("b\0",)})],
+    [
+        ("a\0", {}),
+        ("a", {"aliases": {"b\0": "a"}}),
+        ("a", {"left_out": ("b\0",)}),
+    ],
 )
 def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(
     tmp_path: Path,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,52 +24,56 @@ def walk(seed: int, steps: int = 100, rate: float = 0.02) -> np.ndarray:
 
 FIRST = walk(1)
 SECOND = walk(2)
-FAST = np.vstack([FIRST[:50], FIRST[49] + walk(3, rate=0.06)[:50] - walk(3, rate=0.06)[0]])
+LARGER = walk(3, rate=0.06)[:50]
+FAST = np.vstack([FIRST[:50], FIRST[49] + LARGER - LARGER[0]])
 """As after a restart with a larger learning rate."""
 EVEN = range(5, 100, 5)
 UNEVEN = (1, 2, 3, 50, 51, 52, 98, 99)
 
 
-def in_turns(step: int) -> np.ndarray:
-    return (FIRST if step % 10 else SECOND)[step]
-
-
-def one_after_another(step: int) -> np.ndarray:
-    return (FIRST if step < 50 else SECOND)[step]
+NUMBERS = np.arange(100)[:, None]
+IN_TURNS = np.where(NUMBERS % 10, FIRST, SECOND)
+ONE_AFTER_ANOTHER = np.where(NUMBERS < 50, FIRST, SECOND)
 
 
 def count_warnings(
     folder: Path,
-    weights: Callable[[int], np.ndarray],
-    steps: object,
+    path: np.ndarray,
+    steps: Sequence[int],
     caplog: pytest.LogCaptureFixture,
 ) -> int:
-    for step in steps:  # type: ignore[attr-defined]
-        state = {"w": torch.from_numpy(weights(step)).float()}
+    for step in steps:
+        state = {"w": torch.from_numpy(path[step]).float()}
         torch.save(state, folder / f"step{step}.pt")
     Run(folder).plan(0.1)
     return caplog.text.count("as far apart as files of two trainings")
 
 
-@pytest.mark.parametrize("weights", [in_turns, one_after_another])
+@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER])
 def test_files_of_two_trainings_are_warned_of(
-    weights: Callable[[int], np.ndarray],
+    path: np.ndarray,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert count_warnings(tmp_path, weights, EVEN, caplog) == 1
+    assert count_warnings(tmp_path, path, EVEN, caplog) == 1
     assert "name the files of one training by a glob" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("path", "steps"),
-    [(FIRST, EVEN), (FIRST, UNEVEN), (FAST, EVEN), (10 * FAST, UNEVEN), (0 * FIRST + 1, EVEN)],
+    [
+        (FIRST, EVEN),
+        (FIRST, UNEVEN),
+        (FAST, EVEN),
+        (10 * FAST, UNEVEN),
+        (0 * FIRST + 1, EVEN),
+    ],
 )
 def test_files_of_one_training_are_not(
     path: np.ndarray,
-    steps: object,
+    steps: Sequence[int],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also with other intervals, with a larger learning rate after a restart, and at rest."""
-    assert count_warnings(tmp_path, path.__getitem__, steps, caplog) == 0
+    assert count_warnings(tmp_path, path, steps, caplog) == 0

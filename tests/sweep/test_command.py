@@ -15,13 +15,11 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from checking import assert_same_tensors, refused
-from ema_command import Ema
 from factories import contents, random_walk, write_run
 from forked import Forked
 from safetensors.torch import load_file, save_file
@@ -49,9 +47,10 @@ def swept(
     out: Path,
     command: str = BOWL,
     metric: Metric = PRINTED,
+    axis: Axis = GRID,
     **options: Any,
 ) -> SweepReport:
-    return Sweep(run, command, metric, out, **options).run_all()
+    return Sweep(run, command, metric, out, axis, **options).run_all()
 
 
 def shell(script: str) -> str:
@@ -64,60 +63,60 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_path: Path) -> None:
+def test_a_search_finds_the_best_length_and_leaves_its_average(run, tmp_path):
     out = tmp_path / "sweep"
     report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
     found = report.found
-    assert found.low <= 0.1 <= found.high < 1.15 * found.low
+    assert found.low <= 0.1 <= found.high
+    assert found.high < 1.15 * found.low
     assert found.best == pytest.approx(0.1, rel=0.05)
     assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
-    assert_same_tensors(load_file(out / "best.safetensors"), run.average(found.best))
-    assert json.loads((out / "sweep.json").read_text()) == report.to_dict()
+    best = load_file(out / "best.safetensors")
+    assert_same_tensors(best, run.average(found.best))
+    written = json.loads((out / "sweep.json").read_text())
+    assert written == report.to_dict()
     measured = [trial.x for trial in report.trials]
     assert measured[:6] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
     first = report.trials[0]
-    assert first.predicted_error == run.plan(first.x).predicted_error(0)
+    plan = run.plan(first.x)
+    assert first.predicted_error == plan.predicted_error(0)
 
 
-def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_command_gets_the_average_a_seed_and_a_folder_that_is_removed(run, tmp_path, monkeypatch):
     """The paths are absolute, since the command may change the directory."""
     monkeypatch.chdir(tmp_path)
     kept = tmp_path / "kept"
     kept.mkdir()
     count = f"ls {tmp_path}/my*/.scratch | wc -l >> {kept}/counts"  # of one average and one folder
-    command = shell(
-        f'cd /; {count}; cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; echo > '
-        f'"$4/a"; echo $2'
-    )
-    report = swept(run, Path("my sweep"), command, axis=GRID, repeats=2)
+    copy = f'cp "$1" {kept}/$2-$3.safetensors'
+    command = shell(f'cd /; {count}; {copy}; echo "$4" > {kept}/$2-$3; echo > "$4/a"; echo $2')
+    report = swept(run, Path("my sweep"), command, repeats=2)
     measured = [(trial.x, trial.seed) for trial in report.trials]
-    assert measured == [*itertools.product(LENGTHS, (0, 1))]
+    expected = itertools.product(LENGTHS, (0, 1))
+    assert measured == [*expected]
     for x in LENGTHS:
-        assert_same_tensors(load_file(kept / f"{x}-1.safetensors"), run.average(x))
+        given = load_file(kept / f"{x}-1.safetensors")
+        assert_same_tensors(given, run.average(x))
         folder = (kept / f"{x}-0").read_text().strip()
         assert not Path(folder).exists()
-    assert (kept / "0.1-0").read_text() != (kept / "0.1-1").read_text()
-    assert (kept / "counts").read_text().split() == ["2"] * 6
+    folder = (kept / "0.1-0").read_text()
+    other = (kept / "0.1-1").read_text()
+    assert folder != other
+    counts = (kept / "counts").read_text()
+    assert counts.split() == ["2"] * 6
 
 
-def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
-    run: Run,
-    tmp_path: Path,
-) -> None:
+def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path):
     calls = tmp_path / "calls"
     out = tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
-    first = swept(run, out, command, axis=GRID)
-    again = swept(run, out, command, axis=GRID)
+    first = swept(run, out, command)
+    again = swept(run, out, command)
     assert again.to_dict() == first.to_dict()
-    assert calls.read_text().split() == [str(x) for x in LENGTHS]
+    assert calls.read_text().split() == ["0.05", "0.1", "0.2"]
     longer = Axis.of_values("sigma_rel", [*LENGTHS, 0.25])
     more = swept(run, out, command, axis=longer, minimize=False)
-    assert calls.read_text().split()[3:] == ["0.25"]
+    assert calls.read_text().split() == ["0.05", "0.1", "0.2", "0.25"]
     assert len(more.trials) == 4
 
 
@@ -130,13 +129,8 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(
         ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
     ],
 )
-def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
-    run: Run,
-    out: Path,
-    name: str,
-    changed: dict[str, Any],
-) -> None:
-    options = {"command": f"{BOWL} {{dir}}", "axis": GRID}
+def test_the_folder_of_another_question_is_refused_and_keeps_its_result(run, out, name, changed):
+    options = {"command": f"{BOWL} {{dir}}"}
     swept(run, out, **options)
     before = contents(out)
     with refused(str(out), f"a sweep of another {name}", kind=OutputExistsError):
@@ -144,47 +138,47 @@ def test_the_folder_of_another_question_is_refused_and_keeps_its_result(
     assert contents(out) == before
 
 
-def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(
-    run: Run,
-    out: Path,
-) -> None:
+def test_a_folder_in_which_no_trial_has_succeeded_takes_another_question(run, out):
     with refused("the sweep", kind=PostHocError):
-        swept(run, out, "false {weights}", axis=GRID)
-    report = swept(run, out, axis=GRID)
+        swept(run, out, "false {weights}")
+    report = swept(run, out)
     assert len(report.trials) == len(LENGTHS)
 
 
-def test_the_folder_of_another_run_is_refused(run: Run, tmp_path: Path, out: Path) -> None:
+def test_the_folder_of_another_run_is_refused(run, tmp_path, out):
     other = tmp_path / "other"
     walk = random_walk(20, {"a": (30, 10)})
     write_run(other, walk, range(1, 21), run_id="0123" * 8)
-    swept(run, out, axis=GRID)
+    swept(run, out)
     with refused(str(out), "a sweep of another run", kind=OutputExistsError):
-        swept(Run(other), out, axis=GRID)
+        swept(Run(other), out)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"run": 1}\n{"target": "a"}', '{"run"'])
-def test_a_record_that_is_none_is_refused(run: Run, tmp_path: Path, content: str) -> None:
+def test_a_record_that_is_none_is_refused(run, tmp_path, content):
     path = tmp_path / "trials.jsonl"
     path.write_text(content)
     with refused(str(path), "is no record of a sweep", kind=FileFormatError):
-        swept(run, tmp_path, axis=GRID)
+        swept(run, tmp_path)
     assert path.read_text() == content
 
 
-def test_the_best_length_of_a_search_is_measured_last(run: Run, out: Path) -> None:
+def test_the_best_length_of_a_search_is_measured_last(run, out):
     """A best value between measured lengths is only an estimate until then."""
     bowl_at = BOWL.replace("0.1)", "0.13)")
     axis = Axis("sigma_rel", 0.02, 0.28)
     report = swept(run, out, bowl_at, axis=axis)
     best = report.found.best
     *before, last = report.trials
-    assert (last.x, last.value) == (best, report.value)
+    assert last.x == best
+    assert last.value == report.value
     assert best not in {trial.x for trial in before}
-    assert report.value == pytest.approx(math.log(best / 0.13) ** 2, abs=1e-6)
+    exact = math.log(best / 0.13) ** 2
+    assert report.value == pytest.approx(exact, abs=1e-6)
     assert report.value < min(trial.value for trial in before)
     values = report.to_dict()
-    assert values["value"] == report.value != values["estimate"]
+    assert values["value"] == report.value
+    assert values["estimate"] != report.value
     again = swept(run, out, bowl_at, axis=axis)
     assert again.trials == report.trials
 
@@ -197,21 +191,20 @@ def test_the_best_length_of_a_search_is_measured_last(run: Run, out: Path) -> No
         ("echo nan", "its metric is nan: nan"),
     ],
 )
-def test_a_trial_that_fails_is_reported_and_has_no_value(
-    run: Run,
-    tmp_path: Path,
-    script: str,
-    message: str,
-) -> None:
-    reported: list[tuple[Trial, int, int]] = []
+def test_a_trial_that_fails_is_reported_and_has_no_value(run, out, script, message):
+    reported = []
+
+    def say(*said):
+        reported.append(said)
+
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
-    say = lambda *said: reported.append(said)  # noqa: E731
-    report = swept(run, tmp_path / "out", command, axis=axis, say=say)
+    report = swept(run, out, command, axis=axis, say=say)
     (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
-    assert reported == [(trial, number, 4) for number, trial in enumerate(report.trials, start=1)]
-    assert (tmp_path / "out/logs" / f"{failed.name}.err").exists()
+    numbered = enumerate(report.trials, start=1)
+    assert reported == [(trial, number, 4) for number, trial in numbered]
+    assert (out / "logs" / f"{failed.name}.err").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,100 +214,96 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(
         ("echo at $2; exit 3", PRINTED, "ended with exit code 3: at 0.1"),
     ],
 )
-def test_two_failures_in_a_row_of_one_cause_end_a_sweep(
-    run: Run,
-    tmp_path: Path,
-    script: str,
-    metric: Metric,
-    words: str,
-) -> None:
+def test_two_failures_in_a_row_of_one_cause_end_a_sweep(run, tmp_path, script, metric, words):
     command = shell(f"echo $2 >> {tmp_path}/calls; {script}")
     reason = f"two trials .* failed alike; .*: sigma_rel 0.1: {words}"
     with pytest.raises(PostHocError, match=reason):
-        swept(run, tmp_path / "out", command, metric, axis=GRID)
-    assert len((tmp_path / "calls").read_text().split()) == 2
+        swept(run, tmp_path / "out", command, metric)
+    calls = (tmp_path / "calls").read_text()
+    assert len(calls.split()) == 2
 
 
-def test_failures_of_different_causes_do_not(run: Run, out: Path) -> None:
+def test_failures_of_different_causes_do_not(run, out):
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.22, 0.25])
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
     with pytest.raises(PostHocError, match="3 of 5 trials have failed, too many to choose"):
         swept(run, out, shell(script), axis=axis)
 
 
-def test_one_of_three_lengths_may_fail(run: Run, out: Path) -> None:
+def test_one_of_three_lengths_may_fail(run, out):
     script = "case $2 in 0.1) echo nan;; *) echo $2;; esac"
-    report = swept(run, out, shell(script), axis=GRID)
+    report = swept(run, out, shell(script))
     assert report.found.best == 0.05
 
 
-def test_a_best_length_at_an_end_is_reported_as_such(run: Run, tmp_path: Path, out: Path) -> None:
+def test_a_best_length_at_an_end_is_reported_as_such(run, out):
     """A wider range then continues from the trials."""
     narrow = swept(run, out, axis=Axis("sigma_rel", 0.05, 0.08))
     assert narrow.stopped.endswith("the best lies at the end, sigma_rel 0.08, and may lie beyond")
-    listed = swept(run, tmp_path / "listed", shell("echo $2"), axis=GRID)
-    assert listed.stopped.endswith("the best lies at the end, sigma_rel 0.05, and may lie beyond")
     wider = swept(run, out, axis=Axis("sigma_rel", 0.05, 0.2))
     assert wider.found.best == pytest.approx(0.1, rel=0.1)
     assert "may lie beyond" not in wider.stopped
     records = (out / "trials.jsonl").read_text()
-    assert all(records.count(f'"{trial.target}"') == 1 for trial in wider.trials)
+    for trial in wider.trials:
+        assert records.count(f'"{trial.target}"') == 1
+
+
+def test_a_best_length_at_an_end_of_a_list_is_reported_as_such(run, out):
+    listed = swept(run, out, shell("echo $2"))
+    assert listed.stopped.endswith("the best lies at the end, sigma_rel 0.05, and may lie beyond")
 
 
 def of_raw_weights(folder: Path) -> Run:
     """Return a run of checkpoints, whose last weights are all 7."""
-    for step, value in ((5, 5.0), (10, 10.0), (15, 15.0), (20, 7.0)):
-        weights = {"a": torch.full((9,), value)}
-        save_file(weights, folder / f"step-{step}.safetensors")
+    values = {5: 5.0, 10: 10.0, 15: 15.0, 20: 7.0}
+    for step, value in values.items():
+        weights = torch.full((9,), value)
+        save_file({"a": weights}, folder / f"step-{step}.safetensors")
     return Run(folder / "step-*.safetensors")
 
 
-def test_raw_weights_that_the_run_contains_are_measured(tmp_path: Path, out: Path) -> None:
-    (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
-    command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
+@pytest.fixture
+def first_value(tmp_path: Path) -> str:
+    """Return a command whose metric is the first value of tensor 'a'."""
+    program = tmp_path / "first.py"
+    program.write_text(f"{FIRST}print(first(sys.argv[1]))")
+    return f"{sys.executable} -S {program} {{weights}}"
+
+
+def test_raw_weights_that_the_run_contains_are_measured(tmp_path, out, first_value):
     run = of_raw_weights(tmp_path)
-    report = swept(run, out, command, axis=GRID)
+    report = swept(run, out, first_value)
     assert report.raw == 7.0
     assert report.trials[0].target == "raw weights"
-    more = swept(run, out, command, axis=GRID, repeats=2)
+    more = swept(run, out, first_value, repeats=2)
     seeds = [trial.seed for trial in more.trials if trial.target == "raw weights"]
     assert sorted(seeds) == [0, 1]
-    lines = (out / "trials.jsonl").read_text().splitlines()
-    assert len(lines) - 1 == len(more.trials) == 8  # the first line has the settings
+    _, *lines = (out / "trials.jsonl").read_text().splitlines()
+    assert len(lines) == len(more.trials) == 8
 
 
-def test_raw_weights_that_the_run_lacks_are_not_measured(
-    ema: Ema,
-    run: Run,
-    out: Path,
-) -> None:
-    words = "sweep", run.directory, "--run", BOWL, "--sigma-rel", "0.05,0.1,0.2", "--minimize"
-    done = ema(*words, "--out", out)
+def test_raw_weights_that_the_run_lacks_are_not_measured(ema, run, out):
+    command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
+    done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
+
+
+CANNOT_START = ["two trials in a row have failed alike", "cannot be started: No such file"]
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("#!/bin/sh\necho 5", ["every trial has the same metric, 5; does the evaluation use"]),
-        (
-            "#!/no/such/interpreter",
-            ["two trials in a row have failed alike", "cannot be started: No such file"],
-        ),
+        ("#!/no/such/interpreter", CANNOT_START),
     ],
 )
-def test_a_sweep_without_a_best_says_why_and_writes_none(
-    run: Run,
-    tmp_path: Path,
-    out: Path,
-    content: str,
-    words: list[str],
-) -> None:
+def test_a_sweep_without_a_best_says_why_and_writes_none(run, tmp_path, out, content, words):
     program = tmp_path / "program"
     program.write_text(content)
     program.chmod(0o755)
     with refused("the sweep", *words, kind=PostHocError):
-        swept(run, out, f"{program} {{weights}}", axis=GRID)
+        swept(run, out, f"{program} {{weights}}")
     assert names(out) <= {"logs", "trials.jsonl", ".ema.lock"}
 
 
@@ -334,18 +323,12 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(
     ],
 )
 def test_an_unusable_command_is_refused_before_anything_is_made(
-    run: Run,
-    tmp_path: Path,
-    out: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-    options: dict[str, Any],
-    words: str,
-) -> None:
+    run, tmp_path, out, monkeypatch, command, options, words
+):
     monkeypatch.chdir(tmp_path)
     Path("eval.py").touch()
     with refused("command", words):
-        swept(run, out, command, axis=GRID, **options)
+        swept(run, out, command, **options)
     assert not out.exists()
 
 
@@ -368,23 +351,22 @@ def wait_for(path: Path, process: Forked | None = None) -> None:
 
 
 def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_was_measured(
-    run: Run,
-    tmp_path: Path,
-) -> None:
+    run, tmp_path
+):
     """The second trial hangs, and has a child."""
     out = tmp_path / "out"
     hang = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/hangs; wait"
     command = shell(f'trap "" TERM; if [ $2 = 0.1 ]; then {hang}; fi; echo $2')
-    stopped: list[float] = []
+    stopped = []
 
-    def stop() -> None:
+    def stop():
         wait_for(tmp_path / "hangs")
         stopped.append(time.monotonic())
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
 
-    def interrupt(_: int, frame: FrameType | None) -> None:
+    def interrupt(_, frame):
         """Interrupt the sweep only: on a busy machine the second signal may come after its end."""
         while frame is not None:
             if frame.f_code is swept.__code__:
@@ -396,7 +378,7 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            swept(run, out, command, axis=GRID)
+            swept(run, out, command)
     finally:
         thread.join()
         signal.signal(signal.SIGINT, usual)
@@ -408,7 +390,18 @@ def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_
     assert json.loads(line)["x"] == 0.05
 
 
-def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_path: Path) -> None:
+SWEEP = """
+import sys
+from pathlib import Path
+from posthoc_cli import Run
+from posthoc_cli.sweep import Axis, Metric, Sweep
+run, command, out = sys.argv[1:]
+axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])
+Sweep(Run(run), command, Metric("x", "m.json"), Path(out), axis).run_all()
+"""
+
+
+def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path):
     """The trial then writes to its old folder and log, not to those of the repeated trial."""
     go = tmp_path / "go"
     out = tmp_path / "out"
@@ -416,33 +409,27 @@ def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run: Run, tmp_pa
     first = f"if [ ! -e {tmp_path}/pid ]; then echo $$ > {tmp_path}/pid; {late}; exit; fi"
     last = f'echo $2; echo "{{\\"x\\": $2}}" > $4/m.json; touch {go}; sleep 0.2'
     command = shell(f"{first}; {last}")
-    script = (
-        "import sys; from pathlib import Path; from posthoc_cli import Run\n"
-        "from posthoc_cli.sweep import Axis, Metric, Sweep\n"
-        "Sweep(Run(sys.argv[1]), sys.argv[2], Metric('x', 'm.json'), Path(sys.argv[3]),"
-        " Axis.of_values('sigma_rel', [0.05, 0.1, 0.2])).run_all()"
-    )
-    with Forked(script, run.directory, command, out) as process:
+    with Forked(SWEEP, run.directory, command, out) as process:
         wait_for(tmp_path / "pid", process)
-    report = swept(run, out, command, Metric("x", "m.json"), axis=GRID)
+    report = swept(run, out, command, Metric("x", "m.json"))
     assert [trial.value for trial in report.trials] == list(LENGTHS)
     assert (out / "logs" / f"{report.trials[0].name}.out").read_text() == "0.05\n"
 
 
-def test_the_folder_of_a_running_sweep_is_refused(run: Run, tmp_path: Path) -> None:
+def test_the_folder_of_a_running_sweep_is_refused(run, tmp_path):
     with DirectoryLock(tmp_path), refused(str(tmp_path), "is writing here", kind=LockedError):
-        swept(run, tmp_path, axis=GRID)
+        swept(run, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a"])
-def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path, name: str) -> None:
+def test_a_folder_of_other_files_is_refused(run, tmp_path, name):
     (tmp_path / ".scratch").mkdir()
     (tmp_path / name).write_text("precious")
     (tmp_path / "model.safetensors").write_text("precious")
     before = contents(tmp_path)
     reason = "is not empty, and not the folder of a sweep"
     with refused(str(tmp_path), reason, kind=OutputExistsError):
-        swept(run, tmp_path, axis=GRID)
+        swept(run, tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -453,39 +440,41 @@ def test_a_folder_of_other_files_is_refused(run: Run, tmp_path: Path, name: str)
         (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2),
     ],
 )
-def test_each_length_of_a_narrow_range_is_measured_once(
-    run: Run,
-    out: Path,
-    axis: Axis,
-    count: int,
-) -> None:
+def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, count):
     command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
     report = swept(run, out, command, axis=axis, budget=7)
     assert not any(trial.error for trial in report.trials)
     measured = [trial.x for trial in report.trials]
     assert len(measured) == len({*measured}) == count
-    assert axis.low <= min(measured) <= max(measured) <= axis.high
+    assert axis.low <= min(measured)
+    assert max(measured) <= axis.high
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("0.1:0.1", "the first must be below the second"), ("0.05,0.1:0.2", "LOW:")]
+    ("text", "words"),
+    [
+        ("0.1:0.1", "the first must be below the second"),
+        ("0.05,0.1:0.2", "LOW:"),
+    ],
 )
-def test_a_text_that_is_no_range_is_refused(text: str, words: str) -> None:
+def test_a_text_that_is_no_range_is_refused(text, words):
     with refused("--sigma-rel", words):
         Axis.parse(text, "--sigma-rel", "sigma_rel")
 
 
-def test_a_command_gets_whole_numbers_without_a_point(run: Run, tmp_path: Path) -> None:
+def test_a_command_gets_whole_numbers_without_a_point(run, tmp_path):
     command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
-    swept(run, tmp_path / "out", command, axis=Axis("window", 2, 18), budget=7)
+    axis = Axis("window", 2, 18)
+    swept(run, tmp_path / "out", command, axis=axis, budget=7)
     seen = (tmp_path / "seen").read_text()
     assert {"2", "18"} < {*seen.split()}
     assert "." not in seen
 
 
-def test_a_decay_is_searched_by_its_time_constant(run: Run, out: Path) -> None:
+def test_a_decay_is_searched_by_its_time_constant(run, out):
     command = "awk 'BEGIN { print log((1 - {sigma_rel}) / 0.2) ^ 2 }' {weights}"
-    report = swept(run, out, command, axis=Axis("beta", 0.5, 0.95))
+    axis = Axis("beta", 0.5, 0.95)
+    report = swept(run, out, command, axis=axis)
     assert report.found.best == pytest.approx(0.8, rel=0.05)
 
 
@@ -498,87 +487,109 @@ def first(path, name="a"):
 """
 
 
-def test_a_trial_gets_a_copy_of_a_model_folder(run: Run, tmp_path: Path) -> None:
+def test_a_trial_gets_a_copy_of_a_model_folder(run, tmp_path, out):
     model = tmp_path / "model"
     model.mkdir()
     save_file(dict(run.average(0.1)), model / "model.safetensors")
     (model / "config.json").write_text("{}")
     command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     for _ in range(2):  # the second one replaces the best average
-        report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
-        assert [math.floor(trial.value) for trial in report.trials] == [2] * 3
-        best = load_file(tmp_path / "out/best/model.safetensors")
+        report = swept(run, out, command, like=model)
+        files = [math.floor(trial.value) for trial in report.trials]
+        assert files == [2, 2, 2]
+        best = load_file(out / "best" / "model.safetensors")
         assert_same_tensors(best, run.average(report.best))
 
 
-def test_a_trial_gets_a_copy_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+def test_a_trial_gets_a_copy_of_a_checkpoint(run, tmp_path, out):
     like = tmp_path / "last.pt"
-    weights = run.average(0.1)
-    torch.save({"model": {name: value + 1 for name, value in weights.items()}, "step": 7}, like)
+    model = {name: value + 1 for name, value in run.average(0.1).items()}
+    torch.save({"model": model, "step": 7}, like)
     command = shell("basename $1 | grep -q .pt && echo $2")
     for _ in range(2):  # the second one replaces the best average
-        report = swept(run, tmp_path / "out", command, axis=GRID, like=like)
-        loaded = torch.load(tmp_path / "out/best.pt", weights_only=True)
-        assert loaded["step"] == 7
-        assert_same_tensors(loaded["model"], run.average(report.best))
+        report = swept(run, out, command, like=like)
+        best = torch.load(out / "best.pt", weights_only=True)
+        assert best["step"] == 7
+        assert_same_tensors(best["model"], run.average(report.best))
 
 
 # --- raw weights, and images
 
 
-def test_raw_weights_in_a_file_are_measured(run: Run, tmp_path: Path) -> None:
-    """Of a training's checkpoint the weights, not the average; or of a file that holds nothing
-    else."""
+@pytest.fixture
+def sevens(run: Run) -> dict[str, torch.Tensor]:
+    """Return weights of 7."""
     weights = run.average(0.1)
-    raw = {name: torch.full_like(value, 7.0) for name, value in weights.items()}
-    torch.save({"model": raw, "ema": dict(weights)}, tmp_path / "last.pt")
-    save_file(raw, tmp_path / "last.safetensors")
-    (tmp_path / "first.py").write_text(f"{FIRST}print(first(sys.argv[1]))")
-    command = f"{sys.executable} -S {tmp_path}/first.py {{weights}}"
-    for name in ("last.pt", "last.safetensors"):
-        report = swept(run, tmp_path / f"out-{name}", command, axis=GRID, raw=tmp_path / name)
-        assert report.raw == 7.0
-        assert report.trials[0] == Trial(
-            "raw weights", None, 0, 7.0, seconds=report.trials[0].seconds
-        )
-    better = (7.0 - report.value) / 7.0
-    assert f"{100 * better:.2g} % better than the raw weights" in repr(report)
-    options = {"axis": GRID, "raw": tmp_path / "last.pt"}
-    most = swept(run, tmp_path / "most", command, minimize=False, **options)
-    assert "22 % better than the raw weights" in repr(most)
+    return {name: torch.full_like(value, 7.0) for name, value in weights.items()}
 
 
-def test_a_file_without_the_tensors_of_the_averages_is_refused(run: Run, tmp_path: Path) -> None:
+def check_raw(report: SweepReport) -> None:
+    assert report.raw == 7.0
+    first, *_ = report.trials
+    assert first == Trial("raw weights", None, 0, 7.0, seconds=first.seconds)
+
+
+def test_raw_weights_in_a_checkpoint_are_measured(run, tmp_path, out, first_value, sevens):
+    """Not the average that it holds, too."""
+    raw = tmp_path / "last.pt"
+    average = dict(run.average(0.1))
+    torch.save({"model": sevens, "ema": average}, raw)
+    check_raw(swept(run, out, first_value, raw=raw))
+
+
+@pytest.fixture
+def raw(tmp_path: Path, sevens: dict[str, torch.Tensor]) -> Path:
+    file = tmp_path / "last.safetensors"
+    save_file(sevens, file)
+    return file
+
+
+def test_raw_weights_in_a_file_are_measured(run, out, first_value, raw):
+    report = swept(run, out, first_value, raw=raw)
+    check_raw(report)
+    better = 100 * (7.0 - report.value) / 7.0
+    assert f"{better:.2g} % better than the raw weights" in repr(report)
+
+
+def test_a_metric_to_maximize_is_compared_with_that_of_raw_weights(run, out, first_value, raw):
+    report = swept(run, out, first_value, raw=raw, minimize=False)
+    assert "22 % better than the raw weights" in repr(report)
+
+
+def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path):
     raw = tmp_path / "other.safetensors"
     save_file({"b": torch.zeros(7)}, raw)
     with refused(str(raw), "lacks tensor 'a'", kind=MismatchError):
-        swept(run, tmp_path / "out", axis=GRID, raw=raw)
+        swept(run, tmp_path / "out", raw=raw)
 
 
 def picture(colour: int) -> str:
     """Return the base64 text of a PNG of one grey pixel."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
+    def chunk(kind, data):
+        length = struct.pack(">I", len(data))
         check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
+        return length + kind + data + check
 
     header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
     data = zlib.compress(bytes([0, colour]))
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
+    content = (
+        b"\x89PNG\r\n\x1a\n",
+        chunk(b"IHDR", header),
+        chunk(b"IDAT", data),
+        chunk(b"IEND", b""),
+    )
+    return base64.b64encode(b"".join(content)).decode()
 
 
 DRAW = f'cd "$4"; mkdir b; echo {picture(9)} | base64 -d > a.png; cp a.png b/c.PNG; touch d.txt'
 
 
-def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
-    run: Run,
-    out: Path,
-) -> None:
-    report = swept(run, out, shell(DRAW), axis=GRID, minimize=None)
-    assert [(trial.x, trial.value, trial.error) for trial in report.trials] == [
-        (x, None, None) for x in LENGTHS
-    ]
+def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(run, out):
+    report = swept(run, out, shell(DRAW), minimize=None)
+    assert [trial.x for trial in report.trials] == [*LENGTHS]
+    assert {trial.value for trial in report.trials} == {None}
+    assert {trial.error for trial in report.trials} == {None}
     assert names(out) == {"images", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LENGTHS}
     assert names(out / "images/sigma_rel-0.1-seed-0") == {"a.png", "b-c.PNG"}
@@ -587,36 +598,31 @@ def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(
 
 @pytest.mark.parametrize(
     ("glob", "kept"),
-    [(None, {"a.png", "b-c.PNG"}), ("b/*", {"b-c.PNG"}), ("none", set())],
+    [
+        (None, {"a.png", "b-c.PNG"}),
+        ("b/*", {"b-c.PNG"}),
+        ("none", set()),
+    ],
 )
-def test_the_images_to_keep_can_be_chosen(
-    run: Run,
-    tmp_path: Path,
-    glob: str | None,
-    kept: set[str],
-) -> None:
-    swept(run, tmp_path / "out", shell(f"{DRAW}; echo $2"), axis=GRID, images=glob)
-    folder = tmp_path / "out/images/sigma_rel-0.05-seed-0"
-    assert (names(folder) if folder.exists() else set()) == kept
+def test_the_images_to_keep_can_be_chosen(run, out, glob, kept):
+    swept(run, out, shell(f"{DRAW}; echo $2"), images=glob)
+    found = {path.name for path in out.glob("images/sigma_rel-0.05-seed-0/*")}
+    assert found == kept
 
 
-def test_the_newest_images_are_kept_and_none_that_is_large(
-    run: Run,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_the_newest_images_are_kept_and_none_that_is_large(run, out, caplog):
     dated = "cp a.png $i.png; touch -d 2030-01-01T00:00:$i $i.png"
     large = "truncate -s 3M 20.png; touch -d 2031-01-01 20.png"
     script = f"{DRAW}; for i in $(seq 20); do {dated}; done; {large}"
-    swept(run, tmp_path / "out", shell(script), axis=GRID, minimize=None)
-    kept = names(tmp_path / "out/images/sigma_rel-0.05-seed-0")
+    swept(run, out, shell(script), minimize=None)
+    kept = names(out / "images" / "sigma_rel-0.05-seed-0")
     assert kept == {f"{i}.png" for i in range(4, 20)}
     assert "20.png: 3.15 MB, too large to be kept: at most 2 MB" in caplog.text
 
 
-def test_a_look_without_images_says_so(run: Run, out: Path) -> None:
+def test_a_look_without_images_says_so(run, out):
     with refused("the sweep", "no trial has left an image in {dir}", kind=PostHocError):
-        swept(run, out, "true {weights} {dir}", axis=GRID, minimize=None)
+        swept(run, out, "true {weights} {dir}", minimize=None)
 
 
 # --- in Python
@@ -633,50 +639,46 @@ def test_a_look_without_images_says_so(run: Run, out: Path) -> None:
         ("metric", "must be a function", {"metric": None}),
     ],
 )
-def test_in_python_arguments_are_checked(
-    run: Run,
-    subject: str,
-    reason: str,
-    arguments: dict[str, Any],
-) -> None:
+def test_in_python_arguments_are_checked(run, subject, reason, arguments):
     with refused(subject, reason):
         sweep(run, **({"metric": lambda _: 1.0} | arguments))
 
 
-def test_in_python_the_metric_gets_the_weights(run: Run, tmp_path: Path) -> None:
-    def size(weights: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def test_in_python_the_metric_gets_the_weights(run, tmp_path):
+    def size(weights):
         assert weights.predicted_error is not None
         return weights["a"].norm(), torch.tensor(0.1)
 
     report = sweep(run.directory, size, values=LENGTHS, minimize=False)
-    assert [trial.value for trial in report.trials] == [
-        float(run.average(x)["a"].norm()) for x in LENGTHS
-    ]
+    for trial in report.trials:
+        average = run.average(trial.x)
+        assert trial.value == float(average["a"].norm())
     report.write(tmp_path)
-    first = json.loads((tmp_path / "sweep.json").read_text())["trials"][0]
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    first, *_ = written["trials"]
     assert first["standard_error"] == pytest.approx(0.1)
 
 
-def test_the_number_of_last_checkpoints_is_searched(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
+def test_the_number_of_last_checkpoints_is_searched(tmp_path, out):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
     for step in range(1, 31):
         weights = {"a": torch.full((4,), float(step))}
-        save_file(weights, tmp_path / f"checkpoints/step-{step}.safetensors")
+        save_file(weights, folder / f"step-{step}.safetensors")
     program = f"{FIRST}print(abs(first(sys.argv[1]) - 22.5))"
-    run = Run(tmp_path / "checkpoints")
     command = shlex.join([sys.executable, "-S", "-c", program, "{weights}"])
     axis = Axis.parse("last:2:24", "target")
-    report = swept(run, tmp_path / "out", command, axis=axis, budget=12)
+    report = swept(Run(folder), out, command, axis=axis, budget=12)
     for trial in report.trials[1:]:  # the first one is of raw weights
-        # the mean of the last n is 30.5 - n / 2
-        assert trial.value == pytest.approx(abs(8 - trial.x / 2))
+        mean = 30.5 - trial.x / 2
+        assert trial.value == pytest.approx(abs(mean - 22.5))
     assert report.found.best == pytest.approx(16, abs=1)
 
 
-def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tmp_path: Path) -> None:
+def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tmp_path):
     model = torch.nn.Linear(3, 3)
 
-    def metric(averaged: torch.nn.Linear) -> float:
+    def metric(averaged):
         assert not averaged.training
         return float(averaged.weight.detach().norm())
 
@@ -689,12 +691,14 @@ def test_in_python_a_model_is_restored_and_its_raw_weights_are_measured(tmp_path
         assert report.raw == pytest.approx(60.0)  # 9 elements of 20
         assert "raw: 60," in repr(report)
         assert model.training
-        assert bool((model.weight == 20).all())
+        assert (model.weight == 20).all()
         other = torch.nn.Linear(3, 3)
-        assert sweep(tracker, metric, model=other, values=LENGTHS).raw is None
+        unknown = sweep(tracker, metric, model=other, values=LENGTHS)
+        assert unknown.raw is None
     # the time of this model's weights is unknown
     again = PostHocEMA.from_path(tmp_path / "run", model)
-    assert sweep(again, metric, model=model, values=LENGTHS).raw is None
+    unknown = sweep(again, metric, model=model, values=LENGTHS)
+    assert unknown.raw is None
 
 
 # --- a run for sweeps

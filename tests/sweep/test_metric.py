@@ -34,12 +34,7 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
         ("results.acc: .5", "results.acc", (0.5, None)),
     ],
 )
-def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
-    tmp_path: Path,
-    text: str,
-    name: str | None,
-    found: tuple[float, float | None],
-) -> None:
+def test_the_last_line_that_is_a_number_or_has_the_name_is_used(tmp_path, text, name, found):
     assert printed(text, tmp_path, name) == found
 
 
@@ -58,19 +53,12 @@ def test_the_last_line_that_is_a_number_or_has_the_name_is_used(
         ("{" * 100_000, "loss", "no line"),
     ],
 )
-def test_an_output_without_a_metric_is_an_error_that_says_why(
-    tmp_path: Path,
-    text: str,
-    name: str | None,
-    message: str,
-) -> None:
+def test_an_output_without_a_metric_is_an_error_that_says_why(tmp_path, text, name, message):
     with pytest.raises(TrialError, match=message):
         printed(text, tmp_path, name)
 
 
-def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(
-    tmp_path: Path,
-) -> None:
+def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(tmp_path):
     """`json.dumps(..., indent=2)` prints each number of a list on a separate line."""
     inner = {
         "loss": 0.5,
@@ -87,18 +75,16 @@ def test_an_object_over_several_lines_is_read_and_single_numbers_in_it_are_not(
         printed('{"loss": 0.5} of 3\n', tmp_path, "loss")
 
 
-def test_a_metric_is_a_key_or_a_file_and_a_key() -> None:
+def test_a_metric_is_a_key_or_a_file_and_a_key():
     assert Metric.parse("eval:loss") == Metric("eval:loss")
     assert Metric.parse("*.json:a:b.json:c") == Metric("a:b.json:c", "*.json")
 
 
-def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(
-    tmp_path: Path,
-) -> None:
+def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_found(tmp_path):
     """lm-eval writes names with dots and commas, into a folder named after the model; here the file
     is a link."""
 
-    def read(key: str, file: str = "*.json") -> tuple[float, float | None]:
+    def read(key, file="*.json"):
         return Metric(key, file).read(tmp_path, folder)
 
     folder = tmp_path / "trial"
@@ -119,7 +105,7 @@ def test_the_newest_file_of_the_name_is_read_and_lm_evals_standard_error_is_foun
 
 
 @pytest.mark.parametrize("name", ["results.json", "../elsewhere.json"])
-def test_a_file_that_is_not_there_is_an_error_that_lists_others(tmp_path: Path, name: str) -> None:
+def test_a_file_that_is_not_there_is_an_error_that_lists_others(tmp_path, name):
     (tmp_path / "elsewhere.json").write_text("{}")
     (tmp_path / "trial").mkdir()
     (tmp_path / "trial/other.json").write_text("{}")
@@ -128,9 +114,13 @@ def test_a_file_that_is_not_there_is_an_error_that_lists_others(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(100_000 * "[", "cannot be read"), ('{"a": [1]}', "not a number")]
+    ("content", "message"),
+    [
+        (100_000 * "[", "cannot be read"),
+        ('{"a": [1]}', "not a number"),
+    ],
 )
-def test_a_file_without_the_metric_is_an_error(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_without_the_metric_is_an_error(tmp_path, content, message):
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(TrialError, match=message):
         Metric("a", "a.json").read(tmp_path, tmp_path)

@@ -44,20 +44,29 @@ class Work:
     def __post_init__(self) -> None:
         self.root.mkdir(exist_ok=True)
         self.run = self.root / "run"
-        names = "out/sigma_rel-0.1.safetensors", "out/sigma_rel-0.2.safetensors", "shards"
-        self.outputs = [self.root / name for name in names]
+        self.outputs = [
+            self.root / "out/sigma_rel-0.1.safetensors",
+            self.root / "out/sigma_rel-0.2.safetensors",
+            self.root / "shards",
+        ]
 
     def do(self) -> None:
         """Do all stages; repeat a stage that fails once."""
         if not (self.run / STATE).exists():
             self._twice(lambda: self._train(STOPS))
         self._twice(lambda: self._train(STEPS))
-        first, second, shards = self.outputs
-        self._twice(lambda: Run(self.run).write([0.1, 0.2], first.parent, overwrite=True))
-        self.done += [first, second]
-        self._twice(lambda: export_file(first, shards, max_shard_size="40", overwrite=True))
-        self.done.append(shards)
+        self._twice(self._synthesize)
+        self.done += self.outputs[:2]
+        self._twice(self._export)
+        self.done += self.outputs[2:]
         self._twice(lambda: Run(self.run).prune(keep=2))
+
+    def _synthesize(self) -> None:
+        Run(self.run).write([0.1, 0.2], self.root / "out", overwrite=True)
+
+    def _export(self) -> None:
+        first, _, shards = self.outputs
+        export_file(first, shards, max_shard_size="40", overwrite=True)
 
     def _twice(self, stage: Callable[[], object]) -> None:
         try:
@@ -326,7 +335,8 @@ class Disk:
     def _forget(self, path: Path) -> None:
         """What is removed or replaced need not last."""
         if path.parent == self._root / "run":
-            self.kept = {name: data for name, data in self.kept.items() if name != path.name}
+            self.kept = self.kept.copy()
+            self.kept.pop(path.name, None)
 
     def _sync(self, directory: Path) -> None:
         pending = []
@@ -370,7 +380,7 @@ class Disk:
             elif inode and path.parent.exists():
                 data = inode.data if crash == "kill" else inode.durable
                 if crash == "some" and inode.data != data:
-                    end = chance.randrange(len(inode.data) + 1)
-                    left = inode.data[:end]
-                    data = chance.choice((data, left, left.ljust(len(inode.data), b"\0")))
+                    size = len(inode.data)
+                    left = inode.data[: chance.randrange(size + 1)]
+                    data = chance.choice((data, left, left.ljust(size, b"\0")))
                 path.write_bytes(data)

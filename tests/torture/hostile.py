@@ -5,6 +5,7 @@ Each use ends at once with one error, or without harm; nothing outside is touche
 is left.
 """
 
+import itertools
 import os
 import pickle
 import random
@@ -21,8 +22,9 @@ from checkpoint_layouts import LAYOUTS, walk
 from ema_command import run_ema
 from factories import INDEX, random_walk, split_snapshot, write_run
 from snapshots.recorded import SMALL, Content, examine, small_output, small_snapshot, used
+from tracker.runs import track
 
-from posthoc_cli import PostHocEMA, Run, export_file
+from posthoc_cli import Run, export_file
 from torture.training import Tally
 
 
@@ -36,36 +38,64 @@ class Bomb(str):
 # --- special files
 
 
-THINGS: dict[str, Callable[[Path, Path], object]] = {
-    "a pipe": lambda path, _: os.mkfifo(path),
-    "a link to /dev/zero": lambda path, _: path.symlink_to("/dev/zero"),
-    "a link to nothing": lambda path, _: path.symlink_to("nothing"),
-    "a link to itself": lambda path, _: path.symlink_to(path.name),
-    "a link to a directory": lambda path, home: path.symlink_to(home / "outside"),
-    "a link to somebody's file": lambda path, home: path.symlink_to(home / "outside" / "secret"),
-    "a link to somebody's model": lambda path, home: path.symlink_to(
-        home / "outside" / "model.safetensors"
-    ),
-    "another name of somebody's file": lambda path, home: path.hardlink_to(
-        home / "outside" / "secret"
-    ),
-    "a directory": lambda path, _: path.mkdir(),
-    "an empty file": lambda path, _: path.touch(),
-    "a pickle": lambda path, home: path.write_bytes(pickle.dumps({"w": Bomb(home / "executed")})),
-    "a PyTorch file": lambda path, home: torch.save(
-        {"w": torch.ones(3), "bomb": Bomb(home / "executed")}, path
-    ),
-    "text": lambda path, _: path.write_bytes(b"{}\n" * 100),
+LINKS = {
+    "a link to /dev/zero": "/dev/zero",
+    "a link to nothing": "nothing",
+    "a link to a directory": "outside",
+    "a link to somebody's file": "outside/secret",
+    "a link to somebody's model": "outside/model.safetensors",
 }
-"""Functions of the place of a special file and of the folder that contains all others."""
+"""What a link leads to, within the folder that contains all files."""
+THINGS = (
+    *LINKS,
+    "a link to itself",
+    "another name of somebody's file",
+    "a pipe",
+    "a directory",
+    "an empty file",
+    "a pickle",
+    "a PyTorch file",
+    "text",
+)
+
+
+def put(thing: str, path: Path, home: Path) -> None:
+    """Put a special file at a path in a folder that contains all others."""
+    bomb = Bomb(home / "executed")
+    if thing in LINKS:
+        path.symlink_to(home / LINKS[thing])
+    elif thing == "a link to itself":
+        path.symlink_to(path.name)
+    elif thing == "another name of somebody's file":
+        path.hardlink_to(home / "outside/secret")
+    elif thing == "a pipe":
+        os.mkfifo(path)
+    elif thing == "a directory":
+        path.mkdir()
+    elif thing == "an empty file":
+        path.touch()
+    elif thing == "a pickle":
+        path.write_bytes(pickle.dumps({"w": bomb}))
+    elif thing == "a PyTorch file":
+        torch.save({"w": torch.ones(3), "bomb": bomb}, path)
+    else:
+        path.write_bytes(b"{}\n" * 100)
+
 
 ANY = (
-    "info x", "synthesize x --sigma-rel 0.1 --out out/o.safetensors",
-    "export x --out " "out/o.safetensors", "error-plot x --out picture.png",
-    "prune x --keep 1 --yes", "plan --steps 1000 --params 10 " "--disk 9kB --like x",
-)  # fmt: skip
+    "info x",
+    "synthesize x --sigma-rel 0.1 --out out/o.safetensors",
+    "export x --out out/o.safetensors",
+    "error-plot x --out picture.png",
+    "prune x --keep 1 --yes",
+)
 MADE = "synthesize run --sigma-rel 0.1 --out out/o.safetensors"
-RUN = ("info run", MADE, "prune run --keep 2 --yes", "error-plot run --out out/o.png")
+RUN = (
+    "info run",
+    MADE,
+    "prune run --keep 2 --yes",
+    "error-plot run --out out/o.png",
+)
 SHARDS = (
     "info sharded",
     "export sharded --out out/o.pt",
@@ -101,22 +131,18 @@ def replace_files(folder: Path, share: float, seed: int) -> Tally:
     home = folder / "home"
     template = folder / "template"
     before = Path.cwd()
-    write_run(template / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
+    moves = random_walk(20, {"w": (3,), "v": (2, 2)})
+    write_run(template / "run", moves, (5, 10, 15, 20))
     Run(template / "run").write([0.05], template / "made.safetensors")
     export_file(template / "made.safetensors", template / "sharded", max_shard_size="14")
     for name in ("out", "outside"):
         (template / name).mkdir()
     (template / "outside" / "secret").write_bytes(b"another user's file, which must not change")
     shutil.copy(template / "made.safetensors", template / "outside" / "model.safetensors")
-    meetings = [
-        (place, thing, command + end)
-        for place, commands in PLACES.items()
-        for command in commands
-        for end in (("", " --overwrite") if place.startswith("out/") else ("",))
-        for thing in THINGS
-    ]
+    meetings = all_meetings()
+    count = max(1, round(share * len(meetings)))
     try:
-        for meeting in random.Random(seed).sample(meetings, max(1, round(share * len(meetings)))):
+        for meeting in random.Random(seed).sample(meetings, count):
             shutil.rmtree(home, ignore_errors=True)
             shutil.copytree(template, home)
             os.chdir(home)
@@ -126,12 +152,22 @@ def replace_files(folder: Path, share: float, seed: int) -> Tally:
     return tally
 
 
+def all_meetings() -> list[tuple[str, str, str]]:
+    """Return every place, thing and command."""
+    meetings = []
+    for place, commands in PLACES.items():
+        if place.startswith("out/"):
+            commands = (*commands, *(f"{command} --overwrite" for command in commands))
+        meetings += itertools.product([place], THINGS, commands)
+    return meetings
+
+
 def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> None:
     path = home / place
     what = f"{thing} as {place}: {command}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
-    THINGS[thing](path, home)
+    put(thing, path, home)
     before = _outside(home)
     tally.tried += 1
     with tally.judged(what):
@@ -141,20 +177,16 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
             result = run_ema(*command.split())
             errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
             errors += re.findall("^problem.*", result.out, re.MULTILINE)[:1]  # of `ema info`
-            if (
-                result.code not in (0, 1, 2)
-                or len(errors) != (result.code > 0)
-                or "Traceback" in result.err
-            ):
+            is_usual = result.code in (0, 1, 2) and "Traceback" not in result.err
+            if not is_usual or len(errors) != (result.code > 0):
                 tally.missed.append(f"{what}: ended with {result.code}: {result.err[-500:]!a}")
     if (home / "executed").exists():
         tally.executed.append(f"{what}: the pickle was loaded")
     now = _outside(home)
     # An output folder that is itself a link is followed, since the user has named it; links in it
     # never are.
-    if now[0] != before[0] and not (
-        path.is_symlink() and path.is_dir() and place in command.split()
-    ):
+    is_followed = path.is_symlink() and path.is_dir() and place in command.split()
+    if now[0] != before[0] and not is_followed:
         tally.executed.append(f"{what}: something outside was changed")
     if now[1] != before[1]:
         tally.lost.append(f"{what}: temporaries were left")
@@ -163,9 +195,7 @@ def _meet(home: Path, place: str, thing: str, command: str, tally: Tally) -> Non
 def _track(home: Path) -> None:
     """Train in a directory, and return to an earlier state, which sets snapshots aside."""
     model = torch.nn.Linear(2, 2)
-    with PostHocEMA.from_model(
-        model, home / "fresh", update_every=1, checkpoint_every=1
-    ) as tracker:
+    with track(model, home / "fresh", checkpoint_every=1) as tracker:
         tracker.update_(model)
         state = tracker.state_dict()
         tracker.update_(model)
@@ -175,9 +205,9 @@ def _track(home: Path) -> None:
 
 def _outside(home: Path) -> tuple[dict[str, Any], set[Path]]:
     """Return the names, content and modes of the files of another user; and all temporary files."""
-    others = {
-        path.name: (path.read_bytes(), path.stat().st_mode) for path in (home / "outside").iterdir()
-    }
+    others = {}
+    for path in (home / "outside").iterdir():
+        others[path.name] = (path.read_bytes(), path.stat().st_mode)
     return others, {*home.rglob(".ema-*.tmp")}
 
 
@@ -218,16 +248,20 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
 def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
     kind = chance.choice(["cut", "flip", "flip", "bomb"])
     if kind == "bomb":
-        return pickle.dumps(
-            {"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)}
-        )
-    place = chance.randrange(min(len(intact), chance.choice([100, 2_000, 10**9])))
-    return _flipped(intact, 8 * place + chance.randrange(8)) if kind == "flip" else intact[:place]
+        content = {"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)}
+        return pickle.dumps(content)
+    most = chance.choice([100, 2_000, 10**9])
+    place = chance.randrange(min(len(intact), most))
+    if kind == "cut":
+        return intact[:place]
+    return _flipped(intact, 8 * place + chance.randrange(8))
 
 
 def _flipped(data: bytes, place: int) -> bytes:
     byte, bit = divmod(place, 8)
-    return data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :]
+    changed = bytearray(data)
+    changed[byte] ^= 1 << bit
+    return bytes(changed)
 
 
 # --- one small file of each kind: every flipped bit and every truncation is found before a result
@@ -261,7 +295,8 @@ def all_victims(folder: Path) -> dict[str, Victim]:
     """Write one file of each kind."""
     snapshot = small_snapshot(folder / "snapshot")
     output = small_output(folder / "output")
-    unsplit = small_snapshot(folder / "parts", SMALL | {"a": torch.tensor([[1.0], [-2.5]])})
+    rows = torch.tensor([[1.0], [-2.5]])
+    unsplit = small_snapshot(folder / "parts", SMALL | {"a": rows})
     part = split_snapshot(unsplit, 2) / "part-00002-of-00002.safetensors"
     shards = folder / "shards"
     export_file(output, shards, max_shard_size="10")

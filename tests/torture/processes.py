@@ -1,9 +1,10 @@
 """Trainings, single and sharded, that are killed, and several processes in one directory."""
 
+import itertools
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from factories import snapshots_in
@@ -23,77 +24,79 @@ from torture.training import train
 
 torch.set_num_threads(1)
 settings = {{"update_every": 2, "checkpoint_every": 4, "max_checkpoints": int(sys.argv[2]) or None}}
-train(
-    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
-)  # 120 kB a snapshot
-train(
-    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
-)  # 120 kB a snapshot
-train(
-    Path(sys.argv[1]), {STEPS}, range(8, {STEPS} + 1, 8), rows=7500, **settings
-)  # 120 kB a snapshot
+saves = range(8, {STEPS} + 1, 8)
+train(Path(sys.argv[1]), {STEPS}, saves, rows=7500, **settings)  # 120 kB a snapshot
 """
 
 
 def killed_trainings(folder: Path, share: float, seed: int) -> Tally:
     """Kill trainings 1,000 times in total; each is killed at random moments until it completes."""
-    tally = Tally()
-    run = folder / "run"
-
-    def wrong(most: int, is_complete: bool) -> list[str]:
-        # the others may be thinned
-        due = range(STEPS if most else 4, STEPS + 1, 4) if is_complete else ()
-        return [*wrong_snapshots(run), *_missing(run, SIGMA_RELS, due)]
-
-    _kill(
-        tally,
-        1_000 * share,
-        random.Random(seed),
-        run,
-        lambda most: ("", [Forked(TRAIN, run, most)]),
-        wrong,
-    )
-    return tally
+    return Kills(SingleTraining(folder / "run"), seed).count(1_000 * share)
 
 
-def _kill(
-    tally: Tally,
-    times: float,
-    chance: random.Random,
-    place: Path,
-    start: Callable[[int], tuple[str, list[Forked]]],
-    wrong: Callable[[int, bool], list[str]],
-) -> None:
-    """Kill a process of each training in `place` at a random moment until it completes; begin anew
-    until so many kills.
+class SingleTraining:
+    """A training by one process in a folder."""
 
-    `start` starts or resumes a training with a number of snapshots a profile, 0 for all; `wrong`
-    returns what is wrong, given that number and whether the training is complete.
-    """
-    Forked("").wait()  # starts the server of processes
-    started = time.monotonic()
-    _end(start(0)[1], 180)
-    seconds = time.monotonic() - started
-    tally.lost += wrong(0, True)
-    shutil.rmtree(place)
-    while tally.tried < max(1, round(times)):
-        most = chance.choice((0, 3))
-        codes = [1]
-        while any(codes):
-            is_last = tally.tried >= max(1, round(times))  # runs to the end
-            tally.tried += not is_last
-            kind, processes = start(most)
-            if not is_last:
-                time.sleep(chance.uniform(0.0, 1.1) * seconds)
-                chance.choice(processes).kill()
-            codes = _end(processes, 180 if is_last else 10)
-            where = f"kill {tally.tried}, {kind}, max_checkpoints={most}"
-            tally.lost += [f"{where}: {line}" for line in wrong(most, not any(codes))]
-            if any(codes) if is_last else len(codes) == 1 and codes[0] > 0:
-                errors = [process.communicate()[1][-500:] for process in processes]
-                tally.missed.append(f"{where}: the resumed training ended with {codes}: {errors}")
-                return
-        shutil.rmtree(place)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(self, most: int) -> tuple[str, list[Forked]]:
+        """Start or resume it, with a number of snapshots a profile, 0 for all."""
+        return "alone", [Forked(TRAIN, self.folder, most)]
+
+    def wrong(self, most: int, is_complete: bool) -> list[str]:
+        """Return what is wrong, given that number and whether the training is complete."""
+        first = STEPS if most else 4  # the others may be thinned
+        due = range(first, STEPS + 1, 4) if is_complete else ()
+        return [*wrong_snapshots(self.folder), *_missing(self.folder, SIGMA_RELS, due)]
+
+
+class Kills:
+    """Kills of processes of trainings at random moments; each training is resumed until it
+    completes."""
+
+    def __init__(self, training: SingleTraining, seed: int) -> None:
+        self.tally = Tally()
+        self.chance = random.Random(seed)
+        self.training = training
+        self.seconds = 0.0  # of a training without a kill
+
+    def count(self, times: float) -> Tally:
+        """Kill so many times, at least once."""
+        Forked("").wait()  # starts the server of processes
+        started = time.monotonic()
+        _, processes = self.training.start(0)
+        _end(processes, 180)
+        self.seconds = time.monotonic() - started
+        self.tally.lost += self.training.wrong(0, True)
+        shutil.rmtree(self.training.folder)
+        times = max(1, round(times))
+        while self.tally.tried < times and not self.tally.missed:
+            most = self.chance.choice((0, 3))
+            while self._ends_early(most, is_killed=self.tally.tried < times):
+                pass
+            shutil.rmtree(self.training.folder)
+        return self.tally
+
+    def _ends_early(self, most: int, is_killed: bool) -> bool:
+        """Run a training until it ends; return whether it has to be resumed."""
+        kind, processes = self.training.start(most)
+        if is_killed:
+            self.tally.tried += 1
+            time.sleep(self.chance.uniform(0.0, 1.1) * self.seconds)
+            self.chance.choice(processes).kill()
+        codes = _end(processes, 10 if is_killed else 180)
+        is_complete = not any(codes)
+        where = f"kill {self.tally.tried}, {kind}, max_checkpoints={most}"
+        for line in self.training.wrong(most, is_complete):
+            self.tally.lost.append(f"{where}: {line}")
+        # of several processes the others may fail without the killed one
+        may_fail = is_killed and (len(codes) > 1 or codes[0] < 0)
+        if is_complete or may_fail:
+            return not is_complete
+        errors = [process.communicate()[1][-500:] for process in processes]
+        self.tally.missed.append(f"{where}: the training ended with {codes}: {errors}")
+        return False
 
 
 def _end(processes: list[Forked], patience: float) -> list[int]:
@@ -109,12 +112,8 @@ def _end(processes: list[Forked], patience: float) -> list[int]:
 
 def _missing(run: Path, sigma_rels: Sequence[float], steps: Iterable[int]) -> list[str]:
     found = {(snapshot.step, snapshot.sigma_rel) for snapshot in snapshots_in(run)}
-    due = [(step, sigma_rel) for step in steps for sigma_rel in sigma_rels]
-    return [
-        f"sigma_rel {sigma_rel} at {step} is missing"
-        for step, sigma_rel in due
-        if (step, sigma_rel) not in found
-    ]
+    missing = {*itertools.product(steps, sigma_rels)} - found
+    return [f"sigma_rel {sigma_rel} at {step} is missing" for step, sigma_rel in sorted(missing)]
 
 
 # --- sharded trainings of which one process is killed, resumed by other numbers of processes
@@ -144,30 +143,33 @@ with PostHocEMA.from_model(
         dist.barrier()  # in place of the training's own collectives
         if step % 4 == 0 and rank == 0:
             (folder / "durable").write_text(str(step))
-        if step % 4 == 0 and rank == 0:
-            (folder / "durable").write_text(str(step))
 """
 
 
 def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
     """Kill any one process, 100 times in total; each training is resumed in other processes until
     it completes."""
-    tally = Tally()
-    chance = random.Random(seed)
-    place = folder / "killed"
+    return Kills(ShardedTraining(folder / "killed", seed), seed).count(100 * share)
 
-    def start(most: int) -> tuple[str, list[Forked]]:
-        kind, ranks = chance.choice(SPREAD)
-        return f"{kind} on {ranks}", start_group(TRAIN_SHARDED, ranks, place, kind, most)
 
-    def wrong(most: int, is_complete: bool) -> list[str]:
-        durable = place / "durable"
-        last = int(durable.read_text() or 0) if durable.exists() else 0
-        due = range(4, last + 1, 4) if not most else [LAST] if is_complete else []
-        return _wrong_averages(place / "run", due)
+class ShardedTraining(SingleTraining):
+    """A training by several processes in a folder, which are others each time."""
 
-    _kill(tally, 100 * share, chance, place, start, wrong)
-    return tally
+    def __init__(self, folder: Path, seed: int) -> None:
+        super().__init__(folder)
+        self.chance = random.Random(seed)
+
+    def start(self, most: int) -> tuple[str, list[Forked]]:
+        kind, ranks = self.chance.choice(SPREAD)
+        processes = start_group(TRAIN_SHARDED, ranks, self.folder, kind, most)
+        return f"{kind} on {ranks}", processes
+
+    def wrong(self, most: int, is_complete: bool) -> list[str]:
+        due: Sequence[int] = [LAST] if is_complete else []
+        note = self.folder / "durable"  # the last step whose snapshots are
+        if not most and note.exists():
+            due = range(4, int(note.read_text() or 0) + 1, 4)
+        return _wrong_averages(self.folder / "run", due)
 
 
 def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
@@ -175,17 +177,16 @@ def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
     average."""
     lines = _missing(run, SETTINGS["sigma_rels"], steps) if run.exists() else []
     for snapshot in snapshots_in(run):
+        updates = [*range(2, snapshot.step + 1, 2)]
+        exact = truth(snapshot.sigma_rel, updates)
         with snapshot:
-            for name, right in truth(
-                snapshot.sigma_rel, list(range(2, snapshot.step + 1, 2))
-            ).items():
+            for name, right in exact.items():
                 # A float32 average is rounded once when stored, and each time that a training is
                 # resumed from it.
-                away = (snapshot.tensor(name).double() - right).abs().max()
-                if not away <= 1e-6 * right.abs().max():
-                    lines.append(
-                        f"{snapshot.path.name}: {name} is {float(away):.2g} away from the average"
-                    )
+                away = float((snapshot.tensor(name).double() - right).abs().max())
+                if not away <= 1e-6 * float(right.abs().max()):
+                    what = f"{snapshot.path.name}: {name}"
+                    lines.append(f"{what} is {away:.2g} away from the average")
     return lines
 
 

@@ -4,17 +4,20 @@ Every snapshot and every output therefore has one correct content, which is comp
 formula in float64.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from factories import FloatArray, exact_weights, read_output, snapshots_in
 from safetensors.numpy import load_file
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError, WriteError
@@ -51,46 +54,43 @@ class Tally:
                 )
 
 
-class Network(torch.nn.Module):
+class Network(nn.Module):
     """A network of two parameters, with 4 `rows` and with 3 elements, and a buffer."""
 
     def __init__(self, rows: int = 4) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(rows, 4))
-        self.bias = torch.nn.Parameter(torch.zeros(3))
+        self.weight = nn.Parameter(torch.zeros(rows, 4))
+        self.bias = nn.Parameter(torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def go_to(self, step: int) -> None:
         for parameter in self.parameters():
-            parameter.copy_(
-                torch.from_numpy(
-                    weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)
-                )
-            )
+            values = weights_up_to(step, parameter.numel())[-1]
+            parameter.copy_(torch.from_numpy(values).view_as(parameter))
         self.count.fill_(step)
 
 
 def weights_up_to(step: int, elements: int) -> FloatArray:
     """Return a parameter after the steps 1 to `step`, in exact float32 values: shape [step,
     elements]."""
-    return _weights(-(-step // 4096) * 4096 if step > 64 else 64, elements)[:step]
+    steps = 64 if step <= 64 else 4096 * math.ceil(step / 4096)
+    return _weights(steps, elements)[:step]
 
 
 @lru_cache(maxsize=8)
 def _weights(steps: int, elements: int) -> FloatArray:
     # A walk: thinning keeps nearly the same snapshots whether or not all of them could be measured.
-    walk = 3.0 + np.cumsum(np.random.default_rng(7).standard_normal((steps, elements)), axis=0)
+    moves = np.random.default_rng(7).standard_normal((steps, elements))
+    walk = 3.0 + np.cumsum(moves, axis=0)
     return walk.astype(np.float32).astype(np.float64)
 
 
 @lru_cache(maxsize=1000)
 def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) -> FloatArray:
     """Return a parameter's average at a step with updates `every` so many."""
-    return (
-        exact_weights(sigma_rel, range(every, step + 1, every))
-        @ weights_up_to(step, elements)[every - 1 :: every]
-    )
+    shares = exact_weights(sigma_rel, range(every, step + 1, every))
+    return shares @ weights_up_to(step, elements)[every - 1 :: every]
 
 
 # --- what the user does
@@ -101,7 +101,8 @@ def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
     state = directory / STATE
     if times := complete_times(directory):
         network.go_to(max(times))
-    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto", **settings}
+    defaults = {"update_every": 1, "checkpoint_dtype": torch.float32, "resume": "auto"}
+    settings = defaults | settings
     tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
     if state.exists():
         tracker.load_state_dict(torch.load(state, weights_only=True))
@@ -168,21 +169,22 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def problems(path: Path) -> list[str]:
     found = Run(path).check()
-    return [
-        *found.problems,
-        *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine),
-    ]
+    broken = [file for file in found.files if not file.is_fine]
+    return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in broken)]
 
 
 def wrong_snapshots(directory: Path) -> list[str]:
     """Return a line for each snapshot that is damaged, or differs from the average that it
     claims."""
-    holds = any(directory.glob("*.safetensors"))
-    wrong = problems(directory) if holds else []
-    wrong += [
-        line for path in directory.glob("superseded/*.safetensors") for line in problems(path)
-    ]
-    for snapshot in Run(directory).snapshots if holds and not wrong else ():
+    wrong = list[str]()
+    for path in directory.glob("superseded/*.safetensors"):
+        wrong += problems(path)
+    if not any(directory.glob("*.safetensors")):
+        return wrong
+    wrong += problems(directory)
+    if wrong:
+        return wrong
+    for snapshot in Run(directory).snapshots:
         values = load_file(snapshot.path)
         name = f"{snapshot.step:016d}-{snapshot.sigma_rel}.safetensors"
         if values.pop("count") != snapshot.step or snapshot.path.name != name:
@@ -199,27 +201,25 @@ def wrong_output(path: Path) -> list[str]:
     they name."""
     try:
         wrong = problems(path)
-        info = None if path.is_dir() else read_output(path)
+        if path.is_dir():
+            for shard in path.glob("*.safetensors"):
+                wrong += wrong_output(shard)
+            return wrong
+        info = read_output(path)
     except PostHocError as error:
         return [str(error)]
-    if wrong or info is None:
-        return wrong or [
-            line for shard in path.glob("*.safetensors") for line in wrong_output(shard)
-        ]
+    if wrong:
+        return wrong
     values = load_file(path)
     coefficients = [used.coefficient for used in info.snapshots]
-    wrong = (
-        []
-        if abs(sum(coefficients) - 1) < 1e-9
-        else [f"{path.name}: coefficients add up to {sum(coefficients)}"]
-    )
+    if abs(sum(coefficients) - 1) > 1e-9:
+        wrong.append(f"{path.name}: coefficients add up to {sum(coefficients)}")
     for name in values.keys() & {"weight", "bias"}:
-        exact = 0.0
+        exact: Any = 0.0
         for used in info.snapshots:
             t, _, sigma_rel = used.file.removesuffix(".safetensors").partition("-")
-            exact = exact + used.coefficient * exact_average(
-                int(t), float(sigma_rel), values[name].size
-            )
+            average = exact_average(int(t), float(sigma_rel), values[name].size)
+            exact += used.coefficient * average
         wrong += _away(f"{path.name}: {name}", values[name], exact, sum(map(abs, coefficients)))
     return wrong
 
@@ -227,5 +227,8 @@ def wrong_output(path: Path) -> list[str]:
 def _away(what: str, value: FloatArray, exact: FloatArray, scale: float = 1.0) -> list[str]:
     """Return a line if values differ by more than updates and sums in float32 can: a missing update
     shows."""
-    away = float(np.abs(value.ravel() - exact).max() / np.abs(exact).max())
-    return [] if away <= 1e-5 * scale else [f"{what} is {away:.2g} away from its average"]
+    off = np.abs(value.ravel() - exact)
+    away = float(off.max() / np.abs(exact).max())
+    if away <= 1e-5 * scale:
+        return []
+    return [f"{what} is {away:.2g} away from its average"]

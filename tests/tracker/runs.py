@@ -5,18 +5,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from factories import averages_in, exact_average
 from integrations.truth import distance
+from torch import nn
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError
+from posthoc_cli.snapshots.tensorfile import tensor_bytes
 
 Weights = dict[str, torch.Tensor]
+EITHER_DEVICE = pytest.mark.parametrize("device", ["cpu", "model"])
+"""Averages on the host or on the model's own device."""
 
 
 class Training:
@@ -31,10 +37,10 @@ class Training:
         size: float = 0.003,
     ) -> None:
         torch.manual_seed(seed)
-        layers = torch.nn.Linear(8, 24), torch.nn.BatchNorm1d(24), torch.nn.Linear(24, 4)
         self.model: Any = model
         if model is None:
-            self.model = torch.nn.Sequential(*layers)
+            layers = nn.Linear(8, 24), nn.BatchNorm1d(24), nn.Linear(24, 4)
+            self.model = nn.Sequential(*layers)
         self.path = [*path]
         self.size = size
 
@@ -60,7 +66,7 @@ class Training:
         return self
 
     def state(self) -> Weights:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
+        return deepcopy(self.model.state_dict())
 
     def at(self, number: int) -> Training:
         """Return a new training that was restored from the checkpoint of a step."""
@@ -75,7 +81,7 @@ class Training:
         exact = {}
         for name, value in self.path[0].items():
             if value.is_floating_point():
-                values = [self.path[step - 1][name].double().numpy() for step in updates]
+                values = [self.path[step - 1][name].double() for step in updates]
                 average = exact_average(values, sigma_rel, updates)
                 exact[name] = torch.from_numpy(average)
         return exact
@@ -90,6 +96,16 @@ class Training:
         return max(distances)
 
 
+def track(model: nn.Module, folder: Path, *sigma_rels: Any, **settings: Any) -> PostHocEMA:
+    """Return a tracker that by default takes in every step."""
+    return PostHocEMA.from_model(model, folder, *sigma_rels, **{"update_every": 1} | settings)
+
+
+def update(tracker: PostHocEMA, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        tracker.update_(model)
+
+
 def wait_for_writers(folder: Path) -> None:
     """Wait until this process's trackers have written all due snapshots to a folder, or failed
     to."""
@@ -99,6 +115,11 @@ def wait_for_writers(folder: Path) -> None:
 
 def times(folder: Path) -> set[float]:
     return {snapshot.t for snapshot in Run(folder).snapshots}
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the step of each snapshot, in the order of time."""
+    return [snapshot.step for snapshot in Run(folder).snapshots]
 
 
 def superseded(folder: Path) -> int:
@@ -114,8 +135,7 @@ def contents(folder: Path) -> dict[str, tuple[Any, dict[str, bytes]]]:
             continue
         tensors = {}
         for name in snapshot.entries:
-            in_bytes = snapshot.tensor(name).reshape(-1).view(torch.uint8)
-            tensors[name] = in_bytes.numpy().tobytes()
+            tensors[name] = bytes(tensor_bytes(snapshot.tensor(name)))
         result[snapshot.path.name] = replace(snapshot, run_id=""), tensors
     return result
 
@@ -132,7 +152,7 @@ def assert_near(
     exact: Mapping[str, torch.Tensor],
     within: float = 1e-6,
 ) -> None:
-    """Fail unless all exact tensors, in float64, are found within a relative and absolute
-    tolerance."""
+    """Fail unless all exact tensors are found within a relative and absolute tolerance."""
     for name, tensor in exact.items():
-        assert torch.allclose(found[name].double(), tensor, rtol=within, atol=within), name
+        own = found[name].double()
+        assert torch.allclose(own, tensor.double(), rtol=within, atol=within), name

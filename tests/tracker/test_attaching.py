@@ -3,7 +3,6 @@ tracker holds one."""
 
 import errno
 import gc
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,54 +12,58 @@ import torch
 from accelerate import Accelerator
 from factories import exact_average
 from snapshots.recorded import failing
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_state_dict,
 )
-from tracker.runs import wait_for_writers
+from tracker.runs import steps, times, track, wait_for_writers
 
-from posthoc_cli import PostHocEMA, Run
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError, WriteError
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
 
 
-def network() -> torch.nn.Module:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Linear(3, 2)
+    return nn.Linear(3, 2)
 
 
-def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def sgd_of(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, **options)
+
+
+def sgd(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A model and its optimizer."""
     model = network()
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, **options)
+    return model, sgd_of(model, **options)
 
 
 def attached(
-    model: torch.nn.Module,
+    model: nn.Module,
     folder: Path,
     optimizer: torch.optim.Optimizer,
     **settings: object,
 ) -> PostHocEMA:
-    defaults: dict = {
-        "update_every": 1,
-        "checkpoint_every": 10,
-        "checkpoint_dtype": None,
-        "sigma_rels": (0.05, 0.28),
-    }
-    tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
+    tracker = track(model, folder, **settings)
     tracker.attach(optimizer)
     return tracker
 
 
-def backward(model: torch.nn.Module) -> None:
+def loss_of(model: nn.Module) -> torch.Tensor:
     dtype = next(model.parameters()).dtype
-    (model(X.to(dtype)) - Y.to(dtype)).square().mean().backward()
+    difference = model(X.to(dtype)) - Y.to(dtype)
+    return difference.square().mean()
 
 
-def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
+def backward(model: nn.Module) -> None:
+    loss_of(model).backward()
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 1) -> None:
     for _ in range(count):
         optimizer.zero_grad()
         backward(model)
@@ -83,7 +86,9 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(
     with attached(model, tmp_path, optimizer) as tracker:
         for number in range(6):
             optimizer.zero_grad()
-            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
+            loss = loss_of(model)
+            if number in (1, 2):
+                loss *= float("inf")
             scaler.scale(loss).backward()
             if unscaled:
                 scaler.unscale_(optimizer)
@@ -95,7 +100,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(
 
 def test_whether_a_fused_step_was_skipped_is_read_when_an_update_may_be_due(tmp_path: Path) -> None:
     """Reading it waits for an accelerator. Of 12 steps the 3rd and the 11th are skipped."""
-    reads: list[int] = []
+    reads = []
     number = 0
 
     class Flag(torch.Tensor):
@@ -118,8 +123,10 @@ def test_whether_a_fused_step_was_skipped_is_read_when_an_update_may_be_due(tmp_
             values.append(model.weight.detach().double())
         assert {*reads} == {5, 6, 11, 12}
         exact = exact_average([values[5], values[11]], 0.1, [106, 112])
-        assert np.allclose(tracker.state_dict(0.1)["weight"].numpy(), exact, rtol=1e-6)
-    assert [(one.step, one.t) for one in Run(tmp_path).snapshots] == [(5, 106), (10, 112)]
+        found = tracker.state_dict(0.1)["weight"]
+        assert np.allclose(found.numpy(), exact, rtol=1e-6)
+    assert steps(tmp_path) == [5, 10]
+    assert times(tmp_path) == {106, 112}
 
 
 class ScaledSGD(torch.optim.Optimizer):
@@ -226,14 +233,13 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path
         tracker.detach()
         tracker.attach(fresh)
         set_state_dict(model, fresh, model_state_dict=weights, optim_state_dict=stored)
-        assert (tracker.step, tracker.t) == (6, 6)
+        assert tracker.step == 6
+        assert tracker.t == 6
         with tracker.model(model, 0.28):
             # Six updates in float64: each rounds by at most half a unit in the last place of values
             # below 2.
-            assert (
-                abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max()
-                < 6 * 2**-52
-            )
+            exact = exact_average(values, 0.28, range(1, 7))
+            np.testing.assert_allclose(model.weight.detach(), exact, rtol=0, atol=6 * 2**-52)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
@@ -243,28 +249,29 @@ def test_a_compiled_step_counts_on_the_users_own_clock_and_the_tracker_is_not_co
     model, optimizer = sgd()
     compiled = torch.compile(optimizer.step, backend="eager")
     compiling = []
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
-        with pytest.raises(
-            InvalidValueError,
-            match=r"t None: must be a function that returns the .* time in images",
-        ):
+    with track(model, tmp_path, t_unit="images") as tracker:
+        needed = r"t None: must be a function that returns the .* time in images"
+        with pytest.raises(InvalidValueError, match=needed):
             tracker.attach(optimizer)
-        tracker.attach(
-            optimizer,
-            t=lambda: compiling.append(torch.compiler.is_compiling()) or 64 * len(compiling),
-        )
+
+        def images() -> int:
+            compiling.append(torch.compiler.is_compiling())
+            return 64 * len(compiling)
+
+        tracker.attach(optimizer, t=images)
         for _ in range(4):
             backward(model)
             compiled()
         assert compiling == [False] * 4
-        assert (tracker.step, tracker.t) == (4, 256)
+        assert tracker.step == 4
+        assert tracker.t == 256
 
 
 def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optimizer(
     tmp_path: Path,
 ) -> None:
     model, first = sgd()
-    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    second = sgd_of(model)
     with attached(model, tmp_path, first) as tracker:
         step(model, first)
         tracker.detach()
@@ -278,7 +285,7 @@ def test_a_detached_tracker_counts_no_steps_and_may_be_attached_to_another_optim
         assert tracker.step == 3
         handle.remove()
         step(model, second)
-        tracker.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        tracker.attach(sgd_of(model))
         gc.collect()  # that optimizer no longer exists
         tracker.update_(model)
         for _ in range(2):  # as a notebook's cell that runs again
@@ -304,8 +311,9 @@ def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(
         with pytest.raises(NotReadyError, match="leave out either this call or attach"):
             tracker.update_(model)
         step(model, optimizer)
-        step(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        assert (tracker.step, other.step) == (2, 2)
+        step(model, sgd_of(model))
+        assert tracker.step == 2
+        assert other.step == 2
     step(model, optimizer)  # a closed tracker is detached
     with pytest.raises(NotReadyError, match="was closed"):
         tracker.attach(optimizer)
@@ -313,49 +321,49 @@ def test_a_call_of_update_of_an_attached_tracker_is_refused_and_not_counted(
 
 def test_an_attached_tracker_needs_its_model_which_it_does_not_keep_alive(tmp_path: Path) -> None:
     model, optimizer = sgd()
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+    with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
     with pytest.raises(InvalidValueError, match="made without a model"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
-    PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other").attach(optimizer)
+    other = PostHocEMA.from_model(nn.Linear(1, 1), tmp_path / "other")
+    other.attach(optimizer)
     with pytest.raises(NotReadyError, match="no longer exists"):
         optimizer.step()
 
 
+class ScaledTraining:
+    """A model that a fused optimizer trains by scaled gradients."""
+
+    def __init__(self) -> None:
+        self.model, self.optimizer = sgd(fused=True)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss_of(self.model)).backward()
+        try:
+            self.scaler.step(self.optimizer)
+        finally:
+            self.scaler.update()
+
+
 def test_after_an_error_of_the_update_training_continues(tmp_path: Path) -> None:
     """Attributes that the scaler leaves on a fused optimizer must not scale the next gradients."""
-
-    def train(
-        tracker: PostHocEMA | None,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        for number in range(4):
-            optimizer.zero_grad()
-            scaler.scale((model(X) - Y).square().mean()).backward()
-            with (
-                failing("fsync", errno.ENOSPC)
-                if tracker is not None and number == 1
-                else nullcontext()
-            ):
-                with (
-                    pytest.raises(WriteError, match="no space")
-                    if tracker and number == 2
-                    else nullcontext()
-                ):
-                    scaler.step(optimizer)
-                if tracker is not None:
-                    wait_for_writers(tmp_path)
-            scaler.update()
-
-    plain, plain_optimizer = sgd(fused=True)
-    train(None, plain, plain_optimizer)
-    model, optimizer = sgd(fused=True)
-    with attached(model, tmp_path, optimizer, checkpoint_every=2) as tracker:
-        train(tracker, model, optimizer)
+    plain = ScaledTraining()
+    for _ in range(4):
+        plain.step()
+    training = ScaledTraining()
+    model = training.model
+    with attached(model, tmp_path, training.optimizer, checkpoint_every=2) as tracker:
+        training.step()
+        with failing("fsync", errno.ENOSPC):
+            training.step()
+            wait_for_writers(tmp_path)
+        with pytest.raises(WriteError, match="no space"):
+            training.step()
+        training.step()
         assert tracker.step == 4
-    assert torch.equal(model.weight, plain.weight)
+    assert torch.equal(model.weight, plain.model.weight)
 
 
 class WithoutRates(torch.optim.Optimizer):

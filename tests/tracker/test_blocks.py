@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from checking import assert_same_tensors
+from torch import nn
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -18,8 +20,8 @@ from posthoc_cli.errors import NotReadyError
 def tracked(folder: Path, model: Any = None, **settings: Any) -> tuple[Any, PostHocEMA]:
     """Return a model after some steps, and its tracker."""
     if model is None:
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    ema = PostHocEMA.from_model(model, folder, update_every=1, **settings)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = track(model, folder, **settings)
     for _ in range(5):
         for parameter in model.parameters():
             parameter.data += torch.randn(parameter.shape)
@@ -59,7 +61,7 @@ def test_a_block_is_refused_while_another_thread_has_one_of_the_same_tensors(
     if part == "0":
         other = model[0]
     elif part == "wrapped":
-        other = torch.nn.DataParallel(model)
+        other = nn.DataParallel(model)
     _, others = tracked(tmp_path / "other", other)
 
     def enter_other() -> None:
@@ -114,7 +116,10 @@ def test_nested_blocks_restore_what_was_around_them(tmp_path: Path) -> None:
     raw = deepcopy(model.state_dict())
     with ema.model(model, 0.05):
         outer = deepcopy(model.state_dict())
-        with pytest.raises(ZeroDivisionError), ema.model(model, 0.28), ema.model(model[0:2], 0.05):
+        with ema.model(model, 0.28) as averaged:
+            assert_same_tensors(averaged.state_dict(), ema.state_dict(0.28))
+        inner = ema.model(model[0:2], 0.05)
+        with pytest.raises(ZeroDivisionError), ema.model(model, 0.28), inner:
             raise ZeroDivisionError
         assert_same_tensors(model.state_dict(), outer)
     assert_same_tensors(model.state_dict(), raw)
@@ -127,21 +132,23 @@ def test_a_step_in_a_block_of_another_thread_is_refused(tmp_path: Path) -> None:
     assert "holds averaged weights now" in str(error)
 
 
-class Shared(torch.nn.Module):
+class Shared(nn.Module):
     """A parameter whose rows are one memory, and one whose columns are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows = torch.nn.Parameter(torch.ones(1, 4).expand(3, 4))
-        self.columns = torch.nn.Parameter(torch.ones(3, 1).expand(3, 4))
-        self.plain = torch.nn.Parameter(torch.zeros(2))
+        row = torch.ones(1, 4)
+        column = torch.ones(3, 1)
+        self.rows = nn.Parameter(row.expand(3, 4))
+        self.columns = nn.Parameter(column.expand(3, 4))
+        self.plain = nn.Parameter(torch.zeros(2))
 
 
 def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_block(
     tmp_path: Path,
 ) -> None:
     model = Shared()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    ema = track(model, tmp_path)
     for value in (1.0, 5.0):
         model.rows.data[0] = value
         model.columns.data[:, 0] = value
@@ -157,10 +164,9 @@ def test_a_parameter_whose_elements_share_memory_has_its_values_again_after_the_
 
 def test_a_block_that_is_called_like_a_model_says_that_it_needs_with(tmp_path: Path) -> None:
     model, ema = tracked(tmp_path)
-    for call in (
-        lambda: ema.model(model, 0.1)(torch.ones(2, 3)),
-        lambda: ema.model(model, 0.1)(),
-        lambda: ema.models(model, [0.1])["0.1"](torch.ones(2, 3)),  # type: ignore[operator]
-    ):
-        with pytest.raises(NotReadyError, match=r"only within a `with` block; with ema\.model"):
-            call()
+    needs_with = r"only within a `with` block; with ema\.model"
+    batch = torch.ones(2, 3)
+    for block in (ema.model(model, 0.1), ema.models(model, [0.1])["0.1"]):
+        for arguments in ((batch,), ()):
+            with pytest.raises(NotReadyError, match=needs_with):
+                block(*arguments)

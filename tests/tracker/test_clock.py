@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from posthoc_cli import Beta, PostHocEMA, Run, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli import Beta, PostHocEMA, Run, Window
 from posthoc_cli.targets import Target
 
 STEPS = 2000
 SETTINGS: dict = {
-    "sigma_rels": (0.03, 0.05, 0.10, 0.15, 0.20, 0.28), "update_every": 1, "checkpoint_every": 250,
-    "checkpoint_dtype": None, "t_unit": "images",
-}  # fmt: skip
+    "sigma_rels": (0.03, 0.05, 0.10, 0.15, 0.20, 0.28),
+    "update_every": 1,
+    "checkpoint_every": 250,
+    "checkpoint_dtype": None,
+    "t_unit": "images",
+}
 
 
 def changing_twice() -> np.ndarray:
@@ -34,22 +37,20 @@ def path(times: np.ndarray) -> np.ndarray:
 
 
 def track(folder: Path, times: np.ndarray, **settings: object) -> None:
-    model = torch.nn.ParameterDict({"w": torch.zeros(3, dtype=torch.float64)})
     values = torch.from_numpy(path(times))
+    model = torch.nn.ParameterDict({"w": values[0]})
     with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
         for value, t in zip(values, times.tolist(), strict=True):
-            model["w"].data.copy_(value)
+            model["w"].data = value
             tracker.update_(model, t=t)
 
 
 def errors(folder: Path, target: Target, exact: np.ndarray) -> tuple[float, float]:
     """Return the relative distance of the synthesized weights, and the predicted one."""
-    plan = plan_synthesis(disk_sources(folder), [target])
-    (found,) = dict(synthesize(plan))["w"]
-    predicted = plan.predicted_error(0)
-    assert predicted is not None
-    error = np.linalg.norm(found.numpy() - exact)
-    return float(error / np.linalg.norm(exact)), predicted
+    average = Run(folder).average(target)
+    error = np.linalg.norm(average["w"].numpy() - exact)
+    assert average.predicted_error is not None
+    return float(error / np.linalg.norm(exact)), average.predicted_error
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,8 @@ def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(
 
 def test_each_snapshot_holds_its_own_pair_of_step_and_time(changed: Path) -> None:
     times = changing_twice()
-    snapshots = Run(changed).snapshots
-    for snapshot in snapshots:
+    steps = set()
+    for snapshot in Run(changed).snapshots:
         assert snapshot.t == times[snapshot.step - 1]
-    assert {snapshot.step for snapshot in snapshots} == {*range(250, STEPS + 1, 250)}
+        steps.add(snapshot.step)
+    assert steps == {*range(250, STEPS + 1, 250)}

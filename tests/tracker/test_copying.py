@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -45,6 +45,18 @@ class Stream:
     def add(self, do: Callable[[], object]) -> None:
         self.work.append(lambda: do() is not None or True)
 
+    def advance(self) -> bool:
+        """Do the next item of work; return whether there was one that had not to wait."""
+        if self.work and self.work[0]():
+            self.work.popleft()
+            return True
+        return False
+
+    def finish(self) -> None:
+        """Work until this stream has to wait."""
+        while self.advance():
+            pass
+
     def record_event(self, event: Event | None = None) -> Event:
         event = event or Event(self.device)
         self.add(event.finish)
@@ -64,27 +76,24 @@ class SimulatedDevice:
         self.draw = random.Random(seed)
         self.free = 2**40
         self.kept = 0  # by torch, of what it has freed
-        self.streams: list[Stream] = []
-        self.used_by: set[tuple[int, Stream]] = set()
+        self.streams = list[Stream]()
+        self.used_by = set[tuple[int, Stream]]()
         self.training = self.current = self.stream()
 
     def stream(self, *_: object) -> Stream:
         self.streams.append(Stream(self))
         return self.streams[-1]
 
-    def run(self, until: Callable[[], bool] = lambda: False, only: Stream | None = None) -> None:
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Work until a condition holds, or until no stream can continue."""
         while not until():
-            for stream in self.draw.sample(self.streams, len(self.streams)):
-                if (only is None or stream is only) and stream.work and stream.work[0]():
-                    stream.work.popleft()
-                    break
-            else:
+            self.draw.shuffle(self.streams)
+            if not any(stream.advance() for stream in self.streams):
                 return
 
     def some(self) -> None:
-        count = self.draw.randrange(6)
-        self.run(until=iter([False] * count + [True]).__next__)
+        for _ in range(self.draw.randrange(6)):
+            self.draw.choice(self.streams).advance()
 
     @contextmanager
     def on(self, stream: Stream) -> Iterator[None]:
@@ -166,8 +175,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    dtypes = {"a": torch.float32, "b": torch.bfloat16, "c": torch.float32, "d": torch.float64}
-    return {name: torch.zeros(3, 2, dtype=dtype) for name, dtype in dtypes.items()}
+    return {
+        "a": torch.zeros(3, 2),
+        "b": torch.zeros(3, 2, dtype=torch.bfloat16),
+        "c": torch.zeros(3, 2),
+        "d": torch.zeros(3, 2, dtype=torch.float64),
+    }
 
 
 def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
@@ -177,12 +190,14 @@ def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     for bucket in host.layout:
         number = int(bucket.dtype == torch.float64)
         layout.append(replace(bucket, device=torch.device("cuda", number)))
-    return Reader(tuple(layout), [host.current(tile) for tile in host.tiles], threads=0)
+    values = [host.current(tile) for tile in host.tiles]
+    return Reader(tuple(layout), values, threads=0)
 
 
-def expected(copy: ModelCopy, number: int) -> bool:
+def check_values(copy: ModelCopy, number: int) -> None:
     values = copy.arrived()
-    return all(bool((values.values(tile) == number).all()) for tile in values.tiles)
+    for tile in values.tiles:
+        assert (values.values(tile) == number).all()
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
@@ -194,13 +209,16 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
 
     def check() -> None:
         number, staged = waiting.popleft()
-        assert {name for bucket in staged.memory.layout for name in bucket.places} == values.keys()
-        assert expected(staged, number)
+        check_values(staged, number)
+        copied = set[str]()
+        for bucket in staged.memory.layout:
+            copied |= bucket.places.keys()
+        assert copied == values.keys()
         stager.give_back(staged)
 
     for number in range(1, 8):
         for tensor in values.values():
-            device.training.add(lambda tensor=tensor, number=number: tensor.fill_(number))
+            device.training.add(partial(tensor.fill_, number))
         waiting.append((number, stager.copy(on_devices(values))))
         device.some()
         if len(waiting) > device.draw.randrange(3):
@@ -219,7 +237,7 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     # Both streams are recorded, so that a freed buffer is not reused by the training before the
     # other has read it.
     assert len(device.used_by) == 2 * len(buffers)
-    device.run(only=device.training)
+    device.training.finish()
     if device.free:
         assert stager.nbytes == 2 * host
         assert not device.training.work
@@ -228,10 +246,10 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
         assert stager.nbytes <= host + 4 * 4 * 8  # bytes of a slab
         assert device.training.work
     first.arrived()
-    device.run(only=device.training)
+    device.training.finish()
     assert not device.training.work
     stager.copy(on_devices(values))
-    device.run(only=device.training)
+    device.training.finish()
     assert bool(device.training.work) == (not device.free)
 
 
@@ -239,32 +257,32 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
 def test_memory_that_torch_has_freed_and_kept_counts_as_free(device: SimulatedDevice) -> None:
     device.kept = 2**40
     stager = ModelCopier()
-    stager.copy(on_devices(tensors()))
-    assert stager.nbytes == 2 * sum(value.nbytes for value in tensors().values())
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    values = tensors()
+    stager.copy(on_devices(values))
+    host = sum(value.nbytes for value in values.values())
+    assert stager.nbytes == 2 * host
 
 
 @pytest.mark.cuda
-@needs_cuda
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
     """Training continues at once, also in another stream; copying 64 MB takes longer than its next
     kernels."""
     averaged = {
-        str(k): torch.zeros(2**24, device="cuda", dtype=d)
-        for k, d in enumerate((torch.float32, torch.bfloat16))
+        "a": torch.zeros(2**24, device="cuda"),
+        "b": torch.zeros(2**24, device="cuda", dtype=torch.bfloat16),
     }
+    reader = Reader.of_tensors(averaged, 0)
     stager = ModelCopier()
     waiting = deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()) if own_stream else nullcontext():
+    stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(Reader.of_tensors(averaged, 0))))
+            waiting.append((number, stager.copy(reader)))
             if len(waiting) == 2:
                 first, staged = waiting.popleft()
-                assert expected(staged, first)
+                check_values(staged, first)
                 stager.give_back(staged)

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from tracker.runs import track, update
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2, device="cuda")
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    model = nn.Linear(2, 2, device="cuda")
+    ema = track(model, tmp_path)
     ema.update_(model)
     ema.flush()
     with pytest.raises(NotReadyError, match="graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
@@ -23,18 +21,15 @@ def test_a_captured_step_is_refused_on_a_device(tmp_path: Path) -> None:
 
 
 @pytest.mark.cuda
-@needs_cuda
 def test_an_update_by_copy_never_waits_for_the_device(tmp_path: Path) -> None:
     """Nor one with snapshots due, whose averages are on the host; torch names a call that waits."""
-    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.BatchNorm1d(300)).cuda()
-    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=4)
-    for _ in range(6):
-        ema.update_(model)
+    model = nn.Sequential(nn.Linear(300, 300), nn.BatchNorm1d(300)).cuda()
+    ema = track(model, tmp_path, checkpoint_every=4)
+    update(ema, model, 6)
     ema.flush()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(6):
-            ema.update_(model)
+        update(ema, model, 6)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ema.close()

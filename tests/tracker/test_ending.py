@@ -4,13 +4,13 @@ asks for."""
 import gc
 import shutil
 import threading
+from collections import defaultdict
 from pathlib import Path
 
 import forked
 import pytest
-from factories import exact_average
 from safetensors.torch import load_file
-from tracker.runs import Training, contents
+from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, steps, track
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import LockedError, NonFiniteError, NotReadyError, WriteError
@@ -29,17 +29,22 @@ def begin(training: Training, folder: Path, **settings: object) -> PostHocEMA:
     return PostHocEMA.from_model(training.model, folder, **SETTINGS | settings)
 
 
-def written(folder: Path) -> list[tuple[float, bool]]:
-    """Return the time of each snapshot, equal for both profiles, and whether it is off the
+def written(folder: Path) -> list[str]:
+    """Return the time of each snapshot, equal for both profiles, with "off" if it is off the
     schedule."""
-    found: dict[float, list[tuple[float, bool]]] = {0.05: [], 0.28: []}
+    found = defaultdict[float, list[str]](list)
     for snapshot in Run(folder).snapshots:
-        found[snapshot.sigma_rel].append((snapshot.t, snapshot.off_schedule))
+        kind = " off" if snapshot.off_schedule else ""
+        found[snapshot.sigma_rel].append(f"{snapshot.t:g}{kind}")
     assert found[0.05] == found[0.28]
     return found[0.05]
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+def off_schedule(folder: Path) -> list[str]:
+    return [time for time in written(folder) if time.endswith("off")]
+
+
+@EITHER_DEVICE
 @pytest.mark.parametrize("end", ["block", "error", "process", "forgotten"])
 def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -> None:
     training = Training()
@@ -56,11 +61,10 @@ def test_the_end_writes_a_last_snapshot(tmp_path: Path, end: str, device: str) -
             del tracker
             gc.collect()
         pipeline.finish()
-    assert written(tmp_path) == [(10, False), (20, False), (24, True)]
+    assert written(tmp_path) == ["10", "20", "24 off"]
     for snapshot in Run(tmp_path).snapshots[-2:]:
-        values = [state["0.weight"] for state in training.path[1:25:2]]
-        exact = exact_average(values, snapshot.sigma_rel, range(2, 25, 2))
-        assert abs(load_file(snapshot.path)["0.weight"].double().numpy() - exact).max() < 1e-6
+        exact = training.exact(snapshot.sigma_rel, range(2, 25, 2))
+        assert_near(load_file(snapshot.path), exact)
 
 
 def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
@@ -78,7 +82,7 @@ def test_the_end_writes_a_last_snapshot_without_starting_a_thread(
     with monkeypatch.context() as ending:
         ending.setattr(threading.Thread, "start", refuse)
         pipeline.finish()
-    assert written(tmp_path) == [(4, True)]
+    assert written(tmp_path) == ["4 off"]
 
 
 def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_update(
@@ -95,20 +99,30 @@ def test_snapshots_are_written_on_request_and_at_the_end_unless_there_is_no_new_
             tracker.snapshot()
         training.run(4, tracker)
         tracker.snapshot()
-        assert written(tmp_path) == [(4, True)]
-        before = [s.path.stat().st_ino for s in Run(tmp_path).snapshots]
+        assert written(tmp_path) == ["4 off"]
+        before = inodes(tmp_path)
         tracker.snapshot()
-        assert [s.path.stat().st_ino for s in Run(tmp_path).snapshots] == before
+        assert inodes(tmp_path) == before
         training.run(21, tracker)
     again = training.at(20)
-    expected = [(4, True), (10, False), (20, False)]
+    expected = ["4 off", "10", "20"]
     assert written(tmp_path) == expected
     with PostHocEMA.from_path(tmp_path, again.model) as tracker:
         again.run(21, tracker)
     assert written(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
+def inodes(folder: Path) -> set[int]:
+    return {path.stat().st_ino for path in folder.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("device", "max_checkpoints"),
+    [
+        ("cpu", 3),
+        ("model", None),
+    ],
+)
 def test_snapshots_off_the_schedule_change_no_others(
     tmp_path: Path,
     device: str,
@@ -121,9 +135,8 @@ def test_snapshots_off_the_schedule_change_no_others(
     """
     for name in ("complete", "run"):
         training = Training()
-        with begin(
-            training, tmp_path / name, max_checkpoints=max_checkpoints, device=device
-        ) as tracker:
+        settings = {"max_checkpoints": max_checkpoints, "device": device}
+        with begin(training, tmp_path / name, **settings) as tracker:
             for step in (2, 8, 12, 18, 20, 44, 46, 50):
                 training.run(step, tracker)
                 if name == "run":
@@ -145,7 +158,7 @@ def test_a_due_snapshot_replaces_the_one_off_the_schedule_of_its_time(tmp_path: 
                 training.run(10, tracker)
                 tracker.flush()
     assert contents(tmp_path / "run") == contents(tmp_path / "complete")
-    assert written(tmp_path / "run") == [(8, False)]
+    assert written(tmp_path / "run") == ["8"]
 
 
 def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
@@ -153,19 +166,21 @@ def test_thinning_spares_snapshots_on_request(tmp_path: Path) -> None:
     belong to them."""
     training = Training()
     with begin(training, tmp_path) as tracker:
-        for step, asked, spared, scheduled in (
-            (4, True, [4], 0),
-            (14, True, [4, 14], 1),
-            (30, False, [4, 14], 3),
-            (40, False, [14], 3),
-        ):
-            training.run(step, tracker)
-            tracker.snapshot() if asked else tracker.flush()
-            found = written(tmp_path)
-            assert [t for t, is_off in found if is_off] == spared
-            assert len(found) == len(spared) + scheduled
+        training.run(4, tracker)
+        tracker.snapshot()
+        assert written(tmp_path) == ["4 off"]
+        training.run(14, tracker)
+        tracker.snapshot()
+        assert written(tmp_path) == ["4 off", "10", "14 off"]
+        training.run(30, tracker)
+        tracker.flush()
+        assert written(tmp_path) == ["4 off", "10", "14 off", "20", "30"]
+        training.run(40, tracker)
+        tracker.flush()
+        assert off_schedule(tmp_path) == ["14 off"]
+        assert len(written(tmp_path)) == 4
         training.run(44, tracker)
-    assert [t for t, is_off in written(tmp_path) if is_off] == [14, 44]
+    assert off_schedule(tmp_path) == ["14 off", "44 off"]
 
 
 INTERRUPTED = """
@@ -204,7 +219,7 @@ def test_an_interrupt_while_the_exit_writes_loses_nothing_and_a_second_one_says_
     if interrupts < 2:
         assert done.code == 0
         for name in ("one", "two", "three"):
-            assert [snapshot.step for snapshot in Run(tmp_path / name).snapshots] == [1, 1]
+            assert steps(tmp_path / name) == [1, 1]
         assert not [*tmp_path.rglob("*.tmp")]
     else:  # a temporary file may stay until the next tracker of the directory
         assert done.code == 130
@@ -234,7 +249,7 @@ sys.exit(child.exitcode)
 def test_a_child_that_multiprocessing_forks_writes_its_last_snapshot(tmp_path: Path) -> None:
     """Such a child ends without the functions of `atexit`."""
     assert forked.run(FORKED, tmp_path).code == 0
-    assert written(tmp_path) == [(3, False), (6, False), (9, False), (10, True)]
+    assert written(tmp_path) == ["3", "6", "9", "10 off"]
 
 
 OPERATIONS = ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"]
@@ -249,7 +264,7 @@ def test_a_directory_that_is_deleted_while_a_snapshot_is_written_is_named(
     """By errors of this package, once for each time that is lost; the averages can be read."""
     folder = tmp_path / "run"
     training = Training()
-    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    tracker = track(training.model, folder, checkpoint_every=2)
     training.run(3, tracker)
     tracker.flush()
     own = getattr(files.system, operation)
@@ -275,7 +290,7 @@ def test_a_directory_that_is_deleted_and_made_again_is_locked_again(tmp_path: Pa
     """Else a second training could write to it; one that already does is named."""
     folder = tmp_path / "run"
     training = Training()
-    tracker = PostHocEMA.from_model(training.model, folder, update_every=1, checkpoint_every=2)
+    tracker = track(training.model, folder, checkpoint_every=2)
     training.run(3, tracker)
     tracker.flush()
     for last in (4, 6):
@@ -285,11 +300,11 @@ def test_a_directory_that_is_deleted_and_made_again_is_locked_again(tmp_path: Pa
         tracker.flush()
         with pytest.raises(LockedError, match="another tracker of this process"):
             DirectoryLock(folder)
-        assert written(folder) == [(last, False)]
+        assert written(folder) == [f"{last}"]
     shutil.rmtree(folder)
     folder.mkdir()
     with DirectoryLock(folder), pytest.raises(LockedError, match="is writing here"):
         training.run(8, tracker)
         tracker.flush()
     tracker.close()
-    assert written(folder) == [(8, False)]
+    assert written(folder) == ["8"]

@@ -12,7 +12,8 @@ import pytest
 import threadpoolctl
 import torch
 from snapshots.recorded import failing
-from tracker.runs import wait_for_writers
+from torch import nn
+from tracker.runs import steps, track, update, wait_for_writers
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import WriteError
@@ -60,7 +61,12 @@ os._exit(0)
 
 @pytest.mark.parametrize("level", ["INFO", "WARNING"])
 @pytest.mark.parametrize(
-    ("call", "device"), [("close", "model"), ("snapshot", "cpu"), ("update_", "cpu")]
+    ("call", "device"),
+    [
+        ("close", "model"),
+        ("snapshot", "cpu"),
+        ("update_", "cpu"),
+    ],
 )
 def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
     tmp_path: Path,
@@ -79,23 +85,22 @@ def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
 def test_no_thread_of_a_tracker_logs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A buffer with nan, a snapshot, one that is thinned, a folder that cannot be removed."""
     caplog.set_level(logging.DEBUG)
-    model = torch.nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2)
     model.register_buffer("copied", torch.tensor(torch.nan))
     (tmp_path / ".ema-old.tmp").mkdir()
     for device in ("cpu", "model"):
-        with PostHocEMA.from_model(
+        with track(
             model,
             tmp_path / device,
-            update_every=1,
             checkpoint_every=1,
             max_checkpoints=1,
             device=device,
         ) as ema:
-            for _ in range(8):
-                ema.update_(model)
+            update(ema, model, 8)
     for text in ("wrote", "holds nan, and is copied unchanged", "thinning: removing"):
         assert text in caplog.text
-    assert {record.threadName for record in caplog.records} == {threading.main_thread().name}
+    for record in caplog.records:
+        assert record.thread == threading.main_thread().ident
 
 
 @pytest.mark.parametrize("heard", ["update_", "other", "exit"])
@@ -104,8 +109,8 @@ def test_an_error_in_the_background_is_logged_by_the_next_call_of_any_tracker(
     heard: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    model = torch.nn.Linear(2, 2)
-    ema = PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1)
+    model = nn.Linear(2, 2)
+    ema = track(model, tmp_path / "run", checkpoint_every=1)
     with failing("fsync", errno.ENOSPC):
         ema.update_(model)
         ema._pipeline.flush()
@@ -145,10 +150,9 @@ def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
 
     before = threads()
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    model = torch.nn.Linear(2, 2)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as ema:
-        for _ in range(4):
-            ema.update_(model)
+    model = nn.Linear(2, 2)
+    with track(model, tmp_path, checkpoint_every=2) as ema:
+        update(ema, model, 4)
     assert threads() == before
     assert torch.get_num_threads() == 2
-    assert [snapshot.step for snapshot in ema.run.snapshots] == [2, 2, 4, 4]
+    assert steps(tmp_path) == [2, 2, 4, 4]

@@ -4,29 +4,32 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checking import assert_same_tensors
+from torch import nn
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA, PostHocError
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 
 
-class Network(torch.nn.Module):
+class Network(nn.Module):
     """A model with tied and frozen parameters, float and integer buffers, and a transient
     buffer."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.embed = torch.nn.Embedding(7, 4, dtype=dtype)
-        self.norm = torch.nn.BatchNorm1d(4, dtype=dtype)
-        self.frozen = torch.nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
-        self.head = torch.nn.Linear(4, 7, bias=False, dtype=dtype)
+        self.embed = nn.Embedding(7, 4, dtype=dtype)
+        self.norm = nn.BatchNorm1d(4, dtype=dtype)
+        self.frozen = nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
+        self.head = nn.Linear(4, 7, bias=False, dtype=dtype)
         self.head.weight = self.embed.weight
-        self.drop = torch.nn.Dropout(0.5)
+        self.drop = nn.Dropout(0.5)
         self.register_buffer("cache", torch.ones(2), persistent=False)
         self.cache: torch.Tensor
 
@@ -44,8 +47,7 @@ def trained(
     torch.manual_seed(0)
     model = Network(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    defaults: dict = {"update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None}
-    tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
+    tracker = track(model, folder, checkpoint_every=5, checkpoint_dtype=None, **settings)
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(model).backward()
@@ -58,11 +60,11 @@ def words() -> torch.Tensor:
     return torch.randint(0, 7, (8, 3))
 
 
-def loss_of(model: torch.nn.Module) -> torch.Tensor:
+def loss_of(model: nn.Module) -> torch.Tensor:
     return model(words()).square().mean()
 
 
-def snapshot_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def snapshot_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return copies of all that a block restores; `assert_same_tensors` compares dtypes, too."""
     state = {}
     for name, parameter in model.named_parameters():
@@ -91,7 +93,8 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
 ) -> None:
     _, tracker = run
     info = tracker.run.snapshots[-1]
-    assert {name: tensor.role for name, tensor in info.tensors.items()} == {
+    roles = {name: tensor.role for name, tensor in info.tensors.items()}
+    assert roles == {
         "embed.weight": "average",
         "norm.weight": "average",
         "norm.bias": "average",
@@ -100,13 +103,14 @@ def test_parameters_and_statistics_are_averaged_counts_copied_tied_tensors_store
         "norm.num_batches_tracked": "copy",
     }
     assert info.aliases == {"head.weight": "embed.weight"}
-    assert set(info.left_out) == {"frozen.weight", "frozen.bias"}
+    frozen = {"frozen.weight", "frozen.bias"}
+    assert set(info.left_out) == frozen
     weights = tracker.state_dict(sigma_rel=0.28)
     assert tracker.run.tensors.keys() == weights.keys()
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
-    assert torch.equal(weights["norm.num_batches_tracked"], torch.tensor(20))
+    assert weights["norm.num_batches_tracked"] == 20
     missing = Network().load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) == {"frozen.weight", "frozen.bias"}
+    assert set(missing.missing_keys) == frozen
     assert missing.unexpected_keys == []
 
 
@@ -161,17 +165,22 @@ def test_bad_arguments_are_value_errors(
         tracker.state_dict(0.1, t=10, step=10)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_have_the_parameters_dtype_by_default(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = torch.nn.Linear(3, 3, dtype=dtype)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
+    model = nn.Linear(3, 3, dtype=dtype)
+    tracker = track(model, tmp_path, checkpoint_every=1)
     tracker.update_(model)
     for source in (tracker, PostHocEMA.from_path(tmp_path)):
-        assert source.state_dict(0.28)["weight"].dtype == dtype
-        wide = source.state_dict(0.28, dtype=torch.float64)
-        assert wide["weight"].dtype == torch.float64
-        half = source.state_dict(0.28, dtype="bf16")
-        assert half["weight"].dtype == torch.bfloat16
+        for asked, expected in (
+            (None, dtype),
+            (torch.float64, torch.float64),
+            ("bf16", torch.bfloat16),
+        ):
+            weights = source.state_dict(0.28, dtype=asked)
+            assert weights["weight"].dtype == expected
 
 
 def test_a_buffer_with_nan_is_copied_and_named(
@@ -183,7 +192,7 @@ def test_a_buffer_with_nan_is_copied_and_named(
     tracker.update_(model)
     tracker.flush()
     assert "tensor 'norm.running_mean' holds nan" in caplog.text
-    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    model.head.weight = deepcopy(model.head.weight)
     with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):  # no longer tied
         tracker.update_(model)
 
@@ -209,7 +218,7 @@ def do(body: str, model: Network) -> None:
     elif body == "freeze":
         model.requires_grad_(False)
     elif body == "fuse":
-        model.head.bias = torch.nn.Parameter(torch.ones(7))
+        model.head.bias = nn.Parameter(torch.ones(7))
 
 
 BODIES = ("use", "infer", "train", "fail", "move", "narrow", "freeze", "fuse")
@@ -245,63 +254,74 @@ def test_the_end_of_a_block_restores_everything(tmp_path: Path, body: str) -> No
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_buffers_whose_elements_share_memory_are_allowed(tmp_path: Path, persistent: bool) -> None:
-    model = torch.nn.Linear(2, 2)
+    model = nn.Linear(2, 2)
     value = 0.0 if persistent else torch.nan
     wide = torch.full((1,), value).expand(4)
+    sparse = torch.eye(3).to_sparse()
     model.register_buffer("wide", wide, persistent=persistent)
-    model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    model.register_buffer("adjacency", sparse, persistent=False)
+    tracker = track(model, tmp_path)
     tracker.update_(model)
     with tracker.model(model, sigma_rel=0.28):
         pass
     assert model.training
     assert model.wide.stride() == (0,)
-    model.register_buffer("table", torch.eye(3).to_sparse())
+    model.register_buffer("table", sparse)
     with pytest.raises(InvalidValueError, match="'table': is torch"):
         PostHocEMA.from_model(model, tmp_path)
 
 
 def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
     ways = r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
-    for arguments in ((Network(),), (Network(), tmp_path), ()):
+    for arguments in (
+        (Network(),),
+        (Network(), tmp_path),
+        (),
+    ):
         with pytest.raises(InvalidValueError, match=ways):
             PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
 
 
-OTHERS: list[tuple[Callable[[], torch.nn.Module], type[PostHocError], str]] = [
-    (lambda: torch.nn.Linear(4, 7), ModelMismatchError, "the model has no such tensor"),
-    (
-        lambda: torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}),
-        ModelMismatchError,
-        "'embed.weight': has the",
-    ),
-    (
-        lambda: Network().to("meta"),
-        InvalidValueError,
-        r"'embed\.weight': is on the meta device .*assign=True",
-    ),
-]
+def on_meta() -> nn.Module:
+    return Network().to("meta")
 
 
-@pytest.mark.parametrize(("make", "kind", "message"), OTHERS)
+def with_another_shape() -> nn.Module:
+    return nn.ModuleDict({"embed": nn.Embedding(3, 3)})
+
+
+def without_the_tensor() -> nn.Module:
+    return nn.Linear(4, 7)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (without_the_tensor, ModelMismatchError, "the model has no such tensor"),
+        (with_another_shape, ModelMismatchError, "'embed.weight': has the"),
+        (on_meta, InvalidValueError, r"'embed\.weight': is on the meta device .*assign=True"),
+    ],
+)
 def test_a_model_that_cannot_hold_the_average_is_refused_and_not_changed(
     run: Run,
-    make: Callable[[], torch.nn.Module],
+    make: Callable[[], nn.Module],
     kind: type[PostHocError],
     message: str,
 ) -> None:
     _, tracker = run
     other = make()
     before = snapshot_of(other)
-    for call in (
-        lambda: tracker.model(other, sigma_rel=0.15).__enter__(),
-        lambda: tracker.load_into(other, 0.15),
-        lambda: PostHocEMA.from_path(tracker.checkpoint_dir).load_into(other, 0.15),
-    ):
+    with pytest.raises(kind, match=message):
+        tracker.model(other, sigma_rel=0.15).__enter__()
+    for source in (tracker, PostHocEMA.from_path(tracker.checkpoint_dir)):
         with pytest.raises(kind, match=message):
-            call()
-    if "meta" not in message:
+            source.load_into(other, 0.15)
+    if make is not on_meta:
         assert_same_tensors(snapshot_of(other), before)
+
+
+def test_a_model_made_in_inference_mode_is_refused(run: Run) -> None:
+    _, tracker = run
     with torch.inference_mode():
         read_only = Network()
     with pytest.raises(InvalidValueError, match="was made in inference mode"):
@@ -321,16 +341,16 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     tmp_path: Path,
     swapped: str,
 ) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
     model[2].weight = model[0].weight  # tied
-    modules = {"all": model, "0": model[0], "1": model[1], "2": model[2]}
+    modules = {"all": model, **dict(model.named_children())}
     trackers = {}
     for name, module in modules.items():
-        trackers[name] = PostHocEMA.from_model(module, tmp_path / name, update_every=1)
+        trackers[name] = track(module, tmp_path / name)
         trackers[name].update_(module)
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
         if swapped == "1":  # the module is recognised even after its parameter was replaced
-            model[1].weight = torch.nn.Parameter(model[1].weight.detach().clone())
+            model[1].weight = deepcopy(model[1].weight)
         for name, module in modules.items():
             refusal: Any = nullcontext()
             if name in REFUSING[swapped]:
@@ -342,10 +362,9 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
-    model = torch.nn.Linear(4096, 4096, device="cuda")
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+    model = nn.Linear(4096, 4096, device="cuda")
+    with track(model, tmp_path, checkpoint_every=1) as tracker:
         tracker.update_(model)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

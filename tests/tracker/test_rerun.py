@@ -9,13 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from tracker.runs import Training, times
+from tracker.runs import Training, times, track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 
-EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
-SECOND: dict[str, Any] = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+EVERY: dict = {
+    "update_every": 1,
+    "checkpoint_every": 3,
+    "checkpoint_dtype": None,
+}
+SECOND: dict = {
+    "update_every": 2,
+    "checkpoint_every": 10,
+    "checkpoint_dtype": None,
+}
+EITHER_STRIDE = pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
 ROUNDED = 1e-6  # float32, once at each of the ends
 
 
@@ -26,7 +35,7 @@ class Notebook:
         self.folder = folder
         self.settings = settings
         self.kind = kind
-        self.ema: PostHocEMA | None = None
+        self.ema: Any = None
         self.use(Training())
 
     def use(self, training: Training) -> None:
@@ -73,7 +82,7 @@ KINDS = ["plain", "closed", "attached", "function", "from_path", "wrapped"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
+@EITHER_STRIDE
 def test_a_cell_that_is_run_again_continues(
     tmp_path: Path,
     kind: str,
@@ -88,7 +97,8 @@ def test_a_cell_that_is_run_again_continues(
     if notebook.ema is None:
         gc.collect()
         notebook.ema = notebook.begin()
-    assert (notebook.ema.step, notebook.ema.t) == (count, count)
+    assert notebook.ema.step == count
+    assert notebook.ema.t == count
     every = settings["update_every"]
     updates = range(every, count + 1, every)
     assert notebook.training.error(notebook.ema, updates) < ROUNDED
@@ -96,7 +106,7 @@ def test_a_cell_that_is_run_again_continues(
     assert times(tmp_path / "run") >= {updates[-1]}
 
 
-@pytest.mark.parametrize("settings", [EVERY, SECOND], ids=["every", "second"])
+@EITHER_STRIDE
 @pytest.mark.parametrize("where", ["before the step", "after the step", "in update_"])
 def test_an_interrupted_cell_is_run_again(
     tmp_path: Path,
@@ -110,7 +120,6 @@ def test_an_interrupted_cell_is_run_again(
     notebook.cell(7)
     ema = notebook.ema
     training = notebook.training
-    assert ema is not None
     if where != "before the step":
         notebook.step()
     if where == "in update_":
@@ -123,7 +132,6 @@ def test_an_interrupted_cell_is_run_again(
             ema.update_(training.model)
     caplog.clear()
     notebook.cell(6)
-    assert notebook.ema is not None
     assert notebook.ema.step == 13
     moved = "the model has moved since step 7, the last that was counted" in caplog.text
     assert moved == (where != "before the step")
@@ -144,7 +152,6 @@ def test_a_new_model_in_a_cell_that_is_run_again_is_no_continuation(tmp_path: Pa
     notebook.use(Training(seed=5, path=weights[:4]))
     notebook.training.model.load_state_dict(weights[3])
     notebook.cell(3)
-    assert notebook.ema is not None
     assert notebook.training.error(notebook.ema, range(1, 8)) < ROUNDED
 
 
@@ -160,8 +167,7 @@ def test_weights_of_a_snapshot_count_more_than_the_last_step(tmp_path: Path) -> 
         notebook.ema = notebook.begin()
         model.load_state_dict(path[19])
         notebook.training.path = path[:20]
-        for _ in range(3):
-            notebook.training.run(len(notebook.training.path) + 1, notebook.ema)
+        notebook.training.run(23, notebook.ema)
         assert notebook.ema.step == 23
     notebook.ema = notebook.begin()
     model.load_state_dict(path[12])  # which has no snapshot
@@ -176,26 +182,22 @@ def test_the_earlier_tracker_says_that_it_was_closed(
     notebook = Notebook(tmp_path / "run", EVERY)
     notebook.cell(4)
     earlier = notebook.ema
-    assert earlier is not None
     notebook.cell(1)
     assert "its earlier tracker is closed at step 4, as another one takes its place" in caplog.text
     with pytest.raises(NotReadyError, match="this tracker was closed"):
         earlier.update_(notebook.training.model)
     reader = PostHocEMA.from_path(tmp_path / "run")
     copy = PostHocEMA.from_path(tmp_path / "run", Training().model)
-    assert notebook.ema is not None
     assert not notebook.ema.closed  # a reader, also with a model of its own, takes no place
     assert reader.step == copy.step == 4
+    notebook.settings = EVERY | {"sigma_rels": (0.05, 0.1)}
     with pytest.raises(InvalidValueError, match="sigma_rels"):
-        PostHocEMA.from_model(
-            notebook.training.model, tmp_path / "run", (0.05, 0.1), resume="auto", **EVERY
-        )
+        notebook.begin()
 
 
 def test_a_folder_that_was_removed_between_two_runs_of_a_cell_begins_anew(tmp_path: Path) -> None:
     notebook = Notebook(tmp_path / "run", EVERY)
     notebook.cell(4)
-    assert notebook.ema is not None
     notebook.ema.flush()
     shutil.rmtree(tmp_path / "run")
     notebook.cell(3)
@@ -207,14 +209,14 @@ def test_a_tracker_and_its_attachment_form_no_cycle(tmp_path: Path) -> None:
     try:
         model = torch.nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        ema = PostHocEMA.from_model(model, tmp_path / "one", update_every=1)
+        ema = track(model, tmp_path / "one")
         handle = ema.attach(optimizer)
         reference = weakref.ref(ema)
         del ema
         assert reference() is not None  # which the optimizer updates
         handle.remove()
         assert reference() is None
-        other = PostHocEMA.from_model(model, tmp_path / "two", update_every=1)
+        other = track(model, tmp_path / "two")
         other.attach(optimizer)
         reference = weakref.ref(other)
         del other, optimizer, handle

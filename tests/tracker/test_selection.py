@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import parametrizations
 from tracker.runs import Training, Weights, assert_near
 
@@ -21,14 +22,15 @@ SETTINGS: dict = {
 }
 
 
-def network() -> torch.nn.Sequential:
+def network() -> nn.Sequential:
     model = Training().model
     model[2].bias.requires_grad_(False)
     return model
 
 
-def tracked(model: torch.nn.Module, folder: Path, **settings: object) -> Training:
-    with PostHocEMA.from_model(model, folder, **(SETTINGS | settings)) as run:
+def tracked(model: nn.Module, folder: Path, **settings: object) -> Training:
+    settings = SETTINGS | settings
+    with PostHocEMA.from_model(model, folder, **settings) as run:
         return Training(model=model, size=1.0).run(6, run)
 
 
@@ -38,6 +40,10 @@ def newest(folder: Path) -> Snapshot:
 
 def roles(folder: Path) -> dict[str, str]:
     return {name: tensor.role for name, tensor in newest(folder).tensors.items()}
+
+
+def names_of(folder: Path, role: str) -> set[str]:
+    return {name for name, own in roles(folder).items() if own == role}
 
 
 ALL = {
@@ -101,18 +107,21 @@ def test_filters_that_make_no_sense_are_refused(
 
 
 def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
     assert newest(tmp_path / "taken").aliases == {}
     PostHocEMA.from_path(tmp_path / "taken").load_into(model, sigma_rel=0.2)
-    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(3)))
+
+
+def test_a_tensor_that_is_tied_to_another_one_than_before_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    tracked(model, tmp_path / "both")
+    tracked(model, tmp_path)
     model[2].weight = model[1].weight
     with pytest.raises(ModelMismatchError, match=r"'2\.weight': is .*, and was tied to "):
-        PostHocEMA.from_path(tmp_path / "both", model)
+        PostHocEMA.from_path(tmp_path, model)
 
 
 def test_floating_point_buffers_can_be_averaged_as_parameters_are(tmp_path: Path) -> None:
@@ -143,7 +152,7 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
     """The average may be of float16 snapshots, of the live tracker or of a resumed one."""
     model = network()
     training = tracked(model, tmp_path, buffers="copy", checkpoint_dtype=torch.float16)
-    assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
+    assert names_of(tmp_path, "copy") == COPIED
     assert newest(tmp_path).entries["1.running_mean"].dtype == "F32"
     finished = PostHocEMA.from_path(tmp_path)
     for step in (3, 6):
@@ -168,31 +177,30 @@ def test_copied_tensors_have_the_values_of_the_time_of_the_average(tmp_path: Pat
 def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path) -> None:
     no_values = Holder(p=torch.zeros(2, device="meta"))
     no_arithmetic = Holder(p=torch.zeros(2).to(torch.float8_e4m3fnuz))
-    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
     for model, message in (
         (no_values, "tensor 'p': is on the meta device .*to_empty"),
         (no_arithmetic, "dtype torch.float8_e4m3fnuz cannot be averaged"),
-        (torch.nn.LazyLinear(3), "'weight': has no shape yet"),
+        (nn.LazyLinear(3), "'weight': has no shape yet"),
         (frozen, r"include='\*' takes frozen"),
     ):
         with pytest.raises(InvalidValueError, match=message):
             PostHocEMA.from_model(model, tmp_path)
 
 
-class Holder(torch.nn.Module):
+class Holder(nn.Module):
     def __init__(self, **tensors: torch.Tensor) -> None:
         super().__init__()
         for name, tensor in tensors.items():
-            self.register_parameter(name, torch.nn.Parameter(tensor))
+            self.register_parameter(name, nn.Parameter(tensor))
 
 
 def check_average(folder: Path, training: Training) -> None:
     weights = PostHocEMA.from_path(folder).state_dict(0.28, dtype="float32")
     exact = training.exact(0.28, range(1, 7))
-    for name, role in roles(folder).items():
-        if role == "average":
-            assert weights[name].shape == exact[name].shape
-            assert_near(weights, {name: exact[name]}, within=1e-5)
+    for name in names_of(folder, "average"):
+        assert weights[name].shape == exact[name].shape
+        assert_near(weights, {name: exact[name]}, within=1e-5)
 
 
 @pytest.mark.parametrize("stored", [None, torch.float16])
@@ -213,18 +221,22 @@ def test_tensors_without_dimensions_and_without_elements(
     assert weights["flat"].shape == (3, 0, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+EIGHT_BITS = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+
+
+@EIGHT_BITS
 def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = eight_bits(dtype)
     training = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
     check_average(tmp_path / "wide", training)
     run = PostHocEMA.from_path(tmp_path / "wide", model)
     wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
+    rounded = wide.to(dtype).float()
     own = run.state_dict(sigma_rel=0.28)["w"]
     assert own.dtype == dtype
-    assert torch.equal(own.float(), wide.to(dtype).float())
+    assert torch.equal(own.float(), rounded)
     with run.model(model, sigma_rel=0.28) as averaged:
-        assert torch.equal(averaged.w.float(), wide.to(dtype).float())
+        assert torch.equal(averaged.w.float(), rounded)
 
 
 def eight_bits(dtype: torch.dtype) -> Holder:
@@ -232,7 +244,7 @@ def eight_bits(dtype: torch.dtype) -> Holder:
     return Holder(w=values.to(dtype), b=torch.zeros(3))
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@EIGHT_BITS
 def test_8_bit_parameters_are_stored_as_such_and_checked(
     tmp_path: Path,
     dtype: torch.dtype,
@@ -254,7 +266,12 @@ def test_8_bit_parameters_are_stored_as_such_and_checked(
 
 
 @pytest.mark.parametrize(
-    ("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)]
+    ("kind", "tied"),
+    [
+        ("parameter", False),
+        ("buffer", False),
+        ("parameter", True),
+    ],
 )
 def test_the_name_that_safetensors_reserves_is_refused(
     tmp_path: Path,
@@ -263,11 +280,11 @@ def test_the_name_that_safetensors_reserves_is_refused(
 ) -> None:
     """The error comes before training, not with the first snapshot; a tied parameter may have the
     name, too."""
-    model = torch.nn.Linear(3, 2)
+    model = nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("__metadata__", torch.ones(2))
     else:
-        own = torch.nn.Parameter(torch.ones(2))
+        own = nn.Parameter(torch.ones(2))
         model.register_parameter("__metadata__", model.weight if tied else own)
     message = rf"^{kind} '__metadata__': .*rename it .*exclude='__metadata__'"
     with pytest.raises(InvalidValueError, match=message):
@@ -284,8 +301,8 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(
     trained: bool,
 ) -> None:
     """Names of tensors that are left out are in the header, too."""
-    model = torch.nn.Linear(3, 2)
-    own = torch.nn.Parameter(torch.ones(2), requires_grad=trained)
+    model = nn.Linear(3, 2)
+    own = nn.Parameter(torch.ones(2), requires_grad=trained)
     model.register_parameter(name, own)
     with pytest.raises(InvalidValueError, match=r"^tensor: a name .*'\"a.*b\"'; rename it$"):
         PostHocEMA.from_model(model, tmp_path)
@@ -296,19 +313,19 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(
     [
         (parametrizations.weight_norm, "parametrizations.weight.original0"),
         (parametrizations.orthogonal, "parametrizations.weight.original"),
-        (torch.nn.utils.weight_norm, "weight_g"),
+        (nn.utils.weight_norm, "weight_g"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_the_originals_of_a_parametrized_module_are_averaged(
     tmp_path: Path,
-    normalize: Callable[[torch.nn.Module], torch.nn.Module],
+    normalize: Callable[[nn.Module], nn.Module],
     original: str,
 ) -> None:
-    model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
+    model = nn.Sequential(normalize(nn.Linear(3, 3)))
     check_average(tmp_path, tracked(model, tmp_path))
-    averaged = {name for name, role in roles(tmp_path).items() if role == "average"}
-    assert averaged == {name for name, _ in model.named_parameters()}
+    averaged = names_of(tmp_path, "average")
+    assert averaged == dict(model.named_parameters()).keys()
     assert {f"0.{original}", "0.bias"} <= averaged
     x = torch.randn(4, 3)
     tracker = PostHocEMA.from_path(tmp_path)

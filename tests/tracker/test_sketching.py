@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_weights, sketch_of, tiny_model
+from factories import FloatArray, exact_average, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
-from tracker.runs import Training
+from torch import nn
+from tracker.runs import Training, track, update
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import WriteError
@@ -19,13 +20,13 @@ from posthoc_cli.reconstruction import Sketch
 from posthoc_cli.snapshots.path import PathSketch, decode_path, encode_path
 
 
-def tracker_of(net: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
-    settings = {"update_every": 1, "checkpoint_every": 50} | options
-    return PostHocEMA.from_model(net, folder, (0.05, 0.28), **settings)
-
-
 def squared_lengths(vectors: FloatArray) -> FloatArray:
     return np.sum(vectors.astype(np.float64) ** 2, axis=1)
+
+
+def squared_moves(sketch: Any) -> FloatArray:
+    """Return the squared distance of each mean from the one before it."""
+    return squared_lengths(np.diff(sketch.means, axis=0))
 
 
 def sketches(folder: Path) -> dict[int, Any]:
@@ -33,7 +34,12 @@ def sketches(folder: Path) -> dict[int, Any]:
 
 
 @pytest.mark.parametrize(
-    ("first", "windows"), [(1500, [1] * 8), (3500, [1, 4, 4, 3]), (300_000, [1, 104, 104, 5])]
+    ("first", "windows"),
+    [
+        (1500, [1] * 8),
+        (3500, [1, 4, 4, 3]),
+        (300_000, [1, 104, 104, 5]),
+    ],
 )
 def test_the_path_is_of_means_over_a_thousandth_of_training(
     first: int,
@@ -46,44 +52,47 @@ def test_the_path_is_of_means_over_a_thousandth_of_training(
     Of independent values of variance 1 a mean of n has 1 / n, in each of 1,000 elements. Statistics
     do not count.
     """
-    layer = torch.nn.Linear(50, 20, bias=False)
-    norm = torch.nn.BatchNorm1d(20, affine=False)
-    net = torch.nn.Sequential(layer, norm)
+    layer = nn.Linear(50, 20, bias=False)
+    norm = nn.BatchNorm1d(20, affine=False)
+    net = nn.Sequential(layer, norm)
     end = first + sum(windows)
-    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+    with track(net, tmp_path, t_unit="images") as tracker:
         for t in range(first, end):
-            torch.nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.weight)
             norm.running_mean.fill_(1000.0 * t)
             tracker.update_(net, t)
-        tracker.snapshot()
     sketch = sketches(tmp_path)[end - first]
-    np.testing.assert_array_equal(sketch.edges[1:], first - 1 + np.cumsum(windows))
-    apart = squared_lengths(np.diff(sketch.means, axis=0)) / 1000
+    ends = first - 1 + np.cumsum(windows)
+    np.testing.assert_array_equal(sketch.edges[1:], ends)
+    apart = squared_moves(sketch) / 1000
     variances = 1 / np.array(windows)
-    np.testing.assert_allclose(apart, variances[1:] + variances[:-1], rtol=0.6)
+    expected = variances[1:] + variances[:-1]
+    np.testing.assert_allclose(apart, expected, rtol=0.6)
 
 
 def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     """More than 1,024 are; the sketch before has all of them."""
     training = Training()
-    with tracker_of(training.model, tmp_path, max_checkpoints=None) as tracker:
+    with track(training.model, tmp_path, checkpoint_every=1000) as tracker:
         training.run(1050, tracker)
     fine, coarse = map(sketches(tmp_path).get, (1000, 1050))
     assert len(fine.folds) == 1000
     assert len(coarse.folds) < 600
     assert fine.folds.sum() == 1000
     assert coarse.folds.sum() == 1050
-    known = coarse.edges[1:] <= 1000
-    assert set(coarse.edges[1:][known]) < set(fine.edges)
-    pairs = fine.means[:200].reshape(100, 2, -1).mean(axis=1)
+    ends = coarse.edges[1:]
+    assert set(ends[ends <= 1000]) < set(fine.edges)
+    pairs = fine.means[:200].reshape(100, 2, -1)
+    off = coarse.means[:100] - pairs.mean(axis=1)
     # Steps of 0.0075 in float16 are rounded by 2e-6; these errors do not add up, to 2e-5 in 100
     # means.
-    assert np.sqrt(np.mean((coarse.means[:100] - pairs) ** 2)) < 6e-6
-    variance = squared_lengths(np.diff(fine.means, axis=0)).mean()
+    assert np.sqrt(np.mean(off**2)) < 6e-6
+    variance = squared_moves(fine).mean()
     # Of n independent steps of variance v, the spread is v (n - 1 / n) / 6.
     n = coarse.folds[1]
     expected = variance * (n - 1 / n) / 6
-    assert coarse.spread[1:-1].mean() == pytest.approx(expected, rel=0.3)
+    spread = coarse.spread[1:-1].mean()
+    assert spread == pytest.approx(expected, rel=0.3)
 
 
 def clock_with_leaps(every: int, size: float) -> FloatArray:
@@ -114,45 +123,42 @@ def test_leaps_of_the_clock_are_not_smoothed(clock: str, tmp_path: Path) -> None
     """The path, known at each update, shows the error: where a window had taken the interval of a
     leap for many updates it was 7 to 18 times that of the paper's method."""
     times = CLOCKS[clock]
-    random = np.random.default_rng(0)
-    moves = random.standard_normal((times.size, 500))
-    start = random.standard_normal(500)
-    path = (start + np.cumsum(0.02 * moves, axis=0)).astype(np.float32)
-    net = torch.nn.ParameterDict({"w": torch.zeros(500)})
-    with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
+    moves = 0.02 * torch.randn(times.size, 500)
+    moves[0] += torch.randn(500)
+    path = moves.cumsum(dim=0)
+    net = nn.ParameterDict({"w": torch.zeros(500)})
+    with track(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
         for t, weights in zip(times.tolist(), path, strict=True):
-            net["w"].data.copy_(torch.from_numpy(weights))
+            net["w"].data.copy_(weights)
             tracker.update_(net, t)
     run = Run(tmp_path)
     sketch = sketch_of(run.sources[-1])
     assert len(sketch.folds) <= 1024
-    exact = exact_weights(0.2, times.tolist()) @ path.astype(np.float64)
+    exact = exact_average(path.double(), 0.2, times.tolist())
 
     def error_of(average: Any) -> float:
-        return float(np.linalg.norm(average["w"].double().numpy() - exact))
+        off = np.linalg.norm(average["w"].numpy() - exact)
+        return float(off / np.linalg.norm(exact))
 
     best = run.average(0.2)
     by_profile = run.average(0.2, method="paper")
     assert error_of(best) < 1.1 * error_of(by_profile)
-    predicted = best.predicted_error * np.linalg.norm(exact)
-    assert predicted / 1.5 < error_of(best) < 1.5 * predicted
+    assert 1 / 1.5 < error_of(best) / best.predicted_error < 1.5
 
 
 def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
     """Within float16's rounding; one that is resumed from its state has the same bits, see
     `test_continuing`."""
-    found = []
-    for name in ("straight", "resumed"):
-        training = Training()
-        with tracker_of(training.model, tmp_path / name) as tracker:
-            training.run(100, tracker)
-            if name == "resumed":
-                tracker.close()
-                tracker = PostHocEMA.from_path(tmp_path / name, training.model)
-            training.run(150, tracker)
-            tracker.close()
-        found.append(sketches(tmp_path / name)[150])
-    one, other = found
+    training = Training()
+    with track(training.model, tmp_path / "straight", checkpoint_every=50) as tracker:
+        training.run(150, tracker)
+    training = Training()
+    with track(training.model, tmp_path / "resumed", checkpoint_every=50) as tracker:
+        training.run(100, tracker)
+    with PostHocEMA.from_path(tmp_path / "resumed", training.model) as tracker:
+        training.run(150, tracker)
+    one = sketches(tmp_path / "straight")[150]
+    other = sketches(tmp_path / "resumed")[150]
     assert other.edges[-1] == one.edges[-1]
     assert other.folds.sum() == 150
     mean = one.folds @ one.means / 150
@@ -163,36 +169,35 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
 KINDS = ("alike", "columns", "one rank", "one layer", "one row", "gains")
 
 
-def move(net: torch.nn.ParameterDict, kind: str) -> None:
-    random = torch.Generator().manual_seed(1)
+def move(net: nn.ParameterDict, kind: str) -> None:
     if kind == "alike":
         net["a"].fill_(1.0)
     elif kind == "columns":
         net["a"][:, ::64] = 1.0
     elif kind == "one rank":
-        column = torch.randn(1024, 1, generator=random)
-        net["a"].copy_(column * torch.randn(1, 1024, generator=random))
+        column = torch.randn(1024, 1)
+        net["a"].copy_(column * torch.randn(1, 1024))
     elif kind == "one layer":
-        net["b"].normal_(generator=random)
+        net["b"].normal_()
     elif kind == "one row":
-        net["b"][7].normal_(generator=random)
+        net["b"][7].normal_()
     else:
-        net["gains"].normal_(generator=random)
+        net["gains"].normal_()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> None:
     """A quarter of the elements is measured, and all of a small tensor."""
-    net = torch.nn.ParameterDict({"a": torch.zeros(1024, 1024)})
+    net = nn.ParameterDict({"a": torch.zeros(1024, 1024)})
     net["gains"] = torch.zeros(1024)
     net["b"] = torch.zeros(1024, 1024)
-    with tracker_of(net, tmp_path) as tracker:
+    with track(net, tmp_path) as tracker:
         tracker.update_(net)
         with torch.no_grad():
             move(net, kind)
         tracker.update_(net)
-    (moved,) = squared_lengths(np.diff(sketches(tmp_path)[2].means, axis=0))
-    exact = sum(squares(parameter.detach()) for parameter in net.values())
+    (moved,) = squared_moves(sketches(tmp_path)[2])
+    exact = sum(map(squares, net.values()))
     variance = 2 / 64
     if kind == "one row":
         variance += 3 / 256  # of the elements that are drawn
@@ -203,19 +208,16 @@ def test_lengths_are_kept_whatever_the_direction(tmp_path: Path, kind: str) -> N
 
 Tensors = dict[str, torch.Tensor]
 Exact = dict[tuple[float, float], Tensors]
-SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
 
 
-def train(tracker: PostHocEMA, model: torch.nn.Module, last: int, size: float = 0.1) -> Exact:
+def train(tracker: PostHocEMA, model: nn.Module, last: int, size: float = 0.1) -> Exact:
     """Train up to a step; return the exact averages at the times of snapshots, by t and
     sigma_rel."""
     exact: Exact = {}
     while tracker.step < last:
-        generator = torch.Generator().manual_seed(tracker.step)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                change = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-                parameter.data.add_((change * size).to(parameter))
+                parameter.data += size * torch.randn_like(parameter)
         tracker.update_(model)
         if tracker.step % 5 == 0:
             exact |= exact_now(tracker)
@@ -247,24 +249,31 @@ def check(folder: Path, known: Exact, norm: float = 1e-12, rounding: float = 1e-
 
 
 def squares(tensor: torch.Tensor) -> float:
-    return float(np.sum(tensor.double().numpy() ** 2))
+    return float(tensor.detach().double().square().sum())
 
 
 def check_run(
-    model: torch.nn.Module,
+    model: nn.Module,
     folder: Path,
     *rels: tuple[float, ...],
     **settings: Any,
 ) -> None:
-    with PostHocEMA.from_model(model, folder, *rels, **SETTINGS | settings) as tracker:
+    with track(model, folder, *rels, checkpoint_every=5, **settings) as tracker:
         exact = train(tracker, model, 10)
     check(folder, exact)
 
 
-@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64", None])
+STORED = ["float16", "bfloat16", "float32", "float64", None]
+
+
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
     ("dtype", "sigma_rels"),
-    [(torch.float32, (0.05, 0.1, 0.28)), (torch.float64, (0.1,)), (torch.bfloat16, (0.05, 0.28))],
+    [
+        (torch.float32, (0.05, 0.1, 0.28)),
+        (torch.float64, (0.1,)),
+        (torch.bfloat16, (0.05, 0.28)),
+    ],
 )
 def test_measurements_are_those_of_a_direct_computation(
     tmp_path: Path,
@@ -283,25 +292,24 @@ def test_a_tensor_that_is_stored_in_float32_counts_as_not_rounded(
     scale: float,
 ) -> None:
     """Its values would be too large, too small (subnormal) or zero in float16."""
-    model = torch.nn.Linear(4, 4)
+    model = nn.Linear(4, 4)
     with torch.no_grad():
         model.weight.fill_(scale)
     model.weight.requires_grad_(False)  # constant, but tracked
     check_run(model, tmp_path, include="*")
     for snapshot in Run(tmp_path).snapshots:
-        found = {name: entry.dtype for name, entry in snapshot.entries.items()}
-        assert found == {"weight": "F32", "bias": "F16"}
+        assert snapshot.entries["weight"].dtype == "F32"
+        assert snapshot.entries["bias"].dtype == "F16"
 
 
 def test_values_that_only_float64_can_hold_are_stored_in_it_and_not_measured(
     tmp_path: Path,
 ) -> None:
-    model = torch.nn.Linear(2, 2, dtype=torch.float64)
+    model = nn.Linear(2, 2, dtype=torch.float64)
     with torch.no_grad():
         model.bias.fill_(1e200)
-    with tracker_of(model, tmp_path, checkpoint_every=1) as tracker:
-        tracker.update_(model)
-        tracker.update_(model)
+    with track(model, tmp_path, checkpoint_every=1) as tracker:
+        update(tracker, model, 2)
     for snapshot in Run(tmp_path).snapshots:
         assert snapshot.entries["bias"].dtype == "F64"
         assert snapshot.measurements is None
@@ -312,23 +320,27 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
     """Writing the second of two files fails: the first is complete, and nothing is left of the
     second."""
     model = tiny_model()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with track(model, tmp_path, checkpoint_every=5) as tracker:
         exact = train(tracker, model, 9)
         refused = pytest.raises(WriteError, match="no space left")
         with failing("fsync", errno.ENOSPC, call_number(1)), refused:
             exact |= train(tracker, model, 10)
-        assert [(s.t, s.sigma_rel) for s in Run(tmp_path).snapshots] == [
-            (5, 0.05),
-            (5, 0.28),
-            (10, 0.05),
-        ]
+        *first, last = Run(tmp_path).snapshots
+        assert [snapshot.t for snapshot in first] == [5, 5]
+        assert last.t == 10
+        assert last.sigma_rel == 0.05
         assert not list(tmp_path.glob(".ema-*"))
         tracker.snapshot()
         check(tmp_path, exact | exact_now(tracker))
 
 
 @pytest.mark.parametrize(
-    ("stored", "size"), [("float16", 1e-2), ("bfloat16", 1e-4), ("float16", 1e-5)]
+    ("stored", "size"),
+    [
+        ("float16", 1e-2),
+        ("bfloat16", 1e-4),
+        ("float16", 1e-5),
+    ],
 )
 def test_measurements_of_a_subset_are_those_of_all_elements(
     tmp_path: Path,
@@ -337,11 +349,10 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 ) -> None:
     """Steps are from far above the rounding to far below it. Sums of n squares of normal numbers
     have a relative standard error of (2 / n)^(1/2): four times that is allowed."""
-    outer = torch.nn.Linear(1500, 600)
-    inner = torch.nn.Linear(600, 1500)
-    model = torch.nn.Sequential(outer, torch.nn.LayerNorm(600), inner)
-    settings = SETTINGS | {"checkpoint_dtype": stored}
-    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+    outer = nn.Linear(1500, 600)
+    inner = nn.Linear(600, 1500)
+    model = nn.Sequential(outer, nn.LayerNorm(600), inner)
+    with track(model, tmp_path, checkpoint_every=5, checkpoint_dtype=stored) as tracker:
         exact = train(tracker, model, 10, size)
     off = 4 * (2 / 2**19) ** 0.5
     check(tmp_path, exact, norm=off, rounding=2 * off)  # larger in each binade
@@ -351,12 +362,11 @@ def test_measurements_of_a_subset_are_those_of_all_elements(
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path) -> None:
     """All elements of a small model, and a subset of one of several tiles."""
-    check_run(torch.nn.Linear(123, 45).cuda(), tmp_path / "small")
-    model = torch.nn.Linear(2100, 2100).cuda()
-    with PostHocEMA.from_model(model, tmp_path / "large", **SETTINGS) as tracker:
+    check_run(nn.Linear(123, 45).cuda(), tmp_path / "small")
+    model = nn.Linear(2100, 2100).cuda()
+    with track(model, tmp_path / "large", checkpoint_every=5) as tracker:
         exact = train(tracker, model, 10)
     check(tmp_path / "large", exact, norm=0.01, rounding=0.02)
 
@@ -390,8 +400,8 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
     random = np.random.default_rng(0)
     moves = 0.02 * random.standard_normal((count, 300))
     path = np.cumsum(moves, axis=0).astype(np.float32)
-    net = torch.nn.ParameterDict({"w": torch.zeros(300)})
-    with tracker_of(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
+    net = nn.ParameterDict({"w": torch.zeros(300)})
+    with track(net, tmp_path, t_unit="images", checkpoint_every=100) as tracker:
         for t, weights in zip(times, path, strict=True):
             net["w"].data.copy_(torch.from_numpy(weights))
             tracker.update_(net, t)
@@ -409,7 +419,7 @@ def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
 ) -> None:
     training = Training()
     net = training.model
-    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+    with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 101):
             tracker.update_(net, images * step)
     sketch = sketches(tmp_path)[100]
@@ -422,7 +432,7 @@ def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
 
 def test_a_run_that_is_resumed_keeps_the_steps_of_windows(tmp_path: Path) -> None:
     net = tiny_model()
-    with tracker_of(net, tmp_path, t_unit="images") as tracker:
+    with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 51):
             tracker.update_(net, 64 * step)
         state = tracker.state_dict()
