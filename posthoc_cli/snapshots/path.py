@@ -246,28 +246,31 @@ def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
     windows, numbers, whole, projection = _checked_counts(data)
-    begin_of_means = _COUNTS_BYTES + 24 * windows + 16
+    begin_of_means = _COUNTS_BYTES + 8 * (3 * windows + 2)
     begin_of_moves = begin_of_means + 4 * numbers * whole
     begin_of_steps = begin_of_moves + 2 * numbers * (windows - whole)
-    if len(data) not in (begin_of_steps, begin_of_steps + 8 * windows):
+    if len(data) - begin_of_steps not in (0, 8 * windows):
         raise ValueError(_LIMITS)
     known = _numbers(data[_COUNTS_BYTES:begin_of_means], "<f8")
-    ends = np.cumsum([windows + 1, windows, windows])
+    ends = [windows + 1, 2 * windows + 1, 3 * windows + 1]
     edges, folds, spread, factor = np.split(known, ends)
-    means = _numbers(data[begin_of_means:begin_of_moves], "<f4")
-    moves = _numbers(data[begin_of_moves:begin_of_steps], "<f2")
-    later = factor * moves.reshape(-1, numbers)
-    sketch = Sketch(edges, folds, _joined(means.reshape(-1, numbers), later), spread)
-    steps = np.full(windows, np.nan)
-    if len(data) > begin_of_steps:
-        steps = _numbers(data[begin_of_steps:], "<f8")
-    return PathSketch(projection, sketch, steps)
+    means = _numbers(data[begin_of_means:begin_of_moves], "<f4").reshape(-1, numbers)
+    moves = _numbers(data[begin_of_moves:begin_of_steps], "<f2").reshape(-1, numbers)
+    sketch = Sketch(edges, folds, _all_means(means, moves * factor), spread)
+    return PathSketch(projection, sketch, _known_steps(data[begin_of_steps:], windows))
 
 
-def _joined(means: FloatArray, moves: FloatArray) -> FloatArray:
-    """Return the means, and those that the moves lead to from the first one."""
+def _all_means(means: FloatArray, moves: FloatArray) -> FloatArray:
+    """Return means, and those that further moves lead to."""
     later = means[:1] + np.cumsum(moves, axis=0)
     return np.concatenate((means, later))
+
+
+def _known_steps(data: bytes, windows: int) -> FloatArray:
+    """Return the steps of windows; nan if none are stored."""
+    if not data:
+        return np.full(windows, np.nan)
+    return _numbers(data, "<f8")
 
 
 def _checked_counts(data: bytes) -> tuple[int, int, int, int]:
