@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
@@ -221,3 +222,14 @@ def test_a_time_of_seven_digits_is_shown_with_all_of_them(tmp_path: Path) -> Non
         ema.update_(model, t=1_234_567)
     run = Run(folder)
     assert repr(run).endswith(" up to 1,234,567 images)")
+
+
+@pytest.mark.parametrize("target", [0.01, "beta:0.9", "window:10"])
+def test_a_program_that_lets_numpy_raise_gets_averages(target: float | str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    with track(model, tmp_path, checkpoint_every=50) as ema:
+        for _ in range(1000):
+            model.weight.data += 0.01 * torch.randn(4, 4)
+            ema.update_(model)
+    with np.errstate(all="raise"):
+        Run(tmp_path).average(target)

@@ -249,6 +249,7 @@ class _Solver:
         problem = self.problem
         return Published(problem.snapshots, problem.prior, self._t)
 
+    @np.errstate(under="ignore")  # of negligible masses, also where a program lets NumPy raise
     def solve(self, target: Profile | FloatArray, other: Profile | None) -> _Solution:
         """Return the solution for a target, which may be the `other` one as well."""
         problem = self.problem
