@@ -84,10 +84,6 @@ _GROWTH = 1.3
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _KEPT = 0.5  # least share of an average in the next one for which its motion goes on
-_EVEN = 0.6
-"""Median cosine of successive moves above which weights may be an average's: of 20 files of ten
-trainings of `trajectories.py` it was 0.32 at most, and 0.61 to 0.99 for EMAs whose time constant is
-the time between two files or more, but for one, of 0.33."""
 _DIGITS = 8
 _LOST = 0.03
 """Share of the elements that move by `_DIGITS` in one interval and stand still in the next above
@@ -229,7 +225,6 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     for note in notes:
         log.warning("%s: %s", place, note)
     checkpoints = _all_made(used, times, settings)
-    _warn_if_even(checkpoints, settings)
     if lacks_steps:
         checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
@@ -774,30 +769,6 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
         log.warning(
             "%s: norms grow by %.3g from file to file: is this an average?", name, factors[-1]
         )
-
-
-def _warn_if_even(checkpoints: Sequence[Checkpoint], settings: ImportSettings) -> None:
-    """Warn if the newest weights go on from file to file as an average does, unless their kind is
-    given: trainings save one in the model's place, too, and do not say so."""
-    by_number = {one.t: one for one in by_time(checkpoints)}  # without copies
-    newest = [*by_number.values()][-6:]
-    are_weights = all(isinstance(one.profile, Point) for one in newest)
-    if settings.kind is not None or not are_weights or len(newest) < 6:
-        return
-    moves = np.diff([_first_values(one) for one in newest], axis=0)
-    products = moves @ moves.T
-    squares = products.diagonal()
-    if moves.shape[1] < _COMPARED or squares.min() <= 0:
-        return
-    norms = np.sqrt(squares)
-    successive = products.diagonal(1)
-    cosines = successive / norms[1:]
-    cosines /= norms[:-1]
-    even = float(np.median(cosines))
-    if even > _EVEN:
-        what = f"weights go on from file to file as averages do (cosine of moves {even:.2f})"
-        hint = "if they are one, import them with `kind` ema and its `ema_decay`"
-        log.warning("%s: %s: %s", newest[-1].path.name, what, hint)
 
 
 def _first_values(one: Checkpoint) -> FloatArray:

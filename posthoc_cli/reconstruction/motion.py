@@ -270,7 +270,6 @@ def _fitted(
     else:
         spacing = spacing_of(motion.edges, discrete, steps)
         motion = motion.with_forgotten(spacing)
-    motion = motion.with_fall_to_end(steps)
     even = _even_motion(profiles, norm, steps)
     first = seen_from(start, profiles)
     return motion.with_unseen(first, float(even.walk[0])), doubt
@@ -392,15 +391,6 @@ rate)."""
 # segments of a walk that rises towards the first update: each is off by a sixteenth of the rise
 _UNSEEN = 8
 
-_HALVINGS = 6
-"""Segments of a walk that falls to the end of training, each half as long as the one before: the
-last one is a 32nd of the time between two files."""
-
-_STEEPER = 3.0
-"""Limit of the fall in the last segment, relative to that before it, for which two fitted segments
-are little evidence. As powers of the time left, from one middle of evenly spaced segments to the
-next, a rate that falls to 0 linearly has 1.8 after 2.0, and by a cosine 3.1 after 3.8."""
-
 
 @dataclass(frozen=True, eq=False)
 class Motion:
@@ -491,45 +481,6 @@ class Motion:
         walk += share * np.maximum(most - walk, 0.0)
         return motion
 
-    def with_fall_to_end(self, steps: Steps | None) -> Motion:
-        """Return the motion with a walk that falls within the last segment, if it does from one
-        segment to the next before the end.
-
-        Rates fall to 0 by a power of the time left, and the walk with them: v ~ (1 - u)^p within
-        the segment. A short average is then nearer to the last weights than a constant walk would
-        say: with the fall, some of 1,900 errors are a tenth to a fiftieth, and most the same.
-        """
-        power = self._fall_to_end(steps)
-        if power == 0:
-            return self
-        halves = 0.5 ** np.arange(_HALVINGS)
-        left = np.append(halves, 0.0)
-        walked = np.diff(left ** (power + 1))
-        lengths = np.diff(left)
-        begin, end = self.edges[-2:]
-        ends = end - left[1:] * (end - begin)
-        edges = np.append(self.edges[:-1], ends)
-        segment = segments_of(self.edges, edges[1:])
-        motion = self._divided(edges, segment)
-        motion.walk[-_HALVINGS:] *= walked / lengths
-        return motion
-
-    def _fall_to_end(self, steps: Steps | None) -> float:
-        """Return the power of the time left by which the walk falls towards the last segment; 0
-        unless it falls before, too."""
-        edges = self.edges[-4:]
-        walk = self.walk[-3:]
-        if walk.size < 3 or not walk.all():
-            return 0.0
-        ends = edges if steps is None else steps.clock.step_at(edges)
-        middle = (ends[1:] + ends[:-1]) / 2
-        left = ends[-1] - middle
-        falls = np.diff(np.log(walk))
-        spans = np.diff(np.log(left))
-        before, last = falls / spans
-        power = min(last, _STEEPER * before)
-        return float(max(power, 0.0))
-
     def _divided(self, edges: FloatArray, segment: npt.NDArray[np.intp]) -> Motion:
         """Return the same motion on more segments, each a part of one of these."""
         scatter = self.scatter
@@ -586,12 +537,6 @@ the best fit may have segments without any motion, which then cost nothing: coef
 one, and were 50 times as far off as predicted. Of the 252 cells of `bench_checkpoints.py` with
 uneven steps, 5 are beyond 3 of predicted without it, and 2 with it."""
 
-_LEAST_NOISE = 0.2
-"""Least noise of a segment per walk, relative to that of the five about it together. Files that
-happen to show weights that alternate in the same phase show no noise. Of 400 averages of such
-motion, 47 % are beyond 3 of predicted without it, 27 % with it, with 0.3 24 %; of 1,900 ordinary
-ones 0.7 % without and 0.4 % with either."""
-
 _MOST_RAISED = 2.0
 """Most that the least walk may raise an expected distance to, relative to the measured one: then a
 predicted error is at most 1.5 times too large by it."""
@@ -641,7 +586,9 @@ def fit_motion(
         return Motion(edges, walk=still, noise=still), influences.rounding
     for _ in range(_UPDATES):
         fit.update()
-    walk, noise = _with_floors(influences, *fit.intensities())
+    walk, noise = fit.intensities()
+    others = influences.noise @ noise + influences.rounding
+    walk = with_floor(walk, influences.walk, others)
     scatter = fit.proportion * walk * spacing
     expected = influences.expected(walk, noise, scatter)
     motion = Motion(edges, walk, noise)
@@ -728,17 +675,6 @@ class _Fit:
         return result
 
 
-def _with_floors(
-    influences: Influences,
-    walk: FloatArray,
-    noise: FloatArray,
-) -> tuple[FloatArray, FloatArray]:
-    """Return a fitted walk and noise with the least ones in each segment."""
-    others = influences.noise @ noise + influences.rounding
-    walk = with_floor(walk, influences.walk, others)
-    return walk, with_least_noise(noise, walk)
-
-
 def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> FloatArray:
     """Return a fitted walk with the least walk in each segment, where the distances allow it.
 
@@ -757,18 +693,6 @@ def with_floor(walk: FloatArray, walks: FloatArray, others: FloatArray) -> Float
     shares = np.where(raised > 0, allowed[:, None], 1.0)
     share = shares.min(axis=0)
     return np.asarray(walk + share * added)
-
-
-def with_least_noise(noise: FloatArray, walk: FloatArray) -> FloatArray:
-    """Return a fitted noise with the least one in each segment: a standstill has none."""
-    noises = _neighbours(noise)
-    walks = _neighbours(walk)
-    of_noise = np.nanmean(noises, axis=1)
-    of_walk = np.nanmean(walks, axis=1)
-    per_walk = np.zeros_like(noise)
-    np.divide(of_noise, of_walk, out=per_walk, where=of_walk > 0)
-    least = _LEAST_NOISE * per_walk * walk
-    return np.maximum(noise, least)
 
 
 def interval_of(profile: StoredProfile) -> int:
@@ -832,15 +756,9 @@ def root_of(rows: FloatArray) -> FloatArray:
 def median_of_neighbours(values: FloatArray) -> FloatArray:
     """Return the median of each value, the two before and the two after it, as far as there are
     such: shape of `values`."""
-    median = np.nanmedian(_neighbours(values), axis=1)
-    return np.asarray(median)
-
-
-def _neighbours(values: FloatArray) -> FloatArray:
-    """Return each value, the two before and the two after it, nan where there are none: shape [n,
-    5]."""
     padded = np.pad(values, 2, constant_values=np.nan)
-    return sliding_window_view(padded, 5)
+    neighbours = sliding_window_view(padded, 5)
+    return np.nanmedian(neighbours, axis=1)
 
 
 class Influences(NamedTuple):

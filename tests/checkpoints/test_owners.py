@@ -227,26 +227,6 @@ def test_the_folder_of_one_of_several_trainings_is_named(tmp_path: Path) -> None
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
-@pytest.mark.parametrize("is_average", [True, False])
-def test_averages_in_the_place_of_the_model_are_warned_of(
-    is_average: bool,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """YOLOX saves its EMA as `model`: 17 % off at a predicted error of 0.7 %."""
-    for save in saves(long):
-        tensors = save.average if is_average else save.weights
-        store(tmp_path / f"epoch_{save.epoch}_ckpt.pth", {"model": tensors})
-    store(tmp_path / "latest_ckpt.pth", {"model": tensors, "start_epoch": save.epoch})
-    Run(tmp_path).plan(0.2)
-    said = "weights go on from file to file as averages do"
-    assert (said in caplog.text) == is_average
-    if is_average:
-        caplog.clear()
-        read(tmp_path, kind="ema", ema_decay=0.99, steps_per_epoch=EVERY)
-        assert said not in caplog.text
-
-
 def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from posthoc_cli import Beta, PostHocEMA, Run, Window
+from posthoc_cli.snapshots.sources import run_clock
+from posthoc_cli.synthesis import plan
 from posthoc_cli.targets import Target
 
 STEPS = 2000
@@ -74,8 +76,11 @@ def average_of(steps: int | None, values: np.ndarray) -> tuple[Target, np.ndarra
 def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
     changed: Path,
     steps: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The batch changes twice between two snapshots, of which nothing else is known."""
+    """The batch changes twice between two snapshots of an earlier version, whose sketches do not
+    say the steps of their windows."""
+    monkeypatch.setattr(plan, "target_clock", run_clock)
     target, exact = average_of(steps, path(changing_twice()))
     actual, predicted = errors(changed, target, exact)
     assert actual < 3 * predicted
