@@ -30,9 +30,9 @@ from posthoc_cli.checkpoints.audit_decay import (
     refine,
 )
 from posthoc_cli.checkpoints.content import names_in
+from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_text
 from posthoc_cli.checkpoints.source import Checkpoint
-from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
@@ -72,13 +72,7 @@ _JUMP = 1.0  # unexplained share of motion that does not follow from the checkpo
 _VAGUE = 0.25  # above this uncertainty, or difference within it, a length is undetermined
 
 _STILL = "was not updated"
-_LOST = 0.02
-"""Share of the elements that stand still, of those that weights should have moved by two digits,
-above which an average loses updates. Of walks of 400 steps with decays from 0.9 to 0.9999 it was
-0.011 at most if the average was rounded once, to bfloat16. Of averages that are kept in bfloat16 it
-was above 0.02 wherever they were more than 3 times as far off as predicted."""
-_DIGITS = 2
-_LEAST_MOVED = 1000  # elements, of which the share is a statistic
+_DIGITS = 2  # by which weights move an average that cannot stand still but by chance
 DOES_NOT_MOVE = "does not move"
 LOSES_UPDATES = "loses updates"
 SET_BACK = "set back"
@@ -337,8 +331,8 @@ def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[
         rounding[at] = _roundings(average, names, values)
     times = np.array([average.t for _, average in pairs])
     split = np.split(rows, np.cumsum(sizes)[:-1], axis=2)
-    eps = np.array([EPS[newest.entries[name].dtype] for name in names])
-    return Series(times, split, rounding, eps), names
+    dtypes = [newest.entries[name].dtype for name in names]
+    return Series(times, split, rounding, dtypes), names
 
 
 def _roundings(
@@ -507,11 +501,13 @@ class _Explanation:
         kept = np.exp(before - model.forgotten(self.rows.end))
         for index in usable:
             row = self.rows[[index]]
+            is_lost = row.kept()[0] < kept[index] / 2
+            if kept[index] < _SHORTEST or not is_lost:
+                continue
+            # either another decay or a restart explains the interval
             own = row.unexplained(row.fit(model))
             limit = _CLEARLY * row.unexplained(model)
-            # either another decay or a restart explains the interval
-            is_lost = row.kept()[0] < kept[index] / 2
-            if kept[index] >= _SHORTEST and is_lost and own < limit:
+            if own < limit:
                 time = _locate_start(model, row)
                 begun = row.unexplained(model.begun(time))
                 if begun < min(limit, 1.5 * own):
@@ -534,23 +530,22 @@ class _Explanation:
         apart = [abs(math.log(length / lengths[0])) for length in lengths]
         return model, math.hypot(sigma, max(apart))
 
-    @property
-    def lost_share(self) -> float:
-        """The share of the elements of the average that stand still, of those that the weights move
-        by two digits."""
-        model, _ = self.refined
+    def lost_share(self, model: Model) -> float:
+        """Return the share of the elements of the average that lose updates, of those that a model
+        moves."""
         kept, followed = self.rows.shares(model)
-        moved = 0
-        lost = 0
-        for (weights, averages), eps in zip(self.series.values, self.series.eps, strict=True):
+        moves = []
+        expected = []
+        for (weights, averages), dtype in zip(self.series.values, self.series.dtypes, strict=True):
             before = averages[:-1]
+            digits = digits_of(before, dtype)
             apart = weights[:-1] - before
             motion = (1 - kept) * apart + followed * np.diff(weights, axis=0)
-            is_moved = np.abs(motion) > _DIGITS * eps * np.abs(before)
-            is_lost = is_moved & (averages[1:] == before)
-            moved += int(is_moved[self.usable].sum())
-            lost += int(is_lost[self.usable].sum())
-        return lost / moved if moved >= _LEAST_MOVED else 0.0
+            is_expected = np.abs(motion) > _DIGITS * digits
+            expected.append(is_expected[self.usable].ravel())
+            moved = np.diff(averages, axis=0) / digits
+            moves.append(moved[self.usable].ravel())
+        return lost_share(np.concatenate(moves), np.concatenate(expected))
 
     @property
     def rivals(self) -> list[Model]:
@@ -683,7 +678,8 @@ def _explanation(
     weights = moves.weights[first:, averaged]
     values = [*compress(series.values, averaged)]
     rounding = series.rounding[:, averaged]
-    of_averages = Series(series.times, values, rounding, series.eps[averaged])
+    dtypes = [*compress(series.dtypes, averaged)]
+    of_averages = Series(series.times, values, rounding, dtypes)
     stands = moves.stands[first:]
     times = series.times[first:]
     return _Explanation(
@@ -801,9 +797,12 @@ def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> tuple[s
 
 def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, str] | None:
     """Return the verdict on an average that follows no decay; None if it may follow one."""
-    if (share := explanation.lost_share) > _LOST:
+    model, _ = explanation.refined
+    if audit.is_of_other_weights:
+        model = model.claim
+    if (share := explanation.lost_share(model)) > MOST_LOST:
         text = f"the average is kept in too few digits: {share:.0%} of its elements stand still "
-        return LOSES_UPDATES, f"{text}where the weights move them by two digits"
+        return LOSES_UPDATES, f"{text}where the weights move them by {_DIGITS} digits"
     if audit.is_of_other_weights:
         return "undetermined", _OTHER_WEIGHTS
     moved = [each.time for each in audit.intervals if each.note != _STILL]

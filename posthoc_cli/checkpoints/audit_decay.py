@@ -33,7 +33,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -237,7 +237,7 @@ class Series:
     # of each piece, the weights and the averages: [2, n, elements]
     values: Sequence[npt.NDArray[np.floating]]
     rounding: FloatArray  # squared rounding error of each piece of the averages: [n, pieces]
-    eps: FloatArray  # of the dtype in which each piece of the averages is stored: [pieces]
+    dtypes: Sequence[str]  # in which the averages are stored, of each piece
 
     def between(self, first: int, last: int) -> Series:
         """Return the series from one time to another."""
@@ -245,7 +245,7 @@ class Series:
         times = self.times[chosen]
         rounding = self.rounding[chosen]
         values = [of_piece[:, chosen] for of_piece in self.values]
-        return Series(times, values, rounding, self.eps)
+        return Series(times, values, rounding, self.dtypes)
 
     @property
     def spacing(self) -> float:
@@ -378,13 +378,17 @@ class Intervals:
         left = self._moved
         motion = self.gram[..., 2, 2]
         least = 1e-4 * motion + self._nothing
+
+        @cache
+        def residuals(value: float) -> FloatArray:
+            return self.residuals(model_of(value))
+
         for _ in range(4):
             left = np.maximum(left, 0) + self.rounding
             weights = 1 / np.maximum(left, least)
 
             def cost(value: float, weights: FloatArray = weights) -> float:
-                residuals = self.residuals(model_of(value))
-                return float((residuals * weights).sum())
+                return float((residuals(value) * weights).sum())
 
             costs = [cost(value) for value in grid.tolist()]
             best = int(np.argmin(costs))
@@ -393,7 +397,7 @@ class Intervals:
             high = beside[-1]
             exact = 1e-5 * (high - low)
             value = float(_least(cost, low, high, exact).x)
-            left = self.residuals(model_of(value))
+            left = residuals(value)
             after = int(np.searchsorted(grid, value))
             grid = grid[max(after - 6, 0) : after + 6]
         return value

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
@@ -51,13 +52,13 @@ from posthoc_cli.checkpoints.layouts import (
     recognise,
     select,
 )
+from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_share
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
-from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -84,13 +85,7 @@ _GROWTH = 1.3
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _KEPT = 0.5  # least share of an average in the next one for which its motion goes on
-_DIGITS = 8
-_LOST = 0.03
-"""Share of the elements that move by `_DIGITS` in one interval and stand still in the next above
-which an average loses updates. Of ten trainings with decays from 0.998 to 0.9999 and 300 steps
-between files it was 0.014 at most where averages were rounded when they were saved, in float16 and
-bfloat16, and 0.05 to 0.6 where they were updated in these, but for one."""
-_LEAST_MOVED = 100
+_DIGITS = 8  # motion in one interval after which none in the next is unlikely
 _STILL = 0.9
 
 
@@ -780,45 +775,39 @@ def _check_updates(averages: Sequence[Checkpoint], values: FloatArray) -> None:
     """Raise InvalidValueError if long averages in half precision, [times, elements], lose updates;
     warn if they move too little to show that."""
     newest = averages[-1]
-    eps = np.concatenate([*_digits_of(newest)])
-    in_half = eps > EPS["F32"]
     kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages)]
-    if min(kept) < _KEPT or not in_half.any():
+    dtypes = _dtypes_of(newest)
+    in_half = np.isin(dtypes, ("F16", "BF16"))
+    if not in_half.any():
         return
-    halves = values[:, in_half]
-    share = _lost_share(halves, eps[in_half])
+    moves = _moves(values[:, in_half], dtypes[in_half])
+    is_expected = np.abs(moves[:-1]) > _DIGITS
+    share = lost_share(moves[1:], is_expected)
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
-    if share is None:
-        stands = halves[1:] == halves[:-1]
-        if stands.mean() > _STILL:
-            log.warning("%s, and most of it stands still: errors hold if only files are", where)
-    elif share > _LOST:
+    # Where the average keeps little, elements may stand still with their weights.
+    if share > MOST_LOST and min(kept) > _KEPT:
         reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
         hint = "`kind` checkpoints with `weights` takes it"
         raise InvalidValueError("average", f"{reason} digits then stand still", hint)
+    stands = moves == 0
+    if share > MOST_LOST or stands.mean() > _STILL:
+        log.warning("%s, and much of it stands still: errors hold if only files are", where)
 
 
-def _lost_share(values: FloatArray, eps: FloatArray) -> float | None:
-    """Return the share of the elements that move by several digits, and then stand still; None if
-    too few move. `values` are [times, elements], `eps` the distances between their numbers.
-
-    What moves goes on in the next interval, of which the average keeps most, if it was rounded only
-    when it was saved.
-    """
-    motion = np.abs(np.diff(values, axis=0))
-    moved = motion[:-1] > _DIGITS * eps * np.abs(values[:-2])
-    count = int(moved.sum())
-    if count < _LEAST_MOVED:
-        return None
-    stopped = moved & (motion[1:] == 0)
-    return int(stopped.sum()) / count
+def _moves(values: FloatArray, dtypes: npt.NDArray[np.str_]) -> FloatArray:
+    """Return the motion between times, in digits of F16 or BF16, of values [times, elements]."""
+    before = values[:-1]
+    of_f16 = digits_of(before, "F16")
+    of_bf16 = digits_of(before, "BF16")
+    digits = np.where(dtypes == "F16", of_f16, of_bf16)
+    return np.asarray(np.diff(values, axis=0) / digits)
 
 
-def _digits_of(source: Checkpoint) -> Iterator[FloatArray]:
-    """Yield the relative distances between numbers of the dtypes of `_starts`."""
-    for name in sorted(source.averages):
-        entry = source.entries[name]
-        yield np.full(min(entry.size, _COMPARED), EPS[entry.dtype])
+def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:
+    """Return the dtype of each element of `_starts`."""
+    entries = [source.entries[name] for name in sorted(source.averages)]
+    counts = [min(entry.size, _COMPARED) for entry in entries]
+    return np.repeat([entry.dtype for entry in entries], counts)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
