@@ -79,6 +79,8 @@ _CHECKPOINTS_A_COMPONENT = 7
 _MANY = 2 * _CHECKPOINTS_A_COMPONENT
 _DEGREE = 3  # of a polynomial of time, for fewer checkpoints
 _ROUNDS = 40  # to find variances: with 100 no length changed by 0.5 %
+_TOGETHER = 2 * _MANY  # most checkpoints of one likelihood
+_PARTS = 3  # likelihoods of more checkpoints
 _LEAST = 1e-6  # least share of variance: the covariance of a path on a line is singular
 # With r = time between two checkpoints / length, other paths than such sums move a length by this,
 # times r (1 + r^2 / 7): ten trainings by a quarter to a half of it in the median, 0.07 % at r 0.5,
@@ -544,7 +546,11 @@ def _growth(model: Model, series: Series, t: float) -> float:
 def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]:
     """Return the logarithm of the factor on a model's value that is most likely, and the divergence
     that remains."""
-    divergence = _Likelihood(model, series)
+    likelihoods = [_Likelihood(model, part) for part in _parts(series)]
+
+    def divergence(log: float) -> float:
+        return sum(likelihood(log) for likelihood in likelihoods) / len(likelihoods)
+
     usual = divergence(0.0)
     while most > _NARROW:
         likeliest = _least(divergence, -most, most, 1e-3)
@@ -552,6 +558,16 @@ def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]
             return float(likeliest.x), float(likeliest.fun)
         most /= 4  # a value that the warm-up does not reach makes no difference: search nearer
     return 0.0, usual
+
+
+def _parts(series: Series) -> list[Series]:
+    """Return the series, or of many checkpoints the first ones, those in the middle, and the last
+    ones: the time and the memory of a likelihood grow with the third power of their number."""
+    beyond = len(series.times) - _TOGETHER
+    if beyond <= 0:
+        return [series]
+    firsts = np.linspace(0, beyond, _PARTS).astype(int).tolist()
+    return [series.between(first, first + _TOGETHER - 1) for first in firsts]
 
 
 def _edges_of_cells(times: FloatArray) -> FloatArray:

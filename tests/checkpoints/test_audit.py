@@ -4,6 +4,7 @@ bug reports."""
 import json
 import math
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -304,6 +305,28 @@ def test_a_trackers_snapshots_need_no_audit(tmp_path, ema):
     assert refused.code == 2
     known = "their headers hold the width exactly, and `ema info` shows it"
     assert refused.error == f"{tmp_path}: holds snapshots of a tracker: {known}"
+
+
+def test_the_memory_of_an_audit_does_not_grow_with_the_square_of_the_checkpoints(tmp_path):
+    """One likelihood of 60 of them takes 140 MB."""
+    decay = 0.95
+    random = np.random.default_rng(0)
+    weights = random.standard_normal(200)
+    average = weights.copy()
+    for step in range(1, 601):
+        weights += 0.01 * random.standard_normal(200)
+        average += (1 - decay) * (weights - average)
+        if step % 10 == 0:
+            content = {"global_step": step, "model": {"w": torch.from_numpy(weights.copy())}}
+            content["ema"] = {"w": torch.from_numpy(average.copy())}
+            torch.save(content, tmp_path / f"{step}.pt")
+    tracemalloc.start()
+    (audit,) = Run(tmp_path).audit()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 90e6
+    off = math.log(audit.length * (1 - decay))
+    assert abs(off) < 2 * audit.uncertainty < 0.05
 
 
 def test_the_command_fails_for_a_bad_average(tmp_path, ema):
