@@ -331,7 +331,7 @@ def run(path, model, steps):
 
 run(sys.argv[1] + "/small", torch.nn.Linear(300, 300), 4)  # what torch and the threads take once
 before = resident("VmRSS")
-held, kept = run(sys.argv[1] + "/large", model, 12), 16 * count
+held, kept = run(sys.argv[1] + "/large", model, 8), 16 * count
 print((resident("VmHWM") - before - kept) / count, (held - kept) / count)
 """
 
