@@ -221,8 +221,14 @@ def itself(model: nn.Module) -> nn.Module:
 
 
 @PEFTS
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("wrap", [itself, nn.DataParallel, compiled])
+@pytest.mark.parametrize(
+    ("kind", "wrap"),
+    [
+        ("lora", nn.DataParallel),
+        ("dora", compiled),
+        ("loha", itself),
+    ],
+)
 def test_an_adapter_alone_is_tracked_under_the_names_that_peft_saves(
     tmp_path: Path,
     kind: str,
@@ -295,8 +301,13 @@ def traced(model: nn.Module) -> nn.Module:
     return torch.jit.trace(model, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize("compile", [torch.jit.script, traced])
-@pytest.mark.parametrize("part", [True, False])
+@pytest.mark.parametrize(
+    ("compile", "part"),
+    [
+        (torch.jit.script, True),
+        (traced, False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
 def test_a_model_of_torch_jit_is_refused_and_the_one_it_was_made_from_tracked(
     tmp_path: Path,
