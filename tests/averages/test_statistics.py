@@ -76,9 +76,15 @@ def check(stats: EMAStats, expected: Statistics, tolerance: float) -> None:
         assert found.shape == exact.shape
 
 
-@pytest.mark.parametrize("running_mean", [True, False])
-@pytest.mark.parametrize("momentum", [0.1, 1.0])
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(
+    ("running_mean", "momentum", "rows"),
+    [
+        (True, 0.1, 33),
+        (False, 0.1, 33),
+        (True, 1.0, 33),
+        (True, 0.1, 1),
+    ],
+)
 def test_statistics_are_the_formulas(running_mean, momentum, rows):
     data = batches(12, rows, 4, 3)
     stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean)

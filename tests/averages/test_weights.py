@@ -206,27 +206,23 @@ SETTINGS = pytest.mark.parametrize(
 
 
 @SETTINGS
-def test_a_shadow_without_a_count_has_a_constant_decay(decay, debias):
-    net = ShadowModel(tiny_model(), decay, None, debias)
-    check_shadow(net, [1e9] * STEPS)
-    assert net.num_updates is None
-    assert "num_updates" not in net.state_dict()
-
-
-@SETTINGS
-def test_a_shadow_counts_from_a_number(decay, debias):
-    net = ShadowModel(tiny_model(), decay, 7, debias)
-    check_shadow(net, range(7, 7 + STEPS))
-    assert net.num_updates == 7 + STEPS
-    assert "num_updates" in net.state_dict()
-
-
-@SETTINGS
-def test_a_tensor_is_the_callers_clock_which_the_shadow_leaves_as_it_is(decay, debias):
-    net = ShadowModel(tiny_model(), decay, torch.tensor(7), debias)
-    check_shadow(net, [7] * STEPS)
-    assert net.num_updates == 7
-    assert "num_updates" not in net.state_dict()
+@pytest.mark.parametrize(
+    ("given", "clocks", "last", "stored"),
+    [
+        (None, [1e9] * STEPS, None, False),
+        (7, range(7, 7 + STEPS), 7 + STEPS, True),
+        (torch.tensor(7), [7] * STEPS, 7, False),
+    ],
+    ids=["none", "number", "tensor"],
+)
+def test_a_shadow_has_a_constant_decay_or_counts_or_takes_the_callers_clock(
+    decay, debias, given, clocks, last, stored
+):
+    """A tensor is the caller's, and left as it is."""
+    net = ShadowModel(tiny_model(), decay, given, debias)
+    check_shadow(net, clocks)
+    assert net.num_updates == last
+    assert ("num_updates" in net.state_dict()) == stored
 
 
 class Dropped(nn.Module):
@@ -295,8 +291,14 @@ def updated(average: Any, model: nn.Module, seed: int = 1) -> Any:
     return average
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["copied", "saved", "by state"])
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ("copied", torch.float32),
+        ("saved", torch.bfloat16),
+        ("by state", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("kind", MAKE)
 def test_a_copy_goes_on_alone_and_exactly(kind, how, dtype):
     make = MAKE[kind]
