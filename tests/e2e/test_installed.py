@@ -74,10 +74,10 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" in debugging.err
 
 
-def test_the_package_runs_as_a_module(tmp_path: Path) -> None:
-    module = [sys.executable, "-m", "posthoc_cli", "profile", "--json"]
+def test_the_package_runs_as_a_module() -> None:
+    module = [sys.executable, "-m", "posthoc_cli", "--version"]
     done = subprocess.run(module, capture_output=True, text=True, check=True)
-    assert done.stdout == ema("profile", "--json", cwd=tmp_path).stdout
+    assert posthoc_cli.__version__ in done.stdout
 
 
 def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_pipe(
