@@ -84,7 +84,7 @@ def test_a_guide_is_rendered_in_the_pager_of_a_terminal_and_is_its_source_in_a_p
     tmp_path: Path,
 ) -> None:
     source = (GUIDES / "exactness.md").read_text()
-    assert ema("guide", "exactness", cwd=tmp_path).stdout == source
+    assert forked.check(forked.EMA, "guide", "exactness").out == source
     parent, terminal = pty.openpty()
     environment = os.environ | {
         "PAGER": f"cat > {tmp_path}/paged",

@@ -584,8 +584,16 @@ def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
             assert len(profiles) <= 6
 
 
-@pytest.mark.parametrize("weights", [100, 130])
-@pytest.mark.parametrize("way", ["step", "state last", "state first", "own clock"])
+@pytest.mark.parametrize(
+    ("way", "weights"),
+    [
+        ("step", 100),
+        ("step", 130),
+        ("state last", 130),
+        ("state first", 100),
+        ("own clock", 130),
+    ],
+)
 def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
     tmp_path: Path,
     way: str,
