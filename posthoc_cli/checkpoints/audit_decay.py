@@ -79,8 +79,10 @@ _CHECKPOINTS_A_COMPONENT = 7
 _MANY = 2 * _CHECKPOINTS_A_COMPONENT
 _DEGREE = 3  # of a polynomial of time, for fewer checkpoints
 _ROUNDS = 40  # to find variances: with 100 no length changed by 0.5 %
-_TOGETHER = 2 * _MANY  # most checkpoints of one likelihood
-_PARTS = 3  # likelihoods of more checkpoints
+# Most checkpoints of one likelihood: with 20, 28 or 40 a length of 100 steps was 0.2 % off at most,
+# from 50, 100 and 300 files 20 steps apart.
+_TOGETHER = 2 * _MANY
+_PARTS = 3  # likelihoods of more checkpoints: of the first, of those in the middle, and the last
 _LEAST = 1e-6  # least share of variance: the covariance of a path on a line is singular
 # With r = time between two checkpoints / length, other paths than such sums move a length by this,
 # times r (1 + r^2 / 7): ten trainings by a quarter to a half of it in the median, 0.07 % at r 0.5,
@@ -561,8 +563,8 @@ def _likeliest(model: Model, series: Series, most: float) -> tuple[float, float]
 
 
 def _parts(series: Series) -> list[Series]:
-    """Return the series, or of many checkpoints the first ones, those in the middle, and the last
-    ones: the time and the memory of a likelihood grow with the third power of their number."""
+    """Return the series, or `_PARTS` of one of many checkpoints: the time and the memory of a
+    likelihood grow with the third power of their number."""
     beyond = len(series.times) - _TOGETHER
     if beyond <= 0:
         return [series]

@@ -773,7 +773,7 @@ def _first_values(one: Checkpoint) -> FloatArray:
 
 def _check_updates(averages: Sequence[Checkpoint], values: FloatArray) -> None:
     """Raise InvalidValueError if long averages in half precision, [times, elements], lose updates;
-    warn if they move too little to show that."""
+    warn if short ones seem to, or if they move too little to show that."""
     newest = averages[-1]
     kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages)]
     dtypes = _dtypes_of(newest)
