@@ -130,27 +130,23 @@ def test_a_healthy_average_is_found(training, decay, dtype, tmp_path):
     assert log_error(found, decay) < 3 * found.uncertainty
 
 
-def check_smooth(path: np.ndarray, folder: Path) -> None:
-    """Check the audit of an average of weights that move in one direction, `path` times."""
+INTERVALS = np.arange(STEPS) / EVERY
+SMOOTH = {
+    "settles": 1 + np.exp(-INTERVALS / 0.3),
+    "line": 1 + INTERVALS,
+}
+
+
+@pytest.mark.parametrize("path", SMOOTH)
+def test_weights_that_move_without_noise_show_the_decay(path, tmp_path):
+    """The covariance of such a path is nearly singular."""
     random = np.random.default_rng(0)
     start = random.standard_normal(train().shape[1])
-    weights = np.outer(path, start)
-    found = audited(folder, weights, every_step)
+    weights = np.outer(SMOOTH[path], start)
+    found = audited(tmp_path, weights, every_step)
     error = log_error(found, DECAY)
     assert error < 3 * found.uncertainty
     assert error < 0.03
-
-
-INTERVALS = np.arange(STEPS) / EVERY
-
-
-def test_weights_that_settle_without_noise_show_the_decay(tmp_path):
-    """The covariance of such a path is nearly singular."""
-    check_smooth(1 + np.exp(-INTERVALS / 0.3), tmp_path)
-
-
-def test_weights_that_move_on_a_line_show_the_decay(tmp_path):
-    check_smooth(1 + INTERVALS, tmp_path)
 
 
 def test_steps_that_correlate_over_many_checkpoints(tmp_path):

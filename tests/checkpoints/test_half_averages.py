@@ -100,9 +100,8 @@ def test_averages_of_noisy_weights_are_taken_if_they_are_rounded_when_saved(dtyp
     assert made.predicted_error / 3 < error < 2 * made.predicted_error
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.03])
-def test_averages_that_lose_updates_are_refused_beside_their_weights(noise, tmp_path):
-    write(tmp_path, torch.bfloat16, 0.99, 1e-2, noise=noise, with_weights=True, is_kept=True)
+def test_averages_that_lose_updates_are_refused_beside_their_weights(tmp_path):
+    write(tmp_path, torch.bfloat16, 0.99, 1e-2, noise=0.03, with_weights=True, is_kept=True)
     with pytest.raises(InvalidValueError, match=r"kept in too few digits: \d+%"):
         import_checkpoints(tmp_path, tmp_path / "run", ema_decay=0.99)
 

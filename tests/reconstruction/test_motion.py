@@ -401,7 +401,7 @@ def test_the_mean_of_expected_and_measured_squares_is_minimised():
 @pytest.mark.parametrize(
     ("beta", "after"),
     [
-        (0.999, 500),
+        (0.999, 250),
         (0.9999, 0),
     ],
 )
@@ -409,7 +409,7 @@ def test_the_share_of_the_first_value_is_known(beta, after, tmp_path):
     """Weights that alternate, and an average that keeps much of its initial value, which is not its
     window's mean."""
     random = np.random.default_rng(0)
-    steps = 2000
+    steps = 1000
     place, side = random.standard_normal((2, 400))
     drift = 2e-4 * random.standard_normal((steps, 400))
     path = place + np.cumsum(drift, axis=0)

@@ -267,19 +267,12 @@ def nearest_tail(tails: FloatArray, width: float) -> FloatArray:
     return np.append(found, rest)
 
 
-@pytest.mark.parametrize(
-    ("memory", "seed"),
-    [
-        (100, 3),
-        (1000, 5),
-    ],
-)
-def test_at_uneven_steps_no_interval_moves_for_nothing(memory, seed, tmp_path):
+def test_at_uneven_steps_no_interval_moves_for_nothing(tmp_path):
     """A fitted motion of 0 in one interval cost nothing: errors were 60 times the predicted."""
-    random = np.random.default_rng(100 + seed)
+    random = np.random.default_rng(105)
     drawn = random.choice(np.arange(40, STEPS), 19, replace=False)
     steps = sorted([*drawn.tolist(), STEPS])
-    path = about_a_minimum(memory, seed)
+    path = about_a_minimum(1000, 5)
     files = tmp_path / "files"
     values, tails = save_both(files, path, steps, 0.999)
     import_checkpoints(files, tmp_path / "run", ema_decay=0.999)
