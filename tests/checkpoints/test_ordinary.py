@@ -30,7 +30,7 @@ from walks import walk
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
-from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, Point
 
 DECAY = 0.995
@@ -390,12 +390,6 @@ def test_the_interval_and_the_counts_tell_the_first_update(begun_at_51, run):
         assert settings["first"] == 51
     error, predicted = error_of(Run(run))
     assert error < 2 * predicted < 2e-3
-
-
-def test_a_kind_that_files_are_not_is_named(files, run):
-    plain(files)
-    with pytest.raises(FileFormatError, match="is no file of torchtitan"):
-        import_checkpoints(files, run, kind="torchtitan")
 
 
 def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):
