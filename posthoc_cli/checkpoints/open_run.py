@@ -584,7 +584,7 @@ def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
     check_rule(found, path, settings)
     for setting, why in found.asks.items():
         if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}")
+            raise InvalidValueError(setting, f"must be given{why}", "give it to an import")
     if found.updates is not None and len(settings.sigma_rels) > 1:
         raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
     if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
@@ -758,7 +758,7 @@ def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
     rows = []
     for average in averages:
         with average:
-            rows.append(np.concatenate([*_starts(average)]))
+            rows.append(np.concatenate([np.zeros(0), *_starts(average)]))
     return np.stack(rows)
 
 
