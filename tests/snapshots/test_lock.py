@@ -135,7 +135,7 @@ def test_a_holder_that_has_not_yet_written_its_name_is_awaited(
 # --- errors of the system
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
 def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
