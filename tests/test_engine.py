@@ -16,7 +16,7 @@ import forked
 import pytest
 import torch
 from bench_synthesis import write_sparse_snapshots
-from checking import assert_same_tensors
+from checking import assert_same_tensors, load_output
 from ema_command import Ema
 from factories import (
     RUN_ID,
@@ -36,8 +36,8 @@ from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.synthesis.engine import SLOTS, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
-LARGE = 2_500_003
-"""Elements of a tensor of two tiles in float16, which ends within a block and within a vector
+LARGE = 1_300_003
+"""Elements of a tensor of several tiles, which ends within a block and within a vector
 register."""
 
 TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
@@ -53,7 +53,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for t in (10, 20, 30, 40):
         values = {
             "large": torch.randn(LARGE).half(),
-            "changing": torch.randn(1031, 1024),
+            "changing": torch.randn(601, 1024),
             "empty": torch.empty(0, 3).half(),
             "scalar": torch.randn(()).half(),
         }
@@ -63,7 +63,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values[f"small {k}"] = torch.randn(3 + k, 5).half()
         tensors = dict.fromkeys(values, "average F32")
         values["own"] = torch.randn(300_001).double()
-        values["counter"] = torch.arange(400_000) + t
+        values["counter"] = torch.arange(140_000) + t
         values["flag"] = torch.tensor(True)
         write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
     return directory
@@ -136,32 +136,22 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
         assert_sums(synthesize(plan), exact_sums(plan))
 
 
-MODES = [torch.inference_mode(), torch.device("meta")]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["inference", "meta"])
-def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
-    Run(mixed).write(0.1, tmp_path / "one.pt")
-    with mode:  # type: ignore[attr-defined]
-        Run(mixed).write(0.1, tmp_path / "two.pt")
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
-
-
-def test_a_file_holds_what_is_made_in_memory(mixed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.safetensors"
-    Run(mixed).write(0.1, out)
-    assert_same_tensors(load_file(out), Run(mixed).average(0.1))
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"]
+)
+def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: Any) -> None:
+    out = tmp_path / "out.pt"
+    with mode:
+        Run(mixed).write(0.1, out)
+    assert_same_tensors(load_output(out), Run(mixed).average(0.1))
 
 
 # --- dtypes
 # ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_averages_that_are_stored_in_eight_bits_are_read(
-    tmp_path: Path,
-    dtype: torch.dtype,
-) -> None:
+def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path) -> None:
+    dtype = torch.float8_e4m3fn
     codes = torch.arange(256, dtype=torch.uint8)
     finite = codes[codes.view(dtype).float().isfinite()]
     value = finite.repeat(300).view(dtype)
@@ -379,8 +369,7 @@ def one_vanishing(run: Path, listings: int) -> Iterator[list[Path]]:
         yield removed
 
 
-@pytest.mark.parametrize("measured", [True, False])
-@pytest.mark.parametrize("way", ["state_dict", "command"])
+@pytest.mark.parametrize(("way", "measured"), [("state_dict", True), ("command", False)])
 def test_weights_are_made_from_the_remaining_snapshots(
     tmp_path: Path,
     way: str,
