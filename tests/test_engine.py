@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import numpy as np
 import pytest
 import torch
 from bench_synthesis import write_sparse_snapshots
@@ -29,6 +30,7 @@ from factories import (
 )
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
+from sums import error_share, exact_sums
 from tracker.runs import track
 
 from posthoc_cli import PostHocEMA, Run, disk_sources
@@ -84,32 +86,14 @@ def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
     return tensors
 
 
-Expected = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
-
-
-def exact_sums(plan: Plan) -> Expected:
-    """For each average and target, sum_i c_i x_i in float64, and the largest error of a sum in
-    float32."""
-    values = [load_file(source.path) for source in plan.sources]  # type: ignore[union-attr]
-    sums: Expected = {}
-    for name in values[0].keys() - {"empty", "counter", "flag"}:
-        stacked = torch.stack([tensors[name].double() for tensors in values])
-        sums[name] = []
-        roundings = len(plan.sources) + 4
-        for column in torch.from_numpy(plan.reconstruction.coefficients.T):
-            exact = torch.tensordot(column, stacked, dims=1)
-            size = torch.tensordot(column.abs(), stacked.abs(), dims=1)
-            bound = roundings * torch.finfo(torch.float32).eps / 2 * size
-            sums[name].append((exact, bound))
-    return sums
-
-
-def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expected) -> None:
+def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], plan: Plan) -> None:
     tensors = dict(stream)
-    for name, sums in expected.items():
-        for value, (exact, bound) in zip(tensors[name], sums, strict=True):
-            error = (value.cpu().double() - exact).abs()
-            assert (error <= bound).all(), name
+    share = error_share(plan, torch.float32) + error_share(plan, torch.float64)
+    for name in tensors.keys() - {"empty", "counter", "flag"}:
+        sums, sizes = exact_sums(plan, name)
+        for value, exact, size in zip(tensors[name], sums, sizes, strict=True):
+            error = np.abs(value.cpu().double().numpy() - exact)
+            assert (error <= share * size).all(), name
 
 
 # --- the same bytes
@@ -133,7 +117,7 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
     for t in range(1, SLOTS + 3):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.randn(3, 7)})
     for plan in (plan_of(mixed, targets), plan_of(tmp_path, targets)):
-        assert_sums(synthesize(plan), exact_sums(plan))
+        assert_sums(synthesize(plan), plan)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +276,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
             del tensors, values
     try:
         torch.set_float32_matmul_precision("high")
-        assert_sums(synthesize(plan, "cuda"), exact_sums(plan))
+        assert_sums(synthesize(plan, "cuda"), plan)
     finally:
         torch.set_float32_matmul_precision("highest")
 

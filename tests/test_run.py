@@ -110,7 +110,7 @@ def test_writing_several_averages_returns_what_the_command_prints(
         "sigma_rel-0.1.safetensors",
         "beta-0.9.safetensors",
     ]
-    words = "--sigma-rel 0.1 --target beta:0.9 --overwrite --json".split()
+    words = ["--sigma-rel", "0.1", "--target", "beta:0.9", "--overwrite", "--json"]
     printed = ema("synthesize", run.directory, *words, "--out", tmp_path / "new").json
     expected = json.loads(json.dumps(report.to_dict()))
     for target in (*printed["targets"], *expected["targets"]):
@@ -148,7 +148,6 @@ def test_writing_several_averages_returns_what_the_command_prints(
             "(0.2, 0.1): must be two numbers in",
         ),
         (lambda run: run.prune(max_error=0.1, keep=1), "keep and max_error", ": give one of them"),
-        (lambda run: run.prune(keep=0), "keep", "0: must be a whole number, at least 1"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (
@@ -208,7 +207,7 @@ def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
 def test_a_program_that_lets_numpy_raise_gets_averages(tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 4)
     with track(model, tmp_path, checkpoint_every=50) as ema:
-        for _ in range(1000):
+        for _ in range(500):
             model.weight.data += 0.01 * torch.randn(4, 4)
             ema.update_(model)
     for target in (0.01, "beta:0.9", "window:10"):

@@ -13,6 +13,7 @@ from checking import assert_same_tensors, load_output, refused
 from ema_command import Ema
 from factories import RUN_ID, exact_gamma, random_walk, write_run, write_snapshot
 from safetensors.torch import load_file
+from sums import UNIT, error_share, exact_sums
 
 from posthoc_cli import Groups, PostHocEMA, PowerFunction, Run, disk_sources
 from posthoc_cli.dtypes import WORDS, parse_dtype, stored_name, torch_dtype
@@ -23,13 +24,6 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
-UNIT = {
-    torch.float64: 2.0**-53,
-    torch.float32: 2.0**-24,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-"""Unit roundoff."""
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -55,30 +49,6 @@ def plan_of(directory: Path, targets: Sequence[Any] = TARGETS, **options: Any) -
     return plan_synthesis(disk_sources(directory), targets, **options)
 
 
-def expected(directory: Path, plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
-    stored = []
-    for source in plan.sources:
-        tensors = load_file(directory / source.name)
-        stored.append(tensors[name].double().numpy())
-    values = np.stack(stored)
-    columns = plan.reconstruction.coefficients.T
-    sums = np.tensordot(columns, values, axes=1)
-    sizes = np.tensordot(np.abs(columns), np.abs(values), axes=1)
-    return sums, sizes
-
-
-def accumulated(plan: Plan, dtype: torch.dtype) -> float:
-    """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m
-    consecutive roundings.
-
-    A term is rounded as a value, as a coefficient and as a product, then in each of the sums.
-    """
-    roundings = len(plan.sources) + 3
-    error = roundings * UNIT[dtype]
-    return error / (1 - error)
-
-
 @pytest.mark.parametrize("stored", UNIT)
 @pytest.mark.parametrize("own", UNIT)
 def test_results_are_the_sums_within_rounding(
@@ -86,7 +56,7 @@ def test_results_are_the_sums_within_rounding(
     own: torch.dtype,
     stored: torch.dtype,
 ) -> None:
-    """`accumulated` bounds the errors of the sums and of `expected`; then the result is rounded to
+    """`error_share` bounds the errors of both sums; then the result is rounded to
     its own dtype."""
     names = ("w", "odd", "scalar", "empty")
     averages = dict.fromkeys(names, f"average {stored_name(own)}")
@@ -94,10 +64,10 @@ def test_results_are_the_sums_within_rounding(
     plan = plan_of(tmp_path)
     is_coarse = own != torch.float64 and stored.itemsize < 4
     wide = torch.float32 if is_coarse else torch.float64
-    share = accumulated(plan, wide) + accumulated(plan, torch.float64)
+    share = error_share(plan, wide) + error_share(plan, torch.float64)
     tensors = dict(synthesize(plan))
     for name in names:
-        sums, sizes = expected(tmp_path, plan, name)
+        sums, sizes = exact_sums(plan, name)
         for value, exact, size in zip(tensors[name], sums, sizes, strict=True):
             assert value.dtype == own
             of_sums = share * size

@@ -323,7 +323,6 @@ def test_outputs_remove_leftovers_an_hour_old(run: Path, tmp_path: Path) -> None
     young = leave(tmp_path / ".ema-2.tmp", 3000)
     writers = (
         lambda: Run(run).write(0.15, tmp_path / "m.safetensors"),
-        lambda: Run(run).write(0.15, tmp_path / "shards", layout="sharded"),
         lambda: export_file(tmp_path / "m.safetensors", tmp_path / "m.pt"),
     )
     for write in writers:
