@@ -224,7 +224,7 @@ def test_the_profiles_of_a_schedule_differ_in_a_narrow_range():
 @pytest.mark.parametrize(
     ("steps", "most"),
     [
-        (1, 1),
+        (20, 1),
         (401, 2),
         (3_000, 10),
     ],
