@@ -32,8 +32,8 @@ def density(folder: Path) -> Counter[str]:
 
 
 def _density_of_module(text: str) -> Counter[str]:
-    tree = ast.parse(text)
-    documented = _docstring_lines(tree)
+    nodes = [*ast.walk(ast.parse(text))]
+    documented = _docstring_lines(nodes)
     counts = Counter[str]()
     lines = set[int]()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -42,7 +42,7 @@ def _density_of_module(text: str) -> Counter[str]:
             counts["tokens"] += 1
             lines.add(line)
     counts["lines"] = len(lines)
-    for node in ast.walk(tree):
+    for node in nodes:
         counts["packed"] += _is_packed(node)
         counts["times"] += _is_multiplied_text(node)
         counts["inner"] += isinstance(node, LOOPS) and _size(node, LOOPS) > 1
@@ -51,10 +51,10 @@ def _density_of_module(text: str) -> Counter[str]:
     return counts
 
 
-def _docstring_lines(tree: ast.AST) -> set[int]:
+def _docstring_lines(nodes: list[ast.AST]) -> set[int]:
     """Return the lines of texts that stand alone as statements."""
     lines = set[int]()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr) and _is_text(node.value):
             assert node.end_lineno
             lines.update(range(node.lineno, node.end_lineno + 1))

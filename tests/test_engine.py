@@ -12,10 +12,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import forked
+import numpy as np
 import pytest
 import torch
-from bench_synthesis import peak_memory, write_sparse_snapshots
-from checking import assert_same_tensors
+from bench_synthesis import write_sparse_snapshots
+from checking import assert_same_tensors, load_output
 from ema_command import Ema
 from factories import (
     RUN_ID,
@@ -28,6 +30,7 @@ from factories import (
 )
 from safetensors.torch import load_file
 from snapshots.recorded import failing, record
+from sums import error_share, exact_sums
 from tracker.runs import track
 
 from posthoc_cli import PostHocEMA, Run, disk_sources
@@ -35,8 +38,8 @@ from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.synthesis.engine import SLOTS, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
-LARGE = 2_500_003
-"""Elements of a tensor of two tiles in float16, which ends within a block and within a vector
+LARGE = 1_300_003
+"""Elements of a tensor of several tiles, which ends within a block and within a vector
 register."""
 
 TARGETS = (0.04, 0.1, 0.15, 0.2, 0.25)
@@ -52,7 +55,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for t in (10, 20, 30, 40):
         values = {
             "large": torch.randn(LARGE).half(),
-            "changing": torch.randn(1031, 1024),
+            "changing": torch.randn(601, 1024),
             "empty": torch.empty(0, 3).half(),
             "scalar": torch.randn(()).half(),
         }
@@ -62,7 +65,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             values[f"small {k}"] = torch.randn(3 + k, 5).half()
         tensors = dict.fromkeys(values, "average F32")
         values["own"] = torch.randn(300_001).double()
-        values["counter"] = torch.arange(400_000) + t
+        values["counter"] = torch.arange(140_000) + t
         values["flag"] = torch.tensor(True)
         write_snapshot(directory, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases)
     return directory
@@ -83,32 +86,14 @@ def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
     return tensors
 
 
-Expected = dict[str, list[tuple[torch.Tensor, torch.Tensor]]]
-
-
-def exact_sums(plan: Plan) -> Expected:
-    """For each average and target, sum_i c_i x_i in float64, and the largest error of a sum in
-    float32."""
-    values = [load_file(source.path) for source in plan.sources]  # type: ignore[union-attr]
-    sums: Expected = {}
-    for name in values[0].keys() - {"empty", "counter", "flag"}:
-        stacked = torch.stack([tensors[name].double() for tensors in values])
-        sums[name] = []
-        roundings = len(plan.sources) + 4
-        for column in torch.from_numpy(plan.reconstruction.coefficients.T):
-            exact = torch.tensordot(column, stacked, dims=1)
-            size = torch.tensordot(column.abs(), stacked.abs(), dims=1)
-            bound = roundings * torch.finfo(torch.float32).eps / 2 * size
-            sums[name].append((exact, bound))
-    return sums
-
-
-def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], expected: Expected) -> None:
+def assert_sums(stream: Iterable[tuple[str, list[torch.Tensor]]], plan: Plan) -> None:
     tensors = dict(stream)
-    for name, sums in expected.items():
-        for value, (exact, bound) in zip(tensors[name], sums, strict=True):
-            error = (value.cpu().double() - exact).abs()
-            assert (error <= bound).all(), name
+    share = error_share(plan, torch.float32) + error_share(plan, torch.float64)
+    for name in tensors.keys() - {"empty", "counter", "flag"}:
+        sums, sizes = exact_sums(plan, name)
+        for value, exact, size in zip(tensors[name], sums, sizes, strict=True):
+            error = np.abs(value.cpu().double().numpy() - exact)
+            assert (error <= share * size).all(), name
 
 
 # --- the same bytes
@@ -132,35 +117,25 @@ def test_each_of_any_number_of_targets_is_the_sum_within_rounding(
     for t in range(1, SLOTS + 3):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.randn(3, 7)})
     for plan in (plan_of(mixed, targets), plan_of(tmp_path, targets)):
-        assert_sums(synthesize(plan), exact_sums(plan))
+        assert_sums(synthesize(plan), plan)
 
 
-MODES = [torch.inference_mode(), torch.device("meta")]
-
-
-@pytest.mark.parametrize("mode", MODES, ids=["inference", "meta"])
-def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object) -> None:
-    Run(mixed).write(0.1, tmp_path / "one.pt")
-    with mode:  # type: ignore[attr-defined]
-        Run(mixed).write(0.1, tmp_path / "two.pt")
-    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
-
-
-def test_a_file_holds_what_is_made_in_memory(mixed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out.safetensors"
-    Run(mixed).write(0.1, out)
-    assert_same_tensors(load_file(out), Run(mixed).average(0.1))
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"]
+)
+def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: Any) -> None:
+    out = tmp_path / "out.pt"
+    with mode:
+        Run(mixed).write(0.1, out)
+    assert_same_tensors(load_output(out), Run(mixed).average(0.1))
 
 
 # --- dtypes
 # ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_averages_that_are_stored_in_eight_bits_are_read(
-    tmp_path: Path,
-    dtype: torch.dtype,
-) -> None:
+def test_averages_that_are_stored_in_eight_bits_are_read(tmp_path: Path) -> None:
+    dtype = torch.float8_e4m3fn
     codes = torch.arange(256, dtype=torch.uint8)
     finite = codes[codes.view(dtype).float().isfinite()]
     value = finite.repeat(300).view(dtype)
@@ -176,14 +151,29 @@ def test_averages_that_are_stored_in_eight_bits_are_read(
 # ----------------------------------------------------------------------------------------
 
 
+PEAK = """
+import re, sys
+from pathlib import Path
+from posthoc_cli import Run
+
+def resident(what):
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"Vm{what}:\\s+(\\d+)", status)[1])
+
+before = resident("RSS")
+Run(sys.argv[1]).write(0.15, f"{sys.argv[1]}/out.safetensors", dtype="float32")
+print(resident("HWM") - before)
+"""
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """4 and 24 million parameters in sparse files: a copy of one of the 3 float16 snapshots would
     take 40 MB more."""
     peaks = []
-    for name, elements in (("small", 4_000_000), ("large", 24_000_000)):
-        write_sparse_snapshots(tmp_path / name, elements, tensors=4, snapshots=3)
-        peaks.append(peak_memory(tmp_path / name, tmp_path / "out.safetensors"))
-        (tmp_path / "out.safetensors").unlink()
+    for elements in (4_000_000, 24_000_000):
+        folder = tmp_path / str(elements)
+        write_sparse_snapshots(folder, elements, tensors=4, snapshots=3)
+        peaks.append(int(forked.check(PEAK, folder).out))
     small, large = peaks
     assert small < 300e6
     assert abs(large - small) < 30e6
@@ -286,7 +276,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
             del tensors, values
     try:
         torch.set_float32_matmul_precision("high")
-        assert_sums(synthesize(plan, "cuda"), exact_sums(plan))
+        assert_sums(synthesize(plan, "cuda"), plan)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -363,8 +353,7 @@ def one_vanishing(run: Path, listings: int) -> Iterator[list[Path]]:
         yield removed
 
 
-@pytest.mark.parametrize("measured", [True, False])
-@pytest.mark.parametrize("way", ["state_dict", "command"])
+@pytest.mark.parametrize(("way", "measured"), [("state_dict", True), ("command", False)])
 def test_weights_are_made_from_the_remaining_snapshots(
     tmp_path: Path,
     way: str,

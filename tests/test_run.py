@@ -22,7 +22,6 @@ from posthoc_cli.run import plan_training
 from posthoc_cli.targets import GivenProfile
 
 TARGETS = {
-    "0.15": 0.15,
     "beta-0.9": Beta(0.9),
     "span": GivenProfile(Span(20, 80), "span"),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
@@ -111,17 +110,8 @@ def test_writing_several_averages_returns_what_the_command_prints(
         "sigma_rel-0.1.safetensors",
         "beta-0.9.safetensors",
     ]
-    arguments = (
-        "--sigma-rel",
-        "0.1",
-        "--target",
-        "beta:0.9",
-        "--out",
-        tmp_path / "new",
-        "--overwrite",
-        "--json",
-    )
-    printed = ema("synthesize", run.directory, *arguments).json
+    words = ["--sigma-rel", "0.1", "--target", "beta:0.9", "--overwrite", "--json"]
+    printed = ema("synthesize", run.directory, *words, "--out", tmp_path / "new").json
     expected = json.loads(json.dumps(report.to_dict()))
     for target in (*printed["targets"], *expected["targets"]):
         del target["seconds"]
@@ -158,7 +148,6 @@ def test_writing_several_averages_returns_what_the_command_prints(
             "(0.2, 0.1): must be two numbers in",
         ),
         (lambda run: run.prune(max_error=0.1, keep=1), "keep and max_error", ": give one of them"),
-        (lambda run: run.prune(keep=0), "keep", "0: must be a whole number, at least 1"),
         (lambda run: run.error_curve(t="x"), "t", "'x': must lie between"),
         (lambda run: run.plan([]), "sigma_rel", "at least one value is needed"),
         (
@@ -215,21 +204,12 @@ def test_the_run_of_a_tracker_has_all_due_snapshots(tmp_path: Path) -> None:
         assert len(tracker.run.snapshots) == 4
 
 
-def test_a_time_of_seven_digits_is_shown_with_all_of_them(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 1)
-    folder = tmp_path / "run"
-    with track(model, folder, t_unit="images") as ema:
-        ema.update_(model, t=1_234_567)
-    run = Run(folder)
-    assert repr(run).endswith(" up to 1,234,567 images)")
-
-
-@pytest.mark.parametrize("target", [0.01, "beta:0.9", "window:10"])
-def test_a_program_that_lets_numpy_raise_gets_averages(target: float | str, tmp_path: Path) -> None:
+def test_a_program_that_lets_numpy_raise_gets_averages(tmp_path: Path) -> None:
     model = torch.nn.Linear(4, 4)
     with track(model, tmp_path, checkpoint_every=50) as ema:
-        for _ in range(1000):
+        for _ in range(500):
             model.weight.data += 0.01 * torch.randn(4, 4)
             ema.update_(model)
-    with np.errstate(all="raise"):
-        Run(tmp_path).average(target)
+    for target in (0.01, "beta:0.9", "window:10"):
+        with np.errstate(all="raise"):
+            Run(tmp_path).average(target)

@@ -1,52 +1,33 @@
-"""Servers on the loopback interface with the protocols of object stores and the Hub."""
+"""A server on the loopback interface with the protocols of object stores and the Hub."""
 
-import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from posthoc_cli.remote import store
 
 pytest.importorskip("obstore")
-pytest.importorskip("moto.server")
 
-from remote.faulty import FaultyServer
-
-
-@pytest.fixture(scope="session")
-def _s3_server() -> Iterator[FaultyServer]:
-    with FaultyServer().running() as running:
-        yield running
+from remote.servers import Server, serving
 
 
 @pytest.fixture
-def use_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Return a function that sets the environment of a user of the server at a URL."""
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], Server]]:
+    """Return a function that serves the buckets in a folder, and sets the environment of a user of
+    that server."""
+    with ExitStack() as stack:
 
-    def use(url: str) -> None:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        monkeypatch.setenv("AWS_REGION", "us-east-1")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRETID")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
-        monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
-        store.open_bucket.cache_clear()
+        def start(folder: Path) -> Server:
+            server = stack.enter_context(serving(folder))
+            monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+            monkeypatch.setenv("AWS_REGION", "us-east-1")
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIASECRETID")
+            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+            monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+            store.open_bucket.cache_clear()
+            return server
 
-    yield use
+        yield start
     store.open_bucket.cache_clear()
-
-
-@pytest.fixture
-def server(_s3_server: FaultyServer, use_server: Callable[[str], None]) -> FaultyServer:
-    """An S3 server that fails on request, with an empty bucket `bucket`."""
-    _s3_server.answer = lambda _: None
-    _s3_server.seen = []
-    urllib.request.urlopen(f"{_s3_server.url}/moto-api/reset", b"")
-    making = urllib.request.Request(f"{_s3_server.url}/bucket", method="PUT")
-    urllib.request.urlopen(making)
-    use_server(_s3_server.url)
-    return _s3_server
-
-
-@pytest.fixture
-def bucket(server: FaultyServer) -> str:
-    return "s3://bucket"

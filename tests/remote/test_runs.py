@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,20 @@ import torch
 from checking import assert_same_tensors
 from ema_command import Ema
 from factories import random_walk, split_snapshot, write_run
-from remote.objects import upload
+from remote.servers import Server
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
 
-SHAPES = {"large": (600, 500), "small": (7,), "scalar": ()}
+SHAPES = {"large": (400, 350), "small": (7,), "scalar": ()}
 STEPS = (10, 20, 30, 40)
 
 
 @pytest.fixture(scope="session")
 def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("served") / "bucket"
     walk = random_walk(max(STEPS), SHAPES)
-    (folder / "run").mkdir()
+    (folder / "run").mkdir(parents=True)
     write_run(folder / "run", walk, STEPS, dtype=torch.float16)
     shutil.copytree(folder / "run", folder / "parted")
     for path in sorted((folder / "parted").iterdir()):
@@ -38,26 +39,28 @@ def _made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def made(_made: Path, bucket: str) -> Path:
-    upload(_made, bucket)
+def made(_made: Path, serve: Callable[[Path], Server]) -> Path:
+    serve(_made.parent)
     return _made
+
+
+BUCKET = "s3://bucket"
 
 
 @pytest.mark.parametrize("name", ["run", "parted"])
 def test_averages_of_a_run_in_a_bucket_are_those_of_its_copy_on_a_disk(
     made: Path,
-    bucket: str,
     name: str,
 ) -> None:
     local = Run(made / name)
-    remote = Run(f"{bucket}/{name}")
-    assert repr(remote) == repr(local).replace(str(made), bucket)
+    remote = Run(f"{BUCKET}/{name}")
+    assert repr(remote) == repr(local).replace(str(made), BUCKET)
     for target in (0.15, "window:10"):
         wanted = local.average(target)
         found = remote.average(target)
         assert found.predicted_error == wanted.predicted_error
         assert_same_tensors(found, wanted)
-    assert facts_of(remote).replace(bucket, str(made)) == facts_of(local)
+    assert facts_of(remote).replace(BUCKET, str(made)) == facts_of(local)
 
 
 def facts_of(run: Run) -> str:
@@ -65,12 +68,9 @@ def facts_of(run: Run) -> str:
     return json.dumps(facts, default=str)
 
 
-PLACES = ["folders", "folders/checkpoint-*", "pickles", "pickles/step*.pt"]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: str) -> None:
-    found = Run(f"{bucket}/{place}").average("last:3")
+@pytest.mark.parametrize("place", ["folders", "folders/checkpoint-*", "pickles/step*.pt"])
+def test_checkpoints_in_a_bucket_are_averaged(made: Path, place: str) -> None:
+    found = Run(f"{BUCKET}/{place}").average("last:3")
     _, *last = sorted((made / "folders").rglob("*.safetensors"))
     weights = [load_file(path) for path in last]
     for name, value in found.items():
@@ -78,8 +78,9 @@ def test_checkpoints_in_a_bucket_are_averaged(made: Path, bucket: str, place: st
         torch.testing.assert_close(value.double(), mean, rtol=3e-7, atol=1e-7)
 
 
-def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: Path) -> None:
-    run = f"{bucket}/run"
+@pytest.mark.usefixtures("made")
+def test_each_command_takes_a_url(ema: Ema, tmp_path: Path) -> None:
+    run = f"{BUCKET}/run"
     file = f"{run}/0000000000000040-0.05.safetensors"
     out = tmp_path / "out.safetensors"
     other = tmp_path / "other.safetensors"
@@ -88,9 +89,9 @@ def test_each_command_takes_a_url(made: Path, bucket: str, ema: Ema, tmp_path: P
     assert ema("error-plot", run, "--out", tmp_path / "error.png").code == 0
     assert "would read " in ema(*synthesis, "--dry-run").out
     assert ema(*synthesis).code == 0
-    for path in (run, file, f"{bucket}/parted"):
+    for path in (run, file, f"{BUCKET}/parted"):
         assert "all intact" in ema("verify", path).out
     assert ema("export", file, "--out", tmp_path / "one.pt").code == 0
     assert ema("prune", run, "--keep", "3", "--dry-run").code == 0
-    done = ema("synthesize", f"{bucket}/folders", "--sigma-rel", "0.1", "--out", other)
+    done = ema("synthesize", f"{BUCKET}/folders", "--sigma-rel", "0.1", "--out", other)
     assert done.code == 0

@@ -212,26 +212,20 @@ names = st.text(letters, min_size=1, max_size=20).filter(lambda n: n != "__metad
 sums = st.just(0.0) | st.floats(1e-100, 1e100)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     tensor_names=st.lists(names, min_size=2, max_size=4, unique=True),
     t=st.floats(1e-9, 1e18),
-    early=st.floats(1e-6, 0.999),
-    interval=st.floats(0, 1),
     off_schedule=st.booleans(),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
-    step=st.integers(2, 10**18 - 1),
     unit=names.filter(str.isprintable),
     measurements=st.none() | st.builds(Measurements, sums, sums),
 )
 def test_the_metadata_of_a_snapshot_is_read_back_exactly(
     tensor_names: list[str],
     t: float,
-    early: float,
-    interval: float,
     off_schedule: bool,
     sigma_rel: float,
-    step: int,
     unit: str,
     measurements: Measurements | None,
 ) -> None:
@@ -242,10 +236,8 @@ def test_the_metadata_of_a_snapshot_is_read_back_exactly(
         t,
         sigma_rel,
         OTHER_RUN_ID,
-        step=step,
-        t_first=t * early,
-        max_interval=t * interval,
-        updates=step // 2,
+        step=10**18 - 1,
+        t_first=t / 3,
         t_unit=unit,
         aliases={alias: stored[0]},
         left_out=tuple(tensor_names),

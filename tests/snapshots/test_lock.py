@@ -114,28 +114,29 @@ def test_the_holder_is_named_escaped_or_as_another_process(
     refused(tmp_path, f"^{re.escape(str(tmp_path))}: {holder} is writing here")
 
 
-@pytest.mark.parametrize("is_released", [False, True])
-def test_a_holder_that_has_not_yet_written_its_name_is_awaited(
-    tmp_path: Path,
-    held: DirectoryLock,
-    is_released: bool,
-) -> None:
+@pytest.mark.usefixtures("held")
+def test_a_holder_that_has_not_yet_written_its_name_is_awaited(tmp_path: Path) -> None:
     note = tmp_path / LOCK_NAME
     name = note.read_bytes()
     note.write_bytes(b"")
-    later = threading.Timer(0.1, held.release if is_released else lambda: note.write_bytes(name))
+    later = threading.Timer(0.1, lambda: note.write_bytes(name))
     later.start()
-    if is_released:
-        DirectoryLock(tmp_path).release()
-    else:
-        refused(tmp_path, OTHER_TRACKER)
+    refused(tmp_path, OTHER_TRACKER)
+    later.join()
+
+
+def test_a_holder_that_releases_the_lock_is_awaited(tmp_path: Path, held: DirectoryLock) -> None:
+    (tmp_path / LOCK_NAME).write_bytes(b"")
+    later = threading.Timer(0.1, held.release)
+    later.start()
+    DirectoryLock(tmp_path).release()
     later.join()
 
 
 # --- errors of the system
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
 def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

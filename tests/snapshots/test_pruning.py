@@ -179,8 +179,9 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
     assert contents(run).items() >= before.items()
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(5, "Input/output error")])
-@pytest.mark.parametrize("after", [0, 7])
+@pytest.mark.parametrize(
+    ("stop", "after"), [(KeyboardInterrupt(), 7), (OSError(5, "Input/output error"), 0)]
+)
 def test_an_interruption_leaves_a_directory_that_works(
     run: Path,
     stop: BaseException,

@@ -42,7 +42,6 @@ def read_tensor(path: Path) -> object:
     ("read", "fails"),
     [
         (read_tensor, 0),
-        (read_tensor, 1),
         (read_tensor, 2),
         (lambda p: read_small_file(p, 10**6), 0),
     ],
@@ -52,7 +51,7 @@ def test_an_error_of_reading_names_the_file_and_the_reason(
     read: Callable[[Path], object],
     fails: int,
 ) -> None:
-    """Reading the header's length, the header, a tensor, or a small file fails; afterwards the file
+    """Reading the header, a tensor, or a small file fails; afterwards the file
     is deleted."""
     path = small("snapshot")
     message = rf"^{path}: .*cannot be read: input/output error$"
@@ -131,11 +130,7 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
 SIZE = 11 * BLOCK + 5  # more than is read by one request
 DATA = np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8)
 RANGES = [
-    (0, SIZE),
-    (0, BLOCK),
     (BLOCK, 3 * BLOCK),
-    (3 * BLOCK, SIZE),
-    (1, 2),
     (BLOCK - 1, BLOCK + 1),
     (SIZE - 1, SIZE),
     (5, SIZE - 3),
@@ -167,10 +162,7 @@ def pieces(size: int) -> Iterator[memoryview]:
         yield DATA[begin : begin + size].data
 
 
-SIZES = [0, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, SIZE]
-
-
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [0, 1000, BLOCK, BLOCK + 1, SIZE])
 def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> None:
     file = read_file(write_pieces(tmp_path / "x.safetensors", size))
     assert file.sums["x"] == "".join(map(xxhash.xxh3_64_hexdigest, pieces(BLOCK)))
@@ -182,16 +174,7 @@ def test_a_tensor_written_in_pieces_is_the_tensor(tmp_path: Path, size: int) -> 
     assert bytes(room) == b"deabc" + bytes(DATA)
 
 
-FLIPPED = [
-    0,
-    1,
-    BLOCK - 1,
-    BLOCK,
-    2 * BLOCK + 77,
-    3 * BLOCK - 1,
-    3 * BLOCK,
-    SIZE - 1,
-]
+FLIPPED = [0, BLOCK - 1, BLOCK, 3 * BLOCK, SIZE - 1]
 
 
 @pytest.mark.parametrize(("begin", "end"), RANGES)

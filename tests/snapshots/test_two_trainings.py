@@ -63,8 +63,6 @@ def test_files_of_two_trainings_are_warned_of(
     ("path", "steps"),
     [
         (FIRST, EVEN),
-        (FIRST, UNEVEN),
-        (FAST, EVEN),
         (10 * FAST, UNEVEN),
         (0 * FIRST + 1, EVEN),
     ],

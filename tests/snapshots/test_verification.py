@@ -130,7 +130,7 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
 # --- damage
 
 
-@pytest.mark.parametrize("place", [3, 40, 0.5, -1])
+@pytest.mark.parametrize("place", [3, 0.5, -1])
 def test_a_flip_anywhere_is_found(run: Path, output: Path, shards: Path, place: float) -> None:
     """No other file is reported; `torture` flips every bit of small files."""
     for path in (snapshot_files(run)[3], output, min(shards.glob("*.safetensors"))):
@@ -156,9 +156,7 @@ def problems(path: Path) -> list[str]:
     ("changes", "detail"),
     [
         ({"weight_map": {}}, "or an empty one"),
-        ({"weight_map": None}, "it has no weight_map"),
         ({"metadata": {"total_size": 1}}, "its metadata must be the total_size"),
-        ({"metadata": {"total_size": 1, "more": 1}}, "damaged: its metadata"),
     ],
 )
 def test_an_index_that_is_altered(shards: Path, changes: dict[str, Any], detail: str) -> None:

@@ -228,7 +228,7 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
         for step, state in weights.items():
             write(run, step, state)
         paths = sorted(path for path in run.rglob("*") if path.is_file())
-        for _ in range(max(2, round(share * DAMAGES))):
+        for _ in range(max(1, round(share * DAMAGES))):
             path = chance.choice(paths)
             intact = path.read_bytes()
             what = f"{layout}: {path.name}"

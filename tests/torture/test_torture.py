@@ -9,16 +9,16 @@ from torture import faults, hostile, processes
 from torture.training import Tally
 
 EXPERIMENTS = {
-    "an error at every file operation": (faults.errors_at_every_operation, 0.002),
-    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.005),
-    "trainings killed and resumed by their own script": (processes.killed_trainings, 0.01),
+    "an error at every file operation": (faults.errors_at_every_operation, 0.001),
+    "a kill or a loss of power at every file operation": (faults.crashes_at_every_operation, 0.003),
+    "trainings killed and resumed by their own script": (processes.killed_trainings, 0.005),
     "one process of a sharded training killed": (processes.killed_ranks, 0.01),
-    "two writers on one directory": (processes.writers, 0.02),
-    "readers during thinning and pruning": (processes.readers, 0.015),
-    "every flipped bit": (hostile.flip_bits, 0.02),
-    "every truncation": (hostile.truncate, 0.1),
-    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.005),
-    "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.03),
+    "two writers on one directory": (processes.writers, 0.01),
+    "readers during thinning and pruning": (processes.readers, 0.01),
+    "every flipped bit": (hostile.flip_bits, 0.01),
+    "every truncation": (hostile.truncate, 0.05),
+    "checkpoints of other programs, damaged at random": (hostile.damage_checkpoints, 0.0025),
+    "pipes, devices, links and pickles in place of files": (hostile.replace_files, 0.02),
 }
 """By name: a function of an empty folder, the share of all cases to try (0 to 1, at least one of
 each kind) and a seed; and the share that `make test` tries."""

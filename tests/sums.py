@@ -1,0 +1,47 @@
+"""Sums that a synthesis makes of the tensors in snapshots, in NumPy float64, and their errors."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from posthoc_cli.synthesis.plan import Plan
+
+UNIT = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+"""Unit roundoff."""
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path)
+
+
+def exact_sums(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64, over the stored values x_i."""
+    stored = []
+    for source in plan.sources:
+        tensors = _loaded(source.path)  # type: ignore[attr-defined]
+        stored.append(tensors[source.aliases.get(name, name)].double().numpy())
+    values = np.stack(stored)
+    columns = plan.reconstruction.coefficients.T
+    sums = np.tensordot(columns, values, axes=1)
+    sizes = np.tensordot(np.abs(columns), np.abs(values), axes=1)
+    return sums, sizes
+
+
+def error_share(plan: Plan, dtype: torch.dtype) -> float:
+    """The largest error of a sum in `dtype`, as a share of sum |c_i x_i|: m u / (1 - m u) for m
+    consecutive roundings.
+
+    A term is rounded as a value, as a coefficient and as a product, then in each of the sums.
+    """
+    roundings = len(plan.sources) + 3
+    error = roundings * UNIT[dtype]
+    return error / (1 - error)
