@@ -154,7 +154,14 @@ class NotReadyError(PostHocError, RuntimeError):
 def printable(text: str) -> str:
     """Return `text` with characters that control a terminal escaped: control codes, line ends,
     changes of direction."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = []
+    for character in text:
+        if character.isprintable():
+            shown.append(character)
+        else:
+            escaped = character.encode("unicode_escape")
+            shown.append(escaped.decode())
+    return "".join(shown)
 
 
 def one_line(text: str) -> str:

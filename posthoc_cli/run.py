@@ -298,7 +298,8 @@ class Run:
         `plan_synthesis`, and a NonFiniteError for a result that is not finite.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
-        return with_consistent_plan(plan, functools.partial(make_weights, device=device))
+        make = functools.partial(make_weights, device=device)
+        return with_consistent_plan(plan, make)
 
     def write(
         self,

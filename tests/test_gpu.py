@@ -65,7 +65,7 @@ def test_a_program_that_takes_too_long_is_stopped(
 
 def test_tests_for_a_device_are_found_without_plug_ins(tmp_path: Path) -> None:
     absent = {"pytest_timeout", "pytest_randomly", "xdist", "pytest_cov", "hypothesis"}
-    absent |= {"ema_pytorch", "posthoc_ema", "torch_ema", "flint", "moto", "sklearn"}
+    absent |= {"ema_pytorch", "posthoc_ema", "torch_ema", "flint", "sklearn"}
     # None in the place of a module means that it does not exist
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}))"

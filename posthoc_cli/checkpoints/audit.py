@@ -536,7 +536,8 @@ class _Explanation:
         kept, followed = self.rows.shares(model)
         moves = []
         expected = []
-        for (weights, averages), dtype in zip(self.series.values, self.series.dtypes, strict=True):
+        series = zip(self.series.values, self.series.dtypes, strict=True)
+        for (weights, averages), dtype in series:
             before = averages[:-1]
             digits = digits_of(before, dtype)
             apart = weights[:-1] - before

@@ -113,7 +113,8 @@ class Found:
         """Return the same with the averages as weights, and these weights as averages."""
         averaged = {name: one for name, one in self.weights.items() if name in self.averaged}
         weights = {**self.weights, **self.averaged}
-        return replace(self, averaged=averaged, weights=weights, undecided=self.undecided[::-1])
+        undecided = self.undecided[::-1]
+        return replace(self, averaged=averaged, weights=weights, undecided=undecided)
 
 
 Finder = Callable[[Sets, ImportSettings], Found | None]

@@ -108,7 +108,9 @@ def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
         raise ValueError("holds no checkpoints, or no unit of their times")
     settings = ImportSettings(**raw["settings"])
     origin = _absolute(raw["from"], base)
-    return Manifest(folder, origin, settings, (unit, is_stated), tuple(listed.values()), identities)
+    times = (unit, is_stated)
+    checkpoints = tuple(listed.values())
+    return Manifest(folder, origin, settings, times, checkpoints, identities)
 
 
 def _absolute(place: str | Path, base: Path | None = None) -> Path:

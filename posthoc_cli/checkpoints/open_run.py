@@ -617,7 +617,10 @@ def _candidates(place: str | Path, left_out: _LeftOut) -> list[Path]:
     matches = _matches(path)
     if not matches:
         raise DirectoryError(place, "no file or folder has such a name")
-    if matches != [path] or not path.is_dir() or (path / DCP_METADATA).is_file():
+    if matches != [path]:
+        return matches
+    is_checkpoint = not path.is_dir() or (path / DCP_METADATA).is_file()
+    if is_checkpoint:
         return matches
     return _candidates_in(path, left_out)
 
@@ -786,7 +789,9 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     moves = _moves(values[:, in_half], dtypes[in_half])
     is_expected = np.abs(moves[:-1]) > _DIGITS
     following = moves[1:]
-    kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages[1:])]
+    kept = []
+    for one, later in pairwise(averages[1:]):
+        kept.append(1 - float(later.profile.tail(one.t)))
     # Where the average keeps little, elements may stand still with their weights.
     is_long = np.array(kept) > _KEPT
     share = lost_share(following[is_long], is_expected[is_long])

@@ -320,7 +320,8 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
     length and its bytes."""
     machine.budget.spend(_STREAM)
     end = data.begin + data.nbytes
-    inner = _Machine(machine.file, data.begin, end, machine.budget, None, is_storage=True)
+    budget = machine.budget
+    inner = _Machine(machine.file, data.begin, end, budget, None, is_storage=True)
     magic, protocol, system, storage, _ = [inner.run() for _ in range(5)]
     begin = inner.stream.tell() + 8
     release = (magic, protocol, system["little_endian"])

@@ -200,11 +200,12 @@ class ImportSettings:
     @property
     def given(self) -> dict[str, Any]:
         """The settings that differ from their defaults, as plain values for JSON."""
-        values = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in vars(self).items()
-        }
-        return {name: value for name, value in values.items() if value not in (None, "", [])}
+        given = dict[str, Any]()
+        for name, value in vars(self).items():
+            plain = list(value) if isinstance(value, tuple) else value
+            if plain not in (None, "", []):
+                given[name] = plain
+        return given
 
     @property
     def without_findings(self) -> ImportSettings:
@@ -220,9 +221,10 @@ class ImportSettings:
     def select(self, tensors: Tensors) -> Tensors:
         selection = make_selection(self.include, self.exclude, "copy")
         check_globs(selection, tensors)
-        if selected := {name: find for name, find in tensors.items() if selection.names(name)}:
-            return selected
-        raise InvalidValueError("include and exclude", "leave no tensor of the model")
+        selected = {name: tensor for name, tensor in tensors.items() if selection.names(name)}
+        if not selected:
+            raise InvalidValueError("include and exclude", "leave no tensor of the model")
+        return selected
 
 
 UNSPECIFIED = ImportSettings()

@@ -168,7 +168,8 @@ class PostHocCallback(TrainerCallback):
         # "eval", or for one of several sets "eval_name"
         prefix = min(named, key=len, default="eval")
         losses_only = True if trainer.compute_metrics is None else None
-        for label, block in self.ema.models(trainer.model, [*self._lengths.values()]).items():
+        lengths = [*self._lengths.values()]
+        for label, block in self.ema.models(trainer.model, lengths).items():
             for callback in trainer.callback_handler.callbacks:
                 # end its bar: each evaluation has its own
                 if isinstance(callback, ProgressCallback):

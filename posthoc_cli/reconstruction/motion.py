@@ -429,7 +429,8 @@ class Motion:
         distinct = np.unique(sketch.edges)
         if distinct.size < 2:
             last = distinct[0]
-            return cls(np.array([last / 2, last]), walk=np.zeros(1), noise=np.zeros(1))
+            edges = np.array([last / 2, last])
+            return cls(edges, walk=np.zeros(1), noise=np.zeros(1))
         edges = evenly_chosen(distinct, MOST_SEGMENTS + 1)
         ends = edges if steps is None else steps.clock.step_at(edges)
         counts = np.diff(ends)

@@ -103,7 +103,8 @@ def model_files(weights: Path) -> dict[Path, list[str]]:
     names."""
     if not weights.name.endswith(INDEX_SUFFIX):
         return {weights: []}
-    return {weights.parent / name: names for name, names in decode_index(weights).items()}
+    index = decode_index(weights)
+    return {weights.parent / name: names for name, names in index.items()}
 
 
 def models_at(path: Path) -> list[Path]:
@@ -240,12 +241,15 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
                 "bytes": file_bytes(tracked),
             }
         )
+    listed = []
+    for snapshot in snapshots:
+        listed.append({"file": snapshot.path.name, **_fields(snapshot, "t step sigma_rel")})
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
         **_of_settings(newest),
         **describe_tensors(newest),
-        "snapshots": [{"file": s.path.name, **_fields(s, "t step sigma_rel")} for s in snapshots],
+        "snapshots": listed,
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
         "bytes": file_bytes(snapshots),
         "profiles": profiles,

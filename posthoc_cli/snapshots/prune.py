@@ -198,7 +198,8 @@ class _Choice:
     def divided(self, order: Sequence[Removable]) -> tuple[list[int], list[int]]:
         """Return the indices of the snapshots to keep, and of those to delete, in order."""
         deleted = [*self.beyond, *(one.indices[0] for one in order)]
-        return sorted({*range(len(self._profiles))} - {*deleted}), deleted
+        kept = {*range(len(self._profiles))} - {*deleted}
+        return sorted(kept), deleted
 
     def check(self, max_error: float) -> None:
         if self.before.worst > max_error:

@@ -675,7 +675,8 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     for earlier, step, later in zip(steps, steps[1:], steps[2:], strict=False):
         usual = 0.0
         for other in (earlier, later):
-            usual = max(usual, other.squared * max(1.0, step.time / other.time) ** 2)
+            longer = max(1.0, step.time / other.time)
+            usual = max(usual, other.squared * longer**2)
         if step.share > _UNRELATED and step.squared > _JUMP * usual:
             _warn_of_one_step(step)
 

@@ -589,7 +589,9 @@ class TensorFile:
         """Read every byte, on several threads; raise the FileFormatError of the first damaged
         tensor."""
         blocks = []
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].begin):
+        in_order = sorted(self.entries, key=lambda name: self.entries[name].begin)
+        for name in in_order:
+            entry = self.entries[name]
             most = entry.block_bytes
             for begin in range(0, entry.nbytes, most):
                 size = min(most, entry.nbytes - begin)
@@ -723,7 +725,8 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
         dtype = value["dtype"]
         shape = value["shape"]
         begin, end = value["data_offsets"]
-        is_entry = len(value) == 3 and isinstance(shape, list) and is_sizes([begin, end, *shape])
+        are_sizes = isinstance(shape, list) and is_sizes([begin, end, *shape])
+        is_entry = len(value) == 3 and are_sizes
     except (TypeError, KeyError, ValueError):
         is_entry = False
     # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.

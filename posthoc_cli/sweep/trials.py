@@ -159,7 +159,8 @@ class Metric:
             if name in members:
                 return _checked(members, name)
             names += members
-        closest = get_close_matches(self.key or "", names, max(1, len(names)), 0)
+        most = max(1, len(names))
+        closest = get_close_matches(self.key or "", names, most, 0)
         raise TrialError(reason + _listed(closest))
 
 

@@ -104,7 +104,10 @@ def _refusal(optimizer: Any) -> str:
         if not wraps:
             return f"must be given a torch.optim.Optimizer, not {kind.__name__}"
     # torch wraps the `step` of a class in its hooks; `unwrap` returns the method as it was written.
-    steps = {inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)}
+    steps = set()
+    for base in kind.__mro__:
+        if "step" in vars(base):
+            steps.add(inspect.unwrap(vars(base)["step"]))
     if wraps:
         return f"{kind.__name__} wraps an optimizer, whose steps it may skip"
     if len(steps) > 2:  # with that of torch.optim.Optimizer

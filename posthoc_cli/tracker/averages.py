@@ -510,5 +510,8 @@ def _add_dithered(high: Tensor, change: Tensor, digit: Tensor, mass: float, dith
     `digit` are overwritten."""
     # The last digit away from 0, or towards it: towards it that of a power of two is half as large.
     torch.sign(change, out=digit).abs_().mul_(high)
-    digit.mul_(1 if dither > 0 else 1 - 2**-24).view(torch.int32).bitwise_and_(SIGN_AND_EXPONENT)
-    high.add_(change.mul_(mass).add_(digit, alpha=dither * 2**-23))
+    if dither <= 0:
+        digit.mul_(1 - 2**-24)
+    digit.view(torch.int32).bitwise_and_(SIGN_AND_EXPONENT)
+    change.mul_(mass).add_(digit, alpha=dither * 2**-23)
+    high.add_(change)

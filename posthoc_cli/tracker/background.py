@@ -281,7 +281,8 @@ class ThreadPool:
             finally:
                 pending.clear()
 
-        jobs = [Job(partial(run, thread)) for thread in range(1, min(self.size, len(pending)))]
+        threads = min(self.size, len(pending))
+        jobs = [Job(partial(run, thread)) for thread in range(1, threads)]
         try:
             for helper, job in zip(self._helpers, jobs, strict=False):
                 helper.put(job)

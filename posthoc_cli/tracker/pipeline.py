@@ -535,7 +535,9 @@ class Pipeline:
         schedule = self._settings.schedule
         self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
         pairs = zip(earlier, sample, strict=False)
-        are_equal = all(was.device == now.device and torch.equal(was, now) for was, now in pairs)
+        are_equal = True
+        for was, now in pairs:
+            are_equal = are_equal and was.device == now.device and torch.equal(was, now)
         if are_equal and any(now.numel() for now in sample):
             self._still = math.inf
             log.warning(

@@ -488,7 +488,8 @@ class PostHocEMA:
         for `predicted_error_0.15`, at the newest snapshot.
         """
         wanted = {target.label: target for target in as_targets(sigma_rels)}
-        figures = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
+        figures = {"step": float(self.step), "t": self.t}
+        figures |= self._pipeline.figures()
         snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
         plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         for label, plan in plans.items():
@@ -966,7 +967,8 @@ class PostHocEMA:
             with suppress(ModelMismatchError):
                 own = self._watch.sample(model, now.tracked)
         values = sample_of_all(group, own)
-        if len(values) < len(places(now.tracked.complete_shapes)) or not np.isfinite(values).all():
+        count = len(places(now.tracked.complete_shapes))
+        if len(values) < count or not np.isfinite(values).all():
             return ()
         return tuple(values.tolist())
 

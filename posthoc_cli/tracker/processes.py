@@ -586,7 +586,8 @@ class ShardOwners(Members):
         failed = ""
         store = self._owners_meeting.store
         with suppress(RuntimeError):  # as in `announce_failure`
-            failed = store.get("failed").decode() if store.check(["failed"]) else ""
+            if store.check(["failed"]):
+                failed = store.get("failed").decode()
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
             raise RankError(
