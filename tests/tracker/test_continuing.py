@@ -7,7 +7,6 @@ the user names.
 
 import base64
 import copy
-import io
 import math
 import os
 import pickle
@@ -18,6 +17,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import forked
+import groups
 import numpy as np
 import pytest
 import torch
@@ -30,7 +30,7 @@ from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, superseded, times, update
+from tracker.runs import Training, assert_near, contents, superseded, times, update
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (
@@ -109,10 +109,9 @@ def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
 # --- from the state
 
 
-@EITHER_DEVICE
-def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
+def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path) -> None:
     """Snapshots, also where some were thinned, are then those of a run without interruption."""
-    settings = {"checkpoint_every": 4, "max_checkpoints": 2, "device": device}
+    settings = {"checkpoint_every": 4, "max_checkpoints": 2, "device": "cpu"}
     last = 14
     training = Training()
     states = []
@@ -173,7 +172,6 @@ THREE = {"sigma_rels": (0.05, 0.15, 0.28)}
     ("before", "after", "updates"),
     [
         ({}, {"update_every": 5, "checkpoint_every": 5}, [*SECOND_STEPS[:11], 25, 30, 35, 40]),
-        ({}, {"checkpoint_every": 20}, SECOND_STEPS),
         (THREE, {}, SECOND_STEPS),
         (THREE, {"sigma_rels": (0.15,)}, SECOND_STEPS),
     ],
@@ -304,15 +302,9 @@ NOT_IN_BOTH = "is in the state or in the model, but not in both"
     [
         ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 7, not 2"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-        (
-            {"sigma_rels": [0.05, float("nan")]},
-            r"state: sigma_rels: must be a finite number, at least 0",
-        ),
         ({"standing": {"t": float("nan")}}, r"state: standing: t: must be a finite number"),
         ({"step": -1}, "state: step: must be "),
-        ({"t": "4"}, "state: t: must be "),
         ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-        ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
         ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
         (
             torch.zeros(2),
@@ -376,11 +368,7 @@ def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
         assert same(ema.state_dict(), kept)
 
 
-def saved(thing: object) -> None:
-    torch.save(thing, io.BytesIO())
-
-
-@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, saved])
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
 def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
     tmp_path: Path,
     take: Any,
@@ -395,32 +383,11 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
 # --- from the snapshots of a time at which the network had the model's weights
 
 
-def with_other_weights(weights: str, finished: Training, folder: Path) -> Training:
-    """Return a training whose weights no snapshot in the folder has."""
-    if weights == "new":
-        return Training(1)
-    if weights == "first":
-        for sigma_rel in (0.05, 0.28):
-            remove(folder, *range(20, 201, 10), sigma_rel=sigma_rel)
-        return Training(0)
-    training = finished.at(160)
-    if weights == "next":
-        training.run(161)
-    elif weights == "average":
-        training.model.load_state_dict(PostHocEMA.from_path(folder).state_dict(0.05))
-    elif weights == "half":
-        earlier = finished.path[149]["0.weight"]
-        training.model[0].weight.data[:12] = earlier[:12]
-    return training
-
-
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
-        ("from_model", "new"),
         ("from_model", "first"),
         ("from_model", "next"),
-        ("from_path", "average"),
         ("from_path", "half"),
     ],
 )
@@ -432,7 +399,16 @@ def test_a_run_is_not_resumed_with_fresh_weights(
 ) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such
     time."""
-    training = with_other_weights(weights, finished, tmp_path)
+    training = finished.at(160)
+    if weights == "first":
+        for sigma_rel in (0.05, 0.28):
+            remove(tmp_path, *range(20, 201, 10), sigma_rel=sigma_rel)
+        training = Training()
+    elif weights == "next":
+        training.run(161)
+    else:
+        earlier = finished.path[149]["0.weight"]
+        training.model[0].weight.data[:12] = earlier[:12]
     before = contents(tmp_path)
     ema = resume(training.model, tmp_path, way)
     for _ in range(2):  # every call raises the error
@@ -547,28 +523,18 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     assert superseded(tmp_path) == 1
 
 
-@pytest.mark.parametrize(
-    ("first", "settings"),
-    [
-        (10, {}),
-        (40, {"update_after_step": 35}),
-    ],
-)
 def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
     tmp_path: Path,
-    first: int,
-    settings: dict,
 ) -> None:
-    begun(tmp_path, first, **settings)
-    remove(tmp_path, first)
+    """With its warm-up."""
+    begun(tmp_path, 40, update_after_step=35)
+    remove(tmp_path, 40)
     new = Training()
-    last = first + 2
-    updates = range(settings.get("update_after_step", 1) + 1, last + 1, 2)
-    with resume(new.model, tmp_path, **settings) as ema:
+    with resume(new.model, tmp_path, update_after_step=35) as ema:
         assert ema.step == 0
-        new.run(last, ema)
-        assert new.error(ema, updates) < 1e-6
-    assert times(tmp_path) == {first, last}
+        new.run(42, ema)
+        assert new.error(ema, [36, 38, 40, 42]) < 1e-6
+    assert times(tmp_path) == {40, 42}
     assert superseded(tmp_path) == 1
 
 
@@ -587,7 +553,6 @@ def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
-        ("step", 100),
         ("step", 130),
         ("state last", 130),
         ("state first", 100),
@@ -685,8 +650,9 @@ def sampled(snapshot: Snapshot) -> dict[str, list[int]]:
 
 SHARDED = """
 from posthoc_cli.errors import ModelMismatchError
-model = spread(Net(), arguments[0]) if arguments[0] != "alone" else Net()
-for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
+kind, *numbers = arguments
+model = spread(Net(), kind)
+for first, weights, last, expected in zip(*[map(int, numbers)] * 4):
     if weights:
         move(model, weights)
     with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
@@ -701,29 +667,23 @@ for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "ranks"),
-    [
-        ("tp", "fsdp", 3),
-        ("fsdp", "alone", 1),
-    ],
-)
-def test_processes_decide_together_with_the_samples_of_another_arrangement(
-    before: str,
-    after: str,
-    ranks: int,
-    tmp_path: Path,
-) -> None:
-    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused."""
+def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_path: Path) -> None:
+    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused. One
+    process goes on at the end."""
     refused = (1_000, 0, 1_001, -1)
     resumed = (9, 8, 16, 8)
-    check_group(SHARDED, 2, tmp_path, before, 1, 0, 16, 0)
-    for out in check_group(SHARDED, ranks, tmp_path, after, *refused, *resumed):
+    check_group(SHARDED, 2, tmp_path, "tp", 1, 0, 16, 0)
+    for out in check_group(SHARDED, 3, tmp_path, "fsdp", *refused, *resumed):
         assert "are those of no snapshot of the run" in out
+    net = groups.Net()
+    groups.move(net, 16)
+    with PostHocEMA.from_model(net, tmp_path / "run", **groups.SETTINGS, resume="auto") as ema:
+        groups.train(net, 17, 20, ema)
     run = Run(tmp_path / "run")
     for width in (0.1, 0.2):
-        exact = truth(width, [*range(2, 17, 2)])
-        assert_near(run.average(width, t=16), exact, within=2e-6)
+        for last in (16, 20):
+            exact = truth(width, [*range(2, last + 1, 2)])
+            assert_near(run.average(width, t=last), exact, within=2e-6)
 
 
 # --- who may write
@@ -745,7 +705,6 @@ WAYS_TO_RESUME = (
             r"t_unit 'images': the run in .* counts",
         ),
         ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto', to go on"),
-        ({"resume": True}, InvalidValueError, "resume True: must be 'auto', to go on"),
         ({"resume": -1}, InvalidValueError, "resume -1: must be a whole number"),
         ({"resume": 3.5}, InvalidValueError, r"resume 3\.5: must be a whole number"),
         (
