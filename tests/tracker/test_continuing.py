@@ -72,18 +72,18 @@ def resume(
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
-    """A training of 200 steps, with snapshots at 20 times."""
+    """A training of 100 steps, with snapshots at 10 times."""
     training = Training()
     folder = tmp_path_factory.mktemp("trained")
     with begin(training.model, folder) as ema:
-        training.run(200, ema)
+        training.run(100, ema)
     return training, folder
 
 
 @pytest.fixture
 def finished(trained: tuple[Training, Path], tmp_path: Path) -> Training:
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
-    return trained[0].at(200)
+    return trained[0].at(100)
 
 
 def begun(folder: Path, last: int, **settings: Any) -> Training:
@@ -319,14 +319,14 @@ NOT_IN_BOTH = "is in the state or in the model, but not in both"
     ],
 )
 def test_an_altered_state_or_one_of_another_run_is_refused(
-    finished: Training,
     tmp_path: Path,
     change: dict | torch.Tensor,
     message: str,
 ) -> None:
     """The alteration is of an entry, or of one tensor."""
-    with resume(finished.model, tmp_path) as ema:
-        finished.run(201, ema)
+    training = begun(tmp_path, 10)
+    with resume(training.model, tmp_path) as ema:
+        training.run(11, ema)
         before = ema.state_dict()
         files = contents(tmp_path)
         altered = copy.deepcopy(before)
@@ -344,19 +344,13 @@ def test_an_altered_state_or_one_of_another_run_is_refused(
         assert contents(tmp_path) == files
 
 
-def test_torch_save_keeps_all_of_the_state_without_pickles(tmp_path: Path) -> None:
-    training = Training()
-    with begin(training.model, tmp_path / "run") as ema:
-        expected = state_after(training, 15, ema)
-    torch.save(expected, tmp_path / "state.pt")
-    assert same(torch.load(tmp_path / "state.pt", weights_only=True), expected)
-
-
-def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
+def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path: Path) -> None:
     training = Training()
     with begin(training.model, tmp_path) as ema:
         state = state_after(training, 4, ema)
-        kept = copy.deepcopy(state)
+        torch.save(state, tmp_path / "state.pt")
+        kept = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert same(state, kept)
         ema.load_state_dict(state)
         training.run(8, ema)
         assert same(state, kept)
@@ -399,15 +393,15 @@ def test_a_run_is_not_resumed_with_fresh_weights(
 ) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such
     time."""
-    training = finished.at(160)
+    training = finished.at(80)
     if weights == "first":
         for sigma_rel in (0.05, 0.28):
-            remove(tmp_path, *range(20, 201, 10), sigma_rel=sigma_rel)
+            remove(tmp_path, *range(20, 101, 10), sigma_rel=sigma_rel)
         training = Training()
     elif weights == "next":
-        training.run(161)
+        training.run(81)
     else:
-        earlier = finished.path[149]["0.weight"]
+        earlier = finished.path[69]["0.weight"]
         training.model[0].weight.data[:12] = earlier[:12]
     before = contents(tmp_path)
     ema = resume(training.model, tmp_path, way)
@@ -424,8 +418,8 @@ def test_a_run_is_not_resumed_with_fresh_weights(
     [
         ("from_model", False),
         ("from_path", True),
-        ("resume=80", True),
-        ("step=80", False),
+        ("resume=40", True),
+        ("step=40", False),
     ],
 )
 def test_an_earlier_checkpoint_resumes_from_its_own_step(
@@ -436,38 +430,38 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
-    again = finished.at(80)
-    checkpoint = finished.path[79]
+    again = finished.at(40)
+    checkpoint = finished.path[39]
     if late:
         again.model.load_state_dict(finished.path[-1])
-    if way == "step=80":
-        ema = PostHocEMA.from_path(tmp_path, again.model, step=80)
-    elif way == "resume=80":
-        ema = begin(again.model, tmp_path, resume=80)
+    if way == "step=40":
+        ema = PostHocEMA.from_path(tmp_path, again.model, step=40)
+    elif way == "resume=40":
+        ema = begin(again.model, tmp_path, resume=40)
     else:
         ema = resume(again.model, tmp_path, way)
     again.model.load_state_dict(checkpoint)
     state = ema.state_dict()
-    assert ema.step == state["step"] == 80
+    assert ema.step == state["step"] == 40
     assert_near(ema.state_dict(0.28), averages_in(state)["0.28"])
-    assert len(times(tmp_path)) == 20
+    assert len(times(tmp_path)) == 10
     with ema:
-        again.run(205, ema, salt=1)
+        again.run(105, ema, salt=1)
         assert again.error(ema) < 1e-6
-    assert times(tmp_path) == {*range(10, 201, 10), 204}
-    assert superseded(tmp_path) == 24
-    assert "training continues from t = 80: 24 snapshots, later, of another attempt" in caplog.text
+    assert times(tmp_path) == {*range(10, 101, 10), 104}
+    assert superseded(tmp_path) == 12
+    assert "training continues from t = 40: 12 snapshots, later, of another attempt" in caplog.text
 
 
 def test_the_last_checkpoint_that_was_loaded_decides(finished: Training, tmp_path: Path) -> None:
     """A script may build its tracker with one checkpoint, and load another one before it trains."""
-    again = finished.at(80)
+    again = finished.at(40)
     ema = resume(again.model, tmp_path)
     again.model.load_state_dict(finished.path[-1])
-    assert ema.step == 200
-    copy.deepcopy(again.model).load_state_dict(finished.path[79])
-    assert ema.step == 200
-    again.model.load_state_dict(finished.path[98])
+    assert ema.step == 100
+    copy.deepcopy(again.model).load_state_dict(finished.path[39])
+    assert ema.step == 100
+    again.model.load_state_dict(finished.path[48])
     with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
         ema.update_(again.model)
 
@@ -477,9 +471,9 @@ def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(
     tmp_path: Path,
 ) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        again = finished.at(160)
+        again = finished.at(80)
         again.model.to(dtype).float()
-        assert resume(again.model, tmp_path).step == 160
+        assert resume(again.model, tmp_path).step == 80
     for last in (10, 20, 30):
         with resume(finished.model, tmp_path / "still") as ema:
             update(ema, finished.model, 10)
@@ -508,17 +502,17 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     tmp_path: Path,
 ) -> None:
     """Its snapshots are set aside."""
-    remove(tmp_path, 200)
+    remove(tmp_path, 100)
     ema = resume(finished.model, tmp_path)
     with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
-        finished.run(201, ema)
-    message = r"resume 200: this call of update_ has no snapshot"
+        finished.run(101, ema)
+    message = r"resume 100: this call of update_ has no snapshot"
     with pytest.raises(InvalidValueError, match=message):
-        begin(finished.model, tmp_path, resume=200)
-    again = finished.at(190)
+        begin(finished.model, tmp_path, resume=100)
+    again = finished.at(90)
     with resume(again.model, tmp_path) as ema:
-        assert ema.step == 190
-        again.run(220, ema, salt=1)
+        assert ema.step == 90
+        again.run(120, ema, salt=1)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
 
