@@ -535,7 +535,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
 def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
     """Of a training that moves unevenly, and is stopped off the schedule now and then."""
     training = Training()
-    for last in (77, 112, 200):
+    for last in (37, 52, 100):
         options = {"max_checkpoints": 5, "sigma_rels": (0.03, 0.1, 0.28)}
         with resume(training.model, tmp_path, **options) as ema:
             training.run(last, ema, scale=3.0)
@@ -547,10 +547,10 @@ def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
-        ("step", 130),
-        ("state last", 130),
-        ("state first", 100),
-        ("own clock", 130),
+        ("step", 54),
+        ("state last", 54),
+        ("state first", 40),
+        ("own clock", 54),
     ],
 )
 def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
@@ -559,7 +559,7 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
     weights: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The averages are those of step 100, of a state or of a step that the user names, and exact
+    """The averages are those of step 40, of a state or of a step that the user names, and exact
     for the weights that the updates saw; the model's weights may be later."""
     settings: dict = {}
     scale = 0.0
@@ -568,25 +568,25 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
         scale = 10.0
     training = Training()
     with begin(training.model, tmp_path, **settings) as ema:
-        state = state_after(training, 100, ema, scale=scale)
-        training.run(130, ema, scale=scale)
+        state = state_after(training, 40, ema, scale=scale)
+        training.run(54, ema, scale=scale)
     again = training.at(10)
     saved = training.path[weights - 1]
     if way != "state first":
         again.model.load_state_dict(saved)
-    settings["resume"] = 100 if way == "step" else "auto"
+    settings["resume"] = 40 if way == "step" else "auto"
     with begin(again.model, tmp_path, **settings) as ema:
         if way != "step":
             ema.load_state_dict(state)
         if way == "state first":
             again.model.load_state_dict(saved)
         assert ema.state_dict()["weights"] == state["weights"]
-        again.path = training.path[:100]
-        again.run(102, ema, scale=scale)
+        again.path = training.path[:40]
+        again.run(42, ema, scale=scale)
         assert again.error(ema) < 1e-6
         assert ema.state_dict(0.05).predicted_error < 1e-6
-    said = "the averages continue from step 100; the model has other weights than the network"
-    assert caplog.text.count(said) == (weights == 130)
+    said = "the averages continue from step 40; the model has other weights than the network"
+    assert caplog.text.count(said) == (weights == 54)
 
 
 @pytest.mark.parametrize("dtype", ["float16", None])
