@@ -212,17 +212,8 @@ def by_state(first: DifferentiableEMA) -> DifferentiableEMA:
     return second
 
 
-@pytest.mark.parametrize(
-    ("mode", "copied"),
-    [
-        ("truncated", by_state),
-        ("window", copy.deepcopy),
-        ("window", by_state),
-        ("carried", copy.deepcopy),
-        ("carried", by_state),
-        ("full", saved_and_loaded),
-    ],
-)
+@pytest.mark.parametrize("copied", [by_state, copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_copy_goes_on_alone_with_the_average_as_a_constant(mode, copied):
     problem = Problem()
     first = make(mode)

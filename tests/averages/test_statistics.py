@@ -116,16 +116,8 @@ def test_a_correlation_needs_a_batch():
         stats.correlation()
 
 
-@pytest.mark.parametrize(
-    ("name", "seen"),
-    [
-        ("mean_y", 1),
-        ("cov_xx", 0),
-        ("cov_xy", 1),
-        ("correlation", 0),
-        ("correlation", 1),
-    ],
-)
+@pytest.mark.parametrize("name", ["mean_y", "cov_xy", "correlation"])
+@pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name, seen):
     """Compared with finite differences; earlier batches are constants."""
     earlier = EMAStats(3, 2, 0.3).double()

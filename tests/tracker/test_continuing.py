@@ -21,7 +21,6 @@ import groups
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from ema_command import Ema
@@ -240,27 +239,22 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
 @pytest.mark.parametrize(
-    ("last", "group", "scale"),
+    ("last", "scale"),
     [
-        (1, False, 1.0),
-        (15, True, 1.5),
+        (1, 1.0),
+        (15, 1.5),
     ],
 )
 def test_torch_distributed_checkpoint_keeps_all_of_the_state(
     tmp_path: Path,
     last: int,
-    group: bool,
     scale: float,
-    request: pytest.FixtureRequest,
 ) -> None:
     """On the user's own clock, also where it equals the steps; fewer profiles may be loaded."""
     training = Training()
     with begin(training.model, tmp_path / "run", t_unit="images") as ema:
         expected = state_after(training, last, ema, scale=scale)
     assert isinstance(ema, Stateful)
-    if group:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        request.addfinalizer(dist.destroy_process_group)
     saved = tmp_path / "dcp"
     dcp.save({"ema": ema}, checkpoint_id=saved)
     again = training.at(last)
