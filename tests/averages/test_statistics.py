@@ -116,7 +116,7 @@ def test_a_correlation_needs_a_batch():
         stats.correlation()
 
 
-@pytest.mark.parametrize("name", ["mean_y", "cov_xx", "cov_xy", "correlation"])
+@pytest.mark.parametrize("name", ["mean_y", "cov_xy", "correlation"])
 @pytest.mark.parametrize("seen", [0, 1])
 def test_gradients_are_those_of_the_newest_batch(name, seen):
     """Compared with finite differences; earlier batches are constants."""

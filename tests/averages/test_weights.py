@@ -196,24 +196,14 @@ def check_shadow(net: ShadowModel, clocks: Iterable[float]) -> None:
     assert largest(error) < within < 0.01 * largest(shadow)
 
 
-SETTINGS = pytest.mark.parametrize(
-    ("decay", "debias"),
-    [
-        (0.6, False),
-        (0.9999, True),
-    ],
-)
-
-
-@SETTINGS
 @pytest.mark.parametrize(
-    ("given", "clocks", "last", "stored"),
+    ("decay", "debias", "given", "clocks", "last", "stored"),
     [
-        (None, [1e9] * STEPS, None, False),
-        (7, range(7, 7 + STEPS), 7 + STEPS, True),
-        (torch.tensor(7), [7] * STEPS, 7, False),
+        (0.9999, True, None, [1e9] * STEPS, None, False),
+        (0.6, False, 7, range(7, 7 + STEPS), 7 + STEPS, True),
+        (0.9999, True, 7, range(7, 7 + STEPS), 7 + STEPS, True),
+        (0.6, False, torch.tensor(7), [7] * STEPS, 7, False),
     ],
-    ids=["none", "number", "tensor"],
 )
 def test_a_shadow_has_a_constant_decay_or_counts_or_takes_the_callers_clock(
     decay, debias, given, clocks, last, stored
@@ -292,14 +282,14 @@ def updated(average: Any, model: nn.Module, seed: int = 1) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("how", "dtype"),
+    ("kind", "how", "dtype"),
     [
-        ("copied", torch.float32),
-        ("saved", torch.bfloat16),
-        ("by state", torch.bfloat16),
+        ("average", "copied", torch.float32),
+        ("average", "by state", torch.bfloat16),
+        ("shadow", "saved", torch.bfloat16),
+        ("shadow", "by state", torch.bfloat16),
     ],
 )
-@pytest.mark.parametrize("kind", MAKE)
 def test_a_copy_goes_on_alone_and_exactly(kind, how, dtype):
     make = MAKE[kind]
     model = tiny_model().to(dtype)

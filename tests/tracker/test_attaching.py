@@ -210,7 +210,6 @@ class Renamed(torch.optim.AdamW):
 OPTIMIZERS = [
     torch.optim.SGD,
     Renamed,
-    torch.optim.Adam,
     Renamed,
     lambda parameters, lr: torch.optim.AdamW(
         parameters, lr=torch.tensor(lr), capturable=False, foreach=False

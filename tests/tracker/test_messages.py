@@ -59,13 +59,13 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("level", ["INFO", "WARNING"])
 @pytest.mark.parametrize(
-    ("call", "device"),
+    ("call", "level", "device"),
     [
-        ("close", "model"),
-        ("snapshot", "cpu"),
-        ("update_", "cpu"),
+        ("close", "INFO", "model"),
+        ("close", "WARNING", "model"),
+        ("snapshot", "INFO", "cpu"),
+        ("update_", "WARNING", "cpu"),
     ],
 )
 def test_a_signal_handler_within_a_handler_of_logs_may_call_a_tracker(
@@ -151,8 +151,9 @@ def test_where_no_thread_can_be_started_those_of_the_training_stay_as_many(
     before = threads()
     monkeypatch.setattr(threading.Thread, "start", refuse)
     model = nn.Linear(2, 2)
-    with track(model, tmp_path, checkpoint_every=2) as ema:
-        update(ema, model, 4)
+    ema = track(model, tmp_path, checkpoint_every=2)
+    update(ema, model, 5)
+    pipeline.finish()
     assert threads() == before
     assert torch.get_num_threads() == 2
-    assert steps(tmp_path) == [2, 2, 4, 4]
+    assert steps(tmp_path) == [2, 2, 4, 4, 5, 5]

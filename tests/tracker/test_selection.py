@@ -57,10 +57,8 @@ ALL = {
     [
         ({}, ALL - {"2.bias"}),
         ({"include": "*"}, ALL),
-        ({"include": "2.*"}, {"2.weight", "2.bias"}),
         ({"include": ["0.*", "2.*"]}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
         ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
-        ({"include": "[02].bias"}, {"0.bias", "2.bias"}),
         (
             {"exclude": ["*.running_*", "*.num_batches_tracked"]},
             {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"},
@@ -210,23 +208,29 @@ def test_tensors_without_dimensions_and_without_elements(
 ) -> None:
     model = Holder(
         scale=torch.tensor(2.0),
-        none=torch.zeros(0),
+        none=torch.zeros(0, dtype=torch.bfloat16),  # alone in its dtype
         flat=torch.zeros(3, 0, 2),
         w=torch.ones(2, 2),
     )
     training = tracked(model, tmp_path, checkpoint_dtype=stored)
     if stored is None:
         check_average(tmp_path, training)
-    weights = PostHocEMA.from_path(tmp_path, model).state_dict(sigma_rel=0.15)
-    assert weights["flat"].shape == (3, 0, 2)
+    with PostHocEMA.from_path(tmp_path, model) as run:
+        run.update_(model)
+        for sigma_rel in (0.05, 0.15):
+            weights = run.state_dict(sigma_rel)
+            assert weights["flat"].shape == (3, 0, 2)
+            assert weights["none"].shape == (0,)
+            assert weights["none"].dtype == torch.bfloat16
 
 
-EIGHT_BITS = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-
-
-@EIGHT_BITS
-def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = eight_bits(dtype)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_parameters_are_averaged_in_float32_stored_as_such_and_checked(
+    tmp_path: Path,
+    dtype: torch.dtype,
+) -> None:
+    values = torch.linspace(-2, 2, 12).view(3, 4)
+    model = Holder(w=values.to(dtype), b=torch.zeros(3))
     training = tracked(model, tmp_path / "wide", checkpoint_dtype=torch.float32)
     check_average(tmp_path / "wide", training)
     run = PostHocEMA.from_path(tmp_path / "wide", model)
@@ -237,19 +241,6 @@ def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.d
     assert torch.equal(own.float(), rounded)
     with run.model(model, sigma_rel=0.28) as averaged:
         assert torch.equal(averaged.w.float(), rounded)
-
-
-def eight_bits(dtype: torch.dtype) -> Holder:
-    values = torch.linspace(-2, 2, 12).view(3, 4)
-    return Holder(w=values.to(dtype), b=torch.zeros(3))
-
-
-@EIGHT_BITS
-def test_8_bit_parameters_are_stored_as_such_and_checked(
-    tmp_path: Path,
-    dtype: torch.dtype,
-) -> None:
-    model = eight_bits(dtype)
     training = tracked(model, tmp_path / "own")
     for snapshot in Run(tmp_path / "own").snapshots:
         steps = range(1, snapshot.step + 1)
@@ -265,27 +256,15 @@ def test_8_bit_parameters_are_stored_as_such_and_checked(
             run.update_(model)
 
 
-@pytest.mark.parametrize(
-    ("kind", "tied"),
-    [
-        ("parameter", False),
-        ("buffer", False),
-        ("parameter", True),
-    ],
-)
-def test_the_name_that_safetensors_reserves_is_refused(
-    tmp_path: Path,
-    kind: str,
-    tied: bool,
-) -> None:
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_the_name_that_safetensors_reserves_is_refused(tmp_path: Path, kind: str) -> None:
     """The error comes before training, not with the first snapshot; a tied parameter may have the
     name, too."""
     model = nn.Linear(3, 2)
     if kind == "buffer":
         model.register_buffer("__metadata__", torch.ones(2))
     else:
-        own = nn.Parameter(torch.ones(2))
-        model.register_parameter("__metadata__", model.weight if tied else own)
+        model.register_parameter("__metadata__", model.weight)
     message = rf"^{kind} '__metadata__': .*rename it .*exclude='__metadata__'"
     with pytest.raises(InvalidValueError, match=message):
         PostHocEMA.from_model(model, tmp_path)
@@ -293,8 +272,13 @@ def test_the_name_that_safetensors_reserves_is_refused(
     assert set(roles(tmp_path)) == {"weight", "bias"}
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("a\0b", True),
+        ("a\ud800b", False),
+    ],
+)
 def test_a_name_that_no_header_can_hold_is_refused_before_training(
     tmp_path: Path,
     name: str,
@@ -312,7 +296,6 @@ def test_a_name_that_no_header_can_hold_is_refused_before_training(
     ("normalize", "original"),
     [
         (parametrizations.weight_norm, "parametrizations.weight.original0"),
-        (parametrizations.orthogonal, "parametrizations.weight.original"),
         (nn.utils.weight_norm, "weight_g"),
     ],
 )

@@ -26,123 +26,128 @@ BEGIN = """
 import torch.distributed.checkpoint as dcp
 from torch.distributed.tensor.debug import CommDebugMode
 from posthoc_cli.tracker.processes import reshard
-kind = arguments[0] if arguments else "fsdp"
-model = spread(Net(), kind)
+model = spread(Net(), "fsdp")
 def tracker(name, **options):
     return PostHocEMA.from_model(model, folder / name, **SETTINGS | options)
 x = torch.arange(12.0).reshape(2, 6)
 """
 
 AVERAGED = """
-ema = PostHocEMA.from_path(folder / "single", model)  # a run of one process, before it resumes
-move(model, 9)
-raw = held(model)
-for time in (4, 8):
-    with ema.model(model, sigma_rel=0.15, t=time):
-        assert filled(model, Run(folder / "single").average(0.15, t=time)), time
-assert equal(held(model), raw)
-ema.load_into(model, 0.15, t=4)
-assert filled(model, Run(folder / "single").average(0.15, t=4))
-ema.close()
+for kind in arguments:
+    model = spread(Net(), kind)
+    ema = PostHocEMA.from_path(folder / "single", model)  # a run of one process, before it resumes
+    move(model, 9)
+    raw = held(model)
+    early = Run(folder / "single").average(0.15, t=4)
+    with ema.model(model, sigma_rel=0.15, t=4):
+        assert filled(model, early)
+    assert equal(held(model), raw)
+    ema.load_into(model, 0.15, t=4)
+    assert filled(model, early)
+    ema.close()
 
-ema = tracker("run")
-train(model, 1, 8, ema)
-raw = held(model)
-model(x).detach()
-before = model(x).detach()
-mode = CommDebugMode()
-with mode:
-    block = ema.model(model, sigma_rel=0.15)
-    averaged = block.__enter__()
-assert not [
-    str(call)
-    for call in mode.get_comm_counts()
-    if "allgather_base" in str(call) or "into_tensor" in str(call)
-]
-complete = Run(folder / "run").average(0.15)
-assert filled(averaged, complete), "within the block"
-assert not model.training
-net = Net()
-net.load_state_dict(complete, strict=False)
-with torch.no_grad():
-    found = model(x)
-    assert torch.allclose(found, net(x), rtol=1e-5), (found, net(x))
-block.__exit__(None, None, None)
-assert model.training and equal(held(model), raw)
-assert torch.equal(model(x), before)
-reshard(model)
-train(model, 9, 10, ema)
-with ema.model(model, sigma_rel=0.15, t=8):
-    close(model, folder / "average-8.pt")
-with ema.model(model, sigma_rel=0.15):  # of the newest snapshots, as a warning says
-    close(model, folder / "average-8.pt")
-ema.snapshot()
-single = torch.load(folder / "average-10.pt")
-blocks = ema.models(model, [0.15, 0.2, "window:1000"])
-assert [*blocks] == ["0.15", "0.2"]
-for label, block in blocks.items():
-    model(x).detach()  # after which some parameters are complete
-    with block:
-        close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
-weights = ema.state_dict(0.15)
-parameters = dict(model.named_parameters())
-assert ema.state_dict(0.2).keys() == single.keys()  # also of tensors without elements here
-assert weights.keys() == single.keys() and weights.predicted_error is not None
-for name, value in weights.items():
-    assert value.shape == single[name].shape and type(value) is type(
-        parameters.get(name, torch.empty(0)).data
-    ), name
-if kind != "tp":
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    ema = tracker(f"run-{kind}")
+    train(model, 1, 8, ema)
+    raw = held(model)
+    model(x).detach()
+    before = model(x).detach()
+    mode = CommDebugMode()
+    with mode:
+        block = ema.model(model, sigma_rel=0.15)
+        averaged = block.__enter__()
+    assert not [
+        str(call)
+        for call in mode.get_comm_counts()
+        if "allgather_base" in str(call) or "into_tensor" in str(call)
+    ]
+    complete = Run(folder / f"run-{kind}").average(0.15)
+    assert filled(averaged, complete), "within the block"
+    assert not model.training
+    net = Net()
+    net.load_state_dict(complete, strict=False)
+    with torch.no_grad():
+        found = model(x)
+        assert torch.allclose(found, net(x), rtol=1e-5), (found, net(x))
+    block.__exit__(None, None, None)
+    assert model.training and equal(held(model), raw)
+    assert torch.equal(model(x), before)
+    reshard(model)
+    train(model, 9, 10, ema)
+    with ema.model(model, sigma_rel=0.15, t=8):
+        close(model, folder / "average-8.pt")
+    with ema.model(model, sigma_rel=0.15):  # of the newest snapshots, as a warning says
+        close(model, folder / "average-8.pt")
+    ema.snapshot()
+    single = torch.load(folder / "average-10.pt")
+    blocks = ema.models(model, [0.15, 0.2, "window:1000"])
+    assert [*blocks] == ["0.15", "0.2"]
+    for label, block in blocks.items():
+        model(x).detach()  # after which some parameters are complete
+        with block:
+            close(model, folder / {"0.2": "truth-10.pt", "0.15": "average-10.pt"}[label])
+    weights = ema.state_dict(0.15)
+    parameters = dict(model.named_parameters())
+    assert ema.state_dict(0.2).keys() == single.keys()  # also of tensors without elements here
+    assert weights.keys() == single.keys() and weights.predicted_error is not None
+    for name, value in weights.items():
+        assert value.shape == single[name].shape and type(value) is type(
+            parameters.get(name, torch.empty(0)).data
+        ), name
+    if kind != "tp":
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    with ema.model(model, 0.15):
-        complete = get_model_state_dict(
-            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
-    for name, value in single.items() if rank == 0 else ():
-        assert torch.allclose(complete[name].double(), value.double(), rtol=1e-5, atol=1e-6), name
-ema.load_into(model, 0.15)
-close(model, folder / "average-10.pt", 1e-5)
-ema.close()
+        with ema.model(model, 0.15):
+            complete = get_model_state_dict(
+                model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+        for name, value in single.items() if rank == 0 else ():
+            found = complete[name].double()
+            assert torch.allclose(found, value.double(), rtol=1e-5, atol=1e-6), name
+    ema.load_into(model, 0.15)
+    close(model, folder / "average-10.pt", 1e-5)
+    ema.close()
 """
 
 
 @pytest.mark.parametrize(
-    ("kind", "ranks"),
+    ("ranks", "kinds"),
     [
-        ("fsdp", 3),
-        ("hsdp", 4),
-        ("tp", 2),
-        ("fsdp-tp", 4),
+        (4, ["hsdp", "fsdp-tp"]),
+        (2, ["tp"]),
     ],
 )
 def test_averages_of_a_sharded_model_are_those_of_one_process(
-    kind: str,
     ranks: int,
+    kinds: list[str],
     tmp_path: Path,
 ) -> None:
     """The parts of snapshots are bit for bit; a model has them in a block, and its own weights
     after it."""
     averages(tmp_path, 8, 10)
-    check_group(BEGIN + AVERAGED, ranks, tmp_path, kind)
-    files = sorted((tmp_path / "single").glob("*.safetensors"))
-    folders = sorted((tmp_path / "run").glob("0*"))
+    check_group(BEGIN + AVERAGED, ranks, tmp_path, *kinds)
+    for kind in kinds:
+        check_run(tmp_path / f"run-{kind}", tmp_path / "single")
+    stored = load_file(max((tmp_path / "single").glob("*.safetensors")))
+    exact = truth(0.2, [2, 4, 6, 8, 10])
+    assert stored.keys() == exact.keys() | {"mean", "count"}
+    assert_near(stored, exact)
+    assert torch.equal(stored["mean"], value("mean", 10, Net().mean))
+
+
+def check_run(run: Path, single: Path) -> None:
+    """Check that snapshots of several processes hold what those of one process do."""
+    files = sorted(single.glob("*.safetensors"))
+    folders = sorted(run.glob("0*"))
     assert [path.name for path in folders] == [path.stem for path in files]
     for folder, file in zip(folders, files, strict=True):
         expected = load_file(file)
         for part in folder.iterdir():
             check_part(part, expected)
-    run = Run(tmp_path / "run")
-    single = Run(tmp_path / "single")
     for method in ("minvar", "paper"):
-        found = run.average(0.15, t=8, method=method)
-        wanted = single.average(0.15, t=8, method=method)
+        found = Run(run).average(0.15, t=8, method=method)
+        wanted = Run(single).average(0.15, t=8, method=method)
         for name, values in wanted.items():
             assert torch.equal(found[name], values), (method, name)
-    exact = truth(0.2, [2, 4, 6, 8, 10])
-    assert expected.keys() == exact.keys() | {"mean", "count"}
-    assert_near(expected, exact)
-    assert torch.equal(expected["mean"], value("mean", 10, Net().mean))
 
 
 def check_part(part: Path, expected: Mapping[str, torch.Tensor]) -> None:
@@ -519,23 +524,24 @@ def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_ne
 
 
 STAGE = """
-stages = [*map(int, arguments[2:])]
-for kind, before, after in zip(kind.split(",") * len(stages), stages, stages[1:]):
-    model = spread(Net(), kind)
-    ema = tracker(arguments[1], resume="auto")
-    if before:
-        move(model, before)
-        dcp.load({"ema": ema}, checkpoint_id=folder / f"{arguments[1]}-{before}")
-        assert ema.step == before
-    else:
-        assert ema.state_dict()["standing"]["t"] == 0
-    train(model, before + 1, after, ema)
-    save = dcp.save if kind == "hsdp" else dcp.async_save
-    saved = save({"ema": ema}, checkpoint_id=folder / f"{arguments[1]}-{after}")
-    if kind != "hsdp":
-        saved.result()
-    ema.close()
-    dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
+def train_stages(kinds, name, *stages):
+    global model
+    for kind, before, after in zip(kinds, stages, stages[1:]):
+        model = spread(Net(), kind)
+        ema = tracker(name, resume="auto")
+        if before:
+            move(model, before)
+            dcp.load({"ema": ema}, checkpoint_id=folder / f"{name}-{before}")
+            assert ema.step == before
+        else:
+            assert ema.state_dict()["standing"]["t"] == 0
+        train(model, before + 1, after, ema)
+        save = dcp.save if kind == "hsdp" else dcp.async_save
+        saved = save({"ema": ema}, checkpoint_id=folder / f"{name}-{after}")
+        if kind != "hsdp":
+            saved.result()
+        ema.close()
+        dcp.save({"ema": ema}, checkpoint_id=folder / f"closed-{after}")
 """
 
 
@@ -553,14 +559,12 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     tmp_path: Path,
 ) -> None:
     """From one process to FSDP, HSDP, tensor parallelism and back."""
-    for kinds, ranks, *ends in (
-        ("single", 1, 0, 3),
-        ("fsdp", 3, 3, 7),
-        ("hsdp,fsdp-tp", 4, 7, 8, 9),
-        ("tp", 2, 9, 11),
-        ("single", 1, 11, 12),
+    for ranks, stages in (
+        (1, 'train_stages(["single"], "run", 0, 3)'),
+        (4, 'train_stages(["fsdp", "hsdp", "fsdp-tp", "tp"], "run", 3, 7, 8, 9, 11)'),
+        (1, 'train_stages(["single"], "run", 11, 12)'),
     ):
-        check_group(BEGIN + STAGE, ranks, tmp_path, kinds, "run", *ends)
+        check_group(BEGIN + STAGE + stages, ranks, tmp_path)
     single = alone(tmp_path / "single", 12)
     expected = single.state_dict()
     for end in ("run-12", "closed-12"):
@@ -597,8 +601,7 @@ def test_a_loaded_state_is_exact_whatever_the_weights_of_the_model(tmp_path: Pat
     """On other processes than those that saved it, with a model that was not restored: stored and
     synthesized averages are those of one process."""
     code = """
-before, after = map(int, arguments[1:])
-model = spread(Net(), kind)
+before, after = map(int, arguments)
 ema = tracker("run", resume="auto")
 if before:
     move(model, 1000)
@@ -607,8 +610,8 @@ train(model, before + 1, after, ema)
 dcp.save({"ema": ema}, checkpoint_id=folder / "saved")
 ema.close()
 """
-    check_group(BEGIN + code, 2, tmp_path, "fsdp", 0, 9)
-    check_group(BEGIN + code, 3, tmp_path, "fsdp", 9, 16)
+    check_group(BEGIN + code, 2, tmp_path, 0, 9)
+    check_group(BEGIN + code, 3, tmp_path, 9, 16)
     alone(tmp_path / "single", 16)
     run = Run(tmp_path / "run")
     single = Run(tmp_path / "single")
@@ -621,8 +624,11 @@ ema.close()
 
 
 def test_each_process_resumes_the_path_of_its_part(tmp_path: Path) -> None:
-    check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "resumed", 0, 5, 8)
-    check_group(BEGIN + STAGE, 2, tmp_path, "fsdp", "straight", 0, 8)
+    stages = """
+train_stages(["fsdp", "fsdp"], "resumed", 0, 5, 8)
+train_stages(["fsdp"], "straight", 0, 8)
+"""
+    check_group(BEGIN + STAGE + stages, 2, tmp_path)
     straight = Run(tmp_path / "straight").snapshots[-1]
     resumed = Run(tmp_path / "resumed").snapshots[-1]
     assert resumed.t == 8

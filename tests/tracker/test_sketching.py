@@ -95,12 +95,11 @@ def test_too_many_windows_are_merged_to_half_as_many(tmp_path: Path) -> None:
     assert spread == pytest.approx(expected, rel=0.3)
 
 
-def clock_with_leaps(every: int, size: float) -> FloatArray:
-    """Return times one apart, but for a long interval before each update of a number that ends
-    `every` updates."""
+def clock_with_leaps() -> FloatArray:
+    """Return times one apart, but for a long interval before an update of each 300."""
     numbers = np.arange(1, 1201)
-    is_leap = numbers % every == every - 7
-    return np.cumsum(np.where(is_leap, size, 1.0))
+    is_leap = numbers % 300 == 293
+    return np.cumsum(np.where(is_leap, 40_000.0, 1.0))
 
 
 def uneven_clock() -> FloatArray:
@@ -110,19 +109,10 @@ def uneven_clock() -> FloatArray:
     return np.cumprod(growth)
 
 
-CLOCKS = {
-    "even": np.arange(1.0, 1201.0),
-    "a late leap": clock_with_leaps(1200, 40_000),
-    "leaps": clock_with_leaps(300, 40_000),
-    "uneven": uneven_clock(),
-}
-
-
-@pytest.mark.parametrize("clock", CLOCKS)
-def test_leaps_of_the_clock_are_not_smoothed(clock: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [clock_with_leaps(), uneven_clock()])
+def test_leaps_of_the_clock_are_not_smoothed(times: FloatArray, tmp_path: Path) -> None:
     """The path, known at each update, shows the error: where a window had taken the interval of a
     leap for many updates it was 7 to 18 times that of the paper's method."""
-    times = CLOCKS[clock]
     moves = 0.02 * torch.randn(times.size, 500)
     moves[0] += torch.randn(500)
     path = moves.cumsum(dim=0)
@@ -166,19 +156,15 @@ def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path)
     np.testing.assert_allclose(mean, resumed, atol=5e-4)
 
 
-KINDS = ("alike", "columns", "one rank", "one layer", "one row", "gains")
+KINDS = ("columns", "one rank", "one row", "gains")
 
 
 def move(net: nn.ParameterDict, kind: str) -> None:
-    if kind == "alike":
-        net["a"].fill_(1.0)
-    elif kind == "columns":
+    if kind == "columns":
         net["a"][:, ::64] = 1.0
     elif kind == "one rank":
         column = torch.randn(1024, 1)
         net["a"].copy_(column * torch.randn(1, 1024))
-    elif kind == "one layer":
-        net["b"].normal_()
     elif kind == "one row":
         net["b"][7].normal_()
     else:
@@ -263,23 +249,23 @@ def check_run(
     check(folder, exact)
 
 
-STORED = ["float16", "bfloat16", "float32", "float64", None]
-
-
-@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize(
-    ("dtype", "sigma_rels"),
+    ("dtype", "stored", "sigma_rels"),
     [
-        (torch.float32, (0.05, 0.1, 0.28)),
-        (torch.float64, (0.1,)),
-        (torch.bfloat16, (0.05, 0.28)),
+        (torch.float32, "float16", (0.05, 0.1, 0.28)),
+        (torch.float32, "bfloat16", (0.05, 0.28)),
+        (torch.float32, "float64", (0.05, 0.28)),
+        (torch.float64, None, (0.1,)),
+        (torch.float64, "float32", (0.1,)),
+        (torch.bfloat16, None, (0.05, 0.28)),
+        (torch.bfloat16, "float32", (0.05, 0.28)),
     ],
 )
 def test_measurements_are_those_of_a_direct_computation(
     tmp_path: Path,
-    sigma_rels: tuple[float, ...],
-    stored: str | None,
     dtype: torch.dtype,
+    stored: str | None,
+    sigma_rels: tuple[float, ...],
 ) -> None:
     """A model with tied parameters, buffers (not measured) and a frozen parameter."""
     check_run(tiny_model().to(dtype), tmp_path, sigma_rels, checkpoint_dtype=stored)
@@ -337,8 +323,7 @@ def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("stored", "size"),
     [
-        ("float16", 1e-2),
-        ("bfloat16", 1e-4),
+        ("bfloat16", 1e-2),
         ("float16", 1e-5),
     ],
 )
@@ -380,13 +365,12 @@ def masses_of(target: str, ages: FloatArray) -> FloatArray:
     """Return the mass of values of these ages in steps, the first of which has all earlier mass."""
     if target == "window:90":
         return (ages < 90) / 90
-    beta = 0.99 if target == "beta:0.99" else 0.5**0.01
-    masses = (1 - beta) * beta**ages
-    masses[0] = beta ** ages[0]
+    masses = 0.01 * 0.99**ages
+    masses[0] = 0.99 ** ages[0]
     return masses
 
 
-@pytest.mark.parametrize("target", ["beta:0.99", "half-life:100", "window:90"])
+@pytest.mark.parametrize("target", ["beta:0.99", "window:90"])
 def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
     target: str,
     tmp_path: Path,
@@ -412,26 +396,14 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
     assert predicted / 3 < error < 2 * predicted
 
 
-@pytest.mark.parametrize("images", [1, 64])
-def test_the_steps_of_windows_are_stored_if_they_are_not_their_times(
-    images: int,
+def test_the_steps_of_windows_are_stored_and_kept_if_they_are_not_their_times(
     tmp_path: Path,
 ) -> None:
-    training = Training()
-    net = training.model
-    with track(net, tmp_path, t_unit="images") as tracker:
-        for step in range(1, 101):
-            tracker.update_(net, images * step)
-    sketch = sketches(tmp_path)[100]
-    steps = steps_of(tmp_path)
-    if images == 1:
-        assert np.isnan(steps).all()
-    else:
-        np.testing.assert_array_equal(steps, sketch.edges[1:] / images)
-
-
-def test_a_run_that_is_resumed_keeps_the_steps_of_windows(tmp_path: Path) -> None:
     net = tiny_model()
+    with track(net, tmp_path / "equal", t_unit="images") as tracker:
+        for step in range(1, 51):
+            tracker.update_(net, step)
+    assert np.isnan(steps_of(tmp_path / "equal")).all()
     with track(net, tmp_path, t_unit="images") as tracker:
         for step in range(1, 51):
             tracker.update_(net, 64 * step)

@@ -239,7 +239,7 @@ def test_an_update_that_a_signal_interrupts_was_made_or_was_not(
     interruptions = Interruptions(tracker, model)
     before = signal.signal(signal.SIGALRM, interruptions.handle)
     try:
-        for _ in range(149):
+        for _ in range(79):
             interruptions.update()
             interruptions.wrong += wrong_state(tracker.state_dict())
         interruptions.update(last)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from tracker.runs import contents, track, update
 
-from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis
+from posthoc_cli import PostHocEMA, Run, disk_sources, plan_synthesis, profiles
 from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
@@ -63,7 +63,7 @@ def walk(steps: int, seed: int = 0) -> np.ndarray:
     sigma_rel=st.sampled_from([0.02, 0.05, 0.15, 0.28]),
     unit=st.sampled_from(["steps", "images"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_any_stride_warm_up_and_clock_give_the_exact_profile(
     tmp_path_factory: pytest.TempPathFactory,
     update_every: int,
@@ -107,21 +107,24 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
     tmp_path: Path,
     dtype: torch.dtype,
     change: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At t = 10^6 a fold moves an average by 0.25 last digits of a change of 1e-4: rounded to
-    nearest, by none."""
+    """At t = 10^6 a fold of 104 steps moves an average by 0.1 last digits of a change of 1e-4:
+    rounded to nearest, by none."""
+    monkeypatch.setattr(profiles, "WINDOW", 8)
     base = torch.linspace(1, 1.9, 1000).to(dtype)
     begin = 1e6 * change / 1e-4
-    updates = 5120
+    every = 13
+    updates = 400
     model = Scalar(dtype, size=1000)
     model.set(base)
     with track(model, tmp_path, (0.28,), checkpoint_every=10**6, t_unit="images") as tracker:
         tracker.update_(model, t=begin)
         model.weight.data.add_(change)
         for k in range(1, updates + 1):
-            tracker.update_(model, t=begin + k)
+            tracker.update_(model, t=begin + every * k)
         found = tracked(tracker, 0.28)
-    earlier = begin / (begin + updates)
+    earlier = begin / (begin + every * updates)
     moved = change * (1 - earlier ** (exact_gamma(0.28) + 1))
     off = found - base.double().numpy() - moved
     # last digits; the change itself is rounded to one, which is 0.1 % of it
@@ -129,24 +132,19 @@ def test_folds_do_not_lose_steps_below_half_a_last_digit(
     assert np.abs(off).max() < 2 * 2**-23
 
 
-def read_after(k: int) -> bool:
-    return k < 4 or k in (35, 69, 70, 71, 149, 150)
-
-
-@pytest.mark.parametrize("sigma_rels", [(0.05,), (0.01, 0.1, 0.2886)])
 @pytest.mark.parametrize(
-    ("begin", "every"),
+    ("begin", "every", "sigma_rels"),
     [
-        (0, 1),
-        (40_000, 10),
-        (1_000_000, 64),
+        (0, 1, (0.01, 0.1, 0.2886)),
+        (40_000, 10, (0.05,)),
+        (1_000_000, 64, (0.01, 0.1, 0.2886)),
     ],
 )
 def test_float32_averages_are_right_wherever_windows_end(
     tmp_path: Path,
-    sigma_rels: tuple[float, ...],
     begin: int,
     every: int,
+    sigma_rels: tuple[float, ...],
 ) -> None:
     """Windows have 1 to 104 updates; averages are read at each point of one, after a pause and with
     another clock."""
@@ -164,7 +162,7 @@ def test_float32_averages_are_right_wherever_windows_end(
             tracker.update_(model, t=t)
             path.append(model.values())
             times.append(t)
-            if not read_after(k):
+            if k not in (1, 2, 3, 35, 69, 70, 71, 150):
                 continue
             # One rounding is 0.2 * 2^-23 of the norm. Each update leaves at most one, in the mean
             # or the average, and reading one more; a window's weights of what moves in it, 0.01 an
@@ -177,7 +175,7 @@ def test_float32_averages_are_right_wherever_windows_end(
                 assert relative_distance(found, exact) < roundings + moved / 60
 
 
-@pytest.mark.parametrize("kept", [(0.05, 0.15, 0.28), (0.15,), (0.05, 0.15)])
+@pytest.mark.parametrize("kept", [(0.15,), (0.05, 0.15)])
 def test_averages_stay_exact_when_profiles_begin_to_share_a_mean(
     tmp_path: Path,
     kept: tuple[float, ...],
@@ -224,9 +222,9 @@ def test_the_predicted_error_counts_the_error_of_a_shared_mean(tmp_path: Path) -
     float32 snapshots."""
     model = Scalar(torch.float32, size=1000)
     path = []
-    times = range(104_001, 108_501)
+    times = range(104_001, 106_501)
     center = torch.randn(1000)
-    with track(model, tmp_path, checkpoint_every=225, checkpoint_dtype=torch.float32) as tracker:
+    with track(model, tmp_path, checkpoint_every=125, checkpoint_dtype=torch.float32) as tracker:
         for t in times:
             model.set(center + torch.randn(1000))
             tracker.update_(model, float(t))
@@ -264,7 +262,7 @@ def test_snapshots_are_kept_for_the_averages_between_the_tracked_ones(tmp_path: 
         model = nn.Linear(30, 30)
         folder = tmp_path / f"{sigma_rels}"
         with track(model, folder, sigma_rels, checkpoint_every=5, max_checkpoints=5) as tracker:
-            for _ in range(100):
+            for _ in range(60):
                 model.weight.data += torch.randn(30, 30)
                 tracker.update_(model)
         snapshots = Run(folder).snapshots
@@ -337,13 +335,13 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("begin", [0, 10**6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    ("device", "bad"),
+    ("dtype", "device", "begin", "bad"),
     [
-        ("model", torch.nan),
-        ("cpu", -torch.inf),
+        (torch.float32, "model", 0, torch.nan),
+        (torch.float32, "cpu", 10**6, -torch.inf),
+        (torch.bfloat16, "model", 10**6, -torch.inf),
+        (torch.float64, "model", 10**6, torch.nan),
     ],
 )
 def test_a_refused_update_leaves_the_averages_as_they_are(
@@ -440,10 +438,6 @@ CHANGES: list[tuple[Callable[[Any], object], str]] = [
         lambda m: m.frozen.requires_grad_(True),
         r"'frozen': is averaged, .*, and was left out.*include='\*'.*directory",
     ),
-    (
-        lambda m: m.register_buffer("count", torch.zeros(())),
-        "'count': is copied, .*, and was not tracked",
-    ),
 ]
 
 
@@ -501,26 +495,21 @@ class Permuted(nn.Module):
             self.piece.data = wide[:, 1:7]
 
 
-def record_permuted(
-    folder: Path,
-    changes: bool,
-    model: Permuted,
-    options: dict[str, Any],
-) -> Tensors:
-    """Return what 40 steps leave; with `changes` step 30 is followed by a resumption with weights
-    in another order."""
+def record_permuted(folder: Path, permutes: list[bool], options: dict[str, Any]) -> Tensors:
+    """Return what 40 steps leave; step 30 is followed by a resumption, perhaps with weights in
+    another order."""
+    model, again = map(Permuted, permutes)
     tracker = track(model, folder, resume="auto", **options)
     for step in range(1, 41):
         torch.manual_seed(step)
         for parameter in model.parameters():
             parameter.data += 0.1 * torch.randn(parameter.shape)
         tracker.update_(model)
-        if step == 30 and changes:
-            weights = model.state_dict()
+        if step == 30:
             state = tracker.state_dict()
             tracker.close()
-            model = Permuted(permutes=True)
-            model.load_state_dict(weights)
+            again.load_state_dict(model.state_dict())
+            model = again
             tracker = track(model, folder, resume="auto", **options)
             tracker.load_state_dict(state)
     found = {"0.05": tracker.state_dict(0.05)}
@@ -548,13 +537,11 @@ def test_weights_in_another_order_of_memory_have_the_same_averages(
     """And the same snapshots, with their samples and paths, also if the order changes in
     mid-run."""
     options = {"checkpoint_every": 20, "checkpoint_dtype": dtype, "device": device}
-    expected = record_permuted(tmp_path / "rows", False, Permuted(False), options)
-    for changes in (False, True):
-        folder = tmp_path / f"permuted {changes}"
-        found = record_permuted(folder, changes, Permuted(not changes), options)
-        for kind, tensors in expected.items():
-            assert_same_tensors(found[kind], tensors)
-        assert contents(folder) == contents(tmp_path / "rows")
+    expected = record_permuted(tmp_path / "rows", [False, False], options)
+    found = record_permuted(tmp_path / "permuted", [True, False], options)
+    for kind, tensors in expected.items():
+        assert_same_tensors(found[kind], tensors)
+    assert contents(tmp_path / "permuted") == contents(tmp_path / "rows")
 
 
 def test_weights_in_another_order_of_memory_are_read_in_place() -> None:
