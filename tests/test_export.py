@@ -5,11 +5,11 @@ import json
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 import safetensors
 import torch
@@ -76,16 +76,15 @@ def size_of(tensors: Tensors) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("layout", OUTPUTS)
 @pytest.mark.parametrize(
-    ("dtype", "own"),
+    ("layout", "dtype", "own"),
     [
-        (None, torch.float32),
-        ("bf16", torch.bfloat16),
-        (torch.float64, torch.float64),
+        ("safetensors", None, torch.float32),
+        ("sharded", "bf16", torch.bfloat16),
+        ("pt", torch.float64, torch.float64),
     ],
 )
-def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copies_in_their_own(
+def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
     tmp_path: Path,
     layout: str,
     dtype: str | torch.dtype | None,
@@ -102,8 +101,9 @@ def test_every_layout_holds_the_same_tensors_with_averages_in_the_dtype_and_copi
 
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     size = SIZE.get(layout)
-    made = export_file(source, out, dtype=dtype, max_shard_size=size, progress=bar)
-    assert_same_tensors(load_output(out), expected)
+    made = export_file(source, out, dtype=dtype, max_shard_size=size, prefix="n.", progress=bar)
+    renamed = {f"n.{name}": value for name, value in expected.items()}
+    assert_same_tensors(load_output(out), renamed)
     assert made.tensors == 4
     assert made.from_base == 0
     assert sum(written) == size_of(WEIGHTS)
@@ -254,15 +254,6 @@ BASE: Tensors = {
 }
 
 
-@pytest.mark.parametrize("layout", OUTPUTS)
-def test_every_layout_holds_renamed_tensors(tmp_path: Path, layout: str) -> None:
-    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
-    out = tmp_path / OUTPUTS[layout]
-    export_file(source, out, prefix="n.", max_shard_size=SIZE.get(layout))
-    renamed = {f"n.{name}": value for name, value in WEIGHTS.items()}
-    assert_same_tensors(load_output(out), renamed)
-
-
 def test_a_pt_file_has_a_renamed_tensor_beside_one_of_the_base_with_its_old_name(
     tmp_path: Path,
 ) -> None:
@@ -275,39 +266,38 @@ def test_a_pt_file_has_a_renamed_tensor_beside_one_of_the_base_with_its_old_name
     assert_same_tensors(load_output(out), {"ema.w": ones, "w": 3 * ones})
 
 
-def write_base(tmp_path: Path, kind: str) -> Path:
-    """The model of another library: a file, a folder of one, or a folder of several with their
-    index."""
+def write_base(tmp_path: Path) -> Path:
+    base = tmp_path / "base.safetensors"
+    save_file(BASE, base)
+    return base
+
+
+def with_an_index(tmp_path: Path) -> Path:
+    """Return a folder with a file for each tensor of the base."""
     base = tmp_path / "base"
     base.mkdir()
-    if kind == "index":
-        for name, tensor in BASE.items():
-            save_file({name: tensor}, base / f"{name}.safetensors")
-        weight_map = {name: f"{name}.safetensors" for name in BASE}
-        (base / "diffusion_pytorch_model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": weight_map})
-        )
-    else:
-        save_file(BASE, base / "model.safetensors")
-    return base / "model.safetensors" if kind == "file" else base
+    for name, tensor in BASE.items():
+        save_file({name: tensor}, base / f"{name}.safetensors")
+    index = json.dumps({"weight_map": {name: f"{name}.safetensors" for name in BASE}})
+    (base / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    return base
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"),
+    ("make", "layout"),
     [
-        ("file", "safetensors"),
-        ("folder", "pt"),
-        ("index", "sharded"),
+        (write_base, "pt"),
+        (with_an_index, "sharded"),
     ],
 )
 def test_a_base_adds_the_tensors_that_were_not_averaged(
     tmp_path: Path,
+    make: Callable[[Path], Path],
     layout: str,
-    kind: str,
 ) -> None:
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out = tmp_path / OUTPUTS[layout]
-    base = write_base(tmp_path, kind)
+    base = make(tmp_path)
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     made = export_file(source, out, base=base, max_shard_size=SIZE.get(layout))
     assert_same_tensors(load_output(out), {**BASE, **WEIGHTS})
@@ -316,14 +306,20 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
     export_file(base, out, dtype="bf16", overwrite=True)
     cast = {name: tensor.bfloat16() for name, tensor in BASE.items()}
     assert_same_tensors(load_output(out), {**cast, "ids": BASE["ids"]})
-    if kind == "index":
-        for tensors, fault in (
-            ({"a": BASE["a"]}, "'ids' is not in it, as the index says"),
-            (BASE, r"is in .* too"),
-        ):
-            save_file(tensors, base / "ids.safetensors")
-            with pytest.raises(FileFormatError, match=fault):
-                export_file(base, tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fault"),
+    [
+        ({"a": BASE["a"]}, "'ids' is not in it, as the index says"),
+        (BASE, r"is in .* too"),
+    ],
+)
+def test_an_index_that_is_wrong_is_refused(tmp_path: Path, tensors: Tensors, fault: str) -> None:
+    base = with_an_index(tmp_path)
+    save_file(tensors, base / "ids.safetensors")
+    with pytest.raises(FileFormatError, match=fault):
+        export_file(base, tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +334,7 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
 )
 def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
     source = write_output(tmp_path / "in.safetensors", tensors)
-    base = write_base(tmp_path, "file")
+    base = write_base(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(MismatchError, match=message) as caught:
         export_file(source, tmp_path / "out", base=base)
@@ -415,35 +411,6 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
         run.write(0.2, tmp_path / "out", layout="dcp")
 
 
-LIMITED = """
-import resource, sys
-from posthoc_cli import Run
-from posthoc_cli.errors import WriteError
-
-endless = resource.RLIM_INFINITY
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), endless))
-try:
-    Run(sys.argv[1]).write(0.2, sys.argv[1] + "-out", layout="dcp")
-except WriteError as error:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("limit", [0, 600])
-def test_a_disk_that_is_full_at_the_first_bytes_for_torch_distributed_is_named(
-    tmp_path: Path,
-    limit: int,
-) -> None:
-    """torch then replaces the system's error by one about the positions in its archive."""
-    run = tmp_path / "run"
-    write_snapshot(run, 10, 0.2, RUN_ID, {"w": torch.ones(10_000)})
-    done = forked.check(LIMITED, run, limit)
-    name = f"{run}-out"
-    assert done.out == f"{name}: cannot be written: file too large; nothing partial is left\n"
-    assert not Path(name).exists()
-
-
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_releases(
     tmp_path: Path,
@@ -466,16 +433,26 @@ def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_re
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.parametrize("name", ["out", "out.pt"])
-def test_a_write_that_fails_within_a_tensor_is_named_and_leaves_nothing(
+@pytest.mark.parametrize(
+    ("name", "layout", "limit"),
+    [
+        ("out", "dcp", 0),
+        ("out", "dcp", 600),
+        ("out", "dcp", 100_000),
+        ("out.pt", None, 100_000),
+    ],
+)
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(
     tmp_path: Path,
     name: str,
+    layout: str | None,
+    limit: int,
 ) -> None:
-    """torch's writer itself raises an error about unexpected positions."""
+    """At the first bytes, or within a tensor: torch's writer itself raises an error about
+    unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
-    layout = None if name.endswith(".pt") else "dcp"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
         with pytest.raises(WriteError, match=f"{name}: cannot be written: file too large"):
             export_file(source, tmp_path / name, layout=layout)
@@ -515,6 +492,9 @@ def as_in_cache(folder: Path, repository: Path) -> Path:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     return revision
+
+
+CACHED = f"models--a--b/snapshots/{'0' * 40}"
 
 
 def texts(folder: Path) -> dict[str, bytes]:
@@ -576,40 +556,38 @@ def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: P
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    ("name", "target"),
+    ("name", "target", "like"),
     [
-        ("extra.json", "../outside/secret.json"),
-        ("extra.json", "/dev/zero"),
-        ("extra.json", "nowhere"),
-        ("extra.json", "extra.json"),
-        ("extra.json", "assets"),
-        ("model.safetensors", "../outside/model.safetensors"),
-        ("assets/a.json", "../../outside/secret.json"),
-        ("a pipe.json", ""),
+        ("extra.json", "../outside/secret.json", "plain"),
+        ("extra.json", "/dev/zero", "plain"),
+        ("extra.json", "extra.json", "plain"),
+        ("extra.json", "assets", "plain"),
+        ("assets/a.json", "../../outside/secret.json", "plain"),
+        ("extra.json", "nowhere", CACHED),
+        ("model.safetensors", "../../../outside/model.safetensors", CACHED),
     ],
 )
-@pytest.mark.parametrize("cached", [False, True])
 def test_no_link_out_of_the_folder_is_followed(
     tmp_path: Path,
     run: Run,
     name: str,
     target: str,
-    cached: bool,
+    like: str,
 ) -> None:
     """A secret would be in a folder that is uploaded; a device would fill the disk or block."""
-    like = make_folder(tmp_path / "like")
-    if cached:
-        like = as_in_cache(like, tmp_path / "models--a--b")
-    outside = like.parent / "outside"
+    as_in_cache(make_folder(tmp_path / "made"), tmp_path / "models--a--b")
+    make_folder(tmp_path / "plain")
+    outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.json").write_text("a token")
     save_file({"w": torch.zeros(3)}, outside / "model.safetensors")
-    path = like / name
+    path = tmp_path / like / name
     path.unlink(missing_ok=True)
-    if target:
-        path.symlink_to(target)
-    else:
-        os.mkfifo(path)
+    path.symlink_to(target)
+    check_refused(tmp_path, run, tmp_path / like, name)
+
+
+def check_refused(tmp_path: Path, run: Run, like: Path, name: str) -> None:
     leads_out = f"like {like}: {name} is not a file of this folder, or leads out"
     with pytest.raises(InvalidValueError, match=leads_out):
         run.write(0.2, tmp_path / "new", like=like)
@@ -617,19 +595,18 @@ def test_no_link_out_of_the_folder_is_followed(
     assert not [*tmp_path.glob(".*")]
 
 
+@pytest.mark.timeout(60)
+def test_a_pipe_in_the_folder_is_not_read(tmp_path: Path, run: Run) -> None:
+    like = make_folder(tmp_path / "like")
+    os.mkfifo(like / "a pipe.json")
+    check_refused(tmp_path, run, like, "a pipe.json")
+
+
 def test_paths_may_be_texts(tmp_path: Path) -> None:
-    full = {
-        "a": torch.zeros(2),
-        "b": torch.ones(3),
-    }
-    part = {"a": full["a"]}
-    source = f"{tmp_path}/part.safetensors"
-    base = f"{tmp_path}/full.safetensors"
+    source = write_output(tmp_path / "part.safetensors", {"a": BASE["a"]})
+    base = write_base(tmp_path)
     out = f"{tmp_path}/out.safetensors"
-    save_file(part, source)
-    save_file(full, base)
-    export_file(source, out, base=base)
-    found = load_file(out)
-    assert_same_tensors(found, full)
+    export_file(str(source), out, base=str(base))
+    assert_same_tensors(load_file(out), BASE)
     with refused("source", "3: must be a path"):
         export_file(3, out, overwrite=True)  # type: ignore[arg-type]
