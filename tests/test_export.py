@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,11 +84,11 @@ def size_of(tensors: Tensors) -> int:
     ],
 )
 def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
-    tmp_path: Path,
-    layout: str,
-    dtype: str | torch.dtype | None,
-    own: torch.dtype,
-) -> None:
+    tmp_path,
+    layout,
+    dtype,
+    own,
+):
     expected = dict(WEIGHTS)
     for name in ("a", "b"):
         expected[name] = WEIGHTS[name].to(own)
@@ -110,13 +109,13 @@ def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
     assert made.nbytes == size_of(expected)
 
 
-def test_a_prefix_is_added_after_another_is_removed(tmp_path: Path) -> None:
+def test_a_prefix_is_added_after_another_is_removed(tmp_path):
     state = {"model.w": torch.ones(1), "b": torch.ones(2)}
     renamed = exported(tmp_path, state, (), prefix="n.", strip_prefix="model.")
     assert renamed.keys() == {"n.w", "n.b"}
 
 
-def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path: Path) -> None:
+def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path):
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     export_file(source, tmp_path / "out", max_shard_size="100")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -135,8 +134,8 @@ def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_pat
 
 
 def test_the_name_decides_the_layout_unless_it_is_given_and_must_not_have_the_ending_of_another(
-    tmp_path: Path,
-) -> None:
+    tmp_path,
+):
     def layout_of(name: str, layout: str | None = None) -> str:
         return OutputOptions(layout=layout).layout_of(tmp_path / name)
 
@@ -163,7 +162,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_size_is_a_number_with_a_unit(size: str) -> None:
+def test_a_size_is_a_number_with_a_unit(size):
     with refused("max_shard_size") if SIZES[size] is None else nullcontext():
         assert OutputOptions(max_shard_size=size).shard_bytes == SIZES[size]
 
@@ -182,12 +181,12 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
     ],
 )
 def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
-    tmp_path: Path,
-    value: float,
-    stored: torch.dtype,
-    dtype: str | None,
-    message: str,
-) -> None:
+    tmp_path,
+    value,
+    stored,
+    dtype,
+    message,
+):
     values = {
         "w": torch.ones(2),
         "bad": torch.tensor([value], dtype=stored),
@@ -200,7 +199,7 @@ def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written
         assert contents(tmp_path) == before
 
 
-def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path: Path) -> None:
+def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path):
     """Attention masks hold infinity."""
     mask = {"mask": torch.tensor([0.0, float("-inf")])}
     codes = torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn)
@@ -217,7 +216,7 @@ def test_infinity_in_a_buffer_or_in_the_file_of_another_program_is_kept(tmp_path
 # -------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path: Path) -> None:
+def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_path):
     w = torch.tensor([1 / 3, -2.0]).half()
     var = torch.tensor([0.1])
     fields = {
@@ -254,9 +253,7 @@ BASE: Tensors = {
 }
 
 
-def test_a_pt_file_has_a_renamed_tensor_beside_one_of_the_base_with_its_old_name(
-    tmp_path: Path,
-) -> None:
+def test_a_pt_file_has_a_renamed_tensor_beside_one_of_the_base_with_its_old_name(tmp_path):
     ones = torch.ones(2)
     source = write_output(tmp_path / "in.safetensors", {"w": ones}, ())
     base = tmp_path / "base.safetensors"
@@ -291,10 +288,10 @@ def with_an_index(tmp_path: Path) -> Path:
     ],
 )
 def test_a_base_adds_the_tensors_that_were_not_averaged(
-    tmp_path: Path,
-    make: Callable[[Path], Path],
-    layout: str,
-) -> None:
+    tmp_path,
+    make,
+    layout,
+):
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out = tmp_path / OUTPUTS[layout]
     base = make(tmp_path)
@@ -315,7 +312,7 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
         (BASE, r"is in .* too"),
     ],
 )
-def test_an_index_that_is_wrong_is_refused(tmp_path: Path, tensors: Tensors, fault: str) -> None:
+def test_an_index_that_is_wrong_is_refused(tmp_path, tensors, fault):
     base = with_an_index(tmp_path)
     save_file(tensors, base / "ids.safetensors")
     with pytest.raises(FileFormatError, match=fault):
@@ -332,7 +329,7 @@ def test_an_index_that_is_wrong_is_refused(tmp_path: Path, tensors: Tensors, fau
         ),
     ],
 )
-def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, message: str) -> None:
+def test_a_base_of_another_model_is_refused(tmp_path, tensors, message):
     source = write_output(tmp_path / "in.safetensors", tensors)
     base = write_base(tmp_path)
     before = contents(tmp_path)
@@ -346,7 +343,7 @@ def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, me
 # ------------------------------------------------------------------------------
 
 
-def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path: Path) -> None:
+def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_path):
     """Some libraries look for model.safetensors before an index, others for the index first."""
     out = tmp_path / "out"
     new = write_output(tmp_path / "new.safetensors", WEIGHTS, COPIES)
@@ -366,10 +363,10 @@ def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(tmp_pa
 
 @pytest.mark.parametrize("layout", ["sharded", "dcp"])
 def test_a_folder_that_holds_other_files_is_not_replaced(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    layout: str,
-) -> None:
+    tmp_path,
+    monkeypatch,
+    layout,
+):
     source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
@@ -390,10 +387,7 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
 
 
 @pytest.mark.parametrize("at", [0, 2])
-def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
-    tmp_path: Path,
-    at: int,
-) -> None:
+def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(tmp_path, at):
     """torch's writer itself raises an error about unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
     with failing("write", KeyboardInterrupt(), call_number(at)), pytest.raises(KeyboardInterrupt):
@@ -402,10 +396,7 @@ def test_an_interruption_of_a_pt_file_stays_an_interruption_and_leaves_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(tmp_path, run):
     refused = pytest.raises(WriteError, match=f"{tmp_path}/out: cannot be written: no space left")
     with failing("make_directory", errno.ENOSPC), refused:
         run.write(0.2, tmp_path / "out", layout="dcp")
@@ -413,10 +404,10 @@ def test_a_folder_for_torch_distributed_that_cannot_be_written_is_named(
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_releases(
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    run,
+    monkeypatch,
+):
     """The `save` of torch 2.4 to 2.6 has no argument that leaves a process group alone."""
 
     def save_of_26(state_dict: object, *, checkpoint_id: object = None) -> None:
@@ -442,12 +433,7 @@ def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_re
         ("out.pt", None, 100_000),
     ],
 )
-def test_a_disk_that_is_full_is_named_and_nothing_is_left(
-    tmp_path: Path,
-    name: str,
-    layout: str | None,
-    limit: int,
-) -> None:
+def test_a_disk_that_is_full_is_named_and_nothing_is_left(tmp_path, name, layout, limit):
     """At the first bytes, or within a tensor: torch's writer itself raises an error about
     unexpected positions."""
     source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
@@ -502,7 +488,7 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {name: found[name] for name in found if name.endswith((".json", ".txt"))}
 
 
-def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run) -> None:
+def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path, run):
     """So are a folder with links to its own files, and a link to a folder."""
     wanted = texts(make_folder(tmp_path / "plain"))
     (tmp_path / "plain/.git").mkdir()
@@ -528,7 +514,7 @@ def test_a_folder_of_the_hubs_cache_is_copied_as_files(tmp_path: Path, run: Run)
         assert torch.equal(made["w"], run.average(0.2)["w"])
 
 
-def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path: Path, run: Run) -> None:
+def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path, run):
     like = make_folder(tmp_path / "like")
     save_file({"w": torch.zeros(3, dtype=torch.bfloat16)}, like / "model.safetensors")
     inexact = r"the predicted error is 0\.15\d* %, above the accepted 0\.1 %"
@@ -536,7 +522,7 @@ def test_the_rounding_to_a_folders_dtype_is_part_of_the_error(tmp_path: Path, ru
         run.write(0.28, tmp_path / "new", max_error=1e-3, like=like)
 
 
-def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: Path) -> None:
+def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path):
     """torch itself would write 448, the largest value."""
     (tmp_path / "run").mkdir()
     like = make_folder(tmp_path / "like")
@@ -568,12 +554,12 @@ def test_a_folder_in_eight_bits_takes_no_value_that_they_cannot_hold(tmp_path: P
     ],
 )
 def test_no_link_out_of_the_folder_is_followed(
-    tmp_path: Path,
-    run: Run,
-    name: str,
-    target: str,
-    like: str,
-) -> None:
+    tmp_path,
+    run,
+    name,
+    target,
+    like,
+):
     """A secret would be in a folder that is uploaded; a device would fill the disk or block."""
     as_in_cache(make_folder(tmp_path / "made"), tmp_path / "models--a--b")
     make_folder(tmp_path / "plain")
@@ -596,13 +582,13 @@ def check_refused(tmp_path: Path, run: Run, like: Path, name: str) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_in_the_folder_is_not_read(tmp_path: Path, run: Run) -> None:
+def test_a_pipe_in_the_folder_is_not_read(tmp_path, run):
     like = make_folder(tmp_path / "like")
     os.mkfifo(like / "a pipe.json")
     check_refused(tmp_path, run, like, "a pipe.json")
 
 
-def test_paths_may_be_texts(tmp_path: Path) -> None:
+def test_paths_may_be_texts(tmp_path):
     source = write_output(tmp_path / "part.safetensors", {"a": BASE["a"]})
     base = write_base(tmp_path)
     out = f"{tmp_path}/out.safetensors"

@@ -94,11 +94,11 @@ def store(
     ],
 )
 def test_a_library_stores_the_average_of_its_profile(
-    tmp_path: Path,
-    library: str,
-    update_every: int,
-    more: dict[str, int],
-) -> None:
+    tmp_path,
+    library,
+    update_every,
+    more,
+):
     path = walk()
     store(
         library, tmp_path, path, update_every=update_every, checkpoint_dtype=torch.float64, **more
@@ -119,7 +119,7 @@ def test_a_library_stores_the_average_of_its_profile(
             assert profile.t_first == first
 
 
-def test_very_many_updates_are_joined() -> None:
+def test_very_many_updates_are_joined():
     gamma = gamma_from_sigma_rel(0.1)
     step = 10 * MOST_TIMES + 7
     profile = ema_pytorch_profile(gamma, step, 1)
@@ -132,7 +132,7 @@ def test_very_many_updates_are_joined() -> None:
     assert profile.masses @ profile.times == pytest.approx(mean, rel=1e-6)
 
 
-def test_a_step_before_the_first_update_is_refused() -> None:
+def test_a_step_before_the_first_update_is_refused():
     with refused("step", "must be at least 100, that of the first update"):
         ema_pytorch_profile(1.0, 99, 10, first=100)
 
@@ -159,10 +159,10 @@ def drifting_walk() -> torch.Tensor:
     ],
 )
 def test_predicted_errors_from_another_librarys_averages_hold(
-    tmp_path: Path,
-    library: str,
-    dtype: torch.dtype,
-) -> None:
+    tmp_path,
+    library,
+    dtype,
+):
     """With distances of long averages from earlier ones alone, late motion and errors seemed much
     larger."""
     path = drifting_walk()

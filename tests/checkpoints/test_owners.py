@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ema_command import Ema
 from safetensors.torch import save_file
 from walks import EVERY, STEPS, Save, Tensors, distance, saves, true_average
 
@@ -63,14 +62,14 @@ def check_error(run: Run) -> None:
     assert error / 3 < (made.predicted_error or 0) < 3 * error
 
 
-def test_an_optimizer_is_known_by_its_form(tmp_path: Path) -> None:
+def test_an_optimizer_is_known_by_its_form(tmp_path):
     """Not only by its name: `adam`."""
     write(tmp_path, "s{save.step}.pt", lambda save: {"net": save.weights, "adam": states()})
     (newest, *_) = read(tmp_path).checkpoints
     assert set(newest.entries) == set(saves()[0].weights)
 
 
-def test_a_model_lies_deep_beside_states_of_the_training(tmp_path: Path) -> None:
+def test_a_model_lies_deep_beside_states_of_the_training(tmp_path):
     """As fairseq2 writes it."""
     for save in saves():
         folder = tmp_path / f"step_{save.step}"
@@ -93,7 +92,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_what_a_pattern_finds_counts_as_a_number_in_a_name(name: str, tmp_path: Path) -> None:
+def test_what_a_pattern_finds_counts_as_a_number_in_a_name(name, tmp_path):
     """It is a step only if a word says so: else files of each epoch were those of each step."""
     pattern, expected, says = PATTERNS[name]
     write(tmp_path, f"{name}.pt", weights)
@@ -102,14 +101,14 @@ def test_what_a_pattern_finds_counts_as_a_number_in_a_name(name: str, tmp_path: 
     assert re.search(says, made.numbers)
 
 
-def test_files_by_epoch_that_a_pattern_numbers_have_honest_errors(tmp_path: Path) -> None:
+def test_files_by_epoch_that_a_pattern_numbers_have_honest_errors(tmp_path):
     write(tmp_path, "CKPT+2024-03-{save.epoch:02}+11-20/model.ckpt", weights)
     out = tmp_path / "run"
     import_checkpoints(tmp_path, out, step_from=r"-03-(\d+)\+")
     check_error(Run(out))
 
 
-def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path: Path) -> None:
+def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path):
     """icefall writes both; its files state their steps, others do not."""
     content = {"checkpoint-{save.step}.pt": weights, "epoch-{save.epoch}.pt": weights}
     for name, of_save in content.items():
@@ -119,13 +118,13 @@ def test_numbers_of_epochs_and_of_an_unknown_unit_do_not_mix(tmp_path: Path) -> 
     assert times(tmp_path / "epoch-*.pt") == EPOCHS
 
 
-def test_the_steps_in_files_of_icefall(tmp_path: Path) -> None:
+def test_the_steps_in_files_of_icefall(tmp_path):
     for name in ("checkpoint-{save.step}.pt", "epoch-{save.epoch}.pt"):
         write(tmp_path, name, lambda save: {"model": save.weights, "batch_idx_train": save.step})
     assert times(tmp_path) == TIMES
 
 
-def test_a_number_that_is_always_0_is_asked_about(tmp_path: Path) -> None:
+def test_a_number_that_is_always_0_is_asked_about(tmp_path):
     """As that of a rank, in the name of each file."""
     write(tmp_path, "s_{save.step}/rank_0.pt", weights)
     with pytest.raises(InvalidValueError, match=r"number is 0, as that of all.*`step_from`$"):
@@ -134,7 +133,7 @@ def test_a_number_that_is_always_0_is_asked_about(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["last_epoch", "current_epoch", "start_epoch", "epoch"])
-def test_epochs_that_programs_state(key: str, tmp_path: Path) -> None:
+def test_epochs_that_programs_state(key, tmp_path):
     """Of every second epoch, which would be steps; and the copy of the newest has one."""
     name = "checkpoint{save.epoch:04}.pth"
     write(tmp_path, name, lambda save: {"model": save.weights, key: save.epoch})
@@ -151,7 +150,7 @@ def with_count(save: Save) -> object:
     return {"model": save.weights, "ema": {"module": save.average, "updates": save.step}}
 
 
-def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path: Path) -> None:
+def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path):
     """Numbers 3, 7, 11, ... were steps, and the decay that was found one of these."""
     for save in saves():
         store(tmp_path / f"checkpoint{4 * save.epoch - 1}.pth", with_count(save))
@@ -161,9 +160,7 @@ def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path: P
     assert says in made.numbers
 
 
-def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(
-    tmp_path: Path,
-) -> None:
+def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_path):
     body = [name for name in saves()[0].weights if name.startswith("body")]
 
     def content(save: Save) -> object:
@@ -178,7 +175,7 @@ def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(
     assert made.counts["EMA of decay 0.95"] == len(saves()) == STEPS // EVERY
 
 
-def test_names_of_values_are_no_options(tmp_path: Path, ema: Ema) -> None:
+def test_names_of_values_are_no_options(tmp_path, ema):
     write(tmp_path, "{save.epoch}.pt", lambda save: {"model": save.weights, "step": save.step})
     shown = ema("import", tmp_path, "--dry-run").out
     assert shown.startswith("numbers are steps, by 'step' in the contents\n")
@@ -186,7 +183,7 @@ def test_names_of_values_are_no_options(tmp_path: Path, ema: Ema) -> None:
     assert "--first-epoch is 0 if it is" in ema("info", tmp_path / "kept").out
 
 
-def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path: Path, ema: Ema) -> None:
+def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path, ema):
     """They were shown as outputs of this package."""
     for save in saves():
         name = f"2024-05-01_12-{save.epoch:02}-00-save-{save.step}-0-0.safetensors"
@@ -200,10 +197,10 @@ def test_info_of_safetensors_that_are_no_run_as_they_are(tmp_path: Path, ema: Em
 @pytest.mark.parametrize("wrapper", ["_orig_mod", "_fsdp_wrapped_module", "module"])
 @pytest.mark.parametrize("is_of_average", [True, False])
 def test_a_wrapper_within_the_model_changes_names_of_one_set(
-    wrapper: str,
-    is_of_average: bool,
-    tmp_path: Path,
-) -> None:
+    wrapper,
+    is_of_average,
+    tmp_path,
+):
     """An average was not used, with a warning, where blocks of the model were compiled."""
 
     def wrapped(tensors: Tensors) -> Tensors:
@@ -219,7 +216,7 @@ def test_a_wrapper_within_the_model_changes_names_of_one_set(
     assert made.counts["EMA of decay 0.95"] == len(saves())
 
 
-def test_the_folder_of_one_of_several_trainings_is_named(tmp_path: Path) -> None:
+def test_the_folder_of_one_of_several_trainings_is_named(tmp_path):
     for number in (1, 2):
         write(tmp_path / f"run{number}", "step{save.step}.pt", weights)
     with pytest.raises(FileFormatError, match=r"name this folder, or a glob such as \*/step\*.pt"):
@@ -227,10 +224,7 @@ def test_the_folder_of_one_of_several_trainings_is_named(tmp_path: Path) -> None
     assert times(tmp_path / "run1") == times(tmp_path / "*1" / "step*.pt") == TIMES
 
 
-def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path, caplog):
     """As in the policies of Stable-Baselines3."""
 
     def content(save: Save) -> Tensors:
