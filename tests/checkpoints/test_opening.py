@@ -7,7 +7,6 @@ import copy
 import math
 import os
 import pickle
-import re
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from datetime import datetime
@@ -56,7 +55,7 @@ def test_every_layout_is_a_run(layout, write, weights):
     assert described["copied"] == 3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["safetensors", "transformers", "distributed", "chunks"])
 def test_an_import_is_the_same_run_and_leaves_the_files_as_they_were(layout, write, tmp_path):
     folder = write(layout)
     run = Run(folder)
@@ -108,13 +107,7 @@ def test_two_files_of_one_step_are_of_two_models(tmp_path, imported):
         imported(tmp_path, step_from=EITHER)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        [9.0, 9, 9],
-        [9.0, 9],
-    ],
-)
+@pytest.mark.parametrize("weights", [[9.0, 9, 9], [9.0, 9]])
 def test_a_copy_or_another_model_of_one_step_is_left_out(weights, tmp_path, imported):
     filled(tmp_path, 9, 10)
     save_file({"w": torch.tensor(weights)}, tmp_path / "x-9.safetensors")
@@ -271,16 +264,14 @@ def trainer_state(step: int) -> dict[str, Any]:
     return {"model": {"w": weights}, "optimizers": adam}
 
 
-@pytest.mark.parametrize("is_alone", [True, False])
-def test_a_module_is_read(is_alone, tmp_path):
-    for step in (1, 2):
-        content = module = AmbiguousNames(step)
-        if not is_alone:
-            content = {"epoch": 9, "model": module, "optimizer": {"a": 1}}
-        torch.save(content, tmp_path / f"step{step}.pt")
-    made = Run(tmp_path).average(0.2, t=1)
+def test_a_module_is_read(tmp_path):
+    module = AmbiguousNames(1)
+    torch.save(module, tmp_path / "step1.pt")
+    content = {"epoch": 9, "model": AmbiguousNames(2), "optimizer": {"a": 1}}
+    torch.save(content, tmp_path / "step2.pt")
+    made = Run(tmp_path).average("last:2")
     assert made.keys() == module.state_dict().keys()
-    assert made["scale"] == 1
+    assert made["scale"] == 1.5
 
 
 def test_a_traced_module_is_read(tmp_path):
@@ -290,16 +281,10 @@ def test_a_traced_module_is_read(tmp_path):
 
 
 def test_the_model_is_found_in_the_state_of_a_trainer(tmp_path):
-    for step in (1, 2):
-        content = {"state": trainer_state(step), "rng": [{"cuda": torch.ones(5)}]}
-        torch.save(content, tmp_path / f"step{step}.pt")
-    assert Run(tmp_path).average("last:2").keys() == {"w"}
-
-
-def test_the_model_is_found_in_a_distributed_state_of_a_trainer(tmp_path):
-    for step in (1, 2):
-        distributed(tmp_path / f"step-{step}", {"app": trainer_state(step)})
-    assert Run(tmp_path).average("last:2")["w"].tolist() == [1.5] * 3
+    content = {"state": trainer_state(1), "rng": [{"cuda": torch.ones(5)}]}
+    torch.save(content, tmp_path / "step1.pt")
+    distributed(tmp_path / "step-2", {"app": trainer_state(2)})
+    assert Run(tmp_path / "*").average("last:2")["w"].tolist() == [1.5] * 3
 
 
 class Keyed:
@@ -527,13 +512,16 @@ def test_a_name_tells_its_step(tmp_path, name):
     assert run.step == READ[name]
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", ["checkpoint-500", "s400", "step-20240105"])
 def test_the_name_of_a_folder_tells_its_step(tmp_path, name):
-    """The folder of a lone file does so only by a word for steps."""
     save_step(tmp_path / name, "model")
     assert Run(tmp_path).step == READ[name]
-    if re.search("step|checkpoint-|iter|ckpt", name):
-        assert Run(tmp_path / name / "model.safetensors").step == READ[name]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "iter_0005000", "step-20240105", "ckpt_5"])
+def test_the_name_of_the_folder_of_a_lone_file_does_so_by_a_word_for_steps(tmp_path, name):
+    save_step(tmp_path / name, "model")
+    assert Run(tmp_path / name / "model.safetensors").step == READ[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -592,7 +580,7 @@ for step in range(1, 4):
 @pytest.mark.parametrize(
     ("kind", "ranks", "writer"),
     [
-        ("fsdp", 3, "own"),
+        ("fsdp", 2, "own"),
         ("fsdp-tp", 4, "safetensors"),
     ],
 )
