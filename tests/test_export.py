@@ -413,7 +413,10 @@ def test_a_folder_for_torch_distributed_is_written_with_the_function_of_older_re
     def save_of_26(state_dict: object, *, checkpoint_id: object = None) -> None:
         pytest.fail("would wait for all processes of a group")
 
-    run.write(0.2, tmp_path / "new", layout="dcp")
+    run.write(0.1, tmp_path / "new", layout="dcp")
+    with pytest.raises(OutputExistsError, match=r"already exists, and holds '\.metadata'"):
+        run.write(0.2, tmp_path / "new", layout="dcp")
+    run.write(0.2, tmp_path / "new", layout="dcp", overwrite=True)
     monkeypatch.setattr(state_dict_saver, "save", save_of_26)
     run.write(0.2, tmp_path / "old", layout="dcp")
     for name in ("new", "old"):

@@ -20,6 +20,7 @@ from checkpoint_layouts import LAYOUTS, STEPS, check_average, distributed, fille
 from factories import contents
 from groups import Net, check_group, move
 from safetensors.torch import save_file
+from saved import store
 from torch import nn
 
 from posthoc_cli import Mean, Run, import_checkpoints
@@ -392,6 +393,14 @@ def test_a_file_that_changes_or_shrinks_is_an_error(tmp_path):
     with pytest.raises(VanishedError), source:
         pass
     assert steps_of(run) == [2, 3]
+
+
+def test_a_checkpoint_has_the_name_of_its_folder_and_file(tmp_path):
+    for step in (10, 20):
+        store(tmp_path / f"step{step}" / "model.safetensors", {"a": torch.ones(3)})
+    run = Run(tmp_path / "step*" / "model.safetensors")
+    names = [source.name for source in run.sources]
+    assert names == ["step10/model.safetensors", "step20/model.safetensors"]
 
 
 def test_an_average_in_a_checkpoint_has_a_name_of_its_own(tmp_path):
