@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from walks import STEPS, Save, Tensors, constant, saves
 
 from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.profiles import OrdinaryEMA, Point
 
@@ -45,6 +46,11 @@ def write_each(
     return file
 
 
+def read(place: Path, **settings: Any) -> Import:
+    """Return what an import finds."""
+    return import_checkpoints(place, None, dry_run=True, **settings)
+
+
 def values_of(source: Checkpoint) -> Tensors:
     """Return the tensors of a source, under all their names."""
     found = {}
@@ -75,7 +81,7 @@ def check(
     given = dict(settings)
     if decay is None:
         given |= {"ema_decay": 0.95, "ema_warmup": "none"}
-    found = import_checkpoints(place, None, dry_run=True, **given).checkpoints
+    found = read(place, **given).checkpoints
     assert found[-1].t == STEPS
     newest = [one for one in found if one.t == STEPS]
     (raw,) = [one for one in newest if isinstance(one.profile, Point)]

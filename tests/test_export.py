@@ -62,6 +62,11 @@ def exported(
     return load_output(tmp_path / "out.safetensors")
 
 
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
+
+
 OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
 SIZE = {"sharded": "100"}
 """Largest size of a shard in the layouts with shards."""
@@ -88,6 +93,7 @@ def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
     layout,
     dtype,
     own,
+    source,
 ):
     expected = dict(WEIGHTS)
     for name in ("a", "b"):
@@ -98,7 +104,6 @@ def test_every_layout_holds_averages_in_the_dtype_and_copies_in_their_own(
     def bar(*_: object) -> Any:
         return nullcontext(written.append)
 
-    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     size = SIZE.get(layout)
     made = export_file(source, out, dtype=dtype, max_shard_size=size, prefix="n.", progress=bar)
     renamed = {f"n.{name}": value for name, value in expected.items()}
@@ -115,8 +120,7 @@ def test_a_prefix_is_added_after_another_is_removed(tmp_path):
     assert renamed.keys() == {"n.w", "n.b"}
 
 
-def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path):
-    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
+def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path, source):
     export_file(source, tmp_path / "out", max_shard_size="100")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     shards = sorted(set(index["weight_map"].values()))
@@ -291,11 +295,11 @@ def test_a_base_adds_the_tensors_that_were_not_averaged(
     tmp_path,
     make,
     layout,
+    source,
 ):
     """The base can be exported itself; a dtype is that of its floating-point tensors, too."""
     out = tmp_path / OUTPUTS[layout]
     base = make(tmp_path)
-    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     made = export_file(source, out, base=base, max_shard_size=SIZE.get(layout))
     assert_same_tensors(load_output(out), {**BASE, **WEIGHTS})
     assert made.tensors == 6
@@ -366,8 +370,8 @@ def test_a_folder_that_holds_other_files_is_not_replaced(
     tmp_path,
     monkeypatch,
     layout,
+    source,
 ):
-    source = write_output(tmp_path / "in.safetensors", WEIGHTS, COPIES)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "config.json").write_text("{}")
     (tmp_path / "folder" / "model.safetensors").mkdir(parents=True)

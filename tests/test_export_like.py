@@ -96,6 +96,16 @@ def saved(folder: Path, **content: Any) -> Path:
     return folder / "last.pt"
 
 
+@pytest.fixture
+def like(tmp_path: Path) -> Path:
+    return saved(tmp_path, model=values(5))
+
+
+@pytest.fixture
+def with_average(tmp_path: Path) -> Path:
+    return saved(tmp_path, model=values(5), ema=values(6))
+
+
 def load(path: Path) -> Any:
     """Load a checkpoint as a careful training does."""
     return torch.load(path, weights_only=True)
@@ -636,8 +646,8 @@ def test_options_that_do_not_fit(
     options,
     kind,
     message,
+    like,
 ):
-    like = saved(tmp_path, model=values(5))
     with nothing_left(tmp_path), pytest.raises(kind, match=message):
         run.write(TARGET, tmp_path / out, **({"like": like} | options))
 
@@ -655,24 +665,22 @@ def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(tmp_path, ru
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
-def test_a_copy_that_fails_leaves_nothing(operation, tmp_path, run):
-    like = saved(tmp_path, model=values(5), ema=values(6))
+def test_a_copy_that_fails_leaves_nothing(operation, tmp_path, run, with_average):
     for at in range(0, 12, 3):
         fails = failing(operation, errno.ENOSPC, call_number(at))
         with nothing_left(tmp_path), fails, suppress(WriteError):
-            run.write(TARGET, tmp_path / "other.pt", like=like)
+            run.write(TARGET, tmp_path / "other.pt", like=with_average)
             (tmp_path / "other.pt").unlink()
 
 
-def test_a_checkpoint_is_replaced_by_its_whole_copy_or_stays(tmp_path, run):
-    like = saved(tmp_path, model=values(5), ema=values(6))
-    run.write(TARGET, tmp_path / "new.pt", like=like)
+def test_a_checkpoint_is_replaced_by_its_whole_copy_or_stays(tmp_path, run, with_average):
+    run.write(TARGET, tmp_path / "new.pt", like=with_average)
     for at in range(0, 12, 3):
         with failing("write", KeyboardInterrupt(), call_number(at)), suppress(KeyboardInterrupt):
-            run.write(TARGET, like, like=like, overwrite=True)
-        assert load(like)["model"].keys() == SHAPES.keys()
-    run.write(TARGET, like, like=like, overwrite=True)
-    assert like.read_bytes() == (tmp_path / "new.pt").read_bytes()
+            run.write(TARGET, with_average, like=with_average, overwrite=True)
+        assert load(with_average)["model"].keys() == SHAPES.keys()
+    run.write(TARGET, with_average, like=with_average, overwrite=True)
+    assert with_average.read_bytes() == (tmp_path / "new.pt").read_bytes()
     assert not [*tmp_path.glob(".ema-*")]
 
 
@@ -705,9 +713,9 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     monkeypatch,
     call,
     problem,
+    like,
 ):
     """Before the copy begins, and while it is made."""
-    like = saved(tmp_path, model=values(5))
     original = getattr(files.system, call)
 
     def after_a_change(*arguments: Any) -> Any:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from checkpoint_layouts import check_average
 from factories import Span
+from saved import read
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 
 WIDTHS = (0.05, 0.28)
@@ -39,7 +40,7 @@ def test_what_numbered_files_lack_is_asked_for(name, settings, reason, tmp_path)
         content = {"initted": torch.tensor(True), name: torch.ones(3)}
         torch.save(content, tmp_path / f"{number}.200.pt")
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(tmp_path, None, dry_run=True, **settings)
+        read(tmp_path, **settings)
 
 
 def test_pickles_of_edm2(tmp_path):
@@ -73,7 +74,7 @@ def test_a_file_of_another_name_is_not_of_edm2(tmp_path):
     file = tmp_path / "other.pkl"
     edm2_layout.save(file, edm2_layout.network())
     with pytest.raises(FileFormatError, match=r"other.pkl: is no file of edm2"):
-        import_checkpoints(file, None, dry_run=True, kind="edm2")
+        read(file, kind="edm2")
 
 
 def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path):

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import assert_equal, exported, store, write_each
+from saved import assert_equal, exported, read, store, write_each
 from walks import EVERY, STEPS, Save, Tensors, distance, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
-from posthoc_cli.checkpoints.import_run import Import
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 
 TIMES = [float(save.step) for save in saves()]
@@ -29,10 +28,6 @@ OPTIMIZER = {
 
 def weights(save: Save) -> Tensors:
     return save.weights
-
-
-def read(place: Path, **settings: Any) -> Import:
-    return import_checkpoints(place, None, dry_run=True, **settings)
 
 
 def times(place: Path, **settings: Any) -> list[float]:

@@ -19,12 +19,13 @@ from saved import (
     check_last,
     exported,
     named,
+    read,
     store,
     write_each,
 )
 from walks import EVERY, Save, Tensors, constant, copied, new_net, ratio, saves, walk, weights_of
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.profiles import OrdinaryEMA
 
@@ -110,7 +111,7 @@ def test_one_of_two_decays_in_names_is_chosen(tmp_path):
         torch.save(saves()[0].weights, tmp_path / f"ema_0.5_{save.step:06}.pt")
     asked = "ema_decay: must be given: the files are of several averages, 0.5 or 0.95"
     with pytest.raises(InvalidValueError, match=asked):
-        import_checkpoints(tmp_path, None, dry_run=True)
+        read(tmp_path)
     check(tmp_path, last.average, last.weights, ema_decay=0.95)
 
 
@@ -280,7 +281,7 @@ def test_ema_pytorch_in_files_of_its_own(tmp_path):
         state |= {"initted": torch.tensor(True), "step": torch.tensor(save.step)}
         torch.save(state, tmp_path / f"ema-{save.step}.pt")
     with pytest.raises(InvalidValueError, match=r"update_every: must be given: ema-\d+.pt"):
-        import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.95)
+        read(tmp_path, ema_decay=0.95)
     last = saves()[-1]
     file = tmp_path / f"ema-{last.step}.pt"
     assert_equal(exported(file), last.average)
@@ -367,7 +368,7 @@ def test_modules_of_ultralytics(has_model, tmp_path):
     last = saves(ramp)[-1]
     for copy in ("last.pt", "best.pt"):
         torch.save(content, tmp_path / copy)
-    found = import_checkpoints(tmp_path, None, dry_run=True).checkpoints
+    found = read(tmp_path).checkpoints
     averaged = [one for one in found if isinstance(one.profile, OrdinaryEMA)]
     assert [one.t for one in averaged] == all_steps()
     assert averaged[-1].decay == 0.9999
@@ -389,9 +390,9 @@ def test_counts_of_torchvision_begin_after_its_warm_up(tmp_path):
         torch.save(content, tmp_path / f"model_{epoch}.pth")
     settings = {"ema_decay": 0.95, "ema_warmup": "none", "first_epoch": 0}
     with pytest.raises(InvalidValueError, match=r"steps_per_epoch: must be .* since epoch 5"):
-        import_checkpoints(tmp_path, None, dry_run=True, **settings)
+        read(tmp_path, **settings)
     settings |= {"steps_per_epoch": EVERY, "update_every": 1}
-    found = import_checkpoints(tmp_path, None, dry_run=True, **settings).checkpoints
+    found = read(tmp_path, **settings).checkpoints
     assert {one.t for one in found} == {*all_steps()[5:]}
 
 

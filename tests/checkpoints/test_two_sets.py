@@ -15,6 +15,7 @@ from saved import (
     check_last,
     exported,
     named,
+    read,
     values_of,
     write_each,
 )
@@ -153,7 +154,7 @@ def test_the_weights_of_an_average_are_asked_for(tmp_path):
         lambda save: {"one": save.weights, "other": save.weights, "ema": save.average},
     )
     with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
-        import_checkpoints(tmp_path, None, dry_run=True)
+        read(tmp_path)
     check_last(tmp_path, weights="one")
 
 
@@ -197,8 +198,8 @@ def test_a_set_that_is_named_counts_where_a_layout_has_another(layout, average, 
     assert_equal(exported(file, average="slower"), slower)
     check_last(tmp_path, average=average, weights=weights)
     with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
-        import_checkpoints(tmp_path, None, dry_run=True, weights="nowhere")
-    others = import_checkpoints(tmp_path, None, dry_run=True, kind="checkpoints", weights="slower")
+        read(tmp_path, weights="nowhere")
+    others = read(tmp_path, kind="checkpoints", weights="slower")
     assert_equal(values_of(others.checkpoints[-1]), slower)
 
 
@@ -410,7 +411,7 @@ def test_an_average_without_weights_is_not_taken_for_weights(tmp_path):
     reason = "holds EMAs, and neither their decay nor weights next to them"
     with pytest.raises(InvalidValueError, match=reason):
         _ = Run(tmp_path).sources
-    done = import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.95)
+    done = read(tmp_path, ema_decay=0.95)
     assert done.counts == {"EMA of decay 0.95": len(saves())}
     assert_equal(values_of(done.checkpoints[-1]), saves()[-1].average)
 
@@ -559,7 +560,7 @@ def test_the_width_of_a_power_function_is_given(run, files, ema):
 def test_two_widths_of_one_average_are_refused(tmp_path):
     write_each(tmp_path, STEP, lambda save: {"model": save.weights, "ema": save.average})
     with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
-        import_checkpoints(tmp_path, None, dry_run=True, sigma_rels=(0.1, 0.2))
+        read(tmp_path, sigma_rels=(0.1, 0.2))
 
 
 def of_a_tenth(step):
