@@ -182,6 +182,13 @@ class Model:
         if not self.rule.is_schedule:
             since = t - starts[last]
         numbers = np.maximum(since / self.every, 0.0)
+        forgotten: FloatArray = _EVERYTHING * last + self._lost(numbers)
+        return forgotten
+
+    def _lost(self, numbers: FloatArray) -> FloatArray:
+        """Return -log of the share that remains of what was before so many updates."""
+        if self.rule == CONSTANT:
+            return numbers * min(self.value * self.every, _COPIED)
         most = float(numbers.max())
         ends = _groups_until(max(most, _UPDATES + 1.0))
         counts = np.diff(ends)
@@ -192,9 +199,8 @@ class Model:
         if self.claimed is not None:
             lost *= self.value / self.claimed
         by_number = np.append(0.0, lost)
-        lost = np.interp(numbers, ends, by_number)
-        forgotten: FloatArray = _EVERYTHING * last + lost
-        return forgotten
+        lost_by: FloatArray = np.interp(numbers, ends, by_number)
+        return lost_by
 
     def tails(self, times: FloatArray) -> FloatArray:
         """Return what the average at each time has of each earlier one: [times, times]."""

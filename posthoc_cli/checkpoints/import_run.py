@@ -226,13 +226,15 @@ def _audit(sources: Sequence[Checkpoint], given: ImportSettings) -> Audit:
 
 def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> str:
     """Return the warm-up with which the given decay fits the files; empty if there is none."""
+    if given.ema_decay is None:
+        return ""
     try:
         audit = _audit(sources, replace(given, ema_decay=None))
     except InvalidValueError:
         return ""
     if audit.verdict != "found" or _schedule_in(audit):
         return ""
-    if not (audit.found and given.ema_decay):
+    if not audit.found:
         return ""
     factor = (1 - audit.found) / (1 - given.ema_decay)
     is_near = abs(math.log(factor)) <= 3 * (audit.uncertainty or 0.0)

@@ -110,11 +110,6 @@ def test_numbers_with_gaps_are_steps_which_nothing_states(tmp_path):
     assert "nothing states their unit" in said
 
 
-def test_numbers_are_epochs_if_the_contents_have_an_equal_epoch(tmp_path):
-    write(tmp_path, "model_{}.pth", same(*BEST), has_its_epoch)
-    assert epochs_of(tmp_path) == BEST
-
-
 def test_numbers_are_steps_if_the_contents_have_another_epoch(tmp_path):
     for number in BEST:
         store(tmp_path / f"model_{number}.pth", number, epoch=2)
@@ -131,8 +126,10 @@ def test_steps_and_images_are_not_mixed(tmp_path):
 UNKNOWN = "nothing shows the first: `first_epoch` is 0 if it is"
 
 
-def test_an_unknown_first_epoch_is_said(tmp_path):
+def test_numbers_are_epochs_if_the_contents_have_an_equal_epoch(tmp_path):
+    """Their first one is said to be unknown."""
     write(tmp_path, "checkpoint-{}.pth", same(*BEST), has_its_epoch)
+    assert epochs_of(tmp_path) == BEST
     assert UNKNOWN in says(tmp_path)
     assert UNKNOWN not in says(tmp_path, first_epoch=1)
 
@@ -411,22 +408,13 @@ def test_the_content_has_the_epoch(tmp_path):
 # --- folders
 
 
-ENDINGS = pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
-
-
-@ENDINGS
-def test_files_of_every_ending(ending, tmp_path):
+@pytest.mark.parametrize("name", ["epoch_{}", "epoch_{}/model"])
+@pytest.mark.parametrize("ending", ["th", "tar", "bin", "pth.tar", "ckpt", "pkl", "pth"])
+def test_files_and_folders_of_every_ending(ending, name, tmp_path):
     for epoch in (1, 2, 3):
-        store(tmp_path / f"epoch_{epoch}.{ending}", epoch)
-    assert epochs_of(tmp_path) == [1, 2, 3]
-
-
-@ENDINGS
-def test_folders_with_files_of_every_ending(ending, tmp_path):
-    for epoch in (1, 2, 3):
-        folder = tmp_path / f"epoch_{epoch}"
-        folder.mkdir()
-        store(folder / f"model.{ending}", epoch)
+        file = tmp_path / f"{name.format(epoch)}.{ending}"
+        file.parent.mkdir(exist_ok=True)
+        store(file, epoch)
     assert epochs_of(tmp_path) == [1, 2, 3]
 
 
@@ -473,15 +461,6 @@ def of_modules_without_tensors(folder):
     torch.save({"model": None, "epoch": 3}, folder / "epoch_3.pt")
 
 
-def of_undecided_buffers(folder):
-    for save in saves():
-        state = dict(save.weights)
-        for name, value in save.weights.items():
-            flat = name.replace(".", "_")
-            state[f"ema_{flat}"] = value
-        torch.save({"state_dict": state}, folder / f"iter_{save.step}.pth")
-
-
 UNCLEAR = {
     two_unknown_sets: "--steps-per-epoch",
     two_averages: "average",
@@ -489,7 +468,6 @@ UNCLEAR = {
     of_one_time: "are both of step 5",
     of_ema_pytorch: "sigma_rels",
     of_modules_without_tensors: "no tensors",
-    of_undecided_buffers: "average",
 }
 
 

@@ -2,6 +2,7 @@
 in their format."""
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from walks import walk
 
 from posthoc_cli import Run, export_file, import_checkpoints
 from posthoc_cli.checkpoints.import_run import Import
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import DecayRule, Point
 
 DECAY = 0.995
@@ -190,7 +191,7 @@ def mmengine(folder):
     return {"ema_decay": DECAY, "prefix": "net."}
 
 
-LIBRARIES = [timm, plain, diffusers, lightning, ema_pytorch, mmengine]
+LIBRARIES = [plain, diffusers, lightning, ema_pytorch, mmengine]
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda one: one.__name__)
@@ -249,31 +250,19 @@ def decays_of(done: Import) -> set[float]:
     return {one.decay for one in done.checkpoints if one.decay}
 
 
-def test_the_decay_is_found(files, run):
-    timm(files)
-    done = import_checkpoints(files, run)
-    assert done.checks[0].startswith("found: decay 0.99")
-    (decay,) = decays_of(done)
-    assert decay == pytest.approx(DECAY, abs=2e-4)
-    error, _ = error_of(Run(run))
-    assert error < 2e-3
-
-
-@pytest.fixture
-def of_ema_pytorch(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def of_ema_pytorch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return files that count calls, and do not say how many there are between two updates."""
-    folder = tmp_path / "x"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("counted")
     ema_pytorch(folder, 1, 0)
     return folder
 
 
 def test_the_warm_up_of_ema_pytorch_is_found(of_ema_pytorch, run):
-    (audit,) = Run(of_ema_pytorch).audit()
-    assert audit.verdict == "found"
+    (line,) = import_checkpoints(of_ema_pytorch, run).checks
+    found = re.search(r"^found: decay ([\d.]+) at the end, still rising by", line)
     last = 1 - STEPS ** (-2 / 3)
-    assert audit.found == pytest.approx(last, abs=1e-3)
-    import_checkpoints(of_ema_pytorch, run)
+    assert float(found[1]) == pytest.approx(last, abs=1e-3)
     check(run, most=1)
 
 
@@ -312,22 +301,20 @@ def test_the_decay_is_found_though_some_of_the_files_say_theirs(files, run):
     write(files, train(), ema(DECAY), form=form)
     done = import_checkpoints(files, run)
     assert done.checks[0].startswith("found: decay 0.99")
-    assert len(decays_of(done)) == 1
+    (decay,) = decays_of(done)
+    assert decay == pytest.approx(DECAY, abs=2e-4)
+    error, _ = error_of(Run(run))
+    assert error < 2e-3
 
 
-def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(tmp_path, files):
+def test_predictions_count_the_uncertainty_of_a_decay_that_was_found(files, run):
     """If predictions ignored it, actual errors would be up to 43 times the predicted ones."""
     weights = train(0.1, True, "SGD")
     write(files, weights, ema(0.9925))
-    import_checkpoints(files, tmp_path / "found")
-    import_checkpoints(files, tmp_path / "said", ema_decay=0.9925)
-    found = Run(tmp_path / "found")
-    said = Run(tmp_path / "said")
-    for width in (0.05, 0.1, 0.15, 0.25):
-        error, uncertain = error_of(found, width, weights=weights)
+    import_checkpoints(files, run)
+    for width in (0.05, 0.25):
+        error, uncertain = error_of(Run(run), width, weights=weights)
         assert 1 / 3 < error / uncertain < 3
-        _, exact = error_of(said, width, weights=weights)
-        assert exact < uncertain
 
 
 def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path, files):
@@ -340,8 +327,6 @@ def test_more_checkpoints_are_taken_in_though_they_show_another_decay(tmp_path, 
     assert again.written
     assert len(again.checkpoints) == len(first.checkpoints) + 2
     assert len(decays_of(first) | decays_of(again)) == 2
-    with pytest.raises(OutputExistsError, match="with other settings"):
-        import_checkpoints(files, tmp_path / "run", ema_decay=0.9873)
 
 
 def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(files, run):
@@ -353,7 +338,7 @@ def test_a_decay_that_people_use_is_taken_if_it_is_as_likely(files, run):
 
 
 def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
-    write(files, train(1e-2, False, "Adam"), ema(0.98))
+    write(files, train(), ema(0.98))
     for step in range(EVERY, STEPS - EVERY, EVERY):  # the two files that remain show it to 72 %
         (files / f"step{step}.pt").unlink()
     reason = "ema_decay: must be given: the checkpoints do not show"
@@ -362,8 +347,8 @@ def test_a_decay_that_the_files_show_too_vaguely_is_asked_for(files, run):
     assert import_checkpoints(files, run, ema_decay=0.98).written
 
 
-@pytest.fixture
-def begun_at_51(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def begun_at_51(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return files whose counts of updates do not show the interval: 50 at step 100 may mean one
     update in 2 steps, or an average that began at step 51."""
 
@@ -379,7 +364,8 @@ def begun_at_51(tmp_path: Path) -> Path:
     def decay(step):
         return min(DECAY, ratio(step - 50)) if step > 50 else 0.0
 
-    return write(tmp_path / "x", train(), by(decay), form=form)
+    folder = tmp_path_factory.mktemp("begun")
+    return write(folder, train(), by(decay), form=form)
 
 
 @pytest.mark.parametrize(
@@ -404,12 +390,6 @@ def test_the_interval_and_the_counts_tell_the_first_update(begun_at_51, run):
         assert settings["first"] == 51
     error, predicted = error_of(Run(run))
     assert error < 2 * predicted < 2e-3
-
-
-def test_a_kind_that_files_are_not_is_named(files, run):
-    plain(files)
-    with pytest.raises(FileFormatError, match="is no file of torchtitan"):
-        import_checkpoints(files, run, kind="torchtitan")
 
 
 def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from factories import FloatArray
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run
 
 STEPS = 2000
 SIZE = 300
@@ -60,14 +60,13 @@ def falling() -> FloatArray:
     return walk(np.clip(left / 0.1, 0, 1))
 
 
-def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(tmp_path, files):
+def test_a_rate_that_falls_to_0_in_the_last_interval_is_no_restart(files):
     """Motion that is over early within an interval was taken for an average that began again."""
     save(files, falling(), LATE)
     (audit,) = Run(files).audit()
     assert audit.verdict == "found"
     assert audit.starts == ()
     assert audit.found == pytest.approx(0.99, abs=0.0005)
-    import_checkpoints(files, tmp_path / "run", ema_decay=0.99, ema_warmup="none")
 
 
 def test_a_restart_in_such_an_interval_is_still_one(files):
@@ -76,10 +75,9 @@ def test_a_restart_in_such_an_interval_is_still_one(files):
     assert audit.verdict == "began again"
 
 
-def test_two_files_between_two_updates_have_one_average(tmp_path, files):
+def test_two_files_between_two_updates_have_one_average(files):
     steps = [*range(100, STEPS + 1, 100), 1722, 1725]
     path = walk(np.ones(STEPS))
     save(files, path, steps, decay=0.97, every=10)
     (audit,) = Run(files).audit()
     assert audit.verdict == "found"
-    import_checkpoints(files, tmp_path / "run")

@@ -74,7 +74,6 @@ def long_power(n):
 RISING = {
     "ratio": (limited_ratio, r"decay 0.9[89].*, reached by the warm-up \(1 \+ n\) / "),
     "still rising": (ratio, r"decay 0.994.* by the warm-up \(1 \+ n\) / \(10 \+ n\)"),
-    "power": (limited_power, r"decay 0.9[89].*the warm-up 1 - \(1 \+ n\)\^-0.667"),
     "another power": (long_power, r"the warm-up 1 - \(1 \+ n\)\^-0.75"),
 }
 WARM_UPS = {"still rising": "ratio", "another power": "power:0.75"}
@@ -129,12 +128,6 @@ def test_a_late_start_that_nobody_says_is_found(files, run):
     assert settings["ema_warmup"] == "none"
     assert abs(settings["update_after_step"] - 430) <= 15
     check(run, low=0.2)
-    assert_explained(run)
-
-
-def test_the_audit_of_an_import_knows_its_warm_up(files, run):
-    imported_line(files, run, by(long_power))
-    assert_explained(run)
 
 
 def assert_explained(run: Path) -> None:
@@ -175,24 +168,29 @@ def weights_alone(_, weights, __):
     return weights
 
 
-@pytest.mark.parametrize("form", [with_copies, without_copies])
+@pytest.fixture(scope="module")
+def error_of_weights(tmp_path_factory: pytest.TempPathFactory) -> float:
+    folder = tmp_path_factory.mktemp("weights")
+    write(folder, train(), late(1000), form=weights_alone)
+    error, _ = error_of(Run(folder), 0.25)
+    return error
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("form", "settings"),
     [
-        {},
-        {"ema_decay": 0.995},
+        (without_copies, {}),
+        (with_copies, {"ema_decay": 0.995}),
     ],
 )
-def test_files_before_a_late_start_are_weights(form, settings, tmp_path, files, run):
+def test_files_before_a_late_start_are_weights(form, settings, error_of_weights, files, run):
     """The average in files before is a copy of the weights, or absent."""
     write(files, train(), late(1000), form=form)
-    of_weights = write(tmp_path / "weights", train(), late(1000), form=weights_alone)
-    alone, _ = error_of(Run(of_weights), 0.25)
     done = import_checkpoints(files, run, **settings)
     assert done.counts["weights"] == len(TIMES)
     after = range(1100, STEPS + 1, EVERY)
     assert len(done.checkpoints) == len(TIMES) + len(after)
-    check(run, 0.25, most=1.01 * alone, low=0.4, high=2)
+    check(run, 0.25, most=1.01 * error_of_weights, low=0.4, high=2)
 
 
 def test_a_start_after_the_last_file_is_refused(files):
@@ -230,7 +228,7 @@ def test_a_power_function_that_files_show_too_vaguely_is_asked_for(files, run):
         import_checkpoints(folder, run)
 
 
-def test_rules_that_explain_the_files_equally_are_asked_for(files, run, ema):
+def test_rules_that_explain_the_files_equally_are_asked_for(files, run):
     """Drift and white noise, from which no rule follows."""
     random = np.random.default_rng(0)
     direction = random.standard_normal(train().shape[1])
@@ -238,12 +236,10 @@ def test_rules_that_explain_the_files_equally_are_asked_for(files, run, ema):
     noise = 0.1 * random.standard_normal(drift.shape)
     weights = train()[0] + drift + noise
     write(files, weights, by(lambda _: 0.95))
-    done = ema("import", files, "--out", run)
-    assert done.code == 2
     choices = "about equally as decay .* with warm-up .*, and as decay .* with warm-up"
-    assert re.search(f"--ema-decay: must be given: .* {choices}", done.error), done.error
+    with pytest.raises(InvalidValueError, match=f"ema_decay: must be given: .* {choices}"):
+        import_checkpoints(files, run)
     assert not run.exists()
-    assert ema("audit", files).code == 0
 
 
 def average_alone(_, __, average):
@@ -373,8 +369,14 @@ def test_half_lives_in_images(library, files):
         check_tail(run, step, 1 - np.prod(decays))
 
 
-def test_what_files_of_images_do_not_say_is_asked_for(files, run, ema):
-    command = ["import", edm(files), "--out", run]
+@pytest.fixture(scope="module")
+def of_edm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return files that do not say the half-life."""
+    return edm(tmp_path_factory.mktemp("edm") / "files")
+
+
+def test_what_files_of_images_do_not_say_is_asked_for(of_edm, run, ema):
+    command = ["import", of_edm, "--out", run]
     assert "--update-every: must be given, the images of a batch: " in ema(*command).error
     command += ["--update-every", BATCH, "--ema-decay", "half-life:60k"]
     assert "--ema-warmup: must be given, ramp-up or none: " in ema(*command).error
@@ -383,15 +385,14 @@ def test_what_files_of_images_do_not_say_is_asked_for(files, run, ema):
     check(run, prefix="model.")
 
 
-def test_a_ramp_up_is_found(files, run, ema):
-    folder = edm(files)
-    done = ema("import", folder, "--out", run, "--update-every", BATCH)
-    assert "the ramp-up of its half-life to 0.05 of the training so far" in done.out, done.err
+def test_a_ramp_up_is_found(of_edm, run):
+    (line,) = import_checkpoints(of_edm, run, update_every=BATCH).checks
+    assert "the ramp-up of its half-life to 0.05 of the training so far" in line
     check(run, prefix="model.")
 
 
-def test_names_count_thousands_of_images_rounded_down(files):
-    file = edm(files) / "network-snapshot-000040.pkl"
+def test_names_count_thousands_of_images_rounded_down(of_edm):
+    file = of_edm / "network-snapshot-000040.pkl"
     settings = {"update_every": 399, "ema_decay": "half-life:60k", "ema_warmup": "ramp-up"}
     done = import_checkpoints(file, None, dry_run=True, **settings)
     assert done.checkpoints[0].step == 101 * 399
