@@ -9,6 +9,7 @@ import sys
 import types
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -50,6 +51,21 @@ def network() -> nn.Module:
     return net
 
 
+MODULES = {
+    "dnnlib": types.ModuleType("dnnlib"),
+    "dnnlib.util": types.ModuleType("dnnlib.util"),
+    "torch_utils": types.ModuleType("torch_utils"),
+    "torch_utils.persistence": types.ModuleType("torch_utils.persistence"),
+}
+"""The training's modules, which pickles name."""
+for value, name in (
+    (EasyDict, "dnnlib.util"),
+    (_reconstruct_persistent_obj, "torch_utils.persistence"),
+):
+    value.__module__ = name
+    setattr(MODULES[name], value.__name__, value)
+
+
 def save(
     path: Path,
     net: nn.Module,
@@ -59,27 +75,9 @@ def save(
 ) -> None:
     """Write a pickle of EDM2; or of EDM or StyleGAN, which do not round, and have other networks in
     it."""
-    modules = {
-        "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
-        "dnnlib.util": {"EasyDict": EasyDict},
-    }
-    for name, values in modules.items():  # under the names of the training's modules
-        module = types.ModuleType(name)
-        for key, value in values.items():
-            value.__module__ = name
-            value.__qualname__ = key
-            setattr(module, key, value)
-        sys.modules[name] = module
-    sys.modules["torch_utils"], sys.modules["dnnlib"] = (
-        types.ModuleType("torch_utils"),
-        types.ModuleType("dnnlib"),
-    )
     content = EasyDict(
         encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), loss_fn=Persistent(), **others
     )
     content[under] = net.half() if half else net
-    try:
+    with mock.patch.dict(sys.modules, MODULES):
         path.write_bytes(pickle.dumps(content))
-    finally:
-        for name in ("torch_utils", "dnnlib", *modules):
-            del sys.modules[name]

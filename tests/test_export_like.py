@@ -25,7 +25,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from checking import assert_same_tensors
 from checkpoint_layouts import distributed
-from ema_command import Ema
 from factories import contents, write_output
 from groups import check_group
 from safetensors.torch import load_file, save_file
@@ -97,6 +96,16 @@ def saved(folder: Path, **content: Any) -> Path:
     return folder / "last.pt"
 
 
+@pytest.fixture
+def like(tmp_path: Path) -> Path:
+    return saved(tmp_path, model=values(5))
+
+
+@pytest.fixture
+def with_average(tmp_path: Path) -> Path:
+    return saved(tmp_path, model=values(5), ema=values(6))
+
+
 def load(path: Path) -> Any:
     """Load a checkpoint as a careful training does."""
     return torch.load(path, weights_only=True)
@@ -158,13 +167,8 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "half precision": (
         "ema",
         "",
-        {
-            "model": values(5),
-            "ema": values(6, dtype=torch.bfloat16),
-            "step": 1,
-        },
+        {"model": values(5), "ema": values(6, dtype=torch.bfloat16)},
     ),
-    "float64": ("model", "", {"model": values(5, dtype=torch.float64), "step": 1}),
     "lightning": (
         "state_dict",
         "net.",
@@ -181,7 +185,7 @@ FILES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, kind: str) -> None:
+def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path, run, kind):
     key, prefix, content = FILES[kind]
     like = saved(tmp_path, **content)
     said, loaded = copied(run, like)
@@ -195,10 +199,10 @@ def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path: Path, run: Run, k
 
 @pytest.mark.parametrize("protocol", [3, 5])
 def test_a_file_of_pickle_dump_keeps_every_other_byte(
-    tmp_path: Path,
-    run: Run,
-    protocol: int,
-) -> None:
+    tmp_path,
+    run,
+    protocol,
+):
     like = tmp_path / "last.pkl"
     out = tmp_path / "averaged.pkl"
     content = {"model": values(5), "ema": values(6), "step": 7}
@@ -233,26 +237,15 @@ class Training:
         return Run(folder)
 
 
-@pytest.mark.parametrize(
-    ("replaced", "kept"),
-    [
-        ("ema", "model"),
-        ("model", "ema"),
-    ],
-)
-def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
-    tmp_path: Path,
-    replaced: str,
-    kept: str,
-) -> None:
+def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(tmp_path):
     training = Training()
     averaged = deepcopy(training.model.state_dict())
     run = training.tracked(tmp_path / "run")
     content = {"model": training.model.state_dict(), "ema": averaged}
-    like = saved(tmp_path, **content, optimizer=training.optimizer.state_dict(), epoch=20)
-    _, loaded = copied(run, like, 0.1, weights=replaced == "model")
-    assert_same_tensors(loaded[replaced], run.average(0.1))
-    assert_same_tensors(loaded[kept], content[kept])
+    like = saved(tmp_path, **content, optimizer=training.optimizer.state_dict())
+    _, loaded = copied(run, like, 0.1, weights=True)
+    assert_same_tensors(loaded["model"], run.average(0.1))
+    assert_same_tensors(loaded["ema"], averaged)
     again = Training()
     again.model.load_state_dict(loaded["model"])
     again.optimizer.load_state_dict(loaded["optimizer"])
@@ -262,10 +255,7 @@ def test_a_training_goes_on_from_the_copy_with_its_optimizer_as_it_was(
     again.step()
 
 
-def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(tmp_path, run):
     flat = torch.arange(54.0)  # also one element that is no tensor's
     matrix = torch.full((900, 1400), 7.0)
     channels_last = flat[4:52].view(4, 2, 2, 3)
@@ -288,7 +278,7 @@ def test_tensors_in_other_orders_and_in_one_storage_are_written_in_place(
     assert not loaded["model"]["conv.bias"].any()
 
 
-def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
+def test_columns_of_one_matrix_are_not_mixed_up(tmp_path):
     parts = {
         "q": torch.full((50, 3), 1.0),
         "k": torch.full((50, 4), 2.0),
@@ -299,7 +289,7 @@ def test_columns_of_one_matrix_are_not_mixed_up(tmp_path: Path) -> None:
     assert_same_tensors(loaded, parts)
 
 
-def test_elements_with_bytes_in_common_are_refused(tmp_path: Path, run: Run) -> None:
+def test_elements_with_bytes_in_common_are_refused(tmp_path, run):
     """One byte cannot hold the values of several elements."""
     row = torch.zeros(1, 900)
     repeated = values(5) | {"head.weight": row.expand(700, 900)}
@@ -311,7 +301,7 @@ def test_elements_with_bytes_in_common_are_refused(tmp_path: Path, run: Run) -> 
             copied(run, like)
 
 
-def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
+def test_tied_tensors_are_one_place(tmp_path, run):
     state = values(5)
     state["tied.weight"] = state["head.weight"]
     like = saved(tmp_path, model=state)
@@ -322,32 +312,33 @@ def test_tied_tensors_are_one_place(tmp_path: Path, run: Run) -> None:
     assert not loaded["model"]["head.weight"].any()
 
 
-@pytest.mark.parametrize("is_tied", [True, False])
-def test_names_that_are_tied_in_the_checkpoint_must_have_equal_values(
-    is_tied: bool,
-    tmp_path: Path,
-) -> None:
-    """Of a model that is exported, and of a run that stores them twice."""
+@pytest.fixture
+def of_two_names(tmp_path):
+    """A checkpoint in which two names are of one tensor."""
     weights = torch.arange(6.0)
-    like = saved(tmp_path, a=weights, b=weights)
-    twice = {"a": torch.ones(6), "b": torch.ones(6)}
-    if not is_tied:
-        twice["b"][5] = 2.0
-    source = write_output(tmp_path / "source.safetensors", twice)
-    run = stored(tmp_path, 1, twice)
-    if is_tied:
-        export_file(source, tmp_path / "out.pt", like=like)
-        assert_same_tensors(load(tmp_path / "out.pt"), twice)
-        _, loaded = copied(run, like, "last:1")
-        assert_same_tensors(loaded, twice)
-        return
-    with pytest.raises(MismatchError, match="'a' and 'b' are one in it"):
-        export_file(source, tmp_path / "out.pt", like=like)
-    with pytest.raises(MismatchError, match="'a' and 'b' are one in it"):
-        copied(run, like, "last:1")
+    return saved(tmp_path, a=weights, b=weights)
 
 
-def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> None:
+def test_equal_values_of_two_names_are_written_into_one_place(of_two_names, tmp_path):
+    """Of a model that is exported, and of a run that stores them twice."""
+    equal = {"a": torch.ones(6), "b": torch.ones(6)}
+    source = write_output(tmp_path / "source.safetensors", equal)
+    export_file(source, tmp_path / "out.pt", like=of_two_names)
+    assert_same_tensors(load(tmp_path / "out.pt"), equal)
+    _, loaded = copied(stored(tmp_path, 1, equal), of_two_names, "last:1")
+    assert_same_tensors(loaded, equal)
+
+
+def test_other_values_of_two_names_are_refused(of_two_names, tmp_path):
+    other = {"a": torch.ones(6), "b": torch.zeros(6)}
+    source = write_output(tmp_path / "source.safetensors", other)
+    with pytest.raises(MismatchError, match="'a' and 'b' are one in it"):
+        export_file(source, tmp_path / "out.pt", like=of_two_names)
+    with pytest.raises(MismatchError, match="'a' and 'b' are one in it"):
+        copied(stored(tmp_path, 1, other), of_two_names, "last:1")
+
+
+def test_tensors_that_complete_the_average_are_not_replaced(tmp_path):
     """An EMA of parameters has no buffers; those of the weights stay."""
     training = Training()
     run = training.tracked(tmp_path / "run")
@@ -364,10 +355,10 @@ def test_tensors_that_complete_the_average_are_not_replaced(tmp_path: Path) -> N
 
 
 def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
-    tmp_path: Path,
-    run: Run,
-    ema: Ema,
-) -> None:
+    tmp_path,
+    run,
+    ema,
+):
     weights = values(5)
     average = values(6) | {"conv.bias": weights["conv.bias"]}
     like = saved(tmp_path, model=weights, ema=average)
@@ -380,14 +371,14 @@ def test_a_tensor_that_the_average_shares_with_the_weights_stays_and_is_named(
     check_replaced(loaded["ema"])
 
 
-def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path: Path, run: Run) -> None:
+def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path, run):
     weights = values(5)
     said, loaded = copied(run, saved(tmp_path, model=weights, ema=weights))
     assert said["replaced"] == "weights"
     check_replaced(loaded["model"])
 
 
-def test_a_counter_of_another_dtype_stays(tmp_path: Path) -> None:
+def test_a_counter_of_another_dtype_stays(tmp_path):
     counted = {"w": torch.ones(2), "count": torch.tensor(5)}
     run = stored(tmp_path, 1, counted)
     other = {"w": torch.zeros(2), "count": torch.tensor(3, dtype=torch.int32)}
@@ -398,7 +389,7 @@ def test_a_counter_of_another_dtype_stays(tmp_path: Path) -> None:
     assert loaded["model"]["w"].tolist() == [1, 1]
 
 
-def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
+def test_one_of_several_averages_is_named(tmp_path, run):
     like = saved(tmp_path, model=values(4), ema1=values(5), ema2=values(6))
     with pytest.raises(FileFormatError, match="unclear: 'ema1', 'ema2'"):
         copied(run, like)
@@ -411,7 +402,7 @@ def test_one_of_several_averages_is_named(tmp_path: Path, run: Run) -> None:
 # --- safetensors, folders
 
 
-def test_a_safetensors_file_keeps_its_header(tmp_path: Path, run: Run) -> None:
+def test_a_safetensors_file_keeps_its_header(tmp_path, run):
     like = tmp_path / "model.safetensors"
     out = tmp_path / "new.safetensors"
     state = values(5, "model.", torch.float16)
@@ -459,13 +450,13 @@ def trainer_output(folder: Path, stem: str, ending: str) -> Path:
     ],
 )
 def test_the_output_of_a_trainer_is_copied_without_its_checkpoints(
-    tmp_path: Path,
-    run: Run,
-    stem: str,
-    ending: str,
-    stale: str,
-    ema: Ema,
-) -> None:
+    tmp_path,
+    run,
+    stem,
+    ending,
+    stale,
+    ema,
+):
     like = trainer_output(tmp_path / "out", stem, ending)
     kept = contents(like)
     trainer_output(like / "checkpoint-10", stem, ending)
@@ -498,21 +489,7 @@ def changed_files(before: Path, after: Path) -> set[str]:
     return {name for name in old if old[name] != new[name]}
 
 
-def test_a_checkpoint_of_accelerate_keeps_the_state_of_the_training(
-    tmp_path: Path,
-    run: Run,
-) -> None:
-    like = tmp_path / "checkpoint_3"
-    like.mkdir()
-    save_file(values(5), like / "model.safetensors", {"format": "pt"})
-    for name in ("optimizer.bin", "scheduler.bin", "custom_checkpoint_1.pkl"):
-        torch.save(optimizer_state(), like / name)
-    run.write(TARGET, tmp_path / "new", like=like)
-    assert changed_files(like, tmp_path / "new") == {"model.safetensors"}
-    check_replaced(load_file(tmp_path / "new/model.safetensors"))
-
-
-def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Run) -> None:
+def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path, run):
     like = tmp_path / "checkpoint-500"
     for seed, name in ((5, "unet"), (6, "unet_ema")):
         folder = like / name
@@ -531,27 +508,16 @@ def test_the_average_of_diffusers_in_a_folder_of_its_own(tmp_path: Path, run: Ru
 # --- torch.distributed.checkpoint
 
 
-def loaded_distributed(folder: Path, content: Any) -> dict[str, Any]:
+def loaded_distributed(folder: Path, *keys: str) -> dict[str, Any]:
     """Load a folder into tensors with other values, as a training does."""
-
-    def empty(content: Any) -> Any:
-        if isinstance(content, dict):
-            return {key: empty(value) for key, value in content.items()}
-        if isinstance(content, torch.Tensor):
-            return torch.full_like(content, 3)
-        return content
-
-    state = empty(content)
+    state = {key: values(3) for key in keys}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=str(folder), no_dist=True)
     return state
 
 
-def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(tmp_path, run):
     content = {
         "model": values(5),
         "ema": values(6),
@@ -563,7 +529,7 @@ def test_a_folder_of_torch_distributed_checkpoint_keeps_every_other_byte(
     distributed(like, content)
     run.write(TARGET, out, like=like)
     (name,) = changed_files(like, out)
-    state = loaded_distributed(out, content)
+    state = loaded_distributed(out, "model", "ema", "optim")
     check_replaced(state["ema"])
     assert_same_tensors(state["model"], values(5))
     assert_same_tensors(state["optim"], values(9))
@@ -597,13 +563,13 @@ dcp.save({"model": state, "step": 3}, checkpoint_id=arguments[1])
 """
 
 
-def test_chunks_of_several_processes(tmp_path: Path, run: Run) -> None:
+def test_chunks_of_several_processes(tmp_path, run):
     torch.save(values(5), tmp_path / "tensors.pt")
     like = tmp_path / "like"
     out = tmp_path / "new"
-    check_group(SHARDED, 3, tmp_path / "group", tmp_path / "tensors.pt", like)
+    check_group(SHARDED, 2, tmp_path / "group", tmp_path / "tensors.pt", like)
     run.write(TARGET, out, like=like)
-    loaded = loaded_distributed(out, {"model": values(5)})
+    loaded = loaded_distributed(out, "model")
     check_replaced(loaded["model"])
     assert changed_files(like, out) == {path.name for path in like.glob("*.distcp")}
 
@@ -632,24 +598,33 @@ OTHER_TENSORS: dict[str, Tensors] = {
 
 @pytest.mark.parametrize("message", OTHER_TENSORS)
 def test_tensors_that_do_not_fit_are_errors_before_anything_is_written(
-    tmp_path: Path,
-    run: Run,
-    message: str,
-) -> None:
+    tmp_path,
+    run,
+    message,
+):
     like = saved(tmp_path, model=OTHER_TENSORS[message])
-    for out in (tmp_path / "new.pt", None):
-        with nothing_left(tmp_path), pytest.raises(MismatchError, match=message):
-            run.write(TARGET, out, like=like, dry_run=out is None)
+    with nothing_left(tmp_path), pytest.raises(MismatchError, match=message):
+        run.write(TARGET, None, like=like, dry_run=True)
+    with nothing_left(tmp_path), pytest.raises(MismatchError, match=message):
+        run.write(TARGET, tmp_path / "new.pt", like=like)
 
 
-def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
-    large = {"a": torch.ones(2), "b": torch.tensor([7e4])}
+@pytest.mark.parametrize(
+    ("dtype", "most", "larger"),
+    [
+        (torch.float16, 65504.0, 7e4),
+        (torch.float8_e4m3fn, 448.0, 470.0),
+    ],
+)
+def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(dtype, most, larger, tmp_path):
+    """torch itself would write 448, the largest value of eight bits."""
+    large = {"a": torch.tensor([most]), "b": torch.tensor([larger])}
     run = stored(tmp_path, 1, large)
-    narrow = {name: value.half() for name, value in large.items()}
-    like = saved(tmp_path, model=narrow)
-    message = r"'b': torch\.float16 cannot hold its largest value"
+    like = tmp_path / "like.safetensors"
+    save_file({name: value.to(dtype) for name, value in large.items()}, like)
+    message = f"'b': {dtype} cannot hold its largest value"
     with nothing_left(tmp_path), pytest.raises(NonFiniteError, match=message):
-        copied(run, like, "last:1")
+        run.write("last:1", tmp_path / "new.safetensors", like=like)
 
 
 @pytest.mark.parametrize(
@@ -665,22 +640,19 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -
     ],
 )
 def test_options_that_do_not_fit(
-    tmp_path: Path,
-    run: Run,
-    out: str,
-    options: dict[str, Any],
-    kind: type[Exception],
-    message: str,
-) -> None:
-    like = saved(tmp_path, model=values(5))
+    tmp_path,
+    run,
+    out,
+    options,
+    kind,
+    message,
+    like,
+):
     with nothing_left(tmp_path), pytest.raises(kind, match=message):
         run.write(TARGET, tmp_path / out, **({"like": like} | options))
 
 
-def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(tmp_path, run):
     own = tmp_path / "own.safetensors"
     run.write(TARGET, own)
     with pytest.raises(InvalidValueError, match=r"own\.safetensors was written by this package"):
@@ -692,31 +664,31 @@ def test_a_file_of_this_package_and_a_folder_to_replace_are_refused(
         run.write(TARGET, like, like=like, overwrite=True)
 
 
-def test_a_checkpoint_may_be_replaced_by_its_copy_which_a_failure_leaves_alone(
-    tmp_path: Path,
-    run: Run,
-) -> None:
-    like = saved(tmp_path, model=values(5), ema=values(6))
-    run.write(TARGET, tmp_path / "new.pt", like=like)
-    for at in range(0, 12, 2):
-        for operation in ("write", "fsync", "rename"):
-            fails = failing(operation, errno.ENOSPC, call_number(at))
-            with nothing_left(tmp_path), fails, suppress(WriteError):
-                run.write(TARGET, tmp_path / "other.pt", like=like)
-                (tmp_path / "other.pt").unlink()
+@pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
+def test_a_copy_that_fails_leaves_nothing(operation, tmp_path, run, with_average):
+    for at in range(0, 12, 3):
+        fails = failing(operation, errno.ENOSPC, call_number(at))
+        with nothing_left(tmp_path), fails, suppress(WriteError):
+            run.write(TARGET, tmp_path / "other.pt", like=with_average)
+            (tmp_path / "other.pt").unlink()
+
+
+def test_a_checkpoint_is_replaced_by_its_whole_copy_or_stays(tmp_path, run, with_average):
+    run.write(TARGET, tmp_path / "new.pt", like=with_average)
+    for at in range(0, 12, 3):
         with failing("write", KeyboardInterrupt(), call_number(at)), suppress(KeyboardInterrupt):
-            run.write(TARGET, like, like=like, overwrite=True)
-        assert load(like)["model"].keys() == SHAPES.keys()
-    run.write(TARGET, like, like=like, overwrite=True)
-    assert like.read_bytes() == (tmp_path / "new.pt").read_bytes()
+            run.write(TARGET, with_average, like=with_average, overwrite=True)
+        assert load(with_average)["model"].keys() == SHAPES.keys()
+    run.write(TARGET, with_average, like=with_average, overwrite=True)
+    assert with_average.read_bytes() == (tmp_path / "new.pt").read_bytes()
     assert not [*tmp_path.glob(".ema-*")]
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tmp_path,
+    run,
+    monkeypatch,
+):
     """The copy has the size of the checkpoint, not only that of the average."""
     like = saved(tmp_path, model=values(5), optimizer={"m": torch.zeros(10**6)})
     size = like.stat().st_size
@@ -736,14 +708,14 @@ def test_a_full_disk_is_seen_before_anything_is_written(
     ],
 )
 def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
-    tmp_path: Path,
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    call: str,
-    problem: str,
-) -> None:
+    tmp_path,
+    run,
+    monkeypatch,
+    call,
+    problem,
+    like,
+):
     """Before the copy begins, and while it is made."""
-    like = saved(tmp_path, model=values(5))
     original = getattr(files.system, call)
 
     def after_a_change(*arguments: Any) -> Any:
@@ -757,25 +729,7 @@ def test_a_checkpoint_that_a_training_replaces_meanwhile_is_noticed(
     assert {path.name for path in tmp_path.iterdir()} == {"run", "last.pt"}
 
 
-def test_damaged_and_compressed_archives_are_refused(tmp_path: Path, run: Run) -> None:
-    like = saved(tmp_path, model=values(5))
-    data = like.read_bytes()
-    packed = tmp_path / "packed.pt"
-    with zipfile.ZipFile(like) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
-        for info in old.infolist():
-            new.writestr(info.filename, old.read(info))
-    with nothing_left(tmp_path), pytest.raises(FileFormatError, match="compressed"):
-        copied(run, packed)
-    for length in (10, len(data) // 2, len(data) - 1):
-        like.write_bytes(data[:length])
-        with nothing_left(tmp_path), pytest.raises(FileFormatError):
-            copied(run, like)
-
-
-def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
-    tmp_path: Path,
-    run: Run,
-) -> None:
+def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(tmp_path, run):
     like = tmp_path / "like.pt"
     plain = saved(tmp_path, model=values(5))
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(like, "w") as new:
@@ -792,10 +746,10 @@ def test_an_archive_of_another_writer_has_its_checksums_in_local_headers(
         assert after[place : place + 4] == as_bytes(info.CRC)
 
 
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    """The tensors are of 64 MB, and so is the state of the optimizer."""
-    state = {"w": torch.ones(16_000_000)}
-    moments = {"m": torch.zeros(16_000_000)}
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
+    """The tensors are of 40 MB, and so is the state of the optimizer."""
+    state = {"w": torch.ones(10_000_000)}
+    moments = {"m": torch.zeros(10_000_000)}
     run = stored(tmp_path, 1, state)
     like = saved(tmp_path, model=state, optimizer=moments)
     run.write("last:1", tmp_path / "a.pt", like=like)
@@ -809,7 +763,7 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
 # --- the other commands
 
 
-def test_an_export_writes_any_model_into_a_checkpoint(tmp_path: Path, run: Run, ema: Ema) -> None:
+def test_an_export_writes_any_model_into_a_checkpoint(tmp_path, run, ema):
     weights = values(5, "module.")
     average = values(6, "module.")
     like = saved(tmp_path, model=weights, ema=average, step=3)
@@ -832,7 +786,7 @@ def test_an_export_writes_any_model_into_a_checkpoint(tmp_path: Path, run: Run, 
     assert_same_tensors(loaded["ema"], average)
 
 
-def test_several_targets_make_a_file_each(tmp_path: Path, run: Run) -> None:
+def test_several_targets_make_a_file_each(tmp_path, run):
     like = tmp_path / "last.ckpt"
     torch.save({"model": values(5), "step": 3}, like)
     made = tmp_path / "made"

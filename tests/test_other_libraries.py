@@ -34,92 +34,103 @@ def averaged(profile: Discrete, path: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(profile.masses) @ path[places]
 
 
-def store(
-    library: str,
+def network_of(path: torch.Tensor) -> torch.nn.Module:
+    return torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
+
+
+def by_nextml(folder: Path, path: torch.Tensor, every: int = EVERY, **settings: Any) -> None:
+    """Let pytorch-posthoc-ema store averages every `every` steps of a path."""
+    network = network_of(path)
+    ema = NextmlEMA.from_model(
+        network,
+        folder,
+        sigma_rels=WIDTHS,
+        checkpoint_every=every,
+        max_checkpoints=99,
+        **{"update_after_step": 1} | settings,
+    )
+    for weights in path:
+        network.weight.data.copy_(weights)
+        ema.update_(network)
+
+
+def by_lucidrains(
     folder: Path,
     path: torch.Tensor,
     every: int = EVERY,
-    interrupted_at: int = 0,
-    update_after_step: int = 1,
+    until: int = STEPS,
     **settings: Any,
 ) -> None:
-    """Let a library store averages every `every` steps of a path; `settings` are for both
-    libraries.
-
-    An interruption continues with another object from the state of the first one.
-    """
-    network = torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64)
-    if library == "posthoc-ema":
-        ema = NextmlEMA.from_model(
-            network,
-            folder,
+    """Let ema-pytorch do so; after `until` steps another object continues from the state of the
+    first one."""
+    network = network_of(path)
+    state = None
+    for part in path.tensor_split([until]):
+        ema = LucidrainsEMA(
+            network_of(path),
             sigma_rels=WIDTHS,
-            checkpoint_every=every,
-            update_after_step=update_after_step,
-            max_checkpoints=99,
+            checkpoint_every_num_steps=every,
+            checkpoint_folder=str(folder),
             **settings,
         )
-        for weights in path:
-            network.weight.data.copy_(weights)
-            ema.update_(network)
-        return
-    folders = {"checkpoint_every_num_steps": every, "checkpoint_folder": str(folder)}
-    ema = LucidrainsEMA(network, sigma_rels=WIDTHS, **folders, **settings)
-    for step, weights in enumerate(path):
-        if interrupted_at and step == interrupted_at:
-            state = ema.state_dict()
-            ema = LucidrainsEMA(
-                torch.nn.Linear(path.shape[1], 1, bias=False, dtype=torch.float64),
-                sigma_rels=WIDTHS,
-                **folders,
-                **settings,
-            )
+        if state:
             ema.load_state_dict(state)
-            for average in ema.ema_models:
-                average.online_model[0] = network
-        network.weight.data.copy_(weights)
-        ema.update()
+        for average in ema.ema_models:
+            average.online_model[0] = network
+        for weights in part:
+            network.weight.data.copy_(weights)
+            ema.update()
+        state = ema.state_dict()
 
 
-@pytest.mark.parametrize(
-    ("library", "update_every", "more"),
-    [
-        ("ema-pytorch", 1, {}),
-        ("ema-pytorch", 10, {"interrupted_at": 503}),
-        ("ema-pytorch", 100, {}),
-        ("posthoc-ema", 1, {"update_after_step": 100}),
-        ("posthoc-ema", 100, {"update_after_step": 137}),
-        ("posthoc-ema", 10, {"update_after_step": 0}),
-        ("posthoc-ema", 10, {"update_after_step": 1}),
-    ],
-)
-def test_a_library_stores_the_average_of_its_profile(
-    tmp_path: Path,
-    library: str,
+def check_profiles(
+    folder: Path,
+    name: str,
+    path: torch.Tensor,
     update_every: int,
-    more: dict[str, int],
+    first: int,
 ) -> None:
-    path = walk()
-    store(
-        library, tmp_path, path, update_every=update_every, checkpoint_dtype=torch.float64, **more
-    )
+    """Check that each file has the average of the profile whose first update is at a step."""
     for index, width in enumerate(WIDTHS):
         for step in range(EVERY, STEPS + 1, EVERY):
-            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)
-            if library == "ema-pytorch":
-                value = stored["ema_model.weight"][0]
-                first = 1
-            else:
-                value = stored["weight"][0]
-                after = more["update_after_step"]
-                first = max(after, 1)
+            stored = torch.load(folder / f"{index}.{step}.pt", weights_only=True)
             profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every, first)
-            torch.testing.assert_close(value, averaged(profile, path), rtol=0, atol=1e-9)
+            expected = averaged(profile, path)
+            torch.testing.assert_close(stored[name][0], expected, rtol=0, atol=1e-9)
             assert profile.t == step
             assert profile.t_first == first
 
 
-def test_very_many_updates_are_joined() -> None:
+@pytest.mark.parametrize(
+    ("update_every", "until"),
+    [
+        (10, 503),
+        (100, STEPS),
+    ],
+)
+def test_ema_pytorch_stores_the_average_of_its_profile(update_every, until, tmp_path):
+    path = walk()
+    settings = {"update_every": update_every, "checkpoint_dtype": torch.float64}
+    by_lucidrains(tmp_path, path, until=until, **settings)
+    check_profiles(tmp_path, "ema_model.weight", path, update_every, 1)
+
+
+@pytest.mark.parametrize(
+    ("update_every", "after", "first"),
+    [
+        (1, 100, 100),
+        (100, 137, 137),
+        (10, 0, 1),
+    ],
+)
+def test_posthoc_ema_stores_the_average_of_its_profile(update_every, after, first, tmp_path):
+    path = walk()
+    settings = {"update_every": update_every, "checkpoint_dtype": torch.float64}
+    by_nextml(tmp_path, path, update_after_step=after, **settings)
+    check_profiles(tmp_path, "weight", path, update_every, first)
+
+
+def test_very_many_updates_are_joined():
     gamma = gamma_from_sigma_rel(0.1)
     step = 10 * MOST_TIMES + 7
     profile = ema_pytorch_profile(gamma, step, 1)
@@ -132,7 +143,7 @@ def test_very_many_updates_are_joined() -> None:
     assert profile.masses @ profile.times == pytest.approx(mean, rel=1e-6)
 
 
-def test_a_step_before_the_first_update_is_refused() -> None:
+def test_a_step_before_the_first_update_is_refused():
     with refused("step", "must be at least 100, that of the first update"):
         ema_pytorch_profile(1.0, 99, 10, first=100)
 
@@ -152,25 +163,18 @@ def drifting_walk() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("library", "dtype"),
+    ("store", "dtype", "settings"),
     [
-        ("ema-pytorch", torch.float16),
-        ("posthoc-ema", torch.float32),
+        (by_lucidrains, torch.float16, {"kind": "ema-pytorch"}),
+        (by_nextml, torch.float32, {"kind": "posthoc-ema", "update_after_step": 1}),
     ],
 )
-def test_predicted_errors_from_another_librarys_averages_hold(
-    tmp_path: Path,
-    library: str,
-    dtype: torch.dtype,
-) -> None:
+def test_predicted_errors_from_another_librarys_averages_hold(store, dtype, settings, tmp_path):
     """With distances of long averages from earlier ones alone, late motion and errors seemed much
     larger."""
     path = drifting_walk()
-    store(library, tmp_path, path, 50, update_every=10, checkpoint_dtype=dtype)
-    settings = {"kind": library, "sigma_rels": WIDTHS, "update_every": 10}
-    if library == "posthoc-ema":
-        settings["update_after_step"] = 1
-    import_checkpoints(tmp_path, tmp_path / "run", **settings)
+    store(tmp_path, path, 50, update_every=10, checkpoint_dtype=dtype)
+    import_checkpoints(tmp_path, tmp_path / "run", sigma_rels=WIDTHS, update_every=10, **settings)
     stored = Run(tmp_path / "run")
     for width in (0.07, 0.1, 0.15, 0.2, 0.25):
         exact = torch.from_numpy(exact_average(path, width, range(1, STEPS + 1)))

@@ -1,19 +1,17 @@
 """Averages that other libraries stored, written by the libraries themselves where they are
 installed."""
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Callable
 
 import edm2_layout
-import numpy as np
 import pytest
 import torch
 from checkpoint_layouts import check_average
-from factories import FloatArray, Span, exact_weights
+from factories import Span
+from saved import read
 
-from posthoc_cli import Run, import_checkpoints
+from posthoc_cli import Run
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import gamma_from_sigma_rel
 
 WIDTHS = (0.05, 0.28)
 Imported = Callable[..., Run]
@@ -42,64 +40,7 @@ def test_what_numbered_files_lack_is_asked_for(name, settings, reason, tmp_path)
         content = {"initted": torch.tensor(True), name: torch.ones(3)}
         torch.save(content, tmp_path / f"{number}.200.pt")
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(tmp_path, None, dry_run=True, **settings)
-
-
-@pytest.mark.parametrize(
-    ("update_every", "rate"),
-    [
-        (10, "falling"),
-        (100, "constant"),
-    ],
-)
-def test_the_error_of_a_repair_is_known(tmp_path, imported, update_every, rate):
-    """Stored averages are mostly of the first weights, which are far smaller than those of the
-    synthesized average."""
-    path = with_momentum(rate)
-    for number, width in enumerate(WIDTHS):
-        for step, average in stored_averages(path, width, update_every):
-            content = {
-                "initted": torch.tensor(True),
-                "ema_model.weight": torch.from_numpy(average).half(),
-            }
-            torch.save(content, tmp_path / f"{number}.{step}.pt")
-    run = imported(tmp_path, sigma_rels=WIDTHS, update_every=update_every)
-    for width in (0.05, 0.1, 0.15, 0.2, 0.25):
-        made = run.average(width)
-        true = exact_weights(width, range(1, len(path) + 1)) @ path
-        distance = np.linalg.norm(made["weight"].double().numpy() - true)
-        error = distance / np.linalg.norm(true)
-        assert 0.5 < error / made.predicted_error < 1.7
-
-
-def with_momentum(rate: str) -> FloatArray:
-    """Return weights that begin small, and whose moves continue, at a rate that falls or not."""
-    random = np.random.default_rng(5)
-    moves = random.standard_normal((6000, 300))
-    if rate == "falling":
-        left = 1 - np.arange(6000) / 6000
-        moves *= left[:, None]
-    moves[0] *= 20
-    for before, row in pairwise(moves):
-        row += 0.8 * before
-    return np.cumsum(moves, axis=0)
-
-
-def stored_averages(
-    path: FloatArray,
-    width: float,
-    every: int,
-) -> Iterator[tuple[int, FloatArray]]:
-    """Yield steps and averages, in which each value has the share of one step."""
-    exponent = gamma_from_sigma_rel(width) + 1
-    average = path[0]
-    for call in range(1, len(path) + 1, every):
-        if call > 1:
-            kept = (call / (call + 1)) ** exponent
-            average = kept * average + (1 - kept) * path[call - 1]
-        last = call + every - 1
-        if last % 300 == 0:
-            yield last, average
+        read(tmp_path, **settings)
 
 
 def test_pickles_of_edm2(tmp_path):
@@ -133,7 +74,7 @@ def test_a_file_of_another_name_is_not_of_edm2(tmp_path):
     file = tmp_path / "other.pkl"
     edm2_layout.save(file, edm2_layout.network())
     with pytest.raises(FileFormatError, match=r"other.pkl: is no file of edm2"):
-        import_checkpoints(file, None, dry_run=True, kind="edm2")
+        read(file, kind="edm2")
 
 
 def test_weights_in_the_models_dtype_have_no_rounding_error(tmp_path):

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_layouts import distributed
-from safetensors.torch import save_file
+from saved import store
 
-from posthoc_cli import Mean, Run, import_checkpoints
+from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError, PostHocError
 
 STEPS = (100, 200, 400)
@@ -27,34 +27,30 @@ def weights_at(step: int) -> Tensors:
 
 
 def save_in(folder: Path, weights: Tensors) -> None:
-    folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors")
+    store(folder / "model.safetensors", weights)
 
 
 def lerobot(folder, step, weights):
     place = folder / f"{step:06}"
     save_in(place / "pretrained_model", weights)
-    state = place / "training_state"
-    state.mkdir()
-    save_file({"x": torch.ones(3)}, state / "optimizer_state.safetensors")
+    store(place / "training_state" / "optimizer_state.safetensors", {"x": torch.ones(3)})
     if step == STEPS[-1]:
         (folder / "last").symlink_to(place.name)
 
 
 def olmo(folder, step, weights):
     place = folder / f"step{step}"
-    state = place / "train"
-    state.mkdir(parents=True)
-    distributed(place / "model_and_optim", {"model": weights})
     for rank in range(2):
-        torch.save({"max_steps": 9}, state / f"rank{rank}.pt")
+        store(place / "train" / f"rank{rank}.pt", {"max_steps": 9})
+    distributed(place / "model_and_optim", {"model": weights})
 
 
 def lightning_deepspeed(folder, step, weights):
     place = folder / f"epoch=0-step={step}.ckpt" / "checkpoint"
-    place.mkdir(parents=True)
-    torch.save({"module": weights}, place / "mp_rank_00_model_states.pt")
-    torch.save({"optimizer_state_dict": {}}, place / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    flat = {"optimizer_state_dict": {"fp32_flat_groups": [torch.zeros(9)]}}
+    store(place / "mp_rank_00_model_states.pt", {"module": weights, "global_steps": step})
+    store(place / "zero_pp_rank_0_mp_rank_00_optim_states.pt", flat)
+    store(place / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", flat)
     (place.parent / "latest").write_text("checkpoint")
 
 
@@ -69,14 +65,20 @@ def write(folder: Path, save: Save) -> Path:
 
 
 def beside_a_trainer(folder, step, weights):
-    place = folder / f"iter_{step:06}" / "unet"
-    place.mkdir(parents=True)
-    torch.save(weights, place / "diffusion_pytorch_model.bin")
-    state = {"optimizer": {"state": {0: weights}}}
-    torch.save(state, place.parent / "trainer.ckpt")
+    place = folder / f"iter_{step:06}"
+    store(place / "unet" / "diffusion_pytorch_model.bin", weights)
+    store(place / "trainer.ckpt", {"optimizer": {"state": {0: weights}}})
 
 
-@pytest.mark.parametrize("save", [lerobot, olmo, lightning_deepspeed, deeper, beside_a_trainer])
+def fairseq2(folder, step, weights):
+    place = folder / f"step_{step}"
+    store(place / "model" / "pp_00" / "tp_00" / "sdp_00.pt", {"model": weights})
+    store(place / "trainer" / "rank_00.pt", {"state": {}, "param_groups": [{"lr": 0.1}]})
+
+
+@pytest.mark.parametrize(
+    "save", [lerobot, olmo, lightning_deepspeed, deeper, beside_a_trainer, fairseq2]
+)
 def test_weights_below_numbered_folders_have_their_numbers(save, tmp_path):
     place = write(tmp_path / "run", save)
     sources = Run(place).sources
@@ -107,16 +109,13 @@ def experiments(folder, step, weights):
 
 def zero_3(folder, step, weights):
     place = folder / f"checkpoint-{step}" / f"global_step{step}"
-    place.mkdir(parents=True)
     empty = dict.fromkeys(weights, torch.empty(0))
     for rank in range(2):
-        file = place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
-        torch.save({"module": empty}, file)
+        store(place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt", {"module": empty})
 
 
 def without_endings(folder, step, weights):
-    folder.mkdir(exist_ok=True)
-    torch.save({"generator": weights}, folder / f"g_{step:08}")
+    store(folder / f"g_{step:08}", {"generator": weights})
     (folder / f"events.{step}").write_text("text")
 
 
@@ -124,15 +123,12 @@ def versions(folder, step, weights):
     """A training that was resumed by Lightning."""
     for number in range(2):
         place = folder / f"version_{step}" / "checkpoints"
-        place.mkdir(parents=True, exist_ok=True)
-        torch.save({"state_dict": weights}, place / f"epoch={number}-step={step + number}.ckpt")
+        store(place / f"epoch={number}-step={step + number}.ckpt", {"state_dict": weights})
 
 
 def foreign(folder, step, weights):
     folder.mkdir(exist_ok=True)
-    values = weights["a.weight"].numpy()
-    file = folder / f"model-{step}.gguf"
-    file.write_bytes(b"GGUF" + values.tobytes())
+    (folder / f"model-{step}.gguf").write_bytes(b"GGUF" + bytes(100))
 
 
 def orbax(folder, step, _):
@@ -162,8 +158,6 @@ def one_level_up(folder, step, weights):
 def test_models_that_are_not_taken_are_named(save, message, tmp_path):
     place = write(tmp_path / "run", save)
     with pytest.raises(PostHocError, match=message):
-        _ = Run(place).sources
-    with pytest.raises(PostHocError, match=message):
         import_checkpoints(place, tmp_path / "new")
     if save is not one_level_up:
         with pytest.raises(PostHocError, match=message):
@@ -175,8 +169,4 @@ def test_a_glob_of_a_message_opens_the_files(tmp_path):
     with pytest.raises(InvalidValueError) as caught:
         _ = Run(place).sources
     pattern = str(caught.value).split("'")[1]
-    run = Run(pattern)
-    assert [source.t for source in run.sources] == [*STEPS]
-    mean = run.average(Mean(last=len(STEPS)))
-    expected = 1 + sum(STEPS) / len(STEPS)
-    assert mean["a.bias"].tolist() == pytest.approx([expected, expected], rel=1e-6)
+    assert [source.t for source in Run(pattern).sources] == [*STEPS]

@@ -1,305 +1,433 @@
-"""Layouts of public trainings: two sets of tensors, one of whose keys says that it is the
-average."""
+"""Which of a file's sets of tensors is the average: what names and values say, what is asked for,
+and what a user then names."""
 
-import functools
-from collections.abc import Callable
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import trained
 from checkpoint_layouts import distributed
-from ema_command import Ema
-from safetensors.torch import load_file, save_file
+from saved import (
+    assert_equal,
+    check,
+    check_last,
+    exported,
+    named,
+    read,
+    values_of,
+    write_each,
+)
 from torch.nn import utils
-from trained import STEPS, TIMES, Weights, by, ema, error_of, follow, named, train
+from trained import by, error_of, train
+from walks import Tensors, copied, saves
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import Point
 
-DECAY = 0.99
-
-
-def prefixed(prefix: str, weights: Weights) -> Weights:
-    return {prefix + name: value for name, value in weights.items()}
+STEP = "step{save.step}.pt"
+"""The name of a file."""
 
 
-def optimizer(weights: Weights) -> dict[str, Any]:
-    states = {}
-    for index, value in enumerate(weights.values()):
-        zeros = torch.zeros_like(value)
-        states[index] = {"exp_avg": zeros, "step": 3}
-    return {"state": states}
+# --- several averages
 
 
-def dit(weights, average):
+def by_decay_in_keys(average, other):
+    return {"ema_0.95": average, "ema_0.99": other}
+
+
+def in_a_list(average, other):
+    return {"emas": [average, other]}
+
+
+def deep(average, other):
+    return {"a": {"ema": average}, "b": ({"net_ema": other},)}
+
+
+def of_demucs(average, other):
     return {
-        "model": weights,
-        "ema": average,
-        "opt": optimizer(weights),
-        "args": {"model": "DiT-XL/2"},
+        "best_state": other,
+        "ema_batch_0": {"state": average, "count": 20.0},
+        "ema_epoch_0": {"state": other, "count": 2.0},
     }
 
 
-def self_forcing(weights, average):
+def of_two_models(average, other):
+    return {"G_ema": average, "D": other, "D_ema": other}
+
+
+@pytest.mark.parametrize(
+    ("averages", "key", "other"),
+    [
+        (by_decay_in_keys, "ema_0.95", "ema_0.99"),
+        (in_a_list, "emas.0", "emas.1"),
+        (deep, "a.ema", "b.0.net_ema"),
+        (of_demucs, "ema_batch_0", "ema_epoch_0"),
+        (of_two_models, "G_ema", "D_ema"),
+    ],
+)
+def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
+    first, *_, last = saves()
+    file = tmp_path / "step400.pt"
+    torch.save({"model": last.weights} | averages(last.average, first.weights), file)
+    with pytest.raises(FileFormatError, match=f"unclear: '{key}.*', '{other}"):
+        exported(file)
+    assert_equal(exported(file, average=key), last.average)
+    assert_equal(exported(file, average=other), first.weights)
+
+
+def test_one_of_several_averages_is_imported(tmp_path):
+    def content(save):
+        return {"model": save.weights} | deep(save.average, save.weights)
+
+    write_each(tmp_path, STEP, content)
+    with pytest.raises(FileFormatError, match=r"unclear: 'a\.ema', 'b\.0\.net_ema'"):
+        _ = Run(tmp_path).sources
+    check_last(tmp_path, average="a.ema")
+
+
+LIT_EMA = {"unet_ema.decay": torch.tensor(0.95), "unet_ema.num_updates": torch.tensor(3)}
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("vae_ema", LIT_EMA),
+        ("teacher_vae", {}),
+    ],
+    ids=["of two rules", "of two words"],
+)
+def test_averages_of_two_rules_are_asked_for(key, values, tmp_path):
+    file = tmp_path / "step400.ckpt"
+    last = saves()[-1]
+    state = {
+        **named("unet.", last.weights),
+        **named("vae.", last.weights),
+        **named("unet_ema.", last.average),
+        **named(f"{key}.", last.average),
+        **values,
+    }
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(FileFormatError, match=f"unclear: '.*(unet_ema|{key})', '.*_"):
+        exported(file)
+
+
+COUNTER = {"bn.num_batches_tracked": torch.tensor(3)}
+
+
+@pytest.fixture
+def of_two_averages(tmp_path: Path) -> Path:
+    """Return a checkpoint as of JiT and MAR, which store two averages of which no word says the
+    better one."""
+    first, *_, last = saves()
+    content = {
+        "model": last.weights | COUNTER,
+        "model_ema1": last.average,
+        "model_ema2": first.average,
+    }
+    place = tmp_path / "last.pth"
+    distributed(place, content)
+    return place
+
+
+def test_an_average_of_torch_distributed_is_exported_by_its_key_or_glob(of_two_averages):
+    """The statistics that an average lacks are added."""
+    first, *_, last = saves()
+    for key, average in (("model_ema1", last.average), ("*2", first.average)):
+        assert_equal(exported(of_two_averages, average=key), average | COUNTER)
+
+
+def test_which_average_is_exported_is_asked_for(of_two_averages, tmp_path, ema):
+    command = ("export", of_two_averages, "--out", tmp_path / "never.safetensors")
+    sets = "'model_ema1', 'model_ema2'"
+    assert f"unclear: {sets}; name the average by --average" in ema(*command).error
+    reason = f"has no set of tensors 'elsewhere': 'model', {sets}"
+    assert reason in ema(*command, "--average", "elsewhere").error
+    assert "has several" in ema(*command, "--average", "*").error
+
+
+def test_the_weights_of_an_average_are_asked_for(tmp_path):
+    write_each(
+        tmp_path,
+        STEP,
+        lambda save: {"one": save.weights, "other": save.weights, "ema": save.average},
+    )
+    with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
+        read(tmp_path)
+    check_last(tmp_path, weights="one")
+
+
+def test_sets_whose_keys_have_no_word_are_asked_for(tmp_path):
+    first = saves()[0].weights
+    write_each(tmp_path, STEP, lambda save: {"a": save.weights, "b": save.average, "c": first})
+    with pytest.raises(FileFormatError, match="unclear"):
+        Run(tmp_path).average(0.15)
+    check_last(tmp_path, average="b", weights="a")
+
+
+def fixed_by_lightning(save):
     return {
-        "generator": weights,
-        "critic": named(train()[7]),
-        "generator_ema": average,
+        "state_dict": save.average,
+        "current_model_state": save.weights,
+        "averaging_state": {"n_averaged": torch.tensor(save.step)},
     }
 
 
-def cosmos_predict2(weights, average):
-    return prefixed("net.", weights) | prefixed("net_ema.", average)
+def fixed_by_torchtitan(save):
+    return torchtitan(save.step, save.weights, save.average)
 
 
-def mar(weights, average):
-    return {"model": weights, "model_ema": average, "epoch": 3}
+@pytest.mark.parametrize(
+    ("layout", "average", "weights"),
+    [
+        (fixed_by_lightning, "state_dict", "current_model_state"),
+        (fixed_by_torchtitan, "ema_optimizer", "model"),
+    ],
+)
+def test_a_set_that_is_named_counts_where_a_layout_has_another(layout, average, weights, tmp_path):
+    def content(save):
+        slower = negated(save.average)
+        return {**layout(save), "slower": slower, "global_step": save.step}
+
+    file = write_each(tmp_path, STEP, content)
+    last = saves()[-1]
+    slower = negated(last.average)
+    assert_equal(exported(file, average=average), last.average)
+    assert_equal(exported(file, average=weights), last.weights)
+    assert_equal(exported(file, average="slower"), slower)
+    check_last(tmp_path, average=average, weights=weights)
+    with pytest.raises(FileFormatError, match="has no set of tensors 'nowhere'"):
+        read(tmp_path, weights="nowhere")
+    others = read(tmp_path, kind="checkpoints", weights="slower")
+    assert_equal(values_of(others.checkpoints[-1]), slower)
 
 
-def torchtitan(weights, average):
-    states = {f"state.{name}.ema_params": value for name, value in average.items()}
-    return {"model": weights, "ema_optimizer": states}
+# --- parts, and what no word says
 
 
-LAYOUTS = [dit, self_forcing, cosmos_predict2, mar, torchtitan]
-"""The content of a file, from the weights and their average."""
-
-FOLDERS = {
-    "guided-diffusion": ("ema_0.99_{:06}.pt", "model{:06}.pt"),
-    "two files": ("ema_{:06}.safetensors", "model_{:06}.safetensors"),
-    "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
-    "a folder next to a file": ("{:07}/ema/model.safetensors", "{:07}/model.safetensors"),
-    "two folders": ("{:07}/model_ema/model.safetensors", "{:07}/model/model.safetensors"),
-}
-"""Places of the average and of the weights of a step."""
+def in_parts(tensors: Tensors, body: str, head: str) -> Tensors:
+    parts = {}
+    for name, value in tensors.items():
+        key = body if name.startswith("body") else head
+        parts[f"{key}.{name}"] = value
+    return parts
 
 
-@functools.cache
-def stored() -> list[tuple[int, Weights, Weights]]:
-    """Return three steps, the weights of a real training and their EMA, both in float32."""
-    averages = follow(ema(DECAY))
-    found = []
-    for step in TIMES[-3:]:
-        weights = named(train()[step - 1])
-        average = named(averages[step - 1])
-        found.append((step, weights, average))
-    return found
+@pytest.mark.parametrize(
+    ("body", "head", "slow_body", "slow_head"),
+    [
+        ("backbone", "projector", "momentum_backbone", "momentum_projector"),
+        ("student_backbone", "student_head", "teacher_backbone", "teacher_head"),
+    ],
+    ids=["solo-learn", "DINO"],
+)
+def test_an_average_in_two_parts_is_one(body, head, slow_body, slow_head, tmp_path):
+    """Also beside a layer that has no average, and a trained one of an average's features."""
+    last = saves()[-1]
+    file = tmp_path / "step=400.ckpt"
+    average = in_parts(last.average, body, head)
+    weights = in_parts(last.weights, body, head)
+    slow = in_parts(last.average, slow_body, slow_head)
+    layers = ("predictor.bias", "momentum_classifier.bias", "student_classifier.bias")
+    torch.save({"state_dict": weights | slow | dict.fromkeys(layers, torch.ones(3))}, file)
+    assert_equal(exported(file), average)
+    of_head = {"head.weight": last.average["head.weight"]}
+    assert_equal(exported(file, average=slow_head), of_head)
 
 
-def write(folder: Path, content: Callable[[Weights, Weights], dict[str, Any]]) -> Path:
-    """Write the checkpoints of a training as files."""
-    folder.mkdir()
-    for step, weights, average in stored():
-        torch.save(content(weights, average), folder / f"{step:07}.pt")
-    return folder
+@pytest.mark.parametrize(("key", "other"), [("gen", "gen_test"), ("netG", "netGEMA")])
+def test_the_values_show_which_of_two_groups_is_the_average(key, other, tmp_path):
+    """Neither key is a word for it, such as those of FUNIT."""
+    discriminator = named("dis.", saves()[0].weights)
+    discriminator["last.weight"] = torch.ones(3, 3)
+
+    def content(save):
+        return {other: save.average, key: save.weights, "dis": discriminator}
+
+    write_each(tmp_path, STEP, content)
+    check_last(tmp_path)
 
 
-def write_folders(folder: Path, layout: str) -> Path:
-    place_of_average, place_of_weights = FOLDERS[layout]
-    for step, weights, average in stored():
-        save(average, folder / place_of_average.format(step))
-        save(weights, folder / place_of_weights.format(step))
-        if layout == "guided-diffusion":
-            torch.save(optimizer(average), folder / f"opt{step:06}.pt")
-    return folder
+REST = {"module.temperature": torch.tensor(0.07), "module.fusion.bias": torch.ones(9)}
 
 
-def save(values: Weights, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".safetensors":
-        save_file(values, file)
-    else:
-        torch.save(values, file)
+def in_two_parts(tensors: Tensors, form: str) -> Tensors:
+    visual = form.format("visual")
+    text = form.format("text")
+    return named("module.", in_parts(tensors, visual, text))
 
 
-def check(folder, **settings):
-    """Import checkpoints; the run then holds these averages, each with its decay, and the weights
-    if it has any."""
-    out = folder.with_name("imported")
-    done = import_checkpoints(folder, out, overwrite=True, **settings)
-    averages = {step: average for step, _, average in stored()}
-    raw = {step: weights for step, weights, _ in stored()}
-    for one in done.checkpoints:
-        found = {name: one.tensor(name) for name in one.entries}
-        expected = raw if isinstance(one.profile, Point) else averages
-        assert_equal(found, expected[one.step])
-    counts = done.counts
-    assert counts["EMA of decay 0.99"] == len(averages)
-    assert counts["weights"] in (0, len(raw))
+@pytest.mark.parametrize(
+    ("form", "slow"),
+    [
+        ("{}_encoder", "{}_encoder_m"),
+        ("{}", "slow_{}"),
+    ],
+    ids=["ALBEF, BLIP", "begun with a word"],
+)
+def test_the_values_show_that_parts_of_a_model_are_averages(form, slow, tmp_path):
+    def model(save):
+        averages = in_two_parts(save.average, slow)
+        return in_two_parts(save.weights, form) | averages | REST
+
+    file = write_each(tmp_path, STEP, lambda save: {"model": model(save)})
+    last = saves()[-1]
+    average = in_two_parts(last.average, form) | REST
+    weights = in_two_parts(last.weights, form) | REST
+    check(tmp_path, average, weights, None)
+    assert_equal(exported(file, weights=True), model(last))
+    with pytest.raises(FileFormatError, match="holds no average"):
+        exported(file)
 
 
-def exported(ema: Ema, source: Path, *options: object) -> Weights:
-    out = source.parent / "exported.safetensors"
-    assert ema("export", source, "--out", out, "--force", *options).code == 0
-    return load_file(out)
+def negated(tensors: Tensors) -> Tensors:
+    return {name: -value for name, value in tensors.items()}
 
 
-def assert_equal(found: Weights, expected: Weights) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+def two_generators(save):
+    other = negated(save.average)
+    return named("a_to_b.", save.weights) | named("b_to_a.", other)
 
 
-@pytest.mark.parametrize("content", LAYOUTS)
-def test_keys_say_which_set_is_the_average(content, run, ema):
-    """It is imported, and exported from a file."""
-    write(run, content)
-    check(run, ema_decay=DECAY)
-    file = run / f"{STEPS:07}.pt"
-    _, weights, average = stored()[-1]
-    assert_equal(exported(ema, file), average)
-    assert_equal(exported(ema, file, "--weights"), weights)
+def twin_critics(save):
+    other = saves()[-save.epoch].weights
+    return named("critic.", save.weights) | named("critic_b.", other)
 
 
-@pytest.mark.parametrize("content", LAYOUTS)
-def test_keys_say_it_in_a_folder_of_torch_distributed(content, run, ema):
-    _, weights, average = stored()[-1]
-    distributed(run, content(weights, average))
-    assert_equal(exported(ema, run), average)
-    assert_equal(exported(ema, run, "--weights"), weights)
+def a_copy_of_the_begin(save):
+    first = copied(saves()[0].weights)
+    return named("net.", save.weights) | named("net_init.", first)
 
 
-@pytest.mark.parametrize("layout", FOLDERS)
-def test_names_say_which_set_is_the_average(layout, run, ema):
-    write_folders(run, layout)
-    check(run, ema_decay=DECAY)
-    place, _ = FOLDERS[layout]
-    name = Path(place.format(STEPS)).parts[0]
-    _, _, average = stored()[-1]
-    assert_equal(exported(ema, run / name), average)
+def layers(save):
+    return named("block.", save.weights) | named("block1.", save.average)
 
 
-def test_names_of_guided_diffusion_say_the_decay(run):
-    write_folders(run, "guided-diffusion")
-    check(run)
+def a_small_head(save):
+    return {
+        "body.weight": torch.ones(40, 40),
+        "head.weight": save.weights["head.weight"],
+        "head_aux.weight": save.average["head.weight"],
+    }
 
 
-def test_of_files_with_two_decays_one_is_chosen(run, tmp_path, ema):
-    write_folders(run, "guided-diffusion")
-    other = named(train()[0])
-    for step, *_ in stored():
-        torch.save(other, run / f"ema_0.5_{step:06}.pt")
-    done = ema("import", run, "--out", tmp_path / "0")
-    assert done.code == 2
-    reason = "--ema-decay: must be given: the files are of several averages, 0.5 or 0.99"
-    assert reason in done.error
-    check(run, ema_decay=DECAY)
-    for one in Run(tmp_path / "imported").sources:
-        assert one.path.name.startswith(("ema_0.99", "model001"))
+@pytest.mark.parametrize(
+    "model", [two_generators, twin_critics, a_copy_of_the_begin, layers, a_small_head]
+)
+def test_parts_that_are_alike_are_weights(model, tmp_path):
+    """They have the same names and shapes, and none is an average."""
+    write_each(tmp_path, STEP, lambda save: {"model": model(save)})
+    run = Run(tmp_path)
+    assert {source.holds for source in run.sources} == {"weights"}
+    assert run.tensors.keys() == model(saves()[-1]).keys()
 
 
-def ema_alone(_, average):
-    return {"ema": average, "opt": optimizer(average)}
+def of_mmcv(save, is_swapped):
+    """The average is in buffers, or has been swapped with the weights."""
+    model = save.average if is_swapped else save.weights
+    buffers = save.weights if is_swapped else save.average
+    state = dict(model)
+    for name, value in buffers.items():
+        flat = name.replace(".", "_")
+        state[f"ema_{flat}"] = value
+    meta = {"epoch": save.epoch, "iter": save.step}
+    return {"meta": meta, "state_dict": state}
 
 
-def model_ema_alone(_, average):
-    return {"model_ema": average, "args": {"lr": 3}}
+@pytest.mark.parametrize(
+    ("is_swapped", "average", "weights"),
+    [
+        (False, "ema_*", "state_dict"),
+        (True, "state_dict", "ema_*"),
+    ],
+)
+def test_buffers_of_mmcv(is_swapped, average, weights, tmp_path, caplog):
+    """Of the two sets the average is the one that moves less; a single file asks."""
+    file = write_each(tmp_path, "iter_{save.step}.pth", lambda save: of_mmcv(save, is_swapped))
+    check_last(tmp_path)
+    assert "which moves less from file to file" in caplog.text
+    with pytest.raises(FileFormatError, match="nothing tells which is the average"):
+        exported(file)
+    last = saves()[-1]
+    assert_equal(exported(file, average=average), last.average)
+    assert_equal(exported(file, average=weights), last.weights)
+    check_last(tmp_path, weights=weights)
 
 
-@pytest.mark.parametrize("content", [ema_alone, model_ema_alone])
-def test_an_average_without_weights_is_not_taken_for_weights(content, run):
-    write(run, content)
+TEXT = {f"text.{index}.weight": torch.ones(3) for index in range(9)}
+
+
+def test_an_average_of_a_part_of_the_model(tmp_path):
+    """Names tell which part it is of; the run is of that part."""
+
+    def content(save):
+        model = named("net.", save.weights) | TEXT
+        return {"state_dict": model, "ema": named("net.", save.average)}
+
+    file = write_each(tmp_path, STEP, content)
+    check_last(tmp_path)
+    assert_equal(exported(file), saves()[-1].average)
+
+
+def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
+    """An average of a small part of the model is used if the user names it."""
+
+    def content(save):
+        model = save.weights | TEXT
+        return {"state_dict": model, "extra": {"deep": {"ema": save.average}}}
+
+    file = write_each(tmp_path, STEP, content)
+    Run(tmp_path).average(0.1)
+    assert "also holds 'extra.deep.ema', not used: an import takes another set by" in caplog.text
+    last = saves()[-1]
+    average = last.average | TEXT
+    check(tmp_path, average, last.weights | TEXT, None, average="deep.ema")
+    assert_equal(exported(file, average="ema"), average)
+
+
+def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
+    """Networks of other weights have the same names and shapes, and norms that are alike."""
+    file = tmp_path / "step9.pt"
+    first, second = torch.randn(2, 20, 20)
+    source = {"w": first, "norm": torch.ones(20)}
+    target = {"w": second, "norm": torch.ones(20)}
+    torch.save({"source_encoder": source, "target_encoder": target}, file)
+    exported(file)
+    assert "average is unrelated to the weights; name it by `average` if it is" in caplog.text
+    caplog.clear()
+    assert_equal(exported(file, average="target_encoder"), target)
+    near = {name: value + 0.5 for name, value in source.items()}
+    torch.save({"source_encoder": source, "target_encoder": near}, file)
+    assert_equal(exported(file), near)
+    assert "unrelated" not in caplog.text
+
+
+# --- averages without weights, and weights without averages
+
+
+def test_an_average_without_weights_is_not_taken_for_weights(tmp_path):
+    write_each(tmp_path, STEP, lambda save: {"ema": save.average, "args": {"lr": 3}})
     reason = "holds EMAs, and neither their decay nor weights next to them"
     with pytest.raises(InvalidValueError, match=reason):
-        _ = Run(run).sources
-    check(run, ema_decay=DECAY)
+        _ = Run(tmp_path).sources
+    done = read(tmp_path, ema_decay=0.95)
+    assert done.counts == {"EMA of decay 0.95": len(saves())}
+    assert_equal(values_of(done.checkpoints[-1]), saves()[-1].average)
 
 
-def write_all(folder: Path, content: Any, decay: Any) -> Path:
-    """Write all files of the training whose n-th update keeps decay(n)."""
-
-    def form(_, weights, average):
-        return content(weights, average)
-
-    return trained.write(folder, train(), by(decay), form=form)
-
-
-EXPONENT = 6.94
-VARIANCE = EXPONENT / ((EXPONENT + 1) ** 2 * (EXPONENT + 2))
-"""That of the power function of this gamma + 1, whose sigma_rel is 0.111."""
-
-
-def power(step):
-    """Return (1 - 1/n)^(gamma + 1), for the n-th update at every tenth step."""
-    if step % 10:
-        return 1.0
-    return (1 - 10 / step) ** EXPONENT
-
-
-def test_the_width_of_a_power_function_is_given(run, files, ema):
-    folder = write_all(files, dit, power)
-    options = ("--sigma-rels", VARIANCE**0.5, "--update-every", 10)
-    assert ema("import", folder, "--out", run, *options).code == 0
-    for wanted in (0.08, 0.15):
-        found, predicted = error_of(Run(run), wanted)
-        assert found < 2 * predicted < 0.04
-
-
-def test_two_widths_of_one_average_are_refused(run, tmp_path):
-    write(run, dit)
-    with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
-        import_checkpoints(run, tmp_path / "never", sigma_rels=(0.1, 0.2))
-
-
-def constant(_):
-    return DECAY
-
-
-def of_a_tenth(step):
-    """A half-life of a tenth of the training."""
-    half_life = 0.1 * step
-    return 2 ** (-1 / half_life)
-
-
-def started_late(step):
-    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of
-    the updates."""
-    updates, rest = divmod(step - 50, 7)
-    if rest or updates < 0:
-        return 1.0
-    if updates == 0:
-        return 0.0
-    half_life = 0.05 * updates
-    return 2 ** (-1 / half_life)
-
-
-TITAN = [
-    ({"ema_decay": DECAY}, constant),
-    ({"ema_decay": "half-life:10%"}, of_a_tenth),
-    ({"update_every": 7, "update_after_step": 50}, started_late),
-]
-"""Settings of torchtitan, and the average; its default half-life is 5 % of the training."""
-
-
-@pytest.mark.parametrize(("settings", "decay"), TITAN)
-def test_settings_of_torchtitan_are_given(settings, decay, run, files):
-    folder = write_all(files, torchtitan, decay)
-    import_checkpoints(folder, run, kind="torchtitan", **settings)
-    found, predicted = error_of(Run(run))
-    assert found < 2 * predicted < 0.04
-
-
-def test_one_of_two_averages_is_chosen(run):
-    write(run, lambda w, a: {"model": w, "model_ema1": a, "model_ema2": w})
-    check(run, ema_decay=DECAY, average="model_ema1")
-
-
-def test_the_weights_of_an_average_are_asked_for(run, tmp_path, ema):
-    write(run, lambda w, a: {"one": w, "other": w, "ema": a})
-    new = tmp_path / "new"
-    with pytest.raises(FileFormatError, match="model is unclear: 'one', 'other'"):
-        import_checkpoints(run, new)
-    assert ema("import", run, "--out", new, "--weights", "one").code == 0
-
-
-def test_sets_whose_keys_have_no_word_are_asked_for(run):
-    write(run, lambda w, a: {"first": w, "second": a, "third": w})
-    with pytest.raises(FileFormatError, match="unclear"):
-        Run(run).average(0.15)
-    check(run, ema_decay=DECAY, average="second", weights="first")
+def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path, ema):
+    """A set with another purpose has one name of the weights."""
+    file = tmp_path / "last.pt"
+    out = tmp_path / "model.safetensors"
+    weights = saves()[-1].weights
+    other = {"body.0.weight": weights["body.0.weight"]}
+    torch.save({"model": weights, "ema": other}, file)
+    refused = ema("export", file, "--out", out)
+    assert refused.code == 2
+    reason = "holds no average that its keys name ('model', 'ema'); name its key by --average"
+    assert f"last.pt: {reason}" in refused.err
+    assert not out.exists()
 
 
 LAYERS = [
@@ -405,69 +533,69 @@ def test_the_sums_of_a_codebook_are_copied(tmp_path):
         assert 1.01 < made[name].flatten()[0] < 1.06
 
 
-COUNTER = {"bn.num_batches_tracked": torch.tensor(3)}
+# --- other averages than those of a decay
 
 
-@pytest.fixture(params=["file", "folder"])
-def of_two_averages(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Return a checkpoint as of JiT and MAR, which store two averages of which no word says the
-    better one."""
-    content = {
-        "model": named(train()[-1]) | COUNTER,
-        "model_ema1": named(train()[10]),
-        "model_ema2": named(train()[20]),
-    }
-    place = tmp_path / "last.pth"
-    if request.param == "folder":
-        distributed(place, content)
-    else:
-        torch.save(content, place)
-    return place
+EXPONENT = 6.94
+VARIANCE = EXPONENT / ((EXPONENT + 1) ** 2 * (EXPONENT + 2))
+"""That of the power function of this gamma + 1, whose sigma_rel is 0.111."""
 
 
-def test_an_average_among_several_is_exported_by_its_key_or_glob(of_two_averages, ema):
-    """The statistics that an average lacks are added."""
-    for key, index in (("model_ema1", 10), ("*2", 20)):
-        found = exported(ema, of_two_averages, "--average", key)
-        average = named(train()[index])
-        assert_equal(found, average | COUNTER)
+def power(step):
+    """Return (1 - 1/n)^(gamma + 1), for the n-th update at every tenth step."""
+    if step % 10:
+        return 1.0
+    return (1 - 10 / step) ** EXPONENT
 
 
-def test_which_average_is_exported_is_asked_for(of_two_averages, tmp_path, ema):
-    command = ("export", of_two_averages, "--out", tmp_path / "never.safetensors")
-    sets = "'model_ema1', 'model_ema2'"
-    assert f"unclear: {sets}; name the average by --average" in ema(*command).error
-    reason = f"has no set of tensors 'elsewhere': 'model', {sets}"
-    assert reason in ema(*command, "--average", "elsewhere").error
-    assert "has several" in ema(*command, "--average", "*").error
+def test_the_width_of_a_power_function_is_given(run, files, ema):
+    folder = trained.write(files, train(), by(power))
+    options = ("--sigma-rels", VARIANCE**0.5, "--update-every", 10)
+    assert ema("import", folder, "--out", run, *options).code == 0
+    for wanted in (0.08, 0.15):
+        found, predicted = error_of(Run(run), wanted)
+        assert found < 2 * predicted < 0.04
 
 
-def test_an_average_is_exported_by_its_prefix(tmp_path, ema):
-    average = named(train()[10])
-    weights = named(train()[-1])
-    content = prefixed("net.", weights) | prefixed("net_mean.", average)
-    file = tmp_path / "last.safetensors"
-    save_file(content, file)
-    found = exported(ema, file, "--average", "net_mean.")
-    assert_equal(found, average)
+def test_two_widths_of_one_average_are_refused(tmp_path):
+    write_each(tmp_path, STEP, lambda save: {"model": save.weights, "ema": save.average})
+    with pytest.raises(InvalidValueError, match="sigma_rels: must be one, of the average in"):
+        read(tmp_path, sigma_rels=(0.1, 0.2))
 
 
-def test_a_checkpoint_without_an_average_is_not_exported_as_one(tmp_path, ema):
-    """A set with another purpose has one name of the weights."""
-    file = tmp_path / "last.pt"
-    out = tmp_path / "model.safetensors"
-    weights = named(train()[-1])
-    other = {"0.weight": weights["0.weight"]}
-    torch.save({"model": weights, "ema": other}, file)
-    refused = ema("export", file, "--out", out)
-    assert refused.code == 2
-    reason = "holds no average that its keys name ('model', 'ema'); name its key by --average"
-    assert f"last.pt: {reason}" in refused.err
-    assert not out.exists()
+def of_a_tenth(step):
+    """A half-life of a tenth of the training."""
+    half_life = 0.1 * step
+    return 2 ** (-1 / half_life)
 
 
-def test_an_average_alone_is_exported(tmp_path, ema):
-    file = tmp_path / "alone.pt"
-    average = named(train()[-1])
-    torch.save({"ema": average, "step": 3}, file)
-    assert_equal(exported(ema, file), average)
+def started_late(step):
+    """Return the decay of an update at step 50 and every 7 steps after, with a half-life of 5 % of
+    the updates."""
+    updates, rest = divmod(step - 50, 7)
+    if rest or updates < 0:
+        return 1.0
+    if updates == 0:
+        return 0.0
+    half_life = 0.05 * updates
+    return 2 ** (-1 / half_life)
+
+
+def torchtitan(_, weights, average):
+    states = {f"state.{name}.ema_params": value for name, value in average.items()}
+    return {"model": weights, "ema_optimizer": states}
+
+
+@pytest.mark.parametrize(
+    ("settings", "decay"),
+    [
+        ({"ema_decay": "half-life:10%"}, of_a_tenth),
+        ({"update_every": 7, "update_after_step": 50}, started_late),
+    ],
+)
+def test_settings_of_torchtitan_are_given(settings, decay, run, files):
+    """Its default half-life is 5 % of the training."""
+    folder = trained.write(files, train(), by(decay), form=torchtitan)
+    import_checkpoints(folder, run, kind="torchtitan", **settings)
+    found, predicted = error_of(Run(run))
+    assert found < 2 * predicted < 0.04

@@ -1,0 +1,110 @@
+"""Files of a training's saves, and checks that both sets of tensors in them are found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from walks import STEPS, Save, Tensors, constant, saves
+
+from posthoc_cli import export_file, import_checkpoints
+from posthoc_cli.checkpoints.import_run import Import
+from posthoc_cli.checkpoints.source import Checkpoint
+from posthoc_cli.profiles import OrdinaryEMA, Point
+
+
+def all_steps() -> list[int]:
+    return [save.step for save in saves()]
+
+
+def named(prefix: str, tensors: Tensors) -> Tensors:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def store(file: Path, content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".safetensors":
+        save_file(content, file)
+    else:
+        torch.save(content, file)
+
+
+def write_each(
+    folder: Path,
+    name: str,
+    content: Callable[[Save], object],
+    decay: Callable[[int], float] = constant,
+) -> Path:
+    """Write a file at each save, whose name has places for its fields; return the last one."""
+    for save in saves(decay):
+        file = folder / name.format(save=save)
+        store(file, content(save))
+    return file
+
+
+def read(place: Path, **settings: Any) -> Import:
+    """Return what an import finds."""
+    return import_checkpoints(place, None, dry_run=True, **settings)
+
+
+def values_of(source: Checkpoint) -> Tensors:
+    """Return the tensors of a source, under all their names."""
+    found = {}
+    with source:
+        for name, entry in source.entries.items():
+            values = source.values(name, 0, entry.size)
+            found[name] = torch.from_numpy(values).reshape(entry.shape)
+    for alias, name in source.aliases.items():
+        found[alias] = found[name]
+    return found
+
+
+def assert_equal(made: Tensors, stored: Tensors) -> None:
+    assert made.keys() == stored.keys()
+    for name, value in stored.items():
+        assert torch.equal(made[name].double(), value.double()), name
+
+
+def check(
+    place: Path,
+    average: Tensors,
+    weights: Tensors,
+    decay: float | None = 0.95,
+    /,
+    **settings: Any,
+) -> None:
+    """Check what an import finds at the last step; `decay` None if the file does not say it."""
+    given = dict(settings)
+    if decay is None:
+        given |= {"ema_decay": 0.95, "ema_warmup": "none"}
+    found = read(place, **given).checkpoints
+    assert found[-1].t == STEPS
+    newest = [one for one in found if one.t == STEPS]
+    (raw,) = [one for one in newest if isinstance(one.profile, Point)]
+    (averaged,) = [one for one in newest if isinstance(one.profile, OrdinaryEMA)]
+    assert_equal(values_of(raw), weights)
+    assert_equal(values_of(averaged), average)
+    assert averaged.decay == pytest.approx(decay or 0.95, abs=1e-7)
+    assert len(found) >= 19  # an average that has not begun is none
+
+
+def check_last(place: Path, **settings: Any) -> None:
+    """Check that an import finds the last weights and their average, of a decay that no file
+    says."""
+    last = saves()[-1]
+    check(place, last.average, last.weights, None, **settings)
+
+
+def exported(file: Path, **options: Any) -> Tensors:
+    out = file.with_name("exported.safetensors")
+    export_file(file, out, overwrite=True, **options)
+    return load_file(out)
+
+
+def check_export(file: Path, average: Tensors, weights: Tensors) -> None:
+    assert_equal(exported(file), average)
+    assert_equal(exported(file, weights=True), weights)
