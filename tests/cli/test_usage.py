@@ -109,10 +109,10 @@ COMMANDS = (
     "synthesize run --sigma-rel 0.1 --out shards --layout sharded",
     "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",
     "info a.safetensors", "info shards", "verify run", "verify run a.safetensors",
-    "prune run --keep 5 --dry-run", "error-plot run", "error-plot run --target window:500",
-    "plan --steps 3000 --params 100K --disk 100MB", "profile", "guide", "guide sweep",
+    "prune run --keep 5 --dry-run", "error-plot run --target window:500",
+    "plan --steps 300 --params 100K --disk 100MB", "profile", "guide", "guide sweep",
     "sweep run --run 'basename {sigma_rel} {weights}' --minimize --sigma-rel 0.05,0.1,0.2",
-    "report run --out page.html", "report run --sweep sweep --out page.html --overwrite",
+    "report run --sweep sweep --out page.html",
 )  # fmt: skip
 COLUMNS = {"sigma_rel", "predicted_error", "profile_error"}
 """These are lists in curves, with a number for each point, and single numbers elsewhere."""

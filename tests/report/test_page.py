@@ -4,16 +4,14 @@ refused."""
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from browser import CHROMIUM, Browser, browser
@@ -329,11 +327,20 @@ def test_two_runs_and_two_sweeps_are_compared_on_one_page(
         render(run, [out, second_out])
 
 
+ARCHIVED = """
+import sys
+for name in [*sys.modules]:
+    if name.startswith("posthoc_cli"):
+        del sys.modules[name]
+sys.path.insert(0, "archive.zip")
+import posthoc_cli
+assert "archive.zip" in posthoc_cli.__file__
+"""
+
+
 def test_a_page_is_made_by_a_package_in_an_archive(tmp_path: Path) -> None:
     write_run(tmp_path / "run", random_walk(20, {"a": (3,)}), range(1, 21))
     package = Path(posthoc_cli.__file__).parent
     shutil.make_archive(str(tmp_path / "archive"), "zip", package.parent, package.name)
-    command = [sys.executable, "-m", "posthoc_cli", "report", "run", "--out", "page.html"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "archive.zip")}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    forked.check(ARCHIVED + forked.EMA, "report", "run", "--out", "page.html", cwd=tmp_path)
     assert "</html>" in (tmp_path / "page.html").read_text()
