@@ -67,29 +67,20 @@ def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, preci
 
 
 def test_texts_from_files_are_escaped_on_the_terminal(tmp_path: Path) -> None:
+    """Names of tensors and of files, and units."""
     name = "\x1b]0;x\x07\u202e\nema: error: "
     run = tmp_path / "run"
-    write_snapshot(run, 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
+    write_snapshot(run, 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])}, t_unit=name)
     command = ["synthesize", run, "--sigma-rel", "0.1", "--out", tmp_path / f"{name}.pt"]
     plain = run_ema(*command)
     debugging = run_ema("--debug", *command)
     assert "Traceback" not in plain.err
     assert "Traceback" in debugging.err
-    for result in (plain, debugging):
-        assert result.code == 1
-        assert result.err.replace("\n", "").isprintable()
-        assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
-
-
-def test_names_of_files_and_units_are_escaped_on_the_terminal(tmp_path: Path) -> None:
-    unit = "\x1b]0;x\x07\u202eema: error: "
-    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w\n": torch.ones(3)}, t_unit=unit)
-    (tmp_path / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
-    for command in ("verify", "info"):
-        result = run_ema(command, tmp_path)
+    (run / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
+    for result in (plain, debugging, run_ema("verify", run), run_ema("info", run)):
         assert result.code == 1
         assert (result.out + result.err).replace("\n", "").isprintable()
-        assert "\\x1b" in result.out
+        assert "\\x1b" in result.out + result.err
 
 
 def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(

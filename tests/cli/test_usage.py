@@ -104,7 +104,7 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
 # --- the output of --json: all commands use the same names for the same things
 
 COMMANDS = (
-    "synthesize run --sigma-rel 0.1,0.2 --target window:500 --dry-run",
+    "synthesize run --sigma-rel 0.15 --target window:500 --dry-run",
     "synthesize run --sigma-rel 0.15 --out a.safetensors",
     "synthesize run --sigma-rel 0.1 --out shards --layout sharded",
     "export a.safetensors --out b.pt", "info run", "info run/0000000000000100-0.05.safetensors",

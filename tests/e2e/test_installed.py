@@ -27,7 +27,7 @@ import copy
 import torch
 from posthoc_cli import PostHocEMA
 
-model, data = torch.nn.Linear(512, 512), torch.randn(1, 512)
+model, data = torch.nn.Linear(64, 64), torch.randn(1, 64)
 posthoc_ema = PostHocEMA.from_model(model, "posthoc-ema")
 for _ in range(1000):
     torch.nn.init.normal_(model.weight)

@@ -6,16 +6,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from integrations.programs import end, task, use_fsdp_on_the_cpu
-from integrations.truth import recorded
+from integrations.truth import EVERY, recorded
 from torch import nn
 
 from posthoc_cli.integrations.accelerate import prepare
 
-EVERY: dict[str, Any] = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 

@@ -7,16 +7,11 @@ from typing import Any
 
 import torch
 from integrations.programs import end, task, use_fsdp_on_the_cpu
-from integrations.truth import recorded
+from integrations.truth import EVERY, recorded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from posthoc_cli.integrations.transformers import PostHocCallback
 
-EVERY = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 BEST = {
     "metric_for_best_model": "eval_ema_loss",
     "load_best_model_at_end": True,

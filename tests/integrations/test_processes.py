@@ -9,16 +9,10 @@ import torch
 from integrations.programs import heavy, train
 from integrations.truth import distance, exact
 
-pytest.importorskip(
-    "lightning.pytorch", reason="lightning is not installed: make integrations installs it"
-)
-accelerate = pytest.importorskip(
-    "accelerate", reason="accelerate is not installed: make integrations installs it"
-)
-pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
-transformers = pytest.importorskip(
-    "transformers", reason="transformers is not installed: make integrations installs it"
-)
+pytest.importorskip("lightning.pytorch")
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.xdist_group("frameworks")  # one server that has imported them
 

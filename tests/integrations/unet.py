@@ -9,16 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from integrations.programs import end, task
-from integrations.truth import recorded
+from integrations.truth import EVERY, recorded
 
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
-EVERY: dict[str, Any] = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
 
 
