@@ -273,22 +273,10 @@ def test_a_warning_comes_once_for_one_cause(ema: Ema, tmp_path: Path) -> None:
     assert done.err.count("left out of averages") == 1
 
 
-def test_messages_name_options_and_the_word_that_may_be_meant(ema: Ema, place: Path) -> None:
-    """Also in notes, which are no errors."""
+def test_notes_name_options(ema: Ema, place: Path) -> None:
     torch.save({"w": torch.ones(3)}, "m.pt")
     note = ema("info", "m.pt").out
     assert "import with --step-from, a pattern" in note
-    guide = ema("guide", "trainning")
-    assert guide.error.endswith("; did you mean training?")
-    other = ema("guide", "xyzzy")
-    assert "mean" not in other.error
-    meant = {
-        "betta:0.999": "beta",
-        "decay:cos:20%": "decay:cosine",
-    }
-    for target, word in meant.items():
-        wrong = ema("synthesize", "run", "--target", target)
-        assert wrong.error.endswith(f"; did you mean {word}?")
 
 
 def test_info_says_nothing_of_what_a_run_lacks(ema: Ema, place: Path) -> None:

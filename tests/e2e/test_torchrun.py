@@ -234,7 +234,6 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     ("operation", "exists"),
     [
         ("fsync", False),
-        ("rename", False),
         ("rename", True),
     ],
 )
@@ -259,8 +258,6 @@ def test_a_failure_leaves_what_was_there(
     ("out", "options"),
     [
         ("m.safetensors", {}),
-        ("m.pt", {}),
-        ("m", {"layout": "pt"}),
         ("m", {"layout": "dcp"}),
     ],
 )

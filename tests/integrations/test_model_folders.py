@@ -19,8 +19,6 @@ from tracker import runs
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -42,13 +40,6 @@ TEXT = {
     "vocab_size": 32,
 }
 LLAMA = {**TEXT, "num_key_value_heads": 2}
-GPT2 = {
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "vocab_size": 32,
-    "n_positions": 16,
-}
 T5 = {
     "d_model": 16,
     "d_ff": 32,
@@ -61,7 +52,6 @@ T5 = {
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
     "bert": (BertForMaskedLM, BertConfig(**TEXT, max_position_embeddings=16)),
     "t5": (T5ForConditionalGeneration, T5Config(**T5)),
 }
@@ -102,7 +92,6 @@ def stored(folder: Path) -> dict[tuple[str, str], torch.dtype]:
     [
         ("llama", "10KB"),
         ("llama-tied", "1GB"),
-        ("gpt2", "1GB"),
         ("bert", "10KB"),
         ("t5", "1GB"),
     ],
