@@ -38,7 +38,8 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     (run / "superseded").mkdir()
     (run / "superseded" / "x.safetensors").write_text("")
     result = ema("info", run)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     assert has_line("run +[0-9a-f]{32}$", result.out)
     assert has_line(r" *0\.28 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out)
     assert has_line("measured +40 of them, from which", result.out)
@@ -286,7 +287,8 @@ def test_an_average_with_too_large_an_error_is_not_made_and_no_tensor_is_read(
 def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
     targets = shlex.split("--method paper --target window:1")
     result = ema("error-plot", run, "--out", tmp_path / "error.png", *targets)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     picture = matplotlib.image.imread(tmp_path / "error.png")
     assert picture.shape[1] >= 1000
     first, *lines = result.out.splitlines()
@@ -343,7 +345,8 @@ def test_a_plan_has_named_schedules_each_with_a_call_that_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     result = ema(*PLANNED, "50MB", "--out", "plan.png")
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     assert result.out.splitlines()[-1] == "wrote plan.png"
     assert Path("plan.png").read_bytes()[:4] == b"\x89PNG"
     report = ema(*PLANNED, "50MB", "--json").json
@@ -379,7 +382,8 @@ def test_a_run_that_is_intact(
     monkeypatch.setenv("FORCE_COLOR", "1")
     before = contents(run)
     result = ema("verify", run)
-    assert (result.code, result.err) == (0, "")
+    assert result.err == ""
+    assert result.code == 0
     first, empty, last = result.out.splitlines()
     assert first == "40 files with nothing wrong; --json lists them"
     assert empty == ""
@@ -408,11 +412,13 @@ def test_of_many_files_only_broken_ones_have_a_line_and_the_report_has_all(
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
     result = ema("verify", run, "--json")
-    assert (result.code, result.err) == (1, "")
+    assert result.err == ""
+    assert result.code == 1
     report = result.json
     (file,) = [file for file in report["files"] if file["state"] != "intact"]
     assert file.keys() == {"path", "what", "state", "detail", "bytes"}
-    assert (file["path"], file["state"]) == (snapshot_files(run)[3].name, "damaged")
+    assert file["path"] == snapshot_files(run)[3].name
+    assert file["state"] == "damaged"
     assert report["leftovers"] == [".ema-0123.tmp"]
     assert report["bytes"] == sum(file["bytes"] for file in report["files"])
     assert report["seconds"] > 0
@@ -525,7 +531,8 @@ def test_a_lack_of_memory_or_of_threads_is_named(
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
     result = ema("verify", run)
-    assert (result.code, result.error) == (1, message)
+    assert result.code == 1
+    assert result.error == message
 
 
 def test_messages_that_cannot_be_printed_change_no_exit_code() -> None:

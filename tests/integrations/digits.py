@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 
-EVERY: dict[str, Any] = {"update_every_n_steps": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+EVERY: dict[str, Any] = {
+    "update_every_n_steps": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
 X = torch.randn(24, 4, generator=torch.manual_seed(5))
 Y = X @ torch.randn(4, 1, generator=torch.manual_seed(6))
 

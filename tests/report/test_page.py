@@ -270,6 +270,7 @@ def test_the_command_of_a_page_makes_the_same_average(
         ("trials", [{}]),
         ("estimate", 10**400),
         ("best", {}),
+        ("axis", 1),
         ("metric", "a\ud800"),
     ],
 )
