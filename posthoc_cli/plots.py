@@ -50,8 +50,8 @@ _MOST_ERROR = 2.0
 there."""
 _LEAST_WIDTH = 1e-4  # the sigma_rel at which narrower targets are drawn
 _FAR = 3.0
-"""Distance of the raw weights' metric, as a multiple of the averages' spread, beyond which it is
-only in the legend."""
+"""Distance of the raw weights' metric, or of the estimate's band, as a multiple of the averages'
+spread, beyond which it is not drawn."""
 _LONGEST_TEXT = 200
 # inches of a figure without legend, and the height of a line of the legend
 _WIDTH = 6.4
@@ -231,15 +231,16 @@ def sweep_figure(found: dict[str, Any]) -> Figure:
     label = f"equal within the noise: {low:g} to {high:g}"
     green = _colour(2)
     axes.axvspan(low, high, color=green, alpha=0.15, linewidth=0, label=label)
-    _draw_estimate(axes, found["curve"], length)
-    ends = _draw_trials(axes, found["trials"], found["noise"], length)
+    band = _draw_estimate(axes, found["curve"], length)
+    bars = _draw_trials(axes, found["trials"], found["noise"], length)
     best = length(found["best"][kind])
     label = f"best: {best:g}"
     axes.axvline(best, color=green, linewidth=1.6, label=label)
     raw = found["raw"]
     if raw is not None:
         _draw_reference(axes, raw, f"raw weights: {raw:.5g}")
-    low, high = _metric_range(ends, raw)
+        band.append(raw)
+    low, high = _metric_range(bars, band)
     axes.set_ylim(low, high)
     title = "steps of the decay, 1 / (1 - beta)" if kind == "beta" else _text(kind)
     axes.set(xscale="log", xlabel=title)
@@ -257,7 +258,8 @@ def _draw_estimate(
     axes: Axes,
     curve: Sequence[dict[str, Any]],
     length: Callable[[float], float],
-) -> None:
+) -> list[float]:
+    """Draw the estimate of the metric, and return the ends of its band."""
     lengths = [length(point["x"]) for point in curve]
     means = np.array([point["estimate"] for point in curve])
     errors = np.array([point["standard_error"] for point in curve])
@@ -267,6 +269,7 @@ def _draw_estimate(
     axes.fill_between(lengths, low, high, color=blue, alpha=0.2, linewidth=0)
     label = "estimate, band: two standard errors"
     axes.plot(lengths, means, color=blue, linewidth=1.6, label=label)
+    return [*low, *high]
 
 
 def _draw_trials(
@@ -301,15 +304,18 @@ def _draw_trials(
     return [*(values - noises), *(values + noises)]
 
 
-def _metric_range(ends: Sequence[float], raw: float | None) -> tuple[float, float]:
-    """Return the ends of the metric's axis, with all bars, and with the raw weights' metric if it
-    is near the averages'."""
-    low = min(ends)
-    high = max(ends)
-    spread = high - low
-    if raw is not None and max(low - raw, raw - high) <= _FAR * spread:
-        low = min(low, raw)
-        high = max(high, raw)
+def _metric_range(bars: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of the metric's axis, with all bars, and with those of the others that are
+    near them."""
+    low = min(bars)
+    high = max(bars)
+    most = _FAR * (high - low)
+    drawn = [*bars]
+    for value in others:
+        if low - most <= value <= high + most:
+            drawn.append(value)
+    low = min(drawn)
+    high = max(drawn)
     margin = 0.1 * (high - low or 1)
     return low - margin, high + margin
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
@@ -97,7 +98,7 @@ def swept(kind: str = "sigma_rel") -> Figure:
     means = 3.2 + 0.2 * np.linspace(-1, 1, 101) ** 2
     estimates = []
     for x, mean in zip(xs.tolist(), means.tolist(), strict=True):
-        estimates.append({"x": x, "estimate": mean, "standard_error": 0.0})
+        estimates.append({"x": x, "estimate": mean, "standard_error": 0.06})
     trials = []
     for point in estimates[::25]:
         trials.append({"x": point["x"], "value": point["estimate"], "standard_error": None})
@@ -125,6 +126,16 @@ def test_all_bars_are_within_the_axes() -> None:
     assert height == pytest.approx(0.22)
     assert low < ends.min()
     assert ends.max() < high
+
+
+def test_the_band_of_the_estimate_is_within_the_axes() -> None:
+    axes = swept().axes[0]
+    (band,) = axes.findobj(PolyCollection)
+    heights = band.get_paths()[0].vertices[:, 1]
+    low, high = axes.get_ylim()
+    assert np.ptp(heights) == pytest.approx(0.2 + 4 * 0.06)
+    assert low < heights.min()
+    assert heights.max() < high
 
 
 def test_a_beta_is_drawn_as_its_time_constant() -> None:

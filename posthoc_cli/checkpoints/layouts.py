@@ -39,6 +39,7 @@ from posthoc_cli.checkpoints.content import (
     open_checkpoint,
     stripped,
 )
+from posthoc_cli.checkpoints.programs import IN_PLACE
 from posthoc_cli.checkpoints.sets import (
     Pair,
     Sets,
@@ -64,6 +65,8 @@ from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 log = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
+
+_IN_PLACE = "YOLOX saves its EMA in place of the weights, unless that is off"
 
 
 @dataclass(frozen=True)
@@ -166,9 +169,12 @@ def _is_named(tensors: Tensors, text: str | None) -> bool:
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
     if settings.weights is not None:
         weights = sets.below(sets.named(settings.weights))
-    else:
-        weights = sets.model(settings.prefix)
-    return Found("checkpoints", weights=weights)
+        return Found("checkpoints", weights=weights)
+    weights = sets.model(settings.prefix)
+    asks = {}
+    if sets.content.values.keys() >= IN_PLACE:
+        asks["kind"] = f", ema or checkpoints: {_IN_PLACE}"
+    return Found("checkpoints", weights=weights, asks=asks)
 
 
 class Stored:

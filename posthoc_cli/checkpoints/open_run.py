@@ -84,6 +84,7 @@ _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
+_LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
 _KEPT = 0.5  # least share of an average in the next one for which its motion goes on
 _DIGITS = 8  # motion in one interval after which none in the next is unlikely
 _STILL = 0.9
@@ -583,7 +584,7 @@ def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
     check_rule(found, path, settings)
     for setting, why in found.asks.items():
         if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}")
+            raise InvalidValueError(setting, f"must be given{why}", "give it to an import")
     if found.updates is not None and len(settings.sigma_rels) > 1:
         raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
     if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
@@ -747,11 +748,18 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
     averages = by_time([one for one in run if isinstance(one.profile, OrdinaryEMA)])
     if len(averages) < 4 or len(averages) < len(run):
         return
-    newest = averages[-4:]
-    values = np.stack([_first_values(one) for one in newest])
-    _warn_of_growth(newest[-1], values)
-    if all(one.is_known for one in newest):
-        _check_updates(newest, values)
+    _warn_of_growth(averages[-1], _first_values(averages[-4:]))
+    if all(one.is_known for one in averages[-4:]):
+        _check_updates(averages[-_LATEST:])
+
+
+def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
+    """Return the first elements of averages, [times, elements]."""
+    rows = []
+    for average in averages:
+        with average:
+            rows.append(np.concatenate([np.zeros(0), *_starts(average)]))
+    return np.stack(rows)
 
 
 def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
@@ -766,31 +774,29 @@ def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
         )
 
 
-def _first_values(one: Checkpoint) -> FloatArray:
-    with one:
-        return np.concatenate([*_starts(one)])
-
-
-def _check_updates(averages: Sequence[Checkpoint], values: FloatArray) -> None:
-    """Raise InvalidValueError if long averages in half precision, [times, elements], lose updates;
-    warn if short ones seem to, or if they move too little to show that."""
+def _check_updates(averages: Sequence[Checkpoint]) -> None:
+    """Raise InvalidValueError if long averages in half precision lose updates; warn if short ones
+    seem to, or if they move too little to show that."""
     newest = averages[-1]
-    kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages)]
     dtypes = _dtypes_of(newest)
     in_half = np.isin(dtypes, ("F16", "BF16"))
     if not in_half.any():
         return
+    values = _first_values(averages)
     moves = _moves(values[:, in_half], dtypes[in_half])
     is_expected = np.abs(moves[:-1]) > _DIGITS
-    share = lost_share(moves[1:], is_expected)
-    where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
+    following = moves[1:]
+    kept = [1 - float(later.profile.tail(one.t)) for one, later in pairwise(averages[1:])]
     # Where the average keeps little, elements may stand still with their weights.
-    if share > MOST_LOST and min(kept) > _KEPT:
+    is_long = np.array(kept) > _KEPT
+    share = lost_share(following[is_long], is_expected[is_long])
+    where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
+    if share > MOST_LOST:
         reason = f"{where}, and loses updates: {share:.0%} of the elements that move by {_DIGITS}"
         hint = "`kind` checkpoints with `weights` takes it"
         raise InvalidValueError("average", f"{reason} digits then stand still", hint)
     stands = moves == 0
-    if share > MOST_LOST or stands.mean() > _STILL:
+    if lost_share(following, is_expected) > MOST_LOST or stands.mean() > _STILL:
         log.warning("%s, and much of it stands still: errors hold if only files are", where)
 
 

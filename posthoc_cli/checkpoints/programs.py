@@ -53,6 +53,8 @@ EPOCH_VALUES = [row.epoch for row in _ROWS if row.epoch]
 COUNTERS = {name.rpartition(".")[2] for name in STEP_VALUES}
 COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
 """Last keys of values that trainings store as tensors of one element."""
+IN_PLACE = frozenset({"start_epoch", "best_ap"})
+"""The values that show a file of YOLOX, whose model is an average by default."""
 FROM_0 = [row.from_0 for row in _ROWS if row.from_0]
 MODEL_FILES = {row.model for row in _ROWS if row.model}
 AVERAGE_STATES = re.compile("|".join(row.average_state for row in _ROWS if row.average_state))

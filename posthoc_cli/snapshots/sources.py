@@ -145,7 +145,7 @@ class StoredTensors:
         verified by default."""
         dtype = self.entries[name].dtype
         for file in self.files:
-            if file.box(name) == box and file.entries[name].dtype == dtype:
+            if file.holds(name, box) and file.entries[name].dtype == dtype:
                 offset = begin * ITEM_BYTES[dtype]
                 file.read(name, offset, out, verify)
                 return

@@ -445,6 +445,12 @@ class TensorFile:
             return None
         return Box.full(self.entries[name].shape)
 
+    def holds(self, name: str, box: Box) -> bool:
+        """Return whether the file has a tensor's elements in a box, and no others of it."""
+        if self.boxes:
+            return self.boxes.get(name) == box
+        return name in self.entries and self.entries[name].shape == box.shape
+
     def __enter__(self) -> TensorFile:
         handle = self.handle
         with handle.lock:

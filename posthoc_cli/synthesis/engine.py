@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, cycle
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +28,7 @@ from posthoc_cli.profiles import FloatArray
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.snapshot import running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors
-from posthoc_cli.snapshots.tensorfile import BLOCK, in_turn, tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.tensorfile import BLOCK, Box, in_turn, tensor_bytes, tensor_from_bytes
 from posthoc_cli.synthesis.plan import Combination, Plan
 
 # --- sums
@@ -166,6 +166,11 @@ class Tile:
     @property
     def size(self) -> int:
         return self.bounds[-1]
+
+    @cached_property
+    def box(self) -> Box:
+        """The box of a large tensor."""
+        return self.plan.box(self.names[0])
 
     @cached_property
     def spans(self) -> list[tuple[str, int, int]]:
@@ -507,15 +512,17 @@ class StoredBytes:
 
     def views(self, count: int, dtype: str) -> tuple[memoryview, torch.Tensor]:
         """Return the first bytes of the buffer for `count` elements, and the same as a tensor."""
-        if (count, dtype) not in self._views:
+        views = self._views.get((count, dtype))
+        if views is None:
             nbytes = count * ITEM_BYTES[dtype]
             if self._bytes.numel() < nbytes:
                 self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
                 self._views = {}
             data = self._bytes[:nbytes].numpy()
             values = tensor_from_bytes(data, dtype, (count,))
-            self._views[count, dtype] = (data.data, values)
-        return self._views[count, dtype]
+            views = (data.data, values)
+            self._views[count, dtype] = views
+        return views
 
 
 class _Reading(NamedTuple):
@@ -639,45 +646,43 @@ class Maker:
     def _values(self, sources: Sequence[StoredTensors], tile: Tile) -> Iterator[torch.Tensor]:
         """Yield a tile's values of each source, in the stored dtype, on the device; each is valid
         until the next."""
-        left = deque(sources)
-        begun = deque[_Reading]()
         ahead = self._ahead // max(tile.size, self._size)
         used = ahead + 1 + self._is_cuda
         buffers = cycle(self._stored[:used])
-        while left or begun:
-            if self._errors:
-                raise CancelledError
-            if left and len(begun) <= ahead:
-                source = left.popleft()
-                begun.append(self._begin(source, tile, next(buffers)))
-                continue
-            reading = begun.popleft()
-            if reading.request:
-                reading.request.result()
-            values = reading.values.to(self._device, non_blocking=self._is_cuda)
-            if self._is_cuda:
-                stream = torch.cuda.current_stream(self._device)
-                reading.buffer.sent = stream.record_event()
-            yield values
+        begun = deque[_Reading]()
+        for source in sources:
+            begun.append(self._begin(source, tile, next(buffers)))
+            if len(begun) > ahead:
+                yield self._finished(begun.popleft())
+        while begun:
+            yield self._finished(begun.popleft())
 
     def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> _Reading:
-        """Read a tile of a source into a buffer, or request it."""
-        name = tile.names[0]
+        """Read a tile of a source into a buffer, or request it; raise CancelledError after
+        errors."""
+        if self._errors:
+            raise CancelledError
         if buffer.sent:
             buffer.sent.synchronize()
-        dtype = source.entries[name].dtype
+        dtype = source.entries[tile.names[0]].dtype
         data, values = buffer.views(tile.size, dtype)
-        read: Callable[[], None]
-        if len(tile.names) > 1:
-            read = partial(source.read_many, tile.names, data)
-        else:
-            box = tile.plan.box(name)
-            read = partial(source.read_box, name, box, data, tile.begin)
         if self._readers:
-            request = self._readers.submit(read)
+            request = self._readers.submit(_read, source, tile, data)
             return _Reading(request, buffer, values)
-        read()
+        _read(source, tile, data)
         return _Reading(None, buffer, values)
+
+    def _finished(self, reading: _Reading) -> torch.Tensor:
+        """Return what was read, on the device."""
+        if reading.request:
+            reading.request.result()
+        if self._device.type == "cpu":
+            return reading.values
+        values = reading.values.to(self._device, non_blocking=self._is_cuda)
+        if self._is_cuda:
+            stream = torch.cuda.current_stream(self._device)
+            reading.buffer.sent = stream.record_event()
+        return values
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         buffer = self._buffers.get(dtype)
@@ -696,6 +701,13 @@ class Maker:
             sums = Sums(coefficients, room, torch_dtype(wide), self._device)
             self._sums[wide] = sums
         return sums
+
+
+def _read(source: StoredTensors, tile: Tile, data: memoryview) -> None:
+    if len(tile.names) > 1:
+        source.read_many(tile.names, data)
+    else:
+        source.read_box(tile.names[0], tile.box, data, tile.begin)
 
 
 def holds(dtype: torch.dtype, values: torch.Tensor) -> bool:

@@ -27,6 +27,7 @@ from walks import (
 )
 
 from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.checkpoints.open_run import open_checkpoints
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
@@ -1053,3 +1054,34 @@ def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path):
     torch.save({"model": {"a": first, "b": second}, "ema": average}, file)
     with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
         exported(file)
+
+
+# --- YOLOX, which saves its EMA in place of the weights
+
+
+@pytest.fixture
+def of_yolox(tmp_path):
+    """The folder of ten files, one an epoch of 100 steps."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for epoch in range(1, 11):
+        content = {"start_epoch": epoch, "best_ap": 0.3, "model": {"w": torch.rand(2)}}
+        torch.save(content, folder / f"epoch_{epoch}_ckpt.pth")
+    return folder
+
+
+def test_files_of_yolox_ask_whether_they_hold_averages(of_yolox, tmp_path):
+    with pytest.raises(InvalidValueError, match="kind: must be given, ema or checkpoints: YOLOX"):
+        import_checkpoints(of_yolox, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("kind", "decay", "holds"),
+    [("checkpoints", None, "weights"), ("ema", 0.998, "EMA of decay 0.998")],
+)
+def test_files_of_yolox_are_taken_as_what_they_are_said_to_hold(
+    kind, decay, holds, of_yolox, tmp_path
+):
+    run = tmp_path / "run"
+    import_checkpoints(of_yolox, run, kind=kind, ema_decay=decay, steps_per_epoch=100)
+    assert {one.holds for one in open_checkpoints(run)} == {holds}
