@@ -1,6 +1,5 @@
 """A headless Chromium, driven by its DevTools protocol over two pipes."""
 
-import base64
 import json
 import os
 import shutil
@@ -77,11 +76,6 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             code = codes[key]
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code)
-
-    def picture(self, path: Path) -> None:
-        """Save the whole page as PNG."""
-        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
-        path.write_bytes(base64.b64decode(data))
 
 
 @contextmanager

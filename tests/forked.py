@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from ema_command import Result, unmeasured_environment
@@ -125,24 +126,14 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def run(
-    code: str,
-    *arguments: object,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> Result:
-    process = Forked(code, *arguments, cwd=cwd, env=env)
+def run(code: str, *arguments: object, **options: Any) -> Result:
+    process = Forked(code, *arguments, **options)
     out, err = process.communicate()
     return Result(process.wait(), out, err)
 
 
-def check(
-    code: str,
-    *arguments: object,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-) -> Result:
-    done = run(code, *arguments, cwd=cwd, env=env)
+def check(code: str, *arguments: object, **options: Any) -> Result:
+    done = run(code, *arguments, **options)
     assert done.code == 0, done.err
     return done
 

@@ -3,16 +3,18 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import forked
 import matplotlib.image
 import pytest
 import torch
 from checking import assert_same_tensors
-from ema_command import run_ema
+from ema_command import Ema, run_ema
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
@@ -31,40 +33,49 @@ pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
 
 class Demo(NamedTuple):
-    """The folder in which a demo has run, its report as JSON and as text, and the commands that it
-    has run."""
+    """The folder of a demo, its report as JSON and as text, and the commands that it has run."""
 
-    base: Path
+    out: Path
     report: dict[str, Any]
     text: str
     commands: list[str]
 
 
+def in_this_process(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of the demo."""
+    assert command[:3] == [sys.executable, "-m", "posthoc_cli"]
+    done = run_ema(*command[3:])
+    return subprocess.CompletedProcess(command, done.code, done.out, done.err)
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    base = tmp_path_factory.mktemp("demo")
-    out = base / "my demo"
-    out.mkdir()
-    (out / "notes.txt").write_text("x")
-    command = ("demo", "--out", "my demo", "--steps", 100, "--json")
-    refused = forked.run(forked.EMA, *command, cwd=base)
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    """The working directory is the folder above that of the demo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("demo"))
+        patch.setenv("PATH", "")  # commands are then printed without a path
+        patch.setattr("posthoc_cli.demo.subprocess.run", in_this_process)
+        done = run_ema("demo", "--out", "my demo", "--steps", 100, "--json")
+        assert done.code == 0, done.err
+        # one demo is enough for both forms of its report
+        with mock.patch("posthoc_cli.demo.run", return_value=done.json):
+            text = run_ema("demo", "--out", "my demo").out
+        commands = re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE)
+        yield Demo(Path("my demo"), done.json, text, commands)
+
+
+def test_a_folder_of_the_user_is_refused(ema: Ema, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    refused = ema("demo", "--out", tmp_path)
     assert refused.code == 1
-    assert [*out.iterdir()] == [out / "notes.txt"]
-    reason = "my demo: already exists, and is no empty folder; name another one"
-    assert refused.error.endswith(reason)
-    (out / "notes.txt").unlink()
-    done = forked.check(forked.EMA, *command, cwd=base)
-    # one demo is enough for both forms of its report
-    with mock.patch("posthoc_cli.demo.run", return_value=done.json):
-        text = run_ema("demo", "--out", out).out
-    commands = re.findall(r"^\$ (ema .*)$", done.err, re.MULTILINE)
-    return Demo(base, done.json, text, commands)
+    assert refused.error.endswith("already exists, and is no empty folder; name another one")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_one_it_names(
     demo: Demo,
 ) -> None:
-    out = demo.base / "my demo"
+    out = demo.out
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 10
     for name in ("loss.png", "error.png", "samples.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -74,37 +85,28 @@ def test_a_demo_makes_snapshots_pictures_and_the_best_average_whose_loss_is_the_
     assert demo.report["best"] == best
     assert demo.report["raw"] == result["raw"]
     values = [trial["value"] for trial in result["trials"]]
-    averages = [average["loss"] for average in demo.report["averages"]]
-    assert averages == values[1:]
     weights = load_file(out / "best.safetensors")
     assert_same_tensors(weights, dict(Run(out / "snapshots").average(round(best, 6))))
     pattern = r"^(raw weights|0\.\d+) +(0\.\d{5})(?: +[+-].*?%)?.*?(<- best)?$"
     rows = re.findall(pattern, demo.text, re.MULTILINE)
-    losses = {width: float(loss) for width, loss, _ in rows}
+    losses = {width: loss for width, loss, _ in rows}
     widths = [f"{width:g}" for width in SIGMA_RELS]
     assert list(losses) == ["raw weights", *widths]
-    assert list(losses.values()) == [round(value, 5) for value in values]
+    assert list(losses.values()) == [f"{value:.5f}" for value in values]
+    plain = f"a plain EMA of 0.05 or 0.28: {losses['0.05']} or {losses['0.28']}"
+    assert f"{plain}; yours, of {best:g}: {losses[f'{best:g}']}" in demo.text
     assert [width for width, _, mark in rows if mark] == [f"{best:g}"]
     model = make_denoiser(seed=1)
     model.load_state_dict(weights)
     validation = Validation(make_waves(VALIDATION_IMAGES, seed=1), seed=0, draws=16)
     found = float(validation(model).mean())
-    assert found == pytest.approx(losses[f"{best:g}"], abs=1e-5)
-
-
-def test_a_demo_compares_the_best_length_with_the_tracked_ones(demo: Demo) -> None:
-    losses = {}
-    for average in demo.report["averages"]:
-        losses[average["sigma_rel"]] = f"{average['loss']:.5f}"
-    best = demo.report["best"]
-    line = f"a plain EMA of 0.05 or 0.28: {losses[0.05]} or {losses[0.28]}"
-    assert f"{line}; yours, of {best:g}: {losses[best]}" in demo.text
+    assert found == pytest.approx(float(losses[f"{best:g}"]), abs=1e-5)
 
 
 def test_the_page_of_a_demo_shows_eight_samples_of_the_raw_weights_and_five_lengths(
     demo: Demo,
 ) -> None:
-    out = demo.base / "my demo"
+    out = demo.out
     page = (out / "report.html").read_text()
     titles = re.findall(r"<figcaption>(raw weights|sigma_rel [\d.]+),", page)
     assert titles[0] == "raw weights"
@@ -183,7 +185,7 @@ def test_commands_are_printed_as_the_program_was_called(
         assert room.command_name() == name
 
 
-def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
+def test_every_command_that_a_demo_prints_can_be_repeated(ema: Ema, demo: Demo) -> None:
     """The commands that it suggests to try next work, too."""
     assert demo.commands == demo.report["commands"]
     names = [shlex.split(command)[1] for command in demo.commands]
@@ -191,11 +193,12 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: Demo) -> None:
     _, _, end = demo.text.partition("and try:")
     suggested = re.findall(r"^  (ema .*)$", end, re.MULTILINE)
     assert len(suggested) == 3
-    average = demo.base / "my demo" / "best.safetensors"
+    average = demo.out / "best.safetensors"
     before = load_file(average)
     average.unlink()
     for command in demo.commands + suggested:
-        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=demo.base)
+        done = ema(*shlex.split(command)[1:])
+        assert done.code == 0, done.err
     assert_same_tensors(load_file(average), before)
 
 

@@ -4,8 +4,6 @@ failed."""
 import errno
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,9 +37,9 @@ SLOW = """
 import time
 from posthoc_cli.synthesis import engine
 make = engine.Maker.make
-engine.Maker.make = lambda *arguments: (time.sleep(1.0), make(*arguments))
+engine.Maker.make = lambda *arguments: (time.sleep(0.5), make(*arguments))
 """
-"""Runs before the command: every tile takes a second."""
+"""Runs before the command: every tile takes half a second."""
 
 FULL = (
     "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=20_000_000)\n"
@@ -65,23 +63,24 @@ def environment() -> dict[str, str]:
     return {**unmeasured_environment(), "PYTHONPATH": str(ROOT)}
 
 
+LAUNCHER = f"""
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from posthoc_cli.cli import main
+
+options = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork")
+elastic_launch(LaunchConfig(1, 1, nproc_per_node={WORLD}, **options), main)()
+"""
+"""What `torchrun --standalone` does, but for the imports in each process."""
+
+
 def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Path) -> None:
     """Also if some snapshots are folders of parts."""
     forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
     for path in snapshot_files(run)[::2]:
         split_snapshot(path, 3, {"layer.1": (1, 3)})
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={WORLD}",
-    ]
-    job = [*launcher, "-m", "posthoc_cli", *arguments(run, tmp_path / "out")]
-    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("made sigma_rel 0.1 at t = 20 from 4 snapshots")
-    assert len(done.stdout.splitlines()) == 1
+    done = forked.check(LAUNCHER, *arguments(run, tmp_path / "out"))
+    assert done.out.startswith("made sigma_rel 0.1 at t = 20 from 4 snapshots")
+    assert len(done.out.splitlines()) == 1
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == WORLD
     assert (tmp_path / "out" / INDEX).exists()
     assert_same_tensors(load_output(tmp_path / "out"), load_output(tmp_path / "one.safetensors"))
@@ -136,7 +135,7 @@ def test_when_the_first_rank_is_killed_the_others_end_and_leave_no_model(
 def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None:
     shard = next(run.iterdir())
     flip_bit(shard)  # of the last tensor, which one rank reads
-    found = ended(SLOW, *arguments(run, tmp_path / "out"))
+    found = ended("", *arguments(run, tmp_path / "out"))
     for code, errors in found:
         assert code == 1
         assert shard.name in errors
@@ -166,8 +165,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "ü 'quoted'": (3, 5),
     "none": (0, 4),
     "one": (),
-    **{f"layer.{i}.weight": (40, 50) for i in range(12)},
-    **{f"layer.{i}.bias": (50,) for i in range(12)},
+    **{f"layer.{i}.weight": (40, 50) for i in range(4)},
 }
 
 
@@ -198,8 +196,8 @@ def _only_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def write(own_run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **options: Any) -> None:
-    """Write shards, four by default, of a model of 200 kB in float32."""
+def write(own_run: Path, out: Path, target: Any = 0.1, size: int = 20_000, **options: Any) -> None:
+    """Write shards, four by default, of a model of 80 kB in float32."""
     Run(own_run).write(target, out, distributed=True, max_shard_size=size, **options)
 
 
@@ -207,7 +205,7 @@ def write(own_run: Path, out: Path, target: Any = 0.1, size: int = 60_000, **opt
     ("size", "dtype"),
     [
         (10, None),
-        (60_000, "bfloat16"),
+        (20_000, "bfloat16"),
         (10**9, None),
     ],
 )
@@ -236,7 +234,6 @@ def test_any_number_of_shards_gives_the_bytes_of_one_file(
     ("operation", "exists"),
     [
         ("fsync", False),
-        ("rename", False),
         ("rename", True),
     ],
 )
@@ -261,8 +258,6 @@ def test_a_failure_leaves_what_was_there(
     ("out", "options"),
     [
         ("m.safetensors", {}),
-        ("m.pt", {}),
-        ("m", {"layout": "pt"}),
         ("m", {"layout": "dcp"}),
     ],
 )

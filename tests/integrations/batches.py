@@ -1,23 +1,16 @@
 """A training within accelerate, also as a program that kills itself."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from integrations.programs import task, use_fsdp_on_the_cpu
-from integrations.truth import recorded
+from integrations.programs import end, task, use_fsdp_on_the_cpu
+from integrations.truth import EVERY, recorded
 from torch import nn
 
 from posthoc_cli.integrations.accelerate import prepare
 
-EVERY: dict[str, Any] = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 
@@ -72,15 +65,17 @@ class Training:
                 self.accelerator.save_state(str(self.folder / "saved"))
             if number == killed_at > 0:
                 self.ema.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
+                end(self.folder, self.weights)
 
 
 if __name__ == "__main__":
-    folder, killed_at, kind, resumes = task()
+    folder, kind, resumes = task()
     training = Training(folder, sharded=kind == "sharded", resume="auto")
     if resumes:
         training.accelerator.load_state(str(folder / "saved"))
-    training.run(first=6 if resumes else 0, killed_at=killed_at)
+        training.run(first=6)
+    else:
+        training.run(killed_at=13)
     with training.ema.model(training.model, 0.2) as averaged:
         average = recorded(training.accelerator.unwrap_model(averaged))
     made = [training.weights, average, training.ema.step, average]

@@ -1,24 +1,17 @@
 """A small language model, and its training by the transformers Trainer, also as a program that
 kills itself."""
 
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from integrations.programs import task, use_fsdp_on_the_cpu
-from integrations.truth import recorded
+from integrations.programs import end, task, use_fsdp_on_the_cpu
+from integrations.truth import EVERY, recorded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from posthoc_cli.integrations.transformers import PostHocCallback
 
-EVERY = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 BEST = {
     "metric_for_best_model": "eval_ema_loss",
     "load_best_model_at_end": True,
@@ -45,7 +38,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == self._killed_at:
             self.before_end()
-            os.kill(os.getpid(), signal.SIGKILL)
+            end(Path(args.output_dir).parent, self.weights)
         if state.global_step == self._fails_at:
             raise KeyError("the training fails here")
 
@@ -99,8 +92,8 @@ class Evaluated(TrainerCallback):
 
 
 if __name__ == "__main__":
-    folder, killed_at, kind, resumes = task()
-    recorder = Recorder(killed_at)
+    folder, kind, resumes = task()
+    recorder = Recorder(killed_at=0 if resumes else 7)
     evaluated = Evaluated()
     options = dict(BEST)
     if kind == "sharded":

@@ -1,6 +1,7 @@
 """Trainings in separate processes, which can be killed, and what accelerate expects of a group."""
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -44,31 +45,30 @@ def exit_codes_of_two(program: str, *arguments: object, **environment: str) -> l
     return [process.wait() for process in processes]
 
 
-def task() -> tuple[Path, int, str, bool]:
+def task() -> tuple[Path, str, bool]:
     """Return what this program is asked for: see `train`."""
     warnings.simplefilter("ignore")
-    folder, killed_at, kind, resumes = sys.argv[1:]
-    return Path(folder), int(killed_at), kind, resumes == "True"
+    folder, kind, resumes = sys.argv[1:]
+    return Path(folder), kind, resumes == "True"
 
 
-def train(
-    program: str,
-    folder: Path,
-    kind: str,
-    killed_at: int = 0,
-    resumes: bool = False,
-) -> list[int]:
+def train(program: str, folder: Path, kind: str, resumes: bool) -> list[int]:
     """Run a module of this folder, "alone" or in two processes that are replicas ("ddp") or have a
-    "sharded" model.
+    "sharded" model. It kills itself unless it resumes.
 
     Each process saves to `made-RANK.pt` the weights after each step, the live average, the number
-    of updates, the weights that were evaluated last, and a step with the weights in its checkpoint.
-    Return the exit codes.
+    of updates, the weights that were evaluated last, and a step with the weights in its checkpoint;
+    before it kills itself, the first of these only. Return the exit codes.
     """
-    folder.mkdir(exist_ok=True)
     if kind == "alone":
-        return [start(program, folder, killed_at, kind, resumes).wait(250)]
-    return exit_codes_of_two(program, folder, killed_at, kind, resumes)
+        return [start(program, folder, kind, resumes).wait(250)]
+    return exit_codes_of_two(program, folder, kind, resumes)
+
+
+def end(folder: Path, weights: list[Any]) -> None:
+    """Save the weights after each step, and kill this process."""
+    torch.save(weights, folder / f"before-{os.environ.get('RANK')}.pt")
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forget() -> None:

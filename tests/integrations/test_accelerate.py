@@ -6,14 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip(
-    "accelerate", reason="accelerate is not installed: make integrations installs it"
-)
+pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
-from integrations.batches import EVERY, Training, batch
+from integrations.batches import Training, batch
 from integrations.programs import forget
-from integrations.truth import assert_exact, recorded
+from integrations.truth import EVERY, assert_exact, recorded
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.integrations import STATE_NAME, read_state

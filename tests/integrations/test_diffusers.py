@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
+pytest.importorskip("diffusers")
 
 from diffusers import UNet2DModel
-from integrations.truth import distance, exact, recorded
-from integrations.unet import EVERY, Training, network
+from integrations.truth import EVERY, distance, exact, recorded
+from integrations.unet import Training, network
 
 from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError

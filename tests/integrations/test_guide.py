@@ -69,9 +69,7 @@ def names_for(framework: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(
-        framework, reason=f"{framework} is not installed: make integrations installs it"
-    )
+    pytest.importorskip(framework)
     monkeypatch.chdir(tmp_path)
     names = names_for(framework)
     assert EXAMPLES[framework]

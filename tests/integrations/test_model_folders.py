@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip(
-    "transformers", reason="transformers is not installed: make integrations installs it"
-)
+pytest.importorskip("transformers")
 
 from checking import assert_same_tensors
 from ema_command import Ema
@@ -21,8 +19,6 @@ from tracker import runs
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -32,7 +28,7 @@ from transformers import (
 )
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError
+from posthoc_cli.errors import FileFormatError, MismatchError, OutputExistsError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -44,13 +40,6 @@ TEXT = {
     "vocab_size": 32,
 }
 LLAMA = {**TEXT, "num_key_value_heads": 2}
-GPT2 = {
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "vocab_size": 32,
-    "n_positions": 16,
-}
 T5 = {
     "d_model": 16,
     "d_ff": 32,
@@ -63,7 +52,6 @@ T5 = {
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA)),
     "llama-tied": (LlamaForCausalLM, LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2)),
     "bert": (BertForMaskedLM, BertConfig(**TEXT, max_position_embeddings=16)),
     "t5": (T5ForConditionalGeneration, T5Config(**T5)),
 }
@@ -99,19 +87,24 @@ def stored(folder: Path) -> dict[tuple[str, str], torch.dtype]:
     return dtypes
 
 
-def size_of_shards(is_sharded: bool) -> str:
-    return "10KB" if is_sharded else "1GB"
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama", "10KB"),
+        ("llama-tied", "1GB"),
+        ("bert", "10KB"),
+        ("t5", "1GB"),
+    ],
+)
 def test_a_folder_loads_without_warnings_and_computes_the_same_as_a_filled_model(
     tmp_path: Path,
     name: str,
+    size: str,
 ) -> None:
     model = model_of(name)
     like = tmp_path / "like"
     new = tmp_path / "new"
-    model.save_pretrained(like, max_shard_size=size_of_shards(name in ("llama", "bert")))
+    model.save_pretrained(like, max_shard_size=size)
     (like / "tokenizer.json").write_text("{}")
     track(model, tmp_path / "run")
     report = Run(tmp_path / "run").write(0.2, new, like=like)
@@ -170,9 +163,7 @@ def test_tensors_that_transformers_renames_on_disk_are_refused_with_a_way_out(
 
 
 def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip(
-        "diffusers", reason="diffusers is not installed: make integrations installs it"
-    )
+    diffusers = pytest.importorskip("diffusers")
     from integrations.unet import network
 
     unet = network()
@@ -191,8 +182,10 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
 ) -> None:
     model = model_of("llama")
     track(model, tmp_path / "run")
-    for name in ("like", "renamed", "quantized", "linked", "broken"):
-        model.save_pretrained(tmp_path / name, max_shard_size=size_of_shards(name == "broken"))
+    for name in ("like", "renamed", "quantized"):
+        model.save_pretrained(tmp_path / name)
+    model.save_pretrained(tmp_path / "broken", max_shard_size="10KB")
+    next((tmp_path / "broken").glob("*.safetensors")).unlink()
     (tmp_path / "empty").mkdir()
     weights = load_file(tmp_path / "renamed/model.safetensors")
     # a name that only a library could know
@@ -202,20 +195,16 @@ def test_folders_and_options_that_do_not_fit_are_errors_that_leave_nothing_behin
     content = json.loads(config.read_text())
     content["quantization_config"] = {"bits": 8}
     config.write_text(json.dumps(content))
-    (tmp_path / "linked/tokenizer.json").symlink_to("nowhere")
-    next((tmp_path / "broken").glob("*.safetensors")).unlink()
     for like, kind, words in (
         ("renamed", MismatchError, r"renamed: 1 tensors .*'model\.norm\.weight'.*save_pretrained"),
         ("quantized", MismatchError, r"quantized: .* quantization_config"),
-        ("linked", InvalidValueError, r"tokenizer\.json is not a file of this folder"),
         ("broken", FileFormatError, r"of-0000\d\.safetensors: cannot be opened"),
-        ("nowhere", InvalidValueError, "no such file or folder"),
         ("empty", FileFormatError, "holds no weights"),
     ):
         with pytest.raises(kind, match=words):
             Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / like)
     with pytest.raises(OutputExistsError, match="new folder"):
-        Run(tmp_path / "run").write(0.2, tmp_path / "linked", like=tmp_path / "like")
+        Run(tmp_path / "run").write(0.2, tmp_path / "quantized", like=tmp_path / "like")
     assert "planning again" not in caplog.text
     assert not (tmp_path / "new").exists()
     assert not [*tmp_path.glob(".*")]

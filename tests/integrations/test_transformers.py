@@ -10,15 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip(
-    "transformers", reason="transformers is not installed: make integrations installs it"
-)
-pytest.importorskip(
-    "accelerate", reason="accelerate is not installed: make integrations installs it"
-)
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
-from integrations.llama import BEST, DATA, EVERY, Recorder, make_trainer, network
-from integrations.truth import assert_exact, distance, exact, recorded
+from integrations.llama import BEST, DATA, Recorder, make_trainer, network
+from integrations.truth import EVERY, assert_exact, distance, exact, recorded
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
 
 from posthoc_cli import Run
@@ -140,27 +136,15 @@ def test_steps_that_a_scaler_skips_do_not_count(
 
     class Infinite(Recorder):
         def on_pre_optimizer_step(
-            self,
-            args: Any,
-            state: Any,
-            control: Any,
-            model: Any,
-            **_: Any,
+            self, _: Any, state: Any, __: Any, model: Any, **___: Any
         ) -> None:
             if state.global_step in (1, 2):
                 next(model.parameters()).grad.fill_(torch.inf)
 
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
     recorder = Infinite()
-    trainer = make_trainer(
-        tmp_path,
-        callback,
-        recorder,
-        save_strategy="no",
-        max_steps=6,
-        max_grad_norm=0,
-        optim=optim,
-    )
+    options = {"save_strategy": "no", "max_steps": 6, "max_grad_norm": 0, "optim": optim}
+    trainer = make_trainer(tmp_path, callback, recorder, **options)
     trainer.accelerator.scaler = scaler
     trainer.train()
     assert distance(recorder.weights[2], recorder.weights[0]) == 0
@@ -205,8 +189,6 @@ def test_several_averages_are_evaluated_and_one_of_them_chooses_the_best_model(
     assert distance(recorded(trainer.model), average) < 5e-3
     (folder,) = (tmp_path / f"out/checkpoint-{best}").glob("ema*")
     assert folder.name == "ema_decay-linear-50%"
-    saved = LlamaForCausalLM.from_pretrained(folder)
-    assert distance(recorded(saved), average) < 5e-3
 
 
 def average_of(label: str, weights: Sequence[Any]) -> dict[str, torch.Tensor]:
@@ -229,14 +211,13 @@ def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
     trainer.train()
     names = {name for entry in trainer.state.log_history for name in entry}
     assert {"eval_a_loss", "eval_b_loss", "eval_ema_a_loss", "eval_ema_b_loss"} <= names
-    # also when training is over
-    assert set(trainer.evaluate()) >= {"eval_a_loss", "eval_ema_a_loss"}
+    assert "eval_ema_a_loss" in trainer.evaluate()  # also when training is over
     assert {"ema/predicted_error_0.15", "ema/snapshot_seconds"} <= names
     assert [*logged(trainer, "loss")] == [*range(1, 11)]
 
 
 def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(network(), config)
     callback = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY)
@@ -255,18 +236,12 @@ def test_bad_arguments_and_callbacks_are_errors_at_once(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    for wanted, message in (
-        (0.4, r"0\.4: must lie in"),
-        ([0.1, None], "target None: must be a sigma_rel"),
-        ("x", "x"),
-    ):
-        with pytest.raises(InvalidValueError, match=message):
-            PostHocCallback(tmp_path / "ema", evaluate=wanted)
+    with pytest.raises(InvalidValueError, match="target None: must be a sigma_rel"):
+        PostHocCallback(tmp_path / "ema", evaluate=[0.1, None])
     one = PostHocCallback(tmp_path / "one")
     two = PostHocCallback(tmp_path / "two")
-    for given in ((one, two), (one, one)):
-        with pytest.raises(InvalidValueError, match="leave one out"):
-            make_trainer(tmp_path, *given).train()
+    with pytest.raises(InvalidValueError, match="leave one out"):
+        make_trainer(tmp_path, one, two).train()
     trainer = make_trainer(tmp_path)
     trainer.add_callback(PostHocCallback(tmp_path / "ema", evaluate=0.15))
     with pytest.raises(NotReadyError, match=r"install\(trainer\), in place of callbacks"):
@@ -298,13 +273,9 @@ def test_early_stopping_on_the_averages_metric(tmp_path: Path) -> None:
     assert min(one, other) >= better[-1]
 
 
-@pytest.mark.parametrize("evaluate", [None, 0.15])
-def test_a_finished_training_frees_its_model_and_trainer(
-    tmp_path: Path,
-    evaluate: float | None,
-) -> None:
-    callback = PostHocCallback(tmp_path / "ema", evaluate=evaluate, **EVERY)
-    trainer = make_trainer(tmp_path, save_strategy="no")
+def test_a_finished_training_frees_its_model_and_trainer(tmp_path: Path) -> None:
+    callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
+    trainer = make_trainer(tmp_path, save_strategy="no", max_steps=4)
     callback.install(trainer)
     trainer.train()
     model = weakref.ref(trainer.model)

@@ -1,6 +1,7 @@
 """The exact averages: float64 sums over weights that the test has recorded."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from factories import exact_weights
@@ -8,6 +9,12 @@ from torch import nn
 
 from posthoc_cli import PostHocEMA
 
+EVERY: dict[str, Any] = {
+    "update_every": 1,
+    "checkpoint_every": 4,
+    "sigma_rels": (0.1, 0.2),
+}
+"""The options of every tracker here."""
 Recorded = Sequence[Mapping[str, torch.Tensor]]
 """The weights after each optimizer step, the first one at index 0."""
 

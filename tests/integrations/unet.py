@@ -1,8 +1,6 @@
 """The training of a small diffusion model as in diffusers' scripts, also as a program that kills
 itself."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
-from integrations.programs import task
-from integrations.truth import recorded
+from integrations.programs import end, task
+from integrations.truth import EVERY, recorded
 
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel
 
-EVERY: dict[str, Any] = {
-    "update_every": 1,
-    "checkpoint_every": 4,
-    "sigma_rels": (0.1, 0.2),
-}
 IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
 
 
@@ -93,16 +86,18 @@ class Training:
             if number == 3 and self.accelerator.is_main_process:
                 self.accelerator.save_state(str(self.folder / "saved"))
             if number == killed_at > 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                end(self.folder, self.weights)
 
 
 if __name__ == "__main__":
-    folder, killed_at, _, resumes = task()
+    folder, _, resumes = task()
     training = Training(folder)
     other = network()
     if resumes:
         training.accelerator.load_state(str(folder / "saved"))
-    training.run(4 if resumes else 0, killed_at)
+        training.run(first=4)
+    else:
+        training.run(killed_at=7)
     training.accelerator.wait_for_everyone()
     if training.accelerator.is_main_process:
         training.ema_model.copy_to(other.parameters())

@@ -1,19 +1,14 @@
 """A sweep by commands: what a command receives, how failures are handled, and which files are
 kept."""
 
-import base64
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import signal
-import struct
 import sys
-import threading
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +70,8 @@ def test_a_search_finds_the_best_length_and_leaves_its_average(run, tmp_path):
     assert_same_tensors(best, run.average(found.best))
     written = json.loads((out / "sweep.json").read_text())
     assert written == report.to_dict()
-    measured = [trial.x for trial in report.trials]
-    assert measured[:6] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
     first = report.trials[0]
+    assert first.x == 0.02
     plan = run.plan(first.x)
     assert first.predicted_error == plan.predicted_error(0)
 
@@ -113,7 +107,6 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
     first = swept(run, out, command)
     again = swept(run, out, command)
     assert again.to_dict() == first.to_dict()
-    assert calls.read_text().split() == ["0.05", "0.1", "0.2"]
     longer = Axis.of_values("sigma_rel", [*LENGTHS, 0.25])
     more = swept(run, out, command, axis=longer, minimize=False)
     assert calls.read_text().split() == ["0.05", "0.1", "0.2", "0.25"]
@@ -123,18 +116,17 @@ def test_the_same_call_goes_on_and_a_longer_list_measures_the_rest(run, tmp_path
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
-        ("command", {"command": "true {weights}"}),
         ("metric", {"metric": Metric("loss")}),
         ("t", {"t": 15}),
         ("kind of length", {"axis": Axis.of_values("window", [2, 10])}),
     ],
 )
 def test_the_folder_of_another_question_is_refused_and_keeps_its_result(run, out, name, changed):
-    options = {"command": f"{BOWL} {{dir}}"}
-    swept(run, out, **options)
+    command = f"{BOWL} {{dir}}"
+    swept(run, out, command)
     before = contents(out)
     with refused(str(out), f"a sweep of another {name}", kind=OutputExistsError):
-        swept(run, out, **(options | changed))
+        swept(run, out, command, **changed)
     assert contents(out) == before
 
 
@@ -172,13 +164,10 @@ def test_the_best_length_of_a_search_is_measured_last(run, out):
     *before, last = report.trials
     assert last.x == best
     assert last.value == report.value
-    assert best not in {trial.x for trial in before}
     exact = math.log(best / 0.13) ** 2
     assert report.value == pytest.approx(exact, abs=1e-6)
     assert report.value < min(trial.value for trial in before)
-    values = report.to_dict()
-    assert values["value"] == report.value
-    assert values["estimate"] != report.value
+    assert report.to_dict()["estimate"] != report.value
     again = swept(run, out, bowl_at, axis=axis)
     assert again.trials == report.trials
 
@@ -198,12 +187,12 @@ def test_a_trial_that_fails_is_reported_and_has_no_value(run, out, script, messa
         reported.append(said)
 
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
-    axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
-    report = swept(run, out, command, axis=axis, say=say)
+    report = swept(run, out, command, say=say)
     (failed,) = (trial for trial in report.trials if trial.value is None)
     assert failed.error == message
+    assert report.found.best == 0.05
     numbered = enumerate(report.trials, start=1)
-    assert reported == [(trial, number, 4) for number, trial in numbered]
+    assert reported == [(trial, number, 3) for number, trial in numbered]
     assert (out / "logs" / f"{failed.name}.err").exists()
 
 
@@ -228,12 +217,6 @@ def test_failures_of_different_causes_do_not(run, out):
     script = "case $2 in 0.05) exit 1;; 0.1) exit 2;; 0.2) exit 1;; esac; echo $2"
     with pytest.raises(PostHocError, match="3 of 5 trials have failed, too many to choose"):
         swept(run, out, shell(script), axis=axis)
-
-
-def test_one_of_three_lengths_may_fail(run, out):
-    script = "case $2 in 0.1) echo nan;; *) echo $2;; esac"
-    report = swept(run, out, shell(script))
-    assert report.found.best == 0.05
 
 
 def test_a_best_length_at_an_end_is_reported_as_such(run, out):
@@ -278,8 +261,7 @@ def test_raw_weights_that_the_run_contains_are_measured(tmp_path, out, first_val
     more = swept(run, out, first_value, repeats=2)
     seeds = [trial.seed for trial in more.trials if trial.target == "raw weights"]
     assert sorted(seeds) == [0, 1]
-    _, *lines = (out / "trials.jsonl").read_text().splitlines()
-    assert len(lines) == len(more.trials) == 8
+    assert len(more.trials) == 8
 
 
 def test_raw_weights_that_the_run_lacks_are_not_measured(ema, run, out):
@@ -307,31 +289,6 @@ def test_a_sweep_without_a_best_says_why_and_writes_none(run, tmp_path, out, con
     assert names(out) <= {"logs", "trials.jsonl", ".ema.lock"}
 
 
-@pytest.mark.parametrize(
-    ("command", "options", "words"),
-    [
-        ("no-such-command {weights}", {}, "its first word is neither a program"),
-        ("./eval.py {weights}", {}, "its first word is neither a program"),
-        ("true {weights", {}, "must contain {weights}"),
-        ("true '{weights}", {}, "cannot be split into words"),
-        ("true {weights}", {"metric": Metric("a", "r.json")}, "must contain {dir}"),
-        ("true {weights}", {"minimize": None}, "must contain {dir}, the folder for the images"),
-        ("true {weights}", {"images": "*.png"}, "must contain {dir}, the folder for the images"),
-        ("python3 absent.py {weights}", {}, "absent.py: no such file"),
-        ("cat {weights} | wc -c", {}, "need a shell: sh -c '...'"),
-        ("SEED=1 eval {weights}", {}, "need a shell: sh -c '...'"),
-    ],
-)
-def test_an_unusable_command_is_refused_before_anything_is_made(
-    run, tmp_path, out, monkeypatch, command, options, words
-):
-    monkeypatch.chdir(tmp_path)
-    Path("eval.py").touch()
-    with refused("command", words):
-        swept(run, out, command, **options)
-    assert not out.exists()
-
-
 def gone(path: Path) -> bool:
     """Return whether the process of an id in a file ends within seconds: after a kill it must be
     scheduled."""
@@ -343,51 +300,11 @@ def gone(path: Path) -> bool:
     return False
 
 
-def wait_for(path: Path, process: Forked | None = None) -> None:
+def wait_for(path: Path, process: Forked) -> None:
     """Wait until a file has content; fail if the process that causes it has ended."""
     while not path.exists() or not path.read_text():
-        assert process is None or process.poll() is None
+        assert process.poll() is None
         time.sleep(0.01)
-
-
-def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_was_measured(
-    run, tmp_path
-):
-    """The second trial hangs, and has a child."""
-    out = tmp_path / "out"
-    hang = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/hangs; wait"
-    command = shell(f'trap "" TERM; if [ $2 = 0.1 ]; then {hang}; fi; echo $2')
-    stopped = []
-
-    def stop():
-        wait_for(tmp_path / "hangs")
-        stopped.append(time.monotonic())
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-    def interrupt(_, frame):
-        """Interrupt the sweep only: on a busy machine the second signal may come after its end."""
-        while frame is not None:
-            if frame.f_code is swept.__code__:
-                raise KeyboardInterrupt
-            frame = frame.f_back
-
-    usual = signal.signal(signal.SIGINT, interrupt)
-    thread = threading.Thread(target=stop)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            swept(run, out, command)
-    finally:
-        thread.join()
-        signal.signal(signal.SIGINT, usual)
-    assert time.monotonic() - stopped[0] < 30  # of 60; within 1 s where nothing else runs
-    assert gone(tmp_path / "hangs")
-    assert gone(tmp_path / "child")
-    assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
-    _, line = (out / "trials.jsonl").read_text().splitlines()
-    assert json.loads(line)["x"] == 0.05
 
 
 SWEEP = """
@@ -399,6 +316,27 @@ run, command, out = sys.argv[1:]
 axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2])
 Sweep(Run(run), command, Metric("x", "m.json"), Path(out), axis).run_all()
 """
+
+
+def test_ctrl_c_pressed_twice_stops_a_trial_that_ignores_sigterm_and_keeps_what_was_measured(
+    run, tmp_path
+):
+    """The second trial hangs, and has a child."""
+    out = tmp_path / "out"
+    hang = f"sleep 60 & echo $! > {tmp_path}/child; echo $$ > {tmp_path}/hangs; wait"
+    write = 'echo "{\\"x\\": $2}" > $4/m.json'
+    command = shell(f'trap "" TERM; if [ $2 = 0.1 ]; then {hang}; fi; {write}')
+    with Forked(SWEEP, run.directory, command, out) as process:
+        wait_for(tmp_path / "hangs", process)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        assert process.wait(30) != 0  # of 60; within 1 s where nothing else runs
+    assert gone(tmp_path / "hangs")
+    assert gone(tmp_path / "child")
+    assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
+    _, line = (out / "trials.jsonl").read_text().splitlines()
+    assert json.loads(line)["x"] == 0.05
 
 
 def test_a_killed_sweep_is_continued_while_its_trial_still_runs(run, tmp_path):
@@ -450,25 +388,10 @@ def test_each_length_of_a_narrow_range_is_measured_once(run, out, axis, count):
     assert max(measured) <= axis.high
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0.1:0.1", "the first must be below the second"),
-        ("0.05,0.1:0.2", "LOW:"),
-    ],
-)
-def test_a_text_that_is_no_range_is_refused(text, words):
-    with refused("--sigma-rel", words):
-        Axis.parse(text, "--sigma-rel", "sigma_rel")
-
-
 def test_a_command_gets_whole_numbers_without_a_point(run, tmp_path):
     command = shell(f"echo $2 >> {tmp_path}/seen; echo $2")
-    axis = Axis("window", 2, 18)
-    swept(run, tmp_path / "out", command, axis=axis, budget=7)
-    seen = (tmp_path / "seen").read_text()
-    assert {"2", "18"} < {*seen.split()}
-    assert "." not in seen
+    swept(run, tmp_path / "out", command, axis=Axis.of_values("window", [2, 5, 18]))
+    assert (tmp_path / "seen").read_text().split() == ["2", "5", "18"]
 
 
 def test_a_decay_is_searched_by_its_time_constant(run, out):
@@ -495,10 +418,10 @@ def test_a_trial_gets_a_copy_of_a_model_folder(run, tmp_path, out):
     command = shell('ls $1 | wc -l | tr "\\n" .; echo $2 | cut -c3-')
     for _ in range(2):  # the second one replaces the best average
         report = swept(run, out, command, like=model)
-        files = [math.floor(trial.value) for trial in report.trials]
-        assert files == [2, 2, 2]
-        best = load_file(out / "best" / "model.safetensors")
-        assert_same_tensors(best, run.average(report.best))
+    files = [math.floor(trial.value) for trial in report.trials]
+    assert files == [2, 2, 2]
+    best = load_file(out / "best" / "model.safetensors")
+    assert_same_tensors(best, run.average(report.best))
 
 
 def test_a_trial_gets_a_copy_of_a_checkpoint(run, tmp_path, out):
@@ -506,11 +429,10 @@ def test_a_trial_gets_a_copy_of_a_checkpoint(run, tmp_path, out):
     model = {name: value + 1 for name, value in run.average(0.1).items()}
     torch.save({"model": model, "step": 7}, like)
     command = shell("basename $1 | grep -q .pt && echo $2")
-    for _ in range(2):  # the second one replaces the best average
-        report = swept(run, out, command, like=like)
-        best = torch.load(out / "best.pt", weights_only=True)
-        assert best["step"] == 7
-        assert_same_tensors(best["model"], run.average(report.best))
+    report = swept(run, out, command, like=like)
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert best["step"] == 7
+    assert_same_tensors(best["model"], run.average(report.best))
 
 
 # --- raw weights, and images
@@ -523,37 +445,26 @@ def sevens(run: Run) -> dict[str, torch.Tensor]:
     return {name: torch.full_like(value, 7.0) for name, value in weights.items()}
 
 
-def check_raw(report: SweepReport) -> None:
-    assert report.raw == 7.0
-    first, *_ = report.trials
-    assert first == Trial("raw weights", None, 0, 7.0, seconds=first.seconds)
-
-
 def test_raw_weights_in_a_checkpoint_are_measured(run, tmp_path, out, first_value, sevens):
     """Not the average that it holds, too."""
     raw = tmp_path / "last.pt"
     average = dict(run.average(0.1))
     torch.save({"model": sevens, "ema": average}, raw)
-    check_raw(swept(run, out, first_value, raw=raw))
-
-
-@pytest.fixture
-def raw(tmp_path: Path, sevens: dict[str, torch.Tensor]) -> Path:
-    file = tmp_path / "last.safetensors"
-    save_file(sevens, file)
-    return file
-
-
-def test_raw_weights_in_a_file_are_measured(run, out, first_value, raw):
     report = swept(run, out, first_value, raw=raw)
-    check_raw(report)
-    better = 100 * (7.0 - report.value) / 7.0
+    assert report.raw == 7.0
+    first, *_ = report.trials
+    assert first == Trial("raw weights", None, 0, 7.0, seconds=first.seconds)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_averages_are_compared_with_raw_weights_in_a_file(
+    run, tmp_path, out, first_value, sevens, sign
+):
+    raw = tmp_path / "last.safetensors"
+    save_file(sevens, raw)
+    report = swept(run, out, first_value, raw=raw, minimize=sign == 1)
+    better = sign * 100 * (7.0 - report.value) / 7.0
     assert f"{better:.2g} % better than the raw weights" in repr(report)
-
-
-def test_a_metric_to_maximize_is_compared_with_that_of_raw_weights(run, out, first_value, raw):
-    report = swept(run, out, first_value, raw=raw, minimize=False)
-    assert "22 % better than the raw weights" in repr(report)
 
 
 def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path):
@@ -563,33 +474,16 @@ def test_a_file_without_the_tensors_of_the_averages_is_refused(run, tmp_path):
         swept(run, tmp_path / "out", raw=raw)
 
 
-def picture(colour: int) -> str:
-    """Return the base64 text of a PNG of one grey pixel."""
-
-    def chunk(kind, data):
-        length = struct.pack(">I", len(data))
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return length + kind + data + check
-
-    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
-    data = zlib.compress(bytes([0, colour]))
-    content = (
-        b"\x89PNG\r\n\x1a\n",
-        chunk(b"IHDR", header),
-        chunk(b"IDAT", data),
-        chunk(b"IEND", b""),
-    )
-    return base64.b64encode(b"".join(content)).decode()
-
-
-DRAW = f'cd "$4"; mkdir b; echo {picture(9)} | base64 -d > a.png; cp a.png b/c.PNG; touch d.txt'
+DRAW = 'cd "$4"; mkdir b; printf "\\211PNG" > a.png; cp a.png b/c.PNG; touch d.txt'
+"""Leaves what begins as pictures do."""
 
 
 def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(run, out):
     report = swept(run, out, shell(DRAW), minimize=None)
     assert [trial.x for trial in report.trials] == [*LENGTHS]
-    assert {trial.value for trial in report.trials} == {None}
-    assert {trial.error for trial in report.trials} == {None}
+    for trial in report.trials:
+        assert trial.value is None
+        assert trial.error is None
     assert names(out) == {"images", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
     assert names(out / "images") == {f"sigma_rel-{x}-seed-0" for x in LENGTHS}
     assert names(out / "images/sigma_rel-0.1-seed-0") == {"a.png", "b-c.PNG"}
@@ -599,7 +493,6 @@ def test_images_of_a_trial_are_kept_without_a_metric_and_nothing_is_searched(run
 @pytest.mark.parametrize(
     ("glob", "kept"),
     [
-        (None, {"a.png", "b-c.PNG"}),
         ("b/*", {"b-c.PNG"}),
         ("none", set()),
     ],
