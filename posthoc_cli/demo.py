@@ -421,7 +421,10 @@ def checkpoint_every(steps: int) -> int:
     """Return the steps between snapshots: a divisor of `steps`, so that the last step has one."""
     updates = steps // UPDATE_EVERY
     most = max(1, updates // SNAPSHOTS)
-    divisors = [count for count in range(1, most + 1) if updates % count == 0]
+    divisors = []
+    for count in range(1, most + 1):
+        if updates % count == 0:
+            divisors.append(count)
     return UPDATE_EVERY * divisors[-1]
 
 

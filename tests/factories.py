@@ -228,7 +228,8 @@ def without_measurements(info: Snapshot) -> Snapshot:
     if not info.sketch:
         return info
     path = decode_path(info.sketch)
-    still = replace(path.sketch, means=0 * path.sketch.means, spread=0 * path.sketch.spread)
+    sketch = path.sketch
+    still = replace(sketch, means=0 * sketch.means, spread=0 * sketch.spread)
     return replace(info, sketch=encode_path(path._replace(sketch=still)))
 
 

@@ -231,7 +231,8 @@ def test_a_snapshot_is_exported_in_the_models_own_dtypes_under_all_names(tmp_pat
     shutil.copytree(tmp_path / "run", tmp_path / "split")
     folder = split_snapshot(tmp_path / "split" / source.name, 2)
     out = tmp_path / "out.safetensors"
-    expected = {"w": w.float(), "tied": w.float(), "var": var, "var too": var}
+    wide = w.float()
+    expected = {"w": wide, "tied": wide, "var": var, "var too": var}
     for path in (source, folder):
         export_file(path, out, overwrite=True)
         assert_same_tensors(load_output(out), expected)

@@ -143,7 +143,8 @@ def as_bytes(crc: int) -> bytes:
 
 
 def optimizer_state() -> dict[str, Any]:
-    moments = {k: {"exp_avg": value} for k, value in enumerate(values(9).values())}
+    kept = enumerate(values(9).values())
+    moments = {number: {"exp_avg": value} for number, value in kept}
     groups = [{"lr": 0.1, "params": [*moments]}]
     return {"state": moments, "param_groups": groups}
 
@@ -381,7 +382,8 @@ def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path, run):
 def test_a_counter_of_another_dtype_stays(tmp_path):
     counted = {"w": torch.ones(2), "count": torch.tensor(5)}
     run = stored(tmp_path, 1, counted)
-    other = {"w": torch.zeros(2), "count": torch.tensor(3, dtype=torch.int32)}
+    count = torch.tensor(3, dtype=torch.int32)
+    other = {"w": torch.zeros(2), "count": count}
     like = saved(tmp_path, model=other)
     said, loaded = copied(run, like, "last:1")
     assert said["kept"] == ["count"]
@@ -421,7 +423,9 @@ def test_a_safetensors_file_keeps_its_header(tmp_path, run):
 def write_shards(folder: Path, stem: str, ending: str) -> None:
     weights = values(5)
     weight_map = {}
-    for number, names in enumerate(([*weights][::2], [*weights][1::2]), 1):
+    even = [*weights][::2]
+    odd = [*weights][1::2]
+    for number, names in enumerate((even, odd), 1):
         shard = f"{stem}-0000{number}-of-00002.{ending}"
         weight_map |= dict.fromkeys(names, shard)
         held = {name: weights[name] for name in names}

@@ -219,7 +219,10 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     found = {name.split(".")[0] for name in imported(path)} & PICKLING
     text = path.read_text()
     assert not found
-    calls = {ast.unparse(node.func) for node in parsed(path) if isinstance(node, ast.Call)}
+    calls = set()
+    for node in parsed(path):
+        if isinstance(node, ast.Call):
+            calls.add(ast.unparse(node.func))
     assert not calls & EXECUTING
     loading = {call for call in calls if call.split(".")[-1] in LOADING}
     # the tracker's state in the framework's own checkpoint
@@ -233,8 +236,8 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
 
 
 LIMITS = {
-    PACKAGE: {"tokens a line": 8.51, "packed": 0, "times": 1, "inner": 3, "big": 8},
-    ROOT / "tests": {"tokens a line": 8.89, "packed": 1, "times": 1, "inner": 1, "big": 30},
+    PACKAGE: {"tokens a line": 8.5, "packed": 0, "times": 1, "inner": 3, "big": 8},
+    ROOT / "tests": {"tokens a line": 8.89, "packed": 0, "times": 0, "inner": 0, "big": 28},
 }
 """The most that `density` may count. Lower a limit when code falls below it; never raise one."""
 
@@ -246,5 +249,6 @@ def test_code_is_not_denser_than_before(folder: Path) -> None:
     found = {"tokens a line": round(counts["tokens"] / counts["lines"], 2)}
     for name in ("packed", "times", "inner", "big"):
         found[name] = counts[name]
-    too_many = {name: count for name, count in found.items() if count > LIMITS[folder][name]}
+    limits = LIMITS[folder]
+    too_many = {name: count for name, count in found.items() if count > limits[name]}
     assert not too_many

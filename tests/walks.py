@@ -73,7 +73,10 @@ def true_average(sigma_rel: float, steps: int = STEPS) -> Tensors:
 def distance(made: Tensors, truth: Tensors) -> float:
     """Return the relative distance of an average from the true one."""
     assert made.keys() == truth.keys()
-    squares = [float((made[name].double() - truth[name]).square().sum()) for name in truth]
+    squares = []
+    for name in truth:
+        difference = made[name].double() - truth[name]
+        squares.append(float(difference.square().sum()))
     norms = [float(values.square().sum()) for values in truth.values()]
     return float((sum(squares) / sum(norms)) ** 0.5)
 

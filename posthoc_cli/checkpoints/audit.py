@@ -392,7 +392,8 @@ class _Moves:
         for weights, averages in series.values:
             stays = averages[1:] == averages[:-1]
             equal = weights == averages
-            moved.append((weights[1:] != weights[:-1]).any(axis=1))
+            moves = weights[1:] != weights[:-1]
+            moved.append(moves.any(axis=1))
             still.append(stays.mean(axis=1) >= _ALL)
             copied.append(equal.mean(axis=1) >= _ALL)
         moves = np.stack(moved, axis=1)

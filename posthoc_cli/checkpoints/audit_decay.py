@@ -349,7 +349,9 @@ class Intervals:
         _, of_d, of_v = np.moveaxis(sums, -1, 0)  # products with y, d and v, in this order
         determinant = of_d[:, 1] * of_v[:, 2] - of_d[:, 2] ** 2
         kept: FloatArray = np.zeros_like(determinant)
-        product = of_d[:, 0] * of_v[:, 2] - of_v[:, 0] * of_d[:, 2]
+        first = of_d[:, 0] * of_v[:, 2]
+        second = of_v[:, 0] * of_d[:, 2]
+        product = first - second
         np.divide(product, determinant, out=kept, where=determinant > 0)
         return kept
 

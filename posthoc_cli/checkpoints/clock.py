@@ -257,7 +257,9 @@ def by_names(readings: Mapping[Path, Reading]) -> Mapping[Path, Reading]:
     in_names = {one.number for one in named.values()}
     if len(in_names) < max(2, len(readings)):
         return readings
-    ahead = {path: one.number - readings[path].number for path, one in named.items()}
+    ahead = {}
+    for path, one in named.items():
+        ahead[path] = one.number - readings[path].number
     if min(ahead.values()) < -1 or max(ahead.values()) <= 1:  # 1: counted from 0
         return readings
     path = next(path for path in ahead if ahead[path] > 1)

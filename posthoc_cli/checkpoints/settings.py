@@ -67,7 +67,10 @@ def warm_up_of(text: str) -> dict[str, Any] | None:
         return None
     row = WARM_UPS[name]
     if not colon:
-        return {"warm_up": name} | ({row.number: row.usual} if row.number else {})
+        rule: dict[str, Any] = {"warm_up": name}
+        if row.number:
+            rule[row.number] = row.usual
+        return rule
     value = read_number(number)
     if not row.number or not value or (row.is_schedule and value >= 1):
         return None

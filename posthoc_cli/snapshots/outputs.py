@@ -241,19 +241,21 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
                 "bytes": file_bytes(tracked),
             }
         )
-    listed = []
-    for snapshot in snapshots:
-        listed.append({"file": snapshot.path.name, **_fields(snapshot, "t step sigma_rel")})
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         **_fields(newest, "t_unit t step"),
         **_of_settings(newest),
         **describe_tensors(newest),
-        "snapshots": listed,
+        "snapshots": [_listed(snapshot) for snapshot in snapshots],
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
         "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
+
+
+def _listed(snapshot: Snapshot) -> dict[str, Any]:
+    fields = _fields(snapshot, "t step sigma_rel")
+    return {"file": snapshot.path.name, **fields}
 
 
 def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:

@@ -500,7 +500,8 @@ class _Sample:
         if not seen:
             return 1.0
         spacings = 12 * seen
-        chance = float(np.interp(self.squared(motion[moved]) / spacings, _MOTION, _CHANCE))
+        relative = self.squared(motion[moved]) / spacings
+        chance = float(np.interp(relative, _MOTION, _CHANCE))
         return seen / max(chance * self.rounding, seen)
 
 
@@ -656,8 +657,11 @@ def _steps_to(sample: _Sample, before: Sequence[_Sample]) -> Iterator[_Step]:
     last = before[-1]
     squared = sample.squared_distance(last)
     norms = sample.squared(sample.values) + last.squared(last.values)
-    over_two = sample.squared_distance(before[0]) if len(before) > 1 else math.inf
-    yield _Step(last.source, sample.source, squared, squared / max(norms, 1e-300), over_two)
+    share = squared / max(norms, 1e-300)
+    over_two = math.inf
+    if len(before) > 1:
+        over_two = sample.squared_distance(before[0])
+    yield _Step(last.source, sample.source, squared, share, over_two)
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:

@@ -164,7 +164,9 @@ class Box:
         """Return the intersection with another box, of size 0 if they have no common element."""
         begin = tuple(map(max, self.offset, other.offset))
         end = map(min, self.end, other.end)
-        lengths = [max(0, last - first) for first, last in zip(begin, end, strict=True)]
+        lengths = []
+        for first, last in zip(begin, end, strict=True):
+            lengths.append(max(0, last - first))
         return Box(begin, tuple(lengths))
 
     def span(self, inner: Box) -> tuple[int, int]:
@@ -730,7 +732,8 @@ def _decode_entry(name: str, value: Any, start: int) -> Entry:
     except (TypeError, KeyError, ValueError):
         is_entry = False
     # Sizes of 0 are ignored here, since no array library can represent the strides of such a shape.
-    if not is_entry or len(shape) > 64 or math.prod(filter(None, shape)) >= 2**60:
+    is_usual = is_entry and len(shape) <= 64 and math.prod(filter(None, shape)) < 2**60
+    if not is_usual:
         raise ValueError(f"tensor {shown(name)}: its header entry is malformed")
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         accepted = ", ".join(ITEM_BYTES)

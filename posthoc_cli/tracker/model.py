@@ -307,7 +307,10 @@ class _Collection:
     def __init__(self, entries: Sequence[NamedTensor], selection: Selection) -> None:
         self._selection = selection
         # A tied parameter is one tensor with several names, any of which may be selected.
-        self._copied = {id(entry.tensor) for entry in entries if selection.copies(entry.name)}
+        self._copied = set()
+        for entry in entries:
+            if selection.copies(entry.name):
+                self._copied.add(id(entry.tensor))
         buffers = [entry.name for entry in entries if not entry.is_parameter]
         self._running = running_statistics(buffers)
         self._parts = dict[str, Tensor]()

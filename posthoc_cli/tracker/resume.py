@@ -163,11 +163,7 @@ class Start:
         self._newest = newest
         if step is None:
             return now
-        progress = self._progress
-        if progress is None:
-            last = _until(stored, step)[-1]
-            progress = _progress_at(last)
-        return replace(now, progress=progress)
+        return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
 
     def read(self, now: Tracking) -> Tracking:
         """Load the averages of the chosen call."""

@@ -100,7 +100,8 @@ class LiveSource(Snapshot):
         for bucket in layout:
             for name, place in bucket.places.items():
                 entries[name] = Entry(stored_name(bucket.wide), place.shape)
-        return cls(**vars(header) | {"entries": entries, "held": dict(copies)} | functions)
+        fields = vars(header) | {"entries": entries, "held": dict(copies)}
+        return cls(**fields | functions)
 
     @property
     def name(self) -> str:

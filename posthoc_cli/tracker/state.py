@@ -237,7 +237,8 @@ def _own_part(
         hint = "let torch.distributed.checkpoint load it, which reshards it"
         raise ModelMismatchError(subject, reason, hint)
     for dim, size in enumerate(own.shape):
-        tensor = tensor.narrow(dim, own.offset[dim] - held.offset[dim], size)
+        begin = own.offset[dim] - held.offset[dim]
+        tensor = tensor.narrow(dim, begin, size)
     if tracked.tensors[name].role != "copy" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
     return tensor

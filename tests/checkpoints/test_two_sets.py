@@ -230,7 +230,8 @@ def test_an_average_in_two_parts_is_one(body, head, slow_body, slow_head, tmp_pa
     weights = in_parts(last.weights, body, head)
     slow = in_parts(last.average, slow_body, slow_head)
     layers = ("predictor.bias", "momentum_classifier.bias", "student_classifier.bias")
-    torch.save({"state_dict": weights | slow | dict.fromkeys(layers, torch.ones(3))}, file)
+    others = dict.fromkeys(layers, torch.ones(3))
+    torch.save({"state_dict": weights | slow | others}, file)
     assert_equal(exported(file), average)
     of_head = {"head.weight": last.average["head.weight"]}
     assert_equal(exported(file, average=slow_head), of_head)

@@ -67,7 +67,10 @@ def test_info_of_a_snapshot_and_of_another_programs_file(
     assert measured["relative_rounding"] == pytest.approx(2**-11, rel=0.7)
     tensors = load_file(snapshot)
     averages = ("0.weight", "0.bias", "1.weight", "1.bias", "2.weight")
-    squares = [float(tensors[name].double().square().sum()) for name in averages]
+    squares = []
+    for name in averages:
+        square = tensors[name].double().square()
+        squares.append(float(square.sum()))
     assert measured["norm"] == pytest.approx(sum(squares) ** 0.5, rel=1e-3)
     text = ema("info", snapshot).out
     assert has_line(r"measurements +norm [\d.]+, relative_rounding 0\.0\d+ %$", text)

@@ -182,12 +182,14 @@ def tail_product(p: PowerFunction, q: PowerFunction, motion: Motion) -> flint.ar
         (x + y, of_p * of_q),
     )
     last = min(p.t, q.t)
-    edges = [flint.arb(edge) for edge in np.minimum(motion.edges, last).tolist()]
+    ends = np.minimum(motion.edges, last)
+    edges = [flint.arb(edge) for edge in ends.tolist()]
     total = flint.arb(0)
     for z, scale in powers:
         exponent = z + 1
         integrals = [edge**exponent / exponent for edge in edges]
-        for v, (before, after) in zip(motion.walk.tolist(), pairwise(integrals), strict=True):
+        segments = zip(motion.walk.tolist(), pairwise(integrals), strict=True)
+        for v, (before, after) in segments:
             total += v * scale * (after - before)
     return total
 

@@ -122,7 +122,8 @@ def used(source: Path, out: Path) -> Content:
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] = SMALL) -> Path:
     """Write a snapshot with most of what a header can have; return its path, in `folder`/run."""
     means = np.array([[0.0, 0.0], [0.5, 0.25]])
-    sketch = Sketch(np.array([1.0, 5.0, 10.0]), np.ones(2), means, np.zeros(2))
+    edges = np.array([1.0, 5.0, 10.0])
+    sketch = Sketch(edges, np.ones(2), means, np.zeros(2))
     return write_snapshot(
         folder / "run",
         10,

@@ -113,7 +113,9 @@ def test_a_payload_is_read_once_from_beginning_to_end_whatever_its_tensors(tmp_p
     """It takes constant memory: a bounded number of blocks is in flight."""
     large = [0, 1, 3, 1_000_000, 2**21, 2**21 + 1, 5_000_000]
     sizes = [*large, *[7] * 2000, 1_048_575]
-    values = {str(number): torch.randn(size).half() for number, size in enumerate(sizes)}
+    values = {}
+    for number, size in enumerate(sizes):
+        values[str(number)] = torch.randn(size).half()
     values["wide"] = torch.randn(300_001)
     values["n"] = torch.tensor(3)
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)

@@ -248,7 +248,8 @@ def damage_checkpoints(folder: Path, share: float, seed: int) -> Tally:
 def _changed(intact: bytes, chance: random.Random, marker: Path) -> bytes:
     kind = chance.choice(["cut", "flip", "flip", "bomb"])
     if kind == "bomb":
-        content = {"model": {"w": torch.ones(2)}, "x": Bomb(marker), "step": Bomb(marker)}
+        model = {"w": torch.ones(2)}
+        content = {"model": model, "x": Bomb(marker), "step": Bomb(marker)}
         return pickle.dumps(content)
     most = chance.choice([100, 2_000, 10**9])
     place = chance.randrange(min(len(intact), most))

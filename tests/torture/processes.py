@@ -183,7 +183,8 @@ def _wrong_averages(run: Path, steps: Iterable[int]) -> list[str]:
             for name, right in exact.items():
                 # A float32 average is rounded once when stored, and each time that a training is
                 # resumed from it.
-                away = float((snapshot.tensor(name).double() - right).abs().max())
+                difference = snapshot.tensor(name).double() - right
+                away = float(difference.abs().max())
                 if not away <= 1e-6 * float(right.abs().max()):
                     what = f"{snapshot.path.name}: {name}"
                     lines.append(f"{what} is {away:.2g} away from the average")

@@ -350,7 +350,9 @@ def test_a_state_shares_no_memory_with_the_tracker_and_needs_no_pickles(tmp_path
         assert same(state, kept)
         kept = ema.state_dict()
         state = ema.state_dict()
-        for own in (state["copies"], *state["high"].values(), *state["mean"].values()):
+        high = state["high"].values()
+        mean = state["mean"].values()
+        for own in (state["copies"], *high, *mean):
             for tensor in own.values():
                 tensor.zero_()
         assert same(ema.state_dict(), kept)

@@ -328,7 +328,8 @@ def test_no_tracker_of_a_part_or_all_of_a_model_takes_averaged_weights_as_an_upd
     tmp_path: Path,
     swapped: str,
 ) -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    layers = [nn.Linear(2, 2) for _ in range(3)]
+    model = nn.Sequential(*layers)
     model[2].weight = model[0].weight  # tied
     modules = {"all": model, **dict(model.named_children())}
     trackers = {}

@@ -105,7 +105,8 @@ def test_filters_that_make_no_sense_are_refused(
 
 
 def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    model = nn.Sequential(*layers)
     model[1].weight = model[0].weight
     tracked(model, tmp_path / "taken", include="1.*")
     assert roles(tmp_path / "taken") == {"1.weight": "average", "1.bias": "average"}
@@ -114,7 +115,8 @@ def test_a_tied_tensor_is_stored_under_its_selected_name(tmp_path: Path) -> None
 
 
 def test_a_tensor_that_is_tied_to_another_one_than_before_is_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    model = nn.Sequential(*layers)
     model[2].weight = model[0].weight
     tracked(model, tmp_path)
     model[2].weight = model[1].weight

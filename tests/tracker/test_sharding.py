@@ -584,7 +584,8 @@ def test_a_run_resumes_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
     scheduled = [snapshot for snapshot in run.snapshots if snapshot not in off_schedule]
     for found, true in zip(scheduled, Run(tmp_path / "single").snapshots, strict=True):
         check_same_snapshot(found, true)
-    assert_near(run.average(0.2, t=12), truth(0.2, [2, 4, 6, 8, 10, 12]))
+    expected = truth(0.2, [2, 4, 6, 8, 10, 12])
+    assert_near(run.average(0.2, t=12), expected)
 
 
 def check_same_snapshot(found: Snapshot, true: Snapshot) -> None:

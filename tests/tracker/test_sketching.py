@@ -420,7 +420,8 @@ def test_the_steps_of_windows_are_stored_and_kept_if_they_are_not_their_times(
 
 
 def test_a_path_without_steps_is_that_of_an_earlier_version() -> None:
-    sketch = Sketch(np.array([10.0, 20.0, 30.0]), np.ones(2), np.eye(2), np.zeros(2))
+    edges = np.array([10.0, 20.0, 30.0])
+    sketch = Sketch(edges, np.ones(2), np.eye(2), np.zeros(2))
     for exact in (False, True):
         path = PathSketch(7, sketch, np.array([2.0, 3.0]))
         data = base64.b64decode(encode_path(path, exact))
