@@ -392,8 +392,8 @@ class _Moves:
         for weights, averages in series.values:
             stays = averages[1:] == averages[:-1]
             equal = weights == averages
-            moves = weights[1:] != weights[:-1]
-            moved.append(moves.any(axis=1))
+            changes = weights[1:] != weights[:-1]
+            moved.append(changes.any(axis=1))
             still.append(stays.mean(axis=1) >= _ALL)
             copied.append(equal.mean(axis=1) >= _ALL)
         moves = np.stack(moved, axis=1)

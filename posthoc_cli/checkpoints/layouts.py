@@ -6,8 +6,9 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 1. if values beside the average say its decay or count its updates: add a row to `LIBRARIES`;
 2. if the two sets lie under fixed keys that no word tells apart: add a row to `FIXED`;
 3. if names of files or tensors need more than that: write a function, and add it to `FINDERS`;
-4. new names of the step, of a model's file, or of a training's state: add a row to
-   `programs.PROGRAMS`; a word for a state that is no model: to `content.NO_MODEL`;
+4. new names of the step, of a model's file, or of a training's state, or an average in the model's
+   place: add a row to `programs.PROGRAMS`; a word for a state that is no model: to
+   `content.NO_MODEL`;
 5. add the kind to `KINDS` in `checkpoints/__init__.py`, and to `TAKES` if it is no ordinary EMA;
    a line to the guide `checkpoints`, and a test that writes such files beside
    `tests/checkpoints/test_programs.py`;
@@ -39,7 +40,7 @@ from posthoc_cli.checkpoints.content import (
     open_checkpoint,
     stripped,
 )
-from posthoc_cli.checkpoints.programs import IN_PLACE
+from posthoc_cli.checkpoints.programs import program_of_averages
 from posthoc_cli.checkpoints.sets import (
     Pair,
     Sets,
@@ -65,8 +66,6 @@ from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 log = logging.getLogger(__name__)
 
 Values = Mapping[str, Any]
-
-_IN_PLACE = "YOLOX saves its EMA in place of the weights, unless that is off"
 
 
 @dataclass(frozen=True)
@@ -173,8 +172,10 @@ def _weights(sets: Sets, settings: ImportSettings) -> Found:
         return Found("checkpoints", weights=weights)
     weights = sets.model(settings.prefix)
     asks = {}
-    if sets.content.values.keys() >= IN_PLACE:
-        asks["kind"] = f", ema or checkpoints: {_IN_PLACE}"
+    program = program_of_averages(sets.content.values.keys())
+    if program:
+        reason = f"{program} saves its EMA in place of the weights, unless that is off"
+        asks["kind"] = f", ema or checkpoints: {reason}"
     return Found("checkpoints", weights=weights, asks=asks)
 
 

@@ -277,7 +277,7 @@ def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
     if times.unit == "epochs":
         if asks:
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
-            raise InvalidValueError("steps_per_epoch", reason, "give it to an import")
+            raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
         return f"{decays} {times.says}; import with `steps_per_epoch`"
     is_said = times.is_stated or has_counts or times.unit != "steps"
     if asks or is_said or max(times.by_path.values()) > _EPOCHS:
@@ -584,7 +584,7 @@ def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
     check_rule(found, path, settings)
     for setting, why in found.asks.items():
         if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}", "give it to an import")
+            raise InvalidValueError(setting, f"must be given{why}", "it is a setting of imports")
     if found.updates is not None and len(settings.sigma_rels) > 1:
         raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
     if settings.sigma_rels and found.profile is not None and not found.sigma_rel:

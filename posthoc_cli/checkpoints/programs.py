@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 
 
@@ -15,6 +16,8 @@ class Program:
     epoch: str = ""  # the value that states the epoch
     # the values that show that it has written a file, if it counts epochs from 0
     from_0: frozenset[str] = frozenset()
+    # the values that show that the model in a file is an average by default
+    in_place: frozenset[str] = frozenset()
     model: str = ""  # the file of a model, though its name seems to say a state
     # patterns of files of a training's state: that hold an average among other things, or
     average_state: str = ""
@@ -40,7 +43,7 @@ PROGRAMS = {
     "icefall": Program(step="batch_idx_train"),
     "RT-DETR, D-FINE": Program(epoch="last_epoch"),
     "nnU-Net": Program(epoch="current_epoch"),
-    "YOLOX": Program(epoch="start_epoch"),
+    "YOLOX": Program(epoch="start_epoch", in_place=frozenset({"start_epoch", "best_ap"})),
     "timm": Program(from_0=frozenset({"arch", "version", "epoch"})),
 }
 """A row for each program, or several; of several steps in a file the first row's counts. `step` is
@@ -53,12 +56,19 @@ EPOCH_VALUES = [row.epoch for row in _ROWS if row.epoch]
 COUNTERS = {name.rpartition(".")[2] for name in STEP_VALUES}
 COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
 """Last keys of values that trainings store as tensors of one element."""
-IN_PLACE = frozenset({"start_epoch", "best_ap"})
-"""The values that show a file of YOLOX, whose model is an average by default."""
 FROM_0 = [row.from_0 for row in _ROWS if row.from_0]
 MODEL_FILES = {row.model for row in _ROWS if row.model}
 AVERAGE_STATES = re.compile("|".join(row.average_state for row in _ROWS if row.average_state))
 WEIGHTS_STATES = re.compile("|".join(row.weights_state for row in _ROWS if row.weights_state))
+
+
+def program_of_averages(values: Set[str]) -> str:
+    """Return the program that wrote a file with these values, and saves its average in place of the
+    weights by default; empty if there is none."""
+    for name, row in PROGRAMS.items():
+        if row.in_place and values >= row.in_place:
+            return name
+    return ""
 
 
 def program_of(value: str) -> str:

@@ -534,10 +534,7 @@ class Pipeline:
         self._compared = standing.updates, standing.step, sample
         schedule = self._settings.schedule
         self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
-        pairs = zip(earlier, sample, strict=False)
-        are_equal = True
-        for was, now in pairs:
-            are_equal = are_equal and was.device == now.device and torch.equal(was, now)
+        are_equal = all(map(_are_same, earlier, sample))
         if are_equal and any(now.numel() for now in sample):
             self._still = math.inf
             log.warning(
@@ -569,6 +566,10 @@ class Pipeline:
             copies = _on_cpu(averages.copies)
             infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
