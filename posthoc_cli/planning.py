@@ -6,7 +6,6 @@ Pure NumPy; nothing here reads a file, so that schedules can be compared before 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -39,6 +38,7 @@ from posthoc_cli.reconstruction import (
     one_blas_thread,
     reconstruct,
     relative_width,
+    thinned_subset,
 )
 
 USEFUL_RANGE = (0.05, 0.28)  # the default range of sigma_rel for which thinning keeps snapshots
@@ -132,34 +132,19 @@ _NORM = 8
 but all count."""
 
 
-@dataclass(frozen=True)
-class Removable:
-    """Snapshots of one time that are dropped together, by their indices: one of a profile, or those
-    of all profiles. `kind` is that profile's gamma; of all profiles -1."""
+class SameTime(NamedTuple):
+    """The snapshots of one time, by their indices: they are dropped together."""
 
     t: float
-    kind: float
     indices: tuple[int, ...]
 
 
-def alone(snapshots: Sequence[PowerFunction], indices: Iterable[int]) -> list[Removable]:
-    """Return snapshots that are dropped one by one."""
-    times = []
-    for index in indices:
-        snapshot = snapshots[index]
-        times.append(Removable(snapshot.t, snapshot.gamma, (index,)))
-    return times
-
-
-def times_of(snapshots: Sequence[PowerFunction]) -> list[Removable]:
-    """Return the times of snapshots, in order, whose profiles are dropped together."""
+def times_of(snapshots: Sequence[PowerFunction]) -> list[SameTime]:
+    """Return the times of snapshots, in order."""
     members: dict[float, list[int]] = {}
     for index, snapshot in enumerate(snapshots):
         members.setdefault(snapshot.t, []).append(index)
-    times = []
-    for t, indices in sorted(members.items()):
-        times.append(Removable(t, -1.0, tuple(indices)))
-    return times
+    return [SameTime(t, tuple(members[t])) for t in sorted(members)]
 
 
 @one_blas_thread()
@@ -178,56 +163,54 @@ def snapshots_to_drop(
     closest together. Then `exchanged` improves the rest. The last `spared` times stay. Of very
     many, those that are not evenly chosen go first.
     """
-    left = times_of(snapshots)
-    needed = left[-spared:]
-    beyond: list[Removable] = []
+    times = times_of(snapshots)
+    needed = times[-spared:]
+    unused = []
     if len(snapshots) > MOST_SOLVED:
-        solved = MOST_SOLVED * len(left) // len(snapshots)
-        most = max(keep, min(solved, _SIMULATED * keep))
-        beyond = [time for time in _beyond_even_choice(left, most) if time not in needed]
-        left = [time for time in left if time not in beyond]
+        most = _SIMULATED * keep * len(snapshots) // len(times)
+        unused = unused_times(snapshots, needed, keep, min(most, MOST_SOLVED))
+    left = [time for time in times if time not in unused]
     dropped = removal_order(snapshots, prior, left, keep, needed, sigma_range)
     kept = [time for time in left if time not in dropped]
     better = exchanged(snapshots, prior, kept, dropped, needed, sigma_range)
-    return [index for time in (*beyond, *better) for index in time.indices]
+    return [index for time in (*unused, *better) for index in time.indices]
 
 
-def _beyond_even_choice(times: Sequence[Removable], most: int) -> list[Removable]:
-    """Return those that are not among so many, spread evenly back from the newest."""
-    size = len(times)
-    count = min(size, most)
-    chosen = set()
-    for number in range(count):
-        back = number * size // count
-        chosen.add(times[-1 - back].t)
-    return [time for time in times if time.t not in chosen]
+def unused_times(
+    snapshots: Sequence[PowerFunction],
+    needed: Collection[SameTime],
+    keep: int,
+    most: int = MOST_SOLVED,
+) -> list[SameTime]:
+    """Return the times that are not among an even choice of at most `most` snapshots, of at least
+    `keep` times."""
+    used = {snapshots[index].t for index in thinned_subset(snapshots, most, keep)}
+    return [time for time in times_of(snapshots) if time.t not in used and time not in needed]
 
 
 def removal_order(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    among: Sequence[Removable],
+    among: Sequence[SameTime],
     keep: int,
-    needed: Collection[Removable],
+    needed: Collection[SameTime],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> list[Removable]:
-    """Return which ones to drop, the least needed first, until `keep` of each kind remain; `needed`
-    ones stay."""
+) -> list[SameTime]:
+    """Return which times to drop, the least needed first, until `keep` remain; `needed` ones
+    stay."""
     left = list(among)
     chosen = _Chosen(snapshots, prior, among, sigma_range)
-    counts = Counter(removable.kind for removable in left)
-    dropped: list[Removable] = []
-    unneeded = [removable for removable in left if removable not in needed]
-    while may_go := [removable for removable in unneeded if counts[removable.kind] > keep]:
+    dropped: list[SameTime] = []
+    may_go = [time for time in left if time not in needed]
+    while may_go and len(left) > keep:
         errors = chosen.errors_without(may_go)
         is_least = errors == errors.min()
         equals = [may_go[index] for index in np.flatnonzero(is_least)]
         least = _closest_together(left, equals)
         chosen.lose(least)
         left.remove(least)
-        unneeded.remove(least)
+        may_go.remove(least)
         dropped.append(least)
-        counts[least.kind] -= 1
     return dropped
 
 
@@ -242,20 +225,19 @@ best, with 20 of 40 they gain nothing."""
 def exchanged(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
-    kept: Sequence[Removable],
-    dropped: Sequence[Removable],
-    needed: Collection[Removable],
+    kept: Sequence[SameTime],
+    dropped: Sequence[SameTime],
+    needed: Collection[SameTime],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> list[Removable]:
-    """Return the ones to drop, in order, after exchanging dropped ones for kept ones of the same
-    kind.
+) -> list[SameTime]:
+    """Return the times to drop, in order, after exchanging dropped ones for kept ones.
 
     Greedy drops do not always find the best set: one that was kept early may be of little use in
     the end.
     """
     kept = list(kept)
     order = list(dropped)
-    count = sum(len(removable.indices) for removable in kept)
+    count = sum(len(time.indices) for time in kept)
     if not order or count > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
     everyone = _Chosen(snapshots, prior, [*kept, *order], sigma_range)
@@ -272,41 +254,40 @@ def exchanged(
 
 
 class _Exchange(NamedTuple):
-    """A dropped snapshot for a kept one, and the error afterwards."""
+    """A dropped time for a kept one, and the error afterwards."""
 
-    coming: Removable
-    leaving: Removable
+    coming: SameTime
+    leaving: SameTime
     error: float
 
 
 def _exchanges(
     everyone: _Chosen,
-    kept: Sequence[Removable],
-    dropped: Sequence[Removable],
-    needed: Collection[Removable],
+    kept: Sequence[SameTime],
+    dropped: Sequence[SameTime],
+    needed: Collection[SameTime],
 ) -> Iterator[_Exchange]:
     """Yield the best exchange for each of the dropped ones."""
+    may_go = [time for time in kept if time not in needed]
+    if not may_go:
+        return
     for coming in dropped:
-        alike = [each for each in kept if each.kind == coming.kind]
-        may_go = [each for each in alike if each not in needed]
-        if may_go:
-            chosen = everyone.of([*kept, coming])
-            errors = chosen.errors_without(may_go)
-            leaving = may_go[int(errors.argmin())]
-            yield _Exchange(coming, leaving, float(errors.min()))
+        errors = everyone.of([*kept, coming]).errors_without(may_go)
+        leaving = may_go[int(errors.argmin())]
+        yield _Exchange(coming, leaving, float(errors.min()))
 
 
 class _Chosen:
-    """Snapshots that are dropped together or one by one, and the errors without some of them."""
+    """The snapshots of some times, and the errors without some of them."""
 
     def __init__(
         self,
         snapshots: Sequence[PowerFunction],
         prior: Prior,
-        among: Sequence[Removable],
+        among: Sequence[SameTime],
         sigma_range: tuple[float, float],
     ) -> None:
-        indices = sorted(index for removable in among for index in removable.indices)
+        indices = sorted(index for time in among for index in time.indices)
         usable = [snapshots[index] for index in indices]
         self._losses = losses_of(usable, prior.of(indices), sigma_range)
         self._column = {index: number for number, index in enumerate(indices)}
@@ -315,36 +296,32 @@ class _Chosen:
     def error(self) -> float:
         return float(_combined(self._losses.squares[:, None])[0])
 
-    def of(self, among: Sequence[Removable]) -> _Chosen:
+    def of(self, among: Sequence[SameTime]) -> _Chosen:
         """Return the same for some of them."""
-        indices = [index for removable in among for index in removable.indices]
+        indices = [index for time in among for index in time.indices]
         columns = [self._column[index] for index in indices]
         chosen = copy(self)
         chosen._losses = self._losses.of(columns)
         chosen._column = {index: number for number, index in enumerate(indices)}
         return chosen
 
-    def errors_without(self, each: Sequence[Removable]) -> FloatArray:
+    def errors_without(self, each: Sequence[SameTime]) -> FloatArray:
         columns = []
-        for removable in each:
-            columns.append([self._column[index] for index in removable.indices])
+        for time in each:
+            columns.append([self._column[index] for index in time.indices])
         return _combined(self._losses.squares_without(columns))
 
-    def lose(self, removable: Removable) -> None:
-        for index in removable.indices:
+    def lose(self, time: SameTime) -> None:
+        for index in time.indices:
             self._losses.lose(self._column[index])
 
 
-def _closest_together(left: Sequence[Removable], equals: Sequence[Removable]) -> Removable:
-    """Return the one whose neighbours of the same kind are closest together."""
-    gaps = dict.fromkeys(equals, float("inf"))  # infinity without two neighbours
-    for kind in {removable.kind for removable in equals}:
-        alike = [removable for removable in left if removable.kind == kind]
-        in_order = sorted(alike, key=lambda removable: removable.t)
-        neighbours = zip(in_order, in_order[1:], in_order[2:], strict=False)
-        for before, removable, after in neighbours:
-            if removable in gaps:
-                gaps[removable] = after.t - before.t
+def _closest_together(left: Sequence[SameTime], equals: Sequence[SameTime]) -> SameTime:
+    """Return the one whose neighbours are closest together; `left` is in order."""
+    gaps = dict.fromkeys(equals, math.inf)  # infinity without two neighbours
+    for before, time, after in zip(left, left[1:], left[2:], strict=False):
+        if time in gaps:
+            gaps[time] = after.t - before.t
     return min(equals, key=gaps.__getitem__)
 
 

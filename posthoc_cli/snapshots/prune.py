@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,15 +29,16 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import (
     USEFUL_RANGE,
     ErrorCurve,
-    Removable,
-    alone,
+    SameTime,
     check_sigma_range,
     error_curve,
     exchanged,
     removal_order,
+    times_of,
+    unused_times,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import one_blas_thread, thinned_subset
+from posthoc_cli.reconstruction import one_blas_thread
 from posthoc_cli.snapshots.directory import (
     DirectoryLock,
     read_directory,
@@ -61,7 +61,7 @@ class Pruning:
     deletion.
 
     `before` and `after` are the expected errors from all snapshots and from the survivors, with the
-    prior from all headers; of very many snapshots only some are used, see `thinned_subset`.
+    prior from all headers; of very many snapshots only some are used, see `unused_times`.
     `source` is that of `Prior`.
     """
 
@@ -111,13 +111,13 @@ def plan_pruning(
     """Plan which snapshots of a directory to delete. Reads no tensors, except a sample if headers
     lack measurements.
 
-    The newest snapshot of each profile stays, and those of the newest time that all profiles have,
-    from which training can continue. Of very many snapshots, those that a reconstruction would not
-    use are deleted first.
+    All snapshots of a time are deleted, or none. The newest time of each profile stays, and the
+    newest one that all profiles have, from which training can continue. Of very many snapshots,
+    those that a reconstruction would not use are deleted first.
 
-    Exactly one of two is given: `keep` snapshots of each profile stay; or as few as have at most
-    the worst error `max_error` over `sigma_range`, with a margin for the prediction. An
-    InexactError says that no choice can fulfil it.
+    Exactly one of two is given: `keep` times stay; or as few as have at most the worst error
+    `max_error` over `sigma_range`, with a margin for the prediction. An InexactError says that no
+    choice can fulfil it.
     """
     check_alone(1, keep=keep, max_error=max_error)
     check_max_error(max_error)
@@ -146,8 +146,7 @@ def plan_pruning(
 
 
 class _Choice:
-    """The snapshots that may be deleted one by one, and the expected errors without some of
-    them."""
+    """The times that may be deleted, and the expected errors without some of them."""
 
     def __init__(
         self,
@@ -159,16 +158,14 @@ class _Choice:
         self._keep = keep
         self._sigma_range = sigma_range
         self.prior = source_prior(snapshots)
-        needed = _needed(self._profiles)
-        used = {*thinned_subset(self._profiles, keep=keep), *needed}
-        self.beyond = sorted({*range(len(snapshots))} - used)  # that no reconstruction would use
-        self._used = alone(self._profiles, sorted(used))
-        self._needed = alone(self._profiles, needed)
+        times = times_of(self._profiles)
+        self._needed = _needed(self._profiles, times)
+        self._unused = unused_times(self._profiles, self._needed, keep)
+        self._used = [time for time in times if time not in self._unused]
         self.before = self._curve(self._used)
 
-    def least_needed(self) -> list[Removable]:
-        """Return the snapshots to delete, the least needed first: the errors grow with their
-        number."""
+    def least_needed(self) -> list[SameTime]:
+        """Return the times to delete, the least needed first: the errors grow with their number."""
         return removal_order(
             self._profiles,
             self.prior,
@@ -178,26 +175,26 @@ class _Choice:
             self._sigma_range,
         )
 
-    def exchanged(self, gone: Sequence[Removable]) -> list[Removable]:
-        kept = [one for one in self._used if one not in gone]
+    def exchanged(self, gone: Sequence[SameTime]) -> list[SameTime]:
+        kept = [time for time in self._used if time not in gone]
         return exchanged(self._profiles, self.prior, kept, gone, self._needed, self._sigma_range)
 
-    def _curve(self, left: Sequence[Removable]) -> ErrorCurve:
-        indices = [one.indices[0] for one in left]
+    def _curve(self, left: Sequence[SameTime]) -> ErrorCurve:
+        indices = [index for time in left for index in time.indices]
         profiles = [self._profiles[index] for index in indices]
         prior = self.prior.of(indices)
         return error_curve("", profiles, prior, self._sigma_range, points=_POINTS)
 
-    def without(self, gone: Collection[Removable]) -> ErrorCurve:
-        curve = self._curve([one for one in self._used if one not in gone])
+    def without(self, gone: Collection[SameTime]) -> ErrorCurve:
+        curve = self._curve([time for time in self._used if time not in gone])
         # The expected distance cannot decrease, but the norm that it is relative to is estimated
         # from fewer averages.
         larger = np.maximum(curve.predicted_error, self.before.predicted_error)
         return replace(curve, predicted_error=larger)
 
-    def divided(self, order: Sequence[Removable]) -> tuple[list[int], list[int]]:
+    def divided(self, order: Sequence[SameTime]) -> tuple[list[int], list[int]]:
         """Return the indices of the snapshots to keep, and of those to delete, in order."""
-        deleted = [*self.beyond, *(one.indices[0] for one in order)]
+        deleted = [index for time in (*self._unused, *order) for index in time.indices]
         kept = {*range(len(self._profiles))} - {*deleted}
         return sorted(kept), deleted
 
@@ -242,15 +239,8 @@ def prune(
     return replace(pruning, deleted=True)
 
 
-def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
-    """Return the indices of each profile's newest snapshot, and of those of the newest time that
-    all profiles have."""
-    times = defaultdict[float, set[float]](set)
-    for profile in profiles:
-        times[profile.gamma].add(profile.t)
-    complete = max(set.intersection(*times.values()), default=None)
-    needed = set[int]()
-    for index, profile in enumerate(profiles):
-        if profile.t in (max(times[profile.gamma]), complete):
-            needed.add(index)
-    return needed
+def _needed(profiles: Sequence[PowerFunction], times: Sequence[SameTime]) -> list[SameTime]:
+    """Return the newest time of each profile, and the newest one that all profiles have."""
+    newest = {profile.gamma: profile.t for profile in profiles}  # in order of time
+    complete = [time.t for time in times if len(time.indices) == len(newest)]
+    return [time for time in times if time.t in (*newest.values(), *complete[-1:])]

@@ -14,7 +14,7 @@ from snapshots.recorded import call_number, failing, record
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, error_curve, plan_synthesis, synthesize
 from posthoc_cli.errors import FileFormatError, MismatchError, WriteError
-from posthoc_cli.planning import ErrorCurve, alone, removal_order
+from posthoc_cli.planning import ErrorCurve, removal_order, times_of, unused_times
 from posthoc_cli.reconstruction import thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.prune import plan_pruning, prune
@@ -55,11 +55,11 @@ def keys(snapshots: Sequence[Snapshot]) -> set[tuple[float, float]]:
 
 
 def in_order_of_need(snapshots: Sequence[Snapshot], keep: int) -> list[Snapshot]:
-    """Return the snapshots that go one after the other; those of the newest time stay."""
+    """Return the snapshots of the times that go one after the other; the newest time stays."""
     profiles = [snapshot.profile for snapshot in snapshots]
-    among = alone(profiles, range(24))
-    order = removal_order(profiles, source_prior(snapshots), among, keep, among[22:])
-    return [snapshots[one.indices[0]] for one in order]
+    times = times_of(profiles)
+    order = removal_order(profiles, source_prior(snapshots), times, keep, times[-1:])
+    return [snapshots[index] for time in order for index in time.indices]
 
 
 def without(snapshots: Sequence[Snapshot], gone: Sequence[Snapshot]) -> list[Snapshot]:
@@ -98,7 +98,7 @@ def test_max_error_keeps_as_few_as_suffice(run: Path) -> None:
     pruning = plan_pruning(snapshots, max_error=2e-3)
     assert pruning.before.worst <= pruning.after.worst <= 1e-3
     assert any(s.t < 240.0 for s in pruning.kept)
-    one_more = len(pruning.to_delete) + 1
+    one_more = len(pruning.to_delete) + 2  # a time has two
     gone = in_order_of_need(snapshots, 1)[:one_more]
     too_few = without(snapshots, gone)
     # half of `max_error`, since a prediction may be too low by 2
@@ -138,6 +138,7 @@ def test_the_errors_are_those_of_the_directory_before_and_after(
     prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
+    assert len({snapshot.t for snapshot in left}) == 3
     assert errors_of(left).worst == pytest.approx(pruning.after.worst, rel=change)
     assert pruning.after.worst > pruning.before.worst
 
@@ -217,8 +218,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let reconstructions use at most 20 snapshots."""
     few = partial(thinned_subset, most=20)
-    for module in ("sources", "prune"):
-        monkeypatch.setattr(f"posthoc_cli.snapshots.{module}.thinned_subset", few)
+    monkeypatch.setattr("posthoc_cli.snapshots.sources.thinned_subset", few)
+    monkeypatch.setattr("posthoc_cli.snapshots.prune.unused_times", partial(unused_times, most=20))
 
 
 def chosen_times(run: Path, t: float) -> list[float]:
