@@ -9,6 +9,7 @@ The trials are the only state of a search: it can be continued from a list of th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -502,12 +503,12 @@ class Search:
 
     def _unmeasured(self, values: Iterable[float | None]) -> Lengths:
         """Return values with the first seeds, as far as they are missing."""
-        lengths = {}
+        lengths: dict[float | None, Iterable[int]] = {}
         for x in values:
-            wanted = set(range(self.repeats))
-            missing = wanted - self._seeds(x)
-            if missing:
-                lengths[x] = missing
+            wanted = range(self.repeats)
+            measured = self._seeds(x)
+            if not measured.issuperset(wanted):
+                lengths[x] = itertools.filterfalse(measured.__contains__, wanted)
         return lengths
 
     def _once_more(self, values: Iterable[float]) -> Lengths:

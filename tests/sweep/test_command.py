@@ -176,7 +176,7 @@ def test_the_best_length_of_a_search_is_measured_last(run, out):
     ("script", "message"),
     [
         ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
-        ("kill -9 $$", "ended by signal 9, and wrote nothing"),
+        ("kill -9 $$", "ended by signal 9: it wrote nothing"),
         ("echo nan", "its metric is nan: nan"),
     ],
 )
