@@ -627,6 +627,7 @@ def _measured(trial: Trial, measure: Measure) -> Trial:
 def answer(report: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
     trials = report["trials"]
+    targets = {trial["target"] for trial in trials}
     succeeded = [trial["target"] for trial in trials if trial["error"] is None]
     failed = len(trials) - len(succeeded)
     measured = {*succeeded} - {RAW}
@@ -641,12 +642,16 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
     low, high = report["equal_within_noise"]
     return texts | {
         "best": report["best"]["target"],
-        "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
+        "value": _metric(value),
         "estimate": _with_error(report["estimate"], report["standard_error"]),
         "equal": f"{low:.12g} to {high:.12g}",
-        "raw": "not measured" if raw is None else f"{raw:.6g}",
+        "raw": _metric(raw) if RAW in targets else "not measured",
         "gain": _gain(raw, value, report["minimize"]),
     }
+
+
+def _metric(value: float | None) -> str:
+    return "not measured: its trial failed" if value is None else f"{value:.6g}"
 
 
 def _with_error(value: float, error: float) -> str:

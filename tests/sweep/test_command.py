@@ -270,6 +270,13 @@ def test_raw_weights_that_the_run_lacks_are_not_measured(ema, run, out):
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
 
 
+def test_raw_weights_whose_trial_fails_are_not_said_to_be_lacking(tmp_path, ema, out):
+    run = of_raw_weights(tmp_path)
+    command = shell("if [ $2 = raw ]; then exit 3; else echo $2; fi")
+    done = ema("sweep", run.directory, "--run", command, "--minimize", "--out", out)
+    assert re.search(r"^raw weights +not measured: its trial failed$", done.out, re.MULTILINE)
+
+
 CANNOT_START = ["two trials in a row have failed alike", "cannot be started: No such file"]
 
 
