@@ -353,23 +353,22 @@ def as_picture(image: npt.NDArray[np.floating[Any]], scale: int) -> bytes:
 
 
 def audit_figure(audit: dict[str, Any]) -> Figure:
-    """Draw the length of an average in each interval of the training, and the claimed length as a
-    line.
+    """Draw the length of an average in each interval of the training, and the claimed one.
 
-    A band shows the length of all intervals together. `audit` is the `to_dict` of an audit.
+    A band shows the length of all intervals together, if it is the same in all. `audit` is the
+    `to_dict` of an audit.
     """
-    claimed = audit["intervals"][0]["claimed"]
     intervals = [interval for interval in audit["intervals"] if interval["found"]]
+    claims = [interval for interval in audit["intervals"] if interval["claimed"]]
     figure, axes = _figure()
     _draw_intervals(axes, intervals)
-    if audit["found"] is not None:
+    if audit["found"] is not None and not audit["warm_up"]:
         length = audit["length"] or 0.0
         _draw_common_length(axes, length, audit["uncertainty"] or 0.0)
-    if claimed is not None:
-        _draw_reference(axes, claimed, f"claimed: {claimed:,.4g}")
+    _draw_claims(axes, claims)
     unit = "time constant (steps)" if audit["what"] == "decay" else "sigma_rel"
     axes.set(xlabel="training time", ylabel=unit)
-    if intervals or claimed is not None:
+    if intervals or claims:
         axes.set_yscale("log")
     title = f"Length of the average {audit['name']}".rstrip()
     if audit["verdict"] != "found":
@@ -384,6 +383,20 @@ def _draw_intervals(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
     label = "found in each interval"
     blue = _colour(0)
     axes.hlines(lengths, begins, ends, color=blue, linewidth=2.5, label=label)
+
+
+def _draw_claims(axes: Axes, intervals: Sequence[dict[str, Any]]) -> None:
+    """Draw the claimed length, which rises with a warm-up, as steps."""
+    if not intervals:
+        return
+    times = []
+    lengths = []
+    for interval in intervals:
+        times += [interval["begin"], interval["end"]]
+        lengths += 2 * [interval["claimed"]]
+    first, last = (f"{length:,.4g}" for length in (lengths[0], lengths[-1]))
+    label = f"claimed: {first}" if first == last else f"claimed: {first} to {last}"
+    axes.plot(times, lengths, label=label, **_reference())
 
 
 def _draw_common_length(axes: Axes, length: float, uncertainty: float) -> None:
@@ -417,7 +430,11 @@ def _line(index: int) -> dict[str, Any]:
 
 def _draw_reference(axes: Axes, height: float, label: str) -> None:
     """Draw what the averages are compared with."""
-    axes.axhline(height, color=_colour(1), linestyle="--", linewidth=1.6, label=label)
+    axes.axhline(height, label=label, **_reference())
+
+
+def _reference() -> dict[str, Any]:
+    return _line(1) | {"linewidth": 1.6}
 
 
 def _text(text: str, width: int = 48) -> str:

@@ -198,6 +198,15 @@ def test_a_file_of_torch_save_keeps_every_other_byte(tmp_path, run, kind):
         check_replaced(each[key] if key else each, prefix)
 
 
+def test_the_copy_of_a_file_without_an_ending_may_have_any_name(tmp_path, run, with_average):
+    like = tmp_path / "checkpoint-7"
+    with_average.rename(like)
+    out = tmp_path / "averaged.pt"
+    run.write(TARGET, out, like=like)
+    loaded = load(out)
+    check_replaced(loaded["ema"])
+
+
 @pytest.mark.parametrize("protocol", [3, 5])
 def test_a_file_of_pickle_dump_keeps_every_other_byte(
     tmp_path,

@@ -17,7 +17,6 @@ import forked
 import pytest
 import torch
 from ema_command import Ema, unmeasured_environment
-from safetensors.torch import save_file
 from torch import nn
 from torture.test_torture import EXPERIMENTS
 
@@ -76,15 +75,15 @@ def train_step(
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 100,000 steps of weights that move slowly."""
+    """A run of 2,000 steps of weights that move slowly, as that of the README's example."""
     directory = tmp_path_factory.mktemp("finished") / "ema"
     model = make_model()
     with (
-        PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema,
+        PostHocEMA.from_model(model, directory, checkpoint_every=100) as ema,
         torch.no_grad(),
     ):
-        for step in range(1, 100_001):
-            if step % 500 == 0:
+        for step in range(1, 2001):
+            if step % 10 == 0:
                 for parameter in model.parameters():
                     parameter += 1e-3 * torch.randn(parameter.shape)
             ema.update_(model)
@@ -115,15 +114,13 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
-    """The files that a page's commands use: a finished run, an evaluation, a model, an average of a
-    part of it."""
+    """The files that a page's commands use: those of the README, and a program of the user's."""
     shutil.copytree(finished_run.parent, tmp_path / "run")
     (tmp_path / "eval.py").write_text(EVALUATION)
     (tmp_path / "sample.py").write_text(SAMPLES)
     weights = names["model"].state_dict()
-    save_file(weights, tmp_path / "full.safetensors")
-    torch.save({"model": weights, "ema": weights}, tmp_path / "last.pt")
-    save_file({"0.weight": weights["0.weight"]}, tmp_path / "decoder.safetensors")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"model": weights, "ema": weights}, tmp_path / "checkpoints/step2000.pt")
     return tmp_path
 
 
@@ -174,6 +171,24 @@ def test_the_code_of_all_pages_runs_in_one_folder_in_the_order_of_the_readme(
     names["writer"].close()
     figures = last_scalars("run/events")
     assert figures == dict.fromkeys(("loss/0.05", "loss/0.1", "loss/0.28"), (20, 0.5))
+
+
+def test_the_guide_shows_the_table_that_ema_plan_prints(ema: Ema) -> None:
+    page = (PACKAGE / "guides/synthesis.md").read_text()
+    (line,) = re.findall(r"^\$ (ema plan .*)$", page, re.MULTILINE)
+    _, *arguments = shlex.split(line)
+    (table,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    printed = ema(*arguments).out.splitlines()
+    _, *rows = table.splitlines()
+    for row in rows:
+        name, _, _ = row.partition("  ")
+        (found,) = [line for line in printed if line.startswith(f"{name}  ")]
+        assert numbers_in(row) == pytest.approx(numbers_in(found), rel=0.1)
+
+
+def numbers_in(row: str) -> list[float]:
+    found = re.findall(r"\d[\d.]*(?:e-\d+)?", row.replace(",", ""))
+    return [float(number) for number in found]
 
 
 def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:

@@ -168,3 +168,32 @@ def test_the_background_is_opaque_and_the_margins_are_empty() -> None:
         edge[10:-10, 10:-10] = False
         assert (pixels[edge] == 1).all()
         assert b'style="fill: #ffffff"' in plots.as_file(draw, ".svg")[:1500]
+
+
+def test_the_claimed_length_of_an_audit_is_drawn_for_each_interval() -> None:
+    first = {
+        "begin": 0.0,
+        "end": 100.0,
+        "found": 80.0,
+        "claimed": 50.0,
+    }
+    second = first | {
+        "begin": 100.0,
+        "end": 200.0,
+        "claimed": 90.0,
+    }
+    audit = {
+        "name": "",
+        "verdict": "as claimed",
+        "what": "decay",
+        "found": None,
+        "warm_up": "ratio",
+        "intervals": [first, second],
+    }
+    (axes,) = plots.audit_figure(audit).axes
+    (line,) = axes.lines
+    assert line.get_label() == "claimed: 50 to 90"
+    times = line.get_xdata()
+    lengths = line.get_ydata()
+    assert np.interp(50, times, lengths) == 50
+    assert np.interp(150, times, lengths) == 90

@@ -357,7 +357,7 @@ def _print_sweep(report: dict[str, Any]) -> None:
         ("wrote", ", ".join(report["outputs"])),
     ]
     if "best" in texts:
-        if report["raw"] is None:
+        if texts["raw"] == "not measured":
             texts["raw"] += ": the run lacks them; name their file by --raw"
         pairs = [
             ("best", texts["best"]),

@@ -122,7 +122,7 @@ class OutputOptions:
         may have any name.
         """
         if self.like is not None:
-            if not self.makes_folders and path.suffix != self.ending:
+            if not (self.makes_folders or path.name.endswith(self.ending)):
                 reason = f"must end in {self.ending}, as the file that it is a copy of"
                 raise InvalidValueError("out", reason, value=path)
             return "like"

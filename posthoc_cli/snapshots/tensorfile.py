@@ -52,7 +52,14 @@ from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES, torch_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, RemoteError, VanishedError, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    RemoteError,
+    UnsuitableError,
+    VanishedError,
+    shown,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -303,7 +310,7 @@ class OpenedFile:
             self.size = status.st_size
             if not stat.S_ISREG(status.st_mode):
                 self.close()
-                raise FileFormatError(path, "is not a regular file")
+                raise UnsuitableError(path, "is not a regular file")
 
     @property
     def stamp(self) -> tuple[int, int | str]:

@@ -9,6 +9,7 @@ The trials are the only state of a search: it can be continued from a list of th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -502,12 +503,12 @@ class Search:
 
     def _unmeasured(self, values: Iterable[float | None]) -> Lengths:
         """Return values with the first seeds, as far as they are missing."""
-        lengths = {}
+        lengths: dict[float | None, Iterable[int]] = {}
         for x in values:
-            wanted = set(range(self.repeats))
-            missing = wanted - self._seeds(x)
-            if missing:
-                lengths[x] = missing
+            wanted = range(self.repeats)
+            measured = self._seeds(x)
+            if not measured.issuperset(wanted):
+                lengths[x] = itertools.filterfalse(measured.__contains__, wanted)
         return lengths
 
     def _once_more(self, values: Iterable[float]) -> Lengths:
@@ -626,6 +627,7 @@ def _measured(trial: Trial, measure: Measure) -> Trial:
 def answer(report: dict[str, Any]) -> dict[str, str]:
     """Return the results of a report's `to_dict` as texts for people."""
     trials = report["trials"]
+    targets = {trial["target"] for trial in trials}
     succeeded = [trial["target"] for trial in trials if trial["error"] is None]
     failed = len(trials) - len(succeeded)
     measured = {*succeeded} - {RAW}
@@ -640,12 +642,16 @@ def answer(report: dict[str, Any]) -> dict[str, str]:
     low, high = report["equal_within_noise"]
     return texts | {
         "best": report["best"]["target"],
-        "value": "not measured: its trial failed" if value is None else f"{value:.6g}",
+        "value": _metric(value),
         "estimate": _with_error(report["estimate"], report["standard_error"]),
         "equal": f"{low:.12g} to {high:.12g}",
-        "raw": "not measured" if raw is None else f"{raw:.6g}",
+        "raw": _metric(raw) if RAW in targets else "not measured",
         "gain": _gain(raw, value, report["minimize"]),
     }
+
+
+def _metric(value: float | None) -> str:
+    return "not measured: its trial failed" if value is None else f"{value:.6g}"
 
 
 def _with_error(value: float, error: float) -> str:

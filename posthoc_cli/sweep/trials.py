@@ -61,7 +61,7 @@ def measure(
         for path in (err, out):
             if text := " ".join(_read_tail(path, _END_OF_LOG).split()):
                 raise TrialError(f"{error}: {printable(text)}") from error
-        raise TrialError(f"{error}, and wrote nothing") from error
+        raise TrialError(f"{error}: it wrote nothing") from error
 
 
 def _run(words: Sequence[str], out: Path, err: Path) -> None:

@@ -191,6 +191,8 @@ def test_in_a_browser_a_slider_and_arrow_keys_choose_the_length(
             backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
             copied = page.evaluate(COPIED)
             assert re.fullmatch(r"ema synthesize \S+ --sigma-rel 0\.2 --out \S+", copied)
+            widths = page.evaluate(f"{ALL}.filter(one => one.title).map(one => one.clientWidth)")
+            assert max(widths) > width / 4  # two images share the width of the page
             choose_lengths(page)
             assert page.evaluate("[...document.images].every(one => one.naturalWidth > 0)")
             for event in page.events:

@@ -176,7 +176,7 @@ def test_the_best_length_of_a_search_is_measured_last(run, out):
     ("script", "message"),
     [
         ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
-        ("kill -9 $$", "ended by signal 9, and wrote nothing"),
+        ("kill -9 $$", "ended by signal 9: it wrote nothing"),
         ("echo nan", "its metric is nan: nan"),
     ],
 )
@@ -268,6 +268,13 @@ def test_raw_weights_that_the_run_lacks_are_not_measured(ema, run, out):
     command = ("sweep", run.directory, "--run", BOWL, "--minimize", "--out", out)
     done = ema(*command, "--sigma-rel", "0.05,0.1,0.2")
     assert re.search(r"raw weights +not measured: the run lacks them", done.out)
+
+
+def test_raw_weights_whose_trial_fails_are_not_said_to_be_lacking(tmp_path, ema, out):
+    run = of_raw_weights(tmp_path)
+    command = shell("if [ $2 = raw ]; then exit 3; else echo $2; fi")
+    done = ema("sweep", run.directory, "--run", command, "--minimize", "--out", out)
+    assert re.search(r"^raw weights +not measured: its trial failed$", done.out, re.MULTILINE)
 
 
 CANNOT_START = ["two trials in a row have failed alike", "cannot be started: No such file"]

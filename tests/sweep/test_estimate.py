@@ -226,3 +226,28 @@ def test_a_search_measures_as_many_lengths_as_its_budget(repeats, raw):
             counts.add(count)
     assert counts
     assert counts <= {most, most - repeats}
+
+
+def test_the_first_of_very_many_repeats_is_measured_at_once():
+    report = SweepReport(axis=AXIS, metric="", minimize=True, settings={})
+    search = Search(
+        report=report,
+        budget=7,
+        repeats=10**12,
+        repeats_known=True,
+        measures_raw=False,
+    )
+
+    def measure(trial):
+        return trial.x, None
+
+    @contextmanager
+    def average(_):
+        yield measure, None
+
+    trials = search.run(average)
+    first = next(trials)
+    second = next(trials)
+    assert first.seed == 0
+    assert second.seed == 1
+    assert second.x == first.x
