@@ -66,6 +66,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     VanishedError,
+    shown,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
@@ -79,6 +80,7 @@ _OF_MODELS = "name the files of one run by a glob, or import with `include`, `ex
 _OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
 _NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
+_SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
 _STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
@@ -255,6 +257,18 @@ def _warn_of_codes(checkpoint: Checkpoint) -> None:
             "most elements are integers, copied from the newest: quantised weights have no average"
         )
         log.warning("%s: %s", checkpoint.path, reason)
+
+
+def _warn_of_scales(checkpoint: Checkpoint) -> None:
+    """Warn of a tensor of floating-point numbers of 8 bits that a scale beside it belongs to."""
+    for scale in checkpoint.entries:
+        name = _SCALE.sub("", scale)
+        scaled = checkpoint.entries.get(name)
+        if name != scale and scaled is not None and scaled.dtype.startswith("F8"):
+            reason = f"{shown(name)} is of 8 bits, in units of {shown(scale)}: its average is wrong"
+            hint = "unless these are equal in all files; save the weights in 16 bits or more"
+            log.warning("%s: %s %s", checkpoint.path, reason, hint)
+            return
 
 
 def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
@@ -550,6 +564,7 @@ def _all_made(
     for one in opened:
         checkpoints += _made(one, times, settings)
     _warn_of_codes(checkpoints[-1])
+    _warn_of_scales(checkpoints[-1])
     return checkpoints
 
 

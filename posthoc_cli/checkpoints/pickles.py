@@ -172,12 +172,17 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
 def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
     """Yield the tensors and values within an object, with their keys."""
     pending: list[tuple[Keys, Any, bool]] = [((), content, False)]
+    objects = set[int]()
     while pending:
         keys, item, is_in_module = pending.pop()
         module = None
         if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
             module = _module_tensors(item, budget)
-            item = item.items if module is None else module
+            if module is not None:
+                item = module
+            elif id(item) not in objects:  # they may refer to each other
+                objects.add(id(item))
+                item = item.items or _attributes(item)
         if isinstance(item, dict | list | tuple):
             inner = []
             budget.spend(_OPCODE * len(item))
@@ -197,7 +202,7 @@ def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Ite
     """Yield the items of a container by name; of a list those that may lead to tensors."""
     if isinstance(container, dict):
         for key, value in container.items():
-            if isinstance(key, str | int):
+            if isinstance(key, str | int | float):
                 yield str(key), value
         return
     for position, value in enumerate(container):
@@ -228,6 +233,13 @@ def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
             tensors.update(state[part])
         return {key: value for key, value in tensors.items() if key not in unsaved}
     return None
+
+
+def _attributes(node: Node) -> dict[Any, Any]:
+    """Return the attributes of an object, as of an average that was pickled whole, without tensors
+    of its own: these may be anything."""
+    attributes = _items(node.state)
+    return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
 
 
 def _items(value: Any) -> dict[Any, Any]:

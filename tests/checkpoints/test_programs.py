@@ -51,6 +51,7 @@ PLACES = [
     ("model/modelStudent.", "model/modelTeacher.", ""),  # Unbiased Teacher
     ("generator/", "generator_ema/", ""),  # Self-Forcing
     ("model/net.", "model/net_ema.", ""),  # Cosmos
+    ("model_without_ema/", "model_ema/", ""),
 ]
 """Keys and prefixes of the weights and of their average, and the prefix of names in both."""
 
@@ -84,6 +85,7 @@ FOLDERS = {
     "target networks": ("target_model_{}.pt", "model_{}.pt"),
     "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
     "a folder next to a file": ("{:07}/ema/model.safetensors", "{:07}/model.safetensors"),
+    "a decay in the name": ("{:07}/ema_0.95.pt", "{:07}/model.pt"),
     "two folders": ("{:07}/model_ema/model.safetensors", "{:07}/model/model.safetensors"),
 }
 """Places of the average and of the weights of a step."""
