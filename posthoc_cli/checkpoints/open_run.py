@@ -56,7 +56,7 @@ from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_shar
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
-from posthoc_cli.checkpoints.sets import Sets
+from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.errors import (
@@ -452,9 +452,9 @@ def _kind_of_number(one: _Opened) -> object:
 
 
 def _model(one: _Opened) -> object:
-    """Return the names and shapes of the tensors of a checkpoint."""
+    """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
     tensors = one.found.tensors
-    return frozenset((name, tensor.shape) for name, tensor in tensors.items())
+    return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
 
 
 def _largest_group(
@@ -560,12 +560,27 @@ def _all_made(
     times: Times,
     settings: ImportSettings,
 ) -> list[Checkpoint]:
+    newest = max(opened, key=lambda one: times.by_path[one.path])
     checkpoints = []
     for one in opened:
-        checkpoints += _made(one, times, settings)
+        checkpoints += _made(_named_as(newest, one), times, settings)
     _warn_of_codes(checkpoints[-1])
     _warn_of_scales(checkpoints[-1])
     return checkpoints
+
+
+def _named_as(newest: _Opened, one: _Opened) -> _Opened:
+    """Return a checkpoint under the names of the newest one, if they differ in wrappers alone: of a
+    training that was compiled, or distributed, since a resume."""
+    found = one.found
+    ours = {unwrapped(name): name for name in found.tensors}
+    theirs = {unwrapped(name): name for name in newest.found.tensors}
+    are_distinct = len(ours) == len(found.tensors)
+    if ours == theirs or ours.keys() != theirs.keys() or not are_distinct:
+        return one
+    averaged = {theirs[unwrapped(name)]: tensor for name, tensor in found.averaged.items()}
+    weights = {theirs[unwrapped(name)]: tensor for name, tensor in found.weights.items()}
+    return replace(one, found=replace(found, averaged=averaged, weights=weights))
 
 
 def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:
