@@ -565,7 +565,7 @@ def _all_made(
     for one in opened:
         checkpoints += _made(_named_as(newest, one), times, settings)
     _warn_of_codes(checkpoints[-1])
-    _warn_of_scales(checkpoints[-1])
+    _warn_of_scales(checkpoints[0])
     return checkpoints
 
 
@@ -664,7 +664,7 @@ def _matches(pattern: Path) -> list[Path]:
 
         return matching(pattern)
     # Path.glob takes no absolute patterns
-    return sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
 
 
 def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:

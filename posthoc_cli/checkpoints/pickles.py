@@ -237,8 +237,10 @@ def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
 
 def _attributes(node: Node) -> dict[Any, Any]:
     """Return the attributes of an object, as of an average that was pickled whole, without tensors
-    of its own: these may be anything."""
+    of its own: these may be anything; none of an optimizer."""
     attributes = _items(node.state)
+    if "param_groups" in attributes:
+        return {}
     return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
 
 
@@ -576,7 +578,7 @@ def _is_plain_key(key: Any) -> bool:
     """Return whether a key, or an item of it, has a hash and a text that are quickly made."""
     if isinstance(key, int):
         return abs(key) < 2**63
-    return isinstance(key, str | float | Node | None)
+    return isinstance(key, str | float | Node | Entry | None)
 
 
 @dataclass(frozen=True)

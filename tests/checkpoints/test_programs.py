@@ -104,6 +104,25 @@ def test_names_of_files_say_which_set_is_the_average(name, tmp_path):
     assert_equal(exported(tmp_path / top), last.average)
 
 
+@pytest.mark.parametrize("place", ["*/step{}.pt", "**/step{}.pt"])
+@pytest.mark.parametrize("folder", ["ema", "teacher"])
+def test_the_name_of_a_folder_of_files_says_that_they_are_averages(folder, place, tmp_path):
+    weights = tmp_path / ("student" if place.startswith("*/") else "")
+    for save in saves():
+        store(weights / f"step{save.step}.pt", {"model": save.weights})
+        store(tmp_path / folder / f"step{save.step}.pt", {"model": save.average})
+    check_last(tmp_path / place.format("*"))
+    last = saves()[-1]
+    assert_equal(exported(tmp_path / folder / f"step{last.step}.pt"), last.average)
+    with pytest.raises(InvalidValueError, match="neither their decay nor weights"):
+        _ = Run(tmp_path / folder).sources
+
+
+def test_the_name_of_an_experiment_does_not_say_it(tmp_path):
+    write_each(tmp_path / "ema_lr3", "step{save.step}.pt", lambda save: {"model": save.weights})
+    assert {one.holds for one in Run(tmp_path / "ema_lr3").sources} == {"weights"}
+
+
 def test_one_of_two_decays_in_names_is_chosen(tmp_path):
     for save in saves():
         torch.save(save.weights, tmp_path / f"model{save.step:06}.pt")

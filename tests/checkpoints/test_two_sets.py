@@ -396,6 +396,9 @@ class Shadow:
         self.decay = 0.95
         self.scale = torch.ones(3)  # no set
         self.itself = self
+        self.optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], momentum=0.9)
+        self.optimizer.param_groups[0]["params"][0].sum().backward()
+        self.optimizer.step()  # its states have tensors as keys
 
 
 def test_an_average_in_an_object_that_was_pickled_whole(tmp_path):
