@@ -223,9 +223,17 @@ def named_time(path: Path) -> Reading:
         raise _doubt(path, f"{number!r} may be a date")
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
-    epochs = [match for one in _MARKED["epochs"] for match in one.finditer(name)]
-    epoch = int(epochs[0]["number"]) if unit == "steps" and len(epochs) == 1 else None
+    epoch = _epoch_in(name) if unit == "steps" else None
     return Reading(int(number), unit, origin, epoch, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _epoch_in(name: str) -> int | None:
+    """Return the number next to a word for epochs; None if there is none, or are several."""
+    numbers = []
+    for pattern in _MARKED["epochs"]:
+        for match in pattern.finditer(name):
+            numbers.append(int(match["number"]))
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def _stem(path: Path) -> str:
@@ -322,10 +330,10 @@ def _begin_anew(numbers: Sequence[Reading]) -> bool:
     if any(one.epoch is None or one.value not in _ANEW for one in numbers):
         return False
     in_order = sorted((one.epoch or 0, one.number) for one in numbers)
-    return any(
-        epoch < later and number >= later_number
-        for (epoch, number), (later, later_number) in pairwise(in_order)
-    )
+    for (epoch, number), (later, later_number) in pairwise(in_order):
+        if epoch < later and number >= later_number:
+            return True
+    return False
 
 
 def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSettings) -> Times:
@@ -343,7 +351,10 @@ def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSetti
     first = settings.first_epoch
     if first is None:
         first = min(1, *(one.epoch or 0 for one in numbers))
-    steps = {path: each * ((one.epoch or 0) - first) + one.number for path, one in readings.items()}
+    steps = {}
+    for path, one in readings.items():
+        before = (one.epoch or 0) - first
+        steps[path] = each * before + one.number
     return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
 
 

@@ -264,11 +264,12 @@ def _warn_of_scales(checkpoint: Checkpoint) -> None:
     for scale in checkpoint.entries:
         name = _SCALE.sub("", scale)
         scaled = checkpoint.entries.get(name)
-        if name != scale and scaled is not None and scaled.dtype.startswith("F8"):
-            reason = f"{shown(name)} is of 8 bits, in units of {shown(scale)}: its average is wrong"
-            hint = "unless these are equal in all files; save the weights in 16 bits or more"
-            log.warning("%s: %s %s", checkpoint.path, reason, hint)
-            return
+        if name == scale or scaled is None or not scaled.dtype.startswith("F8"):
+            continue
+        reason = f"{shown(name)} is of 8 bits, in units of {shown(scale)}: its average is wrong"
+        hint = "unless these are equal in all files; save the weights in 16 bits or more"
+        log.warning("%s: %s %s", checkpoint.path, reason, hint)
+        return
 
 
 def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
@@ -578,9 +579,14 @@ def _named_as(newest: _Opened, one: _Opened) -> _Opened:
     are_distinct = len(ours) == len(found.tensors)
     if ours == theirs or ours.keys() != theirs.keys() or not are_distinct:
         return one
-    averaged = {theirs[unwrapped(name)]: tensor for name, tensor in found.averaged.items()}
-    weights = {theirs[unwrapped(name)]: tensor for name, tensor in found.weights.items()}
-    return replace(one, found=replace(found, averaged=averaged, weights=weights))
+    averaged = {}
+    for name, tensor in found.averaged.items():
+        averaged[theirs[unwrapped(name)]] = tensor
+    weights = {}
+    for name, tensor in found.weights.items():
+        weights[theirs[unwrapped(name)]] = tensor
+    renamed = replace(found, averaged=averaged, weights=weights)
+    return replace(one, found=renamed)
 
 
 def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:

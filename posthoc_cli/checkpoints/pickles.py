@@ -175,24 +175,17 @@ def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
     objects = set[int]()
     while pending:
         keys, item, is_in_module = pending.pop()
-        module = None
-        if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
-            module = _module_tensors(item, budget)
-            if module is not None:
-                item = module
-            elif id(item) not in objects:  # they may refer to each other
-                objects.add(id(item))
-                item = item.items or _attributes(item)
+        item, is_module = _opened(item, objects, budget)
         if isinstance(item, dict | list | tuple):
             inner = []
             budget.spend(_OPCODE * len(item))
             for key, value in _named_items(item):
-                if module is not None and is_in_module:
+                if is_module and is_in_module:
                     name = (*keys[:-1], f"{keys[-1]}.{key}")
                 else:
                     name = (*keys, key)
                 budget.spend(_VALUE + len(".".join(name)))
-                inner.append((name, value, module is not None))
+                inner.append((name, value, is_module))
             pending.extend(reversed(inner))
         elif keys and isinstance(item, Node | Entry | int | float | str):
             yield keys, item
@@ -235,13 +228,33 @@ def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
     return None
 
 
-def _attributes(node: Node) -> dict[Any, Any]:
-    """Return the attributes of an object, as of an average that was pickled whole, without tensors
-    of its own: these may be anything; none of an optimizer."""
+def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
+    """Return what an object consists of, and whether it is a module; any other item as it is."""
+    if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
+        return item, False
+    module = _module_tensors(item, budget)
+    if module is not None:
+        return module, True
+    return _contents(item, objects), False
+
+
+def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
+    """Return the items of an object, or else its attributes, as of an average that was pickled
+    whole: none of an optimizer, nor tensors, which may be anything.
+
+    `objects` are those whose attributes are known: they may refer to each other.
+    """
+    if node.items:
+        return node.items
     attributes = _items(node.state)
-    if "param_groups" in attributes:
+    if id(node) in objects or "param_groups" in attributes:
         return {}
-    return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
+    objects.add(id(node))
+    contents = {}
+    for key, value in attributes.items():
+        if not isinstance(value, Entry):
+            contents[key] = value
+    return contents
 
 
 def _items(value: Any) -> dict[Any, Any]:

@@ -511,7 +511,14 @@ def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
     assert said in caplog.text
 
 
-WITHIN = {30: (0, 30), 90: (0, 90), 110: (1, 10), 160: (1, 60), 250: (2, 50), 300: (2, 100)}
+WITHIN = {
+    30: (0, 30),
+    90: (0, 90),
+    110: (1, 10),
+    160: (1, 60),
+    250: (2, 50),
+    300: (2, 100),
+}
 """The epoch and the step within it, of 100, at some steps."""
 
 
@@ -519,12 +526,14 @@ WITHIN = {30: (0, 30), 90: (0, 90), 110: (1, 10), 160: (1, 60), 250: (2, 50), 30
 @pytest.mark.parametrize("first", [0, 1])
 def test_steps_that_begin_anew_in_each_epoch(key, first, tmp_path):
     for step, (epoch, within) in WITHIN.items():
-        state = {"model": history()[step - 1]}
+        number = epoch + first
         if key is None:
-            torch.save(state, tmp_path / f"epoch_{epoch + first}_iter_{within}.pt")
+            file = tmp_path / f"epoch_{number}_iter_{within}.pt"
+            store(file, 1)
         else:
-            state |= {"epoch": epoch + first, key: within}
-            torch.save(state, tmp_path / f"2024-05-01_{step}.pt")
+            file = tmp_path / f"2024-05-01_{step}.pt"
+            values = {"epoch": number, key: within}
+            store(file, 1, **values)
     asked = "steps_per_epoch: must be given: numbers are steps that begin anew in each epoch"
     with pytest.raises(InvalidValueError, match=asked):
         times(tmp_path)

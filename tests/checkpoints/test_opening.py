@@ -378,11 +378,16 @@ def test_two_models_never_mix(first, second, difference, tmp_path):
     ],
 )
 def test_names_are_those_of_the_newest_if_a_resume_has_wrapped_the_model(before, after, tmp_path):
-    for step, prefix in ((8, before), (9, before), (10, after)):
-        state = {f"{prefix}w": torch.full((3,), float(step)), f"{prefix}b": torch.ones(3)}
-        torch.save({"model": state, "step": step}, tmp_path / f"step{step}.pt")
-    import_checkpoints(tmp_path, tmp_path / "run")
-    for place in (tmp_path, tmp_path / "run"):
+    prefixes = {8: before, 9: before, 10: after}
+    for step, prefix in prefixes.items():
+        state = {
+            f"{prefix}w": torch.full((3,), float(step)),
+            f"{prefix}b": torch.ones(3),
+        }
+        torch.save({"model": state}, tmp_path / f"step{step}.pt")
+    run = tmp_path / "run"
+    import_checkpoints(tmp_path, run)
+    for place in (tmp_path, run):
         made = Run(place).average("last:3")
         assert made.keys() == {f"{after}w", f"{after}b"}
         assert made[f"{after}w"].tolist() == [9] * 3

@@ -107,20 +107,26 @@ def test_names_of_files_say_which_set_is_the_average(name, tmp_path):
 @pytest.mark.parametrize("place", ["*/step{}.pt", "**/step{}.pt"])
 @pytest.mark.parametrize("folder", ["ema", "teacher"])
 def test_the_name_of_a_folder_of_files_says_that_they_are_averages(folder, place, tmp_path):
-    weights = tmp_path / ("student" if place.startswith("*/") else "")
+    weights = tmp_path
+    if place.startswith("*/"):
+        weights = tmp_path / "student"
+    averages = tmp_path / folder
     for save in saves():
-        store(weights / f"step{save.step}.pt", {"model": save.weights})
-        store(tmp_path / folder / f"step{save.step}.pt", {"model": save.average})
+        name = f"step{save.step}.pt"
+        store(weights / name, {"model": save.weights})
+        store(averages / name, {"model": save.average})
     check_last(tmp_path / place.format("*"))
-    last = saves()[-1]
-    assert_equal(exported(tmp_path / folder / f"step{last.step}.pt"), last.average)
+    made = exported(averages / name)
+    assert_equal(made, save.average)
     with pytest.raises(InvalidValueError, match="neither their decay nor weights"):
-        _ = Run(tmp_path / folder).sources
+        _ = Run(averages).sources
 
 
 def test_the_name_of_an_experiment_does_not_say_it(tmp_path):
-    write_each(tmp_path / "ema_lr3", "step{save.step}.pt", lambda save: {"model": save.weights})
-    assert {one.holds for one in Run(tmp_path / "ema_lr3").sources} == {"weights"}
+    folder = tmp_path / "ema_lr3"
+    write_each(folder, "step{save.step}.pt", plain)
+    found = {one.holds for one in Run(folder).sources}
+    assert found == {"weights"}
 
 
 def test_one_of_two_decays_in_names_is_chosen(tmp_path):

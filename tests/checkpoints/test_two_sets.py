@@ -86,12 +86,18 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
 
 def test_of_two_files_whose_names_differ_in_a_decay_one_is_chosen(tmp_path):
     first, *_, last = saves()
-    store(tmp_path / "step400/model.pt", last.weights)
-    store(tmp_path / "step400/ema_0.95.pt", last.average)
-    store(tmp_path / "step400/ema_0.99.pt", first.weights)
+    files = {
+        "model": last.weights,
+        "ema_0.95": last.average,
+        "ema_0.99": first.weights,
+    }
+    folder = tmp_path / "step400"
+    for name, tensors in files.items():
+        store(folder / f"{name}.pt", tensors)
     with pytest.raises(FileFormatError, match=r"unclear: 'ema_0\.95', 'ema_0\.99'"):
-        exported(tmp_path / "step400")
-    assert_equal(exported(tmp_path / "step400", average="ema_0.95"), last.average)
+        exported(folder)
+    made = exported(folder, average="ema_0.95")
+    assert_equal(made, last.average)
 
 
 def test_one_of_several_averages_is_imported(tmp_path):
@@ -396,9 +402,10 @@ class Shadow:
         self.decay = 0.95
         self.scale = torch.ones(3)  # no set
         self.itself = self
-        self.optimizer = torch.optim.SGD([torch.ones(2, requires_grad=True)], momentum=0.9)
-        self.optimizer.param_groups[0]["params"][0].sum().backward()
-        self.optimizer.step()  # its states have tensors as keys
+        parameter = torch.ones(2, requires_grad=True)
+        parameter.sum().backward()
+        self.solver = torch.optim.SGD([parameter], momentum=0.9)
+        self.solver.step()  # its states have tensors as keys
 
 
 def test_an_average_in_an_object_that_was_pickled_whole(tmp_path):
@@ -507,7 +514,8 @@ def test_sets_that_are_not_used_are_named(tmp_path, run, caplog):
 @pytest.mark.parametrize("scale", ["a.weight_scale", "a.weight_scale_inv", "a.scale_weight"])
 def test_weights_of_8_bits_with_scales_are_warned_of(scale, tmp_path, caplog):
     for step in (10, 20):
-        content = {"a.weight": torch.full((9, 9), step).to(torch.float8_e4m3fn)}
+        weight = torch.full((9, 9), step)
+        content = {"a.weight": weight.to(torch.float8_e4m3fn)}
         torch.save(content, tmp_path / f"plain{step}.pt")
         content[scale] = torch.tensor([step / 10])
         torch.save(content, tmp_path / f"scaled{step}.pt")
