@@ -58,6 +58,7 @@ _ALONE = re.compile(
     re.IGNORECASE,
 )
 _DATE = re.compile(r"(?:19|20)[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])")
+_ANEW = {"", "step", "steps", "iteration"}  # values that may begin anew in each epoch, or a name's
 _SHARD = re.compile(r"[0-9]+-of-[0-9]+")
 _LONE = re.compile(r"[0-9]{3,}")  # the whole name of a folder; a shorter one may be an experiment's
 _FRACTION = re.compile(r"(?<![0-9])0\.[0-9]+")  # a decay or a loss in a name
@@ -70,7 +71,7 @@ class Reading:
     number: int
     unit: Unit  # empty if nothing states it
     origin: str  # where it was found, for a message
-    epoch: int | None = None  # in its content
+    epoch: int | None = None  # in its content, or in its name beside a step
     is_nameless: bool = False  # whether only its content has a number
     is_marked: bool = False  # whether its name has a word for it, such as `checkpoint`
     is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
@@ -129,7 +130,7 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
         return of_content
     if has_epoch and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
-    return replace(reading, epoch=epoch)
+    return replace(reading, epoch=reading.epoch if epoch is None else epoch)
 
 
 def _stored(name: str) -> str:
@@ -222,7 +223,17 @@ def named_time(path: Path) -> Reading:
         raise _doubt(path, f"{number!r} may be a date")
     origin = f"the word for {unit} in names" if unit else "the only number in names"
     of_folder = not has_number
-    return Reading(int(number), unit, origin, is_marked=is_marked, is_of_folder=of_folder)
+    epoch = _epoch_in(name) if unit == "steps" else None
+    return Reading(int(number), unit, origin, epoch, is_marked=is_marked, is_of_folder=of_folder)
+
+
+def _epoch_in(name: str) -> int | None:
+    """Return the number next to a word for epochs; None if there is none, or are several."""
+    numbers = []
+    for pattern in _MARKED["epochs"]:
+        for match in pattern.finditer(name):
+            numbers.append(int(match["number"]))
+    return numbers[0] if len(numbers) == 1 else None
 
 
 def _stem(path: Path) -> str:
@@ -297,6 +308,8 @@ def times_of(
         raise InvalidValueError("step_from", reason)
     if stated:
         (unit,) = stated
+        if settings.step_from is None and _begin_anew(numbers):
+            return _times_within_epochs(readings, settings)
         if settings.steps_per_epoch:
             reason = f"says nothing about numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
@@ -310,6 +323,39 @@ def times_of(
         says = f"taken for steps: they are {origin}, and nothing states their unit"
         return Times("steps", False, says, as_they_are)
     return _times_of_epochs(readings, counts, settings, why)
+
+
+def _begin_anew(numbers: Sequence[Reading]) -> bool:
+    """Return whether steps begin anew in each epoch: a later epoch has a step that is no later."""
+    if any(one.epoch is None or one.value not in _ANEW for one in numbers):
+        return False
+    in_order = sorted((one.epoch or 0, one.number) for one in numbers)
+    for (epoch, number), (later, later_number) in pairwise(in_order):
+        if epoch < later and number >= later_number:
+            return True
+    return False
+
+
+def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSettings) -> Times:
+    """Return the times of checkpoints whose numbers are steps within their epochs."""
+    numbers = [*readings.values()]
+    most = max(one.number for one in numbers)
+    each = settings.steps_per_epoch
+    says = f"steps that begin anew in each epoch, by {numbers[0].origin}"
+    if not each:
+        reason = f"must be given: numbers are {says}"
+        raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
+    if each < most:
+        reason = f"must be at least {most:,}: numbers are {says}"
+        raise InvalidValueError("steps_per_epoch", reason, value=each)
+    first = settings.first_epoch
+    if first is None:
+        first = min(1, *(one.epoch or 0 for one in numbers))
+    steps = {}
+    for path, one in readings.items():
+        before = (one.epoch or 0) - first
+        steps[path] = each * before + one.number
+    return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
 
 
 def _times_of_epochs(

@@ -55,13 +55,15 @@ INDEX_ENDING = ".index.json"
 KIND = "ema.format"  # name of a value: what this package wrote a file as
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 AVERAGE_WORD = re.compile(
-    r"(?<![a-z])(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|"
-    r"momentum(?!_classifier)|encoder_k)(?![a-z])"
+    r"(?<![a-z])(?<!non[_-])(?<!without[_-])(?<!(?<![a-z])[nw]o[_-])"
+    r"(?:emas?\d*|averaged?|avg|shadow|polyak|swa|teacher|target|"
+    r"momentum(?!_classifier)|encoder_k)(?![a-z]|_backup)"
     r"|(?-i:(?<=[a-z])(?:EMA|Ema|Teacher|Target|Momentum)(?![a-z]))",
     re.IGNORECASE,
 )
 """Pattern of a key, prefix or name that says that its tensors are an average, also `modelTeacher`;
-solo-learn trains its `momentum_classifier` like any other layer."""
+solo-learn trains its `momentum_classifier` like any other layer. `non_ema`, `model_without_ema` and
+`ema_backup` are the weights."""
 NO_MODEL = re.compile(
     r"(?<![a-z])(?:opt|optims?|optimizers?|optimization|(?:lr_?)?schedulers?|rng|random_states?|"
     r"(?:grad_)?scaler|training[_-](?:args|state)|train_state|dataloaders?)(?![a-z])|^chained_|^opt\d|^trainer\.",
@@ -280,7 +282,7 @@ def sets_in(folder: Path) -> dict[str, Path]:
             if _is_model(entry):
                 folders[name] = entry
         elif name.endswith((*ENDINGS, INDEX_ENDING)) and not SHARD.search(name):
-            stem = name.split(".")[0]
+            stem, *_ = re.split(r"\.(?!\d)", name)  # not within `ema_0.999`
             if AVERAGE_WORD.search(stem) or AVERAGE_STATES.fullmatch(name):
                 averages[stem] = entry
     for name, entry in folders.items():

@@ -379,7 +379,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     if candidates:
         alone = _alone(sets, candidates)
         return _described(sets, alone, settings) if alone else None
-    if AVERAGE_WORD.search(sets.content.path.name):
+    path = sets.content.path
+    if AVERAGE_WORD.search(path.name) or AVERAGE_WORD.fullmatch(path.parent.name):
         return _all_averaged(sets, settings)
     if not settings.include and not settings.exclude:
         _check_slashes(sets.content)

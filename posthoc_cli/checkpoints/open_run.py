@@ -56,7 +56,7 @@ from posthoc_cli.checkpoints.lost_updates import MOST_LOST, digits_of, lost_shar
 from posthoc_cli.checkpoints.manifest import Manifest, read_manifest
 from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
-from posthoc_cli.checkpoints.sets import Sets
+from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
 from posthoc_cli.errors import (
@@ -66,6 +66,7 @@ from posthoc_cli.errors import (
     MismatchError,
     PostHocError,
     VanishedError,
+    shown,
 )
 from posthoc_cli.profiles import FloatArray, OrdinaryEMA, Point, StoredProfile
 from posthoc_cli.snapshots.directory import is_import, is_snapshot_name
@@ -79,6 +80,7 @@ _OF_MODELS = "name the files of one run by a glob, or import with `include`, `ex
 _OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
 _NO_STEP = "no step"  # why a file is left out
 _EPOCHS = 1000  # largest number that is read as perhaps epochs: few trainings have more
+_SCALE = re.compile(r"_scale(?:_inv)?$|(?<=\.)scale_(?=weight$)")  # in the name of a scale
 _STATE = re.compile(r"[-_]states?$")  # of folders with the state of a training, and its weights
 _GROWTH = 1.3
 """Least factor between the norms of successive averages that is no average's: of weights that grow
@@ -255,6 +257,19 @@ def _warn_of_codes(checkpoint: Checkpoint) -> None:
             "most elements are integers, copied from the newest: quantised weights have no average"
         )
         log.warning("%s: %s", checkpoint.path, reason)
+
+
+def _warn_of_scales(checkpoint: Checkpoint) -> None:
+    """Warn of a tensor of floating-point numbers of 8 bits that a scale beside it belongs to."""
+    for scale in checkpoint.entries:
+        name = _SCALE.sub("", scale)
+        scaled = checkpoint.entries.get(name)
+        if name == scale or scaled is None or not scaled.dtype.startswith("F8"):
+            continue
+        reason = f"{shown(name)} is of 8 bits, in units of {shown(scale)}: its average is wrong"
+        hint = "unless these are equal in all files; save the weights in 16 bits or more"
+        log.warning("%s: %s %s", checkpoint.path, reason, hint)
+        return
 
 
 def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
@@ -438,9 +453,9 @@ def _kind_of_number(one: _Opened) -> object:
 
 
 def _model(one: _Opened) -> object:
-    """Return the names and shapes of the tensors of a checkpoint."""
+    """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
     tensors = one.found.tensors
-    return frozenset((name, tensor.shape) for name, tensor in tensors.items())
+    return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
 
 
 def _largest_group(
@@ -546,11 +561,32 @@ def _all_made(
     times: Times,
     settings: ImportSettings,
 ) -> list[Checkpoint]:
+    newest = max(opened, key=lambda one: times.by_path[one.path])
     checkpoints = []
     for one in opened:
-        checkpoints += _made(one, times, settings)
+        checkpoints += _made(_named_as(newest, one), times, settings)
     _warn_of_codes(checkpoints[-1])
+    _warn_of_scales(checkpoints[0])
     return checkpoints
+
+
+def _named_as(newest: _Opened, one: _Opened) -> _Opened:
+    """Return a checkpoint under the names of the newest one, if they differ in wrappers alone: of a
+    training that was compiled, or distributed, since a resume."""
+    found = one.found
+    ours = {unwrapped(name): name for name in found.tensors}
+    theirs = {unwrapped(name): name for name in newest.found.tensors}
+    are_distinct = len(ours) == len(found.tensors)
+    if ours == theirs or ours.keys() != theirs.keys() or not are_distinct:
+        return one
+    averaged = {}
+    for name, tensor in found.averaged.items():
+        averaged[theirs[unwrapped(name)]] = tensor
+    weights = {}
+    for name, tensor in found.weights.items():
+        weights[theirs[unwrapped(name)]] = tensor
+    renamed = replace(found, averaged=averaged, weights=weights)
+    return replace(one, found=renamed)
 
 
 def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:
@@ -634,7 +670,7 @@ def _matches(pattern: Path) -> list[Path]:
 
         return matching(pattern)
     # Path.glob takes no absolute patterns
-    return sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207
+    return sorted(map(Path, glob.glob(str(pattern), recursive=True)))  # noqa: PTH207
 
 
 def _candidates_in(folder: Path, left_out: _LeftOut) -> list[Path]:

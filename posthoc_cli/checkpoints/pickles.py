@@ -172,22 +172,20 @@ def read_tensors(file: OpenedFile) -> dict[Keys, Any]:
 def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
     """Yield the tensors and values within an object, with their keys."""
     pending: list[tuple[Keys, Any, bool]] = [((), content, False)]
+    objects = set[int]()
     while pending:
         keys, item, is_in_module = pending.pop()
-        module = None
-        if isinstance(item, Node) and not item.name.startswith("torch._utils._rebuild"):
-            module = _module_tensors(item, budget)
-            item = item.items if module is None else module
+        item, is_module = _opened(item, objects, budget)
         if isinstance(item, dict | list | tuple):
             inner = []
             budget.spend(_OPCODE * len(item))
             for key, value in _named_items(item):
-                if module is not None and is_in_module:
+                if is_module and is_in_module:
                     name = (*keys[:-1], f"{keys[-1]}.{key}")
                 else:
                     name = (*keys, key)
                 budget.spend(_VALUE + len(".".join(name)))
-                inner.append((name, value, module is not None))
+                inner.append((name, value, is_module))
             pending.extend(reversed(inner))
         elif keys and isinstance(item, Node | Entry | int | float | str):
             yield keys, item
@@ -197,7 +195,7 @@ def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Ite
     """Yield the items of a container by name; of a list those that may lead to tensors."""
     if isinstance(container, dict):
         for key, value in container.items():
-            if isinstance(key, str | int):
+            if isinstance(key, str | int | float):
                 yield str(key), value
         return
     for position, value in enumerate(container):
@@ -228,6 +226,35 @@ def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
             tensors.update(state[part])
         return {key: value for key, value in tensors.items() if key not in unsaved}
     return None
+
+
+def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
+    """Return what an object consists of, and whether it is a module; any other item as it is."""
+    if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
+        return item, False
+    module = _module_tensors(item, budget)
+    if module is not None:
+        return module, True
+    return _contents(item, objects), False
+
+
+def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
+    """Return the items of an object, or else its attributes, as of an average that was pickled
+    whole: none of an optimizer, nor tensors, which may be anything.
+
+    `objects` are those whose attributes are known: they may refer to each other.
+    """
+    if node.items:
+        return node.items
+    attributes = _items(node.state)
+    if id(node) in objects or "param_groups" in attributes:
+        return {}
+    objects.add(id(node))
+    contents = {}
+    for key, value in attributes.items():
+        if not isinstance(value, Entry):
+            contents[key] = value
+    return contents
 
 
 def _items(value: Any) -> dict[Any, Any]:
@@ -564,7 +591,7 @@ def _is_plain_key(key: Any) -> bool:
     """Return whether a key, or an item of it, has a hash and a text that are quickly made."""
     if isinstance(key, int):
         return abs(key) < 2**63
-    return isinstance(key, str | float | Node | None)
+    return isinstance(key, str | float | Node | Entry | None)
 
 
 @dataclass(frozen=True)

@@ -455,8 +455,13 @@ _WRAPPERS = re.compile(
 """Parts of names that a wrapper of a module within a model adds, as `torch.compile` does."""
 
 
+def unwrapped(name: str) -> str:
+    """Return a name without the parts that wrappers of modules add."""
+    return _WRAPPERS.sub("", name)
+
+
 def _unwrapped(name: str) -> str:
-    return _squeeze(_WRAPPERS.sub("", name))
+    return _squeeze(unwrapped(name))
 
 
 def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) -> list[str]:

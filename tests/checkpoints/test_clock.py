@@ -511,6 +511,45 @@ def test_a_count_that_contradicts_names_is_said(tmp_path, caplog):
     assert said in caplog.text
 
 
+WITHIN = {
+    30: (0, 30),
+    90: (0, 90),
+    110: (1, 10),
+    160: (1, 60),
+    250: (2, 50),
+    300: (2, 100),
+}
+"""The epoch and the step within it, of 100, at some steps."""
+
+
+@pytest.mark.parametrize("key", ["step", "iteration", None])
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_that_begin_anew_in_each_epoch(key, first, tmp_path):
+    for step, (epoch, within) in WITHIN.items():
+        number = epoch + first
+        if key is None:
+            file = tmp_path / f"epoch_{number}_iter_{within}.pt"
+            store(file, 1)
+        else:
+            file = tmp_path / f"2024-05-01_{step}.pt"
+            values = {"epoch": number, key: within}
+            store(file, 1, **values)
+    asked = "steps_per_epoch: must be given: numbers are steps that begin anew in each epoch"
+    with pytest.raises(InvalidValueError, match=asked):
+        times(tmp_path)
+    with pytest.raises(InvalidValueError, match="steps_per_epoch 99: must be at least 100"):
+        times(tmp_path, steps_per_epoch=99)
+    assert steps_of(tmp_path, steps_per_epoch=100) == [*WITHIN]
+    found = steps_of(tmp_path, steps_per_epoch=100, first_epoch=0)
+    assert found == [100 * first + step for step in WITHIN]
+
+
+def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
+    for step, (_, within) in WITHIN.items():
+        store(tmp_path / f"step={step}.ckpt", 1, global_step=step, epoch=within)
+    assert steps_of(tmp_path) == [*WITHIN]
+
+
 @pytest.mark.parametrize(
     "steps",
     [

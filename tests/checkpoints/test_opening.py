@@ -368,6 +368,31 @@ def test_two_models_never_mix(first, second, difference, tmp_path):
         _ = Run(tmp_path).sources
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("", "_orig_mod."),
+        ("module.", ""),
+        ("_orig_mod.", "module._orig_mod."),
+        ("0.", "0._checkpoint_wrapped_module."),
+    ],
+)
+def test_names_are_those_of_the_newest_if_a_resume_has_wrapped_the_model(before, after, tmp_path):
+    prefixes = {8: before, 9: before, 10: after}
+    for step, prefix in prefixes.items():
+        state = {
+            f"{prefix}w": torch.full((3,), float(step)),
+            f"{prefix}b": torch.ones(3),
+        }
+        torch.save({"model": state}, tmp_path / f"step{step}.pt")
+    run = tmp_path / "run"
+    import_checkpoints(tmp_path, run)
+    for place in (tmp_path, run):
+        made = Run(place).average("last:3")
+        assert made.keys() == {f"{after}w", f"{after}b"}
+        assert made[f"{after}w"].tolist() == [9] * 3
+
+
 def test_dtypes_may_differ(tmp_path):
     torch.save({"a": WIDE}, tmp_path / "step1.pt")
     torch.save({"a": WIDE.half()}, tmp_path / "step2.pt")

@@ -51,6 +51,7 @@ PLACES = [
     ("model/modelStudent.", "model/modelTeacher.", ""),  # Unbiased Teacher
     ("generator/", "generator_ema/", ""),  # Self-Forcing
     ("model/net.", "model/net_ema.", ""),  # Cosmos
+    ("model_without_ema/", "model_ema/", ""),
 ]
 """Keys and prefixes of the weights and of their average, and the prefix of names in both."""
 
@@ -84,6 +85,7 @@ FOLDERS = {
     "target networks": ("target_model_{}.pt", "model_{}.pt"),
     "two files of a folder": ("{:07}/ema.safetensors", "{:07}/model.safetensors"),
     "a folder next to a file": ("{:07}/ema/model.safetensors", "{:07}/model.safetensors"),
+    "a decay in the name": ("{:07}/ema_0.95.pt", "{:07}/model.pt"),
     "two folders": ("{:07}/model_ema/model.safetensors", "{:07}/model/model.safetensors"),
 }
 """Places of the average and of the weights of a step."""
@@ -100,6 +102,31 @@ def test_names_of_files_say_which_set_is_the_average(name, tmp_path):
     check_last(tmp_path)
     top, *_ = average.format(last.step).split("/")
     assert_equal(exported(tmp_path / top), last.average)
+
+
+@pytest.mark.parametrize("place", ["*/step{}.pt", "**/step{}.pt"])
+@pytest.mark.parametrize("folder", ["ema", "teacher"])
+def test_the_name_of_a_folder_of_files_says_that_they_are_averages(folder, place, tmp_path):
+    weights = tmp_path
+    if place.startswith("*/"):
+        weights = tmp_path / "student"
+    averages = tmp_path / folder
+    for save in saves():
+        name = f"step{save.step}.pt"
+        store(weights / name, {"model": save.weights})
+        store(averages / name, {"model": save.average})
+    check_last(tmp_path / place.format("*"))
+    made = exported(averages / name)
+    assert_equal(made, save.average)
+    with pytest.raises(InvalidValueError, match="neither their decay nor weights"):
+        _ = Run(averages).sources
+
+
+def test_the_name_of_an_experiment_does_not_say_it(tmp_path):
+    folder = tmp_path / "ema_lr3"
+    write_each(folder, "step{save.step}.pt", plain)
+    found = {one.holds for one in Run(folder).sources}
+    assert found == {"weights"}
 
 
 def test_one_of_two_decays_in_names_is_chosen(tmp_path):

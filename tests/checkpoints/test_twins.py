@@ -28,9 +28,10 @@ AVERAGES = [one.average for one in saves()]
 STILL = [WEIGHTS[0] for _ in WEIGHTS]
 
 
-def test_the_set_that_moves_less_is_the_average(files, run, caplog):
+@pytest.mark.parametrize("key", ["final_state_dict", "non_ema_state_dict"])
+def test_the_set_that_moves_less_is_the_average(key, files, run, caplog):
     """As in RoseTTAFold2, whose `model_state_dict` is the average."""
-    write(files, model_state_dict=AVERAGES, final_state_dict=WEIGHTS)
+    write(files, model_state_dict=AVERAGES, **{key: WEIGHTS})
     settings = {
         "ema_decay": 0.95,
         "ema_warmup": "none",

@@ -12,10 +12,12 @@ from checkpoint_layouts import distributed
 from saved import (
     assert_equal,
     check,
+    check_export,
     check_last,
     exported,
     named,
     read,
+    store,
     values_of,
     write_each,
 )
@@ -41,6 +43,10 @@ def in_a_list(average, other):
     return {"emas": [average, other]}
 
 
+def by_decay(average, other):
+    return {"emas": {0.95: average, 0.99: other}}
+
+
 def deep(average, other):
     return {"a": {"ema": average}, "b": ({"net_ema": other},)}
 
@@ -62,6 +68,7 @@ def of_two_models(average, other):
     [
         (by_decay_in_keys, "ema_0.95", "ema_0.99"),
         (in_a_list, "emas.0", "emas.1"),
+        (by_decay, "emas.0.95", "emas.0.99"),
         (deep, "a.ema", "b.0.net_ema"),
         (of_demucs, "ema_batch_0", "ema_epoch_0"),
         (of_two_models, "G_ema", "D_ema"),
@@ -75,6 +82,22 @@ def test_of_several_averages_one_is_chosen(averages, key, other, tmp_path):
         exported(file)
     assert_equal(exported(file, average=key), last.average)
     assert_equal(exported(file, average=other), first.weights)
+
+
+def test_of_two_files_whose_names_differ_in_a_decay_one_is_chosen(tmp_path):
+    first, *_, last = saves()
+    files = {
+        "model": last.weights,
+        "ema_0.95": last.average,
+        "ema_0.99": first.weights,
+    }
+    folder = tmp_path / "step400"
+    for name, tensors in files.items():
+        store(folder / f"{name}.pt", tensors)
+    with pytest.raises(FileFormatError, match=r"unclear: 'ema_0\.95', 'ema_0\.99'"):
+        exported(folder)
+    made = exported(folder, average="ema_0.95")
+    assert_equal(made, last.average)
 
 
 def test_one_of_several_averages_is_imported(tmp_path):
@@ -371,6 +394,29 @@ def test_an_average_of_a_part_of_the_model(tmp_path):
     assert_equal(exported(file), saves()[-1].average)
 
 
+class Shadow:
+    """An average of one's own, as programs keep it in an object."""
+
+    def __init__(self, average: Tensors) -> None:
+        self.shadow = average
+        self.decay = 0.95
+        self.scale = torch.ones(3)  # no set
+        self.itself = self
+        parameter = torch.ones(2, requires_grad=True)
+        parameter.sum().backward()
+        self.solver = torch.optim.SGD([parameter], momentum=0.9)
+        self.solver.step()  # its states have tensors as keys
+
+
+def test_an_average_in_an_object_that_was_pickled_whole(tmp_path):
+    file = write_each(
+        tmp_path, STEP, lambda save: {"net": save.weights, "ema": Shadow(save.average)}
+    )
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights, 0.95)
+    check_export(file, last.average, last.weights)
+
+
 def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
     """An average of a small part of the model is used if the user names it."""
 
@@ -463,6 +509,20 @@ def test_sets_that_are_not_used_are_named(tmp_path, run, caplog):
     *_, last = Run(run).sources
     found = last.values("net.w", 0, 3)
     assert found.tolist() == [40.25, 41.25, 42.25]
+
+
+@pytest.mark.parametrize("scale", ["a.weight_scale", "a.weight_scale_inv", "a.scale_weight"])
+def test_weights_of_8_bits_with_scales_are_warned_of(scale, tmp_path, caplog):
+    for step in (10, 20):
+        weight = torch.full((9, 9), step)
+        content = {"a.weight": weight.to(torch.float8_e4m3fn)}
+        torch.save(content, tmp_path / f"plain{step}.pt")
+        content[scale] = torch.tensor([step / 10])
+        torch.save(content, tmp_path / f"scaled{step}.pt")
+    Run(tmp_path / "plain*.pt").average(0.2)
+    assert "scale" not in caplog.text
+    Run(tmp_path / "scaled*.pt").average(0.2)
+    assert f"'a.weight' is of 8 bits, in units of {scale!r}: its average is wrong" in caplog.text
 
 
 def test_quantised_weights_are_warned_of(tmp_path, caplog):
