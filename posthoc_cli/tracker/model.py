@@ -407,8 +407,7 @@ def _check(entry: NamedTensor) -> None:
     if tensor.is_meta:
         hint = "model.to_empty(device=...), then load or initialise its weights"
         raise InvalidValueError("tensor", ON_META, hint, value=value)
-    if type(tensor) not in (Tensor, nn.Parameter) and not is_sharded(tensor):
-        _check_kind(name, tensor)
+    _check_class(name, tensor)
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
     if not entry.is_parameter or not has_fractions or tensor.dtype in AVERAGED_DTYPES:
         return
@@ -420,9 +419,11 @@ def _check(entry: NamedTensor) -> None:
     raise InvalidValueError("parameter", reason, hint, value=value)
 
 
-def _check_kind(name: str, tensor: Tensor) -> None:
+def _check_class(name: str, tensor: Tensor) -> None:
     """Raise an InvalidValueError for a tensor of a class, such as of quantized weights, that lacks
     torch's operations."""
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
+        return
     try:
         tensor.detach().reshape(-1)[:1].is_set_to(tensor)
     except (NotImplementedError, TypeError) as error:

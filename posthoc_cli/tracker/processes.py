@@ -601,7 +601,8 @@ class ShardOwners(Members):
 
     def check_part(self, step: int, t: float) -> None:
         self._parts += 1
-        first = own = f"step {step:,}, t = {t:.17g}"
+        own = f"step {step:,}, t = {t:.17g}"
+        first = own
         with suppress(RuntimeError):  # as in `announce_failure`
             store = self._owners_meeting.store
             first = store.compare_set(f"part/{self._parts}", "", own).decode()
