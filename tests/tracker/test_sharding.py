@@ -505,10 +505,8 @@ def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(
     """Each process would write its part for another time, and none would be complete: of snapshots
     on the schedule, and off it."""
     first, second = check_group(CLOCKS, 2, tmp_path, last)
-    own, other = (
-        f"a snapshot of step {last}, t = {10 * last - 1}",
-        f"step {last}, t = {10 * last};",
-    )
+    own = f"a snapshot of step {last}, t = {10 * last - 1}"
+    other = f"step {last}, t = {10 * last};"
     assert f"rank 1: has a part of {own}, and another process of {other} call update_" in second
     assert own in first
     assert times(tmp_path / "run") == {40}
