@@ -407,6 +407,7 @@ def _check(entry: NamedTensor) -> None:
     if tensor.is_meta:
         hint = "model.to_empty(device=...), then load or initialise its weights"
         raise InvalidValueError("tensor", ON_META, hint, value=value)
+    _check_class(name, tensor)
     has_fractions = tensor.is_complex() or tensor.is_floating_point()
     if not entry.is_parameter or not has_fractions or tensor.dtype in AVERAGED_DTYPES:
         return
@@ -416,6 +417,19 @@ def _check(entry: NamedTensor) -> None:
     if tensor.is_complex():
         hint = f"let the model hold torch.view_as_real of it, or leave it out with exclude={value}"
     raise InvalidValueError("parameter", reason, hint, value=value)
+
+
+def _check_class(name: str, tensor: Tensor) -> None:
+    """Raise an InvalidValueError for a tensor of a class, such as of quantized weights, that lacks
+    torch's operations."""
+    if type(tensor) in (Tensor, nn.Parameter) or is_sharded(tensor):
+        return
+    try:
+        tensor.detach().reshape(-1)[:1].is_set_to(tensor)
+    except (NotImplementedError, TypeError) as error:
+        reason = f"is a {type(tensor.data).__name__}, whose values torch cannot read"
+        hint = f"leave it out with exclude={name!r}"
+        raise InvalidValueError("tensor", reason, hint, value=repr(name)) from error
 
 
 def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:
@@ -459,7 +473,7 @@ class ModelWatch:
             tracked.check(found.tracked)
         except ModelMismatchError as error:
             raise error.with_hint("begin a new directory for the changed model") from None
-        self._cached[model] = tracked, _ModelFingerprint(model), found
+        self._cached[model] = tracked, _ModelFingerprint(model, found.tracked), found
         return found
 
     def forget(self) -> None:
@@ -501,9 +515,9 @@ class ModelWatch:
 
 class _ModelFingerprint:
     """The registries of a model's modules at one moment, which takes less time to compare than to
-    walk through them."""
+    walk through them, and the memory of the tracked tensors."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tracked: TrackedModel) -> None:
         self._registries: list[dict[str, Any]] = []
         for module in model.modules():
             self._registries += module._parameters, module._buffers, module._modules
@@ -511,33 +525,30 @@ class _ModelFingerprint:
         # kept alive so that no id is reused
         self._objects = [*chain.from_iterable(map(dict.values, self._filled))]
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._are_sharded = any(map(is_sharded, self._tensors))
-        local, self._properties = self._read()
-        self._views = list[Tensor | None]()
-        for tensor in local:
-            is_dense = tensor.layout == torch.strided
-            self._views.append(tensor.detach() if is_dense else None)
+        names = tracked.tensors.keys()
+        self._tracked = [entry.tensor for entry in named_tensors(model) if entry.name in names]
+        self._are_sharded = any(map(is_sharded, self._tracked))
+        self._properties = self._read()
+        self._views = [*map(Tensor.detach, self._parts())]
 
     def is_same(self) -> bool:
-        """Return whether nothing has changed; the memory of sparse tensors is not compared."""
-        local, properties = self._read()
-        if properties != self._properties:
+        """Return whether nothing has changed."""
+        if self._read() != self._properties:
             return False
-        for tensor, view in zip(local, self._views, strict=True):
-            if view is not None and not tensor.is_set_to(view):
-                return False
-        return True
+        return all(map(Tensor.is_set_to, self._parts(), self._views))
 
-    def _read(self) -> tuple[Sequence[Tensor], tuple[object, ...]]:
-        """Return the parts of the tensors that this process holds, and all compared properties
-        except their memory."""
-        local = local_tensors(self._tensors) if self._are_sharded else self._tensors
-        return local, (
+    def _parts(self) -> Sequence[Tensor]:
+        """Return the parts of the tracked tensors that this process holds."""
+        return local_tensors(self._tracked) if self._are_sharded else self._tracked
+
+    def _read(self) -> tuple[object, ...]:
+        """Return all compared properties except the memory."""
+        return (
             [*map(len, self._registries)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
-            [p.requires_grad for p in local],
-            [p.dtype for p in local],
+            [tensor.requires_grad for tensor in self._tensors],
+            [tensor.dtype for tensor in self._tensors],
         )
 
 

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 from weakref import WeakKeyDictionary, WeakSet
@@ -521,7 +522,7 @@ class PostHocEMA:
         Each fills the chunks that it holds.
         """
         asked = {"t": t, "step": step, "method": method}
-        return AveragedModel(self._evaluated(model, sigma_rel, asked))
+        return AveragedModel(partial(self._evaluated, model, sigma_rel, asked))
 
     @contextmanager
     def _evaluated(
@@ -1164,18 +1165,22 @@ class PostHocEMA:
 
 
 class AveragedModel(AbstractContextManager[Module]):
-    """A `with` block in which a model holds averaged weights."""
+    """A `with` block in which a model holds averaged weights, made whenever it is entered."""
 
-    def __init__(self, block: AbstractContextManager[Module]) -> None:
-        self._block = block
+    def __init__(self, make: Callable[[], AbstractContextManager[Module]]) -> None:
+        self._make = make
+        self._entered = list[AbstractContextManager[Module]]()
 
     @not_compiled
     def __enter__(self) -> Module:
-        return self._block.__enter__()
+        block = self._make()
+        averaged = block.__enter__()
+        self._entered.append(block)
+        return averaged
 
     @not_compiled
     def __exit__(self, *error: Any) -> bool | None:
-        return self._block.__exit__(*error)
+        return self._entered.pop().__exit__(*error)
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         hint = "with ema.model(model, sigma_rel) as averaged: averaged(...)"

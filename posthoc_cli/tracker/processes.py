@@ -493,6 +493,10 @@ class Members:
         if self._meeting is not None and not self.keeps and dist.is_initialized():
             self._meeting.check_keeper()
 
+    def check_part(self, _step: int, _t: float) -> None:
+        """Raise a RankError if another process writes its part of the next snapshot for another
+        time."""
+
     def keepers(self, _call: str) -> Group:
         """Return the processes that keep averages, all of which make this call."""
         return THIS_PROCESS
@@ -533,6 +537,7 @@ class ShardOwners(Members):
         super().__init__()
         self.rank = dist.get_rank()
         self.mesh = _largest_mesh(model)
+        self._parts = 0  # of snapshots, that this process has written
         self._device = next((tensor.device for tensor in tensors.values()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         role = "keeps" if self.rank == 0 else "counts"
@@ -593,6 +598,18 @@ class ShardOwners(Members):
             raise RankError(
                 rank, reason, "snapshots lack its part from here on; make new trackers to continue"
             )
+
+    def check_part(self, step: int, t: float) -> None:
+        self._parts += 1
+        own = f"step {step:,}, t = {t:.17g}"
+        first = own
+        with suppress(RuntimeError):  # as in `announce_failure`
+            store = self._owners_meeting.store
+            first = store.compare_set(f"part/{self._parts}", "", own).decode()
+        if first != own:
+            reason = f"has a part of a snapshot of {own}, and another process of {first}"
+            hint = "call update_ equally often in every process, with the same t"
+            raise RankError(f"rank {self.rank}", reason, hint)
 
     def keepers(self, call: str) -> Group:
         if not dist.is_initialized():

@@ -64,7 +64,9 @@ class Start:
         model: nn.Module | None,
         tensors: ModelTensors | None,
     ) -> None:
-        self.directory = directory
+        # A link, such as one to the newest run, may lead elsewhere later. The path of another
+        # machine's process may be another one, so that processes compare the given ones.
+        self.directory = directory.resolve()
         self.settings = settings
         self.step = step
         self.tracking = tracking

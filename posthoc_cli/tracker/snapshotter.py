@@ -296,6 +296,7 @@ class Snapshotter:
             return
         try:
             self._check_directory(infos[0])
+            self._members.check_part(infos[0].step, infos[0].t)
             for average in staged:
                 if average.nonfinite is not None:
                     subject = f"average of {average.nonfinite!r}"

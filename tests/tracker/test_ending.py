@@ -297,3 +297,29 @@ def test_a_directory_that_is_deleted_and_made_again_is_locked_again(tmp_path: Pa
         tracker.flush()
     tracker.close()
     assert written(folder) == ["8"]
+
+
+def test_a_link_that_leads_elsewhere_later_does_not_divide_a_run(tmp_path: Path) -> None:
+    """One to the newest run, in which another training writes from then on."""
+    first = tmp_path / "first"
+    second = tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    latest = tmp_path / "latest"
+    latest.symlink_to(first)
+    training = Training()
+    tracker = track(training.model, latest / "ema", checkpoint_every=2)
+    training.run(3, tracker)
+    tracker.flush()
+    latest.unlink()
+    latest.symlink_to(second)
+    other = Training()
+    later = track(other.model, latest / "ema", checkpoint_every=2)
+    training.run(6, tracker)
+    other.run(6, later)
+    tracker.close()
+    later.close()
+    assert written(first / "ema") == ["2", "4", "6"]
+    assert written(second / "ema") == ["2", "4", "6"]
+    exact = training.exact(0.05, range(1, 7))
+    assert_near(tracker.state_dict(0.05), exact)

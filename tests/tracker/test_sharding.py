@@ -463,7 +463,7 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: P
     ]
     if Path("/proc/self/cwd").exists():
         expected.append(
-            "/proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro"
+            f"{tmp_path}/1/run: is not the directory of that name in which rank 0 writes; all pro"
         )
     one, other = (out.splitlines() for out in outs)
     last = other.pop()
@@ -474,6 +474,42 @@ def test_what_processes_of_a_sharded_model_cannot_do_is_named_in_all(tmp_path: P
     assert "from_model" in last
     assert steps(tmp_path / "other") == [1, 1]
     assert not list(tmp_path.glob("[01]/**/part-*"))
+
+
+CLOCKS = """
+model = spread(Net(), "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", t_unit="tokens", **SETTINGS)
+last = int(arguments[0])
+for step in range(1, last + 1):
+    move(model, step)
+    tokens = 10 * step - (rank == 1 and step > 5)  # its own, of sequences of any length
+    if (rank, step) == (1, last):
+        dist.barrier()
+    ema.update_(model, t=tokens)
+if rank == 0:
+    ema.snapshot()
+    dist.barrier()
+    dist.barrier()
+    refused(ema.flush)
+else:
+    refused(ema.snapshot)
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("last", [8, 6])
+def test_a_clock_that_differs_between_processes_is_named_at_a_snapshot(
+    last: int,
+    tmp_path: Path,
+) -> None:
+    """Each process would write its part for another time, and none would be complete: of snapshots
+    on the schedule, and off it."""
+    first, second = check_group(CLOCKS, 2, tmp_path, last)
+    own = f"a snapshot of step {last}, t = {10 * last - 1}"
+    other = f"step {last}, t = {10 * last};"
+    assert f"rank 1: has a part of {own}, and another process of {other} call update_" in second
+    assert own in first
+    assert times(tmp_path / "run") == {40}
 
 
 LATE = """

@@ -7,6 +7,7 @@ and loads them.
 import copy
 import warnings
 from collections.abc import Iterator
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import assert_same_tensors
+from factories import exact_weights
 from peft import (
     LoHaConfig,
     LoraConfig,
@@ -364,3 +366,41 @@ def test_a_pickled_model_does_not_need_this_package(tmp_path: Path) -> None:
         model[0].bias += 1
     again.update_(model)
     assert again.step == 2
+
+
+class Quantized(torch.Tensor):
+    """A float32 tensor that is kept in float16, with few operations, as classes of quantized
+    weights are."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values.half()
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, _types: Any, arguments: Any, _: Any = None) -> Any:
+        if operation is torch.ops.aten.detach.default:
+            return cls(arguments[0].values)
+        raise NotImplementedError(f"{operation} is not implemented")
+
+
+def test_quantized_weights_may_be_frozen_and_are_refused_by_name_if_tracked(tmp_path: Path) -> None:
+    model = nn.Module()
+    values = Quantized(torch.ones(3, 3))
+    model.base = nn.Parameter(values, requires_grad=False)
+    model.adapter = nn.Parameter(torch.zeros(3))
+    with track(model, tmp_path / "run") as ema:
+        for step in range(1, 5):
+            model.adapter.data.fill_(step)
+            ema.update_(model)
+            with ema.model(model, 0.05):
+                pass
+        assert model.adapter.tolist() == [4, 4, 4]
+        steps = range(1, 5)
+        exact = sum(map(mul, exact_weights(0.05, steps), steps))
+        average = ema.state_dict(0.05)["adapter"]
+        assert average.tolist() == pytest.approx([exact] * 3)
+    with pytest.raises(InvalidValueError, match=r"'base': is a Quantized.* exclude='base'"):
+        track(model, tmp_path / "all", include="*")
