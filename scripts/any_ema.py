@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from following import FloatArray, averages, distances, flat, mass_until, quiet
+from following import FloatArray, averages, distances, flat, least_squares, mass_until, quiet
 from safetensors.torch import save_file
 from tables import markdown
 from trajectories import NAMES, Replay, Trajectory, record, step_clock
@@ -163,16 +163,6 @@ def of_weights(run: Trajectory, wanted: FloatArray) -> FloatArray:
     tails = np.where(np.arange(run.steps) < times[:, None], 1.0, 0.0)
     coefficients = least_squares(tails, wanted)
     return coefficients @ run.weights[times - 1].astype(np.float64)
-
-
-def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
-    """Return coefficients with sum 1 for tails of stored averages, [stored, steps], that are
-    nearest to wanted ones, [targets, steps]: [targets, stored]."""
-    last = tails[-1]
-    others = tails[:-1] - last
-    found, *_ = np.linalg.lstsq(others.T, (wanted - last).T, rcond=1e-10)
-    rest = 1 - found.sum(axis=0)
-    return np.vstack([found, rest]).T
 
 
 # --- the tables

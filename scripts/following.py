@@ -101,6 +101,16 @@ def distances(values: FloatArray, truth: FloatArray) -> list[float]:
     return relative.tolist()
 
 
+def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
+    """Return coefficients with sum 1 for tails of stored averages, [stored, steps], that are
+    nearest to wanted ones, [targets, steps]: [targets, stored]."""
+    last = tails[-1]
+    others = tails[:-1] - last
+    found, *_ = np.linalg.lstsq(others.T, (wanted - last).T, rcond=1e-12)
+    rest = 1 - found.sum(axis=0)
+    return np.vstack([found, rest]).T
+
+
 # --- tracking
 # --------------------------------------------------------------------------------------
 
