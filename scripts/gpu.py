@@ -15,7 +15,6 @@ each after all earlier work is done."""
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from bench_update import (  # noqa: E402
     Shapes,
     is_installed,
     large_tensors,
+    machine,
     small_tensors,
 )
 from compare_peers import ema_pytorch, without_noise  # noqa: E402
@@ -74,10 +74,7 @@ def main() -> None:
         sys.exit("gpu: no CUDA device is here, so nothing was run")
     end = time.monotonic() + LIMIT
     device = torch.device("cuda", torch.cuda.current_device())
-    print(
-        f"{torch.cuda.get_device_name(device)}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}"
-    )
+    print(f"{torch.cuda.get_device_name(device)}, {machine()}")
     for name in OPTIONAL:
         if not is_installed(name):
             print(f"{name} is not installed: what needs it is left out")
