@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from following import FloatArray, averages, distances, flat, least_squares, mass_until, quiet
 from safetensors.torch import save_file
-from tables import markdown
-from trajectories import NAMES, Replay, Trajectory, record, step_clock
+from tables import markdown, ratios, share
+from trajectories import NAMES, Replay, Trajectory, add_options, record, step_clock
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
@@ -39,8 +39,7 @@ CHECKPOINTS = 20
 def main() -> None:
     """Print the decays that are found, the errors, and whether the predictions hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, help="folder of recorded runs")
-    parser.add_argument("--steps", type=int, default=6000, help="a multiple of 20 (6000)")
+    add_options(parser, 6000, CHECKPOINTS)
     parser.add_argument("--only", choices=NAMES, help="one of the trainings")
     options = parser.parse_args()
     results = []
@@ -62,35 +61,41 @@ def main() -> None:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """An average of one width: its error, that of the EMA in its place, and of least squares over
+    the weights; and the predicted error."""
+
+    width: float
+    error: float
+    ema: float
+    raw: float
+    predicted: float
+
+
+@dataclass(frozen=True)
 class Result:
-    """What the import of an EMA found, and the errors of averages by width.
+    """What the import of an EMA found.
 
     Attributes:
-        training: the recorded run.
-        length: the time constant as a fraction of it.
+        training: the recorded run, and the time constant as a fraction of it.
         true, found: decay.
         uncertainty: of the length.
         asked: whether the import asked for the decay.
-        ours, ema, raw: the error of our average, of the EMA in its place, and of least squares over
-            the weights.
-        predicted: of ours.
+        cells: averages of each width.
     """
 
     training: str
-    length: float
     true: float
     found: float
     uncertainty: float
     asked: bool
-    ours: list[float]
-    ema: list[float]
-    raw: list[float]
-    predicted: list[float]
+    cells: list[Cell]
 
     @property
     def off(self) -> float:
         """Return how far the length of the average that was found is off."""
-        return math.log((1 - self.true) / (1 - self.found))
+        ratio = (1 - self.true) / (1 - self.found)
+        return math.log(ratio)
 
 
 def measure(run: Trajectory, length: float) -> Result:
@@ -105,21 +110,23 @@ def measure(run: Trajectory, length: float) -> Result:
         (audit,) = imported.audit()
         made = [imported.average(width, dtype="float64") for width in WIDTHS]
     seen = np.arange(1, run.steps + 1)
-    until = np.array([mass_until(as_target(width), seen, run) for width in WIDTHS])
+    until = np.array([mass_until(width, seen, run) for width in map(as_target, WIDTHS)])
     shares = np.diff(until, prepend=0.0)
     truth = averages(run, shares)
-    ours = np.array([flat(average) for average in made])
+    tails = 1 - until + shares
+    columns = (
+        distances(np.array([*map(flat, made)]), truth),
+        distances(ema, truth),
+        distances(of_weights(run, tails), truth),
+        [average.predicted_error or math.nan for average in made],
+    )
     return Result(
-        training=run.name,
-        length=length,
+        training=f"{run.name}, {length:g} T",
         true=decay,
-        found=math.nan if audit.found is None else audit.found,
-        uncertainty=math.nan if audit.uncertainty is None else audit.uncertainty,
+        found=audit.found or math.nan,
+        uncertainty=audit.uncertainty or math.nan,
         asked=asked,
-        ours=distances(ours, truth),
-        ema=distances(ema, truth),
-        raw=distances(of_weights(run, 1 - until + shares), truth),
-        predicted=[average.predicted_error or math.nan for average in made],
+        cells=[*map(Cell, WIDTHS, *columns)],
     )
 
 
@@ -160,9 +167,10 @@ def of_weights(run: Trajectory, wanted: FloatArray) -> FloatArray:
     """Return the combinations of the stored weights whose tails are nearest to the wanted ones,
     [targets, steps]: [targets, parameters]."""
     times = np.array(checkpoint_times(run))
-    tails = np.where(np.arange(run.steps) < times[:, None], 1.0, 0.0)
-    coefficients = least_squares(tails, wanted)
-    return coefficients @ run.weights[times - 1].astype(np.float64)
+    is_later = np.arange(run.steps) < times[:, None]
+    tails = np.where(is_later, 1.0, 0.0)
+    weights = run.weights[times - 1].astype(np.float64)
+    return least_squares(tails, wanted) @ weights
 
 
 # --- the tables
@@ -189,25 +197,26 @@ def error_table(results: Sequence[Result]) -> str:
     """Return the errors of each width."""
     rows = [["training", "sigma_rel", "that EMA", "from weights", "from EMAs", "predicted"]]
     for result in results:
-        label = f"{result.training}, {result.length:g} T"
-        columns = zip(result.ema, result.raw, result.ours, result.predicted, strict=True)
-        for width, errors in zip(WIDTHS, columns, strict=True):
-            cells = [f"{error:.1e}" for error in errors]
-            rows.append([label, f"{width:.2f}", *cells])
+        for cell in result.cells:
+            errors = (cell.ema, cell.raw, cell.error, cell.predicted)
+            shown = [f"{error:.1e}" for error in errors]
+            rows.append([result.training, f"{cell.width:.2f}", *shown])
     return markdown(rows)
 
 
 def summary(results: Sequence[Result]) -> str:
     """Return how errors compare with those of weights and with predictions, and lengths with their
     uncertainties."""
-    ours = np.array([result.ours for result in results])
-    to_raw = ours / [result.raw for result in results]
-    to_predicted = ours / [result.predicted for result in results]
-    bands = np.array([abs(result.off) / result.uncertainty for result in results])
+    cells = []
+    for result in results:
+        cells += result.cells
+    raw = ratios(cells, "raw")
+    predicted = ratios(cells, "predicted")
+    bands = [abs(result.off) / result.uncertainty for result in results]
     lines = (
-        f"error / from weights: median {np.median(to_raw):.3f}, most {to_raw.max():.2f}",
-        f"actual / predicted: most {to_predicted.max():.2f}, above half of it in "
-        f"{np.mean(to_predicted > 0.5):.1%}",
+        f"error / from weights: median {np.median(raw):.2f}, most {raw.max():.2f}",
+        f"actual / predicted: most {predicted.max():.2f}",
+        f"actual above half of predicted: {share(predicted > 0.5)}",
         f"true length, in uncertainties: most {np.nanmax(bands):.2f}",
     )
     return "\n".join(lines)

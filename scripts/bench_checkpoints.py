@@ -22,20 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from following import FloatArray, distances, least_squares, quiet
+from following import FloatArray, distances, gamma_of, least_squares, quiet
 from numpy.random import Generator
-from tables import markdown
+from tables import grouped, markdown, ratios, share, within
 from torch import Tensor
 
-from posthoc_cli import Run, gamma_from_sigma_rel, import_checkpoints
+from posthoc_cli import Run, import_checkpoints
 
 STEPS = 2000
 SIZE = 400
 FILES = 20
 EPOCH = STEPS // FILES
 WIDTHS = (0.02, 0.06, 0.12, 0.25)
-LEAST = 2.0**-23
-"""The least error: eps of float32, to which weights, averages and results are rounded."""
 
 # --- motion: the weights after each step, [STEPS + 1, SIZE], those before the first step included
 
@@ -91,8 +89,10 @@ def cosine(random: Generator) -> FloatArray:
 def kinks(random: Generator) -> FloatArray:
     """Straight pieces, each in a direction of its own."""
     ends = random.choice(np.arange(1, STEPS), 6, replace=False)
-    slopes = random.standard_normal((7, SIZE)) * 0.3 / STEPS**0.5 / 20
-    piece = np.searchsorted(np.sort(ends), np.arange(STEPS + 1))
+    directions = random.standard_normal((7, SIZE))
+    slopes = directions * 0.3 / STEPS**0.5 / 20
+    steps = np.arange(STEPS + 1)
+    piece = np.searchsorted(np.sort(ends), steps)
     return np.cumsum(slopes[piece], axis=0)
 
 
@@ -122,8 +122,9 @@ EVEN = evenly()
 
 def at_random(random: Generator) -> list[int]:
     """Any steps, and the last one."""
-    chosen = random.choice(np.arange(40, STEPS), FILES - 1, replace=False)
-    return [*sorted(chosen.tolist()), STEPS]
+    steps = np.arange(40, STEPS)
+    chosen = random.choice(steps, FILES - 1, replace=False)
+    return [*np.sort(chosen).tolist(), STEPS]
 
 
 def by_the_clock(random: Generator) -> list[int]:
@@ -138,10 +139,10 @@ def kept_best(random: Generator) -> list[int]:
     """Records of a metric: rarer and rarer."""
     places = random.uniform(0, 1, 3 * FILES)
     chosen = 50 * (STEPS / 50) ** places
-    steps = sorted({int(step) for step in chosen if step < STEPS})
+    steps = np.unique(chosen[chosen < STEPS].astype(int))
     picked = random.choice(len(steps), FILES - 1, replace=False)
-    records = [steps[index] for index in sorted(picked)]
-    return [*records, STEPS]
+    records = steps[np.sort(picked)]
+    return [*records.tolist(), STEPS]
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,11 @@ class Layout:
         return min(self.decay, (1 + update) / (10 + update))
 
 
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 UNEVEN: dict[str, Times] = {
-    "at random": at_random, "by the clock": by_the_clock, "kept best": kept_best
-}  # fmt: skip
+    "at random": at_random,
+    "by the clock": by_the_clock,
+    "kept best": kept_best,
+}
 LAYOUTS: dict[str, Layout] = {
     "weights, each epoch": Layout(),
     "weights, each epoch, numbered": Layout(epochs=True),
@@ -188,9 +190,9 @@ for name, times in UNEVEN.items():
     LAYOUTS[f"EMA 0.999, {name}"] = Layout(times, weights=False, decay=0.999)
 for name, times in UNEVEN.items():
     LAYOUTS[f"EMA 0.999, weights, {name}"] = Layout(times, decay=0.999)
-for name, dtype in HALF.items():
-    LAYOUTS[f"weights, {name}"] = Layout(dtype=dtype)
 LAYOUTS |= {
+    "weights, fp16": Layout(dtype=torch.float16),
+    "weights, bf16": Layout(dtype=torch.bfloat16),
     "weights, 50 files, bf16": Layout(evenly(50), dtype=torch.bfloat16),
     "EMA 0.999, weights, bf16": Layout(decay=0.999, dtype=torch.bfloat16),
     "EMA 0.999, fp16": Layout(weights=False, decay=0.999, dtype=torch.float16),
@@ -242,11 +244,13 @@ def rounded(values: FloatArray, dtype: torch.dtype) -> Tensor:
 
 def save_file(folder: Path, layout: Layout, step: int, stored: Mapping[str, Tensor]) -> None:
     """Write the file of a step."""
-    content: dict[str, object] = {key: {"w": value} for key, value in stored.items()}
+    content: dict[str, object] = {}
     name = f"model_{step // EPOCH}.pth"
     if not layout.epochs:
-        content = {"step": step, **content}
+        content["step"] = step
         name = f"step{step}.pt"
+    for key, value in stored.items():
+        content[key] = {"w": value}
     torch.save(content, folder / name)
 
 
@@ -279,8 +283,10 @@ class Cell:
 def measure(motion: str, name: str, seed: int) -> list[Cell]:
     """Return the cells of one run, of a motion and a layout."""
     layout = LAYOUTS[name]
-    numbers = [seed, [*MOTIONS].index(motion), [*LAYOUTS].index(name)]
-    random = np.random.default_rng(numbers)
+    motions = [*MOTIONS]
+    layouts = [*LAYOUTS]
+    seeds = [seed, motions.index(motion), layouts.index(name)]
+    random = np.random.default_rng(seeds)
     start = random.standard_normal(SIZE)
     path = start + MOTIONS[motion](random)
     path = path.astype(np.float32).astype(np.float64)
@@ -291,14 +297,17 @@ def measure(motion: str, name: str, seed: int) -> list[Cell]:
         run = opened(folder, layout)
         made = [run.average(width, dtype="float64") for width in WIDTHS]
     passed = np.arange(STEPS + 1) / STEPS
-    powers = [gamma_from_sigma_rel(width) + 1 for width in WIDTHS]
-    until = np.array([passed**power for power in powers])
+    until = np.array([passed ** (gamma_of(width) + 1) for width in WIDTHS])
     truth = np.diff(until) @ path[1:]
+    coefficients = least_squares(saved.tails, 1 - until[:, :-1])
     ours = np.array([average["w"].numpy() for average in made])
-    nearest = least_squares(saved.tails, 1 - until[:, :-1]) @ saved.values
-    predicted = [average.predicted_error or np.nan for average in made]
-    columns = (distances(ours, truth), distances(nearest, truth), predicted)
-    return [Cell(motion, name, *errors) for errors in zip(*columns, strict=True)]
+    errors = distances(ours, truth)
+    plain = distances(coefficients @ saved.values, truth)
+    cells = []
+    for average, *of_width in zip(made, errors, plain, strict=True):
+        predicted = average.predicted_error or np.nan
+        cells.append(Cell(motion, name, *of_width, predicted))
+    return cells
 
 
 # --- the table
@@ -306,34 +315,27 @@ def measure(motion: str, name: str, seed: int) -> list[Cell]:
 HEAD = ("", "cells", "within 2", "within 3", "beyond 3", "error / plain", "up to 1.05")
 
 
-def row(name: str, cells: Sequence[Cell]) -> tuple[str, ...]:
-    """Return the row of some cells."""
-    errors = np.array([cell.error for cell in cells]).clip(LEAST)
-    predicted = np.array([cell.predicted for cell in cells]).clip(LEAST)
-    plain = np.array([cell.plain for cell in cells]).clip(LEAST)
-    larger = np.maximum(errors / predicted, predicted / errors)
-    relative = errors / plain
-    return (
-        name,
-        str(len(cells)),
-        f"{np.mean(larger <= 2):.1%}",
-        f"{np.mean(larger <= 3):.1%}",
-        str(np.sum(errors > 3 * predicted)),
-        f"{np.median(relative):.3f}",
-        f"{np.mean(relative <= 1.05):.1%}",
-    )
-
-
-def table(cells: Sequence[Cell], of: Callable[[Cell], str]) -> str:
+def table(cells: Sequence[Cell], attribute: str) -> str:
     """Return a table with a row for each motion, or each layout."""
-    rows = [HEAD]
-    for name in dict.fromkeys(map(of, cells)):
-        own = [cell for cell in cells if of(cell) == name]
-        rows.append(row(name, own))
+    groups = grouped(cells, attribute)
     uneven = [cell for cell in cells if cell.layout.endswith(tuple(UNEVEN))]
     if uneven:
-        rows.append(row("uneven steps", uneven))
-    rows.append(row("all", cells))
+        groups["uneven steps"] = uneven
+    groups["all"] = [*cells]
+    rows = [HEAD]
+    for name, group in groups.items():
+        predicted = ratios(group, "predicted")
+        plain = ratios(group, "plain")
+        row = (
+            name,
+            str(len(group)),
+            within(predicted, 2),
+            within(predicted, 3),
+            str(np.sum(predicted > 3)),
+            f"{np.median(plain):.3f}",
+            share(plain <= 1.05),
+        )
+        rows.append(row)
     return markdown(rows)
 
 
@@ -350,9 +352,9 @@ def main() -> None:
         if options.only in layout:
             for motion in MOTIONS:
                 cells += measure(motion, layout, options.seed)
-    print(table(cells, lambda cell: cell.motion))
+    print(table(cells, "motion"))
     print()
-    print(table(cells, lambda cell: cell.layout))
+    print(table(cells, "layout"))
 
 
 if __name__ == "__main__":

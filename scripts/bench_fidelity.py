@@ -22,29 +22,23 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import corner_cases
 import numpy as np
-import numpy.typing as npt
-from following import FloatArray, Tracking, compare, distances, quiet, track, true_averages
+from following import FloatArray, Tracking, compare, distances, track, true_averages
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from tables import in_processes, markdown
-from trajectories import HELD_OUT, NAMES, record
+from tables import grouped, in_processes, markdown, ratios, share, within
+from trajectories import HELD_OUT, NAMES, add_options, record
 
 from posthoc_cli.plots import COLOURS, STYLES
 from posthoc_cli.targets import Beta, Target, Window, as_target
-
-LEAST = 2.0**-23
-"""The least error of hard cases: eps of float32, to which averages and results are rounded."""
 
 SIGMA_RELS = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
 TRACKED = ((0.05, 0.10), (0.05, 0.28), (0.10,))
@@ -82,14 +76,11 @@ Asked = TypeVar("Asked")
 def main() -> None:
     """Measure all cells, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=9600, help=f"a multiple of {UNIT} (9600)")
+    add_options(parser, 9600, UNIT)
     parser.add_argument("--only", help="some of the runs, or cases, by commas")
-    parser.add_argument("--cache", type=Path, help="folder of recorded runs")
     parser.add_argument("--hard", action="store_true", help="hard cases in place of recorded runs")
     parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
     options = parser.parse_args()
-    if options.steps % UNIT:
-        parser.error(f"--steps {options.steps}: must be a multiple of {UNIT}")
     if options.figure is not None:
         figure = draw(options.steps, options.cache)
         figure.savefig(options.figure)
@@ -150,33 +141,13 @@ def measure(steps: int, cache: Path | None, job: Job) -> list[Cell]:
     for tracked, count, dtype in product(TRACKED, SNAPSHOTS, DTYPES):
         trackings.append(Tracking(tracked, dtype, steps // count, job.stride))
     held_out = job.name in HELD_OUT
-    cells = []
-    with tempfile.TemporaryDirectory() as root, quiet():
-        for folder in track(run, trackings, Path(root)):
-            errors = compare(folder, wanted, truth)
-            for of_target in errors.T.tolist():
-                cells.append(Cell(str(job), held_out, *of_target))
-    return cells
+    with track(run, trackings) as folders:
+        errors = np.hstack([compare(folder, wanted, truth) for folder in folders])
+    return [Cell(str(job), held_out, *of_target) for of_target in errors.T.tolist()]
 
 
 # --- the tables
 # ------------------------------------------------------------------------------------
-
-
-def ratios(cells: Sequence[Any], over: str, least: float = 0.0) -> FloatArray:
-    """Return the error of each cell divided by another one."""
-    errors = np.array([cell.error for cell in cells])
-    others = np.array([getattr(cell, over) for cell in cells])
-    quotients: FloatArray = errors.clip(least) / others.clip(least)
-    return quotients
-
-
-def grouped(cells: Sequence[Any], attribute: str) -> dict[str, list[Any]]:
-    """Return the cells by an attribute, in order of first appearance."""
-    groups = defaultdict[str, list[Any]](list)
-    for cell in cells:
-        groups[getattr(cell, attribute)].append(cell)
-    return groups
 
 
 def recorded_table(cells: Sequence[Cell]) -> str:
@@ -192,8 +163,8 @@ def recorded_table(cells: Sequence[Cell]) -> str:
     groups |= grouped(cells, "run")
     for label, group in groups.items():
         row = [label, str(len(group))]
-        row += summary(ratios(group, "published"))
-        predicted = ratios(group, "predicted")
+        row += summary(ratios(group, "published", 0.0))
+        predicted = ratios(group, "predicted", 0.0)
         row += summary(predicted)
         row.append(within(predicted, 2))
         rows.append(row)
@@ -215,11 +186,11 @@ def hard_table(cells: Sequence[corner_cases.Cell]) -> str:
     groups["all"] = [*cells]
     for label, group in groups.items():
         row = [label, str(len(group))]
-        predicted = ratios(group, "predicted", LEAST)
+        predicted = ratios(group, "predicted")
         row += [within(predicted, 2), within(predicted, 3)]
         row.append(share(predicted > 3))
         for other in ("published", "nearest"):
-            relative = ratios(group, other, LEAST)
+            relative = ratios(group, other)
             row += summary(relative)
             row.append(str(np.sum(relative > 1.05)))
         rows.append(row)
@@ -229,16 +200,6 @@ def hard_table(cells: Sequence[corner_cases.Cell]) -> str:
 def summary(values: FloatArray) -> list[str]:
     """Return the median and the maximum."""
     return [f"{np.median(values):.3f}", f"{np.max(values):.3f}"]
-
-
-def within(values: FloatArray, factor: float) -> str:
-    """Return the share of the ratios that are within a factor of 1."""
-    return share((values >= 1 / factor) & (values <= factor))
-
-
-def share(holds: npt.NDArray[np.bool_]) -> str:
-    """Return the share of true values, in percent."""
-    return f"{100 * np.mean(holds):.1f} %"
 
 
 # --- the picture
@@ -256,8 +217,7 @@ def draw(steps: int, cache: Path | None) -> Figure:
     wanted = [as_target(width) for width in widths]
     run = record(PICTURED, steps, cache)
     truth = true_averages(run, wanted)
-    with tempfile.TemporaryDirectory() as root, quiet():
-        (folder,) = track(run, [tracking], Path(root))
+    with track(run, [tracking]) as (folder,):
         error, paper, predicted = compare(folder, wanted, truth)
     # The rounding of each width is its own: joined densely, the floor would be a thicket.
     few = truth[::6]

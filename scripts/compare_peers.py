@@ -34,7 +34,9 @@ import numpy as np
 import torch
 from following import FloatArray, distances, true_averages
 from tables import markdown
-from trajectories import PEER_RUNS, Replay, Trajectory, record
+from torch import Tensor
+from torch.nn import Module
+from trajectories import PEER_RUNS, Replay, Trajectory, add_options, record
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.targets import as_target
@@ -49,8 +51,7 @@ SNAPSHOTS = 20
 def main() -> None:
     """Record the runs, put every library through them and print a table for each."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=10_000, help="a multiple of 200 (10000)")
-    parser.add_argument("--cache", type=Path, help="folder of recorded runs")
+    add_options(parser, 10_000, 200)
     asked = parser.parse_args()
     for name in PEER_RUNS:
         trajectory = record(name, asked.steps, asked.cache)
@@ -72,10 +73,10 @@ class Library(NamedTuple):
     the end, in the order of the parameters."""
 
     update: Callable[[], object]
-    average: Callable[[float], Iterable[torch.Tensor]]
+    average: Callable[[float], Iterable[Tensor]]
 
 
-def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> Library:
+def ours(model: Module, folder: Path, stride: int, interval: int) -> Library:
     """Return this package, and its averages from the directory alone, as after training."""
     tracker = PostHocEMA.from_model(
         model,
@@ -86,7 +87,7 @@ def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> Li
         checkpoint_dtype=torch.float32,
     )
 
-    def average(sigma_rel: float) -> Iterable[torch.Tensor]:
+    def average(sigma_rel: float) -> Iterable[Tensor]:
         tracker.close()
         finished = PostHocEMA.from_path(folder)
         return finished.state_dict(sigma_rel=sigma_rel).values()
@@ -95,7 +96,7 @@ def ours(model: torch.nn.Module, folder: Path, stride: int, interval: int) -> Li
 
 
 def ema_pytorch(
-    model: torch.nn.Module,
+    model: Module,
     folder: Path,
     stride: int,
     interval: int,
@@ -113,7 +114,7 @@ def ema_pytorch(
         checkpoint_dtype=dtype,
     )
 
-    def average(sigma_rel: float) -> Iterable[torch.Tensor]:
+    def average(sigma_rel: float) -> Iterable[Tensor]:
         averaged = tracker.synthesize_ema_model(sigma_rel=sigma_rel)
         return averaged.ema_model.parameters()
 
@@ -121,7 +122,7 @@ def ema_pytorch(
 
 
 def posthoc_ema(
-    model: torch.nn.Module,
+    model: Module,
     folder: Path,
     stride: int,
     interval: int,
@@ -143,7 +144,7 @@ def posthoc_ema(
         **others,
     )
 
-    def average(sigma_rel: float) -> Iterable[torch.Tensor]:
+    def average(sigma_rel: float) -> Iterable[Tensor]:
         with tracker.state_dict(sigma_rel=sigma_rel) as state:
             return list(state.values())
 

@@ -10,23 +10,12 @@ what a model would hold is float32.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
-from following import (
-    FloatArray,
-    Tracking,
-    compare,
-    distances,
-    quiet,
-    stored,
-    track,
-    true_averages,
-)
+from following import FloatArray, Tracking, compare, distances, stored, track, true_averages
 from numpy.random import default_rng
 from trajectories import Trajectory, step_clock
 
@@ -232,14 +221,14 @@ CLOSE = (0.05, 0.10)
 ONE = (0.10,)
 """Tracked widths."""
 
-KEPT = {1: (192, 1), 2: (192, 2), 3: (192, 3), 5: (192, 5), 20: (192, None), 64: (60, None)}
-"""By the number of snapshot times: `checkpoint_every` and `max_checkpoints`."""
+TIMES = (1, 2, 3, 5, 20, 64)
+"""Numbers of snapshot times: the last ones of 20, or 64 in all."""
 
 SETUPS = (
-    (TWO, "float32", tuple(KEPT)),
-    (TWO, "float16", tuple(KEPT)),
-    (TWO, "bfloat16", tuple(KEPT)),
-    (ONE, "float16", tuple(KEPT)),
+    (TWO, "float32", TIMES),
+    (TWO, "float16", TIMES),
+    (TWO, "bfloat16", TIMES),
+    (ONE, "float16", TIMES),
     (ONE, "float32", (1, 3, 20)),
     (CLOSE, "float32", (2, 20)),
 )
@@ -277,27 +266,33 @@ class Cell:
 
 def measure(case: str) -> list[Cell]:
     """Measure all cells of one of `CASES`."""
-    trackings = []
-    for tracked, dtype, counts in SETUPS:
-        for count in counts:
-            interval, most = KEPT[count]
-            trackings.append(Tracking(tracked, dtype, interval, EVERY, most))
     cells = []
     for run in CASES[case]():
-        errors = measure_run(run, trackings)
+        errors = measure_run(run, trackings())
         cells += [Cell(case, run.name, *of_target) for of_target in errors.T.tolist()]
     return cells
+
+
+def trackings() -> list[Tracking]:
+    """Return how each run is tracked."""
+    made = []
+    for tracked, dtype, counts in SETUPS:
+        for count in counts:
+            interval = STEPS // max(20, count)
+            most = count if count < 20 else None
+            made.append(Tracking(tracked, dtype, interval, EVERY, most))
+    return made
 
 
 def measure_run(run: Trajectory, trackings: list[Tracking]) -> FloatArray:
     """Return the errors of all averages, in the order of `Cell`: [4, averages]."""
     truth = true_averages(run, TARGETS, EVERY)
     found = []
-    with quiet(), tempfile.TemporaryDirectory() as root:
-        folders = track(run, trackings, Path(root))
+    with track(run, trackings) as folders:
         for tracking, folder in zip(trackings, folders, strict=True):
             error, published, predicted = compare(folder, TARGETS, truth)
             newest = stored(folder)[-len(tracking.sigma_rels) :]
             of_each = [distances(average, truth) for average in newest]
-            found.append([error, published, np.min(of_each, axis=0), predicted])
+            nearest = np.min(of_each, axis=0)
+            found.append([error, published, nearest, predicted])
     return np.hstack(found)

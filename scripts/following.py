@@ -125,14 +125,22 @@ class Tracking:
     update_every: int = 10
     max_checkpoints: int | None = None
 
-    def tracker(self, model: torch.nn.Module, folder: Path, t_unit: str = "steps") -> PostHocEMA:
+    def tracker(self, model: Replay, folder: Path, t_unit: str) -> PostHocEMA:
         """Make a tracker of a new run."""
-        return PostHocEMA.from_model(model, folder, t_unit=t_unit, **asdict(self))
+        settings = asdict(self)
+        return PostHocEMA.from_model(model, folder, t_unit=t_unit, **settings)
 
 
-def track(run: Trajectory, trackings: Sequence[Tracking], root: Path) -> list[Path]:
-    """Follow the run with trackers that update at the same steps; return the folders of their
-    snapshots.
+@contextmanager
+def track(run: Trajectory, trackings: Sequence[Tracking]) -> Iterator[list[Path]]:
+    """Follow the run with trackers that update at the same steps; the block has the folders of
+    their snapshots."""
+    with quiet(), tempfile.TemporaryDirectory() as root:
+        yield follow(run, trackings, root)
+
+
+def follow(run: Trajectory, trackings: Sequence[Tracking], root: str) -> list[Path]:
+    """Make the snapshots.
 
     Where the run's optimizer starts anew, the trackers do: they are closed, and others go on from
     their states.

@@ -12,6 +12,7 @@ caller's random numbers are in; neither that state nor the number of threads is 
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator
@@ -58,6 +59,17 @@ class Trajectory:
     def steps(self) -> int:
         """The number of optimizer steps."""
         return int(self.weights.shape[0])
+
+
+def add_options(parser: argparse.ArgumentParser, steps: int, unit: int) -> None:
+    """Add the options of scripts that record runs."""
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help=f"length of the runs, a multiple of {unit} ({steps})",
+    )
+    parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in")
 
 
 def step_clock(steps: int) -> npt.NDArray[np.float64]:
