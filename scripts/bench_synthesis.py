@@ -13,7 +13,6 @@ public interfaces."""
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
 import subprocess
@@ -23,19 +22,21 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import xxhash
 from bench_update import (
     TRACKED,
     Layers,
     Shapes,
     Times,
+    benchmark_parser,
     installed_peers,
     large_tensors,
     machine,
     times,
 )
 from compare_peers import without_noise
+from xxhash import xxh3_64_hexdigest
 
 from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.export.writing import OutputOptions, write_synthesis
@@ -44,16 +45,13 @@ from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_ou
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
-MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
+MANY = np.linspace(0.03, 0.27, 31).round(3).tolist()
+"""31 targets."""
 
 
 def main() -> None:
     """Measure everything and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    asked = parser.parse_args()
+    asked = benchmark_parser(__doc__).parse_args()
     device = str(check_device(asked.device))
     million = 10_000 if asked.quick else 1_000_000
     parameters = 100 * million
@@ -85,8 +83,8 @@ def measure_ours(folder: Path, repeats: int, device: str) -> None:
         "all cores, to a file": lambda: write_synthesis(one, [out], options),
     }
     show(times(runs, repeats), one.read_bytes)
-    label = f"{len(MANY)} targets, dropped"
-    show(times({label: lambda: exhaust(synthesize(many, device))}, repeats))
+    runs = {f"{len(MANY)} targets, dropped": lambda: exhaust(synthesize(many, device))}
+    show(times(runs, repeats))
 
 
 def measure_peers(folder: Path, repeats: int, device: str, shapes: Shapes) -> None:
@@ -144,10 +142,11 @@ def write_snapshots(folder: Path, shapes: Shapes, times: int = 10) -> None:
     """Write float16 snapshots of a model that walks at random, of two profiles at so many times."""
     model = Layers(shapes)
     options = {"update_every": 1, "checkpoint_every": 1, "max_checkpoints": None}
-    with PostHocEMA.from_model(model, folder, TRACKED, **options) as ema, torch.no_grad():
+    with PostHocEMA.from_model(model, folder, TRACKED, **options) as ema:
         for _ in range(times):
             for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
+                move = torch.randn_like(parameter)
+                parameter.data.add_(move, alpha=0.1)
             ema.update_(model)
 
 
@@ -156,8 +155,11 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, times: i
     shapes = large_tensors(parameters, tensors)
     write_snapshots(folder, dict.fromkeys(shapes, (1,)), times)
     entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
-    checksums = "".join(map(checksums_of_zeros, entries.values()))
-    payload = sum(entry.nbytes for entry in entries.values())
+    checksums = ""
+    payload = 0
+    for entry in entries.values():
+        checksums += checksums_of_zeros(entry.nbytes)
+        payload += entry.nbytes
     for path in folder.glob("*.safetensors"):
         snapshot = decode_snapshot(read_file(path))
         header = encode_header(entries, snapshot.encoded(), {}, checksums)
@@ -165,12 +167,13 @@ def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, times: i
         os.truncate(path, len(header) + payload)
 
 
-def checksums_of_zeros(entry: Entry) -> str:
+def checksums_of_zeros(nbytes: int) -> str:
     """Return the checksums of a tensor's blocks."""
-    blocks, rest = divmod(entry.nbytes, 2 * BLOCK)
-    checksums = blocks * xxhash.xxh3_64_hexdigest(bytes(2 * BLOCK))
+    size = 2 * BLOCK
+    blocks, rest = divmod(nbytes, size)
+    checksums = blocks * xxh3_64_hexdigest(bytes(size))
     if rest:
-        checksums += xxhash.xxh3_64_hexdigest(bytes(rest))
+        checksums += xxh3_64_hexdigest(bytes(rest))
     return checksums
 
 

@@ -22,6 +22,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,11 +48,8 @@ NEVER = 10**9
 
 def main() -> None:
     """Measure everything and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--folds", type=int, default=7, help="length of a run, in folds")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     asked = parser.parse_args()
     logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # it warns that no weights change
     device = str(check_device(asked.device))
@@ -64,7 +62,9 @@ def main() -> None:
         f"{50 / scale:g} M parameters in 24": partial(make_model, large, device),
         "the same in bfloat16": partial(make_model, large, device, torch.bfloat16),
     }
-    columns = [updates(make, asked.repeats, asked.folds) for make in models.values()]
+    columns = []
+    for make in models.values():
+        columns.append(updates(make, asked.repeats, asked.folds))
     rows = [["one update, ms", *models]]
     for label in columns[0]:
         cells = [str(column[label]) for column in columns]
@@ -73,6 +73,15 @@ def main() -> None:
     for place in ("model", "cpu"):
         held = memory(make_model(large, "cpu"), place)
         print(f'\nmemory with device="{place}": {held:.1f} bytes a parameter')
+
+
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of both benchmarks."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", help="where models are or sums are made (cpu)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    return parser
 
 
 def machine() -> str:
@@ -91,14 +100,16 @@ class Times:
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
-    def measure(self, run: Callable[[], object], each: int = 1) -> None:
+    def measure(self, run: Callable[[], object], each: int) -> None:
         """Add the times of a run, divided by `each`."""
         os.sync()
         began = time.perf_counter()
         used = time.process_time()
         run()
-        self.seconds.append((time.perf_counter() - began) / each)
-        self.processor.append((time.process_time() - used) / each)
+        seconds = time.perf_counter() - began
+        processor = time.process_time() - used
+        self.seconds.append(seconds / each)
+        self.processor.append(processor / each)
 
     @property
     def median(self) -> float:
@@ -116,7 +127,7 @@ def times(
     each: int = 1,
 ) -> dict[str, Times]:
     """Return the times of runs in turns, divided by `each`."""
-    found = {label: Times() for label in runs}
+    found = defaultdict[str, Times](Times)
     for _ in range(repeats):
         for label, run in runs.items():
             found[label].measure(run, each)

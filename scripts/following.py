@@ -8,7 +8,6 @@ the hook writes snapshots, averages are made from the directory alone, as after 
 from __future__ import annotations
 
 import logging
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -62,13 +61,15 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
     A width, a decay and a stretch of time are on the run's clock; a beta and a window are in steps,
     whatever time each took. A classical average begins as a copy of the first weights there are.
     """
-    passed = run.times[seen - 1] / run.times[-1]
+    now = run.times[seen - 1]
+    passed = now / run.times[-1]
     if target.beta is not None:
-        later = (run.steps - seen).astype(np.float64)
-        return np.asarray(target.beta**later)
+        later = run.steps - seen
+        return np.power(target.beta, later.astype(np.float64))
     if isinstance(target, Window):
         begin = run.steps - target.steps
-        return np.clip((seen - begin) / target.steps, 0.0, 1.0)
+        inside = seen - begin
+        return np.clip(inside / target.steps, 0.0, 1.0)
     if isinstance(target, Decay):
         assert isinstance(target.over, float)
         inside = passed - 1 + target.over
@@ -77,7 +78,8 @@ def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> 
             fallen = np.sqrt(fallen)
         return fallen
     assert target.sigma_rel is not None
-    return np.asarray(passed ** (gamma_of(target.sigma_rel) + 1))
+    gamma = gamma_of(target.sigma_rel)
+    return np.power(passed, gamma + 1)
 
 
 def averages(trajectory: Trajectory, counts: FloatArray) -> FloatArray:
@@ -97,7 +99,8 @@ def distances(values: FloatArray, truth: FloatArray) -> list[float]:
     """Return the relative L2 distance of each row, [averages, parameters], from the same row of
     `truth`."""
     apart = np.linalg.norm(values - truth, axis=1)
-    relative: FloatArray = apart / np.linalg.norm(truth, axis=1)
+    size = np.linalg.norm(truth, axis=1)
+    relative: FloatArray = apart / size
     return relative.tolist()
 
 
@@ -106,7 +109,8 @@ def least_squares(tails: FloatArray, wanted: FloatArray) -> FloatArray:
     nearest to wanted ones, [targets, steps]: [targets, stored]."""
     last = tails[-1]
     others = tails[:-1] - last
-    found, *_ = np.linalg.lstsq(others.T, (wanted - last).T, rcond=1e-12)
+    left = wanted - last
+    found, *_ = np.linalg.lstsq(others.T, left.T, rcond=1e-12)
     rest = 1 - found.sum(axis=0)
     return np.vstack([found, rest]).T
 
@@ -185,24 +189,22 @@ def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray) -> FloatA
     Errors are Euclidean distances from the truth, relative to its norm: shape [3, targets].
     """
     sources = disk_sources(folder)
-    ours, predicted = made(plan_synthesis(sources, wanted, method="minvar"))
-    paper, _ = made(plan_synthesis(sources, wanted, method="paper"))
-    rows = [distances(ours, truth), distances(paper, truth), predicted]
-    return np.array(rows)
+    plan = plan_synthesis(sources, wanted, method="minvar")
+    published = plan_synthesis(sources, wanted, method="paper")
+    ours = distances(made(plan), truth)
+    others = distances(made(published), truth)
+    predicted = [plan.predicted_error(index) for index in range(len(wanted))]
+    return np.array([ours, others, predicted], dtype=np.float64)
 
 
-def made(plan: Plan) -> tuple[FloatArray, list[float]]:
-    """Return the averages of a plan, [targets, parameters], and their predicted errors; nan where
-    there is none."""
+def made(plan: Plan) -> FloatArray:
+    """Return the averages of a plan: [targets, parameters]."""
     tensors = dict(synthesize(plan))
     rows = []
-    predicted = []
     for index in range(len(plan.targets)):
         row = {name: values[index] for name, values in tensors.items()}
         rows.append(flat(row))
-        error = plan.predicted_error(index)
-        predicted.append(math.nan if error is None else error)
-    return np.array(rows), predicted
+    return np.array(rows)
 
 
 def stored(folder: Path) -> FloatArray:
@@ -213,7 +215,8 @@ def stored(folder: Path) -> FloatArray:
 
 def flat(tensors: Mapping[str, Tensor]) -> FloatArray:
     """Return the parameters of a `Replay` in the recorded order, shape [parameters]."""
-    ordered = [tensors[str(index)].flatten() for index in range(len(tensors))]
+    names = sorted(tensors, key=int)
+    ordered = [tensors[name].flatten() for name in names]
     return torch.cat(ordered).double().numpy()
 
 

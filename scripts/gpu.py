@@ -113,10 +113,11 @@ def cuda_tests() -> list[str]:
     of the project's own that need a plug-in are left out, and another torch may have warnings of
     its own.
     """
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if has_cuda_tests(path)]
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(path) for path in tests if has_cuda_tests(path)]
     plugins = [f"-pno:{name}" for name in ("randomly", "timeout", "xdist", "cov", "cacheprovider")]
     options = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
-    return ["-m", "pytest", "-q", "-m", "cuda", *plugins, *options, *map(str, files)]
+    return ["-m", "pytest", "-q", "-m", "cuda", *plugins, *options, *files]
 
 
 def has_cuda_tests(path: Path) -> bool:
@@ -215,8 +216,8 @@ def our_rows(
 def peer_update(shapes: Shapes, device: torch.device, repeats: int) -> tuple[float | None, float]:
     """Measure an update of `ema_pytorch`, whose averages are on the model's device."""
     with tempfile.TemporaryDirectory() as folder, without_noise():
-        update, _ = ema_pytorch(Layers(shapes).to(device), Path(folder), 1, NEVER)
-        return timed(update, lambda: None, device, repeats)
+        library = ema_pytorch(Layers(shapes).to(device), Path(folder), 1, NEVER)
+        return timed(library.update, lambda: None, device, repeats)
 
 
 def timed(
@@ -241,7 +242,8 @@ def timed(
             finish(settle, device)
             streams.append(stream_microseconds(call, device))
     finish(settle, device)
-    return (statistics.median(streams) if streams else None), statistics.median(hosts)
+    stream = statistics.median(streams) if streams else None
+    return stream, statistics.median(hosts)
 
 
 def stream_microseconds(call: Callable[[], object], device: torch.device) -> float:

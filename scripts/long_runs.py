@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from following import FloatArray, distances, gamma_of
 from numpy.random import Generator, default_rng
+from torch.nn import Parameter, ParameterDict
 
 from posthoc_cli import PostHocEMA
 
@@ -36,8 +37,9 @@ def adam(steps: int, random: Generator) -> Iterator[FloatArray]:
     second = [np.zeros_like(layer) for layer in layers]
     for step in range(1, steps + 1):
         inputs = random.standard_normal((16, 8))
-        noise = 0.1 * random.standard_normal((16, 4))
-        outputs = np.tanh(inputs @ teacher[0]) @ teacher[1] + noise
+        noise = random.standard_normal((16, 4))
+        hidden = np.tanh(inputs @ teacher[0])
+        outputs = hidden @ teacher[1] + 0.1 * noise
         gradients = _gradients(layers, inputs, outputs)
         corrected = math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
         rate = 0.002 * _cosine(step, steps) * corrected
@@ -73,22 +75,24 @@ def walk(steps: int, random: Generator) -> Iterator[FloatArray]:
     weights = random.standard_normal(SIZE)
     size = 0.5 / math.sqrt(steps)
     for step in range(1, steps + 1):
-        weights += _cosine(step, steps) * size * random.standard_normal(SIZE)
+        move = random.standard_normal(SIZE)
+        weights += _cosine(step, steps) * size * move
         yield weights
 
 
 def noisy_walk(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Add noise of 3 % to a walk, which follows the same cosine."""
     for step, weights in enumerate(walk(steps, random), 1):
-        rate = 0.03 * _cosine(step, steps)
-        yield weights + rate * random.standard_normal(SIZE)
+        noise = random.standard_normal(SIZE)
+        yield weights + 0.03 * _cosine(step, steps) * noise
 
 
 def still(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Add noise of 3 % to one point."""
     weights = random.standard_normal(SIZE)
     for _ in range(steps):
-        yield weights + 0.03 * random.standard_normal(SIZE)
+        noise = random.standard_normal(SIZE)
+        yield weights + 0.03 * noise
 
 
 def drift(steps: int, random: Generator) -> Iterator[FloatArray]:
@@ -101,10 +105,11 @@ def drift(steps: int, random: Generator) -> Iterator[FloatArray]:
 
 
 def _cosine(step: int, steps: int) -> float:
-    return (1 + math.cos(math.pi * step / steps)) / 2
+    wave = math.cos(math.pi * step / steps)
+    return (1 + wave) / 2
 
 
-CASES: dict[str, Callable[[int, Generator], Iterator[FloatArray]]] = {
+CASES = {
     "Adam, cosine to 0": adam,
     "walk, cosine to 0": walk,
     "noise of 3 %, cosine to 0": noisy_walk,
@@ -129,14 +134,15 @@ def main() -> None:
         print(f"| {name} | {_shown(last)} | {_shown(worst)} |", flush=True)
 
 
-def measure(path: Iterator[FloatArray], steps: int) -> tuple[FloatArray, FloatArray]:
+def measure(path: Iterator[FloatArray], steps: int) -> tuple[list[float], FloatArray]:
     """Return the errors at the end, and the largest of 20 samples in each decade of updates."""
+    gammas = np.array([gamma_of(sigma_rel) for sigma_rel in SIGMA_RELS])
+    powers = gammas[:, None] + 1
     truth = np.zeros((len(SIGMA_RELS), SIZE))
-    powers = np.array([[gamma_of(sigma_rel) + 1] for sigma_rel in SIGMA_RELS])
     worst = np.zeros(len(SIGMA_RELS))
     next_sample = 1.0
-    weights = torch.nn.Parameter(torch.zeros(SIZE))
-    model = torch.nn.ParameterDict({"weights": weights})
+    weights = Parameter(torch.zeros(SIZE))
+    model = ParameterDict({"weights": weights})
     with (
         tempfile.TemporaryDirectory() as folder,
         PostHocEMA.from_model(
@@ -147,10 +153,11 @@ def measure(path: Iterator[FloatArray], steps: int) -> tuple[FloatArray, FloatAr
             weights.data.copy_(torch.from_numpy(values))
             ema.update_(model)
             beta = ((step - 1) / step) ** powers
-            truth += (1 - beta) * (weights.detach().double().numpy() - truth)
+            seen = weights.detach().double().numpy()
+            truth += (1 - beta) * (seen - truth)
             if step >= next_sample or step == steps:
                 next_sample = step * 10**0.05
-                errors = np.array(distances(averages(ema), truth))
+                errors = distances(averages(ema), truth)
                 worst = np.maximum(worst, errors)
     return errors, worst
 
@@ -164,7 +171,7 @@ def averages(ema: PostHocEMA) -> FloatArray:
     return np.array(rows)
 
 
-def _shown(errors: FloatArray) -> str:
+def _shown(errors: Iterable[float]) -> str:
     return " / ".join(f"{error:.1e}" for error in errors)
 
 

@@ -67,6 +67,6 @@ def within(values: npt.NDArray[np.float64], factor: float) -> str:
     return share(larger <= factor)
 
 
-def share(holds: npt.NDArray[np.bool_]) -> str:
+def share(holds: npt.ArrayLike) -> str:
     """Return the share of true values, in percent."""
     return f"{100 * np.mean(holds):.1f} %"
