@@ -26,6 +26,7 @@ from trajectories import NAMES, Replay, Trajectory, add_options, record, step_cl
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.run import Weights
 from posthoc_cli.targets import as_target
 
 WIDTHS = (0.05, 0.10, 0.15, 0.25)
@@ -109,25 +110,28 @@ def measure(run: Trajectory, length: float) -> Result:
         asked = import_stored(files, imported.directory, decay)
         (audit,) = imported.audit()
         made = [imported.average(width, dtype="float64") for width in WIDTHS]
-    seen = np.arange(1, run.steps + 1)
-    until = np.array([mass_until(width, seen, run) for width in map(as_target, WIDTHS)])
-    shares = np.diff(until, prepend=0.0)
-    truth = averages(run, shares)
-    tails = 1 - until + shares
-    columns = (
-        distances(np.array([*map(flat, made)]), truth),
-        distances(ema, truth),
-        distances(of_weights(run, tails), truth),
-        [average.predicted_error or math.nan for average in made],
-    )
     return Result(
         training=f"{run.name}, {length:g} T",
         true=decay,
         found=audit.found or math.nan,
         uncertainty=audit.uncertainty or math.nan,
         asked=asked,
-        cells=[*map(Cell, WIDTHS, *columns)],
+        cells=cells_of(run, made, ema),
     )
+
+
+def cells_of(run: Trajectory, made: list[Weights], ema: FloatArray) -> list[Cell]:
+    """Compare averages of each width, and other ways to them, with the truth."""
+    seen = np.arange(1, run.steps + 1)
+    wanted = [as_target(width) for width in WIDTHS]
+    until = np.array([mass_until(target, seen, run) for target in wanted])
+    shares = np.diff(until, prepend=0.0)
+    truth = averages(run, shares)
+    ours = np.array([flat(average) for average in made])
+    raw = of_weights(run, 1 - until + shares)
+    errors = (distances(ours, truth), distances(ema, truth), distances(raw, truth))
+    predicted = [average.predicted_error or math.nan for average in made]
+    return [*map(Cell, WIDTHS, *errors, predicted)]
 
 
 def checkpoint_times(run: Trajectory) -> list[int]:

@@ -28,6 +28,7 @@ from tables import grouped, markdown, ratios, share, within
 from torch import Tensor
 
 from posthoc_cli import Run, import_checkpoints
+from posthoc_cli.run import Weights
 
 STEPS = 2000
 SIZE = 400
@@ -296,18 +297,20 @@ def measure(motion: str, name: str, seed: int) -> list[Cell]:
         saved = save(path, layout, layout.times(random), folder)
         run = opened(folder, layout)
         made = [run.average(width, dtype="float64") for width in WIDTHS]
+    errors = errors_of(path, saved, made)
+    return [Cell(motion, name, *of_width) for of_width in errors.T.tolist()]
+
+
+def errors_of(path: FloatArray, saved: Saved, made: list[Weights]) -> FloatArray:
+    """Return errors of averages, of plain ones, and the predicted ones: [3, widths]."""
     passed = np.arange(STEPS + 1) / STEPS
     until = np.array([passed ** (gamma_of(width) + 1) for width in WIDTHS])
     truth = np.diff(until) @ path[1:]
     coefficients = least_squares(saved.tails, 1 - until[:, :-1])
-    ours = np.array([average["w"].numpy() for average in made])
-    errors = distances(ours, truth)
     plain = distances(coefficients @ saved.values, truth)
-    cells = []
-    for average, *of_width in zip(made, errors, plain, strict=True):
-        predicted = average.predicted_error or np.nan
-        cells.append(Cell(motion, name, *of_width, predicted))
-    return cells
+    ours = np.array([average["w"].numpy() for average in made])
+    predicted = [average.predicted_error for average in made]
+    return np.array([distances(ours, truth), plain, predicted], dtype=np.float64)
 
 
 # --- the table

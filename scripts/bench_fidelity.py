@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
@@ -32,8 +32,10 @@ from typing import TypeVar
 import corner_cases
 import numpy as np
 from following import FloatArray, Tracking, compare, distances, track, true_averages
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from numpy.typing import ArrayLike
 from tables import grouped, in_processes, markdown, ratios, share, within
 from trajectories import HELD_OUT, NAMES, add_options, record
 
@@ -67,8 +69,10 @@ class Job:
         return self.name if self.stride == 1 else f"{self.name}-every-{self.stride}"
 
 
-JOBS = [*map(Job, NAMES), Job("denoiser-adam", STRIDE), Job("cnn-batch-norm", STRIDE)]
-"""One of the two with gaps is held out."""
+WITH_GAPS = (Job("denoiser-adam", STRIDE), Job("cnn-batch-norm", STRIDE))
+"""One of the two is held out."""
+
+JOBS = [*map(Job, NAMES), *WITH_GAPS]
 
 Asked = TypeVar("Asked")
 
@@ -130,11 +134,10 @@ class Cell:
 def measure(steps: int, cache: Path | None, job: Job) -> list[Cell]:
     """Measure all cells of one run."""
     # At 9,600 steps the classical averages are 1,000 and 2,000 steps old, the window has 2,000.
-    wanted: list[Target] = [*map(as_target, SIGMA_RELS)]
+    wanted: list[Target] = [*map(as_target, SIGMA_RELS), Window(5 * steps // 24)]
     for age in (9.6, 4.8):
         beta = round(1 - age / steps, 9)
         wanted.append(Beta(beta))
-    wanted.append(Window(5 * steps // 24))
     run = record(job.name, steps, cache)
     truth = true_averages(run, wanted, job.stride)
     trackings = []
@@ -207,47 +210,54 @@ def summary(values: FloatArray) -> list[str]:
 
 
 def draw(steps: int, cache: Path | None) -> Figure:
-    """Draw error against sigma_rel."""
-    # set up as by default, but updated at every step
+    """Draw error against sigma_rel, of a run that is set up as by default, but updated at every
+    step."""
     tracking = Tracking((0.05, 0.28), "float16", steps // 20, update_every=1)
     # Widths are dense towards 0.2887, where errors change fast.
     low = np.geomspace(0.02, 0.22, 80)
     high = np.linspace(0.22, 0.2886, 80)
-    widths = np.union1d(low, high)
+    widths = np.unique([*low, *high, *tracking.sigma_rels])
     wanted = [as_target(width) for width in widths]
     run = record(PICTURED, steps, cache)
     truth = true_averages(run, wanted)
     with track(run, [tracking]) as (folder,):
-        error, paper, predicted = compare(folder, wanted, truth)
+        error, published, predicted = compare(folder, wanted, truth)
     # The rounding of each width is its own: joined densely, the floor would be a thicket.
     few = truth[::6]
     rounded = few.astype(np.float16).astype(np.float64)
-    floor = distances(rounded, few)
+    lines = {
+        "posthoc_cli": (widths, error),
+        "published method": (widths, published),
+        "the true average, rounded once to float16": (widths[::6], distances(rounded, few)),
+        "what posthoc_cli predicts": (widths, predicted),
+    }
+    return _figure(lines, f"tracked (0.05, 0.28): {PICTURED}, {steps:,} steps")
 
+
+def _figure(lines: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> Figure:
     figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    plot = partial(axes.plot, linewidth=1.8)
-    plot(widths, paper, STYLES[1], color=COLOURS[1], label="published method")
-    plot(widths, error, STYLES[0], color=COLOURS[0], label="posthoc_cli")
-    plot(widths, predicted, STYLES[3], color=COLOURS[4], label="what posthoc_cli predicts")
-    label = "the true average, rounded once to float16"
-    plot(widths[::6], floor, STYLES[2], color=COLOURS[2], label=label)
-    for width in tracking.sigma_rels:
-        axes.axvline(width, color="0.5", linewidth=0.8, zorder=0)
+    for number, (label, points) in enumerate(lines.items()):
+        colour = COLOURS[number]
+        axes.plot(*points, STYLES[number], color=colour, linewidth=1.8, label=label)
+    axes.set_title(title, fontsize=11)
+    _set_scales(axes)
+    axes.legend(fontsize=8, framealpha=0.9)
+    return figure
+
+
+def _set_scales(axes: Axes) -> None:
+    """Make both axes logarithmic, with a tick for each width that people know."""
+    ticks = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(widths[0], widths[-1])
-    ticks = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xlim(0.02, 0.2886)
+    axes.set_xticks(ticks, map(str, ticks))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
     axes.set_ylabel("relative L2 error of the weights")
-    setting = "20 float16 snapshots of 0.05 and 0.28 (grey)"
-    axes.set_title(f"{setting}: {PICTURED}, {steps:,} steps", fontsize=11)
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, framealpha=0.9)
-    return figure
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import logging
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -36,20 +37,24 @@ def main() -> int:
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    failures = []
+    failures = list[str]()
     for name in chosen:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            experiment, _ = EXPERIMENTS[name]
-            tally = experiment(Path(folder), options.share, options.seed)
-        found = (tally.lost, tally.missed, tally.executed)
-        counts = " | ".join(str(len(lines)) for lines in found)
-        seconds = time.monotonic() - started
-        print(f"| {name} | {tally.tried:,} | {counts} | {seconds:,.0f} s |", flush=True)
-        for lines in found:
-            failures += [f"{name}: {line}" for line in lines]
+        failures += failures_of(name, options.share, options.seed)
     print("", *failures, sep="\n")
     return 1 if failures else 0
+
+
+def failures_of(name: str, share: float, seed: int) -> list[str]:
+    """Run an experiment, and print its row."""
+    experiment, _ = EXPERIMENTS[name]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = experiment(Path(folder), share, seed)
+    seconds = time.monotonic() - started
+    found = (tally.lost, tally.missed, tally.executed)
+    counts = " | ".join(str(len(lines)) for lines in found)
+    print(f"| {name} | {tally.tried:,} | {counts} | {seconds:,.0f} s |", flush=True)
+    return [f"{name}: {line}" for line in chain(*found)]
 
 
 if __name__ == "__main__":
