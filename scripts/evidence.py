@@ -1,10 +1,10 @@
 """Measure what averaging gains in three trainings that people know, against what they do today.
 
-    python scripts/evidence.py [--out evidence] [--processes 2] [--quick] [--record] [--tables]
+    python scripts/evidence.py [--out evidence] [--quick] [--tables]
 
 - A language model on the source text of Python's standard library: a decoder of 3.4 M parameters,
-AdamW in bfloat16,
-  with a constant learning rate, with one that falls over the last fifth, and cosine.
+  AdamW in bfloat16, with a constant learning rate, with one that falls over the last fifth, and
+  cosine.
 - A diffusion model on scikit-learn's digits: the denoiser of `ema demo`, larger and longer.
 - A classifier of digits with BatchNorm, SGD with momentum, constant rate and cosine.
 
@@ -14,8 +14,8 @@ measured on test data. Where the rate falls to zero, lengths from 0.002 are meas
 averages that are tracked at every step.
 
 Trainings and measurements are kept in the folder `--out`, some 4 GB; a call that was stopped goes
-on with what is not there. `--record` keeps the result for the guide, `--tables` prints the kept one
-and draws its pictures."""
+on with what is not there. The result and its picture replace those of the repository, but for
+`--quick`; `--tables` prints and draws the kept ones."""
 
 from __future__ import annotations
 
@@ -81,9 +81,10 @@ BUDGET = 12
 """Lengths that a search may measure."""
 
 Tensors = dict[str, Tensor]
+Weights = Mapping[str, Tensor]
 
 Measured = dict[str, Any]
-"""The measurements of one training."""
+"""The measurements of one training, or of all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -236,20 +237,21 @@ class Measure:
         self._model = task.model()
         self._batches = task.batches()
 
-    def averaged(self, weights: Mapping[str, Tensor], part: str = "test") -> dict[str, float]:
+    def averaged(self, weights: Weights, part: str = "test") -> dict[str, float]:
         """Measure averaged weights, for which the statistics of BatchNorm are measured first."""
         self._model.load_state_dict(weights)
         update_bn(self._batches, self._model)
         return self._task.measure(self._model, part)
 
-    def raw(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def raw(self, weights: Weights) -> dict[str, float]:
         """Measure weights as they were trained."""
         self._model.load_state_dict(weights)
         return self._task.measure(self._model, "test")
 
-    def validation_loss(self, weights: Mapping[str, Tensor]) -> float:
+    def validation_loss(self, weights: Weights) -> float:
         """Return what a search minimises."""
-        return self.averaged(weights, "validation")["loss"]
+        measured = self.averaged(weights, "validation")
+        return measured["loss"]
 
 
 def measure(task: Task, training: Training, folder: Path) -> Measured:
@@ -304,21 +306,22 @@ class Column:
         return " ".join(lengths)
 
 
-def tables(found: dict[str, Any]) -> list[str]:
+def tables(found: Measured) -> list[str]:
     """Return Markdown: a table of averages for each task, and one of differences for the language
     model."""
     language = {}
     for schedule, title in SCHEDULES.items():
-        language[title] = Column(_of(found, "language", schedule), "loss", 1, 3)
+        trainings = _of(found, "language", schedule)
+        language[title] = Column(trainings, "loss", 1, 3)
     diffusion = _of(found, "diffusion", "inverse-sqrt")
     denoiser = {
         "test loss, 1e-3": Column(diffusion, "loss", 1e3, 1),
         "Frechet distance": Column(diffusion, "frechet", 1, 3),
     }
-    classifier = {
-        "constant rate": Column(_of(found, "classifier", "constant"), "error", 100, 2),
-        "cosine": Column(_of(found, "classifier", "cosine"), "error", 100, 2),
-    }
+    classifier = {}
+    for schedule in ("constant", "cosine"):
+        trainings = _of(found, "classifier", schedule)
+        classifier[SCHEDULES[schedule]] = Column(trainings, "error", 100, 2)
     return [
         _table("test loss, nats a token", language),
         _differences(found),
@@ -327,7 +330,7 @@ def tables(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of(found: dict[str, Any], task: str, schedule: str) -> list[Measured]:
+def _of(found: Measured, task: str, schedule: str) -> list[Measured]:
     of_task = [one for one in found["trainings"] if one["task"] == task]
     return [one for one in of_task if one["schedule"] == schedule]
 
@@ -344,7 +347,7 @@ def _table(corner: str, columns: dict[str, Column]) -> str:
     return markdown(lines)
 
 
-def _differences(found: dict[str, Any]) -> str:
+def _differences(found: Measured) -> str:
     """Return what another average of the language model gains or loses at a constant rate."""
     constant = Column(_of(found, "language", "constant"), "loss", 1, 4)
     decayed = Column(_of(found, "language", "decayed"), "loss", 1, 4)
@@ -384,7 +387,7 @@ def _error(values: Sequence[float]) -> float:
 # ----------------------------------------------------------------------------------------
 
 
-def draw(found: dict[str, Any]) -> Figure:
+def draw(found: Measured) -> Figure:
     """Draw the language model's loss less that of the last weights, seed by seed, against the
     length."""
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
@@ -398,7 +401,7 @@ def draw(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def _draw_gains(axes: Axes, runs: Sequence[dict[str, Any]]) -> None:
+def _draw_gains(axes: Axes, runs: Sequence[Measured]) -> None:
     """Draw the gains of our averages and of the mean of checkpoints, each with its error."""
     ours = {}
     for length in SHORT + LENGTHS:
@@ -432,11 +435,12 @@ def _draw_mean_of_checkpoints(axes: Axes, gains: Sequence[float]) -> None:
     mean = np.mean(gains)
     error = _error(gains)
     colour = plots.COLOURS[1]
-    axes.axhline(mean, color=colour, linestyle=plots.STYLES[1], label=ROWS["mean-5"])
+    style = plots.STYLES[1]
+    axes.axhline(mean, color=colour, linestyle=style, label=ROWS["mean-5"])
     axes.axhspan(mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
 
 
-def _gains(runs: Sequence[dict[str, Any]], row: str) -> list[float]:
+def _gains(runs: Sequence[Measured], row: str) -> list[float]:
     """Return the loss of a row less that of the last weights, of each run that has the row."""
     measured = [rows for rows in runs if row in rows]
     return [rows[row]["loss"] - rows["last"]["loss"] for rows in measured]

@@ -129,7 +129,8 @@ def denoising_loss(model: Module, size: int) -> Tensor:
     noisy = clean + level * torch.randn_like(clean)
     scale = torch.sqrt(level**2 + 1)
     condition = torch.log(level) / 4
-    guess = model(torch.cat([noisy / scale, condition], dim=1))
+    given = torch.cat([noisy / scale, condition], dim=1)
+    guess = model(given)
     # The best linear guess is noisy / scale**2; the network learns what is left of it, in units of
     # its size.
     left = clean - noisy / scale**2
@@ -202,8 +203,9 @@ class Transformer(Module):
         self.token = nn.Embedding(PAIRS + CLASSES, width)
         length = SIDE * SIDE // 2
         self.place = nn.Parameter(0.1 * torch.randn(length, width))
-        layers = [Block(width, heads=2) for _ in range(blocks)]
-        self.blocks = nn.Sequential(*layers)
+        self.blocks = nn.Sequential()
+        for _ in range(blocks):
+            self.blocks.append(Block(width, heads=2))
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, PAIRS)
         init.normal_(self.token.weight, std=0.1)
@@ -267,7 +269,8 @@ class Task:
             return warm * wave / 2
         if schedule == "decayed":
             passed = (fraction - STABLE) / (1 - STABLE)
-            return warm * (1 - math.sqrt(max(0.0, passed)))
+            fallen = math.sqrt(max(0.0, passed))
+            return warm * (1 - fallen)
         if schedule == "inverse-sqrt":
             passed = max(fraction / 0.3, 1.0)
             return warm / math.sqrt(passed)
@@ -343,9 +346,9 @@ class Language(Task):
         count = self.contexts
         if part == "validation":
             count //= 2
-        places = torch.linspace(0, self._places(part), count).long()
+        places = torch.linspace(0, self._places(part), count)
         total = 0.0
-        for starts in places.split(32):
+        for starts in places.long().split(32):
             mean = self._loss(model, part, starts)
             total += float(mean) * len(starts)
         return {"loss": total / count}
@@ -446,8 +449,9 @@ class Decoder(Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList()
+        heads = width // HEAD
         for _ in range(depth):
-            block = Block(width, width // HEAD, nn.RMSNorm, nn.SiLU, bias=False)
+            block = Block(width, heads, nn.RMSNorm, nn.SiLU, bias=False)
             self.blocks.append(block)
         self.norm = nn.RMSNorm(width)
         for name, parameter in self.named_parameters():
@@ -701,11 +705,13 @@ class Classifier(Task):
         repeated = images.repeat(self.draws, 1)
         expected = labels.repeat(self.draws)
         model.eval()
-        logits = model(disturbed(repeated, seeded())).double()
+        disturbed_images = disturbed(repeated, seeded())
+        logits = model(disturbed_images).double()
         model.train()
         loss = F.cross_entropy(logits, expected)
         wrong = logits.argmax(dim=1) != expected
-        return {"loss": float(loss), "error": float(wrong.double().mean())}
+        error = wrong.double().mean()
+        return {"loss": float(loss), "error": float(error)}
 
     def batches(self) -> list[Tensor]:
         """Return batches as in training."""
@@ -721,7 +727,8 @@ def disturbed(images: Tensor, random: Generator) -> Tensor:
     """Return each image shifted by up to a pixel and noisy: [images, 1, 8, 8]."""
     moved = shifted(images, random)
     noise = torch.randn(moved.shape, generator=random)
-    return (moved + 0.8 * noise).reshape(-1, 1, SIDE, SIDE)
+    noisy = moved + 0.8 * noise
+    return noisy.reshape(-1, 1, SIDE, SIDE)
 
 
 TASKS = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}
