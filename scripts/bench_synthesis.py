@@ -1,9 +1,10 @@
 """Measure the speed of a synthesis against a plain loop over the same bytes and the peers, and its
 memory.
 
-    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
+    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--quick]
 
-20 float16 snapshots of made-up models, half of them for each of two profiles; targets are float32.
+20 float16 snapshots of a made-up model of 100 M parameters, half of them for each of two profiles;
+targets are float32. Files of up to 10 GB are in the system's folder for temporary ones (`TMPDIR`).
 Times are medians of repeated runs in turns, in milliseconds, with the processor time of all threads
 in parentheses, which other programs on the machine change less. All runs of this package verify
 every checksum. "Dropped" is a caller who takes each tensor and drops it; "to a file" includes
@@ -12,123 +13,102 @@ public interfaces."""
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import os
-import platform
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-import xxhash
-from bench_update import TRACKED, Layers, Shapes, cell, is_installed, large_tensors, times
-from compare_peers import ema_pytorch, posthoc_ema, without_noise
+from bench_update import (
+    TRACKED,
+    Layers,
+    Shapes,
+    Times,
+    benchmark_parser,
+    installed_peers,
+    large_tensors,
+    machine,
+    times,
+)
+from compare_peers import without_noise
+from xxhash import xxh3_64_hexdigest
 
-from posthoc_cli import disk_sources
+from posthoc_cli import PostHocEMA, disk_sources
 from posthoc_cli.export.writing import OutputOptions, write_synthesis
-from posthoc_cli.snapshots.directory import snapshot_path
-from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out
+from posthoc_cli.snapshots.snapshot import decode_snapshot
+from posthoc_cli.snapshots.tensorfile import BLOCK, Entry, encode_header, lay_out, read_file
 from posthoc_cli.synthesis.engine import check_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from factories import RUN_ID, make_info, write_snapshot
-
-MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
+MANY = np.linspace(0.03, 0.27, 31).round(3).tolist()
+"""31 targets."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure everything and print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
-    parser.add_argument(
-        "--folder", type=Path, help="for files of up to 10 GB; by default the system's own"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    asked = parser.parse_args(arguments)
+    asked = benchmark_parser(__doc__).parse_args()
     device = str(check_device(asked.device))
     million = 10_000 if asked.quick else 1_000_000
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}"
-    )
-    repeats = 1 if asked.quick else asked.repeats
-    with tempfile.TemporaryDirectory(dir=asked.folder) as name:
+    parameters = 100 * million
+    print(f"{machine()}, sums on {device}")
+    print(f"\n20 float16 snapshots of {parameters:,} parameters")
+    shapes = large_tensors(parameters)
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for parameters in (48 * million, 100 * million):
-            measure_model(repeats, folder, parameters, device)
-        measure_memory(folder, (10 * million, 1000 * million))
+        write_snapshots(folder / "run", shapes)
+        measure_ours(folder, asked.repeats, device)
+        measure_peers(folder, asked.repeats, device, shapes)
+    print("\nPeak resident memory above that of a process that imports torch; one target to a file")
+    for size in (10 * million, 1000 * million):
+        print(f"  {size:>13,} parameters, 4 snapshots: {synthesis_memory(size) / 1e6:6.1f} MB")
 
 
-def measure_model(repeats: int, folder: Path, parameters: int, device: str) -> None:
-    """Measure one target and 31 targets of a model, and one with the peers, warm and cold."""
+def measure_ours(folder: Path, repeats: int, device: str) -> None:
+    """Measure one target and 31 targets of the snapshots."""
     run = folder / "run"
     out = folder / "out.safetensors"
     buffer = mmap.mmap(-1, 4 * 2**20)
-    write_snapshots(run, large_tensors(parameters))
+    options = OutputOptions(device, overwrite=True)
     one = planned(run, [0.15])
     many = planned(run, MANY)
-    print(f"\n20 float16 snapshots of {parameters:,} parameters; one target")
     runs = {
         "plain readinto loop, one thread": partial(read_plainly, run, buffer),
         "one core, dropped": lambda: exhaust(synthesize(one, device, 1)),
         "all cores, dropped": lambda: exhaust(synthesize(one, device)),
-        "all cores, to a file": lambda: write_synthesis(
-            one, [out], OutputOptions(device, overwrite=True)
-        ),
+        "all cores, to a file": lambda: write_synthesis(one, [out], options),
     }
-    show(runs, repeats, one.read_bytes)
-    for start, others in ((posthoc_ema, {"update_after_step": 0}), (ema_pytorch, {})):
-        if not is_installed(start.__name__):
-            continue
+    show(times(runs, repeats), one.read_bytes)
+    runs = {f"{len(MANY)} targets, dropped": lambda: exhaust(synthesize(many, device))}
+    show(times(runs, repeats))
+
+
+def measure_peers(folder: Path, repeats: int, device: str, shapes: Shapes) -> None:
+    """Measure one target, whose tensors are kept, in turns with each of the peers."""
+    plan = planned(folder / "run", [0.15])
+    for peer, start in installed_peers().items():
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints, without_noise():
-            update, average = start(
-                Layers(large_tensors(parameters)), Path(checkpoints), 1, 1, torch.float16, **others
-            )
+            library = start(Layers(shapes), Path(checkpoints), 1, 1, torch.float16)
             for _ in range(10):
-                update()
+                library.update()
             os.sync()  # writing back would compete for the disk
-            label = f"{start.__name__}, 20 of its own"
-            peer = partial(average, 0.15)
-            found = times(
-                {"ours, kept": lambda: dict(synthesize(one, device)), label: peer}, repeats
-            )
-        for label, one_found in found.items():
-            print(f"  {label:<44}{cell(*one_found)}", flush=True)
-    print(f"{len(MANY)} targets")
-    show({"dropped": lambda: exhaust(synthesize(many, device))}, repeats)
-    shutil.rmtree(run)
-    out.unlink()
+            runs = {
+                "all cores, kept": lambda: dict(synthesize(plan, device)),
+                f"{peer}, 20 of its own": partial(library.average, 0.15),
+            }
+            found = times(runs, repeats)
+        show(found)
 
 
-def measure_memory(folder: Path, models: Sequence[int]) -> None:
-    """Measure peak resident memory for models of very different sizes, from sparse files."""
-    print("\nPeak resident memory above that of a process that imports torch; one target to a file")
-    for parameters in models:
-        run = folder / "run"
-        out = folder / "out.safetensors"
-        write_sparse_snapshots(run, parameters, tensors=20, snapshots=4)
-        print(
-            f"  {parameters:>13,} parameters, 4 snapshots: {peak_memory(run, out) / 1e6:6.1f} MB",
-            flush=True,
-        )
-        shutil.rmtree(run)
-        out.unlink()
-
-
-def show(runs: dict[str, Callable[[], object]], repeats: int, nbytes: int = 0) -> None:
-    """Time runs in turns, and print them with their rates over `nbytes`."""
-    for label, found in times(runs, repeats).items():
-        rate = f"{nbytes / statistics.median(found[0]) / 1e9:6.2f} GB/s" if nbytes else ""
-        print(f"  {label:<44}{cell(*found):<20}{rate}", flush=True)
+def show(found: dict[str, Times], nbytes: int = 0) -> None:
+    """Print times, with their rates over `nbytes`."""
+    for label, of_run in found.items():
+        rate = f"{nbytes / of_run.median / 1e9:6.2f} GB/s" if nbytes else ""
+        print(f"  {label:<44}{of_run!s:<20}{rate}", flush=True)
 
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:
@@ -142,61 +122,59 @@ def exhaust(items: Iterable[object]) -> None:
         pass
 
 
-# --- our snapshots
-# ---------------------------------------------------------------------------------
-
-
-def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
-    """Write float16 snapshots of random numbers for a float32 model, half of them for each of two
-    profiles."""
-    generator = torch.Generator().manual_seed(0)
-    values = {
-        name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()
-    }
-    for t, sigma_rel in _times(snapshots):
-        write_snapshot(folder, t, sigma_rel, RUN_ID, values, **_tracked(shapes))
-
-
-def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshots: int) -> None:
-    """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
-    folder.mkdir()
-    shapes = large_tensors(parameters, tensors)
-    entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
-    full = xxhash.xxh3_64_hexdigest(bytes(2 * BLOCK))
-    checksums = ""
-    for entry in entries.values():
-        blocks, rest = divmod(entry.nbytes, 2 * BLOCK)
-        checksums += full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
-    for t, sigma_rel in _times(snapshots):
-        info = make_info({}, t, sigma_rel, RUN_ID, **_tracked(shapes))
-        header = encode_header(entries, info.encoded(), {}, checksums)
-        path = snapshot_path(folder, t, sigma_rel)
-        path.write_bytes(header)
-        os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
-
-
-def _times(snapshots: int) -> list[tuple[float, float]]:
-    return [(1000.0 * (index // 2 + 1), TRACKED[index % 2]) for index in range(snapshots)]
-
-
-def _tracked(shapes: Shapes) -> dict[str, Any]:
-    return {"sigma_rels": TRACKED, "tensors": dict.fromkeys(shapes, "average F32")}
-
-
-# --- plain loops
-# -----------------------------------------------------------------------------------
-
-
 def read_plainly(folder: Path, buffer: mmap.mmap) -> None:
     """Read every byte of every snapshot by `readinto`, in one thread, to the start of a page.
 
     To a place 16 bytes after it, where a bytearray begins, some processors copy at a sixth of the
     speed.
     """
-    for path in sorted(folder.iterdir()):
+    for path in folder.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+# --- our snapshots
+# ---------------------------------------------------------------------------------
+
+
+def write_snapshots(folder: Path, shapes: Shapes, times: int = 10) -> None:
+    """Write float16 snapshots of a model that walks at random, of two profiles at so many times."""
+    model = Layers(shapes)
+    options = {"update_every": 1, "checkpoint_every": 1, "max_checkpoints": None}
+    with PostHocEMA.from_model(model, folder, TRACKED, **options) as ema:
+        for _ in range(times):
+            for parameter in model.parameters():
+                move = torch.randn_like(parameter)
+                parameter.data.add_(move, alpha=0.1)
+            ema.update_(model)
+
+
+def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, times: int) -> None:
+    """Write the same snapshots of zeros as sparse files: a model of any size takes no disk."""
+    shapes = large_tensors(parameters, tensors)
+    write_snapshots(folder, dict.fromkeys(shapes, (1,)), times)
+    entries = lay_out({name: Entry("F16", shape) for name, shape in shapes.items()})
+    checksums = ""
+    payload = 0
+    for entry in entries.values():
+        checksums += checksums_of_zeros(entry.nbytes)
+        payload += entry.nbytes
+    for path in folder.glob("*.safetensors"):
+        snapshot = decode_snapshot(read_file(path))
+        header = encode_header(entries, snapshot.encoded(), {}, checksums)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + payload)
+
+
+def checksums_of_zeros(nbytes: int) -> str:
+    """Return the checksums of a tensor's blocks."""
+    size = 2 * BLOCK
+    blocks, rest = divmod(nbytes, size)
+    checksums = blocks * xxh3_64_hexdigest(bytes(size))
+    if rest:
+        checksums += xxh3_64_hexdigest(bytes(rest))
+    return checksums
 
 
 # --- memory
@@ -224,14 +202,20 @@ except OSError:
 # its own start.
 
 
-def peak_memory(folder: Path, out: Path) -> int:
+def synthesis_memory(parameters: int) -> int:
     """Return the peak resident bytes of a process that writes one target, above those of `import
     torch`."""
-    with_synthesis, without = (
-        int(subprocess.check_output([sys.executable, "-c", _PEAK, *arguments]))
-        for arguments in ([str(folder), str(out)], [])
-    )
-    return with_synthesis - without
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        out = Path(name) / "out.safetensors"
+        write_sparse_snapshots(run, parameters, tensors=20, times=2)
+        return peak_memory(run, out) - peak_memory()
+
+
+def peak_memory(*arguments: Path) -> int:
+    """Return the peak resident bytes of a process that imports torch, and perhaps writes."""
+    command = [sys.executable, "-c", _PEAK, *map(str, arguments)]
+    return int(subprocess.check_output(command))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measure what the hook costs training: an update, a call that takes snapshots, and memory.
+"""Measure what the hook costs training: an update, and memory.
 
     python scripts/bench_update.py [--device cpu] [--repeats 5] [--folds 7] [--quick]
 
@@ -22,14 +22,18 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from compare_peers import ema_pytorch, posthoc_ema, without_noise
+from compare_peers import Library, ema_pytorch, posthoc_ema, without_noise
+from tables import markdown
+from torch.nn import Module, ParameterList
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import WINDOW
@@ -41,144 +45,177 @@ Shapes = Mapping[str, tuple[int, ...]]
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
 
-Begun = tuple[Callable[[], object], Callable[[], object]]
-"""An update, and a function that waits until all updates are complete."""
 
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Measure everything and print the tables."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cpu", help="where the models are: cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--folds", type=int, default=7, help="length of a run, in folds")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    asked = parser.parse_args(arguments)
+    asked = parser.parse_args()
     logging.getLogger("posthoc_cli").setLevel(logging.ERROR)  # it warns that no weights change
     device = str(check_device(asked.device))
-    repeats, scale = (1, 100) if asked.quick else (asked.repeats, 1)
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads"
-    )
+    scale = 100 if asked.quick else 1
+    print(f"{machine()}, {torch.get_num_threads()} threads\n")
     many = small_tensors(2000 // scale)
     large = large_tensors(50_000_000 // scale, 24)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        columns = {
-            f"{len(many):,} tensors of 64 x 64": updates(
-                many, torch.float32, device, folder / "many", repeats, asked.folds
-            ),
-            f"{50 / scale:g} M parameters in 24": updates(
-                large, torch.float32, device, folder / "large", repeats, asked.folds
-            ),
-            "the same in bfloat16": updates(
-                large, torch.bfloat16, device, folder / "half", repeats, asked.folds
-            ),
-        }
-        print(f"\n| one update, ms | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-        for label in dict.fromkeys(label for column in columns.values() for label in column):
-            print(
-                f"| {label} | {' | '.join(column.get(label, '') for column in columns.values())} |"
-            )
-        snapshots(large, device, folder / "snapshots", repeats)
-        memory(large, folder / "memory")
+    models = {
+        f"{len(many):,} tensors of 64 x 64": partial(make_model, many, device),
+        f"{50 / scale:g} M parameters in 24": partial(make_model, large, device),
+        "the same in bfloat16": partial(make_model, large, device, torch.bfloat16),
+    }
+    columns = []
+    for make in models.values():
+        columns.append(updates(make, asked.repeats, asked.folds))
+    rows = [["one update, ms", *models]]
+    for label in columns[0]:
+        cells = [str(column[label]) for column in columns]
+        rows.append([label, *cells])
+    print(markdown(rows))
+    for place in ("model", "cpu"):
+        held = memory(make_model(large, "cpu"), place)
+        print(f'\nmemory with device="{place}": {held:.1f} bytes a parameter')
+
+
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of both benchmarks."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cpu", help="where models are or sums are made (cpu)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    return parser
+
+
+def machine() -> str:
+    """Return what figures depend on."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+# --- times
+# -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """Seconds of repeated runs, and processor seconds of all threads."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    def measure(self, run: Callable[[], object], each: int) -> None:
+        """Add the times of a run, divided by `each`."""
+        os.sync()
+        began = time.perf_counter()
+        used = time.process_time()
+        run()
+        seconds = time.perf_counter() - began
+        processor = time.process_time() - used
+        self.seconds.append(seconds / each)
+        self.processor.append(processor / each)
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+    def __str__(self) -> str:
+        processor = statistics.median(self.processor)
+        return f"{1000 * self.median:.3g} ({1000 * processor:.3g})"
 
 
 def times(
-    runs: dict[str, Callable[[], object]],
+    runs: Mapping[str, Callable[[], object]],
     repeats: int,
     each: int = 1,
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Return seconds and processor seconds of runs in turns, divided by `each`."""
-    found: dict[str, tuple[list[float], list[float]]] = {label: ([], []) for label in runs}
+) -> dict[str, Times]:
+    """Return the times of runs in turns, divided by `each`."""
+    found = defaultdict[str, Times](Times)
     for _ in range(repeats):
         for label, run in runs.items():
-            os.sync()
-            seconds = time.perf_counter()
-            processor = time.process_time()
-            run()
-            found[label][0].append((time.perf_counter() - seconds) / each)
-            found[label][1].append((time.process_time() - processor) / each)
+            found[label].measure(run, each)
     return found
-
-
-def cell(seconds: list[float], processor: list[float]) -> str:
-    """Return medians in milliseconds."""
-    return " ".join(
-        form.format(f"{1000 * statistics.median(one):.3g}")
-        for form, one in (("{}", seconds), ("({})", processor))
-    )
-
-
-def done(device: str) -> None:
-    """Wait until an accelerator has done its queued work."""
-    if device != "cpu":
-        torch.cuda.synchronize(device)
 
 
 # --- models
 # ----------------------------------------------------------------------------------------
 
 
-def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]]:
-    """Make a model of that many parameters in at least `count` equal matrices."""
+def large_tensors(parameters: int, count: int = 20) -> Shapes:
+    """Return a model of that many parameters in `count` equal matrices."""
     width = 1024
     rows = max(1, parameters // count // width)
-    return {f"layers.{index}.weight": (rows, width) for index in range(count)}
+    return {f"layers.{index}": (rows, width) for index in range(count)}
 
 
-def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
-    """Make a model of 64 x 64 matrices."""
-    return {f"layers.{index}.weight": (64, 64) for index in range(count)}
+def small_tensors(count: int) -> Shapes:
+    """Return a model of 64 x 64 matrices."""
+    return {f"layers.{index}": (64, 64) for index in range(count)}
 
 
-class Layers(torch.nn.Module):
+class Layers(Module):
     """A model with parameters of these shapes."""
 
     def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
+        self.layers = ParameterList(torch.randn(shape) for shape in shapes.values())
+
+
+def make_model(shapes: Shapes, device: str, dtype: torch.dtype = torch.float32) -> Module:
+    """Make a model with parameters of these shapes."""
+    return Layers(shapes).to(device, dtype)
 
 
 # --- updates
 # ---------------------------------------------------------------------------------------
 
 
-def updates(
-    shapes: Shapes,
-    dtype: torch.dtype,
-    device: str,
-    folder: Path,
-    repeats: int,
-    folds: int,
-) -> dict[str, str]:
+class Begun(NamedTuple):
+    """An update, and a function that waits until all updates are complete."""
+
+    update: Callable[[], object]
+    settle: Callable[[], object]
+
+
+def updates(make: Callable[[], Module], repeats: int, folds: int) -> dict[str, Times]:
     """Measure a column: an update of every library."""
-    field: dict[str, Callable[[torch.nn.Module, Path], Begun]] = {
-        "ours, late in a run": partial(ours, begin=1e6),
-        "ours, at its beginning": ours,
-    }
-    if is_installed("ema_pytorch"):
-        field["`ema_pytorch`"] = partial(peer, ema_pytorch)
-    if is_installed("posthoc_ema"):
-        field["`posthoc_ema`"] = partial(peer, posthoc_ema, update_after_step=0)
     calls = folds * WINDOW
-    runs = dict[str, Callable[[], object]]()
-    for index, (label, begin) in enumerate(field.items()):
-        with without_noise():
-            update, settle = begin(Layers(shapes).to(device, dtype), folder / str(index))
+    with tempfile.TemporaryDirectory() as name, without_noise():
+        folder = Path(name)
+        begun = {
+            "ours, late in a run": ours(make(), folder / "late", begin=1e6),
+            "ours, at its beginning": ours(make(), folder / "beginning"),
+        }
+        for peer, start in installed_peers().items():
+            library = start(make(), folder / peer, 1, NEVER)
+            begun[f"`{peer}`"] = Begun(library.update, lambda: None)
+        runs = {}
+        for label, one in begun.items():
+            one.update()  # makes the averages
+            runs[label] = partial(repeat, one, calls)
+        return times(runs, repeats, calls)
 
-        def run(
-            update: Callable[[], object] = update,
-            settle: Callable[[], object] = settle,
-        ) -> None:
-            for _ in range(calls):
-                update()
-            settle()
-            done(device)
 
-        update()  # makes the averages
-        runs[label] = run
-    return {label: cell(*found) for label, found in times(runs, repeats, calls).items()}
+def repeat(begun: Begun, calls: int) -> None:
+    """Update so often, and wait until all is done."""
+    for _ in range(calls):
+        begun.update()
+    begun.settle()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ours(model: Module, folder: Path, begin: float = 0.0) -> Begun:
+    """Return an update of this package from a given time on."""
+    ema = PostHocEMA.from_model(model, folder, TRACKED, update_every=1, checkpoint_every=NEVER)
+    clock = count(begin + 1)
+    return Begun(lambda: ema.update_(model, t=next(clock)), ema.flush)
+
+
+def installed_peers() -> dict[str, Callable[..., Library]]:
+    """Return the PyPI peers that can be imported."""
+    peers = {
+        "ema_pytorch": ema_pytorch,
+        "posthoc_ema": partial(posthoc_ema, update_after_step=0),
+    }
+    return {name: start for name, start in peers.items() if is_installed(name)}
 
 
 def is_installed(package: str) -> bool:
@@ -186,65 +223,25 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def tracked(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
-    """Make a tracker of two profiles with float16 snapshots and all its checks."""
-    return PostHocEMA.from_model(model, folder, sigma_rels=TRACKED, **options)
+# --- memory
+# -----------------------------------------------------------------------------------------
 
 
-def ours(model: torch.nn.Module, folder: Path, begin: float = 0.0) -> Begun:
-    """Return an update of this package from a given time on."""
-    ema = tracked(model, folder, update_every=1, checkpoint_every=NEVER)
-    clock = count(begin + 1)
-    return lambda: ema.update_(model, t=next(clock)), ema.flush
-
-
-def peer(start: Callable[..., Any], model: torch.nn.Module, folder: Path, **options: int) -> Begun:
-    """Return an update of a PyPI peer, whose averages have the parameters' dtype."""
-    update, _ = start(model, folder, 1, NEVER, **options)
-    return update, lambda: None
-
-
-# --- snapshots and memory ------------------------------------------------------------------------
-
-
-def snapshots(shapes: Shapes, device: str, folder: Path, repeats: int) -> None:
-    """Measure the call at which two snapshots are due: until it returns, and until the snapshots
-    are durable."""
-    model = Layers(shapes).to(device)
-    usual = list[float]()
-    due = list[float]()
-    durable = list[float]()
-    with tracked(model, folder, update_every=1, checkpoint_every=4) as ema:
-        for call in range(1, 4 * (repeats + 1) + 1):
-            began = time.perf_counter()
-            ema.update_(model)
-            (usual if call % 4 else due).append(time.perf_counter() - began)
-            ema.flush()
-            done(device)
-            durable += [] if call % 4 else [time.perf_counter() - began]
-    middle = [f"{1000 * statistics.median(seconds):.3g} ms" for seconds in (usual, due, durable)]
-    print(
-        (
-            "\na usual call: {}; one at which two snapshots are due: {}; until they are durable: {}"
-        ).format(*middle)
-    )
-
-
-def memory(shapes: Shapes, folder: Path) -> None:
-    """Print the bytes a parameter that a tracker of float32 parameters holds after two float16
+def memory(model: Module, device: str) -> float:
+    """Return the bytes a parameter that a tracker of float32 parameters holds after two float16
     snapshots."""
-    model = Layers(shapes)
-    for device in ("model", "cpu"):
-        with PostHocEMA.from_model(
-            model, folder / device, update_every=1, checkpoint_every=2, device=device
-        ) as ema:
-            for _ in range(4):
-                ema.update_(model)
-            ema.flush()
-            held = ema.metrics()["bytes"] / sum(
-                parameter.numel() for parameter in model.parameters()
-            )
-        print(f'\nmemory with device="{device}": {held:.1f} bytes a parameter')
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PostHocEMA.from_model(
+            model, folder, update_every=1, checkpoint_every=2, device=device
+        ) as ema,
+    ):
+        for _ in range(4):
+            ema.update_(model)
+        ema.flush()
+        held: int = ema.metrics()["bytes"]
+    return held / parameters
 
 
 if __name__ == "__main__":

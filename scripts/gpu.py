@@ -15,7 +15,6 @@ each after all earlier work is done."""
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from bench_update import (  # noqa: E402
     Shapes,
     is_installed,
     large_tensors,
+    machine,
     small_tensors,
 )
 from compare_peers import ema_pytorch, without_noise  # noqa: E402
@@ -74,10 +74,7 @@ def main() -> None:
         sys.exit("gpu: no CUDA device is here, so nothing was run")
     end = time.monotonic() + LIMIT
     device = torch.device("cuda", torch.cuda.current_device())
-    print(
-        f"{torch.cuda.get_device_name(device)}, {platform.machine()}, {os.cpu_count()} cores, "
-        f"torch {torch.__version__}"
-    )
+    print(f"{torch.cuda.get_device_name(device)}, {machine()}")
     for name in OPTIONAL:
         if not is_installed(name):
             print(f"{name} is not installed: what needs it is left out")
@@ -116,10 +113,11 @@ def cuda_tests() -> list[str]:
     of the project's own that need a plug-in are left out, and another torch may have warnings of
     its own.
     """
-    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if has_cuda_tests(path)]
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(path) for path in tests if has_cuda_tests(path)]
     plugins = [f"-pno:{name}" for name in ("randomly", "timeout", "xdist", "cov", "cacheprovider")]
     options = ["-o", "addopts=--import-mode=importlib", "-o", "filterwarnings=default"]
-    return ["-m", "pytest", "-q", "-m", "cuda", *plugins, *options, *map(str, files)]
+    return ["-m", "pytest", "-q", "-m", "cuda", *plugins, *options, *files]
 
 
 def has_cuda_tests(path: Path) -> bool:
@@ -218,8 +216,8 @@ def our_rows(
 def peer_update(shapes: Shapes, device: torch.device, repeats: int) -> tuple[float | None, float]:
     """Measure an update of `ema_pytorch`, whose averages are on the model's device."""
     with tempfile.TemporaryDirectory() as folder, without_noise():
-        update, _ = ema_pytorch(Layers(shapes).to(device), Path(folder), 1, NEVER)
-        return timed(update, lambda: None, device, repeats)
+        library = ema_pytorch(Layers(shapes).to(device), Path(folder), 1, NEVER)
+        return timed(library.update, lambda: None, device, repeats)
 
 
 def timed(
@@ -244,7 +242,8 @@ def timed(
             finish(settle, device)
             streams.append(stream_microseconds(call, device))
     finish(settle, device)
-    return (statistics.median(streams) if streams else None), statistics.median(hosts)
+    stream = statistics.median(streams) if streams else None
+    return stream, statistics.median(hosts)
 
 
 def stream_microseconds(call: Callable[[], object], device: torch.device) -> float:

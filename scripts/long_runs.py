@@ -12,37 +12,37 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from compare_peers import distances, gamma_of
+from following import FloatArray, distances, gamma_of
+from numpy.random import Generator, default_rng
+from torch.nn import Parameter, ParameterDict
 
 from posthoc_cli import PostHocEMA
 
-Weights = npt.NDArray[np.float64]
 SIZE = 384
 SIGMA_RELS = (0.05, 0.28)
 
 
-def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+# --- the cases: the weights after every step
+
+
+def adam(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Train a network of two layers to reproduce another one's outputs, in batches of 16."""
-    shapes = ((8, 32), (32, 4))
-    teacher, layers = (
-        [rng.standard_normal(shape) / math.sqrt(shape[0]) for shape in shapes] for _ in range(2)
-    )
-    first, second = ([np.zeros(shape) for shape in shapes] for _ in range(2))
+    teacher = _layers(random)
+    layers = _layers(random)
+    first = [np.zeros_like(layer) for layer in layers]
+    second = [np.zeros_like(layer) for layer in layers]
     for step in range(1, steps + 1):
-        x = rng.standard_normal((16, 8))
-        hidden = np.tanh(x @ layers[0])
-        miss = (
-            hidden @ layers[1]
-            - np.tanh(x @ teacher[0]) @ teacher[1]
-            - 0.1 * rng.standard_normal((16, 4))
-        ) / 16
-        gradients = (x.T @ (miss @ layers[1].T * (1 - hidden**2)), hidden.T @ miss)
-        rate = 0.002 * _cosine(step, steps) * math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        inputs = random.standard_normal((16, 8))
+        noise = random.standard_normal((16, 4))
+        hidden = np.tanh(inputs @ teacher[0])
+        outputs = hidden @ teacher[1] + 0.1 * noise
+        gradients = _gradients(layers, inputs, outputs)
+        corrected = math.sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        rate = 0.002 * _cosine(step, steps) * corrected
         for layer, gradient, m, v in zip(layers, gradients, first, second, strict=True):
             m += 0.1 * (gradient - m)
             v += 0.001 * (gradient**2 - v)
@@ -50,88 +50,128 @@ def adam(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
         yield np.concatenate([layer.ravel() for layer in layers])
 
 
-def walk(steps: int, rng: np.random.Generator, noise: float = 0.0) -> Iterator[Weights]:
-    """Walk with steps and noise that follow a cosine to 0."""
-    weights = rng.standard_normal(SIZE)
+def _layers(random: Generator) -> list[FloatArray]:
+    """Return random weights of a network, from 8 inputs to 32 and to 4."""
+    inward = random.standard_normal((8, 32))
+    outward = random.standard_normal((32, 4))
+    return [inward / math.sqrt(8), outward / math.sqrt(32)]
+
+
+def _gradients(
+    layers: list[FloatArray],
+    inputs: FloatArray,
+    outputs: FloatArray,
+) -> list[FloatArray]:
+    """Return the gradients of half the mean squared error."""
+    inward, outward = layers
+    hidden = np.tanh(inputs @ inward)
+    miss = (hidden @ outward - outputs) / len(inputs)
+    back = miss @ outward.T * (1 - hidden**2)
+    return [inputs.T @ back, hidden.T @ miss]
+
+
+def walk(steps: int, random: Generator) -> Iterator[FloatArray]:
+    """Walk with steps that follow a cosine to 0."""
+    weights = random.standard_normal(SIZE)
+    size = 0.5 / math.sqrt(steps)
     for step in range(1, steps + 1):
-        rate = _cosine(step, steps)
-        weights += rate * 0.5 / math.sqrt(steps) * rng.standard_normal(SIZE)
-        yield weights + noise * rate * rng.standard_normal(SIZE) if noise else weights
+        move = random.standard_normal(SIZE)
+        weights += _cosine(step, steps) * size * move
+        yield weights
 
 
-def still(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+def noisy_walk(steps: int, random: Generator) -> Iterator[FloatArray]:
+    """Add noise of 3 % to a walk, which follows the same cosine."""
+    for step, weights in enumerate(walk(steps, random), 1):
+        noise = random.standard_normal(SIZE)
+        yield weights + 0.03 * _cosine(step, steps) * noise
+
+
+def still(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Add noise of 3 % to one point."""
-    weights = rng.standard_normal(SIZE)
+    weights = random.standard_normal(SIZE)
     for _ in range(steps):
-        yield weights + 0.03 * rng.standard_normal(SIZE)
+        noise = random.standard_normal(SIZE)
+        yield weights + 0.03 * noise
 
 
-def drift(steps: int, rng: np.random.Generator) -> Iterator[Weights]:
+def drift(steps: int, random: Generator) -> Iterator[FloatArray]:
     """Move each weight along its own slow sine."""
-    weights = rng.standard_normal(SIZE)
-    phase = rng.uniform(0, 2 * math.pi, SIZE)
+    weights = random.standard_normal(SIZE)
+    phase = random.uniform(0, 2 * math.pi, SIZE)
     for step in range(steps):
-        yield weights * (1 + 0.5 * np.sin(3 * step / steps + phase))
+        angle = 3 * step / steps + phase
+        yield weights * (1 + 0.5 * np.sin(angle))
+
+
+def _cosine(step: int, steps: int) -> float:
+    wave = math.cos(math.pi * step / steps)
+    return (1 + wave) / 2
 
 
 CASES = {
     "Adam, cosine to 0": adam,
     "walk, cosine to 0": walk,
-    "noise of 3 %, cosine to 0": lambda steps, rng: walk(steps, rng, 0.03),
+    "noise of 3 %, cosine to 0": noisy_walk,
     "noise of 3 %": still,
     "drift": drift,
 }
 
 
-def _cosine(step: int, steps: int) -> float:
-    return (1 + math.cos(math.pi * step / steps)) / 2
+# --- the table
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1_000_000)
-    steps = parser.parse_args(arguments).steps
-    print(
-        f"| | after {steps:,} updates, sigma_rel {' / '.join(map(str, SIGMA_RELS))} | the "
-        f"largest until then |"
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="updates (1000000)")
+    steps = parser.parse_args().steps
+    print(f"| | after {steps:,} updates of 0.05, 0.28 | the largest until then |")
     print("| --- | ---: | ---: |")
     for name, case in CASES.items():
-        last, worst = measure(case(steps, np.random.default_rng(0)), steps)
+        path = case(steps, default_rng(0))
+        last, worst = measure(path, steps)
         print(f"| {name} | {_shown(last)} | {_shown(worst)} |", flush=True)
 
 
-def measure(path: Iterator[Weights], steps: int) -> tuple[Weights, Weights]:
+def measure(path: Iterator[FloatArray], steps: int) -> tuple[list[float], FloatArray]:
     """Return the errors at the end, and the largest of 20 samples in each decade of updates."""
-    truth = [np.zeros(SIZE) for _ in SIGMA_RELS]
+    gammas = np.array([gamma_of(sigma_rel) for sigma_rel in SIGMA_RELS])
+    powers = gammas[:, None] + 1
+    truth = np.zeros((len(SIGMA_RELS), SIZE))
     worst = np.zeros(len(SIGMA_RELS))
     next_sample = 1.0
-    model = torch.nn.ParameterDict({"weights": torch.zeros(SIZE)})
+    weights = Parameter(torch.zeros(SIZE))
+    model = ParameterDict({"weights": weights})
     with (
         tempfile.TemporaryDirectory() as folder,
         PostHocEMA.from_model(
             model, folder, SIGMA_RELS, update_every=1, checkpoint_every=steps
         ) as ema,
     ):
-        for step, weights in enumerate(path, start=1):
-            model["weights"].data.copy_(torch.from_numpy(weights))
+        for step, values in enumerate(path, start=1):
+            weights.data.copy_(torch.from_numpy(values))
             ema.update_(model)
-            for sigma_rel, exact in zip(SIGMA_RELS, truth, strict=True):
-                beta = ((step - 1) / step) ** (gamma_of(sigma_rel) + 1)
-                exact += (1 - beta) * (model["weights"].detach().double().numpy() - exact)
+            beta = ((step - 1) / step) ** powers
+            seen = weights.detach().double().numpy()
+            truth += (1 - beta) * (seen - truth)
             if step >= next_sample or step == steps:
                 next_sample = step * 10**0.05
-                averages = [
-                    ema.state_dict(one, dtype=torch.float64)["weights"].numpy()
-                    for one in SIGMA_RELS
-                ]
-                errors = distances(np.stack(averages), np.stack(truth))
+                errors = distances(averages(ema), truth)
                 worst = np.maximum(worst, errors)
     return errors, worst
 
 
-def _shown(errors: Weights) -> str:
+def averages(ema: PostHocEMA) -> FloatArray:
+    """Return the tracked averages, [profiles, SIZE]."""
+    rows = []
+    for sigma_rel in SIGMA_RELS:
+        average = ema.state_dict(sigma_rel, dtype=torch.float64)
+        rows.append(average["weights"].numpy())
+    return np.array(rows)
+
+
+def _shown(errors: Iterable[float]) -> str:
     return " / ".join(f"{error:.1e}" for error in errors)
 
 

@@ -13,6 +13,7 @@ import logging
 import sys
 import tempfile
 import time
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -22,36 +23,38 @@ from torture.test_torture import EXPERIMENTS
 
 def main() -> int:
     """Run the experiments; print the table and every failure. Return 1 if there is one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    now = int(time.time())
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="experiments with this in their names")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of all that there is to try, above 0, up to 1"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=int(time.time()), help="of random choices; printed"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="of all cases, above 0, up to 1")
+    parser.add_argument("--seed", type=int, default=now, help="of random choices; printed")
     options = parser.parse_args()
     chosen = [name for name in EXPERIMENTS if options.only in name]
-    if not chosen or not 0 < options.share <= 1:
-        parser.error(f"--only: one of {', '.join(EXPERIMENTS)}; --share: above 0, up to 1")
+    if not chosen:
+        parser.error(f"--only {options.only}: one of {', '.join(EXPERIMENTS)}")
     # thousands of messages that say what is wrong
     logging.getLogger("posthoc_cli").setLevel(logging.CRITICAL)
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    failures = []
+    failures = list[str]()
     for name in chosen:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            tally = EXPERIMENTS[name][0](Path(folder), options.share, options.seed)
-        counts = (tally.tried, len(tally.lost), len(tally.missed), len(tally.executed))
-        row = " | ".join(f"{count:,}" for count in counts)
-        print(f"| {name} | {row} | {time.monotonic() - started:,.0f} s |", flush=True)
-        failures += [f"{name}: {line}" for line in tally.lost + tally.missed + tally.executed]
+        failures += failures_of(name, options.share, options.seed)
     print("", *failures, sep="\n")
     return 1 if failures else 0
+
+
+def failures_of(name: str, share: float, seed: int) -> list[str]:
+    """Run an experiment, and print its row."""
+    experiment, _ = EXPERIMENTS[name]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = experiment(Path(folder), share, seed)
+    seconds = time.monotonic() - started
+    found = (tally.lost, tally.missed, tally.executed)
+    counts = " | ".join(str(len(lines)) for lines in found)
+    print(f"| {name} | {tally.tried:,} | {counts} | {seconds:,.0f} s |", flush=True)
+    return [f"{name}: {line}" for line in chain(*found)]
 
 
 if __name__ == "__main__":

@@ -167,12 +167,12 @@ print(resident("HWM") - before)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """4 and 24 million parameters in sparse files: a copy of one of the 3 float16 snapshots would
+    """4 and 24 million parameters in sparse files: a copy of one of the 4 float16 snapshots would
     take 40 MB more."""
     peaks = []
     for elements in (4_000_000, 24_000_000):
         folder = tmp_path / str(elements)
-        write_sparse_snapshots(folder, elements, tensors=4, snapshots=3)
+        write_sparse_snapshots(folder, elements, tensors=4, times=2)
         peaks.append(int(forked.check(PEAK, folder).out))
     small, large = peaks
     assert small < 300e6

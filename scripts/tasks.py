@@ -1,0 +1,734 @@
+"""What the scripts train: small networks on scikit-learn's digits, and on source text.
+
+The first half is what `trajectories` records: networks of a few thousand parameters and their
+losses, which draw a batch from torch's global random numbers. The second half are the tasks of
+`evidence`, with optimizers, schedules of the learning rate and measures on held-out data. Recorded
+figures depend on every random number that is drawn here, and on their order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sysconfig
+import zlib
+from collections import defaultdict
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Generator, Tensor, nn
+from torch.nn import Module, init
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from posthoc_cli import demo
+from posthoc_cli.demo import Images
+
+SIDE = 8
+"""Pixels in a row, and rows in an image."""
+
+CLASSES = 10
+
+
+@cache
+def digits() -> Images:
+    """Return the standardised images, [images, 64], and their labels."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    standardised = torch.from_numpy((images - 4.9) / 6.0)
+    return Images(standardised.float(), torch.from_numpy(labels))
+
+
+def rows_of(data: Images, rows: Tensor | slice) -> Images:
+    """Return some of the images and labels."""
+    return Images(data.images[rows], data.labels[rows])
+
+
+def drawn(data: Images, count: int, random: Generator | None = None) -> Images:
+    """Return some images and labels, drawn with replacement."""
+    rows = torch.randint(len(data.labels), (count,), generator=random)
+    return rows_of(data, rows)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Return the whole numbers from 0 to 16 that were standardised."""
+    return (images * 6.0 + 4.9).round()
+
+
+def descend(optimizer: Optimizer, loss: Tensor, rate: float = 1.0) -> None:
+    """Take a step; the learning rate is relative to that which the optimizer was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.defaults["lr"] * rate
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+
+
+class Block(Module):
+    """Causal attention, then an MLP, each with a norm before and a residual connection."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        norm: type[Module] = nn.LayerNorm,
+        activation: type[Module] = nn.GELU,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = norm(width)
+        self.mlp_norm = norm(width)
+        self.split = nn.Linear(width, 3 * width, bias)
+        self.mixed = nn.Linear(width, width, bias)
+        self.inward = nn.Linear(width, 4 * width, bias)
+        self.activation = activation()
+        self.outward = nn.Linear(4 * width, width, bias)
+
+    def forward(self, states: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Map states, [batch, tokens, width], to states of the same shape."""
+        parts = self.split(self.attention_norm(states))
+        of_heads = parts.unflatten(2, (3, self.heads, -1))
+        query, key, value = of_heads.permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            query = rotated(query, rotation)
+            key = rotated(key, rotation)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        joined = seen.transpose(1, 2).flatten(2)
+        states = states + self.mixed(joined)
+        inner = self.inward(self.mlp_norm(states))
+        change: Tensor = self.outward(self.activation(inner))
+        return states + change
+
+
+# --- recorded: a denoiser, two classifiers, a transformer
+# ------------------------------------------------------------------------------
+
+
+def denoiser(width: int) -> Module:
+    """Make a network from a scaled noisy image and its noise level, [batch, 65], to [batch, 64]:
+    5,280 parameters at width 32."""
+    return nn.Sequential(
+        nn.Linear(SIDE * SIDE + 1, width),
+        nn.SiLU(),
+        nn.Linear(width, width),
+        nn.SiLU(),
+        nn.Linear(width, SIDE * SIDE),
+    )
+
+
+def denoising_loss(model: Module, size: int) -> Tensor:
+    """Return the loss at log-normal noise levels; input, target and weighting have variance 1 at
+    every level."""
+    clean, _ = drawn(digits(), size)
+    normal = torch.randn(size, 1)
+    level = torch.exp(1.2 * normal - 0.8)
+    noisy = clean + level * torch.randn_like(clean)
+    scale = torch.sqrt(level**2 + 1)
+    condition = torch.log(level) / 4
+    given = torch.cat([noisy / scale, condition], dim=1)
+    guess = model(given)
+    # The best linear guess is noisy / scale**2; the network learns what is left of it, in units of
+    # its size.
+    left = clean - noisy / scale**2
+    target = left * scale / level
+    return F.mse_loss(guess, target)
+
+
+def classifier(width: int) -> Module:
+    """Make a network from an image, [batch, 64], to the logits of 10 classes: 3,610 parameters at
+    width 48."""
+    return nn.Sequential(
+        nn.Linear(SIDE * SIDE, width),
+        nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )
+
+
+def convolutional_classifier() -> Module:
+    """Make one with two convolutions and batch norm: 4,942 parameters with its weights and
+    biases."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, SIDE, SIDE)),
+        nn.Conv2d(1, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(12, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 2 * 2, CLASSES),
+    )
+
+
+def classification_loss(model: Module, size: int) -> Tensor:
+    """Return the cross-entropy on noisy images. Without noise the gradient would soon vanish."""
+    clean, labels = drawn(digits(), size)
+    noisy = clean + 0.7 * torch.randn_like(clean)
+    return F.cross_entropy(model(noisy), labels)
+
+
+PAIRS = 16
+"""Tokens that stand for two neighbouring pixels of four levels each; those from here on stand for a
+label."""
+
+
+@cache
+def digit_sequences() -> Tensor:
+    """Return each digit as tokens, [images, 33]: its label, then its pixels in reading order, two
+    to a token.
+
+    Two to a token because the time of a step grows with the length; four levels keep the vocabulary
+    at 16.
+    """
+    images, labels = digits()
+    levels = (pixels(images) / 17 * 4).long()
+    left = levels[:, ::2]
+    right = levels[:, 1::2]
+    first = PAIRS + labels[:, None]
+    return torch.cat([first, 4 * left + right], dim=1)
+
+
+class Transformer(Module):
+    """A transformer of 7,792 parameters from tokens, [batch, 32], to the logits of the next tokens,
+    [batch, 32, 16]."""
+
+    def __init__(self, width: int = 16, blocks: int = 2) -> None:
+        super().__init__()
+        self.token = nn.Embedding(PAIRS + CLASSES, width)
+        length = SIDE * SIDE // 2
+        self.place = nn.Parameter(0.1 * torch.randn(length, width))
+        self.blocks = nn.Sequential()
+        for _ in range(blocks):
+            self.blocks.append(Block(width, heads=2))
+        self.norm = nn.LayerNorm(width)
+        self.logits = nn.Linear(width, PAIRS)
+        init.normal_(self.token.weight, std=0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the logits at all positions; none depends on a later token."""
+        states = self.token(tokens) + self.place
+        changed = self.blocks(states)
+        logits: Tensor = self.logits(self.norm(changed))
+        return logits
+
+
+def next_token_loss(model: Module, size: int) -> Tensor:
+    """Return the cross-entropy of each pair of pixels given the label and all earlier pairs."""
+    sequences = digit_sequences()
+    indices = torch.randint(len(sequences), (size,))
+    chosen = sequences[indices]
+    return loss_of_next(model(chosen[:, :-1]), chosen)
+
+
+def loss_of_next(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the cross-entropy of logits, [batch, tokens - 1, words], of each token but the
+    first."""
+    following = tokens[:, 1:].flatten()
+    return F.cross_entropy(logits.flatten(0, 1), following)
+
+
+# --- the tasks of `evidence`
+# ------------------------------------------------------------------------------
+
+
+class Task:
+    """A network, its data and its measures; made from a folder for cached data, and `quick`.
+
+    Each has `model()`, weights drawn from torch's global random numbers; `optimizer(model)`, at the
+    highest learning rate; `loss(model, random)`, on a batch that is drawn; and `measure(model,
+    part)`: measures on the held-out part "validation" or "test", each lower the better, of which
+    `loss` is searched by.
+
+    Attributes:
+        steps: of one training.
+        schedules: of the learning rate, each a training.
+        max_checkpoints: of the tracker.
+    """
+
+    steps: int
+    schedules: tuple[str, ...]
+    max_checkpoints: int | None = 20
+
+    def batches(self) -> list[Tensor]:
+        """Return inputs to measure the averaged weights' BatchNorm statistics on; none without
+        BatchNorm."""
+        return []
+
+    def rate(self, schedule: str, step: int) -> float:
+        """Return the learning rate of step 1, 2, ..., relative to the highest."""
+        fraction = (step - 1) / self.steps
+        warm = min(1.0, step / WARM_UP)
+        if schedule == "cosine":
+            wave = 1 + math.cos(math.pi * fraction)
+            return warm * wave / 2
+        if schedule == "decayed":
+            passed = (fraction - STABLE) / (1 - STABLE)
+            fallen = math.sqrt(max(0.0, passed))
+            return warm * (1 - fallen)
+        if schedule == "inverse-sqrt":
+            passed = max(fraction / 0.3, 1.0)
+            return warm / math.sqrt(passed)
+        return warm
+
+
+QUICK = 50
+"""Steps of a training with `quick`."""
+
+WARM_UP = 100
+"""Steps in which the rate rises."""
+
+STABLE = 0.8
+"""The fraction of training at which the rate of the decayed run begins to fall."""
+
+
+# --- a language model
+# --------------------------------------------------------------------------------
+
+
+class Language(Task):
+    """Predict the next token of the standard library's source text: byte pairs, contexts of 128."""
+
+    steps = 1600
+    schedules = ("constant", "decayed", "cosine")
+    vocabulary = 1024
+    width = 256
+    depth = 4
+    context = 128
+    batch = 8
+    # of the test part to measure on, evenly over it; half as many of the validation part
+    contexts = 512
+    # of each part to read; all by default
+    modules: int | None = None
+
+    def __init__(self, folder: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps = QUICK
+            self.width = 64
+            self.depth = 1
+            self.vocabulary = 300
+            self.contexts = 8
+            self.modules = 4
+        self.tokens = tokens(folder, self.vocabulary, self.modules)
+
+    def model(self) -> Module:
+        """Make a decoder of 3.4 M parameters."""
+        return Decoder(self.vocabulary, self.width, self.depth)
+
+    def optimizer(self, model: Module) -> Optimizer:
+        """Make AdamW without weight decay of the norms."""
+        matrices = []
+        scales = []
+        for parameter in model.parameters():
+            group = matrices if parameter.ndim > 1 else scales
+            group.append(parameter)
+        groups = [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": scales, "weight_decay": 0.0},
+        ]
+        betas = (0.9, 0.95)
+        return AdamW(groups, lr=1.5e-3, betas=betas, fused=True)
+
+    def loss(self, model: Module, random: Generator) -> Tensor:
+        """Return the cross-entropy in nats a token."""
+        count = self._places("training")
+        starts = torch.randint(count, (self.batch,), generator=random)
+        return self._loss(model, "training", starts)
+
+    @torch.no_grad()
+    def measure(self, model: Module, part: str) -> dict[str, float]:
+        """Return the loss on contexts of modules that training never saw."""
+        count = self.contexts
+        if part == "validation":
+            count //= 2
+        places = torch.linspace(0, self._places(part), count)
+        total = 0.0
+        for starts in places.long().split(32):
+            mean = self._loss(model, part, starts)
+            total += float(mean) * len(starts)
+        return {"loss": total / count}
+
+    def _places(self, part: str) -> int:
+        """Return the number of places at which a context of a part may begin."""
+        return len(self.tokens[part]) - self.context - 1
+
+    def _loss(self, model: Module, part: str, starts: Tensor) -> Tensor:
+        """Return the mean loss on the contexts that begin at the places `starts` of a part."""
+        places = starts[:, None] + torch.arange(self.context + 1)
+        text = self.tokens[part][places]
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(text[:, :-1])
+        return loss_of_next(logits.float(), text)
+
+
+LEFT_OUT = {
+    "test",
+    "tests",
+    "site-packages",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "encodings",
+    "pydoc_data",
+}
+"""Tests, tables, and code generated for other programs."""
+
+
+def sources() -> dict[str, list[Path]]:
+    """Return the standard library's modules by part.
+
+    The name of a module or package decides, so that no part of a package is trained on and another
+    held out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    held_out = {0: "validation", 1: "test"}
+    parts = defaultdict[str, list[Path]](list)
+    for path in sorted(root.rglob("*.py")):
+        names = path.relative_to(root).parts
+        if LEFT_OUT.isdisjoint(names):
+            name = names[0].removesuffix(".py")
+            number = zlib.crc32(name.encode())
+            part = held_out.get(number % 20, "training")
+            parts[part].append(path)
+    return parts
+
+
+def tokens(folder: Path, vocabulary: int, modules: int | None) -> dict[str, Tensor]:
+    """Return the tokens by part, of so many modules of each; kept in a folder."""
+    version = sysconfig.get_python_version()
+    file = folder / f"tokens-{version}-{vocabulary}.pt"
+    if not file.exists():
+        texts = {}
+        for part, paths in sources().items():
+            read = paths[:modules]
+            texts[part] = [path.read_text("utf-8", "replace") for path in read]
+        tokenizer = trained_tokenizer(texts["training"], vocabulary)
+        numbers = {}
+        for part, modules_of_part in texts.items():
+            ids = []
+            for module in tokenizer.encode_batch(modules_of_part):
+                ids += module.ids
+            numbers[part] = torch.tensor(ids)
+        temporary = file.with_suffix(".tmp")
+        torch.save(numbers, temporary)
+        temporary.rename(file)
+    tokens: dict[str, Tensor] = torch.load(file)
+    return tokens
+
+
+def trained_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """Return a tokenizer of byte pairs."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # comes with peft
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+HEAD = 64
+"""Width of an attention head."""
+
+
+class Decoder(Module):
+    """Rotary positions, RMSNorm, embeddings tied to the last layer. [batch, tokens] -> [batch,
+    tokens, words]."""
+
+    def __init__(self, vocabulary: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList()
+        heads = width // HEAD
+        for _ in range(depth):
+            block = Block(width, heads, nn.RMSNorm, nn.SiLU, bias=False)
+            self.blocks.append(block)
+        self.norm = nn.RMSNorm(width)
+        for name, parameter in self.named_parameters():
+            deviation = 0.02
+            if name.endswith(("mixed.weight", "outward.weight")):
+                deviation = 0.02 / math.sqrt(2 * depth)
+            if parameter.ndim > 1:
+                init.normal_(parameter, std=deviation)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Compute the logits at all positions; none depends on a later token."""
+        states = self.token(tokens)
+        angles = rotation(tokens.shape[1])
+        for block in self.blocks:
+            states = block(states, angles)
+        return F.linear(self.norm(states), self.token.weight)
+
+
+def rotation(count: int) -> Tensor:
+    """Return cosine and sine of each pair of channels of a head at each position: [2, places, HEAD
+    / 2]."""
+    speeds = 10_000.0 ** -torch.linspace(0, 1, HEAD // 2)
+    angles = torch.arange(count)[:, None] * speeds
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotated(heads: Tensor, rotation: Tensor) -> Tensor:
+    """Return the states with each pair of channels rotated: [batch, heads, places, HEAD]."""
+    first, second = heads.chunk(2, dim=-1)
+    cosine, sine = rotation.to(heads.dtype)
+    across = first * cosine - second * sine
+    along = first * sine + second * cosine
+    return torch.cat([across, along], dim=-1)
+
+
+# --- a diffusion model
+# -------------------------------------------------------------------------------
+
+
+HALF = 180
+HELD_OUT = 2 * HALF
+"""Images for validation and test of the diffusion model, half each; as many for each of the
+classifier."""
+
+
+def shuffled_digits() -> Images:
+    """Return images and labels in the order in which they are held out."""
+    data = digits()
+    order = torch.randperm(len(data.labels), generator=seeded())
+    return rows_of(data, order)
+
+
+def seeded() -> Generator:
+    """Return random numbers that are always the same."""
+    return Generator().manual_seed(0)
+
+
+def shifted(images: Tensor, random: Generator) -> Tensor:
+    """Return each image shifted by up to a pixel in both directions, with empty edges: [images,
+    64]."""
+    count = len(images)
+    empty = float(images.min())
+    squares = images.reshape(-1, SIDE, SIDE)
+    padded = F.pad(squares, (1, 1, 1, 1), value=empty)
+    down, right = torch.randint(3, (2, count, 1, 1), generator=random)
+    side = torch.arange(SIDE)
+    rows = down + side[:, None]
+    columns = right + side
+    numbers = torch.arange(count)
+    return padded[numbers[:, None, None], rows, columns].flatten(1)
+
+
+class Diffusion(Task):
+    """Denoise shifted digits with the demo's denoiser, larger and longer."""
+
+    steps = 12_000
+    schedules = ("inverse-sqrt",)
+    max_checkpoints = None
+    width = 192
+    depth = 4
+    batch = 128
+    count = 2000
+
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps = QUICK
+            self.width = 16
+            self.depth = 1
+            self.count = 100
+        standardised, labels = shuffled_digits()
+        images = pixels(standardised) / 8 - 1
+        self.training = Images(images[HELD_OUT:], labels[HELD_OUT:])
+        repeated = images[:HELD_OUT].repeat(6, 1)
+        self.real = shifted(repeated, seeded())
+        held_out = Images(self.real[:HELD_OUT], labels[:HELD_OUT])
+        validation = rows_of(held_out, slice(HALF))
+        test = rows_of(held_out, slice(HALF, None))
+        self.validations = {
+            "validation": demo.Validation(validation, seed=0),
+            "test": demo.Validation(test, seed=0),
+        }
+
+    def model(self) -> Module:
+        """Make a denoiser of 0.48 M parameters."""
+        return demo.Denoiser(self.width, self.depth)
+
+    def optimizer(self, model: Module) -> Optimizer:
+        """Make the demo's optimizer."""
+        betas = (0.9, 0.99)
+        return Adam(model.parameters(), lr=4e-3, betas=betas, fused=True)
+
+    def loss(self, model: Module, random: Generator) -> Tensor:
+        """Return the demo's loss."""
+        clean, labels = drawn(self.training, self.batch, random)
+        sigma = demo.random_noise_levels(self.batch, random)
+        images = shifted(clean, random)
+        batch = Images(images, labels)
+        noise = torch.randn(images.shape, generator=random)
+        return demo.losses(model, batch, sigma, noise).mean()
+
+    @torch.no_grad()
+    def measure(self, model: Module, part: str) -> dict[str, float]:
+        """Return the loss on unseen images, and for "test" the Frechet distance of samples from all
+        of them."""
+        losses = self.validations[part](model)
+        found = {"loss": float(losses.mean())}
+        if part == "test":
+            labels = torch.arange(self.count) % CLASSES
+            samples = self.features(sample(model, labels))
+            found["frechet"] = frechet(self.features(self.real), samples)
+        return found
+
+    @cached_property
+    def features(self) -> Module:
+        """Return the features of a classifier before its last layer: [images, 64] -> [images,
+        32]."""
+        random = seeded()
+        steps = min(600, self.steps)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            square = nn.Unflatten(1, (1, SIDE, SIDE))
+            model = nn.Sequential(square, *network())
+            optimizer = AdamW(model.parameters(), lr=2e-3)
+            for _ in range(steps):
+                clean, labels = drawn(self.training, 64)
+                images = shifted(clean, random)
+                noisy = images + 0.2 * torch.randn_like(images)
+                loss = F.cross_entropy(model(noisy), labels)
+                descend(optimizer, loss)
+        return model[:-1].eval()
+
+
+SAMPLING_STEPS = 24
+
+
+@torch.no_grad()
+def sample(model: Module, labels: Tensor) -> Tensor:
+    """Return an image for each label by Heun's method, noise from 40 to 0.01 (algorithm 1 of arXiv
+    2206.00364)."""
+    highest = 40.0 ** (1 / 7)
+    lowest = 0.01 ** (1 / 7)
+    ramp = torch.linspace(highest, lowest, SAMPLING_STEPS)
+    levels = ramp.pow(7).tolist()
+    noise = torch.randn(len(labels), demo.PIXELS, generator=seeded())
+    images = levels[0] * noise
+
+    def slope(images: Tensor, level: float) -> Tensor:
+        levels = torch.full((len(labels), 1), level)
+        return (images - model(images, levels, labels)) / level
+
+    for level, following in itertools.pairwise(levels):
+        step = following - level
+        first = slope(images, level)
+        ahead = images + step * first
+        second = slope(ahead, following)
+        images = images + step * (first + second) / 2
+    return images
+
+
+def frechet(real: Tensor, made: Tensor) -> float:
+    """Return the Frechet distance of two normal distributions with the means and covariances of the
+    features."""
+    real = real.double()
+    made = made.double()
+    apart = real.mean(dim=0) - made.mean(dim=0)
+    covariance = torch.cov(real.T)
+    other = torch.cov(made.T)
+    squares = torch.linalg.eigvals(covariance @ other).real
+    root = squares.clamp(min=0).sqrt().sum()
+    distance = apart.square().sum() + covariance.trace() + other.trace()
+    return float(distance - 2 * root)
+
+
+# --- a classifier
+# ------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    """Make three convolutions with BatchNorm, 14,458 parameters: [batch, 1, 8, 8] -> [batch,
+    10]."""
+    layers = list[Module]()
+    widths = (1, 16, 32, 32)
+    for channels, wider in itertools.pairwise(widths):
+        convolution = nn.Conv2d(channels, wider, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
+
+
+class Classifier(Task):
+    """Classify digits under noise and shifts with three convolutions with BatchNorm and SGD with
+    momentum."""
+
+    steps = 4000
+    schedules = ("constant", "cosine")
+    batch = 64
+    draws = 20
+    renewing = 10
+
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps = QUICK
+            self.draws = 1
+            self.renewing = 1
+        data = shuffled_digits()
+        end = 2 * HELD_OUT
+        self.training = rows_of(data, slice(end, None))
+        self.held_out = {
+            "validation": rows_of(data, slice(HELD_OUT)),
+            "test": rows_of(data, slice(HELD_OUT, end)),
+        }
+
+    def model(self) -> Module:
+        """Make a network of 14,458 parameters."""
+        return network()
+
+    def optimizer(self, model: Module) -> Optimizer:
+        """Make SGD with momentum."""
+        return SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def loss(self, model: Module, random: Generator) -> Tensor:
+        """Return the cross-entropy."""
+        clean, labels = drawn(self.training, self.batch, random)
+        logits = model(disturbed(clean, random))
+        return F.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def measure(self, model: Module, part: str) -> dict[str, float]:
+        """Return the cross-entropy, and the share of wrong classes, of each image `draws` times."""
+        images, labels = self.held_out[part]
+        repeated = images.repeat(self.draws, 1)
+        expected = labels.repeat(self.draws)
+        model.eval()
+        disturbed_images = disturbed(repeated, seeded())
+        logits = model(disturbed_images).double()
+        model.train()
+        loss = F.cross_entropy(logits, expected)
+        wrong = logits.argmax(dim=1) != expected
+        error = wrong.double().mean()
+        return {"loss": float(loss), "error": float(error)}
+
+    def batches(self) -> list[Tensor]:
+        """Return batches as in training."""
+        random = seeded()
+        batches = []
+        for _ in range(self.renewing):
+            clean, _ = drawn(self.training, 512, random)
+            batches.append(disturbed(clean, random))
+        return batches
+
+
+def disturbed(images: Tensor, random: Generator) -> Tensor:
+    """Return each image shifted by up to a pixel and noisy: [images, 1, 8, 8]."""
+    moved = shifted(images, random)
+    noise = torch.randn(moved.shape, generator=random)
+    noisy = moved + 0.8 * noise
+    return noisy.reshape(-1, 1, SIDE, SIDE)
+
+
+TASKS = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}
