@@ -305,10 +305,11 @@ def _unsaid_rules(newest: Checkpoint, given: ImportSettings) -> list[DecayRule]:
             return possible
         number = RULES[rule.warm_up].number
         said = newest.updates.rule if newest.updates else {}
-        if number and number not in said:  # one of ema-pytorch's powers
-            return [one for one in possible if one.warm_up == rule.warm_up]
+        if number and number not in said:  # one of ema-pytorch's powers, which counts calls
+            alike = [one for one in possible if one.warm_up == rule.warm_up]
+            return [replace(one, copies=rule.copies, stride=rule.stride) for one in alike]
     steps = rule.steps if rule.steps < math.inf else last
-    return [replace(rule, decay=UNLIMITED, copies=0, stride=1, before=0, steps=steps)]
+    return [replace(rule, decay=UNLIMITED, copies=0, before=0, steps=steps)]
 
 
 def _read(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> tuple[Series, list[str]]:

@@ -254,7 +254,8 @@ def _unknown_decay(
         decay = 1 - 1 / max(audit.length, 1.1)
         likely = _round_decays(decay, min(audit.uncertainty, 1.0))
         if likely:
-            hint = f"{' and '.join(f'{decay:g}' for decay in likely)} would fit; {hint}"
+            choices = " or ".join(f"{decay:g}" for decay in likely)
+            hint = f"{choices} would fit; {hint}"
     return InvalidValueError("ema_decay", f"must be given: {reason}", hint)
 
 

@@ -501,7 +501,7 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
     content = sets.content
     kind, updates = _updates_of(content, pair)
     asks = {}
-    if kind == "ema-pytorch-ema" and settings.ema_decay:
+    if kind == "ema-pytorch-ema" and (settings.ema_decay or settings.update_every):
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(

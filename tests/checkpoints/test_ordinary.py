@@ -279,6 +279,11 @@ def test_the_interval_of_ema_pytorch_is_not_guessed(said, asked, of_ema_pytorch,
         import_checkpoints(of_ema_pytorch, run, ema_decay=DECAY, **said)
 
 
+def test_the_begin_of_ema_pytorch_is_not_guessed(of_ema_pytorch, run):
+    with pytest.raises(InvalidValueError, match="update_after_step: must be given"):
+        import_checkpoints(of_ema_pytorch, run, update_every=1)
+
+
 def test_distances_that_no_motion_explains_do_not_disturb_the_fit(of_ema_pytorch, run):
     """These files did not copy the weights for 100 calls."""
     wrong = {"update_every": 1, "update_after_step": 100}
@@ -401,12 +406,17 @@ def test_the_decay_of_averages_alone_is_not_found(tmp_path, run):
         import_checkpoints(tmp_path, run)
 
 
-def test_the_power_of_ema_pytorch_is_looked_for(tmp_path):
-    """Its files do not say it: the default, 2/3, was taken for 0.75, 40 times off in silence."""
+@pytest.mark.parametrize("every", [1, 10])
+def test_the_power_of_ema_pytorch_is_looked_for(every, tmp_path):
+    """Its files do not say it: the default, 2/3, was taken for 0.75, 40 times off in silence.
+
+    Its warm-up counts calls, also those that update nothing.
+    """
     library = pytest.importorskip("ema_pytorch")
     model = torch.nn.Linear(40, 40)
-    settings = {"beta": 0.9999, "power": 0.75, "update_every": 1, "update_after_step": 0}
-    average = library.EMA(model, include_online_model=False, **settings)
+    intervals = {"update_every": every, "update_after_step": 0}
+    rule = {"beta": 0.9999, "power": 0.75}
+    average = library.EMA(model, include_online_model=False, **rule, **intervals)
     for step in walk(model, 1000, 0.01):
         average.update()
         if step % 100 == 0:
@@ -416,6 +426,6 @@ def test_the_power_of_ema_pytorch_is_looked_for(tmp_path):
                 "step": step,
             }
             torch.save(content, tmp_path / f"{step}.pt")
-    done = import_checkpoints(tmp_path, None, dry_run=True)
+    done = import_checkpoints(tmp_path, None, dry_run=True, **intervals)
     (found,) = [line for line in done.checks if line.startswith("found: ")]
     assert "1 - (1 + n)^-0.75" in found
