@@ -550,11 +550,13 @@ def _twins_by_word(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[
 
 def _common_start(names: Sequence[str]) -> str:
     """Return the first parts of names that all have, with a dot behind them."""
+    parts = [name.split(".")[:-1] for name in names]
     start = ""
-    heads = {name.partition(".")[0] for name in names}
-    while len(heads) == 1 and all(name.count(".") > start.count(".") for name in names):
-        start += f"{heads.pop()}."
-        heads = {name.removeprefix(start).partition(".")[0] for name in names}
+    for heads in zip(*parts, strict=False):
+        head = heads[0]
+        if any(other != head for other in heads):
+            break
+        start += f"{head}."
     return start
 
 

@@ -979,7 +979,8 @@ def thinned_subset(
     there are so many.
     """
     groups: dict[float, list[int]] = {}
-    newest_first = sorted(range(len(snapshots)), key=lambda index: -snapshots[index].t)
+    ages = [-snapshot.t for snapshot in snapshots]
+    newest_first = sorted(range(len(ages)), key=ages.__getitem__)
     for index in newest_first:
         gamma = getattr(snapshots[index], "gamma", np.inf)
         group = groups.setdefault(gamma, [])

@@ -242,5 +242,7 @@ def prune(
 def _needed(profiles: Sequence[PowerFunction], times: Sequence[SameTime]) -> list[SameTime]:
     """Return the newest time of each profile, and the newest one that all profiles have."""
     newest = {profile.gamma: profile.t for profile in profiles}  # in order of time
+    needed = {*newest.values()}
     complete = [time.t for time in times if len(time.indices) == len(newest)]
-    return [time for time in times if time.t in (*newest.values(), *complete[-1:])]
+    needed.update(complete[-1:])
+    return [time for time in times if time.t in needed]

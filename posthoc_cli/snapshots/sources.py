@@ -676,7 +676,8 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     if 2 * sum(is_back) > len(is_back):
         _warn_of_one_step(steps[0])
         return
-    for earlier, step, later in zip(steps, steps[1:], steps[2:], strict=False):
+    neighbours = zip(steps, steps[1:], steps[2:], strict=False)
+    for earlier, step, later in neighbours:
         usual = 0.0
         for other in (earlier, later):
             longer = max(1.0, step.time / other.time)
