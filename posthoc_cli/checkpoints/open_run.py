@@ -574,10 +574,13 @@ def _named_as(newest: _Opened, one: _Opened) -> _Opened:
     """Return a checkpoint under the names of the newest one, if they differ in wrappers alone: of a
     training that was compiled, or distributed, since a resume."""
     found = one.found
-    ours = {unwrapped(name): name for name in found.tensors}
-    theirs = {unwrapped(name): name for name in newest.found.tensors}
+    names = newest.found.tensors.keys()
+    if found.tensors.keys() == names:
+        return one
+    ours = {unwrapped(name) for name in found.tensors}
+    theirs = {unwrapped(name): name for name in names}
     are_distinct = len(ours) == len(found.tensors)
-    if ours == theirs or ours.keys() != theirs.keys() or not are_distinct:
+    if ours != theirs.keys() or not are_distinct:
         return one
     averaged = {}
     for name, tensor in found.averaged.items():

@@ -411,7 +411,7 @@ class Sets:
         outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
         roots = _roots_of(longest, outside, _squeeze)
         if not roots:
-            roots = _roots_of(longest, outside, _unwrapped)
+            roots = _roots_of(longest, outside, _bare)
         return roots
 
 
@@ -460,7 +460,8 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _unwrapped(name: str) -> str:
+def _bare(name: str) -> str:
+    """Return a name without wrappers, dots and underscores."""
     return _squeeze(unwrapped(name))
 
 
@@ -584,10 +585,10 @@ def match_names(averaged: Tensors, weights: Tensors) -> Tensors | None:
         full = name
         if name not in weights:
             if by_squeezed is None:
-                by_squeezed = {_unwrapped(one): one for one in weights}
+                by_squeezed = {_bare(one): one for one in weights}
                 if len(by_squeezed) < len(weights):
                     return None  # two names are alike
-            full = by_squeezed.get(_unwrapped(name), "")
+            full = by_squeezed.get(_bare(name), "")
         if full and weights[full].shape == tensor.shape:
             matched[full] = tensor
         elif not _is_counter(tensor):

@@ -616,7 +616,7 @@ def _parse_decay(text: str) -> float | str:
 def prune(
     directory: str = options.DIRECTORY,
     keep: str | None = options.HOW(
-        None, metavar="COUNT", help="Keep this number of snapshots of each profile."
+        None, metavar="COUNT", help="Keep the snapshots of this number of times."
     ),
     max_error: str | None = options.HOW(
         None, metavar="ERROR", help="Or as few as keep the predicted errors below: 1e-3."
