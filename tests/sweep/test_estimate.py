@@ -107,6 +107,13 @@ def test_the_noise_is_at_most_the_stated_error():
     assert found.noise <= 0.1
 
 
+def test_a_trial_with_a_large_stated_error_counts_less():
+    measured = stated(trials(0, 6), 0.01)
+    measured[1] = replace(measured[1], value=measured[1].value - 5, standard_error=10.0)
+    found = Estimate(measured, AXIS)
+    assert found.best == pytest.approx(0.09, rel=0.1)
+
+
 def test_the_offset_of_a_seed_is_not_noise():
     measured = []
     for seed, offset in enumerate((0.0, 5.0, -3.0)):
@@ -133,8 +140,7 @@ def test_odd_metrics_give_finite_numbers_and_no_narrow_range(values):
 
 
 def test_the_next_batch_lies_where_the_best_may_be():
-    measured = [trial(x, bowl(x)) for x in first_batch(AXIS)]
-    found = Estimate(stated(measured, 1.5), AXIS)
+    found = estimated(1.0)
     proposed = found.proposed()
     assert 1 < len(proposed) <= NEXT
     assert found.low <= min(proposed)
