@@ -36,7 +36,7 @@ accelerators."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -52,11 +52,11 @@ from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
     Layout,
-    Place,
     Reader,
     Tile,
     is_on_host,
     places_of,
+    row_major_range,
     tiles_of,
 )
 
@@ -157,14 +157,12 @@ class AverageTensors:
             return [first]
         return [mean.tile(tile) for mean in self.mean]
 
-    def mean_views(self, profile: int, shared: bool) -> dict[str, Tensor]:
-        """Return the means that serve a profile, by name."""
-        views = dict(self.mean[profile].views)
-        if shared:
-            for name, view in self.mean[0].views.items():
-                if view.dtype != torch.float64:
-                    views[name] = view
-        return views
+    def mean_view(self, profile: int, name: str, shared: bool) -> Tensor:
+        """Return the mean of a tensor that serves a profile."""
+        first = self.mean[0].views[name]
+        if shared and first.dtype != torch.float64:
+            return first
+        return self.mean[profile].views[name]
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
@@ -286,8 +284,12 @@ class Averages:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
         mean = means[min(profile, len(means) - 1)]
-        mass = new_value_share(self.gammas[profile], standing.folded_t, standing.t)
-        return torch.lerp(high, mean, mass, out=result)
+        return torch.lerp(high, mean, self._mass(profile), out=result)
+
+    def _mass(self, profile: int) -> float:
+        """Return the share of the mean in an average."""
+        standing = self.standing
+        return new_value_share(self.gammas[profile], standing.folded_t, standing.t)
 
     @torch.no_grad()
     def read(
@@ -298,27 +300,22 @@ class Averages:
     ) -> list[Tensor]:
         """Return ranges of the average of that index, rounded once, on the host."""
         tensors = self.tensors
+        standing = self.standing
+        parts = [torch.empty(0)] * len(ranges)
+        mass = self._mass(index)
         assert tensors is not None
-        rows = list[Tensor]()  # of each range, whole ones
-        pieces = list[tuple[Tile, Tensor]]()
-        for run in _runs_of(tensors.places, ranges):
-            bucket = tensors.layout[run.bucket]
-            size = run.end - run.begin
-            flat = torch.empty(size, dtype=bucket.wide)
-            rows += torch.split(flat, run.sizes)
-            pieces += run.pieces(flat, bucket.tile)
 
-        def read(piece: tuple[Tile, Tensor], thread: int) -> None:
-            tile, out = piece
-            out.copy_(self.values(tile, index, thread))
+        def read(number: int, _: int) -> None:
+            name, begin, end = ranges[number]
+            part = row_major_range(tensors.high[index].views[name], begin, end)
+            if standing.window:
+                mean = tensors.mean_view(index, name, standing.shared)
+                part = torch.lerp(part, row_major_range(mean, begin, end), mass)
+            else:
+                part = part.clone()
+            parts[number] = part.to("cpu")
 
-        pool.each(read, pieces)
-        parts = []
-        for (name, begin, end), flat in zip(ranges, rows, strict=True):
-            _, place = tensors.places[name]
-            first = begin % place.row
-            last = first + end - begin
-            parts.append(place.row_major(flat)[first:last])
+        pool.each(read, range(len(ranges)))
         return parts
 
     @torch.no_grad()
@@ -364,44 +361,6 @@ class Averages:
             self._scratch[key] = pair
         size = tile.end - tile.begin
         return [*self._scratch[key][:, :size]]
-
-
-@dataclass
-class _Run:
-    """Ranges of a bucket that follow each other."""
-
-    bucket: int
-    begin: int
-    end: int
-    sizes: list[int]
-
-    def pieces(self, flat: Tensor, size: int) -> Iterator[tuple[Tile, Tensor]]:
-        """Cut the memory for the run's elements into tiles."""
-        if not flat.numel():
-            return  # no slab holds a tensor without elements
-        begin = self.begin
-        for piece in torch.split(flat, size):
-            end = begin + len(piece)
-            yield Tile(0, self.bucket, begin, end), piece
-            begin = end
-
-
-def _runs_of(
-    places: Mapping[str, tuple[int, Place]],
-    ranges: Sequence[ElementRange],
-) -> list[_Run]:
-    """Join the whole rows that hold these ranges where they follow each other."""
-    runs = list[_Run]()
-    for name, begin, end in ranges:
-        bucket, place = places[name]
-        first, last = place.rows(begin, end)
-        run = runs[-1] if runs else None
-        if run is None or run.bucket != bucket or run.end != first:
-            run = _Run(bucket, first, first, [])
-            runs.append(run)
-        run.end = last
-        run.sizes.append(last - first)
-    return runs
 
 
 class _Update:

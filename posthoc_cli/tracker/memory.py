@@ -49,21 +49,8 @@ class Place(NamedTuple):
     order: tuple[int, ...]
 
     @property
-    def row(self) -> int:
-        """How many elements in memory are the same, in another order, as that many row-major
-        ones."""
-        if self.order == tuple(range(len(self.order))):
-            return 1
-        if self.order[0] == 0:
-            return math.prod(self.shape[1:])
-        return math.prod(self.shape)
-
-    def rows(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the range in the bucket of the whole rows that hold these row-major elements."""
-        row = self.row
-        first = begin - begin % row
-        last = end + -end % row
-        return self.begin + first, self.begin + last
+    def is_row_major(self) -> bool:
+        return [*self.order] == sorted(self.order)
 
     @property
     def _sizes(self) -> list[int]:
@@ -76,7 +63,7 @@ class Place(NamedTuple):
 
     def positions(self, indices: Positions) -> Positions:
         """Return the positions in the bucket of elements with these row-major indices."""
-        if self.row == 1:
+        if self.is_row_major:
             return self.begin + indices
         by_axis = np.unravel_index(indices, self.shape)
         in_order = [by_axis[axis] for axis in self.order]
@@ -85,13 +72,6 @@ class Place(NamedTuple):
     def view(self, flat: Tensor) -> Tensor:
         """Return the tensor whose elements are `flat` in memory."""
         return flat.view(self._sizes).permute(self._axes)
-
-    def row_major(self, flat: Tensor) -> Tensor:
-        """Return the elements of whole rows, see `row`, in row-major order."""
-        if self.row == 1:
-            return flat
-        in_memory = flat.view(-1, *self._sizes[1:])
-        return in_memory.permute(self._axes).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -309,9 +289,9 @@ class FlatTensors:
         """Return the elements of a tensor in row-major order, in one piece or several."""
         place = self.layout[bucket].places[name]
         parts = self.parts(bucket, place.begin, place.end)
-        if place.row == 1:
+        if place.is_row_major:
             return parts
-        return [place.row_major(torch.cat(parts))]
+        return [place.view(torch.cat(parts)).reshape(-1)]
 
     def parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
@@ -343,6 +323,12 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
     last = -(-end // row)
     skipped = first * row
     return tensor[first:last], slice(begin - skipped, end - skipped)
+
+
+def row_major_range(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """Return row-major elements of a tensor, flat."""
+    part = _tile_part(tensor, begin, end)
+    return part if isinstance(part, Tensor) else part[0].reshape(-1)[part[1]]
 
 
 class Reader:

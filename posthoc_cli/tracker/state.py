@@ -80,7 +80,10 @@ def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None)
     means = {}
     highs = {}
     for profile, sigma_rel in enumerate(averages.sigma_rels):
-        views = tensors.mean_views(profile, averages.standing.shared)
+        views = {
+            name: tensors.mean_view(profile, name, averages.standing.shared)
+            for name in tensors.places
+        }
         means[repr(sigma_rel)] = _packed(views, model)
         highs[repr(sigma_rel)] = _packed(tensors.high[profile].views, model)
     copies = {name: value.clone() for name, value in averages.copies.items()}
