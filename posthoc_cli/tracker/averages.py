@@ -298,7 +298,8 @@ class Averages:
         ranges: Sequence[ElementRange],
         pool: ThreadPool = SINGLE_THREAD,
     ) -> list[Tensor]:
-        """Return ranges of the average of that index, rounded once, on the host."""
+        """Return ranges of the average of that index, rounded once, or of the copies, on the
+        host."""
         tensors = self.tensors
         standing = self.standing
         parts = [torch.empty(0)] * len(ranges)
@@ -307,8 +308,10 @@ class Averages:
 
         def read(number: int, _: int) -> None:
             name, begin, end = ranges[number]
-            part = row_major_range(tensors.high[index].views[name], begin, end)
-            if standing.window:
+            is_copy = name in self.copies
+            kept = self.copies if is_copy else tensors.high[index].views
+            part = row_major_range(kept[name], begin, end)
+            if standing.window and not is_copy:
                 mean = tensors.mean_view(index, name, standing.shared)
                 part = torch.lerp(part, row_major_range(mean, begin, end), mass)
             else:

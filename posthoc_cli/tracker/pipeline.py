@@ -57,6 +57,7 @@ from posthoc_cli.tracker.snapshotter import (
     LiveSource,
     Snapshotter,
     Storage,
+    entries_of,
     headers,
     measured_now,
     stage,
@@ -323,24 +324,23 @@ class Pipeline:
             current = self._current()
             averages = current.averages
             tensors = averages.tensors
-            if tensors is None or not averages.exist:
-                return []
+            assert tensors is not None
             pool = self._pool_for(tensors.layout)
             with self._streams.in_own_streams():
                 subset = self._storage_of(tensors.layout).subset
                 measured = [(figures, "") for figures in measured_now(subset, averages, pool)]
-                copies = _on_cpu(averages.copies)
                 infos = headers(self._settings, current, averages.path(pool), measured)
 
             def read(index: int, ranges: Sequence[ElementRange]) -> list[Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
+            entries = entries_of({**averages.copies, **tensors.high[0].views})
             call = self._updates.call
             sources = []
             for index, header in enumerate(infos):
-                read_own = partial(read, index)
-                source = LiveSource.of(header, tensors.layout, copies, read=read_own, call=call)
+                fields = vars(header) | {"entries": entries}
+                source = LiveSource(**fields, read=partial(read, index), call=call)
                 self._live[id(source)] = source
                 sources.append(source)
             return sources

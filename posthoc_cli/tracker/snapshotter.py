@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,24 +83,9 @@ class LiveSource(Snapshot):
     returns flat ranges.
     """
 
-    held: dict[str, Tensor] = field(default_factory=dict)  # what need not be read in place
     read: Callable[[Sequence[ElementRange]], list[Tensor]] = lambda _: []
     call: Callable[[Callable[[], list[Tensor]]], list[Tensor]] = lambda work: work()
-
-    @classmethod
-    def of(
-        cls,
-        header: Snapshot,
-        layout: Layout,
-        copies: Mapping[str, Tensor],
-        **functions: Any,
-    ) -> LiveSource:
-        entries = _entries_of(copies)
-        for bucket in layout:
-            for name, place in bucket.places.items():
-                entries[name] = Entry(stored_name(bucket.wide), place.shape)
-        fields = vars(header) | {"entries": entries, "held": dict(copies)}
-        return cls(**fields | functions)
+    copied: dict[str, Tensor] = field(default_factory=dict)  # all tensors, flat, from then on
 
     @property
     def name(self) -> str:
@@ -126,9 +110,10 @@ class LiveSource(Snapshot):
     def copy(self) -> None:
         """Copy what would be read in place; called in the thread that changes the averages, before
         it does."""
-        missing = [name for name in self.entries if name not in self.held]
-        copies = self.read(self._complete(missing))
-        self.held.update(zip(missing, copies, strict=True))
+        if not self.copied:
+            names = [*self.entries]
+            copies = self.read(self._complete(names))
+            self.copied.update(zip(names, copies, strict=True))
 
     def _complete(self, names: Sequence[str]) -> list[ElementRange]:
         """Return the ranges of all elements of tensors."""
@@ -141,16 +126,9 @@ class LiveSource(Snapshot):
             out = out[len(data) :]
 
     def _values(self, ranges: Sequence[ElementRange]) -> list[Tensor]:
-        held = self.held
-        missing = [piece for piece in ranges if piece.name not in held]
-        read = iter(self.read(missing))
-        values = []
-        for name, begin, end in ranges:
-            if name in held:
-                values.append(held[name].reshape(-1)[begin:end])
-            else:
-                values.append(next(read))
-        return values
+        if not self.copied:
+            return self.read(ranges)
+        return [self.copied[name][begin:end] for name, begin, end in ranges]
 
 
 def headers(
@@ -333,7 +311,7 @@ class Snapshotter:
                 files.make_directory(path.parent)
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
-        entries = staged.storage.entries | _entries_of(others)
+        entries = staged.storage.entries | entries_of(others)
         header = info.encoded()
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
@@ -395,7 +373,8 @@ def _clean(directory: Path) -> None:
         remove_snapshot(folder)
 
 
-def _entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Return the entries of tensors that are stored as they are."""
     entries = {}
     for name, tensor in tensors.items():
         dtype = stored_name(tensor.dtype, name)
