@@ -65,12 +65,6 @@ def _check_fits(name: str, values: Tensor, dtype: torch.dtype) -> None:
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the model's tensors of these names; an error leaves the model
-    unchanged."""
-    _fill_in(check_weights(model, weights), weights)
-
-
 def _load(target: Tensor, value: Tensor) -> None:
     """Copy one value into a model's tensor, for a DTensor into this process's part."""
     target = held_part(target)
@@ -114,7 +108,7 @@ def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
         # the gradients belong to the raw weights, not to the averaged ones
         for parameter in model.parameters():
             parameter.grad = None
-        _fill_in(targets, weights)
+        fill_in(targets, weights)
         try:
             model.eval()
         except NotImplementedError as error:  # of torch.export
@@ -139,8 +133,9 @@ def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
-    """Copy weights, and wait once for all copies, of the raw values and of the averages."""
+def fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into their targets in a model, and wait once for all copies, of the raw values
+    and of the averages."""
     for name, target in targets.items():
         _load(target.tensor, weights[name])
     for device in {target.tensor.device for target in targets.values()}:

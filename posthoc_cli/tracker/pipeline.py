@@ -301,11 +301,8 @@ class Pipeline:
             self._pool = ThreadPool(threads)
             self._copier = ModelCopier(threads)
 
-    def skip(self, progress: TrainingProgress) -> None:
-        """Count a call whose update is left out."""
-        self.set(replace(self.tracking, progress=progress))
-
     def set(self, tracking: Tracking) -> None:
+        """Replace the state and the progress."""
 
         def work() -> None:
             self.check_open()

@@ -25,7 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ from posthoc_cli.tracker.attach import (
 )
 from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
+from posthoc_cli.tracker.filling import check_weights, fill_in, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
@@ -92,7 +92,6 @@ _MAKE = (
     "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
     "PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
 )
-_UPDATE = "call ema.update_(model) after each step of the optimizer"
 
 
 class PostHocEMA:
@@ -142,9 +141,9 @@ class PostHocEMA:
         self._model = weakref.ref(bare)
         if self._start.tracking.resumes:
             self._look_for_start(model)
-        if bare not in _trackers:
+        hooks: Any = bare._load_state_dict_post_hooks
+        if not any(isinstance(hook, _RestoredHook) for hook in hooks.values()):
             bare.register_load_state_dict_post_hook(_RestoredHook())
-        _trackers.setdefault(bare, WeakSet()).add(self)
 
     def _look_for_start(self, model: nn.Module) -> None:
         """Note the model's values now, and choose the call to resume from."""
@@ -283,11 +282,6 @@ class PostHocEMA:
     def step(self) -> int:
         """The number of calls of `update_` so far in this run."""
         return self._pipeline.progress.step
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("update", "update_parameters"):
-            raise AttributeError(f"PostHocEMA has no {name!r}: {_UPDATE}")
-        raise AttributeError(f"'PostHocEMA' object has no attribute {name!r}")
 
     @property
     def t(self) -> float:
@@ -640,8 +634,8 @@ class PostHocEMA:
         """
         asked = {"t": t, "step": step, "method": method}
         group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
-        group.together(lambda: check_weights(model, weights))
-        load_weights(model, weights)
+        targets = group.together(lambda: check_weights(model, weights))
+        fill_in(targets, weights)
 
     def reconstruction_error(
         self,
@@ -815,7 +809,7 @@ class PostHocEMA:
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.skip(progress)
+            self._pipeline.set(replace(self._pipeline.tracking, progress=progress))
             raise
         self._pipeline.update(tensors, progress)
 
@@ -1231,17 +1225,15 @@ def _note_uncounted_steps() -> None:
             tracker._note_uncounted(is_end=not hasattr(sys, "last_value"))
 
 
-# by the bare model
-_trackers: WeakKeyDictionary[nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
-
-
 class _RestoredHook:
     """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
     standard library takes its place that does nothing: they need no release of this package."""
 
     def __call__(self, model: nn.Module, _: object) -> None:
         """Handle the end of the model's `load_state_dict`."""
-        for tracker in [*_trackers.get(model, ())]:
+        for tracker in [*_all]:
+            if tracker._tracked_model() is not model:
+                continue
             resumes = tracker._pipeline.tracking.resumes
             start = tracker._start
             start.counted = None
