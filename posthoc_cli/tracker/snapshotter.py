@@ -195,8 +195,7 @@ class Snapshotter:
         self._settings = settings
         self._members = members
         self._leads = members.rank == 0
-        with files.reported_as_write_error(directory):
-            files.make_directory(directory)
+        files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         until = time.monotonic() + PATIENCE
         # a network file system may show rank 0's file late
@@ -307,8 +306,7 @@ class Snapshotter:
         # training's process.
         replaces = len(kept) < len(self._stored)
         if info.part is not None:
-            with files.reported_as_write_error(path.parent):
-                files.make_directory(path.parent)
+            files.make_directory(path.parent)
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
         entries = staged.storage.entries | entries_of(others)
@@ -479,17 +477,47 @@ class Storage:
         return values
 
 
-@dataclass(frozen=True, eq=False)
 class StagedAverage:
-    """An average as it is stored."""
+    """An average as it is stored: rounded into memory tile by tile, and measured meanwhile."""
 
-    storage: Storage
-    memory: FlatTensors
-    others: dict[str, Tensor]  # those that are stored in another dtype, exactly
-    nonfinite: str | None  # the first tensor that holds a nan or an infinity
-    measurements: Measurements | None
-    # the model's and the exact values, encoded for the header; "" if the model's are unknown
-    sample: str
+    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
+        self.storage = storage
+        self.memory = memory
+        self._tiles = tiles_of(storage.layout)
+        self._norms = [torch.empty(0)] * len(self._tiles)
+        self._measured = storage.subset.buffers()
+        self._sample = storage.sample.buffers()
+
+    def take(self, tile: Tile, exact: Tensor) -> None:
+        self._norms[tile.number] = torch.linalg.vector_norm(exact)
+        self.storage.subset.take(tile, exact, self._measured)
+        self.storage.sample.take(tile, exact, self._sample)
+        out = self.memory.tile(tile)
+        if exact.device.type != "cpu":
+            exact = exact.to(out.dtype)
+        out.copy_(exact, non_blocking=True)
+
+    def finish(self, averages: Averages, index: int) -> None:
+        """Decide what is stored otherwise of the average of that index, when all tiles have been
+        taken."""
+        storage = self.storage
+        norms = numbers_of(self._norms, self._tiles)
+        doubtful = _outside(storage, norms)
+        squares = storage.subset.sums(joined(self._measured))
+        rounding = _rounding(storage, self._measured)
+        names = [*storage.subset.sizes]
+        for name, norm, error in zip(names, squares, rounding, strict=True):
+            if not _is_accurate(norm, error, storage.dtype(name)):
+                doubtful.add(name)
+        # those that are stored in another dtype, exactly
+        self.others = _stored_exactly(storage, averages, index, doubtful)
+        self.nonfinite = nonfinite_name(self.others)
+        rounding[[name in self.others for name in names]] = 0.0
+        self.measurements = measured_as(squares, rounding)
+        self.sample = ""  # the model's and the exact values, unless the model's are unknown
+        if averages.sample is not None:
+            weights = storage.in_order(averages.sample)
+            self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
         for name, (bucket, _) in self.storage.places.items():
@@ -506,57 +534,16 @@ def stage(
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
-    rounded = [_RoundedAverage(storage, memory) for memory in storage.memory]
+    staged = [StagedAverage(storage, memory) for memory in storage.memory]
 
     def take(tile: Tile, thread: int) -> None:
-        for index, average in enumerate(rounded):
-            exact = averages.values(tile, index, thread)
-            average.take(tile, exact)
+        for index, average in enumerate(staged):
+            average.take(tile, averages.values(tile, index, thread))
 
     pool.each(take, tiles_of(storage.layout))
-    return [average.staged(averages, index) for index, average in enumerate(rounded)]
-
-
-class _RoundedAverage:
-    """An average that is rounded into memory, tile by tile, and what is measured meanwhile."""
-
-    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
-        self._storage = storage
-        self._memory = memory
-        self._tiles = tiles_of(storage.layout)
-        self._norms = [torch.empty(0)] * len(self._tiles)
-        self._measured = storage.subset.buffers()
-        self._sample = storage.sample.buffers()
-
-    def take(self, tile: Tile, exact: Tensor) -> None:
-        self._norms[tile.number] = torch.linalg.vector_norm(exact)
-        self._storage.subset.take(tile, exact, self._measured)
-        self._storage.sample.take(tile, exact, self._sample)
-        out = self._memory.tile(tile)
-        if exact.device.type != "cpu":
-            exact = exact.to(out.dtype)
-        out.copy_(exact, non_blocking=True)
-
-    def staged(self, averages: Averages, index: int) -> StagedAverage:
-        """Return the average, of that index, when all tiles have been taken."""
-        storage = self._storage
-        norms = numbers_of(self._norms, self._tiles)
-        doubtful = _outside(storage, norms)
-        squares = storage.subset.sums(joined(self._measured))
-        rounding = _rounding(storage, self._measured)
-        names = [*storage.subset.sizes]
-        for name, norm, error in zip(names, squares, rounding, strict=True):
-            if not _is_accurate(norm, error, storage.dtype(name)):
-                doubtful.add(name)
-        others = _stored_exactly(storage, averages, index, doubtful)
-        rounding[[name in others for name in names]] = 0.0
-        measurements = measured_as(squares, rounding)
-        sample = ""
-        if averages.sample is not None:
-            weights = storage.in_order(averages.sample)
-            sample = encode_sample(weights, storage.in_order(self._sample))
-        bad = nonfinite_name(others)
-        return StagedAverage(storage, self._memory, others, bad, measurements, sample)
+    for index, average in enumerate(staged):
+        average.finish(averages, index)
+    return staged
 
 
 def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
