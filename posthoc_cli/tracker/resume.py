@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
@@ -35,11 +35,11 @@ from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_
 from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
 from posthoc_cli.snapshots.tensorfile import check_text, compact
-from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
+from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group
-from posthoc_cli.tracker.state import Tracking, check_profiles, host_layout
+from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)
 
@@ -427,16 +427,12 @@ def _load(
     """Load the averages of the newest of these snapshots."""
     newest = snapshots[-1]
     chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
-    kept = AverageTensors(host_layout(tracked), len(sigma_rels))
-    for sigma_rel, high in zip(sigma_rels, kept.high, strict=True):
-        with chosen[sigma_rel] as snapshot:
-            for name, view in high.views.items():
-                view.copy_(snapshot.tensor(name, tracked.boxes.get(name)))
-    copies = {}
-    with newest:
-        for name in tracked.dtypes(copied=True):
-            copies[name] = newest.tensor(name, tracked.boxes.get(name))
-    standing = Standing(
+    averages = zero_averages(tuple(sigma_rels), tracked)
+    assert averages.tensors is not None
+    for sigma_rel, high in zip(sigma_rels, averages.tensors.high, strict=True):
+        _fill(high.views, chosen[sigma_rel], tracked)
+    _fill(averages.copies, newest, tracked)
+    averages.standing = Standing(
         newest.t,
         newest.step,
         newest.t_first,
@@ -444,7 +440,12 @@ def _load(
         newest.updates,
         folded_t=newest.t,
     )
-    path = path_of_part(newest.sketch, tracked.members.part)
-    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
+    averages.known_path = path_of_part(newest.sketch, tracked.members.part)
     known = frozenset(snapshot.identity for snapshot in snapshots)
     return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
+
+
+def _fill(tensors: Mapping[str, Tensor], snapshot: Snapshot, tracked: TrackedModel) -> None:
+    with snapshot:
+        for name, tensor in tensors.items():
+            tensor.copy_(snapshot.tensor(name, tracked.boxes.get(name)))

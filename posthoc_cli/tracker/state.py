@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.path import path_of_part
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.memory import Layout, layout_of, on_host
+from posthoc_cli.tracker.memory import layout_of, on_host
 from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
 from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
 
@@ -74,7 +74,7 @@ def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None)
     """
     averages = state.averages
     if averages.tensors is None or not averages.exist:
-        averages = _zeros(averages.sigma_rels, state.tracked)
+        averages = zero_averages(averages.sigma_rels, state.tracked)
     tensors = averages.tensors
     assert tensors is not None
     means = {}
@@ -107,9 +107,12 @@ def _packed(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str,
     return packed
 
 
-def _zeros(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
-    """Return averages before the first update."""
-    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
+    """Return averages before the first update, in host memory."""
+    averaged = {}
+    for name, dtype in tracked.dtypes(copied=False).items():
+        averaged[name] = torch.empty(tracked.shapes[name], dtype=dtype, device="meta")
+    tensors = AverageTensors(on_host(layout_of(averaged)), len(sigma_rels))
     copies = {}
     for name, dtype in tracked.dtypes(copied=True).items():
         copies[name] = torch.zeros(tracked.shapes[name], dtype=dtype)
@@ -148,22 +151,36 @@ def _unpacked_averages(
     sigma_rels: tuple[float, ...],
     tracked: TrackedModel,
 ) -> Averages:
-    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+    averages = zero_averages(sigma_rels, tracked)
+    tensors = averages.tensors
+    assert tensors is not None
     for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
         for sigma_rel, flat in zip(sigma_rels, profiles, strict=True):
-            stored = state[kind][repr(sigma_rel)]
-            _check_names(stored, flat.views, tracked)
-            # each is checked before the next is read: they may be on disk
-            for name, view in flat.views.items():
-                view.copy_(_own_part(name, stored, tracked, view.dtype))
-    dtypes = tracked.dtypes(copied=True)
-    stored = state["copies"]
-    _check_names(stored, dtypes, tracked)
-    copies = {}
-    for name, dtype in dtypes.items():
-        copies[name] = _own_part(name, stored, tracked, dtype).clone()
-    path = path_of_part(info.sketch, tracked.members.part)
-    return Averages(sigma_rels, info.standing, tensors, copies, known_path=path)
+            _fill(flat.views, state[kind][repr(sigma_rel)], tracked)
+    _fill(averages.copies, state["copies"], tracked)
+    averages.standing = info.standing
+    averages.known_path = path_of_part(info.sketch, tracked.members.part)
+    return averages
+
+
+def _fill(
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Any],
+    tracked: TrackedModel,
+) -> None:
+    """Copy the parts of a state's tensors that this process owns, each checked before the next is
+    read: they may be on disk."""
+    missing = tensors.keys() - stored.keys()
+    others = stored.keys() - tensors.keys() - tracked.members.names
+    if differing := missing | others:
+        reason = "is in the state or in the model, but not in both"
+        hint = (
+            "make the tracker with the include, exclude and buffers of the tracker that made "
+            "the state"
+        )
+        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
+    for name, tensor in tensors.items():
+        tensor.copy_(_own_part(name, stored, tracked, tensor.dtype))
 
 
 def _checked_info(state: Any, settings: Settings) -> StateInfo:
@@ -188,32 +205,6 @@ def _checked_info(state: Any, settings: Settings) -> StateInfo:
         reason = f"counts time in {unit}, this tracker in {settings.t_unit!r}"
         raise InvalidValueError("state", reason)
     return info
-
-
-def host_layout(tracked: TrackedModel) -> Layout:
-    """Return the layout of the averages of a model in host memory."""
-    dtypes = tracked.dtypes(copied=False)
-    tensors = {
-        name: torch.empty(tracked.shapes[name], dtype=dtype, device="meta")
-        for name, dtype in dtypes.items()
-    }
-    return on_host(layout_of(tensors))
-
-
-def _check_names(
-    tensors: Mapping[str, Any],
-    expected: Mapping[str, object],
-    tracked: TrackedModel,
-) -> None:
-    missing = expected.keys() - tensors.keys()
-    others = tensors.keys() - expected.keys() - tracked.members.names
-    if differing := missing | others:
-        reason = "is in the state or in the model, but not in both"
-        hint = (
-            "make the tracker with the include, exclude and buffers of the tracker that made "
-            "the state"
-        )
-        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
 
 
 def _own_part(
