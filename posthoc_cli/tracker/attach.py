@@ -72,10 +72,6 @@ class Attachment:
             raise
 
 
-attachments: WeakKeyDictionary[Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
-"""The last ones of each directory."""
-
-
 def stepping_optimizer(optimizer: Any) -> Optimizer:
     """Return the optimizer that takes the steps, such as the one inside accelerate's, whose hooks
     see every step exactly once; else raise an InvalidValueError."""

@@ -57,7 +57,6 @@ from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import (
     Attachment,
     LastCount,
-    attachments,
     last_counts,
     stepping_optimizer,
 )
@@ -412,13 +411,10 @@ class PostHocEMA:
         def update(time: float | None, found_inf: Tensor | None) -> None:
             self._count(self._present_model("attach"), time, found_inf)
 
-        # that of an earlier tracker of the directory, as of a notebook's cell that has run again
-        of_directory = attachments.setdefault(stepping, {})
-        for earlier in (before, of_directory.get(self.checkpoint_dir)):
-            if earlier is not None:
-                earlier.remove()
+        for tracker in [*_all]:  # also an earlier one, as of a notebook's cell that has run again
+            if tracker.checkpoint_dir == self.checkpoint_dir:
+                tracker.detach()
         attachment = Attachment(stepping, update, t)
-        of_directory[self.checkpoint_dir] = attachment
         self._attachment = weakref.ref(attachment)
         return attachment
 

@@ -78,7 +78,6 @@ class Start:
         self.counted: TrainingProgress | None = None
         self.is_given = step is not None
         self._stored = _complete(stored, settings.sigma_rels)
-        self._newest = self._stored[-1].step if self._stored else 0
         self._progress: TrainingProgress | None = None  # where the snapshots do not say it
         if step:
             self.recorded = recorded_weights(self._stored).get(step, self.recorded)
@@ -154,15 +153,12 @@ class Start:
             if step is None and counted.updated == newest:
                 self._progress = counted
                 step = newest
-        if is_first_call and (step is None or newest > self._newest):
+        if is_first_call and step is None:
             if group.leads and writes:
                 # a training that is still running here is the better reason
                 DirectoryLock(self.directory).release()
-            if step is not None:
-                raise self._has_advanced(newest)
             raise self._is_other([*weights] or [newest], len(values))
         self.step = None if step == newest else step
-        self._newest = newest
         if step is None:
             return now
         return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
@@ -202,12 +198,6 @@ class Start:
             if len(sample) == len(recorded):
                 are_other.append(not are_equal(sample, recorded))
         return bool(are_other) and all(are_other)
-
-    def _has_advanced(self, newest: int) -> MismatchError:
-        reason = (
-            f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
-        )
-        return MismatchError(self.directory, reason, "restore the model and make the tracker again")
 
     def _is_other(self, steps: Sequence[int], compared: int) -> ModelMismatchError:
         times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
