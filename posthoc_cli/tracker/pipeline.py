@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     Log,
-    NonFiniteError,
     NotReadyError,
     WriteError,
     log_kept_messages,
@@ -41,7 +41,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.files import remove_unfinished
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     ThreadPool,
@@ -50,7 +50,7 @@ from posthoc_cli.tracker.background import (
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.host_copy import ModelCopier
-from posthoc_cli.tracker.measuring import Sketcher
+from posthoc_cli.tracker.measuring import Sketcher, Values, joined
 from posthoc_cli.tracker.memory import Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
@@ -110,9 +110,9 @@ class Pipeline:
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
-        # the number, the step and the sample of the update that was compared last
-        self._compared: tuple[int, int, Sequence[Tensor]] | None = None
-        self._still: float = STILL  # updates until the next comparison, see `_note_standstill`
+        # the update that was compared last, and its sample
+        self._compared: tuple[Standing, Values] = Standing(), np.empty(0)
+        self._still = 0.0  # updates until the next comparison, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
@@ -257,10 +257,10 @@ class Pipeline:
         else:
             copy = self._updates.call(lambda: self._copier.copy(values, pool))
 
-        def take_in() -> None:
+        def take_in() -> str | None:
             self._streams.last_events = events
             try:
-                self._take_in(copy.arrived(), copies, progress)
+                return self._take_in(copy.arrived(), copies, progress)
             finally:
                 self._copier.give_back(copy)
 
@@ -277,20 +277,20 @@ class Pipeline:
         devices += [copy.device for copy in copies.values()]
         streams = self._streams.current(devices)
 
-        def take_in() -> None:
+        def take_in() -> str | None:
             with self._streams.in_streams_of_caller(streams):
-                self._take_in(values, copies, progress)
+                return self._take_in(values, copies, progress)
 
         self._updates.call(lambda: self._update(take_in, progress))
 
-    def _update(self, take_in: Callable[[], None], progress: TrainingProgress) -> None:
+    def _update(self, take_in: Callable[[], str | None], progress: TrainingProgress) -> None:
         """Take in values, and queue due snapshots, also if the values are refused."""
-        try:
-            take_in()
-        except NonFiniteError:
-            self._submit_if_due(progress)
-            raise
-        self._submit_if_due(progress)
+        name = take_in()
+        now = self.tracking
+        if self._settings.snapshot_is_due(progress.step):
+            self._submit_snapshots(now)
+        if name is not None:
+            raise nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -478,9 +478,9 @@ class Pipeline:
         values: Reader,
         copies: Mapping[str, Tensor],
         progress: TrainingProgress,
-    ) -> None:
-        """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
-        finite."""
+    ) -> str | None:
+        """Update averages and counters; if a value is not finite, only count, and return the first
+        tensor with such a value."""
         self.check_open()
         now = self.tracking
         averages = now.averages
@@ -495,9 +495,9 @@ class Pipeline:
         sketcher = self._sketcher(averages, storage)
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is not None:
-            raise nonfinite_error(name, now.tracked.tensors, progress.step)
-        self._note_standstill(averages)
+        if name is None:
+            self._note_standstill(averages)
+        return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
         """Return what sketches the path: known from the first update on, or continued; None for the
@@ -521,30 +521,26 @@ class Pipeline:
         Compared are those of a snapshot's sample.
         """
         standing = averages.standing
-        sample = averages.sample
-        assert sample is not None
-        if self._compared is None:
-            self._compared = standing.updates, standing.step, sample
-        updates, step, earlier = self._compared
-        if standing.updates < updates + self._still:
+        before, earlier = self._compared
+        if standing.updates < before.updates + self._still:
             return
-        self._compared = standing.updates, standing.step, sample
+        assert averages.sample is not None
+        sample = joined(averages.sample)
+        self._compared = standing, sample
+        self._still = STILL
+        if not earlier.size:
+            return
         schedule = self._settings.schedule
         self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
-        are_equal = all(map(_are_same, earlier, sample))
-        if are_equal and any(now.numel() for now in sample):
+        if np.array_equal(earlier, sample):
             self._still = math.inf
             log.warning(
                 "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
                 "this the model that it trains?",
                 self.directory,
                 standing.step,
-                step,
+                before.step,
             )
-
-    def _submit_if_due(self, progress: TrainingProgress) -> None:
-        if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking)
 
     def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
         """Stage the averages, and queue their snapshots."""
@@ -563,10 +559,6 @@ class Pipeline:
             copies = _on_cpu(averages.copies)
             infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
-
-
-def _are_same(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and torch.equal(one, other)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -818,7 +818,8 @@ class PostHocEMA:
         step = self._last.progress.step
         if self.closed or not self.keeps_averages:
             return
-        missed = self._last.has_moved if is_end else step > 0 and self._last.was_missed
+        steps = self._last.steps
+        missed = steps > 0 if is_end else step > 0 and steps > 1
         if missed and self._is_first_warning("uncounted"):
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted: call update_ "
@@ -866,7 +867,7 @@ class PostHocEMA:
         last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
         if last is None or last.run_id != self.run_id:
             return None
-        if last.has_moved:
+        if last.steps:
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted",
                 self.checkpoint_dir,
@@ -1063,16 +1064,8 @@ class PostHocEMA:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with
         a warning."""
         tracked = self._present_model("no average yet", model)
-        schedule = self.settings.schedule
         if self._is_first_warning("raw weights"):
-            options = (
-                f"update_every={schedule.update_every}, "
-                f"update_after_step={schedule.update_after_step}"
-            )
-            warn(
-                f"no average yet, so the raw weights are used: {self.settings.first_update(0)} "
-                f"({options})"
-            )
+            warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)}")
         stored = parse_dtype(dtype)
         tensors = collect_tensors(tracked, self.settings.selection)
         wanted = None if stored is None else torch_dtype(stored)
