@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
 from posthoc_cli.run import Wanted, Weights, make_weights
-from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
+from posthoc_cli.snapshots.directory import read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import Box
@@ -63,15 +63,7 @@ def logged(plan: Plan) -> Plan:
     log.info(
         "average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted
     )
-    if plan.choice is not None:
-        log.info("made from %s", plan.choice)
     return plan
-
-
-def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
-    """Return the snapshots of a run on disk; none if the directory belongs to another run."""
-    snapshots = find_snapshots(directory)
-    return snapshots if snapshots and snapshots[0].run_id == run_id else []
 
 
 @torch.inference_mode(False)

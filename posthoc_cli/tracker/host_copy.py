@@ -6,7 +6,7 @@ sends it to pinned memory, while training goes on.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,28 +109,26 @@ class ModelCopy:
 
 
 class ModelCopier:
-    """Copies a model's values to memory on the host, which it reuses, for readers of `threads`
-    threads."""
+    """Copies a model's values to memory on the host, which the next copy reuses, for readers of
+    `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        # one is enough, and copies of old layouts drop out
-        self._free: deque[ModelCopy] = deque(maxlen=1)
         self._layout: Layout = ()
         self._rings: dict[torch.device, _Ring] = {}
-        self._host_bytes = 0
+        self._last: ModelCopy | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory on the host and on accelerators, including a copy that is in use."""
-        rings = self._rings.values()
-        return self._host_bytes + sum(ring.nbytes for ring in rings)
+        """Bytes of memory on the host and on accelerators."""
+        on_devices = sum(ring.nbytes for ring in self._rings.values())
+        return on_devices + (0 if self._last is None else self._last.memory.nbytes)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
-        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
-        `SINGLE_THREAD`."""
+        """Copy the values as they are now; the last copy must have arrived, and not be needed any
+        more. From accelerators `pool` must be `SINGLE_THREAD`."""
         if model.layout != self._layout:
             self._rings = _rings_for(model)
             self._layout = model.layout
@@ -155,17 +153,9 @@ class ModelCopier:
         return replace(copy, events=tuple(events.values()))
 
     def _memory_for(self, host: Layout) -> ModelCopy:
-        """Return the memory of an earlier copy in this layout, or new one."""
-        copy = self._free.pop() if self._free else None
-        if copy is None or copy.memory.layout != host:
+        """Return the memory of the last copy if it has this layout, or new one."""
+        if self._last is None or self._last.memory.layout != host:
             memory = FlatTensors(host, pinned=bool(self._rings))
             parts = [[memory.tile(tile)] for tile in tiles_of(host)]
-            reader = Reader(host, parts, self._threads)
-            copy = ModelCopy(memory, reader)
-            self._host_bytes = memory.nbytes
-        return copy
-
-    def give_back(self, copy: ModelCopy) -> None:
-        """Take back a copy that has arrived and is no longer needed; may be called from any
-        thread."""
-        self._free.append(copy)
+            self._last = ModelCopy(memory, Reader(host, parts, self._threads))
+        return self._last

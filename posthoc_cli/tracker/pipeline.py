@@ -259,10 +259,7 @@ class Pipeline:
 
         def take_in() -> str | None:
             self._streams.last_events = events
-            try:
-                return self._take_in(copy.arrived(), copies, progress)
-            finally:
-                self._copier.give_back(copy)
+            return self._take_in(copy.arrived(), copies, progress)
 
         self._updates.submit(lambda: self._update(take_in, progress))
 

@@ -48,6 +48,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import Snapshot, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source
@@ -60,7 +61,6 @@ from posthoc_cli.tracker.attach import (
     last_counts,
     stepping_optimizer,
 )
-from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.filling import check_weights, fill_in, swapped_in
 from posthoc_cli.tracker.memory import HOST
@@ -481,7 +481,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
         figures |= self._pipeline.figures()
-        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
+        snapshots = self._stored() if wanted else []
         plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         for label, plan in plans.items():
             error = plan.predicted_error(0)
@@ -667,10 +667,7 @@ class PostHocEMA:
 
         def unpack() -> tuple[Tracking, tuple[float, ...]]:
             self.flush()
-            loaded, weights = unpack_state(state, self.settings, now.tracked)
-            if not self.keeps_averages:
-                loaded = replace(loaded, averages=Averages(self.settings.sigma_rels))
-            return loaded, weights
+            return unpack_state(state, self.settings, now.tracked)
 
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
@@ -1101,10 +1098,13 @@ class PostHocEMA:
         return sources
 
     def _stored(self) -> list[Snapshot]:
-        """Return the snapshots on disk, up to the step from which the run is to resume."""
+        """Return the run's snapshots on disk, up to the step from which it is to resume; none if
+        the directory belongs to another run."""
         last = self._start.step if self._pipeline.tracking.resumes else None
-        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id)
-        return [s for s in snapshots if last is None or s.step <= last]
+        snapshots = find_snapshots(self.checkpoint_dir)
+        if last is not None:
+            snapshots = [snapshot for snapshot in snapshots if snapshot.step <= last]
+        return [snapshot for snapshot in snapshots if snapshot.run_id == self.run_id]
 
     def _live(self) -> list[LiveSource]:
         self.flush()

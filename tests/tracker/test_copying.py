@@ -201,30 +201,22 @@ def check_values(copy: ModelCopy, number: int) -> None:
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
-    """Training overwrites the values at each step; up to two copies of earlier values wait to be
-    read."""
+    """Training overwrites the values while a copy of earlier ones waits to be read."""
     values = tensors()
     stager = ModelCopier()
-    waiting = deque[tuple[int, ModelCopy]]()
-
-    def check() -> None:
-        number, staged = waiting.popleft()
+    for number in range(1, 8):
+        for tensor in values.values():
+            device.training.add(partial(tensor.fill_, number))
+        staged = stager.copy(on_devices(values))
+        device.some()
+        for tensor in values.values():
+            device.training.add(partial(tensor.fill_, -number))
+        device.some()
         check_values(staged, number)
         copied = set[str]()
         for bucket in staged.memory.layout:
             copied |= bucket.places.keys()
         assert copied == values.keys()
-        stager.give_back(staged)
-
-    for number in range(1, 8):
-        for tensor in values.values():
-            device.training.add(partial(tensor.fill_, number))
-        waiting.append((number, stager.copy(on_devices(values))))
-        device.some()
-        if len(waiting) > device.draw.randrange(3):
-            check()
-    while waiting:
-        check()
 
 
 def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
@@ -274,15 +266,13 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
     }
     reader = Reader.of_tensors(averaged, 0)
     stager = ModelCopier()
-    waiting = deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with torch.cuda.stream(stream):
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(reader)))
-            if len(waiting) == 2:
-                first, staged = waiting.popleft()
-                check_values(staged, first)
-                stager.give_back(staged)
+            staged = stager.copy(reader)
+            for tensor in averaged.values():
+                tensor.fill_(-number)
+            check_values(staged, number)
