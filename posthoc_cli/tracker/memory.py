@@ -33,7 +33,6 @@ Positions = npt.NDArray[np.int64]
 # Most elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE = 2**19
 DEVICE_TILE = 2**22
-SLAB = 2**26  # most elements of a slab of pinned memory
 
 # norms of ordinary values are finite in these dtypes
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
@@ -98,28 +97,24 @@ class Bucket:
             return TILE
         return DEVICE_TILE
 
-    @cached_property
+    @property
     def tile_edges(self) -> list[int]:
-        """The ends of all tiles, and 0. An accelerator's tiles consist of the host's."""
-        if self.device.type == "cpu":
-            return self._host_edges
-        return _grouped(self._host_edges, DEVICE_TILE)
+        """The ends of all tiles, and 0."""
+        return self._host_edges if self.device.type == "cpu" else self.device_edges
 
     @cached_property
-    def slab_edges(self) -> list[int]:
-        """The ends of the slabs of pinned memory, and 0. They consist of an accelerator's tiles.
+    def device_edges(self) -> list[int]:
+        """The ends of an accelerator's tiles, and 0. They consist of the host's.
 
-        torch rounds pinned memory up to powers of two, which slabs nearly fill.
+        They are those of the slabs of pinned memory, too: torch rounds pinned memory up to powers
+        of two, which such tiles nearly fill.
         """
-        tiles = _grouped(self._host_edges, DEVICE_TILE)
         edges = [0]
-        while left := self.size - edges[-1]:
-            size = left
-            if left > TILE:
-                power = 2 ** (left.bit_length() - 1)
-                size = min(SLAB, power)
-            edge = _last_within(tiles, edges[-1], size)
-            edges.append(edge)
+        for edge, next_edge in pairwise(self._host_edges):
+            if next_edge - edges[-1] > DEVICE_TILE:
+                edges.append(edge)
+        if self.size:
+            edges.append(self.size)
         return edges
 
     @cached_property
@@ -140,22 +135,6 @@ class Bucket:
         if edges[-1] < self.size:
             edges.append(self.size)
         return edges
-
-
-def _grouped(edges: Sequence[int], most: int) -> list[int]:
-    """Return the fewest of the edges that are at most `most` apart."""
-    edge = 0
-    grouped = [edge]
-    while edge < edges[-1]:
-        edge = _last_within(edges, edge, most)
-        grouped.append(edge)
-    return grouped
-
-
-def _last_within(edges: Sequence[int], begin: int, size: int) -> int:
-    """Return the last edge within `size` of `begin`, or the next one if there is none."""
-    last = bisect_right(edges, begin + size) - 1
-    return edges[max(last, bisect_right(edges, begin))]
 
 
 Layout = tuple[Bucket, ...]
@@ -265,7 +244,7 @@ class FlatTensors:
         self.edges = list[list[int]]()  # of the slabs of each bucket
         self.slabs = list[list[Tensor]]()
         for bucket in layout:
-            edges = bucket.slab_edges if pinned else [0, bucket.size]
+            edges = bucket.device_edges if pinned else [0, bucket.size]
             new = partial(torch.empty, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned)
             slabs = [new(last - first) for first, last in pairwise(edges)]
             self.edges.append(edges)

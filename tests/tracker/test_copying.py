@@ -166,7 +166,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     simulated = SimulatedDevice(request.param)
     if request.param >= 6:
         simulated.free = 0
-        for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
+        for name, elements in {"TILE": 2, "DEVICE_TILE": 2}.items():
             monkeypatch.setattr(memory, name, elements)
 
     for module in (memory, host_copy):
