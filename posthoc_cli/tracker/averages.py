@@ -38,7 +38,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -182,7 +182,8 @@ class Averages:
 
     sigma_rels: tuple[float, ...]
     standing: Standing = field(default_factory=Standing)
-    tensors: AverageTensors | None = None  # before the first update
+    # none before the first update
+    tensors: AverageTensors = field(default_factory=lambda: AverageTensors((), 0))
     # at the last update; never changed in place
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     # the model's values of a snapshot's sample at the last update
@@ -204,12 +205,10 @@ class Averages:
 
     @property
     def nbytes(self) -> int:
-        parts = [*self._scratch.values(), *self.copies.values()]
-        nbytes = sum(part.nbytes for part in parts)
-        for kept in (self.tensors, self.sketcher):
-            if kept is not None:
-                nbytes += kept.nbytes
-        return nbytes
+        parts: list[Any] = [*self._scratch.values(), *self.copies.values(), self.tensors]
+        if self.sketcher is not None:
+            parts.append(self.sketcher)
+        return sum(part.nbytes for part in parts)
 
     @torch.no_grad()
     def update_(
@@ -266,7 +265,7 @@ class Averages:
         first, as after an update that is refused or fails."""
         limits = self._limits
         self._limits = []
-        if self.tensors is None or self.tensors.layout != layout:
+        if self.tensors.layout != layout:
             return []
         is_lasting = shares.folds or max(shares.new) > MOST_UNDONE
         return [] if is_lasting else limits
@@ -278,7 +277,6 @@ class Averages:
         tensors = self.tensors
         standing = self.standing
         result = self.scratch_of(tile, thread)[0]
-        assert tensors is not None
         high = tensors.high[profile].tile(tile)
         if not standing.window:
             return result.copy_(high)
@@ -304,7 +302,6 @@ class Averages:
         standing = self.standing
         parts = [torch.empty(0)] * len(ranges)
         mass = self._mass(index)
-        assert tensors is not None
 
         def read(number: int, _: int) -> None:
             name, begin, end = ranges[number]
@@ -329,7 +326,7 @@ class Averages:
         sketcher = self.sketcher
         standing = self.standing
         path = self.known_path
-        if tensors is not None and sketcher is not None:
+        if sketcher is not None:
             last_t = None
             if standing.shared and standing.window and not exact:
                 mean = tensors.mean[0]
@@ -345,7 +342,7 @@ class Averages:
     def _allocate(self, layout: Layout, threads: int) -> None:
         """Allocate averages of a layout, and scratch for threads, before a value is changed: memory
         may run out."""
-        if self.tensors is None:
+        if not self.tensors.high:
             self.tensors = AverageTensors(layout, len(self.gammas))
         elif self.tensors.layout != layout:
             self.tensors = self.tensors.copied(layout)
@@ -355,7 +352,6 @@ class Averages:
 
     def scratch_of(self, tile: Tile, thread: int) -> list[Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
-        assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
@@ -376,7 +372,6 @@ class _Update:
         shares: Shares,
         sampled: Elements | None,
     ) -> None:
-        assert averages.tensors is not None
         self.sample = None if sampled is None else sampled.buffers()
         self._sampled = sampled
         self._averages = averages

@@ -318,7 +318,6 @@ class Pipeline:
             current = self._current()
             averages = current.averages
             tensors = averages.tensors
-            assert tensors is not None
             pool = self._pool_for(tensors.layout)
             with self._streams.in_own_streams():
                 subset = self._storage_of(tensors.layout).subset
@@ -348,10 +347,8 @@ class Pipeline:
             current = self._current()
             averages = current.averages
             tensors = averages.tensors
-            kept = None
             with self._streams.in_own_streams():
-                if tensors is not None and averages.exist:
-                    kept = tensors.copied(on_host(tensors.layout))
+                kept = tensors.copied(on_host(tensors.layout))
                 copies = _on_cpu(averages.copies)
                 path = averages.path(exact=True)
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
@@ -544,7 +541,7 @@ class Pipeline:
         averages = current.averages
         tensors = averages.tensors
         snapshotter = self.snapshotter
-        if tensors is None or snapshotter is None or not averages.exist:
+        if snapshotter is None or not averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
         storage = self._storage_of(tensors.layout)

@@ -418,7 +418,6 @@ def _load(
     newest = snapshots[-1]
     chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
     averages = zero_averages(tuple(sigma_rels), tracked)
-    assert averages.tensors is not None
     for sigma_rel, high in zip(sigma_rels, averages.tensors.high, strict=True):
         _fill(high.views, chosen[sigma_rel], tracked)
     _fill(averages.copies, newest, tracked)

@@ -73,10 +73,9 @@ def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None)
     `model` owned chunks are DTensors.
     """
     averages = state.averages
-    if averages.tensors is None or not averages.exist:
+    if not averages.exist:
         averages = zero_averages(averages.sigma_rels, state.tracked)
     tensors = averages.tensors
-    assert tensors is not None
     means = {}
     highs = {}
     for profile, sigma_rel in enumerate(averages.sigma_rels):
@@ -153,7 +152,6 @@ def _unpacked_averages(
 ) -> Averages:
     averages = zero_averages(sigma_rels, tracked)
     tensors = averages.tensors
-    assert tensors is not None
     for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
         for sigma_rel, flat in zip(sigma_rels, profiles, strict=True):
             _fill(flat.views, state[kind][repr(sigma_rel)], tracked)
