@@ -114,7 +114,7 @@ def chunks_of(model: nn.Module, tracked: TrackedModel) -> dict[str, Tensor]:
         if tensor is not None:
             _, held = held_box(name, tensor)
             found = tuple(tensor.shape), held
-        if found != (tracked.complete_shape(name), box):
+        if found != (tracked.shapes[name], box):
             where = "spread over the processes in another way than when tracked"
             reason = f"is missing in the model, of another shape, or {where}"
             raise ModelMismatchError(f"tensor {name!r}", reason)

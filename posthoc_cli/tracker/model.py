@@ -33,7 +33,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Box, Chunk
+from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.tracker.processes import (
     Members,
     held_box,
@@ -68,11 +68,12 @@ class TrackedModel:
     """
 
     tensors: dict[str, TrackedTensor]
-    shapes: Mapping[str, Shape]  # of the parts that this process holds
+    shapes: Mapping[str, Shape]  # of the complete tensors
+    boxes: Mapping[str, Box]  # the elements that this process holds
     aliases: dict[str, str]  # further names of these tensors (tied parameters) -> the stored name
     left_out: tuple[str, ...]  # names in the model's state that are not tracked
     frozen: frozenset[str] = frozenset()  # those of parameters without gradients
-    chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
+    is_sharded: bool = False
     members: Members = field(default_factory=Members)  # the processes that track the model
     # of a sharded one: all averages' shapes
     everywhere: Mapping[str, Shape] = field(default_factory=dict)
@@ -81,30 +82,10 @@ class TrackedModel:
     def known_names(self) -> frozenset[str]:
         return frozenset(self.tensors.keys() | self.aliases.keys())
 
-    def complete_shape(self, name: str) -> Shape:
-        if name in self.chunks:
-            return self.chunks[name].shape
-        return self.shapes[name]
-
     @property
     def complete_shapes(self) -> Mapping[str, Shape]:
-        if self.everywhere:
-            return self.everywhere
-        return {name: self.complete_shape(name) for name in self.weights}
-
-    def box(self, name: str) -> Box:
-        shape = self.shapes[name]
-        if name in self.chunks:
-            return self.chunks[name].box(shape)
-        return Box.full(shape)
-
-    @cached_property
-    def boxes(self) -> dict[str, Box]:
-        """The elements that this process holds of each tensor of a sharded model; none of any other
-        model."""
-        if not self.members.is_chunked:
-            return {}
-        return {name: self.box(name) for name in self.tensors}
+        """The shapes of the weights of all processes."""
+        return self.everywhere or _only(self.shapes, {*self.weights})
 
     @property
     def weights(self) -> list[str]:
@@ -120,8 +101,7 @@ class TrackedModel:
         for number, (name, index) in enumerate(places(self.complete_shapes)):
             if name not in self.tensors:
                 continue
-            shape = self.complete_shape(name)
-            local = index_within(self.box(name), shape, index)
+            local = index_within(self.boxes[name], self.shapes[name], index)
             if local is not None:
                 own[number] = name, local
         return own
@@ -149,8 +129,8 @@ class TrackedModel:
             self,
             tensors=_only(self.tensors, names),
             shapes=_only(self.shapes, names),
+            boxes=_only(self.boxes, names),
             aliases=aliases,
-            chunks=_only(self.chunks, names),
             members=members,
         )
 
@@ -192,12 +172,11 @@ class TrackedModel:
             "statistic": "averaged as a running statistic",
             "copy": "copied",
         }[tensor.role]
-        shape = list(self.complete_shape(name))
+        shape = list(self.shapes[name])
         described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {shape}"
-        if self.members.is_chunked and name in self.chunks:
-            own = list(self.shapes[name])
-            offset = list(self.chunks[name].offset)
-            described += f", of which this process has {own} at {offset}"
+        if self.members.is_chunked:
+            box = self.boxes[name]
+            described += f", of which this process has {list(box.shape)} at {list(box.offset)}"
         return described
 
 
@@ -318,7 +297,9 @@ class _Collection:
         self._aliases = dict[str, str]()
         self._left_out = list[str]()
         self._first_names = dict[int, str]()
-        self._chunks = dict[str, Chunk]()
+        self._shapes = dict[str, Shape]()
+        self._boxes = dict[str, Box]()
+        self._is_sharded = False
 
     def add(self, entry: NamedTensor, also_frozen: bool) -> None:
         name = entry.name
@@ -332,9 +313,9 @@ class _Collection:
         if first_name != name:
             self._aliases[name] = first_name
             return
-        self._parts[name], box = held_box(name, tensor)
-        if is_sharded(tensor):
-            self._chunks[name] = Chunk(tuple(tensor.shape), box.offset)
+        self._parts[name], self._boxes[name] = held_box(name, tensor)
+        self._shapes[name] = tuple(tensor.shape)
+        self._is_sharded |= is_sharded(tensor)
         role = "copy" if is_copied else self._role(entry)
         dtype = stored_name(tensor.dtype, name)
         self._tracked[name] = TrackedTensor(role, dtype)
@@ -352,19 +333,25 @@ class _Collection:
         frozen = frozenset(filter(self._selection.names, self._left_out))
         averaged = dict[str, Tensor]()
         copied = dict[str, Tensor]()
-        shapes = {}
         roles = set()
         for name, part in self._parts.items():
             role = self._tracked[name].role
             kind = copied if role == "copy" else averaged
             kind[name] = part
-            shapes[name] = tuple(part.shape)
             roles.add(role)
         if "average" not in roles:
             raise _without_average(self._selection, frozen)
         tracked = {name: self._tracked[name] for name in chain(averaged, copied)}
         left_out = tuple(self._left_out)
-        known = TrackedModel(tracked, shapes, self._aliases, left_out, frozen, self._chunks)
+        known = TrackedModel(
+            tracked,
+            self._shapes,
+            self._boxes,
+            self._aliases,
+            left_out,
+            frozen,
+            self._is_sharded,
+        )
         return ModelTensors(averaged, copied, known)
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ from posthoc_cli.errors import (
     RankError,
     VanishedError,
 )
-from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
+from posthoc_cli.snapshots.tensorfile import Box, row_major
 from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
@@ -515,9 +515,9 @@ class ShardOwners(Members):
     """The processes that track one sharded model; each keeps the averages of the chunks that it
     owns.
 
-    All processes make this object, in the same order of trackers, with their part of each tensor
-    and, unless complete, its chunk. The owner of a chunk is the lowest rank that holds it
-    (`holders`, by name, ascending); a chunk without elements has none, unless its tensor has no
+    All processes make this object, in the same order of trackers, with the tensors of which they
+    hold a chunk. The owner of a chunk is the lowest rank that holds it (`holders`, by name,
+    ascending); a chunk without elements has none, unless its tensor has no
     elements. Stages of a pipeline have tensors of their own: `shapes` are the complete ones of the
     weights of all. A RankError names a process that has other `options`.
     """
@@ -527,10 +527,7 @@ class ShardOwners(Members):
     def __init__(
         self,
         model: nn.Module,
-        tensors: Mapping[str, Tensor],
-        chunks: Mapping[str, Chunk],
-        aliases: Iterable[str],
-        shapes: Mapping[str, tuple[int, ...]],
+        tracked: Any,  # a TrackedModel
         options: Mapping[str, str],
         run_id: str,
     ) -> None:
@@ -538,18 +535,18 @@ class ShardOwners(Members):
         self.rank = dist.get_rank()
         self.mesh = _largest_mesh(model)
         self._parts = 0  # of snapshots, that this process has written
-        self._device = next((tensor.device for tensor in tensors.values()), HOST)
+        self._device = next((parameter.device for parameter in model.parameters()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         role = "keeps" if self.rank == 0 else "counts"
         self._owners_meeting = Rendezvous("members", role, hint)
-        digests = _chunk_digests(tensors, chunks)
+        digests = _chunk_digests(tracked)
         own = _Presence(
             options=options,
             digests=[*digests.values()],
             run_id=run_id,
             session=time.time_ns(),
-            names=[*tensors, *aliases],
-            shapes=shapes,
+            names=tracked.known_names,
+            shapes=tracked.complete_shapes,
         )
         presences = self.keepers("a tracker of this model").from_all(own)
         _check_options(presences)
@@ -562,7 +559,7 @@ class ShardOwners(Members):
         self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)
         for rank, presence in enumerate(presences):
-            self.names |= frozenset(presence.names)
+            self.names |= presence.names
             self.shapes |= presence.shapes
             for digest in presence.digests:
                 holders[digest].append(rank)
@@ -632,21 +629,17 @@ class _Presence(NamedTuple):
     digests: Sequence[str]  # each identifies a chunk that the process holds, in all processes
     run_id: str
     session: int
-    names: Sequence[str]
+    names: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def _chunk_digests(
-    tensors: Mapping[str, Tensor],
-    chunks: Mapping[str, Chunk],
-) -> dict[str, str]:
-    """Return the digest of each chunk in this process that may have an owner."""
+def _chunk_digests(tracked: Any) -> dict[str, str]:
+    """Return the digest of each chunk of a TrackedModel in this process that may have an owner."""
     digests = {}
-    for name, tensor in tensors.items():
-        chunk = chunks.get(name)
-        if tensor.numel() or chunk is None or not math.prod(chunk.shape):
-            identity = name, chunk, tuple(tensor.shape)
-            digests[name] = _digest(repr(identity))
+    for name, box in tracked.boxes.items():
+        shape = tracked.shapes[name]
+        if box.size or not math.prod(shape):
+            digests[name] = _digest(repr((name, shape, box)))
     return digests
 
 

@@ -34,7 +34,7 @@ from posthoc_cli.planning import listed
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
-from posthoc_cli.snapshots.tensorfile import check_text, compact
+from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
 from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors
@@ -106,7 +106,7 @@ class Start:
                 step = 0
         _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.chunks or is_first_of_group(model):
+        if tensors.tracked.is_sharded or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
         if stored and step != 0:
             last = _until(_complete(stored, settings.sigma_rels), step, "resume")[-1]
@@ -308,7 +308,7 @@ def _with_members(
 ) -> Tracking:
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
     after a rendezvous."""
-    if not tensors.tracked.chunks:
+    if not tensors.tracked.is_sharded:
         members = Members(model, directory, tensors.tracked.shapes)
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
@@ -319,15 +319,7 @@ def _with_members(
     options["to resume"] = "nothing"
     if tracking.resumes:
         options["to resume"] = f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
-    owners = ShardOwners(
-        model,
-        tensors.averaged | tensors.copied,
-        tensors.tracked.chunks,
-        tensors.tracked.aliases,
-        tensors.tracked.complete_shapes,
-        options,
-        tracking.run_id,
-    )
+    owners = ShardOwners(model, tensors.tracked, options, tracking.run_id)
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked, owners.names)
     part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
@@ -392,7 +384,8 @@ def _until(
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
     shapes = {name: entry.shape for name, entry in last.entries.items()}
-    tracked = TrackedModel(last.tensors, shapes, last.aliases, last.left_out)
+    boxes = {name: Box.full(shape) for name, shape in shapes.items()}
+    tracked = TrackedModel(last.tensors, shapes, boxes, last.aliases, last.left_out)
     averages = Averages(tuple(sigma_rels))
     return Tracking(last.run_id, tracked, averages, _progress_at(last), resumes=True)
 
@@ -437,4 +430,4 @@ def _load(
 def _fill(tensors: Mapping[str, Tensor], snapshot: Snapshot, tracked: TrackedModel) -> None:
     with snapshot:
         for name, tensor in tensors.items():
-            tensor.copy_(snapshot.tensor(name, tracked.boxes.get(name)))
+            tensor.copy_(snapshot.tensor(name, tracked.boxes[name]))

@@ -145,8 +145,9 @@ def headers(
     tracked = state.tracked
     members = tracked.members
     chunks = {}
-    for name, box in tracked.boxes.items():
-        chunks[name] = Chunk(tracked.complete_shape(name), box.offset)
+    if members.is_chunked:
+        for name, box in tracked.boxes.items():
+            chunks[name] = Chunk(tracked.shapes[name], box.offset)
     sketch = encode_path(path)
     return [
         Snapshot(

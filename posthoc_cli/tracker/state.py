@@ -110,11 +110,11 @@ def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Avera
     """Return averages before the first update, in host memory."""
     averaged = {}
     for name, dtype in tracked.dtypes(copied=False).items():
-        averaged[name] = torch.empty(tracked.shapes[name], dtype=dtype, device="meta")
+        averaged[name] = torch.empty(tracked.boxes[name].shape, dtype=dtype, device="meta")
     tensors = AverageTensors(on_host(layout_of(averaged)), len(sigma_rels))
     copies = {}
     for name, dtype in tracked.dtypes(copied=True).items():
-        copies[name] = torch.zeros(tracked.shapes[name], dtype=dtype)
+        copies[name] = torch.zeros(tracked.boxes[name].shape, dtype=dtype)
     return Averages(sigma_rels, tensors=tensors, copies=copies)
 
 
@@ -214,7 +214,7 @@ def _own_part(
     """Return the part of a tensor of a state that this process owns, after checking it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
-    shape = list(tracked.complete_shape(name))
+    shape = list(tracked.shapes[name])
     stored_shape = list(stored.shape)
     if stored.dtype != dtype or stored_shape != shape:
         hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
@@ -223,7 +223,7 @@ def _own_part(
         reason = f"is {stored.dtype} of shape {stored_shape} in the state"
         raise ModelMismatchError(subject, f"{reason}, not {dtype} of shape {shape}", hint)
     tensor, held = held_box(name, stored)
-    own = tracked.box(name)
+    own = tracked.boxes[name]
     if held.intersection(own) != own:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"
