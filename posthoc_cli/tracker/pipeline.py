@@ -19,7 +19,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -626,9 +626,8 @@ def wait_for_writers(directory: Path) -> None:
     released it.
     """
     for pipeline in list(_writers):
-        with suppress(OSError):
-            if pipeline.directory.samefile(directory):
-                pipeline.flush()
+        if pipeline.directory == directory.resolve():
+            pipeline.flush()
     log_kept_messages()
 
 

@@ -317,13 +317,8 @@ class PostHocEMA:
     def tracks(self, model: nn.Module) -> bool:
         """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates
         from."""
-        own = None
-        if self.step and not self._pipeline.tracking.resumes:
-            own = self._tracked_model()
-        if own is None:
-            return False
-        parameters = [*map(id, check_model(model).parameters())]
-        return parameters == [*map(id, own.parameters())]
+        has_taken = self.step > 0 and not self._pipeline.tracking.resumes
+        return has_taken and self._tracked_model() is unwrapped(check_model(model))
 
     # --- tracking
 
@@ -1188,11 +1183,7 @@ _all: WeakSet[PostHocEMA] = WeakSet()
 def _end_earlier(directory: Path, model: nn.Module | None = None) -> None:
     """Close the trackers of a directory in this process that count steps, or those of a model."""
     for tracker in [*_all]:
-        is_same = tracker.checkpoint_dir == directory or (
-            tracker.checkpoint_dir.exists()
-            and directory.exists()
-            and tracker.checkpoint_dir.samefile(directory)
-        )
+        is_same = tracker.checkpoint_dir == directory.resolve()
         if tracker.closed or not is_same or not tracker._counts(model):
             continue
         log.warning(

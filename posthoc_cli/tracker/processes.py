@@ -335,17 +335,9 @@ class Rendezvous:
         self._check_in_time()
         self._calls += 1
         prefix = f"call/{self._calls}"
-        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
-        try:
-            self._wait_for_all(prefix)
-        except BaseException as error:
-            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
-            raise
-        first = self._ranks[0]
-        for rank, role in self._roles().items():
-            if role == "keeps":
-                first = rank
-                break
+        self._wait_for_calls(prefix, call)
+        keepers = [rank for rank, role in self._roles().items() if role == "keeps"]
+        first = next(iter(keepers), self._ranks[0])
         calls = {rank: self._value(prefix, rank) for rank in self._ranks}
         for rank, other in calls.items():
             if other.startswith("left"):
@@ -355,6 +347,19 @@ class Rendezvous:
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
         others = [rank for rank in self._ranks if rank != first]
         return Group(self._rank, (first, *others), device, self._processes)
+
+    def _wait_for_calls(self, prefix: str, call: str) -> None:
+        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
+        try:
+            absent = self._wait(
+                lambda: self._is_set(prefix) and self._is_set("made"), prefix, LIMIT, WARNING
+            )
+            if absent:
+                reason = f"did not make this call within {LIMIT:.0f} s"
+                raise RankError(absent, reason, self._hint)
+        except BaseException as error:
+            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
+            raise
 
     @cached_property
     def _processes(self) -> Any:
@@ -379,44 +384,38 @@ class Rendezvous:
     def _wait_for_trackers(self, are_enough: Callable[[], bool]) -> None:
         """Wait for trackers of other processes: until there are enough, all have made theirs, or
         `GRACE` seconds are over since this one was made."""
-        until = self._begin + GRACE
-        warn_at = time.monotonic() + 1.0
-        while not (are_enough() or self._all_have_made_theirs()):
-            now = time.monotonic()
-            if now > until:
-                return
-            if now > warn_at:
-                log.warning(
-                    "waiting for trackers of other processes, %.0f s at most: %s",
-                    until - now,
-                    self._hint,
-                )
-                warn_at = until
-            time.sleep(0.02)
+        left = self._begin + GRACE - time.monotonic()
+        self._wait(lambda: are_enough() or self._all_have_made_theirs(), "made", left, 1.0)
+
+    def _wait(
+        self,
+        is_over: Callable[[], bool],
+        prefix: str,
+        seconds: float,
+        patience: float,
+    ) -> str:
+        """Wait, and after `patience` warn; return "" or, after these seconds, the names of the
+        processes that lack a key."""
+        began = time.monotonic()
+        pause = 0.001
+        while not is_over():
+            passed = time.monotonic() - began
+            if passed > min(patience, seconds):
+                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
+                absent = " and ".join(f"rank {rank}" for rank in late)
+                if passed > seconds:
+                    return absent
+                log.warning("waiting for %s, at most %.0f s: %s", absent, seconds, self._hint)
+                patience = seconds
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+        return ""
 
     def _check_in_time(self) -> None:
         if self.store.check(["alone"]):
             other = self.store.get("alone").decode()
             reason = "evaluates alone: it found no other tracker of this directory"
             raise RankError(f"rank {other}", reason, self._hint)
-
-    def _wait_for_all(self, prefix: str) -> None:
-        began = time.monotonic()
-        pause = 0.001
-        warned = False
-        while not (self._is_set(prefix) and self._is_set("made")):
-            limit = LIMIT if warned else WARNING
-            if time.monotonic() - began > limit:
-                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
-                absent = " and ".join(f"rank {rank}" for rank in late)
-                if warned:
-                    raise RankError(
-                        absent, f"did not make this call within {LIMIT:.0f} s", self._hint
-                    )
-                log.warning("waiting for %s: %s", absent, self._hint)
-                warned = True
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
 
     def _all_have_made_theirs(self) -> bool:
         """Return whether each process has made this tracker, or as many as this one, of other
