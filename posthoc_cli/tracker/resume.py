@@ -13,7 +13,7 @@ import os
 import secrets
 from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Start:
     """Where a tracker starts: at a given call, or the newest one at which the network had the
     weights that the model has when its tracker is made, or when its `load_state_dict` was called
@@ -54,33 +55,25 @@ class Start:
     network's at a given call, or in a loaded state; empty if unknown.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: Settings,
-        step: int | None,
-        stored: Sequence[Snapshot],
-        tracking: Tracking,
-        model: nn.Module | None,
-        tensors: ModelTensors | None,
-    ) -> None:
+    directory: Path
+    settings: Settings
+    step: int | None
+    stored: Sequence[Snapshot]
+    tracking: Tracking
+    sample: dict[int, float] | None = None
+    recorded: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    # of the last call that an earlier tracker of this model in this process has counted
+    counted: TrainingProgress | None = None
+    _progress: TrainingProgress | None = None  # where the snapshots do not say it
+
+    def __post_init__(self) -> None:
         # A link, such as one to the newest run, may lead elsewhere later. The path of another
-        # machine's process may be another one, so that processes compare the given ones.
-        self.directory = directory.resolve()
-        self.settings = settings
-        self.step = step
-        self.tracking = tracking
-        if model is not None and tensors is not None:
-            self.tracking = _with_members(tracking, model, tensors, settings, directory)
-        self.sample: dict[int, float] | None = None
-        self.recorded: Floats = np.empty(0, np.float32)
-        # of the last call that an earlier tracker of this model in this process has counted
-        self.counted: TrainingProgress | None = None
-        self.is_given = step is not None
-        self._stored = _complete(stored, settings.sigma_rels)
-        self._progress: TrainingProgress | None = None  # where the snapshots do not say it
-        if step:
-            self.recorded = recorded_weights(self._stored).get(step, self.recorded)
+        # machine's process may be another one, so that processes have compared the given ones.
+        self.directory = self.directory.resolve()
+        self.is_given = self.step is not None
+        self.stored = _complete(self.stored, self.settings.sigma_rels)
+        if self.step:
+            self.recorded = recorded_weights(self.stored).get(self.step, self.recorded)
 
     @classmethod
     def of_model(
@@ -115,7 +108,8 @@ class Start:
             run_id = stored[-1].run_id if stored else secrets.token_hex(16)
             none = Averages(settings.sigma_rels)
             tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
-        return cls(directory, settings, step if stored else None, stored, tracking, model, tensors)
+        tracking = _with_members(tracking, model, tensors, settings, directory)
+        return cls(directory, settings, step if stored else None, stored, tracking)
 
     @classmethod
     def of_run(cls, directory: Path, model: nn.Module | None, step: int | None) -> Start:
@@ -126,10 +120,11 @@ class Start:
         selection = (newest.selection or Selection()).resumed(newest.roles)
         settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
-        # By the names in the snapshots: a model that is only to be filled may be frozen.
-        names = tracking.tracked.known_names
-        tensors = None if model is None else collect_tensors(model, selection, names)
-        return cls(directory, settings, step, stored, tracking, model, tensors)
+        if model is not None:
+            # By the names in the snapshots: a model that is only to be filled may be frozen.
+            tensors = collect_tensors(model, selection, tracking.tracked.known_names)
+            tracking = _with_members(tracking, model, tensors, settings, directory)
+        return cls(directory, settings, step, stored, tracking)
 
     def choose(self, now: Tracking, group: Group, writes: bool, is_first_call: bool) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all
@@ -139,7 +134,7 @@ class Start:
         """
         values = sample_of_all(group, self.sample or {})
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
-        stored = self._stored
+        stored = self.stored
         if writes:
             stored = _complete(find_snapshots(self.directory), self.settings.sigma_rels)
         weights = recorded_weights(stored) if stored else {}
