@@ -31,7 +31,6 @@ from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.processes import (
     Group,
     ShardOwners,
-    as_dtensor,
     held_box,
     held_part,
     reshard,
@@ -220,18 +219,3 @@ def read_chunks(
         return make_weights(own)
 
     return group.together(make)
-
-
-def as_dtensors(chunks: Weights, model: nn.Module) -> Weights:
-    """Return the weights with DTensors on the host in place of chunks, sharded like the model's
-    parameters."""
-    weights = Weights()
-    weights.predicted_error = chunks.predicted_error
-    weights.profile_error = chunks.profile_error
-    converted: dict[int, Tensor] = {}  # by the chunk, which tied names share
-    for name, _, tensor, *_ in named_tensors(model):
-        if (chunk := chunks.get(name)) is not None:
-            if id(chunk) not in converted:
-                converted[id(chunk)] = as_dtensor(chunk, tensor)
-            weights[name] = converted[id(chunk)]
-    return weights

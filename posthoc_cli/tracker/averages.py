@@ -217,9 +217,9 @@ class Averages:
         copies: Mapping[str, Tensor],
         t: float,
         step: int,
-        pool: ThreadPool = SINGLE_THREAD,
-        sampled: Elements | None = None,
-        sketcher: Sketcher | None = None,
+        pool: ThreadPool,
+        sampled: Elements,
+        sketcher: Sketcher | None,
     ) -> str | None:
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values -
         averages).
@@ -370,9 +370,9 @@ class _Update:
         averages: Averages,
         values: Reader,
         shares: Shares,
-        sampled: Elements | None,
+        sampled: Elements,
     ) -> None:
-        self.sample = None if sampled is None else sampled.buffers()
+        self.sample = sampled.buffers()
         self._sampled = sampled
         self._averages = averages
         self._tensors = averages.tensors
@@ -424,8 +424,7 @@ class _Update:
         self._interpolate(tile, value, weights)
 
     def _take(self, tile: Tile, value: Tensor, thread: int) -> None:
-        if self._sampled is not None and self.sample is not None:
-            self._sampled.take(tile, value, self.sample)
+        self._sampled.take(tile, value, self.sample)
         if self._sketcher is not None and not self._before.shared:
             self._sketcher.take(tile, value)
         if self._shares.folds:

@@ -36,6 +36,7 @@ from posthoc_cli.snapshots.sources import TrackedTensor
 from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.tracker.processes import (
     Members,
+    as_dtensor,
     held_box,
     is_sharded,
     local_tensors,
@@ -417,6 +418,19 @@ def _check_class(name: str, tensor: Tensor) -> None:
         reason = f"is a {type(tensor.data).__name__}, whose values torch cannot read"
         hint = f"leave it out with exclude={name!r}"
         raise InvalidValueError("tensor", reason, hint, value=repr(name)) from error
+
+
+def into_dtensors(chunks: dict[str, Tensor], model: nn.Module) -> None:
+    """Replace the chunks of a sharded model by DTensors in host memory, which are sharded like its
+    tensors of these names; tied names share one."""
+    reshard(model)
+    converted = dict[int, Tensor]()  # by the chunk
+    for name, _, tensor, *_ in named_tensors(model):
+        if name in chunks:
+            chunk = chunks[name]
+            if id(chunk) not in converted:
+                converted[id(chunk)] = as_dtensor(chunk, tensor)
+            chunks[name] = converted[id(chunk)]
 
 
 def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:

@@ -68,6 +68,7 @@ from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
     collect_tensors,
+    into_dtensors,
     is_swapped,
     unwrapped,
 )
@@ -606,7 +607,9 @@ class PostHocEMA:
             return self._own_state()
         model = self._chunked_model()
         _, weights = self._average("state_dict", model, sigma_rel, asked)
-        return weights if model is None else averaged.as_dtensors(weights, model)
+        if model is not None:
+            into_dtensors(weights, model)
+        return weights
 
     @not_compiled
     def load_into(
@@ -1081,11 +1084,8 @@ class PostHocEMA:
             raise NotReadyError(reason, hint)
         live = self._live()
         now = live[0].t if live else math.inf
-        profiles = {source.sigma_rel for source in live}
         sources: list[Source] = [*live]
-        for snapshot in self._stored():
-            if snapshot.t < now or (snapshot.t == now and snapshot.sigma_rel not in profiles):
-                sources.append(snapshot)
+        sources += [snapshot for snapshot in self._stored() if snapshot.t < now]
         if not sources:
             raise NotReadyError(
                 "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"

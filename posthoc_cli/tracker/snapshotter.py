@@ -51,7 +51,7 @@ from posthoc_cli.snapshots.tensorfile import (
     tensor_bytes,
 )
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.background import ThreadPool
 from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Subset, Values, joined, measured_as
 from posthoc_cli.tracker.memory import (
@@ -253,7 +253,7 @@ class Snapshotter:
     def is_behind(self, tracking: Tracking) -> bool:
         """Return whether the averages are not stored."""
         t = tracking.averages.standing.t
-        return t > 0 and not all(self._has(t, one) for one in self._settings.sigma_rels)
+        return not all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
 
     def record(
         self,
@@ -531,7 +531,7 @@ class StagedAverage:
 def stage(
     storage: Storage,
     averages: Averages,
-    pool: ThreadPool = SINGLE_THREAD,
+    pool: ThreadPool,
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
@@ -604,7 +604,7 @@ def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
 def measured_now(
     subset: Subset,
     averages: Averages,
-    pool: ThreadPool = SINGLE_THREAD,
+    pool: ThreadPool,
 ) -> list[Measurements | None]:
     """Return the measurements of the averages as they are now, not rounded."""
     buffers = [subset.buffers() for _ in averages.sigma_rels]

@@ -23,8 +23,8 @@ from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converte
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.memory import layout_of, on_host
-from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
-from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
+from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
+from posthoc_cli.tracker.processes import held_box
 
 STATE_VERSION = 7
 
@@ -79,31 +79,22 @@ def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None)
     means = {}
     highs = {}
     for profile, sigma_rel in enumerate(averages.sigma_rels):
-        views = {
+        means[repr(sigma_rel)] = {
             name: tensors.mean_view(profile, name, averages.standing.shared)
             for name in tensors.places
         }
-        means[repr(sigma_rel)] = _packed(views, model)
-        highs[repr(sigma_rel)] = _packed(tensors.high[profile].views, model)
+        highs[repr(sigma_rel)] = dict(tensors.high[profile].views)
     copies = {name: value.clone() for name, value in averages.copies.items()}
+    if model is not None:
+        for chunks in (*means.values(), *highs.values(), copies):
+            into_dtensors(chunks, model)
     return {
         "version": STATE_VERSION,
         **json.loads(json.dumps(asdict(info))),  # tuples become lists; numbers stay exact
         "mean": means,
         "high": highs,
-        "copies": _packed(copies, model),
+        "copies": copies,
     }
-
-
-def _packed(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
-    """Return tensors, those of a sharded model as DTensors."""
-    packed = dict(tensors)
-    if model is not None:
-        reshard(model)
-        for name, _, tensor, *_ in named_tensors(model):
-            if name in tensors:
-                packed[name] = as_dtensor(tensors[name], tensor)
-    return packed
 
 
 def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
