@@ -140,23 +140,11 @@ class PostHocEMA:
         bare: Any = unwrapped(model)
         self._model = weakref.ref(bare)
         if self._start.tracking.resumes:
-            self._look_for_start(model)
+            self._start.counted = self._counted_before(model)
+            self._choose_start(model, is_first_call=False)
         hooks: Any = bare._load_state_dict_post_hooks
         if not any(isinstance(hook, _RestoredHook) for hook in hooks.values()):
             bare.register_load_state_dict_post_hook(_RestoredHook())
-
-    def _look_for_start(self, model: nn.Module) -> None:
-        """Note the model's values now, and choose the call to resume from."""
-        self._start.counted = self._counted_before(model)
-        try:
-            self._start.sample = self._watch.sample(model, self._start.tracking.tracked)
-        except ModelMismatchError as error:
-            hint = (
-                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
-                f"directory"
-            )
-            raise error if error.hint else error.with_hint(hint) from None
-        self._choose_start(model, is_first_call=False)
 
     @classmethod
     def from_model(
@@ -871,20 +859,30 @@ class PostHocEMA:
         return last.progress
 
     def _choose_start(self, model: nn.Module, is_first_call: bool) -> None:
-        """Resume from the newest time at which the network had the model's weights, see
-        `Start.choose`."""
+        """Note the model's values, and resume from the newest time at which the network had them,
+        see `Start.choose`."""
         start = self._start
         now = self._pipeline.tracking
-        if start.is_given:
-            return
         group = self._members.keepers("update_" if is_first_call else "this tracker")
         if start.sample is None:
-            start.sample = group.together(lambda: self._watch.sample(model, now.tracked))
+            start.sample = group.together(lambda: self._first_sample(model))
+        if start.is_given:
+            return
         if is_first_call:
             wait_for_writers(self.checkpoint_dir)
         chosen = start.choose(now, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
+
+    def _first_sample(self, model: nn.Module) -> dict[int, float]:
+        try:
+            return self._watch.sample(model, self._pipeline.tracking.tracked)
+        except ModelMismatchError as error:
+            hint = (
+                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
+                f"directory"
+            )
+            raise error if error.hint else error.with_hint(hint) from None
 
     def _note_other_network(self, model: nn.Module) -> None:
         """Warn if the model is not the network of the loaded state or of the given step."""
