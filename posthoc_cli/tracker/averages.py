@@ -258,7 +258,7 @@ class Averages:
         if not was_shared:
             sketcher.end_value(self.gammas, now.t, now.step, now.shared)
         elif folds:
-            sketcher.end_window(now.t, now.step)
+            sketcher.end(now.t, now.step, 1.0, ends=True)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
         """Return the norms up to which tiles need no check; none if all values are to be checked

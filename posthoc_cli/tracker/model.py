@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -28,7 +26,6 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
-    NotReadyError,
 )
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
@@ -205,61 +202,6 @@ def check_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
-
-
-class Block:
-    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
-    that hold them; `undo` refers to all of these objects, so that no id is reused."""
-
-    def __init__(self, held: frozenset[int]) -> None:
-        self.held = held
-        self.undo = ExitStack()  # calls all callbacks even if one fails
-        self._thread = get_ident()
-
-    def enter(self) -> None:
-        """Begin the block; refuse it while another thread has a block of the same tensors.
-
-        That block would take the averages of this one for the raw weights.
-        """
-        swapped.append(self)
-        self.undo.callback(swapped.remove, self)
-        for other in swapped[: swapped.index(self)]:
-            if other.held & self.held and other._thread != self._thread:
-                reason = "another thread evaluates averaged weights of this model"
-                hint = "evaluate one average after the other, or another copy of the model"
-                raise NotReadyError("model", reason, hint)
-
-    def leave(self) -> None:
-        """Undo the block, unless one around it has undone both.
-
-        A later block of the same thread that is still open is undone first, and is an error: it
-        would restore this block's averages as raw weights.
-        """
-        if self not in swapped:
-            return
-        within = []
-        for other in swapped[swapped.index(self) + 1 :]:
-            if other.held & self.held and other._thread == self._thread:
-                within.append(other)
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            for block in (self, *within):
-                stack.callback(block.undo.close)
-        if within:
-            reason = "a block was left before one that was entered within it; both are undone"
-            raise NotReadyError("model", reason, "leave blocks in reverse order")
-
-
-swapped: list[Block] = []
-"""The open blocks of this process."""
-
-
-def is_swapped(model: nn.Module) -> bool:
-    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
-    if not swapped:
-        return False
-    objects = chain(model.modules(), model.parameters(), model.buffers())
-    ids = frozenset(map(id, objects))
-    return any(ids & block.held for block in [*swapped])
 
 
 # --- the selection of a model's tensors ---

@@ -460,9 +460,9 @@ class Storage:
     @property
     def entries(self) -> dict[str, Entry]:
         entries = {}
-        for name, (bucket, place) in self.places.items():
-            dtype = self.stored[bucket].dtype
-            entries[name] = Entry(stored_name(dtype, name), place.shape)
+        for name, (_, place) in self.places.items():
+            dtype = stored_name(self.dtype(name), name)
+            entries[name] = Entry(dtype, place.shape)
         return entries
 
     def allocate(self, profiles: int) -> None:
