@@ -214,7 +214,7 @@ def collect_tensors(
 ) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
-    reshard(check_model(model))
+    reshard(model)
     entries = named_tensors(model)
     collection = _Collection(entries, selection)
     for entry in entries:
@@ -321,9 +321,8 @@ def _check(entry: NamedTensor) -> None:
     tensor = entry.tensor
     value = repr(name)
     if name == "__metadata__":
-        kind = "parameter" if entry.is_parameter else "buffer"
         hint = f"rename it in the model, or leave it out with exclude={value}"
-        raise InvalidValueError(kind, "safetensors files reserve this name", hint, value=value)
+        raise InvalidValueError("tensor", "safetensors files reserve this name", hint, value=value)
     if torch.nn.parameter.is_lazy(tensor):
         hint = "run a batch through the model first"
         raise InvalidValueError("tensor", "has no shape yet", hint, value=value)
