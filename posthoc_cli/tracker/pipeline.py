@@ -2,7 +2,7 @@
 snapshots.
 
 From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the
-host, in a copy there (`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from
+host, in a copy there (`ModelCopier`); in the mean of the last values (`AverageTensors.mean`); from
 the next fold on in each profile's average (`AverageTensors.high`); in the storage dtype on the host
 (`StagedAverage`); and in the file (`TensorFileWriter`). Each step works tile by tile, see `memory`,
 and selects the elements for measurements, for the sample of the weights and for the sketch of their
@@ -252,14 +252,15 @@ class Pipeline:
         # On an accelerator the training's own stream copies. On the CPU torch's threads would wait
         # for each other.
         pool = self._pool_for(values.layout)
+        copier = self._copier
         if pool is SINGLE_THREAD:
-            copy = self._copier.copy(values)
+            copier.copy(values)
         else:
-            copy = self._updates.call(lambda: self._copier.copy(values, pool))
+            self._updates.call(lambda: copier.copy(values, pool))
 
         def take_in() -> str | None:
             self._streams.last_events = events
-            return self._take_in(copy.arrived(), copies, progress)
+            return self._take_in(copier.arrived(), copies, progress)
 
         self._updates.submit(lambda: self._update(take_in, progress))
 

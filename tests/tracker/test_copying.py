@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import host_copy, memory
-from posthoc_cli.tracker.host_copy import ModelCopier, ModelCopy
+from posthoc_cli.tracker.host_copy import ModelCopier
 from posthoc_cli.tracker.memory import Reader
 
 
@@ -194,8 +194,8 @@ def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     return Reader(tuple(layout), values, threads=0)
 
 
-def check_values(copy: ModelCopy, number: int) -> None:
-    values = copy.arrived()
+def check_values(stager: ModelCopier, number: int) -> None:
+    values = stager.arrived()
     for tile in values.tiles:
         assert (values.values(tile) == number).all()
 
@@ -207,14 +207,14 @@ def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: Simul
     for number in range(1, 8):
         for tensor in values.values():
             device.training.add(partial(tensor.fill_, number))
-        staged = stager.copy(on_devices(values))
+        stager.copy(on_devices(values))
         device.some()
         for tensor in values.values():
             device.training.add(partial(tensor.fill_, -number))
         device.some()
-        check_values(staged, number)
+        check_values(stager, number)
         copied = set[str]()
-        for bucket in staged.memory.layout:
+        for bucket in stager.memory.layout:
             copied |= bucket.places.keys()
         assert copied == values.keys()
 
@@ -223,7 +223,7 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
     """A buffer holds all of a copy, or two tiles a device."""
     values = tensors()
     stager = ModelCopier()
-    first = stager.copy(on_devices(values))
+    stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
     # Both streams are recorded, so that a freed buffer is not reused by the training before the
@@ -237,7 +237,7 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
         assert len(buffers) == 4
         assert stager.nbytes <= host + 4 * 4 * 8  # bytes of a slab
         assert device.training.work
-    first.arrived()
+    stager.arrived()
     device.training.finish()
     assert not device.training.work
     stager.copy(on_devices(values))
@@ -272,7 +272,7 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            staged = stager.copy(reader)
+            stager.copy(reader)
             for tensor in averaged.values():
                 tensor.fill_(-number)
-            check_values(staged, number)
+            check_values(stager, number)
