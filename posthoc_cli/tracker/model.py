@@ -104,12 +104,6 @@ class TrackedModel:
                 own[number] = name, local
         return own
 
-    @property
-    def leads(self) -> bool:
-        """Whether this process contributes the values that concern the complete averages, not a
-        part of them."""
-        return self.members.part is None or self.members.part[0] == 1
-
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged
         ones."""

@@ -170,7 +170,7 @@ class Start:
             raise DirectoryError(self.directory, reason, "begin anew by resume=0")
         chosen = _until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
-        if now.tracked.leads and _are_rounded(stored[-1]):
+        if now.tracked.members.rank == 0 and _are_rounded(stored[-1]):
             log.warning(
                 "%s: the averages continue from step %d, rounded as its snapshots are, which "
                 "predicted errors do not contain; a state, ema.state_dict(), is exact",
