@@ -246,14 +246,19 @@ class Snapshotter:
                 own.append(snapshot)
             else:
                 others.append(snapshot)
-        if self._leads and others:
-            _note_moved(set_aside(others), t)
+        if self._leads and (moved := set_aside(others)):
+            log.warning(
+                "training continues from t = %.12g: %d snapshots, later, of another attempt or of "
+                "a dropped profile, moved to %s",
+                t,
+                len(moved),
+                moved[0].parent,
+            )
         self._stored = own
 
     def is_behind(self, tracking: Tracking) -> bool:
         """Return whether the averages are not stored."""
-        t = tracking.averages.standing.t
-        return not all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
+        return not self._has(tracking.averages.standing.t)
 
     def record(
         self,
@@ -266,15 +271,12 @@ class Snapshotter:
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        due = []
-        for info, average in zip(infos, staged, strict=True):
-            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule):
-                due.append((info, average))
-        if not due:
+        first = infos[0]
+        if self._has(first.t, scheduled=not first.off_schedule):
             return
         try:
-            self._check_directory(infos[0])
-            self._members.check_part(infos[0].step, infos[0].t)
+            self._check_directory(first)
+            self._members.check_part(first.step, first.t)
             for average in staged:
                 if average.nonfinite is not None:
                     subject = f"average of {average.nonfinite!r}"
@@ -283,7 +285,9 @@ class Snapshotter:
             for name, copy in copies.items():
                 if copy.is_floating_point() and bool(copy.isnan().any()):
                     log.warning("tensor %r holds nan, and is copied unchanged", name)
-            self.nbytes = sum(self._write(*average, copies) for average in due)
+            self.nbytes = 0
+            for info, average in zip(infos, staged, strict=True):
+                self.nbytes += self._write(info, average, copies)
             self.times_written += 1
             self._thin()
         except PostHocError as error:
@@ -351,16 +355,14 @@ class Snapshotter:
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
-    def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
-        """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
-        for snapshot in reversed(self._stored):
-            if snapshot.t < t:
-                break
-            if (snapshot.t, snapshot.sigma_rel) != (t, sigma_rel):
-                continue
-            if not (scheduled and snapshot.off_schedule):
-                return True
-        return False
+    def _has(self, t: float, scheduled: bool = False) -> bool:
+        """Return whether each profile has a snapshot of a time, or with `scheduled` one on the
+        schedule."""
+        profiles = set()
+        for snapshot in self._stored:
+            if snapshot.t == t and not (scheduled and snapshot.off_schedule):
+                profiles.add(snapshot.sigma_rel)
+        return profiles.issuperset(self._settings.sigma_rels)
 
 
 def _clean(directory: Path) -> None:
@@ -387,21 +389,6 @@ def _is_of_earlier_session(path: Path, session: int) -> bool:
         return decode_snapshot(read_file(path)).session < session
     except FileFormatError:
         return False
-
-
-def _note_moved(moved: Sequence[Path], t: float) -> None:
-    what = "1 snapshot" if len(moved) == 1 else f"{len(moved):,} snapshots"
-    names = ", ".join(path.name for path in moved[:2])
-    if len(moved) > 2:
-        names += f" and {len(moved) - 2:,} more"
-    log.warning(
-        "training continues from t = %.12g: %s, later, of another attempt or of a dropped "
-        "profile, moved to %s: %s",
-        t,
-        what,
-        moved[0].parent,
-        names,
-    )
 
 
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
