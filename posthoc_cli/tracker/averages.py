@@ -461,7 +461,13 @@ class _Update:
                 _add_dithered(high, change, digit, mass, dither)
 
 
-def _add_dithered(high: Tensor, change: Tensor, digit: Tensor, mass: float, dither: float) -> None:
+def _add_dithered(
+    high: Tensor,
+    change: Tensor,
+    digit: Tensor,
+    mass: float,
+    dither: float,
+) -> None:
     """Add a share of the change, and of the last digit of each element that changes; `change` and
     `digit` are overwritten."""
     # The last digit away from 0, or towards it: towards it that of a power of two is half as large.

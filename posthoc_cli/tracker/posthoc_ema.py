@@ -334,7 +334,12 @@ class PostHocEMA:
             )
         self._count(check_model(model), t)
 
-    def _count(self, model: nn.Module, t: float | None, found_inf: Tensor | None = None) -> None:
+    def _count(
+        self,
+        model: nn.Module,
+        t: float | None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Count a training step, unless `found_inf` says that a GradScaler has skipped it."""
         _check_raw(model, "update_")
         if _is_capturing():
@@ -530,10 +535,12 @@ class PostHocEMA:
         def find_refusals() -> dict[str, str]:
             if not self.has_average:
                 return {}
-            sources: Sequence[Source] = []
+            sources: Sequence[Source]
             if self._members.is_chunked:
                 sources = self._live() or self._stored()
-            _, reasons = averaged.plan_possible(sources or self._sources(), wanted)
+            else:
+                sources = self._sources()
+            _, reasons = averaged.plan_possible(sources, wanted)
             return reasons
 
         refusals = group.from_first(find_refusals)

@@ -126,7 +126,13 @@ class Start:
             tracking = _with_members(tracking, model, tensors, settings, directory)
         return cls(directory, settings, step, stored, tracking)
 
-    def choose(self, now: Tracking, group: Group, writes: bool, is_first_call: bool) -> Tracking:
+    def choose(
+        self,
+        now: Tracking,
+        group: Group,
+        writes: bool,
+        is_first_call: bool,
+    ) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all
         processes alike.
 

@@ -64,7 +64,11 @@ class StateInfo:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None) -> dict[str, Any]:
+def pack_state(
+    state: Tracking,
+    info: StateInfo,
+    model: nn.Module | None,
+) -> dict[str, Any]:
     """Return the state as a dict of tensors, numbers, strings and lists;
     `torch.load(weights_only=True)` reads it.
 
