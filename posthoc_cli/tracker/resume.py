@@ -30,7 +30,6 @@ from posthoc_cli.errors import (
     check_count,
     shown,
 )
-from posthoc_cli.planning import listed
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
@@ -169,11 +168,6 @@ class Start:
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
         stored = _complete(read_directory(self.directory), self.settings.sigma_rels)
-        if not stored:
-            reason = (
-                f"has no time with snapshots of all of sigma_rel {listed(now.averages.sigma_rels)}"
-            )
-            raise DirectoryError(self.directory, reason, "begin anew by resume=0")
         chosen = _until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
         if now.tracked.members.rank == 0 and _are_rounded(stored[-1]):
@@ -371,7 +365,8 @@ def _until(
         return snapshots
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step is None:
-        raise InvalidValueError(argument, "no call of update_ has snapshots of all profiles")
+        reason = "no call of update_ has snapshots of all profiles"
+        raise InvalidValueError(argument, reason, "begin anew by resume=0")
     step = check_count(argument, step)
     if step not in steps:
         numbers = [f"{number:,}" for number in steps[-20:]]
