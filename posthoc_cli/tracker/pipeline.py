@@ -627,7 +627,7 @@ def wait_for_writers(directory: Path) -> None:
     released it.
     """
     for pipeline in list(_writers):
-        if pipeline.directory == directory.resolve():
+        if str(pipeline.directory) == os.path.realpath(directory):  # resolves a loop of links, too
             pipeline.flush()
     log_kept_messages()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -1187,7 +1188,7 @@ _all: WeakSet[PostHocEMA] = WeakSet()
 def _end_earlier(directory: Path, model: nn.Module | None = None) -> None:
     """Close the trackers of a directory in this process that count steps, or those of a model."""
     for tracker in [*_all]:
-        is_same = tracker.checkpoint_dir == directory.resolve()
+        is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)
         if tracker.closed or not is_same or not tracker._counts(model):
             continue
         log.warning(
