@@ -387,32 +387,37 @@ class Pipeline:
     def take_error(self) -> Exception | None:
         return self._updates.take_error() or self._writes.take_error()
 
-    @contextmanager
-    def as_writer(self, run_id: str) -> Iterator[Snapshotter]:
-        """Be the directory's writer in the block and afterwards; if the block fails, only if it was
-        before."""
+    def begin(self, run_id: str, read: Callable[[], Tracking | None]) -> Tracking | None:
+        """Become the directory's writer, unless this is it, and continue from the state of `read`;
+        a failure leaves all as it was."""
         before = self.snapshotter
-        with ExitStack() as undo:
+        try:
+            snapshotter = before or self._new_writer()
+            snapshotter.check_run(run_id)
+            loaded = read()
+            if loaded is not None:
+                snapshotter.continue_from(loaded)
+        except BaseException:
             if before is None:
-                # a forgotten tracker may still be writing its last snapshot
-                wait_for_writers(self.directory)
-                undo.callback(setattr, self, "snapshotter", None)
-                undo.callback(self.release)
-                _writers.add(self)
-                # A child that multiprocessing has forked ends without the functions of atexit.
-                if multiprocessing.parent_process() is not None:
-                    multiprocessing.util.Finalize(None, finish, exitpriority=0)
-                try:
-                    self.snapshotter = Snapshotter(
-                        self.directory, self._settings, self.tracking.tracked.members
-                    )
-                # a WriteError of `update_` would mean that the call has done its work
-                except WriteError as error:
-                    raise DirectoryError(error.subject, error.reason, error.hint) from error
-            assert self.snapshotter is not None
-            self.snapshotter.check_run(run_id)
-            yield self.snapshotter
-            undo.pop_all()
+                self.release()
+                self.snapshotter = None
+            raise
+        return loaded
+
+    def _new_writer(self) -> Snapshotter:
+        # a forgotten tracker may still be writing its last snapshot
+        wait_for_writers(self.directory)
+        _writers.add(self)
+        # A child that multiprocessing has forked ends without the functions of atexit.
+        if multiprocessing.parent_process() is not None:
+            multiprocessing.util.Finalize(None, finish, exitpriority=0)
+        members = self.tracking.tracked.members
+        try:
+            self.snapshotter = Snapshotter(self.directory, self._settings, members)
+        # a WriteError of `update_` would mean that the call has done its work
+        except WriteError as error:
+            raise DirectoryError(error.subject, error.reason, error.hint) from error
+        return self.snapshotter
 
     def close(self) -> None:
         """Finish all work, and release the model's tensors and the directory."""

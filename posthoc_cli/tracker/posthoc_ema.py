@@ -778,14 +778,7 @@ class PostHocEMA:
         """Become a writer of the directory, if this process keeps averages, and continue from the
         state of `read`."""
 
-        def begin() -> Tracking | None:
-            if not self.keeps_averages:
-                return read()
-            with self._pipeline.as_writer(run_id) as snapshotter:
-                if (loaded := read()) is not None:
-                    snapshotter.continue_from(loaded)
-                return loaded
-
+        begin = partial(self._pipeline.begin, run_id, read) if self.keeps_averages else read
         if (loaded := group.first_then_others(begin)) is not None:
             self._pipeline.set(loaded)
         self._has_begun = True
