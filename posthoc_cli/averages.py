@@ -30,7 +30,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
-from posthoc_cli.tracker.filling import load_weights
+from posthoc_cli.tracker.filling import check_weights, fill_in
 from posthoc_cli.tracker.model import check_model, unwrapped
 
 __all__ = [
@@ -375,8 +375,8 @@ class SwitchEMA:
             self._average.load_into(model, self._sigma_rel)
         else:
             module = self._average.module
-            weights = dict(module.named_parameters())
-            load_weights(model, weights | dict(module.named_buffers()))
+            weights = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+            fill_in(check_weights(model, weights), weights)
 
     def state_dict(self) -> dict[str, int]:
         """Return the number of calls; the average and the optimizer have their own states."""

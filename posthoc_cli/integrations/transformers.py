@@ -106,7 +106,7 @@ class PostHocCallback(TrainerCallback):
             raise NotReadyError("evaluate", reason, hint)
         ema = self.ema
         if ema is None or ema.closed or not args.auto_find_batch_size or owner is not self:
-            self.ema = ema = self._new_tracker(model, owner)
+            self.ema = ema = make_tracker(model, self.checkpoint_dir, self.options)
         else:  # memory ran out: the trainer begins the loop again, with the present weights
             log.warning(
                 "training begins again with smaller batches; its averages continue from step %d",
@@ -124,13 +124,6 @@ class PostHocCallback(TrainerCallback):
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if isinstance(stepping, torch.optim.Optimizer):
             stepping.register_step_post_hook(self._after_optimizer_step)
-
-    def _new_tracker(self, model: Any, owner: PostHocCallback | None) -> PostHocEMA:
-        """Make a tracker, and close those whose training an exception has ended."""
-        for callback in (owner, self):
-            if callback is not None and callback.ema is not None:
-                callback.ema.close()
-        return make_tracker(model, self.checkpoint_dir, self.options)
 
     def _log_figures(self, tracker: PostHocEMA) -> None:
         trainer = self._installed()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -70,10 +70,6 @@ class Attachment:
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
             raise
-
-
-attachments: WeakKeyDictionary[Optimizer, dict[Path, Attachment]] = WeakKeyDictionary()
-"""The last ones of each directory."""
 
 
 def stepping_optimizer(optimizer: Any) -> Optimizer:
@@ -157,46 +153,34 @@ class LastCount:
     def __init__(self) -> None:
         self.run_id = ""
         self.progress = TrainingProgress()  # another object after each call
-        self._steps = _Steps()  # of optimizers that have a parameter of the model
-        self._repeated = _Steps()  # those that were not the optimizer's first after a call
-        self._parameters: frozenset[int] = frozenset()  # their ids
-        self._optimizers: WeakKeyDictionary[Optimizer, _Known] = WeakKeyDictionary()
+        self._parameters = frozenset[int]()  # the ids of the model's
+        self._optimizers: WeakKeyDictionary[Optimizer, _Stepping] = WeakKeyDictionary()
+        self._stepping = list[_Stepping]()  # of the model's, also if an optimizer is gone
 
     @property
-    def has_moved(self) -> bool:
-        """Whether an optimizer has stepped since."""
-        return self._steps.were_taken_after(self.progress)
-
-    @property
-    def was_missed(self) -> bool:
-        """Whether an optimizer has stepped twice since. After one step a call may be about to
-        come."""
-        return self._repeated.were_taken_after(self.progress)
+    def steps(self) -> int:
+        """The most steps that an optimizer has taken since. After a single one a call may be about
+        to come."""
+        return max((own.steps_after(self.progress) for own in self._stepping), default=0)
 
     def watch(self, model: nn.Module) -> None:
         """Look at the steps that are taken of a model's parameters from now on."""
-        self._steps = _Steps()
-        self._repeated = _Steps()
         self._parameters = frozenset(map(id, model.parameters()))
         self._optimizers.clear()
+        self._stepping.clear()
         _watching.add(self)
 
     def begin_step(self, optimizer: Optimizer) -> None:
         """Note that an optimizer is about to step."""
-        now = self.progress
-        if self._repeated.is_certain(now):
-            return
+        groups = len(optimizer.param_groups)
         known = self._optimizers.get(optimizer)
-        if known is None or known.groups != len(optimizer.param_groups):
-            known = _Known(len(optimizer.param_groups), self._has_parameter(optimizer))
+        if known is None or known.groups != groups:
+            known = _Stepping(groups)
             self._optimizers[optimizer] = known
-        if not known.is_own or not changes_weights(optimizer):
-            return
-        found_inf = getattr(optimizer, "found_inf", None)
-        if known.stepped_after is now:
-            self._repeated.add(now, found_inf)
-        self._steps.add(now, found_inf)
-        known.stepped_after = now
+            if self._has_parameter(optimizer):
+                self._stepping.append(known)
+        if known in self._stepping and changes_weights(optimizer):
+            known.add(self.progress, getattr(optimizer, "found_inf", None))
 
     def _has_parameter(self, optimizer: Optimizer) -> bool:
         for group in optimizer.param_groups:
@@ -205,40 +189,26 @@ class LastCount:
         return False
 
 
-@dataclass
-class _Known:
-    """What is known of an optimizer."""
+class _Stepping:
+    """The last steps of an optimizer after one counted call."""
 
-    groups: int
-    is_own: bool  # whether it has a parameter of the model
-    stepped_after: TrainingProgress | None = None
-
-
-class _Steps:
-    """Steps after one counted call, of which a GradScaler may have skipped some."""
-
-    def __init__(self) -> None:
+    def __init__(self, groups: int) -> None:
+        self.groups = groups
         self._call: TrainingProgress | None = None
-        self._found_inf: Tensor | None = None  # 0 if one was taken; None if that is certain
+        # 1 for a step that a GradScaler has skipped, None if it may skip none
+        self._found_inf: deque[Tensor | None] = deque(maxlen=8)
 
     def add(self, call: TrainingProgress, found_inf: Tensor | None) -> None:
-        """Add a step after a call."""
-        if self._call is call:
-            if self._found_inf is None or found_inf is None:
-                found_inf = None
-            else:
-                found_inf = torch.minimum(self._found_inf, found_inf)
-        self._call = call
-        self._found_inf = found_inf
-
-    def is_certain(self, call: TrainingProgress) -> bool:
-        """Return whether a step after this call was taken, as far as is known without a wait."""
-        return self._call is call and self._found_inf is None
-
-    def were_taken_after(self, call: TrainingProgress) -> bool:
         if self._call is not call:
-            return False
-        return self._found_inf is None or not bool(self._found_inf)
+            self._found_inf.clear()
+        self._call = call
+        self._found_inf.append(found_inf)
+
+    def steps_after(self, call: TrainingProgress) -> int:
+        """Return the number of steps that changed the weights."""
+        if self._call is not call:
+            return 0
+        return sum(found_inf is None or not bool(found_inf) for found_inf in self._found_inf)
 
 
 last_counts: WeakKeyDictionary[nn.Module, dict[Path, LastCount]] = WeakKeyDictionary()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, VanishedError
 from posthoc_cli.run import Wanted, Weights, make_weights
-from posthoc_cli.snapshots.directory import find_snapshots, read_snapshot
+from posthoc_cli.snapshots.directory import read_snapshot
 from posthoc_cli.snapshots.snapshot import Snapshot
 from posthoc_cli.snapshots.sources import Source
 from posthoc_cli.snapshots.tensorfile import Box
@@ -31,7 +31,6 @@ from posthoc_cli.tracker.model import TrackedModel, named_tensors
 from posthoc_cli.tracker.processes import (
     Group,
     ShardOwners,
-    as_dtensor,
     held_box,
     held_part,
     reshard,
@@ -63,15 +62,7 @@ def logged(plan: Plan) -> Plan:
     log.info(
         "average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted
     )
-    if plan.choice is not None:
-        log.info("made from %s", plan.choice)
     return plan
-
-
-def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
-    """Return the snapshots of a run on disk; none if the directory belongs to another run."""
-    snapshots = find_snapshots(directory)
-    return snapshots if snapshots and snapshots[0].run_id == run_id else []
 
 
 @torch.inference_mode(False)
@@ -122,7 +113,7 @@ def chunks_of(model: nn.Module, tracked: TrackedModel) -> dict[str, Tensor]:
         if tensor is not None:
             _, held = held_box(name, tensor)
             found = tuple(tensor.shape), held
-        if found != (tracked.complete_shape(name), box):
+        if found != (tracked.shapes[name], box):
             where = "spread over the processes in another way than when tracked"
             reason = f"is missing in the model, of another shape, or {where}"
             raise ModelMismatchError(f"tensor {name!r}", reason)
@@ -228,18 +219,3 @@ def read_chunks(
         return make_weights(own)
 
     return group.together(make)
-
-
-def as_dtensors(chunks: Weights, model: nn.Module) -> Weights:
-    """Return the weights with DTensors on the host in place of chunks, sharded like the model's
-    parameters."""
-    weights = Weights()
-    weights.predicted_error = chunks.predicted_error
-    weights.profile_error = chunks.profile_error
-    converted: dict[int, Tensor] = {}  # by the chunk, which tied names share
-    for name, _, tensor, *_ in named_tensors(model):
-        if (chunk := chunks.get(name)) is not None:
-            if id(chunk) not in converted:
-                converted[id(chunk)] = as_dtensor(chunk, tensor)
-            weights[name] = converted[id(chunk)]
-    return weights

@@ -36,9 +36,9 @@ accelerators."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +52,11 @@ from posthoc_cli.tracker.memory import (
     Elements,
     FlatTensors,
     Layout,
-    Place,
     Reader,
     Tile,
     is_on_host,
     places_of,
+    row_major_range,
     tiles_of,
 )
 
@@ -157,14 +157,12 @@ class AverageTensors:
             return [first]
         return [mean.tile(tile) for mean in self.mean]
 
-    def mean_views(self, profile: int, shared: bool) -> dict[str, Tensor]:
-        """Return the means that serve a profile, by name."""
-        views = dict(self.mean[profile].views)
-        if shared:
-            for name, view in self.mean[0].views.items():
-                if view.dtype != torch.float64:
-                    views[name] = view
-        return views
+    def mean_view(self, profile: int, name: str, shared: bool) -> Tensor:
+        """Return the mean of a tensor that serves a profile."""
+        first = self.mean[0].views[name]
+        if shared and first.dtype != torch.float64:
+            return first
+        return self.mean[profile].views[name]
 
     def copied(self, layout: Layout) -> AverageTensors:
         """Return a copy in another layout of the same names."""
@@ -184,7 +182,8 @@ class Averages:
 
     sigma_rels: tuple[float, ...]
     standing: Standing = field(default_factory=Standing)
-    tensors: AverageTensors | None = None  # before the first update
+    # none before the first update
+    tensors: AverageTensors = field(default_factory=lambda: AverageTensors((), 0))
     # at the last update; never changed in place
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     # the model's values of a snapshot's sample at the last update
@@ -206,12 +205,10 @@ class Averages:
 
     @property
     def nbytes(self) -> int:
-        parts = [*self._scratch.values(), *self.copies.values()]
-        nbytes = sum(part.nbytes for part in parts)
-        for kept in (self.tensors, self.sketcher):
-            if kept is not None:
-                nbytes += kept.nbytes
-        return nbytes
+        parts: list[Any] = [*self._scratch.values(), *self.copies.values(), self.tensors]
+        if self.sketcher is not None:
+            parts.append(self.sketcher)
+        return sum(part.nbytes for part in parts)
 
     @torch.no_grad()
     def update_(
@@ -220,9 +217,9 @@ class Averages:
         copies: Mapping[str, Tensor],
         t: float,
         step: int,
-        pool: ThreadPool = SINGLE_THREAD,
-        sampled: Elements | None = None,
-        sketcher: Sketcher | None = None,
+        pool: ThreadPool,
+        sampled: Elements,
+        sketcher: Sketcher | None,
     ) -> str | None:
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values -
         averages).
@@ -261,14 +258,14 @@ class Averages:
         if not was_shared:
             sketcher.end_value(self.gammas, now.t, now.step, now.shared)
         elif folds:
-            sketcher.end_window(now.t, now.step)
+            sketcher.end(now.t, now.step, 1.0, ends=True)
 
     def _take_limits(self, layout: Layout, shares: Shares) -> list[float]:
         """Return the norms up to which tiles need no check; none if all values are to be checked
         first, as after an update that is refused or fails."""
         limits = self._limits
         self._limits = []
-        if self.tensors is None or self.tensors.layout != layout:
+        if self.tensors.layout != layout:
             return []
         is_lasting = shares.folds or max(shares.new) > MOST_UNDONE
         return [] if is_lasting else limits
@@ -280,14 +277,17 @@ class Averages:
         tensors = self.tensors
         standing = self.standing
         result = self.scratch_of(tile, thread)[0]
-        assert tensors is not None
         high = tensors.high[profile].tile(tile)
         if not standing.window:
             return result.copy_(high)
         means = tensors.means(tile, standing.shared)
         mean = means[min(profile, len(means) - 1)]
-        mass = new_value_share(self.gammas[profile], standing.folded_t, standing.t)
-        return torch.lerp(high, mean, mass, out=result)
+        return torch.lerp(high, mean, self._mass(profile), out=result)
+
+    def _mass(self, profile: int) -> float:
+        """Return the share of the mean in an average."""
+        standing = self.standing
+        return new_value_share(self.gammas[profile], standing.folded_t, standing.t)
 
     @torch.no_grad()
     def read(
@@ -296,29 +296,26 @@ class Averages:
         ranges: Sequence[ElementRange],
         pool: ThreadPool = SINGLE_THREAD,
     ) -> list[Tensor]:
-        """Return ranges of the average of that index, rounded once, on the host."""
+        """Return ranges of the average of that index, rounded once, or of the copies, on the
+        host."""
         tensors = self.tensors
-        assert tensors is not None
-        rows = list[Tensor]()  # of each range, whole ones
-        pieces = list[tuple[Tile, Tensor]]()
-        for run in _runs_of(tensors.places, ranges):
-            bucket = tensors.layout[run.bucket]
-            size = run.end - run.begin
-            flat = torch.empty(size, dtype=bucket.wide)
-            rows += torch.split(flat, run.sizes)
-            pieces += run.pieces(flat, bucket.tile)
+        standing = self.standing
+        parts = [torch.empty(0)] * len(ranges)
+        mass = self._mass(index)
 
-        def read(piece: tuple[Tile, Tensor], thread: int) -> None:
-            tile, out = piece
-            out.copy_(self.values(tile, index, thread))
+        def read(number: int, _: int) -> None:
+            name, begin, end = ranges[number]
+            is_copy = name in self.copies
+            kept = self.copies if is_copy else tensors.high[index].views
+            part = row_major_range(kept[name], begin, end)
+            if standing.window and not is_copy:
+                mean = tensors.mean_view(index, name, standing.shared)
+                part = torch.lerp(part, row_major_range(mean, begin, end), mass)
+            else:
+                part = part.clone()
+            parts[number] = part.to("cpu")
 
-        pool.each(read, pieces)
-        parts = []
-        for (name, begin, end), flat in zip(ranges, rows, strict=True):
-            _, place = tensors.places[name]
-            first = begin % place.row
-            last = first + end - begin
-            parts.append(place.row_major(flat)[first:last])
+        pool.each(read, range(len(ranges)))
         return parts
 
     @torch.no_grad()
@@ -329,7 +326,7 @@ class Averages:
         sketcher = self.sketcher
         standing = self.standing
         path = self.known_path
-        if tensors is not None and sketcher is not None:
+        if sketcher is not None:
             last_t = None
             if standing.shared and standing.window and not exact:
                 mean = tensors.mean[0]
@@ -345,7 +342,7 @@ class Averages:
     def _allocate(self, layout: Layout, threads: int) -> None:
         """Allocate averages of a layout, and scratch for threads, before a value is changed: memory
         may run out."""
-        if self.tensors is None:
+        if not self.tensors.high:
             self.tensors = AverageTensors(layout, len(self.gammas))
         elif self.tensors.layout != layout:
             self.tensors = self.tensors.copied(layout)
@@ -355,7 +352,6 @@ class Averages:
 
     def scratch_of(self, tile: Tile, thread: int) -> list[Tensor]:
         """Return two scratch tensors of a thread for a tile, in the averages' dtype."""
-        assert self.tensors is not None
         bucket = self.tensors.layout[tile.bucket]
         key = thread, bucket.device, bucket.wide
         if key not in self._scratch:
@@ -366,44 +362,6 @@ class Averages:
         return [*self._scratch[key][:, :size]]
 
 
-@dataclass
-class _Run:
-    """Ranges of a bucket that follow each other."""
-
-    bucket: int
-    begin: int
-    end: int
-    sizes: list[int]
-
-    def pieces(self, flat: Tensor, size: int) -> Iterator[tuple[Tile, Tensor]]:
-        """Cut the memory for the run's elements into tiles."""
-        if not flat.numel():
-            return  # no slab holds a tensor without elements
-        begin = self.begin
-        for piece in torch.split(flat, size):
-            end = begin + len(piece)
-            yield Tile(0, self.bucket, begin, end), piece
-            begin = end
-
-
-def _runs_of(
-    places: Mapping[str, tuple[int, Place]],
-    ranges: Sequence[ElementRange],
-) -> list[_Run]:
-    """Join the whole rows that hold these ranges where they follow each other."""
-    runs = list[_Run]()
-    for name, begin, end in ranges:
-        bucket, place = places[name]
-        first, last = place.rows(begin, end)
-        run = runs[-1] if runs else None
-        if run is None or run.bucket != bucket or run.end != first:
-            run = _Run(bucket, first, first, [])
-            runs.append(run)
-        run.end = last
-        run.sizes.append(last - first)
-    return runs
-
-
 class _Update:
     """Takes the values of one update into averages, tile by tile, in the threads of a pool."""
 
@@ -412,10 +370,9 @@ class _Update:
         averages: Averages,
         values: Reader,
         shares: Shares,
-        sampled: Elements | None,
+        sampled: Elements,
     ) -> None:
-        assert averages.tensors is not None
-        self.sample = None if sampled is None else sampled.buffers()
+        self.sample = sampled.buffers()
         self._sampled = sampled
         self._averages = averages
         self._tensors = averages.tensors
@@ -467,8 +424,7 @@ class _Update:
         self._interpolate(tile, value, weights)
 
     def _take(self, tile: Tile, value: Tensor, thread: int) -> None:
-        if self._sampled is not None and self.sample is not None:
-            self._sampled.take(tile, value, self.sample)
+        self._sampled.take(tile, value, self.sample)
         if self._sketcher is not None and not self._before.shared:
             self._sketcher.take(tile, value)
         if self._shares.folds:
@@ -505,7 +461,13 @@ class _Update:
                 _add_dithered(high, change, digit, mass, dither)
 
 
-def _add_dithered(high: Tensor, change: Tensor, digit: Tensor, mass: float, dither: float) -> None:
+def _add_dithered(
+    high: Tensor,
+    change: Tensor,
+    digit: Tensor,
+    mass: float,
+    dither: float,
+) -> None:
     """Add a share of the change, and of the last digit of each element that changes; `change` and
     `digit` are overwritten."""
     # The last digit away from 0, or towards it: towards it that of a power of two is half as large.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from itertools import chain
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.tracker.model import ON_META, Block, NamedTensor, check_model, named_tensors
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.tracker.model import ON_META, NamedTensor, check_model, named_tensors
 from posthoc_cli.tracker.processes import held_part, is_sharded, reshard
 
 
@@ -65,12 +66,6 @@ def _check_fits(name: str, values: Tensor, dtype: torch.dtype) -> None:
         raise NonFiniteError(f"tensor {name!r}", reason, hint)
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the model's tensors of these names; an error leaves the model
-    unchanged."""
-    _fill_in(check_weights(model, weights), weights)
-
-
 def _load(target: Tensor, value: Tensor) -> None:
     """Copy one value into a model's tensor, for a DTensor into this process's part."""
     target = held_part(target)
@@ -87,6 +82,61 @@ def _is_writable(tensor: Tensor) -> bool:
         return False
     dimensions = zip(tensor.stride(), tensor.shape, strict=True)
     return all(stride > 0 or size < 2 for stride, size in dimensions)
+
+
+class Block:
+    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
+    that hold them; `undo` refers to all of these objects, so that no id is reused."""
+
+    def __init__(self, held: frozenset[int]) -> None:
+        self.held = held
+        self.undo = ExitStack()  # calls all callbacks even if one fails
+        self._thread = get_ident()
+
+    def enter(self) -> None:
+        """Begin the block; refuse it while another thread has a block of the same tensors.
+
+        That block would take the averages of this one for the raw weights.
+        """
+        swapped.append(self)
+        self.undo.callback(swapped.remove, self)
+        for other in swapped[: swapped.index(self)]:
+            if other.held & self.held and other._thread != self._thread:
+                reason = "another thread evaluates averaged weights of this model"
+                hint = "evaluate one average after the other, or another copy of the model"
+                raise NotReadyError("model", reason, hint)
+
+    def leave(self) -> None:
+        """Undo the block, unless one around it has undone both.
+
+        A later block of the same thread that is still open is undone first, and is an error: it
+        would restore this block's averages as raw weights.
+        """
+        if self not in swapped:
+            return
+        within = []
+        for other in swapped[swapped.index(self) + 1 :]:
+            if other.held & self.held and other._thread == self._thread:
+                within.append(other)
+        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+            for block in (self, *within):
+                stack.callback(block.undo.close)
+        if within:
+            reason = "a block was left before one that was entered within it; both are undone"
+            raise NotReadyError("model", reason, "leave blocks in reverse order")
+
+
+swapped: list[Block] = []
+"""The open blocks of this process."""
+
+
+def is_swapped(model: nn.Module) -> bool:
+    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
+    if not swapped:
+        return False
+    objects = chain(model.modules(), model.parameters(), model.buffers())
+    ids = frozenset(map(id, objects))
+    return any(ids & block.held for block in [*swapped])
 
 
 @contextmanager
@@ -114,7 +164,7 @@ def swapped_in(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None
         # the gradients belong to the raw weights, not to the averaged ones
         for parameter in model.parameters():
             parameter.grad = None
-        _fill_in(targets, weights)
+        fill_in(targets, weights)
         try:
             model.eval()
         except NotImplementedError as error:  # of torch.export
@@ -139,8 +189,9 @@ def _keep_raw(model: nn.Module, replaced: Set[int], undo: ExitStack) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
-    """Copy weights, and wait once for all copies, of the raw values and of the averages."""
+def fill_in(targets: Mapping[str, NamedTensor], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into their targets in a model, and wait once for all copies, of the raw values
+    and of the averages."""
     for name, target in targets.items():
         _load(target.tensor, weights[name])
     for device in {target.tensor.device for target in targets.values()}:

@@ -6,9 +6,8 @@ sends it to pinned memory, while training goes on.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,49 +91,34 @@ def _rings_for(model: Reader) -> dict[torch.device, _Ring]:
     return rings
 
 
-@dataclass(frozen=True, eq=False)
-class ModelCopy:
-    """A model's values at one moment, on the host, in the model's dtypes; complete after the
-    `events`."""
-
-    memory: FlatTensors
-    values: Reader
-    events: tuple[Any, ...] = ()
-
-    def arrived(self) -> Reader:
-        """Wait until all values have arrived, and return a reader of them."""
-        for event in self.events:
-            event.synchronize()
-        return self.values
-
-
 class ModelCopier:
-    """Copies a model's values to memory on the host, which it reuses, for readers of `threads`
-    threads."""
+    """Copies a model's values to memory on the host, for a reader of `threads` threads."""
 
     def __init__(self, threads: int = 1) -> None:
         self._threads = threads
-        # one is enough, and copies of old layouts drop out
-        self._free: deque[ModelCopy] = deque(maxlen=1)
         self._layout: Layout = ()
         self._rings: dict[torch.device, _Ring] = {}
-        self._host_bytes = 0
+        self.memory = FlatTensors(())
+        self._values = Reader((), ())
+        self._events: list[Any] = []  # after which the last copy is complete
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory on the host and on accelerators, including a copy that is in use."""
-        rings = self._rings.values()
-        return self._host_bytes + sum(ring.nbytes for ring in rings)
+        """Bytes of memory on the host and on accelerators."""
+        return self.memory.nbytes + sum(ring.nbytes for ring in self._rings.values())
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> ModelCopy:
-        """Copy the values as they are now; `give_back` the copy. From accelerators `pool` must be
-        `SINGLE_THREAD`."""
+    def copy(self, model: Reader, pool: ThreadPool = SINGLE_THREAD) -> None:
+        """Copy the values as they are now, in place of those of the last copy, which must have
+        arrived. From accelerators `pool` must be `SINGLE_THREAD`."""
         if model.layout != self._layout:
             self._rings = _rings_for(model)
+            host = on_host(model.layout)
+            self.memory = FlatTensors(host, pinned=bool(self._rings))
+            parts = [[self.memory.tile(tile)] for tile in tiles_of(host)]
+            self._values = Reader(host, parts, self._threads)
             self._layout = model.layout
-        copy = self._memory_for(on_host(model.layout))
         events = dict[torch.device, Any]()
         counts = defaultdict[torch.device, int](int)
 
@@ -142,7 +126,7 @@ class ModelCopier:
             # Tiles of an accelerator are larger than the reader's, which are the host's.
             device = model.layout[tile.bucket].device
             values = model.current(tile)
-            out = copy.memory.tile(tile)
+            out = self.memory.tile(tile)
             ring = self._rings.get(device)
             if ring is None:
                 _fill(out, values)
@@ -152,20 +136,10 @@ class ModelCopier:
             counts[device] += 1
 
         pool.each(copy_tile, model.tiles)
-        return replace(copy, events=tuple(events.values()))
+        self._events = [*events.values()]
 
-    def _memory_for(self, host: Layout) -> ModelCopy:
-        """Return the memory of an earlier copy in this layout, or new one."""
-        copy = self._free.pop() if self._free else None
-        if copy is None or copy.memory.layout != host:
-            memory = FlatTensors(host, pinned=bool(self._rings))
-            parts = [[memory.tile(tile)] for tile in tiles_of(host)]
-            reader = Reader(host, parts, self._threads)
-            copy = ModelCopy(memory, reader)
-            self._host_bytes = memory.nbytes
-        return copy
-
-    def give_back(self, copy: ModelCopy) -> None:
-        """Take back a copy that has arrived and is no longer needed; may be called from any
-        thread."""
-        self._free.append(copy)
+    def arrived(self) -> Reader:
+        """Wait until all values have arrived, and return a reader of them."""
+        for event in self._events:
+            event.synchronize()
+        return self._values

@@ -346,13 +346,10 @@ class Sketcher:
         own_mass = new_value_share(gammas[0], self._t, t)
         mass = new_value_share(gammas[0], self._begin, t)
         ends = is_last or sketched_window_ends(gammas, self._begin, self._t, t)
-        self._end(t, step, own_mass / mass, ends)
+        self.end(t, step, own_mass / mass, ends)
 
-    def end_window(self, t: float, step: int) -> None:
-        """End a window at time `t`, all tiles of whose mean have been taken in."""
-        self._end(t, step, 1.0, ends=True)
-
-    def _end(self, t: float, step: int, share: float, ends: bool) -> None:
+    def end(self, t: float, step: int, share: float, ends: bool) -> None:
+        """Add what was taken in to the open window, with a share in its mean, and end it or not."""
         self._t = t
         self._step = step
         if ends:

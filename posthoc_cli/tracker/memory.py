@@ -33,7 +33,6 @@ Positions = npt.NDArray[np.int64]
 # Most elements of a tile; on an accelerator starting a kernel costs more than leaving the cache.
 TILE = 2**19
 DEVICE_TILE = 2**22
-SLAB = 2**26  # most elements of a slab of pinned memory
 
 # norms of ordinary values are finite in these dtypes
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
@@ -49,21 +48,8 @@ class Place(NamedTuple):
     order: tuple[int, ...]
 
     @property
-    def row(self) -> int:
-        """How many elements in memory are the same, in another order, as that many row-major
-        ones."""
-        if self.order == tuple(range(len(self.order))):
-            return 1
-        if self.order[0] == 0:
-            return math.prod(self.shape[1:])
-        return math.prod(self.shape)
-
-    def rows(self, begin: int, end: int) -> tuple[int, int]:
-        """Return the range in the bucket of the whole rows that hold these row-major elements."""
-        row = self.row
-        first = begin - begin % row
-        last = end + -end % row
-        return self.begin + first, self.begin + last
+    def is_row_major(self) -> bool:
+        return [*self.order] == sorted(self.order)
 
     @property
     def _sizes(self) -> list[int]:
@@ -76,7 +62,7 @@ class Place(NamedTuple):
 
     def positions(self, indices: Positions) -> Positions:
         """Return the positions in the bucket of elements with these row-major indices."""
-        if self.row == 1:
+        if self.is_row_major:
             return self.begin + indices
         by_axis = np.unravel_index(indices, self.shape)
         in_order = [by_axis[axis] for axis in self.order]
@@ -85,13 +71,6 @@ class Place(NamedTuple):
     def view(self, flat: Tensor) -> Tensor:
         """Return the tensor whose elements are `flat` in memory."""
         return flat.view(self._sizes).permute(self._axes)
-
-    def row_major(self, flat: Tensor) -> Tensor:
-        """Return the elements of whole rows, see `row`, in row-major order."""
-        if self.row == 1:
-            return flat
-        in_memory = flat.view(-1, *self._sizes[1:])
-        return in_memory.permute(self._axes).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -118,28 +97,24 @@ class Bucket:
             return TILE
         return DEVICE_TILE
 
-    @cached_property
+    @property
     def tile_edges(self) -> list[int]:
-        """The ends of all tiles, and 0. An accelerator's tiles consist of the host's."""
-        if self.device.type == "cpu":
-            return self._host_edges
-        return _grouped(self._host_edges, DEVICE_TILE)
+        """The ends of all tiles, and 0."""
+        return self._host_edges if self.device.type == "cpu" else self.device_edges
 
     @cached_property
-    def slab_edges(self) -> list[int]:
-        """The ends of the slabs of pinned memory, and 0. They consist of an accelerator's tiles.
+    def device_edges(self) -> list[int]:
+        """The ends of an accelerator's tiles, and 0. They consist of the host's.
 
-        torch rounds pinned memory up to powers of two, which slabs nearly fill.
+        They are those of the slabs of pinned memory, too: torch rounds pinned memory up to powers
+        of two, which such tiles nearly fill.
         """
-        tiles = _grouped(self._host_edges, DEVICE_TILE)
         edges = [0]
-        while left := self.size - edges[-1]:
-            size = left
-            if left > TILE:
-                power = 2 ** (left.bit_length() - 1)
-                size = min(SLAB, power)
-            edge = _last_within(tiles, edges[-1], size)
-            edges.append(edge)
+        for edge, next_edge in pairwise(self._host_edges):
+            if next_edge - edges[-1] > DEVICE_TILE:
+                edges.append(edge)
+        if self.size:
+            edges.append(self.size)
         return edges
 
     @cached_property
@@ -160,22 +135,6 @@ class Bucket:
         if edges[-1] < self.size:
             edges.append(self.size)
         return edges
-
-
-def _grouped(edges: Sequence[int], most: int) -> list[int]:
-    """Return the fewest of the edges that are at most `most` apart."""
-    edge = 0
-    grouped = [edge]
-    while edge < edges[-1]:
-        edge = _last_within(edges, edge, most)
-        grouped.append(edge)
-    return grouped
-
-
-def _last_within(edges: Sequence[int], begin: int, size: int) -> int:
-    """Return the last edge within `size` of `begin`, or the next one if there is none."""
-    last = bisect_right(edges, begin + size) - 1
-    return edges[max(last, bisect_right(edges, begin))]
 
 
 Layout = tuple[Bucket, ...]
@@ -285,7 +244,7 @@ class FlatTensors:
         self.edges = list[list[int]]()  # of the slabs of each bucket
         self.slabs = list[list[Tensor]]()
         for bucket in layout:
-            edges = bucket.slab_edges if pinned else [0, bucket.size]
+            edges = bucket.device_edges if pinned else [0, bucket.size]
             new = partial(torch.empty, dtype=bucket.dtype, device=bucket.device, pin_memory=pinned)
             slabs = [new(last - first) for first, last in pairwise(edges)]
             self.edges.append(edges)
@@ -309,9 +268,9 @@ class FlatTensors:
         """Return the elements of a tensor in row-major order, in one piece or several."""
         place = self.layout[bucket].places[name]
         parts = self.parts(bucket, place.begin, place.end)
-        if place.row == 1:
+        if place.is_row_major:
             return parts
-        return [place.row_major(torch.cat(parts))]
+        return [place.view(torch.cat(parts)).reshape(-1)]
 
     def parts(self, bucket: int, begin: int, end: int) -> list[Tensor]:
         """Return views of a bucket's elements from `begin` to `end`, one for each slab that holds
@@ -343,6 +302,12 @@ def _tile_part(tensor: Tensor, begin: int, end: int) -> TilePart:
     last = -(-end // row)
     skipped = first * row
     return tensor[first:last], slice(begin - skipped, end - skipped)
+
+
+def row_major_range(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """Return row-major elements of a tensor, flat."""
+    part = _tile_part(tensor, begin, end)
+    return part if isinstance(part, Tensor) else part[0].reshape(-1)[part[1]]
 
 
 class Reader:

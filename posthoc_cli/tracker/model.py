@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
-from threading import get_ident
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -28,14 +26,14 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
-    NotReadyError,
 )
 from posthoc_cli.snapshots.path import index_within, places
 from posthoc_cli.snapshots.snapshot import Selection, running_statistics
 from posthoc_cli.snapshots.sources import TrackedTensor
-from posthoc_cli.snapshots.tensorfile import Box, Chunk
+from posthoc_cli.snapshots.tensorfile import Box
 from posthoc_cli.tracker.processes import (
     Members,
+    as_dtensor,
     held_box,
     is_sharded,
     local_tensors,
@@ -68,11 +66,12 @@ class TrackedModel:
     """
 
     tensors: dict[str, TrackedTensor]
-    shapes: Mapping[str, Shape]  # of the parts that this process holds
+    shapes: Mapping[str, Shape]  # of the complete tensors
+    boxes: Mapping[str, Box]  # the elements that this process holds
     aliases: dict[str, str]  # further names of these tensors (tied parameters) -> the stored name
     left_out: tuple[str, ...]  # names in the model's state that are not tracked
     frozen: frozenset[str] = frozenset()  # those of parameters without gradients
-    chunks: dict[str, Chunk] = field(default_factory=dict)  # the parts' positions
+    is_sharded: bool = False
     members: Members = field(default_factory=Members)  # the processes that track the model
     # of a sharded one: all averages' shapes
     everywhere: Mapping[str, Shape] = field(default_factory=dict)
@@ -81,30 +80,10 @@ class TrackedModel:
     def known_names(self) -> frozenset[str]:
         return frozenset(self.tensors.keys() | self.aliases.keys())
 
-    def complete_shape(self, name: str) -> Shape:
-        if name in self.chunks:
-            return self.chunks[name].shape
-        return self.shapes[name]
-
     @property
     def complete_shapes(self) -> Mapping[str, Shape]:
-        if self.everywhere:
-            return self.everywhere
-        return {name: self.complete_shape(name) for name in self.weights}
-
-    def box(self, name: str) -> Box:
-        shape = self.shapes[name]
-        if name in self.chunks:
-            return self.chunks[name].box(shape)
-        return Box.full(shape)
-
-    @cached_property
-    def boxes(self) -> dict[str, Box]:
-        """The elements that this process holds of each tensor of a sharded model; none of any other
-        model."""
-        if not self.members.is_chunked:
-            return {}
-        return {name: self.box(name) for name in self.tensors}
+        """The shapes of the weights of all processes."""
+        return self.everywhere or _only(self.shapes, {*self.weights})
 
     @property
     def weights(self) -> list[str]:
@@ -120,17 +99,10 @@ class TrackedModel:
         for number, (name, index) in enumerate(places(self.complete_shapes)):
             if name not in self.tensors:
                 continue
-            shape = self.complete_shape(name)
-            local = index_within(self.box(name), shape, index)
+            local = index_within(self.boxes[name], self.shapes[name], index)
             if local is not None:
                 own[number] = name, local
         return own
-
-    @property
-    def leads(self) -> bool:
-        """Whether this process contributes the values that concern the complete averages, not a
-        part of them."""
-        return self.members.part is None or self.members.part[0] == 1
 
     def dtypes(self, copied: bool) -> dict[str, torch.dtype]:
         """Return the model's dtypes, by name, of the copied tensors or else of the averaged
@@ -149,8 +121,8 @@ class TrackedModel:
             self,
             tensors=_only(self.tensors, names),
             shapes=_only(self.shapes, names),
+            boxes=_only(self.boxes, names),
             aliases=aliases,
-            chunks=_only(self.chunks, names),
             members=members,
         )
 
@@ -192,12 +164,11 @@ class TrackedModel:
             "statistic": "averaged as a running statistic",
             "copy": "copied",
         }[tensor.role]
-        shape = list(self.complete_shape(name))
+        shape = list(self.shapes[name])
         described = f"{kind}, {torch_dtype(tensor.dtype)} of shape {shape}"
-        if self.members.is_chunked and name in self.chunks:
-            own = list(self.shapes[name])
-            offset = list(self.chunks[name].offset)
-            described += f", of which this process has {own} at {offset}"
+        if self.members.is_chunked:
+            box = self.boxes[name]
+            described += f", of which this process has {list(box.shape)} at {list(box.offset)}"
         return described
 
 
@@ -227,61 +198,6 @@ def check_model(model: nn.Module) -> nn.Module:
     return model
 
 
-class Block:
-    """A block with averaged weights. `held` are the ids of the swapped tensors, and of the modules
-    that hold them; `undo` refers to all of these objects, so that no id is reused."""
-
-    def __init__(self, held: frozenset[int]) -> None:
-        self.held = held
-        self.undo = ExitStack()  # calls all callbacks even if one fails
-        self._thread = get_ident()
-
-    def enter(self) -> None:
-        """Begin the block; refuse it while another thread has a block of the same tensors.
-
-        That block would take the averages of this one for the raw weights.
-        """
-        swapped.append(self)
-        self.undo.callback(swapped.remove, self)
-        for other in swapped[: swapped.index(self)]:
-            if other.held & self.held and other._thread != self._thread:
-                reason = "another thread evaluates averaged weights of this model"
-                hint = "evaluate one average after the other, or another copy of the model"
-                raise NotReadyError("model", reason, hint)
-
-    def leave(self) -> None:
-        """Undo the block, unless one around it has undone both.
-
-        A later block of the same thread that is still open is undone first, and is an error: it
-        would restore this block's averages as raw weights.
-        """
-        if self not in swapped:
-            return
-        within = []
-        for other in swapped[swapped.index(self) + 1 :]:
-            if other.held & self.held and other._thread == self._thread:
-                within.append(other)
-        with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
-            for block in (self, *within):
-                stack.callback(block.undo.close)
-        if within:
-            reason = "a block was left before one that was entered within it; both are undone"
-            raise NotReadyError("model", reason, "leave blocks in reverse order")
-
-
-swapped: list[Block] = []
-"""The open blocks of this process."""
-
-
-def is_swapped(model: nn.Module) -> bool:
-    """Return whether a model, a part of it, or one that it is a part of, holds averaged weights."""
-    if not swapped:
-        return False
-    objects = chain(model.modules(), model.parameters(), model.buffers())
-    ids = frozenset(map(id, objects))
-    return any(ids & block.held for block in [*swapped])
-
-
 # --- the selection of a model's tensors ---
 
 
@@ -292,7 +208,7 @@ def collect_tensors(
 ) -> ModelTensors:
     """Return a model's selected tensors, or this process's parts; parameters in `also` need not
     require gradients."""
-    reshard(check_model(model))
+    reshard(model)
     entries = named_tensors(model)
     collection = _Collection(entries, selection)
     for entry in entries:
@@ -318,7 +234,9 @@ class _Collection:
         self._aliases = dict[str, str]()
         self._left_out = list[str]()
         self._first_names = dict[int, str]()
-        self._chunks = dict[str, Chunk]()
+        self._shapes = dict[str, Shape]()
+        self._boxes = dict[str, Box]()
+        self._is_sharded = False
 
     def add(self, entry: NamedTensor, also_frozen: bool) -> None:
         name = entry.name
@@ -332,9 +250,9 @@ class _Collection:
         if first_name != name:
             self._aliases[name] = first_name
             return
-        self._parts[name], box = held_box(name, tensor)
-        if is_sharded(tensor):
-            self._chunks[name] = Chunk(tuple(tensor.shape), box.offset)
+        self._parts[name], self._boxes[name] = held_box(name, tensor)
+        self._shapes[name] = tuple(tensor.shape)
+        self._is_sharded |= is_sharded(tensor)
         role = "copy" if is_copied else self._role(entry)
         dtype = stored_name(tensor.dtype, name)
         self._tracked[name] = TrackedTensor(role, dtype)
@@ -352,19 +270,25 @@ class _Collection:
         frozen = frozenset(filter(self._selection.names, self._left_out))
         averaged = dict[str, Tensor]()
         copied = dict[str, Tensor]()
-        shapes = {}
         roles = set()
         for name, part in self._parts.items():
             role = self._tracked[name].role
             kind = copied if role == "copy" else averaged
             kind[name] = part
-            shapes[name] = tuple(part.shape)
             roles.add(role)
         if "average" not in roles:
             raise _without_average(self._selection, frozen)
         tracked = {name: self._tracked[name] for name in chain(averaged, copied)}
         left_out = tuple(self._left_out)
-        known = TrackedModel(tracked, shapes, self._aliases, left_out, frozen, self._chunks)
+        known = TrackedModel(
+            tracked,
+            self._shapes,
+            self._boxes,
+            self._aliases,
+            left_out,
+            frozen,
+            self._is_sharded,
+        )
         return ModelTensors(averaged, copied, known)
 
 
@@ -391,9 +315,8 @@ def _check(entry: NamedTensor) -> None:
     tensor = entry.tensor
     value = repr(name)
     if name == "__metadata__":
-        kind = "parameter" if entry.is_parameter else "buffer"
         hint = f"rename it in the model, or leave it out with exclude={value}"
-        raise InvalidValueError(kind, "safetensors files reserve this name", hint, value=value)
+        raise InvalidValueError("tensor", "safetensors files reserve this name", hint, value=value)
     if torch.nn.parameter.is_lazy(tensor):
         hint = "run a batch through the model first"
         raise InvalidValueError("tensor", "has no shape yet", hint, value=value)
@@ -430,6 +353,19 @@ def _check_class(name: str, tensor: Tensor) -> None:
         reason = f"is a {type(tensor.data).__name__}, whose values torch cannot read"
         hint = f"leave it out with exclude={name!r}"
         raise InvalidValueError("tensor", reason, hint, value=repr(name)) from error
+
+
+def into_dtensors(chunks: dict[str, Tensor], model: nn.Module) -> None:
+    """Replace the chunks of a sharded model by DTensors in host memory, which are sharded like its
+    tensors of these names; tied names share one."""
+    reshard(model)
+    converted = dict[int, Tensor]()  # by the chunk
+    for name, _, tensor, *_ in named_tensors(model):
+        if name in chunks:
+            chunk = chunks[name]
+            if id(chunk) not in converted:
+                converted[id(chunk)] = as_dtensor(chunk, tensor)
+            chunks[name] = converted[id(chunk)]
 
 
 def nonfinite_name(tensors: Mapping[str, Tensor]) -> str | None:

@@ -2,7 +2,7 @@
 snapshots.
 
 From `update_` to a file a value is in the model's tensor (`ModelTensors`); if averages are on the
-host, in a copy there (`ModelCopy`); in the mean of the last values (`AverageTensors.mean`); from
+host, in a copy there (`ModelCopier`); in the mean of the last values (`AverageTensors.mean`); from
 the next fold on in each profile's average (`AverageTensors.high`); in the storage dtype on the host
 (`StagedAverage`); and in the file (`TensorFileWriter`). Each step works tile by tile, see `memory`,
 and selects the elements for measurements, for the sample of the weights and for the sketch of their
@@ -19,13 +19,14 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
     Log,
-    NonFiniteError,
     NotReadyError,
     WriteError,
     log_kept_messages,
@@ -41,7 +41,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.files import remove_unfinished
 from posthoc_cli.resources import worker_count
 from posthoc_cli.snapshots.sources import ElementRange
-from posthoc_cli.tracker.averages import Averages
+from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.background import (
     SINGLE_THREAD,
     ThreadPool,
@@ -50,13 +50,14 @@ from posthoc_cli.tracker.background import (
 )
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.host_copy import ModelCopier
-from posthoc_cli.tracker.measuring import Sketcher
+from posthoc_cli.tracker.measuring import Sketcher, Values, joined
 from posthoc_cli.tracker.memory import Layout, Reader, is_on_host, on_host
 from posthoc_cli.tracker.model import ModelTensors, nonfinite_error
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
     Snapshotter,
     Storage,
+    entries_of,
     headers,
     measured_now,
     stage,
@@ -109,9 +110,9 @@ class Pipeline:
         # of the model that was taken in last; gone when its tensors are
         self._values: WeakKeyDictionary[ModelTensors, Reader] = WeakKeyDictionary()
         self._storage: Storage | None = None
-        # the number, the step and the sample of the update that was compared last
-        self._compared: tuple[int, int, Sequence[Tensor]] | None = None
-        self._still: float = STILL  # updates until the next comparison, see `_note_standstill`
+        # the update that was compared last, and its sample
+        self._compared: tuple[Standing, Values] = Standing(), np.empty(0)
+        self._still = 0.0  # updates until the next comparison, see `_note_standstill`
         self._live: WeakValueDictionary[int, LiveSource] = WeakValueDictionary()  # by id
 
     def figures(self) -> dict[str, float]:
@@ -251,17 +252,15 @@ class Pipeline:
         # On an accelerator the training's own stream copies. On the CPU torch's threads would wait
         # for each other.
         pool = self._pool_for(values.layout)
+        copier = self._copier
         if pool is SINGLE_THREAD:
-            copy = self._copier.copy(values)
+            copier.copy(values)
         else:
-            copy = self._updates.call(lambda: self._copier.copy(values, pool))
+            self._updates.call(lambda: copier.copy(values, pool))
 
-        def take_in() -> None:
+        def take_in() -> str | None:
             self._streams.last_events = events
-            try:
-                self._take_in(copy.arrived(), copies, progress)
-            finally:
-                self._copier.give_back(copy)
+            return self._take_in(copier.arrived(), copies, progress)
 
         self._updates.submit(lambda: self._update(take_in, progress))
 
@@ -276,20 +275,20 @@ class Pipeline:
         devices += [copy.device for copy in copies.values()]
         streams = self._streams.current(devices)
 
-        def take_in() -> None:
+        def take_in() -> str | None:
             with self._streams.in_streams_of_caller(streams):
-                self._take_in(values, copies, progress)
+                return self._take_in(values, copies, progress)
 
         self._updates.call(lambda: self._update(take_in, progress))
 
-    def _update(self, take_in: Callable[[], None], progress: TrainingProgress) -> None:
+    def _update(self, take_in: Callable[[], str | None], progress: TrainingProgress) -> None:
         """Take in values, and queue due snapshots, also if the values are refused."""
-        try:
-            take_in()
-        except NonFiniteError:
-            self._submit_if_due(progress)
-            raise
-        self._submit_if_due(progress)
+        name = take_in()
+        now = self.tracking
+        if self._settings.snapshot_is_due(progress.step):
+            self._submit_snapshots(now)
+        if name is not None:
+            raise nonfinite_error(name, now.tracked.tensors, progress.step)
 
     def _use_cores(self) -> None:
         """Let averages on the host use this process's share of the cores, which an accelerator's
@@ -300,11 +299,8 @@ class Pipeline:
             self._pool = ThreadPool(threads)
             self._copier = ModelCopier(threads)
 
-    def skip(self, progress: TrainingProgress) -> None:
-        """Count a call whose update is left out."""
-        self.set(replace(self.tracking, progress=progress))
-
     def set(self, tracking: Tracking) -> None:
+        """Replace the state and the progress."""
 
         def work() -> None:
             self.check_open()
@@ -323,24 +319,22 @@ class Pipeline:
             current = self._current()
             averages = current.averages
             tensors = averages.tensors
-            if tensors is None or not averages.exist:
-                return []
             pool = self._pool_for(tensors.layout)
             with self._streams.in_own_streams():
                 subset = self._storage_of(tensors.layout).subset
                 measured = [(figures, "") for figures in measured_now(subset, averages, pool)]
-                copies = _on_cpu(averages.copies)
                 infos = headers(self._settings, current, averages.path(pool), measured)
 
             def read(index: int, ranges: Sequence[ElementRange]) -> list[Tensor]:
                 with self._streams.in_own_streams():
                     return averages.read(index, ranges, pool)
 
+            entries = entries_of({**averages.copies, **tensors.high[0].views})
             call = self._updates.call
             sources = []
             for index, header in enumerate(infos):
-                read_own = partial(read, index)
-                source = LiveSource.of(header, tensors.layout, copies, read=read_own, call=call)
+                fields = vars(header) | {"entries": entries}
+                source = LiveSource(**fields, read=partial(read, index), call=call)
                 self._live[id(source)] = source
                 sources.append(source)
             return sources
@@ -354,10 +348,8 @@ class Pipeline:
             current = self._current()
             averages = current.averages
             tensors = averages.tensors
-            kept = None
             with self._streams.in_own_streams():
-                if tensors is not None and averages.exist:
-                    kept = tensors.copied(on_host(tensors.layout))
+                kept = tensors.copied(on_host(tensors.layout))
                 copies = _on_cpu(averages.copies)
                 path = averages.path(exact=True)
             exact = Averages(averages.sigma_rels, averages.standing, kept, copies, known_path=path)
@@ -395,32 +387,37 @@ class Pipeline:
     def take_error(self) -> Exception | None:
         return self._updates.take_error() or self._writes.take_error()
 
-    @contextmanager
-    def as_writer(self, run_id: str) -> Iterator[Snapshotter]:
-        """Be the directory's writer in the block and afterwards; if the block fails, only if it was
-        before."""
+    def begin(self, run_id: str, read: Callable[[], Tracking | None]) -> Tracking | None:
+        """Become the directory's writer, unless this is it, and continue from the state of `read`;
+        a failure leaves all as it was."""
         before = self.snapshotter
-        with ExitStack() as undo:
+        try:
+            snapshotter = before or self._new_writer()
+            snapshotter.check_run(run_id)
+            loaded = read()
+            if loaded is not None:
+                snapshotter.continue_from(loaded)
+        except BaseException:
             if before is None:
-                # a forgotten tracker may still be writing its last snapshot
-                wait_for_writers(self.directory)
-                undo.callback(setattr, self, "snapshotter", None)
-                undo.callback(self.release)
-                _writers.add(self)
-                # A child that multiprocessing has forked ends without the functions of atexit.
-                if multiprocessing.parent_process() is not None:
-                    multiprocessing.util.Finalize(None, finish, exitpriority=0)
-                try:
-                    self.snapshotter = Snapshotter(
-                        self.directory, self._settings, self.tracking.tracked.members
-                    )
-                # a WriteError of `update_` would mean that the call has done its work
-                except WriteError as error:
-                    raise DirectoryError(error.subject, error.reason, error.hint) from error
-            assert self.snapshotter is not None
-            self.snapshotter.check_run(run_id)
-            yield self.snapshotter
-            undo.pop_all()
+                self.release()
+                self.snapshotter = None
+            raise
+        return loaded
+
+    def _new_writer(self) -> Snapshotter:
+        # a forgotten tracker may still be writing its last snapshot
+        wait_for_writers(self.directory)
+        _writers.add(self)
+        # A child that multiprocessing has forked ends without the functions of atexit.
+        if multiprocessing.parent_process() is not None:
+            multiprocessing.util.Finalize(None, finish, exitpriority=0)
+        members = self.tracking.tracked.members
+        try:
+            self.snapshotter = Snapshotter(self.directory, self._settings, members)
+        # a WriteError of `update_` would mean that the call has done its work
+        except WriteError as error:
+            raise DirectoryError(error.subject, error.reason, error.hint) from error
+        return self.snapshotter
 
     def close(self) -> None:
         """Finish all work, and release the model's tensors and the directory."""
@@ -481,9 +478,9 @@ class Pipeline:
         values: Reader,
         copies: Mapping[str, Tensor],
         progress: TrainingProgress,
-    ) -> None:
-        """Update averages and counters; raise a NonFiniteError, and only count, if a value is not
-        finite."""
+    ) -> str | None:
+        """Update averages and counters; if a value is not finite, only count, and return the first
+        tensor with such a value."""
         self.check_open()
         now = self.tracking
         averages = now.averages
@@ -498,9 +495,9 @@ class Pipeline:
         sketcher = self._sketcher(averages, storage)
         name = averages.update_(values, copies, progress.t, progress.step, pool, sample, sketcher)
         self.tracking = replace(now, progress=progress)
-        if name is not None:
-            raise nonfinite_error(name, now.tracked.tensors, progress.step)
-        self._note_standstill(averages)
+        if name is None:
+            self._note_standstill(averages)
+        return name
 
     def _sketcher(self, averages: Averages, storage: Storage) -> Sketcher | None:
         """Return what sketches the path: known from the first update on, or continued; None for the
@@ -524,37 +521,33 @@ class Pipeline:
         Compared are those of a snapshot's sample.
         """
         standing = averages.standing
-        sample = averages.sample
-        assert sample is not None
-        if self._compared is None:
-            self._compared = standing.updates, standing.step, sample
-        updates, step, earlier = self._compared
-        if standing.updates < updates + self._still:
+        before, earlier = self._compared
+        if standing.updates < before.updates + self._still:
             return
-        self._compared = standing.updates, standing.step, sample
+        assert averages.sample is not None
+        sample = joined(averages.sample)
+        self._compared = standing, sample
+        self._still = STILL
+        if not earlier.size:
+            return
         schedule = self._settings.schedule
         self._still = max(STILL, schedule.checkpoint_every // schedule.update_every)
-        are_equal = all(map(_are_same, earlier, sample))
-        if are_equal and any(now.numel() for now in sample):
+        if np.array_equal(earlier, sample):
             self._still = math.inf
             log.warning(
                 "%s: the weights of step %d are those of step %d: does an optimizer step, and is "
                 "this the model that it trains?",
                 self.directory,
                 standing.step,
-                step,
+                before.step,
             )
-
-    def _submit_if_due(self, progress: TrainingProgress) -> None:
-        if self._settings.snapshot_is_due(progress.step):
-            self._submit_snapshots(self.tracking)
 
     def _submit_snapshots(self, current: Tracking, off_schedule: bool = False) -> None:
         """Stage the averages, and queue their snapshots."""
         averages = current.averages
         tensors = averages.tensors
         snapshotter = self.snapshotter
-        if tensors is None or snapshotter is None or not averages.exist:
+        if snapshotter is None or not averages.exist:
             return
         self._writes.wait()  # earlier snapshots use the same memory
         storage = self._storage_of(tensors.layout)
@@ -566,10 +559,6 @@ class Pipeline:
             copies = _on_cpu(averages.copies)
             infos = headers(self._settings, current, averages.path(pool), measured, off_schedule)
         self._writes.submit(lambda: snapshotter.record(infos, staged, copies))
-
-
-def _are_same(one: Tensor, other: Tensor) -> bool:
-    return one.device == other.device and torch.equal(one, other)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -643,9 +632,8 @@ def wait_for_writers(directory: Path) -> None:
     released it.
     """
     for pipeline in list(_writers):
-        with suppress(OSError):
-            if pipeline.directory.samefile(directory):
-                pipeline.flush()
+        if str(pipeline.directory) == os.path.realpath(directory):  # resolves a loop of links, too
+            pipeline.flush()
     log_kept_messages()
 
 

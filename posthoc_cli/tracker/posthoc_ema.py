@@ -17,6 +17,7 @@ from __future__ import annotations
 import atexit
 import logging
 import math
+import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.reconstruction import check_method
 from posthoc_cli.run import Run, Wanted, Weights, as_targets, make_weights, with_consistent_plan
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.path import encode_path, joined_paths, places
 from posthoc_cli.snapshots.snapshot import Snapshot, make_selection, statistics_notice
 from posthoc_cli.snapshots.sources import Source
@@ -57,19 +59,17 @@ from posthoc_cli.tracker import averaged
 from posthoc_cli.tracker.attach import (
     Attachment,
     LastCount,
-    attachments,
     last_counts,
     stepping_optimizer,
 )
-from posthoc_cli.tracker.averages import Averages
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.filling import check_weights, load_weights, swapped_in
+from posthoc_cli.tracker.filling import check_weights, fill_in, is_swapped, swapped_in
 from posthoc_cli.tracker.memory import HOST
 from posthoc_cli.tracker.model import (
     ModelWatch,
     check_model,
     collect_tensors,
-    is_swapped,
+    into_dtensors,
     unwrapped,
 )
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -92,7 +92,6 @@ _MAKE = (
     "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by "
     "PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
 )
-_UPDATE = "call ema.update_(model) after each step of the optimizer"
 
 
 class PostHocEMA:
@@ -141,23 +140,11 @@ class PostHocEMA:
         bare: Any = unwrapped(model)
         self._model = weakref.ref(bare)
         if self._start.tracking.resumes:
-            self._look_for_start(model)
-        if bare not in _trackers:
+            self._start.counted = self._counted_before(model)
+            self._choose_start(model, is_first_call=False)
+        hooks: Any = bare._load_state_dict_post_hooks
+        if not any(isinstance(hook, _RestoredHook) for hook in hooks.values()):
             bare.register_load_state_dict_post_hook(_RestoredHook())
-        _trackers.setdefault(bare, WeakSet()).add(self)
-
-    def _look_for_start(self, model: nn.Module) -> None:
-        """Note the model's values now, and choose the call to resume from."""
-        self._start.counted = self._counted_before(model)
-        try:
-            self._start.sample = self._watch.sample(model, self._start.tracking.tracked)
-        except ModelMismatchError as error:
-            hint = (
-                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
-                f"directory"
-            )
-            raise error if error.hint else error.with_hint(hint) from None
-        self._choose_start(model, is_first_call=False)
 
     @classmethod
     def from_model(
@@ -284,11 +271,6 @@ class PostHocEMA:
         """The number of calls of `update_` so far in this run."""
         return self._pipeline.progress.step
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("update", "update_parameters"):
-            raise AttributeError(f"PostHocEMA has no {name!r}: {_UPDATE}")
-        raise AttributeError(f"'PostHocEMA' object has no attribute {name!r}")
-
     @property
     def t(self) -> float:
         """The training time of the last call of `update_`."""
@@ -324,13 +306,8 @@ class PostHocEMA:
     def tracks(self, model: nn.Module) -> bool:
         """Return whether `model`, wrapped or bare, is the one that this tracker has taken updates
         from."""
-        own = None
-        if self.step and not self._pipeline.tracking.resumes:
-            own = self._tracked_model()
-        if own is None:
-            return False
-        parameters = [*map(id, check_model(model).parameters())]
-        return parameters == [*map(id, own.parameters())]
+        has_taken = self.step > 0 and not self._pipeline.tracking.resumes
+        return has_taken and self._tracked_model() is unwrapped(check_model(model))
 
     # --- tracking
 
@@ -358,7 +335,12 @@ class PostHocEMA:
             )
         self._count(check_model(model), t)
 
-    def _count(self, model: nn.Module, t: float | None, found_inf: Tensor | None = None) -> None:
+    def _count(
+        self,
+        model: nn.Module,
+        t: float | None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Count a training step, unless `found_inf` says that a GradScaler has skipped it."""
         _check_raw(model, "update_")
         if _is_capturing():
@@ -418,13 +400,10 @@ class PostHocEMA:
         def update(time: float | None, found_inf: Tensor | None) -> None:
             self._count(self._present_model("attach"), time, found_inf)
 
-        # that of an earlier tracker of the directory, as of a notebook's cell that has run again
-        of_directory = attachments.setdefault(stepping, {})
-        for earlier in (before, of_directory.get(self.checkpoint_dir)):
-            if earlier is not None:
-                earlier.remove()
+        for tracker in [*_all]:  # also an earlier one, as of a notebook's cell that has run again
+            if tracker.checkpoint_dir == self.checkpoint_dir:
+                tracker.detach()
         attachment = Attachment(stepping, update, t)
-        of_directory[self.checkpoint_dir] = attachment
         self._attachment = weakref.ref(attachment)
         return attachment
 
@@ -491,7 +470,7 @@ class PostHocEMA:
         wanted = {target.label: target for target in as_targets(sigma_rels)}
         figures = {"step": float(self.step), "t": self.t}
         figures |= self._pipeline.figures()
-        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id) if wanted else []
+        snapshots = self._stored() if wanted else []
         plans, _ = averaged.plan_possible(snapshots, wanted if snapshots else {})
         for label, plan in plans.items():
             error = plan.predicted_error(0)
@@ -557,10 +536,12 @@ class PostHocEMA:
         def find_refusals() -> dict[str, str]:
             if not self.has_average:
                 return {}
-            sources: Sequence[Source] = []
+            sources: Sequence[Source]
             if self._members.is_chunked:
                 sources = self._live() or self._stored()
-            _, reasons = averaged.plan_possible(sources or self._sources(), wanted)
+            else:
+                sources = self._sources()
+            _, reasons = averaged.plan_possible(sources, wanted)
             return reasons
 
         refusals = group.from_first(find_refusals)
@@ -621,7 +602,9 @@ class PostHocEMA:
             return self._own_state()
         model = self._chunked_model()
         _, weights = self._average("state_dict", model, sigma_rel, asked)
-        return weights if model is None else averaged.as_dtensors(weights, model)
+        if model is not None:
+            into_dtensors(weights, model)
+        return weights
 
     @not_compiled
     def load_into(
@@ -640,8 +623,8 @@ class PostHocEMA:
         """
         asked = {"t": t, "step": step, "method": method}
         group, weights = self._average("load_into", check_model(model), sigma_rel, asked)
-        group.together(lambda: check_weights(model, weights))
-        load_weights(model, weights)
+        targets = group.together(lambda: check_weights(model, weights))
+        fill_in(targets, weights)
 
     def reconstruction_error(
         self,
@@ -677,10 +660,7 @@ class PostHocEMA:
 
         def unpack() -> tuple[Tracking, tuple[float, ...]]:
             self.flush()
-            loaded, weights = unpack_state(state, self.settings, now.tracked)
-            if not self.keeps_averages:
-                loaded = replace(loaded, averages=Averages(self.settings.sigma_rels))
-            return loaded, weights
+            return unpack_state(state, self.settings, now.tracked)
 
         with self._pipeline.lock("load_state_dict"):
             loaded, weights = group.together(unpack)
@@ -798,14 +778,7 @@ class PostHocEMA:
         """Become a writer of the directory, if this process keeps averages, and continue from the
         state of `read`."""
 
-        def begin() -> Tracking | None:
-            if not self.keeps_averages:
-                return read()
-            with self._pipeline.as_writer(run_id) as snapshotter:
-                if (loaded := read()) is not None:
-                    snapshotter.continue_from(loaded)
-                return loaded
-
+        begin = partial(self._pipeline.begin, run_id, read) if self.keeps_averages else read
         if (loaded := group.first_then_others(begin)) is not None:
             self._pipeline.set(loaded)
         self._has_begun = True
@@ -815,7 +788,7 @@ class PostHocEMA:
         try:
             tensors = self._watch.tensors(model, self._pipeline.tracking.tracked)
         except PostHocError:
-            self._pipeline.skip(progress)
+            self._pipeline.set(replace(self._pipeline.tracking, progress=progress))
             raise
         self._pipeline.update(tensors, progress)
 
@@ -828,7 +801,8 @@ class PostHocEMA:
         step = self._last.progress.step
         if self.closed or not self.keeps_averages:
             return
-        missed = self._last.has_moved if is_end else step > 0 and self._last.was_missed
+        steps = self._last.steps
+        missed = steps > 0 if is_end else step > 0 and steps > 1
         if missed and self._is_first_warning("uncounted"):
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted: call update_ "
@@ -876,7 +850,7 @@ class PostHocEMA:
         last = last_counts.get(unwrapped(model), {}).get(self.checkpoint_dir)
         if last is None or last.run_id != self.run_id:
             return None
-        if last.has_moved:
+        if last.steps:
             log.warning(
                 "%s: the model has moved since step %d, the last that was counted",
                 self.checkpoint_dir,
@@ -885,20 +859,30 @@ class PostHocEMA:
         return last.progress
 
     def _choose_start(self, model: nn.Module, is_first_call: bool) -> None:
-        """Resume from the newest time at which the network had the model's weights, see
-        `Start.choose`."""
+        """Note the model's values, and resume from the newest time at which the network had them,
+        see `Start.choose`."""
         start = self._start
         now = self._pipeline.tracking
-        if start.is_given:
-            return
         group = self._members.keepers("update_" if is_first_call else "this tracker")
         if start.sample is None:
-            start.sample = group.together(lambda: self._watch.sample(model, now.tracked))
+            start.sample = group.together(lambda: self._first_sample(model))
+        if start.is_given:
+            return
         if is_first_call:
             wait_for_writers(self.checkpoint_dir)
         chosen = start.choose(now, group, self.keeps_averages, is_first_call)
         if chosen is not now:
             self._pipeline.set(chosen)
+
+    def _first_sample(self, model: nn.Module) -> dict[int, float]:
+        try:
+            return self._watch.sample(model, self._pipeline.tracking.tracked)
+        except ModelMismatchError as error:
+            hint = (
+                f"the run in {self.checkpoint_dir} is of another model; use its model, or another "
+                f"directory"
+            )
+            raise error if error.hint else error.with_hint(hint) from None
 
     def _note_other_network(self, model: nn.Module) -> None:
         """Warn if the model is not the network of the loaded state or of the given step."""
@@ -1073,16 +1057,8 @@ class PostHocEMA:
         """Return copies of the weights of the tracked model, or else of `model`, on the host, with
         a warning."""
         tracked = self._present_model("no average yet", model)
-        schedule = self.settings.schedule
         if self._is_first_warning("raw weights"):
-            options = (
-                f"update_every={schedule.update_every}, "
-                f"update_after_step={schedule.update_after_step}"
-            )
-            warn(
-                f"no average yet, so the raw weights are used: {self.settings.first_update(0)} "
-                f"({options})"
-            )
+            warn(f"no average yet, so the raw weights are used: {self.settings.first_update(0)}")
         stored = parse_dtype(dtype)
         tensors = collect_tensors(tracked, self.settings.selection)
         wanted = None if stored is None else torch_dtype(stored)
@@ -1106,11 +1082,8 @@ class PostHocEMA:
             raise NotReadyError(reason, hint)
         live = self._live()
         now = live[0].t if live else math.inf
-        profiles = {source.sigma_rel for source in live}
         sources: list[Source] = [*live]
-        for snapshot in self._stored():
-            if snapshot.t < now or (snapshot.t == now and snapshot.sigma_rel not in profiles):
-                sources.append(snapshot)
+        sources += [snapshot for snapshot in self._stored() if snapshot.t < now]
         if not sources:
             raise NotReadyError(
                 "no average yet", f"{self.settings.first_update(self.step)}, so far {self.step:,}"
@@ -1118,10 +1091,13 @@ class PostHocEMA:
         return sources
 
     def _stored(self) -> list[Snapshot]:
-        """Return the snapshots on disk, up to the step from which the run is to resume."""
+        """Return the run's snapshots on disk, up to the step from which it is to resume; none if
+        the directory belongs to another run."""
         last = self._start.step if self._pipeline.tracking.resumes else None
-        snapshots = averaged.run_snapshots(self.checkpoint_dir, self.run_id)
-        return [s for s in snapshots if last is None or s.step <= last]
+        snapshots = find_snapshots(self.checkpoint_dir)
+        if last is not None:
+            snapshots = [snapshot for snapshot in snapshots if snapshot.step <= last]
+        return [snapshot for snapshot in snapshots if snapshot.run_id == self.run_id]
 
     def _live(self) -> list[LiveSource]:
         self.flush()
@@ -1205,11 +1181,7 @@ _all: WeakSet[PostHocEMA] = WeakSet()
 def _end_earlier(directory: Path, model: nn.Module | None = None) -> None:
     """Close the trackers of a directory in this process that count steps, or those of a model."""
     for tracker in [*_all]:
-        is_same = tracker.checkpoint_dir == directory or (
-            tracker.checkpoint_dir.exists()
-            and directory.exists()
-            and tracker.checkpoint_dir.samefile(directory)
-        )
+        is_same = str(tracker.checkpoint_dir) == os.path.realpath(directory)
         if tracker.closed or not is_same or not tracker._counts(model):
             continue
         log.warning(
@@ -1231,17 +1203,15 @@ def _note_uncounted_steps() -> None:
             tracker._note_uncounted(is_end=not hasattr(sys, "last_value"))
 
 
-# by the bare model
-_trackers: WeakKeyDictionary[nn.Module, WeakSet[PostHocEMA]] = WeakKeyDictionary()
-
-
 class _RestoredHook:
     """The hook that a tracker adds to its model. In a pickle or a copy of the model a method of the
     standard library takes its place that does nothing: they need no release of this package."""
 
     def __call__(self, model: nn.Module, _: object) -> None:
         """Handle the end of the model's `load_state_dict`."""
-        for tracker in [*_trackers.get(model, ())]:
+        for tracker in [*_all]:
+            if tracker._tracked_model() is not model:
+                continue
             resumes = tracker._pipeline.tracking.resumes
             start = tracker._start
             start.counted = None

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +32,7 @@ from posthoc_cli.errors import (
     RankError,
     VanishedError,
 )
-from posthoc_cli.snapshots.tensorfile import Box, Chunk, row_major
+from posthoc_cli.snapshots.tensorfile import Box, row_major
 from posthoc_cli.tracker.memory import HOST
 
 Result = TypeVar("Result")
@@ -335,17 +335,9 @@ class Rendezvous:
         self._check_in_time()
         self._calls += 1
         prefix = f"call/{self._calls}"
-        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
-        try:
-            self._wait_for_all(prefix)
-        except BaseException as error:
-            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
-            raise
-        first = self._ranks[0]
-        for rank, role in self._roles().items():
-            if role == "keeps":
-                first = rank
-                break
+        self._wait_for_calls(prefix, call)
+        keepers = [rank for rank, role in self._roles().items() if role == "keeps"]
+        first = next(iter(keepers), self._ranks[0])
         calls = {rank: self._value(prefix, rank) for rank in self._ranks}
         for rank, other in calls.items():
             if other.startswith("left"):
@@ -355,6 +347,19 @@ class Rendezvous:
                 raise RankError(f"rank {rank}", reason, "make the same call in every process")
         others = [rank for rank in self._ranks if rank != first]
         return Group(self._rank, (first, *others), device, self._processes)
+
+    def _wait_for_calls(self, prefix: str, call: str) -> None:
+        self.store.set(f"{prefix}/{self._rank}", f"asks for {call}")
+        try:
+            absent = self._wait(
+                lambda: self._is_set(prefix) and self._is_set("made"), prefix, LIMIT, WARNING
+            )
+            if absent:
+                reason = f"did not make this call within {LIMIT:.0f} s"
+                raise RankError(absent, reason, self._hint)
+        except BaseException as error:
+            self.store.set(f"{prefix}/{self._rank}", f"left this call by {type(error).__name__}")
+            raise
 
     @cached_property
     def _processes(self) -> Any:
@@ -379,44 +384,38 @@ class Rendezvous:
     def _wait_for_trackers(self, are_enough: Callable[[], bool]) -> None:
         """Wait for trackers of other processes: until there are enough, all have made theirs, or
         `GRACE` seconds are over since this one was made."""
-        until = self._begin + GRACE
-        warn_at = time.monotonic() + 1.0
-        while not (are_enough() or self._all_have_made_theirs()):
-            now = time.monotonic()
-            if now > until:
-                return
-            if now > warn_at:
-                log.warning(
-                    "waiting for trackers of other processes, %.0f s at most: %s",
-                    until - now,
-                    self._hint,
-                )
-                warn_at = until
-            time.sleep(0.02)
+        left = self._begin + GRACE - time.monotonic()
+        self._wait(lambda: are_enough() or self._all_have_made_theirs(), "made", left, 1.0)
+
+    def _wait(
+        self,
+        is_over: Callable[[], bool],
+        prefix: str,
+        seconds: float,
+        patience: float,
+    ) -> str:
+        """Wait, and after `patience` warn; return "" or, after these seconds, the names of the
+        processes that lack a key."""
+        began = time.monotonic()
+        pause = 0.001
+        while not is_over():
+            passed = time.monotonic() - began
+            if passed > min(patience, seconds):
+                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
+                absent = " and ".join(f"rank {rank}" for rank in late)
+                if passed > seconds:
+                    return absent
+                log.warning("waiting for %s, at most %.0f s: %s", absent, seconds, self._hint)
+                patience = seconds
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+        return ""
 
     def _check_in_time(self) -> None:
         if self.store.check(["alone"]):
             other = self.store.get("alone").decode()
             reason = "evaluates alone: it found no other tracker of this directory"
             raise RankError(f"rank {other}", reason, self._hint)
-
-    def _wait_for_all(self, prefix: str) -> None:
-        began = time.monotonic()
-        pause = 0.001
-        warned = False
-        while not (self._is_set(prefix) and self._is_set("made")):
-            limit = LIMIT if warned else WARNING
-            if time.monotonic() - began > limit:
-                late = [rank for rank in self._ranks if not self._has(prefix, rank)]
-                absent = " and ".join(f"rank {rank}" for rank in late)
-                if warned:
-                    raise RankError(
-                        absent, f"did not make this call within {LIMIT:.0f} s", self._hint
-                    )
-                log.warning("waiting for %s: %s", absent, self._hint)
-                warned = True
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
 
     def _all_have_made_theirs(self) -> bool:
         """Return whether each process has made this tracker, or as many as this one, of other
@@ -515,9 +514,9 @@ class ShardOwners(Members):
     """The processes that track one sharded model; each keeps the averages of the chunks that it
     owns.
 
-    All processes make this object, in the same order of trackers, with their part of each tensor
-    and, unless complete, its chunk. The owner of a chunk is the lowest rank that holds it
-    (`holders`, by name, ascending); a chunk without elements has none, unless its tensor has no
+    All processes make this object, in the same order of trackers, with the tensors of which they
+    hold a chunk. The owner of a chunk is the lowest rank that holds it (`holders`, by name,
+    ascending); a chunk without elements has none, unless its tensor has no
     elements. Stages of a pipeline have tensors of their own: `shapes` are the complete ones of the
     weights of all. A RankError names a process that has other `options`.
     """
@@ -527,10 +526,7 @@ class ShardOwners(Members):
     def __init__(
         self,
         model: nn.Module,
-        tensors: Mapping[str, Tensor],
-        chunks: Mapping[str, Chunk],
-        aliases: Iterable[str],
-        shapes: Mapping[str, tuple[int, ...]],
+        tracked: Any,  # a TrackedModel
         options: Mapping[str, str],
         run_id: str,
     ) -> None:
@@ -538,18 +534,18 @@ class ShardOwners(Members):
         self.rank = dist.get_rank()
         self.mesh = _largest_mesh(model)
         self._parts = 0  # of snapshots, that this process has written
-        self._device = next((tensor.device for tensor in tensors.values()), HOST)
+        self._device = next((parameter.device for parameter in model.parameters()), HOST)
         hint = "call from_model, from_path or update_ in every process, with the same arguments"
         role = "keeps" if self.rank == 0 else "counts"
         self._owners_meeting = Rendezvous("members", role, hint)
-        digests = _chunk_digests(tensors, chunks)
+        digests = _chunk_digests(tracked)
         own = _Presence(
             options=options,
             digests=[*digests.values()],
             run_id=run_id,
             session=time.time_ns(),
-            names=[*tensors, *aliases],
-            shapes=shapes,
+            names=tracked.known_names,
+            shapes=tracked.complete_shapes,
         )
         presences = self.keepers("a tracker of this model").from_all(own)
         _check_options(presences)
@@ -562,7 +558,7 @@ class ShardOwners(Members):
         self.shapes = dict[str, tuple[int, ...]]()
         holders: dict[str, list[int]] = defaultdict(list)
         for rank, presence in enumerate(presences):
-            self.names |= frozenset(presence.names)
+            self.names |= presence.names
             self.shapes |= presence.shapes
             for digest in presence.digests:
                 holders[digest].append(rank)
@@ -632,21 +628,17 @@ class _Presence(NamedTuple):
     digests: Sequence[str]  # each identifies a chunk that the process holds, in all processes
     run_id: str
     session: int
-    names: Sequence[str]
+    names: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def _chunk_digests(
-    tensors: Mapping[str, Tensor],
-    chunks: Mapping[str, Chunk],
-) -> dict[str, str]:
-    """Return the digest of each chunk in this process that may have an owner."""
+def _chunk_digests(tracked: Any) -> dict[str, str]:
+    """Return the digest of each chunk of a TrackedModel in this process that may have an owner."""
     digests = {}
-    for name, tensor in tensors.items():
-        chunk = chunks.get(name)
-        if tensor.numel() or chunk is None or not math.prod(chunk.shape):
-            identity = name, chunk, tuple(tensor.shape)
-            digests[name] = _digest(repr(identity))
+    for name, box in tracked.boxes.items():
+        shape = tracked.shapes[name]
+        if box.size or not math.prod(shape):
+            digests[name] = _digest(repr((name, shape, box)))
     return digests
 
 

@@ -13,12 +13,12 @@ import os
 import secrets
 from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
@@ -30,20 +30,20 @@ from posthoc_cli.errors import (
     check_count,
     shown,
 )
-from posthoc_cli.planning import listed
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
 from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
 from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
-from posthoc_cli.snapshots.tensorfile import check_text, compact
-from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
+from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
+from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
 from posthoc_cli.tracker.model import ModelTensors, TrackedModel, collect_tensors, named_tensors
 from posthoc_cli.tracker.processes import Group, Members, ShardOwners, is_first_of_group
-from posthoc_cli.tracker.state import Tracking, check_profiles, host_layout
+from posthoc_cli.tracker.state import Tracking, check_profiles, zero_averages
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Start:
     """Where a tracker starts: at a given call, or the newest one at which the network had the
     weights that the model has when its tracker is made, or when its `load_state_dict` was called
@@ -54,34 +54,25 @@ class Start:
     network's at a given call, or in a loaded state; empty if unknown.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: Settings,
-        step: int | None,
-        stored: Sequence[Snapshot],
-        tracking: Tracking,
-        model: nn.Module | None,
-        tensors: ModelTensors | None,
-    ) -> None:
+    directory: Path
+    settings: Settings
+    step: int | None
+    stored: Sequence[Snapshot]
+    tracking: Tracking
+    sample: dict[int, float] | None = None
+    recorded: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    # of the last call that an earlier tracker of this model in this process has counted
+    counted: TrainingProgress | None = None
+    _progress: TrainingProgress | None = None  # where the snapshots do not say it
+
+    def __post_init__(self) -> None:
         # A link, such as one to the newest run, may lead elsewhere later. The path of another
-        # machine's process may be another one, so that processes compare the given ones.
-        self.directory = directory.resolve()
-        self.settings = settings
-        self.step = step
-        self.tracking = tracking
-        if model is not None and tensors is not None:
-            self.tracking = _with_members(tracking, model, tensors, settings, directory)
-        self.sample: dict[int, float] | None = None
-        self.recorded: Floats = np.empty(0, np.float32)
-        # of the last call that an earlier tracker of this model in this process has counted
-        self.counted: TrainingProgress | None = None
-        self.is_given = step is not None
-        self._stored = _complete(stored, settings.sigma_rels)
-        self._newest = self._stored[-1].step if self._stored else 0
-        self._progress: TrainingProgress | None = None  # where the snapshots do not say it
-        if step:
-            self.recorded = recorded_weights(self._stored).get(step, self.recorded)
+        # machine's process may be another one, so that processes have compared the given ones.
+        self.directory = self.directory.resolve()
+        self.is_given = self.step is not None
+        self.stored = _complete(self.stored, self.settings.sigma_rels)
+        if self.step:
+            self.recorded = recorded_weights(self.stored).get(self.step, self.recorded)
 
     @classmethod
     def of_model(
@@ -107,7 +98,7 @@ class Start:
                 step = 0
         _check_names(model, settings.selection)
         tensors = collect_tensors(model, settings.selection)
-        if tensors.tracked.chunks or is_first_of_group(model):
+        if tensors.tracked.is_sharded or is_first_of_group(model):
             _check_directory(directory, is_new=resume is None)
         if stored and step != 0:
             last = _until(_complete(stored, settings.sigma_rels), step, "resume")[-1]
@@ -116,7 +107,8 @@ class Start:
             run_id = stored[-1].run_id if stored else secrets.token_hex(16)
             none = Averages(settings.sigma_rels)
             tracking = Tracking(run_id, tensors.tracked, none, resumes=bool(stored))
-        return cls(directory, settings, step if stored else None, stored, tracking, model, tensors)
+        tracking = _with_members(tracking, model, tensors, settings, directory)
+        return cls(directory, settings, step if stored else None, stored, tracking)
 
     @classmethod
     def of_run(cls, directory: Path, model: nn.Module | None, step: int | None) -> Start:
@@ -127,12 +119,19 @@ class Start:
         selection = (newest.selection or Selection()).resumed(newest.roles)
         settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
-        # By the names in the snapshots: a model that is only to be filled may be frozen.
-        names = tracking.tracked.known_names
-        tensors = None if model is None else collect_tensors(model, selection, names)
-        return cls(directory, settings, step, stored, tracking, model, tensors)
+        if model is not None:
+            # By the names in the snapshots: a model that is only to be filled may be frozen.
+            tensors = collect_tensors(model, selection, tracking.tracked.known_names)
+            tracking = _with_members(tracking, model, tensors, settings, directory)
+        return cls(directory, settings, step, stored, tracking)
 
-    def choose(self, now: Tracking, group: Group, writes: bool, is_first_call: bool) -> Tracking:
+    def choose(
+        self,
+        now: Tracking,
+        group: Group,
+        writes: bool,
+        is_first_call: bool,
+    ) -> Tracking:
         """Return the tracking that resumes from the newest call with the model's weights, for all
         processes alike.
 
@@ -140,7 +139,7 @@ class Start:
         """
         values = sample_of_all(group, self.sample or {})
         # A process that only counts must not see which snapshots the writer sets aside meanwhile.
-        stored = self._stored
+        stored = self.stored
         if writes:
             stored = _complete(find_snapshots(self.directory), self.settings.sigma_rels)
         weights = recorded_weights(stored) if stored else {}
@@ -154,15 +153,12 @@ class Start:
             if step is None and counted.updated == newest:
                 self._progress = counted
                 step = newest
-        if is_first_call and (step is None or newest > self._newest):
+        if is_first_call and step is None:
             if group.leads and writes:
                 # a training that is still running here is the better reason
                 DirectoryLock(self.directory).release()
-            if step is not None:
-                raise self._has_advanced(newest)
             raise self._is_other([*weights] or [newest], len(values))
         self.step = None if step == newest else step
-        self._newest = newest
         if step is None:
             return now
         return replace(now, progress=self._progress or _progress_at(_until(stored, step)[-1]))
@@ -172,14 +168,9 @@ class Start:
         if self.step == 0:
             return replace(now, progress=TrainingProgress(), resumes=False)
         stored = _complete(read_directory(self.directory), self.settings.sigma_rels)
-        if not stored:
-            reason = (
-                f"has no time with snapshots of all of sigma_rel {listed(now.averages.sigma_rels)}"
-            )
-            raise DirectoryError(self.directory, reason, "begin anew by resume=0")
         chosen = _until(stored, self.step)
         loaded = _load(chosen, self.settings.sigma_rels, now.tracked)
-        if now.tracked.leads and _are_rounded(stored[-1]):
+        if now.tracked.members.rank == 0 and _are_rounded(stored[-1]):
             log.warning(
                 "%s: the averages continue from step %d, rounded as its snapshots are, which "
                 "predicted errors do not contain; a state, ema.state_dict(), is exact",
@@ -202,12 +193,6 @@ class Start:
             if len(sample) == len(recorded):
                 are_other.append(not are_equal(sample, recorded))
         return bool(are_other) and all(are_other)
-
-    def _has_advanced(self, newest: int) -> MismatchError:
-        reason = (
-            f"has advanced from step {self._newest:,} to {newest:,} since this tracker was made"
-        )
-        return MismatchError(self.directory, reason, "restore the model and make the tracker again")
 
     def _is_other(self, steps: Sequence[int], compared: int) -> ModelMismatchError:
         times = f"{len(steps):,} times, step {steps[0]:,} to {steps[-1]:,}"
@@ -318,7 +303,7 @@ def _with_members(
 ) -> Tracking:
     """Return `tracking` with the processes of the model; of a sharded one this process's part,
     after a rendezvous."""
-    if not tensors.tracked.chunks:
+    if not tensors.tracked.is_sharded:
         members = Members(model, directory, tensors.tracked.shapes)
         return replace(tracking, tracked=replace(tracking.tracked, members=members))
     values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
@@ -329,15 +314,7 @@ def _with_members(
     options["to resume"] = "nothing"
     if tracking.resumes:
         options["to resume"] = f"run {tracking.run_id[:8]} at step {tracking.progress.step}"
-    owners = ShardOwners(
-        model,
-        tensors.averaged | tensors.copied,
-        tensors.tracked.chunks,
-        tensors.tracked.aliases,
-        tensors.tracked.complete_shapes,
-        options,
-        tracking.run_id,
-    )
+    owners = ShardOwners(model, tensors.tracked, options, tracking.run_id)
     if tracking.resumes:
         tracking.tracked.check(tensors.tracked, owners.names)
     part = replace(tensors.tracked.of(owners), everywhere=owners.shapes)
@@ -388,7 +365,8 @@ def _until(
         return snapshots
     steps = sorted({snapshot.step for snapshot in snapshots})
     if step is None:
-        raise InvalidValueError(argument, "no call of update_ has snapshots of all profiles")
+        reason = "no call of update_ has snapshots of all profiles"
+        raise InvalidValueError(argument, reason, "begin anew by resume=0")
     step = check_count(argument, step)
     if step not in steps:
         numbers = [f"{number:,}" for number in steps[-20:]]
@@ -402,7 +380,8 @@ def _until(
 
 def _resumed(last: Snapshot, sigma_rels: Sequence[float]) -> Tracking:
     shapes = {name: entry.shape for name, entry in last.entries.items()}
-    tracked = TrackedModel(last.tensors, shapes, last.aliases, last.left_out)
+    boxes = {name: Box.full(shape) for name, shape in shapes.items()}
+    tracked = TrackedModel(last.tensors, shapes, boxes, last.aliases, last.left_out)
     averages = Averages(tuple(sigma_rels))
     return Tracking(last.run_id, tracked, averages, _progress_at(last), resumes=True)
 
@@ -427,16 +406,11 @@ def _load(
     """Load the averages of the newest of these snapshots."""
     newest = snapshots[-1]
     chosen = {s.sigma_rel: s for s in snapshots if s.t == newest.t}
-    kept = AverageTensors(host_layout(tracked), len(sigma_rels))
-    for sigma_rel, high in zip(sigma_rels, kept.high, strict=True):
-        with chosen[sigma_rel] as snapshot:
-            for name, view in high.views.items():
-                view.copy_(snapshot.tensor(name, tracked.boxes.get(name)))
-    copies = {}
-    with newest:
-        for name in tracked.dtypes(copied=True):
-            copies[name] = newest.tensor(name, tracked.boxes.get(name))
-    standing = Standing(
+    averages = zero_averages(tuple(sigma_rels), tracked)
+    for sigma_rel, high in zip(sigma_rels, averages.tensors.high, strict=True):
+        _fill(high.views, chosen[sigma_rel], tracked)
+    _fill(averages.copies, newest, tracked)
+    averages.standing = Standing(
         newest.t,
         newest.step,
         newest.t_first,
@@ -444,7 +418,12 @@ def _load(
         newest.updates,
         folded_t=newest.t,
     )
-    path = path_of_part(newest.sketch, tracked.members.part)
-    averages = Averages(tuple(sigma_rels), standing, kept, copies, known_path=path)
+    averages.known_path = path_of_part(newest.sketch, tracked.members.part)
     known = frozenset(snapshot.identity for snapshot in snapshots)
     return Tracking(newest.run_id, tracked, averages, _progress_at(newest), snapshots=known)
+
+
+def _fill(tensors: Mapping[str, Tensor], snapshot: Snapshot, tracked: TrackedModel) -> None:
+    with snapshot:
+        for name, tensor in tensors.items():
+            tensor.copy_(snapshot.tensor(name, tracked.boxes[name]))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ from posthoc_cli.snapshots.tensorfile import (
     tensor_bytes,
 )
 from posthoc_cli.tracker.averages import Averages
-from posthoc_cli.tracker.background import SINGLE_THREAD, ThreadPool
+from posthoc_cli.tracker.background import ThreadPool
 from posthoc_cli.tracker.clock import Settings
 from posthoc_cli.tracker.measuring import Subset, Values, joined, measured_as
 from posthoc_cli.tracker.memory import (
@@ -84,24 +83,9 @@ class LiveSource(Snapshot):
     returns flat ranges.
     """
 
-    held: dict[str, Tensor] = field(default_factory=dict)  # what need not be read in place
     read: Callable[[Sequence[ElementRange]], list[Tensor]] = lambda _: []
     call: Callable[[Callable[[], list[Tensor]]], list[Tensor]] = lambda work: work()
-
-    @classmethod
-    def of(
-        cls,
-        header: Snapshot,
-        layout: Layout,
-        copies: Mapping[str, Tensor],
-        **functions: Any,
-    ) -> LiveSource:
-        entries = _entries_of(copies)
-        for bucket in layout:
-            for name, place in bucket.places.items():
-                entries[name] = Entry(stored_name(bucket.wide), place.shape)
-        fields = vars(header) | {"entries": entries, "held": dict(copies)}
-        return cls(**fields | functions)
+    copied: dict[str, Tensor] = field(default_factory=dict)  # all tensors, flat, from then on
 
     @property
     def name(self) -> str:
@@ -126,9 +110,10 @@ class LiveSource(Snapshot):
     def copy(self) -> None:
         """Copy what would be read in place; called in the thread that changes the averages, before
         it does."""
-        missing = [name for name in self.entries if name not in self.held]
-        copies = self.read(self._complete(missing))
-        self.held.update(zip(missing, copies, strict=True))
+        if not self.copied:
+            names = [*self.entries]
+            copies = self.read(self._complete(names))
+            self.copied.update(zip(names, copies, strict=True))
 
     def _complete(self, names: Sequence[str]) -> list[ElementRange]:
         """Return the ranges of all elements of tensors."""
@@ -141,16 +126,9 @@ class LiveSource(Snapshot):
             out = out[len(data) :]
 
     def _values(self, ranges: Sequence[ElementRange]) -> list[Tensor]:
-        held = self.held
-        missing = [piece for piece in ranges if piece.name not in held]
-        read = iter(self.read(missing))
-        values = []
-        for name, begin, end in ranges:
-            if name in held:
-                values.append(held[name].reshape(-1)[begin:end])
-            else:
-                values.append(next(read))
-        return values
+        if not self.copied:
+            return self.read(ranges)
+        return [self.copied[name][begin:end] for name, begin, end in ranges]
 
 
 def headers(
@@ -167,8 +145,9 @@ def headers(
     tracked = state.tracked
     members = tracked.members
     chunks = {}
-    for name, box in tracked.boxes.items():
-        chunks[name] = Chunk(tracked.complete_shape(name), box.offset)
+    if members.is_chunked:
+        for name, box in tracked.boxes.items():
+            chunks[name] = Chunk(tracked.shapes[name], box.offset)
     sketch = encode_path(path)
     return [
         Snapshot(
@@ -217,8 +196,7 @@ class Snapshotter:
         self._settings = settings
         self._members = members
         self._leads = members.rank == 0
-        with files.reported_as_write_error(directory):
-            files.make_directory(directory)
+        files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         until = time.monotonic() + PATIENCE
         # a network file system may show rank 0's file late
@@ -268,14 +246,19 @@ class Snapshotter:
                 own.append(snapshot)
             else:
                 others.append(snapshot)
-        if self._leads and others:
-            _note_moved(set_aside(others), t)
+        if self._leads and (moved := set_aside(others)):
+            log.warning(
+                "training continues from t = %.12g: %d snapshots, later, of another attempt or of "
+                "a dropped profile, moved to %s",
+                t,
+                len(moved),
+                moved[0].parent,
+            )
         self._stored = own
 
     def is_behind(self, tracking: Tracking) -> bool:
         """Return whether the averages are not stored."""
-        t = tracking.averages.standing.t
-        return t > 0 and not all(self._has(t, one) for one in self._settings.sigma_rels)
+        return not self._has(tracking.averages.standing.t)
 
     def record(
         self,
@@ -288,15 +271,12 @@ class Snapshotter:
         Averages that are stored on the schedule already, as after skipped updates, are not written
         again.
         """
-        due = []
-        for info, average in zip(infos, staged, strict=True):
-            if not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule):
-                due.append((info, average))
-        if not due:
+        first = infos[0]
+        if self._has(first.t, scheduled=not first.off_schedule):
             return
         try:
-            self._check_directory(infos[0])
-            self._members.check_part(infos[0].step, infos[0].t)
+            self._check_directory(first)
+            self._members.check_part(first.step, first.t)
             for average in staged:
                 if average.nonfinite is not None:
                     subject = f"average of {average.nonfinite!r}"
@@ -305,7 +285,9 @@ class Snapshotter:
             for name, copy in copies.items():
                 if copy.is_floating_point() and bool(copy.isnan().any()):
                     log.warning("tensor %r holds nan, and is copied unchanged", name)
-            self.nbytes = sum(self._write(*average, copies) for average in due)
+            self.nbytes = 0
+            for info, average in zip(infos, staged, strict=True):
+                self.nbytes += self._write(info, average, copies)
             self.times_written += 1
             self._thin()
         except PostHocError as error:
@@ -329,11 +311,10 @@ class Snapshotter:
         # training's process.
         replaces = len(kept) < len(self._stored)
         if info.part is not None:
-            with files.reported_as_write_error(path.parent):
-                files.make_directory(path.parent)
+            files.make_directory(path.parent)
             replaces = replaces or _is_of_earlier_session(path, info.session)
         others = staged.others | dict(copies)
-        entries = staged.storage.entries | _entries_of(others)
+        entries = staged.storage.entries | entries_of(others)
         header = info.encoded()
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
@@ -374,16 +355,14 @@ class Snapshotter:
         times = unfinished.union(s.t for s in kept)
         self._stored = [s for s in self._stored if s.t in times]
 
-    def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
-        """Return whether an average has a snapshot, or with `scheduled` one on the schedule."""
-        for snapshot in reversed(self._stored):
-            if snapshot.t < t:
-                break
-            if (snapshot.t, snapshot.sigma_rel) != (t, sigma_rel):
-                continue
-            if not (scheduled and snapshot.off_schedule):
-                return True
-        return False
+    def _has(self, t: float, scheduled: bool = False) -> bool:
+        """Return whether each profile has a snapshot of a time, or with `scheduled` one on the
+        schedule."""
+        profiles = set()
+        for snapshot in self._stored:
+            if snapshot.t == t and not (scheduled and snapshot.off_schedule):
+                profiles.add(snapshot.sigma_rel)
+        return profiles.issuperset(self._settings.sigma_rels)
 
 
 def _clean(directory: Path) -> None:
@@ -395,7 +374,8 @@ def _clean(directory: Path) -> None:
         remove_snapshot(folder)
 
 
-def _entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Entry]:
+    """Return the entries of tensors that are stored as they are."""
     entries = {}
     for name, tensor in tensors.items():
         dtype = stored_name(tensor.dtype, name)
@@ -409,21 +389,6 @@ def _is_of_earlier_session(path: Path, session: int) -> bool:
         return decode_snapshot(read_file(path)).session < session
     except FileFormatError:
         return False
-
-
-def _note_moved(moved: Sequence[Path], t: float) -> None:
-    what = "1 snapshot" if len(moved) == 1 else f"{len(moved):,} snapshots"
-    names = ", ".join(path.name for path in moved[:2])
-    if len(moved) > 2:
-        names += f" and {len(moved) - 2:,} more"
-    log.warning(
-        "training continues from t = %.12g: %s, later, of another attempt or of a dropped "
-        "profile, moved to %s: %s",
-        t,
-        what,
-        moved[0].parent,
-        names,
-    )
 
 
 def _holds_average(snapshot: Snapshot, state: Tracking) -> bool:
@@ -482,9 +447,9 @@ class Storage:
     @property
     def entries(self) -> dict[str, Entry]:
         entries = {}
-        for name, (bucket, place) in self.places.items():
-            dtype = self.stored[bucket].dtype
-            entries[name] = Entry(stored_name(dtype, name), place.shape)
+        for name, (_, place) in self.places.items():
+            dtype = stored_name(self.dtype(name), name)
+            entries[name] = Entry(dtype, place.shape)
         return entries
 
     def allocate(self, profiles: int) -> None:
@@ -500,17 +465,47 @@ class Storage:
         return values
 
 
-@dataclass(frozen=True, eq=False)
 class StagedAverage:
-    """An average as it is stored."""
+    """An average as it is stored: rounded into memory tile by tile, and measured meanwhile."""
 
-    storage: Storage
-    memory: FlatTensors
-    others: dict[str, Tensor]  # those that are stored in another dtype, exactly
-    nonfinite: str | None  # the first tensor that holds a nan or an infinity
-    measurements: Measurements | None
-    # the model's and the exact values, encoded for the header; "" if the model's are unknown
-    sample: str
+    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
+        self.storage = storage
+        self.memory = memory
+        self._tiles = tiles_of(storage.layout)
+        self._norms = [torch.empty(0)] * len(self._tiles)
+        self._measured = storage.subset.buffers()
+        self._sample = storage.sample.buffers()
+
+    def take(self, tile: Tile, exact: Tensor) -> None:
+        self._norms[tile.number] = torch.linalg.vector_norm(exact)
+        self.storage.subset.take(tile, exact, self._measured)
+        self.storage.sample.take(tile, exact, self._sample)
+        out = self.memory.tile(tile)
+        if exact.device.type != "cpu":
+            exact = exact.to(out.dtype)
+        out.copy_(exact, non_blocking=True)
+
+    def finish(self, averages: Averages, index: int) -> None:
+        """Decide what is stored otherwise of the average of that index, when all tiles have been
+        taken."""
+        storage = self.storage
+        norms = numbers_of(self._norms, self._tiles)
+        doubtful = _outside(storage, norms)
+        squares = storage.subset.sums(joined(self._measured))
+        rounding = _rounding(storage, self._measured)
+        names = [*storage.subset.sizes]
+        for name, norm, error in zip(names, squares, rounding, strict=True):
+            if not _is_accurate(norm, error, storage.dtype(name)):
+                doubtful.add(name)
+        # those that are stored in another dtype, exactly
+        self.others = _stored_exactly(storage, averages, index, doubtful)
+        self.nonfinite = nonfinite_name(self.others)
+        rounding[[name in self.others for name in names]] = 0.0
+        self.measurements = measured_as(squares, rounding)
+        self.sample = ""  # the model's and the exact values, unless the model's are unknown
+        if averages.sample is not None:
+            weights = storage.in_order(averages.sample)
+            self.sample = encode_sample(weights, storage.in_order(self._sample))
 
     def write_rounded(self, writer: TensorFileWriter) -> None:
         for name, (bucket, _) in self.storage.places.items():
@@ -523,61 +518,20 @@ class StagedAverage:
 def stage(
     storage: Storage,
     averages: Averages,
-    pool: ThreadPool = SINGLE_THREAD,
+    pool: ThreadPool,
 ) -> list[StagedAverage]:
     """Round the averages as they are now into `storage.memory`: complete when the current stream
     is."""
-    rounded = [_RoundedAverage(storage, memory) for memory in storage.memory]
+    staged = [StagedAverage(storage, memory) for memory in storage.memory]
 
     def take(tile: Tile, thread: int) -> None:
-        for index, average in enumerate(rounded):
-            exact = averages.values(tile, index, thread)
-            average.take(tile, exact)
+        for index, average in enumerate(staged):
+            average.take(tile, averages.values(tile, index, thread))
 
     pool.each(take, tiles_of(storage.layout))
-    return [average.staged(averages, index) for index, average in enumerate(rounded)]
-
-
-class _RoundedAverage:
-    """An average that is rounded into memory, tile by tile, and what is measured meanwhile."""
-
-    def __init__(self, storage: Storage, memory: FlatTensors) -> None:
-        self._storage = storage
-        self._memory = memory
-        self._tiles = tiles_of(storage.layout)
-        self._norms = [torch.empty(0)] * len(self._tiles)
-        self._measured = storage.subset.buffers()
-        self._sample = storage.sample.buffers()
-
-    def take(self, tile: Tile, exact: Tensor) -> None:
-        self._norms[tile.number] = torch.linalg.vector_norm(exact)
-        self._storage.subset.take(tile, exact, self._measured)
-        self._storage.sample.take(tile, exact, self._sample)
-        out = self._memory.tile(tile)
-        if exact.device.type != "cpu":
-            exact = exact.to(out.dtype)
-        out.copy_(exact, non_blocking=True)
-
-    def staged(self, averages: Averages, index: int) -> StagedAverage:
-        """Return the average, of that index, when all tiles have been taken."""
-        storage = self._storage
-        norms = numbers_of(self._norms, self._tiles)
-        doubtful = _outside(storage, norms)
-        squares = storage.subset.sums(joined(self._measured))
-        rounding = _rounding(storage, self._measured)
-        names = [*storage.subset.sizes]
-        for name, norm, error in zip(names, squares, rounding, strict=True):
-            if not _is_accurate(norm, error, storage.dtype(name)):
-                doubtful.add(name)
-        others = _stored_exactly(storage, averages, index, doubtful)
-        rounding[[name in others for name in names]] = 0.0
-        measurements = measured_as(squares, rounding)
-        sample = ""
-        if averages.sample is not None:
-            weights = storage.in_order(averages.sample)
-            sample = encode_sample(weights, storage.in_order(self._sample))
-        bad = nonfinite_name(others)
-        return StagedAverage(storage, self._memory, others, bad, measurements, sample)
+    for index, average in enumerate(staged):
+        average.finish(averages, index)
+    return staged
 
 
 def _outside(storage: Storage, norms: Sequence[float]) -> set[str]:
@@ -637,7 +591,7 @@ def _is_accurate(norm: float, rounding: float, dtype: torch.dtype) -> bool:
 def measured_now(
     subset: Subset,
     averages: Averages,
-    pool: ThreadPool = SINGLE_THREAD,
+    pool: ThreadPool,
 ) -> list[Measurements | None]:
     """Return the measurements of the averages as they are now, not rounded."""
     buffers = [subset.buffers() for _ in averages.sigma_rels]

@@ -22,9 +22,9 @@ from posthoc_cli.snapshots.path import path_of_part
 from posthoc_cli.snapshots.snapshot import ANY_SIGN, RunId, SketchText, converted
 from posthoc_cli.tracker.averages import Averages, AverageTensors, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress
-from posthoc_cli.tracker.memory import Layout, layout_of, on_host
-from posthoc_cli.tracker.model import TrackedModel, named_tensors, nonfinite_name
-from posthoc_cli.tracker.processes import as_dtensor, held_box, reshard
+from posthoc_cli.tracker.memory import layout_of, on_host
+from posthoc_cli.tracker.model import TrackedModel, into_dtensors, nonfinite_name
+from posthoc_cli.tracker.processes import held_box
 
 STATE_VERSION = 7
 
@@ -64,7 +64,11 @@ class StateInfo:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None) -> dict[str, Any]:
+def pack_state(
+    state: Tracking,
+    info: StateInfo,
+    model: nn.Module | None,
+) -> dict[str, Any]:
     """Return the state as a dict of tensors, numbers, strings and lists;
     `torch.load(weights_only=True)` reads it.
 
@@ -73,43 +77,39 @@ def pack_state(state: Tracking, info: StateInfo, model: nn.Module | None = None)
     `model` owned chunks are DTensors.
     """
     averages = state.averages
-    if averages.tensors is None or not averages.exist:
-        averages = _zeros(averages.sigma_rels, state.tracked)
+    if not averages.exist:
+        averages = zero_averages(averages.sigma_rels, state.tracked)
     tensors = averages.tensors
-    assert tensors is not None
     means = {}
     highs = {}
     for profile, sigma_rel in enumerate(averages.sigma_rels):
-        views = tensors.mean_views(profile, averages.standing.shared)
-        means[repr(sigma_rel)] = _packed(views, model)
-        highs[repr(sigma_rel)] = _packed(tensors.high[profile].views, model)
+        means[repr(sigma_rel)] = {
+            name: tensors.mean_view(profile, name, averages.standing.shared)
+            for name in tensors.places
+        }
+        highs[repr(sigma_rel)] = dict(tensors.high[profile].views)
     copies = {name: value.clone() for name, value in averages.copies.items()}
+    if model is not None:
+        for chunks in (*means.values(), *highs.values(), copies):
+            into_dtensors(chunks, model)
     return {
         "version": STATE_VERSION,
         **json.loads(json.dumps(asdict(info))),  # tuples become lists; numbers stay exact
         "mean": means,
         "high": highs,
-        "copies": _packed(copies, model),
+        "copies": copies,
     }
 
 
-def _packed(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
-    """Return tensors, those of a sharded model as DTensors."""
-    packed = dict(tensors)
-    if model is not None:
-        reshard(model)
-        for name, _, tensor, *_ in named_tensors(model):
-            if name in tensors:
-                packed[name] = as_dtensor(tensors[name], tensor)
-    return packed
-
-
-def _zeros(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
-    """Return averages before the first update."""
-    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+def zero_averages(sigma_rels: tuple[float, ...], tracked: TrackedModel) -> Averages:
+    """Return averages before the first update, in host memory."""
+    averaged = {}
+    for name, dtype in tracked.dtypes(copied=False).items():
+        averaged[name] = torch.empty(tracked.boxes[name].shape, dtype=dtype, device="meta")
+    tensors = AverageTensors(on_host(layout_of(averaged)), len(sigma_rels))
     copies = {}
     for name, dtype in tracked.dtypes(copied=True).items():
-        copies[name] = torch.zeros(tracked.shapes[name], dtype=dtype)
+        copies[name] = torch.zeros(tracked.boxes[name].shape, dtype=dtype)
     return Averages(sigma_rels, tensors=tensors, copies=copies)
 
 
@@ -145,22 +145,35 @@ def _unpacked_averages(
     sigma_rels: tuple[float, ...],
     tracked: TrackedModel,
 ) -> Averages:
-    tensors = AverageTensors(host_layout(tracked), len(sigma_rels))
+    averages = zero_averages(sigma_rels, tracked)
+    tensors = averages.tensors
     for kind, profiles in (("high", tensors.high), ("mean", tensors.mean)):
         for sigma_rel, flat in zip(sigma_rels, profiles, strict=True):
-            stored = state[kind][repr(sigma_rel)]
-            _check_names(stored, flat.views, tracked)
-            # each is checked before the next is read: they may be on disk
-            for name, view in flat.views.items():
-                view.copy_(_own_part(name, stored, tracked, view.dtype))
-    dtypes = tracked.dtypes(copied=True)
-    stored = state["copies"]
-    _check_names(stored, dtypes, tracked)
-    copies = {}
-    for name, dtype in dtypes.items():
-        copies[name] = _own_part(name, stored, tracked, dtype).clone()
-    path = path_of_part(info.sketch, tracked.members.part)
-    return Averages(sigma_rels, info.standing, tensors, copies, known_path=path)
+            _fill(flat.views, state[kind][repr(sigma_rel)], tracked)
+    _fill(averages.copies, state["copies"], tracked)
+    averages.standing = info.standing
+    averages.known_path = path_of_part(info.sketch, tracked.members.part)
+    return averages
+
+
+def _fill(
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, Any],
+    tracked: TrackedModel,
+) -> None:
+    """Copy the parts of a state's tensors that this process owns, each checked before the next is
+    read: they may be on disk."""
+    missing = tensors.keys() - stored.keys()
+    others = stored.keys() - tensors.keys() - tracked.members.names
+    if differing := missing | others:
+        reason = "is in the state or in the model, but not in both"
+        hint = (
+            "make the tracker with the include, exclude and buffers of the tracker that made "
+            "the state"
+        )
+        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
+    for name, tensor in tensors.items():
+        tensor.copy_(_own_part(name, stored, tracked, tensor.dtype))
 
 
 def _checked_info(state: Any, settings: Settings) -> StateInfo:
@@ -187,32 +200,6 @@ def _checked_info(state: Any, settings: Settings) -> StateInfo:
     return info
 
 
-def host_layout(tracked: TrackedModel) -> Layout:
-    """Return the layout of the averages of a model in host memory."""
-    dtypes = tracked.dtypes(copied=False)
-    tensors = {
-        name: torch.empty(tracked.shapes[name], dtype=dtype, device="meta")
-        for name, dtype in dtypes.items()
-    }
-    return on_host(layout_of(tensors))
-
-
-def _check_names(
-    tensors: Mapping[str, Any],
-    expected: Mapping[str, object],
-    tracked: TrackedModel,
-) -> None:
-    missing = expected.keys() - tensors.keys()
-    others = tensors.keys() - expected.keys() - tracked.members.names
-    if differing := missing | others:
-        reason = "is in the state or in the model, but not in both"
-        hint = (
-            "make the tracker with the include, exclude and buffers of the tracker that made "
-            "the state"
-        )
-        raise ModelMismatchError(f"tensor {min(differing)!r}", reason, hint)
-
-
 def _own_part(
     name: str,
     tensors: Mapping[str, Any],
@@ -222,7 +209,7 @@ def _own_part(
     """Return the part of a tensor of a state that this process owns, after checking it."""
     subject = f"tensor {name!r}"
     stored = tensors[name]
-    shape = list(tracked.complete_shape(name))
+    shape = list(tracked.shapes[name])
     stored_shape = list(stored.shape)
     if stored.dtype != dtype or stored_shape != shape:
         hint = f"the model's is {torch_dtype(tracked.tensors[name].dtype)}"
@@ -231,7 +218,7 @@ def _own_part(
         reason = f"is {stored.dtype} of shape {stored_shape} in the state"
         raise ModelMismatchError(subject, f"{reason}, not {dtype} of shape {shape}", hint)
     tensor, held = held_box(name, stored)
-    own = tracked.box(name)
+    own = tracked.boxes[name]
     if held.intersection(own) != own:
         reason = "is sharded over the processes in another way in the state than in the model"
         hint = "let torch.distributed.checkpoint load it, which reshards it"

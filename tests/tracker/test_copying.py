@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from posthoc_cli.tracker import host_copy, memory
-from posthoc_cli.tracker.host_copy import ModelCopier, ModelCopy
+from posthoc_cli.tracker.host_copy import ModelCopier
 from posthoc_cli.tracker.memory import Reader
 
 
@@ -166,7 +166,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     simulated = SimulatedDevice(request.param)
     if request.param >= 6:
         simulated.free = 0
-        for name, elements in {"TILE": 2, "DEVICE_TILE": 2, "SLAB": 4}.items():
+        for name, elements in {"TILE": 2, "DEVICE_TILE": 2}.items():
             monkeypatch.setattr(memory, name, elements)
 
     for module in (memory, host_copy):
@@ -194,44 +194,36 @@ def on_devices(tensors: Mapping[str, torch.Tensor]) -> Reader:
     return Reader(tuple(layout), values, threads=0)
 
 
-def check_values(copy: ModelCopy, number: int) -> None:
-    values = copy.arrived()
+def check_values(stager: ModelCopier, number: int) -> None:
+    values = stager.arrived()
     for tile in values.tiles:
         assert (values.values(tile) == number).all()
 
 
 def test_values_are_those_of_the_moment_in_any_order_of_the_device(device: SimulatedDevice) -> None:
-    """Training overwrites the values at each step; up to two copies of earlier values wait to be
-    read."""
+    """Training overwrites the values while a copy of earlier ones waits to be read."""
     values = tensors()
     stager = ModelCopier()
-    waiting = deque[tuple[int, ModelCopy]]()
-
-    def check() -> None:
-        number, staged = waiting.popleft()
-        check_values(staged, number)
-        copied = set[str]()
-        for bucket in staged.memory.layout:
-            copied |= bucket.places.keys()
-        assert copied == values.keys()
-        stager.give_back(staged)
-
     for number in range(1, 8):
         for tensor in values.values():
             device.training.add(partial(tensor.fill_, number))
-        waiting.append((number, stager.copy(on_devices(values))))
+        stager.copy(on_devices(values))
         device.some()
-        if len(waiting) > device.draw.randrange(3):
-            check()
-    while waiting:
-        check()
+        for tensor in values.values():
+            device.training.add(partial(tensor.fill_, -number))
+        device.some()
+        check_values(stager, number)
+        copied = set[str]()
+        for bucket in stager.memory.layout:
+            copied |= bucket.places.keys()
+        assert copied == values.keys()
 
 
 def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDevice) -> None:
     """A buffer holds all of a copy, or two tiles a device."""
     values = tensors()
     stager = ModelCopier()
-    first = stager.copy(on_devices(values))
+    stager.copy(on_devices(values))
     host = sum(value.nbytes for value in values.values())
     buffers = {buffer for buffer, _ in device.used_by}
     # Both streams are recorded, so that a freed buffer is not reused by the training before the
@@ -245,7 +237,7 @@ def test_training_waits_for_the_host_only_if_memory_is_short(device: SimulatedDe
         assert len(buffers) == 4
         assert stager.nbytes <= host + 4 * 4 * 8  # bytes of a slab
         assert device.training.work
-    first.arrived()
+    stager.arrived()
     device.training.finish()
     assert not device.training.work
     stager.copy(on_devices(values))
@@ -274,15 +266,13 @@ def test_values_on_a_device_are_those_of_the_moment(own_stream: bool) -> None:
     }
     reader = Reader.of_tensors(averaged, 0)
     stager = ModelCopier()
-    waiting = deque[tuple[int, ModelCopy]]()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream() if own_stream else torch.cuda.current_stream()
     with torch.cuda.stream(stream):
         for number in range(1, 12):
             for tensor in averaged.values():
                 tensor.fill_(number)
-            waiting.append((number, stager.copy(reader)))
-            if len(waiting) == 2:
-                first, staged = waiting.popleft()
-                check_values(staged, first)
-                stager.give_back(staged)
+            stager.copy(reader)
+            for tensor in averaged.values():
+                tensor.fill_(-number)
+            check_values(stager, number)

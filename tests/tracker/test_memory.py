@@ -12,7 +12,7 @@ import torch
 from posthoc_cli.tracker import memory
 from posthoc_cli.tracker.memory import Bucket, Place, layout_of
 
-SIZES = {"TILE": 16, "DEVICE_TILE": 64, "SLAB": 256}
+SIZES = {"TILE": 16, "DEVICE_TILE": 128}
 
 
 @pytest.fixture
@@ -39,14 +39,11 @@ def random_sizes(seed: int) -> list[int]:
 
 @pytest.mark.usefixtures("small_sizes")
 @pytest.mark.parametrize("seed", range(2))
-def test_slabs_consist_of_tiles_of_the_accelerator_and_these_of_tiles_of_the_host(
-    seed: int,
-) -> None:
+def test_tiles_of_the_accelerator_consist_of_tiles_of_the_host(seed: int) -> None:
     """On the host a tensor larger than a tile shares none."""
     host, accelerator = buckets(random_sizes(seed))
-    assert set(host.slab_edges) <= set(accelerator.tile_edges)
     assert set(accelerator.tile_edges) <= set(host.tile_edges)
-    all_edges = host.tile_edges, accelerator.tile_edges, host.slab_edges
+    all_edges = host.tile_edges, accelerator.tile_edges
     for edges, most in zip(all_edges, SIZES.values(), strict=True):
         assert edges[0] == 0
         assert edges[-1] == host.size
@@ -67,11 +64,11 @@ def test_small_tensors_fill_a_tile_together() -> None:
 def test_pinned_memory_is_hardly_larger_than_a_model_of_large_tensors() -> None:
     bucket, _ = buckets([150, 8] * 20)
     rounded = 0
-    for begin, end in pairwise(bucket.slab_edges):
+    for begin, end in pairwise(bucket.device_edges):
         rounded += 2 ** (end - begin - 1).bit_length()
     assert rounded < 1.25 * bucket.size
 
 
 def test_a_model_without_elements_has_no_tiles() -> None:
     (bucket,) = layout_of({"empty": torch.zeros(0)})
-    assert bucket.tile_edges == bucket.slab_edges == [0]
+    assert bucket.tile_edges == bucket.device_edges == [0]

@@ -878,7 +878,7 @@ if rank == 0:
     assert first.out.startswith(f"RankError rank 1: {lacks}\n{missing}")
     assert second.out.startswith(f"ModelMismatchError {lacks}\n{missing}")
     assert third.out.startswith(f"RankError rank 1: {lacks}\n")
-    assert "waiting for rank 2: make it in every process, with a tracker of " in first.err
+    assert "waiting for rank 2, at most 2 s: make it in every process, with a " in first.err
 
 
 GONE = (True, 1, "b: is gone")
