@@ -70,6 +70,9 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
+"""Pattern of names of other programs' files of weights, and of archives."""
+READ = "save the tensors as .safetensors, or by torch.save; unpack archives"
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
@@ -409,7 +412,7 @@ def _of_file(path: Path) -> Content:
                 values[KIND] = header.kind
             leaves = {(name,): entry for name, entry in header.entries.items()}
         else:
-            leaves = read_tensors(file)
+            leaves = _pickled(file)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if not isinstance(value, Entry | Node):
@@ -421,6 +424,15 @@ def _of_file(path: Path) -> Content:
                 values[name] = _number(file, value)
         identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
+
+
+def _pickled(file: OpenedFile) -> dict[Keys, Any]:
+    try:
+        return read_tensors(file)
+    except FileFormatError as error:
+        if FOREIGN.search(file.path.name):
+            raise UnsuitableError(file.path, "is of a kind that is not read", READ) from error
+        raise
 
 
 def _training_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

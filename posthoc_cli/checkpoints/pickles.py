@@ -17,12 +17,15 @@ import io
 import math
 import os
 import pickletools
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, RemoteError
@@ -52,6 +55,7 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
+_NUMBER = re.compile("[<>|][iuf][1248]")  # kinds of numpy
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -232,6 +236,8 @@ def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
     """Return what an object consists of, and whether it is a module; any other item as it is."""
     if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
         return item, False
+    if isinstance(item.state, int | float):  # of an array
+        return item.state, False
     module = _module_tensors(item, budget)
     if module is not None:
         return module, True
@@ -538,10 +544,17 @@ class _Machine:
         self.reduce()
 
     def build(self) -> None:
-        """Give an object its state, which only nodes have."""
+        """Give an object its state, which only nodes have: its attributes, or a pair of those and
+        its slots."""
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Node):
-            self.stack[-1].state = state
+        if isinstance(state, tuple) and len(state) == 2:
+            attributes, slots = map(_items, state)
+            self.budget.spend(_VALUE * (len(attributes) + len(slots)))
+            state = attributes | slots
+        item = self.stack[-1]
+        if isinstance(item, Node):
+            is_array = item.name.endswith(".multiarray._reconstruct")
+            item.state = _array(self, state) if is_array else state
 
     def binpersid(self) -> None:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
@@ -694,6 +707,25 @@ def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
     return value
 
 
+def _array(machine: _Machine, state: Any) -> int | float | None:
+    """Return the number of an array of numpy without dimensions; None of another."""
+    _, shape, dtype, _, data = state[:5]
+    return None if shape else _scalar(machine, dtype, data)
+
+
+def _scalar(machine: _Machine, dtype: Any, data: Any) -> int | float | None:
+    """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
+    kind = f"{dtype.state[1]}{dtype.arguments[0]}"
+    if not _NUMBER.fullmatch(kind):
+        return None
+    if isinstance(data, _Bytes):
+        content = machine.file.read_at(min(data.nbytes, 8), data.begin)
+    else:
+        content = data.encode("latin-1")
+    number: int | float = np.frombuffer(content, kind)[0].item()
+    return number
+
+
 def _of_type(
     machine: _Machine,
     function: Any,
@@ -706,6 +738,9 @@ def _of_type(
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": _first,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _first,
     "__builtin__.set": _first,
