@@ -52,6 +52,7 @@ _MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
     "steps": _marked_by(_STEP),
     "epochs": _marked_by(_EPOCH),
 }
+_COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
 _CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
@@ -120,17 +121,28 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     if images:
         (name,) = IMAGE_VALUES
         return Reading(checked_number(path, images), "images", _stored(name), value=name)
-    of_content = Reading(epoch or 0, "epochs", _stored("epoch"), epoch, is_nameless=True)
-    has_epoch = epoch is not None and epoch >= 0
+    of_content = _only_in_content(content, epoch)
     try:
         reading = named_time(path)
     except InvalidValueError:
-        if not has_epoch:
+        if of_content is None:
             raise
         return of_content
-    if has_epoch and reading.is_of_folder and reading.unit == "epochs":
+    if of_content and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=reading.epoch if epoch is None else epoch)
+
+
+def _only_in_content(content: Content, epoch: int | None) -> Reading | None:
+    """Return the number of a checkpoint whose name may have none: the epoch, or the only value that
+    is called as a count of steps is, such as `n_iter`; None if there is none."""
+    if epoch is not None and epoch >= 0:
+        return Reading(epoch, "epochs", _stored("epoch"), epoch, is_nameless=True)
+    counts = [name for name in content.values if _COUNT.fullmatch(name)]
+    number = _whole(content, counts)
+    if number is None or len(counts) > 1:
+        return None
+    return Reading(checked_number(content.path, number), "steps", _stored(counts[0]))
 
 
 def _stored(name: str) -> str:

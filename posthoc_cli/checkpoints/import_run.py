@@ -248,6 +248,8 @@ def _unknown_decay(
 ) -> InvalidValueError:
     """Return the error that asks for the decay, by the settings that the files' library has."""
     hint = "add `ema_warmup` if it rises"
+    if audit and audit.warm_up:
+        hint = f"add `ema_warmup` {audit.warm_up} if it rises so"
     if any(one.kind == "ema" for one in sources):
         hint += ", or give `sigma_rels` if it is a power function"
     if audit and audit.length and audit.uncertainty and audit.what == "decay":
@@ -340,6 +342,8 @@ def _check_decay(
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:
-        where = f"{name} is as given" if name in given.given else "the decay is as files say"
-        checks.append(f"{where}: without weights next to the averages it cannot be checked")
+        reason = (
+            "is as given or in files: without weights next to the averages it cannot be checked"
+        )
+        checks.append(f"{name} {reason}")
     return given, checks

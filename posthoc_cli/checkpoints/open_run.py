@@ -59,6 +59,7 @@ from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -125,7 +126,17 @@ def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
         if found.lacks_steps:
             reason = found.lacks_steps
         log.warning("%s: %s, left out of averages: %s", place, what, reason)
+    _warn_if_equal(found.checkpoints)
     return checked_run(known)
+
+
+def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
+    """Warn if the newest average and the weights beside it are equal."""
+    newest = by_time(checkpoints)[-2:]
+    paths = {one.path for one in newest}
+    if len(newest) > len(paths) and not _are_unequal(*newest):
+        reason = "its weights equal its average: they are no raw weights if it has begun"
+        log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
 
 
 def _imported(manifest: Manifest) -> list[Checkpoint]:
@@ -222,9 +233,9 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     notes = [note for note in (left_out.text, _unused(used)) if note]
     for note in notes:
         log.warning("%s: %s", place, note)
-    checkpoints = _all_made(used, times, settings)
     if lacks_steps:
-        checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
+        used = [_of_unknown_updates(one) for one in used]
+    checkpoints = _all_made(used, times, settings)
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
 
 
@@ -298,6 +309,12 @@ def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
     if asks or is_said or max(times.by_path.values()) > _EPOCHS:
         return ""
     return f"{decays} {times.says}; `ema import` checks it"
+
+
+def _of_unknown_updates(one: _Opened) -> _Opened:
+    if one.found.updates is None:
+        return one
+    return replace(one, found=replace(one.found, updates=Updates()))
 
 
 def _counts(run: Sequence[_Opened]) -> dict[Path, int]:
@@ -392,15 +409,8 @@ def _one_run(
 ) -> list[_Opened]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
-    stems = {_stem(one.path) for one in opened}
-    for path, error in errors.items():
-        if not opened or _stem(path) in stems:
-            raise error
-        left_out[path.name] = error.reason
-        if isinstance(error, InvalidValueError):
-            left_out[path.name] = _NO_STEP
-    _leave_out_numberless(opened, left_out)
-    opened = _aligned([one for one in opened if one.path.name not in left_out])
+    _leave_out_failed(opened, errors, left_out)
+    opened = _aligned(_with_numbers(opened, left_out))
     opened = _largest_group(opened, _model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {one.reading.unit: one for one in opened}
@@ -411,16 +421,40 @@ def _one_run(
     return opened
 
 
-def _leave_out_numberless(opened: Sequence[_Opened], left_out: _LeftOut) -> None:
-    """Leave out files without a number next to those that have one: the number of their folder is
-    that of an experiment."""
+def _leave_out_failed(
+    opened: Sequence[_Opened],
+    errors: Mapping[Path, PostHocError],
+    left_out: _LeftOut,
+) -> None:
+    """Leave out what cannot be used; raise its error if its name is as of the run, unless only a
+    number is lacking in a path without any, such as that of a folder `latest`."""
+    stems = {_stem(one.path) for one in opened}
+    for path, error in errors.items():
+        name = path.name
+        is_stepless = isinstance(error, InvalidValueError)
+        if _stem(path) in stems:
+            name = f"{path.parent.name}/{name}"
+            if not is_stepless or re.search("[0-9]", name):
+                raise error
+        if not opened:
+            raise error
+        left_out[name] = _NO_STEP if is_stepless else error.reason
+
+
+def _with_numbers(opened: Sequence[_Opened], left_out: _LeftOut) -> list[_Opened]:
+    """Return the checkpoints without files that have no number next to some that have one: the
+    number of their folder is that of an experiment."""
     numbered = set()
     for one in opened:
         if not one.reading.is_of_folder:
             numbered.add(one.path.parent)
+    kept = []
     for one in opened:
         if one.reading.is_of_folder and one.path.parent in numbered:
             left_out[one.path.name] = _NO_STEP
+        else:
+            kept.append(one)
+    return kept
 
 
 def _aligned(opened: list[_Opened]) -> list[_Opened]:
