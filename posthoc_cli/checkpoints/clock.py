@@ -116,7 +116,9 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             number = checked_number(path, value)
-            return Reading(number, "steps", _stored(name), epoch, named=_named(path), value=name)
+            return Reading(
+                number, "steps", _stored(name), epoch, named=time_in_name(path), value=name
+            )
     images = _whole(content, IMAGE_VALUES)
     if images:
         (name,) = IMAGE_VALUES
@@ -150,7 +152,7 @@ def _stored(name: str) -> str:
     return f"{name!r} in the contents"
 
 
-def _named(path: Path) -> Reading | None:
+def time_in_name(path: Path) -> Reading | None:
     """Return the number in the name of a file or folder itself, if there is one."""
     with suppress(InvalidValueError):
         reading = named_time(path)

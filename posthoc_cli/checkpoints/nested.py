@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from posthoc_cli.checkpoints.clock import named_time
+from posthoc_cli.checkpoints.clock import named_time, time_in_name
 from posthoc_cli.checkpoints.content import (
     ENDINGS,
     FOREIGN,
@@ -81,10 +81,8 @@ def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
 
 def _is_marked(entry: Path) -> bool:
     """Return whether the name of a file has a word for its number."""
-    with suppress(InvalidValueError):
-        reading = named_time(entry)
-        return reading.is_marked and not reading.is_of_folder
-    return False
+    reading = time_in_name(entry)
+    return reading is not None and reading.is_marked
 
 
 def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:

@@ -409,7 +409,15 @@ def _one_run(
 ) -> list[_Opened]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
-    _leave_out_failed(opened, errors, left_out)
+    stems = {_stem(one.path) for one in opened}
+    for path, error in errors.items():
+        if not opened or _stem(path) in stems:
+            raise error
+        name = path.name
+        if any(one.path.name == name for one in opened):
+            name = f"{path.parent.name}/{name}"
+        is_stepless = isinstance(error, InvalidValueError)
+        left_out[name] = _NO_STEP if is_stepless else error.reason
     opened = _aligned(_with_numbers(opened, left_out))
     opened = _largest_group(opened, _model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
@@ -419,26 +427,6 @@ def _one_run(
             reason = f"are numbered by {name} and by epochs"
             raise _mismatch(units[unit], units["epochs"], reason)
     return opened
-
-
-def _leave_out_failed(
-    opened: Sequence[_Opened],
-    errors: Mapping[Path, PostHocError],
-    left_out: _LeftOut,
-) -> None:
-    """Leave out what cannot be used; raise its error if its name is as of the run, unless only a
-    number is lacking in a path without any, such as that of a folder `latest`."""
-    stems = {_stem(one.path) for one in opened}
-    for path, error in errors.items():
-        name = path.name
-        is_stepless = isinstance(error, InvalidValueError)
-        if _stem(path) in stems:
-            name = f"{path.parent.name}/{name}"
-            if not is_stepless or re.search("[0-9]", name):
-                raise error
-        if not opened:
-            raise error
-        left_out[name] = _NO_STEP if is_stepless else error.reason
 
 
 def _with_numbers(opened: Sequence[_Opened], left_out: _LeftOut) -> list[_Opened]:
@@ -477,8 +465,11 @@ def _aligned(opened: list[_Opened]) -> list[_Opened]:
 
 
 def _stem(path: Path) -> str:
-    """Return what is before the first digit of a name."""
-    return re.split("[0-9]", path.name)[0]
+    """Return what is before the first digit of a name, or if it has none of the folder's and it."""
+    name = path.name
+    if not re.search("[0-9]", name):
+        name = f"{path.parent.name}/{name}"
+    return re.split("[0-9]", name)[0]
 
 
 def _kind_of_number(one: _Opened) -> object:

@@ -553,8 +553,10 @@ class _Machine:
             state = attributes | slots
         item = self.stack[-1]
         if isinstance(item, Node):
+            item.state = state
             is_array = item.name.endswith(".multiarray._reconstruct")
-            item.state = _array(self, state) if is_array else state
+            if is_array and state[1] == ():
+                item.state = _scalar(self, state[2], state[4])
 
     def binpersid(self) -> None:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
@@ -705,12 +707,6 @@ def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
 def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
     """Return the first argument: the items of a set, the tensor of a parameter."""
     return value
-
-
-def _array(machine: _Machine, state: Any) -> int | float | None:
-    """Return the number of an array of numpy without dimensions; None of another."""
-    _, shape, dtype, _, data = state[:5]
-    return None if shape else _scalar(machine, dtype, data)
 
 
 def _scalar(machine: _Machine, dtype: Any, data: Any) -> int | float | None:
