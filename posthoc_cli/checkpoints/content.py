@@ -217,6 +217,8 @@ def open_checkpoint(path: Path) -> Content:
         content = _of_folder(path)
     elif path.name.endswith(INDEX_ENDING):
         content = _of_shards(path)
+    elif FOREIGN.search(path.name):
+        raise UnsuitableError(path, "is of a kind that is not read", READ)
     else:
         content = _of_file(path)
     return replace(content, path=path)
@@ -412,7 +414,7 @@ def _of_file(path: Path) -> Content:
                 values[KIND] = header.kind
             leaves = {(name,): entry for name, entry in header.entries.items()}
         else:
-            leaves = _pickled(file)
+            leaves = read_tensors(file)
         for keys, value in leaves.items():
             name = ".".join(keys)
             if not isinstance(value, Entry | Node):
@@ -424,15 +426,6 @@ def _of_file(path: Path) -> Content:
                 values[name] = _number(file, value)
         identity = Identity.of(file)
     return Content(path, tensors, values, {path: identity})
-
-
-def _pickled(file: OpenedFile) -> dict[Keys, Any]:
-    try:
-        return read_tensors(file)
-    except FileFormatError as error:
-        if FOREIGN.search(file.path.name):
-            raise UnsuitableError(file.path, "is of a kind that is not read", READ) from error
-        raise
 
 
 def _training_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

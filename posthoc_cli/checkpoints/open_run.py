@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -58,7 +58,13 @@ from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
-from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.source import (
+    COMPARED,
+    Checkpoint,
+    are_near,
+    first_values,
+    make_checkpoint,
+)
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import (
     DirectoryError,
@@ -76,7 +82,6 @@ from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
 _OF_MODELS = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 _OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
 _NO_STEP = "no step"  # why a file is left out
@@ -521,8 +526,9 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     motion = np.diff(rows, axis=0)
     average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
-    follows = slower > 0 and slower <= _SLOWER * faster and _are_near(rows)
-    are_equal = np.array_equal(rows[:, 0], rows[:, 1])
+    ours, theirs = np.swapaxes(rows, 0, 1)
+    follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
+    are_equal = np.array_equal(ours, theirs)
     first = opened[0]
     if are_equal or (first.found.whole and not follows):
         return [replace(one, found=one.found.without_average) for one in opened]
@@ -554,31 +560,13 @@ def _starts_of(opened: Sequence[_Opened], times: Times) -> FloatArray:
     return np.stack([_start(one) for one in in_order])
 
 
-def _are_near(rows: FloatArray) -> bool:
-    """Return whether two sets are nearer to each other than other networks are, whose squared
-    distance is the sum of their squared norms: [files, sets, elements]."""
-    difference = rows[:, 0] - rows[:, 1]
-    norms = np.square(rows).sum()
-    return bool(np.square(difference).sum() < norms / 2)
-
-
 def _start(one: _Opened) -> FloatArray:
     """Return the first elements of the average and of its weights: [2, elements]."""
     found = one.found
     average = make_checkpoint(one.content, found.averaged)
     of_average = {name: found.weights[name] for name in found.averaged}
     weights = make_checkpoint(one.content, of_average)
-    rows = []
-    with average, weights:
-        for source in (average, weights):
-            rows.append(np.concatenate([*_starts(source)]))
-    return np.stack(rows)
-
-
-def _starts(source: Checkpoint) -> Iterator[FloatArray]:
-    for name in sorted(source.averages):
-        count = min(source.entries[name].size, _COMPARED)
-        yield source.values(name, 0, count)
+    return _first_values((average, weights))
 
 
 def _all_made(
@@ -805,9 +793,7 @@ def is_copy(one: Checkpoint) -> bool:
 
 def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints of a model differ in the first elements of a tensor."""
-    with one, other:
-        pairs = zip(_starts(one), _starts(other), strict=True)
-        return not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_averages(run: Sequence[Checkpoint]) -> None:
@@ -822,11 +808,7 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
 
 def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
     """Return the first elements of averages, [times, elements]."""
-    rows = []
-    for average in averages:
-        with average:
-            rows.append(np.concatenate([np.zeros(0), *_starts(average)]))
-    return np.stack(rows)
+    return np.stack([first_values(average) for average in averages])
 
 
 def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
@@ -879,9 +861,9 @@ def _moves(values: FloatArray, dtypes: npt.NDArray[np.str_]) -> FloatArray:
 
 
 def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:
-    """Return the dtype of each element of `_starts`."""
+    """Return the dtype of each element of `first_values`."""
     entries = [source.entries[name] for name in sorted(source.averages)]
-    counts = [min(entry.size, _COMPARED) for entry in entries]
+    counts = [min(entry.size, COMPARED) for entry in entries]
     return np.repeat([entry.dtype for entry in entries], counts)
 
 
