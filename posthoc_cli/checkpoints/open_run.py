@@ -528,9 +528,8 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     slower, faster = sorted((average, weights))
     ours, theirs = np.swapaxes(rows, 0, 1)
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
-    are_equal = np.array_equal(ours, theirs)
     first = opened[0]
-    if are_equal or (first.found.whole and not follows):
+    if np.array_equal(ours, theirs) or (first.found.whole and not follows):
         return [replace(one, found=one.found.without_average) for one in opened]
     is_still = slower == 0 and faster > 0
     if not (follows or is_still):
