@@ -340,16 +340,18 @@ def times_of(
 
 
 def _begin_anew(numbers: Sequence[Reading]) -> bool:
-    """Return whether steps begin anew in each epoch: in their order, epochs go back, and not only
-    to the first one, as they rarely do where a training counts its epochs anew at a resume."""
+    """Return whether steps begin anew in each epoch: a later epoch has a step that is no later. It
+    may be that epochs begin anew at a resume, if names hold the same steps, and nothing else."""
     if any(one.epoch is None or one.value not in _ANEW for one in numbers):
         return False
-    in_order = sorted({(one.number, one.epoch or 0) for one in numbers})
-    steps = {number for number, _ in in_order}
-    epochs = [epoch for _, epoch in in_order]
-    back = [later for epoch, later in pairwise(epochs) if later < epoch]
-    is_resumed = max(back, default=epochs[0]) <= epochs[0] and 4 * len(back) < len(epochs)
-    return len(steps) < len(in_order) or not is_resumed
+    named = [one.named for one in numbers if one.named and one.named.epoch is None]
+    if [one.number for one in named] == [one.number for one in numbers]:
+        return False
+    in_order = sorted((one.epoch or 0, one.number) for one in numbers)
+    for (epoch, number), (later, later_number) in pairwise(in_order):
+        if epoch < later and number >= later_number:
+            return True
+    return False
 
 
 def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSettings) -> Times:

@@ -27,6 +27,7 @@ ALL = [*range(1, EPOCHS + 1)]
 
 def store(path: Path, epoch: int, /, **values: Any) -> None:
     """Write the weights after an epoch."""
+    path.parent.mkdir(exist_ok=True)
     torch.save({"model": weights_at(epoch), **values}, path)
 
 
@@ -554,12 +555,16 @@ def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
 @pytest.mark.parametrize("key", ["step", "iteration"])
 @pytest.mark.parametrize("first", [0, 1])
 def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, first, tmp_path):
-    """Epochs of 100 steps, resumed at step 480."""
+    """Epochs of 100 steps, resumed at step 480; names by the epoch within may mean either."""
     for step in range(60, 960, 60):
         since = step if step <= 480 else step - 480
-        values = {"epoch": first + since // 100, key: step}
-        store(tmp_path / f"s{step}.pt", 1 + step % 20, **values)
-    assert steps_of(tmp_path) == [*range(60, 960, 60)]
+        epoch = first + since // 100
+        values = {"epoch": epoch, key: step}
+        store(tmp_path / "steps" / f"s{step}.pt", 1 + step % 20, **values)
+        store(tmp_path / "both" / f"epoch_{epoch}_step_{step}.pt", 1 + step % 20, **values)
+    assert steps_of(tmp_path / "steps") == [*range(60, 960, 60)]
+    with pytest.raises(InvalidValueError, match="steps_per_epoch: must be given"):
+        times(tmp_path / "both")
 
 
 @pytest.mark.parametrize("key", ["n_iter", "it", "total_steps", "step_count", "num_updates"])
