@@ -54,7 +54,7 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
-_NUMBERS = {"i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}  # kinds of numpy
+_NUMBERS = "i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -712,7 +712,7 @@ def _scalar(machine: _Machine, dtype: Any, data: Any) -> int | float | None:
     """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
     kind = dtype.arguments[0]
     order = dtype.state[1]
-    if kind not in _NUMBERS or order not in ("<", ">", "|"):
+    if kind not in _NUMBERS or order not in "<>|":
         return None
     if isinstance(data, _Bytes):
         content = machine.file.read_at(min(data.nbytes, 8), data.begin)
