@@ -52,6 +52,7 @@ _MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
     "steps": _marked_by(_STEP),
     "epochs": _marked_by(_EPOCH),
 }
+_COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
 _CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
@@ -115,22 +116,35 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             number = checked_number(path, value)
-            return Reading(number, "steps", _stored(name), epoch, named=_named(path), value=name)
+            return Reading(
+                number, "steps", _stored(name), epoch, named=time_in_name(path), value=name
+            )
     images = _whole(content, IMAGE_VALUES)
     if images:
         (name,) = IMAGE_VALUES
         return Reading(checked_number(path, images), "images", _stored(name), value=name)
-    of_content = Reading(epoch or 0, "epochs", _stored("epoch"), epoch, is_nameless=True)
-    has_epoch = epoch is not None and epoch >= 0
+    of_content = _only_in_content(content, epoch)
     try:
         reading = named_time(path)
     except InvalidValueError:
-        if not has_epoch:
+        if of_content is None:
             raise
         return of_content
-    if has_epoch and reading.is_of_folder and reading.unit == "epochs":
+    if of_content and reading.is_of_folder and reading.unit == "epochs":
         return of_content  # the name may be that of an experiment
     return replace(reading, epoch=reading.epoch if epoch is None else epoch)
+
+
+def _only_in_content(content: Content, epoch: int | None) -> Reading | None:
+    """Return the number of a checkpoint whose name may have none: the epoch, or the only value that
+    is called as a count of steps is, such as `n_iter`; None if there is none."""
+    if epoch is not None and epoch >= 0:
+        return Reading(epoch, "epochs", _stored("epoch"), epoch, is_nameless=True)
+    counts = [name for name in content.values if _COUNT.fullmatch(name)]
+    number = _whole(content, counts)
+    if number is None or len(counts) > 1:
+        return None
+    return Reading(checked_number(content.path, number), "steps", _stored(counts[0]))
 
 
 def _stored(name: str) -> str:
@@ -138,7 +152,7 @@ def _stored(name: str) -> str:
     return f"{name!r} in the contents"
 
 
-def _named(path: Path) -> Reading | None:
+def time_in_name(path: Path) -> Reading | None:
     """Return the number in the name of a file or folder itself, if there is one."""
     with suppress(InvalidValueError):
         reading = named_time(path)
@@ -326,8 +340,12 @@ def times_of(
 
 
 def _begin_anew(numbers: Sequence[Reading]) -> bool:
-    """Return whether steps begin anew in each epoch: a later epoch has a step that is no later."""
+    """Return whether steps begin anew in each epoch: a later epoch has a step that is no later. It
+    may be that epochs begin anew at a resume, if names hold the same steps, and nothing else."""
     if any(one.epoch is None or one.value not in _ANEW for one in numbers):
+        return False
+    named = [one.named for one in numbers if one.named and one.named.epoch is None]
+    if [one.number for one in named] == [one.number for one in numbers]:
         return False
     in_order = sorted((one.epoch or 0, one.number) for one in numbers)
     for (epoch, number), (later, later_number) in pairwise(in_order):

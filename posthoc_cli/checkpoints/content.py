@@ -70,6 +70,9 @@ NO_MODEL = re.compile(
     re.IGNORECASE,
 )
 """Pattern of names of files and groups that hold no model: the state of a training."""
+FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
+"""Pattern of names of other programs' files of weights, and of archives."""
+READ = "save the tensors as .safetensors, or by torch.save; unpack archives"
 _CHUNKS = "DCP_SHARDING_INFO"  # key for the places of chunks in the metadata of a safetensors file
 _INFO = "training_info"  # key of the metadata of ai-toolkit
 _USUAL = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
@@ -214,6 +217,8 @@ def open_checkpoint(path: Path) -> Content:
         content = _of_folder(path)
     elif path.name.endswith(INDEX_ENDING):
         content = _of_shards(path)
+    elif FOREIGN.search(path.name):
+        raise UnsuitableError(path, "is of a kind that is not read", READ)
     else:
         content = _of_file(path)
     return replace(content, path=path)

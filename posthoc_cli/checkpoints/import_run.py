@@ -248,6 +248,8 @@ def _unknown_decay(
 ) -> InvalidValueError:
     """Return the error that asks for the decay, by the settings that the files' library has."""
     hint = "add `ema_warmup` if it rises"
+    if audit and audit.warm_up:
+        hint = f"add `ema_warmup` {audit.warm_up} if it rises so"
     if any(one.kind == "ema" for one in sources):
         hint += ", or give `sigma_rels` if it is a power function"
     if audit and audit.length and audit.uncertainty and audit.what == "decay":
@@ -314,6 +316,7 @@ def _check_decay(
     """Compare the known decay of ordinary EMAs with the files; return the settings with starts, and
     lines about it."""
     checks = []
+    name = "sigma_rels" if given.sigma_rels else "ema_decay"
     if given.steps and not any(one.updates and one.updates.ends(given) for one in found):
         reason = "is of no use: these averages have no decay that rises to 1"
         raise InvalidValueError("steps", reason, value=given.steps)
@@ -332,13 +335,15 @@ def _check_decay(
                 hint = f"add `ema_warmup` {warm_up}"
             raise InvalidValueError("ema_decay", reason, hint, value=audit.claimed)
         if audit.verdict == "undetermined":
-            reason = "ema_decay is taken as given, and could not be checked: predicted errors "
-            log.warning("%shold if it is right: %s", reason, audit.text)
+            reason = "is taken as given, and could not be checked: predicted errors hold if it"
+            log.warning("%s %s is right: %s", name, reason, audit.text)
             doubt = min(audit.difference, 3.0)
             given = replace(given, ema_doubt=doubt or None)
         given = _with_starts(given, audit)
         checks.append(f"given: {audit.text}")
     if not checks:
-        reason = "ema_decay is as given: without weights next to the averages it cannot be checked"
-        checks.append(reason)
+        reason = (
+            "is as given or in files: without weights next to the averages it cannot be checked"
+        )
+        checks.append(f"{name} {reason}")
     return given, checks

@@ -50,7 +50,7 @@ from posthoc_cli.checkpoints.sets import (
     twin_parts,
 )
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
-from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
 from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, UnsuitableError, shown
 from posthoc_cli.profiles import (
@@ -225,19 +225,13 @@ class Stored:
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
         tower of a model, whose key is `target_encoder`."""
-        ours = self._made(self._found.averaged)
-        theirs = self._made(self._found.weights)
-        apart = 0.0
-        own = 0.0
-        with ours, theirs:
-            for name in {*ours.averages} & {*theirs.averages}:
-                count = min(ours.entries[name].size, 256)
-                first = ours.values(name, 0, count)
-                other = theirs.values(name, 0, count)
-                gap = first - other
-                apart += float(gap @ gap)
-                own += float(first @ first + other @ other)
-        if apart > own / 2:
+        averaged = self._found.averaged
+        weights = self._found.weights
+        names = averaged.keys() & weights.keys()
+        ours = first_values(self._made({name: averaged[name] for name in names}))
+        theirs = first_values(self._made({name: weights[name] for name in names}))
+        are_alike = ours.shape == theirs.shape  # unless some are tied
+        if are_alike and not are_near(ours, theirs):
             reason = "the set that its key calls an average is unrelated to the weights"
             hint = "name it by `average` if it is one"
             log.warning("%s: %s; %s", self._content.path, reason, hint)
@@ -554,12 +548,8 @@ def _with_collected(sets: Sets, found: Found, pair: Pair) -> Found:
     model = {name: pair.weights[name] for name in pair.averaged}
     averaged = make_checkpoint(content, pair.averaged)
     weights = make_checkpoint(content, model)
-    with averaged, weights:
-        for name, entry in averaged.entries.items():
-            count = min(entry.size, 256)
-            first = averaged.values(name, 0, count)
-            if not np.array_equal(first, weights.values(name, 0, count)):
-                return found
+    if not np.array_equal(first_values(averaged), first_values(weights)):
+        return found
     raw = dict(pair.weights)
     for name, tensor in pair.averaged.items():
         raw[name] = collected[tensor.keys[-1]]

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from posthoc_cli.checkpoints.clock import named_time
+from posthoc_cli.checkpoints.clock import named_time, time_in_name
 from posthoc_cli.checkpoints.content import (
     ENDINGS,
+    FOREIGN,
     NO_MODEL,
+    READ,
     holds_model,
     names_in,
     open_checkpoint,
     places_below,
 )
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
-
-_FOREIGN = re.compile(r"\.(?:gguf|onnx|np[yz]|msgpack|h5|hdf5|keras|tflite|nemo|index|gz|zip)$")
 
 _ORBAX = "_CHECKPOINT_METADATA"
 
@@ -50,8 +50,7 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
         _ask(folder, "its files of tensors are named as shards, or have no usual endings", endings)
     if foreign := [entry.name for entry in entries if _is_foreign(entry)]:
         reason = f"its files are of kinds that are not read: {names_in(foreign)}"
-        hint = "save the tensors as .safetensors, or by torch.save; unpack archives"
-        raise InvalidValueError(folder, reason, hint)
+        raise InvalidValueError(folder, reason, READ)
     inner = [entry.name for entry in entries if _holds_checkpoints(entry)]
     if inner:
         raise DirectoryError(folder, "holds no checkpoints itself", f"name its folder {inner[0]}")
@@ -60,7 +59,7 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
 
 def _is_foreign(entry: Path) -> bool:
     """Return whether an entry is another program's file of weights, or a folder of Orbax."""
-    return bool(_FOREIGN.search(entry.name)) or (entry / _ORBAX).is_file()
+    return bool(FOREIGN.search(entry.name)) or (entry / _ORBAX).is_file()
 
 
 def _has_step(entry: Path) -> bool:
@@ -82,10 +81,8 @@ def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
 
 def _is_marked(entry: Path) -> bool:
     """Return whether the name of a file has a word for its number."""
-    with suppress(InvalidValueError):
-        reading = named_time(entry)
-        return reading.is_marked and not reading.is_of_folder
-    return False
+    reading = time_in_name(entry)
+    return reading is not None and reading.is_marked
 
 
 def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:

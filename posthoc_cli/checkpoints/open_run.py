@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -58,7 +58,14 @@ from posthoc_cli.checkpoints.nested import nested_in
 from posthoc_cli.checkpoints.programs import WEIGHTS_STATES, program_of
 from posthoc_cli.checkpoints.sets import Sets, unwrapped
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings
-from posthoc_cli.checkpoints.source import Checkpoint, make_checkpoint
+from posthoc_cli.checkpoints.source import (
+    COMPARED,
+    Checkpoint,
+    are_near,
+    first_values,
+    make_checkpoint,
+)
+from posthoc_cli.checkpoints.updates import Updates
 from posthoc_cli.errors import (
     DirectoryError,
     FileFormatError,
@@ -75,7 +82,6 @@ from posthoc_cli.snapshots.sources import by_time, model_difference
 
 log = logging.getLogger(__name__)
 
-_COMPARED = 1024  # elements of a tensor that are compared to recognise a duplicate
 _OF_MODELS = "name the files of one run by a glob, or import with `include`, `exclude` or `prefix`"
 _OF_NUMBERS = "name the files of one run by a glob, or import with `step_from`"
 _NO_STEP = "no step"  # why a file is left out
@@ -125,7 +131,17 @@ def _known_run(place: str | Path, found: Place) -> list[Checkpoint]:
         if found.lacks_steps:
             reason = found.lacks_steps
         log.warning("%s: %s, left out of averages: %s", place, what, reason)
+    _warn_if_equal(found.checkpoints)
     return checked_run(known)
+
+
+def _warn_if_equal(checkpoints: Sequence[Checkpoint]) -> None:
+    """Warn if the newest average and the weights beside it are equal."""
+    newest = by_time(checkpoints)[-2:]
+    paths = {one.path for one in newest}
+    if len(newest) > len(paths) and not _are_unequal(*newest):
+        reason = "its weights equal its average: they are no raw weights if it has begun"
+        log.warning("%s: %s; an import takes others by `weights`", newest[0].path, reason)
 
 
 def _imported(manifest: Manifest) -> list[Checkpoint]:
@@ -222,9 +238,9 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     notes = [note for note in (left_out.text, _unused(used)) if note]
     for note in notes:
         log.warning("%s: %s", place, note)
-    checkpoints = _all_made(used, times, settings)
     if lacks_steps:
-        checkpoints = [replace(one, decay=0.0, sigma_rel=0.0) for one in checkpoints]
+        used = [_of_unknown_updates(one) for one in used]
+    checkpoints = _all_made(used, times, settings)
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
 
 
@@ -298,6 +314,12 @@ def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
     if asks or is_said or max(times.by_path.values()) > _EPOCHS:
         return ""
     return f"{decays} {times.says}; `ema import` checks it"
+
+
+def _of_unknown_updates(one: _Opened) -> _Opened:
+    if one.found.updates is None:
+        return one
+    return replace(one, found=replace(one.found, updates=Updates()))
 
 
 def _counts(run: Sequence[_Opened]) -> dict[Path, int]:
@@ -396,11 +418,12 @@ def _one_run(
     for path, error in errors.items():
         if not opened or _stem(path) in stems:
             raise error
-        left_out[path.name] = error.reason
-        if isinstance(error, InvalidValueError):
-            left_out[path.name] = _NO_STEP
-    _leave_out_numberless(opened, left_out)
-    opened = _aligned([one for one in opened if one.path.name not in left_out])
+        name = path.name
+        if any(one.path.name == name for one in opened):
+            name = f"{path.parent.name}/{name}"
+        is_stepless = isinstance(error, InvalidValueError)
+        left_out[name] = _NO_STEP if is_stepless else error.reason
+    opened = _aligned(_with_numbers(opened, left_out))
     opened = _largest_group(opened, _model, "another model", left_out)
     opened = _largest_group(opened, _kind_of_number, "another kind of number", left_out)
     units = {one.reading.unit: one for one in opened}
@@ -411,16 +434,20 @@ def _one_run(
     return opened
 
 
-def _leave_out_numberless(opened: Sequence[_Opened], left_out: _LeftOut) -> None:
-    """Leave out files without a number next to those that have one: the number of their folder is
-    that of an experiment."""
+def _with_numbers(opened: Sequence[_Opened], left_out: _LeftOut) -> list[_Opened]:
+    """Return the checkpoints without files that have no number next to some that have one: the
+    number of their folder is that of an experiment."""
     numbered = set()
     for one in opened:
         if not one.reading.is_of_folder:
             numbered.add(one.path.parent)
+    kept = []
     for one in opened:
         if one.reading.is_of_folder and one.path.parent in numbered:
             left_out[one.path.name] = _NO_STEP
+        else:
+            kept.append(one)
+    return kept
 
 
 def _aligned(opened: list[_Opened]) -> list[_Opened]:
@@ -443,8 +470,11 @@ def _aligned(opened: list[_Opened]) -> list[_Opened]:
 
 
 def _stem(path: Path) -> str:
-    """Return what is before the first digit of a name."""
-    return re.split("[0-9]", path.name)[0]
+    """Return what is before the first digit of a name, or if it has none of the folder's and it."""
+    name = path.name
+    if not re.search("[0-9]", name):
+        name = f"{path.parent.name}/{name}"
+    return re.split("[0-9]", name)[0]
 
 
 def _kind_of_number(one: _Opened) -> object:
@@ -496,10 +526,10 @@ def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
     motion = np.diff(rows, axis=0)
     average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
-    follows = slower > 0 and slower <= _SLOWER * faster and _are_near(rows)
-    are_equal = np.array_equal(rows[:, 0], rows[:, 1])
+    ours, theirs = np.swapaxes(rows, 0, 1)
+    follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
-    if are_equal or (first.found.whole and not follows):
+    if np.array_equal(ours, theirs) or (first.found.whole and not follows):
         return [replace(one, found=one.found.without_average) for one in opened]
     is_still = slower == 0 and faster > 0
     if not (follows or is_still):
@@ -529,31 +559,13 @@ def _starts_of(opened: Sequence[_Opened], times: Times) -> FloatArray:
     return np.stack([_start(one) for one in in_order])
 
 
-def _are_near(rows: FloatArray) -> bool:
-    """Return whether two sets are nearer to each other than other networks are, whose squared
-    distance is the sum of their squared norms: [files, sets, elements]."""
-    difference = rows[:, 0] - rows[:, 1]
-    norms = np.square(rows).sum()
-    return bool(np.square(difference).sum() < norms / 2)
-
-
 def _start(one: _Opened) -> FloatArray:
     """Return the first elements of the average and of its weights: [2, elements]."""
     found = one.found
     average = make_checkpoint(one.content, found.averaged)
     of_average = {name: found.weights[name] for name in found.averaged}
     weights = make_checkpoint(one.content, of_average)
-    rows = []
-    with average, weights:
-        for source in (average, weights):
-            rows.append(np.concatenate([*_starts(source)]))
-    return np.stack(rows)
-
-
-def _starts(source: Checkpoint) -> Iterator[FloatArray]:
-    for name in sorted(source.averages):
-        count = min(source.entries[name].size, _COMPARED)
-        yield source.values(name, 0, count)
+    return _first_values((average, weights))
 
 
 def _all_made(
@@ -780,9 +792,7 @@ def is_copy(one: Checkpoint) -> bool:
 
 def _are_unequal(one: Checkpoint, other: Checkpoint) -> bool:
     """Return whether two checkpoints of a model differ in the first elements of a tensor."""
-    with one, other:
-        pairs = zip(_starts(one), _starts(other), strict=True)
-        return not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+    return not np.array_equal(first_values(one), first_values(other), equal_nan=True)
 
 
 def _check_averages(run: Sequence[Checkpoint]) -> None:
@@ -797,11 +807,7 @@ def _check_averages(run: Sequence[Checkpoint]) -> None:
 
 def _first_values(averages: Sequence[Checkpoint]) -> FloatArray:
     """Return the first elements of averages, [times, elements]."""
-    rows = []
-    for average in averages:
-        with average:
-            rows.append(np.concatenate([np.zeros(0), *_starts(average)]))
-    return np.stack(rows)
+    return np.stack([first_values(average) for average in averages])
 
 
 def _warn_of_growth(newest: Checkpoint, values: FloatArray) -> None:
@@ -854,9 +860,9 @@ def _moves(values: FloatArray, dtypes: npt.NDArray[np.str_]) -> FloatArray:
 
 
 def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:
-    """Return the dtype of each element of `_starts`."""
+    """Return the dtype of each element of `first_values`."""
     entries = [source.entries[name] for name in sorted(source.averages)]
-    counts = [min(entry.size, _COMPARED) for entry in entries]
+    counts = [min(entry.size, COMPARED) for entry in entries]
     return np.repeat([entry.dtype for entry in entries], counts)
 
 

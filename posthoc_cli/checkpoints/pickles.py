@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, RemoteError
 from posthoc_cli.snapshots.tensorfile import Entry, OpenedFile, is_sizes, row_major
@@ -52,6 +54,7 @@ _VALUE = 64  # a value of the content, or a pair of a call: a few bytes can repe
 _STREAM = 512  # a storage in a string of bytes
 _SHARED = 8  # limits the bytes of tensors to this multiple of the file's: views may overlap
 _LONGEST = 100  # characters of the name of a storage or dtype, which a pickle may pass repeatedly
+_NUMBERS = "i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"  # kinds of numpy
 _MOST_ITEMS = 16  # arguments of a call, and items of a key: a pickle may pass a million
 
 
@@ -232,6 +235,8 @@ def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
     """Return what an object consists of, and whether it is a module; any other item as it is."""
     if not isinstance(item, Node) or item.name.startswith("torch._utils._rebuild"):
         return item, False
+    if isinstance(item.state, int | float):  # of an array
+        return item.state, False
     module = _module_tensors(item, budget)
     if module is not None:
         return module, True
@@ -538,10 +543,19 @@ class _Machine:
         self.reduce()
 
     def build(self) -> None:
-        """Give an object its state, which only nodes have."""
+        """Give an object its state, which only nodes have: its attributes, or a pair of those and
+        its slots."""
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Node):
-            self.stack[-1].state = state
+        if isinstance(state, tuple) and len(state) == 2:
+            attributes, slots = map(_items, state)
+            self.budget.spend(_VALUE * (len(attributes) + len(slots)))
+            state = attributes | slots
+        item = self.stack[-1]
+        if isinstance(item, Node):
+            item.state = state
+            is_array = item.name.endswith(".multiarray._reconstruct")
+            if is_array and state[1] == ():
+                item.state = _scalar(self, state[2], state[4])
 
     def binpersid(self) -> None:
         """Push the storage of ("storage", type, key, location, number of elements, ...)."""
@@ -694,6 +708,20 @@ def _first(_: _Machine, value: Any = (), *__: Any) -> Any:
     return value
 
 
+def _scalar(machine: _Machine, dtype: Any, data: Any) -> int | float | None:
+    """Return a number of numpy: its bytes are in the file, or in protocol 2 a text in Latin-1."""
+    kind = dtype.arguments[0]
+    order = dtype.state[1]
+    if kind not in _NUMBERS or order not in "<>|":
+        return None
+    if isinstance(data, _Bytes):
+        content = machine.file.read_at(min(data.nbytes, 8), data.begin)
+    else:
+        content = data[:8].encode("latin-1")
+    number: int | float = np.frombuffer(content, order + kind)[0].item()
+    return number
+
+
 def _of_type(
     machine: _Machine,
     function: Any,
@@ -706,6 +734,9 @@ def _of_type(
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
+    "_codecs.encode": _first,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy._core.multiarray.scalar": _scalar,
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _first,
     "__builtin__.set": _first,

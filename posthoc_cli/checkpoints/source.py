@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from posthoc_cli.checkpoints.content import Chunk, Content, Identity, Tensors
@@ -20,6 +21,7 @@ from posthoc_cli.profiles import (
     POWER_FUNCTION,
     UNLIMITED,
     Clock,
+    FloatArray,
     Point,
     PowerFunction,
     StoredProfile,
@@ -33,6 +35,7 @@ from posthoc_cli.snapshots.tensorfile import Box, Entry, TensorFile
 _SUMS = ("cluster_size", "embed_avg")
 # of BatchNorm: a variance is not extrapolated
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+COMPARED = 1024  # elements of a tensor that are compared with those of another
 _ANY_TIME = Point(1.0)  # where times are of no account
 
 
@@ -192,6 +195,23 @@ def make_checkpoint(
         opened=content.files,
         **fields,
     )
+
+
+def first_values(source: Checkpoint) -> FloatArray:
+    """Return the first elements of each averaged tensor of a source, in the order of names."""
+    values = [np.zeros(0)]
+    with source:
+        for name in sorted(source.averages):
+            count = min(source.entries[name].size, COMPARED)
+            values.append(source.values(name, 0, count))
+    return np.concatenate(values)
+
+
+def are_near(ours: FloatArray, theirs: FloatArray) -> bool:
+    """Return whether values are nearer to others than those of another network are, whose squared
+    distance is the sum of the squared norms of both."""
+    norms = np.square(ours).sum() + np.square(theirs).sum()
+    return bool(np.square(ours - theirs).sum() <= norms / 2)
 
 
 def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.content import DCP_METADATA, sets_in
+from posthoc_cli.checkpoints.content import FOREIGN, model_in, sets_in
 from posthoc_cli.checkpoints.layouts import Stored
 from posthoc_cli.dtypes import EPS, parse_dtype
 from posthoc_cli.errors import (
@@ -29,7 +30,7 @@ from posthoc_cli.snapshots.directory import PICKLES, is_parts_folder, read_snaps
 from posthoc_cli.snapshots.outputs import models_at, read_model
 from posthoc_cli.snapshots.snapshot import OutputInfo, Snapshot, Used, running_statistics
 from posthoc_cli.snapshots.sources import StoredTensors, TrackedTensor
-from posthoc_cli.snapshots.tensorfile import FORMAT, Entry, TensorFile
+from posthoc_cli.snapshots.tensorfile import FORMAT, SUFFIX, Entry, TensorFile
 from posthoc_cli.synthesis.plan import Combination, nbytes
 
 
@@ -245,11 +246,16 @@ def _read_source(source: Path, weights: bool = False, average: str | None = None
 
 
 def _is_checkpoint(source: Path) -> bool:
-    """Return whether a source is a training's checkpoint: a pickle, a DCP folder, or weights next
-    to an average."""
+    """Return whether a source is a training's checkpoint: a file or folder that is no safetensors,
+    or weights next to an average."""
     if source.is_dir():
-        return (source / DCP_METADATA).is_file() or bool(sets_in(source))
-    return source.name.endswith(PICKLES) and source.is_file()
+        with suppress(FileFormatError):
+            model = model_in(source)
+            if model is not None and SUFFIX not in model.name:
+                return True
+        return bool(sets_in(source))
+    is_pickle = source.name.endswith(PICKLES) or FOREIGN.search(source.name)
+    return bool(is_pickle) and source.is_file()
 
 
 def _read_model(path: Path) -> StoredTensors:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -26,6 +27,7 @@ ALL = [*range(1, EPOCHS + 1)]
 
 def store(path: Path, epoch: int, /, **values: Any) -> None:
     """Write the weights after an epoch."""
+    path.parent.mkdir(exist_ok=True)
     torch.save({"model": weights_at(epoch), **values}, path)
 
 
@@ -548,6 +550,60 @@ def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
     for step, (_, within) in WITHIN.items():
         store(tmp_path / f"step={step}.ckpt", 1, global_step=step, epoch=within)
     assert steps_of(tmp_path) == [*WITHIN]
+
+
+@pytest.mark.parametrize("key", ["step", "iteration"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, first, tmp_path):
+    """Epochs of 100 steps, resumed at step 480; names by the epoch within may mean either."""
+    for step in range(60, 960, 60):
+        since = step if step <= 480 else step - 480
+        epoch = first + since // 100
+        values = {"epoch": epoch, key: step}
+        store(tmp_path / "steps" / f"s{step}.pt", 1 + step % 20, **values)
+        store(tmp_path / "both" / f"epoch_{epoch}_step_{step}.pt", 1 + step % 20, **values)
+    assert steps_of(tmp_path / "steps") == [*range(60, 960, 60)]
+    with pytest.raises(InvalidValueError, match="steps_per_epoch: must be given"):
+        times(tmp_path / "both")
+
+
+@pytest.mark.parametrize("key", ["n_iter", "it", "total_steps", "step_count", "num_updates"])
+def test_a_lone_count_in_the_contents_is_read_where_names_have_no_number(key, tmp_path):
+    for epoch in (1, 2, 4):
+        values = {key: 100 * epoch, "lr": 0.1}
+        store(tmp_path / f"{'abcde'[epoch]}.pt", epoch, **values)
+    assert steps_of(tmp_path) == [100, 200, 400]
+    assert says(tmp_path) == f"steps, by {key!r} in the contents"
+
+
+def test_of_two_counts_in_the_contents_none_is_read(tmp_path):
+    for epoch in (1, 2):
+        store(tmp_path / f"{'abc'[epoch]}.pt", epoch, n_iter=100 * epoch, max_steps=900)
+    with pytest.raises(InvalidValueError, match="neither its content nor its name tells"):
+        times(tmp_path)
+
+
+NUMBERS = [np.int64, np.array, np.float32, lambda step: np.array(step, dtype=">i4")]
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_step_may_be_a_number_of_numpy(kind, protocol, tmp_path):
+    for epoch in (1, 2, 4):
+        content = {"model": weights_at(epoch), "step": kind(300 * epoch)}
+        torch.save(content, tmp_path / f"{'abcde'[epoch]}.pt", pickle_protocol=protocol)
+    assert steps_of(tmp_path) == [300, 600, 1200]
+
+
+def test_a_folder_without_a_number_is_left_out_of_a_glob(tmp_path, caplog):
+    for name, epoch in {"100k": 1, "200k": 2, "latest": 2}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        store(folder / "weights.pth", epoch)
+    place = tmp_path / "*" / "weights.pth"
+    assert steps_of(place, step_from=r"/(\d+)k/") == [100, 200]
+    (line,) = caplog.messages
+    assert line.endswith("left out: latest/weights.pth (no step)")
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ and then works."""
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved import assert_equal, exported, read, store, write_each
+from saved import assert_equal, check, check_export, exported, named, read, store, write_each
 from walks import EVERY, STEPS, Save, Tensors, distance, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
@@ -208,3 +209,79 @@ def test_a_target_network_of_a_part_leaves_the_policy_to_another_import(tmp_path
     (newest, *_) = read(place, kind="checkpoints").checkpoints
     heads = {name.partition(".")[0] for name in newest.entries}
     assert heads == {"actor", "critic"}
+
+
+class WithSlots:
+    __slots__ = ("decay", "shadow")
+
+    def __init__(self, save: Save) -> None:
+        self.decay = 0.95
+        self.shadow = save.average
+
+
+class WithSlotsAndMore(WithSlots):
+    """Has attributes, too."""
+
+
+@pytest.mark.parametrize("kind", [WithSlots, WithSlotsAndMore])
+def test_an_average_in_the_slots_of_a_pickled_object(kind, tmp_path):
+    write_each(
+        tmp_path,
+        "s{save.step}.pt",
+        lambda save: {"net": save.weights, "ema": kind(save), "step": save.step},
+    )
+    last = saves()[-1]
+    check(tmp_path, last.average, last.weights)
+    check_export(tmp_path / f"s{last.step}.pt", last.average, last.weights)
+
+
+def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
+    """Written while the average was swapped in."""
+    write_each(
+        tmp_path,
+        "s{save.step}.pt",
+        lambda save: {"net": save.average, "ema": save.average, "step": save.step},
+    )
+    assert len(Run(tmp_path).sources) == len(TIMES)
+    (line,) = [line for line in caplog.messages if "equal its average" in line]
+    assert f"s{STEPS}.pt: its weights equal" in line
+
+
+def test_weights_beside_an_average_by_epoch_are_used_whatever_it_has_counted(tmp_path, caplog):
+    """As torch's `AveragedModel` of the last epochs."""
+    for save in saves():
+        counted = torch.tensor(max(save.epoch - 5, 0))
+        average = {"n_averaged": counted, **named("module.", save.average)}
+        content = {"net": save.weights, "swa_model": average, "epoch": save.epoch}
+        torch.save(content, tmp_path / f"checkpoint-{save.epoch}.pt")
+    assert [one.t for one in Run(tmp_path).sources] == EPOCHS
+    assert "import with `steps_per_epoch`" in caplog.text
+
+
+@pytest.mark.parametrize("folder", ["step-{save.step}", "CKPT+2024-05-01+12-30-{save.step}"])
+def test_a_folder_of_a_pickled_model_is_exported(folder, tmp_path):
+    """As litgpt, OLMo and SpeechBrain write it."""
+    last = saves()[-1]
+    place = tmp_path / folder.format(save=last)
+    store(place / "model.pth", {"model": last.weights, "optimizer": OPTIMIZER})
+    with pytest.raises(FileFormatError, match="holds no average that its keys name"):
+        exported(place)
+    assert_equal(exported(place, weights=True), last.weights)
+    store(place / "model.pth", {"model": last.weights, "ema": last.average})
+    assert_equal(exported(place), last.average)
+
+
+@pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "model.nemo", "params.npz"])
+def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("policy.pth", "")
+    with pytest.raises(FileFormatError, match=r"is of a kind that is not read; .* unpack archives"):
+        exported(tmp_path / name)
+
+
+def test_an_import_names_the_setting_that_was_given(tmp_path):
+    write_each(tmp_path, "ema_step{save.step}.pt", lambda save: save.average)
+    (line,) = read(tmp_path, sigma_rels=(0.1,)).checks
+    assert line.startswith("sigma_rels is as given")
+    (line,) = read(tmp_path, ema_decay=0.95).checks
+    assert line.startswith("ema_decay is as given")

@@ -324,7 +324,7 @@ def test_megatron_has_a_folder_for_each_rank(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("1")
     run = Run(tmp_path)
     assert [one.t for one in run.sources] == all_steps()
-    assert run.info()["written_by"] == "Megatron"
+    assert run.info()["written_by"] == "Megatron and others"
 
 
 def test_states_of_edm_hold_the_weights(tmp_path):
