@@ -503,6 +503,9 @@ def test_a_standstill_at_the_end_says_nothing_about_motion_before(stop, noise, e
 def test_usual_mistakes_with_a_tracker_name_what_was_meant(tmp_path):
     model = torch.nn.Linear(3, 3)
     ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5)
+    for name in ("update", "update_parameters"):
+        with pytest.raises(AttributeError, match=r"call ema.update_\(model\) after each step"):
+            getattr(ema, name)
     with refused("state", "none of a tracker", "'weight', 'bias'", "ema.state_dict()"):
         ema.load_state_dict(model.state_dict())
     with refused("checkpoint_every", "checkpoint_every 100.0: must be a whole number"):

@@ -271,6 +271,13 @@ class PostHocEMA:
         """The number of calls of `update_` so far in this run."""
         return self._pipeline.progress.step
 
+    def __getattr__(self, name: str) -> Any:
+        hint = ""
+        if name in ("update", "update_parameters"):
+            hint = ": call ema.update_(model) after each step of the optimizer"
+        message = f"'PostHocEMA' object has no attribute {name!r}{hint}"
+        raise AttributeError(message, name=name, obj=self)
+
     @property
     def t(self) -> float:
         """The training time of the last call of `update_`."""
