@@ -470,11 +470,11 @@ def _aligned(opened: list[_Opened]) -> list[_Opened]:
 
 
 def _stem(path: Path) -> str:
-    """Return what is before the first digit of a name, or if it has none of the folder's and it."""
-    name = path.name
-    if not re.search("[0-9]", name):
-        name = f"{path.parent.name}/{name}"
-    return re.split("[0-9]", name)[0]
+    """Return what is before the first digit of a name, or if it has none the name in its folder,
+    whatever number that has."""
+    before, *others = re.split("[0-9]", path.name)
+    folder = re.sub("[0-9]+", "", path.parent.name)
+    return before if others else f"{folder}/{before}"
 
 
 def _kind_of_number(one: _Opened) -> object:

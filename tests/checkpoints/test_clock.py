@@ -567,7 +567,16 @@ def test_steps_go_on_where_epochs_begin_anew_at_a_resume(key, first, tmp_path):
         times(tmp_path / "both")
 
 
-@pytest.mark.parametrize("key", ["n_iter", "it", "total_steps", "step_count", "num_updates"])
+COUNTS = [
+    "n_iter",
+    "it",
+    "total_steps",
+    "step_count",
+    "num_updates",
+]
+
+
+@pytest.mark.parametrize("key", COUNTS)
 def test_a_lone_count_in_the_contents_is_read_where_names_have_no_number(key, tmp_path):
     for epoch in (1, 2, 4):
         values = {key: 100 * epoch, "lr": 0.1}
@@ -583,7 +592,12 @@ def test_of_two_counts_in_the_contents_none_is_read(tmp_path):
         times(tmp_path)
 
 
-NUMBERS = [np.int64, np.array, np.float32, lambda step: np.array(step, dtype=">i4")]
+NUMBERS = [
+    np.int64,
+    np.array,
+    np.float32,
+    lambda step: np.array(step, dtype=">i4"),
+]
 
 
 @pytest.mark.parametrize("kind", NUMBERS)

@@ -228,7 +228,11 @@ def test_an_average_in_the_slots_of_a_pickled_object(kind, tmp_path):
     write_each(
         tmp_path,
         "s{save.step}.pt",
-        lambda save: {"net": save.weights, "ema": kind(save), "step": save.step},
+        lambda save: {
+            "net": save.weights,
+            "ema": kind(save),
+            "step": save.step,
+        },
     )
     last = saves()[-1]
     check(tmp_path, last.average, last.weights)
@@ -240,7 +244,11 @@ def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
     write_each(
         tmp_path,
         "s{save.step}.pt",
-        lambda save: {"net": save.average, "ema": save.average, "step": save.step},
+        lambda save: {
+            "net": save.average,
+            "ema": save.average,
+            "step": save.step,
+        },
     )
     assert len(Run(tmp_path).sources) == len(TIMES)
     (line,) = [line for line in caplog.messages if "equal its average" in line]
@@ -250,9 +258,14 @@ def test_weights_that_equal_the_average_are_said(tmp_path, caplog):
 def test_weights_beside_an_average_by_epoch_are_used_whatever_it_has_counted(tmp_path, caplog):
     """As torch's `AveragedModel` of the last epochs."""
     for save in saves():
-        counted = torch.tensor(max(save.epoch - 5, 0))
-        average = {"n_averaged": counted, **named("module.", save.average)}
-        content = {"net": save.weights, "swa_model": average, "epoch": save.epoch}
+        average = named("module.", save.average)
+        counted = max(save.epoch - 5, 0)
+        average["n_averaged"] = torch.tensor(counted)
+        content = {
+            "net": save.weights,
+            "swa_model": average,
+            "epoch": save.epoch,
+        }
         torch.save(content, tmp_path / f"checkpoint-{save.epoch}.pt")
     assert [one.t for one in Run(tmp_path).sources] == EPOCHS
     assert "import with `steps_per_epoch`" in caplog.text
@@ -271,7 +284,14 @@ def test_a_folder_of_a_pickled_model_is_exported(folder, tmp_path):
     assert_equal(exported(place), last.average)
 
 
-@pytest.mark.parametrize("name", ["rl_model_100_steps.zip", "model.nemo", "params.npz"])
+ARCHIVES = [
+    "rl_model_100_steps.zip",
+    "model.nemo",
+    "params.npz",
+]
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
 def test_an_archive_of_another_kind_is_to_be_unpacked(name, tmp_path):
     with zipfile.ZipFile(tmp_path / name, "w") as archive:
         archive.writestr("policy.pth", "")
