@@ -64,6 +64,7 @@ def test_files_of_two_trainings_are_warned_of(
     [
         (FIRST, EVEN),
         (10 * FAST, UNEVEN),
+        (FIRST - FIRST[0], UNEVEN),
         (0 * FIRST + 1, EVEN),
     ],
 )
@@ -73,5 +74,6 @@ def test_files_of_one_training_are_not(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Also with other intervals, with a larger learning rate after a restart, and at rest."""
+    """Also with other intervals, from a beginning at zero, with a larger learning rate after a
+    restart, and at rest."""
     assert count_warnings(tmp_path, path, steps, caplog) == 0
