@@ -34,6 +34,10 @@ UNEVEN = (1, 2, 3, 50, 51, 52, 98, 99)
 NUMBERS = np.arange(100)[:, None]
 IN_TURNS = np.where(NUMBERS % 10, FIRST, SECOND)
 ONE_AFTER_ANOTHER = np.where(NUMBERS < 50, FIRST, SECOND)
+ABANDONED = FIRST[30] + SECOND - SECOND[30]
+"""Goes on from step 30 of the first training."""
+RESUMED = np.where((NUMBERS == 45) | (NUMBERS == 55), ABANDONED, FIRST)
+STRAY = np.where(NUMBERS == 55, ABANDONED, FIRST)
 
 
 def count_warnings(
@@ -46,17 +50,24 @@ def count_warnings(
         state = {"w": torch.from_numpy(path[step]).float()}
         torch.save(state, folder / f"step{step}.pt")
     Run(folder).plan(0.1)
-    return caplog.text.count("as far apart as files of two trainings")
+    return caplog.text.count("name the files of one training by a glob")
 
 
-@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER])
+@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER, RESUMED, STRAY])
 def test_files_of_two_trainings_are_warned_of(
     path: np.ndarray,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert count_warnings(tmp_path, path, EVEN, caplog) == 1
-    assert "name the files of one training by a glob" in caplog.text
+
+
+def test_a_file_of_an_abandoned_branch_is_named(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    count_warnings(tmp_path, STRAY, EVEN, caplog)
+    assert "step50.pt and step60.pt are closer to each other than to step55.pt" in caplog.text
 
 
 @pytest.mark.parametrize(
