@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.truth import distance
 from safetensors.torch import save_file
-from walks import STEPS, Save, Tensors, distance, history, ratio, saves, true_average
+from walks import STEPS, Save, Tensors, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError

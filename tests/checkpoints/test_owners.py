@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.truth import distance
 from safetensors.torch import save_file
 from saved import assert_equal, exported, read, store, write_each
-from walks import EVERY, STEPS, Save, Tensors, distance, saves, true_average
+from walks import EVERY, STEPS, Save, Tensors, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
