@@ -545,6 +545,12 @@ def test_steps_that_begin_anew_in_each_epoch(key, first, tmp_path):
     assert found == [100 * first + step for step in WITHIN]
 
 
+def test_steps_at_the_ends_of_epochs_begin_anew(tmp_path):
+    for epoch in (1, 2, 3):
+        store(tmp_path / f"epoch_{epoch}_iter_100.pt", epoch)
+    assert steps_of(tmp_path, steps_per_epoch=100) == [100, 200, 300]
+
+
 def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):
     for step, (_, within) in WITHIN.items():
         store(tmp_path / f"step={step}.ckpt", 1, global_step=step, epoch=within)

@@ -577,11 +577,14 @@ def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_that_fits_two_weights_about_equally_is_refused(count, tmp_path):
+    """Two averages fit them in either order."""
     file = tmp_path / "step5.pt"
-    first, second = torch.randn(2, 50)
-    average = torch_ema(5, (first + second) / 2)
-    torch.save({"model": {"a": first, "b": second}, "ema": average}, file)
+    first, second, third = torch.randn(3, 50)
+    averages = [(first + second) / 2] * count
+    model = {"a": first, "b": second, "c": third}
+    torch.save({"model": model, "ema": torch_ema(5, *averages)}, file)
     with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
         exported(file)
 
