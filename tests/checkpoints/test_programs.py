@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_layouts import distributed
 from saved import (
     all_steps,
     assert_equal,
@@ -70,14 +69,6 @@ def test_keys_and_prefixes_say_which_set_is_the_average(weights, average, prefix
     file = tmp_path / "last.pt"
     torch.save(at_places(last, weights, average), file)
     check_export(file, named(prefix, last.average), named(prefix, last.weights))
-
-
-@pytest.mark.parametrize("average", ["ema/", "model/net_ema."])
-def test_they_say_it_in_a_folder_of_torch_distributed(average, tmp_path):
-    last = saves()[-1]
-    content = at_places(last, "model/", average)
-    distributed(tmp_path / "last", content)
-    check_export(tmp_path / "last", last.average, last.weights)
 
 
 FOLDERS = {
