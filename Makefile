@@ -93,7 +93,7 @@ integrations: $(FRAMEWORKS)/.ready
 	EMA_HEAVY=1 OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadgroup tests/integrations
 
 torture: $(READY)
-	$(BIN)/python scripts/torture.py
+	PYTHONPATH=tests $(BIN)/python -m torture
 
 dist: $(READY)
 	rm -rf dist

@@ -2,20 +2,14 @@
 
 import gc
 import importlib.util
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from ema_command import Ema, run_ema
+from integrations.programs import forget
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
-
-from ema_command import Ema, run_ema  # noqa: E402
-from integrations.programs import forget  # noqa: E402
-
-from posthoc_cli.tracker import memory, pipeline  # noqa: E402
+from posthoc_cli.tracker import memory, pipeline
 
 if importlib.util.find_spec("hypothesis") is not None:  # `make gpu` may run without it
     import hypothesis

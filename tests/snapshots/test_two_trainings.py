@@ -36,7 +36,10 @@ IN_TURNS = np.where(NUMBERS % 10, FIRST, SECOND)
 ONE_AFTER_ANOTHER = np.where(NUMBERS < 50, FIRST, SECOND)
 ABANDONED = FIRST[30] + SECOND - SECOND[30]
 """Goes on from step 30 of the first training."""
+ANOTHER_FINE_TUNING = np.where(NUMBERS < 50, FIRST, FIRST[5] + SECOND - SECOND[50])
+"""Both began with the weights of step 5."""
 RESUMED = np.where((NUMBERS == 45) | (NUMBERS == 55), ABANDONED, FIRST)
+SAVED_TWICE = FIRST[np.arange(100) // 10 * 10]
 STRAY = np.where(NUMBERS == 55, ABANDONED, FIRST)
 
 
@@ -53,7 +56,7 @@ def count_warnings(
     return caplog.text.count("name the files of one training by a glob")
 
 
-@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER, RESUMED, STRAY])
+@pytest.mark.parametrize("path", [IN_TURNS, ONE_AFTER_ANOTHER, ANOTHER_FINE_TUNING, RESUMED, STRAY])
 def test_files_of_two_trainings_are_warned_of(
     path: np.ndarray,
     tmp_path: Path,
@@ -77,6 +80,7 @@ def test_a_file_of_an_abandoned_branch_is_named(
         (10 * FAST, UNEVEN),
         (FIRST - FIRST[0], UNEVEN),
         (0 * FIRST + 1, EVEN),
+        (SAVED_TWICE, EVEN),
     ],
 )
 def test_files_of_one_training_are_not(
@@ -86,5 +90,5 @@ def test_files_of_one_training_are_not(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also with other intervals, from a beginning at zero, with a larger learning rate after a
-    restart, and at rest."""
+    restart, at rest, and with weights that were saved twice."""
     assert count_warnings(tmp_path, path, steps, caplog) == 0

@@ -1,9 +1,10 @@
 """Run every experiment on the guarantees of snapshots and outputs at full count; print a table of
 the results.
 
-python scripts/torture.py                     # all of them, long
-python scripts/torture.py --only kill         # those with "kill" in their names
-python scripts/torture.py --share 0.1         # a tenth of each
+cd tests
+python -m torture                     # all of them, long
+python -m torture --only kill         # those with "kill" in their names
+python -m torture --share 0.1         # a tenth of each
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import tempfile
 import time
 from itertools import chain
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from torture.test_torture import EXPERIMENTS
 
