@@ -580,7 +580,7 @@ def parse_targets(text: str, name: str = "target") -> list[Target]:
         targets = kind.parse(values)
     except InvalidValueError as error:
         reason = error.reason
-        if "," in text:  # the number that is refused
+        if "," in text and error.value:  # the number that is refused
             reason = f"{error.value} {reason}"
         raise bad(name, text, reason, error.hint) from error
     return list(dict.fromkeys(targets))
@@ -644,7 +644,7 @@ def _decimal(text: str, form: str) -> Decimal:
         number = Decimal("nan")
     is_moderate = number.is_finite() and abs(number.adjusted()) <= _MOST_DIGITS
     if not is_moderate or math.isinf(float(number)):
-        raise InvalidValueError(text, f"must be {form}")
+        raise InvalidValueError("number", f"must be {form}", value=digits)
     return number
 
 

@@ -80,6 +80,12 @@ def exact_average(
     return np.tensordot(shares, stacked, axes=1)
 
 
+def relative_distance(found: npt.ArrayLike, exact: npt.ArrayLike) -> float:
+    """Return the L2 distance of a vector from the exact one, relative to the norm of that."""
+    apart = np.asarray(found, dtype=np.float64) - exact
+    return float(np.linalg.norm(apart) / np.linalg.norm(exact))
+
+
 def power_functions(
     times: npt.ArrayLike,
     sigma_rels: Sequence[float] = (0.05, 0.28),

@@ -118,6 +118,8 @@ def test_a_prefix_is_added_after_another_is_removed(tmp_path):
     state = {"model.w": torch.ones(1), "b": torch.ones(2)}
     renamed = exported(tmp_path, state, (), prefix="n.", strip_prefix="model.")
     assert renamed.keys() == {"n.w", "n.b"}
+    with refused("strip_prefix", "make no two alike"):
+        exported(tmp_path, state | {"w": torch.ones(1)}, (), strip_prefix="model.")
 
 
 def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path, source):

@@ -389,14 +389,15 @@ def test_an_average_in_the_bytes_of_the_weights_is_no_average(tmp_path, run):
 
 
 def test_a_counter_of_another_dtype_stays(tmp_path):
-    counted = {"w": torch.ones(2), "count": torch.tensor(5)}
+    counted = {"w": torch.ones(2), "count": torch.tensor(5), "seen": torch.tensor(5)}
     run = stored(tmp_path, 1, counted)
     count = torch.tensor(3, dtype=torch.int32)
-    other = {"w": torch.zeros(2), "count": count}
+    other = {"w": torch.zeros(2), "count": count, "seen": torch.tensor(3)}
     like = saved(tmp_path, model=other)
     said, loaded = copied(run, like, "last:1")
     assert said["kept"] == ["count"]
     assert loaded["model"]["count"] == 3
+    assert loaded["model"]["seen"] == 5
     assert loaded["model"]["w"].tolist() == [1, 1]
 
 

@@ -104,6 +104,14 @@ def test_exact_snapshots_of_a_network_that_stood_still_are_thinned():
     assert len(kept(snapshots, prior, 3)) == 6
 
 
+def test_of_snapshots_that_are_equally_needed_those_far_apart_stay():
+    snapshots = power_functions(range(1, 17), (0.1,))
+    prior = assumed_prior(snapshots, 0.0, of_two_rates(0.0, 0.0))
+    first, middle, last = (profile.t for profile in kept(snapshots, prior, 3))
+    assert (first, last) == (1, 16)
+    assert 5 < middle < 12
+
+
 @pytest.mark.parametrize("keep", [None, 4])
 def test_a_schedule_predicts_the_snapshots_that_a_tracker_leaves(tmp_path, keep):
     settings = {"checkpoint_every": 100, "max_checkpoints": keep}
@@ -156,9 +164,16 @@ def test_ranges_are_rounded_inwards(low, high, shown):
     assert curve.ranges_text(0.01) == shown
 
 
-def test_a_good_point_alone_is_no_range():
-    curve = curve_of([0.05, 0.1, 0.15], [0.5, 0.0, 0.5])
-    assert curve.ranges_below(0.01) == []
+@pytest.mark.parametrize(
+    ("errors", "ranges"),
+    [
+        ([0.5, 0.0, 0.5, 0.5, 0.5], []),  # a good point alone is none
+        ([0.0, 0.0, 0.5, 0.0, 0.0], [(0.05, 0.1), (0.2, 0.25)]),
+    ],
+)
+def test_good_ranges_have_no_worse_point(errors, ranges):
+    curve = curve_of([0.05, 0.1, 0.15, 0.2, 0.25], errors)
+    assert curve.ranges_below(0.01) == ranges
 
 
 def curve_of(widths: Sequence[float], errors: Sequence[float]) -> ErrorCurve:

@@ -306,6 +306,11 @@ def test_a_number_is_a_sigma_rel_and_an_object_with_tail_a_profile():
         ),
         (lambda: as_target("0.9"), "target", "for a decay of 0.9 per step use beta:0.9"),
         (
+            lambda: as_target("0.1,0.2,..."),
+            "target",
+            "target 0.1,0.2,...: ... must be a number, a list such as",
+        ),
+        (
             lambda: as_target("decay:linear:50:20"),
             "target",
             "target decay:linear:50:20: must be a part of training in (0, 1], such as 0.2, or two",

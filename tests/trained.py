@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from factories import exact_weights
+from factories import exact_weights, relative_distance
 from torch import nn
 
 from posthoc_cli import Run
@@ -152,9 +152,8 @@ def error_of(
     tensors = [made[prefix + name] for name in shapes()]
     vector = np.concatenate([tensor.numpy().ravel() for tensor in tensors])
     truth = true_average(train() if weights is None else weights, sigma_rel)
-    error = np.linalg.norm(vector - truth) / np.linalg.norm(truth)
     assert made.predicted_error is not None
-    return float(error), made.predicted_error
+    return relative_distance(vector, truth), made.predicted_error
 
 
 def check(

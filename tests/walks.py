@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from factories import exact_weights
+from integrations.truth import exact
 from torch import nn
 
 Tensors = dict[str, torch.Tensor]
@@ -62,23 +62,7 @@ def history(steps: int = STEPS) -> list[Tensors]:
 
 def true_average(sigma_rel: float, steps: int = STEPS) -> Tensors:
     """Return the power function's sum over every step, in float64."""
-    masses = torch.from_numpy(exact_weights(sigma_rel, range(1, steps + 1)))
-    average = {}
-    for name in history(steps)[0]:
-        values = torch.stack([weights[name].double() for weights in history(steps)])
-        average[name] = torch.tensordot(masses, values, dims=1)
-    return average
-
-
-def distance(made: Tensors, truth: Tensors) -> float:
-    """Return the relative distance of an average from the true one."""
-    assert made.keys() == truth.keys()
-    squares = []
-    for name in truth:
-        difference = made[name].double() - truth[name]
-        squares.append(float(difference.square().sum()))
-    norms = [float(values.square().sum()) for values in truth.values()]
-    return float((sum(squares) / sum(norms)) ** 0.5)
+    return exact(history(steps), sigma_rel)
 
 
 @dataclass(frozen=True)

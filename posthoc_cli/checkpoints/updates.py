@@ -102,15 +102,18 @@ class Updates:
         after = settings.update_after_step or 0
         if self.count is None:
             return self._place_after(after, step, every, settings.ema_late or 0)
+        count = self.count
+        if count == step + 1:  # the first step has the number 0
+            count = step
         if self.calls == "counted":
-            updates = (self.count - 1) // every + 1
+            updates = (count - 1) // every + 1
             rule = {"copies": 1 + after, "stride": every}
-            return _Place(step - self.count + 1, updates, rule)
-        first = self._last(step, every) - (self.count - 1) * every
-        is_each_step = 0 <= step - self.count <= 1
-        if self.count and settings.update_every is None and not is_each_step:
+            return _Place(step - count + 1, updates, rule)
+        first = self._last(step, every) - (count - 1) * every
+        is_each_step = 0 <= step - count <= 1
+        if count and settings.update_every is None and not is_each_step:
             first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
-        return _Place(first, self.count)
+        return _Place(first, count)
 
     def _place_after(
         self,

@@ -193,6 +193,13 @@ def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(copied, stat
     assert_same_tensors(twin.state_dict(), stats.state_dict())
 
 
+def test_a_state_that_was_taken_stays_when_another_is_loaded(stats):
+    taken = stats.state_dict()
+    before = copy.deepcopy(taken)
+    stats.load_state_dict(EMAStats(3, 2).state_dict())
+    assert_same_tensors(taken, before)
+
+
 def test_a_state_of_symm_learning_loads(stats):
     """Its class documents the names: `running_` before each statistic."""
     values = stats.state_dict()

@@ -100,6 +100,16 @@ def test_a_warm_up_an_interval_and_averaged_buffers():
     assert ema.steps == 40
 
 
+def test_an_infinity_in_an_averaged_buffer_stays():
+    """Attention masks hold infinity."""
+    model = nn.Linear(1, 1)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    ema = ExponentialMovingAverage(model, update_buffers=True)
+    for _ in range(3):
+        ema.update_parameters(model)
+    assert ema.module.mask.tolist() == [0.0, -math.inf]
+
+
 def test_half_precision_averages_move():
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average
     would stay at 1."""

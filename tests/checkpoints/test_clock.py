@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from integrations.truth import distance
 from safetensors.torch import save_file
-from walks import STEPS, Save, Tensors, distance, history, ratio, saves, true_average
+from walks import STEPS, Save, Tensors, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
@@ -544,6 +545,12 @@ def test_steps_that_begin_anew_in_each_epoch(key, first, tmp_path):
     assert steps_of(tmp_path, steps_per_epoch=100) == [*WITHIN]
     found = steps_of(tmp_path, steps_per_epoch=100, first_epoch=0)
     assert found == [100 * first + step for step in WITHIN]
+
+
+def test_steps_at_the_ends_of_epochs_begin_anew(tmp_path):
+    for epoch in (1, 2, 3):
+        store(tmp_path / f"epoch_{epoch}_iter_100.pt", epoch)
+    assert steps_of(tmp_path, steps_per_epoch=100) == [100, 200, 300]
 
 
 def test_an_epoch_that_begins_anew_at_a_resume_changes_no_step_of_all(tmp_path):

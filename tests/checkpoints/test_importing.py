@@ -13,7 +13,7 @@ import torch
 import xxhash
 from checking import assert_same_tensors
 from checkpoint_layouts import STEPS, filled
-from factories import contents
+from factories import contents, flip_bit
 from saved import write_each
 from walks import saves
 
@@ -68,6 +68,10 @@ def shorten(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
+def flip_in_the_middle(path: Path) -> None:
+    flip_bit(path, path.stat().st_size // 2)
+
+
 def turn_into_a_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -79,6 +83,7 @@ def turn_into_a_pipe(path: Path) -> None:
         (Path.unlink, 1, "is missing, and"),
         (shorten, 1, "was replaced, or has changed, since"),
         (replace, 1, "was replaced, or has changed, since"),
+        (flip_in_the_middle, 1, "was replaced, or has changed, since"),
         (turn_into_a_pipe, 2, "is not a regular file"),
     ],
 )

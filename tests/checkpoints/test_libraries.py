@@ -43,6 +43,14 @@ def test_what_numbered_files_lack_is_asked_for(name, settings, reason, tmp_path)
         read(tmp_path, **settings)
 
 
+def test_the_first_update_of_posthoc_ema_is_at_step_1_at_the_earliest(tmp_path):
+    content = {"initted": torch.tensor(True), "w": torch.ones(3)}
+    torch.save(content, tmp_path / "0.200.pt")
+    settings = {"sigma_rels": (0.05,), "update_every": 5, "update_after_step": 0}
+    (source,) = read(tmp_path / "0.200.pt", **settings).checkpoints
+    assert source.profile.t_first == 1
+
+
 def test_pickles_of_edm2(tmp_path):
     torch.manual_seed(0)
     states = {}

@@ -116,8 +116,8 @@ def save_with_step(file: Path, step: object) -> None:
     torch.save({"model": {"w": torch.ones(3)}, "step": step}, file)
 
 
-@pytest.mark.parametrize("step", ["9" * 400, "²"])
-def test_the_name_tells_a_step_that_is_another_text(step, tmp_path):
+@pytest.mark.parametrize("step", ["9" * 400, "²", 0])
+def test_the_name_tells_a_step_that_is_another_text_or_0(step, tmp_path):
     save_with_step(tmp_path / "run7.pt", step)
     assert Run(tmp_path).step == 7
 

@@ -269,19 +269,17 @@ def test_the_warm_up_of_ema_pytorch_is_found(of_ema_pytorch, run):
 @pytest.mark.parametrize(
     ("said", "asked"),
     [
-        ({}, "update_every"),
+        ({"ema_decay": DECAY}, "update_every"),
+        ({"ema_decay": DECAY, "update_every": 1}, "update_after_step"),
         ({"update_every": 1}, "update_after_step"),
     ],
 )
-def test_the_interval_of_ema_pytorch_is_not_guessed(said, asked, of_ema_pytorch, run):
+def test_the_begin_and_the_interval_of_ema_pytorch_are_not_guessed(
+    said, asked, of_ema_pytorch, run
+):
     reason = rf"{asked}: must be given: step\d+\.pt .* default of the library"
     with pytest.raises(InvalidValueError, match=reason):
-        import_checkpoints(of_ema_pytorch, run, ema_decay=DECAY, **said)
-
-
-def test_the_begin_of_ema_pytorch_is_not_guessed(of_ema_pytorch, run):
-    with pytest.raises(InvalidValueError, match="update_after_step: must be given"):
-        import_checkpoints(of_ema_pytorch, run, update_every=1)
+        import_checkpoints(of_ema_pytorch, run, **said)
 
 
 def test_distances_that_no_motion_explains_do_not_disturb_the_fit(of_ema_pytorch, run):

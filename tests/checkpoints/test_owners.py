@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from integrations.truth import distance
 from safetensors.torch import save_file
 from saved import assert_equal, check, check_export, exported, named, read, store, write_each
-from walks import EVERY, STEPS, Save, Tensors, distance, saves, true_average
+from walks import EVERY, STEPS, Save, Tensors, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
@@ -124,6 +125,19 @@ def test_averages_that_count_more_updates_than_numbers_are_of_epochs(tmp_path):
     assert {one.t for one in made.checkpoints} == set(TIMES)
     says = "averages have counted more updates; steps are the updates that the averages have"
     assert says in made.numbers
+
+
+def test_averages_that_count_one_update_more_than_numbers_are_of_steps(tmp_path):
+    """The first step has the number 0. They were refused, and so was what the error named."""
+    folder = tmp_path / "files"
+    for save in saves():
+        store(folder / f"checkpoint{save.step - 1}.pth", with_count(save))
+    out = tmp_path / "run"
+    done = import_checkpoints(folder, out, ema_decay=0.95, ema_warmup="none")
+    assert "as claimed" in done.checks[-1]
+    made = Run(out).average(0.1)
+    error = distance(made, true_average(0.1))
+    assert error < 2 * made.predicted_error < 0.02
 
 
 def test_tensors_that_an_average_leaves_out_are_excluded_as_the_error_says(tmp_path):

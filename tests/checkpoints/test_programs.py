@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_layouts import distributed
 from saved import (
     all_steps,
     assert_equal,
@@ -70,14 +69,6 @@ def test_keys_and_prefixes_say_which_set_is_the_average(weights, average, prefix
     file = tmp_path / "last.pt"
     torch.save(at_places(last, weights, average), file)
     check_export(file, named(prefix, last.average), named(prefix, last.weights))
-
-
-@pytest.mark.parametrize("average", ["ema/", "model/net_ema."])
-def test_they_say_it_in_a_folder_of_torch_distributed(average, tmp_path):
-    last = saves()[-1]
-    content = at_places(last, "model/", average)
-    distributed(tmp_path / "last", content)
-    check_export(tmp_path / "last", last.average, last.weights)
 
 
 FOLDERS = {
@@ -577,11 +568,14 @@ def torch_ema(updates: int, *averages: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def test_a_list_that_fits_two_weights_about_equally_is_refused(tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_that_fits_two_weights_about_equally_is_refused(count, tmp_path):
+    """Two averages fit them in either order."""
     file = tmp_path / "step5.pt"
-    first, second = torch.randn(2, 50)
-    average = torch_ema(5, (first + second) / 2)
-    torch.save({"model": {"a": first, "b": second}, "ema": average}, file)
+    first, second, third = torch.randn(3, 50)
+    averages = [(first + second) / 2] * count
+    model = {"a": first, "b": second, "c": third}
+    torch.save({"model": model, "ema": torch_ema(5, *averages)}, file)
     with pytest.raises(FileFormatError, match="of which one fits two weights about equally"):
         exported(file)
 

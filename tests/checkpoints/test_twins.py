@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import walks
+from integrations.truth import distance
 from walks import Tensors, saves
 
 from posthoc_cli import Run, import_checkpoints
@@ -41,7 +42,7 @@ def test_the_set_that_moves_less_is_the_average(key, files, run, caplog):
     assert "the average is model_state_dict, which moves less" in caplog.text
     assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
     made = Run(run).average(0.1)
-    error = walks.distance(made, walks.true_average(0.1))
+    error = distance(made, walks.true_average(0.1))
     assert error < 2 * made.predicted_error < 0.02
 
 
@@ -55,7 +56,7 @@ def test_the_set_that_moves_less_is_the_average(key, files, run, caplog):
 )
 def test_a_copy_or_a_set_that_never_moves_is_no_average(files, sets):
     sources = Run(write(files, **sets)).sources
-    assert {source.holds for source in sources} == {"weights"}
+    assert import_checkpoints(files, None, dry_run=True).counts == {"weights": 10}
     with sources[-1] as newest:
         found = newest.values("head.weight", 0, 4)
     expected = WEIGHTS[-1]["head.weight"].flatten()

@@ -98,17 +98,6 @@ def test_a_warm_up_that_nobody_says_is_found(case, files, run):
     check(run, low=0.2)
 
 
-def test_a_restart_that_nobody_says_is_found(files, run):
-    line = imported_line(files, run, again(constant))
-    said = "began again from the weights near step 8[3-6].*decay 0.99"
-    assert re.search(f"^found: .*{said}", line), line
-    settings = settings_of(run)
-    assert settings["ema_warmup"] == "none"
-    (restart,) = settings["ema_restarts"]
-    assert abs(restart - 850) <= 15
-    check(run, low=0.2)
-
-
 def test_a_restart_of_a_warm_up_is_found(files, run):
     line = imported_line(files, run, again(limited_ratio))
     said = "near step 8[0-8].*decay 0.98[5-7].* still rising by"

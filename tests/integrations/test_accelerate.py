@@ -78,7 +78,8 @@ def test_a_checkpoint_with_states_of_two_saves_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path: Path) -> None:
-    """As a notebook's cell that runs again: the earlier tracker is closed, and saves nothing."""
+    """As a notebook's cell that runs again: the earlier tracker is closed, and neither saves nor
+    loads anything."""
     accelerator, prepared = generator_and_critic(tmp_path)
     (model, optimizer, first), (_, _, critic) = prepared
     again = prepare(accelerator, model, tmp_path / "generator", optimizer, **EVERY)
@@ -88,3 +89,18 @@ def test_a_directory_that_is_prepared_again_takes_its_earlier_place(tmp_path: Pa
     first_state, second_state = sorted((tmp_path / "saved").glob("posthoc_ema*"))
     assert torch.load(first_state)["run_id"] == again.run_id
     assert torch.load(second_state)["run_id"] == critic.run_id
+    accelerator.load_state(str(tmp_path / "saved"))
+
+
+def test_a_checkpoint_without_a_trackers_state_is_said(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    accelerator, _ = generator_and_critic(tmp_path)
+    saved = tmp_path / "saved"
+    accelerator.save_state(str(saved))
+    accelerator.load_state(str(saved))
+    assert "without this tracker" not in caplog.text
+    (saved / f"{STATE_NAME}.pt").unlink()
+    accelerator.load_state(str(saved))
+    assert "was saved without this tracker" in caplog.text

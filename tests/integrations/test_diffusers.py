@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 
@@ -67,3 +68,14 @@ def test_bad_arguments_and_calls_are_errors(tmp_path: Path) -> None:
         ema_model.copy_to(list(model.parameters())[:2])
     with pytest.raises(InvalidValueError, match="not a folder of save_pretrained"):
         PostHocEMAModel.from_pretrained(tmp_path)
+
+
+def test_the_average_is_copied_into_trainable_parameters_alone(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 3)
+    model.weight.requires_grad_(False)
+    ema_model = PostHocEMAModel(model, tmp_path, sigma_rel=0.2, **EVERY)
+    ema_model.step()
+    average = model.bias.detach().clone()
+    torch.nn.init.zeros_(model.bias)
+    ema_model.copy_to([model.bias])
+    assert torch.equal(model.bias, average)

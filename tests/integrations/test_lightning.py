@@ -147,6 +147,17 @@ def test_updates_at_the_ends_of_epochs(tmp_path: Path, expected: list[Any]) -> N
     assert distance(average, exact(expected, 0.2, every=6)) < 1e-6
 
 
+class AtStepsAndEpochEnds(PostHocWeightAveraging):
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return True
+
+
+def test_a_step_that_ends_an_epoch_is_one_update(tmp_path: Path) -> None:
+    callback = AtStepsAndEpochEnds(tmp_path / "ema", **EVERY)
+    fit(tmp_path, callback)
+    assert callback.ema.step == 18
+
+
 def test_an_exception_closes_the_tracker_and_a_resumed_training_copies_the_average_at_its_end(
     tmp_path: Path,
     expected: list[Any],

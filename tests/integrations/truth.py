@@ -38,7 +38,7 @@ def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torc
     shares = torch.tensor(exact_weights(sigma_rel, times))
     averages = {}
     for name in history[0]:
-        values = torch.stack([history[t - 1][name] for t in times])
+        values = torch.stack([history[t - 1][name].double() for t in times])
         averages[name] = torch.tensordot(shares, values, dims=1)
     return averages
 

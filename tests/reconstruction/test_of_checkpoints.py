@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_gamma, exact_weights
+from factories import FloatArray, exact_gamma, exact_weights, relative_distance
 from numpy.testing import assert_allclose
 
 from posthoc_cli import Run, import_checkpoints
@@ -74,11 +74,6 @@ def errors(run: Run, path: FloatArray, width: float) -> tuple[float, float]:
     vector = made["w"].double().numpy()
     actual = relative_distance(vector, truth(path, width))
     return actual, made.predicted_error
-
-
-def relative_distance(vector: FloatArray, exact: FloatArray) -> float:
-    distance = np.linalg.norm(vector - exact)
-    return float(distance / np.linalg.norm(exact))
 
 
 def assert_predicted(

@@ -5,16 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from snapshots.recorded import Walk, new_tracker, small_output, small_snapshot
+from snapshots.recorded import record, small_output, small_snapshot
 
 
 @pytest.fixture(scope="session")
 def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded") / "run"
-    walk = Walk()
-    with new_tracker(walk, folder) as tracker:
-        walk.train(tracker, 60)
-    return folder
+    return record(tmp_path_factory.mktemp("recorded") / "run")
 
 
 @pytest.fixture

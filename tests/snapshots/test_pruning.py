@@ -12,7 +12,15 @@ import torch
 from factories import contents, flip_bit, random_walk, rewrite_snapshot, write_run
 from snapshots.recorded import call_number, failing, record
 
-from posthoc_cli import PostHocEMA, Window, disk_sources, error_curve, plan_synthesis, synthesize
+from posthoc_cli import (
+    PostHocEMA,
+    Window,
+    disk_sources,
+    error_curve,
+    files,
+    plan_synthesis,
+    synthesize,
+)
 from posthoc_cli.errors import FileFormatError, MismatchError, WriteError
 from posthoc_cli.planning import ErrorCurve, removal_order, times_of, unused_times
 from posthoc_cli.reconstruction import thinned_subset
@@ -178,6 +186,16 @@ def test_nothing_is_deleted_when_a_survivor_is_damaged(
     with pytest.raises(kind, match=message):
         prune(run, pruning)
     assert contents(run).items() >= before.items()
+
+
+def test_what_is_said_to_be_deleted_is_so_on_the_disk(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    synced = list[Path]()
+    monkeypatch.setattr(files.system, "fsync_directory", synced.append)
+    prune(run, plan_pruning(read_directory(run), keep=4))
+    assert synced == [run]
 
 
 @pytest.mark.parametrize(

@@ -103,13 +103,13 @@ def test_a_tensor_in_another_order_between_others_is_read_in_row_major_order(
     entries = {
         "first": Entry("F32", (9,), begin),
         "transposed": Entry("F32", (3, 3), begin + 36, (1, 3)),
-        "last": Entry("F32", (9,), begin + 72),
+        "last": Entry("F32", (3, 3), begin + 72, (1, 3)),
     }
     room = np.empty(27, np.float32)
     file = replace(file, entries=entries)
     file.read_many([*entries], room.view(np.uint8).data)
     expected = values.reshape(3, 3, 3)
-    expected[1] = expected[1].T.clone()
+    expected[1:] = expected[1:].mT.clone()
     assert np.array_equal(room, expected.reshape(-1).numpy())
 
 

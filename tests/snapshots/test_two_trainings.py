@@ -78,6 +78,7 @@ def test_a_file_of_an_abandoned_branch_is_named(
     [
         (FIRST, EVEN),
         (10 * FAST, UNEVEN),
+        (FIRST - FIRST[0], UNEVEN),
         (0 * FIRST + 1, EVEN),
         (SAVED_TWICE, EVEN),
     ],
@@ -88,6 +89,6 @@ def test_files_of_one_training_are_not(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Also with other intervals, with a larger learning rate after a restart, at rest, and with
-    weights that were saved twice."""
+    """Also with other intervals, from a beginning at zero, with a larger learning rate after a
+    restart, at rest, and with weights that were saved twice."""
     assert count_warnings(tmp_path, path, steps, caplog) == 0

@@ -88,6 +88,15 @@ def test_the_range_contains_the_best_as_often_as_stated():
     assert np.mean(widths) < 0.8 * whole
 
 
+def test_the_range_contains_the_best_value_of_a_list():
+    """The best length lies between two values."""
+    values = spaced(5)
+    measured = [trial(x, bowl(x, 0.05)) for x in values]
+    found = Estimate(measured, Axis.of_values("sigma_rel", values))
+    assert found.best == pytest.approx(values[1])
+    assert found.low <= found.best <= found.high
+
+
 def test_more_noise_widens_the_range():
     exact = width(estimated(0))
     little = width(estimated(0.1))

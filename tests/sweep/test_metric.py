@@ -23,6 +23,7 @@ def printed(text: str, folder: Path, name: str | None = None) -> tuple[float, fl
         ("0.5\ndone in 3 s\n\n", None, (0.5, None)),
         (" 1e-3 \r\n", None, (0.001, None)),
         ('{"loss": 0.5}\n{"loss": 0.25, "loss_stderr": 0.1}\nbye\n', "loss", (0.25, 0.1)),
+        ('{"loss": 0.25, "loss_stderr": Infinity}', "loss", (0.25, None)),
         ('{"other": 1}\n0.5\n{"other": 2}\n', "loss", (0.5, None)),
         ("x" * 3_000_000 + "\n0.5\n", None, (0.5, None)),
         ('{"loss": 0.5, "loss_se": NaN}', "loss", (0.5, None)),

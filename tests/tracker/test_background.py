@@ -187,10 +187,14 @@ def test_an_interrupted_wait_for_disk_counts_nothing(
 
 
 @contextmanager
-def interrupted(after: float) -> Iterator[None]:
-    """Raise KeyboardInterrupt in the block after some seconds."""
+def interrupted(after: float, times: int = 1) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block after some seconds, and after as many again."""
 
     def interrupt(*_: object) -> None:
+        nonlocal times
+        times -= 1
+        if times:
+            signal.setitimer(signal.ITIMER_REAL, after)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -200,6 +204,31 @@ def interrupted(after: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_an_interrupted_end_releases_the_directory_when_all_is_written(
+    tmp_path: Path,
+    slow_disk: threading.Event,
+) -> None:
+    training, tracker = begin(tmp_path)
+    training.run(4, tracker)
+    threading.Timer(1.0, slow_disk.set).start()
+    with pytest.raises(KeyboardInterrupt), interrupted(after=0.5):
+        tracker.close()
+    assert times(tmp_path) == {4}
+
+
+def test_work_that_has_begun_is_waited_for_however_often_the_wait_is_interrupted() -> None:
+    done = list[bool]()
+    proceed = threading.Event()
+
+    def work() -> None:
+        done.append(proceed.wait(60))
+
+    with pytest.raises(KeyboardInterrupt), interrupted(after=0.2, times=2):
+        threading.Timer(1.0, proceed.set).start()
+        background.Worker("test").call(work)
+    assert done == [True]
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(

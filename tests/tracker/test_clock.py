@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import relative_distance
 
 from posthoc_cli import Beta, PostHocEMA, Run, Window
 from posthoc_cli.snapshots.sources import run_clock
@@ -50,9 +51,8 @@ def track(folder: Path, times: np.ndarray, **settings: object) -> None:
 def errors(folder: Path, target: Target, exact: np.ndarray) -> tuple[float, float]:
     """Return the relative distance of the synthesized weights, and the predicted one."""
     average = Run(folder).average(target)
-    error = np.linalg.norm(average["w"].numpy() - exact)
     assert average.predicted_error is not None
-    return float(error / np.linalg.norm(exact)), average.predicted_error
+    return relative_distance(average["w"], exact), average.predicted_error
 
 
 @pytest.fixture(scope="module")

@@ -513,6 +513,17 @@ def test_a_time_that_lacks_a_profile_is_none_to_resume_from(
     assert superseded(tmp_path) == 1
 
 
+def test_a_late_snapshot_that_is_left_alone_is_no_beginning(
+    finished: Training,
+    tmp_path: Path,
+) -> None:
+    remove(tmp_path, *range(10, 101, 10), sigma_rel=0.05)
+    remove(tmp_path, *range(10, 100, 10))
+    reason = "resume: no call of update_ has snapshots of all profiles"
+    with pytest.raises(InvalidValueError, match=reason):
+        resume(finished.model, tmp_path)
+
+
 def test_a_run_that_was_killed_while_it_wrote_its_first_snapshots_begins_again(
     tmp_path: Path,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import FloatArray, exact_average, sketch_of, tiny_model
+from factories import FloatArray, exact_average, relative_distance, sketch_of, tiny_model
 from safetensors.torch import load_file
 from snapshots.recorded import call_number, failing
 from torch import nn
@@ -125,15 +125,11 @@ def test_leaps_of_the_clock_are_not_smoothed(times: FloatArray, tmp_path: Path) 
     sketch = sketch_of(run.sources[-1])
     assert len(sketch.folds) <= 1024
     exact = exact_average(path.double(), 0.2, times.tolist())
-
-    def error_of(average: Any) -> float:
-        off = np.linalg.norm(average["w"].numpy() - exact)
-        return float(off / np.linalg.norm(exact))
-
     best = run.average(0.2)
+    error = relative_distance(best["w"], exact)
     by_profile = run.average(0.2, method="paper")
-    assert error_of(best) < 1.1 * error_of(by_profile)
-    assert 1 / 1.5 < error_of(best) / best.predicted_error < 1.5
+    assert error < 1.1 * relative_distance(by_profile["w"], exact)
+    assert 1 / 1.5 < error / best.predicted_error < 1.5
 
 
 def test_a_run_that_is_resumed_from_snapshots_continues_the_path(tmp_path: Path) -> None:
@@ -391,8 +387,8 @@ def test_averages_over_steps_count_them_across_a_late_leap_of_the_clock(
             tracker.update_(net, t)
     truth = masses_of(target, count - numbers) @ path.astype(np.float64)
     average = Run(tmp_path).average(target)
-    error = np.linalg.norm(average["w"].double().numpy() - truth)
-    predicted = average.predicted_error * np.linalg.norm(truth)
+    error = relative_distance(average["w"], truth)
+    predicted = average.predicted_error
     assert predicted / 3 < error < 2 * predicted
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors
-from factories import averages_in, exact_average, exact_gamma
+from factories import averages_in, exact_average, exact_gamma, relative_distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -45,10 +45,6 @@ class Scalar(nn.Module):
 def tracked(tracker: PostHocEMA, sigma_rel: float) -> np.ndarray:
     average = tracker.state_dict(sigma_rel, dtype="float64")
     return average["weight"].numpy()
-
-
-def relative_distance(found: np.ndarray, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
 
 
 def walk(steps: int, seed: int = 0) -> np.ndarray:
