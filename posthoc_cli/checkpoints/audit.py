@@ -26,6 +26,7 @@ from posthoc_cli.checkpoints.audit_decay import (
     are_the_same,
     best_models,
     explains_more,
+    is_likelier,
     possible_rules,
     refine,
 )
@@ -158,12 +159,19 @@ class Audit:
     @property
     def jump(self) -> Interval | None:
         """The interval in which nothing explains the motion of the average, unlike in the others;
-        None if there is none."""
+        None if there is none.
+
+        Of weights that go back and forth the unexplained share grows with the root of the time
+        between checkpoints.
+        """
         shares = [interval.unexplained or 0.0 for interval in self.intervals]
+        times = [interval.time for interval in self.intervals]
         usual = float(np.median(shares))
+        usual_time = float(np.median(times))
         for interval in self.intervals:
             share = interval.unexplained or 0.0
-            if not interval.note and share > max(_JUMP, _FAR * usual):
+            longer = max(1.0, interval.time / usual_time)
+            if not interval.note and share > max(_JUMP, _FAR * usual * math.sqrt(longer)):
                 return interval
         return None
 
@@ -518,15 +526,18 @@ class _Explanation:
 
     # --- the findings
 
+    @property
+    def without_gap(self) -> Series:
+        """The longest part of the series of which all intervals are usable."""
+        usable = self.usable
+        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
+        longest = max(np.split(usable, gaps), key=len).tolist()
+        return self.series.between(longest[0], longest[-1] + 1)
+
     @cached_property
     def refined(self) -> tuple[Model, float]:
         """The model with the value that all checkpoints show, and its uncertainty."""
-        usable = self.usable
-        gaps = np.flatnonzero(np.diff(usable) > 1) + 1
-        without_gap = np.split(usable, gaps)
-        longest = max(without_gap, key=len).tolist()
-        series = self.series.between(longest[0], longest[-1] + 1)
-        model, sigma = refine(self.alike[0], series)
+        model, sigma = refine(self.alike[0], self.without_gap)
         end = self.series.times[-1]
         lengths = [one.length_at(end) for one in self.alike]
         apart = [abs(math.log(length / lengths[0])) for length in lengths]
@@ -571,7 +582,7 @@ class _Explanation:
         is_same = are_the_same(better[0], claim, times)
         if is_same or not explains_more(rows, better[0], claim):
             return []
-        return better
+        return better if is_likelier(better[0], claim, self.without_gap) else []
 
     @property
     def intervals(self) -> list[Interval]:

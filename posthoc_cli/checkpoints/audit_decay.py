@@ -526,6 +526,18 @@ def refine(model: Model, series: Series) -> tuple[Model, float]:
     return found, math.hypot(apart, unlike, log, _EXACT)
 
 
+def is_likelier(one: Model, other: Model, series: Series) -> bool:
+    """Return whether all checkpoints together are likelier by a model than by another one, each
+    with its best value.
+
+    Where weights go back and forth averages look the longer, the longer the intervals are: by their
+    residuals alone a constant decay was taken for a schedule.
+    """
+    _, of_one = _likeliest(one, series, 1.0)
+    _, of_other = _likeliest(other, series, 1.0)
+    return of_one < of_other
+
+
 def _apart(model: Model, series: Series) -> float:
     """Return by how much more than other paths may explain the earlier half of the checkpoints, or
     the later one, or the end of a schedule, shows another length."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import walks
@@ -189,3 +190,25 @@ def test_a_prefix_tells_which_weights_a_list_of_averages_is_of(tmp_path, run):
         torch.save(content, tmp_path / f"all_{one.step}.pth")
     found = import_checkpoints(tmp_path, run, prefix="g.", **SAID)
     assert found.counts == {"EMA of decay 0.95": 10, "weights": 10}
+
+
+KEPT_BEST = (74, 79, 80, 111, 138, 149, 151, 172, 352, 361, 668, 711, 1233, 1403, 1448, 1462, 1663)
+
+
+def test_noise_about_a_minimum_refutes_no_true_decay_where_files_are_rarer_and_rarer(files):
+    """It forgets in 30 steps, so that averages look the longer, the longer the intervals are."""
+    random = np.random.default_rng(3)
+    files.mkdir()
+    minimum = random.standard_normal(400)
+    average = minimum.copy()
+    noise = 0.2 * random.standard_normal(400)
+    kept = np.exp(-1 / 30)
+    for step in range(1, KEPT_BEST[-1] + 1):
+        noise = kept * noise + 0.2 * np.sqrt(1 - kept**2) * random.standard_normal(400)
+        average = 0.999 * average + 0.001 * (minimum + noise)
+        if step in KEPT_BEST:
+            model = {"w": torch.from_numpy(minimum + noise).float()}
+            ema = {"w": torch.from_numpy(average).float()}
+            torch.save({"step": step, "model": model, "ema": ema}, files / f"step{step}.pt")
+    (found,) = Run(files).audit(0.999)
+    assert found.verdict == "as claimed"
