@@ -385,6 +385,10 @@ def _open_all(
             raise
         except (FileFormatError, InvalidValueError) as error:
             errors[path] = error
+    if settings.average and not settings.kind and opened and errors:  # it may have begun later
+        weights = replace(settings, average=None, kind="checkpoints")
+        others, errors = _open_all([*errors], weights)
+        opened += others
     if settings.step_from is not None:
         opened = _of_one_unit(opened)
     return opened, errors

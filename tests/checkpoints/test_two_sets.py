@@ -9,6 +9,7 @@ import pytest
 import torch
 import trained
 from checkpoint_layouts import distributed
+from integrations.truth import distance
 from saved import (
     assert_equal,
     check,
@@ -23,7 +24,7 @@ from saved import (
 )
 from torch.nn import utils
 from trained import by, error_of, train
-from walks import Tensors, copied, saves
+from walks import Tensors, copied, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints
 from posthoc_cli.errors import FileFormatError, InvalidValueError
@@ -660,3 +661,20 @@ def test_settings_of_torchtitan_are_given(settings, decay, run, files):
     import_checkpoints(folder, run, kind="torchtitan", **settings)
     found, predicted = error_of(Run(run))
     assert found < 2 * predicted < 0.04
+
+
+def from_step_160(step):
+    return 0.95 if step > 160 else 0.0
+
+
+def test_an_average_that_is_named_may_have_begun_later(run, files):
+    files.mkdir()
+    for save in saves(from_step_160):
+        content = {"step": save.step, "model": save.weights}
+        if save.step > 160:
+            content["other"] = save.average
+        torch.save(content, files / f"step{save.step}.pt")
+    done = import_checkpoints(files, run, average="other")
+    assert list(done.counts.values()) == [10, 6]
+    made = Run(run).average(0.1)
+    assert distance(made, true_average(0.1)) < 2 * made.predicted_error < 0.02
