@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from integrations.truth import exact
 from torch import nn
+from truth import exact
 
 Tensors = dict[str, torch.Tensor]
 Decay = Callable[[int], float]

@@ -668,10 +668,10 @@ def _steps_to(sample: _Sample, before: Sequence[_Sample]) -> Iterator[_Step]:
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
     """Warn if files move as those of two trainings do, of which one follows the other, or which are
     interleaved, as after a training was resumed from before some of its files."""
-    for before, step in pairwise(steps):
-        over_one = min(before.squared, step.squared)
+    for previous, step in pairwise(steps):
+        over_one = min(previous.squared, step.squared)
         if step.over_two < _BACK * over_one:
-            names = f"{before.before.name} and {step.after.name} are closer to each other than to"
+            names = f"{previous.before.name} and {step.after.name} are closer to each other than to"
             reason = f"{step.before.name} between them, as if it is of another training"
             _warn_of_files(step, f"{names} {reason}, or of one that was resumed from before it")
             return

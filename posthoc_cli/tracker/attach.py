@@ -195,7 +195,8 @@ class _Stepping:
     def __init__(self, groups: int) -> None:
         self.groups = groups
         self._call: TrainingProgress | None = None
-        # 1 for a step that a GradScaler has skipped, None if it may skip none
+        # 1 for a step that a GradScaler has skipped, of which few follow each other; None if it may
+        # skip none
         self._found_inf: deque[Tensor | None] = deque(maxlen=8)
 
     def add(self, call: TrainingProgress, found_inf: Tensor | None) -> None:

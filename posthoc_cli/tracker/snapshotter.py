@@ -468,6 +468,12 @@ class Storage:
 class StagedAverage:
     """An average as it is stored: rounded into memory tile by tile, and measured meanwhile."""
 
+    # known when all tiles have been taken
+    others: dict[str, Tensor]  # those that are stored in another dtype, exactly
+    nonfinite: str | None  # the first tensor that holds a nan or an infinity
+    measurements: Measurements | None
+    sample: str  # the model's and the exact values; empty if the model's are unknown
+
     def __init__(self, storage: Storage, memory: FlatTensors) -> None:
         self.storage = storage
         self.memory = memory
@@ -497,12 +503,11 @@ class StagedAverage:
         for name, norm, error in zip(names, squares, rounding, strict=True):
             if not _is_accurate(norm, error, storage.dtype(name)):
                 doubtful.add(name)
-        # those that are stored in another dtype, exactly
         self.others = _stored_exactly(storage, averages, index, doubtful)
         self.nonfinite = nonfinite_name(self.others)
         rounding[[name in self.others for name in names]] = 0.0
         self.measurements = measured_as(squares, rounding)
-        self.sample = ""  # the model's and the exact values, unless the model's are unknown
+        self.sample = ""
         if averages.sample is not None:
             weights = storage.in_order(averages.sample)
             self.sample = encode_sample(weights, storage.in_order(self._sample))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import walks
-from integrations.truth import distance
 from saved import named
+from truth import distance
 from walks import Decay
 
 from posthoc_cli import Run, import_checkpoints

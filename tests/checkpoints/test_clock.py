@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from integrations.truth import distance
 from safetensors.torch import save_file
+from truth import distance
 from walks import STEPS, Save, Tensors, history, ratio, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from integrations.truth import distance
 from safetensors.torch import save_file
 from saved import assert_equal, check, check_export, exported, named, read, store, write_each
+from truth import distance
 from walks import EVERY, STEPS, Save, Tensors, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints

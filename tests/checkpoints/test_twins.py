@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import walks
-from integrations.truth import distance
+from truth import distance
 from walks import Tensors, saves
 
 from posthoc_cli import Run, import_checkpoints

@@ -9,7 +9,6 @@ import pytest
 import torch
 import trained
 from checkpoint_layouts import distributed
-from integrations.truth import distance
 from saved import (
     assert_equal,
     check,
@@ -24,6 +23,7 @@ from saved import (
 )
 from torch.nn import utils
 from trained import by, error_of, train
+from truth import distance
 from walks import Tensors, copied, saves, true_average
 
 from posthoc_cli import Run, import_checkpoints

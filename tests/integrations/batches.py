@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from integrations.programs import end, task, use_fsdp_on_the_cpu
-from integrations.truth import EVERY, recorded
 from torch import nn
+from truth import EVERY, recorded
 
 from posthoc_cli.integrations.accelerate import prepare
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from integrations.programs import end, task
-from integrations.truth import recorded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
+from truth import recorded
 
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
 

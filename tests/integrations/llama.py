@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from integrations.programs import end, task, use_fsdp_on_the_cpu
-from integrations.truth import EVERY, recorded
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from truth import EVERY, recorded
 
 from posthoc_cli.integrations.transformers import PostHocCallback
 

@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from integrations.batches import Training, batch
 from integrations.programs import forget
-from integrations.truth import EVERY, assert_exact, recorded
+from truth import EVERY, assert_exact, recorded
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.integrations import STATE_NAME, read_state

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("deepspeed")
 
 from integrations.programs import exit_codes_of_two, heavy
-from integrations.truth import distance, exact
+from truth import distance, exact
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the library's own
@@ -19,7 +19,7 @@ pytestmark = [
 
 PROGRAM = """
 import os, signal, sys, torch, deepspeed
-from integrations.truth import recorded
+from truth import recorded
 from posthoc_cli import PostHocEMA
 
 folder, stage, resumes, killed_at = sys.argv[1], *map(int, sys.argv[2:])

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import UNet2DModel
-from integrations.truth import EVERY, distance, exact, recorded
 from integrations.unet import Training, network
+from truth import EVERY, distance, exact, recorded
 
 from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, NotReadyError

@@ -10,10 +10,10 @@ import torch
 pytest.importorskip("lightning.pytorch")
 
 from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, make_trainer
-from integrations.truth import assert_exact, distance, exact, live
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from tracker.runs import times
+from truth import assert_exact, distance, exact, live
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from integrations.programs import heavy, train
-from integrations.truth import distance, exact
+from truth import distance, exact
 
 pytest.importorskip("lightning.pytorch")
 accelerate = pytest.importorskip("accelerate")

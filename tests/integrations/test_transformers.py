@@ -14,8 +14,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from integrations.llama import BEST, DATA, Recorder, make_trainer, network
-from integrations.truth import EVERY, assert_exact, distance, exact, recorded
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer
+from truth import EVERY, assert_exact, distance, exact, recorded
 
 from posthoc_cli import Run
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DModel
 from integrations.programs import end, task
-from integrations.truth import EVERY, recorded
+from truth import EVERY, recorded
 
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.integrations.diffusers import PostHocEMAModel

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from factories import averages_in, exact_average
-from integrations.truth import distance
 from torch import nn
+from truth import distance
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import DirectoryError

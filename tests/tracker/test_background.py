@@ -20,11 +20,11 @@ from typing import Any
 import forked
 import pytest
 import torch
-from integrations.truth import distance
 from safetensors.torch import load_file
 from snapshots.recorded import failing
 from torch import nn
 from tracker.runs import EITHER_DEVICE, Training, contents, steps, times, track, wait_for_writers
+from truth import distance
 
 from posthoc_cli import PostHocEMA, Run, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, WriteError

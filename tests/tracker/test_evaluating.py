@@ -15,9 +15,9 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from factories import rewrite_snapshot
-from integrations.truth import distance
 from safetensors.torch import load_file
 from tracker.runs import Training, Weights, track
+from truth import distance
 
 from posthoc_cli import PostHocEMA, Run, Window, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
