@@ -122,13 +122,14 @@ class TrainingProgress:
         if t is None and unit != "steps":
             hint = "pass t= at every call of update_"
             raise InvalidValueError("t", f"this run counts {unit}", hint)
-        time = _number(step if t is None else t)
+        given = step if t is None else t
+        time = _number(given)
         if not EARLIEST <= time <= LATEST or time <= self.t:
             reason = (
                 f"must lie between {EARLIEST:g} and {LATEST:g}, and be larger than at the last "
                 f"call, {self.t:,.12g} {unit}"
             )
-            raise InvalidValueError("t", reason, value=f"{time:.12g}")
+            raise InvalidValueError("t", reason, value=f"{given}")
         updated = step if settings.update_is_due(step) else self.updated
         return TrainingProgress(step, time, updated, t is not None)
 
