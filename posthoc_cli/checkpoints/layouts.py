@@ -19,18 +19,17 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.clock import Unit
+from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.content import (
     AVERAGE_WORD,
     NO_MODEL,
@@ -51,7 +50,7 @@ from posthoc_cli.checkpoints.sets import (
 )
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
-from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.checkpoints.updates import Calls, Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, UnsuitableError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
@@ -72,6 +71,7 @@ Values = Mapping[str, Any]
 class Found:
     """What a checkpoint holds: an average, the weights under the same names, or one of them."""
 
+    content: Content
     kind: str
     averaged: Tensors = field(default_factory=dict)  # by name; empty if the checkpoint has none
     weights: Tensors = field(default_factory=dict)
@@ -80,15 +80,19 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    step: int | None = None  # in a name of this kind; None to read it
-    t_unit: Unit = "steps"  # what this step counts
+    reading: Reading = UNREAD  # its number
+    time: int = 0  # on the clock of its run; 0 before the training
     # settings that must be given, and the reason
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
     whole: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
-    path: str = ""  # what leads to the weights in the checkpoint
+    weights_key: str = ""  # what leads to the weights in the checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.content.path
 
     @property
     def tensors(self) -> Tensors:
@@ -100,12 +104,13 @@ class Found:
     @property
     def without_average(self) -> Found:
         return Found(
+            self.content,
             self.kind,
             weights=self.whole or self.weights,
-            step=self.step,
-            t_unit=self.t_unit,
+            reading=self.reading,
+            time=self.time,
             unused=self.unused,
-            path=self.path,
+            weights_key=self.weights_key,
         )
 
     def swapped(self) -> Found:
@@ -169,14 +174,14 @@ def _is_named(tensors: Tensors, text: str | None) -> bool:
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
     if settings.weights is not None:
         weights = sets.below(sets.named(settings.weights))
-        return Found("checkpoints", weights=weights)
+        return Found(sets.content, "checkpoints", weights=weights)
     weights = sets.model(settings.prefix)
     asks = {}
     program = program_of_averages(sets.content.values.keys())
     if program:
         reason = f"{program} saves its EMA in place of the weights, unless that is off"
         asks["kind"] = f", ema or checkpoints: {reason}"
-    return Found("checkpoints", weights=weights, asks=asks)
+    return Found(sets.content, "checkpoints", weights=weights, asks=asks)
 
 
 class Stored:
@@ -292,19 +297,14 @@ def _with_decay(values: Values) -> Updates:
     return Updates(rule, count, every)
 
 
-def _ema_pytorch(values: Values) -> Updates:
-    count = _count(values["step"])
-    return Updates({"warm_up": "power"}, count, calls="counted")
-
-
-def _averaged_model(values: Values) -> Updates:
-    count = _count(values["n_averaged"])
-    return Updates({"copies": 1}, count, calls="from first")
-
-
-def _ultralytics(values: Values) -> Updates:
-    rule = {"decay": 0.9999, "warm_up": "exp", "tau": 2000.0}
-    return Updates(rule, _count(values["updates"]))
+def _counting(
+    values: Values,
+    name: str = "updates",
+    calls: Calls = "multiples",
+    **rule: Any,
+) -> Updates:
+    """Return the updates that a value counts, if there is one, and which follow a rule."""
+    return Updates(rule, _count(values.get(name)), calls=calls)
 
 
 def _audiocraft(values: Values) -> Updates:
@@ -316,23 +316,28 @@ def _audiocraft(values: Values) -> Updates:
     return Updates(rule, every=every)
 
 
-def _composer(_: Values) -> Updates:
-    return Updates()
-
-
-def _counted(values: Values) -> Updates:
-    return Updates(count=_count(values["updates"]))
-
-
 LIBRARIES = (
     Library("diffusers-ema", ("optimization_step", "decay"), _diffusers),
-    Library("ema-pytorch-ema", ("initted", "step"), _ema_pytorch),
-    Library("averaged-model", ("n_averaged",), _averaged_model),
-    Library("ultralytics", ("updates",), _ultralytics, key="ema"),
+    Library(
+        "ema-pytorch-ema",
+        ("initted", "step"),
+        partial(_counting, name="step", calls="counted", warm_up="power"),
+    ),
+    Library(
+        "averaged-model",
+        ("n_averaged",),
+        partial(_counting, name="n_averaged", calls="from first", copies=1),
+    ),
+    Library(
+        "ultralytics",
+        ("updates",),
+        partial(_counting, decay=0.9999, warm_up="exp", tau=2000.0),
+        key="ema",
+    ),
     Library("audiocraft", ("ema.count", "xp.sig"), _audiocraft),
-    Library("composer", ("ema_weights_active",), _composer),
+    Library("composer", ("ema_weights_active",), _counting),
     Library("torch-ema", ("decay",), _with_decay),
-    Library("ema", ("updates",), _counted),  # RT-DETR, D-FINE
+    Library("ema", ("updates",), _counting),  # RT-DETR, D-FINE
 )
 """The first one whose values are there counts."""
 
@@ -395,7 +400,15 @@ def _find_twin(sets: Sets) -> Found | None:
         averaged = sets.below(twin)
         model = sets.below(path)
         if len(model) > 1:
-            return Found("ema", averaged, model, Updates(), undecided=(twin, path), path=path)
+            return Found(
+                sets.content,
+                "ema",
+                averaged,
+                model,
+                Updates(),
+                undecided=(twin, path),
+                weights_key=path,
+            )
     return _find_twin_parts(sets, models[0]) if len(models) == 1 else None
 
 
@@ -414,7 +427,16 @@ def _find_twin_parts(sets: Sets, path: str) -> Found | None:
     if not averaged:
         return None
     names = (", ".join(twins.values()), ", ".join(twins))
-    return Found("ema", averaged, weights, Updates(), undecided=names, whole=model, path=path)
+    return Found(
+        sets.content,
+        "ema",
+        averaged,
+        weights,
+        Updates(),
+        undecided=names,
+        whole=model,
+        weights_key=path,
+    )
 
 
 def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:
@@ -469,7 +491,7 @@ def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
 def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:
     """Return the model in a file of averages alone."""
     tensors = sets.model(settings.prefix)
-    return Found("ema", tensors, updates=_named_updates(sets.content))
+    return Found(sets.content, "ema", tensors, updates=_named_updates(sets.content))
 
 
 def _anchored(sets: Sets) -> list[str]:
@@ -499,12 +521,13 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(
+        content,
         kind,
         pair.averaged,
         pair.weights,
         updates,
         asks=asks,
-        path=pair.weights_key,
+        weights_key=pair.weights_key,
     )
     if kind == "ema":
         return found
@@ -577,7 +600,7 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     if not matched or 2 * len(matched) < len(model):
         return None
     averaged = {name: model[name] for name in matched}
-    found = Found("mmcv", averaged, {**model, **matched}, Updates())
+    found = Found(sets.content, "mmcv", averaged, {**model, **matched}, Updates())
     text = settings.average or settings.weights
     if text is None:
         return replace(found, undecided=(path or "the model", "ema_*"))
@@ -615,7 +638,7 @@ def _find_fixed(sets: Sets, _: ImportSettings) -> Found | None:
         weights = content.under(fixed.weights)
         if averaged and weights and count:
             updates = Updates({"copies": 1}, count, calls="from first")
-            return Found(fixed.kind, averaged, weights, updates)
+            return Found(content, fixed.kind, averaged, weights, updates)
     return None
 
 
@@ -633,12 +656,13 @@ def _torchtitan(sets: Sets, _: ImportSettings) -> Found | None:
         return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     updates = Updates(rule, calls="after copy")
-    return Found("torchtitan", averaged, sets.model(), updates)
+    return Found(sets.content, "torchtitan", averaged, sets.model(), updates)
 
 
 # --- files whose names say what they are
 
 
+_IN_NAMES = "the names of files"
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
@@ -666,12 +690,12 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     # names count thousands, rounded down
     step = -(-1000 * int(match["step"]) // every) * every
     return Found(
+        sets.content,
         "edm",
         averaged,
         weights,
         Updates(_edm_rule(options, batch), every=batch),
-        step=step,
-        t_unit="images",
+        reading=Reading(step, "images", _IN_NAMES),
         asks=_edm_asks(path, options, settings),
     )
 
@@ -744,7 +768,7 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
         width = settings.sigma_rels[number]
         gamma = gamma_from_sigma_rel(width)
     every = settings.update_every or 1
-    profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
+    profile = partial(ema_pytorch_profile, gamma, every=every, first=first)
     tensors = inner or sets.model(settings.prefix)
     unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
     asks = {"sigma_rels": unsaid, "update_every": unsaid}
@@ -753,11 +777,12 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
     counters = ("initted", "step")
     averaged = {name: tensor for name, tensor in tensors.items() if name not in counters}
     return Found(
+        content,
         library,
         averaged,
         profile=profile,
         sigma_rel=width,
-        step=int(match["step"]),
+        reading=Reading(int(match["step"]), "steps", _IN_NAMES),
         asks=asks,
     )
 
@@ -773,15 +798,15 @@ def _edm2(sets: Sets, settings: ImportSettings) -> Found | None:
     if not match:
         return None
     width = float(match["width"])
-    profile = functools.partial(PowerFunction.from_sigma_rel, width)
+    profile = partial(PowerFunction.from_sigma_rel, width)
     tensors = sets.content.under("ema") or sets.model(settings.prefix)
     return Found(
+        sets.content,
         "edm2",
         tensors,
         profile=profile,
         sigma_rel=width,
-        step=1000 * int(match["step"]),
-        t_unit="images",
+        reading=Reading(1000 * int(match["step"]), "images", _IN_NAMES),
     )
 
 
@@ -791,38 +816,31 @@ FINDERS: tuple[Finder, ...] = (
 """What finds averages by more than a key, in the order in which a file is tried."""
 
 _OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
-_OF_EMA = (
-    *_OF_TIME, "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
-    "ema_doubt", "ema_late", "steps", "last_step", "update_every", "update_after_step", "average",
-    "weights",
-)  # fmt: skip
-
 TAKES: dict[str, tuple[str, ...]] = {
     "edm2": (),
     "ema-pytorch": ("sigma_rels", "update_every"),
     "posthoc-ema": ("sigma_rels", "update_every", "update_after_step"),
     "checkpoints": (*_OF_TIME, "weights"),
 }
-"""The settings that a kind takes besides the selection of tensors; others take `_OF_EMA`."""
+"""The settings that a kind takes besides the selection of tensors; others take all."""
 
 
 def check_settings(kinds: set[str], settings: ImportSettings) -> None:
     """Raise InvalidValueError about a given setting that does not apply to these kinds."""
+    if not kinds <= TAKES.keys():
+        return
     known = {"kind", "prefix", "include", "exclude"}
     for kind in kinds:
-        known.update(TAKES.get(kind, _OF_EMA))
+        known.update(TAKES[kind])
     for name in settings.given:
         if name not in known:
-            hint = ""
-            if name in _OF_EMA:
-                hint = "of averages give `kind` ema; one within the files is named by `average`"
             taken = " and ".join(sorted(kinds))
-            raise InvalidValueError(
-                name, f"does not apply to files that are taken for {taken}", hint
-            )
+            reason = f"does not apply to files that are taken for {taken}"
+            hint = "of averages give `kind` ema; one within the files is named by `average`"
+            raise InvalidValueError(name, reason, hint)
 
 
-def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
+def check_rule(found: Found, settings: ImportSettings) -> None:
     """Raise InvalidValueError if the settings name another warm-up than the file.
 
     With a decay it replaces what the file says, if weights beside the average can show that.
@@ -834,17 +852,17 @@ def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
     of_file = found.updates.rule.get("warm_up")
     given = warm_up_of(settings.ema_warmup) or {}
     if of_file and given.get("warm_up") != of_file:
-        reason = f"contradicts {path.name}: averages of {found.kind} rise by {of_file}"
+        reason = f"contradicts {found.path.name}: averages of {found.kind} rise by {of_file}"
         hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
         raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
 
 
-def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors, Tensors]:
+def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
     """Return the tensors of the average and of the weights that settings choose, by their names
     without the prefix; each may be empty."""
     averaged = found.tensors if found.averaged else {}
     prefix = settings.prefix
-    if f".{found.path}.".endswith(f".{prefix}"):  # the set lies there
+    if f".{found.weights_key}.".endswith(f".{prefix}"):  # the set lies there
         prefix = ""
     chosen = []
     for tensors in (averaged, found.weights):
@@ -852,6 +870,6 @@ def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors,
         if tensors and not named:
             known = names_in([*found.weights, *found.averaged])
             reason = f"no tensor's name begins with {shown(prefix)}; it has {known}"
-            raise FileFormatError(path, reason)
+            raise FileFormatError(found.path, reason)
         chosen.append(settings.select(named) if named else {})
     return chosen[0], chosen[1]

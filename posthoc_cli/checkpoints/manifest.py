@@ -18,7 +18,6 @@ from typing import Any
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.clock import checked_number
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
@@ -94,8 +93,6 @@ def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     listed = {}
     for one, kind, time in raw["checkpoints"]:
-        if kind not in KINDS:
-            raise ValueError(f"no kind {kind!r}")
         place = _absolute(one, base)
         if place in listed:
             raise ValueError(f"lists the checkpoint {one!r} twice")
