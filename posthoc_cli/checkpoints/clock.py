@@ -111,8 +111,9 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     epoch = _whole(content, EPOCH_VALUES)
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
+    last = {re.sub(r"\.\d+\.", ".*.", name): value for name, value in content.values.items()}
     for name in STEP_VALUES:
-        value = content.values.get(_last_of_list(content, name))
+        value = last.get(name)
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
@@ -160,17 +161,6 @@ def time_in_name(path: Path) -> Reading | None:
         if not reading.is_of_folder:
             return reading
     return None
-
-
-def _last_of_list(content: Content, name: str) -> str:
-    """Return the name of a value; that of the last item in place of `*`."""
-    before, star, after = name.partition("*")
-    if not star:
-        return name
-    count = 0
-    while f"{before}{count}{after}" in content.values:
-        count += 1
-    return f"{before}{count - 1}{after}"
 
 
 def _searched(path: Path, settings: ImportSettings) -> Reading:

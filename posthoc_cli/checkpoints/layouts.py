@@ -35,6 +35,7 @@ from posthoc_cli.checkpoints.content import (
     NO_MODEL,
     Content,
     Tensors,
+    Values,
     names_in,
     open_checkpoint,
     stripped,
@@ -63,8 +64,6 @@ from posthoc_cli.profiles import (
 from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 log = logging.getLogger(__name__)
-
-Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -270,7 +269,7 @@ def _count(value: Any) -> int | None:
 
 
 def _diffusers(values: Values) -> Updates:
-    rule: dict[str, Any] = {
+    rule: Values = {
         "decay": float(values["decay"]),
         "warm_up": "power" if values.get("use_ema_warmup") else "ratio",
         "copies": 1 + int(values.get("update_after_step") or 0),
@@ -308,7 +307,7 @@ def _counting(
 
 
 def _audiocraft(values: Values) -> Updates:
-    rule: dict[str, Any] = {"warm_up": "unbiased"}
+    rule: Values = {"warm_up": "unbiased"}
     decay = values.get("xp.cfg.optim.ema.decay")
     if isinstance(decay, float):
         rule["decay"] = decay
@@ -531,15 +530,10 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
     )
     if kind == "ema":
         return found
-    if kind == "composer" and _is_active(content):
-        return found.swapped()
-    return _with_collected(sets, found, pair)
-
-
-def _is_active(content: Content) -> bool:
-    """Return whether Composer wrote a checkpoint while its average was swapped in."""
     flags = [name for name in content.values if name.endswith(".ema_weights_active")]
-    return any(content.values[name] for name in flags)
+    if kind == "composer" and any(content.values[name] for name in flags):
+        return found.swapped()  # written while its average was swapped in
+    return _with_collected(sets, found, pair)
 
 
 def _named_updates(content: Content) -> Updates:
@@ -679,7 +673,6 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     averaged = sets.content.under("ema") or sets.content.under("G_ema")
     if not (match and averaged):
         return None
-    weights = _edm_weights(sets.content, path.with_name(f"training-state-{match['step']}.pt"))
     options = {}
     file = path.with_name(_EDM_OPTIONS)
     if file.is_file():
@@ -689,14 +682,21 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     every = settings.update_every or batch or 1
     # names count thousands, rounded down
     step = -(-1000 * int(match["step"]) // every) * every
+    asks = {}
+    if not batch:
+        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+        asks["update_every"] = f", the images of a batch: {reason}"
+    if settings.ema_decay is not None and not options:
+        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
+        asks["ema_warmup"] = f", ramp-up or none: {reason}"
     return Found(
         sets.content,
         "edm",
         averaged,
-        weights,
+        _edm_weights(sets.content, path.with_name(f"training-state-{match['step']}.pt")),
         Updates(_edm_rule(options, batch), every=batch),
         reading=Reading(step, "images", _IN_NAMES),
-        asks=_edm_asks(path, options, settings),
+        asks=asks,
     )
 
 
@@ -710,22 +710,14 @@ def _edm_weights(content: Content, state: Path) -> Tensors:
     return content.under("net") or content.under("G")
 
 
-def _edm_asks(path: Path, options: Values, settings: ImportSettings) -> dict[str, str]:
-    """Return the settings that must be given, as the options of the training are unknown."""
-    asks = {}
-    if not _option(options, "batch_size"):
-        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        asks["update_every"] = f", the images of a batch: {reason}"
-    if settings.ema_decay is not None and not options:
-        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
-        asks["ema_warmup"] = f", ramp-up or none: {reason}"
-    return asks
-
-
-def _edm_rule(options: Values, batch: int) -> dict[str, Any]:
-    rule: dict[str, Any] = {"copies": 1}
-    if options:
-        rule |= _edm_warm_up(options)
+def _edm_rule(options: Values, batch: int) -> Values:
+    rule: Values = {"copies": 1}
+    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
+    if any(name in options and options[name] is None for name in ramps):
+        rule["warm_up"] = ""
+    elif options:
+        share = _option(options, *ramps, default=RAMP_UP)
+        rule |= {"warm_up": "ramp-up", "power": float(share)}
     thousands = _option(options, "ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
@@ -737,14 +729,6 @@ def _option(options: Values, *names: str, default: float = 0) -> Any:
         if isinstance(options.get(name), int | float):
             return options[name]
     return default
-
-
-def _edm_warm_up(options: Values) -> dict[str, Any]:
-    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
-    if any(name in options and options[name] is None for name in ramps):
-        return {"warm_up": ""}
-    share = float(_option(options, *ramps, default=RAMP_UP))
-    return {"warm_up": "ramp-up", "power": share}
 
 
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")

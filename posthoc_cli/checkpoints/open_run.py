@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +37,7 @@ from posthoc_cli.checkpoints.content import (
     NO_MODEL,
     SHARD,
     Content,
+    Values,
     holds_model,
     may_be_weights,
     names_in,
@@ -840,7 +840,7 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 # --- for JSON
 
 
-def describe_checkpoints(place: Path) -> dict[str, Any]:
+def describe_checkpoints(place: Path) -> Values:
     """Return times, tensors and sizes from the indexes of files alone, for JSON."""
     found = Place([], "")
     if is_import(place):
@@ -882,11 +882,11 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     return described
 
 
-def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
+def describe_files(place: Path, error: PostHocError) -> Values:
     """Return what files hold that are no run as they are, for JSON, and what an import would have
     to be told; raise the error that says so if none can be opened."""
     paths = _candidates(place, _LeftOut())
-    rows: list[dict[str, Any]] = []
+    rows: list[Values] = []
     opened = []
     for path in paths:
         try:
@@ -899,7 +899,7 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
         rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
     if not opened or (place.is_file() and not opened[0].tensors):
         raise error
-    described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
+    described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
     if len(paths) == 1:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError):

@@ -43,6 +43,7 @@ _DTYPES = {
 }  # fmt: skip
 """Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
 
+_Items = dict[Any, Any]
 Keys = tuple[str, ...]  # keys that lead to a tensor or value within a file's content
 
 # What reading a file may cost, so that a hostile one is refused early, is `_FREE` and three times
@@ -106,9 +107,9 @@ class Node:
     name: str
     arguments: Any = ()
     state: Any = None  # its attributes
-    items: dict[Any, Any] = field(default_factory=dict)  # those of a subclass of dict
+    items: _Items = field(default_factory=dict)  # those of a subclass of dict
 
-    def update(self, items: dict[Any, Any]) -> None:
+    def update(self, items: _Items) -> None:
         self.items.update(items)
 
     def extend(self, _: object) -> None:
@@ -197,7 +198,7 @@ def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
             yield keys, item
 
 
-def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+def _named_items(container: _Items | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
     """Yield the items of a container by name; of a list those that may lead to tensors."""
     if isinstance(container, dict):
         for key, value in container.items():
@@ -209,7 +210,7 @@ def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Ite
             yield str(position), value
 
 
-def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
+def _module_tensors(node: Node, budget: _Budget) -> _Items | None:
     """Return the parameters, buffers and inner modules of a pickled torch module; None for another
     object.
 
@@ -246,7 +247,7 @@ def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
     return _contents(item, objects), False
 
 
-def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
+def _contents(node: Node, objects: set[int]) -> _Items:
     """Return the items of an object, or else its attributes, as of an average that was pickled
     whole: none of an optimizer, nor tensors, which may be anything.
 
@@ -265,7 +266,7 @@ def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
     return contents
 
 
-def _items(value: Any) -> dict[Any, Any]:
+def _items(value: Any) -> _Items:
     """Return the items of a dict or a node; none of another object."""
     items = value.items if isinstance(value, Node) else value
     return items if isinstance(items, dict) else {}
@@ -479,7 +480,7 @@ class _Machine(pickle._Unpickler):
         return function(self, *used)
 
 
-def _dict_of(pairs: Iterable[Any]) -> dict[Any, Any]:
+def _dict_of(pairs: Iterable[Any]) -> _Items:
     checked = {}
     for key, value in pairs:
         parts = key if isinstance(key, tuple) else (key,)
@@ -595,7 +596,7 @@ def _is_row_major(shape: Any, strides: Any) -> bool:
     return all(size == 1 or step == usual for size, step, usual in steps)
 
 
-def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
+def _ordered_dict(machine: _Machine, pairs: Any = ()) -> _Items:
     machine.budget.spend(_VALUE * len(pairs))
     return _dict_of(pairs)
 

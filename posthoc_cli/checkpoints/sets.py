@@ -34,6 +34,7 @@ from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
 
+_Named = dict[str, StoredTensor]
 _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -76,7 +77,7 @@ class Sets:
     def __init__(self, content: Content, named: Sequence[str | None] = ()) -> None:
         """`named`: paths that hold a set, whatever their words say."""
         self.content = content
-        self.tensors = dict[str, StoredTensor]()
+        self.tensors = _Named()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         named_paths = [path for path in named if path]
@@ -112,19 +113,15 @@ class Sets:
             word = AVERAGE_WORD.search(key)
             if word is None or self.is_averaged(path):
                 continue
-            group = self._group(path)
+            group = path
+            while group and group not in self.keys:
+                group = group.rpartition(".")[0]
             is_large = 4 * self.counts[path] >= in_group[group]
             place = (outer, word[0])
             is_part = place in places
             if path in self.keys or is_large or is_part:
                 self.averages.append(path)
                 places.add(place)
-
-    def _group(self, path: str) -> str:
-        """Return the whole keys at the beginning of a path."""
-        while path and path not in self.keys:
-            path = path.rpartition(".")[0]
-        return path
 
     def is_all(self, path: str) -> bool:
         """Return whether a set has all tensors but counters."""
@@ -139,7 +136,7 @@ class Sets:
         """Return whether a path is that of an average, or leads into one."""
         return any(lies_in(path, one) for one in self.averages)
 
-    def below(self, path: str) -> dict[str, StoredTensor]:
+    def below(self, path: str) -> _Named:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
@@ -240,7 +237,7 @@ class Sets:
         except FileFormatError:
             return self._model_groups()
 
-    def model(self, prefix: str = "") -> dict[str, StoredTensor]:
+    def model(self, prefix: str = "") -> _Named:
         """Return the weights of the model by name; all tensors if none of the model's names has a
         prefix."""
         if not self.content.tensors:
@@ -324,11 +321,11 @@ class Sets:
     def joined(self, pairs: Sequence[Pair]) -> Pair | None:
         """Return the average of which these are parts, such as `momentum_backbone` and
         `momentum_projector`; None if they are averages of their own."""
-        changes = {_change(pair) for pair in pairs}
-        roots = [pair.weights_key for pair in pairs]
+        roots = {pair.weights_key for pair in pairs}
+        places = {_place(pair) for pair in pairs}
         are_keys = any(pair.average_key in self.keys for pair in pairs)
-        are_distinct = len(set(roots)) == len(roots)
-        if are_keys or not are_distinct or len(changes) > 1 or None in changes:
+        outer, other, _ = places.pop()
+        if are_keys or places or len(roots) < len(pairs) or outer != other:
             return None
         averaged = {}
         weights = {}
@@ -338,7 +335,6 @@ class Sets:
                 averaged[f"{part}.{name}"] = tensor
             for name, tensor in pair.weights.items():
                 weights[f"{part}.{name}"] = tensor
-        outer = roots[0].rpartition(".")[0]
         return Pair(averaged, weights, pairs[0].average_key, outer)
 
     def _within(self, path: str) -> Iterator[str]:
@@ -483,22 +479,11 @@ def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) ->
     return list(roots)
 
 
-def _change(pair: Pair) -> tuple[str, str, str] | None:
-    """Return where the sets of a pair lie, and the word of the average with that of the weights
-    which takes its place in their keys; None if more is different."""
-    outer, _, average = pair.average_key.rpartition(".")
-    weights_outer, _, weights = pair.weights_key.rpartition(".")
-    word = AVERAGE_WORD.search(average)
-    if word is None or outer != weights_outer:
-        return None
-    before = average[: word.start()]
-    after = average[word.end() :]
-    if weights == (before + after).strip("_-"):
-        return outer, word[0], ""
-    if weights.startswith(before) and weights.endswith(after):
-        end = len(weights) - len(after)
-        return outer, word[0], weights[len(before) : end]
-    return None
+def _place(pair: Pair) -> tuple[str, str, str]:
+    """Return where the sets of a pair lie, and the word in the key of the average."""
+    outer, _, last = pair.average_key.rpartition(".")
+    word = AVERAGE_WORD.search(last)
+    return outer, pair.weights_key.rpartition(".")[0], word[0] if word else ""
 
 
 def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
@@ -631,7 +616,7 @@ def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
     return not is_statistic and tensor.chunks[0].entry.dtype in EPS
 
 
-def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> _Named:
     return {name: tensor for name, tensor in tensors.items() if tensor.shape == shape}
 
 
@@ -643,7 +628,7 @@ def _keeps_order(weights: Tensors) -> bool:
     return True
 
 
-def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> dict[str, StoredTensor]:
+def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> _Named:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
     names = list(weights)
     tensors = list(listed.values())
@@ -728,7 +713,7 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
         return averaged
     first_names = tied_names(weights)
     places = {name: first_names.get(name, name) for name in weights}
-    by_place = dict[str, StoredTensor]()
+    by_place = _Named()
     for name, place in places.items():
         if name in averaged:
             by_place.setdefault(place, averaged[name])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.settings import Arguments, ImportSettings
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RULES, UNLIMITED, DecayRule, OrdinaryEMA
 
@@ -33,7 +33,7 @@ class _Place:
 
     first: int
     count: int
-    rule: dict[str, Any] = field(default_factory=dict)
+    rule: Arguments = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Updates:
     """How an ordinary EMA was updated, as far as its file says."""
 
     # arguments of `DecayRule`; without "decay", "base" and "steps" if they are unknown
-    rule: dict[str, Any] = field(default_factory=dict)
+    rule: Arguments = field(default_factory=dict)
     count: int | None = None  # number of updates; None if it is unknown
     every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
     calls: Calls = "multiples"
@@ -77,14 +77,14 @@ class Updates:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
             reason = f"must be given, and fit: {counted}"
             raise InvalidValueError("update_every", reason, "1 if the EMA began late")
-        rule = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
+        rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
         if _is_schedule(rule):
             rule["before"] = (place.first - 1) // every
             rule["decay"] = rule.get("base", _ANY_DECAY)
             rule["steps"] = rule.get("steps", math.inf) / every
         return DecayRule(**rule).profile(step, place.count, every, place.first)
 
-    def _rule(self, settings: ImportSettings, every: int) -> dict[str, Any]:
+    def _rule(self, settings: ImportSettings, every: int) -> Arguments:
         said = settings.rule(every)
         if "decay" not in said:
             return self.rule | said
@@ -141,5 +141,5 @@ class Updates:
         return (step - remainder) // every * every + remainder
 
 
-def _is_schedule(rule: dict[str, Any]) -> bool:
+def _is_schedule(rule: Arguments) -> bool:
     return RULES[rule.get("warm_up", "")].is_schedule
