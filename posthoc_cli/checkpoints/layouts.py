@@ -56,6 +56,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, UnsuitableErr
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
+    FloatArray,
     PowerFunction,
     StoredProfile,
     ema_pytorch_profile,
@@ -99,6 +100,15 @@ class Found:
         if self.averaged:
             return completed(self.averaged, self.weights)
         return self.weights
+
+    @property
+    def starts(self) -> tuple[FloatArray, FloatArray]:
+        """The first elements of the average, and of its weights."""
+        names = self.averaged.keys() & self.weights.keys()
+        averaged = {name: self.averaged[name] for name in names}
+        weights = {name: self.weights[name] for name in names}
+        ours = first_values(make_checkpoint(self.content, averaged))
+        return ours, first_values(make_checkpoint(self.content, weights))
 
     @property
     def without_average(self) -> Found:
@@ -229,11 +239,7 @@ class Stored:
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
         tower of a model, whose key is `target_encoder`."""
-        averaged = self._found.averaged
-        weights = self._found.weights
-        names = averaged.keys() & weights.keys()
-        ours = first_values(self._made({name: averaged[name] for name in names}))
-        theirs = first_values(self._made({name: weights[name] for name in names}))
+        ours, theirs = self._found.starts
         are_alike = ours.shape == theirs.shape  # unless some are tied
         if are_alike and not are_near(ours, theirs):
             reason = "the set that its key calls an average is unrelated to the weights"
@@ -561,11 +567,7 @@ def _with_collected(sets: Sets, found: Found, pair: Pair) -> Found:
     collected = sets.below(f"{outer}.collected_params".lstrip("."))
     if not collected or len(collected) != len(pair.averaged):
         return found
-    content = sets.content
-    model = {name: pair.weights[name] for name in pair.averaged}
-    averaged = make_checkpoint(content, pair.averaged)
-    weights = make_checkpoint(content, model)
-    if not np.array_equal(first_values(averaged), first_values(weights)):
+    if not np.array_equal(*found.starts):
         return found
     raw = dict(pair.weights)
     for name, tensor in pair.averaged.items():

@@ -430,11 +430,11 @@ def _aligned(opened: list[Found]) -> list[Found]:
     offset = apart.pop()
     aligned = []
     for one in opened:
-        epoch = one.reading.epoch
-        if one.reading.is_nameless:
-            number = one.reading.number - offset
-            reading = replace(named[0], number=number, epoch=epoch)
-            one = replace(one, reading=reading)
+        own = one.reading
+        if own.is_nameless:
+            number = own.number - offset
+            reading = replace(named[0], number=number, epoch=own.epoch, count=own.count)
+            one = replace(one, reading=replace(reading, path=one.path))
         aligned.append(one)
     return aligned
 
@@ -493,7 +493,7 @@ def _decided(opened: list[Found]) -> list[Found]:
     if not any(one.undecided for one in opened):
         return opened
     in_order = sorted(opened, key=lambda one: one.time)
-    rows = np.stack([_start(one) for one in in_order])
+    rows = np.stack([one.starts for one in in_order])
     motion = np.diff(rows, axis=0)
     average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
@@ -521,14 +521,6 @@ def _with_slower(opened: list[Found], is_still: bool) -> list[Found]:
         return [one.without_average for one in opened]
     log.warning("%s: the average is %s, which moves less from file to file", folder, name)
     return opened
-
-
-def _start(found: Found) -> FloatArray:
-    """Return the first elements of the average and of its weights: [2, elements]."""
-    average = make_checkpoint(found.content, found.averaged)
-    of_average = {name: found.weights[name] for name in found.averaged}
-    weights = make_checkpoint(found.content, of_average)
-    return _first_values((average, weights))
 
 
 def _all_made(
@@ -851,15 +843,8 @@ def describe_checkpoints(place: Path) -> Values:
     newest = checkpoints[-1]
     rows = []
     for one in checkpoints:
-        rows.append(
-            {
-                "file": one.name,
-                "t": one.t,
-                "holds": one.holds,
-                "bytes": one.file_bytes,
-                "identity": one.identity,
-            }
-        )
+        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
+        rows.append({**row, "identity": one.identity})
     described = {
         "kind": "checkpoints",
         "path": str(place),
