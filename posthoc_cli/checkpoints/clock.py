@@ -19,10 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from posthoc_cli.checkpoints.content import ENDINGS, Content
-from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, IMAGE_VALUES, STEP_VALUES
+from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, STEP_VALUES, Unit
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
-
-Unit = Literal["steps", "epochs", "images", ""]
 
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
@@ -112,19 +109,13 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
     last = {re.sub(r"\.\d+\.", ".*.", name): value for name, value in content.values.items()}
-    for name in STEP_VALUES:
+    for name, unit in STEP_VALUES.items():
         value = last.get(name)
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             number = checked_number(path, value)
-            return Reading(
-                number, "steps", _stored(name), epoch, named=time_in_name(path), value=name
-            )
-    images = _whole(content, IMAGE_VALUES)
-    if images:
-        (name,) = IMAGE_VALUES
-        return Reading(checked_number(path, images), "images", _stored(name), value=name)
+            return Reading(number, unit, _stored(name), epoch, named=time_in_name(path), value=name)
     of_content = _only_in_content(content, epoch)
     try:
         reading = named_time(path)

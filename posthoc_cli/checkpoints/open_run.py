@@ -775,11 +775,14 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     seem to, or if they move too little to show that."""
     newest = averages[-1]
     dtypes = _dtypes_of(newest)
-    in_half = np.isin(dtypes, ("F16", "BF16"))
-    if not in_half.any():
-        return
     values = _first_values(averages)
-    moves = _moves(values[:, in_half], dtypes[in_half])
+    in_half = []
+    for dtype in ("F16", "BF16"):
+        of_dtype = values[:, dtypes == dtype]
+        in_half.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
+    moves = np.concatenate(in_half, axis=1)
+    if not moves.size:
+        return
     is_expected = np.abs(moves[:-1]) > _DIGITS
     following = moves[1:]
     kept = []
@@ -796,15 +799,6 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     stands = moves == 0
     if lost_share(following, is_expected) > MOST_LOST or stands.mean() > _STILL:
         log.warning("%s, and much of it stands still: errors hold if only files are", where)
-
-
-def _moves(values: FloatArray, dtypes: npt.NDArray[np.str_]) -> FloatArray:
-    """Return the motion between times, in digits of F16 or BF16, of values [times, elements]."""
-    before = values[:-1]
-    of_f16 = digits_of(before, "F16")
-    of_bf16 = digits_of(before, "BF16")
-    digits = np.where(dtypes == "F16", of_f16, of_bf16)
-    return np.asarray(np.diff(values, axis=0) / digits)
 
 
 def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:

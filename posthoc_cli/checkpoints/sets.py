@@ -406,9 +406,7 @@ class Sets:
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
         outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
         roots = _roots_of(longest, outside, _squeeze)
-        if not roots:
-            roots = _roots_of(longest, outside, _bare)
-        return roots
+        return roots or _roots_of(longest, outside, _bare)
 
 
 _KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}

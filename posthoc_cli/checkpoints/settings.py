@@ -206,12 +206,7 @@ class ImportSettings:
     @property
     def given(self) -> Arguments:
         """The settings that differ from their defaults, as plain values for JSON."""
-        given = Arguments()
-        for name, value in vars(self).items():
-            plain = list(value) if isinstance(value, tuple) else value
-            if plain not in (None, "", []):
-                given[name] = plain
-        return given
+        return {name: value for name, value in vars(self).items() if value not in (None, "", ())}
 
     @property
     def without_findings(self) -> ImportSettings:
