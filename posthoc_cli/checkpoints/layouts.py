@@ -394,7 +394,7 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
 def _find_twin(sets: Sets) -> Found | None:
     """Return the model and another set of the same tensors, of which the values will tell whether
     it is an average; None unless there is one such set."""
-    models = sets.may_be_models()
+    models = sets.models
     pairs = dict[frozenset[str], tuple[str, str]]()
     for path in models:
         for other in sets.keys:
@@ -580,10 +580,9 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
 
     It swaps the two before a checkpoint is written, but for one written in between.
     """
-    try:
-        path = sets.model_path()
-    except FileFormatError:
+    if len(sets.models) != 1:
         return None
+    (path,) = sets.models
     named = sets.below(path)
     buffers = {}
     model = {}

@@ -20,7 +20,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
@@ -92,7 +91,7 @@ _GROWTH = 1.3
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
-_KEPT = 0.5  # least share of an average in the next one for which its motion goes on
+_LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
 _DIGITS = 8  # motion in one interval after which none in the next is unlikely
 _STILL = 0.9
 
@@ -774,22 +773,14 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     """Raise InvalidValueError if long averages in half precision lose updates; warn if short ones
     seem to, or if they move too little to show that."""
     newest = averages[-1]
-    dtypes = _dtypes_of(newest)
-    values = _first_values(averages)
-    in_half = []
-    for dtype in ("F16", "BF16"):
-        of_dtype = values[:, dtypes == dtype]
-        in_half.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
-    moves = np.concatenate(in_half, axis=1)
+    moves = _moves(averages)
     if not moves.size:
         return
     is_expected = np.abs(moves[:-1]) > _DIGITS
     following = moves[1:]
-    kept = []
-    for one, later in pairwise(averages[1:]):
-        kept.append(1 - float(later.profile.tail(one.t)))
     # Where the average keeps little, elements may stand still with their weights.
-    is_long = np.array(kept) > _KEPT
+    tails = [later.profile.tail(one.t) for one, later in pairwise(averages[1:])]
+    is_long = np.array(tails) < _LOST
     share = lost_share(following[is_long], is_expected[is_long])
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
     if share > MOST_LOST:
@@ -801,11 +792,19 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
         log.warning("%s, and much of it stands still: errors hold if only files are", where)
 
 
-def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:
-    """Return the dtype of each element of `first_values`."""
-    entries = [source.entries[name] for name in sorted(source.averages)]
+def _moves(averages: Sequence[Checkpoint]) -> FloatArray:
+    """Return the motion of averages between times in digits of F16 or BF16, of the elements of
+    `first_values` that are stored so: [times, elements]."""
+    newest = averages[-1]
+    entries = [newest.entries[name] for name in sorted(newest.averages)]
     counts = [min(entry.size, COMPARED) for entry in entries]
-    return np.repeat([entry.dtype for entry in entries], counts)
+    dtypes = np.repeat([entry.dtype for entry in entries], counts)
+    values = _first_values(averages)
+    moves = []
+    for dtype in ("F16", "BF16"):
+        of_dtype = values[:, dtypes == dtype]
+        moves.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
+    return np.concatenate(moves, axis=1)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -136,7 +136,7 @@ class Sets:
         """Return whether a path is that of an average, or leads into one."""
         return any(lies_in(path, one) for one in self.averages)
 
-    def below(self, path: str) -> _Named:
+    def below(self, path: str) -> Tensors:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
@@ -197,64 +197,52 @@ class Sets:
 
     # --- the model
 
-    def model_path(self) -> str:
-        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
-        groups = self._model_groups()
-        for name in _MODEL_GROUPS:
-            if name in groups:
-                return name
-        if len(groups) == 1:
-            within = self.content.groups(groups[0])
-            for name in _MODEL_GROUPS:
-                if name in within:
-                    return f"{groups[0]}.{name}"
-        is_flat = any(len(tensor.keys) == 1 for tensor in self.tensors.values())
-        if is_flat:
-            return ""
-        if len(groups) == 1:
-            return groups[0]
-        path = self.content.path
-        if not groups:
-            under = names_in(self.content.groups())
-            raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
-        reason = "which tensors are the model's is unclear: it has tensors under"
-        raise UnsuitableError(path, f"{reason} {names_in(groups)}", _WHICH)
+    @cached_property
+    def models(self) -> list[str]:
+        """The path of the model's weights; those of several sets, or none, if it is unclear.
 
-    def _model_groups(self) -> list[str]:
-        """Return the outermost keys that may be of a model, without copies of the best one so
-        far."""
+        Copies of the best model so far do not count.
+        """
         groups = []
         for name in self.content.groups():
             if self.counts[name] > 0 and not self.is_averaged(name):
                 groups.append(name)
-        newest = [name for name in groups if not name.startswith("best_")]
-        return newest or groups
+        groups = [name for name in groups if not name.startswith("best_")] or groups
+        for name in _MODEL_GROUPS:
+            if name in groups:
+                return [name]
+        if len(groups) == 1:
+            within = self.content.groups(groups[0])
+            for name in _MODEL_GROUPS:
+                if name in within:
+                    return [f"{groups[0]}.{name}"]
+        is_flat = any(len(tensor.keys) == 1 for tensor in self.tensors.values())
+        return [""] if is_flat else groups
 
-    def may_be_models(self) -> list[str]:
-        """Return the path of the model's weights, or those of all groups if it is unclear."""
-        try:
-            return [self.model_path()]
-        except FileFormatError:
-            return self._model_groups()
+    def model_path(self) -> str:
+        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
+        if len(self.models) == 1:
+            return self.models[0]
+        path = self.content.path
+        if not self.models:
+            under = names_in(self.content.groups())
+            raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
+        reason = "which tensors are the model's is unclear: it has tensors under"
+        raise UnsuitableError(path, f"{reason} {names_in(self.models)}", _WHICH)
 
-    def model(self, prefix: str = "") -> _Named:
+    def model(self, prefix: str = "") -> Tensors:
         """Return the weights of the model by name; all tensors if none of the model's names has a
         prefix."""
         if not self.content.tensors:
             raise UnsuitableError(self.content.path, "holds no tensors with names")
-        try:
-            path = self.model_path()
-        except FileFormatError:
-            if prefix:
-                return self.tensors
-            raise
+        if prefix and len(self.models) != 1:
+            return self.tensors
+        path = self.model_path()
         tensors = self.below(path)
         if not path:
             tensors = {name: one for name, one in tensors.items() if len(one.keys) == 1}
         has_prefix = any(name.startswith(prefix) for name in tensors)
-        if prefix and not has_prefix:
-            return self.tensors
-        return tensors
+        return tensors if has_prefix or not prefix else self.tensors
 
     # --- an average and the weights
 
@@ -387,16 +375,10 @@ class Sets:
         outer, dot, last = pair.average_key.rpartition(".")
         rest = AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
-        is_outside = not lies_in(path, self._likely_model)
+        model = self.models[0] if len(self.models) == 1 else ""
+        is_outside = not lies_in(path, model)
         is_other = path != outer + dot + rest
         return self.is_averaged(path), is_outside, is_other, _depth(path)
-
-    @cached_property
-    def _likely_model(self) -> str:
-        try:
-            return self.model_path()
-        except FileFormatError:
-            return ""
 
     def _roots(self, averaged: Tensors, average: str) -> list[str]:
         """Return the paths below which a tensor has the longest name of an average."""
