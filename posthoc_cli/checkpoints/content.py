@@ -192,11 +192,9 @@ class Content:
 
 def stripped(named: Mapping[str, T], start: str) -> dict[str, T]:
     """Return the items whose names begin so, by the rest of their names."""
-    rests = {}
-    for name, item in named.items():
-        if name.startswith(start):
-            rests[name.removeprefix(start)] = item
-    return rests
+    return {
+        name.removeprefix(start): item for name, item in named.items() if name.startswith(start)
+    }
 
 
 def names_in(names: Sequence[str], most: int = 5) -> str:

@@ -63,11 +63,10 @@ class Import:
         return Counter(one.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = []
-        for one in self.checkpoints:
-            rows.append({"path": str(one.path), "t": one.t, "holds": one.holds})
+        listed = self.checkpoints
+        rows = [{"path": str(one.path), "t": one.t, "holds": one.holds} for one in listed]
         return {
-            "run": self.checkpoints[0].run_id,
+            "run": listed[0].run_id,
             "out": None if self.out is None else str(self.out),
             "written": self.written,
             "numbers": self.numbers,

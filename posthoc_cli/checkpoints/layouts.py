@@ -643,10 +643,10 @@ _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 def _torchtitan(sets: Sets, _: ImportSettings) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another
     `half_life_fraction`."""
-    averaged = {}
-    for name, tensor in sets.content.tensors.items():
-        if match := _TITAN_EMA.fullmatch(name):
-            averaged[match[1]] = tensor
+    tensors = sets.content.tensors.items()
+    averaged = {
+        match[1]: tensor for name, tensor in tensors if (match := _TITAN_EMA.fullmatch(name))
+    }
     if not averaged:
         return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}

@@ -97,9 +97,8 @@ def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
         if place in listed:
             raise ValueError(f"lists the checkpoint {one!r} twice")
         listed[place] = (place, kind, checked_number(path, time))
-    identities = {}
-    for one, (nbytes, sample) in raw["files"].items():
-        identities[_absolute(one, base)] = (nbytes, sample)
+    stored = raw["files"].items()
+    identities = {_absolute(one, base): (nbytes, sample) for one, (nbytes, sample) in stored}
     unit, is_stated = raw["unit"]
     if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
         raise ValueError("holds no checkpoints, or no unit of their times")

@@ -406,10 +406,7 @@ def _one_run(
 def _with_numbers(opened: Sequence[Found], left_out: _LeftOut) -> list[Found]:
     """Return the checkpoints without files that have no number next to some that have one: the
     number of their folder is that of an experiment."""
-    numbered = set()
-    for one in opened:
-        if not one.reading.is_of_folder:
-            numbered.add(one.path.parent)
+    numbered = {one.path.parent for one in opened if not one.reading.is_of_folder}
     kept = []
     for one in opened:
         if one.reading.is_of_folder and one.path.parent in numbered:

@@ -259,11 +259,7 @@ def _contents(node: Node, objects: set[int]) -> _Items:
     if id(node) in objects or "param_groups" in attributes:
         return {}
     objects.add(id(node))
-    contents = {}
-    for key, value in attributes.items():
-        if not isinstance(value, Entry):
-            contents[key] = value
-    return contents
+    return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
 
 
 def _items(value: Any) -> _Items:

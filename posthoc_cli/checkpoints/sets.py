@@ -203,10 +203,8 @@ class Sets:
 
         Copies of the best model so far do not count.
         """
-        groups = []
-        for name in self.content.groups():
-            if self.counts[name] > 0 and not self.is_averaged(name):
-                groups.append(name)
+        known = self.content.groups()
+        groups = [name for name in known if self.counts[name] and not self.is_averaged(name)]
         groups = [name for name in groups if not name.startswith("best_")] or groups
         for name in _MODEL_GROUPS:
             if name in groups:
