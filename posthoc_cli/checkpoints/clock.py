@@ -40,17 +40,18 @@ _AFTER = (
 )
 
 
-def _marked_by(word: str) -> tuple[re.Pattern[str], ...]:
-    patterns = (_BEFORE.replace("{word}", word), _AFTER.replace("{word}", word))
-    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+def _pattern(template: str, word: str) -> re.Pattern[str]:
+    return re.compile(template.replace("{word}", word), re.IGNORECASE)
 
 
-_MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
-    "steps": _marked_by(_STEP),
-    "epochs": _marked_by(_EPOCH),
-}
+_MARKS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
+    ("steps", _pattern(_BEFORE, _STEP)),
+    ("epochs", _pattern(_BEFORE, _EPOCH)),
+    ("steps", _pattern(_AFTER, _STEP)),
+    ("epochs", _pattern(_AFTER, _EPOCH)),
+)
 _COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
-_CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
+_CHECKPOINT = _pattern(_BEFORE, "(?:checkpoint|ckpt)s?")
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
     re.IGNORECASE,
@@ -170,10 +171,9 @@ def _searched(path: Path, settings: ImportSettings) -> Reading:
 def _unit_at(text: str, begin: int) -> Unit:
     """Return what the number that begins at a place of a text counts, by the word before it, or
     else behind it; empty if there is none."""
-    for patterns in zip(*_MARKED.values(), strict=True):
-        for unit, pattern in zip(_MARKED, patterns, strict=True):
-            if any(one.start("number") == begin for one in pattern.finditer(text)):
-                return unit
+    for unit, pattern in _MARKS:
+        if any(one.start("number") == begin for one in pattern.finditer(text)):
+            return unit
     return ""
 
 
@@ -225,11 +225,8 @@ def named_time(path: Path) -> Reading:
 
 def _epoch_in(name: str) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
-    numbers = []
-    for pattern in _MARKED["epochs"]:
-        for match in pattern.finditer(name):
-            numbers.append(int(match["number"]))
-    return numbers[0] if len(numbers) == 1 else None
+    matches = _matches(name, "epochs")
+    return int(matches[0]["number"]) if len(matches) == 1 else None
 
 
 def _stem(path: Path) -> str:
@@ -239,11 +236,19 @@ def _stem(path: Path) -> str:
     return stem
 
 
+def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
+    """Return the numbers next to a word for a unit."""
+    found = list[re.Match[str]]()
+    for other, pattern in _MARKS:
+        if other == unit:
+            found += pattern.finditer(name)
+    return found
+
+
 def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
     """Return the numbers next to a word, and what it says that they count."""
-    for unit, patterns in _MARKED.items():
-        matches = [match for one in patterns for match in one.finditer(name)]
-        if matches:
+    for unit, _ in _MARKS:
+        if matches := _matches(name, unit):
             return unit, matches
     return "", [*_CHECKPOINT.finditer(name)]
 

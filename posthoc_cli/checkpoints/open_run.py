@@ -181,17 +181,17 @@ class Place:
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
 
 
-class _LeftOut(dict[str, str]):
-    """The names of what is left out of a run, with the reasons."""
+_LeftOut = dict[str, str]
+"""The names of what is left out of a run, with the reasons."""
 
-    @property
-    def text(self) -> str:
-        """All in one line; empty if there is nothing."""
-        named = [f"{name} ({reason})" for name, reason in self.items()]
-        text = ", ".join(named[:6])
-        if len(named) > 6:
-            text += f" and {len(named) - 6:,} more"
-        return f"left out: {text}" if text else ""
+
+def _text_of(left_out: _LeftOut) -> str:
+    """Return what is left out in one line; empty if there is nothing."""
+    named = [f"{name} ({reason})" for name, reason in left_out.items()]
+    text = ", ".join(named[:6])
+    if len(named) > 6:
+        text += f" and {len(named) - 6:,} more"
+    return f"left out: {text}" if text else ""
 
 
 def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -> Place:
@@ -215,7 +215,7 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
         lacks_steps = _lacks_steps(times, used, asks)
     if has_decays and times.unit == "steps" and not lacks_steps:
         times = replace(times, is_stated=True)
-    notes = [note for note in (left_out.text, _unused(used)) if note]
+    notes = [note for note in (_text_of(left_out), _unused(used)) if note]
     for note in notes:
         log.warning("%s: %s", place, note)
     if lacks_steps:
@@ -236,10 +236,9 @@ def _programs(run: Sequence[Found]) -> str:
 
 def _warn_of_codes(checkpoint: Checkpoint) -> None:
     """Warn if most elements are integers of 8 bits, as of quantised weights; masks are fewer."""
-    sizes = Counter[bool]()
-    for entry in checkpoint.entries.values():
-        sizes[entry.dtype in ("I8", "U8")] += entry.size
-    if sizes[True] > sizes[False]:
+    entries = checkpoint.entries.values()
+    codes = sum(entry.size for entry in entries if entry.dtype in ("I8", "U8"))
+    if 2 * codes > sum(entry.size for entry in entries):
         reason = (
             "most elements are integers, copied from the newest: quantised weights have no average"
         )
