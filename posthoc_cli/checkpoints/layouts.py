@@ -825,21 +825,28 @@ def check_settings(kinds: set[str], settings: ImportSettings) -> None:
             raise InvalidValueError(name, reason, hint)
 
 
-def check_rule(found: Found, settings: ImportSettings) -> None:
-    """Raise InvalidValueError if the settings name another warm-up than the file.
+def check_given(found: Found, settings: ImportSettings) -> None:
+    """Raise InvalidValueError for a setting that a file lacks, or that contradicts it.
 
-    With a decay it replaces what the file says, if weights beside the average can show that.
+    With a decay a warm-up replaces what the file says, if weights beside the average can show that.
     """
-    if found.updates is None or settings.ema_warmup is None:
-        return
-    if settings.ema_decay and found.weights:
-        return
-    of_file = found.updates.rule.get("warm_up")
-    given = warm_up_of(settings.ema_warmup) or {}
-    if of_file and given.get("warm_up") != of_file:
-        reason = f"contradicts {found.path.name}: averages of {found.kind} rise by {of_file}"
-        hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
-        raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
+    name = found.path.name
+    of_file = found.updates.rule.get("warm_up") if found.updates else None
+    is_replaced = settings.ema_decay and found.weights
+    if of_file and settings.ema_warmup and not is_replaced:
+        given = warm_up_of(settings.ema_warmup) or {}
+        if given.get("warm_up") != of_file:
+            reason = f"contradicts {name}: averages of {found.kind} rise by {of_file}"
+            hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
+            raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
+    for setting, why in found.asks.items():
+        if getattr(settings, setting) in (None, ()):
+            raise InvalidValueError(setting, f"must be given{why}", "it is a setting of imports")
+    if found.updates is not None and len(settings.sigma_rels) > 1:
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {name}")
+    if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
+        reason = f"must be one for each average, also for that in {name}"
+        raise InvalidValueError("sigma_rels", reason)
 
 
 def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:

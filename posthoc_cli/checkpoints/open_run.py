@@ -44,7 +44,7 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.checkpoints.layouts import (
     Found,
-    check_rule,
+    check_given,
     check_settings,
     named_decay,
     recognise,
@@ -550,7 +550,7 @@ def _named_as(newest: Found, found: Found) -> Found:
 
 def _made(found: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
     """Return the sources in a checkpoint: the weights, the average, or both."""
-    _check_given(found, settings)
+    check_given(found, settings)
     time = found.time
     averaged, weights = select(found, settings)
     profile: StoredProfile = Point(float(time))
@@ -570,20 +570,6 @@ def _made(found: Found, times: Times, settings: ImportSettings) -> list[Checkpoi
         average = make_checkpoint(found.content, averaged, profile, time, **about)
         made.append(average.with_settings(settings))
     return made
-
-
-def _check_given(found: Found, settings: ImportSettings) -> None:
-    """Raise InvalidValueError for a setting that a file lacks, or that contradicts it."""
-    check_rule(found, settings)
-    path = found.path
-    for setting, why in found.asks.items():
-        if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}", "it is a setting of imports")
-    if found.updates is not None and len(settings.sigma_rels) > 1:
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
-    if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
-        reason = f"must be one for each average, also for that in {path.name}"
-        raise InvalidValueError("sigma_rels", reason)
 
 
 # --- what is at a place
