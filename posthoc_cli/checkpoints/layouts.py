@@ -373,7 +373,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     elif prefix and sets.counts[prefix]:
         weights = prefix
     if settings.average is not None:
-        pair = _named_pair(sets, settings.average, weights)
+        path = sets.named(settings.average)
+        pair = sets.pair(path, weights, is_named=True) or sets.alone(path)
         return _described(sets, pair, settings)
     candidates = [*sets.averages, *_anchored(sets)]
     pairs = _pairs(sets, candidates, weights)
@@ -383,8 +384,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     if candidates:
         alone = _alone(sets, candidates)
         return _described(sets, alone, settings) if alone else None
-    path = sets.content.path
-    if AVERAGE_WORD.search(path.name) or AVERAGE_WORD.fullmatch(path.parent.name):
+    file = sets.content.path
+    if AVERAGE_WORD.search(file.name) or AVERAGE_WORD.fullmatch(file.parent.name):
         return _all_averaged(sets, settings)
     if not settings.include and not settings.exclude:
         _check_slashes(sets.content)
@@ -480,17 +481,6 @@ def _check_slashes(content: Content) -> None:
         sets = ", ".join(f"{head}/" for head in heads)
         hint = f"import one of them with `include`, such as '{heads[-1]}/*'"
         raise UnsuitableError(content.path, f"holds tensors of {sets}", hint)
-
-
-def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
-    path = sets.named(average)
-    pair = sets.pair(path, weights, is_named=True)
-    if pair is None and weights is not None:
-        named = sets.below(weights)
-        lacking = sorted(name for name in sets.below(path) if name not in named)
-        reason = f"holds an EMA and weights of different models: only {path} has"
-        raise FileFormatError(sets.content.path, f"{reason} {names_in(lacking)}")
-    return pair or sets.alone(path)
 
 
 def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:

@@ -256,7 +256,7 @@ class Sets:
         for path in self._within(average):
             pairs += self._pairs_at(path, weights, is_named)
         if not pairs:
-            self._check_unpaired(average)
+            self._check_unpaired(average, weights if is_named else None)
             return None
         best = min(map(self._rank, pairs))
         likeliest = [pair for pair in pairs if self._rank(pair) == best]
@@ -266,17 +266,18 @@ class Sets:
             raise UnsuitableError(self.content.path, reason, _WHICH)
         return likeliest[0]
 
-    def _check_unpaired(self, average: str) -> None:
-        """Raise FileFormatError if an average has most names of some weights, and others, or if it
-        holds several averages."""
+    def _check_unpaired(self, average: str, named: str | None) -> None:
+        """Raise FileFormatError if an average has most names of some weights, and others, if it
+        does not match the weights at a path that is named, or if it holds several averages."""
         for path in self._within(average):
             averaged = self.below(path)
-            for root in self._roots(averaged, path):
+            roots = self._roots(averaged, path) if named is None else [named]
+            for root in roots:
                 weights = self.below(root)
                 others = [name for name in averaged if name not in weights]
                 are_few = 2 * len(others) < len(averaged)
                 is_large = 2 * len(averaged) > len(weights)
-                if others and are_few and is_large:
+                if named is not None or (others and are_few and is_large):
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     reason = f"{reason} {names_in(others)}"
                     hint = _common_part(path, root, [*weights])
