@@ -260,7 +260,7 @@ def _warn_of_scales(checkpoint: Checkpoint) -> None:
 
 def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
     """Return the checkpoints of a training that has begun, with their times."""
-    if not any(times):
+    if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
         raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
     used = []
