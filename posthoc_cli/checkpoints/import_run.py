@@ -231,9 +231,7 @@ def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> st
         audit = _audit(sources, replace(given, ema_decay=None))
     except InvalidValueError:
         return ""
-    if audit.verdict != "found" or _schedule_in(audit):
-        return ""
-    if not audit.found:
+    if audit.verdict != "found" or not audit.found or _schedule_in(audit):
         return ""
     factor = (1 - audit.found) / (1 - given.ema_decay)
     is_near = abs(math.log(factor)) <= 3 * (audit.uncertainty or 0.0)

@@ -454,9 +454,7 @@ def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pai
             pairs.append(pair)
     updates = {repr(_updates_of(sets.content, pair)) for pair in pairs}
     if len(pairs) > 1 and len(updates) == 1:
-        whole = sets.joined(pairs)
-        if whole is not None:
-            return [whole]
+        return sets.joined(pairs)
     return pairs
 
 

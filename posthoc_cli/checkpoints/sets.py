@@ -305,15 +305,15 @@ class Sets:
             path = inner
         return Pair(self.below(path), {}, path)
 
-    def joined(self, pairs: Sequence[Pair]) -> Pair | None:
+    def joined(self, pairs: list[Pair]) -> list[Pair]:
         """Return the average of which these are parts, such as `momentum_backbone` and
-        `momentum_projector`; None if they are averages of their own."""
+        `momentum_projector`; themselves if they are averages of their own."""
         roots = {pair.weights_key for pair in pairs}
         places = {_place(pair) for pair in pairs}
         are_keys = any(pair.average_key in self.keys for pair in pairs)
         outer, other, _ = places.pop()
         if are_keys or places or len(roots) < len(pairs) or outer != other:
-            return None
+            return pairs
         averaged = {}
         weights = {}
         for pair in pairs:
@@ -322,7 +322,7 @@ class Sets:
                 averaged[f"{part}.{name}"] = tensor
             for name, tensor in pair.weights.items():
                 weights[f"{part}.{name}"] = tensor
-        return Pair(averaged, weights, pairs[0].average_key, outer)
+        return [Pair(averaged, weights, pairs[0].average_key, outer)]
 
     def _within(self, path: str) -> Iterator[str]:
         """Yield a path, and those of the main parts within it."""
