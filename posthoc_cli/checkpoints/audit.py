@@ -487,22 +487,18 @@ class _Explanation:
             found = self._restarts()
             if self.is_late and 0 not in self.starts:
                 found[0] = _locate_start(self.alike[0], self.rows[[0]])
-            self._note(found)
+            self.starts |= found
+            for index, time in self.starts.items():
+                event = "began again" if index else "begins"
+                self.notes[index] = f"{event} near step {time:,.0f}"
             if not found:
                 return
         self._fit()
-        self._note({})
 
     def _fit(self) -> None:
         rows = self.rows[self.usable]
         model = self.model.begun(*self.starts.values())
         self.alike = best_models(model, self.rules, rows)
-
-    def _note(self, found: dict[int, float]) -> None:
-        self.starts |= found
-        for index, time in self.starts.items():
-            event = "began again" if index else "begins"
-            self.notes[index] = f"{event} near step {time:,.0f}"
 
     def _restarts(self) -> dict[int, float]:
         """Return the times at which the average restarted from the weights, by interval."""
