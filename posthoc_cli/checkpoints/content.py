@@ -659,7 +659,7 @@ class _Objects:
             if begin + length > file.size:
                 self._refuse(path, name, "truncated: it would end beyond the file")
             if self.nbytes[file_name] > file.size:
-                self._refuse(path, name, "shares bytes with another object of the file")
+                raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
             return path, read_pickled(file, begin, begin + length)
 
     def _refuse(self, path: Path, name: str, problem: str) -> NoReturn:

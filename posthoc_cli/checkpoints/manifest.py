@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.clock import checked_number
 from posthoc_cli.checkpoints.content import Values
 from posthoc_cli.checkpoints.settings import ImportSettings
@@ -93,6 +94,8 @@ def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     listed = {}
     for one, kind, time in raw["checkpoints"]:
+        if kind not in KINDS:
+            raise ValueError(f"no kind {kind!r}")
         place = _absolute(one, base)
         if place in listed:
             raise ValueError(f"lists the checkpoint {one!r} twice")
