@@ -17,6 +17,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -512,9 +513,12 @@ _DONE_HERE: dict[bytes, _Do] = {
     pickle.ADDITEMS: _USUAL[pickle.APPENDS[0]],
     pickle.FROZENSET: _USUAL[pickle.LIST[0]],
 }
-_CONTAINERS = pickle.EMPTY_LIST + pickle.EMPTY_SET + pickle.EMPTY_DICT + pickle.FROZENSET
+_CONTAINERS = b"".join(
+    (pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_SET, pickle.FROZENSET, pickle.EMPTY_DICT)
+)
 _REFUSED = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.INST + pickle.OBJ + pickle.DICT
 """Opcodes that may reach real functions, or hash anything; protocols 2 to 5 need none of them."""
+_KNOWN = {ord(opcode.code) for opcode in pickletools.opcodes if opcode.proto <= 5}
 
 
 def _charged(code: int, do: _Do) -> _Do:
@@ -528,9 +532,7 @@ def _charged(code: int, do: _Do) -> _Do:
 
 
 _DISPATCH = _USUAL | {code[0]: do for code, do in _DONE_HERE.items()}
-_Machine.dispatch = {
-    code: _charged(code, do) for code, do in _DISPATCH.items() if code not in _REFUSED
-}
+_Machine.dispatch = {code: _charged(code, _DISPATCH[code]) for code in _KNOWN.difference(_REFUSED)}
 
 
 # --- the calls of a pickle that make tensors
