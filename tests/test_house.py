@@ -208,9 +208,10 @@ LOADING = {
     "load_module",
     "Unpickler",
 }
-HARMLESS = {"json.loads", "load_file", "_Interpreter(stream, calls, locate, begin).load"}
-"""Loaders that execute no code: of JSON, of safetensors (used by the demo), and of checkpoints
-(which imports nothing)."""
+HARMLESS = {"json.loads", "load_file"}
+"""Loaders that execute no code: of JSON, and of safetensors (used by the demo)."""
+INERT = {"super().load", "inner.load", "_Machine(file, begin, end, budget, archive).load"}
+"""Calls of the interpreter of pickles, which finds no class: `test_hostile_checkpoints`."""
 
 
 @MODULES
@@ -218,6 +219,10 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     """`import_module` is used only for the table of public names."""
     found = {name.split(".")[0] for name in imported(path)} & PICKLING
     text = path.read_text()
+    harmless = HARMLESS
+    if path == PACKAGE / "checkpoints" / "pickles.py":
+        harmless = HARMLESS | INERT
+        found.remove("pickle")
     assert not found
     calls = set()
     for node in parsed(path):
@@ -229,7 +234,7 @@ def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     if path == PACKAGE / "integrations" / "__init__.py":
         assert "weights_only=True" in text
         loading -= {"torch.load", "load"}
-    assert loading <= HARMLESS
+    assert loading <= harmless
     assert "allow_pickle" not in text
     assert "load_file" not in calls or "from safetensors.torch import load_file" in text
     assert "import_module" not in text or path == PACKAGE / "__init__.py"

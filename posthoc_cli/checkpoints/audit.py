@@ -53,6 +53,10 @@ from posthoc_cli.profiles import (
 )
 from posthoc_cli.snapshots.sources import ElementRange, Source, expected_roundings
 
+Bools = npt.NDArray[np.bool_]
+Verdict = tuple[str, str]
+"""A word of `BAD` or another one, and its text."""
+
 _MOST_ELEMENTS = 100_000  # in the sample
 # In a piece, if its tensor has so many: the inverse of what a piece leaves unexplained is its
 # weight, and what one element leaves may be 0 by chance.
@@ -389,9 +393,9 @@ class _Moves:
     """Which pieces of weights moved, and which averages did not, by interval; and at which times
     they were equal."""
 
-    weights: npt.NDArray[np.bool_]  # [intervals, pieces]
-    still: npt.NDArray[np.bool_]  # also where the weights stand still: [intervals, pieces]
-    copied: npt.NDArray[np.bool_]  # [times, pieces]
+    weights: Bools  # [intervals, pieces]
+    still: Bools  # also where the weights stand still: [intervals, pieces]
+    copied: Bools  # [times, pieces]
 
     @classmethod
     def of(cls, series: Series) -> _Moves:
@@ -410,18 +414,18 @@ class _Moves:
         return cls(moves, stays, np.stack(copied, axis=1))
 
     @property
-    def stands(self) -> npt.NDArray[np.bool_]:
+    def stands(self) -> Bools:
         """Whether the average was not updated: [intervals]."""
         moves = self.weights.any(axis=1)
         return np.asarray(moves & self.still.all(axis=1))
 
     @property
-    def equal(self) -> npt.NDArray[np.bool_]:
+    def equal(self) -> Bools:
         """Which pieces are always copied: [pieces]."""
         copied = self.copied[1:] | ~self.weights
         return np.asarray(copied.all(axis=0))
 
-    def lost(self, names: Sequence[str], averaged: npt.NDArray[np.bool_]) -> tuple[str, ...]:
+    def lost(self, names: Sequence[str], averaged: Bools) -> tuple[str, ...]:
         """Return those of the pieces' names whose weights move, and which are not averaged."""
         are_lost = self.weights.any(axis=0) & ~averaged
         return tuple(dict.fromkeys(compress(names, are_lost)))
@@ -434,7 +438,7 @@ class _Moves:
         return int(np.argmin([*is_copy, False]))
 
     @property
-    def fault(self) -> tuple[str, str] | None:
+    def fault(self) -> Verdict | None:
         """The verdict and its text on an average that does not average at all."""
         if not self.weights.any():
             return "undetermined", "the weights stand still between these checkpoints"
@@ -483,22 +487,18 @@ class _Explanation:
             found = self._restarts()
             if self.is_late and 0 not in self.starts:
                 found[0] = _locate_start(self.alike[0], self.rows[[0]])
-            self._note(found)
+            self.starts |= found
+            for index, time in self.starts.items():
+                event = "began again" if index else "begins"
+                self.notes[index] = f"{event} near step {time:,.0f}"
             if not found:
                 return
         self._fit()
-        self._note({})
 
     def _fit(self) -> None:
         rows = self.rows[self.usable]
         model = self.model.begun(*self.starts.values())
         self.alike = best_models(model, self.rules, rows)
-
-    def _note(self, found: dict[int, float]) -> None:
-        self.starts |= found
-        for index, time in self.starts.items():
-            event = "began again" if index else "begins"
-            self.notes[index] = f"{event} near step {time:,.0f}"
 
     def _restarts(self) -> dict[int, float]:
         """Return the times at which the average restarted from the weights, by interval."""
@@ -682,7 +682,7 @@ def _what(model: Model) -> str:
 def _explanation(
     series: Series,
     moves: _Moves,
-    averaged: npt.NDArray[np.bool_],
+    averaged: Bools,
     model: Model,
     rules: Sequence[DecayRule],
 ) -> _Explanation:
@@ -707,7 +707,7 @@ def _explanation(
 
 
 def _notes(
-    stands: npt.NDArray[np.bool_],
+    stands: Bools,
     times: FloatArray,
     restarts: Sequence[float],
 ) -> list[str]:
@@ -746,7 +746,7 @@ def _verdict(
     lost: Sequence[str],
     tensors: int,
     unit: str,
-) -> tuple[str, str]:
+) -> Verdict:
     """Return the verdict on an average that moved as explained, and its text; it has `lost` some of
     its tensors."""
     if explanation.rivals:
@@ -773,7 +773,7 @@ def _verdict(
     return verdict, text
 
 
-def _set_back(audit: Audit, unit: str) -> tuple[str, str] | None:
+def _set_back(audit: Audit, unit: str) -> Verdict | None:
     """Return the verdict on an average of a clear length that jumps; None if it does not."""
     jump = audit.jump
     if jump is None or (audit.uncertainty or 0.0) >= _VAGUE / 2:
@@ -795,7 +795,7 @@ def _steps(times: Sequence[float]) -> str:
     return " and ".join(f"{time:,.0f}" for time in times)
 
 
-def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> tuple[str, str]:
+def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> Verdict:
     """Return the verdict on an average that seems to restart: in intervals one after another, its
     decay rises."""
     restarts = audit.starts[audit.is_late :]
@@ -809,7 +809,7 @@ def _begun_again(audit: Audit, explanation: _Explanation, shown: str) -> tuple[s
     return "began again", f"{text}reset, at a resume; {shown}"
 
 
-def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, str] | None:
+def _broken(audit: Audit, explanation: _Explanation, unit: str) -> Verdict | None:
     """Return the verdict on an average that follows no decay; None if it may follow one."""
     model, _ = explanation.refined
     if audit.is_of_other_weights:
@@ -823,17 +823,13 @@ def _broken(audit: Audit, explanation: _Explanation, unit: str) -> tuple[str, st
     shortest = min(moved, default=0.0)  # a shorter one may lie between two updates
     stopped = []
     for each in audit.intervals:
-        if _is_stopped(each, explanation.model) and each.time >= shortest:
+        is_long = each.time >= max(shortest, 2 * explanation.model.every)  # of two updates or more
+        if each.note == _STILL and is_long:
             stopped.append(each)
     if not stopped:
         return None
     text = f"the average does not move from {unit[:-1]} {stopped[0].begin:,.12g} to "
     return DOES_NOT_MOVE, f"{text}{stopped[-1].end:,.12g}, while the weights do"
-
-
-def _is_stopped(interval: Interval, model: Model) -> bool:
-    """Return whether an average was not updated in an interval that has two updates or more."""
-    return interval.note == _STILL and interval.time >= 2 * model.every
 
 
 def _setting(model: Model) -> str:
@@ -897,7 +893,7 @@ def _compare_lengths(
     explanation: _Explanation,
     shown: str,
     unit: str,
-) -> tuple[str, str]:
+) -> Verdict:
     """Return the verdict on a length, against the claimed one if there is a claim, and its text."""
     model, _ = explanation.refined
     rows = explanation.rows[explanation.usable]

@@ -14,15 +14,14 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from posthoc_cli.checkpoints.content import ENDINGS, Content
-from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, IMAGE_VALUES, STEP_VALUES
+from posthoc_cli.checkpoints.programs import EPOCH_VALUES, FROM_0, STEP_VALUES, Unit
 from posthoc_cli.checkpoints.settings import ImportSettings, read_number
 from posthoc_cli.errors import InvalidValueError, shown
 
@@ -30,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _MOST = 10**15
 _HINT = r"import with `step_from`, a pattern such as 'step(\d+)'"
-
-Unit = Literal["steps", "epochs", "images", ""]
 
 _MORE = r"(?P<more>(?:[.,_-][0-9]+)+|[a-z]+)?"  # what follows digits of a number, or its unit
 _STEP = r"(?:steps?|iter(?:ation)?s?)"
@@ -43,17 +40,18 @@ _AFTER = (
 )
 
 
-def _marked_by(word: str) -> tuple[re.Pattern[str], ...]:
-    patterns = (_BEFORE.replace("{word}", word), _AFTER.replace("{word}", word))
-    return tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
+def _pattern(template: str, word: str) -> re.Pattern[str]:
+    return re.compile(template.replace("{word}", word), re.IGNORECASE)
 
 
-_MARKED: dict[Unit, tuple[re.Pattern[str], ...]] = {
-    "steps": _marked_by(_STEP),
-    "epochs": _marked_by(_EPOCH),
-}
+_MARKS: tuple[tuple[Unit, re.Pattern[str]], ...] = (
+    ("steps", _pattern(_BEFORE, _STEP)),
+    ("epochs", _pattern(_BEFORE, _EPOCH)),
+    ("steps", _pattern(_AFTER, _STEP)),
+    ("epochs", _pattern(_AFTER, _EPOCH)),
+)
 _COUNT = re.compile(rf"(?:[a-z]+_)?n?(?:{_STEP}|it|updates?)(?:_(?:count|num))?")  # names of values
-_CHECKPOINT = re.compile(_BEFORE.replace("{word}", "(?:checkpoint|ckpt)s?"), re.IGNORECASE)
+_CHECKPOINT = _pattern(_BEFORE, "(?:checkpoint|ckpt)s?")
 _ALONE = re.compile(
     rf"(?P<other>(?<![a-z])(?:v|version|fp|bf|int|float)[_.\-]?)?(?P<number>[0-9]+){_MORE}",
     re.IGNORECASE,
@@ -78,7 +76,12 @@ class Reading:
     is_of_folder: bool = False  # whether it is in the name of the folder, not in that of the file
     named: Reading | None = None  # what its name says, where its content has a step
     is_from_0: bool = False  # whether it is of a program that counts epochs from 0
+    count: int = 0  # updates that an average has counted, one for each step
+    path: Path = Path()  # of the checkpoint
     value: str = ""  # the name of the value in its content
+
+
+UNREAD = Reading(0, "", "")
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,7 @@ class Times:
     unit: str
     is_stated: bool  # whether files or the user state the unit
     says: str  # what "numbers are", as the rest of a sentence
-    by_path: Mapping[Path, int]  # 0 before the training
-
-    @property
-    def of_decays(self) -> Times:
-        """The same next to averages, whose decays are of steps."""
-        return replace(self, is_stated=self.is_stated or self.unit == "steps")
+    numbers: Sequence[int]  # 0 before the training
 
 
 # --- one checkpoint
@@ -102,7 +100,8 @@ class Times:
 def read_time(content: Content, settings: ImportSettings) -> Reading:
     """Return the number of a checkpoint; raise InvalidValueError if nothing tells it."""
     is_from_0 = any(content.values.keys() >= marks for marks in FROM_0)
-    return replace(_read_number(content, settings), is_from_0=is_from_0)
+    reading = _read_number(content, settings)
+    return replace(reading, is_from_0=is_from_0, path=content.path)
 
 
 def _read_number(content: Content, settings: ImportSettings) -> Reading:
@@ -110,19 +109,14 @@ def _read_number(content: Content, settings: ImportSettings) -> Reading:
     epoch = _whole(content, EPOCH_VALUES)
     if settings.step_from is not None:
         return replace(_searched(path, settings), epoch=epoch)
-    for name in STEP_VALUES:
-        value = content.values.get(_last_of_list(content, name))
+    last = {re.sub(r"\.\d+\.", ".*.", name): value for name, value in content.values.items()}
+    for name, unit in STEP_VALUES.items():
+        value = last.get(name)
         if isinstance(value, str) and value.isdecimal() and len(value) < 20:
             value = int(value)
         if isinstance(value, int | float) and value > 0:
             number = checked_number(path, value)
-            return Reading(
-                number, "steps", _stored(name), epoch, named=time_in_name(path), value=name
-            )
-    images = _whole(content, IMAGE_VALUES)
-    if images:
-        (name,) = IMAGE_VALUES
-        return Reading(checked_number(path, images), "images", _stored(name), value=name)
+            return Reading(number, unit, _stored(name), epoch, named=time_in_name(path), value=name)
     of_content = _only_in_content(content, epoch)
     try:
         reading = named_time(path)
@@ -161,17 +155,6 @@ def time_in_name(path: Path) -> Reading | None:
     return None
 
 
-def _last_of_list(content: Content, name: str) -> str:
-    """Return the name of a value; that of the last item in place of `*`."""
-    before, star, after = name.partition("*")
-    if not star:
-        return name
-    count = 0
-    while f"{before}{count}{after}" in content.values:
-        count += 1
-    return f"{before}{count - 1}{after}"
-
-
 def _searched(path: Path, settings: ImportSettings) -> Reading:
     """Return the number that the user's pattern finds in a path."""
     pattern = settings.step_from or ""
@@ -188,10 +171,9 @@ def _searched(path: Path, settings: ImportSettings) -> Reading:
 def _unit_at(text: str, begin: int) -> Unit:
     """Return what the number that begins at a place of a text counts, by the word before it, or
     else behind it; empty if there is none."""
-    for patterns in zip(*_MARKED.values(), strict=True):
-        for unit, pattern in zip(_MARKED, patterns, strict=True):
-            if any(one.start("number") == begin for one in pattern.finditer(text)):
-                return unit
+    for unit, pattern in _MARKS:
+        if any(one.start("number") == begin for one in pattern.finditer(text)):
+            return unit
     return ""
 
 
@@ -243,11 +225,8 @@ def named_time(path: Path) -> Reading:
 
 def _epoch_in(name: str) -> int | None:
     """Return the number next to a word for epochs; None if there is none, or are several."""
-    numbers = []
-    for pattern in _MARKED["epochs"]:
-        for match in pattern.finditer(name):
-            numbers.append(int(match["number"]))
-    return numbers[0] if len(numbers) == 1 else None
+    matches = _matches(name, "epochs")
+    return int(matches[0]["number"]) if len(matches) == 1 else None
 
 
 def _stem(path: Path) -> str:
@@ -257,11 +236,19 @@ def _stem(path: Path) -> str:
     return stem
 
 
+def _matches(name: str, unit: Unit) -> list[re.Match[str]]:
+    """Return the numbers next to a word for a unit."""
+    found = list[re.Match[str]]()
+    for other, pattern in _MARKS:
+        if other == unit:
+            found += pattern.finditer(name)
+    return found
+
+
 def _marked(name: str) -> tuple[Unit, list[re.Match[str]]]:
     """Return the numbers next to a word, and what it says that they count."""
-    for unit, patterns in _MARKED.items():
-        matches = [match for one in patterns for match in one.finditer(name)]
-        if matches:
+    for unit, _ in _MARKS:
+        if matches := _matches(name, unit):
             return unit, matches
     return "", [*_CHECKPOINT.finditer(name)]
 
@@ -275,47 +262,33 @@ def _doubt(path: Path, doubt: str) -> InvalidValueError:
 # --- all checkpoints of a run
 
 
-def by_names(readings: Mapping[Path, Reading]) -> Mapping[Path, Reading]:
+def _by_names(readings: Sequence[Reading]) -> Sequence[Reading]:
     """Return the numbers in names where the count in the contents repeats, and does not exceed
     them: VITS stores its epoch as `iteration`. Log which are taken where the two differ."""
-    named = {path: one.named for path, one in readings.items() if one.named is not None}
-    in_names = {one.number for one in named.values()}
-    if len(in_names) < max(2, len(readings)):
+    named = [one.named for one in readings if one.named is not None]
+    if len({one.number for one in named}) < max(2, len(readings)):
         return readings
-    ahead = {}
-    for path, one in named.items():
-        ahead[path] = one.number - readings[path].number
-    if min(ahead.values()) < -1 or max(ahead.values()) <= 1:  # 1: counted from 0
+    pairs = [*zip(readings, named, strict=True)]
+    ahead = [of_name.number - one.number for one, of_name in pairs]
+    if min(ahead) < -1 or max(ahead) <= 1:  # 1: counted from 0
         return readings
-    path = next(path for path in ahead if ahead[path] > 1)
-    one = readings[path]
-    says = f"{one.origin} is {one.number:,}, and the number in its name {named[path].number:,}"
-    in_contents = {one.number for one in readings.values()}
-    if len(in_contents) < len(readings):
-        log.warning("%s: %s: taken is that in names, as %s repeats", path, says, one.origin)
-        return named
-    log.warning("%s: %s: taken is %s; `step_from` takes that in names", path, says, one.origin)
+    one, of_name = next(pair for pair, more in zip(pairs, ahead, strict=True) if more > 1)
+    says = f"{one.origin} is {one.number:,}, and the number in its name {of_name.number:,}: taken"
+    if len({one.number for one in readings}) < len(readings):
+        log.warning("%s: %s is that in names, as %s repeats", one.path, says, one.origin)
+        return [replace(of_name, count=one.count) for one, of_name in pairs]
+    log.warning("%s: %s is %s; `step_from` takes that in names", one.path, says, one.origin)
     return readings
 
 
-def times_of(
-    readings: Mapping[Path, Reading],
-    counts: Mapping[Path, int],
-    settings: ImportSettings,
-) -> Times:
+def times_of(readings: Sequence[Reading], settings: ImportSettings) -> Times:
     """Return the times of a run's checkpoints, and what their numbers count.
 
-    Arguments:
-        readings: the number of each checkpoint.
-        counts: the updates that averages in checkpoints have counted, which are steps then.
-        settings: of the import.
-
-    Raises:
-        InvalidValueError: `steps_per_epoch` is given, and the numbers are no epochs.
+    Raise InvalidValueError if `steps_per_epoch` is given, and the numbers are no epochs.
     """
-    numbers = [*readings.values()]
+    numbers = _by_names(readings)
     origin = numbers[0].origin
-    as_they_are = {path: one.number for path, one in readings.items()}
+    as_they_are = [one.number for one in numbers]
     stated = {one.unit for one in numbers} & {"steps", "images"}
     if len(stated) > 1:
         reason = "must be given: some files state their steps, and others images"
@@ -323,20 +296,20 @@ def times_of(
     if stated:
         (unit,) = stated
         if settings.step_from is None and _begin_anew(numbers):
-            return _times_within_epochs(readings, settings)
+            return _times_within_epochs(numbers, settings)
         if settings.steps_per_epoch:
             reason = f"says nothing about numbers that are {unit}, by {origin}"
             raise InvalidValueError("steps_per_epoch", reason, value=settings.steps_per_epoch)
         return Times(unit, True, f"{unit}, by {origin}", as_they_are)
     why = _why_epochs(numbers)
-    if not why and _are_exceeded(readings, counts):
+    if not why and all(one.count > one.number + 1 for one in numbers):
         why = "averages have counted more updates"
     if settings.steps_per_epoch and not why:
         why = "`steps_per_epoch` is given"
     if not why:
         says = f"taken for steps: they are {origin}, and nothing states their unit"
         return Times("steps", False, says, as_they_are)
-    return _times_of_epochs(readings, counts, settings, why)
+    return _times_of_epochs(numbers, settings, why)
 
 
 def _begin_anew(numbers: Sequence[Reading]) -> bool:
@@ -354,9 +327,8 @@ def _begin_anew(numbers: Sequence[Reading]) -> bool:
     return False
 
 
-def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSettings) -> Times:
+def _times_within_epochs(numbers: Sequence[Reading], settings: ImportSettings) -> Times:
     """Return the times of checkpoints whose numbers are steps within their epochs."""
-    numbers = [*readings.values()]
     most = max(one.number for one in numbers)
     each = settings.steps_per_epoch
     says = f"steps that begin anew in each epoch, by {numbers[0].origin}"
@@ -369,32 +341,24 @@ def _times_within_epochs(readings: Mapping[Path, Reading], settings: ImportSetti
     first = settings.first_epoch
     if first is None:
         first = min(1, *(one.epoch or 0 for one in numbers))
-    steps = {}
-    for path, one in readings.items():
-        before = (one.epoch or 0) - first
-        steps[path] = each * before + one.number
+    steps = [each * ((one.epoch or 0) - first) + one.number for one in numbers]
     return Times("steps", True, f"{says}, of epochs counted from {first}", steps)
 
 
-def _times_of_epochs(
-    readings: Mapping[Path, Reading],
-    counts: Mapping[Path, int],
-    settings: ImportSettings,
-    why: str,
-) -> Times:
+def _times_of_epochs(numbers: Sequence[Reading], settings: ImportSettings, why: str) -> Times:
     """Return the times of checkpoints whose numbers are epochs, in steps if those are known."""
-    numbers = [*readings.values()]
     offset = _offset(numbers, settings)
     says = f"epochs, counted from {1 - offset}: {why}"
     is_sure = offset or settings.first_epoch is not None
     if not is_sure and not _begin_at_1(one.number for one in numbers):
         says += ", and nothing shows the first: `first_epoch` is 0 if it is"
-    epochs = {path: one.number + offset for path, one in readings.items()}
+    epochs = [one.number + offset for one in numbers]
     if each := settings.steps_per_epoch:
-        steps = {path: each * epoch for path, epoch in epochs.items()}
-        says += f"; the first checkpoint is of step {min(steps.values()):,}"
+        steps = [each * epoch for epoch in epochs]
+        says += f"; the first checkpoint is of step {min(steps):,}"
         return Times("steps", True, says, steps)
-    if counts.keys() == readings.keys():
+    counts = [one.count for one in numbers]
+    if all(counts):
         late = _late(epochs, counts)
         if not late:
             says += "; steps are the updates that the averages have counted"
@@ -403,25 +367,15 @@ def _times_of_epochs(
     return Times("epochs", False, says, epochs)
 
 
-def _are_exceeded(readings: Mapping[Path, Reading], counts: Mapping[Path, int]) -> bool:
-    """Return whether averages have counted more updates than each number, which is no step then."""
-    for path, one in readings.items():
-        count = counts.get(path, 0)
-        if count <= one.number + 1:
-            return False
-    return True
-
-
-def _late(epochs: Mapping[Path, int], counts: Mapping[Path, int]) -> int:
+def _late(epochs: Sequence[int], counts: Sequence[int]) -> int:
     """Return the epoch after which averages began to count their updates, as torchvision's do when
     the learning rate has risen; 0 if they did with the training."""
-    first = min(epochs, key=epochs.__getitem__)
-    last = max(epochs, key=epochs.__getitem__)
-    counted = counts[last] - counts[first]
-    passed = epochs[last] - epochs[first]
-    if counted <= 0 or passed <= 0:
+    pairs = sorted(zip(epochs, counts, strict=True))
+    first, count = pairs[0]
+    last, most = pairs[-1]
+    if most <= count or last == first:
         return 0
-    begin = epochs[first] - counts[first] * passed / counted
+    begin = first - count * (last - first) / (most - count)
     return max(round(begin), 0)
 
 

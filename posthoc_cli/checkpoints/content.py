@@ -14,7 +14,7 @@ offsets in their metadata.
 from __future__ import annotations
 
 import re
-from bisect import bisect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -144,6 +144,8 @@ class StoredTensor:
 
 
 Tensors = Mapping[str, StoredTensor]
+Values = dict[str, Any]
+"""Numbers and texts, by their keys."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Content:
 
     path: Path  # the file or folder
     tensors: Tensors  # by their keys, joined by dots
-    values: Mapping[str, Any] = field(default_factory=dict)  # numbers and texts, by their keys
+    values: Values = field(default_factory=dict)  # numbers and texts, by their keys
     files: dict[Path, Identity] = field(default_factory=dict)
 
     @property
@@ -190,11 +192,9 @@ class Content:
 
 def stripped(named: Mapping[str, T], start: str) -> dict[str, T]:
     """Return the items whose names begin so, by the rest of their names."""
-    rests = {}
-    for name, item in named.items():
-        if name.startswith(start):
-            rests[name.removeprefix(start)] = item
-    return rests
+    return {
+        name.removeprefix(start): item for name, item in named.items() if name.startswith(start)
+    }
 
 
 def names_in(names: Sequence[str], most: int = 5) -> str:
@@ -398,7 +398,7 @@ def _are_chunks(folder: Path, names: Sequence[str]) -> bool:
 def _of_file(path: Path) -> Content:
     """Return the content of a file that is no snapshot; the values include the metadata of
     safetensors."""
-    values = dict[str, Any]()
+    values = Values()
     tensors = {}
     with OpenedFile(path) as file:
         leaves: dict[Keys, Any]
@@ -428,9 +428,9 @@ def _of_file(path: Path) -> Content:
     return Content(path, tensors, values, {path: identity})
 
 
-def _training_info(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _training_info(path: Path, metadata: Mapping[str, str]) -> Values:
     """Return the values of the object that ai-toolkit writes into the metadata, as text."""
-    info = dict[str, Any]()
+    info = Values()
     with suppress(FileFormatError):  # another program's text
         info = parse_object(path, metadata.get(_INFO, "{}"), _INFO)
     return {f"{_INFO}.{name}": value for name, value in info.items()}
@@ -541,7 +541,7 @@ def _saved_box(tensor: StoredTensor, place: Any) -> Box:
     return Box(tuple(offset), tensor.shape)
 
 
-def _state(value: Any) -> dict[str, Any]:
+def _state(value: Any) -> Values:
     """Return the attributes of an object in a pickle; empty if it has none."""
     if isinstance(value, Node) and isinstance(value.state, dict):
         return value.state
@@ -571,7 +571,7 @@ def _of_distributed(metadata: Path) -> Content:
     return Content(metadata.parent, tensors, values, objects.files)
 
 
-def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, dict[str, Any]]:
+def _places_in(stored: Mapping[Any, Any]) -> dict[_Index, Values]:
     places = {}
     for index, place in stored.items():
         key = _state(index)
@@ -594,17 +594,25 @@ def _keys_of(name: str, planned: Any) -> Keys:
 
 @dataclass
 class _Objects:
-    """The objects in the files of a distributed checkpoint. They share no bytes, so that reading
-    all takes one pass."""
+    """The objects in the files of a distributed checkpoint. They have no more bytes than their
+    files, so that reading all takes one pass."""
 
     metadata: Path
     # of objects in files, by their names and offsets
-    places: Mapping[_Index, Mapping[str, Any]]
+    places: Mapping[_Index, Values]
     files: dict[Path, Identity]
-    # of the objects that were read, sorted
-    spans: dict[Path, list[tuple[int, int]]] = field(default_factory=dict)
 
-    def described(self, name: str, keys: Keys, described: Mapping[str, Any]) -> StoredTensor:
+    @cached_property
+    def nbytes(self) -> Counter[str]:
+        """The bytes of all objects in a file, by its name."""
+        nbytes = Counter[str]()
+        for place in self.places.values():
+            length: Any = place.get("length")
+            if is_sizes((length,)):
+                nbytes[str(place.get("relative_path"))] += length
+        return nbytes
+
+    def described(self, name: str, keys: Keys, described: Values) -> StoredTensor:
         """Return a tensor as the metadata describe it; its chunks are looked for when they are
         needed."""
         size: Any = described.get("size")
@@ -635,12 +643,9 @@ class _Objects:
 
     def read(self, name: str, offset: tuple[int, ...]) -> tuple[Path, Any]:
         """Return the file and the object of a name at an offset, or of the name alone."""
-        of_name = self.places.get((name, ())) or {}
-        place: Any = self.places.get((name, offset)) or of_name
-        file_name = place.get("relative_path")
-        begin = place.get("offset")
-        length = place.get("length")
-        if not (isinstance(file_name, str) and is_sizes((begin, length))):
+        place: Any = self.places.get((name, offset)) or self.places.get((name, ()), {})
+        file_name, begin, length = map(place.get, ("relative_path", "offset", "length"))
+        if not isinstance(file_name, str) or not is_sizes((begin, length)):
             self._refuse(self.metadata, name, "its place is missing")
         if Path(file_name).name != file_name or not file_name.isprintable():
             problem = f"{shown(file_name)} is not the name of a file in its folder"
@@ -651,25 +656,11 @@ class _Objects:
         with OpenedFile(path) as file:
             if path not in self.files:
                 self.files[path] = Identity.of(file)
-            end = begin + length
-            if end > file.size:
+            if begin + length > file.size:
                 self._refuse(path, name, "truncated: it would end beyond the file")
-            self._take(path, name, begin, end)
-            return path, read_pickled(file, begin, end)
-
-    def _take(
-        self,
-        path: Path,
-        name: str,
-        begin: int,
-        end: int,
-    ) -> None:
-        spans = self.spans.setdefault(path, [])
-        at = bisect(spans, (begin, end))
-        for one, other in spans[max(at - 1, 0) : at + 1]:
-            if one < end and begin < other:
-                self._refuse(path, name, "shares bytes with another object of the file")
-        spans.insert(at, (begin, end))
+            if self.nbytes[file_name] > file.size:
+                raise FileFormatError(path, "is shorter than its objects: truncated or overlapping")
+            return path, read_pickled(file, begin, begin + length)
 
     def _refuse(self, path: Path, name: str, problem: str) -> NoReturn:
         raise FileFormatError(path, f"tensor {shown(name)}: {problem}")

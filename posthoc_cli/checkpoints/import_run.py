@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 # largest relative uncertainty of a long time constant that an import accepts
 _VAGUE = 0.05
 
-# largest difference in length between a found decay and the round one that is taken: a quarter of
-# all odd decays are as near to one by chance
+# Largest difference in length between a found decay and the round one that is taken: a quarter of
+# all odd decays are as near to one by chance. It must also be as likely, within two uncertainties,
+# as all true lengths of `any_ema.py`.
 _NEAR = 0.1
 
 # uncertainty of the time of a restart that was found, relative to the time between two checkpoints
@@ -62,11 +63,10 @@ class Import:
         return Counter(one.holds for one in self.checkpoints)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = []
-        for one in self.checkpoints:
-            rows.append({"path": str(one.path), "t": one.t, "holds": one.holds})
+        listed = self.checkpoints
+        rows = [{"path": str(one.path), "t": one.t, "holds": one.holds} for one in listed]
         return {
-            "run": self.checkpoints[0].run_id,
+            "run": listed[0].run_id,
             "out": None if self.out is None else str(self.out),
             "written": self.written,
             "numbers": self.numbers,
@@ -180,15 +180,14 @@ def _found_decay(
         width = float(f"{decay:.4g}")
         return replace(given, sigma_rels=(width,), ema_uncertainty=sigma), text
     if audit.length is not None:
-        decay = _round_decay(decay, sigma)
+        decay = next(iter(_round_decays(decay, min(2 * sigma, _NEAR))), decay)
     if decay != audit.found:  # it is probably exact
         sigma /= 2
         text += f"; taken as {decay:g}"
     given = replace(given, ema_uncertainty=sigma)
     if any(one.calls == "counted" for one in updates):
-        every = given.update_every or 1
         after = given.update_after_step or 0
-        given = replace(given, update_every=every, update_after_step=after)
+        given = replace(given, update_every=given.update_every or 1, update_after_step=after)
     if schedule := _schedule_in(audit):
         last = given.steps or round(audit.intervals[-1].end)
         return replace(given, ema_warmup=f"{schedule}:{decay:.12g}", last_step=last), text
@@ -232,9 +231,7 @@ def _fitting_warm_up(sources: Sequence[Checkpoint], given: ImportSettings) -> st
         audit = _audit(sources, replace(given, ema_decay=None))
     except InvalidValueError:
         return ""
-    if audit.verdict != "found" or _schedule_in(audit):
-        return ""
-    if not audit.found:
+    if audit.verdict != "found" or not audit.found or _schedule_in(audit):
         return ""
     factor = (1 - audit.found) / (1 - given.ema_decay)
     is_near = abs(math.log(factor)) <= 3 * (audit.uncertainty or 0.0)
@@ -270,16 +267,6 @@ def _with_starts(given: ImportSettings, audit: Audit) -> ImportSettings:
     if audit.is_late:
         return replace(given, update_after_step=starts[0], ema_restarts=starts[1:])
     return replace(given, ema_restarts=starts)
-
-
-def _round_decay(decay: float, uncertainty: float) -> float:
-    """Return the nearest round decay if its time constant is as likely; else the decay.
-
-    That is within two relative uncertainties, as all true lengths of `any_ema.py`, and within
-    `_NEAR`: such decays are far apart.
-    """
-    near = _round_decays(decay, min(2 * uncertainty, _NEAR))
-    return near[0] if near else decay
 
 
 def _round_decays(decay: float, distance: float) -> list[float]:

@@ -19,23 +19,23 @@ word in a key says which is the average (`content.AVERAGE_WORD`). Then
 
 from __future__ import annotations
 
-import functools
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.checkpoints.clock import Unit
+from posthoc_cli.checkpoints.clock import UNREAD, Reading
 from posthoc_cli.checkpoints.content import (
     AVERAGE_WORD,
     NO_MODEL,
     Content,
     Tensors,
+    Values,
     names_in,
     open_checkpoint,
     stripped,
@@ -51,11 +51,12 @@ from posthoc_cli.checkpoints.sets import (
 )
 from posthoc_cli.checkpoints.settings import UNSPECIFIED, ImportSettings, warm_up_of
 from posthoc_cli.checkpoints.source import Checkpoint, are_near, first_values, make_checkpoint
-from posthoc_cli.checkpoints.updates import Updates
+from posthoc_cli.checkpoints.updates import Calls, Updates
 from posthoc_cli.errors import FileFormatError, InvalidValueError, UnsuitableError, shown
 from posthoc_cli.profiles import (
     RAMP_UP,
     UNLIMITED,
+    FloatArray,
     PowerFunction,
     StoredProfile,
     ema_pytorch_profile,
@@ -65,13 +66,12 @@ from posthoc_cli.snapshots.tensorfile import parse_object, read_small_file
 
 log = logging.getLogger(__name__)
 
-Values = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Found:
     """What a checkpoint holds: an average, the weights under the same names, or one of them."""
 
+    content: Content
     kind: str
     averaged: Tensors = field(default_factory=dict)  # by name; empty if the checkpoint has none
     weights: Tensors = field(default_factory=dict)
@@ -80,15 +80,19 @@ class Found:
     # of another average, at a step
     profile: Callable[[int], StoredProfile] | None = None
     sigma_rel: float = 0.0  # and the width that its user asked for
-    step: int | None = None  # in a name of this kind; None to read it
-    t_unit: Unit = "steps"  # what this step counts
+    reading: Reading = UNREAD  # its number
+    time: int = 0  # on the clock of its run; 0 before the training
     # settings that must be given, and the reason
     asks: Mapping[str, str] = field(default_factory=dict)
     # keys of the average and the weights if nothing tells which is which
     undecided: tuple[str, ...] = ()
     whole: Tensors = field(default_factory=dict)  # the weights, if an undecided set is no average
     unused: tuple[str, ...] = ()  # paths of the sets that are neither of these
-    path: str = ""  # what leads to the weights in the checkpoint
+    weights_key: str = ""  # what leads to the weights in the checkpoint
+
+    @property
+    def path(self) -> Path:
+        return self.content.path
 
     @property
     def tensors(self) -> Tensors:
@@ -98,14 +102,24 @@ class Found:
         return self.weights
 
     @property
+    def starts(self) -> tuple[FloatArray, FloatArray]:
+        """The first elements of the average, and of its weights."""
+        names = self.averaged.keys() & self.weights.keys()
+        averaged = {name: self.averaged[name] for name in names}
+        weights = {name: self.weights[name] for name in names}
+        ours = first_values(make_checkpoint(self.content, averaged))
+        return ours, first_values(make_checkpoint(self.content, weights))
+
+    @property
     def without_average(self) -> Found:
         return Found(
+            self.content,
             self.kind,
             weights=self.whole or self.weights,
-            step=self.step,
-            t_unit=self.t_unit,
+            reading=self.reading,
+            time=self.time,
             unused=self.unused,
-            path=self.path,
+            weights_key=self.weights_key,
         )
 
     def swapped(self) -> Found:
@@ -169,14 +183,14 @@ def _is_named(tensors: Tensors, text: str | None) -> bool:
 def _weights(sets: Sets, settings: ImportSettings) -> Found:
     if settings.weights is not None:
         weights = sets.below(sets.named(settings.weights))
-        return Found("checkpoints", weights=weights)
+        return Found(sets.content, "checkpoints", weights=weights)
     weights = sets.model(settings.prefix)
     asks = {}
     program = program_of_averages(sets.content.values.keys())
     if program:
         reason = f"{program} saves its EMA in place of the weights, unless that is off"
         asks["kind"] = f", ema or checkpoints: {reason}"
-    return Found("checkpoints", weights=weights, asks=asks)
+    return Found(sets.content, "checkpoints", weights=weights, asks=asks)
 
 
 class Stored:
@@ -225,11 +239,7 @@ class Stored:
     def _warn_if_unrelated(self) -> None:
         """Warn if the average is as far from the weights as another network is, such as the other
         tower of a model, whose key is `target_encoder`."""
-        averaged = self._found.averaged
-        weights = self._found.weights
-        names = averaged.keys() & weights.keys()
-        ours = first_values(self._made({name: averaged[name] for name in names}))
-        theirs = first_values(self._made({name: weights[name] for name in names}))
+        ours, theirs = self._found.starts
         are_alike = ours.shape == theirs.shape  # unless some are tied
         if are_alike and not are_near(ours, theirs):
             reason = "the set that its key calls an average is unrelated to the weights"
@@ -265,7 +275,7 @@ def _count(value: Any) -> int | None:
 
 
 def _diffusers(values: Values) -> Updates:
-    rule: dict[str, Any] = {
+    rule: Values = {
         "decay": float(values["decay"]),
         "warm_up": "power" if values.get("use_ema_warmup") else "ratio",
         "copies": 1 + int(values.get("update_after_step") or 0),
@@ -292,23 +302,18 @@ def _with_decay(values: Values) -> Updates:
     return Updates(rule, count, every)
 
 
-def _ema_pytorch(values: Values) -> Updates:
-    count = _count(values["step"])
-    return Updates({"warm_up": "power"}, count, calls="counted")
-
-
-def _averaged_model(values: Values) -> Updates:
-    count = _count(values["n_averaged"])
-    return Updates({"copies": 1}, count, calls="from first")
-
-
-def _ultralytics(values: Values) -> Updates:
-    rule = {"decay": 0.9999, "warm_up": "exp", "tau": 2000.0}
-    return Updates(rule, _count(values["updates"]))
+def _counting(
+    values: Values,
+    name: str = "updates",
+    calls: Calls = "multiples",
+    **rule: Any,
+) -> Updates:
+    """Return the updates that a value counts, if there is one, and which follow a rule."""
+    return Updates(rule, _count(values.get(name)), calls=calls)
 
 
 def _audiocraft(values: Values) -> Updates:
-    rule: dict[str, Any] = {"warm_up": "unbiased"}
+    rule: Values = {"warm_up": "unbiased"}
     decay = values.get("xp.cfg.optim.ema.decay")
     if isinstance(decay, float):
         rule["decay"] = decay
@@ -316,23 +321,28 @@ def _audiocraft(values: Values) -> Updates:
     return Updates(rule, every=every)
 
 
-def _composer(_: Values) -> Updates:
-    return Updates()
-
-
-def _counted(values: Values) -> Updates:
-    return Updates(count=_count(values["updates"]))
-
-
 LIBRARIES = (
     Library("diffusers-ema", ("optimization_step", "decay"), _diffusers),
-    Library("ema-pytorch-ema", ("initted", "step"), _ema_pytorch),
-    Library("averaged-model", ("n_averaged",), _averaged_model),
-    Library("ultralytics", ("updates",), _ultralytics, key="ema"),
+    Library(
+        "ema-pytorch-ema",
+        ("initted", "step"),
+        partial(_counting, name="step", calls="counted", warm_up="power"),
+    ),
+    Library(
+        "averaged-model",
+        ("n_averaged",),
+        partial(_counting, name="n_averaged", calls="from first", copies=1),
+    ),
+    Library(
+        "ultralytics",
+        ("updates",),
+        partial(_counting, decay=0.9999, warm_up="exp", tau=2000.0),
+        key="ema",
+    ),
     Library("audiocraft", ("ema.count", "xp.sig"), _audiocraft),
-    Library("composer", ("ema_weights_active",), _composer),
+    Library("composer", ("ema_weights_active",), _counting),
     Library("torch-ema", ("decay",), _with_decay),
-    Library("ema", ("updates",), _counted),  # RT-DETR, D-FINE
+    Library("ema", ("updates",), _counting),  # RT-DETR, D-FINE
 )
 """The first one whose values are there counts."""
 
@@ -363,7 +373,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     elif prefix and sets.counts[prefix]:
         weights = prefix
     if settings.average is not None:
-        pair = _named_pair(sets, settings.average, weights)
+        path = sets.named(settings.average)
+        pair = sets.pair(path, weights, is_named=True) or sets.alone(path)
         return _described(sets, pair, settings)
     candidates = [*sets.averages, *_anchored(sets)]
     pairs = _pairs(sets, candidates, weights)
@@ -373,8 +384,8 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
     if candidates:
         alone = _alone(sets, candidates)
         return _described(sets, alone, settings) if alone else None
-    path = sets.content.path
-    if AVERAGE_WORD.search(path.name) or AVERAGE_WORD.fullmatch(path.parent.name):
+    file = sets.content.path
+    if AVERAGE_WORD.search(file.name) or AVERAGE_WORD.fullmatch(file.parent.name):
         return _all_averaged(sets, settings)
     if not settings.include and not settings.exclude:
         _check_slashes(sets.content)
@@ -384,7 +395,7 @@ def _find_average(sets: Sets, settings: ImportSettings) -> Found | None:
 def _find_twin(sets: Sets) -> Found | None:
     """Return the model and another set of the same tensors, of which the values will tell whether
     it is an average; None unless there is one such set."""
-    models = sets.may_be_models()
+    models = sets.models
     pairs = dict[frozenset[str], tuple[str, str]]()
     for path in models:
         for other in sets.keys:
@@ -395,7 +406,15 @@ def _find_twin(sets: Sets) -> Found | None:
         averaged = sets.below(twin)
         model = sets.below(path)
         if len(model) > 1:
-            return Found("ema", averaged, model, Updates(), undecided=(twin, path), path=path)
+            return Found(
+                sets.content,
+                "ema",
+                averaged,
+                model,
+                Updates(),
+                undecided=(twin, path),
+                weights_key=path,
+            )
     return _find_twin_parts(sets, models[0]) if len(models) == 1 else None
 
 
@@ -414,7 +433,16 @@ def _find_twin_parts(sets: Sets, path: str) -> Found | None:
     if not averaged:
         return None
     names = (", ".join(twins.values()), ", ".join(twins))
-    return Found("ema", averaged, weights, Updates(), undecided=names, whole=model, path=path)
+    return Found(
+        sets.content,
+        "ema",
+        averaged,
+        weights,
+        Updates(),
+        undecided=names,
+        whole=model,
+        weights_key=path,
+    )
 
 
 def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pair]:
@@ -426,9 +454,7 @@ def _pairs(sets: Sets, averages: Sequence[str], weights: str | None) -> list[Pai
             pairs.append(pair)
     updates = {repr(_updates_of(sets.content, pair)) for pair in pairs}
     if len(pairs) > 1 and len(updates) == 1:
-        whole = sets.joined(pairs)
-        if whole is not None:
-            return [whole]
+        return sets.joined(pairs)
     return pairs
 
 
@@ -455,21 +481,10 @@ def _check_slashes(content: Content) -> None:
         raise UnsuitableError(content.path, f"holds tensors of {sets}", hint)
 
 
-def _named_pair(sets: Sets, average: str, weights: str | None) -> Pair:
-    path = sets.named(average)
-    pair = sets.pair(path, weights, is_named=True)
-    if pair is None and weights is not None:
-        named = sets.below(weights)
-        lacking = sorted(name for name in sets.below(path) if name not in named)
-        reason = f"holds an EMA and weights of different models: only {path} has"
-        raise FileFormatError(sets.content.path, f"{reason} {names_in(lacking)}")
-    return pair or sets.alone(path)
-
-
 def _all_averaged(sets: Sets, settings: ImportSettings) -> Found:
     """Return the model in a file of averages alone."""
     tensors = sets.model(settings.prefix)
-    return Found("ema", tensors, updates=_named_updates(sets.content))
+    return Found(sets.content, "ema", tensors, updates=_named_updates(sets.content))
 
 
 def _anchored(sets: Sets) -> list[str]:
@@ -499,24 +514,20 @@ def _described(sets: Sets, pair: Pair, settings: ImportSettings) -> Found:
         unsaid = f": {content.path.name} does not say it; the default of the library is"
         asks = {"update_every": f"{unsaid} 10", "update_after_step": f"{unsaid} 100"}
     found = Found(
+        content,
         kind,
         pair.averaged,
         pair.weights,
         updates,
         asks=asks,
-        path=pair.weights_key,
+        weights_key=pair.weights_key,
     )
     if kind == "ema":
         return found
-    if kind == "composer" and _is_active(content):
-        return found.swapped()
-    return _with_collected(sets, found, pair)
-
-
-def _is_active(content: Content) -> bool:
-    """Return whether Composer wrote a checkpoint while its average was swapped in."""
     flags = [name for name in content.values if name.endswith(".ema_weights_active")]
-    return any(content.values[name] for name in flags)
+    if kind == "composer" and any(content.values[name] for name in flags):
+        return found.swapped()  # written while its average was swapped in
+    return _with_collected(sets, found, pair)
 
 
 def _named_updates(content: Content) -> Updates:
@@ -544,11 +555,7 @@ def _with_collected(sets: Sets, found: Found, pair: Pair) -> Found:
     collected = sets.below(f"{outer}.collected_params".lstrip("."))
     if not collected or len(collected) != len(pair.averaged):
         return found
-    content = sets.content
-    model = {name: pair.weights[name] for name in pair.averaged}
-    averaged = make_checkpoint(content, pair.averaged)
-    weights = make_checkpoint(content, model)
-    if not np.array_equal(first_values(averaged), first_values(weights)):
+    if not np.array_equal(*found.starts):
         return found
     raw = dict(pair.weights)
     for name, tensor in pair.averaged.items():
@@ -561,10 +568,9 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
 
     It swaps the two before a checkpoint is written, but for one written in between.
     """
-    try:
-        path = sets.model_path()
-    except FileFormatError:
+    if len(sets.models) != 1:
         return None
+    (path,) = sets.models
     named = sets.below(path)
     buffers = {}
     model = {}
@@ -577,7 +583,7 @@ def _raw_buffers(sets: Sets, settings: ImportSettings) -> Found | None:
     if not matched or 2 * len(matched) < len(model):
         return None
     averaged = {name: model[name] for name in matched}
-    found = Found("mmcv", averaged, {**model, **matched}, Updates())
+    found = Found(sets.content, "mmcv", averaged, {**model, **matched}, Updates())
     text = settings.average or settings.weights
     if text is None:
         return replace(found, undecided=(path or "the model", "ema_*"))
@@ -615,7 +621,7 @@ def _find_fixed(sets: Sets, _: ImportSettings) -> Found | None:
         weights = content.under(fixed.weights)
         if averaged and weights and count:
             updates = Updates({"copies": 1}, count, calls="from first")
-            return Found(fixed.kind, averaged, weights, updates)
+            return Found(content, fixed.kind, averaged, weights, updates)
     return None
 
 
@@ -625,20 +631,21 @@ _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)*state\.(.+)\.ema_params")
 def _torchtitan(sets: Sets, _: ImportSettings) -> Found | None:
     """The update at `start_step` + n `update_every` keeps 2**(-1 / (0.05 n)), or another
     `half_life_fraction`."""
-    averaged = {}
-    for name, tensor in sets.content.tensors.items():
-        if match := _TITAN_EMA.fullmatch(name):
-            averaged[match[1]] = tensor
+    tensors = sets.content.tensors.items()
+    averaged = {
+        match[1]: tensor for name, tensor in tensors if (match := _TITAN_EMA.fullmatch(name))
+    }
     if not averaged:
         return None
     rule = {"decay": UNLIMITED, "warm_up": "ramp-up", "power": RAMP_UP}
     updates = Updates(rule, calls="after copy")
-    return Found("torchtitan", averaged, sets.model(), updates)
+    return Found(sets.content, "torchtitan", averaged, sets.model(), updates)
 
 
 # --- files whose names say what they are
 
 
+_IN_NAMES = "the names of files"
 _EDM_FILE = re.compile(r"network-snapshot-(?P<step>\d{1,20})\.pkl")
 _EDM_OPTIONS = "training_options.json"
 
@@ -655,7 +662,6 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     averaged = sets.content.under("ema") or sets.content.under("G_ema")
     if not (match and averaged):
         return None
-    weights = _edm_weights(sets.content, path.with_name(f"training-state-{match['step']}.pt"))
     options = {}
     file = path.with_name(_EDM_OPTIONS)
     if file.is_file():
@@ -665,14 +671,21 @@ def _edm(sets: Sets, settings: ImportSettings) -> Found | None:
     every = settings.update_every or batch or 1
     # names count thousands, rounded down
     step = -(-1000 * int(match["step"]) // every) * every
+    asks = {}
+    if not batch:
+        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
+        asks["update_every"] = f", the images of a batch: {reason}"
+    if settings.ema_decay is not None and not options:
+        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
+        asks["ema_warmup"] = f", ramp-up or none: {reason}"
     return Found(
+        sets.content,
         "edm",
         averaged,
-        weights,
+        _edm_weights(sets.content, path.with_name(f"training-state-{match['step']}.pt")),
         Updates(_edm_rule(options, batch), every=batch),
-        step=step,
-        t_unit="images",
-        asks=_edm_asks(path, options, settings),
+        reading=Reading(step, "images", _IN_NAMES),
+        asks=asks,
     )
 
 
@@ -686,22 +699,14 @@ def _edm_weights(content: Content, state: Path) -> Tensors:
     return content.under("net") or content.under("G")
 
 
-def _edm_asks(path: Path, options: Values, settings: ImportSettings) -> dict[str, str]:
-    """Return the settings that must be given, as the options of the training are unknown."""
-    asks = {}
-    if not _option(options, "batch_size"):
-        reason = f"neither {path.name} nor {_EDM_OPTIONS} in its folder says it"
-        asks["update_every"] = f", the images of a batch: {reason}"
-    if settings.ema_decay is not None and not options:
-        reason = f"without {_EDM_OPTIONS} {path.name} does not say it"
-        asks["ema_warmup"] = f", ramp-up or none: {reason}"
-    return asks
-
-
-def _edm_rule(options: Values, batch: int) -> dict[str, Any]:
-    rule: dict[str, Any] = {"copies": 1}
-    if options:
-        rule |= _edm_warm_up(options)
+def _edm_rule(options: Values, batch: int) -> Values:
+    rule: Values = {"copies": 1}
+    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
+    if any(name in options and options[name] is None for name in ramps):
+        rule["warm_up"] = ""
+    elif options:
+        share = _option(options, *ramps, default=RAMP_UP)
+        rule |= {"warm_up": "ramp-up", "power": float(share)}
     thousands = _option(options, "ema_halflife_kimg", "ema_kimg")
     if batch and thousands:
         rule["decay"] = 0.5 ** (batch / (1000 * thousands))
@@ -713,14 +718,6 @@ def _option(options: Values, *names: str, default: float = 0) -> Any:
         if isinstance(options.get(name), int | float):
             return options[name]
     return default
-
-
-def _edm_warm_up(options: Values) -> dict[str, Any]:
-    ramps = ("ema_rampup_ratio", "ema_rampup")  # null for none
-    if any(name in options and options[name] is None for name in ramps):
-        return {"warm_up": ""}
-    share = float(_option(options, *ramps, default=RAMP_UP))
-    return {"warm_up": "ramp-up", "power": share}
 
 
 _NUMBERED = re.compile(r"(?P<number>\d{1,20})[._](?P<step>\d{1,20})\.(?:pt|safetensors)")
@@ -744,7 +741,7 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
         width = settings.sigma_rels[number]
         gamma = gamma_from_sigma_rel(width)
     every = settings.update_every or 1
-    profile = functools.partial(ema_pytorch_profile, gamma, every=every, first=first)
+    profile = partial(ema_pytorch_profile, gamma, every=every, first=first)
     tensors = inner or sets.model(settings.prefix)
     unsaid = f" to an import: files of {library}, such as {name}, do not hold it"
     asks = {"sigma_rels": unsaid, "update_every": unsaid}
@@ -753,11 +750,12 @@ def _numbered(sets: Sets, settings: ImportSettings) -> Found | None:
     counters = ("initted", "step")
     averaged = {name: tensor for name, tensor in tensors.items() if name not in counters}
     return Found(
+        content,
         library,
         averaged,
         profile=profile,
         sigma_rel=width,
-        step=int(match["step"]),
+        reading=Reading(int(match["step"]), "steps", _IN_NAMES),
         asks=asks,
     )
 
@@ -773,15 +771,15 @@ def _edm2(sets: Sets, settings: ImportSettings) -> Found | None:
     if not match:
         return None
     width = float(match["width"])
-    profile = functools.partial(PowerFunction.from_sigma_rel, width)
+    profile = partial(PowerFunction.from_sigma_rel, width)
     tensors = sets.content.under("ema") or sets.model(settings.prefix)
     return Found(
+        sets.content,
         "edm2",
         tensors,
         profile=profile,
         sigma_rel=width,
-        step=1000 * int(match["step"]),
-        t_unit="images",
+        reading=Reading(1000 * int(match["step"]), "images", _IN_NAMES),
     )
 
 
@@ -791,60 +789,60 @@ FINDERS: tuple[Finder, ...] = (
 """What finds averages by more than a key, in the order in which a file is tried."""
 
 _OF_TIME = ("step_from", "steps_per_epoch", "first_epoch")
-_OF_EMA = (
-    *_OF_TIME, "sigma_rels", "ema_decay", "ema_warmup", "ema_restarts", "ema_uncertainty",
-    "ema_doubt", "ema_late", "steps", "last_step", "update_every", "update_after_step", "average",
-    "weights",
-)  # fmt: skip
-
 TAKES: dict[str, tuple[str, ...]] = {
     "edm2": (),
     "ema-pytorch": ("sigma_rels", "update_every"),
     "posthoc-ema": ("sigma_rels", "update_every", "update_after_step"),
     "checkpoints": (*_OF_TIME, "weights"),
 }
-"""The settings that a kind takes besides the selection of tensors; others take `_OF_EMA`."""
+"""The settings that a kind takes besides the selection of tensors; others take all."""
 
 
 def check_settings(kinds: set[str], settings: ImportSettings) -> None:
     """Raise InvalidValueError about a given setting that does not apply to these kinds."""
+    if not kinds <= TAKES.keys():
+        return
     known = {"kind", "prefix", "include", "exclude"}
     for kind in kinds:
-        known.update(TAKES.get(kind, _OF_EMA))
+        known.update(TAKES[kind])
     for name in settings.given:
         if name not in known:
-            hint = ""
-            if name in _OF_EMA:
-                hint = "of averages give `kind` ema; one within the files is named by `average`"
             taken = " and ".join(sorted(kinds))
-            raise InvalidValueError(
-                name, f"does not apply to files that are taken for {taken}", hint
-            )
+            reason = f"does not apply to files that are taken for {taken}"
+            hint = "of averages give `kind` ema; one within the files is named by `average`"
+            raise InvalidValueError(name, reason, hint)
 
 
-def check_rule(found: Found, path: Path, settings: ImportSettings) -> None:
-    """Raise InvalidValueError if the settings name another warm-up than the file.
+def check_given(found: Found, settings: ImportSettings) -> None:
+    """Raise InvalidValueError for a setting that a file lacks, or that contradicts it.
 
-    With a decay it replaces what the file says, if weights beside the average can show that.
+    With a decay a warm-up replaces what the file says, if weights beside the average can show that.
     """
-    if found.updates is None or settings.ema_warmup is None:
-        return
-    if settings.ema_decay and found.weights:
-        return
-    of_file = found.updates.rule.get("warm_up")
-    given = warm_up_of(settings.ema_warmup) or {}
-    if of_file and given.get("warm_up") != of_file:
-        reason = f"contradicts {path.name}: averages of {found.kind} rise by {of_file}"
-        hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
-        raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
+    name = found.path.name
+    of_file = found.updates.rule.get("warm_up") if found.updates else None
+    is_replaced = settings.ema_decay and found.weights
+    if of_file and settings.ema_warmup and not is_replaced:
+        given = warm_up_of(settings.ema_warmup) or {}
+        if given.get("warm_up") != of_file:
+            reason = f"contradicts {name}: averages of {found.kind} rise by {of_file}"
+            hint = "if that is wrong, give `ema_decay`, too" if found.weights else ""
+            raise InvalidValueError("ema_warmup", reason, hint, value=settings.ema_warmup)
+    for setting, why in found.asks.items():
+        if getattr(settings, setting) in (None, ()):
+            raise InvalidValueError(setting, f"must be given{why}", "it is a setting of imports")
+    if found.updates is not None and len(settings.sigma_rels) > 1:
+        raise InvalidValueError("sigma_rels", f"must be one, of the average in {name}")
+    if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
+        reason = f"must be one for each average, also for that in {name}"
+        raise InvalidValueError("sigma_rels", reason)
 
 
-def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors, Tensors]:
+def select(found: Found, settings: ImportSettings) -> tuple[Tensors, Tensors]:
     """Return the tensors of the average and of the weights that settings choose, by their names
     without the prefix; each may be empty."""
     averaged = found.tensors if found.averaged else {}
     prefix = settings.prefix
-    if f".{found.path}.".endswith(f".{prefix}"):  # the set lies there
+    if f".{found.weights_key}.".endswith(f".{prefix}"):  # the set lies there
         prefix = ""
     chosen = []
     for tensors in (averaged, found.weights):
@@ -852,6 +850,6 @@ def select(found: Found, path: Path, settings: ImportSettings) -> tuple[Tensors,
         if tensors and not named:
             known = names_in([*found.weights, *found.averaged])
             reason = f"no tensor's name begins with {shown(prefix)}; it has {known}"
-            raise FileFormatError(path, reason)
+            raise FileFormatError(found.path, reason)
         chosen.append(settings.select(named) if named else {})
     return chosen[0], chosen[1]

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.clock import checked_number
+from posthoc_cli.checkpoints.content import Values
 from posthoc_cli.checkpoints.settings import ImportSettings
 from posthoc_cli.checkpoints.source import Checkpoint
 from posthoc_cli.errors import (
@@ -90,7 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise FileFormatError(path, f"damaged import: {shown(str(error))[1:-1]}", _AGAIN) from error
 
 
-def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
+def _decoded(folder: Path, path: Path, raw: Values) -> Manifest:
     base = folder if files.is_url(folder) else Path(os.path.realpath(folder))
     listed = {}
     for one, kind, time in raw["checkpoints"]:
@@ -100,9 +100,8 @@ def _decoded(folder: Path, path: Path, raw: dict[str, Any]) -> Manifest:
         if place in listed:
             raise ValueError(f"lists the checkpoint {one!r} twice")
         listed[place] = (place, kind, checked_number(path, time))
-    identities = {}
-    for one, (nbytes, sample) in raw["files"].items():
-        identities[_absolute(one, base)] = (nbytes, sample)
+    stored = raw["files"].items()
+    identities = {_absolute(one, base): (nbytes, sample) for one, (nbytes, sample) in stored}
     unit, is_stated = raw["unit"]
     if not (listed and identities and unit in _UNITS and type(is_stated) is bool):
         raise ValueError("holds no checkpoints, or no unit of their times")
@@ -123,7 +122,7 @@ def _absolute(place: str | Path, base: Path | None = None) -> Path:
     return files.as_path(os.path.normpath(str(whole)))
 
 
-def _checksum(values: dict[str, Any]) -> str:
+def _checksum(values: Values) -> str:
     text = json.dumps(values, separators=(",", ":"))
     return xxhash.xxh3_64_hexdigest(text.encode())
 
@@ -168,7 +167,7 @@ def write_manifest(
     return True
 
 
-def _encoded(manifest: Manifest) -> dict[str, Any]:
+def _encoded(manifest: Manifest) -> Values:
     out = manifest.folder
     listed = [(_relative(path, out), kind, time) for path, kind, time in manifest.checkpoints]
     values = {

@@ -48,18 +48,17 @@ def nested_in(folder: Path, entries: Sequence[Path]) -> list[Path]:
         _ask_which(folder, [*places], last)
     if endings := _without_endings(entries):
         _ask(folder, "its files of tensors are named as shards, or have no usual endings", endings)
-    if foreign := [entry.name for entry in entries if _is_foreign(entry)]:
+    foreign = []
+    for entry in entries:
+        if FOREIGN.search(entry.name) or (entry / _ORBAX).is_file():
+            foreign.append(entry.name)
+    if foreign:
         reason = f"its files are of kinds that are not read: {names_in(foreign)}"
         raise InvalidValueError(folder, reason, READ)
     inner = [entry.name for entry in entries if _holds_checkpoints(entry)]
     if inner:
         raise DirectoryError(folder, "holds no checkpoints itself", f"name its folder {inner[0]}")
     return []
-
-
-def _is_foreign(entry: Path) -> bool:
-    """Return whether an entry is another program's file of weights, or a folder of Orbax."""
-    return bool(FOREIGN.search(entry.name)) or (entry / _ORBAX).is_file()
 
 
 def _has_step(entry: Path) -> bool:
@@ -72,17 +71,12 @@ def _has_step(entry: Path) -> bool:
 def _ask_which(folder: Path, places: Sequence[str], last: Path) -> None:
     globs = dict.fromkeys(re.sub("[0-9]+", "*", f"*/{place}") for place in places)
     if len(globs) == 1:
-        if any(map(_is_marked, last.iterdir())):
+        readings = map(time_in_name, last.iterdir())
+        if any(reading is not None and reading.is_marked for reading in readings):
             globs = {f"{one}/*": None for one in globs}
         else:
             open_checkpoint(last)  # its error says more
     _ask(folder, f"its folders hold models in {names_in(places)}", [*globs])
-
-
-def _is_marked(entry: Path) -> bool:
-    """Return whether the name of a file has a word for its number."""
-    reading = time_in_name(entry)
-    return reading is not None and reading.is_marked
 
 
 def _ask(folder: Path, what: str, globs: Sequence[str]) -> None:
@@ -119,11 +113,9 @@ def _without_endings(entries: Sequence[Path]) -> list[str]:
     for entry in entries:
         if re.search("[0-9]", entry.name) and entry.is_file():
             first.setdefault(re.sub("[0-9]+", "*", entry.name), entry)
-    return [pattern for pattern, entry in first.items() if _holds_tensors(entry)]
-
-
-def _holds_tensors(path: Path) -> bool:
-    try:
-        return bool(open_checkpoint(path).tensors)
-    except FileFormatError:
-        return False
+    found = []
+    for pattern, entry in first.items():
+        with suppress(FileFormatError):
+            if open_checkpoint(entry).tensors:
+                found.append(pattern)
+    return found

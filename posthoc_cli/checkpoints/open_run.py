@@ -18,17 +18,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.clock import (
-    Reading,
+    UNREAD,
     Times,
-    by_names,
     checked_number,
     read_time,
     times_of,
@@ -39,6 +36,7 @@ from posthoc_cli.checkpoints.content import (
     NO_MODEL,
     SHARD,
     Content,
+    Values,
     holds_model,
     may_be_weights,
     names_in,
@@ -46,7 +44,7 @@ from posthoc_cli.checkpoints.content import (
 )
 from posthoc_cli.checkpoints.layouts import (
     Found,
-    check_rule,
+    check_given,
     check_settings,
     named_decay,
     recognise,
@@ -93,7 +91,7 @@ _GROWTH = 1.3
 evenly from 0 for the whole training, averages grow by less after three files."""
 _SLOWER = 0.8  # averages of any length move by a third less than the weights
 _LATEST = 20  # averages whose motion shows whether they lose updates: fewer show it less often
-_KEPT = 0.5  # least share of an average in the next one for which its motion goes on
+_LOST = 0.5  # largest share of an average that the next one has lost if its motion goes on
 _DIGITS = 8  # motion in one interval after which none in the next is unlikely
 _STILL = 0.9
 
@@ -161,16 +159,12 @@ def _imported(manifest: Manifest) -> list[Checkpoint]:
 def _opened_again(manifest: Manifest) -> list[Checkpoint]:
     """Return the checkpoints of an import, at the times that it has found."""
     opened = []
-    times = {}
     for path, kind, time in manifest.checkpoints:
-        content = open_checkpoint(path)
-        settings = replace(manifest.settings, kind=kind)
-        found = recognise(content, settings)
-        opened.append(_Opened(content, found, Reading(time, "", "the import")))
-        times[path] = time
+        found = recognise(open_checkpoint(path), replace(manifest.settings, kind=kind))
+        opened.append(replace(found, time=time))
     unit, is_stated = manifest.unit
-    clock = Times(unit, is_stated, "", times)
-    return _all_made(_decided(opened, clock), clock, manifest.settings)
+    clock = Times(unit, is_stated, "", ())
+    return _all_made(_decided(opened), clock, manifest.settings)
 
 
 # --- all checkpoints at a place
@@ -187,30 +181,17 @@ class Place:
     lacks_steps: str = ""  # why profiles of EMAs cannot be known
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint that was opened: what it holds, and its number."""
-
-    content: Content
-    found: Found
-    reading: Reading
-
-    @property
-    def path(self) -> Path:
-        return self.content.path
+_LeftOut = dict[str, str]
+"""The names of what is left out of a run, with the reasons."""
 
 
-class _LeftOut(dict[str, str]):
-    """The names of what is left out of a run, with the reasons."""
-
-    @property
-    def text(self) -> str:
-        """All in one line; empty if there is nothing."""
-        named = [f"{name} ({reason})" for name, reason in self.items()]
-        text = ", ".join(named[:6])
-        if len(named) > 6:
-            text += f" and {len(named) - 6:,} more"
-        return f"left out: {text}" if text else ""
+def _text_of(left_out: _LeftOut) -> str:
+    """Return what is left out in one line; empty if there is nothing."""
+    named = [f"{name} ({reason})" for name, reason in left_out.items()]
+    text = ", ".join(named[:6])
+    if len(named) > 6:
+        text += f" and {len(named) - 6:,} more"
+    return f"left out: {text}" if text else ""
 
 
 def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -> Place:
@@ -225,50 +206,39 @@ def read_place(place: str | Path, settings: ImportSettings, asks: bool = True) -
     if not run:
         hint = "name their folder, a file, or a glob such as 'out/step*.pt'"
         raise DirectoryError(place, "holds no checkpoints", hint)
-    check_settings({one.found.kind for one in run}, settings)
-    counts = _counts(run)
-    times = _times_of(run, counts, settings)
-    used = _decided(_begun(run, times), times)
+    check_settings({one.kind for one in run}, settings)
+    times = times_of([one.reading for one in run], settings)
+    used = _decided(_begun(run, times.numbers))
     lacks_steps = ""
-    has_decays = any(one.found.updates is not None for one in used)
+    has_decays = any(one.updates is not None for one in used)
     if has_decays or settings.ema_decay:
-        lacks_steps = _lacks_steps(times, bool(counts), asks)
-    if has_decays and not lacks_steps:
-        times = times.of_decays
-    notes = [note for note in (left_out.text, _unused(used)) if note]
+        lacks_steps = _lacks_steps(times, used, asks)
+    if has_decays and times.unit == "steps" and not lacks_steps:
+        times = replace(times, is_stated=True)
+    notes = [note for note in (_text_of(left_out), _unused(used)) if note]
     for note in notes:
         log.warning("%s: %s", place, note)
     if lacks_steps:
-        used = [_of_unknown_updates(one) for one in used]
+        used = [replace(one, updates=one.updates and Updates()) for one in used]
     checkpoints = _all_made(used, times, settings)
     return Place(checkpoints, times.says, _programs(run), tuple(notes), lacks_steps)
 
 
-def _programs(run: Sequence[_Opened]) -> str:
+def _programs(run: Sequence[Found]) -> str:
     """Return the programs that wrote the files, as far as these show it."""
     names = dict[str, None]()
     for one in run:
-        if one.found.kind not in ("ema", "checkpoints"):
-            names[one.found.kind] = None
+        if one.kind not in ("ema", "checkpoints"):
+            names[one.kind] = None
         names[program_of(one.reading.value)] = None
     return "; ".join(filter(None, names))
 
 
-def _times_of(
-    run: Sequence[_Opened],
-    counts: Mapping[Path, int],
-    settings: ImportSettings,
-) -> Times:
-    readings = by_names({one.path: one.reading for one in run})
-    return times_of(readings, counts, settings)
-
-
 def _warn_of_codes(checkpoint: Checkpoint) -> None:
     """Warn if most elements are integers of 8 bits, as of quantised weights; masks are fewer."""
-    sizes = Counter[bool]()
-    for entry in checkpoint.entries.values():
-        sizes[entry.dtype in ("I8", "U8")] += entry.size
-    if sizes[True] > sizes[False]:
+    entries = checkpoint.entries.values()
+    codes = sum(entry.size for entry in entries if entry.dtype in ("I8", "U8"))
+    if 2 * codes > sum(entry.size for entry in entries):
         reason = (
             "most elements are integers, copied from the newest: quantised weights have no average"
         )
@@ -288,20 +258,22 @@ def _warn_of_scales(checkpoint: Checkpoint) -> None:
         return
 
 
-def _begun(run: Sequence[_Opened], times: Times) -> list[_Opened]:
-    """Return the checkpoints of a training that has begun."""
-    used = [one for one in run if times.by_path[one.path] > 0]
-    if not used:
+def _begun(run: Sequence[Found], times: Sequence[int]) -> list[Found]:
+    """Return the checkpoints of a training that has begun, with their times."""
+    if max(times) <= 0:
         reason = "its number is 0, as that of all files, so that it may be something else"
         raise InvalidValueError(run[0].path, reason, _OF_NUMBERS)
-    for one in run:
-        if times.by_path[one.path] == 0:
+    used = []
+    for one, time in zip(run, times, strict=True):
+        if time > 0:
+            used.append(replace(one, time=time))
+        elif time == 0:
             reason = "left out, as its weights are those before the training, of step 0"
             log.warning("%s: %s", one.path, reason)
     return used
 
 
-def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
+def _lacks_steps(times: Times, used: Sequence[Found], asks: bool) -> str:
     """Return why the decays of averages, which are of steps, have no place in times; empty if they
     have."""
     decays = "their decay is of steps, and numbers are"
@@ -310,35 +282,20 @@ def _lacks_steps(times: Times, has_counts: bool, asks: bool) -> str:
             reason = f"must be given: decays are of steps, and numbers are {times.says}"
             raise InvalidValueError("steps_per_epoch", reason, "it is a setting of imports")
         return f"{decays} {times.says}; import with `steps_per_epoch`"
+    has_counts = any(one.reading.count for one in used)
     is_said = times.is_stated or has_counts or times.unit != "steps"
-    if asks or is_said or max(times.by_path.values()) > _EPOCHS:
+    if asks or is_said or max(times.numbers) > _EPOCHS:
         return ""
     return f"{decays} {times.says}; `ema import` checks it"
 
 
-def _of_unknown_updates(one: _Opened) -> _Opened:
-    if one.found.updates is None:
-        return one
-    return replace(one, found=replace(one.found, updates=Updates()))
-
-
-def _counts(run: Sequence[_Opened]) -> dict[Path, int]:
-    """Return the updates that averages have counted, one for each step."""
-    counts = {}
-    for one in run:
-        updates = one.found.updates
-        if updates is not None and updates.count and updates.calls != "counted":
-            counts[one.path] = updates.count
-    return counts
-
-
-def _unused(opened: Sequence[_Opened]) -> str:
+def _unused(opened: Sequence[Found]) -> str:
     """Return a sentence about the sets of tensors of a file that are not used."""
     for one in opened:
-        if keys := one.found.unused:
+        if keys := one.unused:
             what = f"{one.path.name} also holds {names_in(keys)}, not used"
             text = f"{what}: an import takes another set by `average` or `weights`"
-            if one.found.averaged:
+            if one.averaged:
                 text += ", and the model alone by `kind` checkpoints"
             return text
     return ""
@@ -365,7 +322,7 @@ def _of_one_average(paths: list[Path], settings: ImportSettings) -> list[Path]:
 def _open_all(
     paths: Sequence[Path],
     settings: ImportSettings,
-) -> tuple[list[_Opened], dict[Path, PostHocError]]:
+) -> tuple[list[Found], dict[Path, PostHocError]]:
     """Return what files hold, without outputs of this package, and why others cannot be used."""
     opened = []
     errors: dict[Path, PostHocError] = {}
@@ -375,12 +332,11 @@ def _open_all(
             if content.values.get(KIND) == "output":
                 continue
             found = recognise(content, settings)
-            if found.step is None:
-                reading = read_time(content, settings)
-            else:
-                step = checked_number(path, found.step)
-                reading = Reading(step, found.t_unit, "the names of files")
-            opened.append(_Opened(content, found, reading))
+            if found.reading is UNREAD:
+                found = replace(found, reading=read_time(content, settings))
+            reading = replace(found.reading, count=_count_of(found))
+            checked_number(path, reading.number)
+            opened.append(replace(found, reading=reading))
         except VanishedError:
             raise
         except (FileFormatError, InvalidValueError) as error:
@@ -394,7 +350,15 @@ def _open_all(
     return opened, errors
 
 
-def _of_one_unit(opened: list[_Opened]) -> list[_Opened]:
+def _count_of(found: Found) -> int:
+    """Return the updates that an average has counted, one for each step; 0 if it has not."""
+    updates = found.updates
+    if updates is None or updates.calls == "counted":
+        return 0
+    return updates.count or 0
+
+
+def _of_one_unit(opened: list[Found]) -> list[Found]:
     """Return checkpoints whose numbers one pattern finds, all with the unit of those that have a
     word."""
     units = {one.reading.unit for one in opened} - {""}
@@ -412,10 +376,10 @@ def _of_one_unit(opened: list[_Opened]) -> list[_Opened]:
 
 
 def _one_run(
-    opened: list[_Opened],
+    opened: list[Found],
     errors: Mapping[Path, PostHocError],
     left_out: _LeftOut,
-) -> list[_Opened]:
+) -> list[Found]:
     """Return the checkpoints that are one run; raise an error of the others if none is, or if a
     file with a name as of the run cannot be read."""
     stems = {_stem(one.path) for one in opened}
@@ -438,13 +402,10 @@ def _one_run(
     return opened
 
 
-def _with_numbers(opened: Sequence[_Opened], left_out: _LeftOut) -> list[_Opened]:
+def _with_numbers(opened: Sequence[Found], left_out: _LeftOut) -> list[Found]:
     """Return the checkpoints without files that have no number next to some that have one: the
     number of their folder is that of an experiment."""
-    numbered = set()
-    for one in opened:
-        if not one.reading.is_of_folder:
-            numbered.add(one.path.parent)
+    numbered = {one.path.parent for one in opened if not one.reading.is_of_folder}
     kept = []
     for one in opened:
         if one.reading.is_of_folder and one.path.parent in numbered:
@@ -454,7 +415,7 @@ def _with_numbers(opened: Sequence[_Opened], left_out: _LeftOut) -> list[_Opened
     return kept
 
 
-def _aligned(opened: list[_Opened]) -> list[_Opened]:
+def _aligned(opened: list[Found]) -> list[Found]:
     """Return checkpoints with the numbers that files without one would have in their names, by the
     epoch in their contents."""
     named = [one.reading for one in opened if not one.reading.is_nameless]
@@ -464,11 +425,11 @@ def _aligned(opened: list[_Opened]) -> list[_Opened]:
     offset = apart.pop()
     aligned = []
     for one in opened:
-        epoch = one.reading.epoch
-        if one.reading.is_nameless:
-            number = one.reading.number - offset
-            reading = replace(named[0], number=number, epoch=epoch)
-            one = replace(one, reading=reading)
+        own = one.reading
+        if own.is_nameless:
+            number = own.number - offset
+            reading = replace(named[0], number=number, epoch=own.epoch, count=own.count)
+            one = replace(one, reading=replace(reading, path=one.path))
         aligned.append(one)
     return aligned
 
@@ -481,26 +442,26 @@ def _stem(path: Path) -> str:
     return before if others else f"{folder}/{before}"
 
 
-def _kind_of_number(one: _Opened) -> object:
+def _kind_of_number(one: Found) -> object:
     """Return what the number of a checkpoint is, without what only its source differs in."""
     return one.reading.unit or one.reading.is_marked
 
 
-def _model(one: _Opened) -> object:
+def _model(one: Found) -> object:
     """Return the names and shapes of the tensors of a checkpoint, without wrappers."""
-    tensors = one.found.tensors
+    tensors = one.tensors
     return frozenset((unwrapped(name), tensor.shape) for name, tensor in tensors.items())
 
 
 def _largest_group(
-    opened: list[_Opened],
-    key: Callable[[_Opened], object],
+    opened: list[Found],
+    key: Callable[[Found], object],
     reason: str,
     left_out: _LeftOut,
-) -> list[_Opened]:
+) -> list[Found]:
     """Return the checkpoints of the most frequent key; all if another one is half as frequent, so
     that an error names what is different."""
-    groups = dict[object, list[_Opened]]()
+    groups = dict[object, list[Found]]()
     for one in opened:
         groups.setdefault(key(one), []).append(one)
     if not opened:
@@ -517,67 +478,52 @@ def _largest_group(
 # --- which of two sets is the average
 
 
-def _decided(opened: list[_Opened], times: Times) -> list[_Opened]:
+def _decided(opened: list[Found]) -> list[Found]:
     """Return the checkpoints; where files do not say which of two sets is the average, it is the
     one that moves less from file to file, and near the other. There is none if the sets are equal,
     or one never moves.
 
     Raise InvalidValueError if there may be another one; of parts of a model there is none then.
     """
-    if not any(one.found.undecided for one in opened):
+    if not any(one.undecided for one in opened):
         return opened
-    rows = _starts_of(opened, times)
+    in_order = sorted(opened, key=lambda one: one.time)
+    rows = np.stack([one.starts for one in in_order])
     motion = np.diff(rows, axis=0)
     average, weights = np.square(motion).sum(axis=(0, 2)).tolist()
     slower, faster = sorted((average, weights))
     ours, theirs = np.swapaxes(rows, 0, 1)
     follows = slower > 0 and slower <= _SLOWER * faster and are_near(ours, theirs)
     first = opened[0]
-    if np.array_equal(ours, theirs) or (first.found.whole and not follows):
-        return [replace(one, found=one.found.without_average) for one in opened]
+    if np.array_equal(ours, theirs) or (first.whole and not follows):
+        return [one.without_average for one in opened]
     is_still = slower == 0 and faster > 0
     if not (follows or is_still):
-        what = " or ".join(first.found.undecided)
+        what = " or ".join(first.undecided)
         reason = f"must be given: {first.path.name} holds two sets, and neither follows the other"
         raise InvalidValueError("average", f"{reason}: {what}")
     if weights < average:
-        opened = [replace(one, found=one.found.swapped()) for one in opened]
+        opened = [one.swapped() for one in opened]
     return _with_slower(opened, is_still)
 
 
-def _with_slower(opened: list[_Opened], is_still: bool) -> list[_Opened]:
+def _with_slower(opened: list[Found], is_still: bool) -> list[Found]:
     """Return the checkpoints with the slower set as the average, or without it if it is still."""
     folder = opened[0].path.parent
-    name, _ = opened[0].found.undecided
+    name, _ = opened[0].undecided
     if is_still:
         log.warning("%s: %s never moves, and is not used", folder, name)
-        return [replace(one, found=one.found.without_average) for one in opened]
+        return [one.without_average for one in opened]
     log.warning("%s: the average is %s, which moves less from file to file", folder, name)
     return opened
 
 
-def _starts_of(opened: Sequence[_Opened], times: Times) -> FloatArray:
-    """Return the first elements of two sets in checkpoints by time: [files, average and weights,
-    elements]."""
-    in_order = sorted(opened, key=lambda one: times.by_path[one.path])
-    return np.stack([_start(one) for one in in_order])
-
-
-def _start(one: _Opened) -> FloatArray:
-    """Return the first elements of the average and of its weights: [2, elements]."""
-    found = one.found
-    average = make_checkpoint(one.content, found.averaged)
-    of_average = {name: found.weights[name] for name in found.averaged}
-    weights = make_checkpoint(one.content, of_average)
-    return _first_values((average, weights))
-
-
 def _all_made(
-    opened: Sequence[_Opened],
+    opened: Sequence[Found],
     times: Times,
     settings: ImportSettings,
 ) -> list[Checkpoint]:
-    newest = max(opened, key=lambda one: times.by_path[one.path])
+    newest = max(opened, key=lambda one: one.time)
     checkpoints = []
     for one in opened:
         checkpoints += _made(_named_as(newest, one), times, settings)
@@ -586,35 +532,27 @@ def _all_made(
     return checkpoints
 
 
-def _named_as(newest: _Opened, one: _Opened) -> _Opened:
+def _named_as(newest: Found, found: Found) -> Found:
     """Return a checkpoint under the names of the newest one, if they differ in wrappers alone: of a
     training that was compiled, or distributed, since a resume."""
-    found = one.found
-    names = newest.found.tensors.keys()
+    names = newest.tensors.keys()
     if found.tensors.keys() == names:
-        return one
+        return found
     ours = {unwrapped(name) for name in found.tensors}
     theirs = {unwrapped(name): name for name in names}
     are_distinct = len(ours) == len(found.tensors)
     if ours != theirs.keys() or not are_distinct:
-        return one
-    averaged = {}
-    for name, tensor in found.averaged.items():
-        averaged[theirs[unwrapped(name)]] = tensor
-    weights = {}
-    for name, tensor in found.weights.items():
-        weights[theirs[unwrapped(name)]] = tensor
-    renamed = replace(found, averaged=averaged, weights=weights)
-    return replace(one, found=renamed)
+        return found
+    averaged = {theirs[unwrapped(name)]: one for name, one in found.averaged.items()}
+    weights = {theirs[unwrapped(name)]: one for name, one in found.weights.items()}
+    return replace(found, averaged=averaged, weights=weights)
 
 
-def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoint]:
+def _made(found: Found, times: Times, settings: ImportSettings) -> list[Checkpoint]:
     """Return the sources in a checkpoint: the weights, the average, or both."""
-    found = one.found
-    path = one.path
-    _check_given(found, path, settings)
-    time = times.by_path[path]
-    averaged, weights = select(found, path, settings)
+    check_given(found, settings)
+    time = found.time
+    averaged, weights = select(found, settings)
     profile: StoredProfile = Point(float(time))
     about = {
         "kind": found.kind,
@@ -624,27 +562,14 @@ def _made(one: _Opened, times: Times, settings: ImportSettings) -> list[Checkpoi
     made = []
     if weights:
         chosen = {name: weights[name] for name in averaged or weights}
-        made.append(make_checkpoint(one.content, chosen, profile, time, **about))
+        made.append(make_checkpoint(found.content, chosen, profile, time, **about))
     if averaged:
         if found.profile is not None:
             profile = found.profile(time)
         about |= {"sigma_rel": found.sigma_rel, "updates": found.updates}
-        average = make_checkpoint(one.content, averaged, profile, time, **about)
+        average = make_checkpoint(found.content, averaged, profile, time, **about)
         made.append(average.with_settings(settings))
     return made
-
-
-def _check_given(found: Found, path: Path, settings: ImportSettings) -> None:
-    """Raise InvalidValueError for a setting that a file lacks, or that contradicts it."""
-    check_rule(found, path, settings)
-    for setting, why in found.asks.items():
-        if getattr(settings, setting) in (None, ()):
-            raise InvalidValueError(setting, f"must be given{why}", "it is a setting of imports")
-    if found.updates is not None and len(settings.sigma_rels) > 1:
-        raise InvalidValueError("sigma_rels", f"must be one, of the average in {path.name}")
-    if settings.sigma_rels and found.profile is not None and not found.sigma_rel:
-        reason = f"must be one for each average, also for that in {path.name}"
-        raise InvalidValueError("sigma_rels", reason)
 
 
 # --- what is at a place
@@ -780,8 +705,8 @@ def _has_number(one: Checkpoint) -> bool:
 
 
 def _mismatch(
-    one: Checkpoint | _Opened,
-    other: Checkpoint | _Opened,
+    one: Checkpoint | Found,
+    other: Checkpoint | Found,
     difference: str,
     hint: str = _OF_NUMBERS,
 ) -> MismatchError:
@@ -830,19 +755,14 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
     """Raise InvalidValueError if long averages in half precision lose updates; warn if short ones
     seem to, or if they move too little to show that."""
     newest = averages[-1]
-    dtypes = _dtypes_of(newest)
-    in_half = np.isin(dtypes, ("F16", "BF16"))
-    if not in_half.any():
+    moves = _moves(averages)
+    if not moves.size:
         return
-    values = _first_values(averages)
-    moves = _moves(values[:, in_half], dtypes[in_half])
     is_expected = np.abs(moves[:-1]) > _DIGITS
     following = moves[1:]
-    kept = []
-    for one, later in pairwise(averages[1:]):
-        kept.append(1 - float(later.profile.tail(one.t)))
     # Where the average keeps little, elements may stand still with their weights.
-    is_long = np.array(kept) > _KEPT
+    tails = [later.profile.tail(one.t) for one, later in pairwise(averages[1:])]
+    is_long = np.array(tails) < _LOST
     share = lost_share(following[is_long], is_expected[is_long])
     where = f"{newest.path.name}: the average of decay {newest.decay:.12g} is in half precision"
     if share > MOST_LOST:
@@ -854,20 +774,19 @@ def _check_updates(averages: Sequence[Checkpoint]) -> None:
         log.warning("%s, and much of it stands still: errors hold if only files are", where)
 
 
-def _moves(values: FloatArray, dtypes: npt.NDArray[np.str_]) -> FloatArray:
-    """Return the motion between times, in digits of F16 or BF16, of values [times, elements]."""
-    before = values[:-1]
-    of_f16 = digits_of(before, "F16")
-    of_bf16 = digits_of(before, "BF16")
-    digits = np.where(dtypes == "F16", of_f16, of_bf16)
-    return np.asarray(np.diff(values, axis=0) / digits)
-
-
-def _dtypes_of(source: Checkpoint) -> npt.NDArray[np.str_]:
-    """Return the dtype of each element of `first_values`."""
-    entries = [source.entries[name] for name in sorted(source.averages)]
+def _moves(averages: Sequence[Checkpoint]) -> FloatArray:
+    """Return the motion of averages between times in digits of F16 or BF16, of the elements of
+    `first_values` that are stored so: [times, elements]."""
+    newest = averages[-1]
+    entries = [newest.entries[name] for name in sorted(newest.averages)]
     counts = [min(entry.size, COMPARED) for entry in entries]
-    return np.repeat([entry.dtype for entry in entries], counts)
+    dtypes = np.repeat([entry.dtype for entry in entries], counts)
+    values = _first_values(averages)
+    moves = []
+    for dtype in ("F16", "BF16"):
+        of_dtype = values[:, dtypes == dtype]
+        moves.append(np.diff(of_dtype, axis=0) / digits_of(of_dtype[:-1], dtype))
+    return np.concatenate(moves, axis=1)
 
 
 def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -888,7 +807,7 @@ def _with_names(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 # --- for JSON
 
 
-def describe_checkpoints(place: Path) -> dict[str, Any]:
+def describe_checkpoints(place: Path) -> Values:
     """Return times, tensors and sizes from the indexes of files alone, for JSON."""
     found = Place([], "")
     if is_import(place):
@@ -899,15 +818,8 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     newest = checkpoints[-1]
     rows = []
     for one in checkpoints:
-        rows.append(
-            {
-                "file": one.name,
-                "t": one.t,
-                "holds": one.holds,
-                "bytes": one.file_bytes,
-                "identity": one.identity,
-            }
-        )
+        row = {"file": one.name, "t": one.t, "holds": one.holds, "bytes": one.file_bytes}
+        rows.append({**row, "identity": one.identity})
     described = {
         "kind": "checkpoints",
         "path": str(place),
@@ -930,11 +842,11 @@ def describe_checkpoints(place: Path) -> dict[str, Any]:
     return described
 
 
-def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
+def describe_files(place: Path, error: PostHocError) -> Values:
     """Return what files hold that are no run as they are, for JSON, and what an import would have
     to be told; raise the error that says so if none can be opened."""
     paths = _candidates(place, _LeftOut())
-    rows: list[dict[str, Any]] = []
+    rows: list[Values] = []
     opened = []
     for path in paths:
         try:
@@ -947,7 +859,7 @@ def describe_files(place: Path, error: PostHocError) -> dict[str, Any]:
         rows.append({"file": path.name, "holds": holds, "bytes": content.nbytes})
     if not opened or (place.is_file() and not opened[0].tensors):
         raise error
-    described: dict[str, Any] = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
+    described: Values = {"kind": "checkpoints", "path": str(place), "checkpoints": rows}
     if len(paths) == 1:
         described["kind"] = "checkpoint"
         with suppress(FileFormatError):

@@ -4,11 +4,11 @@ A tensor in a pickle is a call with a storage, an offset, a shape and strides. A
 of bytes of the file: an uncompressed member of the archive, or the end of a string of bytes in a
 pickle.
 
-Pickles are read by the interpreter of their opcodes here, which imports nothing: it has functions
-of this module for the few names that make tensors, and an inert `Node`, whose call makes another
-node, for each other name. Python's own unpickler can neither leave strings of bytes in the file nor
-limit what a pickle makes in proportion to its length. `torch.load` can do neither, and it maps
-files: a file that shrinks would end the process.
+Pickles are read by Python's own interpreter of opcodes with some of them replaced, which imports
+nothing: it has functions of this module for the few names that make tensors, and an inert `Node`,
+whose call makes another node, for each other name. It is the one written in Python: that written in
+C can neither leave strings of bytes in the file nor limit what a pickle makes in proportion to its
+length. `torch.load` can do neither, and it maps files: a file that shrinks would end the process.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import pickletools
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from operator import methodcaller
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,7 @@ _DTYPES = {
 }  # fmt: skip
 """Dtypes by the names of torch's storages and dtypes; None for a storage of bytes."""
 
+_Items = dict[Any, Any]
 Keys = tuple[str, ...]  # keys that lead to a tensor or value within a file's content
 
 # What reading a file may cost, so that a hostile one is refused early, is `_FREE` and three times
@@ -72,7 +75,7 @@ def _reading(file: OpenedFile) -> Iterator[None]:
     """Turn what faults of a file raise in the block into a FileFormatError."""
     faults = (
         LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError,
-        MemoryError, struct.error, zipfile.BadZipFile,
+        MemoryError, EOFError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile,
     )  # fmt: skip
     try:
         yield
@@ -105,13 +108,15 @@ class Node:
     name: str
     arguments: Any = ()
     state: Any = None  # its attributes
-    items: dict[Any, Any] = field(default_factory=dict)  # those of a subclass of dict
+    items: _Items = field(default_factory=dict)  # those of a subclass of dict
 
-    def update(self, items: dict[Any, Any]) -> None:
+    def update(self, items: _Items) -> None:
         self.items.update(items)
 
     def extend(self, _: object) -> None:
         """Ignore the items of a subclass of list."""
+
+    append = extend
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def read_pickled(
             pickled = archive.member("data.pkl")
             begin = pickled.begin
             end = begin + pickled.nbytes
-        value = _Machine(file, begin, end, budget, archive).run()
+        value = _Machine(file, begin, end, budget, archive).load()
         if value == _STREAM_MAGIC:
             problem = "is of torch.save before release 1.6, or has no zip archive"
             raise _PickleError(f"{problem}: load it by torch, and save it again")
@@ -194,7 +199,7 @@ def _leaves(content: Any, budget: _Budget) -> Iterator[tuple[Keys, Any]]:
             yield keys, item
 
 
-def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
+def _named_items(container: _Items | list[Any] | tuple[Any, ...]) -> Iterator[Any]:
     """Yield the items of a container by name; of a list those that may lead to tensors."""
     if isinstance(container, dict):
         for key, value in container.items():
@@ -206,7 +211,7 @@ def _named_items(container: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Ite
             yield str(position), value
 
 
-def _module_tensors(node: Node, budget: _Budget) -> dict[Any, Any] | None:
+def _module_tensors(node: Node, budget: _Budget) -> _Items | None:
     """Return the parameters, buffers and inner modules of a pickled torch module; None for another
     object.
 
@@ -243,7 +248,7 @@ def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
     return _contents(item, objects), False
 
 
-def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
+def _contents(node: Node, objects: set[int]) -> _Items:
     """Return the items of an object, or else its attributes, as of an average that was pickled
     whole: none of an optimizer, nor tensors, which may be anything.
 
@@ -255,14 +260,10 @@ def _contents(node: Node, objects: set[int]) -> dict[Any, Any]:
     if id(node) in objects or "param_groups" in attributes:
         return {}
     objects.add(id(node))
-    contents = {}
-    for key, value in attributes.items():
-        if not isinstance(value, Entry):
-            contents[key] = value
-    return contents
+    return {key: value for key, value in attributes.items() if not isinstance(value, Entry)}
 
 
-def _items(value: Any) -> dict[Any, Any]:
+def _items(value: Any) -> _Items:
     """Return the items of a dict or a node; none of another object."""
     items = value.items if isinstance(value, Node) else value
     return items if isinstance(items, dict) else {}
@@ -354,7 +355,7 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
     end = data.begin + data.nbytes
     budget = machine.budget
     inner = _Machine(machine.file, data.begin, end, budget, None, is_storage=True)
-    magic, protocol, system, storage, _ = [inner.run() for _ in range(5)]
+    magic, protocol, system, storage, _ = [inner.load() for _ in range(5)]
     begin = inner.stream.tell() + 8
     release = (magic, protocol, system["little_endian"])
     is_known = release == (_STREAM_MAGIC, 1001, True)
@@ -367,11 +368,16 @@ def _storage_in(machine: _Machine, data: Any) -> _Bytes:
 # --- pickles
 
 
-class _Machine:
-    """The machine that a pickle is a program for: it has a stack, marks in it, and a memory.
+class _Machine(pickle._Unpickler):
+    """Python's interpreter of pickles, which finds no class, calls no function of another module,
+    and leaves strings of bytes in the file.
 
     Storages are members of the archive, or `is_storage` that which follows the pickles.
     """
+
+    stack: list[Any]
+    memo: dict[int, Any]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(
         self,
@@ -387,148 +393,41 @@ class _Machine:
         self.archive = archive
         self.is_storage = is_storage
         self.stream = io.BufferedReader(FileRange(file, begin, end))
+        super().__init__(self.stream)
 
-    def run(self) -> Any:
+    def load(self) -> Any:
         """Run the next program, and return the object that it leaves."""
-        self.stack: list[Any] = []
-        self.outer: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        while True:
-            opcode = _OPCODES[self.stream.read(1)]
-            self.budget.spend(opcode.cost)
-            if opcode.do is _Machine.stop:
-                return self.stack.pop()
-            if opcode.read is None:
-                opcode.do(self)
-            else:
-                opcode.do(self, opcode.read(self.stream))
+        self.memo.clear()
+        return super().load()
 
-    def pop_marked(self) -> list[Any]:
-        """Return what lies above the last mark, and remove both."""
-        items = self.stack
-        self.stack = self.outer.pop()
-        return items
+    def find_class(self, module: str, name: str) -> Any:
+        self.budget.spend(len(module) + len(name))
+        full_name = f"{module}.{name}"
+        return _CALLS.get(full_name) or Node(full_name)
 
-    # The opcodes of protocols 2 to 5, by their names in lower case, with their arguments. Others
-    # are refused: the extension registry may hold real functions, and buffers are elsewhere.
-    # torch.save writes protocol 2.
+    def skip_frame(self) -> None:
+        """Go on behind the length of a frame: its content stays in the file."""
+        self.stream.seek(8, os.SEEK_CUR)
 
-    def proto(self, _: int) -> None:
-        """Do nothing, like frames."""
-
-    frame = proto
-
-    def mark(self) -> None:
-        self.outer.append(self.stack)
-        self.stack = []
-
-    def pop(self) -> None:
-        self.stack.pop()
-
-    def pop_mark(self) -> None:
-        self.pop_marked()
-
-    def binint(self, value: Any) -> None:
-        self.stack.append(value)
-
-    binint1 = binint2 = long1 = long4 = binfloat = binint
-    short_binunicode = binunicode = binunicode8 = binint
-
-    def none(self) -> None:
-        self.stack.append(None)
-
-    def newtrue(self) -> None:
-        self.stack.append(True)
-
-    def newfalse(self) -> None:
-        self.stack.append(False)
-
-    def binbytes(self, count: int) -> None:
+    def push_range(self, width: int) -> None:
         """Push the range of a string of bytes, which stays in the file; beyond the end of the file
         no further opcode is found."""
+        count = int.from_bytes(self.stream.read(width), "little")
         begin = self.stream.tell()
         self.stream.seek(count, os.SEEK_CUR)
         self.stack.append(_Bytes(begin, count))
 
-    short_binbytes = binbytes8 = bytearray8 = binbytes
-
-    def empty_list(self) -> None:
-        self.stack.append([])
-
-    empty_set = empty_list  # a set would hash its items
-
-    def frozenset(self) -> None:
-        items = self.pop_marked()
-        self.stack.append(items)
-
-    def append(self) -> None:
-        item = self.stack.pop()
-        self.stack[-1].extend([item])
-
-    def appends(self) -> None:
-        items = self.pop_marked()
-        self.stack[-1].extend(items)
-
-    additems = appends
-
-    def empty_tuple(self) -> None:
-        self.stack.append(())
-
-    def tuple(self) -> None:
-        items = self.pop_marked()
-        self.stack.append((*items,))
-
-    def tuple1(self) -> None:
-        item = self.stack.pop()
-        self.stack.append((item,))
-
-    def tuple2(self) -> None:
-        last = self.stack.pop()
-        first = self.stack.pop()
-        self.stack.append((first, last))
-
-    def tuple3(self) -> None:
-        self.tuple2()
-        others = self.stack.pop()
-        first = self.stack.pop()
-        self.stack.append((first, *others))
-
-    def empty_dict(self) -> None:
-        self.stack.append({})
-
-    def setitem(self) -> None:
+    def set_item(self) -> None:
         value = self.stack.pop()
         key = self.stack.pop()
         item = _dict_of([(key, value)])
         self.stack[-1].update(item)
 
-    def setitems(self) -> None:
-        items = self.pop_marked()
+    def set_items(self) -> None:
+        items = self.pop_mark()
         pairs = zip(items[::2], items[1::2], strict=True)
         item = _dict_of(pairs)
         self.stack[-1].update(item)
-
-    def binget(self, index: int) -> None:
-        self.stack.append(self.memo[index])
-
-    long_binget = binget
-
-    def binput(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-
-    long_binput = binput
-
-    def memoize(self) -> None:
-        self.binput(len(self.memo))
-
-    def GLOBAL(self, names: str) -> None:  # noqa: N802 - a keyword in lower case
-        module, name = names.split(" ", 1)
-        self.push_named(module, name)
-
-    def stack_global(self) -> None:
-        name = self.stack.pop()
-        module = self.stack.pop()
-        self.push_named(module, name)
 
     def reduce(self) -> None:
         """Call a function, or make an object without `__init__`, which is the same here."""
@@ -536,9 +435,7 @@ class _Machine:
         function = self.stack.pop()
         self.stack.append(self.call(function, arguments))
 
-    newobj = reduce
-
-    def newobj_ex(self) -> None:
+    def reduce_with_names(self) -> None:
         self.stack.pop()
         self.reduce()
 
@@ -557,9 +454,8 @@ class _Machine:
             if is_array and state[1] == ():
                 item.state = _scalar(self, state[2], state[4])
 
-    def binpersid(self) -> None:
-        """Push the storage of ("storage", type, key, location, number of elements, ...)."""
-        pid = self.stack.pop()
+    def persistent_load(self, pid: Any) -> _Bytes:
+        """Return the storage of ("storage", type, key, location, number of elements, ...)."""
         problem = "refers to objects outside the file, or to a storage without a size"
         _check(isinstance(pid, tuple) and len(pid) >= 5, problem)
         word, kind, key, _, count = pid[:5]
@@ -568,21 +464,11 @@ class _Machine:
         dtype = _dtype_of(kind)
         if self.is_storage:
             item = ITEM_BYTES[dtype] if dtype else 1
-            self.stack.append(_Bytes(0, count * item, dtype))
-            return
+            return _Bytes(0, count * item, dtype)
         if self.archive is None or len(key) > _LONGEST:
             raise _PickleError(problem)
         member = self.archive.member(f"data/{key}")
-        self.stack.append(replace(member, dtype=dtype))
-
-    def stop(self) -> None:
-        """End the program, see `run`."""
-
-    def push_named(self, module: Any, name: Any) -> None:
-        _check(isinstance(module, str) and isinstance(name, str), "a name that is no text")
-        self.budget.spend(len(module) + len(name))
-        full_name = f"{module}.{name}"
-        self.stack.append(_CALLS.get(full_name) or Node(full_name))
+        return replace(member, dtype=dtype)
 
     def call(self, function: Any, arguments: Any) -> Any:
         used = arguments[:_MOST_ITEMS]
@@ -591,7 +477,7 @@ class _Machine:
         return function(self, *used)
 
 
-def _dict_of(pairs: Iterable[Any]) -> dict[Any, Any]:
+def _dict_of(pairs: Iterable[Any]) -> _Items:
     checked = {}
     for key, value in pairs:
         parts = key if isinstance(key, tuple) else (key,)
@@ -608,35 +494,45 @@ def _is_plain_key(key: Any) -> bool:
     return isinstance(key, str | float | Node | Entry | None)
 
 
-@dataclass(frozen=True)
-class _Opcode:
-    cost: int
-    read: Callable[[Any], Any] | None  # what reads its argument
-    do: Callable[..., None]
+_Do = Callable[[Any], None]
+_USUAL: dict[int, _Do] = pickle._Unpickler.dispatch
+_DONE_HERE: dict[bytes, _Do] = {
+    pickle.FRAME: _Machine.skip_frame,
+    pickle.SHORT_BINBYTES: methodcaller("push_range", 1),
+    pickle.BINBYTES: methodcaller("push_range", 4),
+    pickle.BINBYTES8: methodcaller("push_range", 8),
+    pickle.BYTEARRAY8: methodcaller("push_range", 8),
+    pickle.SETITEM: _Machine.set_item,
+    pickle.SETITEMS: _Machine.set_items,
+    pickle.REDUCE: _Machine.reduce,
+    pickle.NEWOBJ: _Machine.reduce,
+    pickle.NEWOBJ_EX: _Machine.reduce_with_names,
+    pickle.BUILD: _Machine.build,
+    # lists, as a set would hash its items
+    pickle.EMPTY_SET: _USUAL[pickle.EMPTY_LIST[0]],
+    pickle.ADDITEMS: _USUAL[pickle.APPENDS[0]],
+    pickle.FROZENSET: _USUAL[pickle.LIST[0]],
+}
+_CONTAINERS = b"".join(
+    (pickle.EMPTY_LIST, pickle.LIST, pickle.EMPTY_SET, pickle.FROZENSET, pickle.EMPTY_DICT)
+)
+_REFUSED = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.INST + pickle.OBJ + pickle.DICT
+"""Opcodes that may reach real functions, or hash anything; protocols 2 to 5 need none of them."""
+_KNOWN = {ord(opcode.code) for opcode in pickletools.opcodes if opcode.proto <= 5}
 
 
-_LENGTHS: dict[str, Callable[[Any], int]] = {
-    "SHORT_BINBYTES": pickletools.read_uint1, "BINBYTES": pickletools.read_uint4,
-    "BINBYTES8": pickletools.read_uint8, "BYTEARRAY8": pickletools.read_uint8,
-}  # fmt: skip
-"""What reads the length of a string of bytes, which stays in the file."""
+def _charged(code: int, do: _Do) -> _Do:
+    cost = _CONTAINER if code in _CONTAINERS else _OPCODE
 
-_CONTAINERS = ("EMPTY_LIST", "EMPTY_SET", "EMPTY_DICT", "FROZENSET")
+    def charged(machine: _Machine) -> None:
+        machine.budget.spend(cost)
+        do(machine)
 
-
-def _opcodes() -> Iterator[tuple[bytes, _Opcode]]:
-    for opcode in pickletools.opcodes:
-        name = opcode.name
-        if name != "GLOBAL":
-            name = name.lower()
-        do = vars(_Machine).get(name)
-        if do is not None:
-            cost = _CONTAINER if opcode.name in _CONTAINERS else _OPCODE
-            read = _LENGTHS.get(opcode.name) or getattr(opcode.arg, "reader", None)
-            yield opcode.code.encode("latin-1"), _Opcode(cost, read, do)
+    return charged
 
 
-_OPCODES = dict(_opcodes())
+_DISPATCH = _USUAL | {code[0]: do for code, do in _DONE_HERE.items()}
+_Machine.dispatch = {code: _charged(code, _DISPATCH[code]) for code in _KNOWN.difference(_REFUSED)}
 
 
 # --- the calls of a pickle that make tensors
@@ -698,7 +594,7 @@ def _is_row_major(shape: Any, strides: Any) -> bool:
     return all(size == 1 or step == usual for size, step, usual in steps)
 
 
-def _ordered_dict(machine: _Machine, pairs: Any = ()) -> dict[Any, Any]:
+def _ordered_dict(machine: _Machine, pairs: Any = ()) -> _Items:
     machine.budget.spend(_VALUE * len(pairs))
     return _dict_of(pairs)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["steps", "epochs", "images", ""]
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,7 @@ class Program:
     """The names of one program; empty where it has none of its own."""
 
     step: str = ""  # the value that states the step; `*` is the last item of a list
-    images: str = ""  # the value that states images
+    unit: Unit = "steps"  # what this value counts
     epoch: str = ""  # the value that states the epoch
     # the values that show that it has written a file, if it counts epochs from 0
     from_0: frozenset[str] = frozenset()
@@ -38,9 +41,9 @@ PROGRAMS = {
     "ACE": Program(step="num_batches_seen"),
     "Composer": Program(step="state.timestamp.Timestamp.batch"),
     "fairseq": Program(step="optimizer_history.*.num_updates"),
-    "EDM": Program(images="state.cur_nimg", weights_state=r"training-state-\d+\.pt"),
     "accelerate": Program(average_state=r"custom_checkpoint_\d+\.pkl"),
     "icefall": Program(step="batch_idx_train"),
+    "EDM": Program(step="state.cur_nimg", unit="images", weights_state=r"training-state-\d+\.pt"),
     "RT-DETR, D-FINE": Program(epoch="last_epoch"),
     "nnU-Net": Program(epoch="current_epoch"),
     "YOLOX": Program(epoch="start_epoch", in_place=frozenset({"start_epoch", "best_ap"})),
@@ -50,8 +53,7 @@ PROGRAMS = {
 of loops of one's own, too."""
 
 _ROWS = PROGRAMS.values()
-STEP_VALUES = [row.step for row in _ROWS if row.step]
-IMAGE_VALUES = [row.images for row in _ROWS if row.images]
+STEP_VALUES = {row.step: row.unit for row in _ROWS if row.step}
 EPOCH_VALUES = [row.epoch for row in _ROWS if row.epoch]
 COUNTERS = {name.rpartition(".")[2] for name in STEP_VALUES}
 COUNTERS |= {"decay", "initted", "n_averaged", "updates"}
@@ -75,6 +77,6 @@ def program_of(value: str) -> str:
     """Return the program, or several, that states steps or images in a value of this name; empty if
     many do."""
     for name, row in PROGRAMS.items():
-        if value and value in (row.step, row.images):
+        if value and value == row.step:
             return name
     return ""

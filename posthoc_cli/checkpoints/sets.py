@@ -34,6 +34,7 @@ from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import FileFormatError, UnsuitableError, shown
 from posthoc_cli.profiles import FloatArray
 
+_Named = dict[str, StoredTensor]
 _MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of the model in a checkpoint; the first present one counts. If Lightning's `state_dict` is
 an average, its weights are under `current_model_state`."""
@@ -76,7 +77,7 @@ class Sets:
     def __init__(self, content: Content, named: Sequence[str | None] = ()) -> None:
         """`named`: paths that hold a set, whatever their words say."""
         self.content = content
-        self.tensors = dict[str, StoredTensor]()
+        self.tensors = _Named()
         self.counts = Counter[str]()
         self.keys = dict[str, str]()  # the last key of each path of whole keys
         named_paths = [path for path in named if path]
@@ -112,19 +113,15 @@ class Sets:
             word = AVERAGE_WORD.search(key)
             if word is None or self.is_averaged(path):
                 continue
-            group = self._group(path)
+            group = path
+            while group and group not in self.keys:
+                group = group.rpartition(".")[0]
             is_large = 4 * self.counts[path] >= in_group[group]
             place = (outer, word[0])
             is_part = place in places
             if path in self.keys or is_large or is_part:
                 self.averages.append(path)
                 places.add(place)
-
-    def _group(self, path: str) -> str:
-        """Return the whole keys at the beginning of a path."""
-        while path and path not in self.keys:
-            path = path.rpartition(".")[0]
-        return path
 
     def is_all(self, path: str) -> bool:
         """Return whether a set has all tensors but counters."""
@@ -139,7 +136,7 @@ class Sets:
         """Return whether a path is that of an average, or leads into one."""
         return any(lies_in(path, one) for one in self.averages)
 
-    def below(self, path: str) -> dict[str, StoredTensor]:
+    def below(self, path: str) -> Tensors:
         """Return the tensors of a set by the rest of their names, without averages beside them."""
         start = f"{path}." if path else ""
         is_average = bool(path) and self.is_averaged(path)
@@ -200,64 +197,50 @@ class Sets:
 
     # --- the model
 
-    def model_path(self) -> str:
-        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
-        groups = self._model_groups()
+    @cached_property
+    def models(self) -> list[str]:
+        """The path of the model's weights; those of several sets, or none, if it is unclear.
+
+        Copies of the best model so far do not count.
+        """
+        known = self.content.groups()
+        groups = [name for name in known if self.counts[name] and not self.is_averaged(name)]
+        groups = [name for name in groups if not name.startswith("best_")] or groups
         for name in _MODEL_GROUPS:
             if name in groups:
-                return name
+                return [name]
         if len(groups) == 1:
             within = self.content.groups(groups[0])
             for name in _MODEL_GROUPS:
                 if name in within:
-                    return f"{groups[0]}.{name}"
+                    return [f"{groups[0]}.{name}"]
         is_flat = any(len(tensor.keys) == 1 for tensor in self.tensors.values())
-        if is_flat:
-            return ""
-        if len(groups) == 1:
-            return groups[0]
+        return [""] if is_flat else groups
+
+    def model_path(self) -> str:
+        """Return the path of the model's weights; raise FileFormatError if it is unclear."""
+        if len(self.models) == 1:
+            return self.models[0]
         path = self.content.path
-        if not groups:
+        if not self.models:
             under = names_in(self.content.groups())
             raise UnsuitableError(path, f"holds no weights, only tensors under {under}")
         reason = "which tensors are the model's is unclear: it has tensors under"
-        raise UnsuitableError(path, f"{reason} {names_in(groups)}", _WHICH)
+        raise UnsuitableError(path, f"{reason} {names_in(self.models)}", _WHICH)
 
-    def _model_groups(self) -> list[str]:
-        """Return the outermost keys that may be of a model, without copies of the best one so
-        far."""
-        groups = []
-        for name in self.content.groups():
-            if self.counts[name] > 0 and not self.is_averaged(name):
-                groups.append(name)
-        newest = [name for name in groups if not name.startswith("best_")]
-        return newest or groups
-
-    def may_be_models(self) -> list[str]:
-        """Return the path of the model's weights, or those of all groups if it is unclear."""
-        try:
-            return [self.model_path()]
-        except FileFormatError:
-            return self._model_groups()
-
-    def model(self, prefix: str = "") -> dict[str, StoredTensor]:
+    def model(self, prefix: str = "") -> Tensors:
         """Return the weights of the model by name; all tensors if none of the model's names has a
         prefix."""
         if not self.content.tensors:
             raise UnsuitableError(self.content.path, "holds no tensors with names")
-        try:
-            path = self.model_path()
-        except FileFormatError:
-            if prefix:
-                return self.tensors
-            raise
+        if prefix and len(self.models) != 1:
+            return self.tensors
+        path = self.model_path()
         tensors = self.below(path)
         if not path:
             tensors = {name: one for name, one in tensors.items() if len(one.keys) == 1}
         has_prefix = any(name.startswith(prefix) for name in tensors)
-        if prefix and not has_prefix:
-            return self.tensors
-        return tensors
+        return tensors if has_prefix or not prefix else self.tensors
 
     # --- an average and the weights
 
@@ -273,7 +256,7 @@ class Sets:
         for path in self._within(average):
             pairs += self._pairs_at(path, weights, is_named)
         if not pairs:
-            self._check_unpaired(average)
+            self._check_unpaired(average, weights if is_named else None)
             return None
         best = min(map(self._rank, pairs))
         likeliest = [pair for pair in pairs if self._rank(pair) == best]
@@ -283,17 +266,18 @@ class Sets:
             raise UnsuitableError(self.content.path, reason, _WHICH)
         return likeliest[0]
 
-    def _check_unpaired(self, average: str) -> None:
-        """Raise FileFormatError if an average has most names of some weights, and others, or if it
-        holds several averages."""
+    def _check_unpaired(self, average: str, named: str | None) -> None:
+        """Raise FileFormatError if an average has most names of some weights, and others, if it
+        does not match the weights at a path that is named, or if it holds several averages."""
         for path in self._within(average):
             averaged = self.below(path)
-            for root in self._roots(averaged, path):
+            roots = self._roots(averaged, path) if named is None else [named]
+            for root in roots:
                 weights = self.below(root)
                 others = [name for name in averaged if name not in weights]
                 are_few = 2 * len(others) < len(averaged)
                 is_large = 2 * len(averaged) > len(weights)
-                if others and are_few and is_large:
+                if named is not None or (others and are_few and is_large):
                     reason = "holds an EMA and weights of different models: only the EMA has"
                     reason = f"{reason} {names_in(others)}"
                     hint = _common_part(path, root, [*weights])
@@ -321,15 +305,15 @@ class Sets:
             path = inner
         return Pair(self.below(path), {}, path)
 
-    def joined(self, pairs: Sequence[Pair]) -> Pair | None:
+    def joined(self, pairs: list[Pair]) -> list[Pair]:
         """Return the average of which these are parts, such as `momentum_backbone` and
-        `momentum_projector`; None if they are averages of their own."""
-        changes = {_change(pair) for pair in pairs}
-        roots = [pair.weights_key for pair in pairs]
+        `momentum_projector`; themselves if they are averages of their own."""
+        roots = {pair.weights_key for pair in pairs}
+        places = {_place(pair) for pair in pairs}
         are_keys = any(pair.average_key in self.keys for pair in pairs)
-        are_distinct = len(set(roots)) == len(roots)
-        if are_keys or not are_distinct or len(changes) > 1 or None in changes:
-            return None
+        outer, other, _ = places.pop()
+        if are_keys or places or len(roots) < len(pairs) or outer != other:
+            return pairs
         averaged = {}
         weights = {}
         for pair in pairs:
@@ -338,8 +322,7 @@ class Sets:
                 averaged[f"{part}.{name}"] = tensor
             for name, tensor in pair.weights.items():
                 weights[f"{part}.{name}"] = tensor
-        outer = roots[0].rpartition(".")[0]
-        return Pair(averaged, weights, pairs[0].average_key, outer)
+        return [Pair(averaged, weights, pairs[0].average_key, outer)]
 
     def _within(self, path: str) -> Iterator[str]:
         """Yield a path, and those of the main parts within it."""
@@ -391,16 +374,10 @@ class Sets:
         outer, dot, last = pair.average_key.rpartition(".")
         rest = AVERAGE_WORD.sub("", last).strip("_-.")
         path = pair.weights_key
-        is_outside = not lies_in(path, self._likely_model)
+        model = self.models[0] if len(self.models) == 1 else ""
+        is_outside = not lies_in(path, model)
         is_other = path != outer + dot + rest
         return self.is_averaged(path), is_outside, is_other, _depth(path)
-
-    @cached_property
-    def _likely_model(self) -> str:
-        try:
-            return self.model_path()
-        except FileFormatError:
-            return ""
 
     def _roots(self, averaged: Tensors, average: str) -> list[str]:
         """Return the paths below which a tensor has the longest name of an average."""
@@ -410,9 +387,7 @@ class Sets:
         longest = max(names, key=lambda name: (_depth(name), len(name), name))
         outside = [name for name in self.tensors if not name.startswith(f"{average}.")]
         roots = _roots_of(longest, outside, _squeeze)
-        if not roots:
-            roots = _roots_of(longest, outside, _bare)
-        return roots
+        return roots or _roots_of(longest, outside, _bare)
 
 
 _KEPT_BY_OPTIMIZERS = {"ema", "ema_params", "ema_state", "shadow_params"}
@@ -483,22 +458,11 @@ def _roots_of(longest: str, names: Iterable[str], form: Callable[[str], str]) ->
     return list(roots)
 
 
-def _change(pair: Pair) -> tuple[str, str, str] | None:
-    """Return where the sets of a pair lie, and the word of the average with that of the weights
-    which takes its place in their keys; None if more is different."""
-    outer, _, average = pair.average_key.rpartition(".")
-    weights_outer, _, weights = pair.weights_key.rpartition(".")
-    word = AVERAGE_WORD.search(average)
-    if word is None or outer != weights_outer:
-        return None
-    before = average[: word.start()]
-    after = average[word.end() :]
-    if weights == (before + after).strip("_-"):
-        return outer, word[0], ""
-    if weights.startswith(before) and weights.endswith(after):
-        end = len(weights) - len(after)
-        return outer, word[0], weights[len(before) : end]
-    return None
+def _place(pair: Pair) -> tuple[str, str, str]:
+    """Return where the sets of a pair lie, and the word in the key of the average."""
+    outer, _, last = pair.average_key.rpartition(".")
+    word = AVERAGE_WORD.search(last)
+    return outer, pair.weights_key.rpartition(".")[0], word[0] if word else ""
 
 
 def _common_part(average: str, weights: str, names: Sequence[str]) -> str:
@@ -631,7 +595,7 @@ def _may_be_listed(name: str, tensor: StoredTensor) -> bool:
     return not is_statistic and tensor.chunks[0].entry.dtype in EPS
 
 
-def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> dict[str, StoredTensor]:
+def _of_shape(tensors: Tensors, shape: tuple[int, ...]) -> _Named:
     return {name: tensor for name, tensor in tensors.items() if tensor.shape == shape}
 
 
@@ -643,7 +607,7 @@ def _keeps_order(weights: Tensors) -> bool:
     return True
 
 
-def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> dict[str, StoredTensor]:
+def _match_shape(content: Content, listed: Tensors, weights: Tensors) -> _Named:
     """Return tensors of a shape by the names of the weights that they are nearest to."""
     names = list(weights)
     tensors = list(listed.values())
@@ -728,7 +692,7 @@ def completed(averaged: Tensors, weights: Tensors) -> Tensors:
         return averaged
     first_names = tied_names(weights)
     places = {name: first_names.get(name, name) for name in weights}
-    by_place = dict[str, StoredTensor]()
+    by_place = _Named()
     for name, place in places.items():
         if name in averaged:
             by_place.setdefault(place, averaged[name])

@@ -25,6 +25,9 @@ from posthoc_cli.profiles import (
 from posthoc_cli.snapshots.snapshot import Count, check_globs, converted, kinds_of, make_selection
 from posthoc_cli.snapshots.sources import Rule
 
+Arguments = dict[str, Any]
+"""Arguments of `DecayRule`, or values by name."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _NUMBER = re.compile(
     r"((?:[0-9]{1,3}(?:(?:,[0-9]{3})+|(?:_[0-9]{3})+)|[0-9]+)(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmb]?)",
@@ -57,7 +60,7 @@ def _half_life(value: Any) -> float:
     return read_number(value.removeprefix("half-life:").removesuffix("%")) or 0.0
 
 
-def warm_up_of(text: str) -> dict[str, Any] | None:
+def warm_up_of(text: str) -> Arguments | None:
     """Return the arguments of `DecayRule` for "none", "ratio" or "power:0.75"; None if the text is
     another one."""
     name, colon, number = text.partition(":")
@@ -67,7 +70,7 @@ def warm_up_of(text: str) -> dict[str, Any] | None:
         return None
     row = WARM_UPS[name]
     if not colon:
-        rule: dict[str, Any] = {"warm_up": name}
+        rule: Arguments = {"warm_up": name}
         if row.number:
             rule[row.number] = row.usual
         return rule
@@ -180,10 +183,10 @@ class ImportSettings:
         name, _, _ = (self.ema_warmup or "none").partition(":")
         return RULES[name.replace("none", "")]
 
-    def rule(self, every: float = 1.0) -> dict[str, Any]:
+    def rule(self, every: float = 1.0) -> Arguments:
         """Return the given arguments of `DecayRule` for an ordinary EMA that is updated at this
         interval."""
-        rule: dict[str, Any] = {}
+        rule: Arguments = {}
         if half_life := _half_life(self.ema_decay):
             rule["decay"] = 0.5 ** (every / half_life)
             if str(self.ema_decay).endswith("%"):
@@ -201,14 +204,9 @@ class ImportSettings:
         return rule | (warm_up_of(self.ema_warmup or "") or {})
 
     @property
-    def given(self) -> dict[str, Any]:
+    def given(self) -> Arguments:
         """The settings that differ from their defaults, as plain values for JSON."""
-        given = dict[str, Any]()
-        for name, value in vars(self).items():
-            plain = list(value) if isinstance(value, tuple) else value
-            if plain not in (None, "", []):
-                given[name] = plain
-        return given
+        return {name: value for name, value in vars(self).items() if value not in (None, "", ())}
 
     @property
     def without_findings(self) -> ImportSettings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -219,10 +218,8 @@ def _files_of(content: Content, tensors: Tensors) -> tuple[TensorFile, ...]:
     layers = dict[tuple[Path, int], dict[str, Chunk]]()
     are_whole = True
     for name, tensor in tensors.items():
-        counts = Counter[Path]()
-        for chunk in tensor.chunks:
-            layers.setdefault((chunk.path, counts[chunk.path]), {})[name] = chunk
-            counts[chunk.path] += 1
+        for number, chunk in enumerate(tensor.chunks):
+            layers.setdefault((chunk.path, number), {})[name] = chunk
             are_whole = are_whole and chunk.box == Box.full(tensor.shape)
     held = []
     for (path, _), chunks in layers.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from posthoc_cli.checkpoints.settings import ImportSettings
+from posthoc_cli.checkpoints.settings import Arguments, ImportSettings
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RULES, UNLIMITED, DecayRule, OrdinaryEMA
 
@@ -17,23 +17,10 @@ Calls = Literal["multiples", "from first", "counted", "after copy"]
 """Which calls update an EMA: the multiples of `every`; the first one and each `every` calls later;
 the same, with a `count` of calls; or a copy at the step that settings name, and then multiples."""
 
-_REMAINDER: dict[Calls, int] = {
-    "multiples": 0,
-    "from first": 1,
-    "counted": 1,
-    "after copy": 0,
-}
-"""The number of an updating call, modulo `every`, for an EMA that began with the training."""
+_FROM_FIRST = ("from first", "counted")
 
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the updates of an EMA lie: their first step, their number, and what the rule has for
-    it."""
-
-    first: int
-    count: int
-    rule: dict[str, Any] = field(default_factory=dict)
+_Place = tuple[int, int, Arguments]
+"""Where the updates of an EMA lie: their first step, their number, and what the rule has for it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class Updates:
     """How an ordinary EMA was updated, as far as its file says."""
 
     # arguments of `DecayRule`; without "decay", "base" and "steps" if they are unknown
-    rule: dict[str, Any] = field(default_factory=dict)
+    rule: Arguments = field(default_factory=dict)
     count: int | None = None  # number of updates; None if it is unknown
     every: int = 1  # calls between updates; for EDM images of a batch, 0 if they are unknown
     calls: Calls = "multiples"
@@ -70,21 +57,22 @@ class Updates:
             restart = max(restarts)
             late = settings.ema_late or 0
             updates = (step - restart) // every
-            place = _Place(restart + every, updates, {"copies": 0, "late": late})
+            place = (restart + every, updates, {"copies": 0, "late": late})
         else:
             place = self._place(step, every, settings)
-        if place.first < 1:
+        first, count, of_place = place
+        if first < 1:
             counted = f"{path.name} has counted {self.count:,} updates of its EMA by step {step:,}"
             reason = f"must be given, and fit: {counted}"
             raise InvalidValueError("update_every", reason, "1 if the EMA began late")
-        rule = {"decay": _ANY_DECAY} | self._rule(settings, every) | place.rule
+        rule: Arguments = {"decay": _ANY_DECAY} | self._rule(settings, every) | of_place
         if _is_schedule(rule):
-            rule["before"] = (place.first - 1) // every
+            rule["before"] = (first - 1) // every
             rule["decay"] = rule.get("base", _ANY_DECAY)
             rule["steps"] = rule.get("steps", math.inf) / every
-        return DecayRule(**rule).profile(step, place.count, every, place.first)
+        return DecayRule(**rule).profile(step, count, every, first)
 
-    def _rule(self, settings: ImportSettings, every: int) -> dict[str, Any]:
+    def _rule(self, settings: ImportSettings, every: int) -> Arguments:
         said = settings.rule(every)
         if "decay" not in said:
             return self.rule | said
@@ -108,12 +96,12 @@ class Updates:
         if self.calls == "counted":
             updates = (count - 1) // every + 1
             rule = {"copies": 1 + after, "stride": every}
-            return _Place(step - count + 1, updates, rule)
+            return step - count + 1, updates, rule
         first = self._last(step, every) - (count - 1) * every
         is_each_step = 0 <= step - count <= 1
         if count and settings.update_every is None and not is_each_step:
             first = 0  # 50 updates at step 100 may be one in two steps, or all since the 51st
-        return _Place(first, count)
+        return first, count, {}
 
     def _place_after(
         self,
@@ -127,19 +115,19 @@ class Updates:
         if self.calls == "after copy" and after:
             first = after
             rule["copies"] = 1
-        elif _REMAINDER[self.calls]:
+        elif self.calls in _FROM_FIRST:
             first = after + 1
         else:
             first = self._last(after, every) + every
         first = min(first, step + every)  # of no updates until then: a copy of the weights
         updates = (step - first) // every + 1
-        return _Place(first, updates, rule)
+        return first, updates, rule
 
     def _last(self, step: int, every: int) -> int:
         """Return the step of the last update up to a step."""
-        remainder = _REMAINDER[self.calls]
+        remainder = int(self.calls in _FROM_FIRST)
         return (step - remainder) // every * every + remainder
 
 
-def _is_schedule(rule: dict[str, Any]) -> bool:
+def _is_schedule(rule: Arguments) -> bool:
     return RULES[rule.get("warm_up", "")].is_schedule

@@ -319,3 +319,23 @@ def test_an_import_names_the_setting_that_was_given(tmp_path):
     assert line.startswith("sigma_rels is as given")
     (line,) = read(tmp_path, ema_decay=0.95).checks
     assert line.startswith("ema_decay is as given")
+
+
+def test_averages_whose_norms_grow_are_asked_about(tmp_path, caplog):
+    for number in range(1, 6):
+        values = torch.full((8,), 1.65**number)
+        torch.save({"w": values}, tmp_path / f"ema_{100 * number}.pt")
+    import_checkpoints(tmp_path, None, dry_run=True, ema_decay=0.99)
+    assert "norms grow by 1.65 from file to file: is this an average?" in caplog.text
+
+
+def test_sets_whose_names_are_paths_are_chosen_by_a_pattern(tmp_path):
+    """As those of JAX."""
+    for step in (10, 20, 40):
+        weights = torch.full((3,), float(step))
+        sets = {f"{name}/w": weights for name in ("params", "ema_params", "opt")}
+        torch.save(sets, tmp_path / f"step{step}.pt")
+    with pytest.raises(FileFormatError, match=r"ema_params/, opt/, params/; .* 'params/\*'"):
+        _ = Run(tmp_path).sources
+    found = import_checkpoints(tmp_path, None, dry_run=True, include=("params/*",))
+    assert found.counts == {"weights": 3}
