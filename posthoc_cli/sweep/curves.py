@@ -54,7 +54,7 @@ def draw_curves(
     The measurements have places in [0, 1], values, of which lower is better, stated standard errors
     or nan, and seeds.
     """
-    values = _clipped(values)
+    values = clipped(values)
     centre = values.mean()
     scale = values.std()
     standard = (values - centre) / scale
@@ -85,7 +85,8 @@ def _drawn(posteriors: Sequence[_Posterior], weights: FloatArray) -> FloatArray:
     return np.concatenate(draws)
 
 
-def _clipped(values: FloatArray) -> FloatArray:
+def clipped(values: FloatArray) -> FloatArray:
+    """Return values, of which lower is better, with those far above most lowered."""
     upper = float(np.quantile(values, 0.75))
     _, second, *_ = np.sort(values).tolist()
     reach = upper - second

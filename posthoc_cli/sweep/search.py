@@ -28,7 +28,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, PostHocError, check_count, check_number, percent
 from posthoc_cli.profiles import FloatArray, Point
 from posthoc_cli.run import Run
-from posthoc_cli.sweep.curves import GRID, POINTS, draw_curves
+from posthoc_cli.sweep.curves import GRID, POINTS, clipped, draw_curves
 from posthoc_cli.sweep.trials import TrialError
 from posthoc_cli.targets import KINDS, WIDTH, Kind, Target, bad, kind_of, parse_numbers
 
@@ -211,6 +211,8 @@ class Estimate:
         regret: how much worse than the true best `best` is expected to be; not negative.
         noise: the standard deviation of one measurement, without the offset of its seed.
         curve, errors: the estimated metric over the range, with standard errors: shape [POINTS].
+        shown: the points between measurements that are not clipped; beyond these the curve only
+            shows that lengths are bad.
         draws: curves drawn from the model, of which lower is better: shape [draws, POINTS].
     """
 
@@ -222,7 +224,11 @@ class Estimate:
         if axis.values:
             self._known = np.array(axis.values)
         places = axis.place(xs)
-        self.draws, self.noise = draw_curves(places, sign * values, errors, seeds)
+        signed = sign * values
+        used = places[clipped(signed) == signed]
+        points = _nearest_points(used)
+        self.shown = slice(points.min(), points.max() + 1)
+        self.draws, self.noise = draw_curves(places, signed, errors, seeds)
         self.curve = sign * self.draws.mean(axis=0)
         self.errors = self.draws.std(axis=0)
         point = self._best_point()
@@ -425,7 +431,7 @@ class SweepReport:
             return values
         best = {"target": self.best.title, self.axis.kind: estimate.best}
         xs = self.axis.at(GRID)
-        rows = np.column_stack([xs, estimate.curve, estimate.errors])
+        rows = np.column_stack([xs, estimate.curve, estimate.errors])[estimate.shown]
         curve = []
         for row in rows.tolist():
             curve.append(dict(zip(_CURVE, row, strict=True)))

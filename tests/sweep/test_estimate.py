@@ -173,6 +173,15 @@ def test_one_far_value_does_not_hide_the_best(place):
     assert abs(found.mean) < 10
 
 
+def test_the_shown_curve_ends_before_a_far_value_at_an_end():
+    """The model does not know how far it is."""
+    measured = trials(0, 6)
+    measured[-1] = replace(measured[-1], value=1000.0)
+    found = Estimate(measured, AXIS)
+    assert found.shown == slice(0, 4 * (POINTS - 1) // 5 + 1)
+    assert found.curve[found.shown].max() < 10
+
+
 # --- the rounds of a search
 
 
