@@ -110,6 +110,11 @@ class Node:
     state: Any = None  # its attributes
     items: _Items = field(default_factory=dict)  # those of a subclass of dict
 
+    @property
+    def is_array(self) -> bool:
+        """Whether it is an array of numpy, or a number."""
+        return self.name.endswith(".multiarray._reconstruct")
+
     def update(self, items: _Items) -> None:
         self.items.update(items)
 
@@ -242,6 +247,8 @@ def _opened(item: Any, objects: set[int], budget: _Budget) -> tuple[Any, bool]:
         return item, False
     if isinstance(item.state, int | float):  # of an array
         return item.state, False
+    if item.is_array and item.state[2].arguments[0] in ("f2", "f4", "f8"):
+        return item, False  # a tensor that is not read: in protocol 2 its bytes are a text
     module = _module_tensors(item, budget)
     if module is not None:
         return module, True
@@ -450,8 +457,7 @@ class _Machine(pickle._Unpickler):
         item = self.stack[-1]
         if isinstance(item, Node):
             item.state = state
-            is_array = item.name.endswith(".multiarray._reconstruct")
-            if is_array and state[1] == ():
+            if item.is_array and state[1] == ():
                 item.state = _scalar(self, state[2], state[4])
 
     def persistent_load(self, pid: Any) -> _Bytes:

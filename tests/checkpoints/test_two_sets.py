@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trained
@@ -21,6 +22,7 @@ from saved import (
     values_of,
     write_each,
 )
+from torch import nn
 from torch.nn import utils
 from trained import by, error_of, train
 from truth import distance
@@ -432,6 +434,21 @@ def test_an_average_that_is_not_used_is_named(tmp_path, caplog):
     average = last.average | TEXT
     check(tmp_path, average, last.weights | TEXT, None, average="deep.ema")
     assert_equal(exported(file, average="ema"), average)
+
+
+def test_an_average_of_numpy_arrays_is_named_which_cannot_be_read(tmp_path, caplog):
+    """In the protocol of `torch.save` their bytes are a text."""
+    model = nn.Linear(3, 2)
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    torch.save(
+        {"model": model.state_dict(), "ema": arrays, "loss": np.array(0.5)}, tmp_path / "step5.pt"
+    )
+    assert len(import_checkpoints(tmp_path).checkpoints[0].entries) == 2
+    assert "step5.pt also holds 'ema', not used" in caplog.text
+    with pytest.raises(
+        FileFormatError, match=r"tensor 'ema\.weight': is of a kind that is not read"
+    ):
+        import_checkpoints(tmp_path, average="ema")
 
 
 def test_two_towers_are_no_average_and_its_weights(tmp_path, caplog):
