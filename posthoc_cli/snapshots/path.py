@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -168,40 +168,41 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
         return ""
     if not np.all(sketch.spread < _MOST):
         return ""
+    windows, numbers = means.shape
+    whole = windows if exact else 1
     steps = np.diff(means.astype(np.float64), axis=0)
     largest = float(np.abs(steps).max(initial=0.0))
     factor = largest / _LARGEST or 1.0
-    size = 4 if exact else 2
-    counts = np.array([*means.shape, size, path.projection], "<i8")
-    parts = (sketch.edges, sketch.folds, sketch.spread, [factor])
-    known = np.concatenate(parts).astype("<f8")
-    data = counts.tobytes() + known.tobytes()
-    if exact:
-        data += means.tobytes()
-    else:
-        data += _moves(means / factor, means[0])
-    if _has_own_clock(path):
-        data += path.steps.astype("<f8").tobytes()
-    return base64.b64encode(data).decode()
-
-
-def _has_own_clock(path: PathSketch) -> bool:
-    """Return whether times are not just the numbers of the steps, as far as these are known."""
-    is_known = np.isfinite(path.steps)
-    ends = path.sketch.edges[1:]
-    return not np.array_equal(path.steps[is_known], ends[is_known])
-
-
-def _moves(places: FloatArray, first: Floats) -> bytes:
-    """Return the first mean, and the moves between places, each from the rounded place before, so
-    that errors do not add up."""
-    windows, numbers = places.shape
-    moves = np.zeros((windows - 1, numbers), "<f2")
+    moves = np.zeros((windows - whole, numbers), "<f2")
+    places = means / factor
     reached = places[0]
-    for move, next_place in zip(moves, places[1:], strict=True):
-        move[:] = next_place - reached
+    # each is from the rounded place before, so that errors do not add up
+    for move, place in zip(moves, places[1:], strict=False):
+        move[:] = place - reached
         reached = reached + move
-    return first.tobytes() + moves.tobytes()
+    known = np.isfinite(path.steps)
+    # stored where times are not just the numbers of the steps
+    is_usual = np.array_equal(path.steps[known], sketch.edges[1:][known])
+    clock = path.steps[:0] if is_usual else path.steps
+    parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:whole], moves, clock
+    counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
+    stored = np.array(parts, _layout(windows, numbers, whole, len(clock)))
+    return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
+
+
+def _layout(windows: int, numbers: int, whole: int, clock: int) -> np.dtype[Any]:
+    """Return the layout of a sketch after its counts: whole means, and the moves from each to the
+    next, in units of `factor`; and so many steps."""
+    fields: list[Any] = [
+        ("edges", "<f8", (windows + 1,)),
+        ("folds", "<f8", (windows,)),
+        ("spread", "<f8", (windows,)),
+        ("factor", "<f8"),
+        ("means", "<f4", (whole, numbers)),
+        ("moves", "<f2", (windows - whole, numbers)),
+        ("steps", "<f8", (clock,)),
+    ]
+    return np.dtype(fields)
 
 
 def decode_path(text: str) -> PathSketch:
@@ -245,51 +246,24 @@ def joined_paths(texts: Sequence[str]) -> str:
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    windows, numbers, whole, projection = _checked_counts(data)
-    begin_of_means = _COUNTS_BYTES + 8 * (3 * windows + 2)
-    begin_of_moves = begin_of_means + 4 * numbers * whole
-    begin_of_steps = begin_of_moves + 2 * numbers * (windows - whole)
-    if len(data) - begin_of_steps not in (0, 8 * windows):
-        raise ValueError(_LIMITS)
-    known = _numbers(data[_COUNTS_BYTES:begin_of_means], "<f8")
-    ends = [windows + 1, 2 * windows + 1, 3 * windows + 1]
-    edges, folds, spread, factor = np.split(known, ends)
-    means = _numbers(data[begin_of_means:begin_of_moves], "<f4").reshape(-1, numbers)
-    moves = _numbers(data[begin_of_moves:begin_of_steps], "<f2").reshape(-1, numbers)
-    sketch = Sketch(edges, folds, _all_means(means, moves * factor), spread)
-    return PathSketch(projection, sketch, _known_steps(data[begin_of_steps:], windows))
-
-
-def _all_means(means: FloatArray, moves: FloatArray) -> FloatArray:
-    """Return means, and those that further moves lead to."""
-    later = means[:1] + np.cumsum(moves, axis=0)
-    return np.concatenate((means, later))
-
-
-def _known_steps(data: bytes, windows: int) -> FloatArray:
-    """Return the steps of windows; nan if none are stored."""
-    if not data:
-        return np.full(windows, np.nan)
-    return _numbers(data, "<f8")
-
-
-def _checked_counts(data: bytes) -> tuple[int, int, int, int]:
-    """Return the numbers of windows, of numbers in each, and of means that are stored as they are
-    and not as steps, and the projection."""
     if len(data) < _COUNTS_BYTES:
         raise ValueError(_LIMITS)
-    counts = np.frombuffer(data[:_COUNTS_BYTES], "<i8")
-    windows, numbers, size, projection = counts.tolist()
-    if not 0 < windows <= MOST_WINDOWS:
-        raise ValueError(_LIMITS)
-    if not 0 < numbers <= MOST_NUMBERS:
-        raise ValueError(_LIMITS)
-    if size not in (2, 4):
+    windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
+    are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
+    if not are_few or size not in (2, 4):
         raise ValueError(_LIMITS)
     whole = windows if size == 4 else 1
-    return windows, numbers, whole, projection
-
-
-def _numbers(data: bytes, dtype: str) -> FloatArray:
-    values = np.frombuffer(data, dtype)
-    return values.astype(np.float64)
+    layouts = [_layout(windows, numbers, whole, clock) for clock in (0, windows)]
+    for layout in layouts:
+        if len(data) == _COUNTS_BYTES + layout.itemsize:
+            break
+    else:
+        raise ValueError(_LIMITS)
+    stored = np.frombuffer(data, layout, offset=_COUNTS_BYTES)[0]
+    edges, folds, spread, factor, means, moves, steps = (
+        stored[name].astype(np.float64) for name in layout.names or ()
+    )
+    later = means[:1] + np.cumsum(moves * factor, axis=0)
+    sketch = Sketch(edges, folds, np.concatenate((means, later)), spread)
+    unknown = np.full(windows, np.nan)
+    return PathSketch(projection, sketch, steps if steps.size else unknown)
