@@ -405,6 +405,14 @@ class PendingFile(_Pending):
                 view = view[written:]
                 offset = offset + written
 
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with what was written from an offset on."""
+        with reported_as_write_error(self.path):
+            while view:
+                count = system.read(self.descriptor, view, offset)
+                view = view[count:]
+                offset = offset + count
+
     def publish(self) -> None:
         """Make the content durable and give the file its name; remove a new name if a later step
         fails."""

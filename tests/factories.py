@@ -159,7 +159,7 @@ def write_tensors(
     with TensorFileWriter(path, entries, info.encoded(), for_dcp, overwrite) as writer:
         for name, value in values.items():
             writer.write(name, tensor_bytes(value))
-        writer.commit()
+        writer.publish()
 
 
 def write_snapshot(

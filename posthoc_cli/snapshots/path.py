@@ -164,22 +164,13 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
         return ""
     sketch = path.sketch
     means = sketch.means.astype("<f4")
-    if not np.isfinite(means).all():
-        return ""
-    if not np.all(sketch.spread < _MOST):
+    if not (np.isfinite(means).all() and np.all(sketch.spread < _MOST)):
         return ""
     windows, numbers = means.shape
     whole = windows if exact else 1
     steps = np.diff(means.astype(np.float64), axis=0)
-    largest = float(np.abs(steps).max(initial=0.0))
-    factor = largest / _LARGEST or 1.0
-    moves = np.zeros((windows - whole, numbers), "<f2")
-    places = means / factor
-    reached = places[0]
-    # each is from the rounded place before, so that errors do not add up
-    for move, place in zip(moves, places[1:], strict=False):
-        move[:] = place - reached
-        reached = reached + move
+    factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
+    moves = _moves(means[: windows - whole + 1] / factor)
     known = np.isfinite(path.steps)
     # stored where times are not just the numbers of the steps
     is_usual = np.array_equal(path.steps[known], sketch.edges[1:][known])
@@ -188,6 +179,17 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
     stored = np.array(parts, _layout(windows, numbers, whole, len(clock)))
     return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
+
+
+def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
+    """Return the moves between places, each from the rounded place before, so that errors do not
+    add up."""
+    moves = np.zeros(places[1:].shape, "<f2")
+    reached = places[0]
+    for move, place in zip(moves, places[1:], strict=True):
+        move[:] = place - reached
+        reached = reached + move
+    return moves
 
 
 def _layout(windows: int, numbers: int, whole: int, clock: int) -> np.dtype[Any]:
@@ -246,19 +248,7 @@ def joined_paths(texts: Sequence[str]) -> str:
 def _decoded(text: str) -> PathSketch:
     """Return the path that the sketch of one part encodes; raise ValueError if it is invalid."""
     data = base64.b64decode(text, validate=True)
-    if len(data) < _COUNTS_BYTES:
-        raise ValueError(_LIMITS)
-    windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
-    are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
-    if not are_few or size not in (2, 4):
-        raise ValueError(_LIMITS)
-    whole = windows if size == 4 else 1
-    layouts = [_layout(windows, numbers, whole, clock) for clock in (0, windows)]
-    for layout in layouts:
-        if len(data) == _COUNTS_BYTES + layout.itemsize:
-            break
-    else:
-        raise ValueError(_LIMITS)
+    windows, projection, layout = _checked_layout(data)
     stored = np.frombuffer(data, layout, offset=_COUNTS_BYTES)[0]
     edges, folds, spread, factor, means, moves, steps = (
         stored[name].astype(np.float64) for name in layout.names or ()
@@ -267,3 +257,18 @@ def _decoded(text: str) -> PathSketch:
     sketch = Sketch(edges, folds, np.concatenate((means, later)), spread)
     unknown = np.full(windows, np.nan)
     return PathSketch(projection, sketch, steps if steps.size else unknown)
+
+
+def _checked_layout(data: bytes) -> tuple[int, int, np.dtype[Any]]:
+    """Return the number of windows, the projection and the layout of a sketch; raise ValueError if
+    it has another length."""
+    if len(data) >= _COUNTS_BYTES:
+        windows, numbers, size, projection = np.frombuffer(data[:_COUNTS_BYTES], "<i8").tolist()
+        are_few = 0 < windows <= MOST_WINDOWS and 0 < numbers <= MOST_NUMBERS
+        if are_few and size in (2, 4):
+            whole = windows if size == 4 else 1
+            for clock in (0, windows):
+                layout = _layout(windows, numbers, whole, clock)
+                if len(data) == _COUNTS_BYTES + layout.itemsize:
+                    return windows, projection, layout
+    raise ValueError(_LIMITS)

@@ -468,6 +468,18 @@ class TensorFile:
             handle.users += 1
         return self
 
+    @contextmanager
+    def opened(self) -> Iterator[OpenedFile]:
+        """Open the file as `with` does, to read any of its bytes."""
+        with self:
+            yield self._file
+
+    @property
+    def _file(self) -> OpenedFile:
+        file = self.handle.file
+        assert file is not None, "each caller has opened it"
+        return file
+
     def _opened(self) -> OpenedFile:
         """Open the file; raise FileFormatError if it is not the one whose header was read."""
         with ExitStack() as stack:
@@ -573,9 +585,7 @@ class TensorFile:
                 raise FileFormatError(self.path, reason)
 
     def _fill(self, offset: int, view: memoryview) -> None:
-        file = self.handle.file
-        assert file is not None, "each caller has opened it"
-        if file.read_into(view, offset) < len(view):
+        if self._file.read_into(view, offset) < len(view):
             raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
@@ -842,7 +852,7 @@ def compact(value: object) -> str:
 
 
 class TensorFileWriter:
-    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `commit` at
+    """A writer of one file, which is absent or complete, see `files.PendingFile`. Call `publish` at
     the end.
 
     Every byte of every tensor is written once, in any order and by any number of threads. The
@@ -900,7 +910,7 @@ class TensorFileWriter:
                     self._header[place : place + 16] = digest.hexdigest().encode()
                     digest.reset()
 
-    def commit(self) -> TensorFile:
+    def publish(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
         checksum = _checksum(bytes(self._header))
         self._header[_DIGITS] = checksum.encode()
@@ -927,7 +937,7 @@ class TensorFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what was written; do nothing after `commit`."""
+        """Remove what was written; do nothing after `publish`."""
         self._file.discard()
 
 

@@ -320,7 +320,7 @@ class Snapshotter:
             staged.write_rounded(writer)
             for name, tensor in others.items():
                 writer.write(name, tensor_bytes(tensor))
-            file = writer.commit()
+            file = writer.publish()
         written = replace(info, path=path, files=(file,), entries=file.entries)
         self._stored = [*kept, written]
         log.info("wrote %s", path)

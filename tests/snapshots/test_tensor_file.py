@@ -153,7 +153,7 @@ def write_pieces(path: Path, size: int) -> Path:
             writer.write("x", DATA[: 2 * BLOCK].data)
         writer.write("before", memoryview(b"abc"))
         writer.write("after", memoryview(b"de"))
-        writer.commit()
+        writer.publish()
     return path
 
 
@@ -220,7 +220,7 @@ def write(path: Path, overwrite: bool = False) -> None:
     with TensorFileWriter(path, entries, {"format": 3}, {}, overwrite) as writer:
         writer.write("a", memoryview(b"abcd"))
         writer.write("b", memoryview(bytes(4)))
-        writer.commit()
+        writer.publish()
 
 
 @pytest.mark.parametrize(
