@@ -305,7 +305,8 @@ class SynthesisReport:
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["seconds"] = self.seconds
             target["bytes"] = self.plan.nbytes
-        left_out = [name for name in self.plan.newest.left_out if not name.endswith("_extra_state")]
+        newest = self.plan.sources[-1]
+        left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
         sources = counted(self.plan.sources)
         if self.plan.last != self.plan.t:
             sources += f" (the newest is of {self.plan.last:,.12g})"

@@ -171,14 +171,19 @@ def encode_path(path: PathSketch | None, exact: bool = False) -> str:
     steps = np.diff(means.astype(np.float64), axis=0)
     factor = float(np.abs(steps).max(initial=0.0)) / _LARGEST or 1.0
     moves = _moves(means[: windows - whole + 1] / factor)
-    known = np.isfinite(path.steps)
-    # stored where times are not just the numbers of the steps
-    is_usual = np.array_equal(path.steps[known], sketch.edges[1:][known])
-    clock = path.steps[:0] if is_usual else path.steps
+    clock = _own_clock(path)
     parts = sketch.edges, sketch.folds, sketch.spread, factor, means[:whole], moves, clock
     counts = np.array([windows, numbers, 4 if exact else 2, path.projection], "<i8")
     stored = np.array(parts, _layout(windows, numbers, whole, len(clock)))
     return base64.b64encode(counts.tobytes() + stored.tobytes()).decode()
+
+
+def _own_clock(path: PathSketch) -> FloatArray:
+    """Return the steps of windows; none if times are just their numbers, as far as they are
+    known."""
+    known = np.isfinite(path.steps)
+    is_usual = np.array_equal(path.steps[known], path.sketch.edges[1:][known])
+    return path.steps[:0] if is_usual else path.steps
 
 
 def _moves(places: FloatArray) -> npt.NDArray[np.float16]:
