@@ -510,37 +510,6 @@ _STILL = 1e-12
 equal values moves by roundings."""
 
 
-class _Norms:
-    """The squared norms of samples of one run, without the tensors that are constant in all of
-    them."""
-
-    def __init__(self) -> None:
-        self._first: FloatArray | None = None
-        self._squares: dict[int, FloatArray] = {}  # of each source's tensors
-        self._moved: FloatArray | float = 0.0
-
-    def add(self, sample: _Sample) -> None:
-        if self._first is None:
-            self._first = sample.values
-        squares = np.add.reduceat(sample.values**2, sample.starts)
-        moves = sample.values - self._first
-        moves *= moves  # in place: of a million elements each copy takes 8 MB
-        distances = np.add.reduceat(moves, sample.starts)
-        has_moved = distances > _STILL * squares
-        self._squares[id(sample.source)] = squares * sample.scale
-        self._moved = np.maximum(self._moved, has_moved)
-
-    def of_moving(self) -> dict[int, float]:
-        """Return the squared norm of each source, by its id; of all tensors if none moves."""
-        moving = np.asarray(self._moved, dtype=bool)
-        if not moving.any():
-            moving = ~moving
-        norms = {}
-        for key, squares in self._squares.items():
-            norms[key] = float(squares[moving].sum())
-        return norms
-
-
 @np.errstate(over="ignore", invalid="ignore")
 def sample_measurements(sources: Sequence[Source]) -> list[Measurements | None]:
     """Estimate the measurements of the sources of one run, in their order, from the stored
@@ -566,20 +535,24 @@ class _Sampling:
     """The measurements of a run's sources, taken in one time after another."""
 
     def __init__(self) -> None:
-        self._norms = _Norms()
-        self._measured: dict[int, Measurements] = {}  # by the id of the source
+        self._first: FloatArray | None = None
+        # the tensors that are not constant in all sources so far
+        self._moved: npt.NDArray[np.bool_] | bool = False
+        # by the id of the source: the squared norm of each tensor, the rounding, and the distances
+        self._measured: dict[int, tuple[FloatArray, float, list[Distance]]] = {}
         # of each kind the averages of the two newest times
-        self._newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
+        self._newest: dict[tuple[float, bool], list[_Sample]] = defaultdict(list)
         self._steps: dict[tuple[float, bool], list[_Step]] = defaultdict(list)
 
     def add(self, samples: Sequence[_Sample]) -> None:
         """Measure the samples of one time, later than all before."""
         recent = []
+        earlier = []
         for sample in samples:
-            before = self._newest[_kind(sample.source)]
-            recent.append(_recent_motion(sample, before))
+            recent.append(_recent_motion(sample, self._newest[_kind(sample.source)]))
+        for kind in sorted(self._newest):
+            earlier += self._newest[kind]
         is_clear = any(motion.squared > _CLEAR * motion.rounding for motion in recent if motion)
-        earlier = self._earlier()
         for sample, motion in zip(samples, recent, strict=True):
             distances = []
             if motion:
@@ -587,38 +560,41 @@ class _Sampling:
             if not (motion and is_clear):
                 beside = [other for other in samples if other is not sample]
                 distances += map(sample.distance, beside + earlier)
-            self._norms.add(sample)
-            measurements = Measurements(0.0, sample.rounding, tuple(distances))
-            self._measured[id(sample.source)] = measurements
-        for kind, of_kind in groupby(samples, key=lambda sample: _kind(sample.source)):
-            at_time = list(of_kind)
-            last_two = [of_time[0] for of_time in self._newest[kind]]
-            self._steps[kind] += _steps_to(at_time[0], last_two)
-            self._newest[kind] = [*self._newest[kind], at_time][-2:]
+            squares = self._squares(sample)
+            self._measured[id(sample.source)] = squares, sample.rounding, distances
+        for sample in samples:
+            kind = _kind(sample.source)
+            before = self._newest[kind]
+            if before:
+                self._steps[kind].append(_step(sample, before))
+            self._newest[kind] = [*before, sample][-2:]
 
-    def _earlier(self) -> list[_Sample]:
-        samples = []
-        for kind in sorted(self._newest):
-            for at_time in self._newest[kind]:
-                samples += at_time
-        return samples
+    def _squares(self, sample: _Sample) -> FloatArray:
+        """Return the squared norm of each tensor, and note which have moved."""
+        if self._first is None:
+            self._first = sample.values
+        squares = np.add.reduceat(sample.values**2, sample.starts)
+        moves = sample.values - self._first
+        moves *= moves  # in place: of a million elements each copy takes 8 MB
+        self._moved |= np.add.reduceat(moves, sample.starts) > _STILL * squares
+        return squares * sample.scale
 
     def measurements_of(self, sources: Sequence[Source]) -> list[Measurements | None]:
         """Return the measurements of the sources; all None if values are too large to be
         squared."""
         for steps in self._steps.values():
             _warn_of_two_trainings(steps)
-        norms = self._norms.of_moving()
-        sums = list(norms.values())
-        for measurements in self._measured.values():
-            sums += [distance.squared for distance in measurements.distances]
+        moving = self._moved if np.any(self._moved) else ...  # all if none moves
+        found = list[Measurements | None]()
+        sums = list[float]()
+        for source in sources:
+            squares, rounding, distances = self._measured[id(source)]
+            norm = float(squares[moving].sum())
+            found.append(Measurements(norm, rounding, tuple(distances)))
+            sums.append(norm)
+            sums += [distance.squared for distance in distances]
         if not np.isfinite(sums).all():
             return [None] * len(sources)
-        found = list[Measurements | None]()
-        for source in sources:
-            norm = norms[id(source)]
-            measured = self._measured[id(source)]
-            found.append(replace(measured, norm=norm))
         return found
 
 
@@ -652,17 +628,15 @@ class _Step:
         return self.after.t - self.before.t
 
 
-def _steps_to(sample: _Sample, before: Sequence[_Sample]) -> Iterator[_Step]:
-    """Yield the step to a sample from the last one of at most two before."""
-    if not before:
-        return
+def _step(sample: _Sample, before: Sequence[_Sample]) -> _Step:
+    """Return the step to a sample from the last one of one or two before."""
     last = before[-1]
     squared = sample.squared_distance(last)
     rounding = sample.rounding + last.rounding
     over_two = math.inf
     if len(before) > 1:
         over_two = sample.squared_distance(before[0])
-    yield _Step(last.source, sample.source, squared, rounding, over_two)
+    return _Step(last.source, sample.source, squared, rounding, over_two)
 
 
 def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
@@ -777,7 +751,7 @@ _NONE = 1e-9  # shares of mass below this count as 0
 _CLEAR = 2.0  # a squared distance must be this many times its expected rounding to show motion
 
 
-def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Distance | None:
+def _recent_motion(sample: _Sample, before: Sequence[_Sample]) -> Distance | None:
     """Return an average's distance from what it would be if the weights had not moved between its
     last two intervals.
 
@@ -793,8 +767,7 @@ def _recent_motion(sample: _Sample, before: Sequence[Sequence[_Sample]]) -> Dist
     """
     if len(before) < 2:
         return None
-    sample_a = before[0][0]
-    sample_b = before[1][0]
+    sample_a, sample_b = before
     a = sample_a.source.profile
     b = sample_b.source.profile
     c = sample.source.profile
