@@ -158,7 +158,7 @@ def write_tensors(
     for_dcp = info.for_dcp if isinstance(info, Snapshot) else {}
     with TensorFileWriter(path, entries, info.encoded(), for_dcp, overwrite) as writer:
         for name, value in values.items():
-            writer.write(name, tensor_bytes(value))
+            writer.write(name, [tensor_bytes(value)])
         writer.publish()
 
 

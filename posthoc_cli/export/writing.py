@@ -559,7 +559,7 @@ class TensorFiles(FileOutput):
     def write(self, tile: Tile, values: torch.Tensor) -> None:
         for name, data, begin in tile.pieces(values):
             if name in self._writers:
-                self._writers[name].write(name, data, begin)
+                self._writers[name].write(name, [data], begin)
 
 
 def cut_shards(

@@ -391,13 +391,13 @@ def sampled_identity(file: OpenedFile) -> str:
     return digest.hexdigest()
 
 
-def in_turn(work: Callable[[S], T], things: Sequence[S], remote: bool) -> Iterator[T]:
-    """Yield the result of `work` for each thing, in order; several at a time if they are in a
-    store."""
-    if not remote:
+def in_turn(work: Callable[[S], T], things: Sequence[S], at_once: bool) -> Iterator[T]:
+    """Yield the result of `work` for each thing, in order; of several `at_once`, as requests to a
+    store wait more than they compute."""
+    if not at_once:
         yield from map(work, things)
         return
-    with ThreadPoolExecutor(THREADS, "ema-remote") as pool:
+    with ThreadPoolExecutor(THREADS, "ema-in-turn") as pool:
         yield from pool.map(work, things)
 
 
@@ -563,13 +563,6 @@ class TensorFile:
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Return a tensor, verified, in its stored dtype."""
-        entry = self.entries[name]
-        data = np.empty(entry.nbytes, np.uint8)
-        self.read(name, 0, data.data)
-        return tensor_from_bytes(data, entry.dtype, entry.shape)
-
     def _check(self, name: str, begin: int, view: memoryview) -> None:
         """Raise FileFormatError unless the complete blocks of a tensor from `begin` on match their
         checksums."""
@@ -621,11 +614,10 @@ class TensorFile:
             self.read(name, begin, np.empty(size, np.uint8).data)
             return size
 
-        with self, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
-            sizes: Any = pool.map(read, blocks)
-            with closing(sizes):  # which cancels the blocks that were not begun
-                for size in sizes:
-                    progress(size)
+        sizes: Any = in_turn(read, blocks, at_once=True)
+        with self, closing(sizes):  # which cancels the blocks that were not begun
+            for size in sizes:
+                progress(size)
 
 
 # --- headers
@@ -645,13 +637,11 @@ def decode_file(file: OpenedFile) -> TensorFile:
     if start.startswith(_START, 8):
         checksum = start[_DIGITS].decode(errors="replace")
     try:
-        _require(not checksum or checksum == _checksum(start), _DAMAGED)
+        _require(not checksum or checksum == seal(bytearray(start)), _DAMAGED)
         _require_few(start.count(b'"dtype"'))  # before all of them are parsed
         raw = parse_object(file.path, start[8:], "header")
         metadata = raw.pop("__metadata__", {})
         _require(_are_strings(metadata), "__metadata__ must map names to strings")
-        old = f"is of an earlier release: its format is none that this one reads, {FORMAT}"
-        _require("ema.version" not in metadata, old)
         own = metadata.pop("ema", "")
         mark = metadata.pop("ema.checksum", "")
         _require(bool(checksum) or not (mark or own.startswith('{"')), _DAMAGED)
@@ -707,12 +697,12 @@ def _read_start(file: OpenedFile) -> bytes:
     raise FileFormatError(file.path, f"damaged, truncated or not safetensors: {taken}")
 
 
-def _checksum(start: bytes) -> str:
-    return xxhash.xxh3_64_hexdigest(_with_checksum(start, "0" * 16))
-
-
-def _with_checksum(start: bytes, digits: str) -> bytes:
-    return start[: _DIGITS.start] + digits.encode() + start[_DIGITS.stop :]
+def seal(header: bytearray) -> str:
+    """Put the checksum of a header into it, and return it."""
+    header[_DIGITS] = b"0" * 16
+    checksum = xxhash.xxh3_64_hexdigest(header)
+    header[_DIGITS] = checksum.encode()
+    return checksum
 
 
 def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, Entry]:
@@ -874,10 +864,8 @@ class TensorFileWriter:
     ) -> None:
         self.path = path
         self.entries = dict[str, Entry]()
-        self._content = content
-        self._metadata = metadata
         laid_out = lay_out(entries)
-        self._header = bytearray(encode_header(laid_out, content, metadata))
+        self._header = encode_header(laid_out, content, metadata)
         self._sums_at = dict[str, int]()
         at = _SUMS_AT
         for name, entry in laid_out.items():
@@ -887,10 +875,7 @@ class TensorFileWriter:
             at += 16 * entry.blocks
         self._file = files.PendingFile(path, overwrite)
 
-    def write(self, name: str, data: memoryview, begin: int = 0) -> None:
-        self.write_parts(name, [data], begin)
-
-    def write_parts(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
+    def write(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
         """Write complete blocks of a tensor, from byte `begin` on, in consecutive parts of any
         size."""
         entry = self.entries[name]
@@ -912,8 +897,7 @@ class TensorFileWriter:
 
     def publish(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
-        checksum = _checksum(bytes(self._header))
-        self._header[_DIGITS] = checksum.encode()
+        checksum = seal(self._header)
         self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
@@ -922,16 +906,7 @@ class TensorFileWriter:
             end = begin + 16 * self.entries[name].blocks
             sums[name] = self._header[begin:end].decode()
         stamp = status.st_size, status.st_mtime_ns
-        return TensorFile(
-            self.path,
-            self.entries,
-            stamp,
-            sums,
-            {},
-            self._metadata,
-            self._content,
-            checksum,
-        )
+        return TensorFile(self.path, self.entries, stamp, sums, checksum=checksum)
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -945,43 +920,32 @@ def encode_header(
     entries: Mapping[str, Entry],
     content: Mapping[str, Any],
     metadata: Mapping[str, str],
-    sums: str = "",
-) -> bytes:
-    """Return a file's bytes up to the payload, for tensors in its order; without `sums` with zeros
-    in their place.
+) -> bytearray:
+    """Return a file's bytes up to the payload, for tensors in its order, with zeros for all
+    checksums.
 
     Raises InvalidValueError for a header that readers would refuse.
     """
-    if "__metadata__" in entries:
-        reason = "the name '__metadata__' is no tensor's in a safetensors file"
-        raise InvalidValueError("header", reason)
     blocks = sum(entry.blocks for entry in entries.values())
-    zeros = "0" * (16 * blocks)
-    own = compact({"sums": sums or zeros, **content})
+    own = compact({"sums": "0" * (16 * blocks), **content})
     strings = {"ema.checksum": "0" * 16, "ema": own, "format": "pt", **metadata}
     header: dict[str, Any] = {"__metadata__": strings}
-    for name, entry in entries.items():
-        offsets = [entry.begin, entry.begin + entry.nbytes]
-        header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
     try:
-        text = _checked_text(header)
+        _require_few(len(entries))
+        for name, entry in entries.items():
+            problem = "the name '__metadata__' is no tensor's in a safetensors file"
+            _require(name not in header, problem)
+            offsets = [entry.begin, entry.begin + entry.nbytes]
+            header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": offsets}
+        written = compact(header)
+        check_text(written)
+        text = written.encode()
+        text += b" " * (-len(text) % 8)
+        problem = f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
+        _require(len(text) <= MAX_HEADER_BYTES, problem)
     except ValueError as error:
         raise InvalidValueError("header", str(error)) from None
-    start = len(text).to_bytes(8, "little") + text
-    return _with_checksum(start, _checksum(start))
-
-
-def _checked_text(header: Mapping[str, Any]) -> bytes:
-    """Return the text of a header, padded to a multiple of 8 bytes; raise ValueError if readers
-    would refuse it."""
-    _require_few(len(header) - 1)
-    written = compact(header)
-    check_text(written)
-    text = written.encode()
-    text += b" " * (-len(text) % 8)
-    problem = f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed"
-    _require(len(text) <= MAX_HEADER_BYTES, problem)
-    return text
+    return bytearray(len(text).to_bytes(8, "little") + text)
 
 
 def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:

@@ -319,7 +319,7 @@ class Snapshotter:
         with TensorFileWriter(path, entries, header, info.for_dcp, replaces) as writer:
             staged.write_rounded(writer)
             for name, tensor in others.items():
-                writer.write(name, tensor_bytes(tensor))
+                writer.write(name, [tensor_bytes(tensor)])
             file = writer.publish()
         written = replace(info, path=path, files=(file,), entries=file.entries)
         self._stored = [*kept, written]
@@ -516,7 +516,7 @@ class StagedAverage:
         for name, (bucket, _) in self.storage.places.items():
             if name not in self.others:
                 parts = self.memory.row_major(bucket, name)
-                writer.write_parts(name, map(tensor_bytes, parts))
+                writer.write(name, map(tensor_bytes, parts))
 
 
 @torch.no_grad()
