@@ -23,7 +23,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -134,13 +134,13 @@ def is_url(path: str | Path) -> bool:
 
 
 def given_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path; raise InvalidValueError, naming the argument, for an empty or
-    invalid one."""
+    """Return an argument as a path, expanded; raise InvalidValueError, naming the argument, for an
+    empty or invalid one."""
     is_empty = path == ""  # which `Path` would take for the working directory
     if is_empty or not isinstance(path, str | os.PathLike) or "\0" in str(path):
         reason = "is empty; for the working directory give '.'" if is_empty else "must be a path"
         raise InvalidValueError(name, reason, value="" if is_empty else shown(path))
-    return as_path(path)
+    return expanded(path)
 
 
 def expanded(path: str | Path) -> Path:
@@ -166,25 +166,14 @@ def as_path(path: str | Path) -> Path:
 
 
 def local_path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path like `given_path`; raise InvalidValueError also for a URL."""
+    """Return an argument as a path of this machine as `given_path` does; raise InvalidValueError
+    also for a URL."""
     local = given_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
-        raise InvalidValueError(name, reason, value=local)
+        hint = "`rclone copy` or `aws s3 cp` copy to a store and from it"
+        raise InvalidValueError(name, reason, hint, value=local)
     return local
-
-
-def output_path(name: str, path: str | Path) -> Path:
-    """Return the argument of an output as a path, with a leading ~ replaced by the home directory.
-
-    Raises InvalidValueError for a URL: outputs are written to this machine.
-    """
-    given = given_path(name, path)
-    if is_url(given):
-        reason = "is a URL; must be a path on a file system of this machine"
-        hint = "copy it to the store afterwards, by `rclone copy` or `aws s3 cp`"
-        raise InvalidValueError(name, reason, hint, value=given)
-    return expanded(given)
 
 
 def check_parent(name: str, path: Path) -> None:
@@ -197,7 +186,7 @@ def check_parent(name: str, path: Path) -> None:
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     """Return the path of an output after checking its ending, that its folder exists, and that it
     may be written."""
-    path = output_path("out", out)
+    path = local_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
     check_parent("out", path)
@@ -206,6 +195,11 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     if path.exists() and not overwrite:
         raise _taken(path)
     return path
+
+
+def is_own_folder(path: Path) -> bool:
+    """Return whether a path is a folder; a link may lead elsewhere."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def is_absent(path: Path) -> bool:
@@ -272,7 +266,7 @@ def unlink_if_exists(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file, a link or a complete folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
+    if is_own_folder(path):
         for entry in system.list(path):
             _remove(entry)
         system.remove_directory(path)
@@ -285,15 +279,12 @@ _unfinished: dict[Path, int] = {}
 process that made it. Threads and the end of the process may remove an entry at the same time."""
 
 
-def discard(paths: Collection[Path]) -> None:
-    """Remove temporary files and folders; those that the system refuses to remove are tried again
-    at the exit."""
-    for path in paths:
-        _unfinished[path] = os.getpid()
-    for path in paths:
-        with suppress(OSError):
-            _remove(path)
-            _unfinished.pop(path, None)
+def _discard(path: Path) -> None:
+    """Remove a temporary file or folder, at the exit if the system refuses it now."""
+    _unfinished[path] = os.getpid()
+    with suppress(OSError):
+        _remove(path)
+        _unfinished.pop(path, None)
 
 
 @atexit.register
@@ -361,7 +352,7 @@ class _Pending:
     def discard(self) -> None:
         """Remove what is there. The next call completes one that a signal interrupted."""
         if self.temporary in _unfinished:
-            discard([self.temporary])
+            _discard(self.temporary)
 
     def __enter__(self: _P) -> _P:
         return self
@@ -521,7 +512,7 @@ class PendingFolder(_Pending):
                 raise
             _unfinished.pop(self.temporary, None)
         if replaced:
-            discard([replaced])
+            _discard(replaced)
 
 
 def _taken(path: Path) -> OutputExistsError:

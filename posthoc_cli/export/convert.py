@@ -111,8 +111,8 @@ def export_file(
         like=like,
     )
     options.check_like(dtype)
-    source = files.expanded(files.given_path("source", source))
-    out = files.output_path("out", out)
+    source = files.given_path("source", source)
+    out = files.local_path("out", out)
     options.layout_of(out)
     files.check_parent("out", out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
@@ -121,7 +121,7 @@ def export_file(
     copied = None
     parts = [plan]
     if base is not None:
-        full = files.expanded(files.given_path("base", base))
+        full = files.given_path("base", base)
         parts.append(_completing(plan, full, wanted))
     elif like is not None:
         plan, copied = Like.find(like, plan.entries, weights, average).fitted(plan)

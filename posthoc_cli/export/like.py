@@ -97,7 +97,7 @@ class Like:
         Raises InvalidValueError if nothing is there, for something in a folder that is neither a
         file nor a link to a file in it, or for a file of this package; and FileFormatError.
         """
-        path = files.local_path("like", files.expanded(like))
+        path = files.local_path("like", like)
         if path.name.endswith(INDEX_ENDING):
             path = path.parent
         if not path.exists():
@@ -137,27 +137,26 @@ class Like:
         return {file.path: file for file in self.source.files}
 
     @cached_property
-    def beside(self) -> tuple[dict[str, Path], list[str]]:
-        """The other files of a folder to copy, by their paths in it, and what is left out."""
-        copied = {}
+    def beside(self) -> tuple[list[Path], list[str]]:
+        """The other files of a folder to copy, and the names in it of what is left out."""
+        copied = []
         left_out = []
         folders = []
         if self.is_folder:
             folders.append(self.path)
         while folders:
             for entry in sorted(folders.pop().iterdir()):
-                name = str(entry.relative_to(self.path))
                 if self._is_left_out(entry):
-                    left_out.append(name)
-                elif _is_folder(entry):
+                    left_out.append(str(entry.relative_to(self.path)))
+                elif files.is_own_folder(entry):
                     if not entry.name.startswith("."):
                         folders.append(entry)
                 elif entry not in self.files:
-                    copied[name] = entry
+                    copied.append(entry)
         return copied, left_out
 
     def _is_left_out(self, entry: Path) -> bool:
-        if _is_folder(entry):
+        if files.is_own_folder(entry):
             if entry == self.place or entry in self.place.parents:
                 return False
             return _OTHER_FOLDERS.fullmatch(entry.name) is not None
@@ -184,7 +183,7 @@ class Like:
                 hint = "name a file that the training or its library wrote"
                 raise InvalidValueError("like", reason, hint, value=self.path)
         beside, _ = self.beside
-        for path in (*beside.values(), *self.files):
+        for path in (*beside, *self.files):
             if self.is_folder and not _is_own(path, self.path):
                 name = path.relative_to(self.path)
                 reason = f"{name} is not a file of this folder, or leads out of it"
@@ -328,10 +327,6 @@ def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
     return renamed
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
-
-
 def _component(path: Path, tensors: set[str]) -> Path:
     """Return the component of a pipeline that has some of these tensors, if it is the only one;
     else the path itself."""
@@ -449,8 +444,7 @@ class Replacement:
     @property
     def nbytes(self) -> int:
         beside, _ = self.like.beside
-        paths = [*self.like.files, *beside.values()]
-        return sum(path.stat().st_size for path in paths)
+        return sum(path.stat().st_size for path in (*self.like.files, *beside))
 
     def to_dict(self) -> dict[str, Any]:
         _, left_out = self.like.beside

@@ -116,7 +116,7 @@ class OutputOptions:
         """Whether every output is a folder."""
         if self.like is None:
             return self.distributed or self.layout in ("sharded", "dcp")
-        like = files.local_path("like", files.expanded(self.like))
+        like = files.local_path("like", self.like)
         return like.is_dir() or like.name.endswith(INDEX_ENDING)
 
     @property
@@ -145,8 +145,6 @@ class OutputOptions:
         if not (fits or path.is_dir()):
             hint = "name a .safetensors or .pt file, or a folder for shards; or give `layout`"
             reason = f"its ending does not fit the layout {layout}"
-            if given is None:
-                reason = f"the ending {path.suffix} says no layout"
             raise InvalidValueError(path, reason, hint)
         if self.max_shard_size is not None and layout != "sharded":
             reason = f"is for a sharded output, and this layout is {layout}"
@@ -184,7 +182,7 @@ def output_paths(
         if not options.dry_run:
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
         return []
-    path = files.output_path("out", out)
+    path = files.local_path("out", out)
     is_file = path.suffix in (*LAYOUTS["safetensors"], *LAYOUTS["pt"])
     if options.distributed and (is_file or options.layout not in (None, "sharded")):
         reason = "a job of several processes makes a folder of shards; name a folder"
@@ -696,7 +694,7 @@ class Copy(FileOutput):
             pending = stack.enter_context(files.PendingFile(place(copied), overwrite))
             self._files[copied] = CopiedFile(file, chunks[copied], pending)
         beside, _ = like.beside
-        for other in beside.values():
+        for other in beside:
             with files.reported_as_write_error(other, "copied"):
                 shutil.copyfile(other, place(other))
         copies = [*self._files.values()]

@@ -158,7 +158,7 @@ def listed(directory: Path) -> Directory:
     for path in entries:
         if is_tensor_file(path):
             candidates[path] = [path]
-        elif is_snapshot_name(path) and path.suffix != SUFFIX and _is_own_folder(path):
+        elif is_snapshot_name(path) and path.suffix != SUFFIX and files.is_own_folder(path):
             inside = [path]  # if it cannot be listed, the attempt to read it will say why
             with suppress(DirectoryError):
                 inside = [*list_directory(path)]
@@ -166,11 +166,6 @@ def listed(directory: Path) -> Directory:
             everything += inside
     leftovers = [path for path in everything if files.is_temporary(path.name)]
     return Directory(directory, entries, candidates, leftovers)
-
-
-def _is_own_folder(path: Path) -> bool:
-    """Return whether a path is a folder; a link may lead elsewhere."""
-    return path.is_dir() and not path.is_symlink()
 
 
 def _read(path: Path) -> Snapshot | FileFormatError | None:
@@ -619,7 +614,7 @@ def remove_snapshot(path: Path) -> None:
     that is being read.
     """
     with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-        if path.is_symlink() or not path.is_dir():
+        if not files.is_own_folder(path):
             files.system.unlink(path)
             return
         for file in sorted(files.system.list(path)):

@@ -259,7 +259,7 @@ def _check_names(model: nn.Module, selection: Selection) -> None:
 
 def check_path(path: str | Path) -> Path:
     """Return an absolute path, since the working directory may change later."""
-    given = files.expanded(files.given_path("checkpoint_dir", path))
+    given = files.given_path("checkpoint_dir", path)
     try:
         absolute = given.absolute()
     except FileNotFoundError as error:
