@@ -34,7 +34,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.content import INDEX_ENDING
@@ -51,7 +50,6 @@ from posthoc_cli.snapshots.tensorfile import (
     OpenedFile,
     TensorFile,
     read_file,
-    row_major,
 )
 from posthoc_cli.synthesis.plan import Combination
 
@@ -405,13 +403,6 @@ class Chunk(NamedTuple):
         """The place in the file after the last byte."""
         return self.begin + self.entry.reach * ITEM_BYTES[self.entry.dtype]
 
-    def view(self, data: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return the view [*shape, bytes of an element] of the bytes from `begin` on."""
-        item = ITEM_BYTES[self.entry.dtype]
-        strides = self.entry.strides or row_major(self.entry.shape)
-        steps = [item * stride for stride in strides]
-        return as_strided(data, (*self.entry.shape, item), (*steps, 1))
-
 
 class Replaced(NamedTuple):
     """The dtype and shape of a tensor of a checkpoint, and its chunks."""
@@ -511,8 +502,8 @@ class CopiedFile:
                 return
             stored = np.empty(chunk.end - chunk.begin, np.uint8)
             self._file.read_into(stored.data, chunk.begin)
-            view = chunk.view(stored)
-            view[...] = collected.reshape(view.shape)
+            view = chunk.entry.view(stored)
+            view[...] = collected.view(view.dtype).reshape(view.shape)
             self._file.write_at(stored.data, chunk.begin)
 
     def complete(self) -> None:
@@ -550,10 +541,10 @@ def _check_cluster(chunks: Sequence[Chunk]) -> None:
         return
     begin = chunks[0].begin
     end = max(chunk.end for chunk in chunks)
-    used = np.zeros(end - begin, bool)
+    used = np.zeros(end - begin, np.uint8)
     for chunk in chunks:
-        view = chunk.view(used[chunk.begin - begin :])
-        view[...] = True
+        view = chunk.entry.view(used[chunk.begin - begin :])
+        view[...] = np.iinfo(view.dtype).max
     total = sum(chunk.entry.nbytes for chunk in chunks)
     if np.count_nonzero(used) < total:
         names = " and ".join(shown(chunk.name) for chunk in chunks[:2])

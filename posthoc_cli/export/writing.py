@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from huggingface_hub import split_state_dict_into_shards_factory
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files, resources
 from posthoc_cli.checkpoints.content import INDEX_ENDING
@@ -61,7 +60,6 @@ from posthoc_cli.snapshots.tensorfile import (
     boxes_of_range,
     items,
     read_file,
-    row_major,
 )
 from posthoc_cli.synthesis.engine import InMemory, Tile, check_device, cut_tiles, make_tiles
 from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
@@ -711,7 +709,6 @@ class Copy(FileOutput):
         item = ITEM_BYTES[entry.dtype]
         first = begin // item
         values = np.frombuffer(data, items(entry.dtype))
-        steps = [item * step for step in row_major(entry.shape)]
         for chunk in chunks:
             file = self._files[chunk.path]
             if chunk.box == whole:
@@ -720,11 +717,9 @@ class Copy(FileOutput):
             for piece in boxes_of_range(whole, first, first + values.size):
                 part = chunk.box.intersection(piece)
                 if part.size:
-                    start, _ = whole.span(part)
-                    view = as_strided(values[start - first :], part.shape, steps)
+                    content = whole.view(values, part, first).tobytes()
                     at, _ = chunk.box.span(part)  # in a row: `piece` has all of its last axes
-                    content = memoryview(view.tobytes())
-                    file.write(chunk, content, at * item)
+                    file.write(chunk, memoryview(content), at * item)
 
     def complete(self) -> None:
         for file in self._files.values():

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, shown
@@ -41,7 +40,6 @@ from posthoc_cli.snapshots.tensorfile import (
     boxes_of_range,
     decode_values,
     items,
-    row_major,
     tensor_from_bytes,
 )
 
@@ -145,45 +143,29 @@ class StoredTensors:
         verified by default."""
         dtype = self.entries[name].dtype
         for file in self.files:
-            if file.holds(name, box) and file.entries[name].dtype == dtype:
+            if file.box(name) == box and file.entries[name].dtype == dtype:
                 offset = begin * ITEM_BYTES[dtype]
                 file.read(name, offset, out, verify)
                 return
         flat = np.frombuffer(out, items(dtype))
-        last = begin + flat.size
-        pieces = list(boxes_of_range(box, begin, last))
-        steps = [flat.itemsize * step for step in row_major(box.shape)]
+        pieces = list(boxes_of_range(box, begin, begin + flat.size))
         for file in self.files:
             chunk = file.box(name)
             if chunk is None:
                 continue
-            common = [chunk.intersection(piece) for piece in pieces]
-            for part, values in self._parts(file, name, common, verify):
-                first, end = box.span(part)
-                elements = flat[first - begin : end - begin]
-                target = as_strided(elements, part.shape, steps)
-                target[...] = values
-
-    def _parts(
-        self,
-        file: TensorFile,
-        name: str,
-        boxes: Iterable[Box],
-        verify: bool,
-    ) -> Iterator[tuple[Box, npt.NDArray[Any]]]:
-        """Yield the boxes that have elements, with these, which are read at once from a chunk."""
-        parts = [box for box in boxes if box.size]
-        if not parts:
-            return
-        chunk = file.boxes.get(name) or Box.full(file.entries[name].shape)
-        spans = [chunk.span(part) for part in parts]
-        first = min(begin for begin, _ in spans)
-        last = max(end for _, end in spans)
-        values = self._read(file, name, first, last, verify)
-        steps = [values.itemsize * step for step in row_major(chunk.shape)]
-        for part, (begin, _) in zip(parts, spans, strict=True):
-            following = values[begin - first :]
-            yield part, as_strided(following, part.shape, steps)
+            parts = []
+            for piece in pieces:
+                part = chunk.intersection(piece)
+                if part.size:
+                    parts.append(part)
+            if parts:
+                spans = [chunk.span(part) for part in parts]
+                first, _ = min(spans)
+                last = max(end for _, end in spans)
+                values = self._read(file, name, first, last, verify)
+                for part in parts:
+                    target = box.view(flat, part, begin)
+                    target[...] = chunk.view(values, part, first)
 
     def _read(
         self,

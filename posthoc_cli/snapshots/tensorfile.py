@@ -138,6 +138,14 @@ class Entry:
             reach += (length - 1) * step
         return reach
 
+    def view(self, data: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
+        """Return the elements in the bytes of the file from `begin` on."""
+        dtype = items(self.dtype)
+        stored = data[: self.reach * dtype.itemsize].view(dtype)
+        strides = self.strides or row_major(self.shape)
+        steps = [dtype.itemsize * step for step in strides]
+        return as_strided(stored, self.shape, steps)
+
 
 # --- boxes
 #
@@ -185,6 +193,12 @@ class Box:
             first += (inner.offset[axis] - self.offset[axis]) * step
             reach += (inner.shape[axis] - 1) * step
         return first, first + reach
+
+    def view(self, elements: npt.NDArray[Any], inner: Box, first: int) -> npt.NDArray[Any]:
+        """Return those of `inner`, of this box's row-major elements from `first` on."""
+        begin, _ = self.span(inner)
+        steps = [elements.itemsize * step for step in row_major(self.shape)]
+        return as_strided(elements[begin - first :], inner.shape, steps)
 
 
 @dataclass(frozen=True)
@@ -454,12 +468,6 @@ class TensorFile:
             return None
         return Box.full(self.entries[name].shape)
 
-    def holds(self, name: str, box: Box) -> bool:
-        """Return whether the file has a tensor's elements in a box, and no others of it."""
-        if self.boxes:
-            return self.boxes.get(name) == box
-        return name in self.entries and self.entries[name].shape == box.shape
-
     def __enter__(self) -> TensorFile:
         handle = self.handle
         with handle.lock:
@@ -542,24 +550,22 @@ class TensorFile:
     def read_many(self, names: Sequence[str], view: memoryview) -> None:
         """Fill `view` with complete tensors, end to end, verified; neighbours in the file are read
         together."""
-        runs: list[tuple[int, int, int]] = []  # the place in the file, begin and end in `view`
+        # the place in the file less that in `view`, begin and end in `view`
+        runs: list[list[int]] = []
         sizes = [self.entries[name].nbytes for name in names]
         spans = [*pairwise(accumulate(sizes, initial=0))]
         with self:
             for name, (begin, end) in zip(names, spans, strict=True):
                 entry = self.entries[name]
+                offset = entry.begin - begin
                 if entry.strides:
                     self.read(name, 0, view[begin:end])
-                    continue
-                run = (entry.begin, begin, end)
-                if runs:
-                    place, first, last = runs[-1]
-                    if last == begin and place + begin - first == entry.begin:
-                        del runs[-1]
-                        run = (place, first, end)
-                runs.append(run)
-            for place, begin, end in runs:
-                self._fill(place, view[begin:end])
+                elif runs and runs[-1][::2] == [offset, begin]:
+                    runs[-1][2] = end
+                else:
+                    runs.append([offset, begin, end])
+            for offset, begin, end in runs:
+                self._fill(offset + begin, view[begin:end])
         for name, (begin, end) in zip(names, spans, strict=True):
             self._check(name, 0, view[begin:end])
 
@@ -588,12 +594,9 @@ class TensorFile:
         handle = self.handle
         with handle.lock:
             if handle.reordered is None or handle.reordered[0] != entry:
-                dtype = items(entry.dtype)
-                stored = np.empty(entry.reach, dtype)
-                self._fill(entry.begin, stored.view(np.uint8).data)
-                steps = [dtype.itemsize * step for step in entry.strides]
-                strided = as_strided(stored, entry.shape, steps)
-                values = np.ascontiguousarray(strided).reshape(-1)
+                stored = np.empty(entry.reach * ITEM_BYTES[entry.dtype], np.uint8)
+                self._fill(entry.begin, stored.data)
+                values = np.ascontiguousarray(entry.view(stored)).reshape(-1)
                 handle.reordered = entry, values.view(np.uint8)
             return handle.reordered[1]
 

@@ -255,5 +255,5 @@ def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_p
     before = (tmp_path / "x").stat().st_ino
     with read_file(tmp_path / "x") as reader:
         write(tmp_path / "x", overwrite=True)
-        assert bytes(tensor_bytes(reader.tensor("a"))) == b"abcd"
+        assert bytes(tensor_bytes(tensor_in(reader, "a"))) == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before
