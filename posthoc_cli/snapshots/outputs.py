@@ -246,16 +246,14 @@ def _of_run(snapshots: Sequence[Snapshot]) -> dict[str, Any]:
         **_fields(newest, "t_unit t step"),
         **_of_settings(newest),
         **describe_tensors(newest),
-        "snapshots": [_listed(snapshot) for snapshot in snapshots],
+        "snapshots": [
+            {"file": snapshot.path.name, **_fields(snapshot, "t step sigma_rel")}
+            for snapshot in snapshots
+        ],
         "measured": sum(snapshot.measurements is not None for snapshot in snapshots),
         "bytes": file_bytes(snapshots),
         "profiles": profiles,
     }
-
-
-def _listed(snapshot: Snapshot) -> dict[str, Any]:
-    fields = _fields(snapshot, "t step sigma_rel")
-    return {"file": snapshot.path.name, **fields}
 
 
 def _of_snapshot(snapshot: Snapshot) -> dict[str, Any]:

@@ -308,7 +308,7 @@ class Snapshot(Source):
             if each.name in OUTSIDE_HEADER:
                 continue
             value = getattr(self, each.name)
-            if value or _has_no_default(each):
+            if value or not _is_optional(each):
                 values[each.name] = value
         names = defaultdict(list)
         for name, tensor in self.tensors.items():
@@ -530,8 +530,7 @@ def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _converted_object(value: Mapping[str, Any], form: Any) -> Any:
     for each in fields(form):
-        is_optional = each.default_factory is not MISSING or not each.default
-        if each.name not in value and not is_optional:
+        if each.name not in value and not _is_optional(each):
             raise ValueError(f"{each.name}: is missing")
     members = {}
     for name, kind in kinds_of(form).items():
@@ -547,8 +546,9 @@ def _member(name: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{shown(name)[1:-1]}: {error}") from error
 
 
-def _has_no_default(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
+def _is_optional(each: Field[Any]) -> bool:
+    """Return whether a header may lack a field: one that is empty by default."""
+    return each.default_factory is not MISSING or not each.default
 
 
 def _check(is_right: bool, words: str, value: Any) -> None:
