@@ -176,11 +176,10 @@ def local_path(name: str, path: str | Path) -> Path:
     return local
 
 
-def check_parent(name: str, path: Path) -> None:
-    """Raise InvalidValueError, naming the argument `name`, if the folder of the output `path` does
-    not exist."""
+def check_parent(path: Path) -> None:
+    """Raise InvalidValueError if the folder of the output `path` does not exist."""
     if not path.parent.is_dir():
-        raise InvalidValueError(name, "its folder does not exist", value=path)
+        raise InvalidValueError("out", "its folder does not exist", value=path)
 
 
 def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
@@ -189,7 +188,7 @@ def new_file(out: str | Path, endings: Sequence[str], overwrite: bool) -> Path:
     path = local_path("out", out)
     if path.suffix not in endings:
         raise InvalidValueError("out", f"must end in {', '.join(endings)}", value=path)
-    check_parent("out", path)
+    check_parent(path)
     if path.is_dir():
         raise InvalidValueError("out", "is a folder; name a file", value=path)
     if path.exists() and not overwrite:

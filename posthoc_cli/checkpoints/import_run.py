@@ -116,7 +116,7 @@ def import_checkpoints(
     found = checked_run([one.with_settings(given) for one in found])
     written = False
     if target is not None and not dry_run:
-        files.check_parent("out", target)
+        files.check_parent(target)
         written = write_manifest(target, origin, given, found, overwrite)
     return Import(tuple(found), target, place.says, tuple(checks), written)
 

@@ -114,7 +114,7 @@ def export_file(
     source = files.given_path("source", source)
     out = files.local_path("out", out)
     options.layout_of(out)
-    files.check_parent("out", out)
+    files.check_parent(out)
     model = _read_source(source, weights, average) if like is None else _read_source(source)
     plan = _combination(model, wanted, prefix, strip_prefix)
     _check_names(plan)

@@ -186,7 +186,7 @@ def output_paths(
         reason = "a job of several processes makes a folder of shards; name a folder"
         raise InvalidValueError("out", reason, "an export makes one file of it", value=out)
     if not options.dry_run:
-        files.check_parent("out", path)
+        files.check_parent(path)
     is_folder = path.is_dir() or path.suffix == "" or str(out).endswith("/")
     if len(targets) == 1 and (options.makes_folders or not is_folder):
         options.layout_of(path)

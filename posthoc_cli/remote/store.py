@@ -300,13 +300,12 @@ class RemoteBytes:
     meanwhile is an error.
 
     It holds a few pieces of the object, which small reads share. Size and `tag`, which may be
-    empty, are its `stamp`, which differs for other content; every request checks it.
+    empty, differ for other content; every request checks them.
     """
 
     def __init__(self, path: Path) -> None:
         self._url = str(path)
         self._start, info = get(self._url, 0, _START)
-        self.stamp = info.size, info.tag
         self.size = info.size
         self.tag = info.tag
         # As many as tensors that may be read in turns.

@@ -18,7 +18,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from itertools import count
 from pathlib import Path
@@ -328,6 +328,7 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
     """Return the parts of each snapshot, by their number and the session of the training; one off
     the schedule may be in the course of being replaced, part by part, by the same one on it."""
     sets = defaultdict[tuple[int, int, bool], list[Snapshot]](list)
+    shared = [each.name for each in fields(Snapshot) if each.name not in _OWN]
     for part in sorted(parts, key=lambda part: part.part or (0, 0)):
         if part.part is None:
             reason = "is in a folder of parts but is not a part of a snapshot"
@@ -336,16 +337,11 @@ def _sets(parts: Sequence[Snapshot]) -> dict[tuple[int, int, bool], list[Snapsho
         for before in of_set[-1:]:
             reason = "are both part {} of {}".format(*part.part)
             if part.part != before.part:
-                reason = _difference(_of_all_parts(before), _of_all_parts(part))
+                reason = _difference(before, part, shared)
             if reason:
                 raise _apart(before, part, reason)
         of_set.append(part)
     return sets
-
-
-def _of_all_parts(part: Snapshot) -> dict[str, object]:
-    """Return the fields of a part without its own."""
-    return vars(part) | dict.fromkeys(_OWN)
 
 
 def _apart(first: Snapshot, other: Snapshot, reason: str, hint: str = "") -> MismatchError:
@@ -439,7 +435,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     seen = dict[tuple[float, float], Snapshot]()
     for snapshot in snapshots:
         first = snapshots[0]
-        reason = _difference(_run_of(first), _run_of(snapshot))
+        reason = _difference(first, snapshot, ("run_id", "t_unit"))
         reason = reason or model_difference(first, snapshot)
         if reason:
             errors.append(_apart(first, snapshot, reason, "keep one run a directory"))
@@ -450,20 +446,14 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return errors
 
 
-def _run_of(snapshot: Snapshot) -> dict[str, object]:
-    return {"run_id": snapshot.run_id, "t_unit": snapshot.t_unit}
-
-
-def _difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """Return the first difference between what two headers say, to follow their names; empty if
+def _difference(one: Snapshot, other: Snapshot, names: Iterable[str]) -> str:
+    """Return the first difference between fields of two headers, to follow their names; empty if
     there is none."""
-    if one == other:
-        return ""
-    for key in {**one, **other}:
-        first = one.get(key, "missing")
-        second = other.get(key, "missing")
+    for name in names:
+        first = getattr(one, name)
+        second = getattr(other, name)
         if first != second:
-            return f"differ in {shown(key)}: {shown(first)} and {shown(second)}"
+            return f"differ in {shown(name)}: {shown(first)} and {shown(second)}"
     return ""
 
 

@@ -25,10 +25,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, check_word, s
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import (
     Clock,
-    Discrete,
-    Point,
     PowerFunction,
-    StoredProfile,
     gamma_from_sigma_rel,
 )
 from posthoc_cli.reconstruction import Measurements, Steps, StoredAverage
@@ -129,19 +126,20 @@ def make_selection(
     """Return a selection from a user's arguments; raise InvalidValueError, naming the argument, if
     one is invalid."""
     check_word("buffers", buffers, BUFFERS)
-    chosen = list[tuple[str, ...]]()
-    arguments = {"include": include, "exclude": exclude}
-    for argument, given in arguments.items():
-        listed: tuple[Any, ...] = (given,)
-        if isinstance(given, Iterable) and not isinstance(given, str):
-            listed = tuple(given)
-        globs = [glob for glob in listed if isinstance(glob, str) and glob]
-        if len(globs) < len(listed) and given is not None:
-            reason = "must be a glob on names, such as 'decoder.*', or a list"
-            raise InvalidValueError(argument, reason, value=repr(given))
-        chosen.append(tuple(globs))
-    included, excluded = chosen
-    return Selection(not included, included, excluded, buffers)
+    included = _globs("include", include)
+    return Selection(not included, included, _globs("exclude", exclude), buffers)
+
+
+def _globs(argument: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+    globs: tuple[Any, ...] = ()
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        globs = tuple(given)
+    elif given is not None:
+        globs = (given,)
+    if not all(isinstance(glob, str) and glob for glob in globs):
+        reason = "must be a glob on names, such as 'decoder.*', or a list"
+        raise InvalidValueError(argument, reason, value=repr(given))
+    return globs
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
@@ -278,9 +276,8 @@ class Snapshot(Source):
     def profile(self) -> PowerFunction:  # type: ignore[override]  # in a frozen class no field can be assigned either
         return PowerFunction(self.gamma, self.t)
 
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; a `profile` of points in time replaces the
-        power function."""
+    def average(self) -> StoredAverage:
+        """Return the average as reconstruction uses it."""
         # Averages of float64 tensors are accumulated in float64, all others in float32.
         dtypes = {self.tensors[name].dtype for name in self.averages}
         eps = EPS["F64"]
@@ -288,11 +285,9 @@ class Snapshot(Source):
         if dtypes != {"F64"}:
             eps = EPS["F32"]
             gammas = tuple(map(gamma_from_sigma_rel, self.sigma_rels))
-        if not isinstance(profile, Point | Discrete):
-            profile = self.profile
         clock = Clock([self.step], [self.t])
         return StoredAverage(
-            profile=profile,
+            profile=self.profile,
             updates=self.updates,
             eps=eps,
             measurements=self.measurements,

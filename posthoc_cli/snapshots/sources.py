@@ -255,9 +255,8 @@ class Source(StoredTensors, ABC):
         """16 hexadecimal digits that identify its content."""
 
     @abstractmethod
-    def average(self, profile: StoredProfile | None = None) -> StoredAverage:
-        """Return the average as reconstruction uses it; `profile` replaces a profile that is no
-        power function."""
+    def average(self) -> StoredAverage:
+        """Return the average as reconstruction uses it."""
 
     @property
     def roles(self) -> dict[str, str]:
@@ -419,7 +418,7 @@ def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
     """Return the averages of one run as reconstruction uses them, with the clock of all of them."""
-    averages = [source.average(source.profile) for source in sources]
+    averages = [source.average() for source in sources]
     if all(source.t == source.step for source in sources):
         return averages
     clock = run_clock(sources)

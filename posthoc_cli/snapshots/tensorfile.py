@@ -330,7 +330,7 @@ class OpenedFile:
     def stamp(self) -> tuple[int, int | str]:
         """A value that changes when the file is written to."""
         if self.remote:
-            return self.remote.stamp
+            return self.size, self.tag
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 

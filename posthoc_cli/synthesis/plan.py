@@ -165,13 +165,10 @@ class Plan(Combination):
 
     def __repr__(self) -> str:
         parts = []
-        for index, target in enumerate(self.targets[:5]):
+        for index, target in enumerate(self.targets):
             error = percent(self.predicted_error(index))
             parts.append(f"{target.title} (predicted error {error})")
-        texts = ", ".join(parts)
-        if len(self.targets) > 5:
-            texts += f" and {len(self.targets) - 5} more"
-        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {texts})"
+        return f"Plan(at t = {self.t:,.12g} from {counted(self.sources)}: {_first_of(parts)})"
 
     @property
     def choice(self) -> str | None:
@@ -496,11 +493,11 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     )
 
 
-def _first_titles(titles: Sequence[str]) -> str:
-    names = ", ".join(titles[:5])
-    if len(titles) > 5:
-        names += f" and {len(titles) - 5} more"
-    return names
+def _first_of(texts: Sequence[str]) -> str:
+    first = ", ".join(texts[:5])
+    if len(texts) > 5:
+        first += f" and {len(texts) - 5} more"
+    return first
 
 
 def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> None:
@@ -511,7 +508,6 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     titles = [targets[index].title for index in np.flatnonzero(errors > POOR_ERROR)]
     if not titles:
         return
-    names = _first_titles(titles)
     worst = percent(float(errors.max()))
     if len(titles) > 1:
         worst = f"up to {worst}"
@@ -526,4 +522,4 @@ def _warn_of_poor_targets(plan: Plan, known: Sequence[Source], prior: Prior) -> 
     if curve.assumption:
         origin += f", if {curve.assumption}"
     hint = f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %"
-    log.warning("%s: predicted error %s %s; %s", names, worst, origin, hint)
+    log.warning("%s: predicted error %s %s; %s", _first_of(titles), worst, origin, hint)
