@@ -113,7 +113,7 @@ class OutputOptions:
     def makes_folders(self) -> bool:
         """Whether every output is a folder."""
         if self.like is None:
-            return self.distributed or self.layout in ("sharded", "dcp")
+            return self.distributed or self.layout in FOLDERS
         like = files.local_path("like", self.like)
         return like.is_dir() or like.name.endswith(INDEX_ENDING)
 
@@ -300,7 +300,7 @@ class SynthesisReport:
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["seconds"] = self.seconds
-            target["bytes"] = self.plan.nbytes
+            target["bytes"] = nbytes(self.plan.entries)
         newest = self.plan.sources[-1]
         left_out = [name for name in newest.left_out if not name.endswith("_extra_state")]
         sources = counted(self.plan.sources)

@@ -107,10 +107,9 @@ class StoredTensors:
         return [name for name, tensor in self.tensors.items() if tensor.role == role]
 
     def cells(self, name: str) -> int:
-        """Return the number of chunks that each row of a tensor is spread over; 0 for a tensor in
-        one file."""
+        """Return the number of chunks that each row of a tensor is spread over."""
         if len(self.files) == 1:
-            return 0
+            return 1
         boxes = list[Box]()
         for file in self.files:
             box = file.box(name)

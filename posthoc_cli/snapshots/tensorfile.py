@@ -604,16 +604,15 @@ class TensorFile:
         """Read every byte, on several threads; raise the FileFormatError of the first damaged
         tensor."""
         blocks = []
-        in_order = sorted(self.entries, key=lambda name: self.entries[name].begin)
-        for name in in_order:
-            entry = self.entries[name]
-            most = entry.block_bytes
-            for begin in range(0, entry.nbytes, most):
-                size = min(most, entry.nbytes - begin)
-                blocks.append((name, begin, size))
+        in_order = sorted(self.entries.items(), key=lambda item: item[1].begin)
+        for name, entry in in_order:
+            for begin in range(0, entry.nbytes, entry.block_bytes):
+                blocks.append((name, begin))
 
-        def read(block: tuple[str, int, int]) -> int:
-            name, begin, size = block
+        def read(block: tuple[str, int]) -> int:
+            name, begin = block
+            entry = self.entries[name]
+            size = min(entry.block_bytes, entry.nbytes - begin)
             self.read(name, begin, np.empty(size, np.uint8).data)
             return size
 

@@ -254,8 +254,7 @@ def _cut(plan: Combination, kind: Kind, name: str, size: int) -> Iterator[Tile]:
     """Yield the tiles of a tensor, of at most `size` elements unless chunks make them longer."""
     count = plan.box(name).size
     cells = max(source.cells(name) for source in plan.sources)
-    parted = size * max(1, cells)
-    step = min(parted, max(size, MOST_PARTED))
+    step = min(size * max(1, cells), max(size, MOST_PARTED))
     for begin in range(0, max(count, 1), step):
         end = min(begin + step, count)
         bounds = (0, end - begin)

@@ -137,10 +137,6 @@ class Combination:
             entries |= dict.fromkeys(aliases, entry)
         return entries
 
-    @property
-    def nbytes(self) -> int:
-        return nbytes(self.entries)
-
 
 def nbytes(entries: Mapping[str, Entry]) -> int:
     """Return the bytes of all tensors."""
