@@ -45,7 +45,7 @@ def is_number(value: object) -> bool:
 
 
 # of numbers that may be negative; all others must not be
-ANY_SIGN = Rule("a finite number", is_number)
+ANY_SIGN = "of any sign"
 Time = Annotated[float, Rule("a time of training", lambda t: EARLIEST <= t <= LATEST)]
 Count = Annotated[int, Rule("a whole number above 0", lambda count: count > 0)]
 RunId = Annotated[
@@ -101,13 +101,12 @@ class Selection:
     def copies(self, name: str) -> bool:
         return _matches(name, self.copy_only)
 
-    def resumed(self, roles: Mapping[str, str]) -> Selection:
-        """Return the selection for resuming a run whose tensors have these roles: running
-        statistics keep theirs."""
-        if self.buffers == "copy" and "statistic" in roles.values():
-            return replace(self, buffers="statistics").resumed(roles)
-        copies = [name for name, role in roles.items() if role == "copy"]
-        statistics = sorted(running_statistics(copies))
+    def resumed(self, run: Source) -> Selection:
+        """Return the selection for resuming a run: running statistics keep their role."""
+        roles = {tensor.role for tensor in run.tensors.values()}
+        if self.buffers == "copy" and "statistic" in roles:
+            return replace(self, buffers="statistics").resumed(run)
+        statistics = sorted(running_statistics(run.copies))
         kept = [name for name in statistics if not self.copies(name)]
         if self.buffers == "statistics":
             return replace(self, copy_only=(*self.copy_only, *kept))
@@ -507,7 +506,7 @@ def converted(value: Any, kind: Any) -> Any:
 def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any]) -> Any:
     if not isinstance(rule, Rule):
         return rule(value)
-    result = value if rule is ANY_SIGN else converted(value, kind)
+    result = converted(value, kind)
     _check(bool(rule.accepts(result)), rule.words, value)
     return result
 
@@ -554,6 +553,7 @@ def _check(is_right: bool, words: str, value: Any) -> None:
 # The plain types of JSON values, each with a test and its description.
 _PLAIN: dict[Any, tuple[Callable[[Any], bool], str]] = {
     Any: (lambda _: True, ""),
+    Annotated[float, ANY_SIGN]: (is_number, "a finite number"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
     str: (lambda value: isinstance(value, str), "a string"),
     int: (lambda value: type(value) is int and 0 <= value < 2**63, "a whole number, at least 0"),

@@ -257,10 +257,6 @@ class Source(StoredTensors, ABC):
     def average(self) -> StoredAverage:
         """Return the average as reconstruction uses it."""
 
-    @property
-    def roles(self) -> dict[str, str]:
-        return {name: tensor.role for name, tensor in self.tensors.items()}
-
 
 # --- several sources
 
@@ -674,55 +670,49 @@ def _sampled_ranges(source: Source) -> list[ElementRange]:
     names = list(sizes)
     ends = list(accumulate(sizes.values()))
     total = sum(sizes.values())
-    if total <= MOST_ELEMENTS:
-        return [ElementRange(name, 0, count) for name, count in sizes.items() if count]
-    chosen = _drawn_runs(source.run_id, total)
-    edges = set(ends)
-    for run in chosen:
-        begin = run * RUN_ELEMENTS
-        edges.add(begin)
-        edges.add(min(begin + RUN_ELEMENTS, total))
+    runs = [(0, total)]
+    if total > MOST_ELEMENTS:
+        generator = np.random.default_rng(int(source.run_id, 16))
+        count = -(-total // RUN_ELEMENTS)
+        drawn = generator.choice(count, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
+        begins = [RUN_ELEMENTS * run for run in sorted(drawn.tolist())]
+        runs = [(begin, min(begin + RUN_ELEMENTS, total)) for begin in begins]
     ranges = []
-    for begin, end in pairwise(sorted(edges)):
-        if begin // RUN_ELEMENTS in chosen:
-            index = bisect_right(ends, begin)
+    for begin, last in runs:
+        index = bisect_right(ends, begin)
+        while begin < last:
             name = names[index]
             start = ends[index] - sizes[name]
-            ranges.append(ElementRange(name, begin - start, end - start))
+            end = min(ends[index], last)
+            if end > begin:
+                ranges.append(ElementRange(name, begin - start, end - start))
+            begin = end
+            index += 1
     return ranges
 
 
-def _drawn_runs(run_id: str, total: int) -> set[int]:
-    """Return the numbers of the runs to read of so many elements."""
-    runs = -(-total // RUN_ELEMENTS)
-    generator = np.random.default_rng(int(run_id, 16))
-    drawn = generator.choice(runs, MOST_ELEMENTS // RUN_ELEMENTS, replace=False)
-    return set(drawn.tolist())
-
-
 def _read(source: Source, ranges: Sequence[ElementRange]) -> _Sample:
-    parts = [np.empty(0)]
-    sizes: dict[str, int] = {}
-    roundings = [np.empty(0)]
+    values = np.empty(sum(end - begin for _, begin, end in ranges))
+    roundings = np.zeros(values.shape)  # takes no memory until it is written to
+    starts: dict[str, int] = {}
+    at = 0
     with source:
         for name, begin, end in ranges:
-            count = end - begin
-            sizes[name] = sizes.get(name, 0) + count
-            values = source.values(name, begin, end)
-            if not np.isfinite(values).all():
+            starts.setdefault(name, at)
+            part = source.values(name, begin, end)
+            if not np.isfinite(part).all():
                 source.tensor(name)  # raises if the file is damaged, for example by a flipped bit
                 raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
-            parts.append(values)
+            place = slice(at, at + part.size)
+            values[place] = part
             stored = source.entries[name].dtype
-            roundings.append(expected_roundings(values, stored, source.tensors[name].dtype))
-    values = np.concatenate(parts)
-    starts = np.cumsum([0, *sizes.values()])[:-1]
+            expected = expected_roundings(part, stored, source.tensors[name].dtype)
+            if expected.any():
+                roundings[place] = expected
+            at += part.size
     total = sum(source.entries[name].size for name in source.averages)
     scale = total / max(values.size, 1)
-    of_values = np.broadcast_to(0.0, values.shape)  # takes no memory
-    if any(part.any() for part in roundings):
-        of_values = np.concatenate(roundings)
-    return _Sample(source, values, starts, scale, of_values)
+    return _Sample(source, values, np.array([*starts.values()], np.intp), scale, roundings)
 
 
 # the largest difference between the tails of two averages up to a time if one continues the other

@@ -116,7 +116,7 @@ class Start:
         its settings."""
         stored = read_directory(directory)
         newest = _until(stored, step)[-1]
-        selection = (newest.selection or Selection()).resumed(newest.roles)
+        selection = (newest.selection or Selection()).resumed(newest)
         settings = Settings(stored[-1].sigma_rels, newest.schedule, newest.t_unit, selection)
         tracking = _resumed(newest, settings.sigma_rels)
         if model is not None:
@@ -242,7 +242,7 @@ def _checked_settings(settings: Settings, newest: Snapshot, directory: Path) -> 
         reason = f"the run in {directory} counts {shown(newest.t_unit)}"
         raise InvalidValueError("t_unit", reason, value=f"{settings.t_unit!r}")
     check_profiles(newest.sigma_rels, settings.sigma_rels)
-    return replace(settings, selection=settings.selection.resumed(newest.roles))
+    return replace(settings, selection=settings.selection.resumed(newest))
 
 
 def _check_names(model: nn.Module, selection: Selection) -> None:
