@@ -635,8 +635,7 @@ def set_aside(stored: Sequence[Snapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     folder = directory / SUPERSEDED
-    is_other = folder.exists() and not folder.is_dir()
-    if is_other or folder.is_symlink():
+    if not (files.is_absent(folder) or files.is_own_folder(folder)):
         reason = "is a link or no directory; snapshots are set aside in a directory of that name"
         raise DirectoryError(folder, reason, "move it away")
     files.make_directory(folder)

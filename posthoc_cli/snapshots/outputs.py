@@ -278,17 +278,16 @@ def _of_settings(snapshot: Snapshot) -> dict[str, Any]:
     """Return the settings of `PostHocEMA.from_model`, and of parts which one it is, or how many,
     and the mesh."""
     dtype = snapshot.schedule.checkpoint_dtype
-    parts = dict[str, Any]()
     schedule = vars(snapshot.schedule) | {"checkpoint_dtype": dtype and DTYPES[dtype].torch_name}
     del schedule["sigma_range"]  # which follows from the widths
-    if snapshot.part or snapshot.path.suffix != SUFFIX:
-        parts = (
-            {"part": "{}/{}".format(*snapshot.part)}
-            if snapshot.part
-            else {"parts": len(snapshot.files)}
-        )
-        parts |= {"mesh": snapshot.mesh} if snapshot.mesh else {}
-    return {"schedule": schedule, **parts}
+    settings = dict[str, Any](schedule=schedule)
+    if snapshot.part:
+        settings["part"] = "{}/{}".format(*snapshot.part)
+    elif snapshot.path.suffix != SUFFIX:
+        settings["parts"] = len(snapshot.files)
+    if snapshot.mesh:
+        settings["mesh"] = snapshot.mesh
+    return settings
 
 
 def describe_tensors(source: Source) -> dict[str, Any]:

@@ -174,11 +174,10 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
     layers = len(running_statistics(copies)) // 2
     if not layers:
         return None
-    counted = "1 BatchNorm layer" if layers == 1 else f"{layers:,} BatchNorm layers"
     return (
-        f"the running statistics of {counted} are copies, which belong to the raw weights: "
-        f"recompute them with "
-        "torch.optim.swa_utils.update_bn(loader, model) before you measure or use an average"
+        f"the running statistics of BatchNorm (layers: {layers:,}) are copies, which belong to the "
+        "raw weights: recompute them with torch.optim.swa_utils.update_bn(loader, model) before you "
+        "measure or use an average"
     )
 
 
@@ -403,13 +402,11 @@ def recorded_weights(snapshots: Sequence[Snapshot]) -> dict[int, Floats]:
     newest = snapshots[-1]
     shapes = {name: newest.entries[name].shape for name in newest.averages}
     count = len(places(shapes))
-    samples = {}
-    for snapshot in snapshots:
-        samples[snapshot.step], _ = decode_sample(snapshot.sample)
     complete = {}
-    for step, weights in samples.items():
+    for snapshot in snapshots:
+        weights, _ = decode_sample(snapshot.sample)
         if len(weights) == count and np.isfinite(weights).all():
-            complete[step] = weights
+            complete[snapshot.step] = weights
     return complete
 
 
@@ -512,13 +509,12 @@ def _converted_by_rule(value: Any, kind: Any, rule: Rule | Callable[[Any], Any])
 
 
 def _converted_list(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    words = f"a list of {len(kinds)}"
     is_list = isinstance(value, list | tuple)
     if kinds[-1] is ...:
-        _check(is_list, "a list", value)
-        kinds = kinds[:1] * len(value)
-    else:
-        is_right = is_list and len(value) == len(kinds)
-        _check(is_right, f"a list of {len(kinds)}", value)
+        words = "a list"
+        kinds = kinds[:1] * len(value) if is_list else kinds
+    _check(is_list and len(value) == len(kinds), words, value)
     return tuple(map(converted, value, kinds))
 
 

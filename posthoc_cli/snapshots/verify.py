@@ -174,11 +174,8 @@ def verify(path: Path, progress: ProgressBar = no_bar) -> Verification:
 
 def _note_of_pickles(listing: Directory) -> list[str]:
     count = sum(entry.suffix in PICKLES for entry in listing.entries)
-    if count == 0:
-        return []
-    if count == 1:
-        return ["1 pickled file (.pt or the like) has no checksums and was not read"]
-    return [f"{count:,} pickled files (.pt and the like) have no checksums and were not read"]
+    note = f"pickled files (.pt and the like) have no checksums and were not read: {count:,}"
+    return [note] if count else []
 
 
 def _reports(paths: Sequence[Path], progress: ProgressBar) -> dict[Path, FileReport]:
