@@ -176,8 +176,8 @@ def statistics_notice(copies: Iterable[str]) -> str | None:
         return None
     return (
         f"the running statistics of BatchNorm (layers: {layers:,}) are copies, which belong to the "
-        "raw weights: recompute them with torch.optim.swa_utils.update_bn(loader, model) before you "
-        "measure or use an average"
+        "raw weights: recompute them with torch.optim.swa_utils.update_bn(loader, model) before "
+        "you measure or use an average"
     )
 
 

@@ -15,7 +15,6 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.resources import ProgressBar, no_bar
 from posthoc_cli.snapshots.directory import (
     PICKLES,
-    SUPERSEDED,
     Directory,
     inspected,
     is_parts_folder,
@@ -231,7 +230,7 @@ def _indexes_in(listing: Directory) -> list[Path]:
     """Return the indexes of sharded models in a directory and in the folders in it."""
     indexes = list[Path]()
     for folder in (listing.path, *listing.entries):
-        if folder.suffix == SUFFIX or folder.name == SUPERSEDED:
+        if folder.suffix == SUFFIX:
             continue
         index = folder / INDEX_NAME
         with suppress(OSError):  # no permission, or a name too long

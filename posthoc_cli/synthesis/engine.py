@@ -521,12 +521,8 @@ class StoredBytes:
         return views
 
 
-class _Reading(NamedTuple):
-    """A tile's values of a source, which a request may still read into their buffer."""
-
-    request: Future[None] | None
-    buffer: StoredBytes
-    values: torch.Tensor
+Reading = tuple[Future[None] | None, StoredBytes, torch.Tensor]
+"""A tile's values of a source, with the buffer that a request may still read them into."""
 
 
 class Maker:
@@ -638,7 +634,7 @@ class Maker:
         ahead = self._ahead // max(tile.size, self._size)
         used = ahead + 1 + self._is_cuda
         buffers = cycle(self._stored[:used])
-        begun = deque[_Reading]()
+        begun = deque[Reading]()
         for source in sources:
             begun.append(self._begin(source, tile, next(buffers)))
             if len(begun) > ahead:
@@ -646,7 +642,7 @@ class Maker:
         while begun:
             yield self._finished(begun.popleft())
 
-    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> _Reading:
+    def _begin(self, source: StoredTensors, tile: Tile, buffer: StoredBytes) -> Reading:
         """Read a tile of a source into a buffer, or request it; raise CancelledError after
         errors."""
         if self._threads.errors:
@@ -657,21 +653,21 @@ class Maker:
         data, values = buffer.views(tile.size, dtype)
         if readers := self._threads.readers:
             request = readers.submit(_read, source, tile, data)
-            return _Reading(request, buffer, values)
+            return request, buffer, values
         _read(source, tile, data)
-        return _Reading(None, buffer, values)
+        return None, buffer, values
 
-    def _finished(self, reading: _Reading) -> torch.Tensor:
+    def _finished(self, reading: Reading) -> torch.Tensor:
         """Return what was read, on the device."""
-        if reading.request:
-            reading.request.result()
-        if self._device.type == "cpu":
-            return reading.values
-        values = reading.values.to(self._device, non_blocking=self._is_cuda)
+        request, buffer, values = reading
+        if request:
+            request.result()
         if self._is_cuda:
+            values = values.to(self._device, non_blocking=True)
             stream = torch.cuda.current_stream(self._device)
-            reading.buffer.sent = stream.record_event()
-        return values
+            buffer.sent = stream.record_event()
+            return values
+        return values.to(self._device)
 
     def _buffer(self, dtype: str, size: int) -> torch.Tensor:
         buffer = self._buffers.get(dtype)

@@ -269,4 +269,4 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DirectoryError, match="no pickle is opened here"):
         verify(path.parent)
     shutil.copy(path, run)
-    assert "pickled files (.pt and the like) have no checksums and were not read: 1" in notes(run)[0]
+    assert "(.pt and the like) have no checksums and were not read: 1" in notes(run)[0]
