@@ -45,8 +45,6 @@ class Checkpoint(Source):
     here."""
 
     word = "checkpoint"
-    sketch = ""
-    sample = ""
     measurements = None
     left_out = ()
     path: Path

@@ -37,8 +37,12 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.planning import SPARED_TIMES, USEFUL_RANGE, snapshots_to_drop, spared_times
 from posthoc_cli.reconstruction import Measurements, measured_prior
-from posthoc_cli.snapshots.path import decode_path, joined_paths, joined_sample
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    decode_snapshot,
+    joined_paths,
+    joined_sample,
+)
 from posthoc_cli.snapshots.sources import TrackedTensor, averages_of, by_time, model_difference
 from posthoc_cli.snapshots.tensorfile import (
     SUFFIX,
@@ -708,9 +712,8 @@ def _least_needed(
     sigma_range: tuple[float, float],
 ) -> set[float]:
     """Return the times that reconstruction needs least, so that `keep` are left."""
-    text = snapshots[-1].sketch
-    sketch = decode_path(text).sketch if text else None
-    prior = measured_prior(averages_of(snapshots), sketch)
+    path = snapshots[-1].path_sketch
+    prior = measured_prior(averages_of(snapshots), path and path.sketch)
     profiles = [snapshot.profile for snapshot in snapshots]
     dropped = snapshots_to_drop(profiles, prior, keep, sigma_range, spared_times(keep))
     return {snapshots[index].t for index in dropped}

@@ -28,11 +28,11 @@ from posthoc_cli.reconstruction import (
     Distance,
     Measurements,
     Prior,
+    Sketch,
     StoredAverage,
     measured_prior,
     thinned_subset,
 )
-from posthoc_cli.snapshots.path import PathSketch, decode_path, spacing
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Entry,
@@ -220,6 +220,15 @@ class StoredTensors:
         return decode_values(data, entry.dtype)
 
 
+class PathSketch(NamedTuple):
+    """A sketch, the identifier of its projection, which depends on the tensors and the random
+    signs, and the step at the end of each window, nan if unknown: [K]."""
+
+    projection: int
+    sketch: Sketch
+    steps: FloatArray
+
+
 class Source(StoredTensors, ABC):
     """A stored average: a snapshot, a checkpoint of another program, or a live average."""
 
@@ -235,9 +244,7 @@ class Source(StoredTensors, ABC):
     t_first: float
     left_out: tuple[str, ...]  # names in the model's state that were not tracked
     measurements: Measurements | None  # None if they must be estimated
-    sketch: str  # the path of the weights up to `t`, see `path.encode_path`; empty if unknown
-    # elements of the weights and of the average at `t`, see `path.encode_sample`; empty if unknown
-    sample: str
+    path_sketch: PathSketch | None = None  # of the weights up to `t`; None if unknown
 
     def __repr__(self) -> str:
         return (
@@ -404,11 +411,11 @@ def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
     """Return the sketched path at the newest time, of a file if one has it: earlier ones show a
     part of it."""
     last = max((source.t for source in sources), default=0.0)
-    newest = [source for source in sources if source.t == last and source.sketch]
-    newest.sort(key=lambda source: not source.files)
-    if not newest:
-        return None
-    return decode_path(newest[0].sketch)
+    newest = [source for source in sources if source.t == last]
+    for source in sorted(newest, key=lambda source: not source.files):
+        if source.path_sketch is not None:
+            return source.path_sketch
+    return None
 
 
 def averages_of(sources: Sequence[Source]) -> list[StoredAverage]:
@@ -640,6 +647,18 @@ def _warn_of_two_trainings(steps: Sequence[_Step]) -> None:
 def _warn_of_files(step: _Step, reason: str) -> None:
     hint = "name the files of one training by a glob"
     log.warning("%s: %s: %s", step.after.path.parent, reason, hint)
+
+
+def spacing(
+    values: FloatArray,
+    mantissa_bits: npt.ArrayLike,
+    lowest_exponent: npt.ArrayLike,
+) -> FloatArray:
+    """Return the distance from each value to the next one of its dtype, see `dtypes.Dtype`."""
+    _, above = np.frexp(values)
+    exponent = np.maximum(above - 1, lowest_exponent)
+    spacings = np.ldexp(1.0, exponent - mantissa_bits)
+    return np.asarray(spacings)
 
 
 def expected_roundings(values: FloatArray, stored: str, own: str) -> FloatArray:

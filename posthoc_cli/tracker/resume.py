@@ -31,8 +31,15 @@ from posthoc_cli.errors import (
     shown,
 )
 from posthoc_cli.snapshots.directory import DirectoryLock, find_snapshots, read_directory
-from posthoc_cli.snapshots.path import Floats, are_equal, path_of_part
-from posthoc_cli.snapshots.snapshot import Selection, Snapshot, check_globs, recorded_weights
+from posthoc_cli.snapshots.snapshot import (
+    Floats,
+    Selection,
+    Snapshot,
+    are_equal,
+    check_globs,
+    path_of_part,
+    recorded_weights,
+)
 from posthoc_cli.snapshots.tensorfile import Box, check_text, compact
 from posthoc_cli.tracker.averages import Averages, Standing
 from posthoc_cli.tracker.clock import Settings, TrainingProgress

@@ -39,9 +39,14 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.path import PathSketch, decode_sample, encode_path, encode_sample
-from posthoc_cli.snapshots.snapshot import Snapshot, decode_snapshot
-from posthoc_cli.snapshots.sources import ElementRange
+from posthoc_cli.snapshots.snapshot import (
+    Snapshot,
+    decode_sample,
+    decode_snapshot,
+    encode_path,
+    encode_sample,
+)
+from posthoc_cli.snapshots.sources import ElementRange, PathSketch
 from posthoc_cli.snapshots.tensorfile import (
     Box,
     Chunk,
