@@ -62,6 +62,7 @@ class FileSystem:
     rename = staticmethod(os.replace)
     link = staticmethod(os.link)
     remove_directory = staticmethod(os.rmdir)
+    unlink = staticmethod(os.unlink)
 
     def open_new(self, path: Path) -> int:
         """Create a file that does not exist yet and return a descriptor for reading and writing."""
@@ -106,9 +107,6 @@ class FileSystem:
                 raise
         finally:
             os.close(descriptor)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink()
 
     def make_directory(self, path: Path) -> None:
         """Create a directory in an existing parent; do nothing if it exists."""

@@ -27,25 +27,30 @@ def _commit(kind: str, repository: str, revision: str) -> str:
     return str(info.sha)
 
 
+def _resolved(key: str) -> Any:
+    """Return the repository, the revision's commit and the file that a key names."""
+    path = _files.resolve_path(key)
+    path.revision = _commit(path.repo_type, path.repo_id, path.revision)
+    return path
+
+
 def _pinned(key: str) -> str:
     """Return the key with the commit in place of the revision."""
-    path = _files.resolve_path(key)
-    commit = _commit(path.repo_type, path.repo_id, path.revision)
+    path = _resolved(key)
     prefix = REPO_TYPES_URL_PREFIXES.get(path.repo_type, "")
-    pinned = f"{prefix}{path.repo_id}@{commit}/{path.path_in_repo}"
+    pinned = f"{prefix}{path.repo_id}@{path.revision}/{path.path_in_repo}"
     return pinned.rstrip("/")
 
 
 def download(key: str) -> Path:
     """Return the path of a file in the cache, after downloading it if it is not there."""
-    path = _files.resolve_path(key)
-    commit = _commit(path.repo_type, path.repo_id, path.revision)
+    path = _resolved(key)
     try:
         copy = _api.hf_hub_download(
             path.repo_id,
             path.path_in_repo,
             repo_type=path.repo_type,
-            revision=commit,
+            revision=path.revision,
         )
     except LocalEntryNotFoundError as error:  # the request has failed, for the reason in its cause
         raise error.__cause__ or ConnectionError from error

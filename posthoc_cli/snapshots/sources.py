@@ -413,8 +413,8 @@ def _newest_path(sources: Sequence[Source]) -> PathSketch | None:
     last = max((source.t for source in sources), default=0.0)
     newest = [source for source in sources if source.t == last]
     for source in sorted(newest, key=lambda source: not source.files):
-        if source.path_sketch is not None:
-            return source.path_sketch
+        if path := source.path_sketch:
+            return path
     return None
 
 

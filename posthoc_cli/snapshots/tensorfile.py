@@ -659,9 +659,7 @@ def decode_file(file: OpenedFile) -> TensorFile:
 
 
 def _are_strings(metadata: Any) -> bool:
-    if not isinstance(metadata, dict):
-        return False
-    return all(isinstance(value, str) for value in metadata.values())
+    return isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())
 
 
 _DAMAGED = "damaged header: its checksum does not match"
@@ -713,13 +711,12 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     _require_few(len(raw))  # escaped keys were not counted before
     found = {name: _decode_entry(name, value, start) for name, value in raw.items()}
 
-    def place(item: tuple[str, Entry]) -> tuple[int, int, str]:
-        name, entry = item
-        return entry.begin, entry.nbytes, name
+    def place(name: str) -> tuple[int, int, str]:
+        return found[name].begin, found[name].nbytes, name
 
-    in_order = sorted(found.items(), key=place)
+    in_order = {name: found[name] for name in sorted(found, key=place)}
     position = start
-    for name, entry in in_order:
+    for name, entry in in_order.items():
         if entry.begin != position:
             places = f"{entry.begin - start:,}, not at {position - start:,}"
             raise ValueError(f"tensor {shown(name)}: begins at {places}")
@@ -727,7 +724,7 @@ def _decode_entries(raw: dict[str, Any], start: int, nbytes: int) -> dict[str, E
     state = "truncated" if nbytes < position else "too long"
     problem = f"{state}: has {nbytes:,} bytes, its header says {position:,}"
     _require(position == nbytes, problem)
-    return dict(in_order)
+    return in_order
 
 
 def _decode_entry(name: str, value: Any, start: int) -> Entry:
@@ -868,13 +865,11 @@ class TensorFileWriter:
         self.entries = dict[str, Entry]()
         laid_out = lay_out(entries)
         self._header = encode_header(laid_out, content, metadata)
-        self._sums_at = dict[str, int]()
-        at = _SUMS_AT
+        self._sums = dict[str, bytearray]()
         for name, entry in laid_out.items():
             place = len(self._header) + entry.begin
             self.entries[name] = replace(entry, begin=place)
-            self._sums_at[name] = at
-            at += 16 * entry.blocks
+            self._sums[name] = bytearray(16 * entry.blocks)
         self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, parts: Iterable[memoryview], begin: int = 0) -> None:
@@ -893,22 +888,21 @@ class TensorFileWriter:
                 view = view[len(taken) :]
                 at = at + len(taken)
                 if at % block == 0 or at == entry.nbytes:
-                    place = self._sums_at[name] + 16 * ((at - 1) // block)
-                    self._header[place : place + 16] = digest.hexdigest().encode()
+                    place = 16 * ((at - 1) // block)
+                    self._sums[name][place : place + 16] = digest.hexdigest().encode()
                     digest.reset()
 
     def publish(self) -> TensorFile:
         """Fill in the header, make the file durable and give it its name; return the file."""
+        sums = b"".join(self._sums.values())
+        self._header[_SUMS_AT : _SUMS_AT + len(sums)] = sums
         checksum = seal(self._header)
         self._file.write_at(memoryview(self._header), 0)
         status = os.fstat(self._file.descriptor)
         self._file.publish()
-        sums = {}
-        for name, begin in self._sums_at.items():
-            end = begin + 16 * self.entries[name].blocks
-            sums[name] = self._header[begin:end].decode()
+        texts = {name: of_tensor.decode() for name, of_tensor in self._sums.items()}
         stamp = status.st_size, status.st_mtime_ns
-        return TensorFile(self.path, self.entries, stamp, sums, checksum=checksum)
+        return TensorFile(self.path, self.entries, stamp, texts, checksum=checksum)
 
     def __enter__(self) -> TensorFileWriter:
         return self
@@ -958,13 +952,13 @@ def lay_out(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     them at a time.
     """
 
-    def place(item: tuple[str, Entry]) -> tuple[int, bool]:
-        _, entry = item
-        return -ITEM_BYTES[entry.dtype], entry.size <= BLOCK
+    def place(name: str) -> tuple[int, bool]:
+        return -ITEM_BYTES[entries[name].dtype], entries[name].size <= BLOCK
 
     placed: dict[str, Entry] = {}
     begin = 0
-    for name, entry in sorted(entries.items(), key=place):
+    for name in sorted(entries, key=place):
+        entry = entries[name]
         placed[name] = Entry(entry.dtype, entry.shape, begin)
         begin += entry.nbytes
     return placed
