@@ -169,7 +169,7 @@ def local_path(name: str, path: str | Path) -> Path:
     local = given_path(name, path)
     if is_url(local):
         reason = "is a URL; must be a path on a file system of this machine"
-        hint = "`rclone copy` or `aws s3 cp` copy to a store and from it"
+        hint = "copy it from or to the store by `rclone copy` or `aws s3 cp`"
         raise InvalidValueError(name, reason, hint, value=local)
     return local
 
