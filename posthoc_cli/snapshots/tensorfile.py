@@ -616,6 +616,7 @@ class TensorFile:
             self.read(name, begin, np.empty(size, np.uint8).data)
             return size
 
+        progress(self.nbytes - sum(entry.nbytes for entry in self.entries.values()))
         sizes: Any = in_turn(read, blocks, at_once=True)
         with self, closing(sizes):  # which cancels the blocks that were not begun
             for size in sizes:

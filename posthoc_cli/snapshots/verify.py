@@ -273,7 +273,6 @@ def _report(path: Path, progress: Callable[[int], object]) -> FileReport | None:
             nbytes=file.nbytes,
             header=header,
         )
-        progress(file.nbytes - sum(entry.nbytes for entry in file.entries.values()))
         file.verify(progress)
         return report
     except FileFormatError as error:
