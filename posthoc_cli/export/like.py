@@ -164,8 +164,7 @@ class Like:
 
     def _is_stale(self, name: str) -> bool:
         """Return whether a file holds the model's weights, too, in another format."""
-        names = [path.name for path in self.files]
-        names = list(filter(_MODEL.fullmatch, names))
+        names = [path.name for path in self.files if _MODEL.fullmatch(path.name)]
         if not names or not _MODEL.fullmatch(name):
             return False
         indices = [Path(each).suffix + INDEX_ENDING for each in names]
@@ -239,10 +238,9 @@ class Like:
     def _check_quantized(self, averages: Iterable[set[str]]) -> None:
         config = self.place / "config.json"
         is_quantized = config.is_file() and b'"quantization_config"' in config.read_bytes()
-        for names in averages:
-            for name in names & self.source.entries.keys():
-                is_quantized |= self.source.entries[name].dtype not in EPS
-        if is_quantized:
+        known = self.source.entries
+        dtypes = {known[name].dtype for name in set().union(*averages) & known.keys()}
+        if is_quantized or not dtypes <= EPS.keys():
             reason = "its weights are quantized, as its quantization_config or their dtype says"
             hint = "take a folder that the trained model itself was saved to"
             raise MismatchError(self.place, reason, hint)
@@ -317,12 +315,7 @@ def _beginnings_of(end: str, names: Iterable[str]) -> set[str]:
 
 def _renamed(names: Iterable[str], old: str, new: str) -> set[str]:
     """Return names with another beginning."""
-    renamed = set()
-    for name in names:
-        if name.startswith(old):
-            name = new + name.removeprefix(old)
-        renamed.add(name)
-    return renamed
+    return {new + name.removeprefix(old) if name.startswith(old) else name for name in names}
 
 
 def _component(path: Path, tensors: set[str]) -> Path:
@@ -350,15 +343,11 @@ def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[i
 
 def _own_chunks(average: Source, stored: Stored) -> dict[str, list[Chunk]]:
     """Return the chunks of an average that are not also the weights', which complete it."""
-    places = set()
+    places = set[tuple[Path, Entry]]()
     with suppress(FileFormatError):  # which of its tensors are the weights is unclear
-        for chunks in chunks_of(stored.weights).values():
-            places.add(chunks[0].place)
-    own = {}
-    for name, chunks in chunks_of(average).items():
-        if chunks[0].place not in places:
-            own[name] = chunks
-    return own
+        places = {chunks[0].place for chunks in chunks_of(stored.weights).values()}
+    own = chunks_of(average)
+    return {name: own[name] for name in own if own[name][0].place not in places}
 
 
 def _is_own(path: Path, folder: Path) -> bool:

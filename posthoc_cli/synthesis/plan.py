@@ -382,7 +382,7 @@ def plan_synthesis(
 def _wished(targets: Sequence[Target | Profile | float | str]) -> tuple[Target, ...]:
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
-    return tuple(as_target(target) for target in targets)
+    return tuple(map(as_target, targets))
 
 
 def _used(result: Reconstruction, usable: Sequence[Source]) -> list[int]:
