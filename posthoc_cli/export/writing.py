@@ -61,7 +61,7 @@ from posthoc_cli.snapshots.tensorfile import (
     items,
     read_file,
 )
-from posthoc_cli.synthesis.engine import InMemory, Tile, check_device, cut_tiles, make_tiles
+from posthoc_cli.synthesis.engine import InMemory, Output, Tile, check_device, cut_tiles, make_tiles
 from posthoc_cli.synthesis.plan import Combination, Plan, nbytes
 from posthoc_cli.targets import Target
 
@@ -490,13 +490,11 @@ class Writing:
 
 
 def _check_no_snapshot(path: Path) -> None:
-    kind = None
     if path.suffix == SUFFIX and path.is_file():
         with suppress(FileFormatError):
-            kind = read_file(path).kind
-    if kind == "snapshot":
-        reason = "is a snapshot of a run and is not replaced"
-        raise OutputExistsError(path, reason, "choose another name")
+            if read_file(path).kind == "snapshot":
+                reason = "is a snapshot of a run and is not replaced"
+                raise OutputExistsError(path, reason, "choose another name")
 
 
 # --- one output, a class for each layout
@@ -519,15 +517,13 @@ class Pending(Protocol):
     def publish(self) -> object: ...
 
 
-class FileOutput:
+class FileOutput(Output):
     """An output on disk: a file, or a folder with files in it, which are complete before the folder
     is."""
 
     def __init__(self, whole: Pending | None, inside: Iterable[Pending] = ()) -> None:
         self._whole = whole  # None of a folder that another process publishes
         self._inside = inside
-
-    def write(self, tile: Tile, values: torch.Tensor) -> None: ...
 
     def complete(self) -> None:
         for file in self._inside:
@@ -606,10 +602,8 @@ class Collected(InMemory, FileOutput):
 class PickledFile(Collected):
     """A .pt file, which torch.load(weights_only=True) takes."""
 
-    def __init__(self, parts: Sequence[Combination], file: files.PendingFile) -> None:
-        super().__init__(parts, file)
-        self._file = file
-        self._end = 0
+    _whole: files.PendingFile
+    _end = 0
 
     def complete(self) -> None:
         stream = SimpleNamespace(write=self._append, flush=lambda: None)
@@ -620,7 +614,7 @@ class PickledFile(Collected):
             raise error.__context__ or error from None
 
     def _append(self, data: Any) -> int:
-        self._file.write_at(data, self._end)
+        self._whole.write_at(data, self._end)
         size = memoryview(data).nbytes
         self._end += size
         return size
@@ -629,15 +623,13 @@ class PickledFile(Collected):
 class DistributedFolder(Collected):
     """A folder of torch.distributed.checkpoint."""
 
-    def __init__(self, parts: Sequence[Combination], folder: files.PendingFolder) -> None:
-        super().__init__(parts, folder)
-        self._folder = folder
+    _whole: files.PendingFolder
 
     def complete(self) -> None:
         from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
-        place = str(self._folder.temporary)
-        with files.reported_as_write_error(self._folder.path), warnings.catch_warnings():
+        place = str(self._whole.temporary)
+        with files.reported_as_write_error(self._whole.path), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is only one process
             try:
                 _save_alone(self.state, place)
