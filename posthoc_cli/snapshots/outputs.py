@@ -178,18 +178,16 @@ def describe(path: Path) -> dict[str, Any]:
     if path.is_dir() and not is_parts_folder(path):
         content = inspect_directory(path)
         if content.snapshots or content.problems or content.incomplete:
+            run = _of_run(content.snapshots) if content.snapshots else {}
             return {
                 "kind": "directory",
                 "path": str(path),
-                **(_of_run(content.snapshots) if content.snapshots else {}),
+                **run,
                 "superseded": content.superseded,
                 "leftovers": [
                     leftover.name for leftover in (*content.leftovers, *content.incomplete)
                 ],
-                "notes": [
-                    *content.notes,
-                    *(_notes(content.snapshots[-1].copies) if content.snapshots else ()),
-                ],
+                "notes": [*content.notes, *run.get("notes", ())],
                 "problems": [str(problem) for problem in content.problems],
             }
         if (models := models_at(path)) != [path]:

@@ -236,7 +236,6 @@ class Source(StoredTensors, ABC):
     # a power function, one checkpoint (`Point`), or known times (`Discrete`)
     profile: StoredProfile
     run_id: str  # 32 hexadecimal digits, the same for all sources of a run
-    t: float
     t_unit: str
     step: int
     sigma_rel: float  # the width that the average was tracked for; 0 for other averages
