@@ -480,13 +480,8 @@ class TensorFile:
     def opened(self) -> Iterator[OpenedFile]:
         """Open the file as `with` does, to read any of its bytes."""
         with self:
-            yield self._file
-
-    @property
-    def _file(self) -> OpenedFile:
-        file = self.handle.file
-        assert file is not None, "each caller has opened it"
-        return file
+            assert self.handle.file is not None, "it is open"
+            yield self.handle.file
 
     def _opened(self) -> OpenedFile:
         """Open the file; raise FileFormatError if it is not the one whose header was read."""
@@ -584,7 +579,9 @@ class TensorFile:
                 raise FileFormatError(self.path, reason)
 
     def _fill(self, offset: int, view: memoryview) -> None:
-        if self._file.read_into(view, offset) < len(view):
+        file = self.handle.file
+        assert file is not None, "each caller has opened it"
+        if file.read_into(view, offset) < len(view):
             raise FileFormatError(self.path, _SHORTER)
 
     def _in_order(self, name: str) -> npt.NDArray[np.uint8]:
