@@ -296,10 +296,10 @@ def check_number(
 def check_count(name: str, value: object, least: int = 1) -> int:
     """Return `value` as an int; raise InvalidValueError unless it is a whole number of at least
     `least`."""
-    try:
-        count = least - 1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = least - 1
+    count = least - 1
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            count = operator.index(value)  # type: ignore[arg-type]
     if count < least:
         raise InvalidValueError(
             name, f"must be a whole number, at least {least}", value=shown(value)

@@ -70,10 +70,9 @@ def open_bucket(bucket: str, endpoint: str) -> Any:
         raise MissingDependencyError(
             "obstore", reason, 'pip install "posthoc-cli[remote]"'
         ) from None
-    allowed = (
-        {"allow_http": True} if bucket.startswith("s3:") and endpoint.startswith("http:") else {}
-    )
-    options: Any = {"client_options": CLIENT | allowed, "retry_config": RETRIES}
+    is_plain = bucket.startswith("s3:") and endpoint.startswith("http:")
+    client: Any = CLIENT | {"allow_http": is_plain}
+    options: Any = {"client_options": client, "retry_config": RETRIES}
     return from_url(bucket, **options)
 
 

@@ -322,8 +322,9 @@ def _relative_rounding(snapshot: Snapshot) -> float | None:
 
 def _counts(files: Collection[Mapping[str, Entry]]) -> dict[str, Any]:
     dtypes: Counter[str] = Counter()
-    for entry in (entry for tensors in files for entry in tensors.values()):
-        dtypes[entry.dtype] += entry.size
+    for tensors in files:
+        for entry in tensors.values():
+            dtypes[entry.dtype] += entry.size
     return {
         **({"shards": len(files)} if len(files) > 1 else {}),
         "tensors": sum(map(len, files)),

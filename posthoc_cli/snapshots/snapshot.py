@@ -349,14 +349,14 @@ class Selection:
 
     def resumed(self, run: Source) -> Selection:
         """Return the selection for resuming a run: running statistics keep their role."""
-        roles = {tensor.role for tensor in run.tensors.values()}
-        if self.buffers == "copy" and "statistic" in roles:
-            return replace(self, buffers="statistics").resumed(run)
+        buffers = self.buffers
+        if buffers == "copy" and any(each.role == "statistic" for each in run.tensors.values()):
+            buffers = "statistics"
+        if buffers != "statistics":
+            return self
         statistics = sorted(running_statistics(run.copies))
         kept = [name for name in statistics if not self.copies(name)]
-        if self.buffers == "statistics":
-            return replace(self, copy_only=(*self.copy_only, *kept))
-        return self
+        return replace(self, buffers=buffers, copy_only=(*self.copy_only, *kept))
 
 
 def _matches(name: str, globs: Iterable[str]) -> bool:

@@ -487,15 +487,13 @@ class TensorFile:
         """Open the file; raise FileFormatError if it is not the one whose header was read."""
         with ExitStack() as stack:
             file = stack.enter_context(OpenedFile(self.path))
-            # The header identifies a file whose blocks are verified, also if it was copied over
-            # itself.
-            is_same = False
-            if self.sums:
+            if file.stamp != self.stamp:
+                # The header identifies a file whose blocks are verified, also if it was copied over
+                # itself.
                 start = file.read_at(_DIGITS.stop, 0)
-                is_same = start[_DIGITS] == self.checksum.encode()
-            if not is_same and file.stamp != self.stamp:
-                reason = "was replaced while it was being used"
-                raise FileFormatError(self.path, reason, "run again")
+                if not self.sums or start[_DIGITS] != self.checksum.encode():
+                    reason = "was replaced while it was being used"
+                    raise FileFormatError(self.path, reason, "run again")
             stack.pop_all()
         return file
 
